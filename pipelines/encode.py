@@ -1,0 +1,106 @@
+"""What one source sample becomes in a shard: raw pixels (npy) or JPEG bytes. Decodes, converts to RGB, resizes.
+
+A sample that cannot be used raises `Defect`; the writer quarantines and counts it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFile
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
+
+
+class Defect(Exception):
+    """A sample that cannot be used; the message is the reason that dataset.json records."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored."""
+
+    name: Literal["npy", "jpeg"]
+    quality: int = 95  # of JPEG, 1 to 100
+    subsampling: str = "4:2:0"  # of JPEG chroma
+    size: int | None = None  # pixels: npy crops to size x size after the shorter side got that length; jpeg keeps the rest
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One stored image with what the index and the statistics need."""
+
+    payload: bytes  # npy: the pixels, without the .npy header; jpeg: the file
+    height: int
+    width: int
+    sums: np.ndarray  # int64 [2, 3]: per channel, the sum of values and of squares over all pixels
+
+
+def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
+    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in any format that Pillow reads."""
+    if isinstance(source, np.ndarray):
+        pixels, original = source, None
+    else:
+        pixels, original = _decode(source, encoding.max_pixels)
+    if encoding.size is not None and (resized := _resize(pixels, encoding.size, encoding.name == "npy")) is not pixels:
+        pixels, original = resized, None
+    height, width = pixels.shape[:2]
+    if encoding.name == "npy":
+        payload = np.ascontiguousarray(pixels).tobytes()
+    elif original is not None:
+        payload = original
+    else:
+        buffer = io.BytesIO()
+        subsampling = SUBSAMPLINGS[encoding.subsampling]
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=subsampling)
+        payload = buffer.getvalue()
+    return Encoded(payload, height, width, _sums(pixels))
+
+
+def _sums(pixels: np.ndarray) -> np.ndarray:
+    """Exact per-channel sums of values and squares, so that mean and std do not depend on the order of samples."""
+    histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
+    values = np.arange(256, dtype=np.int64)
+    return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
+
+
+def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
+    """RGB pixels [H, W, 3], and the bytes themselves where they are an RGB JPEG that can be stored as it is."""
+    if not content:
+        raise Defect("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
+            Image.MAX_IMAGE_PIXELS = None
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise Defect(f"{width} x {height} pixels exceed the limit of {max_pixels:,} (--max-pixels)")
+                keep = image.format == "JPEG" and image.mode == "RGB"
+                pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except Defect:
+        raise
+    except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion of a million files
+        raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
+    return pixels, content if keep else None
+
+
+def _resize(pixels: np.ndarray, size: int, crop: bool) -> np.ndarray:
+    """Shorter side to `size` (bicubic, antialiased); with `crop`, the central square of it."""
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if shorter != size:
+        to = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
+        pixels = np.asarray(Image.fromarray(pixels).resize(to, Image.Resampling.BICUBIC))
+        height, width = pixels.shape[:2]
+    if crop and height != width:
+        top, left = (height - size) // 2, (width - size) // 2
+        pixels = pixels[top : top + size, left : left + size]
+    return pixels

@@ -1,0 +1,76 @@
+"""A pool of worker processes that each hold one shared object, take tasks in order and die with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from configs.errors import UserError
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
+_shared: Any = None
+_PR_SET_PDEATHSIG = 1
+
+
+def _start(shared: Any, parent: int) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    return function(_shared, task)
+
+
+class Pool:
+    """`imap` runs `function(shared, task)` for each task in `workers` processes, or in this one when `workers` is 1."""
+
+    def __init__(self, workers: int, shared: Any) -> None:
+        self._shared = shared
+        self._workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in the order of tasks; at most two tasks per worker are under way, so reading stays sequential."""
+        if self._workers == 1:
+            for task in tasks:
+                yield function(self._shared, task)
+            return
+        pending: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                pending.append(self._start_executor().submit(_call, function, task))
+                if len(pending) >= 2 * self._workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); use fewer --workers, then run the same command again: "
+                "it goes on where it stopped"
+            ) from None
+
+    def _start_executor(self) -> ProcessPoolExecutor:
+        """Started with the first task, so that a pass with nothing to do costs no process."""
+        if self._executor is None:
+            context = multiprocessing.get_context("spawn")
+            arguments = (self._shared, os.getpid())
+            self._executor = ProcessPoolExecutor(self._workers, context, _start, arguments)
+        return self._executor

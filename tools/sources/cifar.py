@@ -1,0 +1,225 @@
+"""CIFAR-10 and CIFAR-100 as published: pickled batches in a folder, or in its .tar.gz, which is never unpacked to disk.
+
+A split keeps file names and labels, not pixels: each worker process reads the batches it needs by itself.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from pipelines.shard_writer import Source, SplitSource
+from tools.sources.numpy_pickle import load_pickle
+
+SIZE = 32  # pixels
+ROW_BYTES = 3 * SIZE * SIZE
+MAX_FILE_BYTES = 512 << 20  # the largest official file has 155 MB; what is larger is no batch but a bomb
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One edition: its official folder and archive, and the keys of its pickles."""
+
+    kind: str
+    folder: str
+    archive: str
+    md5: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: str
+    names: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.train, self.test, self.meta)
+
+
+LAYOUTS = {
+    "cifar10": Layout(
+        kind="cifar10",
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        labels="labels",
+        names="label_names",
+    ),
+    "cifar100": Layout(
+        kind="cifar100",
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        train=("train",),
+        test="test",
+        meta="meta",
+        labels="fine_labels",
+        names="fine_label_names",
+    ),
+}
+
+
+class CifarSplit:
+    """The rows of some batches, one behind another."""
+
+    def __init__(self, layout: Layout, path: Path, batches: dict[str, int], labels: np.ndarray | None) -> None:
+        self._layout, self._path = layout, path
+        self._batches = batches  # rows by file name
+        self._loaded: tuple[str, np.ndarray] | None = None
+        self.labels = labels
+        self.bytes_per_row = ROW_BYTES
+
+    def __len__(self) -> int:
+        return sum(self._batches.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # pixels are not sent to worker processes: they read the files
+
+    def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
+        """Images start..stop, uint8 [32, 32, 3]; holds the pixels of one batch."""
+        first = 0
+        for file, rows in self._batches.items():
+            if start < first + rows and first < stop:
+                for row in self._pixels(file)[max(start - first, 0) : stop - first]:
+                    yield np.ascontiguousarray(row.reshape(3, SIZE, SIZE).transpose(1, 2, 0))
+            first += rows
+
+    def describe(self, row: int) -> str:
+        for file, rows in self._batches.items():
+            if row < rows:
+                return f"{file}[{row}]"
+            row -= rows
+        raise IndexError(row)
+
+    def _pixels(self, file: str) -> np.ndarray:
+        if self._loaded is None or self._loaded[0] != file:
+            _, content = next(_read_files(self._path, (file,)))
+            pixels, _ = _parse_batch(self._layout, content, f"{self._path}: {file}")
+            if len(pixels) != self._batches[file]:
+                raise UserError(f"{self._path}: {file} changed while it was being converted; start the conversion again")
+            self._loaded = (file, pixels)
+        return self._loaded[1]
+
+
+def open_cifar(kind: str, source: Path) -> Source:
+    """The official folder, the folder above it, or the official .tar.gz; the test batch becomes val and test.
+
+    Reads every byte once: labels, the sha256 of each file, and whether an archive is whole.
+    """
+    layout = LAYOUTS[kind]
+    path = _locate(layout, source)
+    batches: dict[str, tuple[int, np.ndarray]] = {}
+    digests: dict[str, str] = {}
+    classes: tuple[str, ...] = ()
+    for file, content in _read_files(path, layout.files):
+        digests[file] = hashlib.sha256(content).hexdigest()
+        if file == layout.meta:
+            classes = _parse_classes(layout, content, f"{path}: {file}")
+        else:
+            pixels, labels = _parse_batch(layout, content, f"{path}: {file}")
+            batches[file] = (len(pixels), labels)
+    missing = [file for file in layout.files if file not in digests]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source holds {', '.join(layout.files)}")
+    for file, (_, labels) in batches.items():
+        if labels.max() >= len(classes):
+            raise UserError(
+                f"{path}: {file} has labels up to {labels.max()}, but {layout.meta} names {len(classes)} classes "
+                f"(0 to {len(classes) - 1}); fetch the files again"
+            )
+    train = {file: batches[file][0] for file in layout.train}
+    test = {layout.test: batches[layout.test][0]}
+    splits: dict[str, SplitSource] = {
+        "train": CifarSplit(layout, path, train, np.concatenate([batches[file][1] for file in layout.train])),
+        "val": CifarSplit(layout, path, test, batches[layout.test][1]),
+        "test": CifarSplit(layout, path, test, None),
+    }
+    fingerprint = hashlib.sha256("\n".join(f"{file} {digests[file]}" for file in layout.files).encode()).hexdigest()
+    return Source(kind=kind, name=path.name, classes=classes, fingerprint=fingerprint, splits=splits)
+
+
+def _locate(layout: Layout, source: Path) -> Path:
+    if source.is_file():
+        return source
+    for folder in (source, source / layout.folder):
+        if any((folder / file).is_file() for file in layout.files):
+            return folder
+    if (source / layout.archive).is_file():
+        return source / layout.archive
+    raise UserError(
+        f"no {layout.kind} at {str(source)!r}: pass the folder {layout.folder}, which holds {', '.join(layout.files)}, "
+        f"or {layout.archive}, or the folder above either, as --source, or fetch it with --download"
+    )
+
+
+def _read_files(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the files among `names` that the folder or archive holds; an archive is read to its end."""
+    if path.is_file():
+        yield from _read_archive(path, names)
+        return
+    for name in names:
+        file = path / name
+        try:
+            if file.is_file():
+                _check_file_size(file.stat().st_size, str(file))
+                yield name, file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _read_archive(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Members of a .tar.gz by their bare names: no path of the archive is ever used, so none need be trusted."""
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                content = archive.extractfile(member) if member.isfile() and name in names else None
+                if content is not None:
+                    _check_file_size(member.size, f"{path}: {name}")
+                    yield name, content.read()
+            while stream.read(1 << 20):  # to the end, where gzip compares its checksum
+                pass
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{path} is no whole .tar.gz archive ({error}); fetch it again, for instance with --download") from None
+
+
+def _check_file_size(size: int, file: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{file} has {size:,} bytes, but no CIFAR file exceeds {MAX_FILE_BYTES:,}; fetch it again")
+
+
+def _parse_batch(layout: Layout, content: bytes, file: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [rows, 3072] and labels int64 [rows] of one batch."""
+    batch = load_pickle(content, file)
+    missing = [key for key in ("data", layout.labels) if key not in batch]
+    if missing:
+        raise UserError(f"{file} lacks {' and '.join(missing)} (it has {', '.join(batch)}); is it another edition's?")
+    pixels = batch["data"]
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (ROW_BYTES,):
+        found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise UserError(f"{file}: data is {found}; CIFAR's is uint8 (rows, {ROW_BYTES})")
+    labels = batch[layout.labels]
+    numbers = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(numbers, list) or len(numbers) != len(pixels) or not numbers:
+        raise UserError(f"{file}: {layout.labels} must be one number for each of the {len(pixels)} images of data")
+    if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers):
+        raise UserError(f"{file}: {layout.labels} holds other things than class numbers; fetch the file again")
+    return pixels, np.array(numbers, np.int64)
+
+
+def _parse_classes(layout: Layout, content: bytes, file: str) -> tuple[str, ...]:
+    names = load_pickle(content, file).get(layout.names)
+    if not isinstance(names, list) or not names or not all(isinstance(name, (bytes, str)) for name in names):
+        raise UserError(f"{file} holds no list {layout.names!r} of class names; fetch the file again")
+    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)

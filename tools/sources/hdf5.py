@@ -1,0 +1,224 @@
+"""MediumImageNet's HDF5 layout: `images-SPLIT` and `labels-SPLIT` for train, val and test, images uint8 [N, 3, H, W]
+or [N, H, W, 3].
+
+Such a file is read forwards only, in large pieces: random rows of a chunked or compressed file, or of a spinning
+disk, cost a hundred times as much. What HDF5 can tell about missing pixels is asked before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from configs.errors import UserError
+from pipelines.shard_writer import Source, SplitSource
+
+READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
+FINGERPRINT_ROWS = 64
+MAX_CLASSES = 100_000  # without a list of names; a label beyond it is damage rather than a class
+
+
+class Hdf5Split:
+    """The images of one split. The file is opened at the first read of each process and stays open."""
+
+    def __init__(self, path: Path, images: h5py.Dataset, labels: np.ndarray | None, channels_first: bool) -> None:
+        self._path, self._key = path, images.name.lstrip("/")
+        self._shape, self._channels_first = images.shape, channels_first
+        self.labels = labels
+        self.bytes_per_row = math.prod(images.shape[1:])
+        rows = max(READ_BYTES // self.bytes_per_row, 1)
+        chunk_rows = images.chunks[0] if images.chunks else 1
+        self._rows_per_read = max(rows // chunk_rows, 1) * chunk_rows  # whole chunks: each is decompressed once
+        self._file: h5py.File | None = None
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
+        """Images start..stop, uint8 [H, W, 3]; at most `READ_BYTES` of them in memory, or one row of chunks."""
+        if self._file is None:
+            self._file = _open_file(self._path)
+        step = self._rows_per_read
+        buffer = np.empty((min(step, stop - start), *self._shape[1:]), np.uint8)
+        while start < stop:
+            end = min((start // step + 1) * step, stop)
+            try:
+                self._file[self._key].read_direct(buffer, np.s_[start:end], np.s_[: end - start])
+            except OSError as error:
+                raise UserError(
+                    f"{self._path}: rows {start} to {end - 1} of {self._key} cannot be read ({_reason(error)}); "
+                    "the file is damaged, or needs an HDF5 filter that is not installed"
+                ) from None
+            for row in buffer[: end - start]:
+                yield _channels_last(row) if self._channels_first else row.copy()
+            start = end
+
+    def describe(self, row: int) -> str:
+        return f"{self._key}[{row}]"
+
+
+def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
+    """Check the file as far as HDF5 can tell and read all labels; rows keep their order.
+
+    The train split is required, val and test are not. Labels that are all -1 in test mean a split without labels.
+    Without `classes_file` (one name per line), classes are called 0, 1, … up to the highest label.
+    """
+    if not path.is_file():
+        what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
+        raise UserError(f"source {str(path)!r} {what}; pass the .hdf5 file that holds images-train and labels-train")
+    names = load_class_names(classes_file) if classes_file else None
+    digest = hashlib.sha256()
+    splits: dict[str, SplitSource] = {}
+    with _open_file(path) as file:
+        keys = set(file)
+        missing = [key for key in ("images-train", "labels-train") if key not in keys]
+        missing += ["labels-val"] if "images-val" in keys and "labels-val" not in keys else []
+        missing += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys and f"images-{name}" not in keys]
+        if missing:
+            raise UserError(
+                f"{path} lacks {', '.join(missing)}: it has {', '.join(sorted(keys)) or 'no keys'}, and images-SPLIT and "
+                "labels-SPLIT are needed for train and, where they exist, val and test (labels-test may be missing)"
+            )
+        highest = -1
+        for name in ("train", "val", "test"):
+            if f"images-{name}" in keys:
+                images = _checked_dataset(path, file, f"images-{name}")
+                channels_first = _is_channels_first(path, images, max_pixels)
+                labels = None
+                if f"labels-{name}" in keys:
+                    labels = _load_labels(path, file, name, len(images), len(names) if names else None)
+                split = Hdf5Split(path, images, labels, channels_first)
+                splits[name] = split
+                highest = max(highest, -1 if labels is None else int(labels.max()))
+                _update_digest(digest, name, split, images)
+    classes = names or tuple(str(label) for label in range(highest + 1))
+    digest.update("\n".join(classes).encode())
+    return Source(kind="hdf5", name=path.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits)
+
+
+def load_class_names(file: Path) -> tuple[str, ...]:
+    """One class name per line, in the order of the labels."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read class names from {file} ({error}); it must be UTF-8 text, one name per line") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines or "" in lines:
+        where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
+        raise UserError(f"class names in {file}: {where}; it must hold one name per line, in the order of the labels")
+    return tuple(lines)
+
+
+def _open_file(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        raise UserError(
+            f"cannot open {path} as HDF5 ({_reason(error)}); if it was copied or downloaded, compare its size with the "
+            "original's and fetch it again"
+        ) from None
+
+
+def _reason(error: OSError) -> str:
+    """What HDF5 says, on one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+    """The data set, once it is certain that all its bytes lie in this file and were written.
+
+    A link or external storage may point at any file of this machine, whose bytes would come back as pixels; missing
+    sources of a virtual data set and pieces never written read as zeros, without an error.
+    """
+    if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+        raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset):
+        raise UserError(f"{path}: {key} is a {type(dataset).__name__.lower()}, not an array")
+    if dataset.is_virtual or dataset.external:
+        kind = "a virtual data set" if dataset.is_virtual else "kept in external storage"
+        raise UserError(f"{path}: {key} is {kind}, which takes its bytes from other files; copy the data itself into the file")
+    if dataset.shape is None or 0 in dataset.shape or not dataset.shape:
+        raise UserError(f"{path}: {key} is empty (shape {dataset.shape}); leave it out or write its rows")
+    if dataset.chunks:
+        expected = math.prod(-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        written, unit = dataset.id.get_num_chunks(), "chunks"
+    else:  # contiguous, or compact: stored within the header
+        expected, written, unit = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size(), "bytes"
+    if written < expected:
+        raise UserError(
+            f"{path}: {expected - written:,} of {expected:,} {unit} of {key} were never written and would read as zeros; "
+            "finish writing the file or fetch it again"
+        )
+    return dataset
+
+
+def _is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
+    """Whether images are [N, 3, H, W]; checks their type and shape."""
+    shape, key = images.shape, images.name.lstrip("/")
+    if images.dtype != np.uint8:
+        raise UserError(f"{path}: {key} has dtype {images.dtype}; only uint8 images are read: convert them to 0..255")
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+        raise UserError(f"{path}: {key} has shape {shape}; allowed are (N, 3, H, W) and (N, H, W, 3)")
+    if shape[1] == shape[3] == 3:
+        raise UserError(
+            f"{path}: {key} has shape {shape}, which may be (N, 3, H, W) as well as (N, H, W, 3); images of 3 pixels a side "
+            "cannot be told apart: enlarge them"
+        )
+    channels_first = bool(shape[1] == 3)
+    height, width = shape[2:] if channels_first else shape[1:3]
+    if height * width > max_pixels:
+        raise UserError(f"{path}: {key} has {height * width:,} pixels per image; --max-pixels allows {max_pixels:,}")
+    return channels_first
+
+
+def _load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
+    """Labels int64 [rows], all within the classes; None where test has -1 throughout."""
+    key = f"labels-{split}"
+    dataset = _checked_dataset(path, file, key)
+    if dataset.dtype.kind not in "iu":
+        raise UserError(f"{path}: {key} has dtype {dataset.dtype}; labels must be integers")
+    if dataset.shape not in ((rows,), (rows, 1)):
+        raise UserError(f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},)")
+    try:
+        labels = dataset[()].reshape(-1)
+    except OSError as error:
+        raise UserError(f"{path}: {key} cannot be read ({_reason(error)}); the file is damaged") from None
+    if split == "test" and labels.dtype.kind == "i" and (labels == -1).all():
+        return None
+    limit = classes if classes is not None else MAX_CLASSES
+    wrong = (labels < 0) | (labels >= limit)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        source = "the class names" if classes is not None else "a list of class names (--classes)"
+        raise UserError(
+            f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} do "
+            f"not): mend the labels or {source}"
+        )
+    return labels.astype(np.int64)
+
+
+def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
+    """Add what tells this content from another: shape, type, all labels and some rows, the first and last included."""
+    digest.update(f"{name} {images.shape} {images.dtype}".encode())
+    digest.update(b"" if split.labels is None else split.labels.tobytes())
+    for row in np.unique(np.linspace(0, len(split) - 1, FINGERPRINT_ROWS).astype(int)).tolist():
+        digest.update(b"".join(np.asarray(image).tobytes() for image in split.read(row, row + 1)))
+
+
+def _channels_last(image: np.ndarray) -> np.ndarray:
+    """[3, H, W] to contiguous [H, W, 3], three times as fast as ascontiguousarray of a transpose."""
+    result = np.empty((*image.shape[1:], 3), np.uint8)
+    for channel in range(3):
+        result[..., channel] = image[channel]
+    return result
