@@ -107,7 +107,9 @@ class CifarSplit:
             _, content = next(_read_files(self._path, (file,)))
             pixels, _ = _parse_batch(self._layout, content, f"{self._path}: {file}")
             if len(pixels) != self._batches[file]:
-                raise UserError(f"{self._path}: {file} changed while it was being converted; start the conversion again")
+                raise UserError(
+                    f"{self._path}: {file} changed while it was being converted; start the conversion again"
+                )
             self._loaded = (file, pixels)
         return self._loaded[1]
 
@@ -191,7 +193,9 @@ def _read_archive(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, byt
             while stream.read(1 << 20):  # to the end, where gzip compares its checksum
                 pass
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{path} is no whole .tar.gz archive ({error}); fetch it again, for instance with --download") from None
+        raise UserError(
+            f"{path} is no whole .tar.gz archive ({error}); fetch it again, for instance with --download"
+        ) from None
 
 
 def _check_file_size(size: int, file: str) -> None:

@@ -82,7 +82,9 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
         keys = set(file)
         missing = [key for key in ("images-train", "labels-train") if key not in keys]
         missing += ["labels-val"] if "images-val" in keys and "labels-val" not in keys else []
-        missing += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys and f"images-{name}" not in keys]
+        missing += [
+            f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys and f"images-{name}" not in keys
+        ]
         if missing:
             raise UserError(
                 f"{path} lacks {', '.join(missing)}: it has {', '.join(sorted(keys)) or 'no keys'}, and images-SPLIT and "
@@ -110,7 +112,9 @@ def load_class_names(file: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read class names from {file} ({error}); it must be UTF-8 text, one name per line") from None
+        raise UserError(
+            f"cannot read class names from {file} ({error}); it must be UTF-8 text, one name per line"
+        ) from None
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:
@@ -147,7 +151,9 @@ def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
         raise UserError(f"{path}: {key} is a {type(dataset).__name__.lower()}, not an array")
     if dataset.is_virtual or dataset.external:
         kind = "a virtual data set" if dataset.is_virtual else "kept in external storage"
-        raise UserError(f"{path}: {key} is {kind}, which takes its bytes from other files; copy the data itself into the file")
+        raise UserError(
+            f"{path}: {key} is {kind}, which takes its bytes from other files; copy the data itself into the file"
+        )
     if dataset.shape is None or 0 in dataset.shape or not dataset.shape:
         raise UserError(f"{path}: {key} is empty (shape {dataset.shape}); leave it out or write its rows")
     if dataset.chunks:
@@ -189,7 +195,9 @@ def _load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: in
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{path}: {key} has dtype {dataset.dtype}; labels must be integers")
     if dataset.shape not in ((rows,), (rows, 1)):
-        raise UserError(f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},)")
+        raise UserError(
+            f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},)"
+        )
     try:
         labels = dataset[()].reshape(-1)
     except OSError as error:

@@ -42,7 +42,9 @@ class ImageFolderSplit:
             try:
                 yield path.read_bytes()
             except OSError as error:
-                raise UserError(f"cannot read {path} ({error.strerror}); mend or remove the file and start again") from None
+                raise UserError(
+                    f"cannot read {path} ({error.strerror}); mend or remove the file and start again"
+                ) from None
 
     def describe(self, row: int) -> str:
         return self._path(row).decode("utf-8", "replace")
@@ -97,10 +99,14 @@ def open_imagefolder(root: Path) -> Source:
         raise UserError(f"source {str(root)!r} {what}; {LAYOUT}")
     scan = _Scan(root.resolve())
     top, _ = scan.entries(".")
-    folders = {name: [folder for folder in top if SPLIT_FOLDERS.get(folder) == name] for name in ("train", "val", "test")}
+    folders = {
+        name: [folder for folder in top if SPLIT_FOLDERS.get(folder) == name] for name in ("train", "val", "test")
+    }
     for name, found in folders.items():
         if len(found) > 1:
-            raise UserError(f"{root} has both {' and '.join(found)}, which name one split ({name}); remove or rename one")
+            raise UserError(
+                f"{root} has both {' and '.join(found)}, which name one split ({name}); remove or rename one"
+            )
     if not folders["train"]:
         raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}); {LAYOUT}")
     classes = tuple(scan.entries(folders["train"][0])[0])
@@ -119,7 +125,9 @@ def open_imagefolder(root: Path) -> Source:
     if scan.ignored:
         count, examples = len(scan.ignored), ", ".join(name.removeprefix("./") for name in scan.ignored[:3])
         print(f"note: passed over {count:,} entries that are no images, such as {examples}", file=sys.stderr)
-    return Source(kind="imagefolder", name=scan.root.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits)
+    return Source(
+        kind="imagefolder", name=scan.root.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits
+    )
 
 
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
@@ -148,7 +156,8 @@ def _list_split(
     if unknown:
         raise UserError(
             f"{scan.root / folder} has class folders that train lacks: {', '.join(unknown[:3])} ({len(unknown)} in all); "
-            "give every split the classes of train" + ("; images without labels lie in test itself" if split == "test" else "")
+            "give every split the classes of train"
+            + ("; images without labels lie in test itself" if split == "test" else "")
         )
     paths, sizes, labels = [], [], []
     for class_name in found:

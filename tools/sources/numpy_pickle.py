@@ -24,15 +24,21 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
     try:
         loaded = _Unpickler(content, file).load()
         if not isinstance(loaded, dict):
-            raise UserError(f"{file} holds a {type(loaded).__name__} where a CIFAR batch is a dict; fetch the file again")
+            raise UserError(
+                f"{file} holds a {type(loaded).__name__} where a CIFAR batch is a dict; fetch the file again"
+            )
         return {
-            key.decode() if isinstance(key, bytes) else str(key): value.to_numpy() if isinstance(value, _Array) else value
+            key.decode() if isinstance(key, bytes) else str(key): value.to_numpy()
+            if isinstance(value, _Array)
+            else value
             for key, value in loaded.items()
         }
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {str(error)[:200]}); fetch the file again") from None
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {str(error)[:200]}); fetch the file again"
+        ) from None
 
 
 class _Dtype:

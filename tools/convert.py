@@ -1,0 +1,219 @@
+"""Converts a data set into shards once, so that training reads it at full speed; also proves that shards are sound.
+
+    python tools/convert.py digits --out data/digits
+    python tools/convert.py cifar10 --download --out data/cifar10
+    python tools/convert.py hdf5 --source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96
+    python tools/convert.py imagefolder --source photos --size 224 --out data/photos
+    python tools/convert.py verify data/cifar10
+
+An interrupted conversion goes on when the same command is run again, and ends with the same bytes.
+Owns the command line; `tools/sources` reads, `pipelines/shard_writer.py` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, run_main
+from pipelines import shards
+from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
+from pipelines.shard_writer import Options, Source, write_dataset
+
+MIB = 2**20
+SHOWN_DEFECTS = 3
+SHOWN_PROBLEMS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.command == "verify":
+        print(verify(args.folder))
+        return 0
+    started = time.perf_counter()
+    options, name = build_options(args), dataset_name(args)
+    dataset = write_dataset(open_source(args), args.out, options, args.workers, name)
+    print(summary(dataset, args.out, time.perf_counter() - started))
+    return 0
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The source that the command names; imports only what reads it, since every worker process imports this file."""
+    if args.command == "digits":
+        from tools.sources.digits import open_digits
+
+        return open_digits()
+    if args.command in ("cifar10", "cifar100"):
+        from tools.sources.cifar import LAYOUTS, open_cifar
+
+        source = args.source
+        if args.download:
+            from tools.sources.download import download
+
+            source = download(LAYOUTS[args.command].archive, LAYOUTS[args.command].md5, source)
+        return open_cifar(args.command, source)
+    if args.command == "hdf5":
+        from tools.sources.hdf5 import open_hdf5
+
+        return open_hdf5(args.source, args.classes, args.max_pixels)
+    from tools.sources.imagefolder import open_imagefolder
+
+    return open_imagefolder(args.source)
+
+
+def build_options(args: argparse.Namespace) -> Options:
+    if args.encoding != "jpeg" and (args.quality is not None or args.subsampling is not None):
+        raise UserError(f"--quality and --subsampling belong to --encoding jpeg, not {args.encoding}; leave them out")
+    encoding = Encoding(
+        name=args.encoding,
+        quality=args.quality or Encoding.quality,
+        subsampling=args.subsampling or Encoding.subsampling,
+        size=args.size,
+        max_pixels=args.max_pixels,
+    )
+    return Options(encoding=encoding, shard_mib=args.shard_mib, seed=args.seed, strict=args.strict)
+
+
+def dataset_name(args: argparse.Namespace) -> str:
+    """What the shards are called: --name, or the name of the --out folder."""
+    name: str = args.name if args.name is not None else args.out.resolve().name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"the data set cannot be named {name!r}, since its shards are: pass a --name of letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
+    """What was written, one line per split, with the first few samples that could not be used."""
+    lines = []
+    splits: dict[str, dict[str, Any]] = dataset["splits"]
+    for name, split in splits.items():
+        mib = sum(shard["bytes"] for shard in split["shards"]) / MIB
+        defects = split["quarantined"]
+        lines.append(
+            f"  {name}: {split['samples']:,} samples in {_count(len(split['shards']), 'shard')}, {mib:,.1f} MiB, "
+            f"{len(defects):,} quarantined"
+        )
+        lines += [f"    {defect['name']}: {defect['reason']}" for defect in defects[:SHOWN_DEFECTS]]
+        if len(defects) > SHOWN_DEFECTS:
+            lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
+    samples = sum(split["samples"] for split in splits.values())
+    head = (
+        f"{out}: {samples:,} samples of {_count(len(dataset['classes']), 'class', 'classes')} as {dataset['encoding']}"
+    )
+    return "\n".join([f"{head}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
+
+
+def verify(folder: Path) -> str:
+    """One sentence saying that the data set is sound; raises UserError with the first problems where it is not."""
+    problems = shards.verify(folder)
+    if problems:
+        more = f" (and {len(problems) - SHOWN_PROBLEMS:,} more problems)" if len(problems) > SHOWN_PROBLEMS else ""
+        raise UserError(f"{folder} is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; convert the source again")
+    splits = shards.load_dataset(folder)["splits"].values()
+    samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
+    return f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help_text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=f"example:\n  python tools/convert.py {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    digits = command("digits", "scikit-learn's 1,797 digits as 32x32 RGB images, no download", "--out data/digits")
+    _add_options(digits, encoding="npy")
+    for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+        title = f"CIFAR-{name.removeprefix('cifar')} from its official python folder or .tar.gz"
+        cifar = command(name, title, f"--download --out data/{name}")
+        cifar.add_argument(
+            "--source",
+            type=Path,
+            default=Path("data/raw"),
+            help=f"{folder}, its .tar.gz or the folder above (%(default)s)",
+        )
+        cifar.add_argument(
+            "--download", action="store_true", help="fetch the official archive into --source if it is not there"
+        )
+        _add_options(cifar, encoding="npy")
+    hdf5 = command(
+        "hdf5",
+        "an HDF5 file with images-SPLIT and labels-SPLIT for train, val and test",
+        "--source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96",
+    )
+    hdf5.add_argument("--source", type=Path, required=True, help="the .hdf5 file")
+    hdf5.add_argument("--classes", type=Path, help="text file with one class name per line (default: 0, 1, …)")
+    _add_options(hdf5, encoding="npy")
+    imagefolder = command(
+        "imagefolder",
+        "image files in SPLIT/CLASS/ folders; JPEG files keep their bytes unless --size changes them",
+        "--source photos --size 256 --out data/photos",
+    )
+    imagefolder.add_argument("--source", type=Path, required=True, help="the folder that holds train, val and test")
+    _add_options(imagefolder, encoding="jpeg")
+    check = command("verify", "check every byte of a converted data set", "data/cifar10")
+    check.add_argument("folder", type=Path, help="the folder of the data set")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
+    count, seed = _whole_number(1), _whole_number(0)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
+    parser.add_argument("--name", help="name of the data set (default: the name of the --out folder)")
+    parser.add_argument(
+        "--encoding", choices=["npy", "jpeg"], default=encoding, help="npy: lossless pixels of one size (%(default)s)"
+    )
+    parser.add_argument("--quality", type=_whole_number(1, 100), help=f"of JPEG, 1 to 100 ({Encoding.quality})")
+    parser.add_argument("--subsampling", choices=list(SUBSAMPLINGS), help=f"of JPEG chroma ({Encoding.subsampling})")
+    parser.add_argument(
+        "--size", type=count, help="pixels of the shorter side after resizing; npy is then cropped to a square (as is)"
+    )
+    parser.add_argument("--shard-mib", type=count, default=Options.shard_mib, help="size of a shard (%(default)s)")
+    parser.add_argument("--workers", type=count, default=cores, help="processes (this process's cores: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=Options.seed, help="of the stored order of train (%(default)s)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first image that cannot be used, quarantine none"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=count,
+        default=MAX_PIXELS,
+        help="larger images are refused as decompression bombs (%(default)s)",
+    )
+
+
+def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return number
+
+    return parse
+
+
+if __name__ == "__main__":
+    run_main(main)
