@@ -125,7 +125,7 @@ def _parse(text: str, source: str, line_numbers: bool = True) -> tuple[Any, dict
         return (None if node is None else _construct(node, (), lines)), lines
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _error(f"{source}:{line}: character {error.character!r} is not allowed in YAML") from None
+        raise _error(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark and line_numbers else source
@@ -161,12 +161,12 @@ def _construct_mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPat
         key = _construct(key_node, (), {})
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(problem=f"key {_show(key)} must be text", problem_mark=key_node.start_mark)
-        dotted = ".".join((*path, key))
+        key_path = (*path, key)
         if key in values:
-            problem = f"key {dotted} is given twice (first in line {lines[(*path, key)]}); keep one"
+            problem = f"key {'.'.join(key_path)} is given twice (first in line {lines[key_path]}); keep one"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-        lines[(*path, key)] = key_node.start_mark.line + 1
-        values[key] = _construct(value_node, (*path, key), lines)
+        lines[key_path] = key_node.start_mark.line + 1
+        values[key] = _construct(value_node, key_path, lines)
     return values
 
 

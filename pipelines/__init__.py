@@ -1,0 +1,23 @@
+"""Shards, order, draws, graph, loader: from a converted data set to batches on the device. Knows no model.
+
+`from pipelines import build_train_loader, build_eval_loader` is all that a training loop of one's own needs. They are
+imported when first used, since converting a data set needs neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.build import build_eval_loader as build_eval_loader
+    from pipelines.build import build_train_loader as build_train_loader
+
+__all__ = ["build_eval_loader", "build_train_loader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
+    from pipelines import build
+
+    return getattr(build, name)

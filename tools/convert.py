@@ -24,6 +24,7 @@ from configs.errors import UserError, run_main
 from pipelines import shards
 from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
 from pipelines.shard_writer import Options, Source, write_dataset
+from pipelines.verify import verify as find_problems
 
 MIB = 2**20
 SHOWN_DEFECTS = 3
@@ -84,7 +85,8 @@ def dataset_name(args: argparse.Namespace) -> str:
     name: str = args.name if args.name is not None else args.out.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(
-            f"the data set cannot be named {name!r}, since its shards are: pass a --name of letters, digits, '.', '_' and '-'"
+            f"the data set cannot be named {name!r}, since its shards are named so: pass a --name of letters, digits, "
+            "'.', '_' and '-'"
         )
     return name
 
@@ -104,15 +106,14 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
         if len(defects) > SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
     samples = sum(split["samples"] for split in splits.values())
-    head = (
-        f"{out}: {samples:,} samples of {_count(len(dataset['classes']), 'class', 'classes')} as {dataset['encoding']}"
-    )
+    classes = _count(len(dataset["classes"]), "class", "classes")
+    head = f"{out}: {samples:,} samples of {classes} as {dataset['encoding']}"
     return "\n".join([f"{head}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
 
 
 def verify(folder: Path) -> str:
     """One sentence saying that the data set is sound; raises UserError with the first problems where it is not."""
-    problems = shards.verify(folder)
+    problems = find_problems(folder)
     if problems:
         more = f" (and {len(problems) - SHOWN_PROBLEMS:,} more problems)" if len(problems) > SHOWN_PROBLEMS else ""
         raise UserError(f"{folder} is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; convert the source again")
@@ -149,9 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
             default=Path("data/raw"),
             help=f"{folder}, its .tar.gz or the folder above (%(default)s)",
         )
-        cifar.add_argument(
-            "--download", action="store_true", help="fetch the official archive into --source if it is not there"
-        )
+        cifar.add_argument("--download", action="store_true", help="first fetch the official archive into --source")
         _add_options(cifar, encoding="npy")
     hdf5 = command(
         "hdf5",
@@ -189,14 +188,12 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     parser.add_argument("--shard-mib", type=count, default=Options.shard_mib, help="size of a shard (%(default)s)")
     parser.add_argument("--workers", type=count, default=cores, help="processes (this process's cores: %(default)s)")
     parser.add_argument("--seed", type=seed, default=Options.seed, help="of the stored order of train (%(default)s)")
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first image that cannot be used, quarantine none"
-    )
+    parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be used")
     parser.add_argument(
         "--max-pixels",
         type=count,
         default=MAX_PIXELS,
-        help="larger images are refused as decompression bombs (%(default)s)",
+        help="larger images are decompression bombs (%(default)s)",
     )
 
 

@@ -107,9 +107,7 @@ class CifarSplit:
             _, content = next(_read_files(self._path, (file,)))
             pixels, _ = _parse_batch(self._layout, content, f"{self._path}: {file}")
             if len(pixels) != self._batches[file]:
-                raise UserError(
-                    f"{self._path}: {file} changed while it was being converted; start the conversion again"
-                )
+                raise UserError(f"{self._path}: {file} changed while it was converted; start the conversion again")
             self._loaded = (file, pixels)
         return self._loaded[1]
 

@@ -1,4 +1,4 @@
-"""Fetches one official archive: to a temporary name, checked against its md5, then renamed. The only use of a network."""
+"""Fetches one official archive to a temporary name, checks its md5 and renames it. Nothing else uses the network."""
 
 from __future__ import annotations
 

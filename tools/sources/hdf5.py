@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,14 @@ class Hdf5Split:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Images start..stop, uint8 [H, W, 3]; at most `READ_BYTES` of them in memory, or one row of chunks."""
         if self._file is None:
-            self._file = _open_file(self._path)
+            with _damage_reported(str(self._path)):
+                self._file = _open_file(self._path)
         step = self._rows_per_read
         buffer = np.empty((min(step, stop - start), *self._shape[1:]), np.uint8)
         while start < stop:
             end = min((start // step + 1) * step, stop)
-            try:
+            with _damage_reported(f"{self._path}: {self._key}[{start}:{end}]"):
                 self._file[self._key].read_direct(buffer, np.s_[start:end], np.s_[: end - start])
-            except OSError as error:
-                raise UserError(
-                    f"{self._path}: rows {start} to {end - 1} of {self._key} cannot be read ({_reason(error)}); "
-                    "the file is damaged, or needs an HDF5 filter that is not installed"
-                ) from None
             for row in buffer[: end - start]:
                 yield _channels_last(row) if self._channels_first else row.copy()
             start = end
@@ -78,19 +75,9 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     names = load_class_names(classes_file) if classes_file else None
     digest = hashlib.sha256()
     splits: dict[str, SplitSource] = {}
-    with _open_file(path) as file:
-        keys = set(file)
-        missing = [key for key in ("images-train", "labels-train") if key not in keys]
-        missing += ["labels-val"] if "images-val" in keys and "labels-val" not in keys else []
-        missing += [
-            f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys and f"images-{name}" not in keys
-        ]
-        if missing:
-            raise UserError(
-                f"{path} lacks {', '.join(missing)}: it has {', '.join(sorted(keys)) or 'no keys'}, and images-SPLIT and "
-                "labels-SPLIT are needed for train and, where they exist, val and test (labels-test may be missing)"
-            )
-        highest = -1
+    with _damage_reported(str(path)), _open_file(path) as file:
+        keys = {str(key) for key in file}
+        _check_keys(path, keys)
         for name in ("train", "val", "test"):
             if f"images-{name}" in keys:
                 images = _checked_dataset(path, file, f"images-{name}")
@@ -99,12 +86,25 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
                 if f"labels-{name}" in keys:
                     labels = _load_labels(path, file, name, len(images), len(names) if names else None)
                 split = Hdf5Split(path, images, labels, channels_first)
-                splits[name] = split
-                highest = max(highest, -1 if labels is None else int(labels.max()))
                 _update_digest(digest, name, split, images)
+                splits[name] = split
+    highest = max(int(split.labels.max()) for split in splits.values() if split.labels is not None)
     classes = names or tuple(str(label) for label in range(highest + 1))
     digest.update("\n".join(classes).encode())
     return Source(kind="hdf5", name=path.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits)
+
+
+def _check_keys(path: Path, keys: set[str]) -> None:
+    """Train needs images and labels, val and test need both as soon as one exists; labels-test may be missing."""
+    needed = ["images-train", "labels-train"]
+    needed += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys]
+    needed += ["labels-val"] if "images-val" in keys else []
+    missing = [key for key in needed if key not in keys]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(keys)) or 'no keys'}, and needs images-SPLIT "
+            "and labels-SPLIT for train, likewise for val and test where they exist (labels-test may be missing)"
+        )
 
 
 def load_class_names(file: Path) -> tuple[str, ...]:
@@ -112,9 +112,7 @@ def load_class_names(file: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read class names from {file} ({error}); it must be UTF-8 text, one name per line"
-        ) from None
+        raise UserError(f"cannot read class names from {file} ({error}); write UTF-8 text, a name per line") from None
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:
@@ -124,18 +122,20 @@ def load_class_names(file: Path) -> tuple[str, ...]:
 
 
 def _open_file(path: Path) -> h5py.File:
+    return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
+
+
+@contextmanager
+def _damage_reported(what: str) -> Iterator[None]:
+    """HDF5's errors as one sentence; on damaged bytes it raises any of these."""
     try:
-        return h5py.File(path, "r", locking="best-effort")
-    except OSError as error:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot open {path} as HDF5 ({_reason(error)}); if it was copied or downloaded, compare its size with the "
-            "original's and fetch it again"
+            f"cannot read {what} as HDF5 ({reason}); the file is truncated, damaged or of another format, or needs an "
+            "HDF5 filter that is not installed: compare its size with the original's and fetch it again"
         ) from None
-
-
-def _reason(error: OSError) -> str:
-    """What HDF5 says, on one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
@@ -163,8 +163,8 @@ def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
         expected, written, unit = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size(), "bytes"
     if written < expected:
         raise UserError(
-            f"{path}: {expected - written:,} of {expected:,} {unit} of {key} were never written and would read as zeros; "
-            "finish writing the file or fetch it again"
+            f"{path}: {expected - written:,} of {expected:,} {unit} of {key} were never written and would read as "
+            "zeros; finish writing the file or fetch it again"
         )
     return dataset
 
@@ -178,8 +178,8 @@ def _is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> boo
         raise UserError(f"{path}: {key} has shape {shape}; allowed are (N, 3, H, W) and (N, H, W, 3)")
     if shape[1] == shape[3] == 3:
         raise UserError(
-            f"{path}: {key} has shape {shape}, which may be (N, 3, H, W) as well as (N, H, W, 3); images of 3 pixels a side "
-            "cannot be told apart: enlarge them"
+            f"{path}: {key} has shape {shape}, which may be (N, 3, H, W) as well as (N, H, W, 3); a side "
+            "of 3 pixels cannot be told from the channels: enlarge the images"
         )
     channels_first = bool(shape[1] == 3)
     height, width = shape[2:] if channels_first else shape[1:3]
@@ -198,10 +198,7 @@ def _load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: in
         raise UserError(
             f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},)"
         )
-    try:
-        labels = dataset[()].reshape(-1)
-    except OSError as error:
-        raise UserError(f"{path}: {key} cannot be read ({_reason(error)}); the file is damaged") from None
+    labels = dataset[()].reshape(-1)
     if split == "test" and labels.dtype.kind == "i" and (labels == -1).all():
         return None
     limit = classes if classes is not None else MAX_CLASSES
@@ -210,8 +207,8 @@ def _load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: in
         row = int(np.argmax(wrong))
         source = "the class names" if classes is not None else "a list of class names (--classes)"
         raise UserError(
-            f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} do "
-            f"not): mend the labels or {source}"
+            f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} "
+            f"do not): mend the labels or {source}"
         )
     return labels.astype(np.int64)
 

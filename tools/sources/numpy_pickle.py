@@ -25,20 +25,16 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
         loaded = _Unpickler(content, file).load()
         if not isinstance(loaded, dict):
             raise UserError(
-                f"{file} holds a {type(loaded).__name__} where a CIFAR batch is a dict; fetch the file again"
+                f"{file} holds a {type(loaded).__name__}, but a CIFAR batch is a dict; fetch the file again"
             )
-        return {
-            key.decode() if isinstance(key, bytes) else str(key): value.to_numpy()
-            if isinstance(value, _Array)
-            else value
-            for key, value in loaded.items()
-        }
+        keys = [key.decode() if isinstance(key, bytes) else str(key) for key in loaded]
+        values = [value.to_numpy() if isinstance(value, _Array) else value for value in loaded.values()]
+        return dict(zip(keys, values, strict=True))
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {str(error)[:200]}); fetch the file again"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{file} is damaged ({reason}); fetch the file again") from None
 
 
 class _Dtype:

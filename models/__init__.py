@@ -1,0 +1,94 @@
+"""The models by name, and raw pixels in front of them; must not import pipelines or train.
+
+A model takes normalised floats; built with a mean and a std it takes uint8 and normalises them itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from configs.errors import UserError
+from models.alexnet import AlexNet
+from models.from_timm import build_timm_model
+from models.image_size import check_image_size
+from models.lenet import LeNet
+from models.normalize import Normalize, PixelClassifier
+from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+
+__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "available", "build_model"]
+
+MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet]] = {
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+}
+
+
+def available() -> list[str]:
+    """The built-in models' names, sorted; `timm/NAME` is accepted beside them for every model of timm."""
+    return sorted(MODELS)
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    drop_rate: float | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model: images [B, 3, H, W] -> logits float [B, num_classes].
+
+    Without mean and std the plain network, which takes normalised floats; with both (three numbers each, of pixel values
+    in 0..1) a `PixelClassifier`, which takes uint8. `image_size` (pixels, square) is checked, and is passed on to timm
+    models that are built for one size; None checks nothing. `drop_rate` None keeps the model's default. `kwargs` go to
+    the constructor. Raises `UserError` for a name, size or argument that the model does not take.
+    """
+    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument}={value} is not a positive whole number")
+    if drop_rate is not None and not 0 <= drop_rate < 1:
+        raise UserError(f"drop_rate={drop_rate} is not a probability from 0 up to, not including, 1")
+    if (mean is None) != (std is None):
+        raise UserError(f"mean={mean} and std={std} must be given together, or neither")
+
+    if name.startswith("timm/"):
+        network = build_timm_model(
+            name.removeprefix("timm/"), num_classes, image_size=image_size, drop_rate=drop_rate, **kwargs
+        )
+    else:
+        network = build_own_model(name, num_classes, image_size, drop_rate, kwargs)
+    if mean is None or std is None:
+        return network
+    return PixelClassifier(Normalize(mean, std), network)
+
+
+def build_own_model(
+    name: str, num_classes: int, image_size: int | None, drop_rate: float | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    """One of `available()`; see `build_model`."""
+    if name not in MODELS:
+        raise UserError(f"model {name!r} is unknown; use one of {', '.join(available())}, or timm/NAME for timm's NAME")
+    constructor = MODELS[name]
+    options = [option for option in inspect.signature(constructor).parameters if option != "num_classes"]
+    if drop_rate is not None and "drop_rate" in options:
+        kwargs = {**kwargs, "drop_rate": drop_rate}
+    elif drop_rate:
+        raise UserError(f"drop_rate={drop_rate} cannot be applied: model {name!r} has no dropout; leave it out or use 0")
+    for argument, value in kwargs.items():
+        if argument not in options:
+            raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")
+    network = constructor(num_classes, **kwargs)
+    if image_size is not None:
+        check_image_size(name, image_size, image_size, network.smallest_image_size, network.largest_image_size)
+    return network

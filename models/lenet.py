@@ -1,0 +1,48 @@
+"""LeNet, the homework's edition for colour images: average pooling and sigmoids, one linear output layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.image_size import check_image_size
+
+
+class LeNet(nn.Module):
+    """images: float [B, 3, H, W], sides 32..35 -> logits [B, num_classes]. 83,126 parameters with 10 classes.
+
+    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998
+    (before arXiv), without its sparse connections, scaled tanh and RBF output. Shapes at 32x32:
+    conv1 [6, 32, 32] -> pool [6, 16, 16] -> conv2 [16, 12, 12] -> pool [16, 6, 6] -> 576 -> 120 -> 84 -> num_classes.
+    """
+
+    # Outside of these, the second pooling does not end at 6x6, which fc1's 576 inputs need.
+    smallest_image_size = 32
+    largest_image_size: int | None = 35
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, kernel_size=5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
+        self.pool = nn.AvgPool2d(2)
+        self.fc1 = nn.Linear(16 * 6 * 6, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform with gain 4 and zero biases: a sigmoid's slope is at most 1/4, so torch's default, made for
+        ReLU, shrinks the signal and the gradient about tenfold per layer, and training starts on a plateau
+        (Glorot and Bengio, AISTATS 2010). No sigmoid follows the last layer, so its gain is 1."""
+        for layer in (self.conv1, self.conv2, self.fc1, self.fc2, self.fc3):
+            nn.init.xavier_uniform_(layer.weight, gain=1.0 if layer is self.fc3 else 4.0)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_image_size("LeNet", images.shape[2], images.shape[3], self.smallest_image_size, self.largest_image_size)
+        features = self.pool(torch.sigmoid(self.conv1(images)))
+        features = self.pool(torch.sigmoid(self.conv2(features)))
+        features = torch.sigmoid(self.fc1(features.flatten(1)))
+        features = torch.sigmoid(self.fc2(features))
+        logits: Tensor = self.fc3(features)
+        return logits

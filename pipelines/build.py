@@ -1,0 +1,203 @@
+"""Puts loaders together: which order, draws, source and graph a split needs, from its section of the config."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+
+from configs.errors import UserError
+from configs.schema import AugConfig, DataConfig, EvalConfig
+from pipelines import draws, graph, order
+from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
+from pipelines.loader import IN_FLIGHT, GraphRunner, Loader, PlainRunner, Runner, Work
+from pipelines.shards import Split, open_split
+
+
+def build_train_loader(
+    data: DataConfig,
+    aug: AugConfig | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    local_world_size: int | None = None,
+    accumulation_steps: int = 1,
+) -> Loader:
+    """A loader of `data.train_split`: shuffled, augmented, in whole batches of `data.batch_size` per rank.
+
+    device: None takes the current GPU, or the CPU where there is none. local_world_size: ranks on this machine, which
+    share its cores; None: all of them. len(loader) is a multiple of accumulation_steps.
+    """
+    aug = aug or AugConfig()
+    split = open_split(data.path, data.train_split)
+    where = _device(device)
+    size = _image_size(data, split)
+    steps = order.steps_per_epoch(len(split), data.batch_size, world_size, accumulation_steps)
+    if steps == 0:
+        most = len(split) // (world_size * accumulation_steps)
+        raise UserError(
+            f"data.batch_size={data.batch_size} exceeds the {most} samples per rank of split {split.name!r} "
+            f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
+            f"use at most {most}"
+        )
+
+    @lru_cache(maxsize=1)
+    def epoch_order(epoch: int) -> np.ndarray:
+        if data.order == "random":
+            return order.permutation(len(split), seed, epoch)
+        return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+
+    def schedule(epoch: int, step: int) -> Work:
+        indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
+        return Work(indices, _train_draws(aug, split, indices, seed, epoch))
+
+    untouched = split.image_shape == (size, size, 3) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
+
+    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+        return graph.train_graph(stored, machine, aug, size, data.interpolation)
+
+    return _build(split, data, data.batch_size, schedule, steps, steps * data.batch_size, where,
+                  None if untouched else build_graph, local_world_size or world_size, repeats=False)  # fmt: skip
+
+
+def build_eval_loader(
+    data: DataConfig,
+    evaluation: EvalConfig | None = None,
+    *,
+    split: str | None = None,
+    device: torch.device | str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    local_world_size: int | None = None,
+) -> Loader:
+    """A loader of `split` (None: data.val_split) in stored order: this rank's contiguous piece, every sample once.
+
+    Ranks may have different numbers of batches and the last one may be smaller; each iteration starts anew.
+    """
+    evaluation = evaluation or EvalConfig()
+    opened = open_split(data.path, split or data.val_split)
+    where = _device(device)
+    size = _image_size(data, opened)
+    batch_size = evaluation.batch_size or data.batch_size
+    start, stop = order.eval_range(len(opened), rank, world_size)
+
+    def schedule(epoch: int, step: int) -> Work:
+        begin = start + step * batch_size
+        return Work(np.arange(begin, min(begin + batch_size, stop)), {})
+
+    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+        return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
+
+    untouched = opened.image_shape == (size, size, 3) and round(size / evaluation.crop_fraction) == size
+    return _build(opened, data, batch_size, schedule, -(-(stop - start) // batch_size), stop - start, where,
+                  None if untouched else build_graph, local_world_size or world_size, repeats=True)  # fmt: skip
+
+
+def _build(split, data, batch_size, schedule, steps, samples, device, build_graph, ranks, *, repeats) -> Loader:  # type: ignore[no-untyped-def]
+    on_gpu = device.type == "cuda"
+    resident = _placed_on_device(data, split, device)
+    plain = build_graph is None and split.encoding == "npy"
+    slots = data.prefetch + IN_FLIGHT + 1
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    source: Source
+    if split.encoding != "npy":
+        source = MappedFiles(split)
+    elif resident and on_gpu:
+        source = DevicePixels(load_resident(split, device), split.image_shape, batch_size, slots)
+    else:
+        view, rows = split.pixel_rows()
+        pixels = torch.from_numpy(view)
+        if resident:
+            pixels, rows = load_resident(split, device), np.arange(len(split))
+        handed_out = plain and not on_gpu
+        source = HostPixels(
+            pixels, rows, split.image_shape, batch_size, slots, pinned=on_gpu, handed_out=handed_out
+        )
+    runner: Runner
+    if plain:
+        runner = PlainRunner(device, stream)
+    else:
+        stored = graph.Stored(split.encoding, split.image_shape, resident)
+        device_id = torch.cuda.current_device() if on_gpu and device.index is None else device.index
+        machine = graph.Machine(
+            device_id if on_gpu else None, batch_size, data.threads or default_threads(ranks), data.hw_decoder_load
+        )
+        runner = GraphRunner(build_graph(stored, machine), device, stream)
+    return Loader(
+        steps=steps,
+        samples=samples,
+        schedule=schedule,
+        labels=split.labels,
+        source=source,
+        runner=runner,
+        slots=slots,
+        device=device,
+        gather_stream=stream,
+        repeats=repeats,
+    )
+
+
+def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:
+    """The inputs of `graph.train_graph` for these samples; pipelines.draws says what each means."""
+    feeds: dict[str, np.ndarray] = {}
+    flips = draws.flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
+    if aug.crop == "random-resized":
+        heights, widths = split.heights[indices], split.widths[indices]
+        boxes = draws.random_resized_crops(indices, seed, epoch, heights, widths, aug.scale, aug.ratio)
+        start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
+        if flips is not None:
+            mirrored = flips == 1
+            start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
+        feeds |= {"crop_start": start, "crop_end": end}
+    else:
+        if aug.crop == "pad":
+            feeds["offset"] = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+        if flips is not None:
+            feeds["flip"] = flips
+    if graph.jitters(aug):
+        jitter = aug.color_jitter
+        factors = draws.jitter_factors(
+            indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        )
+        feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
+    return feeds
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def default_threads(ranks: int) -> int:
+    """DALI CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _image_size(data: DataConfig, split: Split) -> int:
+    if data.image_size is not None:
+        return data.image_size
+    shape = split.image_shape
+    if shape is None or shape[0] != shape[1]:
+        stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
+        raise UserError(f"data.image_size is not set, but {data.path} stores {stored}; set it to the side to train at")
+    return shape[0]
+
+
+def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
+    if data.placement == "auto":
+        return resident_fits(split, device)
+    if data.placement == "device" and split.encoding != "npy":
+        raise UserError(
+            f"data.placement=device keeps raw pixels, but {data.path} stores {split.encoding}; "
+            "use data.placement=host or convert with --encoding npy"
+        )
+    return data.placement == "device"

@@ -1,0 +1,100 @@
+"""Where the bytes of a batch come from: mapped files, or the whole split in memory. Knows indices, not order or draws.
+
+Each source fills one of a few slots, buffers that are reused: fresh memory for every batch would cost more in page
+faults than the copy itself. `fill` runs in the loader's background thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipelines.shards import Split
+
+
+class Source(Protocol):
+    """Fills a slot with the samples of a batch."""
+
+    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor | list[np.ndarray]:
+        """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot."""
+        ...
+
+
+class HostPixels:
+    """Rows of pixels in host memory (the map of all npy shards): a batch is one index_select.
+
+    pinned: slots that a GPU can copy from. handed_out: batches go to the user as they are, so a slot that the user
+    still holds is replaced instead of overwritten.
+    """
+
+    def __init__(self, pixels: torch.Tensor, rows: np.ndarray, shape: tuple[int, int, int], batch_size: int, slots: int,
+                 *, pinned: bool = False, handed_out: bool = False) -> None:  # fmt: skip
+        self._pixels, self._rows, self._shape = pixels, rows, shape
+        self._batch_size, self._pinned, self._handed_out = batch_size, pinned, handed_out
+        self._slots = [self._new_slot() for _ in range(slots)]
+        self._references_when_idle = self._references(0)
+
+    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3]"""
+        if self._handed_out and self._references(slot) > self._references_when_idle:
+            self._slots[slot] = self._new_slot()
+        out = torch.from_numpy(self._slots[slot])[: len(indices)]
+        torch.index_select(self._pixels, 0, torch.from_numpy(self._rows[indices]), out=out)
+        return out.view(len(indices), *self._shape)
+
+    def _references(self, slot: int) -> int:
+        """Every tensor that shares a slot's memory keeps a reference to its NumPy array."""
+        return sys.getrefcount(self._slots[slot])
+
+    def _new_slot(self) -> np.ndarray:
+        buffer = torch.empty((self._batch_size, self._pixels.shape[1]), dtype=torch.uint8, pin_memory=self._pinned)
+        return buffer.fill_(0).numpy()  # touched now, so that no batch pays for the page faults
+
+
+class DevicePixels:
+    """The whole split in GPU memory: a batch is gathered there and never crosses the bus."""
+
+    def __init__(self, pixels: torch.Tensor, shape: tuple[int, int, int], batch_size: int, slots: int) -> None:
+        self._pixels, self._shape = pixels, shape
+        self._slots = [pixels.new_empty((batch_size, pixels.shape[1])) for _ in range(slots)]
+
+    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3], written on the current stream."""
+        out = self._slots[slot][: len(indices)]
+        torch.index_select(self._pixels, 0, torch.from_numpy(indices).to(out.device), out=out)
+        return out.view(len(indices), *self._shape)
+
+
+class MappedFiles:
+    """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
+
+    def __init__(self, split: Split) -> None:
+        self._content, self._address, self._size = split.content, split.address, split.size
+
+    def fill(self, slot: int, indices: np.ndarray) -> list[np.ndarray]:
+        """B arrays uint8 [bytes]."""
+        del slot
+        begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
+        return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+
+
+def load_resident(split: Split, device: torch.device) -> torch.Tensor:
+    """All images of an npy split in the device's memory: uint8 [samples, H * W * 3]."""
+    view, rows = split.pixel_rows()
+    mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
+    pixels = torch.empty((len(rows), view.shape[1]), dtype=torch.uint8, device=device)
+    chunk = max(1, 2**28 // view.shape[1])
+    for start in range(0, len(rows), chunk):
+        pixels[start : start + chunk].copy_(mapped.index_select(0, order[start : start + chunk]))
+    return pixels
+
+
+def resident_fits(split: Split, device: torch.device) -> bool:
+    """Whether placement auto keeps the split in GPU memory: npy, and at most half of what is free now."""
+    if device.type != "cuda" or split.encoding != "npy" or split.image_shape is None:
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return len(split) * int(np.prod(split.image_shape)) <= free // 2

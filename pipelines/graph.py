@@ -1,0 +1,127 @@
+"""The DALI graphs, training and evaluation: the only place that knows DALI operators.
+
+A graph holds no state and no random operator: image bytes and draws arrive together as inputs, so a batch is a pure
+function of what is fed. Output: uint8 [B, H, W, 3] on the device, and the labels. Normalisation belongs to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nvidia.dali import fn, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+
+from configs.schema import AugConfig
+
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the graph is fed."""
+
+    encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
+    image_shape: tuple[int, int, int] | None  # of every stored image, where they have one shape
+    resident: bool  # npy only: batches arrive in GPU memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how the graph runs."""
+
+    device_id: int | None  # None: the CPU
+    batch_size: int
+    threads: int
+    hw_decoder_load: float
+
+
+def jitters(aug: AugConfig) -> bool:
+    """Whether any colour jitter is asked for."""
+    return any(getattr(aug.color_jitter, name) > 0 for name in JITTERS)
+
+
+def train_graph(stored: Stored, machine: Machine, aug: AugConfig, size: int, interpolation: str) -> Pipeline:
+    """Inputs `images`, `labels` and, as `aug` asks, `crop_start`, `crop_end`, `offset`, `flip` and the JITTERS."""
+
+    def define() -> DataNode:
+        images = _decoded(stored, machine)
+        if aug.crop == "random-resized":
+            # The resampler mirrors for free: a region that ends left of where it starts comes out flipped.
+            region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
+            images = _resized(images, size, interpolation, **region)
+        else:
+            if stored.image_shape is None or stored.image_shape[:2] != (size, size):
+                images = _resized(images, size, interpolation)
+            if aug.crop == "pad":
+                images = fn.slice(
+                    images, start=_input("offset"), shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad"
+                )
+            if aug.flip > 0:
+                images = fn.flip(images, horizontal=_input("flip"))
+        return _jittered(images) if jitters(aug) else images
+
+    return _pipeline(machine, define)
+
+
+def eval_graph(stored: Stored, machine: Machine, size: int, crop_fraction: float, interpolation: str) -> Pipeline:
+    """Inputs `images`, `labels`: shorter side to size / crop_fraction, then the central size x size crop."""
+    shorter = round(size / crop_fraction)
+
+    def define() -> DataNode:
+        images = _decoded(stored, machine)
+        if stored.image_shape is None or min(stored.image_shape[:2]) != shorter:
+            images = fn.resize(images, resize_shorter=shorter, interp_type=INTERPOLATIONS[interpolation])
+        if stored.image_shape is None or shorter != size or stored.image_shape[0] != stored.image_shape[1]:
+            images = fn.crop(images, crop=(size, size), rounding="truncate")
+        return images
+
+    return _pipeline(machine, define)
+
+
+def _pipeline(machine: Machine, define: Callable[[], DataNode]) -> Pipeline:
+    # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
+    pipeline = Pipeline(
+        batch_size=machine.batch_size,
+        num_threads=machine.threads,
+        device_id=machine.device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        images = define()
+        labels = fn.external_source(name="labels")
+        if machine.device_id is not None:
+            labels = labels.gpu()
+        pipeline.set_outputs(images, labels)
+    pipeline.build()
+    return pipeline
+
+
+def _input(name: str) -> DataNode:
+    return fn.external_source(name=name)
+
+
+def _decoded(stored: Stored, machine: Machine) -> DataNode:
+    """Pixels on the device; fed buffers are not copied, the loader keeps them alive while DALI reads them."""
+    on_gpu = machine.device_id is not None
+    if stored.encoding == "jpeg":
+        files = fn.external_source(name="images", no_copy=True)
+        device, options = ("mixed", {"hw_decoder_load": machine.hw_decoder_load}) if on_gpu else ("cpu", {})
+        # Orientation tags are ignored, as torchvision and timm do, so that a JPEG and its npy conversion agree.
+        return fn.decoders.image(files, device=device, output_type=types.RGB, adjust_orientation=False, **options)
+    if stored.resident and on_gpu:
+        return fn.external_source(name="images", device="gpu", layout="HWC")
+    images = fn.external_source(name="images", layout="HWC", no_copy=True)
+    return images.gpu() if on_gpu else images
+
+
+def _resized(images: DataNode, size: int, interpolation: str, **region: DataNode) -> DataNode:
+    return fn.resize(images, size=[size, size], interp_type=INTERPOLATIONS[interpolation], **region)
+
+
+def _jittered(images: DataNode) -> DataNode:
+    """Brightness, contrast (about mid-grey) and saturation by a factor, hue by degrees; one draw of each per sample."""
+    return fn.color_twist(images, **{name: _input(name) for name in JITTERS})

@@ -1,0 +1,356 @@
+"""Claims about settings, their loading and their errors. A config file is written to `tmp_path`; no data is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from configs.errors import UserError
+from configs.load import load_config, to_yaml
+from configs.schema import Config, documentation, is_section, walk
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+MINIMAL = "data: {path: data/x}\nmodel: {name: lenet}\n"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a config file of the required fields and some more text."""
+
+    def write_file(text: str = "", name: str = "run.yaml", head: str = MINIMAL) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(head + text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def error_of(path: Path, *overrides: str, **replacements: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides, **replacements)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    return message
+
+
+# Values
+
+
+def test_defaults_fill_all_but_the_data_path_and_the_model_name(write: Write) -> None:
+    assert load_config(write()) == Config.model_validate(
+        {"data": {"path": "data/x"}, "model": {"name": "lenet"}, "name": "run"}
+    )
+
+
+@pytest.mark.parametrize(("text", "lr"), [("3e-4", 3e-4), ("1e-3", 1e-3), ("1E2", 100.0), (".5", 0.5), ("1", 1.0)])
+def test_numbers_in_scientific_notation_are_floats(write: Write, text: str, lr: float) -> None:
+    config = load_config(write(f"train: {{lr: {text}}}"))
+    assert config.train.lr == lr
+    assert isinstance(config.train.lr, float)
+
+
+@pytest.mark.parametrize("text", ["(0.9, 0.95)", "[0.9, 0.95]", "( 9e-1,0.95 )"])
+def test_a_pair_may_stand_in_parentheses_or_brackets(write: Write, text: str) -> None:
+    assert load_config(write(f"train:\n  optimizer:\n    betas: {text}")).train.optimizer.betas == (0.9, 0.95)
+    assert load_config(write(), [f"train.optimizer.betas={text}"]).train.optimizer.betas == (0.9, 0.95)
+
+
+def test_off_is_text_and_not_a_boolean(write: Write) -> None:
+    assert load_config(write("train: {amp: off, compile: off}")).train.amp == "off"
+
+
+def test_one_color_jitter_number_sets_brightness_contrast_and_saturation(write: Write) -> None:
+    jitter = load_config(write("aug: {color_jitter: 0.4}")).aug.color_jitter
+    assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.4, 0.4, 0.4, 0.0)
+
+
+def test_a_hue_is_added_to_the_one_color_jitter_number(write: Write) -> None:
+    jitter = load_config(write("aug: {color_jitter: 0.4}"), ["aug.color_jitter.hue=0.1"]).aug.color_jitter
+    assert (jitter.brightness, jitter.hue) == (0.4, 0.1)
+
+
+def test_the_name_defaults_to_the_stem_of_the_file(write: Write) -> None:
+    assert load_config(write(name="my.run.yaml")).name == "my.run"
+    assert load_config(write("name: other")).name == "other"
+
+
+def test_a_config_is_frozen(write: Write) -> None:
+    config = load_config(write())
+    with pytest.raises(ValidationError):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.train.optimizer.eps = 1.0  # type: ignore[misc]
+
+
+# Errors
+
+
+def test_a_missing_field_is_named_with_its_meaning(write: Write) -> None:
+    message = error_of(write("data: {batch_size: 2}\nmodel: {name: lenet}", head=""))
+    assert re.search(r"run\.yaml:1: data\.path is missing: Folder of the converted", message)
+
+
+def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Write) -> None:
+    message = error_of(write("train:\n  lr: 0.1\n  epoch: 5"))
+    assert re.search(
+        r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs\? allowed in train: ", message
+    )
+    assert all(key in message for key in ("warmup_lr", "accumulation_steps"))
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("lr", "train.lr"),
+        ("train.optimizer.lr", "train.lr"),
+        ("train.batch_size", "data.batch_size"),
+        ("TRAIN", "train"),
+    ],
+)
+def test_a_key_in_the_wrong_section_or_in_capitals_finds_its_place(write: Write, key: str, known: str) -> None:
+    assert f"did you mean {known}" in error_of(write(), f"{key}=3")
+
+
+def test_a_misspelt_required_key_is_reported_before_the_missing_one(write: Write) -> None:
+    message = error_of(write("data: {pth: x}\nmodel: {name: y}", head=""))
+    assert "data.pth" in message
+    assert message.endswith("(and 1 more error)")
+
+
+def test_several_errors_become_one_line_with_a_count(write: Write) -> None:
+    assert error_of(write("train: {epochs: 0, lr: -1, amp: fast}")).endswith("(and 2 more errors)")
+
+
+@pytest.mark.parametrize(
+    ("override", "requirement"),
+    [
+        ("train.epochs=0", "greater than or equal to 1"),
+        ("train.epochs=5.0", "a valid integer"),
+        ("train.epochs=true", "a valid integer"),
+        ("train.epochs={a: 1}", "a valid integer"),
+        ("train.channels_last=1", "a valid boolean"),
+        ("train.lr=fast", "a valid number"),
+        ("train.lr=1e999", "a finite number"),
+        ("train.clip_grad_norm=0", "greater than 0 or null"),
+        ("train.amp=fp8", "must be 'auto', 'bf16', 'fp16' or 'off'"),
+        ("train.min_lr=1", "must not exceed train.lr=0.001"),
+        ("train.warmup_lr=1", "must not exceed train.lr=0.001"),
+        ("train.warmup_epochs=11", "must not exceed train.epochs=10"),
+        ("train.optimizer.betas=[0.9]", "two numbers"),
+        ("train.optimizer.betas=[0.9, 1]", "below 1"),
+        ("train.optimizer={name: sgd, momentum: 0}", "above 0 with nesterov"),
+        ("train=5", "must be a section; allowed in train: epochs, "),
+        ("data.prefetch=17", "less than or equal to 16"),
+        ("data.path=", "a valid string"),
+        ("data.image_size=big", "a valid integer or null"),
+        ("aug.scale=[0.5, 0.2]", "ascending order"),
+        ("aug.scale=[0, 1]", "positive"),
+        ("aug.scale=[0.5, 1.5]", "must not exceed 1"),
+        ("aug.ratio=[2, 1]", "ascending order"),
+        ("aug.color_jitter=strong", "one number or a section"),
+        ("aug.color_jitter=-0.1", "greater than or equal to 0"),
+        ("aug.color_jitter.hue=0.6", "less than or equal to 0.5"),
+        ("model.drop_rate=1", "less than 1"),
+        ("eval.crop_fraction=0", "greater than 0"),
+        ("log.wandb.tags=a", "a list"),
+        ("name=a/b", "plain file name"),
+        ("name=..", "plain file name"),
+        ("name=5", 'quote it: "5"'),
+    ],
+)
+def test_a_value_out_of_range_names_key_value_and_what_is_allowed(
+    write: Write, override: str, requirement: str
+) -> None:
+    message = error_of(write(), override)
+    assert message.startswith("--opts: " + re.split("[={]", override)[0])
+    assert requirement in message
+
+
+def test_a_bad_value_names_the_layer_that_it_came_from(write: Write) -> None:
+    write("train:\n  epochs: 0", "base.yaml", head="")
+    child = write("base: base.yaml\nseed: 1")
+    assert "base.yaml:2: train.epochs=0" in error_of(child)
+    assert error_of(child, "train.epochs=-1").startswith("--opts: train.epochs=-1")
+    assert error_of(child, train={"epochs": -2}).startswith("argument: train.epochs=-2")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n  lr: 1\n  lr: 2", ":3: key train.lr is given twice (first in line 2)"),
+        ("{a: 1, a: 2}", ":1: key a is given twice"),
+        ("seed: &x 1\nname: *x", ":2: aliases are not supported"),
+        ("seed: !!python/object/apply:os.getcwd []", ":1: tag tag:yaml.org,2002:python/object/apply:os.getcwd is not"),
+        ("name: !!binary aGk=", ":1: tag tag:yaml.org,2002:binary is not allowed"),
+        ("1: a", ":1: key 1 must be text"),
+        ("[a]: b", ':1: key ["a"] must be text'),
+        ("seed: 1\nname: [1", ":2: while parsing a flow sequence"),
+        ("seed: 1\n--- 2", ":2: expected a single document"),
+        ("seed: 1\nname: \x01", ":2: character U+0001 is not allowed"),
+        ('name: "\\U99999999"', " is not valid YAML"),
+        ("[" * 5000, ": nested too deeply"),
+        ("- 1", " holds [1], but a config is a mapping"),
+        ("train.epochs: 5", ":1: train.epochs=5 is unknown; a file nests sections"),
+    ],
+)
+def test_a_malformed_file_is_named_with_the_line(write: Write, text: str, expected: str) -> None:
+    assert f"run.yaml{expected}" in error_of(write(text, head=""))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "none.yaml cannot be read (No such file" in error_of(tmp_path / "none.yaml")
+    assert "cannot be read (Is a directory)" in error_of(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    assert "latin.yaml is not a UTF-8 text file" in error_of(tmp_path / "latin.yaml")
+
+
+# Inheritance
+
+
+def test_bases_are_merged_deeply_and_later_ones_win(write: Write) -> None:
+    write("train: {lr: 0.1, epochs: 1, optimizer: {eps: 1e-6}}", "one.yaml")
+    write("train: {lr: 0.2, optimizer: {betas: [0.8, 0.9]}}", "two.yaml", head="")
+    config = load_config(write("base: [one.yaml, two.yaml]\ntrain: {epochs: 3}", head=""))
+    assert (config.train.lr, config.train.epochs) == (0.2, 3)
+    assert (config.train.optimizer.eps, config.train.optimizer.betas) == (1e-6, (0.8, 0.9))
+
+
+def test_a_base_is_relative_to_the_file_and_may_have_a_base(write: Write) -> None:
+    write("seed: 7", "root.yaml")
+    write("base: ../root.yaml", "folder/middle.yaml", head="")
+    assert load_config(write("base: folder/middle.yaml", head="")).seed == 7
+
+
+def test_two_bases_may_share_a_base(write: Write) -> None:
+    write("seed: 7", "root.yaml")
+    write("base: root.yaml", "one.yaml", head="")
+    write("base: root.yaml", "two.yaml", head="")
+    assert load_config(write("base: [one.yaml, two.yaml]", head="")).seed == 7
+
+
+def test_a_cycle_of_bases_is_an_error_that_shows_the_path(write: Write) -> None:
+    write("base: run.yaml", "other.yaml")
+    assert re.search(r"is a cycle \(.*run\.yaml -> .*other\.yaml -> .*run\.yaml\)", error_of(write("base: other.yaml")))
+    assert "is a cycle" in error_of(write("base: self.yaml", "self.yaml"))
+
+
+def test_a_missing_base_names_both_files(write: Write) -> None:
+    assert re.search(r"run\.yaml: base .*none\.yaml cannot be read", error_of(write("base: none.yaml")))
+
+
+def test_a_base_of_another_type_is_an_error(write: Write) -> None:
+    assert "run.yaml:3: base=5 must be a file name or a list" in error_of(write("base: 5"))
+
+
+# Overrides
+
+
+def test_overrides_take_both_forms_in_one_list_and_the_last_wins(write: Write) -> None:
+    overrides = ["train.epochs=5", "train.lr", "3e-4", "data.path", "a=b", "train.epochs", "6", "log.wandb.tags=[a, b]"]
+    config = load_config(write("train: {epochs: 4}"), overrides)
+    assert (config.train.epochs, config.train.lr, config.data.path) == (6, 3e-4, "a=b")
+    assert config.log.wandb.tags == ("a", "b")
+
+
+def test_an_empty_override_and_null_reset_an_optional_field(write: Write) -> None:
+    for override in ("data.image_size=", "data.image_size=null"):
+        assert load_config(write("train: {epochs: 4}"), ["data.image_size=9", override]).data.image_size is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.epochs"], "--opts: 'train.epochs' lacks a value"),
+        (["=5"], "--opts: '=5' lacks a key"),
+        (["train.lr=[1"], "--opts: train.lr=[1: while parsing"),
+        (["train.epoch", "5"], "--opts: train.epoch=5 is unknown; did you mean train.epochs?"),
+        (["base=x.yaml"], "--opts: base="),
+    ],
+)
+def test_a_malformed_override_is_an_error(write: Write, overrides: list[str], expected: str) -> None:
+    assert error_of(write(), *overrides).startswith(expected)
+
+
+def test_replacements_win_over_overrides_and_none_stands_for_not_given(write: Write) -> None:
+    flags: dict[str, Any] = {"data.batch_size": 8, "output": None, "train": {"epochs": 3}}
+    config = load_config(write("output: runs"), ["data.batch_size=4", "train.lr=0.5"], **flags)
+    assert (config.data.batch_size, config.output, config.train.epochs, config.train.lr) == (8, "runs", 3, 0.5)
+
+
+# YAML out
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_survives_to_yaml(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    text=st.one_of(
+        st.text(min_size=1),
+        st.sampled_from(["1e3", "08", "off", "null", "~", "(1, 2)", "1:30", "2024-01-01", ".5", "- a", "a: b", " x "]),
+    ),
+    number=st.floats(min_value=5e-324, allow_infinity=False),
+)
+def test_any_text_and_number_survive_to_yaml(
+    text: str, number: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = Config.model_validate(
+        {"data": {"path": text}, "model": {"name": "m"}, "train": {"lr": number}, "name": "n"}
+    )
+    path = tmp_path_factory.getbasetemp() / "any_value.yaml"
+    path.write_bytes(to_yaml(config).encode())
+    assert load_config(path) == config
+
+
+YAML_PIECES = st.sampled_from(
+    [*"[]{}:,-?&*!|>%@`'\"#~()\n\t \\0123456789.e+", "\n  ", ": ", "- ", "---", "<<", "!!", "\\U9", "\x85", "\ufeff"]
+    + [key.rsplit(".", 1)[-1] for key, _ in walk()]
+    + ["base", "1e3", "true", "null", "(1, 2)"]
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=st.one_of(st.text(), st.lists(YAML_PIECES, max_size=30).map("".join)))
+def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "random.yaml").write_bytes(text.encode())
+    (folder / "valid.yaml").write_text(MINIMAL)
+    for name, overrides in (("random.yaml", []), ("valid.yaml", [f"train.lr={text}"]), ("valid.yaml", [text, text])):
+        try:
+            load_config(folder / name, overrides)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1  # noqa: PT017 (one line is the claim)
+
+
+# Documentation
+
+
+def test_every_field_is_documented() -> None:
+    assert [key for key, field in walk() if not field.description] == []
+    assert all(f"| `{key}` |" in documentation() for key, _ in walk())
+
+
+def test_every_field_is_read_somewhere() -> None:
+    folders = ("pipelines", "models", "train", "tools")
+    sources = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    fields = {key: key.rsplit(".", 1)[-1] for key, field in walk() if not is_section(field)}
+    assert [key for key, name in fields.items() if not re.search(rf"\.{name}\b", sources)] == []
