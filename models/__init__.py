@@ -84,7 +84,9 @@ def build_own_model(
     if drop_rate is not None and "drop_rate" in options:
         kwargs = {**kwargs, "drop_rate": drop_rate}
     elif drop_rate:
-        raise UserError(f"drop_rate={drop_rate} cannot be applied: model {name!r} has no dropout; leave it out or use 0")
+        raise UserError(
+            f"drop_rate={drop_rate} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
+        )
     for argument, value in kwargs.items():
         if argument not in options:
             raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")

@@ -56,12 +56,12 @@ def build_train_loader(
         indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
         return Work(indices, _train_draws(aug, split, indices, seed, epoch))
 
-    untouched = split.image_shape == (size, size, 3) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
+    untouched = _is_stored_at(split, size) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
 
     def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    return _build(split, data, data.batch_size, schedule, steps, steps * data.batch_size, where,
+    return _build(split, data, data.batch_size, schedule, steps, steps * data.batch_size, size, where,
                   None if untouched else build_graph, local_world_size or world_size, repeats=False)  # fmt: skip
 
 
@@ -93,15 +93,15 @@ def build_eval_loader(
     def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
-    untouched = opened.image_shape == (size, size, 3) and round(size / evaluation.crop_fraction) == size
-    return _build(opened, data, batch_size, schedule, -(-(stop - start) // batch_size), stop - start, where,
+    untouched = _is_stored_at(opened, size) and round(size / evaluation.crop_fraction) == size
+    return _build(opened, data, batch_size, schedule, -(-(stop - start) // batch_size), stop - start, size, where,
                   None if untouched else build_graph, local_world_size or world_size, repeats=True)  # fmt: skip
 
 
-def _build(split, data, batch_size, schedule, steps, samples, device, build_graph, ranks, *, repeats) -> Loader:  # type: ignore[no-untyped-def]
+def _build(split, data, batch_size, schedule, steps, samples, size, device, build_graph, ranks, *, repeats) -> Loader:  # type: ignore[no-untyped-def]
     on_gpu = device.type == "cuda"
     resident = _placed_on_device(data, split, device)
-    plain = build_graph is None and split.encoding == "npy"
+    plain = build_graph is None
     slots = data.prefetch + IN_FLIGHT + 1
     stream = torch.cuda.Stream(device) if on_gpu else None
     source: Source
@@ -115,9 +115,7 @@ def _build(split, data, batch_size, schedule, steps, samples, device, build_grap
         if resident:
             pixels, rows = load_resident(split, device), np.arange(len(split))
         handed_out = plain and not on_gpu
-        source = HostPixels(
-            pixels, rows, split.image_shape, batch_size, slots, pinned=on_gpu, handed_out=handed_out
-        )
+        source = HostPixels(pixels, rows, split.image_shape, batch_size, slots, pinned=on_gpu, handed_out=handed_out)
     runner: Runner
     if plain:
         runner = PlainRunner(device, stream)
@@ -131,6 +129,7 @@ def _build(split, data, batch_size, schedule, steps, samples, device, build_grap
     return Loader(
         steps=steps,
         samples=samples,
+        image_size=size,
         schedule=schedule,
         labels=split.labels,
         source=source,
@@ -190,6 +189,11 @@ def _image_size(data: DataConfig, split: Split) -> int:
         stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
         raise UserError(f"data.image_size is not set, but {data.path} stores {stored}; set it to the side to train at")
     return shape[0]
+
+
+def _is_stored_at(split: Split, size: int) -> bool:
+    """Whether the stored pixels are what a graph without augmentation would give."""
+    return split.encoding == "npy" and split.image_shape == (size, size, 3)
 
 
 def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:

@@ -29,7 +29,9 @@ class Encoding:
     name: Literal["npy", "jpeg"]
     quality: int = 95  # of JPEG, 1 to 100
     subsampling: str = "4:2:0"  # of JPEG chroma
-    size: int | None = None  # pixels: npy crops to size x size after the shorter side got that length; jpeg keeps the rest
+    size: int | None = (
+        None  # pixels: npy crops to size x size after the shorter side got that length; jpeg keeps the rest
+    )
     max_pixels: int = MAX_PIXELS
 
 
@@ -87,7 +89,9 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
                 pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except Defect:
         raise
-    except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion of a million files
+    except (
+        Exception
+    ) as error:  # Pillow raises many types on hostile bytes; none may stop a conversion of a million files
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
     return pixels, content if keep else None
 

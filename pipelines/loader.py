@@ -130,6 +130,7 @@ class Loader:
         *,
         steps: int,
         samples: int,
+        image_size: int,
         schedule: Callable[[int, int], Work],
         labels: np.ndarray | None,
         source: Source,
@@ -140,6 +141,7 @@ class Loader:
         repeats: bool = False,
     ) -> None:
         self.samples = samples  # that this rank sees in an epoch
+        self.image_size = image_size  # height and width of the images it gives, pixels
         self.device = device
         self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
         self._steps = steps

@@ -149,23 +149,23 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     with _claim(out, request) as spool:
         plans = {split: _plan(source, split, options, name, out, spool) for split in source.splits}
         _check_disk(plans)
-        entries, mean, std = {}, [0.5] * 3, [0.25] * 3
+        written: dict[str, _Written] = {}
         with Pool(workers, {split: _Worker(plans[split], source.splits[split]) for split in plans}) as pool:
             # train is last: it is the largest, and its spool then shares the disk with finished shards only
             for split in sorted(plans, key=lambda split: split == "train"):
-                entries[split], sums, pixels = _write_split(source, plans[split], pool)
-                if split == "train":
-                    mean, std = _mean_std(sums, pixels)
+                written[split] = _write_split(source, plans[split], pool)
+        mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
+        shapes = set().union(*(part.shapes for part in written.values()))
         dataset = {
             "format": shards.FORMAT,
             "version": shards.VERSION,
             **request,
             "classes": list(source.classes),
             "encoding": options.encoding.name,
-            "image_shape": next(iter(plans.values())).image_shape,
+            "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
             "mean": mean,
             "std": std,
-            "splits": {split: entries[split] for split in source.splits},
+            "splits": {split: written[split].entry for split in source.splits},
         }
         info = {
             split: {
@@ -273,8 +273,18 @@ def _check_disk(plans: dict[str, Plan]) -> None:
                         f"{(need + spool - present) / 2**30:.1f} GiB; free some space or choose another --out")  # fmt: skip
 
 
-def _write_split(source: Source, plan: Plan, pool: Pool) -> tuple[dict[str, Any], np.ndarray, int]:
-    """Both passes over one split; returns its entry in dataset.json, its channel sums and its number of pixels."""
+@dataclass(frozen=True)
+class _Written:
+    """What a finished split adds to dataset.json."""
+
+    entry: dict[str, Any]
+    sums: np.ndarray  # int64 [2, 3], see Encoded
+    pixels: int
+    shapes: set[tuple[int, int]]
+
+
+def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
+    """Both passes over one split."""
     plan.spool.mkdir(exist_ok=True)
     rows = source.splits[plan.split]
     labels = rows.labels
@@ -304,11 +314,16 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> tuple[dict[str, Any]
     ]
     samples = sum(len(table["offset"]) for table in written)
     if samples == 0:
-        raise UserError(f"split {plan.split!r}: none of {plan.rows} images could be decoded ({quarantined[0]['reason']})")
-    columns = {name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"}
+        raise UserError(
+            f"split {plan.split!r}: none of {plan.rows} images could be decoded ({quarantined[0]['reason']})"
+        )
+    columns = {
+        name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"
+    }
     columns["shard"] = np.repeat(np.arange(plan.shard_count), [len(table["offset"]) for table in written])
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()})
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    np.savez(buffer, **arrays)
     index_file = plan.out / f"{plan.split}.index.npz"
     _commit(index_file, buffer.getvalue())
     entry = {
@@ -331,8 +346,10 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> tuple[dict[str, Any]
             for shard, table in enumerate(written)
         ],
     }
-    pixels = int(columns["height"].astype(np.int64) @ columns["width"].astype(np.int64))
-    return entry, sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64)), pixels
+    heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
+    sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
+    sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
+    return _Written(entry, sums, int(heights @ widths), {(int(h), int(w)) for h, w in sides})
 
 
 def _bar(plan: Plan, label: str) -> tqdm:
@@ -361,12 +378,10 @@ def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:
             plan.block_group(block, group).unlink(missing_ok=True)
 
 
-def _mean_std(sums: np.ndarray, pixels: int) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation over all pixels of train, in units of 0..1."""
-    if pixels == 0:
-        return [0.5] * 3, [0.25] * 3
-    mean = sums[0] / pixels
-    variance = np.maximum(sums[1] / pixels - mean**2, 0)
+def _mean_std(written: _Written) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation over all pixels of a split, in units of 0..1."""
+    mean = written.sums[0] / written.pixels
+    variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
     std = np.maximum(np.sqrt(variance), 1.0)  # a constant channel must not divide by zero
     return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]
 
@@ -491,7 +506,13 @@ def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int
         ends = np.cumsum(table["size"][chosen]).tolist()
         for i, end in zip(chosen.tolist(), ends, strict=True):
             payload = content[end - int(table["size"][i]) : end]
-            yield int(table["position"][i]), int(table["row"][i]), payload, int(table["height"][i]), int(table["width"][i])
+            yield (
+                int(table["position"][i]),
+                int(table["row"][i]),
+                payload,
+                int(table["height"][i]),
+                int(table["width"][i]),
+            )
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:

@@ -113,7 +113,9 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             _ = split["samples"], split["labelled"], split["index"]["file"], [s["bytes"] for s in split["shards"]]
         _ = dataset["classes"], dataset["encoding"], dataset["image_shape"], dataset["mean"], dataset["std"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another program ({type(error).__name__}: {error}); {convert}") from None
+        raise UserError(
+            f"{path} is damaged or of another program ({type(error).__name__}: {error}); {convert}"
+        ) from None
     if version != VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {VERSION}; convert the source again")
     return dataset

@@ -88,9 +88,7 @@ def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.nd
                     label = archive.next()
                     stored = archive.extractfile(label).read() if label and label.name == f"{key}.cls" else None  # type: ignore[union-attr]
                     if stored != tar_layout.label_text(int(split.labels[sample]), len(split.classes)):
-                        return (
-                            f"{file.name} gives {stored!r} as label of {key}, the index says {int(split.labels[sample])}"
-                        )
+                        return f"{file.name} gives {stored!r} as label of {key}, the index says {int(split.labels[sample])}"
                 idx.append(tar_layout.index_line(key, extension, offset, member.size, label.size if label else None))
             if (rest := archive.next()) is not None:
                 return f"{file.name} holds {rest.name}, which the index does not list"

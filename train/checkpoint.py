@@ -1,0 +1,86 @@
+"""Saving and loading: one file of tensors, numbers and strings, loaded with weights_only=True.
+
+Written to a temporary name, flushed, renamed: whatever instant a run is killed at, last.pt is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from train.loop import Training
+
+FORMAT = 1
+
+
+def save(path: Path, training: Training, **state: Any) -> None:
+    """Write weights, optimizer and `state` (tensors, numbers, strings and containers of them)."""
+    content = {
+        "format": FORMAT,
+        "model": training.network.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "sums": training.sums,
+        **state,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """The content of a checkpoint; no code in it is ever run."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"checkpoint {path} does not exist; give a run folder or a .pt file, or --resume auto"
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); take another one") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}); give one that train/ddp.py wrote")
+    return content
+
+
+def restore_weights(training: Training, content: dict[str, Any], path: Path) -> None:
+    """Load the model's weights alone."""
+    try:
+        training.network.load_state_dict(content["model"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"checkpoint {path} does not fit the model of this config: {first}") from None
+
+
+def restore(training: Training, content: dict[str, Any], path: Path) -> None:
+    """Load all that a step changes."""
+    restore_weights(training, content, path)
+    training.optimizer.load_state_dict(content["optimizer"])
+    training.scaler.load_state_dict(content["scaler"])
+    training.sums.copy_(content["sums"])
+
+
+def check_same_run(content: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with a stream of samples that is not the one the checkpoint stands in."""
+    then = content["stream"]
+    changed = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            f"cannot resume from {path}, since this run would see other samples ({'; '.join(changed)}); "
+            "restore those settings or start a new run without --resume"
+        )

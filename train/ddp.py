@@ -1,0 +1,304 @@
+"""Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml
+
+Reads from top to bottom as the whole run: config, data, model, training, evaluation, checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from configs.errors import UserError, run_main
+from configs.load import load_config, to_yaml
+from configs.schema import Config
+from models import build_model
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader import Loader
+from pipelines.shards import fingerprint, load_dataset
+from train import checkpoint, dist
+from train.dist import Ranks
+from train.log import RunLog
+from train.loop import Training, build_training, evaluate, train_epoch
+from train.optim import build_optimizer
+from train.throughput import measure_images_per_s
+
+SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="settings that override the file: train.epochs=5 or train.epochs 5")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
+    parser.add_argument("--data-path", help="data.path, the converted data set")
+    parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
+    parser.add_argument("--resume", metavar="auto|PATH",
+                        help="auto: go on with the latest run of this name; PATH: a checkpoint or a run folder")  # fmt: skip
+    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint given by --resume, do not train")
+    parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    replacements = {
+        "data.batch_size": arguments.batch_size,
+        "data.path": arguments.data_path,
+        "output": arguments.output,
+    }
+    config = load_config(arguments.cfg, arguments.opts, **replacements)
+    dataset = load_dataset(config.data.path)
+    classes = check_classes(config, dataset)
+    ranks = Ranks.from_environment()
+
+    with dist.process_group(ranks) as device:
+        where: dict[str, Any] = {
+            "device": device,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "local_world_size": ranks.local_world_size,
+        }
+        train_loader = build_train_loader(
+            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
+        )
+        val_loader = build_eval_loader(config.data, config.eval, **where)
+        val_samples = dataset["splits"][config.data.val_split]["samples"]
+
+        torch.manual_seed(config.seed)
+        model = config.model
+        network = build_model(
+            model.name,
+            classes,
+            image_size=train_loader.image_size,
+            mean=dataset["mean"],
+            std=dataset["std"],
+            drop_rate=model.drop_rate,
+        )
+        network = to_device(network, device, config.train.channels_last)
+        optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
+        training = build_training(network, optimizer, config.train, device)
+
+        if arguments.throughput:
+            throughput = measure_images_per_s(training, train_loader, ranks.world_size)
+            if ranks.is_first:
+                print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
+            return
+
+        folder = dist.from_first_rank(choose_folder(config, arguments.resume) if ranks.is_first else None)
+        source = resume_path(arguments.resume, folder)
+        stream = stream_identity(config, dataset, ranks)
+        content = checkpoint.load(source, device) if source else None
+        if arguments.eval:
+            if content is None or source is None:
+                raise UserError("--eval needs a checkpoint; give --resume PATH or --resume auto")
+            checkpoint.restore_weights(training, content, source)
+            result = evaluate(training, val_loader, val_samples)
+            if ranks.is_first:
+                print(f"{source}: {config.data.val_split} loss {result.loss:.4f}, top1 {result.top1:.4f}, "
+                      f"top5 {result.top5:.4f} over {result.samples} samples")  # fmt: skip
+            return
+
+        progress: dict[str, Any] = {"best_top1": -1.0}
+        log = open_log(folder, ranks, config)
+        if content is not None and source is not None:
+            checkpoint.check_same_run(content, stream, source)
+            checkpoint.restore(training, content, source)
+            train_loader.state = content["loader"]
+            progress = content["progress"]
+            log.keep_epochs(train_loader.state["epoch"])
+            log.say(f"resumed from {source} at {train_loader.state}")
+        log.say(describe(config, dataset, training, train_loader, ranks))
+        try:
+            fit(config, training, train_loader, val_loader, val_samples, progress, stream, folder, log, ranks)
+        finally:
+            log.finish()
+
+
+def fit(
+    config: Config,
+    training: Training,
+    train_loader: Loader,
+    val_loader: Loader,
+    val_samples: int,
+    progress: dict[str, Any],
+    stream: dict[str, Any],
+    folder: Path,
+    log: RunLog,
+    ranks: Ranks,
+) -> None:
+    """Epochs from where the loader stands; a checkpoint after each, and within one as train.save_every_steps says."""
+
+    def save(name: str) -> None:
+        if ranks.is_first:
+            state = {"loader": train_loader.state, "progress": progress, "stream": stream, "config": to_yaml(config)}
+            checkpoint.save(folder / name, training, **state)
+
+    saved_at = time.monotonic()
+    bar = tqdm(disable=log.is_silent or not sys.stderr.isatty(), unit="step", leave=False, file=sys.stderr)
+
+    def after_update(update: int, lr: float) -> None:
+        nonlocal saved_at
+        bar.update()
+        done = update + 1
+        if not log.is_silent and done % config.log.every_steps == 0:
+            loss, _, seen = training.sums.tolist()  # synchronises, once per log interval
+            bar.set_postfix(loss=f"{loss / seen:.3f}", lr=f"{lr:.2g}")
+        every = config.train.save_every_steps
+        due = done % every == 0 if every else time.monotonic() - saved_at >= SAVE_EVERY_S
+        if due and train_loader.state["step"] != 0:  # the end of an epoch saves anyhow
+            save("last.pt")
+            saved_at = time.monotonic()
+
+    begin = time.monotonic()
+    updates_per_epoch = len(train_loader) // config.train.accumulation_steps
+    for epoch in range(train_loader.state["epoch"], config.train.epochs):
+        bar.reset(updates_per_epoch)
+        bar.update(train_loader.state["step"] // config.train.accumulation_steps)
+        bar.set_description(f"epoch {epoch + 1}/{config.train.epochs}")
+        lr = [0.0]
+
+        def note(update: int, now: float, lr: list[float] = lr) -> None:
+            lr[0] = now
+            after_update(update, now)
+
+        times = train_epoch(training, train_loader, seed=config.seed, rank=ranks.rank, after_update=note)
+        loss, correct, seen = dist.sum_over_ranks(training.sums.clone()).tolist()
+        training.sums.zero_()
+        metrics = {
+            "epoch": epoch,
+            "step": (epoch + 1) * updates_per_epoch,
+            "train_loss": loss / seen,
+            "train_top1": correct / seen,
+            "val_loss": None,
+            "val_top1": None,
+            "val_top5": None,
+            "lr": lr[0],
+            "images_per_s": times.batches * config.data.batch_size * ranks.world_size / times.time_s,
+            "data_wait_fraction": times.wait_s / times.time_s,
+            "epoch_time_s": times.time_s,
+            "memory_gib": peak_memory_gib(training.device),
+        }
+        improved = False
+        if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
+            result = evaluate(training, val_loader, val_samples)
+            metrics |= {"val_loss": result.loss, "val_top1": result.top1, "val_top5": result.top5}
+            improved = result.top1 > progress["best_top1"]
+            progress["best_top1"] = max(progress["best_top1"], result.top1)
+        log.epoch(metrics)
+        if improved:
+            save("best.pt")
+        save("last.pt")
+        saved_at = time.monotonic()
+    bar.close()
+    log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1 {progress['best_top1']:.4f}; "
+            f"the run lies in {folder}")  # fmt: skip
+
+
+def check_classes(config: Config, dataset: dict[str, Any]) -> int:
+    """The model's number of outputs, which is the data set's number of classes."""
+    classes = len(dataset["classes"])
+    wanted = config.model.num_classes
+    if wanted is not None and wanted != classes:
+        raise UserError(
+            f"model.num_classes={wanted}, but the data set in {config.data.path} has {classes} classes; "
+            f"set it to {classes} or leave it out"
+        )
+    for split in (config.data.train_split, config.data.val_split):
+        entry = dataset["splits"].get(split)
+        if entry is None or not entry["labelled"]:
+            fit_for_use = [name for name, other in dataset["splits"].items() if other["labelled"]]
+            missing = "does not exist" if entry is None else "has no labels"
+            raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {fit_for_use}")
+    return classes
+
+
+def to_device(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if channels_last else network
+
+
+def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """What the stream of samples and the schedule follow from; a resumed run must agree in all of it."""
+    data, train = config.data, config.train
+    return {
+        "data set": fingerprint(dataset),
+        "seed": config.seed,
+        "global batch": data.batch_size * ranks.world_size * train.accumulation_steps,
+        "data.train_split": data.train_split,
+        "data.order": data.order,
+        "data.image_size": data.image_size,
+        "aug": config.aug.model_dump_json(),
+        "train.epochs": train.epochs,
+    }
+
+
+def choose_folder(config: Config, resume: str | None) -> Path:
+    """The run's folder OUTPUT/NAME, made here; taken names get -2, -3 …, so no run writes over another.
+
+    With --resume auto it is the latest run of this name; with a checkpoint's path, the folder it lies in.
+    """
+    if resume not in (None, "auto"):
+        path = Path(str(resume))
+        return path if path.is_dir() else path.parent
+    root, number = Path(config.output), 1
+    name = str(config.name)
+    while (root / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    if resume == "auto" and number > 1:
+        number -= 1
+    folder = root / (name if number == 1 else f"{name}-{number}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
+    return folder
+
+
+def resume_path(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to start from; with `auto`, none where there is none yet."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return folder / "last.pt" if (folder / "last.pt").exists() else None
+    path = Path(resume)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def open_log(folder: Path, ranks: Ranks, config: Config) -> RunLog:
+    log = RunLog(folder if ranks.is_first else None)
+    if ranks.is_first:
+        (folder / "config.yaml").write_text(to_yaml(config))
+    log.start_wandb(config.log.wandb, config.model_dump(mode="json"))
+    return log
+
+
+def describe(config: Config, dataset: dict[str, Any], training: Training, loader: Loader, ranks: Ranks) -> str:
+    """One line on what is about to run."""
+    parameters = sum(p.numel() for p in training.network.parameters())
+    samples = dataset["splits"][config.data.train_split]["samples"]
+    return (
+        f"{config.model.name} ({parameters:,} parameters) on {dataset['name']} ({samples:,} train samples), "
+        f"{config.train.epochs} epochs of {len(loader) // config.train.accumulation_steps} steps at global batch "
+        f"{config.data.batch_size * ranks.world_size * config.train.accumulation_steps}, "
+        f"{ranks.world_size} x {training.device.type}, precision {training.amp or torch.float32}"
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: the GPU's allocations, or on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,94 @@
+"""Process group, rank, reductions: the only file that knows torch.distributed.
+
+There is always a process group, also for one process without torchrun, so that nothing branches on the world size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, from torchrun's environment; alone without it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        if not all(name in os.environ for name in names):
+            return cls()
+        return cls(*(int(os.environ[name]) for name in names))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(ranks: Ranks) -> Iterator[torch.device]:
+    """Set up the group for the lifetime of the context; gives this rank's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=ranks.rank, world_size=ranks.world_size)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: int) -> nn.Module:
+    """The model with gradients averaged over ranks during backward; with one rank there is nothing to average."""
+    if dist.get_world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=accumulation_steps == 1,
+        broadcast_buffers=False,  # running statistics are made equal once before each evaluation instead
+    )
+
+
+def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
+    """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, on every rank, in place; synchronises."""
+    dist.all_reduce(values)
+    return values
+
+
+def equalize_buffers(model: nn.Module) -> None:
+    """Every rank takes the first rank's buffers (batch-norm statistics)."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def from_first_rank(value: Any) -> Any:
+    """What the first rank passes, on every rank: strings, numbers and containers of them."""
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]

@@ -1,0 +1,160 @@
+"""The step, `train_epoch` and `evaluate`. Batches arrive on the device; nothing here waits for it between log lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.schema import TrainConfig
+from pipelines.draws import stream
+from pipelines.loader import Batch, Loader
+from train import dist
+from train.optim import learning_rate, set_learning_rate
+
+COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
+
+
+@dataclass
+class Training:
+    """What a step changes, and the functions it runs. `network` holds the weights; `forward` is it, made fast."""
+
+    network: nn.Module
+    forward: nn.Module  # data-parallel, compiled
+    infer: nn.Module  # for evaluation: compiled, not data-parallel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.dtype | None
+    config: TrainConfig
+    device: torch.device
+    sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+
+def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device,
+                   ) -> Training:  # fmt: skip
+    """Wrap a network that is on its device (`memory_format` applied) for training."""
+    amp = amp_dtype(config.amp, device)
+    mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
+    parallel = dist.data_parallel(network, device, config.accumulation_steps)
+    return Training(
+        network=network,
+        forward=parallel if mode == "off" else torch.compile(parallel, mode=mode),  # type: ignore[arg-type]
+        infer=network if mode == "off" else torch.compile(network, mode=mode),  # type: ignore[arg-type]
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
+        amp=amp,
+        config=config,
+        device=device,
+        sums=torch.zeros(3, dtype=torch.float64, device=device),
+    )
+
+
+def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type that `train.amp` means on this device; None: float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+
+
+def train_step(training: Training, batch: Batch, *, update: bool = True) -> None:
+    """Forward and backward of one batch; with `update` also the optimizer's step. Does not synchronise."""
+    config = training.config
+    with nullcontext() if update else dist.without_reduction(training.forward):
+        with training.autocast():
+            logits = training.forward(batch.images)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+        training.scaler.scale(loss / config.accumulation_steps).backward()
+    with torch.no_grad():
+        correct = (logits.argmax(1) == batch.labels).sum()
+        samples = torch.full_like(correct, len(batch.labels))
+        training.sums += torch.stack([loss.double() * len(batch.labels), correct.double(), samples.double()])
+    if update:
+        if config.clip_grad_norm is not None:
+            training.scaler.unscale_(training.optimizer)
+            nn.utils.clip_grad_norm_(training.network.parameters(), config.clip_grad_norm)
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        training.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class EpochTimes:
+    """Host times of one epoch, or of the rest of it after a resume."""
+
+    batches: int
+    time_s: float
+    wait_s: float  # of it, for data
+
+
+def train_epoch(
+    training: Training, loader: Loader, *, seed: int, rank: int, after_update: Callable[[int, float], None]
+) -> EpochTimes:
+    """Train the rest of the loader's epoch; after_update(update, lr) follows every optimizer update, counted from 0.
+
+    Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
+    """
+    training.forward.train()
+    accumulation = training.config.accumulation_steps
+    updates_per_epoch = len(loader) // accumulation
+    epoch, first = loader.state["epoch"], loader.state["step"]
+    begin, waited = time.perf_counter(), loader.wait_s
+    for step, batch in enumerate(loader, first):
+        update, micro = divmod(epoch * len(loader) + step, accumulation)
+        lr = learning_rate(update, updates_per_epoch, training.config)
+        set_learning_rate(training.optimizer, lr)
+        torch.manual_seed(int(stream(seed, epoch * len(loader) + step, f"torch-{rank}")) >> 1)
+        last = micro == accumulation - 1
+        train_step(training, batch, update=last)
+        if last:
+            after_update(update, lr)
+    if training.device.type == "cuda":
+        torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
+    return EpochTimes(len(loader) - first, time.perf_counter() - begin, loader.wait_s - waited)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a whole split; top1 and top5 are fractions."""
+
+    loss: float
+    top1: float
+    top5: float
+    samples: int
+
+
+@torch.inference_mode()
+def evaluate(training: Training, loader: Loader, samples: int) -> Evaluation:
+    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+
+    The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling has
+    label -1 and counts for nothing.
+    """
+    dist.equalize_buffers(training.network)
+    training.infer.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=training.device)
+    full = 0
+    for images, labels in loader:
+        full = max(full, len(labels))
+        missing = full - len(labels)
+        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+        labels = F.pad(labels, (0, missing), value=-1)
+        with training.autocast():
+            logits = training.infer(images).float()
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()]).double()
+    loss_sum, top1, top5, count = dist.sum_over_ranks(sums).tolist()
+    if int(count) != samples:
+        raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
+    return Evaluation(loss_sum / samples, top1 / samples, top5 / samples, samples)

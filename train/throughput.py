@@ -1,0 +1,46 @@
+"""Training images/s of a config, as --throughput prints and tools/benchmark.py tabulates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from pipelines.loader import Batch, Loader
+from train.loop import Training, train_step
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Batches of epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def measure_images_per_s(
+    training: Training, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
+) -> float:
+    """Images/s of all ranks over about `seconds` of training, after a warm-up (compilation, caches, clocks).
+
+    Steps are run in groups that take about a second, and the device is waited for between groups only.
+    """
+    training.forward.train()
+    batches = endless(loader)
+    batch_size = 0
+
+    def run(steps: int) -> float:
+        nonlocal batch_size
+        begin = time.perf_counter()
+        for _ in range(steps):
+            batch = next(batches)
+            batch_size = len(batch.labels)
+            train_step(training, batch)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        return time.perf_counter() - begin
+
+    run(warmup_steps)
+    steps = max(1, int(warmup_steps / max(run(warmup_steps), 1e-6)))
+    groups = max(3, round(seconds))
+    times = sorted(run(steps) for _ in range(groups))
+    return steps * batch_size * world_size / times[len(times) // 2]
