@@ -49,8 +49,8 @@ def build_model(
 ) -> nn.Module:
     """Build a model: images [B, 3, H, W] -> logits float [B, num_classes].
 
-    Without mean and std the plain network, which takes normalised floats; with both (three numbers each, of pixel values
-    in 0..1) a `PixelClassifier`, which takes uint8. `image_size` (pixels, square) is checked, and is passed on to timm
+    Without mean and std the plain network, which takes normalised floats; with both (three numbers each, of pixels in
+    0..1) a `PixelClassifier`, which takes uint8. `image_size` (pixels, square) is checked, and is passed on to timm
     models that are built for one size; None checks nothing. `drop_rate` None keeps the model's default. `kwargs` go to
     the constructor. Raises `UserError` for a name, size or argument that the model does not take.
     """

@@ -18,8 +18,8 @@ from configs.errors import UserError
 class Normalize(nn.Module):
     """images: uint8 [B, 3, H, W], or any float type in 0..255 -> (images / 255 - mean) / std, same shape and strides.
 
-    The result has autocast's dtype for the device of `images` where autocast is on, else the dtype of the buffers, which
-    `.double()` and `.half()` move together with the network. Channels_last strides come out as they went in.
+    The result has autocast's dtype for the device of `images` where autocast is on, else the dtype of the buffers,
+    which `.double()` and `.half()` move together with the network. Channels_last strides come out as they went in.
     """
 
     mean: Tensor
@@ -51,7 +51,7 @@ class Normalize(nn.Module):
 
 
 class PixelClassifier(nn.Module):
-    """A network that takes raw pixels: uint8 [B, 3, H, W] -> logits [B, classes]. State names: normalize.*, network.*"""
+    """images: raw pixels, uint8 [B, 3, H, W] -> logits [B, num_classes]. State names: normalize.* and network.*"""
 
     def __init__(self, normalize: Normalize, network: nn.Module) -> None:
         super().__init__()

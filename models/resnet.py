@@ -80,11 +80,11 @@ class ResNet(nn.Module):
     """images: float [B, 3, H, W], sides from 25 -> logits [B, num_classes].
 
     Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385; the four widths
-    64/128/256/512 of its ImageNet models behind the stem of its CIFAR models. Shapes of ResNet-18 at 32x32: stem and
-    layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4 [512, 4, 4] -> global mean 512 -> logits.
+    64/128/256/512 of its ImageNet models behind a stem of stride 1, as for CIFAR. Shapes of ResNet-18 at 32x32: stem
+    and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4 [512, 4, 4] -> global mean [512].
     """
 
-    # From 25, layer4 ends in at least 4x4 positions, the pooling window of the original CIFAR editions.
+    # From 25, layer4 ends in at least 4x4 positions: what the homework's 4x4 pooling window needs.
     smallest_image_size = 25
     largest_image_size: int | None = None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -13,8 +15,12 @@ from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import draws, graph, order
 from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
-from pipelines.loader import IN_FLIGHT, GraphRunner, Loader, PlainRunner, Runner, Work
+from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, GraphRunner, Loader, PlainRunner, Plan, Runner, Work
 from pipelines.shards import Split, open_split
+
+MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other
+MAX_BURST = 2  # batches that pass between threads at once where they are small …
+HANDOVER_BYTES = 2**23  # … up to so many bytes
 
 
 def build_train_loader(
@@ -46,11 +52,17 @@ def build_train_loader(
             f"use at most {most}"
         )
 
-    @lru_cache(maxsize=1)
-    def epoch_order(epoch: int) -> np.ndarray:
+    lock = Lock()
+
+    @lru_cache(maxsize=2)
+    def order_of(epoch: int) -> np.ndarray:
         if data.order == "random":
             return order.permutation(len(split), seed, epoch)
         return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+
+    def epoch_order(epoch: int) -> np.ndarray:
+        with lock:  # asked for by several threads at once, computed once
+            return order_of(epoch)
 
     def schedule(epoch: int, step: int) -> Work:
         indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
@@ -61,8 +73,9 @@ def build_train_loader(
     def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    return _build(split, data, data.batch_size, schedule, steps, steps * data.batch_size, size, where,
-                  None if untouched else build_graph, local_world_size or world_size, repeats=False)  # fmt: skip
+    plan = Plan(steps * data.batch_size, data.batch_size, schedule, epoch_order)
+    build = None if untouched else build_graph
+    return _build(split, data, plan, size, where, build, local_world_size or world_size)
 
 
 def build_eval_loader(
@@ -94,51 +107,68 @@ def build_eval_loader(
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
     untouched = _is_stored_at(opened, size) and round(size / evaluation.crop_fraction) == size
-    return _build(opened, data, batch_size, schedule, -(-(stop - start) // batch_size), stop - start, size, where,
-                  None if untouched else build_graph, local_world_size or world_size, repeats=True)  # fmt: skip
+    plan = Plan(stop - start, batch_size, schedule, repeats=True)
+    return _build(opened, data, plan, size, where, None if untouched else build_graph, local_world_size or world_size)
 
 
-def _build(split, data, batch_size, schedule, steps, samples, size, device, build_graph, ranks, *, repeats) -> Loader:  # type: ignore[no-untyped-def]
+def _build(
+    split: Split,
+    data: DataConfig,
+    plan: Plan,
+    size: int,
+    device: torch.device,
+    build_graph: Callable[[graph.Stored, graph.Machine], Pipeline] | None,
+    ranks: int,
+) -> Loader:
+    """The loader of a plan; build_graph None: stored pixels are handed over as they are."""
     on_gpu = device.type == "cuda"
     resident = _placed_on_device(data, split, device)
-    plain = build_graph is None
-    slots = data.prefetch + IN_FLIGHT + 1
+    shape = split.image_shape or (0, 0, 0)
+    buffering = _buffering(
+        data, plan.batch_size, shape, ranks, gathers=split.encoding == "npy" and not (resident and on_gpu)
+    )
     stream = torch.cuda.Stream(device) if on_gpu else None
     source: Source
     if split.encoding != "npy":
         source = MappedFiles(split)
     elif resident and on_gpu:
-        source = DevicePixels(load_resident(split, device), split.image_shape, batch_size, slots)
+        source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
     else:
         view, rows = split.pixel_rows()
         pixels = torch.from_numpy(view)
         if resident:
             pixels, rows = load_resident(split, device), np.arange(len(split))
-        handed_out = plain and not on_gpu
-        source = HostPixels(pixels, rows, split.image_shape, batch_size, slots, pinned=on_gpu, handed_out=handed_out)
+        handed_out = build_graph is None and not on_gpu
+        source = HostPixels(pixels, rows, shape, plan.batch_size, buffering.slots, pinned=on_gpu, handed_out=handed_out)
     runner: Runner
-    if plain:
+    if build_graph is None:
         runner = PlainRunner(device, stream)
     else:
         stored = graph.Stored(split.encoding, split.image_shape, resident)
-        device_id = torch.cuda.current_device() if on_gpu and device.index is None else device.index
-        machine = graph.Machine(
-            device_id if on_gpu else None, batch_size, data.threads or default_threads(ranks), data.hw_decoder_load
-        )
+        threads = data.threads or default_threads(ranks)
+        machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
         runner = GraphRunner(build_graph(stored, machine), device, stream)
     return Loader(
-        steps=steps,
-        samples=samples,
-        image_size=size,
-        schedule=schedule,
+        plan,
+        source,
+        runner,
+        buffering,
         labels=split.labels,
-        source=source,
-        runner=runner,
-        slots=slots,
+        image_size=size,
         device=device,
         gather_stream=stream,
-        repeats=repeats,
     )
+
+
+def _buffering(
+    data: DataConfig, batch_size: int, shape: tuple[int, int, int], ranks: int, *, gathers: bool
+) -> Buffering:
+    """gathers: the threads copy pixels in host memory, which two do faster than one."""
+    threads = min(MAX_GATHERERS, default_threads(ranks)) if gathers else 1
+    batch_bytes = batch_size * int(np.prod(shape))
+    burst = max(1, min(MAX_BURST, HANDOVER_BYTES // batch_bytes)) if batch_bytes else 1
+    ahead = max(data.prefetch, IN_FLIGHT + HANDED_OUT)
+    return Buffering((-(-ahead // threads) + 2 * burst) * threads, threads, burst)
 
 
 def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:

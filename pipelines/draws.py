@@ -81,8 +81,9 @@ def random_resized_crops(
     left = np.floor(drawn[:, -1] * (widths - box_width + 1))
     if not (found := fits.any(axis=1)).all():
         whole = widths / heights
-        fallback_width = np.where(whole > ratio[1], np.rint(heights * ratio[1]), widths)
-        fallback_height = np.where(whole < ratio[0], np.rint(widths / ratio[0]), heights)
+        # torchvision's box of a line of pixels can round to nothing; ours keeps one
+        fallback_width = np.where(whole > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
+        fallback_height = np.where(whole < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
         box_height = np.where(found, box_height, fallback_height)
         box_width = np.where(found, box_width, fallback_width)
         top = np.where(found, top, (heights - fallback_height) // 2)

@@ -51,7 +51,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
         pixels, original = source, None
     else:
         pixels, original = _decode(source, encoding.max_pixels)
-    if encoding.size is not None and (resized := _resize(pixels, encoding.size, encoding.name == "npy")) is not pixels:
+    if encoding.size is not None and (resized := _resize(pixels, encoding)) is not pixels:
         pixels, original = resized, None
     height, width = pixels.shape[:2]
     if encoding.name == "npy":
@@ -86,7 +86,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
                 if width * height > max_pixels:
                     raise Defect(f"{width} x {height} pixels exceed the limit of {max_pixels:,} (--max-pixels)")
                 keep = image.format == "JPEG" and image.mode == "RGB"
-                pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                pixels = _rgb(image)
     except Defect:
         raise
     except (
@@ -96,15 +96,30 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     return pixels, content if keep else None
 
 
-def _resize(pixels: np.ndarray, size: int, crop: bool) -> np.ndarray:
-    """Shorter side to `size` (bicubic, antialiased); with `crop`, the central square of it."""
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]; transparency is dropped, and 16-bit greyscale scaled, which Pillow would clip at 255."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """Shorter side to `encoding.size` (bicubic, antialiased); for npy, the central square of it."""
+    size = encoding.size or 0
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     if shorter != size:
         to = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
+        if to[0] * to[1] > encoding.max_pixels:  # a line of pixels grows in both directions
+            raise Defect(
+                f"resized to {to[0]} x {to[1]} pixels, above the limit of {encoding.max_pixels:,} (--max-pixels)"
+            )
         pixels = np.asarray(Image.fromarray(pixels).resize(to, Image.Resampling.BICUBIC))
         height, width = pixels.shape[:2]
-    if crop and height != width:
+    if encoding.name == "npy" and height != width:
         top, left = (height - size) // 2, (width - size) // 2
         pixels = pixels[top : top + size, left : left + size]
     return pixels

@@ -23,6 +23,7 @@ from nvidia.dali.tensors import TensorListCPU
 from pipelines.gather import Source
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
+HANDED_OUT = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
 
 
 class Batch(NamedTuple):
@@ -38,6 +39,30 @@ class Work:
 
     indices: np.ndarray  # int64 [B], samples of the split
     draws: dict[str, np.ndarray]  # the graph's inputs beside images and labels, each [B, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which batches an epoch has. `schedule` and `prepare` are pure and are called in the background threads."""
+
+    samples: int  # that this rank sees in an epoch
+    batch_size: int  # of all batches but possibly the last
+    schedule: Callable[[int, int], Work]  # (epoch, step) -> the work of a batch
+    prepare: Callable[[int], object] | None = None  # (epoch): what its schedule needs once, computed ahead
+    repeats: bool = False  # every iteration is epoch 0 from its start (evaluation)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Buffering:
+    """How many buffers there are, and who fills them."""
+
+    slots: int
+    threads: int  # that gather, each its own batches in turn; slots is a multiple of it
+    burst: int  # batches passed between threads at once: waking a thread can cost more than a gather
 
 
 @dataclass
@@ -119,43 +144,33 @@ def _nothing() -> None:
 
 
 class Loader:
-    """Iterate over it once per epoch; `len` is the number of batches of an epoch, `state` where it stands.
-
-    schedule(epoch, step) gives the work of a batch, a pure function; it is called in the background thread, in order.
-    `prepare(epoch)`, called there too, is the place for what an epoch needs once.
-    """
+    """Iterate over it once per epoch; `len` is the number of batches of an epoch, `state` where it stands."""
 
     def __init__(
         self,
-        *,
-        steps: int,
-        samples: int,
-        image_size: int,
-        schedule: Callable[[int, int], Work],
-        labels: np.ndarray | None,
+        plan: Plan,
         source: Source,
         runner: Runner,
-        slots: int,
+        buffering: Buffering,
+        *,
+        labels: np.ndarray | None,
+        image_size: int,
         device: torch.device,
         gather_stream: torch.cuda.Stream | None = None,
-        repeats: bool = False,
     ) -> None:
-        self.samples = samples  # that this rank sees in an epoch
+        self.plan = plan
         self.image_size = image_size  # height and width of the images it gives, pixels
         self.device = device
         self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
-        self._steps = steps
-        self._schedule = schedule
-        self._labels = torch.from_numpy(labels) if labels is not None else None
-        self._source = source
+        self.source = source
+        self.labels = torch.from_numpy(labels) if labels is not None else None
+        self.buffering = buffering
+        self.gather_stream = gather_stream
         self._runner = runner
-        self._slots = slots
-        self._gather_stream = gather_stream
-        self._repeats = repeats  # every iteration begins at step 0 of epoch 0 (evaluation)
         self._epoch = self._step = 0
 
     def __len__(self) -> int:
-        return self._steps
+        return self.plan.steps
 
     @property
     def state(self) -> dict[str, int]:
@@ -165,52 +180,66 @@ class Loader:
     @state.setter
     def state(self, state: dict[str, int]) -> None:
         epoch, step = state["epoch"], state["step"]
-        if epoch < 0 or not 0 <= step < max(self._steps, 1):
-            raise ValueError(f"loader state {state} is outside of epochs of {self._steps} steps")
+        if epoch < 0 or not 0 <= step < max(len(self), 1):
+            raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch that `state` stands in."""
-        if self._repeats:
+        if self.plan.repeats:
             self._epoch = self._step = 0
-        thread = _Gatherer(self, self._epoch, range(self._step, self._steps))
-        pending: deque[int] = deque()
-        remaining = self._steps - self._step
+        remaining = len(self) - self._step
+        threads = self.buffering.threads
+        team = [_Gatherer(self, self._epoch, range(self._step + i, len(self), threads), i) for i in range(threads)]
+        submitted: deque[tuple[_Gatherer, int]] = deque()
+        handed: deque[tuple[_Gatherer, int, Callable[[], None]]] = deque()
+        following = 0
         try:
             while remaining:
                 begin = time.perf_counter()
-                while len(pending) < min(IN_FLIGHT, remaining):
-                    prepared = thread.take(block=not pending)
+                while len(submitted) < min(IN_FLIGHT, remaining):
+                    gatherer = team[following % len(team)]
+                    prepared = gatherer.take(block=not submitted)
                     if prepared is None:
                         break
+                    following += 1
                     self._runner.submit(prepared.images, prepared.labels, prepared.draws)
-                    pending.append(prepared.slot)
+                    submitted.append((gatherer, prepared.slot))
                 images, labels, released = self._runner.result()
-                slot = pending.popleft()
+                handed.append((*submitted.popleft(), released))
+                if len(handed) > HANDED_OUT:
+                    gatherer, slot, released = handed.popleft()
+                    gatherer.give(slot, released)
                 batch = Batch(images.permute(0, 3, 1, 2), labels)
                 remaining -= 1
                 self._step += 1
-                if self._step == self._steps:
+                if self._step == len(self):
                     self._epoch, self._step = self._epoch + 1, 0
                 self.wait_s += time.perf_counter() - begin
-                thread.give(slot, released)
                 yield batch
         finally:
-            for _ in pending:  # batches under way when the consumer left
+            for _ in submitted:  # batches under way when the consumer left
                 self._runner.result()
-            thread.stop()
+            for gatherer in team:
+                gatherer.stop()
 
 
 class _Gatherer(threading.Thread):
-    """Prepares the batches of one epoch ahead, as far as there are free slots."""
+    """Prepares some batches of one epoch ahead, as far as its share of the slots goes."""
 
-    def __init__(self, loader: Loader, epoch: int, steps: range) -> None:
+    def __init__(self, loader: Loader, epoch: int, steps: range, number: int) -> None:
         super().__init__(name="gather", daemon=True)
         self._loader, self._epoch, self._todo = loader, epoch, steps
-        self._ready: queue.SimpleQueue[_Prepared | BaseException] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
-        for slot in range(loader._slots):
-            self._free.put((slot, _nothing))
+        self._burst = loader.buffering.burst
+        self._ready: queue.SimpleQueue[list[_Prepared] | BaseException] = queue.SimpleQueue()
+        self._taken: deque[_Prepared] = deque()
+        # Last in, first out: the slot used last is the one that still lies in the processor's cache. Tokens count the
+        # free slots; a None asks the thread to end.
+        share = loader.buffering.slots // loader.buffering.threads
+        self._free = [(slot, _nothing) for slot in range(number * share, (number + 1) * share)]
+        self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        for _ in self._free:
+            self._tokens.put(True)
         self._started_up = threading.Event()
         threads = torch.get_num_threads()
         self.start()
@@ -219,19 +248,22 @@ class _Gatherer(threading.Thread):
 
     def take(self, block: bool) -> _Prepared | None:
         """The next batch; None when it is not ready and `block` is false."""
-        try:
-            prepared = self._ready.get(block=block)
-        except queue.Empty:
-            return None
-        if isinstance(prepared, BaseException):
-            raise prepared
-        return prepared
+        if not self._taken:
+            try:
+                burst = self._ready.get(block=block)
+            except queue.Empty:
+                return None
+            if isinstance(burst, BaseException):
+                raise burst
+            self._taken.extend(burst)
+        return self._taken.popleft()
 
     def give(self, slot: int, released: Callable[[], None]) -> None:
-        self._free.put((slot, released))
+        self._free.append((slot, released))
+        self._tokens.put(True)
 
     def stop(self) -> None:
-        self._free.put(None)
+        self._tokens.put(None)
         self.join()
 
     def run(self) -> None:
@@ -240,21 +272,26 @@ class _Gatherer(threading.Thread):
         torch.set_num_threads(1)
         self._started_up.set()
         try:
-            with torch.cuda.stream(self._loader._gather_stream):
+            with torch.cuda.stream(self._loader.gather_stream):
                 self._prepare_all()
         except BaseException as error:
             self._ready.put(error)
 
     def _prepare_all(self) -> None:
-        loader = self._loader
+        plan, source, labels = self._loader.plan, self._loader.source, self._loader.labels
+        burst: list[_Prepared] = []
         for step in self._todo:
-            work = loader._schedule(self._epoch, step)
-            labels = loader._labels
+            work = plan.schedule(self._epoch, step)
             taken = torch.full((len(work.indices),), -1) if labels is None else labels[torch.from_numpy(work.indices)]
-            free = self._free.get()
-            if free is None:
+            # The first batch goes out alone, since training waits for it.
+            if burst and (len(burst) >= self._burst or self._tokens.empty() or step == self._todo[1]):
+                self._ready.put(burst)
+                burst = []
+            if self._tokens.get() is None:
                 return
-            slot, released = free
+            slot, released = self._free.pop()
             released()
-            images = loader._source.fill(slot, work.indices)
-            self._ready.put(_Prepared(slot, images, taken, work.draws))
+            burst.append(_Prepared(slot, source.fill(slot, work.indices), taken, work.draws))
+        self._ready.put(burst)
+        if plan.prepare is not None:
+            plan.prepare(self._epoch + 1)  # while the consumer is busy with the last batches

@@ -146,9 +146,10 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             return dataset
         raise UserError(f"{out} already holds the data set {dataset['name']!r}, converted from another source or with "
                         "other options; choose another --out or delete the folder")  # fmt: skip
+    plans = {split: _plan(source, split, options, name, out) for split in source.splits}
+    _check_shapes(plans)
+    _check_disk(plans, out)
     with _claim(out, request) as spool:
-        plans = {split: _plan(source, split, options, name, out, spool) for split in source.splits}
-        _check_disk(plans)
         written: dict[str, _Written] = {}
         with Pool(workers, {split: _Worker(plans[split], source.splits[split]) for split in plans}) as pool:
             # train is last: it is the largest, and its spool then shares the disk with finished shards only
@@ -176,9 +177,9 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             }
             for split, entry in dataset["splits"].items()
         }
-        _commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n")
-        _commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n")
-    shutil.rmtree(spool)
+        _commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+        _commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
+        shutil.rmtree(spool)
     return json.loads(json.dumps(dataset))
 
 
@@ -203,21 +204,27 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is converting into {out}; wait for it or stop it") from None
+        if (out / "dataset.json").exists():
+            raise UserError(
+                f"another process has just finished converting into {out}; run the command again to compare"
+            )
         record = spool / "request.json"
         if record.exists() and json.loads(record.read_text()) != request:
             raise UserError(f"{out} holds an unfinished conversion of another source or with other options; "
                             "choose another --out or delete the folder")  # fmt: skip
-        _commit(record, json.dumps(request).encode())
+        _commit(record, json.dumps(request).encode(), spool)
         yield spool
 
 
-def _plan(source: Source, split: str, options: Options, name: str, out: Path, spool: Path) -> Plan:
+def _plan(source: Source, split: str, options: Options, name: str, out: Path) -> Plan:
     rows = source.splits[split]
     encoding = options.encoding
     if len(rows) == 0:
         raise UserError(f"split {split!r} of {source.name} has no rows; remove the split or fill it")
-    probed = _probe(rows, encoding, source.name, split)
     labelled = rows.labels is not None
+    if rows.labels is not None:
+        _check_labels(rows.labels, len(rows), len(source.classes), split)
+    probed = _probe(rows, encoding, source.name, split)
     shape = None
     if encoding.name == "npy":
         shape = (probed[0].height, probed[0].width, 3)
@@ -238,9 +245,28 @@ def _plan(source: Source, split: str, options: Options, name: str, out: Path, sp
         block_rows=max(1, min(BLOCK_BYTES // held, max(256, -(-len(rows) // 16)))),
         shard_rows=max(1, options.shard_mib * 2**20 // stride),
         shuffled=split == "train",
-        spool=spool / split,
+        spool=out / ".spool" / split,
         out=out,
     )
+
+
+def _check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> None:
+    if len(labels) != rows:
+        raise UserError(f"split {split!r} has {len(labels)} labels for {rows} images; give one to each")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but the source names {classes} classes; "
+            f"labels must lie in 0..{classes - 1}"
+        )
+
+
+def _check_shapes(plans: dict[str, Plan]) -> None:
+    """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
+    shapes = {split: f"{split!r} of {plan.image_shape[0]} x {plan.image_shape[1]}" for split, plan in plans.items()
+              if plan.image_shape}  # fmt: skip
+    if len({plan.image_shape for plan in plans.values()}) > 1:
+        raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
+                        "give --size N or --encoding jpeg")  # fmt: skip
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
@@ -259,15 +285,14 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
     return found
 
 
-def _check_disk(plans: dict[str, Plan]) -> None:
+def _check_disk(plans: dict[str, Plan], out: Path) -> None:
     """Refuse before the first byte when the result and its spool cannot fit."""
     need = 64 * 2**20
     for plan in plans.values():
         need += plan.rows * (plan.payload_bytes + 4 * tar_layout.BLOCK)
     spool = max(plan.rows * plan.payload_bytes // plan.groups for plan in plans.values())
-    out = next(iter(plans.values())).out
     present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if need + spool - present > free:
         raise UserError(f"{out} has {free / 2**30:.1f} GiB free, the conversion needs about "
                         f"{(need + spool - present) / 2**30:.1f} GiB; free some space or choose another --out")  # fmt: skip
@@ -325,7 +350,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
     index_file = plan.out / f"{plan.split}.index.npz"
-    _commit(index_file, buffer.getvalue())
+    _commit(index_file, buffer.getvalue(), plan.spool)
     entry = {
         "samples": samples,
         "labelled": labels is not None,
@@ -422,7 +447,7 @@ def _scatter(workers: dict[str, _Worker], task: tuple[str, int]) -> int:
     group_of = positions[order] // plan.shard_rows // plan.group_shards
     for group in range(plan.groups):
         chosen = np.flatnonzero(group_of == group)
-        _commit_pieces(plan.block_group(block, group), [kept[i].payload for i in chosen])
+        _commit_pieces(plan.block_group(block, group), [kept[i].payload for i in chosen], plan.spool)
     table = {
         "row": np.array([start + i for i in order], np.int64),
         "position": positions[order].astype(np.int64),
@@ -441,7 +466,8 @@ def _check_shape(plan: Plan, rows: SplitSource, row: int, encoded: Encoded) -> N
     if plan.image_shape is not None and (encoded.height, encoded.width) != plan.image_shape[:2]:
         raise UserError(
             f"{rows.describe(row)} has {encoded.height} x {encoded.width} pixels and others "
-            f"{plan.image_shape[0]} x {plan.image_shape[1]}, but npy stores one shape; give --size N or --encoding jpeg"
+            f"{plan.image_shape[0]} x {plan.image_shape[1]}, but npy stores one shape; "
+            f"delete {plan.out}, then give --size N or --encoding jpeg"
         )
 
 
@@ -482,7 +508,7 @@ def _gather(workers: dict[str, _Worker], task: tuple[str, int]) -> int:
         file.flush()
         os.fsync(file.fileno())
     index = f"{tar_layout.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
-    _commit(plan.shard_file(shard).with_suffix(".idx"), index.encode())
+    _commit(plan.shard_file(shard).with_suffix(".idx"), index.encode(), plan.spool)
     temporary.rename(plan.shard_file(shard))
     arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
     _commit_npz(plan.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
@@ -523,16 +549,19 @@ def _load(file: Path) -> dict[str, np.ndarray]:
 def _commit_npz(file: Path, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    _commit(file, buffer.getvalue())
+    _commit(file, buffer.getvalue(), file.parent)
 
 
-def _commit(file: Path, content: bytes) -> None:
-    _commit_pieces(file, [content])
+def _commit(file: Path, content: bytes, spool: Path) -> None:
+    _commit_pieces(file, [content], spool)
 
 
-def _commit_pieces(file: Path, pieces: list[bytes]) -> None:
-    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+def _commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
+    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
+
+    What a kill leaves of the temporary file lies in the spool, which the run that finishes deletes.
+    """
+    temporary = spool / f"{file.name}.{os.getpid()}.tmp"
     with temporary.open("wb", buffering=2**20) as opened:
         for piece in pieces:
             opened.write(piece)

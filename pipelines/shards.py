@@ -11,9 +11,11 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import weakref
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,18 +109,56 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     try:
         dataset = json.loads(path.read_text())
         if dataset["format"] != FORMAT:
-            raise KeyError("format")
-        version = dataset["version"]
-        for split in dataset["splits"].values():
-            _ = split["samples"], split["labelled"], split["index"]["file"], [s["bytes"] for s in split["shards"]]
-        _ = dataset["classes"], dataset["encoding"], dataset["image_shape"], dataset["mean"], dataset["std"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"format {dataset['format']!r}")
+        if (version := dataset["version"]) == VERSION:
+            _check_fields(dataset)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or of another program ({type(error).__name__}: {error}); {convert}"
         ) from None
     if version != VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {VERSION}; convert the source again")
     return dataset
+
+
+_DATASET_FIELDS = {"name": str, "classes": list, "encoding": str, "mean": list, "std": list, "splits": dict}
+_SPLIT_FIELDS = {
+    "samples": int,
+    "labelled": bool,
+    "source_rows": int,
+    "quarantined": list,
+    "index": dict,
+    "shards": list,
+}
+_FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
+
+
+def _check_fields(dataset: dict[str, Any]) -> None:
+    """Raise for anything that the code relies on and that is not there, so that nobody else needs to check."""
+
+    def check(entry: dict[str, Any], fields: dict[str, type]) -> None:
+        for name, kind in fields.items():
+            if type(entry[name]) is not kind:
+                raise TypeError(f"{name} is {entry[name]!r}")
+
+    check(dataset, _DATASET_FIELDS)
+    shape = dataset["image_shape"]
+    if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
+        raise ValueError(f"encoding {dataset['encoding']!r} with image shape {shape}")
+    if shape is not None and not (len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):
+        raise ValueError(f"image_shape is {shape}")
+    if not all(
+        len(dataset[name]) == 3 and all(type(v) in (int, float) for v in dataset[name]) for name in ("mean", "std")
+    ):
+        raise ValueError("mean and std are not three numbers from 0 to 1 each")
+    for split in dataset["splits"].values():
+        check(split, _SPLIT_FIELDS)
+        for shard in split["shards"]:
+            check(shard, {**_FILE_FIELDS, "samples": int})
+        check(split["index"], _FILE_FIELDS)
+        for file in [entry["file"] for entry in (split["index"], *split["shards"])]:
+            if Path(file).name != file or file in ("", ".."):
+                raise ValueError(f"{file!r} is not a plain file name")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
@@ -137,10 +177,10 @@ def open_split(folder: str | Path, name: str) -> Split:
     if name not in dataset["splits"]:
         raise UserError(f"{str(folder)!r} has no split {name!r}; it has {', '.join(dataset['splits'])}")
     entry = dataset["splits"][name]
-    files = tuple(_inside(folder, shard["file"]) for shard in entry["shards"])
+    files = tuple(folder / shard["file"] for shard in entry["shards"])
     for file, shard in zip(files, entry["shards"], strict=True):
         _check_size(file, shard["bytes"])
-    index = _load_index(_inside(folder, entry["index"]["file"]), entry)
+    index = _load_index(folder / entry["index"]["file"], entry)
     sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
     end = index["offset"] + index["size"]
     bad = (index["offset"] < tar_layout.BLOCK) | (index["size"] < 0) | (end > sizes[index["shard"]])
@@ -159,8 +199,13 @@ def open_split(folder: str | Path, name: str) -> Split:
     if dataset["encoding"] == "npy":
         stride = sample_stride(int(index["size"][0]), labels is not None, len(dataset["classes"]))
         unit = int(np.lcm(stride, unit))
-        if (index["size"] != index["size"][0]).any() or ((index["offset"] - tar_layout.BLOCK) % stride).any():
-            raise UserError(f"{entry['index']['file']} does not have the constant stride of npy shards; {_RECONVERT}")
+        shape = dataset["image_shape"]
+        size = len(tar_layout.npy_header(shape)) + math.prod(shape)
+        if (index["size"] != size).any() or ((index["offset"] - tar_layout.BLOCK) % stride).any():
+            raise UserError(
+                f"{entry['index']['file']} does not place images of the shape {shape} that dataset.json gives "
+                f"at the constant stride of npy shards; {_RECONVERT}"
+            )
     slot = -(-int(sizes.max()) // unit) * unit
     return Split(
         dataset=dataset,
@@ -180,12 +225,6 @@ def open_split(folder: str | Path, name: str) -> Split:
 _RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
 
 
-def _inside(folder: Path, file: str) -> Path:
-    if Path(file).name != file:
-        raise UserError(f"{folder / 'dataset.json'} names {file!r}, which is not a plain file name; {_RECONVERT}")
-    return folder / file
-
-
 def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
         raise UserError(f"{file} is missing, though dataset.json lists it; {_RECONVERT}")
@@ -203,16 +242,15 @@ def _load_index(file: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             index = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} cannot be read ({error}); {_RECONVERT}") from None
     lengths = {name: len(column) for name, column in index.items()}
     if set(lengths.values()) != {entry["samples"]}:
         raise UserError(f"{file} has {lengths} rows where dataset.json says {entry['samples']}; {_RECONVERT}")
     if entry["samples"] == 0:
         raise UserError(f"{file} lists no samples; {_RECONVERT}")
-    counts = np.bincount(index["shard"], minlength=len(entry["shards"])).tolist()
     expected = [shard["samples"] for shard in entry["shards"]]
-    if counts != expected:
+    if index["shard"].min() < 0 or np.bincount(index["shard"], minlength=len(expected)).tolist() != expected:
         raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {_RECONVERT}")
     return index
 
@@ -241,7 +279,8 @@ def _map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> np.ndarr
 
     base = map_at(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
-    weakref.finalize(buffer, _libc.munmap, base, total)
+
+    weakref.finalize(buffer, _libc.munmap, base, total).atexit = False  # a gathering thread may still read at exit
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         with file.open("rb") as opened:
             map_at(base + number * slot, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -83,6 +85,9 @@ def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.nd
                 found = (member.name.partition(".")[2], member.offset_data, member.size) if member else None
                 if member is None or found != (extension, offset, int(split.size[sample])):
                     return f"{file.name} holds {found} where the index places {split.describe(sample)}"
+                if (sides := _image_sides(split, sample)) != (split.heights[sample], split.widths[sample]):
+                    indexed = f"{split.heights[sample]} x {split.widths[sample]}"
+                    return f"{file.name} holds an image of {sides} where the index says {indexed}: {split.describe(sample)}"
                 key, label = member.name.partition(".")[0], None
                 if split.labels is not None:
                     label = archive.next()
@@ -98,6 +103,19 @@ def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.nd
     if not beside.is_file():
         return f"{beside.name} is missing"
     return None if beside.read_text(errors="replace") == "".join(idx) else f"{beside.name} disagrees with {file.name}"
+
+
+def _image_sides(split: shards.Split, sample: int) -> tuple[int, int] | None:
+    """(height, width) that the stored image itself claims; None where it is no image of the split's encoding."""
+    begin = int(split.address[sample])
+    content = split.content[begin : begin + int(split.size[sample])].tobytes()
+    if split.image_shape is not None and split.encoding == "npy":
+        return split.image_shape[:2] if content.startswith(tar_layout.npy_header(split.image_shape)) else None
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            return image.height, image.width
+    except OSError:
+        return None
 
 
 def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:

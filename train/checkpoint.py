@@ -19,14 +19,14 @@ from train.loop import Training
 FORMAT = 1
 
 
-def save(path: Path, training: Training, **state: Any) -> None:
-    """Write weights, optimizer and `state` (tensors, numbers, strings and containers of them)."""
+def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
+    """Write weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them."""
     content = {
         "format": FORMAT,
         "model": training.network.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
-        "sums": training.sums,
+        "sums": sums,
         **state,
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -43,14 +43,21 @@ def save(path: Path, training: Training, **state: Any) -> None:
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """The content of a checkpoint; no code in it is ever run."""
+    """The content of a checkpoint; no code in it is ever run, and a flipped bit is found."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare the checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"checkpoint {path} does not exist; give a run folder or a .pt file, or --resume auto"
         ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"checkpoint {path} is refused, since it holds more than tensors, numbers and strings; take another one"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read ({reason}); take another one") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -71,16 +78,17 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
     restore_weights(training, content, path)
     training.optimizer.load_state_dict(content["optimizer"])
-    training.scaler.load_state_dict(content["scaler"])
+    if content["scaler"]:  # empty where the run did without, as on a CPU
+        training.scaler.load_state_dict(content["scaler"])
     training.sums.copy_(content["sums"])
 
 
 def check_same_run(content: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with a stream of samples that is not the one the checkpoint stands in."""
+    """Refuse to go on with other samples or another optimizer than those the checkpoint comes from."""
     then = content["stream"]
     changed = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
     if changed:
         raise UserError(
-            f"cannot resume from {path}, since this run would see other samples ({'; '.join(changed)}); "
-            "restore those settings or start a new run without --resume"
+            f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
+            "restore them or start a new run without --resume"
         )

@@ -6,9 +6,11 @@ Reads from top to bottom as the whole run: config, data, model, training, evalua
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
-    parser.add_argument("--resume", metavar="auto|PATH",
-                        help="auto: go on with the latest run of this name; PATH: a checkpoint or a run folder")  # fmt: skip
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or a run folder"
+    )
     parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint given by --resume, do not train")
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     return parser.parse_args(arguments)
@@ -50,6 +53,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
+    if arguments.eval and arguments.resume is None:
+        raise UserError("--eval needs a checkpoint; give --resume PATH or --resume auto")
     replacements = {
         "data.batch_size": arguments.batch_size,
         "data.path": arguments.data_path,
@@ -93,13 +98,12 @@ def main() -> None:
                 print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
             return
 
-        folder = dist.from_first_rank(choose_folder(config, arguments.resume) if ranks.is_first else None)
-        source = resume_path(arguments.resume, folder)
+        folder, source = dist.from_first_rank(lambda: find_run(config, arguments.resume))
         stream = stream_identity(config, dataset, ranks)
         content = checkpoint.load(source, device) if source else None
         if arguments.eval:
             if content is None or source is None:
-                raise UserError("--eval needs a checkpoint; give --resume PATH or --resume auto")
+                raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
             checkpoint.restore_weights(training, content, source)
             result = evaluate(training, val_loader, val_samples)
             if ranks.is_first:
@@ -108,13 +112,19 @@ def main() -> None:
             return
 
         progress: dict[str, Any] = {"best_top1": -1.0}
-        log = open_log(folder, ranks, config)
         if content is not None and source is not None:
             checkpoint.check_same_run(content, stream, source)
             checkpoint.restore(training, content, source)
-            train_loader.state = content["loader"]
+            if not ranks.is_first:
+                training.sums.zero_()  # the checkpoint holds the sums over all ranks
+            position = content["position"]
+            step = position["step"] * config.train.accumulation_steps
+            train_loader.state = {"epoch": position["epoch"], "step": step}
             progress = content["progress"]
-            log.keep_epochs(train_loader.state["epoch"])
+        folder = folder or dist.from_first_rank(lambda: make_folder(config))
+        log = open_log(folder, ranks, config)
+        log.keep_epochs(train_loader.state["epoch"])
+        if source is not None:
             log.say(f"resumed from {source} at {train_loader.state}")
         log.say(describe(config, dataset, training, train_loader, ranks))
         try:
@@ -136,11 +146,26 @@ def fit(
     ranks: Ranks,
 ) -> None:
     """Epochs from where the loader stands; a checkpoint after each, and within one as train.save_every_steps says."""
+    if train_loader.state["epoch"] >= config.train.epochs:
+        log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
+        return
+    accumulation = config.train.accumulation_steps
 
     def save(name: str) -> None:
+        sums = dist.sum_over_ranks(training.sums.clone())  # so all ranks must come here at the same step
         if ranks.is_first:
-            state = {"loader": train_loader.state, "progress": progress, "stream": stream, "config": to_yaml(config)}
-            checkpoint.save(folder / name, training, **state)
+            # in optimizer steps, which mean the same however a global batch is cut into ranks and forward passes
+            position = {"epoch": train_loader.state["epoch"], "step": train_loader.state["step"] // accumulation}
+            state = {"position": position, "progress": progress, "stream": stream, "config": to_yaml(config)}
+            checkpoint.save(folder / name, training, sums, **state)
+
+    def is_due(done: int) -> bool:
+        if config.train.save_every_steps is not None:
+            return done % config.train.save_every_steps == 0
+        # the first rank's clock decides; looked at once per log interval, since all ranks wait for the answer
+        return done % config.log.every_steps == 0 and dist.from_first_rank(
+            lambda: time.monotonic() - saved_at >= SAVE_EVERY_S
+        )
 
     saved_at = time.monotonic()
     bar = tqdm(disable=log.is_silent or not sys.stderr.isatty(), unit="step", leave=False, file=sys.stderr)
@@ -152,17 +177,15 @@ def fit(
         if not log.is_silent and done % config.log.every_steps == 0:
             loss, _, seen = training.sums.tolist()  # synchronises, once per log interval
             bar.set_postfix(loss=f"{loss / seen:.3f}", lr=f"{lr:.2g}")
-        every = config.train.save_every_steps
-        due = done % every == 0 if every else time.monotonic() - saved_at >= SAVE_EVERY_S
-        if due and train_loader.state["step"] != 0:  # the end of an epoch saves anyhow
+        if train_loader.state["step"] != 0 and is_due(done):  # the end of an epoch saves anyhow
             save("last.pt")
             saved_at = time.monotonic()
 
     begin = time.monotonic()
-    updates_per_epoch = len(train_loader) // config.train.accumulation_steps
+    updates_per_epoch = len(train_loader) // accumulation
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
         bar.reset(updates_per_epoch)
-        bar.update(train_loader.state["step"] // config.train.accumulation_steps)
+        bar.update(train_loader.state["step"] // accumulation)
         bar.set_description(f"epoch {epoch + 1}/{config.train.epochs}")
         lr = [0.0]
 
@@ -227,7 +250,7 @@ def to_device(network: nn.Module, device: torch.device, channels_last: bool) -> 
 
 
 def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """What the stream of samples and the schedule follow from; a resumed run must agree in all of it."""
+    """What the stream of samples, the schedule and the optimizer follow from; a resumed run must agree in all of it."""
     data, train = config.data, config.train
     return {
         "data set": fingerprint(dataset),
@@ -235,42 +258,47 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "global batch": data.batch_size * ranks.world_size * train.accumulation_steps,
         "data.train_split": data.train_split,
         "data.order": data.order,
+        "data.window_shards": data.window_shards if data.order == "sequential-window" else None,
         "data.image_size": data.image_size,
-        "aug": config.aug.model_dump_json(),
+        "data.interpolation": data.interpolation,
+        **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
         "train.epochs": train.epochs,
+        **{f"train.optimizer.{key}": value for key, value in train.optimizer.model_dump(mode="json").items()},
     }
 
 
-def choose_folder(config: Config, resume: str | None) -> Path:
-    """The run's folder OUTPUT/NAME, made here; taken names get -2, -3 …, so no run writes over another.
+def run_folders(config: Config) -> Iterator[Path]:
+    """OUTPUT/NAME, OUTPUT/NAME-2, OUTPUT/NAME-3 …"""
+    yield Path(config.output) / str(config.name)
+    yield from (Path(config.output) / f"{config.name}-{number}" for number in itertools.count(2))
 
-    With --resume auto it is the latest run of this name; with a checkpoint's path, the folder it lies in.
+
+def find_run(config: Config, resume: str | None) -> tuple[Path | None, Path | None]:
+    """The folder to go on in and the checkpoint to start from; None for those that are not there yet.
+
+    With --resume auto those of the latest run of this name; with a path, the checkpoint and the folder it lies in.
     """
-    if resume not in (None, "auto"):
-        path = Path(str(resume))
-        return path if path.is_dir() else path.parent
-    root, number = Path(config.output), 1
-    name = str(config.name)
-    while (root / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    if resume == "auto" and number > 1:
-        number -= 1
-    folder = root / (name if number == 1 else f"{name}-{number}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
-    return folder
-
-
-def resume_path(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint to start from; with `auto`, none where there is none yet."""
     if resume is None:
-        return None
+        return None, None
     if resume == "auto":
-        return folder / "last.pt" if (folder / "last.pt").exists() else None
+        taken = list(itertools.takewhile(Path.exists, run_folders(config)))
+        folder = taken[-1] if taken else None
+        return folder, folder / "last.pt" if folder and (folder / "last.pt").exists() else None
     path = Path(resume)
-    return path / "last.pt" if path.is_dir() else path
+    return (path, path / "last.pt") if path.is_dir() else (path.parent, path)
+
+
+def make_folder(config: Config) -> Path:
+    """The first run folder that is not taken, so that no run writes over another."""
+    for folder in run_folders(config):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
+    raise AssertionError("the names are endless")
 
 
 def open_log(folder: Path, ranks: Ranks, config: Config) -> RunLog:

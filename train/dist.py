@@ -6,15 +6,19 @@ There is always a process group, also for one process without torchrun, so that 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from configs.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,19 @@ class Ranks:
 def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Set up the group for the lifetime of the context; gives this rank's device."""
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if ranks.local_world_size > gpus:
+            raise UserError(
+                f"{ranks.local_world_size} processes were started on a machine with {gpus} GPUs; "
+                f"use --nproc_per_node={gpus} at most"
+            )
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=ranks.rank, world_size=ranks.world_size)
+    store = dist.HashStore() if ranks.world_size == 1 else None  # None: where MASTER_ADDR and MASTER_PORT say
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
     try:
         yield device
     finally:
@@ -61,18 +69,22 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
     """The model with gradients averaged over ranks during backward; with one rank there is nothing to average."""
     if dist.get_world_size() == 1:
         return model
-    return DistributedDataParallel(
+    parallel = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=accumulation_steps == 1,
-        broadcast_buffers=False,  # running statistics are made equal once before each evaluation instead
     )
+    # Running statistics are made equal once before each evaluation instead. Set here, since the argument's name depends
+    # on the version of torch.
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
+    return no_sync()  # also of a compiled model, which passes the attributes of what it wraps on
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -87,8 +99,16 @@ def equalize_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
-def from_first_rank(value: Any) -> Any:
-    """What the first rank passes, on every rank: strings, numbers and containers of them."""
-    box = [value]
+def from_first_rank(compute: Callable[[], Result]) -> Result:
+    """Every rank gets what `compute` returns on the first one, the only one to call it; a UserError is raised on all."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = compute()
+        except UserError as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box, 0)
-    return box[0]
+    if box[1] is not None:
+        raise UserError(box[1])
+    result: Result = box[0]
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import netrc
 import os
 import sys
@@ -75,7 +76,7 @@ class RunLog:
         if self._folder is None:
             return
         with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n")
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
         self.say(f"epoch {metrics['epoch']}: " + ", ".join(shown))
         if self._wandb is not None:
@@ -140,6 +141,11 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
     temporary.rename(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for nan and infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _has_wandb_login() -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from pipelines.loader import Batch, Loader
+from train import dist
 from train.loop import Training, train_step
 
 
@@ -31,16 +32,17 @@ def measure_images_per_s(
     def run(steps: int) -> float:
         nonlocal batch_size
         begin = time.perf_counter()
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            train_step(training, batch)
+            train_step(training, batch, update=step % training.config.accumulation_steps == 0)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         return time.perf_counter() - begin
 
     run(warmup_steps)
-    steps = max(1, int(warmup_steps / max(run(warmup_steps), 1e-6)))
+    warm_s = run(warmup_steps)
+    steps = dist.from_first_rank(lambda: max(1, int(warmup_steps / warm_s)))  # equal, or ranks would wait for ever
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
     return steps * batch_size * world_size / times[len(times) // 2]

@@ -1,0 +1,56 @@
+"""Shared inputs: two tiny data sets, converted once per session, and the real images that only some machines have."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from memory_source import tiny_source, write
+
+settings.register_profile("project", deadline=None, derandomize=True)  # a slow machine is no error
+settings.load_profile("project")
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: OpenMP's barriers would cost more than the work
+
+
+@pytest.fixture(scope="session")
+def npy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """700 / 107 / 41 marked images of 32x32 (see memory_source); read only."""
+    out = tmp_path_factory.mktemp("npy") / "tiny"
+    write(tiny_source("npy"), out, "npy")
+    return out
+
+
+@pytest.fixture(scope="session")
+def jpeg_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """520 / 53 / 9 JPEG files of different sizes; read only."""
+    out = tmp_path_factory.mktemp("jpeg") / "tiny"
+    write(tiny_source("jpeg"), out, "jpeg")
+    return out
+
+
+@pytest.fixture
+def npy_copy(npy_data: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(npy_data, tmp_path / "npy"))
+
+
+@pytest.fixture
+def jpeg_copy(jpeg_data: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(jpeg_data, tmp_path / "jpeg"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout; the test is skipped where it is missing."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real images of {SHARED_DATA}")
+    return SHARED_DATA

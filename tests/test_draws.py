@@ -1,0 +1,156 @@
+"""The draws of one sample: pure, independent of each other and of the batch, distributed as torchvision's are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from pipelines import draws
+
+MANY = 10_000
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def crops(samples: np.ndarray, height: int, width: int, scale: tuple[float, float] = SCALE,
+          ratio: tuple[float, float] = RATIO, seed: int = 1, epoch: int = 0) -> np.ndarray:  # fmt: skip
+    """(top, left, height, width) for images of one size"""
+    sizes = np.full(len(samples), height), np.full(len(samples), width)
+    return draws.random_resized_crops(samples, seed, epoch, *sizes, scale, ratio)
+
+
+def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    return [
+        draws.uniform(samples, seed, epoch, "any", 3),
+        draws.flips(samples, seed, epoch, 0.5),
+        draws.pad_crop_offsets(samples, seed, epoch, 4),
+        crops(samples, 60, 80, seed=seed, epoch=epoch),
+        draws.jitter_factors(samples, seed, epoch, 0.4, 0.4, 0.4, 0.1),
+    ]
+
+
+def test_draws_of_a_sample_do_not_depend_on_the_rest_of_the_batch() -> None:
+    samples = np.random.default_rng(0).permutation(1_500_000)[:64]
+    whole = all_draws(samples, seed=9, epoch=4)
+    for i in (0, 17, 63):
+        for drawn, alone in zip(whole, all_draws(samples[i : i + 1], seed=9, epoch=4), strict=True):
+            np.testing.assert_array_equal(drawn[i], alone[0])
+    for drawn, reverse in zip(whole, all_draws(samples[::-1], seed=9, epoch=4), strict=True):
+        np.testing.assert_array_equal(drawn, reverse[::-1])
+
+
+def test_draws_change_with_the_epoch_and_the_seed() -> None:
+    samples = np.arange(MANY)
+    first = draws.uniform(samples, 0, 0, "any", 1)[:, 0]
+    for seed, epoch, purpose in ((1, 0, "any"), (0, 1, "any"), (0, 0, "other"), (2**40, 0, "any"), (0, 500, "any")):
+        other = draws.uniform(samples, seed, epoch, purpose, 1)[:, 0]
+        assert abs(np.corrcoef(first, other)[0, 1]) < 5 / np.sqrt(MANY)
+
+
+def test_draws_of_one_sample_and_of_neighbours_are_uncorrelated() -> None:
+    drawn = draws.uniform(np.arange(MANY), 3, 1, "any", 8)
+    table = np.concatenate([drawn[:-1], drawn[1:]], axis=1)
+    correlation = np.corrcoef(table, rowvar=False) - np.eye(16)
+    assert np.abs(correlation).max() < 5 / np.sqrt(MANY)
+
+
+def test_uniform_draws_are_uniform_and_below_one() -> None:
+    drawn = draws.uniform(np.arange(MANY), 5, 0, "any", 4)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert stats.kstest(drawn.ravel(), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 150), (500, 375), (32, 32)])
+@pytest.mark.parametrize("scale", [SCALE, (0.35, 1.0)])
+def test_crop_boxes_are_distributed_as_torchvision_draws_them(
+    height: int, width: int, scale: tuple[float, float]
+) -> None:
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(RATIO)) for _ in range(MANY)])
+    ours = crops(np.arange(MANY), height, width, scale)
+    figures = {
+        "top": lambda boxes: boxes[:, 0],
+        "left": lambda boxes: boxes[:, 1],
+        "height": lambda boxes: boxes[:, 2],
+        "width": lambda boxes: boxes[:, 3],
+        "area": lambda boxes: boxes[:, 2] * boxes[:, 3],
+        "aspect": lambda boxes: boxes[:, 3] / boxes[:, 2],
+        "centre": lambda boxes: boxes[:, 0] + boxes[:, 1] + boxes[:, 2:].sum(axis=1) / 2,
+    }
+    for name, figure in figures.items():
+        assert stats.ks_2samp(figure(ours), figure(theirs)).pvalue > 0.005, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (10, 11), (30, 30), (1, 400), (7, 1)])
+def test_images_that_no_box_fits_get_torchvisions_central_crop(height: int, width: int) -> None:
+    # a share of the area above 1 fits no attempt, so that both sides fall back
+    theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 1.5], list(RATIO))
+    boxes = crops(np.arange(5), height, width, scale=(1.5, 1.5))
+    np.testing.assert_array_equal(boxes, np.broadcast_to(theirs, (5, 4)))
+
+
+def test_fallback_and_drawn_boxes_mix_in_one_batch() -> None:
+    samples, heights, widths = np.arange(3), np.array([50, 4, 50]), np.array([50, 400, 50])
+    boxes = draws.random_resized_crops(samples, 0, 0, heights, widths, (0.5, 0.5), (1.0, 1.0))
+    assert boxes[:, 2:].tolist() == [[35, 35], [4, 4], [35, 35]]
+    assert boxes[1].tolist() == [0, 198, 4, 4]
+
+
+sides = st.integers(1, 600)
+shares = st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(lambda pair: (min(pair), max(pair)))
+ratios = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(lambda pair: (min(pair), max(pair)))
+
+
+@given(height=sides, width=sides, scale=shares, ratio=ratios, seed=st.integers(0, 2**63 - 1))
+def test_crop_boxes_are_not_empty_and_lie_in_the_image(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], seed: int
+) -> None:
+    boxes = crops(np.arange(20), height, width, scale, ratio, seed)
+    top, left, box_height, box_width = boxes.T
+    assert boxes.dtype == np.int32
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_flips_happen_with_their_probability(probability: float) -> None:
+    flips = draws.flips(np.arange(MANY), 2, 0, probability)
+    assert set(flips.tolist()) <= {0, 1}
+    assert abs(flips.mean() - probability) <= 4 * np.sqrt(probability * (1 - probability) / MANY)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_pad_offsets_are_uniform(padding: int) -> None:
+    offsets = draws.pad_crop_offsets(np.arange(MANY), 2, 0, padding)
+    side = 2 * padding + 1
+    cells = (offsets[:, 0] + padding) * side + offsets[:, 1] + padding
+    counts = np.bincount(cells, minlength=side * side)
+    assert np.abs(offsets).max() == padding
+    assert len(counts) == side * side
+    assert padding == 0 or stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0, 1.7])
+def test_jitter_factors_have_torchvisions_ranges_and_are_uniform(strength: float) -> None:
+    theirs = ColorJitter(strength, strength, strength, 0.25)
+    factors = draws.jitter_factors(np.arange(MANY), 2, 0, strength, strength, strength, 0.25)
+    assert factors.dtype == np.float32
+    low, high = theirs.brightness or (1.0, 1.0)
+    assert (low, high) == pytest.approx((max(0.0, 1 - strength), 1 + strength))
+    for column in factors[:, :3].T:
+        assert column.min() >= low - 1e-6
+        assert column.max() <= high + 1e-6
+        assert strength == 0 or stats.kstest(column, "uniform", args=(low, high - low)).pvalue > 0.01
+    assert stats.kstest(factors[:, 3], "uniform", args=(-90, 180)).pvalue > 0.01  # a quarter turn either way
+
+
+def test_no_jitter_is_a_factor_of_one() -> None:
+    np.testing.assert_array_equal(draws.jitter_factors(np.arange(9), 2, 0, 0, 0, 0, 0), [[1, 1, 1, 0]] * 9)

@@ -1,0 +1,403 @@
+"""The loader: every sample once, exact resume, the same pixels at every world size, and batches that stay what they are."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
+
+from configs.errors import UserError
+from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader import Batch, Loader
+from pipelines.shards import open_split
+
+NO_AUG = AugConfig(flip=0)
+FLIP = AugConfig(flip=0.5)
+ALL_AUG = AugConfig(
+    crop="random-resized", color_jitter=ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+)
+WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+
+
+def data_of(folder: Path, batch_size: int = 24, **options: Any) -> DataConfig:
+    return DataConfig(path=str(folder), **{"batch_size": batch_size, "threads": 1, **options})
+
+
+def train(folder: Path, batch_size: int = 24, aug: AugConfig = NO_AUG, rank: int = 0, world_size: int = 1,
+          accumulation_steps: int = 1, seed: int = 3, **options: Any) -> Loader:  # fmt: skip
+    return build_train_loader(data_of(folder, batch_size, **options), aug, seed=seed, device="cpu", rank=rank,
+                              world_size=world_size, accumulation_steps=accumulation_steps)  # fmt: skip
+
+
+def evaluation(folder: Path, batch_size: int = 24, rank: int = 0, world_size: int = 1, split: str | None = None,
+               config: EvalConfig | None = None, **options: Any) -> Loader:  # fmt: skip
+    return build_eval_loader(
+        data_of(folder, batch_size, **options), config, split=split, device="cpu", rank=rank, world_size=world_size
+    )
+
+
+def copies(batches: Iterator[Batch] | Loader) -> list[Batch]:
+    """Batches as they were when they came."""
+    return [Batch(images.clone(), labels.clone()) for images, labels in batches]
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def merged(parts: list[list[Batch]]) -> list[Batch]:
+    """The global batches of several ranks."""
+    return [Batch(torch.cat([b.images for b in step]), torch.cat([b.labels for b in step])) for step in zip(*parts, strict=True)]
+
+
+# What an epoch holds
+
+
+@WORLD_SIZES
+@pytest.mark.parametrize("aug", [NO_AUG, FLIP], ids=["stored pixels", "graph"])
+@pytest.mark.parametrize("order", ["random", "sequential-window"])
+def test_every_epoch_has_each_sample_once_less_the_dropped_rest(
+    order: str, aug: AugConfig, world_size: int, npy_data: Path
+) -> None:
+    loaders = [train(npy_data, 11, aug, rank, world_size, order=order, window_shards=2) for rank in range(world_size)]
+    orders = []
+    for _ in range(2):
+        seen = [rows_of(images) for loader in loaders for images, _ in loader]
+        assert {len(batch) for batch in seen} == {11}
+        flat = list(itertools.chain(*seen))
+        assert len(set(flat)) == len(flat) == 700 // (11 * world_size) * 11 * world_size
+        assert {len(loader) for loader in loaders} == {700 // (11 * world_size)}
+        assert sum(loader.plan.samples for loader in loaders) == len(flat)
+        orders.append(flat)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("aug", [NO_AUG, FLIP], ids=["stored pixels", "graph"])
+def test_labels_and_pixels_are_those_of_the_same_sample(aug: AugConfig, npy_data: Path) -> None:
+    for images, labels in train(npy_data, aug=aug):
+        rows = rows_of(images)
+        assert labels.tolist() == [row * 7 % 12 for row in rows]
+        for image, row in zip(images.permute(0, 2, 3, 1).numpy(), rows, strict=True):
+            expected = marked_image(row)
+            assert np.array_equal(image, expected) or (aug is FLIP and np.array_equal(image, expected[:, ::-1]))
+
+
+@pytest.mark.parametrize("aug", [NO_AUG, FLIP, ALL_AUG], ids=["stored pixels", "graph", "all"])
+def test_images_are_uint8_nchw_in_channels_last_memory(aug: AugConfig, npy_data: Path) -> None:
+    loaders = [train(npy_data, 24, aug, image_size=size) for size in (None, 20)]
+    for loader, size in zip(loaders, (32, 20), strict=True):
+        images, labels = next(iter(loader))
+        assert images.shape == (24, 3, size, size)
+        assert images.dtype == torch.uint8
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert (labels.shape, labels.dtype) == ((24,), torch.int64)
+        assert loader.image_size == size
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+def test_the_number_of_batches_is_a_multiple_of_the_accumulation_steps(
+    accumulation_steps: int, npy_data: Path
+) -> None:
+    loader = train(npy_data, 50, accumulation_steps=accumulation_steps)
+    assert len(loader) == 14 // accumulation_steps * accumulation_steps == len(list(loader))
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.8], ids=["stored pixels", "graph"])
+def test_evaluation_has_every_sample_exactly_once_in_stored_order(
+    world_size: int, crop_fraction: float, npy_data: Path
+) -> None:
+    config = EvalConfig(batch_size=10, crop_fraction=crop_fraction)
+    labels, sizes, seen = [], [], []
+    for rank in range(world_size):
+        loader = evaluation(npy_data, rank=rank, world_size=world_size, config=config)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        labels += [label for batch in batches for label in batch.labels.tolist()]
+        seen += [rows_of(batch.images) for batch in batches]
+        sizes += [len(batch.labels) for batch in batches]
+        assert [len(batch.images) for batch in batches] == [len(batch.labels) for batch in batches]
+    assert labels == [row * 7 % 12 for row in range(107)]
+    assert any(size < 10 for size in sizes)  # partial last batches, not padded ones
+    if crop_fraction == 1.0:
+        assert list(itertools.chain(*seen)) == list(range(107))
+
+
+def test_a_rank_without_samples_evaluates_no_batch(tmp_path: Path) -> None:
+    write(memory_source(val=MemoryRows(3)), tmp_path / "out")
+    counts = [len(list(evaluation(tmp_path / "out", rank=rank, world_size=8))) for rank in range(8)]
+    assert sum(counts) == 3
+    assert 0 in counts
+
+
+def test_every_iteration_of_an_evaluation_starts_anew(npy_data: Path) -> None:
+    loader = evaluation(npy_data)
+    first = copies(loader)
+    next(iter(loader))
+    assert_same(copies(loader), first)
+
+
+def test_a_split_without_labels_gives_minus_one(npy_data: Path) -> None:
+    for config in (EvalConfig(), EvalConfig(crop_fraction=0.8)):
+        batches = list(evaluation(npy_data, split="test", config=config))
+        assert torch.equal(torch.cat([labels for _, labels in batches]), torch.full((41,), -1))
+
+
+def test_sequential_window_order_takes_whole_windows_of_shards(npy_data: Path) -> None:
+    split = open_split(npy_data, "train")
+    shard_of = dict(zip(rows_of(_stored(split)), split.shard.tolist(), strict=True))
+    loader = train(npy_data, 4, order="sequential-window", window_shards=2)
+    shards = [shard_of[row] for images, _ in loader for row in rows_of(images)]
+    first = set(shards[:100])
+    assert len(first) == 2
+    boundary = int(np.isin(split.shard, list(first)).sum())
+    assert set(shards[:boundary]) == first
+    assert set(shards[boundary:]) == set(range(4)) - first
+
+
+def _stored(split: Any) -> np.ndarray:
+    view, rows = split.pixel_rows()
+    images: np.ndarray = view[rows].reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
+    return images
+
+
+# Pure function of (seed, epoch, step)
+
+CASES = [("npy", NO_AUG, None), ("npy", ALL_AUG, None), ("jpeg", ALL_AUG, 24)]
+EVERY_CASE = pytest.mark.parametrize(("encoding", "aug", "image_size"), CASES, ids=["stored pixels", "npy", "jpeg"])
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("others", [{}, {"prefetch": 9}, {"prefetch": 1, "threads": 2}], ids=str)
+def test_a_resumed_run_gives_the_same_bytes_as_one_that_ran_through(
+    encoding: str, aug: AugConfig, image_size: int | None, others: dict[str, int], request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{encoding}_data")
+    loader = train(folder, 48, aug, image_size=image_size)
+    through = [copies(loader) for _ in range(2)]
+    for epoch, step in ((0, 1), (1, 0), (1, len(loader) - 1)):
+        resumed = train(folder, 48, aug, image_size=image_size, **others)
+        resumed.state = {"epoch": epoch, "step": step}
+        assert_same(copies(resumed), through[epoch][step:])
+
+
+@EVERY_CASE
+def test_a_step_has_the_same_bytes_at_every_world_size_also_after_a_restart(
+    encoding: str, aug: AugConfig, image_size: int | None, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{encoding}_data")
+    whole = copies(train(folder, 48, aug, image_size=image_size))
+    for world_size in (2, 3, 8):
+        loaders = [train(folder, 48 // world_size, aug, rank, world_size, image_size=image_size) for rank in range(world_size)]
+        for loader in loaders:
+            loader.state = {"epoch": 0, "step": 4}
+        assert_same(merged([copies(loader) for loader in loaders]), whole[4:])
+
+
+def test_other_seeds_and_epochs_give_other_pixels(npy_data: Path) -> None:
+    loader = train(npy_data, 700, ALL_AUG)
+    first, second = copies(loader)[0], copies(loader)[0]
+    other = copies(train(npy_data, 700, ALL_AUG, seed=4))[0]
+    for batch in (second, other):
+        assert not torch.equal(batch.labels, first.labels)
+        assert (batch.images != first.images).float().mean() > 0.5
+
+
+def test_the_state_counts_batches_that_were_handed_over(npy_data: Path) -> None:
+    loader = train(npy_data, 100)
+    assert loader.state == {"epoch": 0, "step": 0}
+    for step, _ in enumerate(loader, 1):
+        assert loader.state == ({"epoch": 0, "step": step} if step < 7 else {"epoch": 1, "step": 0})
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    assert loader.state == {"epoch": 1, "step": 3}
+
+
+@pytest.mark.parametrize("state", [{"epoch": 0, "step": 7}, {"epoch": -1, "step": 0}, {"epoch": 0, "step": -1}], ids=str)
+def test_a_state_outside_of_the_epoch_is_refused(state: dict[str, int], npy_data: Path) -> None:
+    loader = train(npy_data, 100)
+    with pytest.raises(ValueError, match="7 steps"):
+        loader.state = state
+
+
+@pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
+def test_an_iteration_that_was_left_goes_on_with_the_next_batch(aug: AugConfig, npy_data: Path) -> None:
+    expected = copies(train(npy_data, 50, aug))
+    loader = train(npy_data, 50, aug)
+    seen: list[Batch] = []
+    for stop in (1, 4, 3, 99):
+        for images, labels in loader:
+            seen.append(Batch(images.clone(), labels.clone()))
+            if (stop := stop - 1) == 0:
+                break
+    assert_same(seen, expected)
+    assert loader.state == {"epoch": 1, "step": 0}
+
+
+def test_a_second_iteration_ends_the_first_instead_of_sharing_its_buffers(npy_data: Path) -> None:
+    expected = copies(train(npy_data, 50, ALL_AUG))
+    loader = train(npy_data, 50, ALL_AUG)
+    first = iter(loader)
+    seen = copies(itertools.islice(first, 2))
+    second = iter(loader)
+    seen += copies(itertools.islice(second, 3))
+    assert list(first) == []
+    assert_same(seen + copies(second), expected)
+
+
+# Memory
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_batches_that_the_user_keeps_are_not_overwritten(
+    encoding: str, aug: AugConfig, image_size: int | None, prefetch: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{encoding}_data")
+    expected = copies(train(folder, 10, aug, image_size=image_size))
+    assert_same(list(train(folder, 10, aug, image_size=image_size, prefetch=prefetch)), expected)
+    evaluated = copies(evaluation(folder, 10, image_size=image_size))
+    assert_same(list(evaluation(folder, 10, image_size=image_size, prefetch=prefetch)), evaluated)
+
+
+def test_a_view_of_a_batch_that_the_user_keeps_is_not_overwritten(npy_data: Path) -> None:
+    expected = [images[3, 0].clone() for images, _ in train(npy_data, 10)]
+    kept = [images[3, 0].numpy() for images, _ in train(npy_data, 10)]  # the batches themselves are gone
+    assert all(np.array_equal(a, b) for a, b in zip(kept, expected, strict=True))
+
+
+def test_batches_outlive_their_loader(npy_data: Path) -> None:
+    for aug in (NO_AUG, ALL_AUG):
+        expected = copies(train(npy_data, 50, aug))
+        batches = list(itertools.islice(train(npy_data, 50, aug), 3))
+        assert_same(batches, expected[:3])
+
+
+def test_batches_that_the_user_writes_to_do_not_change_the_data_set(npy_data: Path) -> None:
+    loader = evaluation(npy_data)
+    expected = copies(loader)
+    for images, labels in loader:
+        images.zero_()
+        labels.zero_()
+    assert_same(copies(loader), expected)
+
+
+@pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
+def test_placement_on_the_device_gives_the_same_bytes_as_on_the_host(aug: AugConfig, npy_data: Path) -> None:
+    host = train(npy_data, 24, aug, placement="host")
+    device = train(npy_data, 24, aug, placement="device")
+    assert_same(copies(device), copies(host))
+    assert_same(copies(evaluation(npy_data, placement="device")), copies(evaluation(npy_data, placement="host")))
+
+
+def test_the_loader_leaves_no_thread_and_the_number_of_threads_as_it_was(npy_data: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        loader = train(npy_data, 50, ALL_AUG)
+        before = set(threading.enumerate())
+        list(loader)
+        next(iter(loader))
+        assert set(threading.enumerate()) == before
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
+    loader = train(npy_data, 50, ALL_AUG)
+    waited = []
+    for _ in loader:
+        waited.append(loader.wait_s)
+    assert waited == sorted(set(waited))
+    assert waited[0] > 0
+
+
+# Errors
+
+
+def test_a_batch_size_that_leaves_no_step_is_an_error_that_names_the_most(npy_data: Path) -> None:
+    with pytest.raises(UserError, match=r"data.batch_size=94 exceeds the 87 samples per rank .*; use at most 87"):
+        train(npy_data, 94, world_size=8)
+    assert len(train(npy_data, 87, world_size=8)) == 1
+    with pytest.raises(UserError, match=r"accumulation_steps 2\); use at most 43"):
+        train(npy_data, 44, world_size=8, accumulation_steps=2)
+
+
+def test_images_of_several_sizes_need_an_image_size(jpeg_data: Path) -> None:
+    for build in (train, evaluation):
+        with pytest.raises(UserError, match=r"data.image_size is not set, .* images of several sizes"):
+            build(jpeg_data)
+
+
+def test_images_that_are_not_square_need_an_image_size(tmp_path: Path) -> None:
+    write(memory_source(train=MemoryRows([marked_image(row, 32, 40) for row in range(9)])), tmp_path / "out")
+    with pytest.raises(UserError, match="images of 32 x 40 pixels"):
+        train(tmp_path / "out", 3)
+    assert next(iter(train(tmp_path / "out", 3, image_size=32))).images.shape == (3, 3, 32, 32)
+
+
+def test_jpeg_files_are_not_placed_on_the_device(jpeg_data: Path) -> None:
+    with pytest.raises(UserError, match=r"placement=device .* stores jpeg"):
+        train(jpeg_data, image_size=24, placement="device")
+
+
+@pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
+@pytest.mark.parametrize("failing", [0, 1, 5])
+def test_an_error_in_the_background_reaches_the_consumer(
+    failing: int, aug: AugConfig, npy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = train(npy_data, 50, aug)
+    before = set(threading.enumerate())
+    fill, calls = loader.source.fill, itertools.count()
+
+    def breaking(slot: int, indices: np.ndarray) -> Any:
+        if next(calls) == failing:
+            raise OSError("the disk is gone")
+        return fill(slot, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.source, "fill", breaking)
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(loader)
+    assert set(threading.enumerate()) == before
+    state = loader.state
+    assert state["step"] <= failing
+    expected = copies(train(npy_data, 50, aug))
+    assert_same(copies(loader), expected[state["step"] :])  # and the loader can still be used
+
+
+def damage(folder: Path, sample: int) -> str:
+    """Overwrite a stored JPEG's content; returns how the loader should describe it."""
+    split = open_split(folder, "train")
+    offset = int(split.address[sample]) - int(split.shard[sample]) * split.slot_bytes
+    with split.files[split.shard[sample]].open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(int(split.size[sample])))
+    return split.describe(sample)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(jpeg_copy: Path) -> None:
+    where = damage(jpeg_copy, 333)
+    before = set(threading.enumerate())
+    with pytest.raises(UserError) as refusal:
+        list(train(jpeg_copy, 16, image_size=24))
+    assert where in str(refusal.value)
+    assert "verify" in str(refusal.value)
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("use", [copies, lambda loader: next(iter(loader))], ids=["run", "first batch"])
+def test_a_single_jpeg_split_works(use: Callable[[Loader], Any], tmp_path: Path) -> None:
+    write(memory_source(train=MemoryRows([jpeg_file(0)])), tmp_path / "out", "jpeg")
+    assert use(train(tmp_path / "out", 1, image_size=24))
