@@ -132,7 +132,8 @@ def _build(
     if split.encoding != "npy":
         source = MappedFiles(split)
     elif resident and on_gpu:
-        source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
+        with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
+            source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
     else:
         view, rows = split.pixel_rows()
         pixels = torch.from_numpy(view)

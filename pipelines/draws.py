@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of 64-bit integers (Steele, Lea, Flood 2014; constants by D. Stafford)."""
+    """The finaliser of splitmix64, a bijection of 64-bit integers (Steele, Lea, Flood 2014)."""
     values = values + np.uint64(_GOLDEN)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)

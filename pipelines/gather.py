@@ -6,12 +6,15 @@ faults than the copy itself. `fill` runs in the loader's background thread.
 
 from __future__ import annotations
 
+import io
 import mmap
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipelines.shards import Split
 
@@ -23,6 +26,10 @@ class Source(Protocol):
 
     def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor | list[np.ndarray]:
         """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot."""
+        ...
+
+    def defects(self, indices: np.ndarray) -> list[str]:
+        """Names those of the samples that cannot be decoded."""
         ...
 
 
@@ -52,6 +59,9 @@ class HostPixels:
         """Every tensor that shares a slot's memory keeps a reference to its NumPy array."""
         return sys.getrefcount(self._slots[slot])
 
+    def defects(self, indices: np.ndarray) -> list[str]:
+        return []
+
     def _new_slot(self) -> np.ndarray:
         buffer = torch.empty((self._batch_size, self._pixels.shape[1]), dtype=torch.uint8, pin_memory=self._pinned)
         return buffer.fill_(0).numpy()  # touched now, so that no batch pays for the page faults
@@ -70,11 +80,15 @@ class DevicePixels:
         torch.index_select(self._pixels, 0, torch.from_numpy(indices).to(out.device), out=out)
         return out.view(len(indices), *self._shape)
 
+    def defects(self, indices: np.ndarray) -> list[str]:
+        return []
+
 
 class MappedFiles:
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 
     def __init__(self, split: Split) -> None:
+        self._split = split
         self._content, self._address, self._size = split.content, split.address, split.size
 
     def fill(self, slot: int, indices: np.ndarray) -> list[np.ndarray]:
@@ -82,6 +96,17 @@ class MappedFiles:
         del slot
         begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
         return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+
+    def defects(self, indices: np.ndarray) -> list[str]:
+        """Pillow decodes them one by one, which only an error that has already happened can afford."""
+        names = []
+        for index, content in zip(indices.tolist(), self.fill(0, indices), strict=True):
+            try:
+                with Image.open(io.BytesIO(content.tobytes())) as image:
+                    image.load()
+            except (OSError, SyntaxError, ValueError):
+                names.append(self._split.describe(index))
+        return names
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:
@@ -102,7 +127,8 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 def _huge_pages(rows: int, columns: int) -> torch.Tensor:
     """uint8 [rows, columns] on pages of 2 MiB where the system has them: samples at random miss the TLB less."""
     memory = mmap.mmap(-1, rows * columns)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(memory, np.uint8).reshape(rows, columns))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
@@ -16,7 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 from configs.schema import AugConfig
 
 JITTERS = ("brightness", "contrast", "saturation", "hue")
-INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def train_graph(stored: Stored, machine: Machine, aug: AugConfig, size: int, int
         if aug.crop == "random-resized":
             # The resampler mirrors for free: a region that ends left of where it starts comes out flipped.
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
-            images = _resized(images, size, interpolation, **region)
+            images = _resized(images, interpolation, size=[size, size], **region)
         else:
             if stored.image_shape is None or stored.image_shape[:2] != (size, size):
-                images = _resized(images, size, interpolation)
+                images = _resized(images, interpolation, size=[size, size])
             if aug.crop == "pad":
                 images = fn.slice(
                     images, start=_input("offset"), shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad"
@@ -73,7 +74,7 @@ def eval_graph(stored: Stored, machine: Machine, size: int, crop_fraction: float
     def define() -> DataNode:
         images = _decoded(stored, machine)
         if stored.image_shape is None or min(stored.image_shape[:2]) != shorter:
-            images = fn.resize(images, resize_shorter=shorter, interp_type=INTERPOLATIONS[interpolation])
+            images = _resized(images, interpolation, resize_shorter=shorter)
         if stored.image_shape is None or shorter != size or stored.image_shape[0] != stored.image_shape[1]:
             images = fn.crop(images, crop=(size, size), rounding="truncate")
         return images
@@ -109,19 +110,22 @@ def _decoded(stored: Stored, machine: Machine) -> DataNode:
     on_gpu = machine.device_id is not None
     if stored.encoding == "jpeg":
         files = fn.external_source(name="images", no_copy=True)
-        device, options = ("mixed", {"hw_decoder_load": machine.hw_decoder_load}) if on_gpu else ("cpu", {})
         # Orientation tags are ignored, as torchvision and timm do, so that a JPEG and its npy conversion agree.
-        return fn.decoders.image(files, device=device, output_type=types.RGB, adjust_orientation=False, **options)
+        how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
+        if on_gpu:
+            return fn.decoders.image(files, device="mixed", hw_decoder_load=machine.hw_decoder_load, **how)
+        return fn.decoders.image(files, device="cpu", **how)
     if stored.resident and on_gpu:
         return fn.external_source(name="images", device="gpu", layout="HWC")
     images = fn.external_source(name="images", layout="HWC", no_copy=True)
     return images.gpu() if on_gpu else images
 
 
-def _resized(images: DataNode, size: int, interpolation: str, **region: DataNode) -> DataNode:
-    return fn.resize(images, size=[size, size], interp_type=INTERPOLATIONS[interpolation], **region)
+def _resized(images: DataNode, interpolation: str, **to: Any) -> DataNode:
+    return fn.resize(images, interp_type=INTERPOLATIONS[interpolation], **to)  # type: ignore[return-value]
 
 
 def _jittered(images: DataNode) -> DataNode:
     """Brightness, contrast (about mid-grey) and saturation by a factor, hue by degrees; one draw of each per sample."""
-    return fn.color_twist(images, **{name: _input(name) for name in JITTERS})
+    factors: dict[str, Any] = {name: _input(name) for name in JITTERS}
+    return fn.color_twist(images, **factors)

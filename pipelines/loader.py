@@ -10,8 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +22,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
+from configs.errors import UserError
 from pipelines.gather import Source
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
@@ -68,6 +71,7 @@ class Buffering:
 @dataclass
 class _Prepared:
     slot: int
+    indices: np.ndarray
     images: Any
     labels: torch.Tensor
     draws: dict[str, np.ndarray]
@@ -166,7 +170,10 @@ class Loader:
         self.labels = torch.from_numpy(labels) if labels is not None else None
         self.buffering = buffering
         self.gather_stream = gather_stream
+        # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
+        self.released: list[Callable[[], None]] = [_nothing] * buffering.slots
         self._runner = runner
+        self._running: Callable[[], Generator[Batch] | None] = lambda: None  # a weak reference to the last iteration
         self._epoch = self._step = 0
 
     def __len__(self) -> int:
@@ -185,14 +192,21 @@ class Loader:
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch that `state` stands in."""
+        """The rest of the epoch that `state` stands in. Ends an iteration under way: there is one set of buffers."""
+        if (running := self._running()) is not None:
+            running.close()
+        iteration = self._iterate()
+        self._running = weakref.ref(iteration)
+        return iteration
+
+    def _iterate(self) -> Generator[Batch]:
         if self.plan.repeats:
             self._epoch = self._step = 0
         remaining = len(self) - self._step
         threads = self.buffering.threads
         team = [_Gatherer(self, self._epoch, range(self._step + i, len(self), threads), i) for i in range(threads)]
-        submitted: deque[tuple[_Gatherer, int]] = deque()
-        handed: deque[tuple[_Gatherer, int, Callable[[], None]]] = deque()
+        submitted: deque[tuple[_Gatherer, int, np.ndarray]] = deque()
+        handed: deque[tuple[_Gatherer, int]] = deque()
         following = 0
         try:
             while remaining:
@@ -204,12 +218,13 @@ class Loader:
                         break
                     following += 1
                     self._runner.submit(prepared.images, prepared.labels, prepared.draws)
-                    submitted.append((gatherer, prepared.slot))
-                images, labels, released = self._runner.result()
-                handed.append((*submitted.popleft(), released))
+                    submitted.append((gatherer, prepared.slot, prepared.indices))
+                gatherer, slot, indices = submitted.popleft()
+                images, labels, self.released[slot] = self._result(indices)
+                handed.append((gatherer, slot))
                 if len(handed) > HANDED_OUT:
-                    gatherer, slot, released = handed.popleft()
-                    gatherer.give(slot, released)
+                    gatherer, slot = handed.popleft()
+                    gatherer.give(slot)
                 batch = Batch(images.permute(0, 3, 1, 2), labels)
                 remaining -= 1
                 self._step += 1
@@ -218,10 +233,23 @@ class Loader:
                 self.wait_s += time.perf_counter() - begin
                 yield batch
         finally:
-            for _ in submitted:  # batches under way when the consumer left
-                self._runner.result()
+            for _, slot, _ in submitted:  # batches under way when the consumer left
+                with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
+                    *_, self.released[slot] = self._runner.result()
             for gatherer in team:
                 gatherer.stop()
+
+    def _result(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        """The runner's next result, or an error that names the samples which DALI could not decode, as it cannot."""
+        try:
+            return self._runner.result()
+        except RuntimeError as error:
+            if defects := self.source.defects(indices):
+                raise UserError(
+                    f"{', '.join(defects)} cannot be decoded: the data set is damaged; run `tools/convert.py verify` "
+                    "on it and convert the source again"
+                ) from error
+            raise
 
 
 class _Gatherer(threading.Thread):
@@ -236,7 +264,7 @@ class _Gatherer(threading.Thread):
         # Last in, first out: the slot used last is the one that still lies in the processor's cache. Tokens count the
         # free slots; a None asks the thread to end.
         share = loader.buffering.slots // loader.buffering.threads
-        self._free = [(slot, _nothing) for slot in range(number * share, (number + 1) * share)]
+        self._free = [*range(number * share, (number + 1) * share)]
         self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         for _ in self._free:
             self._tokens.put(True)
@@ -258,8 +286,8 @@ class _Gatherer(threading.Thread):
             self._taken.extend(burst)
         return self._taken.popleft()
 
-    def give(self, slot: int, released: Callable[[], None]) -> None:
-        self._free.append((slot, released))
+    def give(self, slot: int) -> None:
+        self._free.append(slot)
         self._tokens.put(True)
 
     def stop(self) -> None:
@@ -289,9 +317,9 @@ class _Gatherer(threading.Thread):
                 burst = []
             if self._tokens.get() is None:
                 return
-            slot, released = self._free.pop()
-            released()
-            burst.append(_Prepared(slot, source.fill(slot, work.indices), taken, work.draws))
+            slot = self._free.pop()
+            self._loader.released[slot]()
+            burst.append(_Prepared(slot, work.indices, source.fill(slot, work.indices), taken, work.draws))
         self._ready.put(burst)
         if plan.prepare is not None:
             plan.prepare(self._epoch + 1)  # while the consumer is busy with the last batches

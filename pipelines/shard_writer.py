@@ -34,6 +34,7 @@ from pipelines.workers import Pool
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
 GROUPS = 16  # the spool of a split is deleted in so many parts
+SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
 PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
 
 
@@ -151,6 +152,8 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     _check_disk(plans, out)
     with _claim(out, request) as spool:
         written: dict[str, _Written] = {}
+        if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
+            workers = 1
         with Pool(workers, {split: _Worker(plans[split], source.splits[split]) for split in plans}) as pool:
             # train is last: it is the largest, and its spool then shares the disk with finished shards only
             for split in sorted(plans, key=lambda split: split == "train"):
@@ -255,8 +258,8 @@ def _check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> No
         raise UserError(f"split {split!r} has {len(labels)} labels for {rows} images; give one to each")
     if not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(
-            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but the source names {classes} classes; "
-            f"labels must lie in 0..{classes - 1}"
+            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but there are {classes} classes; "
+            f"use labels of 0..{classes - 1}"
         )
 
 
@@ -294,8 +297,10 @@ def _check_disk(plans: dict[str, Plan], out: Path) -> None:
     present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if need + spool - present > free:
-        raise UserError(f"{out} has {free / 2**30:.1f} GiB free, the conversion needs about "
-                        f"{(need + spool - present) / 2**30:.1f} GiB; free some space or choose another --out")  # fmt: skip
+        raise UserError(
+            f"{out} has {free / 2**30:.1f} GiB free, the conversion needs about "
+            f"{(need + spool - present) / 2**30:.1f} GiB; free some space or choose another --out"
+        )
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,15 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     return dataset
 
 
-_DATASET_FIELDS = {"name": str, "classes": list, "encoding": str, "mean": list, "std": list, "splits": dict}
-_SPLIT_FIELDS = {
+_DATASET_FIELDS: dict[str, type] = {
+    "name": str,
+    "classes": list,
+    "encoding": str,
+    "mean": list,
+    "std": list,
+    "splits": dict,
+}
+_SPLIT_FIELDS: dict[str, type] = {
     "samples": int,
     "labelled": bool,
     "source_rows": int,
@@ -130,7 +137,7 @@ _SPLIT_FIELDS = {
     "index": dict,
     "shards": list,
 }
-_FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
+_FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
 
 
 def _check_fields(dataset: dict[str, Any]) -> None:
@@ -284,4 +291,4 @@ def _map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> np.ndarr
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         with file.open("rb") as opened:
             map_at(base + number * slot, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
-    return np.frombuffer(buffer, np.uint8)
+    return np.frombuffer(memoryview(buffer), np.uint8)

@@ -86,14 +86,18 @@ def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.nd
                 if member is None or found != (extension, offset, int(split.size[sample])):
                     return f"{file.name} holds {found} where the index places {split.describe(sample)}"
                 if (sides := _image_sides(split, sample)) != (split.heights[sample], split.widths[sample]):
-                    indexed = f"{split.heights[sample]} x {split.widths[sample]}"
-                    return f"{file.name} holds an image of {sides} where the index says {indexed}: {split.describe(sample)}"
+                    indexed = (int(split.heights[sample]), int(split.widths[sample]))
+                    return (
+                        f"{file.name}: {split.describe(sample)} is {sides} pixels high and wide, indexed as {indexed}"
+                    )
                 key, label = member.name.partition(".")[0], None
                 if split.labels is not None:
                     label = archive.next()
-                    stored = archive.extractfile(label).read() if label and label.name == f"{key}.cls" else None  # type: ignore[union-attr]
-                    if stored != tar_layout.label_text(int(split.labels[sample]), len(split.classes)):
-                        return f"{file.name} gives {stored!r} as label of {key}, the index says {int(split.labels[sample])}"
+                    indexed_label = int(split.labels[sample])
+                    found_label = archive.extractfile(label) if label and label.name == f"{key}.cls" else None
+                    stored = found_label.read() if found_label else None
+                    if stored != tar_layout.label_text(indexed_label, len(split.classes)):
+                        return f"{file.name} gives {stored!r} as label of {key}, the index says {indexed_label}"
                 idx.append(tar_layout.index_line(key, extension, offset, member.size, label.size if label else None))
             if (rest := archive.next()) is not None:
                 return f"{file.name} holds {rest.name}, which the index does not list"

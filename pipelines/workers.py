@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from configs.errors import UserError
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 _shared: Any = None
 _PR_SET_PDEATHSIG = 1
 

@@ -1,7 +1,7 @@
 """A tiny source of samples in memory. Without torch and DALI, since killed converters in subprocesses import it too.
 
-`python tests/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it; KILL_AT n sends SIGKILL to the process at its
-n-th flush, rename or removal, the instants between which files change.
+`python tests/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it; KILL_AT n sends SIGKILL to the process at
+its n-th flush, rename or removal, the instants between which files change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipelines import shard_writer
 from pipelines.encode import Encoding
 from pipelines.shard_writer import Options, Source, write_dataset
 
@@ -84,12 +85,17 @@ def tiny_source(encoding: str) -> Source:
     """train of several shards of 1 MiB, val of 107 samples, test without labels."""
     if encoding == "npy":
         return memory_source(train=MemoryRows(700), val=MemoryRows(107), test=MemoryRows(41, labelled=False))
-    return memory_source(
-        train=MemoryRows(520, files=True), val=MemoryRows(53, files=True), test=MemoryRows(9, labelled=False, files=True)
+    train, val, test = (
+        MemoryRows(520, files=True),
+        MemoryRows(53, files=True),
+        MemoryRows(9, labelled=False, files=True),
     )
+    return memory_source(train=train, val=val, test=test)
 
 
-def write(source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any) -> dict[str, Any]:
+def write(
+    source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any
+) -> dict[str, Any]:
     """Convert with shards of 1 MiB; returns the content of dataset.json."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
     return write_dataset(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
@@ -118,6 +124,7 @@ def kill_at(count: int) -> None:
 
 if __name__ == "__main__":
     out, encoding, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    shard_writer.SMALL_SOURCE = 0  # use the workers asked for, though one would be faster
     if len(sys.argv) > 4:
         kill_at(int(sys.argv[4]))
     write(tiny_source(encoding), out, encoding, workers)

@@ -233,13 +233,13 @@ def test_damage_to_a_converted_data_set_is_found_and_named(tmp_path: Path) -> No
     out = tmp_path / "out"
     convert_to(out, "hdf5", "--source", write_hdf5(tmp_path / "x.hdf5"))
     assert convert.verify(out) == f"{out} is sound: 90 samples in 3 shards"
-    shard = out / "out-val-000000.tar"
+    shard = out / "x-val-000000.tar"
     content = shard.read_bytes()
     flipped = bytearray(content)
     flipped[700] ^= 1
     for damaged in (content[:-1024], content[: len(content) // 2], flipped):
         shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"is damaged: out-val-000000.tar"):
+        with pytest.raises(UserError, match=r"is damaged: x-val-000000.tar"):
             convert.main(["verify", str(out)])
     shard.write_bytes(content)
     index = out / "train.index.npz"
@@ -260,3 +260,13 @@ def test_the_command_line_starts_without_torch_and_dali() -> None:
     code = "import sys, tools.convert; print(sorted({'torch', 'nvidia.dali', 'h5py', 'sklearn'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "[]\n"
+
+
+def test_equal_input_gives_equal_files_in_folders_of_any_name(tmp_path: Path) -> None:
+    source = write_hdf5(tmp_path / "x.hdf5")
+    contents = []
+    for name in ("first", "second"):
+        convert_to(tmp_path / name, "hdf5", "--source", source)
+        contents.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1]
+    assert "x-train-000000.tar" in contents[0]

@@ -1,4 +1,4 @@
-"""The gradients of a global batch: plain torch's, for every number of processes and forward passes; and train/dist.py."""
+"""The gradients of a global batch are plain torch's for any number of processes and forward passes; train/dist.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plain_gradients() -> list[list[torch.Tensor]]:
         seen.append(list(found))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), found, strict=True):
-                parameter -= 0.1 * gradient
+                parameter.sub_(gradient, alpha=0.1)
     return seen
 
 
@@ -72,7 +72,7 @@ def test_one_process_gives_the_gradients_of_plain_torch(accumulation_steps: int)
     assert_same_gradients(gradients(Ranks(), accumulation_steps), plain_gradients())
 
 
-@pytest.mark.parametrize(("accumulation_steps", "compiled"), [(1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize(("accumulation_steps", "compiled"), [(1, False), (3, False), (3, True)])
 def test_two_processes_give_the_gradients_of_plain_torch(accumulation_steps: int, compiled: bool) -> None:
     for of_rank in on_ranks(2, gradients, accumulation_steps, compiled):
         assert_same_gradients(of_rank, plain_gradients())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train import checkpoint
 from train.dist import Ranks
 from train.loop import Evaluation, Training, amp_dtype, evaluate, train_epoch, train_step
 from train.optim import learning_rate
+from train.throughput import measure_images_per_s
 
 VAL_SAMPLES = 107  # a prime number, so that no batch size and no number of ranks divides it
 
@@ -84,7 +86,7 @@ def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
     model = lenet()
     target = F.one_hot(batch.labels, 10) * 0.7 + 0.03
     loss = -(target * F.log_softmax(model(batch.images), 1)).sum(1).mean()
-    assert float(training.sums[0]) == pytest.approx(16 * float(loss), rel=1e-5)
+    assert float(training.sums[0]) == pytest.approx(16 * float(loss.detach()), rel=1e-5)
     for ours, theirs in zip(seen[0], torch.autograd.grad(loss, list(model.parameters())), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
@@ -114,7 +116,7 @@ def test_sums_count_loss_hits_and_samples_of_batches_of_any_size() -> None:
 
 def test_float16_skips_an_update_that_overflows_and_lowers_its_scale() -> None:
     training = training_of(lenet(), amp="fp16", clip_grad_norm=1.0)
-    training.scaler.update(2.0**40)
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**40})
     before = copy.deepcopy(training.network.state_dict())
     train_step(training, random_batch(8))
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
@@ -125,7 +127,7 @@ def test_float16_clips_the_gradients_without_their_scale() -> None:
     batch = random_batch(8)
     norm = total_norm(plain_gradients(lenet(), batch))
     training = training_of(lenet(), amp="fp16", clip_grad_norm=norm / 2, optimizer={"name": "sgd"}, lr=1.0)
-    training.scaler.update(2.0**8)
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
     seen = gradients_at_each_step(training)
     train_step(training, batch)
     assert total_norm(seen[0]) == pytest.approx(norm / 2, rel=1e-2)
@@ -178,6 +180,11 @@ class Interrupted(Exception):
     pass
 
 
+def train_both_epochs(training: Training, loader: Loader, after_update: Callable[[int, float], None]) -> None:
+    while loader.state["epoch"] < 2:
+        train_epoch(training, loader, seed=0, rank=0, after_update=after_update)
+
+
 def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int = 0, rank: int = 0) -> dict[str, Any]:
     """Weights and statistics after `epochs` without a break."""
     training = training_of(small_net(), accumulation_steps=accumulation_steps, epochs=2)
@@ -205,8 +212,7 @@ def test_a_run_with_dropout_that_breaks_at_any_update_goes_on_to_bitwise_the_sam
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        while True:
-            train_epoch(training, loader, seed=0, rank=0, after_update=save_and_break)
+        train_both_epochs(training, loader, save_and_break)
 
     torch.manual_seed(99)
     training, loader = new()
@@ -216,8 +222,7 @@ def test_a_run_with_dropout_that_breaks_at_any_update_goes_on_to_bitwise_the_sam
     content = checkpoint.load(tmp_path / "last.pt", CPU)
     checkpoint.restore(training, content, tmp_path / "last.pt")
     loader.state = content["state"]
-    while loader.state["epoch"] < 2:
-        train_epoch(training, loader, seed=0, rank=0, after_update=lambda *_: None)
+    train_both_epochs(training, loader, lambda *_: None)
     expected = trained(npy_data, accumulation_steps)
     resumed = training.network.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], resumed[name])] == []
@@ -232,6 +237,31 @@ def test_dropout_differs_between_ranks_and_seeds_and_is_repeatable(npy_data: Pat
     assert torch.equal(first, weights(rank=0, seed=0))
     assert not torch.equal(first, weights(rank=1, seed=0))
     assert not torch.equal(first, weights(rank=0, seed=1))
+
+
+# Throughput
+
+
+def throughput(ranks: Ranks, data: Path) -> int:
+    """How many batches the measurement took; the second rank's clock runs three times as fast."""
+    batches = 0
+
+    def count(*_: Any) -> None:
+        nonlocal batches
+        batches += 1
+
+    clock = time.perf_counter
+    time.perf_counter = lambda: clock() * (1 + 2 * ranks.rank)  # type: ignore[assignment]
+    training = training_of(small_net())
+    training.network.register_forward_hook(count)
+    loader = train_loader(data, batch_size=4)
+    measure_images_per_s(training, loader, ranks.world_size, warmup_steps=10, seconds=0.1)
+    return batches
+
+
+def test_throughput_takes_the_same_steps_on_all_ranks_whatever_their_clocks_say(npy_data: Path) -> None:
+    first, second = on_ranks(2, throughput, npy_data)
+    assert first == second > 2 * 10
 
 
 # Evaluation
@@ -252,11 +282,11 @@ def fitted_small_net() -> nn.Module:
     return network
 
 
-def evaluation(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, int]:
-    """The result, and how many samples this rank's loader gave."""
+def evaluation(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, list[int]]:
+    """The result, and the sizes of this rank's batches."""
     loader = val_loader(data, ranks, batch_size)
     training = training_of(fitted_small_net(), label_smoothing=0.2)
-    return evaluate(training, loader, VAL_SAMPLES), loader.samples
+    return evaluate(training, loader, VAL_SAMPLES), [len(batch.labels) for batch in loader]
 
 
 def plain_evaluation(data: Path) -> Evaluation:
@@ -281,8 +311,8 @@ def assert_equal_results(ours: Evaluation, theirs: Evaluation) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 16, 53, 107, 500])
 def test_a_padded_last_batch_changes_nothing(batch_size: int, npy_data: Path) -> None:
-    result, samples = evaluation(Ranks(), npy_data, batch_size)
-    assert samples == VAL_SAMPLES
+    result, sizes = evaluation(Ranks(), npy_data, batch_size)
+    assert sizes[-1] == VAL_SAMPLES - batch_size * (len(sizes) - 1)
     assert_equal_results(result, plain_evaluation(npy_data))
 
 
@@ -292,8 +322,8 @@ def test_validation_counts_every_sample_once_on_several_ranks(world_size: int, n
     results = on_ranks(world_size, evaluation, npy_data)
     for result, _ in results:
         assert_equal_results(result, expected)
-    assert sum(samples for _, samples in results) == VAL_SAMPLES
-    assert len({-(-samples // 16) for _, samples in results}) == 1 + (world_size == 2)  # also uneven batch counts
+    assert sum(sum(sizes) for _, sizes in results) == VAL_SAMPLES
+    assert len({tuple(sizes) for _, sizes in results}) > 1  # the pieces are not equal
 
 
 def test_ranks_without_any_sample_take_part_in_evaluation(npy_data: Path) -> None:
@@ -304,17 +334,8 @@ def test_ranks_without_any_sample_take_part_in_evaluation(npy_data: Path) -> Non
 
 def tiny_evaluation(ranks: Ranks, data: Path) -> Evaluation:
     """Of the first two samples, which the last two ranks hold."""
-    loader = val_loader(data, ranks)
-    batches = [next(iter(val_loader(data, Ranks(), batch_size=1)))] if ranks.rank else []
-    return evaluate(training_of(small_net()), FixedBatches(loader, batches), samples=2)  # type: ignore[arg-type]
-
-
-class FixedBatches:
-    def __init__(self, loader: Loader, batches: list[Batch]) -> None:
-        self.samples, self._batches = loader.samples, batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
+    batches = list(val_loader(data, Ranks(), batch_size=1))[:1] if ranks.rank else []
+    return evaluate(training_of(small_net()), batches, samples=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("claimed", [VAL_SAMPLES - 1, VAL_SAMPLES + 1])
@@ -336,8 +357,7 @@ def test_evaluation_changes_nothing_that_training_uses(npy_data: Path) -> None:
 
 
 def test_with_fewer_than_five_classes_every_sample_is_in_the_top_five(npy_data: Path) -> None:
-    loader = val_loader(npy_data, Ranks())
-    batches = [Batch(images, labels % 3) for images, labels in loader]
-    result = evaluate(training_of(small_net(3)), FixedBatches(loader, batches), VAL_SAMPLES)  # type: ignore[arg-type]
+    batches = [Batch(images, labels % 3) for images, labels in val_loader(npy_data, Ranks())]
+    result = evaluate(training_of(small_net(3)), batches, VAL_SAMPLES)  # type: ignore[arg-type]
     assert result.top5 == 1.0
     assert result.top1 < 1.0

@@ -50,7 +50,8 @@ def pixels_of(split: Split) -> np.ndarray:
 
 
 def payloads(split: Split) -> list[bytes]:
-    return [split.content[a : a + n].tobytes() for a, n in zip(split.address.tolist(), split.size.tolist(), strict=True)]
+    places = zip(split.address.tolist(), split.size.tolist(), strict=True)
+    return [split.content[begin : begin + size].tobytes() for begin, size in places]
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -77,9 +78,10 @@ def test_a_kill_between_any_two_changes_of_files_leaves_no_trace(
         error = process.communicate()[1]
         if process.returncode != -9:
             break
-        assert not (out / "dataset.json").exists() or contents(out).keys() >= request.getfixturevalue(
-            f"{encoding}_data"
-        ).keys()
+        assert (
+            not (out / "dataset.json").exists()
+            or contents(out).keys() >= request.getfixturevalue(f"{encoding}_data").keys()
+        )
     assert process.returncode == 0, error.decode()
     assert attempt >= 3
     assert contents(out) == contents(request.getfixturevalue(f"{encoding}_data"))
@@ -108,7 +110,8 @@ def test_kills_at_random_instants_and_other_workers_give_identical_bytes(
 
 def test_train_is_shuffled_by_the_seed_and_other_splits_keep_the_source_order(tmp_path: Path, npy_data: Path) -> None:
     write(tiny_source("npy"), tmp_path / "other", seed=1)
-    orders = [rows_of(pixels_of(open_split(folder, "train")).transpose(0, 3, 1, 2)) for folder in (npy_data, tmp_path / "other")]
+    splits = [open_split(folder, "train") for folder in (npy_data, tmp_path / "other")]
+    orders = [rows_of(pixels_of(split).transpose(0, 3, 1, 2)) for split in splits]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(700))
     assert orders[0] != orders[1]
     assert abs(np.corrcoef(orders[0], np.arange(700))[0, 1]) < 0.2
@@ -176,9 +179,9 @@ def test_strict_makes_a_defective_sample_an_error_that_names_it(tmp_path: Path) 
 
 
 def test_a_split_without_a_single_usable_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'train'.*could be decoded"):
+    with pytest.raises(UserError, match=r"'train'.*could be decoded"):
         write(memory_source(train=MemoryRows([b"", b"garbage"])), tmp_path / "out", "jpeg")
-    with pytest.raises(UserError, match="'train'.*no rows"):
+    with pytest.raises(UserError, match=r"'train'.*no rows"):
         write(memory_source(train=MemoryRows([])), tmp_path / "empty", "jpeg")
 
 
@@ -296,7 +299,7 @@ def test_npy_refuses_images_of_several_shapes(tmp_path: Path) -> None:
 
 def test_npy_refuses_splits_of_several_shapes(tmp_path: Path) -> None:
     source = memory_source(train=MemoryRows([marked_image(0)]), val=MemoryRows([marked_image(0, 16, 16)]))
-    with pytest.raises(UserError, match="'train'.*32 x 32.*'val'.*16 x 16.*--size"):
+    with pytest.raises(UserError, match=r"'train'.*32 x 32.*'val'.*16 x 16.*--size"):
         write(source, tmp_path / "out")
 
 
@@ -304,7 +307,7 @@ def test_npy_refuses_splits_of_several_shapes(tmp_path: Path) -> None:
 def test_labels_that_name_no_class_are_refused(labels: list[int], tmp_path: Path) -> None:
     rows = MemoryRows([marked_image(0), marked_image(1)])
     rows.labels = np.array(labels, np.int64)
-    with pytest.raises(UserError, match="'train'.*labels"):
+    with pytest.raises(UserError, match=r"'train'.*labels"):
         write(memory_source(train=rows), tmp_path / "out")
 
 
@@ -322,7 +325,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
 def test_a_finished_data_set_refuses_other_options_and_stays_as_it_is(npy_copy: Path) -> None:
     before = contents(npy_copy)
     for other in ({"seed": 1}, {"shard_mib": 2}, {"strict": True}):
-        with pytest.raises(UserError, match="already holds the data set 'tiny'"):
+        with pytest.raises(UserError, match=r"already holds the data set 'tiny'"):
             write(tiny_source("npy"), npy_copy, **other)
     with pytest.raises(UserError, match="already holds"):
         write(tiny_source("npy"), npy_copy, Encoding("npy", size=16))
@@ -408,7 +411,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, m
     usage = type(shutil.disk_usage(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
-        with pytest.raises(UserError, match="0.0 GiB free.*needs about 0.1 GiB"):
+        with pytest.raises(UserError, match=r"0.0 GiB free.*needs about 0.1 GiB"):
             write(tiny_source("npy"), tmp_path / "out")
     assert contents(tmp_path) == {}
     write(tiny_source("npy"), tmp_path / "out", shard_mib=2)  # so that other options can be tried

@@ -190,8 +190,12 @@ def benchmark_training(
         stages["train"] = steps_on(training, lambda: next(batches))
     waited = loader.wait_s
     rates = measure(stages, config.data.batch_size, arguments.seconds, arguments.rounds)
-    common = {"device": device.type, "batch_size": config.data.batch_size, "image_size": f"{loader.image_size}x{loader.image_size}",
-              "precision": str(training.amp or torch.float32).removeprefix("torch.")}  # fmt: skip
+    common = {
+        "device": device.type,
+        "batch_size": config.data.batch_size,
+        "image_size": f"{loader.image_size}x{loader.image_size}",
+        "precision": str(training.amp or torch.float32).removeprefix("torch."),
+    }
     rows = [row("model", f"{config.model.name}, resident batch", rates["model"], **common)]
     if end_to_end:
         ratio = ("train / model", rates["train"] / rates["model"])

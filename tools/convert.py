@@ -81,12 +81,19 @@ def build_options(args: argparse.Namespace) -> Options:
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """What the shards are called: --name, or the name of the --out folder."""
-    name: str = args.name if args.name is not None else args.out.resolve().name
+    """What the shards are called: --name, or the name of the source; never of --out, so that equal input in two
+    folders gives equal files."""
+    if args.name is not None:
+        name: str = args.name
+    elif args.command in ("hdf5", "imagefolder"):
+        stem = args.source.stem if args.command == "hdf5" else args.source.resolve().name
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:100]
+    else:
+        name = args.command
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(
             f"the data set cannot be named {name!r}, since its shards are named so: pass a --name of letters, digits, "
-            "'.', '_' and '-'"
+            "'.', '_' and '-', up to 100 of them, that starts with a letter or a digit"
         )
     return name
 
@@ -176,7 +183,7 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     count, seed = _whole_number(1), _whole_number(0)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
-    parser.add_argument("--name", help="name of the data set (default: the name of the --out folder)")
+    parser.add_argument("--name", help="name of the data set and its shards (default: from the source)")
     parser.add_argument(
         "--encoding", choices=["npy", "jpeg"], default=encoding, help="npy: lossless pixels of one size (%(default)s)"
     )

@@ -43,9 +43,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or a run folder"
-    )
+    parser.add_argument("--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder")
     parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint given by --resume, do not train")
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     return parser.parse_args(arguments)

@@ -100,7 +100,7 @@ def equalize_buffers(model: nn.Module) -> None:
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """Every rank gets what `compute` returns on the first one, the only one to call it; a UserError is raised on all."""
+    """What `compute` returns on the first rank, which alone calls it, on every rank; a UserError is raised on all."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -135,7 +135,8 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.set_xlabel("epochs trained")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.suptitle(title)
     temporary = path.with_name("." + path.name)
     figure.savefig(temporary, dpi=120, format="png")

@@ -1,0 +1,58 @@
+"""Imports go one way: configs <- pipelines, models <- train <- tools; and dear libraries stay in their packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "configs": {"configs"},
+    "pipelines": {"pipelines", "configs"},
+    "models": {"models", "configs"},
+    "train": {"train", "models", "pipelines", "configs"},
+    "tools": {"tools", "train", "models", "pipelines", "configs"},
+}
+ONLY_IN = {"nvidia": ("pipelines/", "tools/peers.py"), "torch.distributed": ("train/dist.py",), "h5py": ("tools/",)}
+SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
+
+
+def imported_by(source: Path) -> set[str]:
+    """Every module that a file imports anywhere, `from a import b` as a.b, and torch.distributed where it is used."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            found.add("torch.distributed")
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_imports_go_one_way_and_libraries_stay_where_they_belong(source: Path) -> None:
+    package = source.parts[0]
+    for module in imported_by(source):
+        if (top := module.split(".")[0]) in MAY_IMPORT:
+            assert top in MAY_IMPORT[package], f"{source} imports {module}"
+        for library, places in ONLY_IN.items():
+            if f"{module}.".startswith(f"{library}."):
+                assert str(source).startswith(places), f"{source} imports {module}"
+
+
+def test_the_fences_see_every_package() -> None:
+    assert {source.parts[0] for source in SOURCES} == MAY_IMPORT.keys()
+    assert "nvidia.dali.fn" in imported_by(Path("pipelines/graph.py"))
+
+
+@pytest.mark.parametrize("module", ["pipelines.shard_writer", "pipelines.verify", "pipelines.shards", "configs.load"])
+def test_converting_and_configuring_need_neither_torch_nor_dali(module: str) -> None:
+    script = f"import sys, {module}; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "[]\n"

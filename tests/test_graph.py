@@ -1,0 +1,499 @@
+"""What the graphs do to pixels, against NumPy, Pillow and torchvision on the same draws; on real photos.
+
+The tests marked gpu compare a GPU with the CPU and need nothing that a bare GPU machine lacks (hypothesis, webdataset).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_source import MemoryRows, memory_source, write
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
+from pipelines import build_eval_loader, build_train_loader, draws, graph
+from pipelines.encode import Encoding
+from pipelines.loader import Batch, GraphRunner, Loader
+from pipelines.shards import Split, open_split
+
+CPU = torch.device("cpu")
+SEED, EPOCH = 5, 2
+BATCH = 12
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+INTERPOLATIONS = pytest.mark.parametrize("interpolation", MODES)
+RANDOM_RESIZED = AugConfig(crop="random-resized", flip=0.5)
+PAD = AugConfig(crop="pad", padding=4, flip=0.5)
+JITTERED = AugConfig(crop="random-resized", color_jitter=ColorJitterConfig(brightness=0.4, saturation=0.4, hue=0.1))
+
+
+def photos(height: int, width: int, count: int = BATCH) -> list[np.ndarray]:
+    """Parts of scikit-learn's two photographs, in turn: uint8 [H, W, 3]."""
+    whole = load_sample_images().images
+    random = np.random.default_rng(0)
+    parts = []
+    for number in range(count):
+        photo = whole[number % len(whole)]
+        top, left = random.integers(0, photo.shape[0] - height + 1), random.integers(0, photo.shape[1] - width + 1)
+        parts.append(np.ascontiguousarray(photo[top : top + height, left : left + width]))
+    return parts
+
+
+def converted(folder: Path, images: list[np.ndarray], encoding: str) -> Path:
+    rows = MemoryRows([*images])
+    write(memory_source(train=rows, val=rows), folder, Encoding(encoding))  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """npy, 12 images of 160x240 in train and val"""
+    return converted(tmp_path_factory.mktemp("wide") / "tiny", photos(160, 240), "npy")
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """npy, 12 images of 96x96"""
+    return converted(tmp_path_factory.mktemp("square") / "tiny", photos(96, 96), "npy")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """jpeg, 12 images of three sizes"""
+    images = photos(160, 240, 4) + photos(301, 200, 4) + photos(97, 111, 4)
+    return converted(tmp_path_factory.mktemp("mixed") / "tiny", images, "jpeg")
+
+
+def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> Loader:
+    """A loader that stands at the beginning of EPOCH."""
+    data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
+    loader = build_train_loader(data, aug, seed=SEED, device=device)
+    loader.state = {"epoch": EPOCH, "step": 0}
+    return loader
+
+
+def evaluate(folder: Path, device: Any = "cpu", crop_fraction: float = 1.0, **options: Any) -> Loader:
+    data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
+    return build_eval_loader(data, EvalConfig(crop_fraction=crop_fraction), device=device)
+
+
+def pixels(split: Split) -> np.ndarray:
+    """All images of an npy split: uint8 [samples, H, W, 3]."""
+    view, rows = split.pixel_rows()
+    assert split.image_shape is not None
+    return view[rows].reshape(-1, *split.image_shape)
+
+
+def trained_on(loader: Loader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first batch [B, H, W, 3], the stored images that it comes from, and their sample indices."""
+    indices = loader.plan.schedule(EPOCH, 0).indices
+    return nhwc(next(iter(loader))), pixels(open_split(folder, "train"))[indices], indices
+
+
+def nhwc(batch: Batch) -> np.ndarray:
+    return batch.images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def with_torch(function: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
+    """A torchvision function on an image [H, W, 3]."""
+    return function(torch.from_numpy(image.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+
+
+def resized_crop(image: np.ndarray, box: list[int], size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """torchvision's; box: top, left, height, width"""
+    mode = MODES[interpolation]
+    return with_torch(lambda x: F.resized_crop(x, *box, [size, size], mode, antialias=True), image)
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of each image, in grey levels [B]."""
+    assert first.shape == second.shape
+    return np.abs(first.astype(int) - second).mean(axis=(1, 2, 3))
+
+
+def drawn_crops(indices: np.ndarray, split: Split, aug: AugConfig) -> np.ndarray:
+    sizes = split.heights[indices], split.widths[indices]
+    return draws.random_resized_crops(indices, SEED, EPOCH, *sizes, aug.scale, aug.ratio)
+
+
+def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
+    """One batch through a graph: uint8 [B, H, W, 3]."""
+    runner = GraphRunner(pipeline, CPU, None)
+    runner.submit(images, torch.arange(len(images)), feeds)
+    outputs, labels, _ = runner.result()
+    assert labels.tolist() == list(range(len(images)))
+    return outputs.numpy()
+
+
+# Training
+
+
+@pytest.mark.parametrize("padding", [1, 4, 30])
+def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path) -> None:
+    loader = train(square, AugConfig(crop="pad", padding=padding, flip=0.5))
+    ours, stored, indices = trained_on(loader, square)
+    offsets = draws.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
+    flips = draws.flips(indices, SEED, EPOCH, 0.5)
+    assert 0 < flips.sum() < BATCH
+    padded = np.pad(stored, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    for image, source, (top, left), flip in zip(ours, padded, offsets, flips, strict=True):
+        crop = source[top : top + 96, left : left + 96]
+        np.testing.assert_array_equal(image, crop[:, ::-1] if flip else crop)
+
+
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_flip_alone_is_exact(probability: float, square: Path) -> None:
+    ours, stored, indices = trained_on(train(square, AugConfig(flip=probability)), square)
+    flips = draws.flips(indices, SEED, EPOCH, probability)
+    for image, source, flip in zip(ours, stored, flips, strict=True):
+        np.testing.assert_array_equal(image, source[:, ::-1] if flip else source)
+
+
+@INTERPOLATIONS
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
+def test_random_resized_crop_is_torchvisions(
+    scale: tuple[float, float], size: int, interpolation: str, wide: Path
+) -> None:
+    aug = AugConfig(crop="random-resized", scale=scale, flip=0.5)
+    ours, stored, indices = trained_on(train(wide, aug, image_size=size, interpolation=interpolation), wide)
+    boxes = drawn_crops(indices, open_split(wide, "train"), aug)
+    flips = draws.flips(indices, SEED, EPOCH, 0.5)
+    theirs = []
+    for source, box, flip in zip(stored, boxes.tolist(), flips, strict=True):
+        crop = resized_crop(source, box, size, interpolation)
+        theirs.append(crop[:, ::-1] if flip else crop)
+    assert distance(ours, np.stack(theirs)).max() < 2
+
+
+def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixed: Path) -> None:
+    split = open_split(mixed, "train")
+    loader = train(mixed, RANDOM_RESIZED, image_size=64)
+    indices = loader.plan.schedule(EPOCH, 0).indices
+    ours = nhwc(next(iter(loader)))
+    flips = draws.flips(indices, SEED, EPOCH, 0.5)
+    boxes = drawn_crops(indices, split, RANDOM_RESIZED).tolist()
+    for image, sample, box, flip in zip(ours, indices, boxes, flips, strict=True):
+        begin = int(split.address[sample])
+        source = np.asarray(Image.open(io.BytesIO(split.content[begin : begin + int(split.size[sample])].tobytes())))
+        crop = resized_crop(source, box, 64)
+        assert distance(image[None], (crop[:, ::-1] if flip else crop)[None]) < 2
+
+
+@INTERPOLATIONS
+def test_a_mirrored_region_is_the_flipped_crop_of_the_same_region(interpolation: str, wide: Path) -> None:
+    stored = torch.from_numpy(pixels(open_split(wide, "train")).copy())
+    boxes = drawn_crops(np.arange(BATCH), open_split(wide, "train"), RANDOM_RESIZED)
+    start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
+    kind, machine = graph.Stored("npy", (160, 240, 3), False), graph.Machine(None, BATCH, 1, 0.0)
+    pipeline = graph.train_graph(kind, machine, RANDOM_RESIZED, 100, interpolation)
+    straight = run(pipeline, stored, crop_start=start, crop_end=end)
+    start[:, 1], end[:, 1] = end[:, 1].copy(), start[:, 1].copy()
+    mirrored = run(pipeline, stored, crop_start=start, crop_end=end)
+    assert np.abs(mirrored[:, :, ::-1].astype(int) - straight).max() <= 1
+    assert distance(mirrored, straight).min() > 2
+
+
+@INTERPOLATIONS
+def test_without_a_crop_the_whole_image_is_resized(interpolation: str, wide: Path) -> None:
+    ours, stored, _ = trained_on(train(wide, AugConfig(flip=0), image_size=80, interpolation=interpolation), wide)
+    theirs = np.stack([resized_crop(source, [0, 0, 160, 240], 80, interpolation) for source in stored])
+    assert distance(ours, theirs).max() < 2
+
+
+def test_a_pad_crop_of_another_size_is_taken_from_the_resized_image(wide: Path) -> None:
+    ours, _, indices = trained_on(train(wide, AugConfig(crop="pad", flip=0), image_size=80), wide)
+    resized, _, _ = trained_on(train(wide, AugConfig(flip=0), image_size=80), wide)
+    offsets = draws.pad_crop_offsets(indices, SEED, EPOCH, 4) + 4
+    padded = np.pad(resized, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    for image, source, (top, left) in zip(ours, padded, offsets, strict=True):
+        np.testing.assert_array_equal(image, source[top : top + 80, left : left + 80])
+
+
+def jittered(images: list[np.ndarray], **factors: float) -> np.ndarray:
+    aug = AugConfig(flip=0, color_jitter=ColorJitterConfig(brightness=1, contrast=1, saturation=1, hue=0.5))
+    shape = images[0].shape
+    machine = graph.Machine(None, len(images), 1, 0.0)
+    pipeline = graph.train_graph(graph.Stored("npy", shape, False), machine, aug, shape[0], "bilinear")  # type: ignore[arg-type]
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    feeds = {name: np.full(len(images), value, np.float32) for name, value in (neutral | factors).items()}
+    return run(pipeline, torch.from_numpy(np.stack(images)), **feeds)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_jitter_scales_brightness_contrast_and_saturation(factor: float) -> None:
+    images = photos(96, 96, 4)
+    values = np.stack(images).astype(float)
+    grey = (values @ [0.299, 0.587, 0.114])[..., None]
+    expected = {
+        "brightness": values * factor,
+        "contrast": (values - 128) * factor + 128,
+        "saturation": grey + (values - grey) * factor,
+    }
+    for name, reference in expected.items():
+        ours = jittered(images, **{name: factor})
+        assert distance(ours, np.rint(reference.clip(0, 255)).astype(int)).max() < 1, name
+
+
+def test_jitter_turns_hues_and_leaves_greys() -> None:
+    colours = np.zeros((16, 16, 3), np.uint8)
+    colours[:8] = 200, 40, 40
+    colours[8:] = 90
+    turned = jittered([colours], hue=120.0)[0]
+    red, green, blue = turned[2, 2].astype(int)
+    assert green > red + 50
+    assert green > blue + 50
+    np.testing.assert_allclose(turned[12, 12], 90, atol=2)
+    np.testing.assert_array_equal(jittered([colours])[0], colours)
+
+
+def test_each_sample_gets_its_own_jitter_draws(square: Path) -> None:
+    aug = AugConfig(flip=0, color_jitter=ColorJitterConfig(brightness=0.4))
+    ours, stored, indices = trained_on(train(square, aug), square)
+    factors = draws.jitter_factors(indices, SEED, EPOCH, 0.4, 0, 0, 0)[:, 0]
+    expected = np.rint((stored * factors[:, None, None, None]).clip(0, 255)).astype(int)
+    assert distance(ours, expected).max() < 1
+
+
+# Evaluation
+
+
+SIZES = pytest.mark.parametrize(("size", "crop_fraction"), [(64, 0.875), (96, 1.0), (160, 0.8), (75, 0.93)])
+
+
+@INTERPOLATIONS
+@SIZES
+def test_evaluation_of_square_images_is_torchvisions_resize_and_centre_crop(
+    size: int, crop_fraction: float, interpolation: str, square: Path
+) -> None:
+    def reference(image: torch.Tensor) -> torch.Tensor:
+        resized = F.resize(image, [round(size / crop_fraction)], MODES[interpolation], antialias=True)
+        return F.center_crop(resized, [size, size])
+
+    loader = evaluate(square, crop_fraction=crop_fraction, image_size=size, interpolation=interpolation)
+    theirs = np.stack([with_torch(reference, image) for image in pixels(open_split(square, "val"))])
+    assert distance(nhwc(next(iter(loader))), theirs).max() < 2
+
+
+def central(image: np.ndarray, size: int, crop_fraction: float, interpolation: str = "bilinear") -> np.ndarray:
+    """torchvision's resize and a central crop, but both sides rounded, where torchvision truncates the longer one."""
+    height, width = image.shape[:2]
+    scale = round(size / crop_fraction) / min(height, width)
+    to = [round(height * scale), round(width * scale)]
+    top, left = (to[0] - size) // 2, (to[1] - size) // 2
+    resized = with_torch(lambda x: F.resize(x, to, MODES[interpolation], antialias=True), image)
+    return resized[top : top + size, left : left + size]
+
+
+@INTERPOLATIONS
+@SIZES
+def test_evaluation_of_other_images_is_the_central_square_of_the_resized_image(
+    size: int, crop_fraction: float, interpolation: str, wide: Path
+) -> None:
+    loader = evaluate(wide, crop_fraction=crop_fraction, image_size=size, interpolation=interpolation)
+    images = pixels(open_split(wide, "val"))
+    theirs = np.stack([central(image, size, crop_fraction, interpolation) for image in images])
+    assert distance(nhwc(next(iter(loader))), theirs).max() < 2
+
+
+def test_evaluation_of_stored_pixels_is_exact(square: Path) -> None:
+    np.testing.assert_array_equal(nhwc(next(iter(evaluate(square)))), photos(96, 96))
+
+
+def test_evaluation_of_jpeg_files_of_several_sizes_takes_the_same_square(mixed: Path) -> None:
+    split = open_split(mixed, "val")
+    ours = nhwc(next(iter(evaluate(mixed, crop_fraction=0.875, image_size=64))))
+    for image, begin, length in zip(ours, split.address.tolist(), split.size.tolist(), strict=True):
+        source = np.asarray(Image.open(io.BytesIO(split.content[begin : begin + length].tobytes())))
+        assert distance(image[None], central(source, 64, 0.875)[None]) < 2
+
+
+def decoded(files: list[bytes], side: int) -> np.ndarray:
+    """JPEG files of side x side pixels through the evaluation graph, which then only decodes."""
+    machine = graph.Machine(None, len(files), 1, 0.0)
+    pipeline = graph.eval_graph(graph.Stored("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear")
+    return run(pipeline, [np.frombuffer(file, np.uint8) for file in files])
+
+
+@pytest.mark.parametrize("options", [{"quality": 95}, {"subsampling": 0}, {"progressive": True}], ids=str)
+def test_jpeg_files_decode_as_in_pillow(options: dict[str, Any]) -> None:
+    files = []
+    for image in photos(96, 96):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", **options)
+        files.append(buffer.getvalue())
+    theirs = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+    assert distance(decoded(files, 96), theirs).max() < 2
+
+
+def test_an_orientation_tag_is_ignored_in_both_encodings(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees when shown
+    buffer = io.BytesIO()
+    Image.fromarray(photos(96, 96)[0]).save(buffer, "JPEG", quality=95, exif=exif)
+    rows = MemoryRows([buffer.getvalue()])
+    images = []
+    for encoding in ("npy", "jpeg"):
+        write(memory_source(train=rows), tmp_path / encoding, encoding)
+        images.append(nhwc(next(iter(train(tmp_path / encoding, AugConfig(flip=0), batch_size=1, image_size=96)))))
+    assert distance(*images) < 2
+    assert distance(images[0], photos(96, 96, 1)[0][None]) < 6
+
+
+def test_real_jpeg_files_decode_as_in_pillow(shared_data: Path) -> None:
+    files: list[bytes] = []
+    with tarfile.open(shared_data / "tiny200-mini.tar.xz", "r:xz") as archive:
+        for member in archive:
+            if member.name.endswith(".jpg") and (file := archive.extractfile(member)):
+                files.append(file.read())
+            if len(files) == 300:
+                break
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    assert {image.mode for image in images} == {"RGB", "L"}
+    theirs = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    assert distance(decoded(files, 64), theirs).max() < 2
+
+
+# On a GPU
+
+
+def gpu(function: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a GPU; skipped where there is none."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    return pytest.mark.gpu(skip(function))
+
+
+AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["random-resized", "pad", "jittered"])
+
+
+def epoch(loader: Loader) -> list[Batch]:
+    """One epoch from EPOCH on, copied to the host batch by batch."""
+    loader.state = {"epoch": EPOCH, "step": 0}
+    return [Batch(images.cpu(), labels.cpu()) for images, labels in loader]
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """npy, 400 images of 64x64: enough batches that buffers are used again"""
+    return converted(tmp_path_factory.mktemp("many") / "tiny", photos(64, 64, 400), "npy")
+
+
+@gpu
+@AUGS
+def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(aug: AugConfig, square: Path) -> None:
+    on_cpu, on_gpu = next(iter(train(square, aug))), next(iter(train(square, aug, "cuda")))
+    assert on_gpu.images.is_cuda
+    assert on_gpu.labels.is_cuda
+    assert on_gpu.images.is_contiguous(memory_format=torch.channels_last)
+    assert (on_gpu.images.shape, on_gpu.images.dtype) == (on_cpu.images.shape, on_cpu.images.dtype)
+    assert torch.equal(on_gpu.labels.cpu(), on_cpu.labels)
+
+
+@gpu
+@AUGS
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, square: Path) -> None:
+    on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
+    assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64))))).max() <= 2
+
+
+@gpu
+@AUGS
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
+def test_the_gpu_decodes_and_augments_jpeg_as_the_cpu_does(hw_decoder_load: float, aug: AugConfig, mixed: Path) -> None:
+    on_gpu = train(mixed, aug, "cuda", hw_decoder_load=hw_decoder_load, image_size=64)
+    assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(mixed, aug, image_size=64))))).max() <= 12
+
+
+@gpu
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_the_gpu_evaluates_as_the_cpu_does(placement: str, wide: Path, square: Path) -> None:
+    for folder, options in ((wide, {"image_size": 64, "crop_fraction": 0.875}), (square, {})):
+        on_gpu, on_cpu = evaluate(folder, "cuda", placement=placement, **options), evaluate(folder, **options)  # type: ignore[arg-type]
+        assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 2
+
+
+@gpu
+def test_the_gpu_evaluates_jpeg_as_the_cpu_does(mixed: Path) -> None:
+    options: dict[str, Any] = {"image_size": 64, "crop_fraction": 0.875}
+    on_gpu, on_cpu = evaluate(mixed, "cuda", **options), evaluate(mixed, **options)
+    assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 12
+
+
+@gpu
+@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
+def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path) -> None:
+    host, device = (train(many, aug, "cuda", placement=placement) for placement in ("host", "device"))
+    assert_same(epoch(host), epoch(device))
+    assert len(epoch(host)) == 400 // BATCH
+
+
+@gpu
+@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
+def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
+    expected = epoch(train(many, aug, "cuda", placement=placement))
+    kept = list(train(many, aug, "cuda", placement=placement, prefetch=1))
+    assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in kept], expected)
+
+
+@gpu
+@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
+def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
+    aug: AugConfig, placement: str, many: Path
+) -> None:
+    """The host runs far ahead of the GPU: a buffer used again too early would change under its reader."""
+    expected = epoch(train(many, aug, "cuda", placement=placement))
+    busy = torch.randn(4096, 4096, device="cuda")
+    seen = []
+    for images, labels in train(many, aug, "cuda", placement=placement):
+        for _ in range(20):
+            busy = torch.tanh(busy @ busy)
+        seen.append(Batch(images.clone(), labels.clone()))
+        del images, labels
+    assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in seen], expected)
+
+
+@gpu
+@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
+def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, many: Path) -> None:
+    through = epoch(train(many, aug, "cuda"))
+    resumed = train(many, aug, "cuda", threads=3, prefetch=2)
+    resumed.state = {"epoch": EPOCH, "step": 20}
+    assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in resumed], through[20:])
+
+
+@gpu
+@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
+def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig, many: Path) -> None:
+    expected = epoch(train(many, aug, "cuda"))
+    loader, seen = train(many, aug, "cuda"), []
+    for stop in (1, 5, 3, 999):
+        for images, labels in loader:
+            seen.append(Batch(images.cpu(), labels.cpu()))
+            if (stop := stop - 1) == 0:
+                break
+    assert_same(seen, expected)
+
+
+@gpu
+def test_on_a_gpu_jpeg_is_reproducible_without_the_hardware_decoder(mixed: Path) -> None:
+    loaders = [train(mixed, RANDOM_RESIZED, "cuda", hw_decoder_load=0.0, image_size=64) for _ in range(2)]
+    assert_same(epoch(loaders[0]), epoch(loaders[1]))
