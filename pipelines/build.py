@@ -135,10 +135,11 @@ def _build(
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
             source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
     else:
+        rows: np.ndarray | None
         view, rows = split.pixel_rows()
         pixels = torch.from_numpy(view)
         if resident:
-            pixels, rows = load_resident(split, device), np.arange(len(split))
+            pixels, rows = load_resident(split, device), None
         handed_out = build_graph is None and not on_gpu
         source = HostPixels(pixels, rows, shape, plan.batch_size, buffering.slots, pinned=on_gpu, handed_out=handed_out)
     runner: Runner

@@ -40,7 +40,7 @@ class HostPixels:
     still holds is replaced instead of overwritten.
     """
 
-    def __init__(self, pixels: torch.Tensor, rows: np.ndarray, shape: tuple[int, int, int], batch_size: int, slots: int,
+    def __init__(self, pixels: torch.Tensor, rows: np.ndarray | None, shape: tuple[int, int, int], batch_size: int, slots: int,
                  *, pinned: bool = False, handed_out: bool = False) -> None:  # fmt: skip
         self._pixels, self._rows, self._shape = pixels, rows, shape
         self._batch_size, self._pinned, self._handed_out = batch_size, pinned, handed_out
@@ -51,8 +51,9 @@ class HostPixels:
         """uint8 [B, H, W, 3]"""
         if self._handed_out and self._references(slot) > self._references_when_idle:
             self._slots[slot] = self._new_slot()
-        out = torch.from_numpy(self._slots[slot])[: len(indices)]
-        torch.index_select(self._pixels, 0, torch.from_numpy(self._rows[indices]), out=out)
+        out = torch.from_numpy(self._slots[slot][: len(indices)])
+        rows = indices if self._rows is None else self._rows[indices]
+        torch.index_select(self._pixels, 0, torch.from_numpy(rows), out=out)
         return out.view(len(indices), *self._shape)
 
     def _references(self, slot: int) -> int:

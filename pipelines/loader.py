@@ -73,14 +73,14 @@ class _Prepared:
     slot: int
     indices: np.ndarray
     images: Any
-    labels: torch.Tensor
+    labels: np.ndarray
     draws: dict[str, np.ndarray]
 
 
 class Runner(Protocol):
     """Turns gathered bytes into batches on the device; first in, first out."""
 
-    def submit(self, images: Any, labels: torch.Tensor, draws: dict[str, np.ndarray]) -> None: ...
+    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         """images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten."""
@@ -95,7 +95,7 @@ class GraphRunner:
         self._device = device
         self._gather_stream = gather_stream
 
-    def submit(self, images: Any, labels: torch.Tensor, draws: dict[str, np.ndarray]) -> None:
+    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         if isinstance(images, torch.Tensor) and images.is_cuda:
             self._pipeline.feed_input("images", images, layout="HWC", cuda_stream=self._gather_stream)
         elif isinstance(images, torch.Tensor):
@@ -103,7 +103,7 @@ class GraphRunner:
             self._pipeline.feed_input("images", batch)
         else:
             self._pipeline.feed_input("images", images)
-        self._pipeline.feed_input("labels", labels.numpy())
+        self._pipeline.feed_input("labels", labels)
         for name, values in draws.items():
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
@@ -126,15 +126,14 @@ class PlainRunner:
         self._gather_stream = gather_stream
         self._ready: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
 
-    def submit(self, images: torch.Tensor, labels: torch.Tensor, draws: dict[str, np.ndarray]) -> None:
+    def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         del draws
         if self._device.type == "cuda":
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._gather_stream)  # type: ignore[arg-type]
             # one copy either way: from pinned memory, or out of a slot of resident pixels
             images = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
-            labels = labels.to(self._device, non_blocking=True)
-        self._ready.append((images, labels))
+        self._ready.append((images, torch.from_numpy(labels).to(self._device, non_blocking=True)))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         images, labels = self._ready.popleft()
@@ -167,7 +166,7 @@ class Loader:
         self.device = device
         self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
         self.source = source
-        self.labels = torch.from_numpy(labels) if labels is not None else None
+        self.labels = labels  # int64 [samples of the split]; None where it has none
         self.buffering = buffering
         self.gather_stream = gather_stream
         # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
@@ -310,7 +309,7 @@ class _Gatherer(threading.Thread):
         burst: list[_Prepared] = []
         for step in self._todo:
             work = plan.schedule(self._epoch, step)
-            taken = torch.full((len(work.indices),), -1) if labels is None else labels[torch.from_numpy(work.indices)]
+            taken = np.full(len(work.indices), -1) if labels is None else labels[work.indices]
             # The first batch goes out alone, since training waits for it.
             if burst and (len(burst) >= self._burst or self._tokens.empty() or step == self._todo[1]):
                 self._ready.put(burst)

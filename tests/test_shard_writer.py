@@ -108,6 +108,18 @@ def test_kills_at_random_instants_and_other_workers_give_identical_bytes(
     assert contents(out) == contents(request.getfixturevalue(f"{encoding}_data"))
 
 
+@pytest.mark.parametrize("block_bytes", [2**29, 100_000])
+@pytest.mark.parametrize(("encoding", "groups"), [("npy", 1), ("npy", 3), ("jpeg", 1)])
+def test_how_the_spool_is_cut_changes_no_byte(
+    groups: int, block_bytes: int, encoding: str, tmp_path: Path, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shard_writer, "GROUPS", groups)
+    monkeypatch.setattr(shard_writer, "BLOCK_BYTES", block_bytes)
+    write(tiny_source(encoding), tmp_path / "tiny", encoding)
+    assert contents(tmp_path / "tiny") == contents(request.getfixturevalue(f"{encoding}_data"))
+
+
 def test_train_is_shuffled_by_the_seed_and_other_splits_keep_the_source_order(tmp_path: Path, npy_data: Path) -> None:
     write(tiny_source("npy"), tmp_path / "other", seed=1)
     splits = [open_split(folder, "train") for folder in (npy_data, tmp_path / "other")]
