@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.shards import Split
 
+HUGE_PAGE = 2**21
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
 
 
@@ -51,7 +52,7 @@ class HostPixels:
         """uint8 [B, H, W, 3]"""
         if self._handed_out and self._references(slot) > self._references_when_idle:
             self._slots[slot] = self._new_slot()
-        out = torch.from_numpy(self._slots[slot][: len(indices)])
+        out = torch.from_numpy(self._slots[slot])[: len(indices)]
         rows = indices if self._rows is None else self._rows[indices]
         torch.index_select(self._pixels, 0, torch.from_numpy(rows), out=out)
         return out.view(len(indices), *self._shape)
@@ -64,8 +65,12 @@ class HostPixels:
         return []
 
     def _new_slot(self) -> np.ndarray:
-        buffer = torch.empty((self._batch_size, self._pixels.shape[1]), dtype=torch.uint8, pin_memory=self._pinned)
-        return buffer.fill_(0).numpy()  # touched now, so that no batch pays for the page faults
+        shape = (self._batch_size, self._pixels.shape[1])
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        slot = _on_huge_pages(*shape)
+        slot.fill(0)  # touched now, so that no batch pays for the page faults
+        return slot
 
 
 class DevicePixels:
@@ -115,7 +120,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     view, rows = split.pixel_rows()
     mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
     pixels = (
-        _huge_pages(len(rows), view.shape[1])
+        torch.from_numpy(_on_huge_pages(len(rows), view.shape[1]))
         if device.type == "cpu"
         else torch.empty((len(rows), view.shape[1]), dtype=torch.uint8, device=device)
     )
@@ -125,12 +130,13 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     return pixels
 
 
-def _huge_pages(rows: int, columns: int) -> torch.Tensor:
-    """uint8 [rows, columns] on pages of 2 MiB where the system has them: samples at random miss the TLB less."""
-    memory = mmap.mmap(-1, rows * columns)
+def _on_huge_pages(rows: int, columns: int) -> np.ndarray:
+    """uint8 [rows, columns] on pages of 2 MiB where the system has them: scattered samples miss the TLB less."""
+    memory = mmap.mmap(-1, rows * columns + HUGE_PAGE)
     with suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, np.uint8).reshape(rows, columns))
+    begin = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    return np.ndarray((rows, columns), np.uint8, memory, begin)
 
 
 def resident_fits(split: Split, device: torch.device) -> bool:

@@ -131,7 +131,8 @@ def test_float16_clips_the_gradients_without_their_scale() -> None:
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
     train_step(training, batch)
     pairs = zip(lenet().parameters(), training.network.parameters(), strict=True)
-    assert total_norm([before.detach() - after.detach() for before, after in pairs]) == pytest.approx(norm / 2, rel=0.01)
+    change = total_norm([before.detach() - after.detach() for before, after in pairs])
+    assert change == pytest.approx(norm / 2, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_dropout_differs_between_ranks_and_seeds_and_is_repeatable(npy_data: Pat
 
 
 def throughput(ranks: Ranks, data: Path) -> int:
-    """How many batches the measurement took; the second rank's clock runs three times as fast."""
+    """How many batches the measurement took; clocks run fast, to make it short, and at another speed on each rank."""
     batches = 0
 
     def count(*_: Any) -> None:
@@ -252,7 +253,7 @@ def throughput(ranks: Ranks, data: Path) -> int:
         batches += 1
 
     clock = time.perf_counter
-    time.perf_counter = lambda: clock() * (1 + 2 * ranks.rank)  # type: ignore[assignment]
+    time.perf_counter = lambda: clock() * 20 * (1 + 2 * ranks.rank)  # type: ignore[assignment]
     training = training_of(small_net())
     training.network.register_forward_hook(count)
     loader = train_loader(data, batch_size=4)
@@ -275,24 +276,25 @@ def val_loader(data: Path, ranks: Ranks, batch_size: int = 16) -> Loader:
     )  # fmt: skip
 
 
-def fitted_small_net(rank: int = 0) -> nn.Module:
-    """With statistics that differ from those of any batch, so that train mode would show, and from rank to rank."""
-    network = small_net()
+def gather_statistics(network: nn.Module, rank: int = 0) -> None:
+    """Batch norm's, other than those of any batch, so that train mode would show, and different from rank to rank."""
     for seed in range(20):
         network(random_batch(8, seed=seed).images // (1 + rank))
-    return network
 
 
 def evaluation(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, list[int]]:
     """The result, and the sizes of this rank's batches."""
     loader = val_loader(data, ranks, batch_size)
-    training = training_of(fitted_small_net(ranks.rank), label_smoothing=0.2)
+    training = training_of(small_net(), label_smoothing=0.2)
+    gather_statistics(training.network, ranks.rank)
     return evaluate(training, loader, VAL_SAMPLES), [len(batch.labels) for batch in loader]
 
 
 def plain_evaluation(data: Path) -> Evaluation:
     """One sample after the other, in the plainest way."""
-    network = fitted_small_net().eval()
+    network = small_net()
+    gather_statistics(network)
+    network.eval()
     loss = top1 = top5 = 0.0
     for images, labels in val_loader(data, Ranks(), batch_size=1):
         with torch.no_grad():
