@@ -37,12 +37,22 @@ class Source(Protocol):
 class HostPixels:
     """Rows of pixels in host memory (the map of all npy shards): a batch is one index_select.
 
+    pixels: uint8 [rows, H * W * 3]; rows: the row of each sample, None where they are equal; shape: (H, W, 3).
     pinned: slots that a GPU can copy from. handed_out: batches go to the user as they are, so a slot that the user
     still holds is replaced instead of overwritten.
     """
 
-    def __init__(self, pixels: torch.Tensor, rows: np.ndarray | None, shape: tuple[int, int, int], batch_size: int, slots: int,
-                 *, pinned: bool = False, handed_out: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        pixels: torch.Tensor,
+        rows: np.ndarray | None,
+        shape: tuple[int, int, int],
+        batch_size: int,
+        slots: int,
+        *,
+        pinned: bool = False,
+        handed_out: bool = False,
+    ) -> None:
         self._pixels, self._rows, self._shape = pixels, rows, shape
         self._batch_size, self._pinned, self._handed_out = batch_size, pinned, handed_out
         self._slots = [self._new_slot() for _ in range(slots)]

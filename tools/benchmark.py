@@ -190,7 +190,7 @@ def benchmark_training(
         stages["train"] = steps_on(training, lambda: next(batches))
     waited = loader.wait_s
     rates = measure(stages, config.data.batch_size, arguments.seconds, arguments.rounds)
-    common = {
+    common: dict[str, Any] = {
         "device": device.type,
         "batch_size": config.data.batch_size,
         "image_size": f"{loader.image_size}x{loader.image_size}",

@@ -47,7 +47,8 @@ class _Hdf5Rows(torch.utils.data.Dataset):
     """One row of an open HDF5 file per sample, as the homework's loader for MediumImageNet reads."""
 
     def __init__(self, path: Path, samples: int) -> None:
-        self.path, self.samples, self.file = path, samples, None
+        self.path, self.samples = path, samples
+        self.file: h5py.File | None = None
 
     def __len__(self) -> int:
         return self.samples
@@ -125,7 +126,7 @@ def dali_webdataset(source: PeerSource) -> Batches:
     files = list(source.split.files)
     pipeline = Pipeline(batch_size=source.batch_size, num_threads=source.workers, device_id=None)
     with pipeline:
-        images, labels = fn.readers.webdataset(
+        images, labels = fn.readers.webdataset(  # type: ignore[misc]
             paths=[str(file) for file in files],
             index_paths=[str(file.with_suffix(".idx")) for file in files],
             ext=["npy", "cls"],
