@@ -36,7 +36,7 @@ bench: digits
 
 # needs a CUDA GPU, and CIFAR-10 in data/cifar10 for the benchmark
 gpu-check: $(ENVIRONMENT)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_ddp.py
 	for model in lenet alexnet resnet18; do \
 	  $(PY) tools/benchmark.py train --cfg configs/cifar10_$$model.yaml --json docs/benchmarks/gpu_train_$$model.json || exit 1; \
 	done

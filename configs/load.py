@@ -151,7 +151,7 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any
         if kind == "bool":
             return text.lower() == "true"
         if kind == _NUMBERS_TAG:
-            return [_construct(_Loader(item).get_single_node(), path, {}) for item in re.findall(_NUMBER, text)]
+            return [_parse(item, text)[0] for item in re.findall(_NUMBER, text)]
     raise yaml.MarkedYAMLError(problem=f"tag {node.tag} is not allowed here", problem_mark=node.start_mark)
 
 

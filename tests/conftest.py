@@ -17,6 +17,16 @@ else:
     settings.register_profile("project", deadline=None, derandomize=True)  # a slow machine is no error
     settings.load_profile("project")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

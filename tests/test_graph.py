@@ -366,12 +366,6 @@ def test_real_jpeg_files_decode_as_in_pillow(shared_data: Path) -> None:
 # On a GPU
 
 
-def gpu(function: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that needs a GPU; skipped where there is none."""
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-    return pytest.mark.gpu(skip(function))
-
-
 AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["random-resized", "pad", "jittered"])
 
 
@@ -394,7 +388,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(tmp_path_factory.mktemp("many") / "tiny", photos(64, 64, 400), "npy")
 
 
-@gpu
+@pytest.mark.gpu
 @AUGS
 def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(aug: AugConfig, square: Path) -> None:
     on_cpu, on_gpu = next(iter(train(square, aug))), next(iter(train(square, aug, "cuda")))
@@ -405,7 +399,7 @@ def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(au
     assert torch.equal(on_gpu.labels.cpu(), on_cpu.labels)
 
 
-@gpu
+@pytest.mark.gpu
 @AUGS
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, square: Path) -> None:
@@ -413,7 +407,7 @@ def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, sq
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64))))).max() <= 2
 
 
-@gpu
+@pytest.mark.gpu
 @AUGS
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
 def test_the_gpu_decodes_and_augments_jpeg_as_the_cpu_does(hw_decoder_load: float, aug: AugConfig, mixed: Path) -> None:
@@ -421,7 +415,7 @@ def test_the_gpu_decodes_and_augments_jpeg_as_the_cpu_does(hw_decoder_load: floa
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(mixed, aug, image_size=64))))).max() <= 12
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_the_gpu_evaluates_as_the_cpu_does(placement: str, wide: Path, square: Path) -> None:
     for folder, options in ((wide, {"image_size": 64, "crop_fraction": 0.875}), (square, {})):
@@ -429,14 +423,14 @@ def test_the_gpu_evaluates_as_the_cpu_does(placement: str, wide: Path, square: P
         assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 2
 
 
-@gpu
+@pytest.mark.gpu
 def test_the_gpu_evaluates_jpeg_as_the_cpu_does(mixed: Path) -> None:
     options: dict[str, Any] = {"image_size": 64, "crop_fraction": 0.875}
     on_gpu, on_cpu = evaluate(mixed, "cuda", **options), evaluate(mixed, **options)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 12
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
 def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path) -> None:
     host, device = (train(many, aug, "cuda", placement=placement) for placement in ("host", "device"))
@@ -444,7 +438,7 @@ def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path
     assert len(epoch(host)) == 400 // BATCH
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["host", "device"])
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
 def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
@@ -453,7 +447,7 @@ def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in kept], expected)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["host", "device"])
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
@@ -471,7 +465,7 @@ def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in seen], expected)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, many: Path) -> None:
     through = epoch(train(many, aug, "cuda"))
@@ -480,7 +474,7 @@ def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, many: Path)
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in resumed], through[20:])
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig, many: Path) -> None:
     expected = epoch(train(many, aug, "cuda"))
@@ -493,7 +487,7 @@ def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig
     assert_same(seen, expected)
 
 
-@gpu
+@pytest.mark.gpu
 def test_on_a_gpu_jpeg_is_reproducible_without_the_hardware_decoder(mixed: Path) -> None:
     loaders = [train(mixed, RANDOM_RESIZED, "cuda", hw_decoder_load=0.0, image_size=64) for _ in range(2)]
     assert_same(epoch(loaders[0]), epoch(loaders[1]))
