@@ -13,15 +13,13 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,107 +27,13 @@ from tqdm import tqdm
 from configs.errors import UserError
 from pipelines import shards, tar_layout
 from pipelines.encode import Defect, Encoded, Encoding, encode
-from pipelines.order import permutation
+from pipelines.source import Options, Source, SplitSource
+from pipelines.spool import Plan, Worker, commit, gather, load, scatter
 from pipelines.workers import Pool
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
-GROUPS = 16  # the spool of a split is deleted in so many parts
 SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
 PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
-
-
-@lru_cache(maxsize=1)
-def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
-    """int64 [rows]: where each source row goes in the stored order."""
-    if not shuffled:
-        return np.arange(rows)
-    positions = np.empty(rows, np.int64)
-    positions[permutation(rows, seed, epoch=0)] = np.arange(rows)
-    return positions
-
-
-class SplitSource(Protocol):
-    """One split of a source; picklable, since worker processes read it."""
-
-    labels: np.ndarray | None  # int64 [rows]; None for a split without labels
-    bytes_per_row: int  # average bytes read per row
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Rows start..stop in source order: uint8 [H, W, 3], or the bytes of an image file (b'' when empty)."""
-        ...
-
-    def describe(self, row: int) -> str:
-        """Names a row for people: 'images-train[17]', 'train/cat/001.jpg'."""
-        ...
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is converted."""
-
-    kind: str
-    name: str
-    classes: tuple[str, ...]
-    fingerprint: str  # sha256 of the content, as far as it can be had cheaply
-    splits: dict[str, SplitSource]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose; two conversions of one source with equal options are byte-identical."""
-
-    encoding: Encoding
-    shard_mib: int = 512
-    seed: int = 0
-    strict: bool = False  # a sample that would be quarantined is an error instead
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
-
-    dataset: str
-    split: str
-    classes: int
-    options: Options
-    image_shape: tuple[int, int, int] | None
-    payload_bytes: int  # of one sample; an estimate for JPEG
-    rows: int
-    block_rows: int
-    shard_rows: int
-    shuffled: bool
-    spool: Path
-    out: Path
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.rows // self.block_rows)
-
-    @property
-    def shard_count(self) -> int:
-        return -(-self.rows // self.shard_rows)
-
-    @property
-    def group_shards(self) -> int:
-        return -(-self.shard_count // GROUPS)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.shard_count // self.group_shards)
-
-    def block_table(self, block: int) -> Path:
-        return self.spool / f"block-{block:06d}.npz"
-
-    def block_group(self, block: int, group: int) -> Path:
-        return self.spool / f"block-{block:06d}.group-{group:02d}.bin"
-
-    def shard_table(self, shard: int) -> Path:
-        return self.spool / f"shard-{shard:06d}.npz"
-
-    def shard_file(self, shard: int) -> Path:
-        return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
@@ -154,7 +58,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         written: dict[str, _Written] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
-        with Pool(workers, {split: _Worker(plans[split], source.splits[split]) for split in plans}) as pool:
+        with Pool(workers, {split: Worker(plans[split], source.splits[split]) for split in plans}) as pool:
             # train is last: it is the largest, and its spool then shares the disk with finished shards only
             for split in sorted(plans, key=lambda split: split == "train"):
                 written[split] = _write_split(source, plans[split], pool)
@@ -180,8 +84,8 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             }
             for split, entry in dataset["splits"].items()
         }
-        _commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
-        _commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
+        commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+        commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
         shutil.rmtree(spool)
     return json.loads(json.dumps(dataset))
 
@@ -215,7 +119,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
         if record.exists() and json.loads(record.read_text()) != request:
             raise UserError(f"{out} holds an unfinished conversion of another source or with other options; "
                             "choose another --out or delete the folder")  # fmt: skip
-        _commit(record, json.dumps(request).encode(), spool)
+        commit(record, json.dumps(request).encode(), spool)
         yield spool
 
 
@@ -320,23 +224,23 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     labels = rows.labels
     blocks = [block for block in range(plan.blocks) if not plan.block_table(block).exists()]
     with _bar(plan, "read") as bar:
-        bar.update(plan.rows - sum(_block_rows(plan, block) for block in blocks))
-        for block in pool.imap(_scatter, [(plan.split, block) for block in blocks]):
-            bar.update(_block_rows(plan, block))
-    tables = [_load(plan.block_table(block)) for block in range(plan.blocks)]
+        bar.update(plan.rows - sum(plan.block_size(block) for block in blocks))
+        for block in pool.imap(scatter, [(plan.split, block) for block in blocks]):
+            bar.update(plan.block_size(block))
+    tables = [load(plan.block_table(block)) for block in range(plan.blocks)]
     with _bar(plan, "write") as bar:
-        left = [_shards_of_group(plan, group) for group in range(plan.groups)]
+        left = [plan.shards_of(group) for group in range(plan.groups)]
         missing = []
         for shard in range(plan.shard_count):
             if plan.shard_table(shard).exists() and plan.shard_file(shard).exists():
-                bar.update(_shard_rows(plan, shard))
+                bar.update(plan.shard_size(shard))
                 _forget(plan, left, shard)
             else:
                 missing.append(shard)
-        for shard in pool.imap(_gather, [(plan.split, shard) for shard in missing]):
-            bar.update(_shard_rows(plan, shard))
+        for shard in pool.imap(gather, [(plan.split, shard) for shard in missing]):
+            bar.update(plan.shard_size(shard))
             _forget(plan, left, shard)
-    written = [_load(plan.shard_table(shard)) for shard in range(plan.shard_count)]
+    written = [load(plan.shard_table(shard)) for shard in range(plan.shard_count)]
     quarantined = [
         {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
         for table in tables
@@ -355,7 +259,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
     index_file = plan.out / f"{plan.split}.index.npz"
-    _commit(index_file, buffer.getvalue(), plan.spool)
+    commit(index_file, buffer.getvalue(), plan.spool)
     entry = {
         "samples": samples,
         "labelled": labels is not None,
@@ -386,19 +290,6 @@ def _bar(plan: Plan, label: str) -> tqdm:
     return tqdm(total=plan.rows, desc=f"{plan.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5)
 
 
-def _block_rows(plan: Plan, block: int) -> int:
-    return min(plan.block_rows, plan.rows - block * plan.block_rows)
-
-
-def _shard_rows(plan: Plan, shard: int) -> int:
-    return min(plan.shard_rows, plan.rows - shard * plan.shard_rows)
-
-
-def _shards_of_group(plan: Plan, group: int) -> set[int]:
-    start = group * plan.group_shards
-    return set(range(start, min(start + plan.group_shards, plan.shard_count)))
-
-
 def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:
     """Count a shard as written; the spool of its group goes when it was the group's last."""
     group = shard // plan.group_shards
@@ -414,162 +305,3 @@ def _mean_std(written: _Written) -> tuple[list[float], list[float]]:
     variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
     std = np.maximum(np.sqrt(variance), 1.0)  # a constant channel must not divide by zero
     return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """What each worker process holds of one split."""
-
-    plan: Plan
-    rows: SplitSource
-
-
-def _scatter(workers: dict[str, _Worker], task: tuple[str, int]) -> int:
-    """Pass 1 for one block: encode its rows, write them to the spool sorted by destination, then the block's table."""
-    plan, rows, block = workers[task[0]].plan, workers[task[0]].rows, task[1]
-    start = block * plan.block_rows
-    stop = start + _block_rows(plan, block)
-    positions = _positions(plan.rows, plan.options.seed, plan.shuffled)[start:stop]
-    payloads: list[Encoded | None] = []
-    defects: list[tuple[int, str]] = []
-    sums = np.zeros((2, 3), np.int64)
-    for row, sample in enumerate(rows.read(start, stop), start):
-        try:
-            encoded = encode(sample, plan.options.encoding)
-        except Defect as defect:
-            if plan.options.strict:
-                raise UserError(f"{rows.describe(row)}: {defect}; mend or remove it, or leave out --strict") from None
-            defects.append((row, str(defect)))
-            payloads.append(None)
-            continue
-        _check_shape(plan, rows, row, encoded)
-        sums += encoded.sums
-        payloads.append(encoded)
-    if len(payloads) != stop - start:
-        raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows where {stop - start} were due")
-    order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
-    kept = [payload for i in order if (payload := payloads[i]) is not None]
-    group_of = positions[order] // plan.shard_rows // plan.group_shards
-    for group in range(plan.groups):
-        chosen = np.flatnonzero(group_of == group)
-        _commit_pieces(plan.block_group(block, group), [kept[i].payload for i in chosen], plan.spool)
-    table = {
-        "row": np.array([start + i for i in order], np.int64),
-        "position": positions[order].astype(np.int64),
-        "size": np.array([len(sample.payload) for sample in kept], np.int64),
-        "height": np.array([sample.height for sample in kept], np.int32),
-        "width": np.array([sample.width for sample in kept], np.int32),
-        "sums": sums,
-        "defect_row": np.array([row for row, _ in defects], np.int64),
-        "defect_reason": np.array([reason for _, reason in defects], dtype=str),
-    }
-    _commit_npz(plan.block_table(block), table)
-    return block
-
-
-def _check_shape(plan: Plan, rows: SplitSource, row: int, encoded: Encoded) -> None:
-    if plan.image_shape is not None and (encoded.height, encoded.width) != plan.image_shape[:2]:
-        raise UserError(
-            f"{rows.describe(row)} has {encoded.height} x {encoded.width} pixels and others "
-            f"{plan.image_shape[0]} x {plan.image_shape[1]}, but npy stores one shape; "
-            f"delete {plan.out}, then give --size N or --encoding jpeg"
-        )
-
-
-def _gather(workers: dict[str, _Worker], task: tuple[str, int]) -> int:
-    """Pass 2 for one shard: collect its samples from every block, write tar and index, then the shard's table."""
-    plan, labels, shard = workers[task[0]].plan, workers[task[0]].rows.labels, task[1]
-    samples = sorted(_collect(plan, shard), key=lambda sample: sample[0])
-    extension = shards.EXTENSIONS[plan.options.encoding.name]
-    head = tar_layout.npy_header(plan.image_shape) if plan.image_shape else b""
-    writers: dict[int, tar_layout.MemberWriter] = {}
-    label_size = None if labels is None else len(tar_layout.label_text(0, plan.classes))
-    label_writer = tar_layout.MemberWriter("cls", label_size or 0)
-    digest, offset, lines = hashlib.sha256(), 0, []
-    columns: dict[str, list[int]] = {name: [] for name in ("offset", "size", "label", "height", "width")}
-    temporary = plan.spool / f"shard-{shard:06d}.{os.getpid()}.tar"
-    with temporary.open("wb", buffering=2**20) as file:
-
-        def put(pieces: list[bytes | memoryview]) -> None:
-            nonlocal offset
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-                offset += len(piece)
-
-        for _, row, payload, height, width in samples:
-            key, size = tar_layout.key_of(row), len(head) + len(payload)
-            label = -1 if labels is None else int(labels[row])
-            values = (offset + tar_layout.BLOCK, size, label, height, width)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-            lines.append(tar_layout.index_line(key, extension, offset + tar_layout.BLOCK, size, label_size))
-            if size not in writers:
-                writers[size] = tar_layout.MemberWriter(extension, size)
-            put(writers[size].member(key, head, payload))
-            if labels is not None:
-                put(label_writer.member(key, tar_layout.label_text(label, plan.classes)))
-        put([tar_layout.END_OF_ARCHIVE])
-        file.flush()
-        os.fsync(file.fileno())
-    index = f"{tar_layout.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
-    _commit(plan.shard_file(shard).with_suffix(".idx"), index.encode(), plan.spool)
-    temporary.rename(plan.shard_file(shard))
-    arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
-    _commit_npz(plan.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
-    return shard
-
-
-def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
-    """(position, row, payload, height, width) of the shard's samples, block by block: one contiguous read a block."""
-    group = shard // plan.group_shards
-    for block in range(plan.blocks):
-        table = _load(plan.block_table(block))
-        shard_of = table["position"] // plan.shard_rows
-        in_group = shard_of // plan.group_shards == group
-        chosen = np.flatnonzero(shard_of == shard)
-        if not len(chosen):
-            continue
-        begin = int(table["size"][in_group & (shard_of < shard)].sum())
-        with plan.block_group(block, group).open("rb") as file:
-            file.seek(begin)
-            content = memoryview(file.read(int(table["size"][chosen].sum())))
-        ends = np.cumsum(table["size"][chosen]).tolist()
-        for i, end in zip(chosen.tolist(), ends, strict=True):
-            payload = content[end - int(table["size"][i]) : end]
-            yield (
-                int(table["position"][i]),
-                int(table["row"][i]),
-                payload,
-                int(table["height"][i]),
-                int(table["width"][i]),
-            )
-
-
-def _load(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _commit_npz(file: Path, arrays: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    _commit(file, buffer.getvalue(), file.parent)
-
-
-def _commit(file: Path, content: bytes, spool: Path) -> None:
-    _commit_pieces(file, [content], spool)
-
-
-def _commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
-    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
-
-    What a kill leaves of the temporary file lies in the spool, which the run that finishes deletes.
-    """
-    temporary = spool / f"{file.name}.{os.getpid()}.tmp"
-    with temporary.open("wb", buffering=2**20) as opened:
-        for piece in pieces:
-            opened.write(piece)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.rename(file)

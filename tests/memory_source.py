@@ -20,7 +20,8 @@ from PIL import Image
 
 from pipelines import shard_writer
 from pipelines.encode import Encoding
-from pipelines.shard_writer import Options, Source, write_dataset
+from pipelines.shard_writer import write_dataset
+from pipelines.source import Options, Source
 
 CLASSES = tuple(f"class {number}" for number in range(12))  # two digits in a .cls member
 SIDE = 32

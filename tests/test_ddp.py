@@ -28,7 +28,7 @@ from pipelines.loader import Batch
 from tools import convert
 from train import checkpoint, ddp, dist
 from train.dist import Ranks
-from train.loop import build_training, train_step
+from train.loop import Evaluation, build_training, train_epoch, train_step
 from train.optim import build_optimizer
 from train.throughput import measure_images_per_s
 
@@ -43,8 +43,14 @@ SHORT = [
 ]  # fmt: skip
 MODELS = {
     "lenet": [],
-    # dropout and batch norm; the smallest of timm
-    "dropout": ["model.name=timm/test_efficientnet", "model.drop_rate=0.5", "aug.flip=0.5"],
+    # the smallest of timm, with batch norm
+    "dropout": [
+        "model.name=timm/test_efficientnet",
+        "model.drop_rate=0.5",
+        "aug.flip=0.5",
+        "data.batch_size=16",
+        "train.accumulation_steps=2",
+    ],
 }
 
 
@@ -163,6 +169,24 @@ def test_a_run_of_the_same_name_gets_the_next_number_and_leaves_the_first_alone(
     assert not torch.equal(*(weights(tmp_path / name)["network.fc3.weight"] for name in ("twice", "twice-2")))
 
 
+def test_training_metrics_are_those_of_their_epoch_alone(
+    digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums: list[list[float]] = []
+
+    def noted(training: Any, *parts: Any, **options: Any) -> Any:
+        times = train_epoch(training, *parts, **options)
+        sums.append(training.sums.tolist())
+        return times
+
+    monkeypatch.setattr(ddp, "train_epoch", noted)
+    assert call(*arguments(digits, tmp_path, "train.epochs=2"))[0] == 0
+    lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
+    assert [seen for _, _, seen in sums] == [44 * 32] * 2
+    assert [line["train_loss"] for line in lines] == [loss / seen for loss, _, seen in sums]
+    assert [line["train_top1"] for line in lines] == [correct / seen for _, correct, seen in sums]
+
+
 def test_evaluation_every_other_epoch_and_after_the_last_leaves_null_between(
     digits: Path, tmp_path: Path, call: Call
 ) -> None:
@@ -268,6 +292,28 @@ def test_resume_takes_a_checkpoint_or_a_folder_and_metrics_repeat_no_epoch(
     lines = strict_lines(folder / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert_same_curves(folder, unbroken("lenet"))
+
+
+def test_the_best_checkpoint_of_a_resumed_run_is_kept_until_a_better_one_comes(
+    digits: Path, tmp_path: Path, call: Call, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(interrupted, tmp_path)
+    best = torch.load(folder / "best.pt", weights_only=True)["progress"]["best_top1"]
+    results = iter([best - 0.01, best + 0.01])
+    monkeypatch.setattr(ddp, "evaluate", lambda *_: Evaluation(loss=1.0, top1=next(results), top5=1.0, samples=360))
+    before, written = (folder / "best.pt").read_bytes(), []
+    save = checkpoint.save
+
+    def noted(path: Path, *parts: Any, **state: Any) -> None:
+        save(path, *parts, **state)
+        written.append((path.name, state["position"]["epoch"]))
+        if state["position"] == {"epoch": 2, "step": 0}:
+            assert (folder / "best.pt").read_bytes() == before
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    assert call(*arguments(digits, folder.parent), "--resume", "auto")[0] == 0
+    assert [epoch for name, epoch in written if name == "best.pt"] == [3]
+    assert torch.load(folder / "best.pt", weights_only=True)["progress"] == {"best_top1": best + 0.01}
 
 
 def test_resume_auto_starts_anew_where_no_run_has_a_checkpoint_and_repeats_no_epoch(

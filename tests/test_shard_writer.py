@@ -21,7 +21,7 @@ from memory_source import MemoryRows, jpeg_file, marked_image, memory_source, ro
 from PIL import Image
 
 from configs.errors import UserError
-from pipelines import shard_writer
+from pipelines import shard_writer, spool
 from pipelines.encode import Defect, Encoding, encode
 from pipelines.shards import Split, open_split
 from pipelines.verify import verify
@@ -114,7 +114,7 @@ def test_how_the_spool_is_cut_changes_no_byte(
     groups: int, block_bytes: int, encoding: str, tmp_path: Path, request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(shard_writer, "GROUPS", groups)
+    monkeypatch.setattr(spool, "GROUPS", groups)
     monkeypatch.setattr(shard_writer, "BLOCK_BYTES", block_bytes)
     write(tiny_source(encoding), tmp_path / "tiny", encoding)
     assert contents(tmp_path / "tiny") == contents(request.getfixturevalue(f"{encoding}_data"))

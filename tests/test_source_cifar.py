@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source
+from pipelines.source import Source
 from tools.sources import download
 from tools.sources.cifar import LAYOUTS, open_cifar
 from tools.sources.numpy_pickle import load_pickle

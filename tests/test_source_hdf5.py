@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source
+from pipelines.source import Source
 from tools.sources import hdf5
 from tools.sources.hdf5 import load_class_names, open_hdf5
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source
+from pipelines.source import Source
 from tools.sources.imagefolder import open_imagefolder
 
 

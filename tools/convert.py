@@ -23,7 +23,8 @@ from typing import Any
 from configs.errors import UserError, run_main
 from pipelines import shards
 from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
-from pipelines.shard_writer import Options, Source, write_dataset
+from pipelines.shard_writer import write_dataset
+from pipelines.source import Options, Source
 from pipelines.verify import verify as find_problems
 
 MIB = 2**20

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source, SplitSource
+from pipelines.source import Source, SplitSource
 from tools.sources.numpy_pickle import load_pickle
 
 SIZE = 32  # pixels

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source, SplitSource
+from pipelines.source import Source, SplitSource
 
 READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
 FINGERPRINT_ROWS = 64

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from pipelines.shard_writer import Source, SplitSource
+from pipelines.source import Source, SplitSource
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
