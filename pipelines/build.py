@@ -16,6 +16,7 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import draws, graph, order
 from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, GraphRunner, Loader, PlainRunner, Plan, Runner, Work
+from pipelines.read_ahead import ReadAhead
 from pipelines.shards import Split, open_split
 
 MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other
@@ -53,12 +54,14 @@ def build_train_loader(
         )
 
     lock = Lock()
+    windowed = data.order == "sequential-window"
+    read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
 
     @lru_cache(maxsize=2)
     def order_of(epoch: int) -> np.ndarray:
-        if data.order == "random":
-            return order.permutation(len(split), seed, epoch)
-        return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+        if windowed:
+            return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+        return order.permutation(len(split), seed, epoch)
 
     def epoch_order(epoch: int) -> np.ndarray:
         with lock:  # asked for by several threads at once, computed once
@@ -66,6 +69,8 @@ def build_train_loader(
 
     def schedule(epoch: int, step: int) -> Work:
         indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
+        if read_ahead is not None:
+            read_ahead(epoch, indices)
         return Work(indices, _train_draws(aug, split, indices, seed, epoch))
 
     untouched = _is_stored_at(split, size) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)

@@ -28,9 +28,13 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
 
     shard: int [samples], the shard of each sample. A window's shards can be read ahead and forgotten together.
     """
-    rank_of_shard = np.argsort(permutation(int(shard.max()) + 1, seed, epoch))
-    window = rank_of_shard[shard] // window_shards
+    window = window_of_shard(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
     return np.lexsort((_keys(len(shard), seed, epoch), window))
+
+
+def window_of_shard(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [shards]: the window of `window_permutation` that each shard belongs to, counted in reading order."""
+    return np.argsort(permutation(shards, seed, epoch)) // window_shards
 
 
 def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:

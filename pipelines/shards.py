@@ -85,6 +85,13 @@ class Split:
         view = np.lib.stride_tricks.as_strided(self.content[first:], (rows, pixels), (stride, 1))
         return view, (self.address - tar_layout.BLOCK) // stride
 
+    def advise(self, shards: np.ndarray, advice: int) -> None:
+        """Give the kernel `advice` (mmap.MADV_WILLNEED …) on whole shards; a hint, so failures are ignored."""
+        base = self.content.ctypes.data
+        for shard in shards.tolist():
+            size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
+            _libc.madvise(base + shard * self.slot_bytes, size, advice)
+
     def describe(self, sample: int) -> str:
         """Where a sample lies, for an error message."""
         shard = int(self.shard[sample])
@@ -265,6 +272,7 @@ def _load_index(file: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_NONE, _PROT_READ = 0, 1
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000

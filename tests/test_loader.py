@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, gather
 from pipelines.loader import Batch, Buffering, Loader, Plan, Work
-from pipelines.shards import open_split
+from pipelines.order import window_of_shard
+from pipelines.shards import Split, open_split
 
 NO_AUG = AugConfig(flip=0)
 FLIP = AugConfig(flip=0.5)
@@ -451,3 +453,27 @@ def test_an_image_that_cannot_be_decoded_is_named(jpeg_copy: Path) -> None:
 def test_a_single_jpeg_split_works(use: Callable[[Loader], Any], tmp_path: Path) -> None:
     write(memory_source(train=MemoryRows([jpeg_file(0)])), tmp_path / "out", "jpeg")
     assert use(train(tmp_path / "out", 1, image_size=24))
+
+
+def test_sequential_window_asks_for_each_window_before_it_comes_and_lets_go_of_those_behind(
+    npy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, frozenset[int]]] = []
+    advise = Split.advise
+    monkeypatch.setattr(
+        Split,
+        "advise",
+        lambda self, shards, advice: (asked.append((advice, frozenset(shards.tolist()))), advise(self, shards, advice)),
+    )
+    loader = train(npy_data, 4, order="sequential-window", window_shards=1)
+    split = open_split(npy_data, "train")
+    count = len(split.files)
+    windows = window_of_shard(count, 1, 3, 0)
+    reading = [int(np.flatnonzero(windows == window)[0]) for window in range(count)]
+    for _ in loader:
+        pass
+    needed = [shards for advice, shards in asked if advice == mmap.MADV_WILLNEED]
+    assert needed[:2] == [{reading[0]}, {reading[1]}]
+    assert frozenset().union(*needed) == set(range(count))
+    dropped = [shards for advice, shards in asked if advice == mmap.MADV_DONTNEED and shards]
+    assert dropped == [{shard} for shard in reading[: count - 2]]
