@@ -15,8 +15,9 @@ from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import draws, graph, order
 from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
-from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, GraphRunner, Loader, PlainRunner, Plan, Runner, Work
+from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, Loader, Plan, Work
 from pipelines.read_ahead import ReadAhead
+from pipelines.runner import GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split, open_split
 
 MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other

@@ -15,15 +15,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.tensors import TensorListCPU
 
 from configs.errors import UserError
 from pipelines.gather import Source
+from pipelines.runner import Runner, nothing_to_wait_for
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
 HANDED_OUT = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
@@ -77,75 +76,6 @@ class _Prepared:
     draws: dict[str, np.ndarray]
 
 
-class Runner(Protocol):
-    """Turns gathered bytes into batches on the device; first in, first out."""
-
-    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        """images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten."""
-        ...
-
-
-class GraphRunner:
-    """Runs a DALI graph; tensors are handed over without a copy."""
-
-    def __init__(self, pipeline: Pipeline, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
-        self._pipeline = pipeline
-        self._device = device
-        self._gather_stream = gather_stream
-
-    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
-        if isinstance(images, torch.Tensor) and images.is_cuda:
-            self._pipeline.feed_input("images", images, layout="HWC", cuda_stream=self._gather_stream)
-        elif isinstance(images, torch.Tensor):
-            batch = TensorListCPU(images.numpy(), layout="HWC", is_pinned=images.is_pinned())
-            self._pipeline.feed_input("images", batch)
-        else:
-            self._pipeline.feed_input("images", images)
-        self._pipeline.feed_input("labels", labels)
-        for name, values in draws.items():
-            self._pipeline.feed_input(name, values)
-        self._pipeline.schedule_run()
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        if self._device.type != "cuda":
-            images, labels = (torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs())
-            return images, labels, _nothing
-        stream = torch.cuda.current_stream(self._device)
-        outputs = self._pipeline.outputs(cuda_stream=stream)
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels, stream.record_event().synchronize
-
-
-class PlainRunner:
-    """For a graph that would do nothing: stored pixels go to the device as they are."""
-
-    def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
-        self._device = device
-        self._gather_stream = gather_stream
-        self._ready: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-
-    def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
-        del draws
-        if self._device.type == "cuda":
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._gather_stream)  # type: ignore[arg-type]
-            # one copy either way: from pinned memory, or out of a slot of resident pixels
-            images = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
-        self._ready.append((images, torch.from_numpy(labels).to(self._device, non_blocking=True)))
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        images, labels = self._ready.popleft()
-        if self._device.type != "cuda":
-            return images, labels, _nothing
-        return images, labels, torch.cuda.current_stream(self._device).record_event().synchronize
-
-
-def _nothing() -> None:
-    pass
-
-
 class Loader:
     """Iterate over it once per epoch; `len` is the number of batches of an epoch, `state` where it stands."""
 
@@ -170,7 +100,7 @@ class Loader:
         self.buffering = buffering
         self.gather_stream = gather_stream
         # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
-        self.released: list[Callable[[], None]] = [_nothing] * buffering.slots
+        self.released: list[Callable[[], None]] = [nothing_to_wait_for] * buffering.slots
         self._runner = runner
         self._running: Callable[[], Generator[Batch] | None] = lambda: None  # a weak reference to the last iteration
         self._epoch = self._step = 0

@@ -23,7 +23,8 @@ from torchvision.transforms.v2 import functional as F
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, draws, graph
 from pipelines.encode import Encoding
-from pipelines.loader import Batch, GraphRunner, Loader
+from pipelines.loader import Batch, Loader
+from pipelines.runner import GraphRunner
 from pipelines.shards import Split, open_split
 
 CPU = torch.device("cpu")

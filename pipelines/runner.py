@@ -1,0 +1,81 @@
+"""Turns gathered bytes into batches on the device, by a DALI graph or as they are. Knows no order and no threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorListCPU
+
+
+class Runner(Protocol):
+    """Turns gathered bytes into batches on the device; first in, first out."""
+
+    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        """images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten."""
+        ...
+
+
+class GraphRunner:
+    """Runs a DALI graph; tensors are handed over without a copy."""
+
+    def __init__(self, pipeline: Pipeline, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._gather_stream = gather_stream
+
+    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
+        if isinstance(images, torch.Tensor) and images.is_cuda:
+            self._pipeline.feed_input("images", images, layout="HWC", cuda_stream=self._gather_stream)
+        elif isinstance(images, torch.Tensor):
+            batch = TensorListCPU(images.numpy(), layout="HWC", is_pinned=images.is_pinned())
+            self._pipeline.feed_input("images", batch)
+        else:
+            self._pipeline.feed_input("images", images)
+        self._pipeline.feed_input("labels", labels)
+        for name, values in draws.items():
+            self._pipeline.feed_input(name, values)
+        self._pipeline.schedule_run()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        if self._device.type != "cuda":
+            images, labels = (torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs())
+            return images, labels, nothing_to_wait_for
+        stream = torch.cuda.current_stream(self._device)
+        outputs = self._pipeline.outputs(cuda_stream=stream)
+        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return images, labels, stream.record_event().synchronize
+
+
+class PlainRunner:
+    """For a graph that would do nothing: stored pixels go to the device as they are."""
+
+    def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
+        self._device = device
+        self._gather_stream = gather_stream
+        self._ready: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+
+    def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
+        del draws
+        if self._device.type == "cuda":
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._gather_stream)  # type: ignore[arg-type]
+            # one copy either way: from pinned memory, or out of a slot of resident pixels
+            images = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
+        self._ready.append((images, torch.from_numpy(labels).to(self._device, non_blocking=True)))
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        images, labels = self._ready.popleft()
+        if self._device.type != "cuda":
+            return images, labels, nothing_to_wait_for
+        return images, labels, torch.cuda.current_stream(self._device).record_event().synchronize
+
+
+def nothing_to_wait_for() -> None:
+    """The slot may be overwritten already."""
