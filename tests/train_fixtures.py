@@ -120,9 +120,7 @@ def gradients_at_each_step(training: Training) -> list[list[torch.Tensor]]:
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(ranks, *arguments) in a gloo group of `world_size` processes; returns what each rank returned."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train_fixtures", "pipelines.build", "torch._dynamo"]
-    )  # imported once, for all groups
+    context.set_forkserver_preload(["train_fixtures", "pipelines.build", "torch._dynamo"])  # once, for all groups
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -11,6 +11,7 @@ them alike; each figure is the median of the rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +44,7 @@ from train.optim import build_optimizer
 from train.throughput import endless
 
 Row = dict[str, Any]
+BOUND = "bound: one copy of the bytes"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -124,6 +125,8 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
             augment = build_train_loader(full, config.aug, seed=config.seed, device=device)
             variants[("ours, reading", device, placement)] = endless(read)
             variants[("ours, reading + augmentation", device, placement)] = endless(augment)
+    if raw:
+        variants[(BOUND, "cpu", "host")] = memory_copies(config.data.batch_size * int(split.size[0]))
     with tempfile.TemporaryDirectory(prefix="zhu-peers-") as scratch:
         if arguments.peers:
             if not raw:
@@ -142,6 +145,14 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
             ratio=("ours / this", ours / rates[name, device, placement]))
         for name, device, placement in rates
     ]  # fmt: skip
+
+
+def memory_copies(size: int) -> Iterator[torch.Tensor]:
+    """Copies of `size` bytes from memory that is not in the cache: what handing out a batch costs at the very least."""
+    sources = [torch.zeros(size, dtype=torch.uint8) for _ in range(8)]
+    targets = [torch.zeros(size, dtype=torch.uint8) for _ in range(4)]
+    for number in itertools.count():
+        yield targets[number % 4].copy_(sources[number % 8])
 
 
 def measure(variants: dict[Any, Iterator[Any]], batch_size: int, seconds: float, rounds: int) -> dict[Any, float]:
@@ -163,7 +174,7 @@ def measure(variants: dict[Any, Iterator[Any]], batch_size: int, seconds: float,
 
 
 def _take(batches: Iterator[Any], count: int) -> None:
-    for _ in islice(batches, count):
+    for _ in itertools.islice(batches, count):
         pass
     if torch.cuda.is_available():
         torch.cuda.synchronize()
