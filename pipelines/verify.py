@@ -99,7 +99,10 @@ def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.nd
                     if stored != tar_layout.label_text(indexed_label, len(split.classes)):
                         return f"{file.name} gives {stored!r} as label of {key}, the index says {indexed_label}"
                 idx.append(tar_layout.index_line(key, extension, offset, member.size, label.size if label else None))
-            if (rest := archive.next()) is not None:
+            if not len(chosen):  # Python 3.10 cannot read past the end of an empty tar
+                if file.stat().st_size != len(tar_layout.END_OF_ARCHIVE):
+                    return f"{file.name} holds samples, but the index lists none"
+            elif (rest := archive.next()) is not None:
                 return f"{file.name} holds {rest.name}, which the index does not list"
     except tarfile.TarError as error:
         return f"{file.name} is no readable tar ({error})"
