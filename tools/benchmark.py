@@ -118,7 +118,8 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
     plain = AugConfig(crop="none", flip=0.0)
     variants: dict[tuple[str, str, str], Iterator[Any]] = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for placement in ("host", "device") if raw else ("host",):
+        # on the CPU both placements are its memory, and auto takes the better one
+        for placement in ("host", "device") if device == "cuda" and raw else ("auto",):
             where = {"placement": placement}
             read = build_train_loader(reading.model_copy(update=where), plain, seed=config.seed, device=device)
             full = config.data.model_copy(update={**where, "image_size": config.data.image_size or stored})
@@ -126,7 +127,7 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
             variants[("ours, reading", device, placement)] = endless(read)
             variants[("ours, reading + augmentation", device, placement)] = endless(augment)
     if raw:
-        variants[(BOUND, "cpu", "host")] = memory_copies(config.data.batch_size * int(split.size[0]))
+        variants[(BOUND, "cpu", "")] = memory_copies(config.data.batch_size * int(split.size[0]))
     with tempfile.TemporaryDirectory(prefix="zhu-peers-") as scratch:
         if arguments.peers:
             if not raw:
@@ -134,10 +135,10 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
                                 "convert with --encoding npy")  # fmt: skip
             source = peers.PeerSource(split, Path(scratch), config.data.batch_size, arguments.workers)
             for name, peer in peers.importable().items():
-                variants[(name, "cpu", "host")] = peer(source)
+                variants[(name, "cpu", "")] = peer(source)
         rates = measure(variants, config.data.batch_size, arguments.seconds, arguments.rounds)
         variants.clear()  # ends the peers' workers before their files go
-    ours = rates[("ours, reading", "cpu", "host")]
+    ours = rates[("ours, reading", "cpu", "auto")]
     size = f"{stored}x{stored}"
     return [
         row("loader", name, rates[name, device, placement], device=device, placement=placement, image_size=size,
