@@ -6,11 +6,9 @@ Reads from top to bottom as the whole run: config, data, model, training, evalua
 from __future__ import annotations
 
 import argparse
-import itertools
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from train.dist import Ranks
 from train.log import RunLog
 from train.loop import Training, build_training, evaluate, train_epoch
 from train.optim import build_optimizer
+from train.run_folder import find_run, make_folder
 from train.throughput import measure_images_per_s
 
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
@@ -263,40 +262,6 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "train.epochs": train.epochs,
         **{f"train.optimizer.{key}": value for key, value in train.optimizer.model_dump(mode="json").items()},
     }
-
-
-def run_folders(config: Config) -> Iterator[Path]:
-    """OUTPUT/NAME, OUTPUT/NAME-2, OUTPUT/NAME-3 …"""
-    yield Path(config.output) / str(config.name)
-    yield from (Path(config.output) / f"{config.name}-{number}" for number in itertools.count(2))
-
-
-def find_run(config: Config, resume: str | None) -> tuple[Path | None, Path | None]:
-    """The folder to go on in and the checkpoint to start from; None for those that are not there yet.
-
-    With --resume auto those of the latest run of this name; with a path, the checkpoint and the folder it lies in.
-    """
-    if resume is None:
-        return None, None
-    if resume == "auto":
-        taken = list(itertools.takewhile(Path.exists, run_folders(config)))
-        folder = taken[-1] if taken else None
-        return folder, folder / "last.pt" if folder and (folder / "last.pt").exists() else None
-    path = Path(resume)
-    return (path, path / "last.pt") if path.is_dir() else (path.parent, path)
-
-
-def make_folder(config: Config) -> Path:
-    """The first run folder that is not taken, so that no run writes over another."""
-    for folder in run_folders(config):
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
-    raise AssertionError("the names are endless")
 
 
 def open_log(folder: Path, ranks: Ranks, config: Config) -> RunLog:

@@ -42,6 +42,9 @@ class Training:
 def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device,
                    ) -> Training:  # fmt: skip
     """Wrap a network that is on its device (`memory_format` applied) for training."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
+        torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     parallel = dist.data_parallel(network, device, config.accumulation_steps)
