@@ -36,9 +36,13 @@ bench: digits
 
 # needs a CUDA GPU, and CIFAR-10 in data/cifar10 for the benchmark
 gpu-check: $(ENVIRONMENT)
+	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_ddp.py
 	for model in lenet alexnet resnet18; do \
-	  $(PY) tools/benchmark.py train --cfg configs/cifar10_$$model.yaml --json docs/benchmarks/gpu_train_$$model.json || exit 1; \
+	  for mode in default reduce-overhead; do \
+	    $(PY) tools/benchmark.py train --cfg configs/cifar10_$$model.yaml --opts train.compile=$$mode \
+	      --json docs/benchmarks/gpu_train_$${model}_$$mode.json || exit 1; \
+	  done; \
 	done
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

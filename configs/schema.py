@@ -117,7 +117,7 @@ class AugConfig(Section):
 
 class ModelConfig(Section):
     name: str = Field(min_length=1)
-    """lenet, alexnet, resnet18 … of models/, or any other name that timm knows."""
+    """lenet, alexnet, resnet18 … of models/, or timm/NAME for every model of timm."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs; null: the data set's number of classes."""
     drop_rate: float | None = Field(default=None, ge=0, lt=1)

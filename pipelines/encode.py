@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that start other programs
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 
 
@@ -81,17 +82,17 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
             Image.MAX_IMAGE_PIXELS = None
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise Defect(f"{width} x {height} pixels exceed the limit of {max_pixels:,} (--max-pixels)")
-                keep = image.format == "JPEG" and image.mode == "RGB"
+                keep = image.format in ("JPEG", "MPO") and image.mode == "RGB"
                 pixels = _rgb(image)
     except Defect:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow raises many types on hostile bytes; none may stop a conversion of a million files
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
     return pixels, content if keep else None
 

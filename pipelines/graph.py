@@ -54,8 +54,7 @@ def train_graph(stored: Stored, machine: Machine, aug: AugConfig, size: int, int
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
             images = _resized(images, interpolation, size=[size, size], **region)
         else:
-            if stored.image_shape is None or stored.image_shape[:2] != (size, size):
-                images = _resized(images, interpolation, size=[size, size])
+            images = _central(images, stored, size, size, interpolation)
             if aug.crop == "pad":
                 images = fn.slice(
                     images, start=_input("offset"), shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad"
@@ -72,12 +71,7 @@ def eval_graph(stored: Stored, machine: Machine, size: int, crop_fraction: float
     shorter = round(size / crop_fraction)
 
     def define() -> DataNode:
-        images = _decoded(stored, machine)
-        if stored.image_shape is None or min(stored.image_shape[:2]) != shorter:
-            images = _resized(images, interpolation, resize_shorter=shorter)
-        if stored.image_shape is None or shorter != size or stored.image_shape[0] != stored.image_shape[1]:
-            images = fn.crop(images, crop=(size, size), rounding="truncate")
-        return images
+        return _central(_decoded(stored, machine), stored, shorter, size, interpolation)
 
     return _pipeline(machine, define)
 
@@ -119,6 +113,16 @@ def _decoded(stored: Stored, machine: Machine) -> DataNode:
         return fn.external_source(name="images", device="gpu", layout="HWC")
     images = fn.external_source(name="images", layout="HWC", no_copy=True)
     return images.gpu() if on_gpu else images
+
+
+def _central(images: DataNode, stored: Stored, shorter: int, size: int, interpolation: str) -> DataNode:
+    """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
+    shape = stored.image_shape
+    if shape is None or min(shape[:2]) != shorter:
+        images = _resized(images, interpolation, resize_shorter=shorter)
+    if shape is None or shorter != size or shape[0] != shape[1]:
+        images = fn.crop(images, crop=(size, size), rounding="truncate")
+    return images
 
 
 def _resized(images: DataNode, interpolation: str, **to: Any) -> DataNode:

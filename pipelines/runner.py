@@ -50,7 +50,7 @@ class GraphRunner:
         stream = torch.cuda.current_stream(self._device)
         outputs = self._pipeline.outputs(cuda_stream=stream)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels, stream.record_event().synchronize
+        return images, labels, _event(stream).synchronize
 
 
 class PlainRunner:
@@ -74,7 +74,14 @@ class PlainRunner:
         images, labels = self._ready.popleft()
         if self._device.type != "cuda":
             return images, labels, nothing_to_wait_for
-        return images, labels, torch.cuda.current_stream(self._device).record_event().synchronize
+        return images, labels, _event(torch.cuda.current_stream(self._device)).synchronize
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Recorded now; whoever waits for it sleeps, since a spinning thread would take a core from the launching one."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
 
 
 def nothing_to_wait_for() -> None:

@@ -200,14 +200,14 @@ def open_split(folder: str | Path, name: str) -> Split:
     bad = (index["offset"] < tar_layout.BLOCK) | (index["size"] < 0) | (end > sizes[index["shard"]])
     if bad.any():
         row = int(np.argmax(bad))
-        raise UserError(f"{entry['index']['file']} places sample {row} outside of its shard; {_RECONVERT}")
+        raise UserError(f"{entry['index']['file']} places sample {row} outside of its shard; {RECONVERT}")
     labels = None
     if entry["labelled"]:
         labels = index["label"].astype(np.int64)
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(dataset["classes"]):
             raise UserError(
                 f"{entry['index']['file']} holds labels from {labels.min()} to {labels.max()}, "
-                f"but dataset.json names {len(dataset['classes'])} classes; {_RECONVERT}"
+                f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
             )
     unit = mmap.PAGESIZE
     if dataset["encoding"] == "npy":
@@ -218,7 +218,7 @@ def open_split(folder: str | Path, name: str) -> Split:
         if (index["size"] != size).any() or ((index["offset"] - tar_layout.BLOCK) % stride).any():
             raise UserError(
                 f"{entry['index']['file']} does not place images of the shape {shape} that dataset.json gives "
-                f"at the constant stride of npy shards; {_RECONVERT}"
+                f"at the constant stride of npy shards; {RECONVERT}"
             )
     slot = -(-int(sizes.max()) // unit) * unit
     return Split(
@@ -236,15 +236,15 @@ def open_split(folder: str | Path, name: str) -> Split:
     )
 
 
-_RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
+RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
 
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
-        raise UserError(f"{file} is missing, though dataset.json lists it; {_RECONVERT}")
+        raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
     if file.stat().st_size != expected:
         raise UserError(
-            f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {_RECONVERT}"
+            f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}"
         )
 
 
@@ -252,20 +252,20 @@ def _load_index(file: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
     _check_size(file, entry["index"]["bytes"])
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
-        raise UserError(f"{file} does not have the sha256 that dataset.json gives; {_RECONVERT}")
+        raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             index = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} cannot be read ({error}); {_RECONVERT}") from None
+        raise UserError(f"{file} cannot be read ({error}); {RECONVERT}") from None
     lengths = {name: len(column) for name, column in index.items()}
     if set(lengths.values()) != {entry["samples"]}:
-        raise UserError(f"{file} has {lengths} rows where dataset.json says {entry['samples']}; {_RECONVERT}")
+        raise UserError(f"{file} has {lengths} rows where dataset.json says {entry['samples']}; {RECONVERT}")
     if entry["samples"] == 0:
-        raise UserError(f"{file} lists no samples; {_RECONVERT}")
+        raise UserError(f"{file} lists no samples; {RECONVERT}")
     expected = [shard["samples"] for shard in entry["shards"]]
     if index["shard"].min() < 0 or np.bincount(index["shard"], minlength=len(expected)).tolist() != expected:
-        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {_RECONVERT}")
+        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {RECONVERT}")
     return index
 
 

@@ -107,7 +107,9 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
             encoded = encode(sample, plan.options.encoding)
         except Defect as defect:
             if plan.options.strict:
-                raise UserError(f"{rows.describe(row)}: {defect}; mend or remove it, or leave out --strict") from None
+                raise UserError(
+                    f"{rows.describe(row)}: {defect}; mend or remove it or leave out --strict, and delete {plan.out}"
+                ) from None
             defects.append((row, str(defect)))
             payloads.append(None)
             continue

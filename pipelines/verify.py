@@ -51,7 +51,7 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
     try:
         split = shards.open_split(folder, name)
     except UserError as error:
-        return problems or [str(error)]
+        return problems or [str(error).removesuffix(f"; {shards.RECONVERT}")]
     for number, file in enumerate(split.files):
         chosen = np.flatnonzero(split.shard == number)
         problem = _members_problem(split, file, number, chosen)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_fixtures import CPU, alone, lenet, random_batch, training_of
+from train_fixtures import alone, lenet, random_batch, training_of
 
 from configs.errors import UserError
 from models import build_model
@@ -62,7 +62,7 @@ def assert_equal_trees(ours: Any, theirs: Any) -> None:
 
 
 def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
-    saved, content = stepped_training(), checkpoint.load(intact, CPU)
+    saved, content = stepped_training(), checkpoint.load(intact)
     assert {key: content[key] for key in STATE} == STATE
     restored = training_of(lenet(seed=1))
     checkpoint.restore(restored, content, intact)
@@ -88,10 +88,10 @@ def test_a_truncated_checkpoint_is_a_user_error_wherever_it_was_cut(intact: Path
     for share in (0, 1, 2, 100, 500, 900, 990, 999):
         cut.write_bytes(whole[: len(whole) * share // 1000])
         with pytest.raises(UserError, match=r"cut\.pt cannot be read"):
-            checkpoint.load(cut, CPU)
+            checkpoint.load(cut)
     cut.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"cut\.pt cannot be read"):
-        checkpoint.load(cut, CPU)
+        checkpoint.load(cut)
 
 
 def test_one_flipped_bit_anywhere_is_a_user_error(intact: Path, tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_one_flipped_bit_anywhere_is_a_user_error(intact: Path, tmp_path: Path) 
         content[places.randrange(start, len(whole))] ^= 1 << places.randrange(8)
         flipped.write_bytes(content)
         with pytest.raises(UserError, match=r"flipped\.pt cannot be read \(its checksum is wrong"):
-            checkpoint.load(flipped, CPU)
+            checkpoint.load(flipped)
 
 
 def test_a_checkpoint_is_also_a_file_of_torch(intact: Path) -> None:
     content = torch.load(intact, weights_only=True)
-    assert_equal_trees(content, checkpoint.load(intact, CPU))
+    assert_equal_trees(content, checkpoint.load(intact))
 
 
 def foreign_files() -> dict[str, bytes]:
@@ -141,7 +141,7 @@ def test_a_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, t
     path, content = tmp_path / "foreign.pt", foreign_files()[kind]
     path.write_bytes(with_checksum(content) if checksum else content)
     with pytest.raises(UserError, match=r"foreign\.pt") as error:
-        checkpoint.load(path, CPU)
+        checkpoint.load(path)
     assert len(str(error.value).splitlines()) == 1
     assert "weights_only" not in str(error.value)  # no advice to load it unsafely
 
@@ -149,7 +149,7 @@ def test_a_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, t
 @pytest.mark.parametrize("name", ["missing.pt", ""])
 def test_a_missing_file_or_a_folder_is_a_user_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist|cannot be read"):
-        checkpoint.load(tmp_path / name, CPU)
+        checkpoint.load(tmp_path / name)
 
 
 class Intruder:
@@ -170,7 +170,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(kind: str, tmp_path: P
         torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
     path.write_bytes(with_checksum(path.read_bytes()))  # which whoever writes such a file can compute as well
     with pytest.raises(UserError):
-        checkpoint.load(path, CPU)
+        checkpoint.load(path)
     assert not trace.exists()
     torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
     assert trace.exists()  # it would have run
@@ -200,7 +200,7 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint_whole(
             checkpoint.save(path, training, training.sums, **STATE)
     assert path.read_bytes() == before
     checkpoint.save(path, training, training.sums, **STATE)  # what was left behind is in nobody's way
-    assert_equal_trees(checkpoint.load(path, CPU)["model"], training.network.state_dict())
+    assert_equal_trees(checkpoint.load(path)["model"], training.network.state_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_is_on_disk_before_it_takes_the_old_ones_name(
 def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path) -> None:
     other = training_of(build_model("lenet", 7, mean=[0.5] * 3, std=[0.5] * 3))
     with pytest.raises(UserError, match=r"does not fit the model of this config: .*fc3") as error:
-        checkpoint.restore(other, checkpoint.load(intact, CPU), intact)
+        checkpoint.restore(other, checkpoint.load(intact), intact)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -240,7 +240,7 @@ def test_a_run_may_go_on_in_another_precision(then: str, now: str, tmp_path: Pat
     saved = stepped_training(amp=then)
     checkpoint.save(tmp_path / "last.pt", saved, saved.sums)
     training = training_of(lenet(seed=1), amp=now)
-    checkpoint.restore(training, checkpoint.load(tmp_path / "last.pt", CPU), tmp_path / "last.pt")
+    checkpoint.restore(training, checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert_equal_trees(training.network.state_dict(), saved.network.state_dict())
     train_step(training, random_batch(8))
 
@@ -250,7 +250,7 @@ def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     saved.scaler.update(2.0**7)
     checkpoint.save(tmp_path / "last.pt", saved, saved.sums)
     training = training_of(lenet(), amp="fp16")
-    checkpoint.restore(training, checkpoint.load(tmp_path / "last.pt", CPU), tmp_path / "last.pt")
+    checkpoint.restore(training, checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert training.scaler.get_scale() == 2.0**7
 
 

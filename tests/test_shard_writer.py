@@ -436,3 +436,13 @@ def test_a_source_that_gives_too_few_rows_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="gave 9 rows where 10 were due"):
         write(memory_source(train=Short(10)), tmp_path / "out")
+
+
+def test_the_record_of_a_defect_is_the_same_in_every_conversion(tmp_path: Path) -> None:
+    files: list[np.ndarray | bytes] = [b"no image at all", jpeg_file(marked_image(0)), jpeg_file(marked_image(1))[:200]]
+    first, second = (
+        write(memory_source(val=MemoryRows(list(files))), tmp_path / name, "jpeg")["splits"]["val"]["quarantined"]
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert [defect["row"] for defect in first] == [0, 2]

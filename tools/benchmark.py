@@ -33,6 +33,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from models import build_model
 from pipelines import build_train_loader
+from pipelines.gather import resident_fits
 from pipelines.loader import Batch
 from pipelines.shards import load_dataset, open_split
 from tools import peers
@@ -79,6 +80,12 @@ def main() -> None:
         raise UserError("tools/benchmark.py measures one process; use train/ddp.py --throughput under torchrun")
     if arguments.seconds <= 0 or arguments.rounds < 1:
         raise UserError(f"--seconds {arguments.seconds} and --rounds {arguments.rounds} must be positive")
+    if arguments.json:
+        try:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.touch()
+        except OSError as error:
+            raise UserError(f"cannot write --json {arguments.json}: {error.strerror}; name another file") from None
     with dist.process_group(ranks) as device:
         if arguments.stage == "loader":
             rows = benchmark_loader(config, arguments)
@@ -87,7 +94,6 @@ def main() -> None:
     print(table(rows))
     print(environment_line())
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps([row | environment() for row in rows], indent=1) + "\n")
 
 
@@ -97,6 +103,10 @@ def _config(arguments: argparse.Namespace) -> Config:
         return load_config(arguments.cfg, arguments.opts, **replacements)
     if not arguments.data_path:
         raise UserError("nothing to measure: give --cfg FILE or --data-path DIR")
+    if arguments.opts:
+        raise UserError(
+            f"--opts {' '.join(arguments.opts)} changes a config, but there is none; give --cfg FILE as well"
+        )
     data = DataConfig(path=arguments.data_path, batch_size=arguments.batch_size or 512)
     size = data_size(data)
     crop = AugConfig(crop="pad") if size <= 64 else AugConfig(crop="random-resized")
@@ -120,6 +130,8 @@ def benchmark_loader(config: Config, arguments: argparse.Namespace) -> list[Row]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         # on the CPU both placements are its memory, and auto takes the better one
         for placement in ("host", "device") if device == "cuda" and raw else ("auto",):
+            if placement == "device" and not resident_fits(split, torch.device(device)):
+                continue
             where = {"placement": placement}
             read = build_train_loader(reading.model_copy(update=where), plain, seed=config.seed, device=device)
             full = config.data.model_copy(update={**where, "image_size": config.data.image_size or stored})

@@ -39,7 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     started = time.perf_counter()
     options, name = build_options(args), dataset_name(args)
-    dataset = write_dataset(open_source(args), args.out, options, args.workers, name)
+    source = open_source(args)
+    try:
+        dataset = write_dataset(source, args.out, options, args.workers, name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot go on converting into {args.out}: {reason} ({error.filename or 'in writing'}); mend "
+                        "that and run the same command again, which goes on where it stopped") from None  # fmt: skip
     print(summary(dataset, args.out, time.perf_counter() - started))
     return 0
 

@@ -47,13 +47,13 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         os.close(folder)
 
 
-def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """The content of a checkpoint; no code in it is ever run."""
+def load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, in host memory; no code in it is ever run."""
     try:
         with path.open("rb") as file:
             if _sha256(file, path.stat().st_size - DIGEST_BYTES) != file.read():
                 raise ValueError("its checksum is wrong: it is damaged or of another program")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"checkpoint {path} does not exist; give a run folder or a .pt file, or --resume auto"

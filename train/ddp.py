@@ -31,6 +31,7 @@ from train.optim import build_optimizer
 from train.run_folder import find_run, make_folder
 from train.throughput import measure_images_per_s
 
+SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "schedule", "label_smoothing", "clip_grad_norm")
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
 
 
@@ -69,9 +70,6 @@ def main() -> None:
             "world_size": ranks.world_size,
             "local_world_size": ranks.local_world_size,
         }
-        train_loader = build_train_loader(
-            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
-        )
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
@@ -80,7 +78,7 @@ def main() -> None:
         network = build_model(
             model.name,
             classes,
-            image_size=train_loader.image_size,
+            image_size=val_loader.image_size,
             mean=dataset["mean"],
             std=dataset["std"],
             drop_rate=model.drop_rate,
@@ -89,15 +87,8 @@ def main() -> None:
         optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
         training = build_training(network, optimizer, config.train, device)
 
-        if arguments.throughput:
-            throughput = measure_images_per_s(training, train_loader, ranks.world_size)
-            if ranks.is_first:
-                print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
-            return
-
         folder, source = dist.from_first_rank(lambda: find_run(config, arguments.resume))
-        stream = stream_identity(config, dataset, ranks)
-        content = checkpoint.load(source, device) if source else None
+        content = checkpoint.load(source) if source else None
         if arguments.eval:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
@@ -108,6 +99,16 @@ def main() -> None:
                       f"top5 {result.top5:.4f} over {result.samples} samples")  # fmt: skip
             return
 
+        train_loader = build_train_loader(
+            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
+        )
+        if arguments.throughput:
+            throughput = measure_images_per_s(training, train_loader, ranks.world_size)
+            if ranks.is_first:
+                print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
+            return
+
+        stream = stream_identity(config, dataset, ranks)
         progress: dict[str, Any] = {"best_top1": -1.0}
         if content is not None and source is not None:
             checkpoint.check_same_run(content, stream, source)
@@ -118,6 +119,7 @@ def main() -> None:
             step = position["step"] * config.train.accumulation_steps
             train_loader.state = {"epoch": position["epoch"], "step": step}
             progress = content["progress"]
+            content = None  # a second copy of the weights
         folder = folder or dist.from_first_rank(lambda: make_folder(config))
         log = open_log(folder, ranks, config)
         log.keep_epochs(train_loader.state["epoch"])
@@ -174,6 +176,7 @@ def fit(
         if not log.is_silent and done % config.log.every_steps == 0:
             loss, _, seen = training.sums.tolist()  # synchronises, once per log interval
             bar.set_postfix(loss=f"{loss / seen:.3f}", lr=f"{lr:.2g}")
+            log.say(f"step {done}: train_loss {loss / seen:.4g}, lr {lr:.4g}")
         if train_loader.state["step"] != 0 and is_due(done):  # the end of an epoch saves anyhow
             save("last.pt")
             saved_at = time.monotonic()
@@ -259,7 +262,8 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "data.image_size": data.image_size,
         "data.interpolation": data.interpolation,
         **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
-        "train.epochs": train.epochs,
+        "model.drop_rate": config.model.drop_rate,
+        **{f"train.{key}": getattr(train, key) for key in SCHEDULE},
         **{f"train.optimizer.{key}": value for key, value in train.optimizer.model_dump(mode="json").items()},
     }
 

@@ -45,7 +45,9 @@ class RunLog:
         """Log to W&B as well; a run that was resumed goes on under its id. Never a reason for training to fail."""
         if self._folder is None or config.project is None:
             return
-        mode = config.mode if config.mode != "auto" else ("online" if _has_wandb_login() else "offline")
+        mode: Any = config.mode
+        if mode == "auto":  # what the environment says goes first
+            mode = None if os.environ.get("WANDB_MODE") else ("online" if _has_wandb_login() else "offline")
         id_file = self._folder / "wandb_id.txt"
         try:
             import wandb

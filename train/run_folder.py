@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.load import load_config
 from configs.schema import Config
 
 
@@ -30,8 +31,15 @@ def find_run(config: Config, resume: str | None) -> tuple[Path | None, Path | No
     path = Path(resume)
     if path.is_dir():
         return path, path / "last.pt"
-    is_of_a_run = (path.parent / "config.yaml").is_file()  # else a copy, and the run goes on in a folder of its own
-    return path.parent if is_of_a_run else None, path
+    # A checkpoint that was copied elsewhere: the run goes on in a folder of its own, and nothing there is touched.
+    return path.parent if _is_run(path.parent, config) else None, path
+
+
+def _is_run(folder: Path, config: Config) -> bool:
+    try:
+        return load_config(folder / "config.yaml").name == config.name and (folder / "log.txt").exists()
+    except UserError:
+        return False
 
 
 def make_folder(config: Config) -> Path:

@@ -67,7 +67,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     """Check the file as far as HDF5 can tell and read all labels; rows keep their order.
 
     The train split is required, val and test are not. Labels that are all -1 in test mean a split without labels.
-    Without `classes_file` (one name per line), classes are called 0, 1, … up to the highest label.
+    Without `classes_file` (one name per line), classes are called 0, 1, … up to the highest label of train.
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
@@ -88,7 +88,15 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
                 split = Hdf5Split(path, images, labels, channels_first)
                 _update_digest(digest, name, split, images)
                 splits[name] = split
-    highest = max(int(split.labels.max()) for split in splits.values() if split.labels is not None)
+    labelled = {name: split.labels for name, split in splits.items() if split.labels is not None}
+    highest = int(labelled["train"].max())
+    for name, labels in labelled.items():
+        if not names and labels.max() > highest:
+            row = int(labels.argmax())
+            raise UserError(
+                f"{path}: labels-{name}[{row}] is {labels[row]}, but the highest label of train is {highest}; "
+                "mend it, or name all classes with --classes FILE"
+            )
     classes = names or tuple(str(label) for label in range(highest + 1))
     digest.update("\n".join(classes).encode())
     return Source(kind="hdf5", name=path.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits)
