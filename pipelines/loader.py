@@ -7,6 +7,7 @@ loader's whole state is (epoch, step). Knows no model and no process group: rank
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -76,6 +77,17 @@ class _Prepared:
     draws: dict[str, np.ndarray]
 
 
+_iterations: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_iterations() -> None:
+    """End iterations left unfinished: a thread inside torch or DALI may not outlive the interpreter."""
+    for iteration in list(_iterations):
+        with suppress(ValueError, RuntimeError):  # running at this moment, or ended by an error
+            iteration.close()
+
+
 class Loader:
     """Iterate over it once per epoch; `len` is the number of batches of an epoch, `state` where it stands."""
 
@@ -126,6 +138,7 @@ class Loader:
             running.close()
         iteration = self._iterate()
         self._running = weakref.ref(iteration)
+        _iterations.add(iteration)
         return iteration
 
     def _iterate(self) -> Generator[Batch]:

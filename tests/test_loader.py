@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -477,3 +479,17 @@ def test_sequential_window_asks_for_each_window_before_it_comes_and_lets_go_of_t
     assert frozenset().union(*needed) == set(range(count))
     dropped = [shards for advice, shards in asked if advice == mmap.MADV_DONTNEED and shards]
     assert dropped == [{shard} for shard in reading[: count - 2]]
+
+
+@pytest.mark.parametrize("aug", ["AugConfig(flip=0)", "AugConfig(crop='random-resized')"], ids=["plain", "graph"])
+def test_a_program_may_end_in_the_middle_of_an_epoch(aug: str, npy_data: Path) -> None:
+    script = f"""
+from configs.schema import AugConfig, DataConfig
+from pipelines import build_train_loader
+loader = build_train_loader(DataConfig(path={str(npy_data)!r}, batch_size=4), {aug}, device="cpu")
+batches = iter(loader)
+print(next(batches).images.shape[0])
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
