@@ -221,7 +221,7 @@ def test_a_run_with_dropout_that_breaks_at_any_update_goes_on_to_bitwise_the_sam
     with torch.no_grad():
         for parameter in training.network.parameters():
             parameter.fill_(0.5)  # a restore that forgets something shows
-    content = checkpoint.load(tmp_path / "last.pt", CPU)
+    content = checkpoint.load(tmp_path / "last.pt")
     checkpoint.restore(training, content, tmp_path / "last.pt")
     loader.state = content["state"]
     train_both_epochs(training, loader, lambda *_: None)
