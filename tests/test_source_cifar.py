@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from source_fixtures import labels_of
 
 from configs.errors import UserError
 from pipelines.source import Source
@@ -60,14 +61,6 @@ def write_archive(path: Path, folder: Path) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         archive.add(folder, folder.name)
     return path
-
-
-def labels_of(source: Source, split: str) -> list[int]:
-    labels = source.splits[split].labels
-    assert labels is not None
-    assert labels.dtype == np.int64
-    result: list[int] = labels.tolist()
-    return result
 
 
 def images_of(source: Source, split: str) -> np.ndarray:

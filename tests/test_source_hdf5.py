@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from source_fixtures import labels_of
 
 from configs.errors import UserError
 from pipelines.source import Source
@@ -35,14 +36,6 @@ def write_hdf5(path: Path, channels_first: bool = True, replace: dict[str, Any] 
             if value is not None:
                 file.create_dataset(key, data=value, **(storage if key.startswith("images") else {}))
     return path
-
-
-def labels_of(source: Source, split: str) -> list[int]:
-    labels = source.splits[split].labels
-    assert labels is not None
-    assert labels.dtype == np.int64
-    result: list[int] = labels.tolist()
-    return result
 
 
 def read_all(source: Source, split: str = "train") -> np.ndarray:

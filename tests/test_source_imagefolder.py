@@ -7,20 +7,11 @@ import pickle
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
+from source_fixtures import labels_of
 
 from configs.errors import UserError
-from pipelines.source import Source
 from tools.sources.imagefolder import open_imagefolder
-
-
-def labels_of(source: Source, split: str) -> list[int]:
-    labels = source.splits[split].labels
-    assert labels is not None
-    assert labels.dtype == np.int64
-    result: list[int] = labels.tolist()
-    return result
 
 
 def write_files(root: Path, *names: str) -> Path:
