@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 
@@ -13,14 +15,23 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines import draws, graph, order
-from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
+from pipelines import cpu_graph, draws, graph, order
+from pipelines.gather import (
+    DevicePixels,
+    HostJpegs,
+    HostPixels,
+    MappedFiles,
+    Slots,
+    Source,
+    load_resident,
+    resident_fits,
+)
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, Loader, Plan, Work
 from pipelines.read_ahead import ReadAhead
 from pipelines.runner import GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split, open_split
 
-MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other
+MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
 MAX_BURST = 2  # batches that pass between threads at once where they are small …
 HANDOVER_BYTES = 2**23  # … up to so many bytes
 
@@ -74,14 +85,13 @@ def build_train_loader(
             read_ahead(epoch, indices)
         return Work(indices, _train_draws(aug, split, indices, seed, epoch))
 
-    untouched = _is_stored_at(split, size) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
-
-    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
     plan = Plan(steps * data.batch_size, data.batch_size, schedule, epoch_order)
-    build = None if untouched else build_graph
-    return _build(split, data, plan, size, where, build, local_world_size or world_size)
+    on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
+    graphs = Graphs(dali_graph, on_cpu, needs_dali=graph.jitters(aug))
+    return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
 
 
 def build_eval_loader(
@@ -109,53 +119,66 @@ def build_eval_loader(
         begin = start + step * batch_size
         return Work(np.arange(begin, min(begin + batch_size, stop)), {})
 
-    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
-    untouched = _is_stored_at(opened, size) and round(size / evaluation.crop_fraction) == size
     plan = Plan(stop - start, batch_size, schedule, repeats=True)
-    return _build(opened, data, plan, size, where, None if untouched else build_graph, local_world_size or world_size)
+    on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
+    return _build(opened, data, plan, size, where, Graphs(dali_graph, on_cpu), local_world_size or world_size)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
+
+    dali: Callable[[graph.Stored, graph.Machine], Pipeline]
+    cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
+    needs_dali: bool = False  # for operators that only DALI has
 
 
 def _build(
-    split: Split,
-    data: DataConfig,
-    plan: Plan,
-    size: int,
-    device: torch.device,
-    build_graph: Callable[[graph.Stored, graph.Machine], Pipeline] | None,
-    ranks: int,
+    split: Split, data: DataConfig, plan: Plan, size: int, device: torch.device, graphs: Graphs, ranks: int
 ) -> Loader:
-    """The loader of a plan; build_graph None: stored pixels are handed over as they are."""
+    """The loader of a plan."""
     on_gpu = device.type == "cuda"
     resident = _placed_on_device(data, split, device)
+    raw = split.encoding == "npy"
+    untouched = raw and graphs.cpu is None and not graphs.needs_dali
+    by_dali = graphs.needs_dali or (on_gpu and not untouched)
+    threads = data.threads or default_threads(ranks)
     shape = split.image_shape or (0, 0, 0)
-    buffering = _buffering(
-        data, plan.batch_size, shape, ranks, gathers=split.encoding == "npy" and not (resident and on_gpu)
-    )
+    given = shape if by_dali or untouched else (size, size, 3)  # of the images that are gathered
+    if by_dali and not raw:
+        gatherers = 1  # which lists where the encoded images lie
+    elif resident and on_gpu:
+        gatherers = 1
+    else:
+        gatherers = min(MAX_COPIERS, threads) if by_dali or untouched else threads
+    buffering = _buffering(data, plan.batch_size * math.prod(given), gatherers)
     stream = torch.cuda.Stream(device) if on_gpu else None
     source: Source
-    if split.encoding != "npy":
-        source = MappedFiles(split)
-    elif resident and on_gpu:
+    if raw and resident and on_gpu:
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
             source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
+    elif raw or not by_dali:
+        slots = Slots(buffering.slots, plan.batch_size, given, pinned=on_gpu, handed_out=not by_dali and not on_gpu)
+        done = None if by_dali else graphs.cpu
+        if not raw:
+            source = HostJpegs(split, slots, done)
+        elif resident:
+            pixels = load_resident(split, device).numpy()
+            source = HostPixels(pixels.reshape(-1), np.arange(len(split)) * pixels.shape[1], shape, slots, done)
+        else:
+            source = HostPixels(split.content, split.pixel_begins(), shape, slots, done)
     else:
-        rows: np.ndarray | None
-        view, rows = split.pixel_rows()
-        pixels = torch.from_numpy(view)
-        if resident:
-            pixels, rows = load_resident(split, device), None
-        handed_out = build_graph is None and not on_gpu
-        source = HostPixels(pixels, rows, shape, plan.batch_size, buffering.slots, pinned=on_gpu, handed_out=handed_out)
+        source = MappedFiles(split)
     runner: Runner
-    if build_graph is None:
-        runner = PlainRunner(device, stream)
-    else:
+    if by_dali:
         stored = graph.Stored(split.encoding, split.image_shape, resident)
-        threads = data.threads or default_threads(ranks)
         machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
-        runner = GraphRunner(build_graph(stored, machine), device, stream)
+        runner = GraphRunner(graphs.dali(stored, machine), device, stream)
+    else:
+        runner = PlainRunner(device, stream)
     return Loader(
         plan,
         source,
@@ -168,13 +191,8 @@ def _build(
     )
 
 
-def _buffering(
-    data: DataConfig, batch_size: int, shape: tuple[int, int, int], ranks: int, *, gathers: bool
-) -> Buffering:
-    """gathers: the threads copy pixels in host memory, which two do faster than one."""
-    threads = min(MAX_GATHERERS, default_threads(ranks)) if gathers else 1
-    batch_bytes = batch_size * int(np.prod(shape))
-    burst = max(1, min(MAX_BURST, HANDOVER_BYTES // batch_bytes)) if batch_bytes else 1
+def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
+    burst = max(1, min(MAX_BURST, HANDOVER_BYTES // max(batch_bytes, 1)))
     ahead = max(data.prefetch, IN_FLIGHT + HANDED_OUT)
     return Buffering((-(-ahead // threads) + 2 * burst) * threads, threads, burst)
 
@@ -227,11 +245,6 @@ def _image_size(data: DataConfig, split: Split) -> int:
         stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
         raise UserError(f"data.image_size is not set, but {data.path} stores {stored}; set it to the side to train at")
     return shape[0]
-
-
-def _is_stored_at(split: Split, size: int) -> bool:
-    """Whether the stored pixels are what a graph without augmentation would give."""
-    return split.encoding == "npy" and split.image_shape == (size, size, 3)
 
 
 def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:

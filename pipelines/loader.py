@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from pipelines.gather import Source
+from pipelines.gather import Source, undecodable
 from pipelines.runner import Runner, nothing_to_wait_for
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
@@ -189,10 +189,7 @@ class Loader:
             return self._runner.result()
         except RuntimeError as error:
             if defects := self.source.defects(indices):
-                raise UserError(
-                    f"{', '.join(defects)} cannot be decoded: the data set is damaged; run `tools/convert.py verify` "
-                    "on it and convert the source again"
-                ) from error
+                raise UserError(undecodable(defects)) from error
             raise
 
 
@@ -263,7 +260,7 @@ class _Gatherer(threading.Thread):
                 return
             slot = self._free.pop()
             self._loader.released[slot]()
-            burst.append(_Prepared(slot, work.indices, source.fill(slot, work.indices), taken, work.draws))
+            burst.append(_Prepared(slot, work.indices, source.fill(slot, work.indices, work.draws), taken, work.draws))
         self._ready.put(burst)
         if plan.prepare is not None:
             plan.prepare(self._epoch + 1)  # while the consumer is busy with the last batches

@@ -17,7 +17,12 @@ MAY_IMPORT = {
     "train": {"train", "models", "pipelines", "configs"},
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
-ONLY_IN = {"nvidia": ("pipelines/", "tools/peers.py"), "torch.distributed": ("train/dist.py",), "h5py": ("tools/",)}
+ONLY_IN = {
+    "nvidia": ("pipelines/", "tools/peers.py"),
+    "numba": ("pipelines/kernels.py", "pipelines/vector_ops.py"),
+    "torch.distributed": ("train/dist.py",),
+    "h5py": ("tools/",),
+}
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
 
 

@@ -348,7 +348,7 @@ class Recorder:
         self.reading: set[int] = set()
         self.under_way: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
 
-    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         assert slot not in self.reading, f"slot {slot} is overwritten while it is read"
         return torch.full((len(indices), 1, 1, 3), slot)
 
@@ -415,10 +415,10 @@ def test_an_error_in_the_background_reaches_the_consumer(
     before = set(threading.enumerate())
     fill, bad = loader.source.fill, loader.plan.schedule(0, failing).indices
 
-    def breaking(slot: int, indices: np.ndarray) -> Any:
+    def breaking(slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Any:
         if np.array_equal(indices, bad):
             raise OSError("the disk is gone")
-        return fill(slot, indices)
+        return fill(slot, indices, draws)
 
     with monkeypatch.context() as patch:
         patch.setattr(loader.source, "fill", breaking)
