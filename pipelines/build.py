@@ -16,6 +16,7 @@ from nvidia.dali.pipeline import Pipeline
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import cpu_graph, draws, graph, order
+from pipelines.background import Buffering, Plan
 from pipelines.gather import (
     DevicePixels,
     HostJpegs,
@@ -26,14 +27,14 @@ from pipelines.gather import (
     load_resident,
     resident_fits,
 )
-from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, Loader, Plan, Work
+from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.runner import GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split, open_split
 
 MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
-MAX_BURST = 2  # batches that pass between threads at once where they are small …
-HANDOVER_BYTES = 2**23  # … up to so many bytes
+MAX_GROUP = 8  # batches gathered at once where they are small …
+GROUP_BYTES = 2**24  # … up to so many bytes
 
 
 def build_train_loader(
@@ -79,16 +80,19 @@ def build_train_loader(
         with lock:  # asked for by several threads at once, computed once
             return order_of(epoch)
 
-    def schedule(epoch: int, step: int) -> Work:
-        indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
+    def indices(epoch: int, step: int) -> np.ndarray:
+        batch = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
         if read_ahead is not None:
-            read_ahead(epoch, indices)
-        return Work(indices, _train_draws(aug, split, indices, seed, epoch))
+            read_ahead(epoch, batch)
+        return batch
+
+    def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        return _train_draws(aug, split, samples, seed, epoch)
 
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    plan = Plan(steps * data.batch_size, data.batch_size, schedule, epoch_order)
+    plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
     on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
     graphs = Graphs(dali_graph, on_cpu, needs_dali=graph.jitters(aug))
     return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
@@ -115,14 +119,14 @@ def build_eval_loader(
     batch_size = evaluation.batch_size or data.batch_size
     start, stop = order.eval_range(len(opened), rank, world_size)
 
-    def schedule(epoch: int, step: int) -> Work:
+    def indices(epoch: int, step: int) -> np.ndarray:
         begin = start + step * batch_size
-        return Work(np.arange(begin, min(begin + batch_size, stop)), {})
+        return np.arange(begin, min(begin + batch_size, stop))
 
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
-    plan = Plan(stop - start, batch_size, schedule, repeats=True)
+    plan = Plan(stop - start, batch_size, indices, repeats=True)
     on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
     return _build(opened, data, plan, size, where, Graphs(dali_graph, on_cpu), local_world_size or world_size)
 
@@ -155,13 +159,15 @@ def _build(
     else:
         gatherers = min(MAX_COPIERS, threads) if by_dali or untouched else threads
     buffering = _buffering(data, plan.batch_size * math.prod(given), gatherers)
+    slot_size = plan.batch_size * buffering.group
     stream = torch.cuda.Stream(device) if on_gpu else None
     source: Source
     if raw and resident and on_gpu:
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-            source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
+            source = DevicePixels(load_resident(split, device), shape, slot_size, buffering.slots)
     elif raw or not by_dali:
-        slots = Slots(buffering.slots, plan.batch_size, given, pinned=on_gpu, handed_out=not by_dali and not on_gpu)
+        handed_out = not by_dali and not on_gpu
+        slots = Slots(buffering.slots, slot_size, given, pinned=on_gpu, handed_out=handed_out)
         done = None if by_dali else graphs.cpu
         if not raw:
             source = HostJpegs(split, slots, done)
@@ -192,9 +198,9 @@ def _build(
 
 
 def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
-    burst = max(1, min(MAX_BURST, HANDOVER_BYTES // max(batch_bytes, 1)))
-    ahead = max(data.prefetch, IN_FLIGHT + HANDED_OUT)
-    return Buffering((-(-ahead // threads) + 2 * burst) * threads, threads, burst)
+    group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
+    groups = -(-max(data.prefetch, IN_FLIGHT + HANDED_OUT) // group) + 1  # the consumer's, and those that are ready
+    return Buffering((-(-groups // threads) + 2) * threads, threads, group)
 
 
 def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:

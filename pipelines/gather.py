@@ -57,6 +57,7 @@ class Slots:
         pinned: bool = False,
         handed_out: bool = False,
     ) -> None:
+        self.batch_size = batch_size
         self._shape, self._pinned, self._handed_out = (batch_size, *shape), pinned, handed_out
         self._slots = [self._new() for _ in range(count)]
         self._references_when_idle = self._references(0)
@@ -95,7 +96,7 @@ class HostPixels:
         graph: CpuGraph | None = None,
     ) -> None:
         self._content, self._begins, self._slots, self._graph = content, begins, slots, graph
-        self._height, self._width = shape[:2]
+        self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, H, W, 3]"""
@@ -104,7 +105,7 @@ class HostPixels:
         if self._graph is None:
             kernels.copy(self._content, self._begins[indices], out)
         else:
-            sides = np.full(count, self._height), np.full(count, self._width)
+            sides = self._heights[:count], self._widths[:count]
             self._graph(Images(self._content, self._begins[indices], *sides), draws, out)
         return torch.from_numpy(out)
 

@@ -29,7 +29,7 @@ from pipelines.vector_ops import (
     stream_line,
 )
 
-AHEAD = 2  # samples between what is asked for from memory and what is copied
+AHEAD = 2**14  # bytes between what is asked for from memory and what is copied
 HALF = float32(0.5)
 
 
@@ -46,15 +46,15 @@ def copy(content: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
     """out[i] = the out[i].size bytes at begins[i]; fastest where each of them lies on whole cache lines."""
     target = out.reshape(-1)
     size = target.size // max(len(begins), 1)
-    last = len(begins) - 1
+    last, samples_ahead = len(begins) - 1, max(1, AHEAD // size)
     whole_lines = size % LINE == 0 and target.ctypes.data % LINE == 0
     for sample in range(len(begins)):
         begin, at = begins[sample], sample * size
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
-        # Scattered samples wait for memory: asking two samples ahead, line by line, keeps the requests coming.
-        ahead = begins[min(sample + AHEAD, last)]
+        # Scattered samples wait for memory. The inner cache has few requests under way, the outer one many more.
+        ahead = begins[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)
             stream_line(target, at + offset, content, begin + offset)

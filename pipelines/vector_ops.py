@@ -53,14 +53,14 @@ def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> A
 
 @intrinsic
 def prefetch(typing: Any, source: Any, begin: Any) -> Any:
-    """Ask for the cache line of source[begin]; any address is allowed."""
+    """Ask for the cache line of source[begin], into the outer cache; any address is allowed."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
         pointer = _address(context, builder, signature, args, 0, args[1], _I8)
         kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep, data = _I32(0), _I32(3), _I32(1)
-        builder.call(function, [pointer, read, keep, data])
+        read, outer, data = _I32(0), _I32(1), _I32(1)
+        builder.call(function, [pointer, read, outer, data])
 
     return types.void(source, _INDEX), generate
 

@@ -96,7 +96,7 @@ def pixels(split: Split) -> np.ndarray:
 
 def trained_on(loader: Loader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first batch [B, H, W, 3], the stored images that it comes from, and their sample indices."""
-    indices = loader.plan.schedule(EPOCH, 0).indices
+    indices = loader.plan.indices(EPOCH, 0)
     return nhwc(next(iter(loader))), pixels(open_split(folder, "train"))[indices], indices
 
 
@@ -179,7 +179,7 @@ def test_random_resized_crop_is_torchvisions(
 def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixed: Path) -> None:
     split = open_split(mixed, "train")
     loader = train(mixed, RANDOM_RESIZED, image_size=64)
-    indices = loader.plan.schedule(EPOCH, 0).indices
+    indices = loader.plan.indices(EPOCH, 0)
     ours = nhwc(next(iter(loader)))
     flips = draws.flips(indices, SEED, EPOCH, 0.5)
     boxes = drawn_crops(indices, split, RANDOM_RESIZED).tolist()
