@@ -48,4 +48,5 @@ gpu-check: $(ENVIRONMENT)
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pipelines.kernels
 	touch $@

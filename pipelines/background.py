@@ -10,7 +10,6 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,15 +77,14 @@ class Team:
     ) -> None:
         """released: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
         self.plan, self.source, self.labels, self.released = plan, source, labels, released
-        self.epoch, self.stream = epoch, stream
-        # The first batch goes out alone, since training waits for it.
-        starts = [first, *range(first + 1, plan.steps, buffering.group), plan.steps] if first < plan.steps else []
-        groups = [range(*bounds) for bounds in pairwise(starts) if bounds[0] < bounds[1]]
+        self.epoch, self.stream, self.is_stopping = epoch, stream, False
+        groups = _groups(first, plan.steps, buffering.group, ramp=buffering.threads)
         count = buffering.threads
         self._share = buffering.slots // count
         self._threads = [
             _Gatherer(self, groups[i::count], range(i * self._share, (i + 1) * self._share)) for i in range(count)
         ]
+        self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
         self._taken = 0  # groups
         self._group: list[Prepared] = []  # the rest of the one being handed out, last first
 
@@ -99,6 +97,8 @@ class Team:
                 return None
             if isinstance(group, BaseException):
                 raise group
+            if self._taken == 0:  # not before, since training waits for the first batch
+                self._preparer.start()
             self._taken += 1
             self._group = group
         return self._group.pop()
@@ -108,10 +108,27 @@ class Team:
         self._threads[slot // self._share].free.put(slot)
 
     def stop(self) -> None:
+        self.is_stopping = True
         for thread in self._threads:
             thread.free.put(None)
         for thread in self._threads:
             thread.join()
+        if self._preparer.ident is not None:  # it was started
+            self._preparer.join()
+
+    def _prepare_next_epoch(self) -> None:
+        if self.plan.prepare is not None:
+            self.plan.prepare(self.epoch + 1)
+
+
+def _groups(first: int, steps: int, most: int, ramp: int) -> list[range]:
+    """The batches from `first` to `steps` in groups of 1, since training waits for it, then 2, 4 … up to `most`."""
+    groups: list[range] = []
+    while first < steps:
+        size = min(most, 2 ** (len(groups) // ramp))
+        groups.append(range(first, min(first + size, steps)))
+        first += size
+    return groups
 
 
 class _Gatherer(threading.Thread):
@@ -121,9 +138,8 @@ class _Gatherer(threading.Thread):
         super().__init__(name="gather", daemon=True)
         self._team, self._groups = team, groups
         self.ready: queue.SimpleQueue[list[Prepared] | BaseException] = queue.SimpleQueue()
-        # Last in, first out: the slot used last is the one that may still lie in the processor's cache.
-        self.free: queue.LifoQueue[int | None] = queue.LifoQueue()  # None asks the thread to end
-        for slot in reversed(slots):
+        self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None asks the thread to end
+        for slot in slots:
             self.free.put(slot)
         self.start()
 
@@ -132,11 +148,9 @@ class _Gatherer(threading.Thread):
             with torch.cuda.stream(self._team.stream):
                 for steps in self._groups:
                     slot = self.free.get()
-                    if slot is None:
+                    if slot is None or self._team.is_stopping:
                         return
                     self.ready.put(self._gathered(steps, slot))
-                if self._team.plan.prepare is not None:
-                    self._team.plan.prepare(self._team.epoch + 1)  # while the consumer is busy with the last batches
         except BaseException as error:
             self.ready.put(error)
 

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from itertools import pairwise
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +46,7 @@ class Slots:
     """Buffers in host memory: uint8 [batch_size, H, W, 3] each.
 
     pinned: a GPU can copy from them. handed_out: batches go to the user as they are, so a slot that the user still
-    holds is replaced instead of overwritten.
+    holds is replaced instead of overwritten, by one that was replaced earlier and is free again, or a new one.
     """
 
     def __init__(
@@ -60,17 +61,24 @@ class Slots:
         self.batch_size = batch_size
         self._shape, self._pinned, self._handed_out = (batch_size, *shape), pinned, handed_out
         self._slots = [self._new() for _ in range(count)]
-        self._references_when_idle = self._references(0)
+        self._replaced: list[np.ndarray] = []
+        self._lock = Lock()
+        self._references_when_idle = self._references(self._slots, 0)
 
     def __call__(self, slot: int, size: int) -> np.ndarray:
         """uint8 [size, H, W, 3], to be written."""
-        if self._handed_out and self._references(slot) > self._references_when_idle:
-            self._slots[slot] = self._new()
+        if self._handed_out and self._references(self._slots, slot) > self._references_when_idle:
+            with self._lock:
+                replaced = range(len(self._replaced))
+                free = [i for i in replaced if self._references(self._replaced, i) <= self._references_when_idle]
+                other = self._replaced.pop(free[0]) if free else self._new()
+                self._replaced = [*self._replaced, self._slots[slot]][-len(self._slots) :]
+                self._slots[slot] = other
         return self._slots[slot][:size]
 
-    def _references(self, slot: int) -> int:
+    def _references(self, arrays: list[np.ndarray], number: int) -> int:
         """Every tensor that shares a slot's memory keeps a reference to its NumPy array."""
-        return sys.getrefcount(self._slots[slot])
+        return sys.getrefcount(arrays[number])
 
     def _new(self) -> np.ndarray:
         if self._pinned:

@@ -61,6 +61,30 @@ def copy(content: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
+def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
+    """out = sorted keys (uint64 [n]) in linear time, for keys spread evenly over all of uint64, as hashes are."""
+    bits = 1
+    while (1 << bits) < len(keys):
+        bits += 1
+    shift = np.uint64(64 - bits)
+    ends = np.zeros((1 << bits) + 1, np.int64)
+    for i in range(len(keys)):
+        ends[(keys[i] >> shift) + np.uint64(1)] += 1
+    for bucket in range(1 << bits):
+        ends[bucket + 1] += ends[bucket]
+    for i in range(len(keys)):  # ends[bucket], so far its begin, moves on to its end
+        at = keys[i] >> shift
+        out[ends[at]] = keys[i]
+        ends[at] += 1
+    for i in range(1, len(keys)):  # the few keys that share a bucket are sorted by insertion
+        key, place = out[i], i
+        while place > 0 and out[place - 1] > key:
+            out[place] = out[place - 1]
+            place -= 1
+        out[place] = key
+
+
+@kernel
 def crop_flip(
     content: np.ndarray,
     begins: np.ndarray,
@@ -234,3 +258,18 @@ def _filter(start: float, end: float, reach: int, index: np.ndarray, weights: np
         for tap in range(taps):
             weights[i, tap] /= total
     return taps
+
+
+def compile_all() -> None:
+    """Call every kernel once on one black pixel, with the types that the loader passes."""
+    content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
+    begins = sides = np.zeros(1, np.int64)
+    offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
+    copy(content, begins, out)
+    crop_flip(content, begins, 1, 1, offset, flip, False, out)
+    resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, out)
+    sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
+
+
+if __name__ == "__main__":
+    compile_all()
