@@ -7,6 +7,7 @@ batch, the rank, the number of workers or what was drawn before. Knows no images
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
     return values
 
 
+@lru_cache(maxsize=64)  # asked for in every batch: three hashes of one number each take longer than those of 512
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
     """The 64-bit key of one stream of draws; each purpose has its own, so adding one never changes another."""
     key = np.uint64(0)

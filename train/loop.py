@@ -20,6 +20,7 @@ from train import dist
 from train.optim import learning_rate, make_capturable, set_learning_rate
 
 COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
+COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
 
 
 LossAndCounts = Callable[[nn.Module, Batch, float], tuple[torch.Tensor, torch.Tensor]]
@@ -27,7 +28,7 @@ LossAndCounts = Callable[[nn.Module, Batch, float], tuple[torch.Tensor, torch.Te
 
 @dataclass
 class Training:
-    """What a step changes, and the functions it runs. `network` holds the weights; `forward` is it, made fast."""
+    """What a step changes, and the functions it runs. `network` holds the weights; `forward` and `infer` are it."""
 
     network: nn.Module
     forward: nn.Module  # data-parallel
@@ -56,6 +57,8 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
+    if mode != "off":
+        torch._dynamo.config.recompile_limit = COMPILED_MODELS
     captures = captures_graphs(config, device, amp)
     if captures:
         make_capturable(optimizer, device)
@@ -101,7 +104,7 @@ def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype 
     if config.cuda_graph == "on" and reasons:
         raise UserError(
             f"train.cuda_graph=on is not possible, since {' and '.join(reasons)}; "
-            "use auto or off, or one GPU with bf16 or float32 and another train.compile"
+            "use auto or off, or one GPU without fp16 and without compile=reduce-overhead"
         )
     return config.cuda_graph != "off" and not reasons
 
