@@ -159,6 +159,18 @@ def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_sha
     assert training.network.training
 
 
+@on_the_cpu
+def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function, backend="eager"))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for classes in range(10, 20):
+        train_step(training_of(small_net(classes), compile="default"), random_batch(2))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
 # Captured steps, played back on the CPU
 
 
