@@ -29,6 +29,7 @@ class GraphRunner:
         self._pipeline = pipeline
         self._device = device
         self._gather_stream = gather_stream
+        self._labels: deque[torch.Tensor] = deque()
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         if isinstance(images, torch.Tensor) and images.is_cuda:
@@ -38,19 +39,20 @@ class GraphRunner:
             self._pipeline.feed_input("images", batch)
         else:
             self._pipeline.feed_input("images", images)
-        self._pipeline.feed_input("labels", labels)
+        self._labels.append(torch.from_numpy(labels))
         for name, values in draws.items():
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        labels = self._labels.popleft()
         if self._device.type != "cuda":
-            images, labels = (torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs())
-            return images, labels, nothing_to_wait_for
+            (images,) = self._pipeline.outputs()
+            return torch.from_dlpack(images.as_tensor()), labels, nothing_to_wait_for
         stream = torch.cuda.current_stream(self._device)
-        outputs = self._pipeline.outputs(cuda_stream=stream)
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels, _event(stream).synchronize
+        (images,) = self._pipeline.outputs(cuda_stream=stream)
+        labels = labels.pin_memory().to(self._device, non_blocking=True)
+        return torch.from_dlpack(images.as_tensor()), labels, _event(stream).synchronize
 
 
 class PlainRunner:
@@ -74,7 +76,7 @@ class PlainRunner:
         with torch.cuda.stream(self._copy_stream):
             # one copy either way: from pinned memory, or out of a slot of resident pixels
             on_device = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
-            labels_on_device = torch.from_numpy(labels).to(self._device, non_blocking=True)
+            labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
         self._ready.append((on_device, labels_on_device, _event(self._copy_stream)))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
