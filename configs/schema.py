@@ -178,6 +178,8 @@ class TrainConfig(Section):
     """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """Mode of torch.compile; auto: chosen by the device."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole step as one CUDA graph; auto: on one GPU, unless fp16 or compile=reduce-overhead forbid it."""
     channels_last: bool = True
     """Memory format NHWC, which convolutions on tensor cores want."""
     save_every_steps: int | None = Field(default=None, ge=1)

@@ -26,7 +26,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # asked for in every batch: three hashes of one number each take longer than those of 512
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
     """The 64-bit key of one stream of draws; each purpose has its own, so adding one never changes another."""
     key = np.uint64(0)

@@ -212,6 +212,24 @@ class DevicePixels:
         return []
 
 
+class AugmentedDevicePixels:
+    """As DevicePixels, but cropped and mirrored on the way, in the same launch."""
+
+    def __init__(
+        self, pixels: torch.Tensor, shape: tuple[int, int, int], size: int, batch_size: int, slots: int
+    ) -> None:
+        from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
+
+        self._augment = DeviceAugment(pixels, shape, size, batch_size, slots)
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+        """uint8 [B, size, size, 3], written on the current stream."""
+        return self._augment(slot, indices, draws)
+
+    def defects(self, indices: np.ndarray) -> list[str]:
+        return []
+
+
 class MappedFiles:
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 

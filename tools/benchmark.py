@@ -40,9 +40,10 @@ from tools import peers
 from train import dist
 from train.ddp import check_classes, to_device
 from train.dist import Ranks
-from train.loop import Training, build_training, train_step
+from train.loop import Training, build_training
 from train.optim import build_optimizer
 from train.throughput import endless
+from train.warm_up import warm_up
 
 Row = dict[str, Any]
 BOUND = "bound: one copy of the bytes"
@@ -205,6 +206,7 @@ def benchmark_training(
     network = to_device(network, device, config.train.channels_last)
     optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
     training = build_training(network, optimizer, config.train, device)
+    warm_up(training, loader)
     training.forward.train()
     resident = next(iter(loader))
     loader.state = {"epoch": 0, "step": 0}
@@ -231,7 +233,7 @@ def benchmark_training(
 def steps_on(training: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """The real training step, once per item."""
     while True:
-        train_step(training, next_batch())
+        training.step(training, next_batch())
         yield
 
 

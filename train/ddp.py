@@ -30,6 +30,7 @@ from train.loop import Training, build_training, evaluate, train_epoch
 from train.optim import build_optimizer
 from train.run_folder import find_run, make_folder
 from train.throughput import measure_images_per_s
+from train.warm_up import warm_up
 
 SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "schedule", "label_smoothing", "clip_grad_norm")
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
@@ -181,6 +182,9 @@ def fit(
             save("last.pt")
             saved_at = time.monotonic()
 
+    prepared_s = warm_up(training, train_loader, val_loader)
+    if training.prepares:
+        log.say(f"compiled{' and captured' if training.captures else ''} the step in {prepared_s:.1f} s")
     begin = time.monotonic()
     updates_per_epoch = len(train_loader) // accumulation
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
