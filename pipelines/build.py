@@ -18,6 +18,7 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import cpu_graph, draws, graph, order
 from pipelines.background import Buffering, Plan
 from pipelines.gather import (
+    AugmentedDevicePixels,
     DevicePixels,
     HostJpegs,
     HostPixels,
@@ -94,7 +95,9 @@ def build_train_loader(
 
     plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
     on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
-    graphs = Graphs(dali_graph, on_cpu, needs_dali=graph.jitters(aug))
+    stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
+    jitters = graph.jitters(aug)
+    graphs = Graphs(dali_graph, on_cpu, needs_dali=jitters, crops_and_flips=stays and not jitters)
     return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
 
 
@@ -138,6 +141,7 @@ class Graphs:
     dali: Callable[[graph.Stored, graph.Machine], Pipeline]
     cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
     needs_dali: bool = False  # for operators that only DALI has
+    crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
 
 
 def _build(
@@ -148,7 +152,8 @@ def _build(
     resident = _placed_on_device(data, split, device)
     raw = split.encoding == "npy"
     untouched = raw and graphs.cpu is None and not graphs.needs_dali
-    by_dali = graphs.needs_dali or (on_gpu and not untouched)
+    fused = resident and on_gpu and graphs.crops_and_flips and not untouched
+    by_dali = graphs.needs_dali or (on_gpu and not untouched and not fused)
     threads = data.threads or default_threads(ranks)
     shape = split.image_shape or (0, 0, 0)
     given = shape if by_dali or untouched else (size, size, 3)  # of the images that are gathered
@@ -164,7 +169,11 @@ def _build(
     source: Source
     if raw and resident and on_gpu:
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-            source = DevicePixels(load_resident(split, device), shape, slot_size, buffering.slots)
+            pixels = load_resident(split, device)
+            if fused:
+                source = AugmentedDevicePixels(pixels, shape, size, slot_size, buffering.slots)
+            else:
+                source = DevicePixels(pixels, shape, slot_size, buffering.slots)
     elif raw or not by_dali:
         handed_out = not by_dali and not on_gpu
         slots = Slots(buffering.slots, slot_size, given, pinned=on_gpu, handed_out=handed_out)
@@ -172,8 +181,8 @@ def _build(
         if not raw:
             source = HostJpegs(split, slots, done)
         elif resident:
-            pixels = load_resident(split, device).numpy()
-            source = HostPixels(pixels.reshape(-1), np.arange(len(split)) * pixels.shape[1], shape, slots, done)
+            content = load_resident(split, device).numpy().reshape(-1)
+            source = HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
         else:
             source = HostPixels(split.content, split.pixel_begins(), shape, slots, done)
     else:
