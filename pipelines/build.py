@@ -18,7 +18,7 @@ from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, Loader, Plan, Work
 from pipelines.read_ahead import ReadAhead
 from pipelines.runner import GraphRunner, PlainRunner, Runner
-from pipelines.shards import Split, open_split
+from pipelines.shards import Split, load_dataset, open_split
 
 MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other
 MAX_BURST = 2  # batches that pass between threads at once where they are small …
@@ -54,6 +54,14 @@ def build_train_loader(
             f"use at most {most}"
         )
 
+    if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
+        raise UserError(
+            f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
+            f"use at most {size - 1}"
+        )
+    if aug.cutout > size:
+        raise UserError(f"aug.cutout={aug.cutout} exceeds images of {size} pixels; use at most {size}")
+
     lock = Lock()
     windowed = data.order == "sequential-window"
     read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
@@ -72,15 +80,15 @@ def build_train_loader(
         indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
         if read_ahead is not None:
             read_ahead(epoch, indices)
-        return Work(indices, _train_draws(aug, split, indices, seed, epoch))
+        return Work(indices, _train_draws(aug, split, indices, seed, epoch, size))
 
-    untouched = _is_stored_at(split, size) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
+    alters = aug.crop != "none" or aug.flip > 0 or aug.cutout > 0 or graph.jitters(aug)
 
     def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
     plan = Plan(steps * data.batch_size, data.batch_size, schedule, epoch_order)
-    build = None if untouched else build_graph
+    build = build_graph if alters or not _is_stored_at(split, size) else None
     return _build(split, data, plan, size, where, build, local_world_size or world_size)
 
 
@@ -152,7 +160,7 @@ def _build(
     if build_graph is None:
         runner = PlainRunner(device, stream)
     else:
-        stored = graph.Stored(split.encoding, split.image_shape, resident)
+        stored = graph.Stored(split.encoding, split.image_shape, resident, tuple(load_dataset(data.path)["mean"]))
         threads = data.threads or default_threads(ranks)
         machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
         runner = GraphRunner(build_graph(stored, machine), device, stream)
@@ -179,10 +187,13 @@ def _buffering(
     return Buffering((-(-ahead // threads) + 2 * burst) * threads, threads, burst)
 
 
-def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:
+def _train_draws(
+    aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int, size: int
+) -> dict[str, np.ndarray]:
     """The inputs of `graph.train_graph` for these samples; pipelines.draws says what each means."""
     feeds: dict[str, np.ndarray] = {}
-    flips = draws.flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
+    draw_flips = draws.alternating_flips if aug.flip_mode == "alternating" else draws.flips
+    flips = draw_flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
     if aug.crop == "random-resized":
         heights, widths = split.heights[indices], split.widths[indices]
         boxes = draws.random_resized_crops(indices, seed, epoch, heights, widths, aug.scale, aug.ratio)
@@ -193,7 +204,9 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
         feeds |= {"crop_start": start, "crop_end": end}
     else:
         if aug.crop == "pad":
-            feeds["offset"] = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            offsets = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            reflects = aug.padding_mode == "reflect"
+            feeds |= {"shift": graph.shifts(offsets, aug.padding)} if reflects else {"offset": offsets}
         if flips is not None:
             feeds["flip"] = flips
     if graph.jitters(aug):
@@ -202,6 +215,8 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
             indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
         )
         feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
+    if aug.cutout > 0:
+        feeds["cutout"] = draws.cutout_corners(indices, seed, epoch, size, aug.cutout).astype(np.float32)
     return feeds
 
 

@@ -81,6 +81,11 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
     return parallel
 
 
+def is_data_parallel(model: nn.Module) -> bool:
+    """Whether `data_parallel` wrapped the model, also where it was compiled afterwards."""
+    return hasattr(model, "no_sync")
+
+
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)

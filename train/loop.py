@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.schema import TrainConfig
+from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.optim import learning_rate, set_learning_rate
+from train.lookahead import Lookahead
+from train.optim import learning_rate, set_learning_rate, whitening_learning_rate
+from train.tta import mean_logits
+
+if TYPE_CHECKING:
+    from train.proxy import Proxy
 
 COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
 
@@ -34,6 +41,8 @@ class Training:
     config: TrainConfig
     device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
+    lookahead: Lookahead | None = None
+    proxy: Proxy | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -108,6 +117,7 @@ def train_epoch(
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
     training.forward.train()
+    train_whitening_bias(training, loader.state["epoch"])
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
     updates_per_epoch = len(loader) // accumulation
@@ -119,15 +129,32 @@ def train_epoch(
     for step, batch in enumerate(loader, first):
         update, micro = divmod(epoch * len(loader) + step, accumulation)
         lr = learning_rate(update, updates_per_epoch, training.config)
-        set_learning_rate(training.optimizer, lr)
+        whitening_lr = whitening_learning_rate(update, updates_per_epoch, training.config)
+        set_learning_rate(training.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
+        if training.proxy is not None:
+            set_learning_rate(training.proxy.training.optimizer, lr)
+            batch = training.proxy.choose(batch, update)
         last = micro == accumulation - 1
         train_step(training, batch, update=last)
         if last:
+            if training.lookahead is not None:
+                training.lookahead.follow(update, training.config.epochs * updates_per_epoch)
             after_update(update, lr)
     if on_gpu:
         torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
     return EpochTimes(len(loader) - first, time.perf_counter() - begin, loader.wait_s - waited)
+
+
+def train_whitening_bias(training: Training, epoch: int) -> None:
+    """Take the bias of a whitening layer out of the backward pass after `whiten_bias_epochs`.
+
+    Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP
+    expects the same gradients in every step, and keeps it.
+    """
+    whitening, epochs = whitening_of(training.network), training.config.whiten_bias_epochs
+    if whitening is not None and epochs is not None and not dist.is_data_parallel(training.forward):
+        whitening.bias.requires_grad_(epoch < epochs)
 
 
 @dataclass(frozen=True)
@@ -141,8 +168,10 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: Loader, samples: int) -> Evaluation:
+def evaluate(training: Training, loader: Loader, samples: int, tta: str = "none") -> Evaluation:
     """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+
+    tta: test-time augmentation, eval.tta.
 
     The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling has
     label -1 and counts for nothing.
@@ -157,7 +186,7 @@ def evaluate(training: Training, loader: Loader, samples: int) -> Evaluation:
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         labels = F.pad(labels, (0, missing), value=-1)
         with training.autocast():
-            logits = training.infer(images).float()
+            logits = mean_logits(training.infer, images, tta)
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == labels[:, None]
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
