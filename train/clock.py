@@ -20,6 +20,13 @@ class Clock:
     def add(self, seconds: float) -> None:
         self.training_s += seconds
 
+    def __enter__(self) -> None:
+        """What runs inside of `with clock:` is counted; it must end with the device waited for."""
+        self._entered_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.add(time.perf_counter() - self._entered_s)
+
     @property
     def command_s(self) -> float:
         """Since the command was started: interpreter, imports and, under torchrun, its own start-up included."""

@@ -9,6 +9,7 @@ import argparse
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,8 @@ def fit(
         }
         improved = False
         if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
-            evaluated_at = time.perf_counter()
-            result = evaluate(training, val_loader, val_samples, config.eval.tta)
-            clock.add(time.perf_counter() - evaluated_at if is_last else 0.0)
+            with clock if is_last else nullcontext():
+                result = evaluate(training, val_loader, val_samples, config.eval.tta)
             metrics |= {"val_loss": result.loss, "val_top1": result.top1, "val_top5": result.top5}
             improved = result.top1 > progress["best_top1"]
             progress["best_top1"] = max(progress["best_top1"], result.top1)

@@ -13,7 +13,7 @@ from configs.schema import LookaheadConfig
 
 
 class Lookahead:
-    """`slow`: what floats in the network's state, by name; float32 like it, on its device."""
+    """`slow`: a copy of all floating-point tensors of the network's state, by name, on its device."""
 
     def __init__(self, network: nn.Module, config: LookaheadConfig) -> None:
         assert config.every_steps is not None
@@ -26,7 +26,7 @@ class Lookahead:
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
     def follow(self, update: int, updates: int) -> None:
-        """After update `update` (from 0) of `updates`: every few of them both copies meet; the last leaves the slow one."""
+        """After update `update` (from 0) of `updates`: both copies meet at some; the last leaves the slow one."""
         done = update + 1
         if done % self._every_steps == 0:
             self.meet(decay(done / updates, self._config))

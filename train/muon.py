@@ -1,7 +1,7 @@
 """Muon, for the filters of convolutions, and SGD for all else, in one optimizer.
 
-Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks", 2024 (kellerjordan.github.io), with
-the settings of its first use, the CIFAR-10 speedrun: SGD's momentum, made orthogonal.
+SGD's momentum, made orthogonal. Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks",
+2024 (kellerjordan.github.io).
 """
 
 from __future__ import annotations

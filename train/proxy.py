@@ -28,7 +28,7 @@ class Proxy:
         self._config = config
 
     def choose(self, batch: Batch, update: int) -> Batch:
-        """The samples with the highest loss, always equally many; every few updates the small network learns from them."""
+        """The samples of highest loss, always equally many; every few updates the small network learns from them."""
         training, learns = self.training, update % self._config.every_steps == 0
         smoothing = training.config.label_smoothing
         with torch.set_grad_enabled(learns), training.autocast():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.schema import DataConfig, EvalConfig
 from models.speedrun import fit_whitening, whitening_of
@@ -76,10 +76,10 @@ def _state(training: Training) -> Iterator[Tensor]:
         yield from training.lookahead.slow.values()
 
 
-def start_anew(training: Training, networks: list[nn.Module]) -> None:
-    """Begin another run in place, with the weights of these networks: the model and, where there is one, its proxy."""
-    for one, network in zip(_all(training), networks, strict=True):
-        one.network.load_state_dict(network.state_dict())
+def start_anew(training: Training, fresh: Training) -> None:
+    """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
+    for one, other in zip(_all(training), _all(fresh), strict=True):
+        one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
         for state in one.optimizer.state.values():
             for value in state.values():
