@@ -67,6 +67,14 @@ def build_train_loader(
             f"use at most {most}"
         )
 
+    if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
+        raise UserError(
+            f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
+            f"use at most {size - 1}"
+        )
+    if aug.cutout > size:
+        raise UserError(f"aug.cutout={aug.cutout} exceeds images of {size} pixels; use at most {size}")
+
     lock = Lock()
     windowed = data.order == "sequential-window"
     read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
@@ -87,17 +95,20 @@ def build_train_loader(
             read_ahead(epoch, batch)
         return batch
 
-    def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        return _train_draws(aug, split, samples, seed, epoch)
-
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
     on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
     stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
-    jitters = graph.jitters(aug)
-    graphs = Graphs(dali_graph, on_cpu, needs_dali=jitters, crops_and_flips=stays and not jitters)
+    needs_dali = graph.jitters(aug) or aug.cutout > 0
+    reflects = aug.padding_mode == "reflect"
+    graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
+    by_dali = _by_dali(split, data, where, graphs)
+
+    def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        return _train_draws(aug, split, samples, seed, epoch, size, by_dali)
+
+    plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
     return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
 
 
@@ -142,6 +153,16 @@ class Graphs:
     cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
     needs_dali: bool = False  # for operators that only DALI has
     crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
+    reflects: bool = False  # what crops show outside of the image
+
+
+def _by_dali(split: Split, data: DataConfig, device: torch.device, graphs: Graphs) -> bool:
+    """Whether DALI runs: on a GPU, but for what one launch or copy can do, and for operators that only DALI has."""
+    if graphs.needs_dali or device.type != "cuda":
+        return graphs.needs_dali
+    if split.encoding == "npy" and graphs.cpu is None:
+        return False
+    return not (graphs.crops_and_flips and _placed_on_device(data, split, device))
 
 
 def _build(
@@ -152,8 +173,7 @@ def _build(
     resident = _placed_on_device(data, split, device)
     raw = split.encoding == "npy"
     untouched = raw and graphs.cpu is None and not graphs.needs_dali
-    fused = resident and on_gpu and graphs.crops_and_flips and not untouched
-    by_dali = graphs.needs_dali or (on_gpu and not untouched and not fused)
+    by_dali = _by_dali(split, data, device, graphs)
     threads = data.threads or default_threads(ranks)
     shape = split.image_shape or (0, 0, 0)
     given = shape if by_dali or untouched else (size, size, 3)  # of the images that are gathered
@@ -170,10 +190,10 @@ def _build(
     if raw and resident and on_gpu:
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
             pixels = load_resident(split, device)
-            if fused:
-                source = AugmentedDevicePixels(pixels, shape, size, slot_size, buffering.slots)
-            else:
+            if by_dali or untouched:
                 source = DevicePixels(pixels, shape, slot_size, buffering.slots)
+            else:
+                source = AugmentedDevicePixels(pixels, shape, size, slot_size, buffering.slots, graphs.reflects)
     elif raw or not by_dali:
         handed_out = not by_dali and not on_gpu
         slots = Slots(buffering.slots, slot_size, given, pinned=on_gpu, handed_out=handed_out)
@@ -189,7 +209,7 @@ def _build(
         source = MappedFiles(split)
     runner: Runner
     if by_dali:
-        stored = graph.Stored(split.encoding, split.image_shape, resident)
+        stored = graph.Stored(split.encoding, split.image_shape, resident, tuple(split.dataset["mean"]))
         machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
         runner = GraphRunner(graphs.dali(stored, machine), device, stream)
     else:
@@ -212,10 +232,13 @@ def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
     return Buffering((-(-groups // threads) + 2) * threads, threads, group)
 
 
-def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:
-    """The inputs of `graph.train_graph` for these samples; pipelines.draws says what each means."""
+def _train_draws(
+    aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int, size: int, by_dali: bool
+) -> dict[str, np.ndarray]:
+    """The inputs of the graph for these samples; pipelines.draws says what each means."""
     feeds: dict[str, np.ndarray] = {}
-    flips = draws.flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
+    draw_flips = draws.alternating_flips if aug.flip_mode == "alternating" else draws.flips
+    flips = draw_flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
     if aug.crop == "random-resized":
         heights, widths = split.heights[indices], split.widths[indices]
         boxes = draws.random_resized_crops(indices, seed, epoch, heights, widths, aug.scale, aug.ratio)
@@ -226,7 +249,9 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
         feeds |= {"crop_start": start, "crop_end": end}
     else:
         if aug.crop == "pad":
-            feeds["offset"] = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            offsets = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            shifts = by_dali and aug.padding_mode == "reflect"
+            feeds |= {"shift": graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
         if flips is not None:
             feeds["flip"] = flips
     if graph.jitters(aug):
@@ -235,6 +260,8 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
             indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
         )
         feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
+    if aug.cutout > 0:
+        feeds["cutout"] = draws.cutout_corners(indices, seed, epoch, size, aug.cutout).astype(np.float32)
     return feeds
 
 

@@ -2,7 +2,8 @@
 
 DALI's operators for the CPU set up every sample of every operator and copy between them; here a batch is one or two
 calls that read from the files' maps and write into the batch. Resized pixels may differ from DALI's by one grey level,
-where float32 sums in another order fall on the other side of a half. Colour jitter is left to DALI.
+where float32 sums in another order fall on the other side of a half. Colour jitter and
+cutout are left to DALI.
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ class CpuGraph:
 def train_graph(
     image_shape: tuple[int, int, int] | None, aug: AugConfig, size: int, interpolation: str
 ) -> CpuGraph | None:
-    """`graph.train_graph` without colour jitter; None where stored pixels (image_shape, where all have one) stay."""
+    """`graph.train_graph` without colour jitter and cutout; None where stored pixels stay.
+
+    image_shape: of the stored images, where all have one.
+    """
     if aug.crop == "random-resized":
         return _graph((_resize(lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation), size))
     stages = _central(image_shape, size, size, interpolation)
     if aug.crop == "pad" or aug.flip > 0:
-        stages.append((_crop_flip(size), size))
+        stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
     return _graph(*stages)
 
 
@@ -119,7 +123,7 @@ def _resize(region: Region, interpolation: str) -> Stage:
     return stage
 
 
-def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0)) -> Stage:
+def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
     """A crop at the drawn offset (else at `corner`), and the drawn flip, of images of one shape."""
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
@@ -131,6 +135,6 @@ def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0)) -> Stage:
         if flips is None:
             flips = np.zeros(count, np.int32)
         height, width = int(images.heights[0]), int(images.widths[0])
-        kernels.crop_flip(images.content, images.begins, height, width, offsets, flips, False, out)
+        kernels.crop_flip(images.content, images.begins, height, width, offsets, flips, reflects, out)
 
     return stage

@@ -216,11 +216,17 @@ class AugmentedDevicePixels:
     """As DevicePixels, but cropped and mirrored on the way, in the same launch."""
 
     def __init__(
-        self, pixels: torch.Tensor, shape: tuple[int, int, int], size: int, batch_size: int, slots: int
+        self,
+        pixels: torch.Tensor,
+        shape: tuple[int, int, int],
+        size: int,
+        batch_size: int,
+        slots: int,
+        reflects: bool,
     ) -> None:
         from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
 
-        self._augment = DeviceAugment(pixels, shape, size, batch_size, slots)
+        self._augment = DeviceAugment(pixels, shape, size, batch_size, slots, "reflect" if reflects else "black")
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, size, size, 3], written on the current stream."""

@@ -30,6 +30,8 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         "optimizer": _portable(training.optimizer.state_dict()),
         "scaler": training.scaler.state_dict(),
         "sums": sums,
+        "lookahead": training.lookahead.slow if training.lookahead is not None else {},
+        "proxy": _proxy_state(training),
         **state,
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -46,6 +48,17 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _proxy_state(training: Training) -> dict[str, Any]:
+    if training.proxy is None:
+        return {}
+    proxy = training.proxy.training
+    return {
+        "model": proxy.network.state_dict(),
+        "optimizer": proxy.optimizer.state_dict(),
+        "scaler": proxy.scaler.state_dict(),
+    }
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -101,6 +114,17 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path) -> 
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
     restore_weights(training, content, path)
+    _restore_optimizer(training, content)
+    training.sums.copy_(content["sums"])
+    if training.lookahead is not None:
+        for name, slow in training.lookahead.slow.items():
+            slow.copy_(content["lookahead"][name])
+    if training.proxy is not None:
+        restore_weights(training.proxy.training, content["proxy"], path)
+        _restore_optimizer(training.proxy.training, content["proxy"])
+
+
+def _restore_optimizer(training: Training, content: dict[str, Any]) -> None:
     optimizer = training.optimizer
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
@@ -109,7 +133,6 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
     if content["scaler"]:  # empty where the run did without, as on a CPU
         training.scaler.load_state_dict(content["scaler"])
-    training.sums.copy_(content["sums"])
 
 
 def check_same_run(content: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +15,16 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import TrainConfig
+from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.optim import learning_rate, make_capturable, set_learning_rate
+from train.lookahead import Lookahead
+from train.optim import learning_rate, make_capturable, set_learning_rate, whitening_learning_rate
+from train.tta import mean_logits
+
+if TYPE_CHECKING:
+    from train.proxy import Proxy
 
 COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
 COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
@@ -41,9 +48,12 @@ class Training:
     device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
     step: Callable[..., None]  # train_step, or it captured; called like it
+    compiled: Callable[[Any], Any]  # compiles a function as the settings say, or gives it back
     prepares: bool  # there is something to compile, tune or capture before the first step
     captures: bool  # the step shall be replayed as CUDA graphs
     keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
+    lookahead: Lookahead | None = None
+    proxy: Proxy | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -65,11 +75,15 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         if mode == "max-autotune":
             mode = "max-autotune-no-cudagraphs"  # the whole step is the graph; the compiler's own cannot lie inside
     parallel = dist.data_parallel(network, device, config.accumulation_steps)
+
+    def compiled(function: Any) -> Any:
+        return function if mode == "off" else torch.compile(function, mode=mode)
+
     return Training(
         network=network,
         forward=parallel,
-        loss_and_counts=loss_and_counts if mode == "off" else torch.compile(loss_and_counts, mode=mode),
-        infer=network if mode == "off" else torch.compile(network, mode=mode),  # type: ignore[arg-type]
+        loss_and_counts=compiled(loss_and_counts),
+        infer=compiled(network),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
         amp=amp,
@@ -77,10 +91,16 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         device=device,
         sums=torch.zeros(3, dtype=torch.float64, device=device),
         step=train_step,
+        compiled=compiled,
         prepares=device.type == "cuda" or mode != "off",
         captures=captures,
         keeps_gradients=captures and config.accumulation_steps > 1,
     )
+
+
+def trainings_of(training: Training) -> list[Training]:
+    """The training itself, and its proxy's where it has one."""
+    return [training, training.proxy.training] if training.proxy is not None else [training]
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -152,6 +172,7 @@ def train_epoch(
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
     training.forward.train()
+    train_whitening_bias(training, loader.state["epoch"])
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
     updates_per_epoch = len(loader) // accumulation
@@ -163,15 +184,34 @@ def train_epoch(
     for step, batch in enumerate(loader, first):
         update, micro = divmod(epoch * len(loader) + step, accumulation)
         lr = learning_rate(update, updates_per_epoch, training.config)
-        set_learning_rate(training.optimizer, lr)
+        whitening_lr = whitening_learning_rate(update, updates_per_epoch, training.config)
+        set_learning_rate(training.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
+        if training.proxy is not None:
+            set_learning_rate(training.proxy.training.optimizer, lr)
+            batch = training.proxy.choose(batch, update)
         last = micro == accumulation - 1
         training.step(training, batch, update=last)
         if last:
+            if training.lookahead is not None:
+                training.lookahead.follow(update, training.config.epochs * updates_per_epoch)
             after_update(update, lr)
     if on_gpu:
         torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
     return EpochTimes(len(loader) - first, time.perf_counter() - begin, loader.wait_s - waited)
+
+
+def train_whitening_bias(training: Training, epoch: int) -> None:
+    """Take the bias of a whitening layer out of the backward pass after `whiten_bias_epochs`.
+
+    Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP and
+    captured graphs expect the same gradients in every step, and keep it.
+    """
+    whitening, epochs = whitening_of(training.network), training.config.whiten_bias_epochs
+    if whitening is None or epochs is None:
+        return
+    if not training.captures and not dist.is_data_parallel(training.forward):
+        whitening.bias.requires_grad_(epoch < epochs)
 
 
 @dataclass(frozen=True)
@@ -185,8 +225,10 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: Iterable[Batch], samples: int) -> Evaluation:
+def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str = "none") -> Evaluation:
     """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+
+    tta: test-time augmentation, eval.tta.
 
     The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling has
     label -1 and counts for nothing.
@@ -201,7 +243,7 @@ def evaluate(training: Training, loader: Iterable[Batch], samples: int) -> Evalu
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         labels = F.pad(labels, (0, missing), value=-1)
         with training.autocast():
-            logits = training.infer(images).float()
+            logits = mean_logits(training.infer, images, tta)
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == labels[:, None]
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")

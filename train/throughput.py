@@ -37,6 +37,8 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
+            if training.proxy is not None:
+                batch = training.proxy.choose(batch, step)
             training.step(training, batch, update=step % training.config.accumulation_steps == 0)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)

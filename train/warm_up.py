@@ -16,21 +16,21 @@ import torch
 from configs.errors import UserError
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.loop import Training, evaluate, train_step
+from train.loop import Training, evaluate, train_step, train_whitening_bias, trainings_of
 
 PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to the second
 
 
-def warm_up(training: Training, loader: Loader, val_loader: Loader | None = None) -> float:
+def warm_up(training: Training, loader: Loader, val_loader: Loader | None = None, tta: str = "none") -> float:
     """Prepare `training` for the loaders' batches; seconds that it took. Does nothing where nothing is compiled.
 
-    To be called again when the optimizer's state was loaded since, as checkpoint.restore does. Raises UserError when
-    the model cannot be captured.
+    tta: as `evaluate` will be told. To be called again when the optimizer's state was loaded since, as
+    checkpoint.restore does. Raises UserError when the model cannot be captured.
     """
     begin = time.perf_counter()
     if training.prepares:
         if val_loader is not None:
-            prepare_evaluation(training, val_loader)
+            prepare_evaluation(training, val_loader, tta)
         prepare(training, blank_batch(loader.plan.batch_size, loader.image_size, training.device))
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
@@ -51,18 +51,27 @@ def prepare(training: Training, batch: Batch) -> None:
     training.forward.train()
     updates = [True] if training.config.accumulation_steps == 1 else [False, True]
     with side_stream(training) as stream, unchanged(training):
-        for _ in range(PASSES):
-            for update in updates:
-                train_step(training, batch, update=update)
+        if training.proxy is not None:
+            chosen = [
+                training.proxy.choose(batch, number) for number in range(training.config.proxy.every_steps + PASSES)
+            ]
+            batch = chosen[-1]
+        for epoch in {0, training.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
+            train_whitening_bias(training, epoch)
+            for _ in range(PASSES):
+                for update in updates:
+                    train_step(training, batch, update=update)
+        if training.lookahead is not None:
+            training.lookahead.meet(1.0)
     if stream is not None:
         training.step = CapturedStep(training, batch, updates, stream)
 
 
-def prepare_evaluation(training: Training, loader: Loader) -> None:
+def prepare_evaluation(training: Training, loader: Loader, tta: str = "none") -> None:
     """Evaluate a blank batch of the loader's size; every rank must come here, also one without samples."""
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, training.device)
     samples = dist.sum_over_ranks(torch.tensor(len(batch.labels), device=training.device))
-    evaluate(training, [batch] if len(batch.labels) else [], int(samples))
+    evaluate(training, [batch] if len(batch.labels) else [], int(samples), tta)
 
 
 @contextmanager
@@ -118,23 +127,26 @@ class CapturedStep:
 def unchanged(training: Training) -> Iterator[None]:
     """Undo on leaving all that steps change, in place: captured graphs know tensors by their addresses."""
     before = {name: tensor.clone() for name, tensor in _tensors(training).items()}
-    scaler = training.scaler.state_dict()
+    scalers = [(one.scaler, one.scaler.state_dict()) for one in trainings_of(training)]
     devices = [training.device] if training.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the generators
         yield
     with torch.no_grad():
         for name, tensor in _tensors(training).items():
             tensor.copy_(before[name]) if name in before else tensor.zero_()
-    training.scaler.load_state_dict(scaler)
+    for scaler, state in scalers:
+        scaler.load_state_dict(state)
 
 
 def _tensors(training: Training) -> dict[Any, torch.Tensor]:
     """All that a step changes, by name; the optimizer makes some of it in its first step."""
-    network = training.network
-    state = {
-        (index, name): value
-        for index, values in enumerate(training.optimizer.state.values())
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return {"sums": training.sums, **dict(network.named_parameters()), **dict(network.named_buffers()), **state}
+    tensors: dict[Any, torch.Tensor] = {}
+    for number, one in enumerate(trainings_of(training)):
+        named = {"sums": one.sums, **dict(one.network.named_parameters()), **dict(one.network.named_buffers())}
+        tensors |= {(number, name): tensor for name, tensor in named.items()}
+        for index, values in enumerate(one.optimizer.state.values()):
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[number, index, name] = value
+    slow = training.lookahead.slow if training.lookahead is not None else {}
+    return tensors | {("slow", name): tensor for name, tensor in slow.items()}
