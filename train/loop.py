@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -65,6 +66,8 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
+    else:
+        keep_freed_memory()
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     if mode != "off":
@@ -96,6 +99,18 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         captures=captures,
         keeps_gradients=captures and config.accumulation_steps > 1,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse the memory of large tensors instead of giving it back to the system at every free.
+
+    Each step's activations would else be mapped, zeroed and faulted in anew, page by page.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        mmap_threshold, trim_threshold = -3, -1
+        library.mallopt(mmap_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def trainings_of(training: Training) -> list[Training]:
