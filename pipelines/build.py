@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 
@@ -16,26 +12,11 @@ from nvidia.dali.pipeline import Pipeline
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import cpu_graph, draws, graph, order
-from pipelines.background import Buffering, Plan
-from pipelines.gather import (
-    AugmentedDevicePixels,
-    DevicePixels,
-    HostJpegs,
-    HostPixels,
-    MappedFiles,
-    Slots,
-    Source,
-    load_resident,
-    resident_fits,
-)
-from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
+from pipelines.assemble import Graphs, assemble, choose_way
+from pipelines.background import Plan
+from pipelines.loader import Loader
 from pipelines.read_ahead import ReadAhead
-from pipelines.runner import GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split, open_split
-
-MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
-MAX_GROUP = 8  # batches gathered at once where they are small …
-GROUP_BYTES = 2**24  # … up to so many bytes
 
 
 def build_train_loader(
@@ -103,13 +84,13 @@ def build_train_loader(
     needs_dali = graph.jitters(aug) or aug.cutout > 0
     reflects = aug.padding_mode == "reflect"
     graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
-    by_dali = _by_dali(split, data, where, graphs)
+    way = choose_way(data, split, where, graphs)
 
     def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        return _train_draws(aug, split, samples, seed, epoch, size, by_dali)
+        return _train_draws(aug, split, samples, seed, epoch, size, way.by_dali)
 
     plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
-    return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
+    return assemble(split, data, plan, size, where, graphs, way, local_world_size or world_size)
 
 
 def build_eval_loader(
@@ -142,94 +123,9 @@ def build_eval_loader(
 
     plan = Plan(stop - start, batch_size, indices, repeats=True)
     on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
-    return _build(opened, data, plan, size, where, Graphs(dali_graph, on_cpu), local_world_size or world_size)
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
-
-    dali: Callable[[graph.Stored, graph.Machine], Pipeline]
-    cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
-    needs_dali: bool = False  # for operators that only DALI has
-    crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
-    reflects: bool = False  # what crops show outside of the image
-
-
-def _by_dali(split: Split, data: DataConfig, device: torch.device, graphs: Graphs) -> bool:
-    """Whether DALI runs: on a GPU, but for what one launch or copy can do, and for operators that only DALI has."""
-    if graphs.needs_dali or device.type != "cuda":
-        return graphs.needs_dali
-    if split.encoding == "npy" and graphs.cpu is None:
-        return False
-    return not (graphs.crops_and_flips and _placed_on_device(data, split, device))
-
-
-def _build(
-    split: Split, data: DataConfig, plan: Plan, size: int, device: torch.device, graphs: Graphs, ranks: int
-) -> Loader:
-    """The loader of a plan."""
-    on_gpu = device.type == "cuda"
-    resident = _placed_on_device(data, split, device)
-    raw = split.encoding == "npy"
-    untouched = raw and graphs.cpu is None and not graphs.needs_dali
-    by_dali = _by_dali(split, data, device, graphs)
-    threads = data.threads or default_threads(ranks)
-    shape = split.image_shape or (0, 0, 0)
-    given = shape if by_dali or untouched else (size, size, 3)  # of the images that are gathered
-    if by_dali and not raw:
-        gatherers = 1  # which lists where the encoded images lie
-    elif resident and on_gpu:
-        gatherers = 1
-    else:
-        gatherers = min(MAX_COPIERS, threads) if by_dali or untouched else threads
-    buffering = _buffering(data, plan.batch_size * math.prod(given), gatherers)
-    slot_size = plan.batch_size * buffering.group
-    stream = torch.cuda.Stream(device) if on_gpu else None
-    source: Source
-    if raw and resident and on_gpu:
-        with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-            pixels = load_resident(split, device)
-            if by_dali or untouched:
-                source = DevicePixels(pixels, shape, slot_size, buffering.slots)
-            else:
-                source = AugmentedDevicePixels(pixels, shape, size, slot_size, buffering.slots, graphs.reflects)
-    elif raw or not by_dali:
-        handed_out = not by_dali and not on_gpu
-        slots = Slots(buffering.slots, slot_size, given, pinned=on_gpu, handed_out=handed_out)
-        done = None if by_dali else graphs.cpu
-        if not raw:
-            source = HostJpegs(split, slots, done)
-        elif resident:
-            content = load_resident(split, device).numpy().reshape(-1)
-            source = HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
-        else:
-            source = HostPixels(split.content, split.pixel_begins(), shape, slots, done)
-    else:
-        source = MappedFiles(split)
-    runner: Runner
-    if by_dali:
-        stored = graph.Stored(split.encoding, split.image_shape, resident, tuple(split.dataset["mean"]))
-        machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
-        runner = GraphRunner(graphs.dali(stored, machine), device, stream)
-    else:
-        runner = PlainRunner(device, stream)
-    return Loader(
-        plan,
-        source,
-        runner,
-        buffering,
-        labels=split.labels,
-        image_size=size,
-        device=device,
-        gather_stream=stream,
-    )
-
-
-def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
-    group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
-    groups = -(-max(data.prefetch, IN_FLIGHT + HANDED_OUT) // group) + 1  # the consumer's, and those that are ready
-    return Buffering((-(-groups // threads) + 2) * threads, threads, group)
+    graphs = Graphs(dali_graph, on_cpu)
+    way = choose_way(data, opened, where, graphs)
+    return assemble(opened, data, plan, size, where, graphs, way, local_world_size or world_size)
 
 
 def _train_draws(
@@ -274,11 +170,6 @@ def _device(device: torch.device | str | None) -> torch.device:
     return where
 
 
-def default_threads(ranks: int) -> int:
-    """DALI CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
 def _image_size(data: DataConfig, split: Split) -> int:
     if data.image_size is not None:
         return data.image_size
@@ -287,14 +178,3 @@ def _image_size(data: DataConfig, split: Split) -> int:
         stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
         raise UserError(f"data.image_size is not set, but {data.path} stores {stored}; set it to the side to train at")
     return shape[0]
-
-
-def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    if data.placement == "auto":
-        return resident_fits(split, device)
-    if data.placement == "device" and split.encoding != "npy":
-        raise UserError(
-            f"data.placement=device keeps raw pixels, but {data.path} stores {split.encoding}; "
-            "use data.placement=host or convert with --encoding npy"
-        )
-    return data.placement == "device"

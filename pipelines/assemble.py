@@ -1,0 +1,146 @@
+"""Puts a loader's parts together: which source and which graph, on which device, with how many buffers and threads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+
+from configs.errors import UserError
+from configs.schema import DataConfig
+from pipelines import cpu_graph, graph
+from pipelines.background import Buffering, Plan
+from pipelines.gather import (
+    AugmentedDevicePixels,
+    DevicePixels,
+    HostJpegs,
+    HostPixels,
+    MappedFiles,
+    Slots,
+    Source,
+    load_resident,
+    resident_fits,
+)
+from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
+from pipelines.runner import GraphRunner, PlainRunner, Runner
+from pipelines.shards import Split
+
+MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
+MAX_GROUP = 8  # batches gathered at once where they are small …
+GROUP_BYTES = 2**24  # … up to so many bytes
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
+
+    dali: Callable[[graph.Stored, graph.Machine], Pipeline]
+    cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
+    needs_dali: bool = False  # for operators that only DALI has
+    crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
+    reflects: bool = False  # what crops show outside of the image
+
+
+@dataclass(frozen=True)
+class Way:
+    """How samples come to the device."""
+
+    resident: bool  # the whole split lies in the device's memory
+    by_dali: bool  # its graph runs; else a kernel gathers and augments at once
+    untouched: bool  # stored pixels are handed over as they are
+
+
+def choose_way(data: DataConfig, split: Split, device: torch.device, graphs: Graphs) -> Way:
+    """On the CPU kernels do what they can; on a GPU DALI does all but what one copy or one launch can do."""
+    resident = _placed_on_device(data, split, device)
+    untouched = split.encoding == "npy" and graphs.cpu is None and not graphs.needs_dali
+    alone = untouched or device.type != "cuda" or (resident and graphs.crops_and_flips)
+    return Way(resident, graphs.needs_dali or not alone, untouched)
+
+
+def assemble(
+    split: Split, data: DataConfig, plan: Plan, size: int, device: torch.device, graphs: Graphs, way: Way, ranks: int
+) -> Loader:
+    """The loader of a plan."""
+    on_gpu = device.type == "cuda"
+    threads = data.threads or default_threads(ranks)
+    gathered = (split.image_shape or (0, 0, 0)) if way.by_dali or way.untouched else (size, size, 3)
+    if (way.by_dali and split.encoding != "npy") or (way.resident and on_gpu):
+        gatherers = 1  # which lists where encoded images lie, or launches
+    else:
+        gatherers = min(MAX_COPIERS, threads) if way.by_dali or way.untouched else threads
+    buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
+        source = _source(split, graphs, way, gathered, plan.batch_size * buffering.group, buffering.slots, device)
+    runner: Runner = PlainRunner(device, stream)
+    if way.by_dali:
+        stored = graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
+        machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
+        runner = GraphRunner(graphs.dali(stored, machine), device, stream)
+    return Loader(
+        plan,
+        source,
+        runner,
+        buffering,
+        labels=split.labels,
+        image_size=size,
+        device=device,
+        gather_stream=stream,
+    )
+
+
+def _source(
+    split: Split,
+    graphs: Graphs,
+    way: Way,
+    gathered: tuple[int, int, int],
+    slot_size: int,
+    count: int,
+    device: torch.device,
+) -> Source:
+    """Where batches come from: `count` slots of `slot_size` images of the shape `gathered`."""
+    on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
+    if raw and way.resident and on_gpu:
+        pixels = load_resident(split, device)
+        if way.by_dali or way.untouched:
+            return DevicePixels(pixels, shape, slot_size, count)
+        return AugmentedDevicePixels(pixels, shape, gathered[0], slot_size, count, graphs.reflects)
+    if way.by_dali and not raw:
+        return MappedFiles(split)
+    handed_out = not way.by_dali and not on_gpu
+    slots = Slots(count, slot_size, gathered, pinned=on_gpu, handed_out=handed_out)
+    done = None if way.by_dali else graphs.cpu
+    if not raw:
+        return HostJpegs(split, slots, done)
+    if way.resident:
+        content = load_resident(split, device).numpy().reshape(-1)
+        return HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
+    return HostPixels(split.content, split.pixel_begins(), shape, slots, done)
+
+
+def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
+    group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
+    groups = -(-max(data.prefetch, IN_FLIGHT + HANDED_OUT) // group) + 1  # the consumer's, and those that are ready
+    return Buffering((-(-groups // threads) + 2) * threads, threads, group)
+
+
+def default_threads(ranks: int) -> int:
+    """DALI CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
+    if data.placement == "auto":
+        return resident_fits(split, device)
+    if data.placement == "device" and split.encoding != "npy":
+        raise UserError(
+            f"data.placement=device keeps raw pixels, but {data.path} stores {split.encoding}; "
+            "use data.placement=host or convert with --encoding npy"
+        )
+    return data.placement == "device"
