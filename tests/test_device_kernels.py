@@ -75,21 +75,17 @@ def test_the_kernel_on_a_gpu_gathers_crops_and_flips_as_numpy_does() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
 @pytest.mark.parametrize("crop", ["none", "pad"])
-def test_the_kernel_gives_the_bytes_of_the_dali_graph(crop: Any, npy_data: Path) -> None:
-    from pipelines.build import _train_draws
-    from pipelines.device_kernels import DeviceAugment
-    from pipelines.gather import load_resident
-    from pipelines.order import permutation, train_batch
-    from pipelines.shards import open_split
+def test_the_kernel_gives_the_bytes_of_the_dali_graph_and_of_the_cpu(
+    crop: Any, padding_mode: Any, npy_data: Path
+) -> None:
+    aug = AugConfig(crop=crop, padding=PADDING, padding_mode=padding_mode, flip=0.5)
 
-    aug = AugConfig(crop=crop, padding=PADDING, flip=0.5)
-    section = DataConfig(path=str(npy_data), batch_size=64, placement="device")
-    loader = build_train_loader(section, aug, seed=5, device="cuda")
-    split = open_split(str(npy_data), "train")
-    pixels = load_resident(split, torch.device("cuda"))
-    augment = DeviceAugment(pixels, (32, 32, 3), 32, batch_size=64, slots=1)
-    for step, batch in enumerate(loader):
-        indices = train_batch(permutation(len(split), 5, 0), step, 64, 0, 1)
-        ours = augment(0, indices, _train_draws(aug, split, indices, 5, 0))
-        assert torch.equal(ours.permute(0, 3, 1, 2), batch.images)
+    def batches(device: str, placement: Any) -> list[torch.Tensor]:
+        section = DataConfig(path=str(npy_data), batch_size=64, placement=placement)
+        return [batch.images.cpu() for batch in build_train_loader(section, aug, seed=5, device=device)]
+
+    for ours, dali, cpu in zip(batches("cuda", "device"), batches("cuda", "host"), batches("cpu", "host"), strict=True):
+        assert torch.equal(ours, dali)
+        assert torch.equal(ours, cpu)
