@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test lint bench gpu-check format
+.PHONY: train test lint bench gpu-bench gpu-check format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -30,20 +30,19 @@ format: $(ENVIRONMENT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: digits
-	$(PY) tools/benchmark.py loader --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
-	$(PY) tools/benchmark.py train --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
+# the whole run: other libraries, limits, scale; BENCH="--seconds 0.2 --only loading" and the like narrow it down
+bench: $(ENVIRONMENT)
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# needs a CUDA GPU, and CIFAR-10 in data/cifar10 for the benchmark
+# needs a CUDA GPU; BENCH="--source FOLDER" converts CIFAR-10 where data/cifar10 is missing
+gpu-bench: $(ENVIRONMENT)
+	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
+
+# needs a CUDA GPU
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
-	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_ddp.py
-	for model in lenet alexnet resnet18; do \
-	  for mode in default reduce-overhead; do \
-	    $(PY) tools/benchmark.py train --cfg configs/cifar10_$$model.yaml --opts train.compile=$$mode \
-	      --json docs/benchmarks/gpu_train_$${model}_$$mode.json || exit 1; \
-	  done; \
-	done
+	$(PY) -m pytest -m gpu
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,11 @@ MAY_IMPORT = {
     "train": {"train", "models", "pipelines", "configs"},
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
-ONLY_IN = {"nvidia": ("pipelines/", "tools/benchmarks/peers/from_dali.py"), "torch.distributed": ("train/dist.py",), "h5py": ("tools/",)}
+ONLY_IN = {
+    "nvidia": ("pipelines/", "tools/benchmarks/peers/from_dali.py"),
+    "torch.distributed": ("train/dist.py",),
+    "h5py": ("tools/",),
+}
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
 
 

@@ -6,14 +6,14 @@
     python tools/benchmark.py scale
     python tools/benchmark.py all --report docs/benchmarks        (make bench, make gpu-bench)
 
-It drives the real loader and the real step. Contestants take turns in short rounds, each in a process of its own, so that a noisy
-machine slows all of them alike; each figure is the median of the rounds. A contestant that fails costs its own row, and exit code 1.
+It drives the real loader and the real step. Contestants take turns in short rounds, each in a process of its own, so
+that a noisy machine slows all of them alike; each figure is the median of the rounds. A contestant that fails costs its
+own row, and exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -57,14 +57,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                 "--batch-size", type=int, help="samples per batch (default: the config's, 512 without one)"
             )
         if stage == "all":
-            command.add_argument("--small", type=Path, help="converted 32x32 data set (default: data/cifar10, else digits)")
-            command.add_argument("--medium", type=Path, help="converted 96x96 data set (default: data/medium-imagenet-96)")
+            command.add_argument(
+                "--small", type=Path, help="converted 32x32 data set (default: data/cifar10, else digits)"
+            )
+            command.add_argument(
+                "--medium", type=Path, help="converted 96x96 data set (default: data/medium-imagenet-96)"
+            )
             command.add_argument("--source", type=Path, help="raw CIFAR-10, where it is not converted")
             command.add_argument("--samples", type=int, help="of the data sets that are made, fewer for a quick try")
-            command.add_argument("--minutes", type=float, help="what is not begun by then is left out (default: 9 on a GPU)")
+            command.add_argument(
+                "--minutes", type=float, help="what is not begun by then is left out (default: 9 on a GPU)"
+            )
             command.add_argument("--speedruns", type=int, default=1, help="runs of each speedrun; 0: none (default 1)")
-            command.add_argument("--report", type=Path, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table")
-            command.add_argument("--only", nargs="+", default=[], choices=["reading", "loading", "training", "scale", "speedrun"])
+            command.add_argument(
+                "--report", type=Path, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table"
+            )
+            command.add_argument(
+                "--only", nargs="+", default=[], choices=["reading", "loading", "training", "scale", "speedrun"]
+            )
         if stage in ("peers", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
         command.add_argument("--scratch", type=Path, help="folder for files made on the way, which are removed")
@@ -85,7 +95,9 @@ def main() -> int:
     _make(arguments.json and arguments.json.parent, lambda path: path.mkdir(parents=True, exist_ok=True))
     _make(arguments.json, lambda path: path.touch())
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
-        run = measure_all(arguments, Path(scratch)) if arguments.stage == "all" else measure_one(arguments, Path(scratch))
+        run = (
+            measure_all(arguments, Path(scratch)) if arguments.stage == "all" else measure_one(arguments, Path(scratch))
+        )
     print(report.tables(run))
     if arguments.json:
         report.write_json(run, arguments.json)

@@ -30,7 +30,9 @@ def draw(run: dict[str, Any], path: Path) -> Path | None:
             axes = figure.add_subplot(grid[number, column] if len(line) > 1 or len(lines) > 1 else grid[number, :])
             _panel(axes, group, sorted(rows, key=lambda row: row["images_per_s"]))
     facts = run["environment"]
-    figure.suptitle(f"{facts['device']}, {facts['cores']} cores, {facts['date']}: images/s, median and range of the rounds")
+    figure.suptitle(
+        f"{facts['device']}, {facts['cores']} cores, {facts['date']}: images/s, median and range of the rounds"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -42,7 +44,14 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
     colors = [OURS if row["ours"] else BOUND if row["name"].startswith("bound") else PEER for row in rows]
     ranges = [[rate - row["lowest"] for rate, row in zip(rates, rows, strict=True)],
               [row["highest"] - rate for rate, row in zip(rates, rows, strict=True)]]  # fmt: skip
-    axes.barh(range(len(rows)), rates, color=colors, xerr=ranges, error_kw={"ecolor": "#333333", "elinewidth": 0.8}, height=0.72)
+    axes.barh(
+        range(len(rows)),
+        rates,
+        color=colors,
+        xerr=ranges,
+        error_kw={"ecolor": "#333333", "elinewidth": 0.8},
+        height=0.72,
+    )
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=9)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row["ours"] else "normal")

@@ -1,4 +1,5 @@
-"""The data sets of a run, made on the spot from what is given: other encodings, other sizes, more samples, more shards."""
+"""The data sets of a run, made on the spot from what is given: other encodings, other sizes, more samples, more
+shards."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def pixels_of(split: Split, start: int = 0, stop: int | None = None) -> np.ndarr
 
 @dataclass
 class Rows:
-    """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it ends."""
+    """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it
+    ends."""
 
     folder: Path
     samples: int
@@ -54,7 +56,9 @@ class Rows:
         return f"{self.folder}, row {row}"
 
 
-def remake(folder: Path, out: Path, *, encoding: str = "npy", size: int | None = None, samples: int | None = None) -> Path:
+def remake(
+    folder: Path, out: Path, *, encoding: str = "npy", size: int | None = None, samples: int | None = None
+) -> Path:
     """Write the train split of an npy data set once more, as `out`, with a shard for every core at least.
 
     size: side in pixels, resized where it is not the stored one; samples: how many, None: all.

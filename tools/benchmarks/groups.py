@@ -54,7 +54,8 @@ def loading(
     workers: int = 1,
     data: DataConfig | None = None,
 ) -> Group:
-    """Reading (aug None) or reading with augmentation, from data sets of the same images; with a scratch folder peers too.
+    """Reading (aug None) or reading with augmentation, from data sets of the same images; with a scratch folder peers
+    too.
 
     size: side of the images that augmentation gives; a data set of raw pixels is placed on the host and on a GPU.
     """
@@ -90,9 +91,9 @@ def loading(
             facts.append({"device": device, "batch_size": batch_size})
 
     def finish(rows: list[Row], found: Limits) -> None:
-        copy = next((row.get("images_per_s", 0.0) for row in rows if row["name"] == ONE_COPY), 0.0)
+        copy = max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(ONE_COPY)), default=0.0)
         for each in rows:
-            if each["name"] == ONE_COPY or "encoding" not in each:
+            if "encoding" not in each:
                 continue
             stored_bytes, output_bytes = sizes[each["encoding"]]
             bounds = limits.loading_bounds(found, placement=each.get("placement", ""), device=device,
@@ -100,8 +101,12 @@ def loading(
             if copy:
                 bounds = {ONE_COPY.removeprefix("bound: "): copy}  # of batches of this size, in turns with the others
             bounds |= limits.disk_bound(found, stored_bytes, stored_bytes * split_samples)
-            add_bound(each, bounds, otherwise="latency of scattered samples" if aug is None and each["encoding"] == "npy" else AUGMENTED)
-        add_ratios([each for each in rows if each["name"] != ONE_COPY])
+            add_bound(
+                each,
+                bounds,
+                otherwise="latency of scattered samples" if aug is None and each["encoding"] == "npy" else AUGMENTED,
+            )
+        add_ratios([each for each in rows if "encoding" in each])
 
     split_samples = len(open_split(folders[0], SPLIT))
     stage = "reading" if aug is None else "loading"

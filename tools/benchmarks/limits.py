@@ -1,7 +1,7 @@
 """What the machine can do at most: copies, arithmetic and disk, as streams that take turns like everything else.
 
-Their units are bytes or floating-point operations, so a rate is bytes/s or FLOP/s. A copy of n bytes counts n, though it reads
-and writes them: then rate / (bytes of an image) is the images/s at which every image is copied once.
+Their units are bytes or floating-point operations, so a rate is bytes/s or FLOP/s. A copy of n bytes counts n, though
+it reads and writes them: then rate / (bytes of an image) is the images/s at which every image is copied once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISK_BLOCK_BYTES = 2**24
 @contextmanager
 def limits(device: str, scratch: Path) -> Iterator[dict[str, Stream]]:
     """The streams of all limits of this machine; scratch: a folder on the disk that holds the data."""
-    streams = {MEMORY: Stream(batch_copies(COPIED_BYTES, sources=2), COPIED_BYTES)}
+    streams = {MEMORY: Stream(batch_copies(COPIED_BYTES, 2, torch.get_num_threads()), COPIED_BYTES)}
     if device == "cuda":
         pinned = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
         streams[PINNED] = Stream(_copies(pinned, torch.empty_like(pinned, device=device)), COPIED_BYTES)
@@ -58,14 +58,21 @@ def limits(device: str, scratch: Path) -> Iterator[dict[str, Stream]]:
 @contextmanager
 def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Stream]]:
     """What handing out a batch of so many bytes costs at the very least: one copy of them from memory."""
-    yield {"": Stream(batch_copies(batch_bytes, sources=max(2, OUT_OF_CACHE_BYTES // batch_bytes)), images)}
+    streams: dict[str, Stream] = {}
+    sources = max(2, OUT_OF_CACHE_BYTES // batch_bytes)
+    for threads in sorted({1, torch.get_num_threads()}):  # of which one may be faster where the cores are busy
+        streams[f"{threads} threads" if threads > 1 else "1 thread"] = Stream(
+            batch_copies(batch_bytes, sources, threads), images
+        )
+    yield streams
 
 
-def batch_copies(size: int, sources: int) -> Iterator[torch.Tensor]:
+def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor]:
     """Copies of `size` bytes; many sources lie outside of the processor's cache, as samples at random do."""
     content = [torch.zeros(size, dtype=torch.uint8) for _ in range(sources)]
     targets = [torch.zeros(size, dtype=torch.uint8) for _ in range(min(4, sources))]
     for number in itertools.count():
+        torch.set_num_threads(threads)
         yield targets[number % len(targets)].copy_(content[number % sources])
 
 

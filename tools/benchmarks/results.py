@@ -1,8 +1,9 @@
 """One whole run as data: rows, groups, the bound beside each figure, and the tables made of them.
 
 Plain dicts throughout, since they go to a JSON file and come back. A row:
-    name, ours (bool), device, placement, encoding, batch_size, settings, error (None or a sentence),
-    images_per_s (median), lowest, highest, ratio (ours / this, where it is a peer), bound {name, images_per_s}, share, binds
+    name, ours (bool), device, placement, encoding, batch_size, error (None or a sentence),
+    images_per_s (median), lowest, highest, ratio (ours / this, where it is a peer),
+    bound {name, images_per_s}, share of it, binds; in training also of_resident, training_gflop per image, precision
 """
 
 from __future__ import annotations
@@ -102,15 +103,18 @@ def _importable(module: str) -> bool:
     return find_spec(module) is not None
 
 
-COLUMNS = ("name", "device", "placement", "batch", "images/s", "ours / this", "share", "of the bound", "what binds")
+COLUMNS = ("name", "device", "placement", "batch", "images/s", "of resident", "ours / this", "share", "of the bound",
+           "what binds")  # fmt: skip
+RIGHT = ("batch", "images/s", "of resident", "ours / this", "share")
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, aligned: what a person reads on the console and in docs/benchmarks. Columns without a cell are left out."""
+    """Markdown, aligned: what a person reads on the console and in docs/benchmarks. Columns without a cell are left
+    out."""
     lines = [COLUMNS, *(_cells(row) for row in rows)]
     used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
     widths = {number: max(len(line[number]) for line in lines) for number in used}
-    right = {number for number in used if COLUMNS[number] in ("batch", "images/s", "ours / this", "share")}
+    right = {number for number in used if COLUMNS[number] in RIGHT}
 
     def line_of(cells: tuple[str, ...]) -> str:
         padded = (cells[n].rjust(widths[n]) if n in right else cells[n].ljust(widths[n]) for n in used)
@@ -129,6 +133,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.get("placement", ""),
         str(row.get("batch_size", "")),
         f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ("failed" if error else ""),
+        f"{row['of_resident']:.3f}" if "of_resident" in row else "",
         f"{row['ratio']:.2f}" if "ratio" in row else "",
         f"{row['share']:.0%}" if "share" in row else "",
         f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
@@ -138,4 +143,6 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def failures(groups: list[dict[str, Any]]) -> list[str]:
     """One line per failed row."""
-    return [f"{group['title']}: {row['name']}: {row['error']}" for group in groups for row in group["rows"] if row["error"]]
+    return [
+        f"{group['title']}: {row['name']}: {row['error']}" for group in groups for row in group["rows"] if row["error"]
+    ]

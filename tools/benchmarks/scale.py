@@ -1,7 +1,8 @@
 """Whether a sample costs the same however many there are: made indices over sparse shard files, the real loader.
 
-Every size runs in a process of its own, since its memory is measured. Every size also touches equally many pages of its files, and
-touches them before the clock starts: what remains is the cost of order, draws and gather, not that of the page cache.
+Every size runs in a process of its own, since its memory is measured. Every size also touches equally many pages of its
+files, and touches them before the clock starts: what remains is the cost of order, draws and gather, not that of the
+page cache.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def group(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: i
     rows = []
     for samples in sizes:
         (outcome,) = measure([Contestant(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
-        rows.append({"name": outcome.contestant, "ours": True, "samples": samples, "error": outcome.error, **outcome.facts})
+        rows.append(
+            {"name": outcome.contestant, "ours": True, "samples": samples, "error": outcome.error, **outcome.facts}
+        )
     return {"title": f"Cost per sample by size of the data set, {side}x{side} raw", "stage": "scale", "rows": rows}
 
 
@@ -127,7 +130,8 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         "width": np.full(samples, side),
     }
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()})
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    np.savez(buffer, **arrays)
     (folder / "train.index.npz").write_bytes(buffer.getvalue())
     files = []
     for shard, count in enumerate(np.bincount(number).tolist()):
@@ -135,8 +139,24 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         with (folder / f"scale-{shard:06d}.tar").open("wb") as file:
             file.truncate(length)
         files.append({"file": f"scale-{shard:06d}.tar", "samples": count, "bytes": length, "sha256": "0" * 64})
-    index = {"file": "train.index.npz", "bytes": len(buffer.getvalue()), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
-    split = {"samples": samples, "labelled": True, "source_rows": samples, "quarantined": [], "index": index, "shards": files}
-    content = {"format": shards.FORMAT, "version": shards.VERSION, "name": "scale", "classes": [str(n) for n in range(CLASSES)],
-               "encoding": "npy", "image_shape": list(shape), "mean": [0.5] * 3, "std": [0.25] * 3, "splits": {"train": split}}  # fmt: skip
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    split = {
+        "samples": samples,
+        "labelled": True,
+        "source_rows": samples,
+        "quarantined": [],
+        "index": {"file": "train.index.npz", "bytes": len(buffer.getvalue()), "sha256": digest},
+        "shards": files,
+    }
+    content = {
+        "format": shards.FORMAT,
+        "version": shards.VERSION,
+        "name": "scale",
+        "classes": [str(number) for number in range(CLASSES)],
+        "encoding": "npy",
+        "image_shape": list(shape),
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "splits": {"train": split},
+    }
     (folder / "dataset.json").write_text(json.dumps(content))

@@ -107,10 +107,17 @@ def wanted(settings: Settings, stage: str) -> bool:
 
 def cpu_parts(settings: Settings) -> list[Part]:
     """Loading beside all peers at 32x32 and 96x96, raw and JPEG; training LeNet beside all peers."""
-    common: dict[str, Any] = {"device": "cpu", "scratch": settings.scratch, "workers": settings.workers, "batch_size": 512}
+    common: dict[str, Any] = {
+        "device": "cpu",
+        "scratch": settings.scratch,
+        "workers": settings.workers,
+        "batch_size": 512,
+    }
 
     def loaders(given: Path, aug: AugConfig, size: int) -> Iterator[Group]:
-        jpeg = datasets.remake(given, settings.scratch / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples)
+        jpeg = datasets.remake(
+            given, settings.scratch / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples
+        )
         for folder in (given, jpeg):
             batch = min(512, len(datasets.open_split(folder, datasets.SPLIT)) // 4)
             for augmentation in (None, aug):
@@ -164,7 +171,9 @@ def gpu_parts(settings: Settings) -> list[Part]:
         def make() -> Iterator[Group]:
             batch = 4096 if size == 32 else 1024
             for aug in (None, PAD if size == 32 else RESIZED):
-                yield loading([folder(size, "npy"), folder(size, "jpeg")], aug, size=size, batch_size=batch, device="cuda")
+                yield loading(
+                    [folder(size, "npy"), folder(size, "jpeg")], aug, size=size, batch_size=batch, device="cuda"
+                )
 
         return f"loader {size}x{size}", make
 

@@ -169,6 +169,8 @@ def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
     Replies: {stream: its error, or None}; then units/s or an error for each name; at last {stream: facts}.
     """
     os.setpgid(0, 0)  # its workers with it; the kernel ends a stopped group whose parents are gone
+    # a DataLoader starts its workers as it does in a user's program, not as this process was started
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
         try:
             with contestant.build(*contestant.arguments) as streams:

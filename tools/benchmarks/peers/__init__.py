@@ -1,8 +1,8 @@
 """Other loaders and other training loops, built from their public interfaces as their users would, on the same images.
 
-A loader is a function (source: PeerSource) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample at
-most once per epoch; its docstring says which settings it has. Files that a peer needs are written into a scratch folder, in the
-peer's own best format, before anything is timed.
+A loader is a function (source: PeerSource) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample
+at most once per epoch; its docstring says which settings it has. Files that a peer needs are written into a scratch
+folder, in the peer's own best format, before anything is timed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ LOOPS = {
 
 
 def available(table: dict[str, Loader], encoding: str) -> dict[str, Loader]:
-    """Those that read the encoding and whose library is installed; FFCV is built by hand, webdataset is in extra `dev`."""
+    """Those that read the encoding and whose library is installed; FFCV is built by hand, webdataset is in extra
+    `dev`."""
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
 
 

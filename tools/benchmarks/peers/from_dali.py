@@ -1,4 +1,5 @@
-"""DALI as its users write it: its own reader, its own decoders and its own random operators, through its iterator for PyTorch."""
+"""DALI as its users write it: its own reader, its own decoders and its own random operators, through its iterator for
+PyTorch."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from tools.benchmarks.peers.source import Batches, PeerSource
 
 
 def dali(source: PeerSource) -> Batches:
-    """uint8 [B, H, W, 3]; readers.webdataset with its indices and a shuffle buffer of 1,024, decoders.numpy or decoders.image (of
-    a random region for a random-resized crop), a thread per core, 2 batches ahead; on a GPU mixed decoding and GPU operators."""
+    """uint8 [B, H, W, 3]; readers.webdataset with its indices and a shuffle buffer of 1,024, decoders.numpy or
+    decoders.image (of a random region for a random-resized crop), a thread per core, 2 batches ahead; on a GPU mixed
+    decoding and GPU operators."""
     files = list(source.split.files)
     device_id = 0 if source.on_gpu else None
     pipeline = Pipeline(batch_size=source.batch_size, num_threads=source.workers, device_id=device_id, seed=0)
@@ -53,7 +55,7 @@ def _augmented(stored: Any, source: PeerSource) -> Any:
     if aug is None:
         return images
     if region and source.encoding == "npy":
-        how = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
+        how: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
         images = fn.random_resized_crop(images, size=[size, size], **how)
     elif region or aug.crop == "none":
         images = fn.resize(images, size=[size, size])

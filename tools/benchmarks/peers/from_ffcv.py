@@ -13,9 +13,10 @@ from tools.benchmarks.peers.source import Batches, PeerSource, endless
 
 
 def ffcv(source: PeerSource) -> Batches:
-    """uint8 [B, H, W, 3]; write_mode raw, or jpg at the same quality as ours; order RANDOM, os_cache, a worker per core, 3 batches
-    ahead (its defaults). Pad-and-crop as in its CIFAR recipe (RandomHorizontalFlip, RandomTranslate) without its Cutout; a
-    random-resized crop by RandomResizedCropRGBImageDecoder, as in its ImageNet recipe; on a GPU ToDevice(non_blocking)."""
+    """uint8 [B, H, W, 3]; write_mode raw, or jpg at the same quality as ours; order RANDOM, os_cache, a worker per
+    core, 3 batches ahead (its defaults). Pad-and-crop as in its CIFAR recipe (RandomHorizontalFlip, RandomTranslate)
+    without its Cutout; a random-resized crop by RandomResizedCropRGBImageDecoder, as in its ImageNet recipe; on a GPU
+    ToDevice(non_blocking)."""
     from ffcv.fields.decoders import IntDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToDevice, ToTensor
@@ -50,7 +51,9 @@ def _decoded(source: PeerSource) -> list[Any]:
     if aug.crop == "random-resized":
         return [RandomResizedCropRGBImageDecoder((size, size), scale=aug.scale, ratio=aug.ratio), *flip]
     if source.split.heights.max() != size:
-        raise UserError(f"FFCV has no operator that resizes {source.split.heights.max()} to {size} pixels without a crop")
+        raise UserError(
+            f"FFCV has no operator that resizes {source.split.heights.max()} to {size} pixels without a crop"
+        )
     return [SimpleRGBImageDecoder(), *flip, *([RandomTranslate(aug.padding)] if aug.crop == "pad" else [])]
 
 

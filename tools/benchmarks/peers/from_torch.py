@@ -72,15 +72,16 @@ class Hdf5Rows(torch.utils.data.Dataset):
 
 
 def torchvision_v2(source: PeerSource) -> Batches:
-    """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between epochs,
-    2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
+    """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
+    epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
     steps = [*_crop_and_flip(v2, source.aug, source.image_size), v2.PILToTensor()]
     return endless(data_loader(Pictures(source.folder, v2.Compose(steps)), source, source.workers), source.device)
 
 
 def homework(source: PeerSource) -> Batches:
-    """The homework's DataLoader: float32 [B, 3, H, W], normalised on the CPU by torchvision's v1 transforms; 8 workers as its
-    config says, started anew for every epoch, pinned memory on a GPU, copies that block. Reading alone: without a transform."""
+    """The homework's DataLoader: float32 [B, 3, H, W], normalised on the CPU by torchvision's v1 transforms; 8 workers
+    as its config says, started anew for every epoch, pinned memory on a GPU, copies that block. Reading alone: without
+    a transform."""
     return _homework_batches(source)
 
 
@@ -97,7 +98,8 @@ def homework_loader(source: PeerSource) -> torch.utils.data.DataLoader:
 
 
 def homework_dataset(source: PeerSource) -> torch.utils.data.Dataset:
-    """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided by 256."""
+    """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided
+    by 256."""
     mean, std = source.stats
     after = [] if source.aug is None else [*_crop_and_flip(v1, source.aug, source.image_size), v1.Normalize(mean, std)]
     if source.split.heights.max() <= LARGEST_PICKLED_SIDE:
@@ -153,5 +155,9 @@ def _crop_and_flip(transforms: Any, aug: AugConfig | None, size: int) -> list[An
 def float_transform(source: PeerSource) -> Any:
     """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
     mean, std = source.stats
-    steps = [*_crop_and_flip(v2, source.aug, source.image_size), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    steps = [
+        *_crop_and_flip(v2, source.aug, source.image_size),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+    ]
     return v2.Compose([*steps, v2.Normalize(mean, std)])

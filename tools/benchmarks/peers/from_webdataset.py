@@ -13,8 +13,8 @@ from tools.benchmarks.peers.source import Batches, PeerSource, endless
 
 
 def webdataset(source: PeerSource) -> Batches:
-    """uint8 [B, 3, H, W]; shards and a buffer of 1,000 samples shuffled, torchvision's transforms v2 on tensors (npy) or PIL
-    images (JPEG), batched in the workers, one per core; pinned memory and non_blocking copies on a GPU."""
+    """uint8 [B, 3, H, W]; shards and a buffer of 1,000 samples shuffled, torchvision's transforms v2 on tensors (npy)
+    or PIL images (JPEG), batched in the workers, one per core; pinned memory and non_blocking copies on a GPU."""
     import webdataset as wds
 
     split = source.shards_for_workers()

@@ -1,4 +1,5 @@
-"""Other training loops on our models: same architecture, same images, same batch size, their loader, precision and habits.
+"""Other training loops on our models: same architecture, same images, same batch size, their loader, precision and
+habits.
 
 A loop is a function (source: PeerSource, config: Config) -> endless iterator, one training step per item.
 """
@@ -29,12 +30,15 @@ def _network(source: PeerSource, config: Config) -> nn.Module:
     """The same model as ours, without our normalisation in front: these loaders give normalised floats."""
     classes = config.model.num_classes or len(source.split.classes)
     torch.manual_seed(config.seed)
-    return build_model(config.model.name, classes, image_size=source.image_size, drop_rate=config.model.drop_rate).train()
+    return build_model(
+        config.model.name, classes, image_size=source.image_size, drop_rate=config.model.drop_rate
+    ).train()
 
 
 def homework(source: PeerSource, config: Config) -> Iterator[float]:
-    """The homework's main.py: its DataLoader (8 workers, pinned memory on a GPU), images and labels copied to the device, float32,
-    NCHW, AdamW with torch's defaults, loss.item() and the number of correct answers read back after every step."""
+    """The homework's main.py: its DataLoader (8 workers, pinned memory on a GPU), images and labels copied to the
+    device, float32, NCHW, AdamW with torch's defaults, loss.item() and the number of correct answers read back after
+    every step."""
     device = torch.device(source.device)
     network = _network(source, config).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
@@ -55,9 +59,9 @@ def homework(source: PeerSource, config: Config) -> Iterator[float]:
 
 
 def torchvision_reference(source: PeerSource, config: Config) -> Iterator[float]:
-    """torchvision's references/classification: transforms v2 on PIL images, DataLoader with a worker per core and pinned memory,
-    non_blocking copies, SGD with momentum, NCHW, cudnn.benchmark; on a GPU --amp (float16 with a GradScaler); loss.item() and
-    accuracy read back after every step by its metric logger."""
+    """torchvision's references/classification: transforms v2 on PIL images, DataLoader with a worker per core and
+    pinned memory, non_blocking copies, SGD with momentum, NCHW, cudnn.benchmark; on a GPU --amp (float16 with a
+    GradScaler); loss.item() and accuracy read back after every step by its metric logger."""
     device = torch.device(source.device)
     torch.backends.cudnn.benchmark = True
     network = _network(source, config).to(device)
@@ -81,9 +85,10 @@ def torchvision_reference(source: PeerSource, config: Config) -> Iterator[float]
 
 
 def timm(source: PeerSource, config: Config) -> Iterator[torch.Tensor]:
-    """timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem on a GPU (channels_last, float32 on a CPU): create_loader
-    with its prefetcher, which collates uint8 and normalises on the device, a worker per core, kept between epochs;
-    create_optimizer_v2 with its default sgd; the loss read back every 50 steps; no torch.compile, timm's default.
+    """timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem on a GPU (channels_last, float32 on a CPU):
+    create_loader with its prefetcher, which collates uint8 and normalises on the device, a worker per core, kept
+    between epochs; create_optimizer_v2 with its default sgd; the loss read back every 50 steps; no torch.compile,
+    timm's default.
 
     timm crops from padded images by no option of its loader: there, and without a crop, it resizes and flips only."""
     from timm.data import create_loader  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from tools.benchmarks.datasets import QUALITY, SPLIT, remake
 Batches = Iterator[tuple[Any, Any]]
 
 
+@lru_cache(maxsize=2)
+def _opened(folder: Path) -> Split:
+    """Kept outside of PeerSource, which is sent to other processes, as a map of files must not be."""
+    return open_split(folder, SPLIT)
+
+
 @dataclass(frozen=True)
 class PeerSource:
     """aug None: reading alone, without any work on the pixels but decoding."""
@@ -32,9 +38,9 @@ class PeerSource:
     aug: AugConfig | None = None
     device: str = "cpu"
 
-    @cached_property
+    @property
     def split(self) -> Split:
-        return open_split(self.folder, SPLIT)
+        return _opened(self.folder)
 
     @property
     def encoding(self) -> str:
