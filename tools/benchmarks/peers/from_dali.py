@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
@@ -36,7 +37,13 @@ def dali(source: PeerSource) -> Batches:
     )
     while True:
         for batch in iterator:
-            yield batch[0]["images"], batch[0]["labels"]
+            yield batch[0]["images"], _numbers(batch[0]["labels"])
+
+
+def _numbers(digits: torch.Tensor) -> torch.Tensor:
+    """ASCII digits uint8 [B, digits] -> int64 [B]; DALI reads .cls members as bytes."""
+    places = 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)
+    return ((digits.long() - ord("0")) * places).sum(1)
 
 
 def _augmented(stored: Any, source: PeerSource) -> Any:
