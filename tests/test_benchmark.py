@@ -12,9 +12,12 @@ from pathlib import Path
 
 import benchmark_fixtures as fixtures
 import pytest
+import torch
 
+from configs.load import load_config
+from configs.schema import Config
 from tools import convert
-from tools.benchmarks import suite
+from tools.benchmarks import ours, suite
 from tools.benchmarks.groups import Group
 from tools.benchmarks.turns import Contestant, measure
 
@@ -113,6 +116,45 @@ def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_pat
     assert failed["rows"][0]["error"] == "OSError: no space left"
     (late,) = suite.run_part("late", broken, {}, suite.Settings(tmp_path, deadline=time.monotonic() - 1))
     assert "the time of the whole run was over" in late["rows"][0]["error"]
+
+
+def test_every_part_of_the_run_on_a_gpu_can_be_made(digits: Path, tmp_path: Path) -> None:
+    """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
+    settings = suite.Settings(tmp_path, small=digits, medium=tmp_path / "missing", samples=64)
+    titles = []
+    for name, make in suite.gpu_parts(settings):
+        for group in make():
+            titles.append(group.title)
+            assert len(group.contestants) == len(group.rows) >= 1, name
+            assert len({contestant.name for contestant in group.contestants}) == len(group.contestants), name
+    wanted = ("ResNet-50 224x224", "ResNet-18 224x224", "ResNet-50 96x96", "ResNet-18 96x96", "ResNet-18 32x32",
+              "LeNet 32x32", "AlexNet 70x70", "32x32 raw and JPEG", "96x96 raw and JPEG", "224x224 raw and JPEG")  # fmt: skip
+    for title in wanted:
+        assert any(title in found for found in titles), title
+
+
+def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {16: 100.0, 32: 180.0, 64: 170.0}
+
+    def rate(config: Config, device: torch.device) -> float:
+        if config.data.batch_size not in rates:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return rates[config.data.batch_size]
+
+    monkeypatch.setattr(ours, "RAMP", (16, 32, 64, 128))
+    monkeypatch.setattr(ours, "_resident_rate", rate)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
+    variants = {"host": {"placement": "host"}, "device": {"placement": "device"}}
+    with ours.training(config, variants, ramp=True) as streams:
+        assert set(streams) == {"resident batch", "host", "device"}
+        for stream in streams.values():
+            next(stream.batches)
+            assert stream.units == 32
+        assert streams["resident batch"].facts()["ramp"] == {"16": 100.0, "32": 180.0, "64": 170.0}
+    del rates[32], rates[64]  # the second size does not fit
+    with ours.training(config, {}, ramp=True) as streams:
+        assert streams["resident batch"].units == 16
 
 
 def test_after_the_deadline_nothing_new_is_started() -> None:

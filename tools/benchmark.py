@@ -28,7 +28,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from pipelines.shards import open_split
 from tools import report
-from tools.benchmarks import groups, limits, peers, results, scale, suite
+from tools.benchmarks import datasets, groups, limits, peers, results, scale, suite
 from tools.benchmarks.turns import Contestant, measure
 from train.dist import Ranks
 
@@ -121,6 +121,11 @@ def _make(path: Path | None, make: Any) -> None:
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
+    for given in (arguments.small, arguments.medium):
+        if given is not None and open_split(given, datasets.SPLIT).encoding != "npy":
+            raise UserError(
+                f"{given} stores JPEG, but the other encodings are made of raw pixels; give an npy data set"
+            )
     limits.check_scratch(scratch, (12 if on_gpu else 3) * 2**30)
     minutes = arguments.minutes or (9.0 if on_gpu else None)
     names = ("small", "medium", "source", "seconds", "rounds", "workers", "speedruns", "samples")

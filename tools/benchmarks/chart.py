@@ -56,7 +56,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row["ours"] else "normal")
     for position, row in enumerate(rows):
-        text = f" {row['images_per_s']:,.0f}" + (f"  (ours ×{row['ratio']:.3g})" if "ratio" in row else "")
+        text = f" {row['images_per_s']:,.0f}" + (f"  (ours: {row['ratio']:.3g}x)" if "ratio" in row else "")
         axes.text(row["highest"], position, text, va="center", fontsize=8)
     if is_log:
         low, high = 10 ** _power_of_ten(min(rates)), max(row["highest"] for row in rows)

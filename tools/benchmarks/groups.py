@@ -13,7 +13,7 @@ from tools.benchmarks import limits, ours, peers
 from tools.benchmarks.datasets import SPLIT
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.peers import PeerSource, loops
-from tools.benchmarks.results import Row, add_bound, add_ratios, row
+from tools.benchmarks.results import Row, add_bound, add_ratios, failed, row
 from tools.benchmarks.turns import Contestant, Outcome, measure
 
 OURS = "Model Zhu"
@@ -39,7 +39,10 @@ class Group:
     def entry(self, outcomes: list[Outcome], found: Limits) -> dict[str, Any]:
         facts = {c.name: f for c, f in zip(self.contestants, self.rows, strict=True)}
         rows = [row(outcome, **facts[outcome.contestant]) for outcome in outcomes]
-        self.finish(rows, found)
+        try:
+            self.finish(rows, found)
+        except Exception as error:  # figures without their bounds are better than none
+            rows.append(failed("bounds", f"{type(error).__name__}: {error}"))
         return {"title": self.title, "stage": self.stage, **self.facts, "rows": rows}
 
 
@@ -158,7 +161,9 @@ def training(
             each["training_gflop"] = round(flops / 1e9, 4)
         add_ratios(end_to_end)
 
-    return Group(title, "training", contestants, facts, {"image_size": size, "model": config.model.name}, finish)
+    return Group(
+        f"training {title}", "training", contestants, facts, {"image_size": size, "model": config.model.name}, finish
+    )
 
 
 def _what_binds(each: Row, resident: bool) -> str:

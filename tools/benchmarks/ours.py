@@ -25,7 +25,8 @@ from train.throughput import endless
 
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
-RAMP = (128, 256, 512, 1024, 2048)  # batch sizes tried, as long as the rate grows
+RAMP = (256, 512, 1024, 2048)  # batch sizes tried, as long as the rate grows
+RAMP_S = 120.0  # no further size is begun after that: each has to be compiled
 RAMP_STEPS = 10
 
 
@@ -105,7 +106,7 @@ def _with_batch(config: Config, batch_size: int) -> Config:
 
 def _ramp(config: Config, device: torch.device) -> Iterator[tuple[int, float]]:
     """(batch size, images/s on a resident batch) for growing batches, until one is no faster or does not fit."""
-    best = 0.0
+    best, begin = 0.0, time.monotonic()
     for size in RAMP:
         try:
             rate = _resident_rate(_with_batch(config, size), device)
@@ -117,7 +118,7 @@ def _ramp(config: Config, device: torch.device) -> Iterator[tuple[int, float]]:
                 torch.cuda.empty_cache()
             torch.compiler.reset()  # else the next size would be compiled for any size, which is slower
         yield size, rate
-        if rate < 1.02 * best:
+        if rate < 1.02 * best or time.monotonic() - begin > RAMP_S:
             break
         best = max(best, rate)
     if not best:

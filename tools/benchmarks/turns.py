@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 PATIENCE_S = 300.0  # for one contestant to build, compile and warm up
-PRELOADED = ["torch", "pipelines.build", "torchvision", "train.loop"]  # imported once for all contestants on a CPU
+# imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
+PRELOADED, PRELOADED_ON_GPU = ["torch", "torchvision", "pipelines.build", "train.loop"], ["torch", "torchvision"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,11 @@ class _Process:
         self._contestant, self._seconds = contestant, seconds
 
     def __enter__(self) -> _Process:
-        gpu = torch.cuda.is_available()  # a process forked beside CUDA could not use it
-        context = multiprocessing.get_context("spawn" if gpu else "forkserver")
-        if not gpu:
-            context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED_ON_GPU if torch.cuda.is_available() else PRELOADED)
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._contestant, self._seconds)
-        self._process = context.Process(target=_serve, args=arguments)  # type: ignore[attr-defined]
+        self._process = context.Process(target=_serve, args=arguments)
         self._process.start()
         theirs.close()
         return self
@@ -160,7 +159,8 @@ class _Process:
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+            if self._process.pid is not None:
+                os.killpg(self._process.pid, number)
 
 
 def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
