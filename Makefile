@@ -39,12 +39,13 @@ gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# needs a CUDA GPU
+# correctness on a CUDA GPU. The step comes last: a capture that is meant to fail may leave the process unable to capture
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_device_kernels.py tests/test_ddp.py tests/test_warm_up.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pipelines.kernels
 	touch $@

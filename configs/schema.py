@@ -87,15 +87,21 @@ class AugConfig(Section):
     crop: Literal["none", "pad", "random-resized"] = "none"
     """Random crop: none, a crop of the padded image (pad), or torchvision's RandomResizedCrop (random-resized)."""
     padding: int = Field(default=4, ge=0)
-    """Pixels on each side, for crop: pad."""
+    """Pixels on each side, for crop: pad; with padding_mode reflect less than the image's side."""
+    padding_mode: Literal["constant", "reflect"] = "constant"
+    """What the padding holds, for crop: pad: black, or the image mirrored at its edge pixels."""
     scale: Pair = (0.08, 1.0)
     """Smallest and largest share of the image's area, for crop: random-resized."""
     ratio: Pair = (3 / 4, 4 / 3)
     """Smallest and largest width / height, for crop: random-resized."""
     flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip; 0: none at all."""
+    flip_mode: Literal["random", "alternating"] = "random"
+    """Flips are drawn anew in every epoch, or once and then turned over from epoch to epoch (arXiv:2404.00498)."""
     color_jitter: ColorJitterConfig = ColorJitterConfig()
     """One number (brightness, contrast and saturation) or the section."""
+    cutout: int = Field(default=0, ge=0)
+    """Side in pixels of a square inside the image that is painted in the data set's mean colour; 0: off."""
 
     @field_validator("color_jitter", mode="before")
     @classmethod
@@ -125,18 +131,34 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """Optimizer; muon: for the filters of convolutions, and sgd with Nesterov momentum for all else."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Weight decay: decoupled from the gradient for adamw, added to it for sgd."""
+    """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step takes away train.lr times
+    this share, also from parameters with a learning rate of their own."""
+    decay_biases: bool = False
+    """Whether weight decay holds for biases and norms too."""
     betas: Pair = (0.9, 0.999)
     """Decay of the running means of gradient and squared gradient, for adamw."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator, for adamw."""
     nesterov: bool = True
-    """Nesterov momentum, for sgd."""
+    """Nesterov momentum, for sgd and muon's filters."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum, for sgd."""
+    """Momentum, for sgd and muon's filters."""
+    sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of what muon leaves to sgd."""
+    newton_schulz_steps: int = Field(default=5, ge=1)
+    """Iterations that make an update orthogonal, for muon."""
+    normalize_filters: bool = False
+    """Whether muon scales a convolution's weight to the norm sqrt(filters) before each update, which suits networks
+    with a norm after every convolution; weight decay then leaves the filters out."""
+    norm_bias_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the biases of norms; null: train.lr."""
+    bias_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of all other biases; null: train.lr."""
+    linear_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the weights of linear layers; null: train.lr."""
 
     @field_validator("betas")
     @classmethod
@@ -148,9 +170,29 @@ class OptimizerConfig(Section):
     @field_validator("momentum")
     @classmethod
     def _nesterov_needs_momentum(cls, momentum: float, info: ValidationInfo) -> float:
-        if momentum == 0 and info.data.get("name") == "sgd" and info.data.get("nesterov"):
-            raise ValueError("must be above 0 with nesterov=true; set nesterov to false for plain sgd")
+        if momentum == 0 and info.data.get("name") != "adamw" and info.data.get("nesterov"):
+            raise ValueError("must be above 0 with nesterov=true; set nesterov to false to do without momentum")
         return momentum
+
+
+class LookaheadConfig(Section):
+    """A slow copy of the weights that follows the trained ones and is put back in their place (arXiv:1907.08610)."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Updates between two meetings of both; null: off."""
+    decay: float = Field(default=0.75, ge=0, lt=1)
+    """Share of the slow copy that a meeting keeps, at the end of training; it grows with the cube of the progress."""
+
+
+class ProxyConfig(Section):
+    """A small network that trains beside the model and chooses the samples with the highest loss for it."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Name as in model.name; null: off, every sample is trained on."""
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """Share of each batch that is chosen."""
+    every_steps: int = Field(default=4, ge=1)
+    """Steps between two updates of the small network, which learns from what it chooses."""
 
 
 class TrainConfig(Section):
@@ -159,15 +201,23 @@ class TrainConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, at the global batch; it is not rescaled when the batch size or the world size changes."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of schedule cosine; at most lr."""
+    """Learning rate at the end of schedules cosine and linear; at most lr."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs, also fractions, of linear warm-up from warmup_lr to lr; at most epochs."""
     warmup_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the start of the warm-up; at most lr."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; linear with a warm-up is the triangular schedule."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and its settings."""
+    lookahead: LookaheadConfig = LookaheadConfig()
+    """Lookahead."""
+    proxy: ProxyConfig = ProxyConfig()
+    """Choice of the hard samples of each batch."""
+    whiten_bias_epochs: int | None = Field(default=None, ge=0)
+    """Epochs in which the bias of a whitening first layer is trained; null: all."""
+    whiten_bias_anneal: bool = False
+    """Whether its learning rate falls linearly to 0 over these epochs, instead of following schedule."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability spread evenly over all classes, in training."""
     accumulation_steps: int = Field(default=1, ge=1)
@@ -178,10 +228,14 @@ class TrainConfig(Section):
     """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """Mode of torch.compile; auto: chosen by the device."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole step as one CUDA graph; auto: on one GPU, unless fp16 or compile=reduce-overhead forbid it."""
     channels_last: bool = True
     """Memory format NHWC, which convolutions on tensor cores want."""
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null: every five minutes. One is also written at the end of every epoch."""
+    """Steps between checkpoints; null: every five minutes. One is also written at the end of an epoch."""
+    save_every_epochs: int = Field(default=1, ge=1)
+    """Epochs between the checkpoints at their ends; the last epoch always ends with one."""
     eval_every_epochs: int = Field(default=1, ge=1)
     """Epochs between evaluations."""
 
@@ -199,6 +253,9 @@ class EvalConfig(Section):
     """Samples per rank and forward pass; null: data.batch_size."""
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the shorter side that the centre crop keeps: it is resized to round(image_size / crop_fraction)."""
+    tta: Literal["none", "flip", "flip-translate"] = "none"
+    """Test-time augmentation: logits are means over the image and its mirror image (flip), and also over both shifted
+    by a pixel up-left and down-right, which weigh half in all (flip-translate)."""
 
 
 class WandbConfig(Section):

@@ -18,10 +18,11 @@ from models.image_size import check_image_size
 from models.lenet import LeNet
 from models.normalize import Normalize, PixelClassifier
 from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
 
-__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "available", "build_model"]
+__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available", "build_model"]
 
-MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet]] = {
+MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "lenet": LeNet,
     "alexnet": AlexNet,
     "resnet18": resnet18,
@@ -29,6 +30,10 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet]] = {
     "resnet50": resnet50,
     "resnet101": resnet101,
     "resnet152": resnet152,
+    "speedrun94": speedrun94,
+    "speedrun95": speedrun95,
+    "speedrun96": speedrun96,
+    "speedrun96_proxy": speedrun96_proxy,
 }
 
 

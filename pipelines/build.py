@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 
@@ -13,16 +15,27 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines import draws, graph, order
-from pipelines.gather import DevicePixels, HostPixels, MappedFiles, Source, load_resident, resident_fits
-from pipelines.loader import HANDED_OUT, IN_FLIGHT, Buffering, Loader, Plan, Work
+from pipelines import cpu_graph, draws, graph, order
+from pipelines.background import Buffering, Plan
+from pipelines.gather import (
+    AugmentedDevicePixels,
+    DevicePixels,
+    HostJpegs,
+    HostPixels,
+    MappedFiles,
+    Slots,
+    Source,
+    load_resident,
+    resident_fits,
+)
+from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.runner import GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split, open_split
 
-MAX_GATHERERS = 2  # more than two threads wait for memory, not for each other
-MAX_BURST = 2  # batches that pass between threads at once where they are small …
-HANDOVER_BYTES = 2**23  # … up to so many bytes
+MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
+MAX_GROUP = 8  # batches gathered at once where they are small …
+GROUP_BYTES = 2**24  # … up to so many bytes
 
 
 def build_train_loader(
@@ -54,6 +67,14 @@ def build_train_loader(
             f"use at most {most}"
         )
 
+    if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
+        raise UserError(
+            f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
+            f"use at most {size - 1}"
+        )
+    if aug.cutout > size:
+        raise UserError(f"aug.cutout={aug.cutout} exceeds images of {size} pixels; use at most {size}")
+
     lock = Lock()
     windowed = data.order == "sequential-window"
     read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
@@ -68,20 +89,27 @@ def build_train_loader(
         with lock:  # asked for by several threads at once, computed once
             return order_of(epoch)
 
-    def schedule(epoch: int, step: int) -> Work:
-        indices = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
+    def indices(epoch: int, step: int) -> np.ndarray:
+        batch = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
         if read_ahead is not None:
-            read_ahead(epoch, indices)
-        return Work(indices, _train_draws(aug, split, indices, seed, epoch))
+            read_ahead(epoch, batch)
+        return batch
 
-    untouched = _is_stored_at(split, size) and aug.crop == "none" and aug.flip == 0 and not graph.jitters(aug)
-
-    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    plan = Plan(steps * data.batch_size, data.batch_size, schedule, epoch_order)
-    build = None if untouched else build_graph
-    return _build(split, data, plan, size, where, build, local_world_size or world_size)
+    on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
+    stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
+    needs_dali = graph.jitters(aug) or aug.cutout > 0
+    reflects = aug.padding_mode == "reflect"
+    graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
+    by_dali = _by_dali(split, data, where, graphs)
+
+    def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        return _train_draws(aug, split, samples, seed, epoch, size, by_dali)
+
+    plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
+    return _build(split, data, plan, size, where, graphs, local_world_size or world_size)
 
 
 def build_eval_loader(
@@ -105,57 +133,87 @@ def build_eval_loader(
     batch_size = evaluation.batch_size or data.batch_size
     start, stop = order.eval_range(len(opened), rank, world_size)
 
-    def schedule(epoch: int, step: int) -> Work:
+    def indices(epoch: int, step: int) -> np.ndarray:
         begin = start + step * batch_size
-        return Work(np.arange(begin, min(begin + batch_size, stop)), {})
+        return np.arange(begin, min(begin + batch_size, stop))
 
-    def build_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
-    untouched = _is_stored_at(opened, size) and round(size / evaluation.crop_fraction) == size
-    plan = Plan(stop - start, batch_size, schedule, repeats=True)
-    return _build(opened, data, plan, size, where, None if untouched else build_graph, local_world_size or world_size)
+    plan = Plan(stop - start, batch_size, indices, repeats=True)
+    on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
+    return _build(opened, data, plan, size, where, Graphs(dali_graph, on_cpu), local_world_size or world_size)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
+
+    dali: Callable[[graph.Stored, graph.Machine], Pipeline]
+    cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
+    needs_dali: bool = False  # for operators that only DALI has
+    crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
+    reflects: bool = False  # what crops show outside of the image
+
+
+def _by_dali(split: Split, data: DataConfig, device: torch.device, graphs: Graphs) -> bool:
+    """Whether DALI runs: on a GPU, but for what one launch or copy can do, and for operators that only DALI has."""
+    if graphs.needs_dali or device.type != "cuda":
+        return graphs.needs_dali
+    if split.encoding == "npy" and graphs.cpu is None:
+        return False
+    return not (graphs.crops_and_flips and _placed_on_device(data, split, device))
 
 
 def _build(
-    split: Split,
-    data: DataConfig,
-    plan: Plan,
-    size: int,
-    device: torch.device,
-    build_graph: Callable[[graph.Stored, graph.Machine], Pipeline] | None,
-    ranks: int,
+    split: Split, data: DataConfig, plan: Plan, size: int, device: torch.device, graphs: Graphs, ranks: int
 ) -> Loader:
-    """The loader of a plan; build_graph None: stored pixels are handed over as they are."""
+    """The loader of a plan."""
     on_gpu = device.type == "cuda"
     resident = _placed_on_device(data, split, device)
+    raw = split.encoding == "npy"
+    untouched = raw and graphs.cpu is None and not graphs.needs_dali
+    by_dali = _by_dali(split, data, device, graphs)
+    threads = data.threads or default_threads(ranks)
     shape = split.image_shape or (0, 0, 0)
-    buffering = _buffering(
-        data, plan.batch_size, shape, ranks, gathers=split.encoding == "npy" and not (resident and on_gpu)
-    )
+    given = shape if by_dali or untouched else (size, size, 3)  # of the images that are gathered
+    if by_dali and not raw:
+        gatherers = 1  # which lists where the encoded images lie
+    elif resident and on_gpu:
+        gatherers = 1
+    else:
+        gatherers = min(MAX_COPIERS, threads) if by_dali or untouched else threads
+    buffering = _buffering(data, plan.batch_size * math.prod(given), gatherers)
+    slot_size = plan.batch_size * buffering.group
     stream = torch.cuda.Stream(device) if on_gpu else None
     source: Source
-    if split.encoding != "npy":
-        source = MappedFiles(split)
-    elif resident and on_gpu:
+    if raw and resident and on_gpu:
         with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-            source = DevicePixels(load_resident(split, device), shape, plan.batch_size, buffering.slots)
+            pixels = load_resident(split, device)
+            if by_dali or untouched:
+                source = DevicePixels(pixels, shape, slot_size, buffering.slots)
+            else:
+                source = AugmentedDevicePixels(pixels, shape, size, slot_size, buffering.slots, graphs.reflects)
+    elif raw or not by_dali:
+        handed_out = not by_dali and not on_gpu
+        slots = Slots(buffering.slots, slot_size, given, pinned=on_gpu, handed_out=handed_out)
+        done = None if by_dali else graphs.cpu
+        if not raw:
+            source = HostJpegs(split, slots, done)
+        elif resident:
+            content = load_resident(split, device).numpy().reshape(-1)
+            source = HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
+        else:
+            source = HostPixels(split.content, split.pixel_begins(), shape, slots, done)
     else:
-        rows: np.ndarray | None
-        view, rows = split.pixel_rows()
-        pixels = torch.from_numpy(view)
-        if resident:
-            pixels, rows = load_resident(split, device), None
-        handed_out = build_graph is None and not on_gpu
-        source = HostPixels(pixels, rows, shape, plan.batch_size, buffering.slots, pinned=on_gpu, handed_out=handed_out)
+        source = MappedFiles(split)
     runner: Runner
-    if build_graph is None:
-        runner = PlainRunner(device, stream)
-    else:
-        stored = graph.Stored(split.encoding, split.image_shape, resident)
-        threads = data.threads or default_threads(ranks)
+    if by_dali:
+        stored = graph.Stored(split.encoding, split.image_shape, resident, tuple(split.dataset["mean"]))
         machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
-        runner = GraphRunner(build_graph(stored, machine), device, stream)
+        runner = GraphRunner(graphs.dali(stored, machine), device, stream)
+    else:
+        runner = PlainRunner(device, stream)
     return Loader(
         plan,
         source,
@@ -168,21 +226,19 @@ def _build(
     )
 
 
-def _buffering(
-    data: DataConfig, batch_size: int, shape: tuple[int, int, int], ranks: int, *, gathers: bool
-) -> Buffering:
-    """gathers: the threads copy pixels in host memory, which two do faster than one."""
-    threads = min(MAX_GATHERERS, default_threads(ranks)) if gathers else 1
-    batch_bytes = batch_size * int(np.prod(shape))
-    burst = max(1, min(MAX_BURST, HANDOVER_BYTES // batch_bytes)) if batch_bytes else 1
-    ahead = max(data.prefetch, IN_FLIGHT + HANDED_OUT)
-    return Buffering((-(-ahead // threads) + 2 * burst) * threads, threads, burst)
+def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
+    group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
+    groups = -(-max(data.prefetch, IN_FLIGHT + HANDED_OUT) // group) + 1  # the consumer's, and those that are ready
+    return Buffering((-(-groups // threads) + 2) * threads, threads, group)
 
 
-def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int) -> dict[str, np.ndarray]:
-    """The inputs of `graph.train_graph` for these samples; pipelines.draws says what each means."""
+def _train_draws(
+    aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int, size: int, by_dali: bool
+) -> dict[str, np.ndarray]:
+    """The inputs of the graph for these samples; pipelines.draws says what each means."""
     feeds: dict[str, np.ndarray] = {}
-    flips = draws.flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
+    draw_flips = draws.alternating_flips if aug.flip_mode == "alternating" else draws.flips
+    flips = draw_flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
     if aug.crop == "random-resized":
         heights, widths = split.heights[indices], split.widths[indices]
         boxes = draws.random_resized_crops(indices, seed, epoch, heights, widths, aug.scale, aug.ratio)
@@ -193,7 +249,9 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
         feeds |= {"crop_start": start, "crop_end": end}
     else:
         if aug.crop == "pad":
-            feeds["offset"] = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            offsets = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
+            shifts = by_dali and aug.padding_mode == "reflect"
+            feeds |= {"shift": graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
         if flips is not None:
             feeds["flip"] = flips
     if graph.jitters(aug):
@@ -202,6 +260,8 @@ def _train_draws(aug: AugConfig, split: Split, indices: np.ndarray, seed: int, e
             indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
         )
         feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
+    if aug.cutout > 0:
+        feeds["cutout"] = draws.cutout_corners(indices, seed, epoch, size, aug.cutout).astype(np.float32)
     return feeds
 
 
@@ -227,11 +287,6 @@ def _image_size(data: DataConfig, split: Split) -> int:
         stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
         raise UserError(f"data.image_size is not set, but {data.path} stores {stored}; set it to the side to train at")
     return shape[0]
-
-
-def _is_stored_at(split: Split, size: int) -> bool:
-    """Whether the stored pixels are what a graph without augmentation would give."""
-    return split.encoding == "npy" and split.image_shape == (size, size, 3)
 
 
 def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ batch, the rank, the number of workers or what was drawn before. Knows no images
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
     return values
 
 
+@lru_cache(maxsize=64)  # asked for in every batch: three hashes of one number each take longer than those of 512
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
     """The 64-bit key of one stream of draws; each purpose has its own, so adding one never changes another."""
     key = np.uint64(0)
@@ -45,10 +47,25 @@ def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.
     return (uniform(samples, seed, epoch, "flip", 1)[:, 0] < probability).astype(np.int32)
 
 
+def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
+    """Whether each sample is mirrored: drawn once per sample, the opposite in every other epoch: int32 [B] of 0 and 1.
+
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498: two epochs in a row show both
+    an image and its mirror image.
+    """
+    return flips(samples, seed, 0, probability) ^ np.int32(epoch % 2)
+
+
 def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -> np.ndarray:
     """Top-left corners (y, x) of crops from images padded on all sides: int32 [B, 2] in -padding..padding."""
     drawn = uniform(samples, seed, epoch, "pad-crop", 2)
     return (np.floor(drawn * (2 * padding + 1)) - padding).astype(np.int32)
+
+
+def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout: int) -> np.ndarray:
+    """Top-left corners (y, x) of squares of side `cutout` inside images of side `size`: int32 [B, 2]."""
+    drawn = uniform(samples, seed, epoch, "cutout", 2)
+    return np.floor(drawn * (size - cutout + 1)).astype(np.int32)
 
 
 def random_resized_crops(

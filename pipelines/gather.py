@@ -7,16 +7,24 @@ faults than the copy itself. `fill` runs in the loader's background thread.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import sys
+from collections import deque
 from contextlib import suppress
+from itertools import pairwise
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 
-from pipelines.shards import Split
+from configs.errors import UserError
+from pipelines import kernels
+from pipelines.cpu_graph import CpuGraph, Images
+from pipelines.shards import RECONVERT, Split
 
 HUGE_PAGE = 2**21
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
@@ -25,7 +33,7 @@ RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which r
 class Source(Protocol):
     """Fills a slot with the samples of a batch."""
 
-    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor | list[np.ndarray]:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
         """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot."""
         ...
 
@@ -34,53 +42,157 @@ class Source(Protocol):
         ...
 
 
-class HostPixels:
-    """Rows of pixels in host memory (the map of all npy shards): a batch is one index_select.
+class Slots:
+    """Buffers in host memory: uint8 [batch_size, H, W, 3] each.
 
-    pixels: uint8 [rows, H * W * 3]; rows: the row of each sample, None where they are equal; shape: (H, W, 3).
-    pinned: slots that a GPU can copy from. handed_out: batches go to the user as they are, so a slot that the user
-    still holds is replaced instead of overwritten.
+    pinned: a GPU can copy from them. handed_out: batches go to the user as they are, so a slot that the user still
+    holds is replaced instead of overwritten, by one that was replaced earlier and is free again, or a new one.
     """
 
     def __init__(
         self,
-        pixels: torch.Tensor,
-        rows: np.ndarray | None,
-        shape: tuple[int, int, int],
+        count: int,
         batch_size: int,
-        slots: int,
+        shape: tuple[int, int, int],
         *,
         pinned: bool = False,
         handed_out: bool = False,
     ) -> None:
-        self._pixels, self._rows, self._shape = pixels, rows, shape
-        self._batch_size, self._pinned, self._handed_out = batch_size, pinned, handed_out
-        self._slots = [self._new_slot() for _ in range(slots)]
-        self._references_when_idle = self._references(0)
+        self.batch_size = batch_size
+        self._shape, self._pinned, self._handed_out = (batch_size, *shape), pinned, handed_out
+        self._slots = [self._new() for _ in range(count)]
+        self._replaced: list[np.ndarray] = []
+        self._lock = Lock()
+        self._references_when_idle = self._references(self._slots, 0)
 
-    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W, 3]"""
-        if self._handed_out and self._references(slot) > self._references_when_idle:
-            self._slots[slot] = self._new_slot()
-        out = torch.from_numpy(self._slots[slot])[: len(indices)]
-        rows = indices if self._rows is None else self._rows[indices]
-        torch.index_select(self._pixels, 0, torch.from_numpy(rows), out=out)
-        return out.view(len(indices), *self._shape)
+    def __call__(self, slot: int, size: int) -> np.ndarray:
+        """uint8 [size, H, W, 3], to be written."""
+        if self._handed_out and self._references(self._slots, slot) > self._references_when_idle:
+            with self._lock:
+                replaced = range(len(self._replaced))
+                free = [i for i in replaced if self._references(self._replaced, i) <= self._references_when_idle]
+                other = self._replaced.pop(free[0]) if free else self._new()
+                self._replaced = [*self._replaced, self._slots[slot]][-len(self._slots) :]
+                self._slots[slot] = other
+        return self._slots[slot][:size]
 
-    def _references(self, slot: int) -> int:
+    def _references(self, arrays: list[np.ndarray], number: int) -> int:
         """Every tensor that shares a slot's memory keeps a reference to its NumPy array."""
-        return sys.getrefcount(self._slots[slot])
+        return sys.getrefcount(arrays[number])
+
+    def _new(self) -> np.ndarray:
+        if self._pinned:
+            return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
+        slot = _on_huge_pages(*self._shape)
+        slot.fill(0)  # touched now, so that no batch pays for the page faults
+        return slot
+
+
+class HostPixels:
+    """Raw images in host memory: resident, or the map of all npy shards. A batch is one call of a kernel.
+
+    content: uint8 [bytes]; begins: int64 [samples], where each sample's pixels start; graph: what is done to them on
+    the way, None: they are copied.
+    """
+
+    def __init__(
+        self,
+        content: np.ndarray,
+        begins: np.ndarray,
+        shape: tuple[int, int, int],
+        slots: Slots,
+        graph: CpuGraph | None = None,
+    ) -> None:
+        self._content, self._begins, self._slots, self._graph = content, begins, slots, graph
+        self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+        """uint8 [B, H, W, 3]"""
+        count = len(indices)
+        out = self._slots(slot, count)
+        if self._graph is None:
+            kernels.copy(self._content, self._begins[indices], out)
+        else:
+            sides = self._heights[:count], self._widths[:count]
+            self._graph(Images(self._content, self._begins[indices], *sides), draws, out)
+        return torch.from_numpy(out)
 
     def defects(self, indices: np.ndarray) -> list[str]:
         return []
 
-    def _new_slot(self) -> np.ndarray:
-        shape = (self._batch_size, self._pixels.shape[1])
-        if self._pinned:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
-        slot = _on_huge_pages(*shape)
-        slot.fill(0)  # touched now, so that no batch pays for the page faults
-        return slot
+
+class HostJpegs:
+    """jpeg shards, decoded on the CPU into memory that stays in the cache, and from there through a graph."""
+
+    CHUNK = 2**20  # bytes of decoded pixels
+
+    def __init__(self, split: Split, slots: Slots, graph: CpuGraph | None = None) -> None:
+        self._split, self._slots, self._graph = split, slots, graph
+        self._pixels = split.heights.astype(np.int64) * split.widths * 3
+        self._scratch: deque[np.ndarray] = deque()
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+        """uint8 [B, H, W, 3]"""
+        out = self._slots(slot, len(indices))
+        if self._graph is None:
+            for image, index in zip(out, indices.tolist(), strict=True):
+                self._decode(index, image.reshape(-1))
+            return torch.from_numpy(out)
+        sizes = self._pixels[indices]
+        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # samples of one piece are decoded together
+        bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
+        scratch = self._taken(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
+        for start, stop in pairwise(bounds):
+            some = indices[start:stop]
+            begins = np.cumsum(sizes[start:stop]) - sizes[start:stop]
+            for index, begin, size in zip(some.tolist(), begins.tolist(), sizes[start:stop].tolist(), strict=True):
+                self._decode(index, scratch[begin : begin + size])
+            shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
+            drawn = {name: values[start:stop] for name, values in draws.items()}
+            self._graph(Images(scratch, begins, *shapes), drawn, out[start:stop])
+        self._scratch.append(scratch)
+        return torch.from_numpy(out)
+
+    def _taken(self, size: int) -> np.ndarray:
+        """Memory of at least `size` bytes that no other thread uses."""
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = np.empty(0, np.uint8)
+        return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
+
+    def _decode(self, index: int, pixels: np.ndarray) -> None:
+        """Write one image, uint8 [H * W * 3]. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels."""
+        split = self._split
+        shape = int(split.heights[index]), int(split.widths[index]), 3
+        begin, size = int(split.address[index]), int(split.size[index])
+        content = split.content[begin : begin + size]
+        try:
+            decoded = simplejpeg.decode_jpeg(content, buffer=pixels)
+        except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
+            try:
+                with Image.open(io.BytesIO(content.tobytes())) as image:
+                    decoded = np.asarray(image.convert("RGB"))
+            except (OSError, SyntaxError, ValueError):
+                raise UserError(undecodable([split.describe(index)])) from None
+            if decoded.shape == shape:
+                pixels[:] = decoded.reshape(-1)
+        if decoded.shape != shape:
+            raise UserError(
+                f"{split.describe(index)} has {decoded.shape[0]} x {decoded.shape[1]} pixels where the index says "
+                f"{shape[0]} x {shape[1]}; {RECONVERT}"
+            )
+
+    def defects(self, indices: np.ndarray) -> list[str]:
+        return []
+
+
+def undecodable(samples: list[str]) -> str:
+    """What is wrong and how to mend it, for samples that a decoder refused."""
+    return (
+        f"{', '.join(samples)} cannot be decoded: the data set is damaged; run `tools/convert.py verify` on it and "
+        "convert the source again"
+    )
 
 
 class DevicePixels:
@@ -90,11 +202,35 @@ class DevicePixels:
         self._pixels, self._shape = pixels, shape
         self._slots = [pixels.new_empty((batch_size, pixels.shape[1])) for _ in range(slots)]
 
-    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, H, W, 3], written on the current stream."""
         out = self._slots[slot][: len(indices)]
         torch.index_select(self._pixels, 0, torch.from_numpy(indices).to(out.device), out=out)
         return out.view(len(indices), *self._shape)
+
+    def defects(self, indices: np.ndarray) -> list[str]:
+        return []
+
+
+class AugmentedDevicePixels:
+    """As DevicePixels, but cropped and mirrored on the way, in the same launch."""
+
+    def __init__(
+        self,
+        pixels: torch.Tensor,
+        shape: tuple[int, int, int],
+        size: int,
+        batch_size: int,
+        slots: int,
+        reflects: bool,
+    ) -> None:
+        from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
+
+        self._augment = DeviceAugment(pixels, shape, size, batch_size, slots, "reflect" if reflects else "black")
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+        """uint8 [B, size, size, 3], written on the current stream."""
+        return self._augment(slot, indices, draws)
 
     def defects(self, indices: np.ndarray) -> list[str]:
         return []
@@ -107,16 +243,15 @@ class MappedFiles:
         self._split = split
         self._content, self._address, self._size = split.content, split.address, split.size
 
-    def fill(self, slot: int, indices: np.ndarray) -> list[np.ndarray]:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
         """B arrays uint8 [bytes]."""
-        del slot
         begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
         return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
 
     def defects(self, indices: np.ndarray) -> list[str]:
         """Pillow decodes them one by one, which only an error that has already happened can afford."""
         names = []
-        for index, content in zip(indices.tolist(), self.fill(0, indices), strict=True):
+        for index, content in zip(indices.tolist(), self.fill(0, indices, {}), strict=True):
             try:
                 with Image.open(io.BytesIO(content.tobytes())) as image:
                     image.load()
@@ -140,13 +275,13 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     return pixels
 
 
-def _on_huge_pages(rows: int, columns: int) -> np.ndarray:
-    """uint8 [rows, columns] on pages of 2 MiB where the system has them: scattered samples miss the TLB less."""
-    memory = mmap.mmap(-1, rows * columns + HUGE_PAGE)
+def _on_huge_pages(*shape: int) -> np.ndarray:
+    """uint8 [*shape] on pages of 2 MiB where the system has them: scattered samples miss the TLB less."""
+    memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE)
     with suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
-    return np.ndarray((rows, columns), np.uint8, memory, begin)
+    return np.ndarray(shape, np.uint8, memory, begin)
 
 
 def resident_fits(split: Split, device: torch.device) -> bool:

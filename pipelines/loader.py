@@ -8,21 +8,19 @@ loader's whole state is (epoch, step). Knows no model and no process group: rank
 from __future__ import annotations
 
 import atexit
-import queue
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from pipelines.gather import Source
+from pipelines.background import Buffering, Plan, Prepared, Team
+from pipelines.gather import Source, undecodable
 from pipelines.runner import Runner, nothing_to_wait_for
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
@@ -34,47 +32,6 @@ class Batch(NamedTuple):
 
     images: torch.Tensor
     labels: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a batch is made of, before any byte is read."""
-
-    indices: np.ndarray  # int64 [B], samples of the split
-    draws: dict[str, np.ndarray]  # the graph's inputs beside images and labels, each [B, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which batches an epoch has. `schedule` and `prepare` are pure and are called in the background threads."""
-
-    samples: int  # that this rank sees in an epoch
-    batch_size: int  # of all batches but possibly the last
-    schedule: Callable[[int, int], Work]  # (epoch, step) -> the work of a batch
-    prepare: Callable[[int], object] | None = None  # (epoch): what its schedule needs once, computed ahead
-    repeats: bool = False  # every iteration is epoch 0 from its start (evaluation)
-
-    @property
-    def steps(self) -> int:
-        return -(-self.samples // self.batch_size)
-
-
-@dataclass(frozen=True)
-class Buffering:
-    """How many buffers there are, and who fills them."""
-
-    slots: int
-    threads: int  # that gather, each its own batches in turn; slots is a multiple of it
-    burst: int  # batches passed between threads at once: waking a thread can cost more than a gather
-
-
-@dataclass
-class _Prepared:
-    slot: int
-    indices: np.ndarray
-    images: Any
-    labels: np.ndarray
-    draws: dict[str, np.ndarray]
 
 
 _iterations: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
@@ -145,28 +102,24 @@ class Loader:
         if self.plan.repeats:
             self._epoch = self._step = 0
         remaining = len(self) - self._step
-        threads = self.buffering.threads
-        team = [_Gatherer(self, self._epoch, range(self._step + i, len(self), threads), i) for i in range(threads)]
-        submitted: deque[tuple[_Gatherer, int, np.ndarray]] = deque()
-        handed: deque[tuple[_Gatherer, int]] = deque()
-        following = 0
+        team = Team(self.plan, self.source, self.labels, self.buffering, self.released, epoch=self._epoch,
+                    first=self._step, stream=self.gather_stream)  # fmt: skip
+        submitted: deque[Prepared] = deque()
+        handed: deque[Prepared] = deque()
         try:
             while remaining:
                 begin = time.perf_counter()
                 while len(submitted) < min(IN_FLIGHT, remaining):
-                    gatherer = team[following % len(team)]
-                    prepared = gatherer.take(block=not submitted)
+                    prepared = team.take(block=not submitted)
                     if prepared is None:
                         break
-                    following += 1
                     self._runner.submit(prepared.images, prepared.labels, prepared.draws)
-                    submitted.append((gatherer, prepared.slot, prepared.indices))
-                gatherer, slot, indices = submitted.popleft()
-                images, labels, self.released[slot] = self._result(indices)
-                handed.append((gatherer, slot))
-                if len(handed) > HANDED_OUT:
-                    gatherer, slot = handed.popleft()
-                    gatherer.give(slot)
+                    submitted.append(prepared)
+                prepared = submitted.popleft()
+                images, labels, self.released[prepared.slot] = self._result(prepared.indices)
+                handed.append(prepared._replace(images=None))  # else the slot would seem to be held by the user
+                if len(handed) > HANDED_OUT and (oldest := handed.popleft()).is_last:
+                    team.give(oldest.slot)
                 batch = Batch(images.permute(0, 3, 1, 2), labels)
                 remaining -= 1
                 self._step += 1
@@ -177,11 +130,10 @@ class Loader:
                     self.wait_s += time.perf_counter() - begin
                 yield batch
         finally:
-            for _, slot, _ in submitted:  # batches under way when the consumer left
+            for prepared in submitted:  # batches under way when the consumer left
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
-                    *_, self.released[slot] = self._runner.result()
-            for gatherer in team:
-                gatherer.stop()
+                    *_, self.released[prepared.slot] = self._runner.result()
+            team.stop()
 
     def _result(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         """The runner's next result, or an error that names the samples which DALI could not decode, as it cannot."""
@@ -189,81 +141,5 @@ class Loader:
             return self._runner.result()
         except RuntimeError as error:
             if defects := self.source.defects(indices):
-                raise UserError(
-                    f"{', '.join(defects)} cannot be decoded: the data set is damaged; run `tools/convert.py verify` "
-                    "on it and convert the source again"
-                ) from error
+                raise UserError(undecodable(defects)) from error
             raise
-
-
-class _Gatherer(threading.Thread):
-    """Prepares some batches of one epoch ahead, as far as its share of the slots goes."""
-
-    def __init__(self, loader: Loader, epoch: int, steps: range, number: int) -> None:
-        super().__init__(name="gather", daemon=True)
-        self._loader, self._epoch, self._todo = loader, epoch, steps
-        self._burst = loader.buffering.burst
-        self._ready: queue.SimpleQueue[list[_Prepared] | BaseException] = queue.SimpleQueue()
-        self._taken: deque[_Prepared] = deque()
-        # Last in, first out: the slot used last is the one that still lies in the processor's cache. Tokens count the
-        # free slots; a None asks the thread to end.
-        share = loader.buffering.slots // loader.buffering.threads
-        self._free = [*range(number * share, (number + 1) * share)]
-        self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
-        for _ in self._free:
-            self._tokens.put(True)
-        self._started_up = threading.Event()
-        threads = torch.get_num_threads()
-        self.start()
-        self._started_up.wait()
-        torch.set_num_threads(threads)  # the gatherer lowered its own number, see `run`
-
-    def take(self, block: bool) -> _Prepared | None:
-        """The next batch; None when it is not ready and `block` is false."""
-        if not self._taken:
-            try:
-                burst = self._ready.get(block=block)
-            except queue.Empty:
-                return None
-            if isinstance(burst, BaseException):
-                raise burst
-            self._taken.extend(burst)
-        return self._taken.popleft()
-
-    def give(self, slot: int) -> None:
-        self._free.append(slot)
-        self._tokens.put(True)
-
-    def stop(self) -> None:
-        self._tokens.put(None)
-        self.join()
-
-    def run(self) -> None:
-        # One thread gathers faster than two that meet at OpenMP's barrier while training keeps the cores busy. The
-        # number belongs to the calling thread in OpenMP, but torch also keeps it for MKL: the starter sets that back.
-        torch.set_num_threads(1)
-        self._started_up.set()
-        try:
-            with torch.cuda.stream(self._loader.gather_stream):
-                self._prepare_all()
-        except BaseException as error:
-            self._ready.put(error)
-
-    def _prepare_all(self) -> None:
-        plan, source, labels = self._loader.plan, self._loader.source, self._loader.labels
-        burst: list[_Prepared] = []
-        for step in self._todo:
-            work = plan.schedule(self._epoch, step)
-            taken = np.full(len(work.indices), -1) if labels is None else labels[work.indices]
-            # The first batch goes out alone, since training waits for it.
-            if burst and (len(burst) >= self._burst or self._tokens.empty() or step == self._todo[1]):
-                self._ready.put(burst)
-                burst = []
-            if self._tokens.get() is None:
-                return
-            slot = self._free.pop()
-            self._loader.released[slot]()
-            burst.append(_Prepared(slot, work.indices, source.fill(slot, work.indices), taken, work.draws))
-        self._ready.put(burst)
-        if plan.prepare is not None:
-            plan.prepare(self._epoch + 1)  # while the consumer is busy with the last batches

@@ -1,4 +1,4 @@
-"""Which samples make up batch `step` of `epoch` for `rank` of `world_size`: pure functions of integers, plain NumPy.
+"""Which samples make up batch `step` of `epoch` for `rank` of `world_size`: pure functions of integers.
 
 Knows no images, no shards but by number, no DALI. Every rank computes the one global order and takes its positions
 from it, so that the global batch of a step is the same whatever the world size.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipelines import kernels
 from pipelines.draws import hash64, stream
 
 
@@ -19,8 +20,9 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
-    keys.sort()
-    return (keys & mask).astype(np.int64)
+    ordered = np.empty_like(keys)
+    kernels.sort_hashes(keys, ordered)
+    return (ordered & mask).astype(np.int64)
 
 
 def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: int) -> np.ndarray:

@@ -29,6 +29,7 @@ class GraphRunner:
         self._pipeline = pipeline
         self._device = device
         self._gather_stream = gather_stream
+        self._labels: deque[torch.Tensor] = deque()
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         if isinstance(images, torch.Tensor) and images.is_cuda:
@@ -38,43 +39,55 @@ class GraphRunner:
             self._pipeline.feed_input("images", batch)
         else:
             self._pipeline.feed_input("images", images)
-        self._pipeline.feed_input("labels", labels)
+        self._labels.append(torch.from_numpy(labels))
         for name, values in draws.items():
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        labels = self._labels.popleft()
         if self._device.type != "cuda":
-            images, labels = (torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs())
-            return images, labels, nothing_to_wait_for
+            (images,) = self._pipeline.outputs()
+            return torch.from_dlpack(images.as_tensor()), labels, nothing_to_wait_for
         stream = torch.cuda.current_stream(self._device)
-        outputs = self._pipeline.outputs(cuda_stream=stream)
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels, _event(stream).synchronize
+        (images,) = self._pipeline.outputs(cuda_stream=stream)
+        labels = labels.pin_memory().to(self._device, non_blocking=True)
+        return torch.from_dlpack(images.as_tensor()), labels, _event(stream).synchronize
 
 
 class PlainRunner:
-    """For a graph that would do nothing: stored pixels go to the device as they are."""
+    """For a graph that would do nothing: stored pixels go to the device as they are.
+
+    On a GPU by a stream of its own, so that a batch crosses the bus while the model works on the one before.
+    """
 
     def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
         self._device = device
         self._gather_stream = gather_stream
-        self._ready: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         del draws
-        if self._device.type == "cuda":
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._gather_stream)  # type: ignore[arg-type]
+        if self._copy_stream is None:
+            self._ready.append((images, torch.from_numpy(labels), None))
+            return
+        self._copy_stream.wait_stream(self._gather_stream)  # type: ignore[arg-type]
+        with torch.cuda.stream(self._copy_stream):
             # one copy either way: from pinned memory, or out of a slot of resident pixels
-            images = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
-        self._ready.append((images, torch.from_numpy(labels).to(self._device, non_blocking=True)))
+            on_device = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
+            labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
+        self._ready.append((on_device, labels_on_device, _event(self._copy_stream)))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        images, labels = self._ready.popleft()
-        if self._device.type != "cuda":
+        images, labels, copied = self._ready.popleft()
+        if copied is None:
             return images, labels, nothing_to_wait_for
-        return images, labels, _event(torch.cuda.current_stream(self._device)).synchronize
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for tensor in (images, labels):
+            tensor.record_stream(current)  # their memory came from the copying stream, which must not reuse it early
+        return images, labels, copied.synchronize  # the slot was read when the copy ended, however long the batch lives
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:

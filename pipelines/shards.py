@@ -85,6 +85,11 @@ class Split:
         view = np.lib.stride_tricks.as_strided(self.content[first:], (rows, pixels), (stride, 1))
         return view, (self.address - tar_layout.BLOCK) // stride
 
+    def pixel_begins(self) -> np.ndarray:
+        """Where in `content` the pixels of each sample of an npy split begin: int64 [samples]."""
+        assert self.image_shape is not None
+        return self.address + len(tar_layout.npy_header(self.image_shape))
+
     def advise(self, shards: np.ndarray, advice: int) -> None:
         """Give the kernel `advice` (mmap.MADV_WILLNEED …) on whole shards; a hint, so failures are ignored."""
         base = self.content.ctypes.data

@@ -27,7 +27,9 @@ def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
     return [
         draws.uniform(samples, seed, epoch, "any", 3),
         draws.flips(samples, seed, epoch, 0.5),
+        draws.alternating_flips(samples, seed, epoch, 0.5),
         draws.pad_crop_offsets(samples, seed, epoch, 4),
+        draws.cutout_corners(samples, seed, epoch, 32, 12),
         crops(samples, 60, 80, seed=seed, epoch=epoch),
         draws.jitter_factors(samples, seed, epoch, 0.4, 0.4, 0.4, 0.1),
     ]
@@ -125,6 +127,28 @@ def test_flips_happen_with_their_probability(probability: float) -> None:
     flips = draws.flips(np.arange(MANY), 2, 0, probability)
     assert set(flips.tolist()) <= {0, 1}
     assert abs(flips.mean() - probability) <= 4 * np.sqrt(probability * (1 - probability) / MANY)
+
+
+def test_alternating_flips_are_drawn_once_and_turn_over_in_every_epoch() -> None:
+    samples = np.arange(MANY)
+    first, second, third = (draws.alternating_flips(samples, 2, epoch, 0.5) for epoch in range(3))
+    np.testing.assert_array_equal(first, draws.flips(samples, 2, 0, 0.5))
+    np.testing.assert_array_equal(second, 1 - first)
+    np.testing.assert_array_equal(third, first)
+    assert first.dtype == np.int32
+    assert 0.45 < (first == draws.alternating_flips(samples, 3, 0, 0.5)).mean() < 0.55  # another seed, other draws
+
+
+@pytest.mark.parametrize("cutout", [1, 12, 32])
+def test_cutout_squares_lie_in_the_image_and_every_place_is_equally_likely(cutout: int) -> None:
+    corners = draws.cutout_corners(np.arange(MANY), 2, 0, 32, cutout)
+    places = 32 - cutout + 1
+    assert corners.dtype == np.int32
+    assert corners.min() == 0
+    assert corners.max() == places - 1
+    for column in corners.T:
+        counts = np.bincount(column, minlength=places)
+        assert places == 1 or stats.chisquare(counts).pvalue > 0.01
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4])

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "nvidia": ("pipelines/", "tools/benchmarks/peers/from_dali.py"),
+    "numba": ("pipelines/kernels.py", "pipelines/vector_ops.py"),
     "torch.distributed": ("train/dist.py",),
     "h5py": ("tools/",),
 }

@@ -20,12 +20,13 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, draws, graph
 from pipelines.encode import Encoding
 from pipelines.loader import Batch, Loader
 from pipelines.runner import GraphRunner
-from pipelines.shards import Split, open_split
+from pipelines.shards import Split, load_dataset, open_split
 
 CPU = torch.device("cpu")
 SEED, EPOCH = 5, 2
@@ -96,7 +97,7 @@ def pixels(split: Split) -> np.ndarray:
 
 def trained_on(loader: Loader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first batch [B, H, W, 3], the stored images that it comes from, and their sample indices."""
-    indices = loader.plan.schedule(EPOCH, 0).indices
+    indices = loader.plan.indices(EPOCH, 0)
     return nhwc(next(iter(loader))), pixels(open_split(folder, "train"))[indices], indices
 
 
@@ -151,6 +152,50 @@ def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path
         np.testing.assert_array_equal(image, crop[:, ::-1] if flip else crop)
 
 
+@pytest.mark.parametrize("padding", [0, 2, 4, 95])
+def test_reflected_padding_is_bitwise_torchs(padding: int, square: Path) -> None:
+    aug = AugConfig(crop="pad", padding=padding, padding_mode="reflect", flip=0.5, flip_mode="alternating")
+    ours, stored, indices = trained_on(train(square, aug), square)
+    offsets = draws.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
+    flips = draws.alternating_flips(indices, SEED, EPOCH, 0.5)
+    for image, source, (top, left), flip in zip(ours, stored, offsets, flips, strict=True):
+        wide = torch.from_numpy(source.copy()).permute(2, 0, 1)[None].double()
+        padded = torch.nn.functional.pad(wide, (padding,) * 4, mode="reflect")[0].permute(1, 2, 0).numpy()
+        crop = padded[top : top + 96, left : left + 96]
+        np.testing.assert_array_equal(image, crop[:, ::-1] if flip else crop)
+
+
+@pytest.mark.gpu
+def test_reflected_padding_and_cutout_are_bitwise_the_same_on_a_gpu(square: Path) -> None:
+    aug = AugConfig(crop="pad", padding=4, padding_mode="reflect", flip=0.5, flip_mode="alternating", cutout=12)
+    ours, _, _ = trained_on(train(square, aug, device="cuda"), square)
+    theirs, _, _ = trained_on(train(square, aug), square)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("aug", "message"),
+    [
+        (AugConfig(crop="pad", padding=96, padding_mode="reflect"), r"aug\.padding=96 .* use at most 95"),
+        (AugConfig(cutout=97), r"aug\.cutout=97 .* use at most 96"),
+    ],
+)
+def test_reflection_and_cutout_beyond_the_image_are_user_errors(aug: AugConfig, message: str, square: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train(square, aug)
+    train(square, AugConfig(crop="pad", padding=96))
+
+
+def test_cutout_paints_its_square_in_the_mean_colour_and_nothing_else(square: Path) -> None:
+    ours, stored, indices = trained_on(train(square, AugConfig(flip=0, cutout=20)), square)
+    mean = [round(255 * share) for share in load_dataset(square)["mean"]]
+    corners = draws.cutout_corners(indices, SEED, EPOCH, 96, 20)
+    for image, source, (top, left) in zip(ours, stored, corners, strict=True):
+        expected = source.copy()
+        expected[top : top + 20, left : left + 20] = mean
+        np.testing.assert_array_equal(image, expected)
+
+
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_flip_alone_is_exact(probability: float, square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=probability)), square)
@@ -179,7 +224,7 @@ def test_random_resized_crop_is_torchvisions(
 def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixed: Path) -> None:
     split = open_split(mixed, "train")
     loader = train(mixed, RANDOM_RESIZED, image_size=64)
-    indices = loader.plan.schedule(EPOCH, 0).indices
+    indices = loader.plan.indices(EPOCH, 0)
     ours = nhwc(next(iter(loader)))
     flips = draws.flips(indices, SEED, EPOCH, 0.5)
     boxes = drawn_crops(indices, split, RANDOM_RESIZED).tolist()

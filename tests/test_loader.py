@@ -21,7 +21,8 @@ from memory_source import MemoryRows, jpeg_file, marked_image, memory_source, ro
 from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, gather
-from pipelines.loader import Batch, Buffering, Loader, Plan, Work
+from pipelines.background import Buffering, Plan
+from pipelines.loader import Batch, Loader
 from pipelines.order import window_of_shard
 from pipelines.shards import Split, open_split
 
@@ -348,7 +349,7 @@ class Recorder:
         self.reading: set[int] = set()
         self.under_way: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
 
-    def fill(self, slot: int, indices: np.ndarray) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         assert slot not in self.reading, f"slot {slot} is overwritten while it is read"
         return torch.full((len(indices), 1, 1, 3), slot)
 
@@ -367,7 +368,7 @@ class Recorder:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(threads: int) -> None:
     recorder = Recorder()
-    plan = Plan(60, 2, lambda epoch, step: Work(np.arange(2 * step, 2 * step + 2), {}))
+    plan = Plan(60, 2, lambda epoch, step: np.arange(2 * step, 2 * step + 2))
     loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), labels=np.arange(60), image_size=1,
                     device=torch.device("cpu"))  # fmt: skip
     seen = []
@@ -413,12 +414,12 @@ def test_an_error_in_the_background_reaches_the_consumer(
 ) -> None:
     loader = train(npy_data, 50, aug)
     before = set(threading.enumerate())
-    fill, bad = loader.source.fill, loader.plan.schedule(0, failing).indices
+    fill, bad = loader.source.fill, loader.plan.indices(0, failing)
 
-    def breaking(slot: int, indices: np.ndarray) -> Any:
-        if np.array_equal(indices, bad):
+    def breaking(slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Any:
+        if np.isin(bad, indices).all():
             raise OSError("the disk is gone")
-        return fill(slot, indices)
+        return fill(slot, indices, draws)
 
     with monkeypatch.context() as patch:
         patch.setattr(loader.source, "fill", breaking)

@@ -19,6 +19,7 @@ from models import Normalize, PixelClassifier, build_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SPEEDRUNS = ("speedrun94", "speedrun95", "speedrun96", "speedrun96_proxy")
 
 
 @pytest.fixture(autouse=True)
@@ -286,13 +287,13 @@ def test_alexnet_itself_fails_below_its_smallest_size_even_without_the_check() -
 
 
 def test_available_names_are_sorted_and_each_builds() -> None:
-    assert models.available() == sorted(["lenet", "alexnet", *RESNETS])
+    assert models.available() == sorted(["lenet", "alexnet", *RESNETS, *SPEEDRUNS])
     with torch.device("meta"):
         assert all(isinstance(build_model(name, 10), nn.Module) for name in models.available())
 
 
 def test_an_unknown_name_is_an_error_with_the_allowed_names_and_the_way_to_timm() -> None:
-    with pytest.raises(UserError, match=r"'resnet8' is unknown; use one of alexnet, lenet, .*resnet50, or timm/NAME"):
+    with pytest.raises(UserError, match=r"'resnet8' is unknown; use one of alexnet, lenet, .*resnet50, .*or timm/NAME"):
         build_model("resnet8", 10)
 
 

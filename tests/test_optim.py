@@ -14,7 +14,7 @@ from torch import nn
 
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
-from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.optim import build_optimizer, learning_rate, set_learning_rate, whitening_learning_rate
 
 
 def schedule(steps_per_epoch: int, **settings: Any) -> list[float]:
@@ -65,13 +65,66 @@ def test_a_constant_schedule_stays_at_the_peak() -> None:
     assert set(schedule(5, epochs=3, lr=0.25, schedule="constant", min_lr=0.1)) == {0.25}
 
 
+@pytest.mark.parametrize("lowest", [0.0, 0.02])
+def test_linear_with_a_warmup_is_the_triangle_of_its_formula(lowest: float) -> None:
+    rates = schedule(10, epochs=5, lr=0.8, warmup_epochs=1, warmup_lr=0.16, min_lr=lowest, schedule="linear")
+    rising = [0.16 + 0.64 * (step + 1) / 10 for step in range(10)]
+    falling = [0.8 + (lowest - 0.8) * step / 40 for step in range(40)]
+    assert rates == pytest.approx(rising + falling)
+
+
+def test_a_whitening_bias_follows_the_schedule_or_falls_to_zero_in_its_own_epochs() -> None:
+    def rates(**settings: Any) -> list[float]:
+        config = TrainConfig(epochs=4, lr=0.5, schedule="linear", **settings)
+        return [whitening_learning_rate(step, 5, config) for step in range(20)]
+
+    shared = [0.5 * (1 - step / 20) for step in range(20)]
+    assert rates() == pytest.approx(shared)
+    assert rates(whiten_bias_epochs=2) == pytest.approx(shared[:10] + [0] * 10)
+    own = [0.5 * (1 - step / 10) for step in range(10)]
+    assert rates(whiten_bias_epochs=2, whiten_bias_anneal=True) == pytest.approx(own + [0] * 10)
+    assert rates(whiten_bias_epochs=0, whiten_bias_anneal=True) == [0] * 20
+
+
+SCALED: dict[str, Any] = {
+    "weight_decay": 0.3, "norm_bias_lr": 64.0, "bias_lr": 4.0, "linear_lr": 0.5, "decay_biases": True
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_biases_and_linear_layers_have_learning_rates_of_their_own_and_decay_alike(name: Any) -> None:
+    model = build_model("speedrun96_proxy", 10)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, **SCALED), lr=2.0)
+    names = {p: n for n, p in model.named_parameters()}
+    set_learning_rate(optimizer, 1.0, 0.25)  # half of the peak, and an eighth for the whitening bias
+    found: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        found |= {names[p]: group["lr"] for p in group["params"]}
+        assert group["weight_decay"] * group["lr_scale"] == pytest.approx(0.3)
+    for parameter, lr in found.items():
+        if parameter == "whitening.bias":
+            assert lr == pytest.approx(4.0 / 8)
+        elif parameter == "head.weight":
+            assert lr == pytest.approx(0.5 / 2)
+        else:
+            assert lr == pytest.approx(64.0 / 2 if parameter.endswith("bias") else 1.0)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_normalised_filters_are_not_decayed() -> None:
+    config = OptimizerConfig(name="muon", normalize_filters=True, **SCALED)
+    optimizer = build_optimizer(build_model("speedrun96_proxy", 10), config, lr=2.0)
+    decays = {bool(group["muon"]): group["weight_decay"] > 0 for group in optimizer.param_groups}
+    assert decays == {True: False, False: True}
+
+
 @given(
     epochs=st.integers(1, 20),
     steps_per_epoch=st.integers(1, 50),
     warmup=st.floats(0, 1),
     lr=st.floats(1e-6, 10),
     lowest=st.floats(0, 1),
-    kind=st.sampled_from(["cosine", "constant"]),
+    kind=st.sampled_from(["cosine", "linear", "constant"]),
 )
 def test_every_learning_rate_lies_between_the_lowest_setting_and_the_peak(
     epochs: int, steps_per_epoch: int, warmup: float, lr: float, lowest: float, kind: Any

@@ -128,7 +128,8 @@ def _speedrun(result: Any) -> str:
     """The plain numbers of a speedrun's own JSON."""
     if not isinstance(result, dict):
         return json.dumps(result)[:200]
-    plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+    plain: dict[str, Any] = {"runs": len(result["runs"])} if isinstance(result.get("runs"), list) else {}
+    plain |= {key: value for key, value in result.items() if isinstance(value, int | float)}
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
     )

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 import torch
 
 from configs.errors import UserError
-from train.loop import Training
+from train.loop import Training, train_step
 
 FORMAT = 1
 DIGEST_BYTES = 64  # sha256 in hexadecimal
+ON_DEVICE = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
 
 
 def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
@@ -26,9 +27,11 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
     content = {
         "format": FORMAT,
         "model": training.network.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
+        "optimizer": _portable(training.optimizer.state_dict()),
         "scaler": training.scaler.state_dict(),
         "sums": sums,
+        "lookahead": training.lookahead.slow if training.lookahead is not None else {},
+        "proxy": _proxy_state(training),
         **state,
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -45,6 +48,17 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _proxy_state(training: Training) -> dict[str, Any]:
+    if training.proxy is None:
+        return {}
+    proxy = training.proxy.training
+    return {
+        "model": proxy.network.state_dict(),
+        "optimizer": proxy.optimizer.state_dict(),
+        "scaler": proxy.scaler.state_dict(),
+    }
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -70,6 +84,15 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state as a run without CUDA graphs has it, so that one made on a GPU goes on on a CPU."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    for group in groups:
+        if "capturable" in group:
+            group["capturable"] = False
+    return state | {"param_groups": groups}
+
+
 def _sha256(file: BinaryIO, size: int) -> bytes:
     """Of the next `size` bytes, as text."""
     digest = hashlib.sha256()
@@ -91,10 +114,25 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path) -> 
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
     restore_weights(training, content, path)
-    training.optimizer.load_state_dict(content["optimizer"])
+    _restore_optimizer(training, content)
+    training.sums.copy_(content["sums"])
+    if training.lookahead is not None:
+        for name, slow in training.lookahead.slow.items():
+            slow.copy_(content["lookahead"][name])
+    if training.proxy is not None:
+        restore_weights(training.proxy.training, content["proxy"], path)
+        _restore_optimizer(training.proxy.training, content["proxy"])
+
+
+def _restore_optimizer(training: Training, content: dict[str, Any]) -> None:
+    optimizer = training.optimizer
+    here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(content["optimizer"])
+    for group, settings in zip(optimizer.param_groups, here, strict=True):
+        group.update(settings)
+    training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
     if content["scaler"]:  # empty where the run did without, as on a CPU
         training.scaler.load_state_dict(content["scaler"])
-    training.sums.copy_(content["sums"])
 
 
 def check_same_run(content: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
 from pipelines.shards import fingerprint, load_dataset
 from train import checkpoint, dist
+from train.clock import Clock
 from train.dist import Ranks
 from train.log import RunLog
+from train.lookahead import build_lookahead
 from train.loop import Training, build_training, evaluate, train_epoch
 from train.optim import build_optimizer
+from train.proxy import build_proxy, check_proxy
 from train.run_folder import find_run, make_folder
 from train.throughput import measure_images_per_s
+from train.warm_up import warm_up
+from train.whitening import whiten, whitening_images
 
-SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "schedule", "label_smoothing", "clip_grad_norm")
+SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "schedule", "label_smoothing", "clip_grad_norm",
+            "whiten_bias_epochs", "whiten_bias_anneal")  # fmt: skip
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
 
 
@@ -50,6 +57,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    clock = Clock()
     arguments = parse_arguments(sys.argv[1:])
     if arguments.eval and arguments.resume is None:
         raise UserError("--eval needs a checkpoint; give --resume PATH or --resume auto")
@@ -62,6 +70,7 @@ def main() -> None:
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
+    check_proxy(config.train, ranks.world_size)
 
     with dist.process_group(ranks) as device:
         where: dict[str, Any] = {
@@ -73,19 +82,7 @@ def main() -> None:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
-        torch.manual_seed(config.seed)
-        model = config.model
-        network = build_model(
-            model.name,
-            classes,
-            image_size=val_loader.image_size,
-            mean=dataset["mean"],
-            std=dataset["std"],
-            drop_rate=model.drop_rate,
-        )
-        network = to_device(network, device, config.train.channels_last)
-        optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
-        training = build_training(network, optimizer, config.train, device)
+        training = build_all(config, dataset, classes, val_loader.image_size, device)
 
         folder, source = dist.from_first_rank(lambda: find_run(config, arguments.resume))
         content = checkpoint.load(source) if source else None
@@ -93,7 +90,7 @@ def main() -> None:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
             checkpoint.restore_weights(training, content, source)
-            result = evaluate(training, val_loader, val_samples)
+            result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
                 print(f"{source}: {config.data.val_split} loss {result.loss:.4f}, top1 {result.top1:.4f}, "
                       f"top5 {result.top5:.4f} over {result.samples} samples")  # fmt: skip
@@ -110,6 +107,10 @@ def main() -> None:
 
         stream = stream_identity(config, dataset, ranks)
         progress: dict[str, Any] = {"best_top1": -1.0}
+        images = whitening_images(training, config.data)
+        if content is None:
+            clock.add(whiten(training, images))
+        del images
         if content is not None and source is not None:
             checkpoint.check_same_run(content, stream, source)
             checkpoint.restore(training, content, source)
@@ -127,7 +128,7 @@ def main() -> None:
             log.say(f"resumed from {source} at {train_loader.state}")
         log.say(describe(config, dataset, training, train_loader, ranks))
         try:
-            fit(config, training, train_loader, val_loader, val_samples, progress, stream, folder, log, ranks)
+            fit(config, training, train_loader, val_loader, val_samples, progress, stream, folder, log, ranks, clock)
         finally:
             log.finish()
 
@@ -143,6 +144,7 @@ def fit(
     folder: Path,
     log: RunLog,
     ranks: Ranks,
+    clock: Clock,
 ) -> None:
     """Epochs from where the loader stands; a checkpoint after each, and within one as train.save_every_steps says."""
     if train_loader.state["epoch"] >= config.train.epochs:
@@ -181,6 +183,9 @@ def fit(
             save("last.pt")
             saved_at = time.monotonic()
 
+    prepared_s = warm_up(training, train_loader, val_loader, config.eval.tta)
+    if training.prepares:
+        log.say(f"compiled{' and captured' if training.captures else ''} the step in {prepared_s:.1f} s")
     begin = time.monotonic()
     updates_per_epoch = len(train_loader) // accumulation
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
@@ -194,6 +199,8 @@ def fit(
             after_update(update, now)
 
         times = train_epoch(training, train_loader, seed=config.seed, rank=ranks.rank, after_update=note)
+        clock.add(times.time_s)
+        is_last = epoch + 1 == config.train.epochs
         loss, correct, seen = dist.sum_over_ranks(training.sums.clone()).tolist()
         training.sums.zero_()
         metrics = {
@@ -211,19 +218,39 @@ def fit(
             "memory_gib": peak_memory_gib(training.device),
         }
         improved = False
-        if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
-            result = evaluate(training, val_loader, val_samples)
+        if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
+            with clock if is_last else nullcontext():
+                result = evaluate(training, val_loader, val_samples, config.eval.tta)
             metrics |= {"val_loss": result.loss, "val_top1": result.top1, "val_top5": result.top5}
             improved = result.top1 > progress["best_top1"]
             progress["best_top1"] = max(progress["best_top1"], result.top1)
         log.epoch(metrics)
         if improved:
             save("best.pt")
-        save("last.pt")
-        saved_at = time.monotonic()
+        if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
+            save("last.pt")
+            saved_at = time.monotonic()
     bar.close()
     log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1 {progress['best_top1']:.4f}; "
             f"the run lies in {folder}")  # fmt: skip
+    log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
+
+
+def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size: int, device: torch.device) -> Training:
+    """The model as config.seed draws it, its optimizer, and what config.train puts beside them."""
+
+    def build(name: str, drop_rate: float | None = None) -> nn.Module:
+        mean, std = dataset["mean"], dataset["std"]
+        network = build_model(name, classes, image_size=image_size, mean=mean, std=std, drop_rate=drop_rate)
+        return to_device(network, device, config.train.channels_last)
+
+    torch.manual_seed(config.seed)
+    network = build(config.model.name, config.model.drop_rate)
+    optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
+    training = build_training(network, optimizer, config.train, device)
+    training.lookahead = build_lookahead(network, config.train.lookahead)
+    training.proxy = build_proxy(config.train, build, device)
+    return training
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:
@@ -264,7 +291,11 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
         "model.drop_rate": config.model.drop_rate,
         **{f"train.{key}": getattr(train, key) for key in SCHEDULE},
-        **{f"train.optimizer.{key}": value for key, value in train.optimizer.model_dump(mode="json").items()},
+        **{
+            f"train.{name}.{key}": value
+            for name in ("optimizer", "lookahead", "proxy")
+            for key, value in getattr(train, name).model_dump(mode="json").items()
+        },
     }
 
 

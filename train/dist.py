@@ -81,6 +81,15 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
     return parallel
 
 
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def is_data_parallel(model: nn.Module) -> bool:
+    """Whether `data_parallel` wrapped the model."""
+    return hasattr(model, "no_sync")
+
+
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)

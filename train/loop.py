@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.errors import UserError
 from configs.schema import TrainConfig
+from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.optim import learning_rate, set_learning_rate
+from train.lookahead import Lookahead
+from train.optim import learning_rate, make_capturable, set_learning_rate, whitening_learning_rate
+from train.tta import mean_logits
+
+if TYPE_CHECKING:
+    from train.proxy import Proxy
 
 COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
+COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
+
+
+LossAndCounts = Callable[[nn.Module, Batch, float], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
 class Training:
-    """What a step changes, and the functions it runs. `network` holds the weights; `forward` is it, made fast."""
+    """What a step changes, and the functions it runs. `network` holds the weights; `forward` and `infer` are it."""
 
     network: nn.Module
-    forward: nn.Module  # data-parallel, compiled
+    forward: nn.Module  # data-parallel
+    loss_and_counts: LossAndCounts  # of `forward`, compiled
     infer: nn.Module  # for evaluation: compiled, not data-parallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -34,6 +47,13 @@ class Training:
     config: TrainConfig
     device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
+    step: Callable[..., None]  # train_step, or it captured; called like it
+    compiled: Callable[[Any], Any]  # compiles a function as the settings say, or gives it back
+    prepares: bool  # there is something to compile, tune or capture before the first step
+    captures: bool  # the step shall be replayed as CUDA graphs
+    keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
+    lookahead: Lookahead | None = None
+    proxy: Proxy | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -47,18 +67,40 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
+    if mode != "off":
+        torch._dynamo.config.recompile_limit = COMPILED_MODELS
+    captures = captures_graphs(config, device, amp)
+    if captures:
+        make_capturable(optimizer, device)
+        if mode == "max-autotune":
+            mode = "max-autotune-no-cudagraphs"  # the whole step is the graph; the compiler's own cannot lie inside
     parallel = dist.data_parallel(network, device, config.accumulation_steps)
+
+    def compiled(function: Any) -> Any:
+        return function if mode == "off" else torch.compile(function, mode=mode)
+
     return Training(
         network=network,
-        forward=parallel if mode == "off" else torch.compile(parallel, mode=mode),  # type: ignore[arg-type]
-        infer=network if mode == "off" else torch.compile(network, mode=mode),  # type: ignore[arg-type]
+        forward=parallel,
+        loss_and_counts=compiled(loss_and_counts),
+        infer=compiled(network),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
         amp=amp,
         config=config,
         device=device,
         sums=torch.zeros(3, dtype=torch.float64, device=device),
+        step=train_step,
+        compiled=compiled,
+        prepares=device.type == "cuda" or mode != "off",
+        captures=captures,
+        keeps_gradients=captures and config.accumulation_steps > 1,
     )
+
+
+def trainings_of(training: Training) -> list[Training]:
+    """The training itself, and its proxy's where it has one."""
+    return [training, training.proxy.training] if training.proxy is not None else [training]
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -70,25 +112,47 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
+def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
+    """Whether the step is replayed as CUDA graphs. Raises UserError where train.cuda_graph=on cannot be had."""
+    obstacles = {
+        f"the device is a {device.type}": device.type != "cuda",
+        f"there are {dist.world_size()} ranks": dist.world_size() > 1,
+        "fp16 looks at its gradients on the host before every update": amp == torch.float16,
+        "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
+    }
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    if config.cuda_graph == "on" and reasons:
+        raise UserError(
+            f"train.cuda_graph=on is not possible, since {' and '.join(reasons)}; "
+            "use auto or off, or one GPU without fp16 and without compile=reduce-overhead"
+        )
+    return config.cuda_graph != "off" and not reasons
+
+
+def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss, and float64 [3]: loss * samples, correct, samples. One function, so that all of it is compiled."""
+    logits = model(batch.images)
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+    correct = (logits.detach().argmax(1) == batch.labels).sum()
+    samples = torch.full_like(correct, len(batch.labels))
+    return loss, torch.stack([loss.detach().double() * len(batch.labels), correct.double(), samples.double()])
+
+
 def train_step(training: Training, batch: Batch, *, update: bool = True) -> None:
     """Forward and backward of one batch; with `update` also the optimizer's step. Does not synchronise."""
     config = training.config
     with nullcontext() if update else dist.without_reduction(training.forward):
         with training.autocast():
-            logits = training.forward(batch.images)
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            loss, counts = training.loss_and_counts(training.forward, batch, config.label_smoothing)
         training.scaler.scale(loss / config.accumulation_steps).backward()
-    with torch.no_grad():
-        correct = (logits.argmax(1) == batch.labels).sum()
-        samples = torch.full_like(correct, len(batch.labels))
-        training.sums += torch.stack([loss.double() * len(batch.labels), correct.double(), samples.double()])
+    training.sums += counts
     if update:
         if config.clip_grad_norm is not None:
             training.scaler.unscale_(training.optimizer)
             nn.utils.clip_grad_norm_(training.network.parameters(), config.clip_grad_norm)
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        training.optimizer.zero_grad(set_to_none=True)
+        training.optimizer.zero_grad(set_to_none=not training.keeps_gradients)
 
 
 @dataclass(frozen=True)
@@ -108,6 +172,7 @@ def train_epoch(
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
     training.forward.train()
+    train_whitening_bias(training, loader.state["epoch"])
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
     updates_per_epoch = len(loader) // accumulation
@@ -119,15 +184,34 @@ def train_epoch(
     for step, batch in enumerate(loader, first):
         update, micro = divmod(epoch * len(loader) + step, accumulation)
         lr = learning_rate(update, updates_per_epoch, training.config)
-        set_learning_rate(training.optimizer, lr)
+        whitening_lr = whitening_learning_rate(update, updates_per_epoch, training.config)
+        set_learning_rate(training.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
+        if training.proxy is not None:
+            set_learning_rate(training.proxy.training.optimizer, lr)
+            batch = training.proxy.choose(batch, update)
         last = micro == accumulation - 1
-        train_step(training, batch, update=last)
+        training.step(training, batch, update=last)
         if last:
+            if training.lookahead is not None:
+                training.lookahead.follow(update, training.config.epochs * updates_per_epoch)
             after_update(update, lr)
     if on_gpu:
         torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
     return EpochTimes(len(loader) - first, time.perf_counter() - begin, loader.wait_s - waited)
+
+
+def train_whitening_bias(training: Training, epoch: int) -> None:
+    """Take the bias of a whitening layer out of the backward pass after `whiten_bias_epochs`.
+
+    Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP and
+    captured graphs expect the same gradients in every step, and keep it.
+    """
+    whitening, epochs = whitening_of(training.network), training.config.whiten_bias_epochs
+    if whitening is None or epochs is None:
+        return
+    if not training.captures and not dist.is_data_parallel(training.forward):
+        whitening.bias.requires_grad_(epoch < epochs)
 
 
 @dataclass(frozen=True)
@@ -141,8 +225,10 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: Loader, samples: int) -> Evaluation:
+def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str = "none") -> Evaluation:
     """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+
+    tta: test-time augmentation, eval.tta.
 
     The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling has
     label -1 and counts for nothing.
@@ -157,7 +243,7 @@ def evaluate(training: Training, loader: Loader, samples: int) -> Evaluation:
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         labels = F.pad(labels, (0, missing), value=-1)
         with training.autocast():
-            logits = training.infer(images).float()
+            logits = mean_logits(training.infer, images, tta)
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == labels[:, None]
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")

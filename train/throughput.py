@@ -9,7 +9,8 @@ import torch
 
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.loop import Training, train_step
+from train.loop import Training
+from train.warm_up import warm_up
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -25,6 +26,7 @@ def measure_images_per_s(
 
     Steps are run in groups that take about a second, and the device is waited for between groups only.
     """
+    warm_up(training, loader)
     training.forward.train()
     batches = endless(loader)
     batch_size = 0
@@ -35,7 +37,9 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            train_step(training, batch, update=step % training.config.accumulation_steps == 0)
+            if training.proxy is not None:
+                batch = training.proxy.choose(batch, step)
+            training.step(training, batch, update=step % training.config.accumulation_steps == 0)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         return time.perf_counter() - begin

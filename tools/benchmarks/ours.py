@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from configs.schema import AugConfig, Config, DataConfig
-from models import build_model
 from pipelines import build_train_loader
 from pipelines.loader import Batch, Loader
 from pipelines.shards import load_dataset
 from tools.benchmarks.turns import Stream
 from train import dist
-from train.ddp import to_device
+from train.ddp import build_all
 from train.dist import Ranks
-from train.loop import Training, build_training, train_step
-from train.optim import build_optimizer
+from train.loop import Training
 from train.throughput import endless
+from train.warm_up import warm_up
 
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
@@ -49,29 +48,29 @@ def training(config: Config, variants: dict[str, dict[str, Any]], ramp: bool = F
         if ramp:
             tried = dict(_ramp(config, device))
             config = _with_batch(config, max(tried, key=lambda size: tried[size]))
-        step, loader = _build(config, device)
+        built, loader = _build(config, device)
         resident = next(iter(loader))
         loader.state = {"epoch": 0, "step": 0}
         size = config.data.batch_size
-        precision = str(step.amp or torch.float32).removeprefix("torch.")
+        precision = str(built.amp or torch.float32).removeprefix("torch.")
         common: dict[str, Any] = {"batch_size": size, "precision": precision}
         if ramp:
             common["ramp"] = {str(number): float(f"{rate:.5g}") for number, rate in tried.items()}
-        streams = {RESIDENT: Stream(_steps(step, lambda: resident), size, lambda: common)}
+        streams = {RESIDENT: Stream(_steps(built, lambda: resident), size, lambda: common)}
         for name, changes in variants.items():
-            streams[name] = _end_to_end(config, changes, step, common)
+            streams[name] = _end_to_end(config, changes, built, common)
         yield streams
 
 
-def _end_to_end(config: Config, changes: dict[str, Any], step: Training, common: dict[str, Any]) -> Stream:
+def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common: dict[str, Any]) -> Stream:
     """Built when first asked for an item, so that a placement that does not fit costs only its own row."""
     loaders: list[Loader] = []
 
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
-        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=step.device))
+        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=built.device))
         following = endless(loaders[0])
-        yield from _steps(step, lambda: next(following))
+        yield from _steps(built, lambda: next(following))
 
     def facts() -> dict[str, Any]:
         return common | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
@@ -83,20 +82,16 @@ def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device)
-    torch.manual_seed(config.seed)
-    network = build_model(config.model.name, classes, image_size=loader.image_size, mean=dataset["mean"],
-                          std=dataset["std"], drop_rate=config.model.drop_rate)  # fmt: skip
-    network = to_device(network, device, config.train.channels_last)
-    optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
-    step = build_training(network, optimizer, config.train, device)
-    step.forward.train()
-    return step, loader
+    built = build_all(config, dataset, classes, loader.image_size, device)
+    warm_up(built, loader)
+    built.forward.train()
+    return built, loader
 
 
-def _steps(step: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
+def _steps(built: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """The real training step, once per item."""
     while True:
-        train_step(step, next_batch())
+        built.step(built, next_batch())
         yield
 
 
@@ -126,13 +121,13 @@ def _ramp(config: Config, device: torch.device) -> Iterator[tuple[int, float]]:
 
 
 def _resident_rate(config: Config, device: torch.device) -> float:
-    step, loader = _build(config, device)
+    built, loader = _build(config, device)
     batch = next(iter(loader))
     for _ in range(3):
-        train_step(step, batch)
-    step.sums.tolist()  # waits for the device
+        built.step(built, batch)
+    built.sums.tolist()  # waits for the device
     begin = time.perf_counter()
     for _ in range(RAMP_STEPS):
-        train_step(step, batch)
-    step.sums.tolist()
+        built.step(built, batch)
+    built.sums.tolist()
     return RAMP_STEPS * config.data.batch_size / (time.perf_counter() - begin)

@@ -228,7 +228,8 @@ def speedruns(settings: Settings) -> list[Entry]:
         output = settings.scratch / f"{name}.json"
         left = None if settings.deadline is None else max(1.0, settings.deadline - time.monotonic() + SPEEDRUN_S)
         command = [sys.executable, str(program), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
-                   "--runs", str(settings.speedruns), "--json", str(output)]  # fmt: skip
+                   "--data-path", str(_small(settings)), "--runs", str(settings.speedruns),
+                   "--json", str(output)]  # fmt: skip
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=ROOT, check=False)
             tail = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]

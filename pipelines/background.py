@@ -1,0 +1,173 @@
+"""The threads that gather: they fill slots with groups of consecutive batches, ahead of the consumer.
+
+A group is drawn and gathered in one go, since for small batches the calls and the waking of a thread would cost more
+than the gather. Threads take groups in turn; each has its own slots. Knows indices, draws and sources, but no graph.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines.gather import Source
+
+
+def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The draws of a graph that has no input but images and labels."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which batches an epoch has. Its functions are pure and are called in the background threads."""
+
+    samples: int  # that this rank sees in an epoch
+    batch_size: int  # of all batches but possibly the last
+    indices: Callable[[int, int], np.ndarray]  # (epoch, step) -> the samples of a batch, int64 [B]
+    # (epoch, samples int64 [N]) -> the graph's inputs beside images and labels, each [N, ...]
+    draws: Callable[[int, np.ndarray], dict[str, np.ndarray]] = no_draws
+    prepare: Callable[[int], object] | None = None  # (epoch): what its indices need once, computed ahead
+    repeats: bool = False  # every iteration is epoch 0 from its start (evaluation)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Buffering:
+    """How many buffers there are, and who fills them."""
+
+    slots: int  # each holds a group; a multiple of threads
+    threads: int
+    group: int = 1  # batches
+
+
+class Prepared(NamedTuple):
+    """A batch in its slot."""
+
+    images: Any
+    labels: np.ndarray
+    indices: np.ndarray
+    draws: dict[str, np.ndarray]
+    slot: int
+    is_last: bool  # of its slot, which is free again once the consumer has let go of this batch
+
+
+class Team:
+    """The threads of one iteration: batches `first` … of `epoch`, in order."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        labels: np.ndarray | None,
+        buffering: Buffering,
+        released: list[Callable[[], None]],
+        *,
+        epoch: int,
+        first: int,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """released: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
+        self.plan, self.source, self.labels, self.released = plan, source, labels, released
+        self.epoch, self.stream, self.is_stopping = epoch, stream, False
+        groups = _groups(first, plan.steps, buffering.group, ramp=buffering.threads)
+        count = buffering.threads
+        self._share = buffering.slots // count
+        self._threads = [
+            _Gatherer(self, groups[i::count], range(i * self._share, (i + 1) * self._share)) for i in range(count)
+        ]
+        self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
+        self._taken = 0  # groups
+        self._group: list[Prepared] = []  # the rest of the one being handed out, last first
+
+    def take(self, block: bool) -> Prepared | None:
+        """The next batch; None when it is not ready and `block` is false."""
+        if not self._group:
+            try:
+                group = self._threads[self._taken % len(self._threads)].ready.get(block=block)
+            except queue.Empty:
+                return None
+            if isinstance(group, BaseException):
+                raise group
+            if self._taken == 0:  # not before, since training waits for the first batch
+                self._preparer.start()
+            self._taken += 1
+            self._group = group
+        return self._group.pop()
+
+    def give(self, slot: int) -> None:
+        """The slot may be filled again, once `released` says so."""
+        self._threads[slot // self._share].free.put(slot)
+
+    def stop(self) -> None:
+        self.is_stopping = True
+        for thread in self._threads:
+            thread.free.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._preparer.ident is not None:  # it was started
+            self._preparer.join()
+
+    def _prepare_next_epoch(self) -> None:
+        if self.plan.prepare is not None:
+            self.plan.prepare(self.epoch + 1)
+
+
+def _groups(first: int, steps: int, most: int, ramp: int) -> list[range]:
+    """The batches from `first` to `steps` in groups of 1, since training waits for it, then 2, 4 … up to `most`."""
+    groups: list[range] = []
+    while first < steps:
+        size = min(most, 2 ** (len(groups) // ramp))
+        groups.append(range(first, min(first + size, steps)))
+        first += size
+    return groups
+
+
+class _Gatherer(threading.Thread):
+    """Fills its slots with its groups."""
+
+    def __init__(self, team: Team, groups: list[range], slots: range) -> None:
+        super().__init__(name="gather", daemon=True)
+        self._team, self._groups = team, groups
+        self.ready: queue.SimpleQueue[list[Prepared] | BaseException] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None asks the thread to end
+        for slot in slots:
+            self.free.put(slot)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with torch.cuda.stream(self._team.stream):
+                for steps in self._groups:
+                    slot = self.free.get()
+                    if slot is None or self._team.is_stopping:
+                        return
+                    self.ready.put(self._gathered(steps, slot))
+        except BaseException as error:
+            self.ready.put(error)
+
+    def _gathered(self, steps: range, slot: int) -> list[Prepared]:
+        team, plan = self._team, self._team.plan
+        batches = [plan.indices(team.epoch, step) for step in steps]
+        indices = batches[0] if len(batches) == 1 else np.concatenate(batches)
+        draws = plan.draws(team.epoch, indices)
+        labels = np.full(len(indices), -1) if team.labels is None else team.labels[indices]
+        team.released[slot]()
+        images = team.source.fill(slot, indices, draws)
+        if len(batches) == 1:
+            return [Prepared(images, labels, indices, draws, slot, True)]
+        group = []
+        for number, batch in enumerate(batches):
+            piece = slice(number * plan.batch_size, number * plan.batch_size + len(batch))
+            drawn = {name: values[piece] for name, values in draws.items()}
+            is_last = number + 1 == len(batches)
+            group.append(Prepared(images[piece], labels[piece], batch, drawn, slot, is_last))
+        return group[::-1]

@@ -1,0 +1,281 @@
+"""The CPU's own graphs against DALI's on the same inputs, and the kernels against NumPy and torch; on real photos."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_source import MemoryRows, memory_source, write
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from configs.errors import UserError
+from configs.schema import AugConfig, DataConfig
+from pipelines import build_eval_loader, cpu_graph, graph, kernels
+from pipelines.cpu_graph import Images
+from pipelines.encode import Encoding
+from pipelines.gather import HostJpegs, Slots
+from pipelines.runner import GraphRunner
+from pipelines.shards import open_split
+
+BATCH = 24
+RANDOM = np.random.default_rng(0)
+PHOTOS = load_sample_images().images
+
+
+def photos(height: int, width: int, count: int = BATCH) -> np.ndarray:
+    """Parts of scikit-learn's two photographs: uint8 [count, H, W, 3]."""
+    parts = []
+    for number in range(count):
+        photo = PHOTOS[number % len(PHOTOS)]
+        top, left = RANDOM.integers(0, photo.shape[0] - height + 1), RANDOM.integers(0, photo.shape[1] - width + 1)
+        parts.append(photo[top : top + height, left : left + width])
+    return np.stack(parts)
+
+
+def images_of(pixels: np.ndarray) -> Images:
+    """What a graph is given, for uint8 [B, H, W, 3]."""
+    count, height, width, _ = pixels.shape
+    begins = np.arange(count) * (height * width * 3)
+    return Images(np.ascontiguousarray(pixels).reshape(-1), begins, np.full(count, height), np.full(count, width))
+
+
+def by_cpu(graph_: cpu_graph.CpuGraph | None, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    assert graph_ is not None
+    out = np.full((len(pixels), graph_.sides[-1], graph_.sides[-1], 3), 77, np.uint8)
+    graph_(images_of(pixels), feeds, out)
+    return out
+
+
+def by_dali(pipeline: Any, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    runner = GraphRunner(pipeline, torch.device("cpu"), None)
+    runner.submit(torch.from_numpy(pixels), np.arange(len(pixels)), feeds)
+    return runner.result()[0].numpy().copy()
+
+
+def stored(pixels: np.ndarray) -> graph.Stored:
+    return graph.Stored("npy", pixels.shape[1:], False)
+
+
+MACHINE = graph.Machine(None, BATCH, 1, 0.0)
+
+
+def assert_same_but_for_rounding(first: np.ndarray, second: np.ndarray, share: float) -> None:
+    """At most one grey level apart, in at most `share` of the values."""
+    difference = np.abs(first.astype(int) - second)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= share
+
+
+@pytest.mark.parametrize("side", [32, 45])
+@pytest.mark.parametrize("padding", [0, 4, 40])
+def test_pad_crop_and_flip_are_bitwise_dalis(side: int, padding: int) -> None:
+    pixels, aug = photos(side, side), AugConfig(crop="pad", padding=padding, flip=0.5)
+    feeds = {
+        "offset": RANDOM.integers(-padding, padding + 1, (BATCH, 2)).astype(np.int32),
+        "flip": RANDOM.integers(0, 2, BATCH).astype(np.int32),
+    }
+    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, side, "bilinear"), pixels, feeds)
+    found = by_cpu(cpu_graph.train_graph(pixels.shape[1:], aug, side, "bilinear"), pixels, feeds)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [17, 64, 150])
+def test_random_resized_crops_are_dalis_but_for_rounding(size: int, interpolation: str) -> None:
+    pixels, aug = photos(97, 120), AugConfig(crop="random-resized")
+    top, left = RANDOM.integers(0, 60, BATCH), RANDOM.integers(0, 80, BATCH)
+    start = np.stack([top, left], axis=1).astype(np.float32)
+    end = start + np.stack([RANDOM.integers(1, 97 - top + 1), RANDOM.integers(1, 120 - left + 1)], axis=1)
+    start[::2, 1], end[::2, 1] = end[::2, 1].copy(), start[::2, 1].copy()  # mirrored
+    feeds = {"crop_start": start, "crop_end": end.astype(np.float32)}
+    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, size, interpolation), pixels, feeds)
+    found = by_cpu(cpu_graph.train_graph(pixels.shape[1:], aug, size, interpolation), pixels, feeds)
+    assert_same_but_for_rounding(found, expected, share=0.01)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(97, 120), (120, 97), (64, 64), (64, 91), (50, 333)])
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
+def test_central_crops_are_dalis_but_for_rounding(
+    height: int, width: int, crop_fraction: float, interpolation: str
+) -> None:
+    pixels = photos(height, width)
+    for size in (31, 56, 64):
+        ours = cpu_graph.eval_graph(pixels.shape[1:], size, crop_fraction, interpolation)
+        if ours is None:
+            assert (height, width, size) == (64, 64, 64)
+            continue
+        dalis = graph.eval_graph(stored(pixels), MACHINE, size, crop_fraction, interpolation)
+        assert_same_but_for_rounding(by_cpu(ours, pixels, {}), by_dali(dalis, pixels, {}), share=0.01)
+
+
+def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
+    pixels, aug = photos(80, 64, 100), AugConfig(crop="pad", padding=9)
+    feeds = {
+        "offset": RANDOM.integers(-9, 10, (100, 2)).astype(np.int32),
+        "flip": RANDOM.integers(0, 2, 100).astype(np.int32),
+    }
+    machine = graph.Machine(None, 100, 1, 0.0)
+    expected = by_dali(graph.train_graph(stored(pixels), machine, aug, 70, "bilinear"), pixels, feeds)
+    ours = cpu_graph.train_graph(pixels.shape[1:], aug, 70, "bilinear")
+    assert ours is not None
+    assert len(ours.stages) == 2
+    assert_same_but_for_rounding(by_cpu(ours, pixels, feeds), expected, share=0.01)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_crop_flip_equals_numpy_for_any_offset_size_and_padding(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(2, 40)), data.draw(st.integers(2, 60))
+    reflect = data.draw(st.booleans())
+    size = data.draw(st.integers(1, min(height, width) if reflect else 70))  # a crop shows one reflection at most
+    pad_y, pad_x = (height - 1, width - 1) if reflect else (80, 80)
+    high_y, high_x = height + pad_y - size, width + pad_x - size
+    y, x = data.draw(st.integers(-pad_y, high_y)), data.draw(st.integers(-pad_x, high_x))
+    flip = data.draw(st.booleans())
+    pixels = RANDOM.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    out = np.full((1, size, size, 3), 77, np.uint8)
+    given_ = images_of(pixels)
+    offsets, flips = np.array([[y, x]], np.int32), np.array([flip], np.int32)
+    kernels.crop_flip(given_.content, given_.begins, height, width, offsets, flips, reflect, out)
+    pads = [(pad_y, pad_y), (pad_x, pad_x), (0, 0)]
+    padded = np.pad(pixels[0], pads, mode="reflect" if reflect else "constant")
+    expected = padded[y + pad_y : y + pad_y + size, x + pad_x : x + pad_x + size]
+    assert np.array_equal(out[0], expected[:, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (5, 7, 3), (1, 1, 3)])
+@pytest.mark.parametrize("shift", [0, 1, 8])
+def test_copies_are_exact_whether_or_not_cache_lines_are_whole(shape: tuple[int, int, int], shift: int) -> None:
+    pixels = RANDOM.integers(0, 256, (50, *shape), dtype=np.uint8)
+    size = pixels[0].size
+    rows = RANDOM.permutation(50)[:20]
+    memory = np.full(20 * size + 128, 77, np.uint8)
+    begin = -memory.ctypes.data % 64 + shift
+    out = memory[begin : begin + 20 * size].reshape(20, *shape)
+    kernels.copy(pixels.reshape(-1), rows * size, out)
+    assert np.array_equal(out, pixels[rows])
+    assert (memory[:begin] == 77).all()
+    assert (memory[begin + 20 * size :] == 77).all()
+
+
+def test_resizing_writes_nothing_but_its_batch() -> None:
+    pixels = photos(40, 40, 5)
+    memory = np.full(5 * 33 * 33 * 3 + 64, 77, np.uint8)
+    region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
+    kernels.resize(*images_of(pixels), *region, False, memory[: 5 * 33 * 33 * 3].reshape(5, 33, 33, 3))
+    assert (memory[5 * 33 * 33 * 3 :] == 77).all()
+
+
+def test_resizing_to_the_same_size_is_the_identity() -> None:
+    pixels = photos(40, 40, 5)
+    for cubic in (False, True):
+        out = np.empty_like(pixels)
+        region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
+        kernels.resize(*images_of(pixels), *region, cubic, out)
+        assert np.array_equal(out, pixels)
+
+
+def test_threads_that_share_a_graph_do_not_disturb_each_other() -> None:
+    pixels, aug = photos(80, 64, 200), AugConfig(crop="pad", padding=9)
+    feeds = {"offset": np.zeros((200, 2), np.int32), "flip": np.ones(200, np.int32)}
+    ours = cpu_graph.train_graph(pixels.shape[1:], aug, 70, "bilinear")
+    expected = by_cpu(ours, pixels, feeds)
+    found: list[np.ndarray] = []
+    threads = [Thread(target=lambda: found.append(by_cpu(ours, pixels, feeds))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert all(np.array_equal(one, expected) for one in found)
+
+
+# JPEG
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Path:
+    """train and val of 24 JPEGs of three sizes"""
+    rows = MemoryRows([*photos(160, 240, 8), *photos(301, 200, 8), *photos(97, 111, 8)])
+    write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
+    return tmp_path / "tiny"
+
+
+def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
+    rows = MemoryRows([*photos(97, 97)])
+    write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
+    split = open_split(tmp_path / "tiny", "val")
+    ours = HostJpegs(split, Slots(1, BATCH, (97, 97, 3))).fill(0, np.arange(BATCH), {})
+    pipeline = graph.eval_graph(graph.Stored("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear")
+    runner = GraphRunner(pipeline, torch.device("cpu"), None)
+    files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
+    runner.submit(files, np.arange(BATCH), {})
+    assert torch.equal(ours, runner.result()[0])
+
+
+def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) -> None:
+    split = open_split(jpegs, "val")
+    ours = HostJpegs(split, Slots(1, BATCH, (64, 64, 3)), cpu_graph.eval_graph(None, 64, 0.875, "bilinear"))
+    ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
+    order = RANDOM.permutation(BATCH)
+    found = ours.fill(0, order, {}).numpy()
+    pipeline = graph.eval_graph(graph.Stored("jpeg", None, False), MACHINE, 64, 0.875, "bilinear")
+    runner = GraphRunner(pipeline, torch.device("cpu"), None)
+    files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
+    runner.submit([files[i] for i in order], np.arange(BATCH), {})
+    assert_same_but_for_rounding(found, runner.result()[0].numpy(), share=0.01)
+
+
+def overwrite(folder: Path, sample: int, content: bytes) -> None:
+    """Put other bytes, filled up with zeros, where a sample's JPEG lies."""
+    split = open_split(folder, "val")
+    offset, size = int(split.address[sample]) - int(split.shard[sample]) * split.slot_bytes, int(split.size[sample])
+    assert len(content) <= size
+    with split.files[split.shard[sample]].open("r+b") as file:
+        file.seek(offset)
+        file.write(content.ljust(size, b"\0"))
+
+
+def evaluate(folder: Path) -> np.ndarray:
+    loader = build_eval_loader(DataConfig(path=str(folder), image_size=64, batch_size=8), device="cpu")
+    return np.concatenate([images.permute(0, 2, 3, 1).numpy() for images, _ in loader])
+
+
+def encoded(pixels: np.ndarray, quality: int = 60) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def test_a_jpeg_that_only_draws_a_warning_is_read(jpegs: Path) -> None:
+    content = encoded(photos(160, 240, 1)[0])
+    overwrite(jpegs, 3, content[:2] + b"\xff\xfe\x00\x02" + b"\x00" * 5 + content[2:])  # extraneous bytes
+    assert evaluate(jpegs)[3].std() > 10
+
+
+def test_a_jpeg_cut_short_is_an_error_that_names_the_sample(jpegs: Path) -> None:
+    split = open_split(jpegs, "val")
+    size = split.size.copy()
+    size[3] //= 2
+    ours = HostJpegs(replace(split, size=size), Slots(1, 8, (64, 64, 3)), cpu_graph.eval_graph(None, 64, 1, "bilinear"))
+    with pytest.raises(UserError, match=r"sample 3 of split 'val' .* cannot be decoded"):
+        ours.fill(0, np.arange(8), {})
+
+
+def test_a_jpeg_of_another_size_than_the_index_says_is_an_error(jpegs: Path) -> None:
+    for shape in ((50, 60), (240, 160)):
+        overwrite(jpegs, 3, encoded(photos(*shape, 1)[0]))
+        with pytest.raises(
+            UserError, match=rf"sample 3 .* has {shape[0]} x {shape[1]} pixels where the index says 160"
+        ):
+            evaluate(jpegs)

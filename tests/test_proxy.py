@@ -1,0 +1,79 @@
+"""The small network that chooses the hard samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from train_fixtures import CPU, alone, lenet, random_batch, training_of
+
+from configs.errors import UserError
+from configs.schema import ProxyConfig, TrainConfig
+from models import build_model
+from models.speedrun import whitening_of
+from train.proxy import Proxy, build_proxy, check_proxy
+
+SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+def new_proxy(keep: float = 0.5) -> Proxy:
+    config = ProxyConfig(model="lenet", keep=keep, every_steps=4)
+    return Proxy(training_of(lenet(), SGD, lr=0.1, label_smoothing=0.2), config)
+
+
+@pytest.mark.parametrize(("keep", "count"), [(0.5, 8), (0.3, 5), (1.0, 16), (0.01, 1)])
+def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, count: int) -> None:
+    batch = random_batch(16)
+    chosen = new_proxy(keep).choose(batch, update=1)
+    losses = F.cross_entropy(lenet()(batch.images), batch.labels, label_smoothing=0.2, reduction="none")
+    hardest = set(losses.argsort(descending=True)[:count].tolist())
+    found = {
+        next(i for i in range(16) if torch.equal(batch.images[i], image) and batch.labels[i] == label)
+        for image, label in zip(*chosen, strict=True)
+    }
+    assert found == hardest
+    assert chosen.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> None:
+    proxy, batch = new_proxy(), random_batch(16)
+    network = proxy.training.network
+    for update in range(6):
+        before = copy.deepcopy(network)
+        chosen = proxy.choose(batch, update)
+        parameters = list(before.parameters())
+        loss = F.cross_entropy(before(chosen.images), chosen.labels, label_smoothing=0.2)
+        gradients = torch.autograd.grad(loss, parameters)
+        for old, new, gradient in zip(parameters, network.parameters(), gradients, strict=True):
+            learnt = 0.1 * gradient if update % 4 == 0 else torch.zeros_like(old)
+            torch.testing.assert_close(new.detach(), old.detach() - learnt, rtol=1e-4, atol=1e-6)
+
+
+def test_its_whitening_bias_is_not_trained() -> None:
+    def build(name: str) -> torch.nn.Module:
+        return build_model(name, 10, mean=[0.5] * 3, std=[0.5] * 3)
+
+    proxy = build_proxy(TrainConfig(proxy=ProxyConfig(model="speedrun96_proxy")), build, CPU)
+    assert proxy is not None
+    whitening = whitening_of(proxy.training.network)
+    assert whitening is not None
+    assert not whitening.bias.requires_grad
+    assert build_proxy(TrainConfig(), build, CPU) is None
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "named"), [(2, 1, "world_size=2"), (1, 3, "steps=3")])
+def test_several_ranks_or_passes_are_refused_in_one_sentence(world_size: int, accumulation: int, named: str) -> None:
+    config = TrainConfig(proxy=ProxyConfig(model="lenet"), accumulation_steps=accumulation)
+    with pytest.raises(UserError, match=rf"train\.proxy\.model=lenet .*{named}; use 1 or set"):
+        check_proxy(config, world_size)
+    check_proxy(TrainConfig(accumulation_steps=accumulation), world_size)
+    check_proxy(TrainConfig(proxy=ProxyConfig(model="lenet")), 1)

@@ -1,0 +1,134 @@
+"""Run a config from several seeds in one process and print its accuracy and time, as speedruns are compared.
+
+    python tools/speedrun.py --cfg configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
+
+The data are loaded and the steps compiled once, before the first run. A run's `time_s` is what airbench counts:
+whitening, the epochs, and the evaluation after the last one. `first_result_s` is the wall clock of a whole command with
+one run: start-up, loading, compilation, training and evaluation.
+
+The peer beside it, on the same card and in the same minutes: https://github.com/KellerJordan/cifar10-airbench at any
+checkout; `python airbench94_muon.py`, `python legacy/airbench95.py` and `python airbench96_faster.py` print the time of
+each of their runs in the last column and the mean accuracy at the end. Lower the number of runs at the end of the file;
+to give it the very same pixels, save this project's arrays as its cifar10/train.pt and cifar10/test.pt, dictionaries of
+`images` (uint8 [N, 32, 32, 3]), `labels` (int64 [N]) and `classes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError, run_main
+from configs.load import load_config
+from configs.schema import Config
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader import Loader
+from pipelines.shards import load_dataset
+from train import dist
+from train.clock import Clock
+from train.ddp import build_all, check_classes
+from train.dist import Ranks
+from train.loop import Training, evaluate, train_epoch
+from train.proxy import check_proxy
+from train.warm_up import warm_up
+from train.whitening import start_anew, whiten, whitening_images
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data-path", help="data.path, the converted data set")
+    parser.add_argument("--runs", type=int, default=10, help="seeds, from the config's on (default 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    clock = Clock()
+    arguments = parse_arguments(sys.argv[1:])
+    config = load_config(arguments.cfg, arguments.opts, **{"data.path": arguments.data_path})
+    if arguments.runs < 1:
+        raise UserError(f"--runs={arguments.runs} is not a positive whole number; use 1 or more")
+    ranks = Ranks.from_environment()
+    if ranks.world_size > 1:
+        raise UserError("tools/speedrun.py measures one process; start it without torchrun")
+    check_proxy(config.train, ranks.world_size)
+    dataset = load_dataset(config.data.path)
+    classes = check_classes(config, dataset)
+    val_samples = dataset["splits"][config.data.val_split]["samples"]
+
+    with dist.process_group(ranks) as device:
+        val_loader = build_eval_loader(config.data, config.eval, device=device)
+        training = build_all(config, dataset, classes, val_loader.image_size, device)
+        images = whitening_images(training, config.data)
+        runs: list[dict[str, Any]] = []
+        first_result_s = 0.0
+        for seed in range(config.seed, config.seed + arguments.runs):
+            train_loader = build_train_loader(
+                config.data, config.aug, seed=seed, device=device, accumulation_steps=config.train.accumulation_steps
+            )
+            if not runs:
+                warm_up(training, train_loader, val_loader, config.eval.tta)
+            seeded = config.model_copy(update={"seed": seed})
+            start_anew(training, build_all(seeded, dataset, classes, val_loader.image_size, device))
+            runs.append({"seed": seed, **run(seeded, training, images, train_loader, val_loader, val_samples)})
+            first_result_s = first_result_s or clock.command_s
+            print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
+    result = summary(config, runs, device) | {"first_result_s": first_result_s, "command_s": clock.command_s}
+    print(
+        f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "
+        f"{result['time_s_mean']:.3f} ± {result['time_s_std']:.3f} s on {result['device']}; "
+        f"first result after {first_result_s:.1f} s, all after {result['command_s']:.1f} s"
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def run(
+    config: Config,
+    training: Training,
+    images: Tensor | None,
+    train_loader: Loader,
+    val_loader: Loader,
+    val_samples: int,
+) -> dict[str, float]:
+    """One training from the weights that `training` holds: top1 and time_s."""
+    clock = Clock()
+    clock.add(whiten(training, images))
+    for _ in range(config.train.epochs):
+        times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_update=lambda *_: None)
+        clock.add(times.time_s)
+    with clock:
+        top1 = evaluate(training, val_loader, val_samples, config.eval.tta).top1
+    return {"top1": top1, "time_s": clock.training_s}
+
+
+def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Means and standard deviations (0 of a single run), and where they come from."""
+    figures: dict[str, Any] = {"name": config.name, "runs": runs}
+    for name in ("top1", "time_s"):
+        values = [float(one[name]) for one in runs]
+        figures[f"{name}_mean"] = statistics.fmean(values)
+        figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return figures | {
+        "device": where,
+        "torch": torch.__version__,
+        "dali": version("nvidia-dali-cuda120"),
+        "date": date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,111 @@
+"""Muon, for the filters of convolutions, and SGD for all else, in one optimizer.
+
+SGD's momentum, made orthogonal. Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks",
+2024 (kellerjordan.github.io).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of the polynomial a x + b x^3 + c x^5, repeated: the steepest at 0 whose iterates stay near 1, not exactly at it.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """U V^T, roughly, of matrices U S V^T [N, rows, columns]: five steps bring singular values to about 0.7 to 1.2.
+
+    Newton-Schulz iteration in the matrices' own dtype; small singular values need more steps than large ones.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    for _ in range(steps):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def as_matrices(filters: Iterable[Tensor]) -> Tensor:
+    """Weights [filters, channels, height, width] of one shape -> [N, filters, height * width * channels].
+
+    Any order of the columns will do; this is the one that channels_last weights lie in.
+    """
+    return torch.stack([weight.permute(0, 2, 3, 1).flatten(1) for weight in filters])
+
+
+def gradients_of(parameters: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `muon` true hold 4-D weights of convolutions, the others anything, trained by Nesterov SGD.
+
+    Nothing here waits for the device; lr may be a number or a tensor on the device.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float,
+        nesterov: bool = True,
+        steps: int = 5,
+        normalize: bool = False,
+        sgd_momentum: float = 0.9,
+    ) -> None:
+        """momentum, nesterov, steps, normalize: of the muon groups. normalize: weights get the norm sqrt(filters)."""
+        super().__init__(groups, {"lr": lr, "muon": False, "weight_decay": 0.0})
+        self._momentum, self._nesterov, self._steps, self._normalize = momentum, nesterov, steps, normalize
+        self._sgd_momentum = sgd_momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters and group["muon"]:
+                self._muon(parameters, group["lr"], group["weight_decay"])
+            elif parameters:
+                self._sgd(parameters, group["lr"], group["weight_decay"])
+
+    def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
+        """The momentum's average of the gradients, with Nesterov one step ahead; advances the momentum."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, gradients)
+        return torch._foreach_add(gradients, averages, alpha=momentum) if nesterov else averages
+
+    def _sgd(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
+        gradients = torch._foreach_add(gradients_of(parameters), parameters, alpha=weight_decay)
+        updates = self._averaged(parameters, list(gradients), self._sgd_momentum, nesterov=self._sgd_momentum > 0)
+        torch._foreach_sub_(parameters, torch._foreach_mul(updates, lr))
+
+    def _muon(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
+        updates = self._averaged(parameters, gradients_of(parameters), self._momentum, self._nesterov)
+        if self._normalize:
+            norms = torch._foreach_norm(parameters)
+            torch._foreach_mul_(parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)])
+        elif weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        alike = defaultdict(list)  # matrices of one shape share their products: few large kernels
+        for parameter, update in zip(parameters, updates, strict=True):
+            alike[parameter.shape].append((parameter, update))
+        for (filters, channels, height, width), pairs in alike.items():
+            matrices = as_matrices(update for _, update in pairs)
+            matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+            # 8 bits are enough: the iteration is only roughly orthogonal anyhow
+            rounded = matrices.to(torch.bfloat16) if matrices.dtype == torch.float32 else matrices
+            steps = orthogonalize(rounded, self._steps).to(matrices.dtype) * lr
+            for (parameter, _), step in zip(pairs, steps, strict=True):
+                parameter.sub_(step.view(filters, height, width, channels).permute(0, 3, 1, 2))
