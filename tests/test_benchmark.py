@@ -12,14 +12,12 @@ from pathlib import Path
 
 import benchmark_fixtures as fixtures
 import pytest
-import torch
 
 from configs.load import load_config
-from configs.schema import Config
 from tools import convert
-from tools.benchmarks import ours, suite
+from tools.benchmarks import ours, ramp, suite
 from tools.benchmarks.groups import Group
-from tools.benchmarks.turns import Contestant, measure
+from tools.benchmarks.turns import Contestant, Outcome, measure
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +116,12 @@ def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_pat
     assert "the time of the whole run was over" in late["rows"][0]["error"]
 
 
-def test_every_part_of_the_run_on_a_gpu_can_be_made(digits: Path, tmp_path: Path) -> None:
+def test_every_part_of_the_run_on_a_gpu_can_be_made(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
     settings = suite.Settings(tmp_path, small=digits, medium=tmp_path / "missing", samples=64)
+    monkeypatch.setattr(suite, "ramp", lambda config, *_: (config, {"256": 1.0}))
     titles = []
     for name, make in suite.gpu_parts(settings):
         for group in make():
@@ -134,27 +135,32 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(digits: Path, tmp_path: Path
 
 
 def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {16: 100.0, 32: 180.0, 64: 170.0}
-
-    def rate(config: Config, device: torch.device) -> float:
-        if config.data.batch_size not in rates:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return rates[config.data.batch_size]
-
-    monkeypatch.setattr(ours, "RAMP", (16, 32, 64, 128))
-    monkeypatch.setattr(ours, "_resident_rate", rate)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
-    variants = {"host": {"placement": "host"}, "device": {"placement": "device"}}
-    with ours.training(config, variants, ramp=True) as streams:
-        assert set(streams) == {"resident batch", "host", "device"}
-        for stream in streams.values():
-            next(stream.batches)
-            assert stream.units == 32
-        assert streams["resident batch"].facts()["ramp"] == {"16": 100.0, "32": 180.0, "64": 170.0}
-    del rates[32], rates[64]  # the second size does not fit
-    with ours.training(config, {}, ramp=True) as streams:
-        assert streams["resident batch"].units == 16
+
+    def reaches(**rates: float) -> tuple[int, list[str]]:
+        def one(contestants: list[Contestant], *_: object) -> list[Outcome]:
+            rate = rates.get(contestants[0].name.replace(" ", "_"))
+            error = None if rate else "OutOfMemoryError: too large"
+            return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]
+
+        monkeypatch.setattr(ramp, "measure", one)
+        best, reached = ramp.ramp(config, 0.01, 1, None)
+        return best.data.batch_size, list(reached)
+
+    assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, ["256", "512", "1024"])
+    assert reaches(batch_256=100, batch_512=180) == (512, ["256", "512", "1024"])  # the third does not fit
+    with pytest.raises(RuntimeError, match="batch 256: OutOfMemoryError"):
+        reaches()
+
+
+def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits: Path, tmp_path: Path) -> None:
+    config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
+    variants = {"host": {"placement": "host"}, "missing": {"path": str(tmp_path / "missing")}}
+    resident, host, missing = measure([Contestant("ours", ours.training, (config, variants))], 0.05, 1)
+    assert resident.rate > 0
+    assert host.rate > 0
+    assert host.facts["batch_size"] == config.data.batch_size
+    assert "does not exist" in str(missing.error)
 
 
 def test_after_the_deadline_nothing_new_is_started() -> None:

@@ -141,10 +141,9 @@ def _notes(group: dict[str, Any]) -> list[str]:
     if shares:
         told = ", ".join(f"{name.split(', ', 1)[-1]} {share:.3f}" for name, share in shares.items())
         notes.append(f"Of the resident batch's rate: {told}.")
-    for row in group["rows"]:
-        if "ramp" in row and row["name"].endswith("resident batch"):
-            told = ", ".join(f"{size}: {rate:,.0f}" for size, rate in row["ramp"].items())
-            notes.append(f"Images/s by batch size: {told}.")
+    if "ramp" in group:
+        by_size = (f"{size}: {rate if isinstance(rate, str) else f'{rate:,.0f}'}" for size, rate in group["ramp"].items())
+        notes.append(f"Images/s of a resident batch by its size: {', '.join(by_size)}.")
     return notes
 
 

@@ -133,19 +133,22 @@ def training(
     variants: dict[str, dict[str, Any]],
     *,
     device: str,
-    ramp: bool = False,
+    facts: dict[str, Any] | None = None,
     scratch: Path | None = None,
     workers: int = 1,
 ) -> Group:
-    """Ours on a resident batch and end to end (see ours.training); with a scratch folder peers end to end too."""
-    contestants = [Contestant(OURS, ours.training, (config, variants, ramp))]
-    facts: list[dict[str, Any]] = [{"ours": True, "device": device, "encoding": ""}]
+    """Ours on a resident batch and end to end (see ours.training); with a scratch folder peers end to end too.
+
+    facts: what else the group's entry shall hold.
+    """
+    contestants = [Contestant(OURS, ours.training, (config, variants))]
+    rows: list[dict[str, Any]] = [{"ours": True, "device": device, "encoding": ""}]
     size, batch_size = config.data.image_size or _stored_side(config), config.data.batch_size
     if scratch is not None:
         source = PeerSource(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
         for name, peer in peers.available(peers.LOOPS, source.encoding).items():
             contestants.append(Contestant(name, loops.training, (peer, source, config)))
-            facts.append({"device": device, "batch_size": batch_size})
+            rows.append({"device": device, "batch_size": batch_size})
     classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
 
     def finish(rows: list[Row], found: Limits) -> None:
@@ -161,9 +164,8 @@ def training(
             each["training_gflop"] = round(flops / 1e9, 4)
         add_ratios(end_to_end)
 
-    return Group(
-        f"training {title}", "training", contestants, facts, {"image_size": size, "model": config.model.name}, finish
-    )
+    common = {"image_size": size, "model": config.model.name, **(facts or {})}
+    return Group(f"training {title}", "training", contestants, rows, common, finish)
 
 
 def _what_binds(each: Row, resident: bool) -> str:

@@ -19,6 +19,7 @@ from configs.schema import AugConfig, Config
 from tools.benchmarks import datasets, limits, peers, results, scale
 from tools.benchmarks.groups import Group, limit_rows, loading, training
 from tools.benchmarks.limits import Limits
+from tools.benchmarks.ramp import ramp
 from tools.benchmarks.turns import Contestant, measure
 
 ROOT = Path(__file__).parents[2]
@@ -154,16 +155,23 @@ def gpu_parts(settings: Settings) -> list[Part]:
                 folders[size, encoding] = datasets.remake(base, out, encoding=encoding, size=side, samples=count)
         return folders[size, encoding]
 
-    def trained(title: str, name: str, size: int, batch: int, image_size: int | None = None, **options: Any) -> Part:
+    def trained(
+        title: str, name: str, size: int, batch: int | None, image_size: int | None = None
+    ) -> Part:  # batch None: by the ramp
         def make() -> Iterator[Group]:
+            if not wanted(settings, "training"):
+                return
             raw, jpeg = folder(size, "npy"), folder(size, "jpeg")
-            config = _config(name, raw, batch_size=batch, image_size=image_size or size)
+            reached: dict[str, Any] = {}
+            config = _config(name, raw, batch_size=batch or 1, image_size=image_size or size)
+            if batch is None:
+                config, reached = ramp(config, settings.seconds, 2, settings.deadline)
             variants = {
                 "npy, device": {"placement": "device"},
                 "npy, host": {"placement": "host"},
                 "jpeg": {"path": str(jpeg), "placement": "auto"},
             }
-            yield training(title, config, variants, device="cuda", **options)
+            yield training(title, config, variants, device="cuda", facts={"ramp": reached} if reached else None)
 
         return title, make
 
@@ -186,7 +194,7 @@ def gpu_parts(settings: Settings) -> list[Part]:
 
     resnet, medium = "cifar10_resnet18", "medium_imagenet_96_resnet18"
     return [
-        trained("ResNet-50 224x224, batch by ramp", "medium_imagenet_224_resnet50", 224, 256, ramp=True),
+        trained("ResNet-50 224x224, batch by ramp", "medium_imagenet_224_resnet50", 224, None),
         trained("ResNet-18 32x32", resnet, 32, 1024),
         trained("LeNet 32x32", "cifar10_lenet", 32, 1024),
         trained("AlexNet 70x70", "cifar10_alexnet", 32, 1024, 70),
