@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test lint bench gpu-check format
+.PHONY: train test lint bench gpu-bench gpu-check format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -30,9 +30,14 @@ format: $(ENVIRONMENT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: digits
-	$(PY) tools/benchmark.py loader --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
-	$(PY) tools/benchmark.py train --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
+# the whole run: other libraries, limits, scale; BENCH="--seconds 0.2 --only loading" and the like narrow it down
+bench: $(ENVIRONMENT)
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
+
+# needs a CUDA GPU; BENCH="--source FOLDER" converts CIFAR-10 where data/cifar10 is missing
+gpu-bench: $(ENVIRONMENT)
+	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
 # correctness on a CUDA GPU. The step comes last: a capture that is meant to fail may leave the process unable to capture
 gpu-check: $(ENVIRONMENT)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
 ONLY_IN = {
-    "nvidia": ("pipelines/", "tools/peers.py"),
+    "nvidia": ("pipelines/", "tools/benchmarks/peers/from_dali.py"),
     "numba": ("pipelines/kernels.py", "pipelines/vector_ops.py"),
     "torch.distributed": ("train/dist.py",),
     "h5py": ("tools/",),

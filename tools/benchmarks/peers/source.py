@@ -1,0 +1,109 @@
+"""What every peer is given: one converted train split, a scratch folder, and the sizes that all loaders share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from configs.schema import AugConfig
+from pipelines.shards import Split, open_split
+from tools.benchmarks.datasets import QUALITY, SPLIT, remake
+
+Batches = Iterator[tuple[Any, Any]]
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: Path) -> Split:
+    """Kept outside of PeerSource, which is sent to other processes, as a map of files must not be."""
+    return open_split(folder, SPLIT)
+
+
+@dataclass(frozen=True)
+class PeerSource:
+    """aug None: reading alone, without any work on the pixels but decoding."""
+
+    folder: Path
+    scratch: Path
+    batch_size: int
+    workers: int
+    image_size: int  # that augmentation ends with, pixels
+    aug: AugConfig | None = None
+    device: str = "cpu"
+
+    @property
+    def split(self) -> Split:
+        return _opened(self.folder)
+
+    @property
+    def encoding(self) -> str:
+        return self.split.encoding
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [samples]; zeros where the split has none."""
+        return np.zeros(len(self.split), np.int64) if self.split.labels is None else self.split.labels
+
+    @property
+    def stats(self) -> tuple[list[float], list[float]]:
+        """mean and std of the split's pixels, of values from 0 to 1."""
+        return self.split.dataset["mean"], self.split.dataset["std"]
+
+    def picture(self, index: int) -> Image.Image:
+        """One sample as a PIL image, decoded where it is JPEG."""
+        return picture(self.split, index)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """One sample: uint8 [H, W, 3]."""
+        return pixels(self.split, index)
+
+    def file(self, ending: str) -> Path:
+        """A file of this split in the scratch folder."""
+        return self.scratch / f"{self.folder.name}-{self.encoding}-{QUALITY}{ending}"
+
+    def shards_for_workers(self) -> Split:
+        """The split in at least as many shards as there are workers, for libraries that hand out whole shards."""
+        if len(self.split.files) >= self.workers or self.encoding != "npy":
+            return self.split
+        out = self.file("-shards")
+        return open_split(out if (out / "dataset.json").exists() else remake(self.folder, out), SPLIT)
+
+
+def picture(split: Split, index: int) -> Image.Image:
+    if split.encoding == "npy":
+        return Image.fromarray(pixels(split, index))
+    return Image.open(io.BytesIO(_content(split, index))).convert("RGB")
+
+
+def pixels(split: Split, index: int) -> np.ndarray:
+    if split.encoding != "npy":
+        return np.asarray(picture(split, index))
+    shape = split.image_shape or ()
+    end = int(split.address[index]) + int(split.size[index])
+    return split.content[end - int(np.prod(shape)) : end].reshape(shape)
+
+
+def _content(split: Split, index: int) -> bytes:
+    begin = int(split.address[index])
+    return split.content[begin : begin + int(split.size[index])].tobytes()
+
+
+def endless(loader: Any, device: str) -> Batches:
+    """Epoch after epoch, moved to the device as a user with pinned memory moves it."""
+    while True:
+        for images, labels in loader:
+            if device == "cuda":
+                images = torch.as_tensor(images).to(device, non_blocking=True)
+                labels = torch.as_tensor(labels).to(device, non_blocking=True)
+            yield images, labels

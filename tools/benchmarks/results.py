@@ -1,0 +1,148 @@
+"""One whole run as data: rows, groups, the bound beside each figure, and the tables made of them.
+
+Plain dicts throughout, since they go to a JSON file and come back. A row:
+    name, ours (bool), device, placement, encoding, batch_size, error (None or a sentence),
+    images_per_s (median), lowest, highest, ratio (ours / this, where it is a peer),
+    bound {name, images_per_s}, share of it, binds; in training also of_resident, training_gflop per image, precision
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.benchmarks.turns import Outcome
+
+Row = dict[str, Any]
+FORMAT, VERSION = "model-zhu-benchmarks", 1
+BINDS_FROM = 0.6  # share of a bound from which that bound is named as what binds
+PACKAGES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "dali": "nvidia-dali-cuda120",
+    "timm": "timm",
+    "webdataset": "webdataset",
+    "ffcv": "ffcv",
+    "numba": "numba",
+    "ours": "model-zhu",
+}
+
+
+def row(outcome: Outcome, *, ours: bool = False, **facts: Any) -> Row:
+    """A row of the figures of one stream."""
+    name = ", ".join(filter(None, (outcome.contestant, outcome.stream)))
+    result: Row = {"name": name, "ours": ours, **facts, **outcome.facts, "error": outcome.error}
+    if outcome.error is None and outcome.rates:
+        figures = (outcome.rate, min(outcome.rates), max(outcome.rates))
+        result |= dict(zip(("images_per_s", "lowest", "highest"), (float(f"{x:.5g}") for x in figures), strict=True))
+    elif outcome.error is None:
+        result["error"] = "not measured: the time of the whole run was over"
+    return result
+
+
+def failed(name: str, error: str, **facts: Any) -> Row:
+    return {"name": name, "ours": True, "error": error, **facts}
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """ours / this for every other row; `ours` is the first of ours that has a figure."""
+    ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
+    for other in rows:
+        if ours and not other["ours"] and "images_per_s" in other:
+            other["ratio"] = float(f"{ours / other['images_per_s']:.3g}")
+
+
+def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
+    """Set the tightest of `bounds` (images/s by name), its share reached, and what binds: it, or else `otherwise`."""
+    bounds = {name: rate for name, rate in bounds.items() if rate > 0}
+    if "images_per_s" not in row or not bounds:
+        return
+    name = min(bounds, key=lambda name: bounds[name])
+    share = row["images_per_s"] / bounds[name]
+    row["bound"] = {"name": name, "images_per_s": float(f"{bounds[name]:.5g}")}
+    row["share"] = float(f"{share:.3g}")
+    row["binds"] = name if share >= BINDS_FROM else otherwise
+
+
+def environment() -> dict[str, Any]:
+    """What a figure is worth nothing without."""
+    facts: dict[str, Any] = {"device": device_name(), "processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    if torch.cuda.is_available():
+        facts["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    facts |= {"python": platform.python_version(), "date": date.today().isoformat()}
+    versions = {name: _version(package) for name, package in PACKAGES.items()}
+    return facts | {"versions": {name: found for name, found in versions.items() if found}}
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        module = __import__(package) if package == "ffcv" and _importable(package) else None
+        return getattr(module, "__version__", None)
+
+
+def _importable(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+COLUMNS = ("name", "device", "placement", "batch", "images/s", "of resident", "ours / this", "share", "of the bound",
+           "what binds")  # fmt: skip
+RIGHT = ("batch", "images/s", "of resident", "ours / this", "share")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, aligned: what a person reads on the console and in docs/benchmarks. Columns without a cell are left
+    out."""
+    lines = [COLUMNS, *(_cells(row) for row in rows)]
+    used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
+    widths = {number: max(len(line[number]) for line in lines) for number in used}
+    right = {number for number in used if COLUMNS[number] in RIGHT}
+
+    def line_of(cells: tuple[str, ...]) -> str:
+        padded = (cells[n].rjust(widths[n]) if n in right else cells[n].ljust(widths[n]) for n in used)
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (widths[n] + 1) + ":" if n in right else "-" * (widths[n] + 2) for n in used)
+    return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    bound = row.get("bound")
+    error = row["error"]
+    return (
+        row["name"],
+        row.get("device", ""),
+        row.get("placement", ""),
+        str(row.get("batch_size", "")),
+        f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ("failed" if error else ""),
+        f"{row['of_resident']:.3f}" if "of_resident" in row else "",
+        f"{row['ratio']:.2f}" if "ratio" in row else "",
+        f"{row['share']:.0%}" if "share" in row else "",
+        f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
+        error.replace("|", "/") if error else row.get("binds", ""),
+    )
+
+
+def failures(groups: list[dict[str, Any]]) -> list[str]:
+    """One line per failed row."""
+    return [
+        f"{group['title']}: {row['name']}: {row['error']}" for group in groups for row in group["rows"] if row["error"]
+    ]

@@ -1,0 +1,223 @@
+"""Contestants take turns in short rounds, each in a process of its own that is stopped while the others run.
+
+A noisy machine then slows all alike, no thread pool or worker of one disturbs another, and one that fails, crashes or
+runs out of memory costs its own row and nothing else. Knows nothing of images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+PATIENCE_S = 300.0  # for one contestant to build, compile and warm up
+# imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
+PRELOADED, PRELOADED_ON_GPU = ["torch", "torchvision", "pipelines.build", "train.loop"], ["torch", "torchvision"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is timed: an endless iterator, each of whose items stands for `units` images (or bytes, or operations)."""
+
+    batches: Iterator[Any]
+    units: float
+    facts: Callable[[], dict[str, Any]] = dict  # asked for after the last round
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """build(*arguments), called in the contestant's own process, gives its streams by name ('' where it has one)."""
+
+    name: str
+    build: Callable[..., AbstractContextManager[dict[str, Stream]]]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What one stream reached; `error` where it failed, possibly after some rounds."""
+
+    contestant: str
+    stream: str
+    rates: list[float] = field(default_factory=list)  # units/s, one per round
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def rate(self) -> float:
+        """The median round."""
+        return median(self.rates)
+
+
+def measure(contestants: list[Contestant], seconds: float, rounds: int, deadline: float | None = None) -> list[Outcome]:
+    """Outcomes of all streams in the order of the contestants; rounds last `seconds` each.
+
+    deadline, of time.monotonic(): what is not warm by then is an error of its own row; rounds after it are left out.
+    """
+    outcomes: list[Outcome] = []
+    with ExitStack() as stack:
+        started: list[tuple[_Process, list[Outcome]]] = []
+        for contestant in tqdm(contestants, desc="warm-up", leave=False):
+            if deadline is not None and time.monotonic() > deadline:
+                outcomes.append(Outcome(contestant.name, "", error="not measured: the time of the whole run was over"))
+                continue
+            process = stack.enter_context(_Process(contestant, seconds))
+            patience = PATIENCE_S if deadline is None else min(PATIENCE_S, max(30.0, deadline - time.monotonic()))
+            streams = process.warm_up(patience)
+            outcomes += streams
+            started.append((process, streams))
+        for number in tqdm(range(rounds), desc="rounds", leave=False):
+            if number and deadline is not None and time.monotonic() > deadline:
+                break
+            for process, streams in started:
+                for outcome in streams:
+                    if outcome.error is None:
+                        process.turn(outcome, 60 * seconds + 60)
+        for process, streams in started:
+            process.finish(streams)
+    return outcomes
+
+
+class _Process:
+    """One contestant's process, stopped (SIGSTOP, with its workers) whenever it is not its turn."""
+
+    def __init__(self, contestant: Contestant, seconds: float) -> None:
+        self._contestant, self._seconds = contestant, seconds
+
+    def __enter__(self) -> _Process:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED_ON_GPU if torch.cuda.is_available() else PRELOADED)
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, self._contestant, self._seconds)
+        self._process = context.Process(target=_serve, args=arguments)
+        self._process.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._signal(signal.SIGCONT)
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._pipe.close()
+        self._process.join(10)
+        self._signal(signal.SIGKILL)  # also what it left behind
+        self._process.kill()
+        self._process.join()
+
+    def warm_up(self, patience: float) -> list[Outcome]:
+        name = self._contestant.name
+        reply = self._reply(patience)
+        if isinstance(reply, str):
+            return [Outcome(name, "", error=reply)]
+        self._signal(signal.SIGSTOP)
+        return [Outcome(name, stream, error=error) for stream, error in reply.items()]
+
+    def turn(self, outcome: Outcome, patience: float) -> None:
+        result = self._ask(outcome.stream, patience)
+        if isinstance(result, str):
+            outcome.error = result
+        else:
+            outcome.rates.append(result)
+
+    def finish(self, outcomes: list[Outcome]) -> None:
+        facts = self._ask(None, 30.0) if any(outcome.rates for outcome in outcomes) else {}
+        for outcome in outcomes:
+            if isinstance(facts, dict):
+                outcome.facts = facts.get(outcome.stream, {})
+
+    def _ask(self, question: str | None, patience: float) -> Any:
+        self._signal(signal.SIGCONT)
+        with suppress(OSError):
+            self._pipe.send(question)
+        reply = self._reply(patience)
+        self._signal(signal.SIGSTOP)
+        return reply
+
+    def _reply(self, patience: float) -> Any:
+        """What the process sends; a sentence where it sends nothing."""
+        try:
+            if self._pipe.poll(patience):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            code = self._process.exitcode
+            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            return f"the process ended with {how}"
+        self._signal(signal.SIGKILL)
+        return f"no answer within {patience:.0f} s"
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            if self._process.pid is not None:
+                os.killpg(self._process.pid, number)
+
+
+def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
+    """The contestant's process: build, warm up, then answer each stream's name with a rate; None ends it.
+
+    Replies: {stream: its error, or None}; then units/s or an error for each name; at last {stream: facts}.
+    """
+    os.setpgid(0, 0)  # its workers with it; the kernel ends a stopped group whose parents are gone
+    # a DataLoader starts its workers as it does in a user's program, not as this process was started
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    with suppress(BrokenPipeError, EOFError):
+        try:
+            with contestant.build(*contestant.arguments) as streams:
+                steps = {name: _attempt(_calibrate, stream.batches, seconds) for name, stream in streams.items()}
+                pipe.send({name: count if isinstance(count, str) else None for name, count in steps.items()})
+                while (name := pipe.recv()) is not None:
+                    duration = _attempt(_timed_turn, streams[name].batches, steps[name])
+                    pipe.send(duration if isinstance(duration, str) else steps[name] * streams[name].units / duration)
+                pipe.send({name: stream.facts() for name, stream in streams.items()})
+                pipe.recv()
+        except (BrokenPipeError, EOFError):
+            raise
+        except BaseException as error:
+            pipe.send(_sentence(error))
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return _sentence(error)
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _calibrate(batches: Iterator[Any], seconds: float) -> int:
+    """Warm up, and find the number of items that take about `seconds`."""
+    _timed(batches, 3)
+    count = 2
+    while (duration := _timed(batches, count)) < seconds / 4:
+        count *= 2
+    return max(2, round(count * seconds / duration))
+
+
+def _timed_turn(batches: Iterator[Any], count: int) -> float:
+    _timed(batches, 1)  # a loader that went idle while others ran has batches ready: they are not counted
+    return _timed(batches, count)
+
+
+def _timed(batches: Iterator[Any], count: int) -> float:
+    """Seconds for `count` items, until the device is done with them."""
+    begin = time.perf_counter()
+    taken = sum(1 for _ in itertools.islice(batches, count))
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    if taken < count:
+        raise RuntimeError(f"ended after {taken} of {count} items")
+    return time.perf_counter() - begin

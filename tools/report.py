@@ -1,0 +1,251 @@
+"""Turns the JSON of a whole run into documents: docs/benchmarks/DEVICE.md and .png, and the table in README.md.
+
+python tools/report.py                    every docs/benchmarks/*.json of this format: documents and README's table anew
+python tools/report.py --check            exit code 1 when README's table is not what the JSON files give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, run_main
+from tools.benchmarks import results
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+HOW_TO_READ = """All rows of a table took turns in short rounds, each in a process of its own; a figure is the median
+round. *ours / this* is our figure divided by the row's, *of resident* the row's divided by ours on one resident batch,
+and *share* the row's divided by the tightest bound, which was measured in the same run."""
+Run = dict[str, Any]
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, compare README's table with the JSON files"
+    )
+    options = parser.parse_args(arguments)
+    runs = load_runs(options.folder)
+    if options.check:
+        if with_block(options.readme, readme_block(runs, options.folder, options.readme)) == options.readme.read_text():
+            return 0
+        print(
+            f"{options.readme}: the table is not what {options.folder} gives; run python tools/report.py",
+            file=sys.stderr,
+        )
+        return 1
+    for run in runs.values():
+        document(run, options.folder)
+    options.readme.write_text(with_block(options.readme, readme_block(runs, options.folder, options.readme)))
+    return 0
+
+
+def write(run: Run, folder: Path) -> list[Path]:
+    """DEVICE.json, .md and .png of a run; and README's table, where the folder is the project's own."""
+    path = folder / f"{slug(run)}.json"
+    write_json(run, path)
+    written = [path, *document(run, folder)]
+    readme = ROOT / "README.md"
+    if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
+        readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)))
+        written.append(readme)
+    return written
+
+
+def write_json(run: Run, path: Path) -> None:
+    path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_runs(folder: Path) -> dict[str, Run]:
+    """The whole runs among the JSON files of a folder, by file name without its ending."""
+    runs = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
+        if isinstance(content, dict) and content.get("format") == results.FORMAT:
+            if content["version"] != results.VERSION:
+                raise UserError(
+                    f"{path} has version {content['version']}, this program writes {results.VERSION}; measure again"
+                )
+            runs[path.stem] = content
+    return runs
+
+
+def slug(run: Run) -> str:
+    """The device's name as a file name."""
+    name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+
+
+def headline(run: Run) -> str:
+    facts = run["environment"]
+    cores = f"{facts['cores']} cores" + ("" if facts["device"] == facts["processor"] else f" of {facts['processor']}")
+    memory = f", {facts['gpu_memory_gib']} GiB" if "gpu_memory_gib" in facts else ""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['device']}{memory}, {cores}, Python {facts['python']}, {versions}, {facts['date']}."
+
+
+def tables(run: Run) -> str:
+    """All groups as markdown."""
+    parts = []
+    for group in run["groups"]:
+        parts += [f"### {group['title']}", _group_table(group), *_notes(group)]
+    if run["missing_peers"]:
+        parts.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
+    return "\n\n".join([*parts, headline(run)])
+
+
+def _group_table(group: dict[str, Any]) -> str:
+    rows = group["rows"]
+    if group["stage"] == "limits":
+        cells = [
+            (r["name"], f"{r['value']:,.3g} {r['unit']}" if "value" in r else f"failed: {r['error']}") for r in rows
+        ]
+        return markdown(("limit", "measured"), cells)
+    if group["stage"] == "scale":
+        header = ("samples", "µs/sample", "loader", "order", "draws", "open to first batch, s", "memory, MiB")
+        names = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s", "memory_mib")
+        return markdown(
+            header, [(r["name"], *(f"{r[n]:.3g}" if n in r else (r["error"] or "") for n in names)) for r in rows]
+        )
+    if group["stage"] == "speedrun":
+        return markdown(("speedrun", "result"), [(r["name"], r["error"] or _speedrun(r.get("result"))) for r in rows])
+    return results.table(rows)
+
+
+def _speedrun(result: Any) -> str:
+    """The plain numbers of a speedrun's own JSON."""
+    if not isinstance(result, dict):
+        return json.dumps(result)[:200]
+    plain: dict[str, Any] = {"runs": len(result["runs"])} if isinstance(result.get("runs"), list) else {}
+    plain |= {key: value for key, value in result.items() if isinstance(value, int | float)}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
+    )
+
+
+def _notes(group: dict[str, Any]) -> list[str]:
+    notes = []
+    shares = {r["name"]: r["of_resident"] for r in group["rows"] if "of_resident" in r}
+    if shares:
+        told = ", ".join(f"{name.split(', ', 1)[-1]} {share:.3f}" for name, share in shares.items())
+        notes.append(f"Of the resident batch's rate: {told}.")
+    if "ramp" in group:
+        ramp = group["ramp"].items()
+        by_size = (f"{size}: {rate if isinstance(rate, str) else f'{rate:,.0f}'}" for size, rate in ramp)
+        notes.append(f"Images/s of a resident batch by its size: {', '.join(by_size)}.")
+    return notes
+
+
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def document(run: Run, folder: Path) -> list[Path]:
+    """Write DEVICE.md and, where there are figures, DEVICE.png."""
+    from tools.benchmarks import chart  # here: matplotlib takes a while
+
+    name = slug(run)
+    failed = results.failures(run["groups"])
+    picture = chart.draw(run, folder / f"{name}.png")
+    text = [
+        f"# {run['environment']['device']}",
+        f"{headline(run)} The whole run took {run['duration_s'] / 60:.1f} minutes:",
+        f"    {run['command']}",
+        HOW_TO_READ,
+        *([f"![images/s by contestant]({picture.name})"] if picture else []),
+        *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
+        tables(run),
+    ]
+    path = folder / f"{name}.md"
+    path.write_text("\n\n".join(text) + "\n")
+    return [path, *([picture] if picture else [])]
+
+
+def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
+    """README's table: per device and group our figure, the ratios to the peers, and the share of the bound."""
+    parts = []
+    if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
+        parts.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
+    for name, run in runs.items():
+        link = (folder / f"{name}.md").resolve()
+        link = link.relative_to(readme.resolve().parent) if link.is_relative_to(readme.resolve().parent) else link
+        facts = run["environment"]
+        parts.append(f"{facts['device']}, {facts['cores']} cores, {facts['date']} ([all figures]({link.as_posix()})):")
+        parts += [table for table in (_loading_summary(run), _training_summary(run)) if table]
+    return "\n\n".join(parts) if parts else "Nothing measured yet."
+
+
+def _loading_summary(run: Run) -> str:
+    groups = [group for group in run["groups"] if group["stage"] in ("reading", "loading")]
+    peers = _peers(groups)
+    rows = []
+    for group in groups:
+        for number, row in enumerate(_measured(group)):
+            share = f"{row['share']:.0%} of {row['bound']['name']}" if "share" in row else ""
+            rows.append((_title(group, row), f"{row['images_per_s']:,.0f}", *_ratios(group, peers, number == 0), share))
+    header = ("loader alone", "ours, images/s", *(f"ours / {peer}" for peer in peers), "share of the bound")
+    return markdown(header, rows) if rows else ""
+
+
+def _training_summary(run: Run) -> str:
+    groups = [group for group in run["groups"] if group["stage"] == "training"]
+    peers = _peers(groups)
+    rows = []
+    for group in groups:
+        shares = [row["share"] for row in group["rows"] if row["ours"] and row["name"].endswith("resident batch")
+                  and "share" in row]  # fmt: skip
+        for number, row in enumerate(row for row in _measured(group) if "of_resident" in row):
+            share = f"{shares[0]:.1%}" if shares else ""
+            cells = (f"{row['images_per_s']:,.0f}", f"{row['of_resident']:.3f}", share)
+            rows.append((f"{_title(group, row)}, batch {row['batch_size']}", *cells,
+                         *_ratios(group, peers, number == 0)))  # fmt: skip
+    header = ("training end to end", "ours, images/s", "of the resident batch", "resident, of the arithmetic peak",
+              *(f"ours / {peer}" for peer in peers))  # fmt: skip
+    return markdown(header, rows) if rows else ""
+
+
+def _measured(group: dict[str, Any]) -> list[Row]:
+    return [row for row in group["rows"] if row["ours"] and "images_per_s" in row]
+
+
+def _peers(groups: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["name"] for group in groups for row in group["rows"] if "ratio" in row))
+
+
+def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
+    """A cell for each peer; they belong to the first of our rows, which they are ratios to."""
+    ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
+    return [ratios.get(peer, "") for peer in peers]
+
+
+def _title(group: dict[str, Any], row: Row) -> str:
+    """The group's title, and which of its rows of ours this is, where there are several."""
+    which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
+    return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
+
+
+def with_block(readme: Path, block: str) -> str:
+    """The text of a README with the part between the two markers replaced."""
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(
+            f"{readme} does not hold one line {BEGIN} and, after it, one line {END}; put them back around the table"
+        )
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{block}\n\n{text[text.index(END) :]}"
+
+
+if __name__ == "__main__":
+    run_main(main)
