@@ -142,7 +142,8 @@ def _notes(group: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{name.split(', ', 1)[-1]} {share:.3f}" for name, share in shares.items())
         notes.append(f"Of the resident batch's rate: {told}.")
     if "ramp" in group:
-        by_size = (f"{size}: {rate if isinstance(rate, str) else f'{rate:,.0f}'}" for size, rate in group["ramp"].items())
+        ramp = group["ramp"].items()
+        by_size = (f"{size}: {rate if isinstance(rate, str) else f'{rate:,.0f}'}" for size, rate in ramp)
         notes.append(f"Images/s of a resident batch by its size: {', '.join(by_size)}.")
     return notes
 
