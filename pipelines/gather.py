@@ -134,19 +134,16 @@ class HostJpegs:
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, H, W, 3]"""
         out = self._slots(slot, len(indices))
-        if self._graph is None:
-            for image, index in zip(out, indices.tolist(), strict=True):
-                self._decode(index, image.reshape(-1))
-            return torch.from_numpy(out)
         sizes = self._pixels[indices]
+        if self._graph is None:
+            self._decode(indices, sizes, out.reshape(-1))
+            return torch.from_numpy(out)
         piece = (np.cumsum(sizes) - 1) // self.CHUNK  # samples of one piece are decoded together
         bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
         scratch = self._taken(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
         for start, stop in pairwise(bounds):
             some = indices[start:stop]
-            begins = np.cumsum(sizes[start:stop]) - sizes[start:stop]
-            for index, begin, size in zip(some.tolist(), begins.tolist(), sizes[start:stop].tolist(), strict=True):
-                self._decode(index, scratch[begin : begin + size])
+            begins = self._decode(some, sizes[start:stop], scratch)
             shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
             drawn = {name: values[start:stop] for name, values in draws.items()}
             self._graph(Images(scratch, begins, *shapes), drawn, out[start:stop])
@@ -161,27 +158,39 @@ class HostJpegs:
             scratch = np.empty(0, np.uint8)
         return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
 
-    def _decode(self, index: int, pixels: np.ndarray) -> None:
-        """Write one image, uint8 [H * W * 3]. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels."""
-        split = self._split
-        shape = int(split.heights[index]), int(split.widths[index]), 3
-        begin, size = int(split.address[index]), int(split.size[index])
-        content = split.content[begin : begin + size]
-        try:
-            decoded = simplejpeg.decode_jpeg(content, buffer=pixels)
-        except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
+    def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """Write the images one after another into pixels (uint8, flat); returns where each begins.
+
+        sizes: of the decoded images, bytes. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels.
+        """
+        split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
+        begins = np.cumsum(sizes) - sizes
+        columns = indices, split.address[indices], split.size[indices], begins, sizes
+        shapes = zip(split.heights[indices].tolist(), split.widths[indices].tolist(), strict=True)
+        rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
+        for index, address, length, begin, size, (height, width) in rows:  # small images feel every operation here
+            target = pixels[begin : begin + size]
             try:
-                with Image.open(io.BytesIO(content.tobytes())) as image:
-                    decoded = np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError):
-                raise UserError(undecodable([split.describe(index)])) from None
-            if decoded.shape == shape:
-                pixels[:] = decoded.reshape(-1)
-        if decoded.shape != shape:
-            raise UserError(
-                f"{split.describe(index)} has {decoded.shape[0]} x {decoded.shape[1]} pixels where the index says "
-                f"{shape[0]} x {shape[1]}; {RECONVERT}"
-            )
+                decoded = decode(content[address : address + length], buffer=target)
+            except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
+                decoded = self._decoded_by_pillow(index)
+                if decoded.size == size:
+                    target[:] = decoded.reshape(-1)
+            if decoded.shape[:2] != (height, width):
+                raise UserError(
+                    f"{split.describe(index)} has {decoded.shape[0]} x {decoded.shape[1]} pixels where the index says "
+                    f"{height} x {width}; {RECONVERT}"
+                )
+        return begins
+
+    def _decoded_by_pillow(self, index: int) -> np.ndarray:
+        split = self._split
+        begin, length = int(split.address[index]), int(split.size[index])
+        try:
+            with Image.open(io.BytesIO(split.content[begin : begin + length].tobytes())) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError):
+            raise UserError(undecodable([split.describe(index)])) from None
 
     def defects(self, indices: np.ndarray) -> list[str]:
         return []
