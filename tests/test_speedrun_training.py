@@ -21,6 +21,7 @@ from train import checkpoint
 from train.dist import Ranks
 from train.lookahead import build_lookahead
 from train.loop import Training, train_epoch
+from train.optim import make_capturable
 from train.proxy import Proxy
 from train.warm_up import warm_up
 from train.whitening import start_anew, whiten, whitening_images
@@ -111,6 +112,17 @@ def test_a_second_run_in_the_same_training_equals_a_first_one(recipe: str, npy_d
     whiten(training, whitening_images(training, section_of(npy_data)))
     train(training, loaders(npy_data)[0])
     assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
+
+
+def test_a_checkpoint_holds_learning_rates_as_numbers_also_the_proxys(tmp_path: Path) -> None:
+    training = speedrun("sgd")
+    assert training.proxy is not None
+    for optimizer in (training.optimizer, training.proxy.training.optimizer):
+        make_capturable(optimizer, CPU)
+    checkpoint.save(tmp_path / "last.pt", training, training.sums)
+    content = checkpoint.load(tmp_path / "last.pt")
+    for part in (content, content["proxy"]):
+        assert {type(group["lr"]) for group in part["optimizer"]["param_groups"]} == {float}
 
 
 class Interrupted(Exception):

@@ -26,12 +26,10 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
     """Write weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them."""
     content = {
         "format": FORMAT,
-        "model": training.network.state_dict(),
-        "optimizer": _portable(training.optimizer.state_dict()),
-        "scaler": training.scaler.state_dict(),
+        **_state_of(training),
         "sums": sums,
         "lookahead": training.lookahead.slow if training.lookahead is not None else {},
-        "proxy": _proxy_state(training),
+        "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
         **state,
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -50,14 +48,12 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         os.close(folder)
 
 
-def _proxy_state(training: Training) -> dict[str, Any]:
-    if training.proxy is None:
-        return {}
-    proxy = training.proxy.training
+def _state_of(training: Training) -> dict[str, Any]:
+    """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
     return {
-        "model": proxy.network.state_dict(),
-        "optimizer": proxy.optimizer.state_dict(),
-        "scaler": proxy.scaler.state_dict(),
+        "model": training.network.state_dict(),
+        "optimizer": _portable(training.optimizer.state_dict()),
+        "scaler": training.scaler.state_dict(),
     }
 
 
@@ -113,18 +109,17 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path) -> 
 
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
-    restore_weights(training, content, path)
-    _restore_optimizer(training, content)
+    _restore_one(training, content, path)
     training.sums.copy_(content["sums"])
     if training.lookahead is not None:
         for name, slow in training.lookahead.slow.items():
             slow.copy_(content["lookahead"][name])
     if training.proxy is not None:
-        restore_weights(training.proxy.training, content["proxy"], path)
-        _restore_optimizer(training.proxy.training, content["proxy"])
+        _restore_one(training.proxy.training, content["proxy"], path)
 
 
-def _restore_optimizer(training: Training, content: dict[str, Any]) -> None:
+def _restore_one(training: Training, content: dict[str, Any], path: Path) -> None:
+    restore_weights(training, content, path)
     optimizer = training.optimizer
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
