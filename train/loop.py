@@ -170,6 +170,13 @@ def train_step(training: Training, batch: Batch, *, update: bool = True) -> None
         training.optimizer.zero_grad(set_to_none=not training.keeps_gradients)
 
 
+def run_step(training: Training, batch: Batch, number: int, *, updates: bool) -> None:
+    """The step, captured or not, on the batch or on what the proxy chooses of it; number: of the optimizer update."""
+    if training.proxy is not None:
+        batch = training.proxy.choose(batch, number)
+    training.step(training, batch, update=updates)
+
+
 @dataclass(frozen=True)
 class EpochTimes:
     """Host times of one epoch, or of the rest of it after a resume."""
@@ -200,13 +207,11 @@ def train_epoch(
         update, micro = divmod(epoch * len(loader) + step, accumulation)
         lr = learning_rate(update, updates_per_epoch, training.config)
         whitening_lr = whitening_learning_rate(update, updates_per_epoch, training.config)
-        set_learning_rate(training.optimizer, lr, whitening_lr)
+        for one in trainings_of(training):
+            set_learning_rate(one.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
-        if training.proxy is not None:
-            set_learning_rate(training.proxy.training.optimizer, lr)
-            batch = training.proxy.choose(batch, update)
         last = micro == accumulation - 1
-        training.step(training, batch, update=last)
+        run_step(training, batch, update, updates=last)
         if last:
             if training.lookahead is not None:
                 training.lookahead.follow(update, training.config.epochs * updates_per_epoch)

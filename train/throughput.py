@@ -9,7 +9,7 @@ import torch
 
 from pipelines.loader import Batch, Loader
 from train import dist
-from train.loop import Training
+from train.loop import Training, run_step
 from train.warm_up import warm_up
 
 
@@ -37,9 +37,7 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            if training.proxy is not None:
-                batch = training.proxy.choose(batch, step)
-            training.step(training, batch, update=step % training.config.accumulation_steps == 0)
+            run_step(training, batch, step, updates=step % training.config.accumulation_steps == 0)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         return time.perf_counter() - begin

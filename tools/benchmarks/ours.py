@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from tools.benchmarks.turns import Stream
 from train import dist
 from train.ddp import build_all
 from train.dist import Ranks
-from train.loop import Training
+from train.loop import Training, run_step
 from train.throughput import endless
 from train.warm_up import warm_up
 
@@ -78,6 +79,6 @@ def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
 
 def _steps(built: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """The real training step, once per item."""
-    while True:
-        built.step(built, next_batch())
+    for number in itertools.count():
+        run_step(built, next_batch(), number, updates=True)
         yield
