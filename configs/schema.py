@@ -52,7 +52,7 @@ class DataConfig(Section):
     prefetch: int = Field(default=3, ge=1, le=16)
     """Batches prepared ahead of training."""
     threads: int | None = Field(default=None, ge=1)
-    """DALI CPU threads per rank; null: the cores of this process divided by the ranks on this machine."""
+    """CPU threads per rank for images; null: the cores of this process divided by the ranks on this machine."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder; 0: the same decoder on every GPU."""
     train_split: str = Field(default="train", min_length=1)

@@ -16,7 +16,6 @@ from configs.schema import DataConfig
 from pipelines import cpu_graph, graph
 from pipelines.background import Buffering, Plan
 from pipelines.gather import (
-    AugmentedDevicePixels,
     DevicePixels,
     HostJpegs,
     HostPixels,
@@ -110,7 +109,10 @@ def _source(
         pixels = load_resident(split, device)
         if way.by_dali or way.untouched:
             return DevicePixels(pixels, shape, slot_size, count)
-        return AugmentedDevicePixels(pixels, shape, gathered[0], slot_size, count, graphs.reflects)
+        from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
+
+        padding_mode = "reflect" if graphs.reflects else "black"
+        return DeviceAugment(pixels, shape, gathered[0], slot_size, count, padding_mode)
     if way.by_dali and not raw:
         return MappedFiles(split)
     handed_out = not way.by_dali and not on_gpu
@@ -131,7 +133,7 @@ def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
 
 
 def default_threads(ranks: int) -> int:
-    """DALI CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
+    """CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pipelines.gather import Source
+
 BLOCK_BYTES = 1024  # of the output, per program: three programs for an image of 32x32
 DRAW_ROWS = 4  # per sample: index, offset y, offset x, flip
 
@@ -82,7 +84,7 @@ def gather_crop_flip(
     return out
 
 
-class DeviceAugment:
+class DeviceAugment(Source):
     """Batches of a split that lies whole in GPU memory: gathered, cropped and flipped into reused slots.
 
     pixels: uint8 [N, H * W * 3] on the GPU; shape: (H, W, 3) of the stored images; size: of the square images it gives.
@@ -106,7 +108,7 @@ class DeviceAugment:
         self._device = torch.empty(**draws, device=pixels.device)
         self._out = pixels.new_empty((slots, batch_size, size, size, 3))
 
-    def __call__(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, size, size, 3], written on the current stream; draws as graph.train_graph takes them.
 
         indices: int64 [B]; draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], or without either.

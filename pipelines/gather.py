@@ -38,8 +38,8 @@ class Source(Protocol):
         ...
 
     def defects(self, indices: np.ndarray) -> list[str]:
-        """Names those of the samples that cannot be decoded."""
-        ...
+        """Names those of the samples that cannot be decoded, where decoding is left to DALI."""
+        return []
 
 
 class Slots:
@@ -88,7 +88,7 @@ class Slots:
         return slot
 
 
-class HostPixels:
+class HostPixels(Source):
     """Raw images in host memory: resident, or the map of all npy shards. A batch is one call of a kernel.
 
     content: uint8 [bytes]; begins: int64 [samples], where each sample's pixels start; graph: what is done to them on
@@ -117,11 +117,8 @@ class HostPixels:
             self._graph(Images(self._content, self._begins[indices], *sides), draws, out)
         return torch.from_numpy(out)
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
 
-
-class HostJpegs:
+class HostJpegs(Source):
     """jpeg shards, decoded on the CPU into memory that stays in the cache, and from there through a graph."""
 
     CHUNK = 2**20  # bytes of decoded pixels
@@ -192,9 +189,6 @@ class HostJpegs:
         except (OSError, SyntaxError, ValueError):
             raise UserError(undecodable([split.describe(index)])) from None
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
-
 
 def undecodable(samples: list[str]) -> str:
     """What is wrong and how to mend it, for samples that a decoder refused."""
@@ -204,7 +198,7 @@ def undecodable(samples: list[str]) -> str:
     )
 
 
-class DevicePixels:
+class DevicePixels(Source):
     """The whole split in GPU memory: a batch is gathered there and never crosses the bus."""
 
     def __init__(self, pixels: torch.Tensor, shape: tuple[int, int, int], batch_size: int, slots: int) -> None:
@@ -217,35 +211,8 @@ class DevicePixels:
         torch.index_select(self._pixels, 0, torch.from_numpy(indices).to(out.device), out=out)
         return out.view(len(indices), *self._shape)
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
 
-
-class AugmentedDevicePixels:
-    """As DevicePixels, but cropped and mirrored on the way, in the same launch."""
-
-    def __init__(
-        self,
-        pixels: torch.Tensor,
-        shape: tuple[int, int, int],
-        size: int,
-        batch_size: int,
-        slots: int,
-        reflects: bool,
-    ) -> None:
-        from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
-
-        self._augment = DeviceAugment(pixels, shape, size, batch_size, slots, "reflect" if reflects else "black")
-
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """uint8 [B, size, size, 3], written on the current stream."""
-        return self._augment(slot, indices, draws)
-
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
-
-
-class MappedFiles:
+class MappedFiles(Source):
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 
     def __init__(self, split: Split) -> None:

@@ -57,7 +57,7 @@ def compare(device: str) -> None:
                 for slot, samples in ((0, 6), (1, 5)):  # a full batch and a smaller one
                     indices = random.integers(0, 7, samples)
                     draws = drawn(samples, *names)
-                    ours = augment(slot, indices, draws)
+                    ours = augment.fill(slot, indices, draws)
                     assert ours.shape == (samples, size, size, 3)
                     expected = reference(images, indices, draws, size, padding_mode)
                     np.testing.assert_array_equal(ours.cpu().numpy(), expected, str((shape, size, padding_mode, names)))
