@@ -73,10 +73,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         values.setdefault(section, {})  # so that an error names the missing field and not only the section
     if values.get("name") is None:
         values["name"] = path.stem
+    return _validated(values, origins, str(path))
+
+
+def parse_config(text: str, source: str) -> Config:
+    """The config that `to_yaml` wrote, as checkpoints hold it; source: where it comes from, for the error."""
+    values, lines = _parse(text, source)
+    return _validated(values, {key: f"{source}:{line}" for key, line in lines.items()}, source)
+
+
+def _validated(values: Any, origins: Mapping[KeyPath, str], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise _error(_describe(error, origins, str(path))) from None
+        raise _error(_describe(error, origins, source)) from None
 
 
 def to_yaml(config: Config) -> str:

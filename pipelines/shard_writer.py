@@ -264,6 +264,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
         "samples": samples,
         "labelled": labels is not None,
         "source_rows": plan.rows,
+        "shuffled": plan.shuffled,
         "quarantined": quarantined,
         "index": {
             "file": index_file.name,

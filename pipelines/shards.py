@@ -180,6 +180,14 @@ def _check_fields(dataset: dict[str, Any]) -> None:
                 raise ValueError(f"{file!r} is not a plain file name")
 
 
+def in_source_order(dataset: dict[str, Any], split: str) -> bool:
+    """Whether a split's samples are stored in the order of the source's rows, as predictions for a contest need them.
+
+    Data sets converted before this was recorded have a shuffled train split and no other.
+    """
+    return not dataset["splits"][split].get("shuffled", split == "train")
+
+
 def fingerprint(dataset: dict[str, Any]) -> str:
     """sha256 over what the samples are: two data sets with one fingerprint give a training run the same stream."""
     content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}

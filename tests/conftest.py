@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from memory_source import tiny_source, write
+from train_fixtures import DIGITS, Run, run_script
+
+from tools import convert
 
 try:
     from hypothesis import settings
@@ -69,3 +72,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real images of {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """LeNet, trained for two epochs on the digits; read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "digits"
+    convert.main(["digits", "--out", str(data)])
+    result = run_script("--cfg", DIGITS, "--data-path", data, "--output", folder, "--opts", "train.epochs=2")
+    assert result.returncode == 0, result.stderr
+    return Run(folder / "digits_lenet", data)

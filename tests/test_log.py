@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import wandb
-from PIL import Image
 from train_fixtures import CLEAN, strict_lines
 
 from configs.schema import WandbConfig
-from train import log
-from train.log import RunLog, draw_curves, read_metrics
+from train import figures
+from train.log import RunLog, read_metrics
 
 
 def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
@@ -84,27 +83,10 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 # curves.png
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [metrics(0)],
-        [metrics(epoch) for epoch in range(3)],
-        [metrics(0, val_loss=None, val_top1=None), metrics(1)],
-        [metrics(0, train_loss=None)],
-    ],
-    ids=["one epoch", "several", "no validation in an epoch", "a loss of nan"],
-)
-def test_curves_are_drawn_of_whatever_epochs_there_are(lines: list[dict[str, Any]], tmp_path: Path) -> None:
-    draw_curves(lines, tmp_path / "curves.png", title="test")
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1200, 480)
-        assert len(image.convert("RGB").getcolors(10**6) or []) > 10  # there is something on it
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-
-
 def test_the_curves_contain_the_last_epoch_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(log, "draw_curves", lambda lines, *_, **__: drawn.append(len(lines)))
+    draw = figures.curves
+    monkeypatch.setattr(figures, "curves", lambda lines, title: drawn.append(len(lines)) or draw(lines, title))
     written = run_log(tmp_path, *(metrics(epoch) for epoch in range(4)))
     assert drawn == [1]  # at once, and then not at every epoch
     written.finish()

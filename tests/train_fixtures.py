@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ CLEAN = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and its data set."""
+
+    folder: Path  # best.pt, last.pt, config.yaml, metrics.jsonl …
+    data: Path  # the converted digits: splits train and val
 
 
 @contextmanager

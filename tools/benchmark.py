@@ -86,8 +86,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
-    if Ranks.from_environment().world_size > 1:
-        raise UserError("tools/benchmark.py measures one process; use train/ddp.py --throughput under torchrun")
+    Ranks.alone("tools/benchmark.py")  # train/ddp.py --throughput is for torchrun
     if arguments.seconds <= 0 or arguments.rounds < 1:
         raise UserError(f"--seconds {arguments.seconds} and --rounds {arguments.rounds} must be positive")
     for folder in (arguments.scratch, getattr(arguments, "report", None)):

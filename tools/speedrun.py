@@ -60,9 +60,7 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.opts, **{"data.path": arguments.data_path})
     if arguments.runs < 1:
         raise UserError(f"--runs={arguments.runs} is not a positive whole number; use 1 or more")
-    ranks = Ranks.from_environment()
-    if ranks.world_size > 1:
-        raise UserError("tools/speedrun.py measures one process; start it without torchrun")
+    ranks = Ranks.alone("tools/speedrun.py")
     check_proxy(config.train, ranks.world_size)
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)

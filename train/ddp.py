@@ -127,8 +127,13 @@ def main() -> None:
         if source is not None:
             log.say(f"resumed from {source} at {train_loader.state}")
         log.say(describe(config, dataset, training, train_loader, ranks))
+        facts = {
+            **{key: dataset[key] for key in ("name", "classes", "mean", "std")},
+            "image_size": val_loader.image_size,
+        }
+        about = {"stream": stream, "config": to_yaml(config), "dataset": facts}
         try:
-            fit(config, training, train_loader, val_loader, val_samples, progress, stream, folder, log, ranks, clock)
+            fit(config, training, train_loader, val_loader, val_samples, progress, about, folder, log, ranks, clock)
         finally:
             log.finish()
 
@@ -140,13 +145,16 @@ def fit(
     val_loader: Loader,
     val_samples: int,
     progress: dict[str, Any],
-    stream: dict[str, Any],
+    about: dict[str, Any],
     folder: Path,
     log: RunLog,
     ranks: Ranks,
     clock: Clock,
 ) -> None:
-    """Epochs from where the loader stands; a checkpoint after each, and within one as train.save_every_steps says."""
+    """Epochs from where the loader stands; a checkpoint after each, and within one as train.save_every_steps says.
+
+    about: what every checkpoint of this run says of it.
+    """
     if train_loader.state["epoch"] >= config.train.epochs:
         log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
         return
@@ -157,8 +165,7 @@ def fit(
         if ranks.is_first:
             # in optimizer steps, which mean the same however a global batch is cut into ranks and forward passes
             position = {"epoch": train_loader.state["epoch"], "step": train_loader.state["step"] // accumulation}
-            state = {"position": position, "progress": progress, "stream": stream, "config": to_yaml(config)}
-            checkpoint.save(folder / name, training, sums, **state)
+            checkpoint.save(folder / name, training, sums, position=position, progress=progress, **about)
 
     def is_due(done: int) -> bool:
         if config.train.save_every_steps is not None:

@@ -37,6 +37,13 @@ class Ranks:
             return cls()
         return cls(*(int(os.environ[name]) for name in names))
 
+    @classmethod
+    def alone(cls, tool: str) -> Ranks:
+        """For a tool that is one process; raises UserError under torchrun with several."""
+        if cls.from_environment().world_size > 1:
+            raise UserError(f"{tool} is one process; start it with python instead of torchrun")
+        return cls()
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0

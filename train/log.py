@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import WandbConfig
+from train import figures
 
 CURVES_EVERY_S = 30.0
 
@@ -94,7 +95,7 @@ class RunLog:
         """curves.png from metrics.jsonl."""
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
-        draw_curves(metrics, self._folder / "curves.png", title=self._folder.name)
+        figures.save(figures.curves(metrics, self._folder.name), self._folder / "curves.png")
         self._drawn_at = time.monotonic()
 
     def finish(self) -> None:
@@ -119,31 +120,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return metrics
-
-
-def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and top-1 accuracy against epoch, train and validation, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, quantity, label in ((axes[0], "loss", "cross-entropy loss"), (axes[1], "top1", "top-1 accuracy")):
-        for split, name in (("train", "train"), ("val", "validation")):
-            points = [(line["epoch"] + 1, line.get(f"{split}_{quantity}")) for line in metrics]
-            points = [point for point in points if point[1] is not None]
-            axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
-        axis.set_xlabel("epochs trained")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
-    figure.suptitle(title)
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    temporary.rename(path)
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import TrainConfig
@@ -244,31 +244,40 @@ class Evaluation:
     samples: int
 
 
-@torch.inference_mode()
-def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str = "none") -> Evaluation:
-    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits float32 [B, num_classes], labels int64 [B], -1 where there is none) of each batch, in the loader's order.
 
     tta: test-time augmentation, eval.tta.
 
-    The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling has
-    label -1 and counts for nothing.
+    The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling is cut
+    off its logits.
     """
     dist.equalize_buffers(training.network)
     training.infer.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=training.device)
     full = 0
     for images, labels in loader:
         full = max(full, len(labels))
         missing = full - len(labels)
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
-        labels = F.pad(labels, (0, missing), value=-1)
-        with training.autocast():
+        with torch.inference_mode(), training.autocast():
             logits = mean_logits(training.infer, images, tta)
-        best = logits.topk(min(5, logits.shape[1])).indices
-        hits = best == labels[:, None]
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()]).double()
+        yield logits[: len(labels)], labels
+
+
+def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str = "none") -> Evaluation:
+    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it."""
+    sums = torch.zeros(4, dtype=torch.float64, device=training.device)
+    for logits, labels in predictions(training, loader, tta):
+        sums += loss_and_hits(logits, labels)
     loss_sum, top1, top5, count = dist.sum_over_ranks(sums).tolist()
     if int(count) != samples:
         raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
     return Evaluation(loss_sum / samples, top1 / samples, top5 / samples, samples)
+
+
+def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Float64 [4]: sums over the batch of loss, top-1 and top-5 hits, and labelled samples. Does not synchronise."""
+    best = logits.topk(min(5, logits.shape[1])).indices
+    hits = best == labels[:, None]
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()]).double()

@@ -1,0 +1,86 @@
+"""A trained model from its checkpoint, for all tools that use one. The data set's folder is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.load import parse_config
+from configs.schema import Config
+from train import checkpoint
+from train.ddp import build_all
+from train.loop import Training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that takes raw pixels; `training.network` is it, `training` what `train.loop.predictions` runs."""
+
+    path: Path  # the checkpoint
+    config: Config
+    name: str  # of the data set it was trained on
+    classes: tuple[str, ...]
+    image_size: int  # height and width that it was trained at, pixels
+    training: Training
+    epochs: int  # whole ones that it was trained for
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder stands for: best.pt, else last.pt; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} holds no checkpoint (best.pt or last.pt); give the folder of a run or a .pt file")
+
+
+def load_trained(path: Path, device: torch.device) -> Trained:
+    """The model of a run folder or checkpoint, for evaluation, uncompiled. Needs a process group.
+
+    Raises UserError for what is no checkpoint, or one of a version that did not record its data set.
+    """
+    path = find_checkpoint(path)
+    content = checkpoint.load(path)
+    facts: dict[str, Any] | None = content.get("dataset")
+    if facts is None:
+        raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
+    config = parse_config(content["config"], f"the config in {path}")
+    train = config.train.model_copy(update={"compile": "off", "cuda_graph": "off"})
+    config = config.model_copy(update={"train": train})
+    training = build_all(config, facts, len(facts["classes"]), facts["image_size"], device)
+    checkpoint.restore_weights(training, content, path)
+    training.network.eval()
+    position = content["position"]
+    return Trained(
+        path=path,
+        config=config,
+        name=facts["name"],
+        classes=tuple(facts["classes"]),
+        image_size=facts["image_size"],
+        training=training,
+        epochs=position["epoch"],
+    )
+
+
+def check_same_classes(trained: Trained, classes: tuple[str, ...], what: str) -> None:
+    """Raise UserError unless `what` (a data set, another checkpoint) has the checkpoint's classes in its order."""
+    if trained.classes == classes:
+        return
+    numbers = f"{len(trained.classes)} and {len(classes)}"
+    different = next(
+        (i for i, pair in enumerate(zip(trained.classes, classes, strict=False)) if pair[0] != pair[1]), None
+    )
+    where = (
+        f"number {different} is {trained.classes[different]!r} and {classes[different]!r}"
+        if different is not None
+        else "the others agree"
+    )
+    raise UserError(
+        f"{trained.path} and {what} differ in their classes ({numbers} of them; {where}); "
+        "take a checkpoint that was trained on these classes"
+    )
