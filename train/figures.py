@@ -70,12 +70,13 @@ def image_grid(
     """Images with a caption above each; images: uint8 [N, H, W, 3], colors: of the captions (RIGHT, WRONG …)."""
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
-    figure, axes = new_figure(rows, columns, size=(1.7 * columns, 2.1 * rows + 0.5))
+    caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    figure, axes = new_figure(rows, columns, size=(1.7 * columns, (1.75 + 0.14 * caption_lines) * rows + 0.5))
     for axis in axes:
         axis.set_axis_off()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes[number].imshow(image, interpolation="nearest")
-        axes[number].set_title(caption, fontsize=8, color=colors[number] if colors else "black")
+        axes[number].set_title(caption, fontsize=8, color=colors[number] if colors else "black", parse_math=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
