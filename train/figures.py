@@ -7,7 +7,7 @@ figures in global state and may open windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,15 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 DPI = 120
 RIGHT, WRONG = "#1a7f37", "#c1440e"  # colours of captions
-LABELLED_CLASSES = 40  # up to so many classes a confusion matrix names each of them
+LABELLED_CLASSES = 250  # up to so many classes a confusion matrix names each of them
+COUNTED_CLASSES = 40  # up to so many classes have bars of their numbers of samples, side by side
+RANKED_BARS, BARS_PER_COLUMN = 200, 50
+NAME_LETTERS = 28  # of a class beside an axis
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -86,18 +90,81 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
     predicted."""
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    side = min(14.0, max(5.0, 0.45 * len(classes) + 2))
+    many = len(classes) > 40
+    inches = 0.11 if many else 0.45  # per class; a picture of 200 is for zooming in
+    side = min(28.0, max(5.0, inches * len(classes) + 2))
     figure, (axis,) = new_figure(size=(side + 1, side))
-    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class")
-    axis.set_title(title, fontsize=11)
+    image = axis.imshow(shares, norm=_shares_scale(), cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8, aspect=60 if many else 20, pad=0.02)
+    axis.set_xlabel("predicted class", fontsize=14 if many else 10)
+    axis.set_ylabel("true class", fontsize=14 if many else 10)
+    axis.set_title(title, fontsize=16 if many else 11)
     if len(classes) <= LABELLED_CLASSES:
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(classes)), classes, fontsize=8)
+        names = [short(name) for name in classes]
+        style: dict[str, Any] = {"fontsize": 5 if many else 8, "parse_math": False}
+        axis.set_xticks(range(len(classes)), names, rotation=90, **style)
+        axis.set_yticks(range(len(classes)), names, **style)
     if len(classes) <= 20:
         for row, column in np.ndindex(*counts.shape):
-            shade = "white" if shares[row, column] > 0.5 else "black"
+            shade = "white" if shares[row, column] > 0.35 else "black"
             axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=7, color=shade)
     return figure
+
+
+def _shares_scale() -> Normalize:
+    """Colours by the square root of a share, so that rare confusions show beside the diagonal."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=1)
+
+
+def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
+    """A bar from 0 to 1 for each name, the highest first, in as many columns as it takes."""
+    order = sorted(range(len(names)), key=lambda number: -values[number])
+    if len(order) > RANKED_BARS:
+        half = RANKED_BARS // 2
+        title += f", the {half} highest and the {half} lowest of {len(order)}"
+        order = order[:half] + order[-half:]
+    columns = math.ceil(len(order) / BARS_PER_COLUMN)
+    rows = math.ceil(len(order) / columns)
+    figure, axes = new_figure(1, columns, size=(max(6, 4 * columns), 0.18 * rows + 1.2))
+    for column, axis in enumerate(axes):
+        shown = order[column * rows : (column + 1) * rows]
+        bars = axis.barh(range(len(shown)), [values[number] for number in shown], height=0.7)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axis.set_yticks(range(len(shown)), [short(names[number]) for number in shown], fontsize=7, parse_math=False)
+        axis.set_ylim(rows - 0.4, -0.6)
+        axis.set_xlim(0, 1.12)
+        axis.set_xlabel(quantity)
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Figure:
+    """Samples per class of each split: bars by class, or where there are too many, curves of the sorted numbers."""
+    named = len(classes) <= COUNTED_CLASSES
+    figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
+    for number, (split, each) in enumerate(counts.items()):
+        label = f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}"
+        if named:
+            width = 0.8 / len(counts)
+            axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width, label=label)
+        else:
+            axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid", label=label)
+    if named:
+        axis.set_xticks(range(len(classes)), list(map(short, classes)), rotation=90, fontsize=8, parse_math=False)
+        axis.set_xlabel("class")
+    else:
+        axis.set_xlabel("classes, from the most to the fewest samples")
+    axis.set_ylabel("samples")
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def short(name: str) -> str:
+    """A class name that leaves room for the picture beside it."""
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

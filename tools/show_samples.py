@@ -1,0 +1,85 @@
+"""Training samples of a config, as one process trains on them, beside what they were made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import Config
+from pipelines import build_train_loader
+from pipelines.shards import open_split
+from tools.chosen import choose, images_of
+from tools.tables import make_folder, write_csv
+from train import dist, figures, pictures
+from train.dist import Ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 10  # samples side by side
+
+
+def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
+    """samples.png and samples.csv: the first samples of the first of `epochs`, as each of the epochs augments them."""
+    with dist.process_group(ranks) as device:
+        samples, rows = augmented(config, epochs, count, device)
+        original = images_of(config.data, config.eval, config.data.train_split, samples, device)
+    split = open_split(config.data.path, config.data.train_split)
+    labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
+    names = [pictures.class_name(label, split.classes) for label in labels.tolist()]
+    folder = make_folder(out or Path(config.output) / "show" / str(config.name))
+    figures.save(sample_figure(original, rows, epochs, names, str(config.name)), folder / "samples.png")
+    table = [
+        {"position": position, "sample": sample, "label": label, "class": name}
+        for position, (sample, label, name) in enumerate(zip(samples.tolist(), labels.tolist(), names, strict=True))
+    ]
+    write_csv(folder / "samples.csv", table)
+    print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
+          f"{folder / 'samples.png'} and .csv")  # fmt: skip
+
+
+def augmented(
+    config: Config, epochs: Sequence[int], count: int, device: torch.device
+) -> tuple[np.ndarray, list[Tensor]]:
+    """The first samples of the first batch of `epochs[0]`, int64 [N], and per epoch uint8 [N, 3, H, W] on the host."""
+    data = config.data.model_copy(update={"placement": "host"})  # the same pixels, without a copy of the whole split
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
+                                accumulation_steps=config.train.accumulation_steps)  # fmt: skip
+    batch = loader.plan.indices(epochs[0], 0)
+    choose(loader, batch)  # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
+    rows = []
+    for epoch in epochs:
+        loader.state = {"epoch": epoch, "step": 0}
+        rows += [images[:count].cpu().clone() for images, _ in loader]
+    return batch[:count], rows
+
+
+def sample_figure(
+    original: Tensor, rows: Sequence[Tensor], epochs: Sequence[int], names: Sequence[str], title: str
+) -> Figure:
+    """Blocks of samples side by side: a row of the unaugmented images with their classes, then a row per epoch."""
+    columns = min(COLUMNS, len(names))
+    blocks = math.ceil(len(names) / columns)
+    missing = blocks * columns - len(names)  # in the last block
+
+    def arranged(images: Tensor) -> np.ndarray:
+        shown = pictures.pixels(images)
+        blank = np.full((missing, *shown.shape[1:]), 255, np.uint8)
+        return np.concatenate([shown, blank]).reshape(blocks, 1, columns, *shown.shape[1:])
+
+    images = np.concatenate([arranged(one) for one in (original, *rows)], axis=1)
+    captions = [[pictures.wrapped(name) for name in names]] + [[f"epoch {epoch}"] * len(names) for epoch in epochs]
+    table = np.array([[*line, *[""] * missing] for line in captions], dtype=object)
+    table = table.reshape(len(captions), blocks, columns).swapaxes(0, 1)
+    return figures.image_grid(
+        images.reshape(-1, *images.shape[3:]),
+        table.reshape(-1).tolist(),
+        title=f"{title}: samples without augmentation, and as they are trained on",
+        columns=columns,
+    )
