@@ -44,7 +44,7 @@ def test_a_grid_shows_every_image_and_caption(count: int) -> None:
     assert [int(axis.get_images()[0].get_array()[0, 0, 1]) for axis in shown] == list(range(count))
 
 
-@pytest.mark.parametrize("classes", [2, 10, 50])
+@pytest.mark.parametrize("classes", [2, 10, 50, 300])
 def test_a_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None:
     counts = np.eye(classes, dtype=np.int64) * 3
     counts[0, 1] = 1
@@ -62,3 +62,34 @@ def test_pixels_of_a_figure_are_what_its_file_holds(tmp_path: Path) -> None:
     figures.save(figure, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert np.array_equal(np.asarray(image.convert("RGB")), figures.pixels_of(figure))
+
+
+@pytest.mark.parametrize("classes", [3, 120, 450])
+def test_ranked_bars_go_from_the_highest_to_the_lowest(classes: int) -> None:
+    values = np.random.default_rng(0).permutation(classes) / classes
+    figure = figures.ranked_bars(values.tolist(), [f"class {n}" for n in range(classes)], "F1", "test")
+    widths = [bar.get_width() for axis in figure.axes for bar in axis.patches]
+    names = [label.get_text() for axis in figure.axes for label in axis.get_yticklabels()]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == max(values)
+    assert widths[-1] == 0
+    assert len(widths) == min(classes, figures.RANKED_BARS)
+    assert [values[int(name.removeprefix("class "))] for name in names] == widths
+
+
+@pytest.mark.parametrize("classes", [4, 60])
+def test_class_counts_name_least_most_and_median_of_each_split(classes: int, tmp_path: Path) -> None:
+    counts = {"train": np.arange(classes) + 1000, "val": np.arange(classes)[::-1] + 5}
+    figure = figures.class_counts(counts, [f"class {n}" for n in range(classes)], "test")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[0] == f"train: 1,000 to {999 + classes:,}, median {1000 + (classes - 1) / 2:,.0f}"
+    assert legend[1].startswith(f"val: 5 to {4 + classes}")
+    (axis,) = figure.axes
+    heights = [bar.get_height() for bar in axis.patches] or axis.lines[1].get_ydata()[::-1]
+    assert list(heights[-classes:]) == sorted(counts["val"], reverse=classes == 4)
+    figures.save(figure, tmp_path / "counts.png")
+
+
+def test_long_class_names_are_cut_beside_an_axis() -> None:
+    assert figures.short("tench") == "tench"
+    assert len(figures.short("x" * 99)) == figures.NAME_LETTERS

@@ -75,7 +75,8 @@ def image_grid(
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
-    figure, axes = new_figure(rows, columns, size=(1.7 * columns, (1.75 + 0.14 * caption_lines) * rows + 0.5))
+    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # of a few images less than of their title
+    figure, axes = new_figure(rows, columns, size=(width, (1.75 + 0.14 * caption_lines) * rows + 0.5))
     for axis in axes:
         axis.set_axis_off()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -160,7 +161,7 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     axis.set_ylabel("samples")
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # beside the bars, wherever these are high
     axis.set_title(title, fontsize=11)
     return figure
 
