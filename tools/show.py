@@ -6,9 +6,9 @@
 
 The first writes predictions.png (random samples), mistakes.png (the most confident ones), confusion.png and classes.png
 (F1 of each class), and prints loss, top1 and top5 as `train/ddp.py --eval` does, each class's precision, recall and F1,
-and the classes most often confused. The second writes samples.png: the first batch of the first epoch given, as one
-process trains on it, below the unaugmented images. The third writes class-counts.png and examples.png. Each picture has
-a CSV of the same name beside it. Sample numbers count from 0 in the order in which a split is stored.
+and the classes most often confused (all of them: confused.csv). The second writes samples.png: the first batch of the
+first epoch given, as one process trains on it, below the unaugmented images. The third writes class-counts.png and
+examples.png. Each picture has a CSV of the same name beside it. Samples are numbered from 0 in stored order.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def summary(split: Split, counts: np.ndarray | None) -> Row:
     }
     if counts is not None:
         row["samples per class: least"] = int(counts.min())
-        row["median"] = float(np.median(counts))
+        median = float(np.median(counts))
+        row["median"] = int(median) if median.is_integer() else median
         row["most"] = int(counts.max())
     return row
 

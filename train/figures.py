@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DPI = 120
 RIGHT, WRONG = "#1a7f37", "#c1440e"  # colours of captions
 LABELLED_CLASSES = 250  # up to so many classes a confusion matrix names each of them
-COUNTED_CLASSES = 40  # up to so many classes have bars of their numbers of samples, side by side
+COUNTED_CLASSES = 40  # up to so many classes are drawn one beside the other at full size
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
 NAME_LETTERS = 28  # of a class beside an axis
 
@@ -91,7 +91,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
     predicted."""
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    many = len(classes) > 40
+    many = len(classes) > COUNTED_CLASSES
     inches = 0.11 if many else 0.45  # per class; a picture of 200 is for zooming in
     side = min(28.0, max(5.0, inches * len(classes) + 2))
     figure, (axis,) = new_figure(size=(side + 1, side))
