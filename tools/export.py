@@ -5,7 +5,7 @@
 writes to output/cifar10_lenet/export:
 
   model.safetensors   the network's weights under their plain names, for normalised floats
-  config.json         how to build it, mean, std, crop and classes, laid out as timm's model folders are: a model timm/NAME
+  config.json         how to build it, mean, std, crop and classes, laid out as in timm's folders: a model timm/NAME
                       is loaded by timm.create_model("local-dir:FOLDER", pretrained=True), a built-in one by
                       build_model and safetensors.torch.load_file; the tool prints the lines
   model.pt2           torch.export: raw pixels, uint8 [batch, 3, H, W] -> logits float32 [batch, classes]
@@ -184,10 +184,11 @@ def export(name: str, exportable: Exportable, expected: Expected, tolerance: flo
         except Exception as error:
             raise UserError(f"format {name} was written but cannot be run: {reason(error)}; nothing is kept") from None
         if not result.max_difference <= tolerance:  # NaN too
+            largest = float(expected.logits.abs().max())
             raise UserError(
                 f"format {name} gives logits that differ by up to {result.max_difference:.2e} from the checkpoint's, "
-                f"whose largest is {expected.logits.abs().max():.3g}, and --tolerance is {tolerance:g}; nothing is "
-                "kept: raise it if such logits are what you expect"
+                f"which is {result.max_difference / largest:.1e} of the largest, {largest:.3g}; --tolerance allows "
+                f"{tolerance:g}, so nothing is kept: raise it if that is float32's rounding (about 1e-6 of the largest)"
             )
         files = sorted(aside.iterdir(), key=lambda file: -file.stat().st_size)
         size_mib = sum(file.stat().st_size for file in files) / 2**20
