@@ -1,0 +1,279 @@
+"""Export a trained model to files that other programs load, each loaded again and compared before it gets its name.
+
+    python tools/export.py --checkpoint output/cifar10_lenet
+
+writes to output/cifar10_lenet/export:
+
+  model.safetensors   the network's weights under their plain names, for normalised floats
+  config.json         how to build it, mean, std, crop and classes, laid out as in timm's folders: a model timm/NAME
+                      is loaded by timm.create_model("local-dir:FOLDER", pretrained=True), a built-in one by
+                      build_model and safetensors.torch.load_file; the tool prints the lines
+  model.pt2           torch.export: raw pixels, uint8 [batch, 3, H, W] -> logits float32 [batch, classes]
+  model.onnx          the same for ONNX Runtime: input `images`, output `logits`; classes, image size, crop and origin
+                      stand in its metadata
+  export.json         the figures of the printed table, versions, and how to use each file
+
+All in float32, for any batch size, without test-time augmentation. Images come as eval prepares them: RGB, the shorter
+side resized to image_size / crop_fraction, the centre cut out. Each format is loaded from disk and run on images of the
+validation split, in batches of 1, 7 and 64; where the data set's folder is not there, on random pixels. Logits that
+differ by more than --tolerance from the checkpoint's leave nothing behind, and no older file is touched.
+
+Exit code 0: all formats are written; 1: at least one is not, its reason is on stderr; 2: bad input, nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError, run_main
+from models import PixelClassifier
+from pipelines import build_eval_loader
+from tools.export_formats import FORMATS, Exportable, Predict, snippet
+from tools.tables import Row, make_folder, markdown, write_text
+from tools.trained import Trained, load_trained
+from train import dist
+from train.dist import Ranks
+
+CPU = torch.device("cpu")
+BATCH_SIZES = (1, 7, 64)  # one image, an odd number and a usual one: whatever was made a constant shows
+PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every format is compared with."""
+
+    images: Tensor  # uint8 [N, 3, H, W]
+    logits: Tensor  # float32 [N, classes], of the checkpoint's model
+    kind: str  # of images: the split's name, or random pixels
+    source: str  # the same with the data set's folder
+
+
+@dataclass(frozen=True)
+class Comparison:
+    max_difference: float  # of all logits
+    same_top1: int  # images whose highest logit is the same class's
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder, or a .pt file")
+    parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: export, beside the checkpoint")
+    parser.add_argument("--verify-images", type=int, default=256, metavar="N", help="images to compare on (256)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (1e-4)")
+    parser.add_argument("--data-path", metavar="FOLDER", help="the converted data set, if it moved since training")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse_arguments(sys.argv[1:])
+    if arguments.verify_images < 1:
+        raise UserError(f"--verify-images={arguments.verify_images} is not a positive whole number; use 1 or more")
+    if not arguments.tolerance >= 0:
+        raise UserError(f"--tolerance={arguments.tolerance} is not a number of at least 0; use 1e-4")
+    with dist.process_group(Ranks.alone("tools/export.py")):
+        trained = load_trained(arguments.checkpoint, CPU)
+    expected = expected_logits(trained, arguments.data_path, arguments.verify_images)
+    exportable = exportable_of(trained)
+    folder = make_folder(arguments.out or trained.path.parent / "export")
+
+    print(f"{exportable.name} of {trained.path}: {len(trained.classes)} classes, {trained.image_size} pixels")
+    if (tta := trained.config.eval.tta) != "none":
+        print(f"eval.tta={tta} is not exported: expect the accuracy of a single view")
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in dict.fromkeys(arguments.format):
+        try:
+            row = export(name, exportable, expected, arguments.tolerance, folder)
+        except UserError as error:
+            failed[name] = str(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            rows.append(row)
+            print(f"{name}: written, largest difference of logits {row['max difference']:.1e}", flush=True)
+    report(exportable, expected, rows, failed, folder)
+    return 1 if failed else 0
+
+
+def exportable_of(trained: Trained) -> Exportable:
+    """A float32 copy with plain strides, whatever memory format the run trained in."""
+    model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
+    assert isinstance(model, PixelClassifier)
+    return Exportable(
+        model=model,
+        name=trained.config.model.name,
+        classes=trained.classes,
+        image_size=trained.image_size,
+        interpolation=trained.config.data.interpolation,
+        crop_fraction=trained.config.eval.crop_fraction,
+        origin={
+            "dataset": trained.name,
+            "epochs": trained.epochs,
+            "checkpoint": str(trained.path),
+            "checkpoint_sha256": hashlib.sha256(trained.path.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def expected_logits(trained: Trained, data_path: str | None, samples: int) -> Expected:
+    """The first images of the validation split, or random ones where no data_path is given and the run's is gone."""
+    path = data_path or trained.config.data.path
+    if data_path is not None or (Path(path) / "dataset.json").is_file():
+        images = first_images(trained, path, samples)
+        kind = trained.config.data.val_split
+        source = f"{len(images)} images of split {kind!r} of {path}"
+    else:
+        size = (samples, 3, trained.image_size, trained.image_size)
+        images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        kind = "random pixels"
+        source = f"{samples} images of random pixels, since no data set lies in {path} (--data-path names another)"
+    with torch.inference_mode():
+        logits = torch.cat([trained.training.network(batch) for batch in images.split(64)])
+    if not logits.isfinite().all():
+        raise UserError(f"{trained.path} gives logits that are no finite numbers (a diverged run?); take another one")
+    return Expected(images, logits.float(), kind, source)
+
+
+def first_images(trained: Trained, path: str, samples: int) -> Tensor:
+    data = trained.config.data.model_copy(
+        update={"path": path, "image_size": trained.image_size, "placement": "auto", "batch_size": 64}
+    )
+    evaluation = trained.config.eval.model_copy(update={"batch_size": None})
+    parts: list[Tensor] = []
+    for images, _ in build_eval_loader(data, evaluation, device=CPU):
+        parts.append(images.clone())  # the loader fills its buffers anew
+        if sum(map(len, parts)) >= samples:
+            break
+    return torch.cat(parts)[:samples]
+
+
+def export(name: str, exportable: Exportable, expected: Expected, tolerance: float, folder: Path) -> Row:
+    """Write one format aside, compare, and give its files their names; UserError, and no file, where that fails."""
+    form = FORMATS[name]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
+        aside = Path(temporary)
+        try:
+            with quiet():
+                holds = form.write(exportable, aside)
+        except Exception as error:  # exporters fail in every way on what they do not know
+            raise UserError(f"format {name} cannot be exported: {reason(error)}; leave it out with --format") from None
+        try:
+            with quiet():
+                result = compare(form.load(aside), expected)
+        except Exception as error:
+            raise UserError(f"format {name} was written but cannot be run: {reason(error)}; nothing is kept") from None
+        if not result.max_difference <= tolerance:  # NaN too
+            largest = float(expected.logits.abs().max())
+            raise UserError(
+                f"format {name} gives logits that differ by up to {result.max_difference:.2e} from the checkpoint's, "
+                f"which is {result.max_difference / largest:.1e} of the largest, {largest:.3g}; --tolerance allows "
+                f"{tolerance:g}, so nothing is kept: raise it if that is float32's rounding (about 1e-6 of the largest)"
+            )
+        files = sorted(aside.iterdir(), key=lambda file: -file.stat().st_size)
+        size_mib = sum(file.stat().st_size for file in files) / 2**20
+        move(files, folder)
+    return {
+        "format": name,
+        "file": ", ".join(file.name for file in files),
+        "holds": holds,
+        "size, MiB": round(size_mib, 3),
+        "max difference": result.max_difference,
+        "same top-1": f"{result.same_top1} of {len(expected.images)}",
+        "verified on": expected.kind,
+    }
+
+
+def move(files: list[Path], folder: Path) -> None:
+    """Into `folder`, readable for whom the folder is: safetensors writes for the owner alone."""
+    try:
+        for file in files:
+            file.chmod(0o600 | folder.stat().st_mode & 0o066)
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / file.name}: {error.strerror}; give another --out") from None
+
+
+def compare(predict: Predict, expected: Expected) -> Comparison:
+    """Run batches of all BATCH_SIZES in turn, with the strides of a stack of images and those of the loader's."""
+    parts: list[Tensor] = []
+    begin, sizes = 0, cycle(BATCH_SIZES)
+    while begin < len(expected.images):
+        strides = torch.channels_last if len(parts) % 2 else torch.contiguous_format
+        batch = expected.images[begin : begin + next(sizes)].contiguous(memory_format=strides)
+        with torch.inference_mode():
+            parts.append(predict(batch))
+        begin += len(batch)
+    logits = torch.cat(parts)
+    if logits.shape != expected.logits.shape or logits.dtype != torch.float32:
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not float32 {list(expected.logits.shape)}")
+    return Comparison(
+        max_difference=float((logits - expected.logits).abs().max()),
+        same_top1=int((logits.argmax(1) == expected.logits.argmax(1)).sum()),
+    )
+
+
+def report(exportable: Exportable, expected: Expected, rows: list[Row], failed: dict[str, str], folder: Path) -> None:
+    """Print the table and the snippets, and write both to export.json."""
+    snippets = {row["format"]: snippet(row["format"], exportable, folder) for row in rows}
+    content: dict[str, Any] = {
+        **exportable.facts,
+        "formats": [row | {"use": snippets[row["format"]].splitlines()} for row in rows],
+        "failed": failed,
+        "verified_on": expected.source,
+        "largest_logit": float(expected.logits.abs().max()),
+        "versions": {package: version(package) for package in PACKAGES},
+        "date": date.today().isoformat(),
+    }
+    write_text(folder / "export.json", json.dumps(content, indent=2) + "\n")
+    if rows:
+        print(f"\nin {folder}, verified on {expected.source}:\n\n{markdown(rows)}")
+        print("\nUse, with images a uint8 tensor [batch, 3, height, width]:")
+    for text in snippets.values():
+        print("\n    " + text.replace("\n", "\n    "))
+
+
+def reason(error: BaseException) -> str:
+    """What an exporter says at the root of its error, without colours and in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400].rstrip(".")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters print, warn and log a lot, and then raise what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+if __name__ == "__main__":
+    run_main(main)

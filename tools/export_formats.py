@@ -1,0 +1,211 @@
+"""The formats that a trained model is exported to: how each is written, loaded again from disk, and used by others.
+
+A writer gets a model on the CPU, in float32, for evaluation, and an empty folder, and says in words what it wrote; a
+loader gets that folder and gives a function from raw pixels, uint8 [B, 3, H, W], to logits float32 [B, classes]. Knows
+no checkpoint and no data set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models import Normalize, PixelClassifier, build_model
+
+ONE_ONNX_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs a little beside the weights
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model, and what its users need to know beside the weights."""
+
+    model: PixelClassifier
+    name: str  # for build_model: lenet …, or timm/NAME
+    classes: tuple[str, ...]
+    image_size: int  # height and width, pixels
+    interpolation: str
+    crop_fraction: float
+    origin: dict[str, Any]  # where it comes from
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The graph, normalisation included, for any number of images; torch and ONNX share it."""
+        example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # a 1 would become a constant
+        batch = {"images": {0: torch.export.Dim("batch")}}
+        with torch.no_grad():
+            return torch.export.export(self.model, (example,), dynamic_shapes=batch)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What goes into every format."""
+        return {
+            "model": self.name,
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "interpolation": self.interpolation,
+            "crop_fraction": self.crop_fraction,
+            "mean": shortest(self.model.normalize.mean),
+            "std": shortest(self.model.normalize.std),
+            **self.origin,
+        }
+
+
+def shortest(numbers: Tensor) -> list[float]:
+    """The shortest decimals that give these float32 numbers again: 0.4914 instead of 0.4913999140262604."""
+    return [float(str(number)) for number in numbers.numpy()]
+
+
+def write_safetensors(exportable: Exportable, folder: Path) -> str:
+    """model.safetensors, with the plain network's names, and config.json as timm lays it out."""
+    network, facts = exportable.model.network, exportable.facts
+    preprocessing = {
+        "input_size": (3, exportable.image_size, exportable.image_size),
+        "interpolation": exportable.interpolation,
+        "crop_pct": exportable.crop_fraction,
+        "crop_mode": "center",
+        "mean": tuple(facts["mean"]),
+        "std": tuple(facts["std"]),
+    }
+    ours = {"label_names": list(exportable.classes), "model_zhu": facts}
+    if exportable.name.startswith("timm/"):
+        from timm.models import save_for_hf
+
+        # these would speak of the weights that timm's authors trained
+        of_other_weights = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+        ours["pretrained_cfg"] = dict.fromkeys(of_other_weights)
+        save_for_hf(network, str(folder), model_config=ours, safe_serialization=True, data_config=preprocessing)
+        return "weights, for timm"
+    weights = network.state_dict()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architecture": exportable.name,
+        "num_classes": len(exportable.classes),
+        **layers_at_the_ends(weights),
+        **ours,
+    }
+    ends = {"first_conv": config.pop("first_conv"), "classifier": config.pop("classifier")}
+    config["pretrained_cfg"] = {**preprocessing, "num_classes": len(exportable.classes), **ends}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return "weights, for build_model"
+
+
+def layers_at_the_ends(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """first_conv, classifier and num_features: the first tensor with four dimensions and the last one with two."""
+    first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
+    classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
+    return {
+        "num_features": weights[classifier].shape[1],
+        "first_conv": first_conv.removesuffix(".weight"),
+        "classifier": classifier.removesuffix(".weight"),
+    }
+
+
+def load_safetensors(folder: Path) -> Predict:
+    """By config.json alone, as a user would."""
+    config = json.loads((folder / "config.json").read_text())
+    facts = config["model_zhu"]
+    network: nn.Module
+    if facts["model"].startswith("timm/"):
+        import timm
+
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        network = build_model(config["architecture"], config["num_classes"], image_size=facts["image_size"])
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+    normalize = Normalize(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])
+    return PixelClassifier(normalize, network).eval()
+
+
+def write_torch(exportable: Exportable, folder: Path) -> str:
+    """model.pt2, which needs no code of this project."""
+    facts = {"model_zhu.json": json.dumps(exportable.facts)}
+    torch.export.save(exportable.program, folder / "model.pt2", extra_files=facts)
+    return "graph, from uint8"
+
+
+def load_torch(folder: Path) -> Predict:
+    module: Predict = torch.export.load(folder / "model.pt2").module()
+    return module
+
+
+def write_onnx(exportable: Exportable, folder: Path) -> str:
+    """model.onnx, one file below 2 GiB; facts that are no text are JSON in its metadata."""
+    program = torch.onnx.export(
+        exportable.program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: "batch"}},
+        verbose=False,
+    )
+    assert program is not None
+    for key, value in exportable.facts.items():
+        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    weights_bytes = sum(tensor.nbytes for tensor in exportable.model.state_dict().values())
+    program.save(folder / "model.onnx", external_data=weights_bytes > ONE_ONNX_FILE_BYTES)
+    return f"graph, from uint8, opset {program.model.opset_imports['']}"
+
+
+def load_onnx(folder: Path) -> Predict:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@dataclass(frozen=True)
+class Format:
+    write: Callable[[Exportable, Path], str]
+    load: Callable[[Path], Predict]
+
+
+FORMATS = {
+    "safetensors": Format(write_safetensors, load_safetensors),
+    "torch": Format(write_torch, load_torch),
+    "onnx": Format(write_onnx, load_onnx),
+}
+
+
+def snippet(name: str, exportable: Exportable, folder: Path) -> str:
+    """Python lines that load a format from where it lies and run it on `images`, uint8 [B, 3, H, W]."""
+    if name == "torch":
+        return (
+            f"import torch\nmodel = torch.export.load({str(folder / 'model.pt2')!r}).module()\nlogits = model(images)"
+        )
+    if name == "onnx":
+        return (
+            "import onnxruntime\n"
+            f"session = onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})\n"
+            'logits = session.run(["logits"], {"images": images.numpy()})[0]'
+        )
+    if exportable.name.startswith("timm/"):
+        return (
+            "import timm, torch\n"
+            f"model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()\n"
+            "config = timm.data.resolve_model_data_config(model)\n"
+            "mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ('mean', 'std'))\n"
+            "logits = model((images / 255 - mean) / std)"
+        )
+    return (
+        "import json\n"
+        "from models import build_model\n"
+        "from safetensors.torch import load_file\n"
+        f"config = json.load(open({str(folder / 'config.json')!r}))\n"
+        "mean, std = (config['pretrained_cfg'][key] for key in ('mean', 'std'))\n"
+        "model = build_model(config['architecture'], config['num_classes'], mean=mean, std=std).eval()\n"
+        f"model.network.load_state_dict(load_file({str(folder / 'model.safetensors')!r}))\n"
+        "logits = model(images)"
+    )
