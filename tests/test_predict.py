@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from train_fixtures import DIGITS, Run, alone
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from pipelines import build_eval_loader
+from pipelines.encode import Encoding
 from pipelines.shards import load_dataset, open_split
-from tools import convert, predict
+from tools import convert, ensemble, predict
+from tools.image_sets import conversion_of
 from tools.trained import load_trained
 from train import checkpoint, ddp
 from train.ddp import build_all, dataset_facts
-from train.loop import evaluate
+from train.loop import evaluate, predictions
 
 TEST_ROWS = 41  # of npy_data
 
@@ -344,17 +347,30 @@ def test_checkpoints_of_two_data_sets_are_averaged_only_over_the_same_images(npy
         run("--checkpoint", first, third, "--split", "val", "--out", tmp_path / "out")
 
 
-def test_logits_that_are_not_finite_are_refused_by_image(npy_data: Path, model: Path) -> None:
+def test_logits_that_are_not_finite_are_refused_by_image(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number, (logits, labels) in enumerate(predictions(*arguments)):
+            spoilt = logits.clone()
+            if number == 1:
+                spoilt[6, 3] = float("inf")
+            yield spoilt, labels
+
+    monkeypatch.setattr(ensemble, "predictions", diverged)
+    with pytest.raises(UserError, match="not finite for row 70 of split 'val': its weights"):
+        run("--checkpoint", model, "--split", "val", "--batch-size", 64)
+    assert not (model / "predictions-val/predictions.npz").exists()
+
+
+def test_pictures_are_stored_as_the_data_set_was(npy_data: Path, model: Path) -> None:
     with alone() as device:
         trained = load_trained(model, device)
-        for parameter in trained.training.network.parameters():
-            torch.nn.init.constant_(parameter, float("nan"))
-        content = torch.load(model / "last.pt", weights_only=True)
-        about = {key: content[key] for key in ("position", "progress", "config", "dataset")}
-        checkpoint.save(model / "best.pt", trained.training, trained.training.sums, **about)
-    with pytest.raises(UserError, match=r"not finite for row 0 of split 'val' and 106 more"):
-        run("--checkpoint", model, "--split", "val")
-    assert not (model / "predictions-val/predictions.npz").exists()
+    assert conversion_of(trained) == Encoding("npy", size=32), "raw pixels of one size, as they came"
+    assert trained.conversion is not None
+    jpeg = {**trained.conversion, "name": "jpeg", "quality": 80}
+    assert conversion_of(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
+    assert conversion_of(replace(trained, conversion={**trained.conversion, "size": 48})) == Encoding("npy", size=48)
+    assert conversion_of(replace(trained, stored_shape=(32, 40, 3))) == Encoding("jpeg"), "no square to crop to"
+    assert conversion_of(replace(trained, conversion=None)) == Encoding("jpeg")
 
 
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(model: Path) -> None:
