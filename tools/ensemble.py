@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from pipelines import build_eval_loader
-from pipelines.loader import Loader
 from tools.image_sets import ImageSet
 from tools.trained import Trained
 from train.loop import Evaluation, loss_and_hits, predictions
@@ -33,10 +32,9 @@ def predict(
     each: list[Evaluation] = []
     with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
-            loader = eval_loader(model, folder, images.split, batch_size)
             sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
             begin = 0
-            for batch, labels in predictions(model.training, loader, tta or model.config.eval.tta):
+            for batch, labels in batches(model, folder, images.split, tta, batch_size):
                 sums += loss_and_hits(batch, labels)  # as `train.loop.evaluate` does, to the last digit
                 values = (batch.log_softmax(1) if several else batch).cpu().numpy()  # waits for the device
                 check_finite(values, model, images, begin)
@@ -53,11 +51,14 @@ def predict(
     return logits, each, mean_evaluation(logits, images)
 
 
-def eval_loader(model: Trained, folder: Path, split: str, batch_size: int | None) -> Loader:
-    """What the model was evaluated with, on another split or data set."""
+def batches(
+    model: Trained, folder: Path, split: str, tta: str | None, batch_size: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels as evaluation has them, of another split or data set; ends with the loader's memory freed."""
     data = model.config.data.model_copy(update={"path": str(folder), "image_size": model.image_size})
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
-    return build_eval_loader(data, settings, split=split, device=model.training.device)
+    loader = build_eval_loader(data, settings, split=split, device=model.training.device)
+    yield from predictions(model.training, loader, tta or model.config.eval.tta)
 
 
 def check_finite(logits: np.ndarray, model: Trained, images: ImageSet, begin: int) -> None:

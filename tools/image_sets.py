@@ -20,7 +20,7 @@ from configs.errors import UserError
 from pipelines.encode import Encoding
 from pipelines.shard_writer import write_dataset
 from pipelines.shards import in_source_order, load_dataset, open_split
-from pipelines.source import Options
+from pipelines.source import Options, Source
 from tools.sources.imagefolder import open_pictures
 from tools.trained import Trained, check_same_classes
 
@@ -92,11 +92,18 @@ def open_images(
             encoding = conversion_of(model)
             if encoding not in folders:
                 folders[encoding] = Path(temporary) / str(len(folders))
-                workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-                write_dataset(source, folders[encoding], Options(encoding), workers, PICTURES)
+                _convert(source, folders[encoding], Options(encoding))
         rows = source.splits[PICTURES]
         files = tuple(rows.describe(row) for row in range(len(rows)))
         yield _open_split(PICTURES, models, [folders[conversion_of(model)] for model in models], files)
+
+
+def _convert(source: Source, out: Path, options: Options) -> None:
+    try:
+        write_dataset(source, out, options, min(MAX_WORKERS, len(os.sched_getaffinity(0))), PICTURES)
+    except OSError as error:
+        raise UserError(f"cannot convert the pictures in {out.parent.parent}: {error.strerror or error}; "
+                        "give another --out") from None  # fmt: skip
 
 
 def conversion_of(model: Trained) -> Encoding:

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
     numbers, probabilities = best_classes(logits, min(arguments.top_k, len(classes)))
     write_arrays(out / "predictions.npz", images, logits, classes)
     write_text(out / "predictions.csv", table(images, numbers, probabilities, classes))
-    metrics = describe(models, images, arguments.tta, each, mean)
+    metrics = {"split": arguments.split, **describe(models, images, arguments.tta, each, mean)}
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if mean is not None:
         for model, result in zip(models, each, strict=True):
@@ -182,7 +182,6 @@ def describe(
         checkpoints.append({"path": str(model.path), "model": model.config.model.name, "image_size": model.image_size,
                             "tta": tta or model.config.eval.tta, "data": data, **own})  # fmt: skip
     return {
-        "split": images.split,
         **{key: getattr(mean, key) if mean else None for key in METRICS},
         "samples": len(images),
         "tta": ", ".join(dict.fromkeys(one["tta"] for one in checkpoints)),
