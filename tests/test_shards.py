@@ -91,6 +91,7 @@ def test_the_webdataset_library_reads_every_sample_back(
     split = open_split(folder_of(encoding, request), split_name)
     read = list(webdataset.WebDataset([str(file) for file in split.files], shardshuffle=False).decode())
     assert len(read) == len(split)
+    assert split.source_rows().tolist() == [int(sample["__key__"]) for sample in read]
     assert [sample.get("cls") for sample in read] == (
         [None] * len(split) if split.labels is None else split.labels.tolist()
     )

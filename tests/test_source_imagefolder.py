@@ -11,7 +11,7 @@ import pytest
 from source_fixtures import labels_of
 
 from configs.errors import UserError
-from tools.sources.imagefolder import open_imagefolder
+from tools.sources.imagefolder import open_imagefolder, open_pictures
 
 
 def write_files(root: Path, *names: str) -> Path:
@@ -158,3 +158,20 @@ def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_the_place(tmp_pat
     assert open_imagefolder(moved).fingerprint != fingerprint
     write_files(one, "train/b/1.jpg")
     assert open_imagefolder(one).fingerprint != fingerprint
+
+
+def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "b.jpg", "a/2.PNG", "a/10.jpg", "a/deep/er/1.webp", "a/notes.txt", ".hidden/3.jpg")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a circle
+    source = open_pictures(tmp_path, "pictures", ("x", "y"))
+    rows = source.splits["pictures"]
+    names = ["a/10.jpg", "a/2.PNG", "a/deep/er/1.webp", "b.jpg"]
+    assert [rows.describe(row) for row in range(len(rows))] == names
+    assert list(rows.read(0, 4)) == [name.encode() for name in names]
+    assert (rows.labels, source.classes) == (None, ("x", "y"))
+    assert "passed over 3 entries" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no images"):
+        open_pictures(tmp_path / "empty", "pictures", ("x",))

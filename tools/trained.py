@@ -27,6 +27,8 @@ class Trained:
     image_size: int  # height and width that it was trained at, pixels
     training: Training
     epochs: int  # whole ones that it was trained for
+    conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
+    stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -64,6 +66,8 @@ def load_trained(path: Path, device: torch.device) -> Trained:
         image_size=facts["image_size"],
         training=training,
         epochs=position["epoch"],
+        conversion=facts.get("conversion"),
+        stored_shape=tuple(facts["image_shape"]) if facts.get("image_shape") else None,
     )
 
 

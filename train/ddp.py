@@ -127,11 +127,8 @@ def main() -> None:
         if source is not None:
             log.say(f"resumed from {source} at {train_loader.state}")
         log.say(describe(config, dataset, training, train_loader, ranks))
-        facts = {
-            **{key: dataset[key] for key in ("name", "classes", "mean", "std")},
-            "image_size": val_loader.image_size,
-        }
-        about = {"stream": stream, "config": to_yaml(config), "dataset": facts}
+        about = {"stream": stream, "config": to_yaml(config)}
+        about["dataset"] = dataset_facts(dataset, val_loader.image_size)
         try:
             fit(config, training, train_loader, val_loader, val_samples, progress, about, folder, log, ranks, clock)
         finally:
@@ -303,6 +300,15 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
             for name in ("optimizer", "lookahead", "proxy")
             for key, value in getattr(train, name).model_dump(mode="json").items()
         },
+    }
+
+
+def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """What a checkpoint says of its data set, so that the model can be used without it."""
+    return {
+        **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
+        "conversion": dataset.get("options", {}).get("encoding"),  # so that other pictures can be stored likewise
+        "image_size": image_size,
     }
 
 

@@ -130,6 +130,35 @@ def open_imagefolder(root: Path) -> Source:
     return Source(kind="imagefolder", name=scan.root.name, classes=classes, fingerprint=fingerprint, splits=splits)
 
 
+def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
+    """All image files in a folder and the folders in it, sorted by path: one split without labels.
+
+    classes: those that a model is to choose from.
+    """
+    scan = _Scan(folder.resolve())
+    found: list[tuple[str, int]] = []
+    waiting = ["."]
+    while waiting:
+        parent = waiting.pop()
+        folders, files = scan.entries(parent)
+        for name in folders:
+            inner = Path(parent, name)
+            if (scan.root / inner).is_symlink():  # its files are listed where they lie; a circle would never end
+                scan.ignored.append(str(inner))
+            else:
+                waiting.append(str(inner))
+        found += [(str(Path(parent, name)), size) for name, size in files]
+    if not found:
+        raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); give a folder of image files")
+    if scan.ignored:
+        shown = ", ".join(name.removeprefix("./") for name in scan.ignored[:3])
+        print(f"note: passed over {len(scan.ignored):,} entries that are no images: {shown} …", file=sys.stderr)
+    paths, sizes = zip(*sorted(found), strict=True)
+    rows = ImageFolderSplit(scan.root, list(paths), list(sizes), None)
+    digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path in paths)).hexdigest()
+    return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
+
+
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
     for name in classes:
         try:

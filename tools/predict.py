@@ -1,0 +1,200 @@
+"""Predict the classes of a split, or of your own pictures, with one checkpoint or the mean of several.
+
+    python tools/predict.py --checkpoint output/medium_imagenet_96_resnet18 --split test
+    python tools/predict.py --checkpoint output/run output/run-2 --split val --tta flip
+    python tools/predict.py --checkpoint output/run --split photos/holiday --top-k 3
+    python tools/predict.py --checkpoint output/run --split test --sample-submission sample.csv --out result
+
+A split goes the very way of evaluation: one checkpoint's loss, top1 and top5 are those of `train/ddp.py --eval`.
+Pictures (a folder of image files, at any depth) are first stored as the checkpoint's data set was. A name that is both
+means the split; ./NAME means the folder.
+
+Written to --out, in stored order; `row` is an image's row in the source (for pictures: in the sorted list of their
+paths), counted from 0:
+
+    predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes; of several
+                     checkpoints the logits are the logarithm of their mean probabilities
+    predictions.csv  per image: row, file, label, class number, then the best classes and their probabilities
+    metrics.json     loss, top1, top5 (null without labels), samples, checkpoints, images without a prediction
+    submission.csv   for split test, or where --submission says: Id and class number of every row of the source
+
+Images that cannot be read are named, and are in no file but metrics.json. A submission with such a hole is refused,
+since every Id after it would shift, unless --fill gives it a class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError, run_main
+from tools import submission
+from tools.ensemble import best_classes, predict
+from tools.image_sets import ImageSet, data_folder, open_images, picture_folder
+from tools.tables import make_folder, write_text
+from tools.trained import Trained, check_same_classes, find_checkpoint, load_trained
+from train import dist
+from train.dist import Ranks
+from train.loop import Evaluation
+
+SHOWN = 5
+METRICS = ("loss", "top1", "top5")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", nargs="+", required=True, type=Path, metavar="RUN",
+                        help="run folders (best.pt, else last.pt) or .pt files; several are averaged")  # fmt: skip
+    parser.add_argument("--split", required=True, metavar="test|val|train|FOLDER", help="a split, or a picture folder")
+    parser.add_argument("--data-path", metavar="DIR", help="the converted data set (default: the checkpoint's)")
+    parser.add_argument("--tta", choices=["none", "flip", "flip-translate"], help="default: the checkpoint's eval.tta")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: the checkpoint's for evaluation")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="best classes to list (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: RUN/predictions-SPLIT or RUN/pictures-NAME"
+    )
+    contest = parser.add_argument_group("submission")
+    contest.add_argument("--submission", metavar="FILE|none", help="default: OUT/submission.csv for split test alone")
+    contest.add_argument("--sample-submission", type=Path, metavar="FILE", help="take columns and ids from this CSV")
+    contest.add_argument("--id-start", type=int, choices=[0, 1], help="the first Id (default 1)")
+    contest.add_argument("--id-column", metavar="NAME", help=f"default {submission.ID}")
+    contest.add_argument("--category-column", metavar="NAME", help=f"default {submission.CATEGORY}")
+    contest.add_argument("--fill", type=int, metavar="CLASS", help="class number of images that cannot be read")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    for option, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}={value} is not a positive whole number; use 1 or more")
+    ranks = Ranks.alone("tools/predict.py")
+    paths = [find_checkpoint(path) for path in arguments.checkpoint]
+    with dist.process_group(ranks) as device:
+        models = [load_trained(path, device) for path in paths]
+        for other in models[1:]:
+            check_same_classes(models[0], other.classes, f"checkpoint {other.path}")
+        pictures = picture_folder(arguments.split, data_folder(models[0], arguments.data_path))
+        out = make_folder(arguments.out or default_folder(paths[0], arguments.split, pictures))
+        with open_images(arguments.split, pictures, models, arguments.data_path, out) as images:
+            run(arguments, models, images, out)
+
+
+def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageSet, out: Path) -> None:
+    """From the opened images to the written files."""
+    classes = models[0].classes
+    file = submission_file(arguments, images, out)
+    form = None
+    if file is not None:  # before the work, so that a refusal costs none of it
+        form = submission.plan(images, len(classes), sample=arguments.sample_submission, id_start=arguments.id_start,
+                               id_column=arguments.id_column, category_column=arguments.category_column,
+                               fill=arguments.fill)  # fmt: skip
+    for entry in images.unreadable[:SHOWN]:
+        print(f"no prediction for row {entry['row']}, {entry['name']}: {entry['reason']}", file=sys.stderr)
+    if (hidden := len(images.unreadable) - SHOWN) > 0:
+        print(f"no prediction for {hidden:,} more, all named in {out / 'metrics.json'}", file=sys.stderr)
+
+    logits, each, mean = predict(models, images, arguments.tta, arguments.batch_size)
+    numbers, probabilities = best_classes(logits, min(arguments.top_k, len(classes)))
+    write_arrays(out / "predictions.npz", images, logits, classes)
+    write_text(out / "predictions.csv", table(images, numbers, probabilities, classes))
+    metrics = {"split": arguments.split, **describe(models, images, arguments.tta, each, mean)}
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    if mean is not None:
+        for model, result in zip(models, each, strict=True):
+            print(f"{model.path}: {sentence(images, result)}")
+        if len(models) > 1:
+            print(f"mean of {len(models)} checkpoints: {sentence(images, mean)}")
+    print(
+        f"{out}: predictions of {len(images):,} images in predictions.npz and .csv, {len(images.unreadable):,} without"
+    )
+    if form is not None and file is not None:
+        print(submission.write(file, form, images, numbers[:, 0], len(classes)))
+
+
+def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
+    """In the run's folder; a folder of pictures that is called test is kept apart from the split."""
+    name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
+    return checkpoint.parent / name
+
+
+def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
+    """Where the submission goes; None: there shall be none."""
+    if arguments.submission == "none" or (arguments.submission is None and images.split != "test"):
+        given = [name for name in ("sample_submission", "id_start", "id_column", "category_column", "fill")
+                 if getattr(arguments, name) is not None]  # fmt: skip
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} belongs to a submission, which only split test has "
+                            "by default; give --submission FILE")  # fmt: skip
+        return None
+    file = Path(arguments.submission) if arguments.submission else out / "submission.csv"
+    make_folder(file.parent)
+    sample: Path | None = arguments.sample_submission
+    if file.is_dir() or (sample is not None and file.resolve() == sample.resolve()):
+        what = "a folder" if file.is_dir() else "the sample submission itself"
+        raise UserError(f"--submission {file} is {what}; name another file to write")
+    return file
+
+
+def write_arrays(path: Path, images: ImageSet, logits: np.ndarray, classes: Sequence[str]) -> None:
+    """Under a temporary name, then renamed."""
+    labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, logits=logits, labels=labels, rows=images.rows, classes=np.array(classes))
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
+
+
+def table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
+    """predictions.csv. Text at once instead of a dict per row, which would take gigabytes for a large split."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    best = [f"{what}_{place}" for place in range(1, numbers.shape[1] + 1) for what in ("class", "probability")]
+    writer.writerow(["row", "file", "label", "number", *best])
+    for sample, row in enumerate(images.rows.tolist()):
+        file = images.files[row] if images.files else ""
+        label = classes[int(images.labels[sample])] if images.labels is not None else ""
+        pairs = zip(numbers[sample].tolist(), probabilities[sample].tolist(), strict=True)
+        cells = [cell for number, probability in pairs for cell in (classes[number], f"{probability:.6g}")]
+        writer.writerow([row, file, label, int(numbers[sample, 0]), *cells])
+    return text.getvalue()
+
+
+def describe(
+    models: Sequence[Trained], images: ImageSet, tta: str | None, each: Sequence[Evaluation], mean: Evaluation | None
+) -> dict[str, Any]:
+    """metrics.json: what was predicted with what, and how well."""
+    checkpoints: list[dict[str, Any]] = []
+    for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
+        own = {key: getattr(each[place], key) if each else None for key in METRICS}
+        data = None if images.files else str(folder)  # that of pictures is gone
+        checkpoints.append({"path": str(model.path), "model": model.config.model.name, "image_size": model.image_size,
+                            "tta": tta or model.config.eval.tta, "data": data, **own})  # fmt: skip
+    return {
+        **{key: getattr(mean, key) if mean else None for key in METRICS},
+        "samples": len(images),
+        "tta": ", ".join(dict.fromkeys(one["tta"] for one in checkpoints)),
+        "checkpoints": checkpoints,
+        "unreadable": images.unreadable,
+    }
+
+
+def sentence(images: ImageSet, result: Evaluation) -> str:
+    """As `train/ddp.py --eval` says it."""
+    return (f"{images.split} loss {result.loss:.4f}, top1 {result.top1:.4f}, top5 {result.top5:.4f} "
+            f"over {result.samples} samples")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
