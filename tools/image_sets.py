@@ -83,7 +83,7 @@ def open_images(
     Raises UserError where a data set has other classes than its model, or two data sets hold other images.
     """
     if pictures is None:
-        yield _open_split(split, models, [data_folder(model, data_path) for model in models], None)
+        yield images_of_split(split, models, [data_folder(model, data_path) for model in models])
         return
     with tempfile.TemporaryDirectory(prefix=".pictures-", dir=scratch) as temporary:
         source = open_pictures(pictures, PICTURES, models[0].classes)
@@ -95,7 +95,7 @@ def open_images(
                 _convert(source, folders[encoding], Options(encoding))
         rows = source.splits[PICTURES]
         files = tuple(rows.describe(row) for row in range(len(rows)))
-        yield _open_split(PICTURES, models, [folders[conversion_of(model)] for model in models], files)
+        yield images_of_split(PICTURES, models, [folders[conversion_of(model)] for model in models], files)
 
 
 def _convert(source: Source, out: Path, options: Options) -> None:
@@ -121,9 +121,10 @@ def conversion_of(model: Trained) -> Encoding:
     return Encoding(**{**model.conversion, "size": height}) if height == width else Encoding("jpeg")
 
 
-def _open_split(
-    name: str, models: Sequence[Trained], folders: Sequence[Path], files: tuple[str, ...] | None
+def images_of_split(
+    name: str, models: Sequence[Trained], folders: Sequence[Path], files: tuple[str, ...] | None = None
 ) -> ImageSet:
+    """A split, of which each model reads the data set in its folder; files: of pictures, their paths."""
     opened = {folder: open_split(folder, name) for folder in folders}
     rows = {folder: split.source_rows() for folder, split in opened.items()}
     first = opened[folders[0]]

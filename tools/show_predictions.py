@@ -8,17 +8,15 @@ import numpy as np
 import torch
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
-from tqdm import tqdm
 
-from pipelines import build_eval_loader
-from pipelines.loader import Loader
 from pipelines.shards import load_dataset
 from tools.chosen import images_of
+from tools.ensemble import predict
+from tools.image_sets import data_folder, images_of_split
 from tools.tables import Row, make_folder, markdown, write_csv
-from tools.trained import Trained, check_same_classes, load_trained
+from tools.trained import load_trained
 from train import dist, figures, pictures
 from train.dist import Ranks
-from train.loop import Evaluation, loss_and_hits, predictions
 
 ALL_CLASSES = 20  # up to so many are printed, of more the best and the worst
 BEST_AND_WORST = 5
@@ -31,54 +29,36 @@ def show_predictions(
     """All pictures of a labelled split, each with its CSV; of a split without labels only predictions."""
     with dist.process_group(ranks) as device:
         trained = load_trained(checkpoint, device)
-        settings = {"path": data_path or trained.config.data.path, "image_size": trained.image_size}
-        data = trained.config.data.model_copy(update=settings)
-        split = split or data.val_split
-        dataset = load_dataset(data.path)
-        check_same_classes(trained, tuple(dataset["classes"]), data.path)
-        loader = build_eval_loader(data, trained.config.eval, split=split, device=device)
+        split = split or trained.config.data.val_split
+        path = data_folder(trained, data_path)
+        images = images_of_split(split, [trained], [path])
         folder = make_folder(out or trained.path.parent / f"show-{split}")
-        logits, labels, evaluation = predict(trained, loader)
+        values, evaluations, _ = predict([trained], images, None, None)
+        logits = torch.from_numpy(values)
+        labels = torch.full((len(images),), -1) if images.labels is None else torch.from_numpy(images.labels)
         random = np.random.default_rng(seed).permutation(len(labels))[:count]
         worst = confident_mistakes(logits, labels)[:count]
-        images = images_of(data, trained.config.eval, split, np.concatenate([random, worst]), device)
+        data = trained.config.data.model_copy(update={"path": str(path), "image_size": trained.image_size})
+        pixels = images_of(data, trained.config.eval, split, np.concatenate([random, worst]), device)
 
     title = f"{trained.config.name}, {split}"
-    draw_predictions(folder, "predictions", images[: len(random)], random, logits, labels, trained.classes,
+    draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, trained.classes,
                      f"{title}: random samples")  # fmt: skip
-    if loader.labels is None:
-        labelled = ", ".join(name for name, entry in dataset["splits"].items() if entry["labelled"]) or "none"
-        print(f"split {split!r} of {data.path} has no labels, so there are no mistakes and no scores to show; "
+    if not evaluations:
+        splits = load_dataset(path)["splits"]
+        labelled = ", ".join(name for name, entry in splits.items() if entry["labelled"]) or "none"
+        print(f"split {split!r} of {path} has no labels, so there are no mistakes and no scores to show; "
               f"splits with labels: {labelled}\n{folder / 'predictions.png'} and .csv are drawn")  # fmt: skip
         return
-    draw_predictions(folder, "mistakes", images[len(random) :], worst, logits, labels, trained.classes,
+    draw_predictions(folder, "mistakes", pixels[len(random) :], worst, logits, labels, trained.classes,
                      f"{title}: most confident mistakes")  # fmt: skip
     predicted, _ = pictures.predictions_of(logits)
+    (evaluation,) = evaluations
     print(f"{trained.path}: {split} loss {evaluation.loss:.4f}, top1 {evaluation.top1:.4f}, "
           f"top5 {evaluation.top5:.4f} over {evaluation.samples} samples")  # fmt: skip
     write_scores(folder, labels, predicted, trained.classes, title)
     write_confusions(folder, labels, predicted, trained.classes, title)
     print(f"\npictures and their figures lie in {folder}")
-
-
-def predict(trained: Trained, loader: Loader) -> tuple[Tensor, Tensor, Evaluation]:
-    """Logits [N, C] and labels [N] (-1 where there is none) of the whole split on the host, and their means.
-
-    The means are those of `train.loop.evaluate`, over the labelled samples.
-    """
-    training, tta = trained.training, trained.config.eval.tta
-    sums = torch.zeros(4, dtype=torch.float64, device=training.device)
-    logits, labels = [], []
-    batches = predictions(training, loader, tta)
-    bar = tqdm(batches, total=len(loader), unit="batch", desc="predicting", leave=False, disable=None)
-    for some_logits, some_labels in bar:
-        sums += loss_and_hits(some_logits, some_labels)
-        logits.append(some_logits.cpu())
-        labels.append(some_labels.cpu())
-    loss, top1, top5, labelled = sums.tolist()
-    samples = max(int(labelled), 1)
-    means = Evaluation(loss / samples, top1 / samples, top5 / samples, int(labelled))
-    return torch.cat(logits), torch.cat(labels), means
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
