@@ -256,7 +256,8 @@ def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
         axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
         second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
         axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
-    axis.axvline(config.train.lr, color="grey", linestyle="--", linewidth=0.8, label=f"train.lr {config.train.lr:.2g}")
+    if curve.lr[0] <= (now := config.train.lr) <= curve.lr[-1]:
+        axis.axvline(now, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {now:.2g}")
     finite = curve.loss[np.isfinite(curve.loss)]
     if len(finite):
         low, high = float(finite.min()), float(finite[: max(10, len(finite) // 5)].max())
@@ -265,7 +266,8 @@ def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
     axis.set_xlim(curve.lr[0], curve.lr[-1])
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
-    axis.set_title(f"Learning-rate range test: {title(config)}", fontsize=11)
+    none = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
+    axis.set_title(f"Learning-rate range test: {title(config)}{none}", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     return figure
