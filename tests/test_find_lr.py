@@ -16,7 +16,8 @@ from configs.errors import UserError
 from configs.load import load_config
 from pipelines.loader import Batch
 from tools import find_lr
-from tools.find_lr import Curve, end_of, options_for, range_test, smooth, suggest
+from tools.find_lr import options_for, range_test
+from tools.lr_curve import DELAY, Curve, end_of, smooth, suggest
 
 RATES = np.geomspace(1e-6, 10, 150)
 
@@ -72,7 +73,7 @@ def test_smoothing_is_corrected_for_its_start_and_lags_by_a_share_of_a_decade() 
         rates = np.geomspace(1e-6, 10, count)
         assert smooth([2.0] * count, rates) == pytest.approx(2.0)
         decades = np.log10(rates)
-        assert decades[-1] - smooth(list(decades), rates)[-1] == pytest.approx(find_lr.DELAY, rel=1e-3)
+        assert decades[-1] - smooth(list(decades), rates)[-1] == pytest.approx(DELAY, rel=1e-3)
 
 
 def test_the_end_is_the_first_loss_out_of_bounds() -> None:

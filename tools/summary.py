@@ -11,7 +11,8 @@ run:
 
 FLOPs are 2 per multiply-add, of convolutions, matrix products and attention. Memory is measured on a GPU, over two
 real training steps, uncompiled; elsewhere it is estimated: weights, gradients, optimizer state and what the forward
-pass keeps for the backward pass, counted exactly, without temporary buffers and libraries' workspaces.
+pass keeps for the backward pass, counted exactly, without temporary buffers and libraries' workspaces. The small
+network of train.proxy is left out, and the model takes the whole batch.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def row_of(subject: Subject, costs: Costs, measured_bytes: int | None, amp: torc
     batch = subject.batch_size
     return {
         "model": subject.label,
+        "architecture": subject.model,
         "image_size": subject.image_size,
         "classes": subject.classes,
         "parameters": costs.parameters,
