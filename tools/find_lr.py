@@ -1,0 +1,205 @@
+"""Find a learning rate for a config: the loss while the rate grows from update to update, and what it suggests.
+
+    python tools/find_lr.py --cfg configs/cifar10_lenet.yaml --data-path data/cifar10
+    python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as the tool prints
+
+The range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate that
+grows exponentially: real batches and real updates, as the config says, from fresh weights that are thrown away. It ends
+when the smoothed loss is several times its minimum. The suggestion is the rate where the smoothed loss falls most
+steeply per decade; a tenth of the rate at its minimum is printed as a second opinion. train.lr is the peak of a
+schedule, for the global batch that was tested. Written to --out: find_lr.png, find_lr.csv (every update) and
+find_lr.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configs.errors import UserError, run_main
+from configs.load import load_config
+from configs.schema import Config
+from pipelines import build_train_loader
+from pipelines.loader import Loader
+from pipelines.shards import load_dataset
+from tools.lr_curve import Curve, Suggestion, end_of, smooth, suggest
+from tools.tables import make_folder, write_csv, write_text
+from train import dist, figures
+from train.ddp import build_all, check_classes
+from train.dist import Ranks
+from train.loop import Training, run_step, train_whitening_bias, trainings_of
+from train.optim import set_learning_rate
+from train.proxy import check_proxy
+from train.throughput import endless
+from train.warm_up import warm_up
+from train.whitening import whiten, whitening_images
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEWEST, MOST = 100, 300  # updates by default: an epoch within these bounds
+READ_EVERY = 10  # updates between two looks at the device's losses
+OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data-path", help="data.path, the converted data set")
+    parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
+    parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
+    parser.add_argument("--steps", type=int, help=f"updates (default: an epoch, but {FEWEST} to {MOST})")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if not 0 < options.first < options.last < math.inf:
+        raise UserError(f"--from={options.first:g} --to={options.last:g} must be positive and in ascending order")
+    if options.steps is not None and options.steps < 20:
+        raise UserError(f"--steps={options.steps} is too few updates for a curve; use at least 20")
+    config = load_config(options.cfg, options.opts, **{"data.path": options.data_path})
+    out = options.out or Path(config.output) / f"{config.name}-find-lr"
+    if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
+        raise UserError(f"{out} is the folder of a run; give another --out")
+    ranks = Ranks.alone("tools/find_lr.py")
+    check_proxy(config.train, ranks.world_size)
+    dataset = load_dataset(config.data.path)
+    classes = check_classes(config, dataset)
+    make_folder(out)
+    with dist.process_group(ranks) as device:
+        accumulation = config.train.accumulation_steps
+        loader = build_train_loader(
+            config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation
+        )
+        steps = options.steps or min(MOST, max(FEWEST, len(loader) // accumulation))
+        training = build_all(config, dataset, classes, loader.image_size, device)
+        whiten(training, whitening_images(training, config.data))
+        warm_up(training, loader)
+        curve = range_test(training, loader, np.geomspace(options.first, options.last, steps))
+    suggestion = suggest(curve)
+    write(out, config, curve, suggestion)
+    print(report(config, curve, suggestion))
+    print(f"curve and figures are in {out}")
+
+
+def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
+    """Train with one rate after another until the loss diverges; `training` is of no use afterwards.
+
+    Waits for the device once in READ_EVERY updates.
+    """
+    training.forward.train()
+    train_whitening_bias(training, 0)
+    losses: list[float] = []
+    sums: list[torch.Tensor] = []  # training.sums after each update, on the device
+    before = training.sums.clone()
+    accumulation = training.config.accumulation_steps
+    updates_of_a_run = training.config.epochs * (len(loader) // accumulation)
+    batches = endless(loader)
+    for update, lr in enumerate(tqdm(rates, unit="update", leave=False, disable=not sys.stderr.isatty())):
+        for one in trainings_of(training):
+            set_learning_rate(one.optimizer, float(lr))
+        for micro in range(accumulation):
+            run_step(training, next(batches), update, updates=micro == accumulation - 1)
+        if training.lookahead is not None:
+            training.lookahead.follow(update, updates_of_a_run)
+        sums.append(training.sums.clone())
+        if (update + 1) % READ_EVERY == 0 or update + 1 == len(rates):
+            differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
+            losses.extend(differences[:, 0] / differences[:, 2])
+            before, sums = sums[-1], []
+            if (end := end_of(smooth(losses, rates))) is not None:
+                losses = losses[: end + 1]
+                break
+    rates = rates[: len(losses)]
+    return Curve(rates, np.array(losses), smooth(losses, rates))
+
+
+def options_for(config: Config, lr: float) -> str:
+    """What to add after --opts: all rates of the config are moved along with train.lr, as the test moved them."""
+    train, factor = config.train, lr / config.train.lr
+    rates = {f"train.{name}": getattr(train, name) for name in ("min_lr", "warmup_lr")}
+    rates |= {f"train.optimizer.{name}": getattr(train.optimizer, name) for name in OWN_RATES}
+    others = [f"{name}={value * factor:.2g}" for name, value in rates.items() if value]
+    return " ".join([f"train.lr={lr:.2g}", *others])
+
+
+def report(config: Config, curve: Curve, suggestion: Suggestion) -> str:
+    ended = "; the loss diverged there" if end_of(curve.smoothed) is not None else ""
+    lines = [f"{title(config)}: {len(curve.lr)} updates from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
+    if suggestion.lr is None:
+        lines.append(f"no suggestion: {suggestion.reason}; look at the curve, or try --from, --to and more --steps")
+    else:
+        minimum, tenth = suggestion.lr_at_minimum, suggestion.tenth_of_minimum
+        lines.append(f"second opinion: a tenth of {minimum:.2g}, where the smoothed loss is lowest, is {tenth:.2g}")
+        lines.append(f"suggestion (steepest descent): --opts {options_for(config, suggestion.lr)}")
+        lines.append(f"the config has train.lr={config.train.lr:.2g}")
+    return "\n".join(lines)
+
+
+def title(config: Config) -> str:
+    batch = config.data.batch_size * config.train.accumulation_steps
+    return f"{config.model.name}, {config.train.optimizer.name}, global batch {batch}"
+
+
+def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> None:
+    rows = [
+        {"update": update, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
+        for update, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
+    ]
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "model": config.model.name,
+        "data": config.data.path,
+        "optimizer": config.train.optimizer.name,
+        "global_batch": config.data.batch_size * config.train.accumulation_steps,
+        "updates": len(rows),
+        "diverged": end_of(curve.smoothed) is not None,
+        "suggestion": {**asdict(suggestion), "tenth_of_minimum": suggestion.tenth_of_minimum},
+        "opts": None if suggestion.lr is None else options_for(config, suggestion.lr),
+        "source": "arXiv:1506.01186",
+    }
+    write_csv(out / "find_lr.csv", rows)
+    write_text(out / "find_lr.json", json.dumps(facts, indent=2) + "\n")
+    figures.save(picture(config, curve, suggestion), out / "find_lr.png")
+
+
+def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
+    """Loss over learning rate; losses that left the range of the others are cut off."""
+    figure, (axis,) = figures.new_figure(size=(8, 5))
+    axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one update")
+    axis.plot(curve.lr, curve.smoothed, color="#1f4e89", label="smoothed")
+    if suggestion.lr is not None and suggestion.tenth_of_minimum is not None:
+        axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
+        second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
+        axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
+    if curve.lr[0] <= (now := config.train.lr) <= curve.lr[-1]:
+        axis.axvline(now, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {now:.2g}")
+    finite = curve.loss[np.isfinite(curve.loss)]
+    if len(finite):
+        low, high = float(finite.min()), float(finite[: max(10, len(finite) // 5)].max())
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))  # room for the legend
+    axis.set_xscale("log")
+    axis.set_xlim(curve.lr[0], curve.lr[-1])
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("training loss")
+    none = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
+    axis.set_title(f"Learning-rate range test: {title(config)}{none}", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main)

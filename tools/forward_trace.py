@@ -1,0 +1,132 @@
+"""Follows a forward pass call by call: parameters, FLOPs and what is kept for the backward pass. Knows no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+LOSS = "loss"  # the row of what happens outside of the network
+
+
+@dataclass
+class Layer:
+    """One call of a module: what it does itself, without the modules that it calls; of the whole batch."""
+
+    name: str
+    type: str
+    output_shape: tuple[int, ...] | None = None
+    parameters: int = 0  # at the first call only, and of shared ones where they are met first
+    flops: int = 0
+    saved_bytes: int = 0  # kept for the backward pass, and by no earlier layer
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({_identity(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Notes the copies of weights in autocast's type: they are kept for the backward pass, but are no activations."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {_identity(parameter) for parameter in network.parameters()}
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and _identity(args[0]) in self._parameters:
+            self._copies[_identity(result)] = result  # kept, so that no other storage gets its identity
+        return result
+
+    def __contains__(self, identity: int) -> bool:
+        return identity in self._copies
+
+    @property
+    def bytes(self) -> int:
+        return bytes_of(list(self._copies.values()))
+
+
+@dataclass
+class Tracer:
+    """Follows a forward pass: which call is running, so that each FLOP and each kept storage has one owner."""
+
+    counter: FlopCounterMode
+    casts: WeightCasts
+    weights: list[Tensor]
+    layers: list[Layer] = field(default_factory=list)
+    counted: set[nn.Parameter] = field(default_factory=set)
+    _stack: list[Layer] = field(default_factory=list)
+    _seen_flops: int = 0
+
+    @contextmanager
+    def watch(self, network: nn.Module) -> Iterator[None]:
+        """Everything inside is traced; what happens outside of the network is the row `loss`."""
+        self._kept: dict[int, Tensor] = {_identity(tensor): tensor for tensor in self.weights}
+        handles: list[RemovableHandle] = []
+        for name, module in network.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entering(name)))
+            handles.append(module.register_forward_hook(self._leaving))
+        loss = Layer(LOSS, "CrossEntropy", ())
+        self._stack = [loss]
+        try:
+            with saved_tensors_hooks(self._keep, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._settle()
+        self.layers.append(loss)
+
+    def _settle(self) -> None:
+        """Book the FLOPs since the last change of the running call to it."""
+        total = self.counter.get_total_flops()
+        self._stack[-1].flops += total - self._seen_flops
+        self._seen_flops = total
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, _: Any) -> None:
+            self._settle()
+            own = [p for p in module.parameters(recurse=False) if p not in self.counted]
+            self.counted.update(own)
+            self._stack.append(Layer(name, type(module).__name__, parameters=sum(p.numel() for p in own)))
+
+        return enter
+
+    def _leaving(self, module: nn.Module, _: Any, output: Any) -> None:
+        self._settle()
+        layer = self._stack.pop()
+        is_leaf = next(module.children(), None) is None
+        layer.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        if is_leaf or layer.parameters or layer.flops or layer.saved_bytes:
+            layer.type += "" if is_leaf else ", own operations"
+            self.layers.append(layer)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity not in self._kept and identity not in self.casts:
+            self._kept[identity] = tensor
+            self._stack[-1].saved_bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def not_called(network: nn.Module, tracer: Tracer) -> Iterator[Layer]:
+    """Parameters whose module was not called: used by another module, or not at all."""
+    for name, module in network.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]
+        tracer.counted.update(own)
+        if own:
+            yield Layer(name, f"{type(module).__name__}, not called", parameters=sum(p.numel() for p in own))
