@@ -143,6 +143,7 @@ class RunLog:
                 self.say(message)
 
         self._each(finish)
+        self._trackers.clear()
         for handler in self._logger.handlers:
             handler.close()
 

@@ -59,8 +59,9 @@ class WandbTracker:
         try:
             within(FINISH_S + GRACE_S, lambda: self._run.finish(exit_code=int(failed)))
         except TimeoutError:
-            end_service()
             return f"W&B did not take everything within {FINISH_S:.0f} s; upload the rest with: {self._sync_command}"
+        finally:
+            end_service(self._wandb)
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
 
 
@@ -102,9 +103,7 @@ def start_wandb(
                 raise PermissionError("there is no login, which `wandb login` makes")
         except Exception as error:
             say(f"W&B cannot go online ({one_line(error)}); this run is recorded offline")
-            with suppress(Exception):
-                within(TEARDOWN_S, wandb.teardown)
-            end_service()
+            end_service(wandb)
             wandb.setup(settings=settings)
     run = run or init("offline")
     id_file.write_text(run.id + "\n")
@@ -113,8 +112,13 @@ def start_wandb(
     return WandbTracker(run, wandb)
 
 
-def end_service() -> None:
-    """End wandb's service process, for which this one would wait at its own end; its files are complete up to here."""
+def end_service(wandb: Any) -> None:
+    """End wandb's service process, for which this one would else wait at its own end, however long.
+
+    What it has not uploaded lies in its files.
+    """
+    with suppress(Exception, SystemExit):  # which is how a service that failed is reported
+        within(TEARDOWN_S, wandb.teardown)
     with suppress(OSError):
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             if Path(f"/proc/{child}/comm").read_text().strip().startswith("wandb-core"):
