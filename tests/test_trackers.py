@@ -391,22 +391,24 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.mark.parametrize(("case", "key"), [("refuses", "0" * 40), ("is silent", "0" * 40), ("refuses", "garbage")])
 def test_a_server_or_a_key_that_does_not_work_makes_the_run_offline(
-    case: str, key: str, server: dict[str, str], capfd: pytest.CaptureFixture[str], run_log: RunLog, tmp_path: Path,
+    case: str, key: str, server: dict[str, str], capfd: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     without_login(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", server[case])
     monkeypatch.setattr(wandb_tracker, "INIT_S", 2.0)
-    start(run_log)
-    run_log.epoch({"epoch": 0, "step": 44, "train_loss": 1.5})
-    run_log.finish()
+    (tmp_path / "run").mkdir()
+    with RunLog(tmp_path / "run") as log:
+        start(log)
+        log.epoch({"epoch": 0, "step": 44, "train_loss": 1.5})
     assert "W&B cannot go online" in said(tmp_path)
     assert f"upload this run with: wandb sync {tmp_path / 'run' / 'wandb'}" in said(tmp_path)
     (folder,) = offline_runs(tmp_path / "run")
     assert [row["train_loss"] for row in wandb_rows(folder)] == [1.5]
     captured = capfd.readouterr()
-    assert (captured.out, captured.err) == (said(tmp_path), "")
+    assert captured.err == ""
+    assert captured.out == said(tmp_path)
 
 
 # Where the pictures come from
