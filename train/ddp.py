@@ -253,12 +253,12 @@ def fit(
             save("last.pt")
             saved_at = time.monotonic()
     bar.close()
-    if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
-        show_predictions(log, training, val_loader, config, classes, step=config.train.epochs * updates_per_epoch)
-    log.summary({"training_s": clock.training_s, "command_s": clock.command_s})
     log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1 {progress['best_top1']:.4f}; "
             f"the run lies in {folder}")  # fmt: skip
     log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
+    log.summary({"training_s": clock.training_s, "command_s": clock.command_s})
+    if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
+        show_predictions(log, training, val_loader, config, classes, step=config.train.epochs * updates_per_epoch)
 
 
 def updates_done(train_loader: Loader, config: Config) -> int:
