@@ -260,22 +260,28 @@ class EvalConfig(Section):
 
 class WandbConfig(Section):
     project: str | None = Field(default=None, min_length=1)
-    """Weights & Biases project; null: W&B is off."""
+    """Weights & Biases project; null: W&B is off, except under `wandb agent`, which names the project."""
     entity: str | None = None
     """User or team; null: the login's default."""
     group: str | None = None
     """Group of runs; null: none."""
     mode: Literal["auto", "online", "offline"] = "auto"
-    """auto: online with a login, else offline."""
+    """auto: online with a login, else offline; a server that does not answer or refuses the key makes a run offline as
+    well. The environment variable WANDB_MODE (online, offline, disabled) goes first."""
     tags: Texts = ()
     """Tags of the run."""
 
 
 class LogConfig(Section):
     every_steps: int = Field(default=50, ge=1)
-    """Steps between two lines of training metrics."""
+    """Steps between two lines of training metrics, and between two points of the trackers' curves against step."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: bool = False
+    """Whether to write OUTPUT/NAME/tensorboard, for `tensorboard --logdir OUTPUT`."""
+    images: bool = True
+    """Whether W&B and TensorBoard, where they are on, get pictures as well: augmented samples at the start,
+    predictions and a confusion matrix at the end, which take one more pass over the validation split."""
 
 
 class Config(Section):
@@ -290,7 +296,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
     log: LogConfig = LogConfig()
-    """Console, metrics file, W&B."""
+    """Console, metrics file, W&B, TensorBoard."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Fixes the initial weights, the order of the samples and their augmentation."""
     output: str = Field(default="output", min_length=1)

@@ -6,7 +6,6 @@ Reads from top to bottom as the whole run: config, data, model, training, evalua
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -27,12 +26,15 @@ from pipelines.shards import fingerprint, load_dataset
 from train import checkpoint, dist
 from train.clock import Clock
 from train.dist import Ranks
+from train.facts import dataset_facts, describe, facts_of
 from train.log import RunLog
 from train.lookahead import build_lookahead
 from train.loop import Training, build_training, evaluate, train_epoch
+from train.meter import Meter, peak_memory_gib
 from train.optim import build_optimizer
 from train.proxy import build_proxy, check_proxy
 from train.run_folder import find_run, make_folder
+from train.showcase import show_predictions, show_samples
 from train.throughput import measure_images_per_s
 from train.warm_up import warm_up
 from train.whitening import whiten, whitening_images
@@ -122,17 +124,23 @@ def main() -> None:
             progress = content["progress"]
             content = None  # a second copy of the weights
         folder = folder or dist.from_first_rank(lambda: make_folder(config))
-        log = open_log(folder, ranks, config)
-        log.keep_epochs(train_loader.state["epoch"])
-        if source is not None:
-            log.say(f"resumed from {source} at {train_loader.state}")
-        log.say(describe(config, dataset, training, train_loader, ranks))
-        about = {"stream": stream, "config": to_yaml(config)}
-        about["dataset"] = dataset_facts(dataset, val_loader.image_size)
-        try:
+        about: dict[str, Any] = {
+            "stream": stream,
+            "config": to_yaml(config),
+            "dataset": dataset_facts(dataset, val_loader.image_size),
+        }
+        facts = facts_of(config, dataset, training, train_loader, ranks)
+        with RunLog(folder if ranks.is_first else None) as log:
+            if ranks.is_first:
+                (folder / "config.yaml").write_text(about["config"])
+            log.keep_epochs(train_loader.state["epoch"])
+            if source is not None:
+                log.say(f"resumed from {source} at {train_loader.state}")
+            log.say(describe(config, facts, device))
+            if train_loader.state["epoch"] < config.train.epochs:
+                done = updates_done(train_loader, config)
+                log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
             fit(config, training, train_loader, val_loader, val_samples, progress, about, folder, log, ranks, clock)
-        finally:
-            log.finish()
 
 
 def fit(
@@ -182,7 +190,8 @@ def fit(
         if not log.is_silent and done % config.log.every_steps == 0:
             loss, _, seen = training.sums.tolist()  # synchronises, once per log interval
             bar.set_postfix(loss=f"{loss / seen:.3f}", lr=f"{lr:.2g}")
-            log.say(f"step {done}: train_loss {loss / seen:.4g}, lr {lr:.4g}")
+            measured = {**meter.read(done, loss, seen), "lr": lr, "memory_gib": peak_memory_gib(training.device)}
+            log.steps(measured, done)
         if train_loader.state["step"] != 0 and is_due(done):  # the end of an epoch saves anyhow
             save("last.pt")
             saved_at = time.monotonic()
@@ -190,12 +199,18 @@ def fit(
     prepared_s = warm_up(training, train_loader, val_loader, config.eval.tta)
     if training.prepares:
         log.say(f"compiled{' and captured' if training.captures else ''} the step in {prepared_s:.1f} s")
+    classes = about["dataset"]["classes"]
+    if config.log.images and train_loader.state == {"epoch": 0, "step": 0}:
+        show_samples(log, train_loader, classes)
     begin = time.monotonic()
     updates_per_epoch = len(train_loader) // accumulation
+    meter = Meter(train_loader, config.data.batch_size * accumulation * ranks.world_size)
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
         bar.reset(updates_per_epoch)
         bar.update(train_loader.state["step"] // accumulation)
         bar.set_description(f"epoch {epoch + 1}/{config.train.epochs}")
+        loss, _, seen = training.sums.tolist() if train_loader.state["step"] else (0.0, 0.0, 0.0)
+        meter.begin(updates_done(train_loader, config), loss, seen)
         lr = [0.0]
 
         def note(update: int, now: float, lr: list[float] = lr) -> None:
@@ -238,6 +253,15 @@ def fit(
     log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1 {progress['best_top1']:.4f}; "
             f"the run lies in {folder}")  # fmt: skip
     log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
+    log.summary({"training_s": clock.training_s, "command_s": clock.command_s})
+    if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
+        show_predictions(log, training, val_loader, config, classes, step=config.train.epochs * updates_per_epoch)
+
+
+def updates_done(train_loader: Loader, config: Config) -> int:
+    """Optimizer steps from the start of the run to where the loader stands."""
+    state, accumulation = train_loader.state, config.train.accumulation_steps
+    return (state["epoch"] * len(train_loader) + state["step"]) // accumulation
 
 
 def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size: int, device: torch.device) -> Training:
@@ -301,42 +325,6 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
             for key, value in getattr(train, name).model_dump(mode="json").items()
         },
     }
-
-
-def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """What a checkpoint says of its data set, so that the model can be used without it."""
-    return {
-        **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
-        "conversion": dataset.get("options", {}).get("encoding"),  # so that other pictures can be stored likewise
-        "image_size": image_size,
-    }
-
-
-def open_log(folder: Path, ranks: Ranks, config: Config) -> RunLog:
-    log = RunLog(folder if ranks.is_first else None)
-    if ranks.is_first:
-        (folder / "config.yaml").write_text(to_yaml(config))
-    log.start_wandb(config.log.wandb, config.model_dump(mode="json"))
-    return log
-
-
-def describe(config: Config, dataset: dict[str, Any], training: Training, loader: Loader, ranks: Ranks) -> str:
-    """One line on what is about to run."""
-    parameters = sum(p.numel() for p in training.network.parameters())
-    samples = dataset["splits"][config.data.train_split]["samples"]
-    return (
-        f"{config.model.name} ({parameters:,} parameters) on {dataset['name']} ({samples:,} train samples), "
-        f"{config.train.epochs} epochs of {len(loader) // config.train.accumulation_steps} steps at global batch "
-        f"{config.data.batch_size * ranks.world_size * config.train.accumulation_steps}, "
-        f"{ranks.world_size} x {training.device.type}, precision {training.amp or torch.float32}"
-    )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: the GPU's allocations, or on the CPU the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

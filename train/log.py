@@ -1,30 +1,41 @@
-"""Console, log.txt, metrics.jsonl, curves.png and W&B, all on the first rank; other ranks get a log that is silent."""
+"""Console, log.txt, metrics.jsonl, curves.png, trackers, all on the first rank; other ranks get a log that is silent.
+
+What trackers are is not known here, only that they fail: then that is said once, and the run goes on without.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import netrc
-import os
 import sys
 import time
-import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from configs.schema import WandbConfig
+from configs.schema import LogConfig
 from train import figures
+from train.tensorboard_tracker import TensorBoardTracker
+from train.trackers import Tracker, one_line
+from train.wandb_tracker import start_wandb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVES_EVERY_S = 30.0
 
 
 class RunLog:
-    """The records of one run in its folder; `folder` is None on all ranks but the first."""
+    """The records of one run in its folder; `folder` is None on all ranks but the first.
+
+    As a context manager it finishes at the end, as failed where an error ends it.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._wandb: Any = None
+        self._trackers: list[Tracker] = []
         self._drawn_at = -CURVES_EVERY_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -35,35 +46,42 @@ class RunLog:
                 handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
                 self._logger.addHandler(handler)
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.finish(failed=error is not None)
+
     @property
     def is_silent(self) -> bool:
         return self._folder is None
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether there is anyone to show pictures to."""
+        return bool(self._trackers)
+
     def say(self, message: str) -> None:
         self._logger.info(message)
 
-    def start_wandb(self, config: WandbConfig, run: dict[str, Any]) -> None:
-        """Log to W&B as well; a run that was resumed goes on under its id. Never a reason for training to fail."""
-        if self._folder is None or config.project is None:
+    def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
+        """W&B and TensorBoard as configured; run_config: plain values, nested; step: optimizer steps that are done."""
+        if self._folder is None:
             return
-        mode: Any = config.mode
-        if mode == "auto":  # what the environment says goes first
-            mode = None if os.environ.get("WANDB_MODE") else ("online" if _has_wandb_login() else "offline")
-        id_file = self._folder / "wandb_id.txt"
-        try:
-            import wandb
-
-            run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-            id_file.write_text(run_id + "\n")
-            self._wandb = wandb.init(
-                project=config.project, entity=config.entity, group=config.group, tags=config.tags, mode=mode,
-                name=self._folder.name, id=run_id, resume="allow", dir=str(self._folder), config=run,
-            )  # fmt: skip
-            self._wandb.define_metric("epoch")
-            self._wandb.define_metric("*", step_metric="epoch")
-        except Exception as error:
-            self.say(f"W&B is off for this run: {type(error).__name__}: {error}")
-            self._wandb = None
+        folder = self._folder
+        starts: dict[str, Callable[[], Tracker | None]] = {
+            "W&B": lambda: start_wandb(config.wandb, folder, run_config, self.say),
+            "TensorBoard": lambda: (
+                TensorBoardTracker(folder / "tensorboard", run_config, step) if config.tensorboard else None
+            ),
+        }
+        for title, start in starts.items():
+            try:
+                tracker = start()
+            except Exception as error:
+                self.say(f"{title} is off for this run: {type(error).__name__}: {one_line(error)}")
+            else:
+                self._trackers += [tracker] if tracker is not None else []
 
     def keep_epochs(self, before: int) -> None:
         """Drop the lines of epochs from `before` on, which a resumed run writes again."""
@@ -74,22 +92,41 @@ class RunLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.rename(self._folder / "metrics.jsonl")
 
+    def steps(self, values: Mapping[str, float], step: int) -> None:
+        """One line on the console, one point in the trackers' curves against step; step: optimizer steps done."""
+        self.say(f"step {step}: loss {values['step_loss']:.4g}, lr {values['lr']:.4g}, "
+                 f"{values['images_per_s']:,.0f} images/s")  # fmt: skip
+        self._each(lambda tracker: tracker.scalars(values, step))
+
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, one on the console, one point in W&B."""
+        """One line of metrics.jsonl, one on the console, one point in the trackers' curves."""
         if self._folder is None:
             return
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n")
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
         self.say(f"epoch {metrics['epoch']}: " + ", ".join(shown))
-        if self._wandb is not None:
-            try:
-                self._wandb.log(metrics)
-            except Exception as error:
-                self.say(f"W&B logging failed and is off from here: {type(error).__name__}: {error}")
-                self._wandb = None
+        if self.is_tracked:
+            values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+            self._each(lambda tracker: tracker.scalars(values, metrics["step"]))
+            self.summary(best(read_metrics(self._folder)))
         if time.monotonic() - self._drawn_at >= CURVES_EVERY_S:
             self.draw()
+
+    def picture(self, key: str, draw: Callable[[], Figure], step: int) -> None:
+        """Show a figure in the trackers; it is drawn only where there are any."""
+        if not self.is_tracked:
+            return
+        try:
+            pixels = figures.pixels_of(draw())
+        except Exception as error:
+            self.say(f"no picture {key} for the trackers: {type(error).__name__}: {one_line(error)}")
+            return
+        self._each(lambda tracker: tracker.picture(key, pixels, step))
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """What the trackers shall know of the whole run."""
+        self._each(lambda tracker: tracker.summary(values))
 
     def draw(self) -> None:
         """curves.png from metrics.jsonl."""
@@ -98,15 +135,29 @@ class RunLog:
         figures.save(figures.curves(metrics, self._folder.name), self._folder / "curves.png")
         self._drawn_at = time.monotonic()
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         self.draw()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self.say(f"W&B could not finish: {type(error).__name__}: {error}")
+
+        def finish(tracker: Tracker) -> None:
+            if (message := tracker.finish(failed=failed)) is not None:
+                self.say(message)
+
+        self._each(finish)
+        self._trackers.clear()
         for handler in self._logger.handlers:
             handler.close()
+
+    def _each(self, use: Callable[[Tracker], None]) -> None:
+        """Use every tracker; one that fails is left out from here on."""
+        for tracker in list(self._trackers):
+            try:
+                use(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.title} stops here, the run goes on ({type(error).__name__}: {one_line(error)}); "
+                         f"{tracker.advice}")  # fmt: skip
+                with suppress(Exception):
+                    tracker.finish(failed=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -122,15 +173,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy."""
+    top1 = [(line["val_top1"], -line["epoch"]) for line in metrics if line.get("val_top1") is not None]
+    losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
+    found: dict[str, float] = {"best_val_loss": min(losses)} if losses else {}
+    if top1:
+        found["best_val_top1"], negative_epoch = max(top1)  # the first of equal ones
+        found["best_epoch"] = -negative_epoch
+    return found
+
+
 def _finite(value: Any) -> Any:
     """JSON has no word for nan and infinity: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _has_wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,0 +1,64 @@
+"""What is about to run, as plain values for trackers and checkpoints, and as a line for the console."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Config
+from pipelines.loader import Loader
+from train.dist import Ranks
+from train.loop import Training
+
+
+def facts_of(
+    config: Config, dataset: dict[str, Any], training: Training, loader: Loader, ranks: Ranks
+) -> dict[str, Any]:
+    """What follows from the config, the data set and the machine together; loader: of training."""
+    accumulation = config.train.accumulation_steps
+    splits = dataset["splits"]
+    return {
+        "dataset": dataset["name"],
+        "classes": len(dataset["classes"]),
+        "train_samples": splits[config.data.train_split]["samples"],
+        "val_samples": splits[config.data.val_split]["samples"],
+        "image_size": loader.image_size,
+        "parameters": sum(p.numel() for p in training.network.parameters()),
+        "world_size": ranks.world_size,
+        "global_batch": config.data.batch_size * ranks.world_size * accumulation,
+        "steps_per_epoch": len(loader) // accumulation,
+        "precision": str(training.amp or torch.float32),
+        "device": device_name(training.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """What a checkpoint says of its data set, so that the model can be used without it."""
+    return {
+        **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
+        "conversion": dataset.get("options", {}).get("encoding"),  # so that other pictures can be stored likewise
+        "image_size": image_size,
+    }
+
+
+def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str:
+    """One line on what is about to run."""
+    return (
+        f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
+        f"({facts['train_samples']:,} train samples), {config.train.epochs} epochs of {facts['steps_per_epoch']} steps "
+        f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}, "
+        f"precision {facts['precision']}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,43 @@
+"""What training costs, between two moments: rates, waiting, memory. Host clocks only; nothing here synchronises."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+from pipelines.loader import Loader
+
+
+class Meter:
+    """Loss and rates since the last reading, within an epoch."""
+
+    def __init__(self, loader: Loader, images_per_update: int) -> None:
+        """images_per_update: of all ranks."""
+        self._loader = loader
+        self._images_per_update = images_per_update
+        self.begin(0, 0.0, 0.0)
+
+    def begin(self, updates: int, loss: float, seen: float) -> None:
+        """Before the first update of an epoch, or of the rest of one; loss: the sum over `seen` samples so far."""
+        self._updates, self._loss, self._seen = updates, loss, seen
+        self._time_s, self._wait_s = time.perf_counter(), self._loader.wait_s
+
+    def read(self, updates: int, loss: float, seen: float) -> dict[str, float]:
+        """Of the updates since `begin` or the last reading, for metrics; the device must have been waited for."""
+        duration_s = max(time.perf_counter() - self._time_s, 1e-9)
+        values = {
+            "step_loss": (loss - self._loss) / (seen - self._seen),
+            "images_per_s": (updates - self._updates) * self._images_per_update / duration_s,
+            "data_wait_fraction": (self._loader.wait_s - self._wait_s) / duration_s,
+        }
+        self.begin(updates, loss, seen)
+        return values
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: the GPU's allocations, or on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

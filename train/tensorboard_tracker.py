@@ -1,0 +1,48 @@
+"""TensorBoard as a tracker: event files in the run's folder, written by torch. Knows nothing of W&B."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLUSH_S = 30  # a reader sees points at most so late
+
+
+class TensorBoardTracker:
+    title = "TensorBoard"
+    advice = "metrics.jsonl and curves.png hold the run's curves"
+
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
+        """step: optimizer steps that are done; what an earlier start wrote of later ones is read no more."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a while
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=FLUSH_S)
+        self._summary: dict[str, float] = {}
+        self._step = step
+        self._writer.add_text("config", as_code(config), step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._step = step
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def picture(self, key: str, pixels: np.ndarray, step: int) -> None:
+        self._writer.add_image(key, pixels, step, dataformats="HWC")
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        self._summary |= values
+
+    def finish(self, *, failed: bool) -> str | None:
+        if self._summary:
+            self._writer.add_text("summary", as_code({"failed": failed, **self._summary}), self._step)
+        self._writer.close()
+        return None
+
+
+def as_code(values: dict[str, Any]) -> str:
+    """Markdown that keeps the lines of a nested dict apart."""
+    return "\n".join("    " + line for line in json.dumps(values, indent=2).splitlines())
