@@ -61,7 +61,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if not inside:
             raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor do ")
         found += inside
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+    return [path for number, path in enumerate(found) if path.resolve() not in {p.resolve() for p in found[:number]}]
 
 
 def read_run(folder: Path) -> RunRecord:

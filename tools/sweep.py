@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.errors import run_main
+from configs.errors import UserError, run_main
 from configs.load import load_config
 from pipelines.shards import load_dataset
 from tools import sweep_report, tables
@@ -44,13 +43,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of taking all")
     parser.add_argument("--seed", type=int, default=0, help="of --random (default 0); each seed has its own points")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="settings that override the file in all runs")  # fmt: skip
+                        help="override the file in all runs; what is varied stands before it")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: OUTPUT/NAME-sweep, by the config")
     parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="processes of each run (default 1)")
     parser.add_argument("--parallel", type=int, metavar="N",
                         help="runs at a time; default: one per group of GPUs, one on a CPU")  # fmt: skip
     parser.add_argument("--project", metavar="NAME", help="W&B project; the runs become one group of it")
-    return parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
+    if not parsed.axes and not parsed.variant:  # before --opts takes what was meant to be varied for one value
+        raise UserError("nothing to vary; give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3 before --opts, or --variant")
+    return parsed
 
 
 def main() -> int:
@@ -68,14 +70,12 @@ def main() -> int:
         load_dataset(path)  # one sentence now instead of one per run
     slots = make_slots(visible_gpus(), arguments.gpus_per_run, arguments.parallel)
     command = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus_per_run}", "train/ddp.py"]
-    command += ["--cfg", str(arguments.cfg), "--opts", *arguments.opts]
-    sweep = Sweep(tables.make_folder(folder), everything, arguments.gpus_per_run, command)
+    command += ["--cfg", str(arguments.cfg)]
+    sweep = Sweep(tables.make_folder(folder), everything, arguments.gpus_per_run, command, arguments.opts)
     with locked(folder) as lock:
         waiting = [point for point in everything if not is_finished(point)]
         before = len(everything) - len(waiting)
         print(f"{len(everything)} runs in {folder}, {before} of them finished before", flush=True)
-        for name in (signal.SIGTERM, signal.SIGHUP):  # a scheduler's or a closed terminal's: as good as Ctrl-C
-            signal.signal(name, signal.default_int_handler)
         try:
             run(sweep, waiting, slots, lock)
         finally:

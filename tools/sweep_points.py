@@ -53,8 +53,6 @@ def points(
 ) -> list[Point]:  # fmt: skip
     """Every point with its config, checked; fixed and replacements: as `load_config` takes them, for all points."""
     choices = [_axis(text) for text in axes] + ([_variants(variants)] if variants else [])
-    if not choices:
-        raise UserError("nothing to vary; give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3, or --variant")
     _check_keys(choices, _keys_of(fixed))
     chosen = _grid(choices) if draws is None else _drawn(choices, draws, seed)
     return _named(

@@ -36,7 +36,8 @@ class Sweep:
     folder: Path
     points: list[Point]
     processes: int  # of each run
-    command: list[str]  # of train/ddp.py, ending with the overrides of all points
+    command: list[str]  # of train/ddp.py on one of them, without --opts
+    opts: list[str]  # overrides of all of them
     errors: dict[str, str] = field(default_factory=dict)  # one line by the name of each run that failed
 
 
@@ -77,7 +78,7 @@ def write_tables(sweep: Sweep) -> list[Row]:
     tables.write_csv(sweep.folder / "curves.csv", curve_rows(records, [point.name for point in sweep.points]))
     runs = [{"settings": list(point.settings), **row} for point, row in zip(sweep.points, rows, strict=True)]
     best = best_of(rows)
-    content = {"command": sweep.command, "runs": runs, "best": None if best is None else runs[best]}
+    content = {"command": sweep.command, "opts": sweep.opts, "runs": runs, "best": None if best is None else runs[best]}
     tables.write_text(sweep.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
     return rows
 
@@ -89,7 +90,8 @@ def finish(sweep: Sweep) -> None:
     print(tables.markdown(rows))
     if (best := best_of(rows)) is not None:
         point = sweep.points[best]
-        command = shlex.join([*sweep.command, *point.settings])
+        opts = [*sweep.opts, *point.settings]
+        command = shlex.join([*sweep.command, *(["--opts", *opts] if opts else [])])
         print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
     print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *pictures])}", flush=True)
 

@@ -66,7 +66,7 @@ class _Child:
 
 def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[Slot]:
     """GPUs in groups; without any, one run on the CPU. `parallel` runs share out the groups, or the CPU's cores."""
-    for name, number in (("gpus-per-run", gpus_per_run), ("parallel", parallel or 1)):
+    for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:
             raise UserError(f"--{name} {number} is not a positive whole number; use 1 or more")
     if gpus_per_run > max(1, len(gpus)):
@@ -142,21 +142,40 @@ def log_of(point: Point) -> Path:
 def run_all(points: Sequence[Point], slots: Sequence[Slot], lock: int, done: Callable[[Outcome], None]) -> None:
     """Each point in a process of its own, as many at a time as there are slots; `done` is called as each one ends.
 
-    Whatever ends this call, an interrupt too, ends the processes first.
+    Whatever ends this call, a signal too, ends the processes first; a signal becomes KeyboardInterrupt.
     """
     waiting, free, children = list(points), list(slots), list[_Child]()
+    with _signals_noted() as signals:
+        try:
+            while waiting or children:
+                while waiting and free and not signals:
+                    children.append(_start(waiting.pop(0), free.pop(0), lock))
+                time.sleep(POLL_S)
+                if signals:
+                    raise KeyboardInterrupt
+                for child in [child for child in children if child.process.poll() is not None]:
+                    children.remove(child)
+                    free.append(child.slot)
+                    child.log.close()
+                    done(Outcome(child.point, _error(child), time.monotonic() - child.started_at))
+        finally:
+            _end(children)
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Ctrl-C, a scheduler's SIGTERM and a closed terminal add to a list, instead of raising wherever the code stands:
+    from within a fork Python drops exceptions. What is ignored (nohup) stays so."""
+    noted: list[int] = []
+    names = [
+        name for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN
+    ]
+    handlers = {name: signal.signal(name, lambda number, _: noted.append(number)) for name in names}
     try:
-        while waiting or children:
-            while waiting and free:
-                children.append(_start(waiting.pop(0), free.pop(0), lock))
-            time.sleep(POLL_S)
-            for child in [child for child in children if child.process.poll() is not None]:
-                children.remove(child)
-                free.append(child.slot)
-                child.log.close()
-                done(Outcome(child.point, _error(child), time.monotonic() - child.started_at))
+        yield noted
     finally:
-        _end(children)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def command_line(point: Point, slot: Slot) -> list[str]:
@@ -186,6 +205,7 @@ def _start(point: Point, slot: Slot, lock: int) -> _Child:
     parent = os.getpid()
 
     def die_with_parent() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's handler would swallow it until exec
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun passes it on to its processes
         if os.getppid() != parent:  # it died before this line
             os._exit(1)
