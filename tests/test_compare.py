@@ -190,7 +190,7 @@ def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_pat
     names = [f"run{n}" for n in range(count)]
     figure = compare.overlay([read_run(folder) for folder in folders], names, "test")
     legend = [text.get_text().split(" ")[0] for text in figure.legends[0].get_texts()]
-    assert legend == ["others", *names[3:]]
+    assert legend == [*names[3:], "others"]
 
 
 @pytest.mark.parametrize(

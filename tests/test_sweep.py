@@ -248,7 +248,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 def settings(data: Path, *more: str) -> list[str]:
     """Short, but with many steps, so that a run can be caught between two of them."""
-    steps = ["train.epochs=1", "train.warmup_epochs=0", "data.batch_size=4", "train.save_every_steps=20"]
+    steps = ["train.epochs=1", "train.warmup_epochs=0", "data.batch_size=8", "train.save_every_steps=20"]
     return [f"data.path={data}", "eval.batch_size=64", *steps, *more]
 
 
@@ -433,8 +433,8 @@ def test_runs_of_several_processes_end_with_the_process_that_started_them(digits
 from pathlib import Path
 from tools.sweep_points import points
 from tools.sweep_runs import Slot, locked, run_all
-found = points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed={settings(digits_run.data)}, draws=None, seed=0,
-               output={str(tmp_path)!r})
+fixed = {settings(digits_run.data, "train.epochs=50")}
+found = points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
 with locked(Path({str(tmp_path)!r})) as lock:
     run_all(found, [Slot(processes=2)], lock, print)
 """
@@ -445,6 +445,7 @@ with locked(Path({str(tmp_path)!r})) as lock:
     process.kill()
     process.communicate()
     wait_for_none(tmp_path)
+    assert len(read_metrics(tmp_path / "seed=1")) < 50  # they were ended, and did not end by themselves
 
 
 # Pictures and W&B

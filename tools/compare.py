@@ -32,6 +32,8 @@ PANELS = (
     ("train_top1", "train top-1 accuracy"),
     ("val_top1", "validation top-1 accuracy"),
 )
+OTHERS = "others"
+TITLE_LENGTH = 70  # characters that a panel's title has room for
 COLOURS = 12  # so many runs can be told apart; of more, the best ones are coloured
 LOG_SPAN = 5  # a loss that spans a larger factor is drawn on a log axis
 DIVERGED = 10  # losses beyond this multiple of what an ordinary run starts from are cut off
@@ -85,7 +87,7 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
                 marker="." if len(curve) <= 30 else None,
                 linestyle="-" if record.is_finished else "--",
             )
-            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else "others", line)
+            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names)
         axis.set_xlabel("epochs trained")
@@ -93,6 +95,8 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
+    if OTHERS in handles:
+        handles[OTHERS] = handles.pop(OTHERS)  # to the end
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=_legend_columns(names), fontsize=9
     )
@@ -113,19 +117,22 @@ def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str]) -
     """A range that shows the runs that learn, and a title that says what it leaves out."""
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in curves]
     low, high = loss_range(finite)
-    notes = []
-    for text, is_out in (
-        ("nan or infinite", lambda value: not math.isfinite(value)),
-        (f"above {high:.3g}", lambda value: math.isfinite(value) and value > high),
-    ):
-        left_out = [name for curve, name in zip(curves, names, strict=True) if any(is_out(value) for _, value in curve)]
-        if left_out:
-            more = f" and {len(left_out) - 2} more" if len(left_out) > 2 else ""
-            notes.append(f"{text}: {', '.join(left_out[:2])}{more}")
-    if notes:
+    left_out = {
+        reason: [name for curve, name in zip(curves, names, strict=True) if any(is_out(value) for _, value in curve)]
+        for reason, is_out in (
+            ("nan or infinite", lambda value: not math.isfinite(value)),
+            (f"above {high:.3g}", lambda value: math.isfinite(value) and value > high),
+        )
+    }
+    by_name = [f"{reason}: {', '.join(runs)}" for reason, runs in left_out.items() if runs]
+    by_number = [f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs]
+    if by_name:
+        notes = by_name if len("; ".join(by_name)) <= TITLE_LENGTH else by_number
         axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8)
     if low > 0 and high / low > LOG_SPAN:
         axis.set_yscale("log")
+        axis.set_yticks(_log_ticks(low, high), map("{:g}".format, _log_ticks(low, high)))
+        axis.set_yticks([], minor=True)
         axis.set_ylim(low / 1.1, high * 1.1)
     elif high > low:
         margin = 0.05 * (high - low)
@@ -145,16 +152,25 @@ def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
     return min(values), max([value for value in values if value <= limit], default=max(values))
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10 … in between, of more than three decades the powers of ten alone."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+    return [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
+
+
 def _colours(records: Sequence[RunRecord]) -> list[Any]:
     """One per run; None for all but the best where there are too many to tell apart."""
     import matplotlib
 
-    map_ = matplotlib.colormaps["tab10" if len(records) <= 10 else "Paired"]
+    colours: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
     if len(records) <= COLOURS:
-        return [map_(number) for number in range(len(records))]
+        return colours[: len(records)]
     best = [max((line.get("val_top1") or 0.0 for line in record.metrics), default=0.0) for record in records]
     ranking = sorted(range(len(records)), key=lambda number: -best[number])
-    return [map_(ranking.index(number)) if ranking.index(number) < COLOURS else None for number in range(len(records))]
+    places = {number: place for place, number in enumerate(ranking[:COLOURS])}
+    return [colours[places[number]] if number in places else None for number in range(len(records))]
 
 
 def _legend_columns(names: Sequence[str]) -> int:

@@ -154,8 +154,8 @@ def _maps(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequenc
     """Both measures for each pair of values; a grid as a heat map, scattered points as points."""
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
-    width = max(11.0, 1.8 * len(horizontal) + 4)
-    figure, axes = figures.new_figure(1, 2, size=(width, max(4.5, 0.5 * len(vertical) + 2)))
+    size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
+    figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])))
     for axis, (quantity, label) in zip(axes, _MEASURES, strict=True):
         values = [row[quantity] for row in rows]
         shown: ScalarMappable
