@@ -126,10 +126,10 @@ def test_labels_show_what_differs(runs: dict[str, list[str]], expected: list[str
 
 
 def test_a_folder_of_runs_stands_for_them_in_natural_order_and_each_counts_once(tmp_path: Path) -> None:
-    folders = [make_run(tmp_path / name) for name in ("run-10", "run-2", "run-1")]
+    folders = [make_run(tmp_path / name) for name in ("run-10", "run-2", "lr=0.001", "lr=1e-05")]
     (tmp_path / "no run").mkdir()
     assert find_runs([tmp_path]) == folders[::-1]
-    assert find_runs([folders[0], tmp_path]) == [folders[0], folders[2], folders[1]]
+    assert find_runs([folders[0], tmp_path]) == [folders[0], folders[3], folders[2], folders[1]]
 
 
 def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from configs.load import load_config, to_yaml
 from tools import sweep, sweep_runs
 from tools.run_records import flat
 from tools.sweep_points import Point, points, split_outside_brackets
-from tools.sweep_report import values_figure
+from tools.sweep_report import Sweep, values_figure
 from tools.sweep_runs import Outcome, Slot, make_slots, run_all
 from train.ddp import parse_arguments
 from train.log import read_metrics
@@ -408,6 +408,25 @@ def test_bad_input_exits_with_2_before_anything_is_made(
         sweep.main()
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == [config]
+
+
+def test_with_a_project_the_runs_are_one_group_of_it_and_without_one_nothing_is_logged(
+    digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    seen: list[tuple[str | None, str | None]] = []
+
+    def note(found: Sweep, *_: Any) -> None:
+        seen.extend((point.config.log.wandb.project, point.config.log.wandb.group) for point in found.points)
+
+    monkeypatch.setattr(sweep, "run", note)
+    command = ["sweep.py", "--cfg", str(DIGITS), "seed=1,2", "--opts", f"data.path={digits_run.data}"]
+    command += [f"output={tmp_path}"]
+    for more in ([], ["--project", "zhu"]):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        assert sweep.main() == 0
+    assert seen == [(None, None)] * 2 + [("zhu", "digits_lenet-sweep")] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["digits_lenet-sweep"]
 
 
 def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(

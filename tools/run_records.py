@@ -186,8 +186,9 @@ def _is_run(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[Any]:
-    """Sorts run-2 before run-10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    """Sorts run-2 before run-10, and lr=1e-05 before lr=0.0001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
+    return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
 
 
 def _over_epochs(reduce: Callable[[list[float]], float], metrics: Sequence[dict[str, Any]], key: str) -> float | None:
