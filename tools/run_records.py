@@ -1,0 +1,204 @@
+"""What runs left in their folders, as one table and one set of curves. Reads runs that are still going on, too.
+
+Knows the files of a run folder (config.yaml, metrics.jsonl, the first lines of log.txt), but no picture and no process.
+Epochs are counted from 1 here, as "epochs trained"; metrics.jsonl counts from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import parse_config
+from configs.schema import Config, is_section, walk
+from tools.tables import Row
+from train.log import read_metrics
+
+# Settings that change no result: what a run is called, where it lies, how it reports and how fast it reads.
+BOOKKEEPING = ("name", "output", "data.threads", "data.prefetch", "log.")
+ALWAYS_SHOWN = {
+    "model.name": "model",
+    "train.lr": "lr",
+    "train.optimizer.name": "optimizer",
+    "train.optimizer.weight_decay": "weight_decay",
+    "train.epochs": "epochs",
+}
+QUANTITIES = ("train_loss", "val_loss", "train_top1", "val_top1")
+SHORT_NAME, SHORT_SETTINGS = 28, 60  # characters that a legend has room for
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: what it was asked to do and what it has done so far."""
+
+    folder: Path
+    config: Config
+    metrics: list[dict[str, Any]]  # lines of metrics.jsonl
+    global_batch: int | None  # samples per update over all ranks; None: not recorded
+
+    @property
+    def epochs_trained(self) -> int:
+        return self.metrics[-1]["epoch"] + 1 if self.metrics else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.epochs_trained >= self.config.train.epochs
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run folders that `paths` stand for, each once: a run folder itself, another folder for those inside it."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder; give run folders, or folders that hold them, such as output")
+        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()), key=_natural)
+        if not inside:
+            raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor do ")
+        found += inside
+    return [path for number, path in enumerate(found) if path.resolve() not in {p.resolve() for p in found[:number]}]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Raises UserError where there is no readable config; no metrics yet is no error."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
+    return RunRecord(folder, parse_config(text, f"{folder}/config.yaml"), read_metrics(folder), global_batch(folder))
+
+
+def global_batch(folder: Path) -> int | None:
+    """From log.txt, since the world size is in no config: the batch of the run's latest start."""
+    path = folder / "log.txt"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.findall(r"steps at global batch (\d+), \d+ x ", text)
+    return int(found[-1]) if found else None
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted key, without sections."""
+    values = config.model_dump(mode="json")
+    result = {}
+    for key, field in walk():
+        if not is_section(field):
+            value: Any = values
+            for part in key.split("."):
+                value = value[part]
+            result[key] = value
+    return result
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings that the results follow from."""
+    return {key: value for key, value in flat(config).items() if not key.startswith(BOOKKEEPING)}
+
+
+def differing(configs: Sequence[Config]) -> list[str]:
+    """Dotted keys of the settings in which any two differ, bookkeeping aside."""
+    settings = [identity(config) for config in configs]
+    return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings)] if settings else []
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """A short text for each run that tells it from the others: its name, else the settings that differ."""
+    names = [record.folder.name or str(record.folder) for record in records]
+    # names that only a number tells apart (`lenet`, `lenet-2`) say nothing
+    are_telling = len({record.config.name for record in records}) == len(set(names)) == len(records)
+    if are_telling and max(map(len, names), default=0) <= SHORT_NAME:
+        return names
+    keys = differing([record.config for record in records])
+    settings = [", ".join(f"{key}={show(flat(record.config)[key])}" for key in keys) for record in records]
+    if len(set(settings)) == len(records) and max(map(len, settings), default=0) <= SHORT_SETTINGS:
+        return settings
+    return names if len(set(names)) == len(records) else [str(record.folder) for record in records]
+
+
+def show(value: Any) -> str:
+    """A setting's value as a command line would give it, numbers in their shortest form."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
+    """One row per run; `time_ratio` is the training time in units of the first run's, where both have finished."""
+    configs = [record.config for record in records]
+    columns = [key for key in differing(configs) if key not in ALWAYS_SHOWN]
+    has_batch = all(record.global_batch is not None for record in records)
+    rows = []
+    for name, record in zip(names, records, strict=True):
+        settings, data, train = flat(record.config), record.config.data, record.config.train
+        batch = record.global_batch if has_batch else data.batch_size * train.accumulation_steps
+        rows.append(
+            {
+                "run": name,
+                "status": "finished" if record.is_finished else _progress(record),
+                **{column: settings[key] for key, column in ALWAYS_SHOWN.items()},
+                "global_batch" if has_batch else "batch_per_rank": batch,
+                **{key: _cell(settings[key]) for key in columns},
+                **results(record.metrics),
+            }
+        )
+    for row, record in zip(rows, records, strict=True):
+        times = row["training_time_s"], rows[0]["training_time_s"]
+        row["time_ratio"] = (
+            times[0] / times[1] if all(times) and record.is_finished and records[0].is_finished else None
+        )
+    return rows
+
+
+def results(metrics: Sequence[dict[str, Any]]) -> Row:
+    """Best validation accuracy, where training stands, time, speed and memory; None for what is not there yet."""
+    evaluated = [line for line in metrics if line.get("val_top1") is not None]
+    best = max(evaluated, key=lambda line: line["val_top1"], default=None)
+    last = metrics[-1] if metrics else {}
+    return {
+        "best_val_top1": best["val_top1"] if best else None,
+        "best_epoch": best["epoch"] + 1 if best else None,
+        "train_top1": last.get("train_top1"),
+        "train_loss": last.get("train_loss"),
+        "training_time_s": _over_epochs(sum, metrics, "epoch_time_s"),
+        "images_per_s": _over_epochs(statistics.median, metrics, "images_per_s"),
+        "memory_gib": _over_epochs(max, metrics, "memory_gib"),
+    }
+
+
+def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
+    """Every point of every curve; a loss of nan or infinity is empty, as in metrics.jsonl."""
+    columns = (*QUANTITIES, "val_top5", "lr", "images_per_s", "epoch_time_s")
+    return [
+        {"run": name, "epoch": line["epoch"] + 1, **{column: line.get(column) for column in columns}}
+        for name, record in zip(names, records, strict=True)
+        for line in record.metrics
+    ]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
+
+
+def _natural(path: Path) -> list[Any]:
+    """Sorts run-2 before run-10, and lr=1e-05 before lr=0.0001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
+    return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
+
+
+def _over_epochs(reduce: Callable[[list[float]], float], metrics: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [float(line[key]) for line in metrics if line.get(key) is not None]
+    return reduce(values) if values else None
+
+
+def _progress(record: RunRecord) -> str:
+    return f"running or stopped at epoch {record.epochs_trained} of {record.config.train.epochs}"
+
+
+def _cell(value: Any) -> Any:
+    return show(value) if isinstance(value, list | bool) else value

@@ -1,0 +1,117 @@
+"""Train a config once for each setting of a grid or a random search, and say which one is best.
+
+    python tools/sweep.py --cfg configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
+    python tools/sweep.py --cfg configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
+    python tools/sweep.py --cfg configs/cifar10_lenet.yaml "train.lr=loguniform(1e-4,1e-1)" --random 10
+    python tools/sweep.py --cfg configs/cifar10_lenet.yaml \\
+        --variant "plain: aug.crop=none aug.flip=0" --variant "crop+flip: aug.crop=pad aug.flip=0.5"
+
+Each run is a process of train/ddp.py of its own, on its own GPUs (all of CUDA_VISIBLE_DEVICES are shared out); on a CPU
+one after the other. The same command goes on where it stopped, however it stopped: finished runs are kept, interrupted
+ones resumed, failed ones tried again. Runs lie in --out (default OUTPUT/NAME-sweep): a folder and a console log each,
+and sweep.csv, sweep.json, curves.csv, sweep.png and, where a number is varied, sweep_values.png of all of them.
+Exit code 1: a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs.errors import UserError, run_main
+from configs.load import load_config
+from pipelines.shards import load_dataset
+from tools import sweep_report, tables
+from tools.sweep_points import Point, points
+from tools.sweep_report import Sweep
+from tools.sweep_runs import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a setting and its values: train.lr=1e-3,3e-3; "
+                        "for --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)")  # fmt: skip
+    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="config file, configs/….yaml")
+    parser.add_argument("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE …'",
+                        help="settings that change together; give one option for each variant")  # fmt: skip
+    parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of taking all")
+    parser.add_argument("--seed", type=int, default=0, help="of --random (default 0); each seed has its own points")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="override the file in all runs; what is varied stands before it")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: OUTPUT/NAME-sweep, by the config")
+    parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="processes of each run (default 1)")
+    parser.add_argument("--parallel", type=int, metavar="N",
+                        help="runs at a time; default: one per group of GPUs, one on a CPU")  # fmt: skip
+    parser.add_argument("--project", metavar="NAME", help="W&B project; the runs become one group of it")
+    parsed = parser.parse_intermixed_args(arguments)
+    if not parsed.axes and not parsed.variant:  # before --opts takes what was meant to be varied for one value
+        raise UserError("nothing to vary; give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3 before --opts, or --variant")
+    return parsed
+
+
+def main() -> int:
+    arguments = parse_arguments(sys.argv[1:])
+    base = load_config(arguments.cfg, arguments.opts, **{"log.wandb.project": arguments.project})
+    folder = arguments.out or Path(base.output) / f"{base.name}-sweep"
+    replacements: dict[str, Any] = {"output": str(folder)}
+    if base.log.wandb.project is not None:
+        replacements |= {"log.wandb.project": base.log.wandb.project, "log.wandb.group": folder.name}
+    everything = points(
+        arguments.cfg, arguments.axes, arguments.variant, fixed=arguments.opts, draws=arguments.random,
+        seed=arguments.seed, **replacements,
+    )  # fmt: skip
+    for path in {point.config.data.path for point in everything}:
+        load_dataset(path)  # one sentence now instead of one per run
+    slots = make_slots(visible_gpus(), arguments.gpus_per_run, arguments.parallel)
+    command = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus_per_run}", "train/ddp.py"]
+    command += ["--cfg", str(arguments.cfg)]
+    sweep = Sweep(tables.make_folder(folder), everything, arguments.gpus_per_run, command, arguments.opts)
+    with locked(folder) as lock:
+        waiting = [point for point in everything if not is_finished(point)]
+        before = len(everything) - len(waiting)
+        print(f"{len(everything)} runs in {folder}, {before} of them finished before", flush=True)
+        try:
+            run(sweep, waiting, slots, lock)
+        finally:
+            sweep_report.finish(sweep)
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                print(f"to go on from here, give the same command again: {shlex.join(['python', *sys.argv])}")
+    return 1 if sweep.errors else 0
+
+
+def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[Slot], lock: int) -> None:
+    """Run what is waiting; the tables are written anew after each run, so that a kill loses none of them."""
+    tqdm.monitor_interval = 0  # no second thread while processes are started
+    before = len(sweep.points) - len(waiting)
+    bar = tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr)
+
+    def done(outcome: Outcome) -> None:
+        point = outcome.point
+        if outcome.error is not None:
+            sweep.errors[point.name] = outcome.error
+        rows = sweep_report.write_tables(sweep)
+        accuracy = rows[sweep.points.index(point)]["best_val_top1"]
+        if outcome.error is not None:
+            what = f"failed, {outcome.error} (all of it: {log_of(point)})"
+        else:
+            what = f"best val top1 {accuracy:.4f}"
+        with bar.external_write_mode(file=sys.stdout):
+            print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
+        if (best := sweep_report.best_of(rows)) is not None:
+            bar.set_postfix_str(f"best {rows[best]['best_val_top1']:.4f} {sweep.points[best].name}", refresh=False)
+        bar.update()
+
+    try:
+        run_all(waiting, slots, lock, done)
+    finally:
+        bar.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
