@@ -39,7 +39,7 @@ def make_run(folder: Path, *settings: str, lines: list[dict[str, Any]] | None = 
     metrics = [line(0), line(1), line(2)] if lines is None else lines
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in metrics))
     if batch is not None:
-        (folder / "log.txt").write_text(f"12:00:00 lenet, 3 epochs of 22 steps at global batch {batch}, 1 x cpu\n")
+        (folder / "facts.json").write_text(json.dumps({"global_batch": batch}))
     return folder
 
 

@@ -1,6 +1,6 @@
 """What runs left in their folders, as one table and one set of curves. Reads runs that are still going on, too.
 
-Knows the files of a run folder (config.yaml, metrics.jsonl, the first lines of log.txt), but no picture and no process.
+Knows the files of a run folder (config.yaml, metrics.jsonl, facts.json), but no picture and no process.
 Epochs are counted from 1 here, as "epochs trained"; metrics.jsonl counts from 0.
 """
 
@@ -59,7 +59,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"{path} is no folder; give run folders, or folders that hold them, such as output")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()), key=_natural)
         if not inside:
-            raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor do ")
+            raise UserError(f"{path} is no run (config.yaml, metrics.jsonl) and holds none; give run folders")
         found += inside
     return [path for number, path in enumerate(found) if path.resolve() not in {p.resolve() for p in found[:number]}]
 
@@ -74,11 +74,11 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def global_batch(folder: Path) -> int | None:
-    """From log.txt, since the world size is in no config: the batch of the run's latest start."""
-    path = folder / "log.txt"
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.findall(r"steps at global batch (\d+), \d+ x ", text)
-    return int(found[-1]) if found else None
+    """From facts.json, since the world size is in no config: the batch of the run's latest start."""
+    try:
+        return int(json.loads((folder / "facts.json").read_text())["global_batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def flat(config: Config) -> dict[str, Any]:

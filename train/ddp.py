@@ -131,8 +131,7 @@ def main() -> None:
         }
         facts = facts_of(config, dataset, training, train_loader, ranks)
         with RunLog(folder if ranks.is_first else None) as log:
-            if ranks.is_first:
-                (folder / "config.yaml").write_text(about["config"])
+            log.record(about["config"], facts)
             log.keep_epochs(train_loader.state["epoch"])
             if source is not None:
                 log.say(f"resumed from {source} at {train_loader.state}")

@@ -83,14 +83,18 @@ class RunLog:
             else:
                 self._trackers += [tracker] if tracker is not None else []
 
+    def record(self, config: str, facts: dict[str, Any]) -> None:
+        """config.yaml and facts.json, in place of those of an earlier start."""
+        if self._folder is not None:
+            _replace(self._folder / "config.yaml", config)
+            _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
+
     def keep_epochs(self, before: int) -> None:
         """Drop the lines of epochs from `before` on, which a resumed run writes again."""
         if self._folder is None:
             return
         kept = [line for line in read_metrics(self._folder) if line["epoch"] < before]
-        temporary = self._folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(self._folder / "metrics.jsonl")
+        _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def steps(self, values: Mapping[str, float], step: int) -> None:
         """One line on the console, one point in the trackers' curves against step; step: optimizer steps done."""
@@ -182,6 +186,13 @@ def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
         found["best_val_top1"], negative_epoch = max(top1)  # the first of equal ones
         found["best_epoch"] = -negative_epoch
     return found
+
+
+def _replace(path: Path, text: str) -> None:
+    """So that whoever reads it finds the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def _finite(value: Any) -> Any:
