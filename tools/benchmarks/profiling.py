@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import gzip
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ def profile(training: Training, loader: Loader, steps: int, trace: Path) -> Prof
 
     Other ranks must `go_along` meanwhile.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # quiet: else it calls it an error that there is no GPU
     on_gpu = training.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     batches = endless(loader)
