@@ -138,7 +138,7 @@ def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: p
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
 
     def reaches(**rates: float) -> tuple[int, list[str]]:
-        def one(contestants: list[Contestant], *_: object) -> list[Outcome]:
+        def one(contestants: list[Contestant], *_: object, **__: object) -> list[Outcome]:
             rate = rates.get(contestants[0].name.replace(" ", "_"))
             error = None if rate else "OutOfMemoryError: too large"
             return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]

@@ -13,14 +13,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from train_fixtures import CLEAN, ROOT, Run, alone
+from train_fixtures import CLEAN, ROOT, Run, alone, lenet, random_batch, training_of
 
 from configs.load import load_config
 from pipelines import build_train_loader
 from pipelines.shards import load_dataset
 from tools.benchmarks import data_sheets, profiling
 from tools.benchmarks.profiling import WINDOW
+from train import dist
 from train.ddp import build_all
+from train.dist import Ranks
+from train.warm_up import warm_up
 
 MOMENTS = range(40)
 intervals = st.lists(
@@ -110,6 +113,38 @@ def test_the_phases_of_real_steps_add_up_and_nothing_of_the_profiling_stays(
     assert len(found.operators) == 10
     assert sum(each["ms"] for each in found.operators) <= found.step_ms
     assert any("convolution_backward" in each["name"] and each["calls"] == 2 for each in found.operators)
+
+
+def test_what_a_phase_calls_is_its_own() -> None:
+    """As the proxy's backward, which is no part of the model's."""
+
+    def with_backward(*_: object) -> None:
+        torch.ones(3, requires_grad=True).sum().backward()
+
+    with alone():
+        training = training_of(lenet())
+    training.loss_and_counts = with_backward  # type: ignore[assignment]
+    with profiling.named_phases(training), torch.profiler.profile() as profiler:
+        training.loss_and_counts(training.forward, random_batch(1), 0.0)
+        torch.ones(3, requires_grad=True).sum().backward()
+    ranges = [e.name for e in profiler.events() or () if e.name.startswith(profiling.PREFIX)]
+    assert ranges == ["step: forward", "step: backward"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [(), ("train.compile=off",)])
+def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
+    graph = ("train.cuda_graph=off", *options)
+    config = load_config("configs/digits_lenet.yaml", graph, **{"data.path": str(digits_run.data)})
+    with dist.process_group(Ranks()) as device:
+        loader = build_train_loader(config.data, config.aug, device=device)
+        training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
+        warm_up(training, loader)
+        found = profiling.profile(training, loader, 6, tmp_path / "trace.json.gz")
+    assert sum(found.phases.values()) == pytest.approx(found.step_ms)
+    assert all(found.phases[name] > 0 for name in ("forward", "backward", "optimizer"))
+    assert found.phases["reduce"] == 0
+    assert found.operators
 
 
 def test_two_ranks_write_one_profile_in_which_they_reduce(digits_run: Run, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from train_fixtures import CLEAN, ROOT, Run
 
+from configs.load import load_config
 from tools import benchmark
 from tools.benchmarks import memory, ramp, ramp_stage
 from tools.benchmarks.ramp import Climb, Size, Subject, TimeOver
@@ -260,6 +261,18 @@ def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_proce
     assert {row["error"] for row in content["sizes"] if not row["fits"]} == {memory.over(int(1.3 * memory.GIB))}
     assert {path.name for path in tmp_path.iterdir()} == {"ramp.csv", "ramp.json", "ramp.png"}
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
+
+
+@pytest.mark.gpu
+def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
+    config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
+    subject = Subject("lenet", config, synthetic=True, on_gpu=True, limit_bytes=memory.GIB)
+    small, large = (ramp.attempt(subject, batch, 0.02, 1, None) for batch in (64, 200_000))
+    assert small.fits
+    assert 0 < (small.memory_gib or 0) <= (small.reserved_gib or 0) <= 1
+    assert (small.device_gib or 0) > 1
+    assert not large.fits
+    assert not large.is_failure, large.error
 
 
 def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path: Path) -> None:

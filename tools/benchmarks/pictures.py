@@ -42,7 +42,7 @@ def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Fi
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    memories.legend(loc="upper left", fontsize=9)
+    figure.legend(*memories.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(f"Training step on a resident batch: {where}")
     return figure
 

@@ -218,7 +218,7 @@ def sentence(one: Climb) -> str:
     return (
         f"{name}: largest batch {'' if one.end == 'memory' else 'at least '}{largest:,} ({bound}); "
         f"best {found['best_images_per_s']:,.0f} images/s at batch {found['best_batch']:,}, "
-        f"within {1 - NEAR_BEST:.0%} of it from batch {found['near_best_batch']:,}."
+        f"{found['near_best_batch']:,} is the smallest within {100 - 100 * NEAR_BEST:.0f} % of it."
     )
 
 
