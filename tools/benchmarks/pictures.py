@@ -102,4 +102,4 @@ def _powers_of_two(axis: Axes, least: int, most: int) -> None:
     ticks = [2**power for power in range(first, last + 1, every)]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, ha="right", fontsize=8)
     axis.set_xticks([], minor=True)
-    axis.set_xlim(2 ** (first - 0.4), 2 * max(most, ticks[-1]))
+    axis.set_xlim(2 ** (first - 0.4), max(4 * most, 2 * ticks[-1]))

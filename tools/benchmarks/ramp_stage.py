@@ -66,9 +66,12 @@ def main(arguments: argparse.Namespace) -> int:
     limit = arguments.memory_limit and int(arguments.memory_limit * memory.GIB)
     if limit is None and not on_gpu:
         limit = int(memory.SHARE_OF_AVAILABLE * memory.available_bytes())
-        print(f"memory limit {limit / memory.GIB:.3g} GiB, {memory.SHARE_OF_AVAILABLE:.0%} of what is available now")
     chosen = subjects(arguments, on_gpu, limit)
     out = make_folder(arguments.out)
+    if limit is not None and arguments.memory_limit is None:
+        print(
+            f"memory limit {limit / memory.GIB:.3g} GiB, {100 * memory.SHARE_OF_AVAILABLE:.0f} % of what is available"
+        )
     climbs = [Climb(subject) for subject in chosen]
     code = 0
     try:
