@@ -60,6 +60,20 @@ def dies(after: int) -> Iterator[dict[str, Stream]]:
 
 
 @contextmanager
+def grows() -> Iterator[dict[str, Stream]]:
+    """Takes 128 MiB more with every item."""
+
+    def items() -> Iterator[None]:
+        held = []
+        while True:
+            held.append(b"x" * 2**27)
+            time.sleep(0.001)
+            yield
+
+    yield {"": Stream(items(), UNITS)}
+
+
+@contextmanager
 def counts_in_a_thread(path: str) -> Iterator[dict[str, Stream]]:
     """A busy background thread appends a byte to a file every millisecond, as an eager prefetcher works."""
     import threading

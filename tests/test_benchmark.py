@@ -121,7 +121,7 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(
 ) -> None:
     """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
     settings = suite.Settings(tmp_path, small=digits, medium=tmp_path / "missing", samples=64)
-    monkeypatch.setattr(suite, "ramp", lambda config, *_: (config, {"256": 1.0}))
+    monkeypatch.setattr(suite, "best_batch", lambda config, *_: (config, {"256": 1.0}))
     titles = []
     for name, make in suite.gpu_parts(settings):
         for group in make():
@@ -138,13 +138,13 @@ def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: p
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
 
     def reaches(**rates: float) -> tuple[int, list[str]]:
-        def one(contestants: list[Contestant], *_: object) -> list[Outcome]:
+        def one(contestants: list[Contestant], *_: object, **__: object) -> list[Outcome]:
             rate = rates.get(contestants[0].name.replace(" ", "_"))
             error = None if rate else "OutOfMemoryError: too large"
             return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]
 
         monkeypatch.setattr(ramp, "measure", one)
-        best, reached = ramp.ramp(config, 0.01, 1, None)
+        best, reached = ramp.best_batch(config, 0.01, 1, None)
         return best.data.batch_size, list(reached)
 
     assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, ["256", "512", "1024"])

@@ -3,6 +3,8 @@
     python tools/benchmark.py loader --data-path data/cifar10
     python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
     python tools/benchmark.py peers  --cfg configs/cifar10_lenet.yaml
+    python tools/benchmark.py ramp   --cfg configs/cifar10_lenet.yaml
+    python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py scale
     python tools/benchmark.py all --report docs/benchmarks        (make bench, make gpu-bench)
 
@@ -28,7 +30,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from pipelines.shards import open_split
 from tools import report
-from tools.benchmarks import datasets, groups, limits, peers, results, scale, suite
+from tools.benchmarks import datasets, groups, limits, peers, profile_stage, ramp_stage, results, scale, suite
 from tools.benchmarks.turns import Contestant, measure
 from train.dist import Ranks
 
@@ -37,10 +39,13 @@ STAGES = {
     "model": "the training step on one resident batch",
     "train": "end to end, and its ratio to the resident batch",
     "peers": "the loader and, with --cfg, training, beside other libraries on the same images",
+    "ramp": "training at batch 1, 2, 4 … until memory is full: images/s, memory, the largest batch",
+    "profile": "where a training step's time goes, and its share of the arithmetic peak",
     "limits": "what the machine can do at most: copies, arithmetic, disk",
     "scale": "cost per sample and memory at 10 thousand, 100 thousand and 1.5 million samples",
     "all": "the whole run for this machine, a GPU's where there is one; --report writes the documents",
 }
+OWN_MAIN = {"ramp": ramp_stage, "profile": profile_stage}  # with arguments, results and pictures of their own
 CROP_SIDE = {96: 64}  # what augmentation ends with where there is no config to say so
 
 
@@ -48,6 +53,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
     for stage, text in STAGES.items():
+        if stage in OWN_MAIN:
+            command = commands.add_parser(stage, help=text, description=OWN_MAIN[stage].__doc__,
+                                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+            OWN_MAIN[stage].add_arguments(command)
+            continue
         command = commands.add_parser(stage, help=text, description=text)
         if stage in ("loader", "model", "train", "peers"):
             command.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
@@ -86,7 +96,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
-    Ranks.alone("tools/benchmark.py")  # train/ddp.py --throughput is for torchrun
+    if arguments.stage != "profile":
+        Ranks.alone("tools/benchmark.py")  # train/ddp.py --throughput is for torchrun
+    if arguments.stage in OWN_MAIN:
+        return OWN_MAIN[arguments.stage].main(arguments)
     if arguments.seconds <= 0 or arguments.rounds < 1:
         raise UserError(f"--seconds {arguments.seconds} and --rounds {arguments.rounds} must be positive")
     for folder in (arguments.scratch, getattr(arguments, "report", None)):

@@ -33,6 +33,7 @@ Limits = dict[str, float]  # bytes/s, FLOP/s
 
 COPIED_BYTES = 2**28
 OUT_OF_CACHE_BYTES = 2**28
+PRODUCT = {"cuda": (8192, torch.bfloat16), "cpu": (2048, torch.float32)}  # side of the square matrices, and their type
 DISK_FILE_BYTES = 2**28
 DISK_BLOCK_BYTES = 2**24
 
@@ -46,8 +47,7 @@ def limits(device: str, scratch: Path) -> Iterator[dict[str, Stream]]:
         streams[PINNED] = Stream(_copies(pinned, torch.empty_like(pinned, device=device)), COPIED_BYTES)
         source = torch.empty(4 * COPIED_BYTES, dtype=torch.uint8, device=device)
         streams[DEVICE_MEMORY] = Stream(_copies(source, torch.empty_like(source)), source.numel())
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    streams[ARITHMETIC] = Stream(_products(size, dtype, device), 2 * size**3)
+    streams[ARITHMETIC] = _arithmetic(device)
     file = scratch / "disk-read"
     with file.open("wb") as written:
         for _ in range(DISK_FILE_BYTES // DISK_BLOCK_BYTES):
@@ -56,6 +56,17 @@ def limits(device: str, scratch: Path) -> Iterator[dict[str, Stream]]:
     streams[DISK] = Stream(_disk_reads(file), DISK_BLOCK_BYTES)
     yield streams
     file.unlink()
+
+
+@contextmanager
+def arithmetic(device: str) -> Iterator[dict[str, Stream]]:
+    """That limit alone."""
+    yield {ARITHMETIC: _arithmetic(device)}
+
+
+def _arithmetic(device: str) -> Stream:
+    size, dtype = PRODUCT[device]
+    return Stream(_products(size, dtype, device), 2 * size**3)
 
 
 @contextmanager

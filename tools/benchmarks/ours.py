@@ -12,17 +12,19 @@ import torch
 from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
 from pipelines.loader import Batch, Loader
-from pipelines.shards import load_dataset
+from pipelines.shards import load_dataset, open_split
+from tools.benchmarks import memory
 from tools.benchmarks.turns import Stream
 from train import dist
 from train.ddp import build_all
 from train.dist import Ranks
 from train.loop import Training, run_step
 from train.throughput import endless
-from train.warm_up import warm_up
+from train.warm_up import blank_batch, prepare, warm_up
 
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
+DISTINCT, READ_AT_ONCE = 2048, 256  # images of a resident batch that differ, and the loader's batch for reading them
 
 
 @contextmanager
@@ -49,6 +51,55 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         for name, changes in variants.items():
             streams[name] = _end_to_end(config, changes, built, common)
         yield streams
+
+
+@contextmanager
+def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Stream]]:
+    """The step on one resident batch of any size: images of the data set, repeated where they do not suffice.
+
+    synthetic: noise instead, of data.image_size; limit_bytes: of a GPU's memory that torch may take. The facts hold the
+    peak of the memory used, the loader's, which is gone by then, left out on a GPU.
+    """
+    memory.go_first()
+    with dist.process_group(Ranks()) as device:
+        if limit_bytes is not None and device.type == "cuda":
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / whole), device)
+        images, dataset = _noise(config, device) if synthetic else _images(config, device)
+        size, (_, _, side, _) = config.data.batch_size, images.images.shape
+        rows = torch.arange(size, device=device) % len(images.labels)
+        batch = Batch(images.images.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2), images.labels[rows])
+        del images, rows
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        classes = config.model.num_classes or len(dataset["classes"])
+        built = build_all(config, dataset, classes, side, device)
+        if built.prepares:
+            prepare(built, blank_batch(size, side, device))
+        built.forward.train()
+        yield {RESIDENT: Stream(_steps(built, lambda: batch), size, lambda: memory.facts(device), works_ahead=False)}
+
+
+def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
+    """Some images as the config's loader gives them, and what the data set says of itself."""
+    samples = len(open_split(config.data.path, config.data.train_split))
+    count = min(config.data.batch_size, samples, DISTINCT)
+    data = config.data.model_copy(update={"batch_size": min(count, READ_AT_ONCE), "prefetch": 1})
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device)
+    read: list[Batch] = []
+    for batch in itertools.islice(endless(loader), -(-count // data.batch_size)):
+        read.append(Batch(batch.images.clone(), batch.labels.clone()))  # the loader's buffers are reused
+    images, labels = (torch.cat(parts)[:count] for parts in zip(*read, strict=True))
+    return Batch(images, labels), load_dataset(config.data.path)
+
+
+def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
+    count, side, classes = min(config.data.batch_size, READ_AT_ONCE), config.data.image_size, config.model.num_classes
+    assert side is not None
+    assert classes is not None
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    dataset = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "classes": range(classes)}
+    return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
 def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common: dict[str, Any]) -> Stream:

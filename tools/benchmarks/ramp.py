@@ -1,42 +1,196 @@
-"""The batch size that trains the most images/s: powers of two, each in a process of its own, until one does not pay.
+"""Which batch sizes train how fast, and the largest that memory holds: powers of two, then bisection.
 
-A size that does not fit into memory ends its process and with it the search, and leaves nothing behind for the next.
+Each size has a process of its own, so that one that does not fit ends nothing else and leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 from typing import Any
 
 from configs.schema import Config
-from tools.benchmarks import ours
-from tools.benchmarks.turns import Contestant, measure
+from tools.benchmarks import memory, ours
+from tools.benchmarks.turns import PATIENCE_S, Contestant, Outcome, measure
 
-SIZES = (256, 512, 1024, 2048)
+SIZES = (256, 512, 1024, 2048)  # among which best_batch looks
 GAIN = 1.02  # a doubled batch that gives less is not worth its memory
 TIME_S = 150.0  # no further size is begun after that: each has to be compiled
 
 
-def ramp(config: Config, seconds: float, rounds: int, deadline: float | None) -> tuple[Config, dict[str, Any]]:
-    """The config at the best size, and what each size reached: images/s, or the error that ended the search.
+@dataclass(frozen=True)
+class Subject:
+    """A model whose batch sizes are tried; limit_bytes: of a GPU's memory or of the process's, None: all there is."""
+
+    name: str
+    config: Config
+    synthetic: bool = False  # noise instead of a data set's images
+    on_gpu: bool = False
+    limit_bytes: int | None = None
+
+
+@dataclass
+class Size:
+    """What one batch size reached: `rates` where it fits, else `error`, which may be another than its memory's."""
+
+    batch: int
+    rates: list[float] = field(default_factory=list)  # images/s, one per round
+    memory_gib: float | None = None  # peak: of torch's tensors on a GPU, resident on the CPU
+    reserved_gib: float | None = None  # peak held by torch's allocator, on a GPU
+    device_gib: float | None = None  # a GPU's whole memory
+    error: str | None = None
+    step: str = "doubling"  # or bisection
+
+    @property
+    def fits(self) -> bool:
+        return self.error is None
+
+    @property
+    def rate(self) -> float:
+        """The median round."""
+        return median(self.rates)
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it ended by an error that has nothing to do with memory."""
+        return self.error is not None and not memory.is_out_of_memory(self.error)
+
+
+class TimeOver(Exception):
+    """The time given was over before a size was measured."""
+
+
+def attempt(
+    subject: Subject, batch: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
+) -> Size:
+    """Train on one batch of this size for some rounds; step_s: about how long a step may take, for patience."""
+    config = with_batch(subject.config, batch)
+    is_watched = subject.limit_bytes is not None and not subject.on_gpu
+    contestant = Contestant(
+        f"batch {batch}",
+        partial(ours.resident, synthetic=subject.synthetic, limit_bytes=subject.limit_bytes),
+        (config,),
+        partial(memory.watch, subject.limit_bytes) if is_watched and subject.limit_bytes else None,
+    )
+    (outcome,) = measure([contestant], seconds, rounds, deadline, PATIENCE_S + 10 * step_s, show_progress=False)
+    if outcome.error is None and not outcome.rates:
+        outcome.error = "not measured"
+    is_late = deadline is not None and time.monotonic() > deadline
+    if is_late and outcome.error is not None and not memory.is_out_of_memory(outcome.error):
+        raise TimeOver(outcome.error)
+    return _size(batch, outcome, subject.limit_bytes if is_watched else None)
+
+
+def _size(batch: int, outcome: Outcome, limit_bytes: int | None) -> Size:
+    size = Size(batch, error=outcome.error)
+    if outcome.error is not None:
+        return size
+    size.rates = outcome.rates
+    for name in ("memory_gib", "reserved_gib", "device_gib"):
+        setattr(size, name, outcome.facts.get(name))
+    if limit_bytes is not None and (size.memory_gib or 0) * memory.GIB > limit_bytes:  # since the watch last looked
+        size.error = memory.over(limit_bytes)
+    return size
+
+
+def with_batch(config: Config, batch: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch})})
+
+
+def doublings(reach: Callable[[int], Size], first: int, most: int | None) -> Iterator[Size]:
+    """`first`, twice, four times as many, at last `most` itself; ends after the first that does not fit or fails."""
+    batch = first if most is None else min(first, most)
+    while True:
+        size = reach(batch)
+        yield size
+        if not size.fits or batch == most:
+            return
+        batch = 2 * batch if most is None else min(2 * batch, most)
+
+
+def bisection(reach: Callable[[int], Size], fits: int, fails: int, tolerance: float) -> Iterator[Size]:
+    """Sizes between one that fits and one that does not, until these two are within `tolerance` of the smaller.
+
+    tolerance 0: until they are neighbours. Ends after an error that is not memory's.
+    """
+    while fails - fits > max(1, int(fits * tolerance)):
+        middle = (fits + fails) // 2
+        size = reach(middle)
+        yield size
+        if size.is_failure:
+            return
+        fits, fails = (middle, fails) if size.fits else (fits, middle)
+
+
+@dataclass
+class Climb:
+    """All sizes tried of one model; `end` says why there are no more, and is empty while they go on."""
+
+    subject: Subject
+    sizes: list[Size] = field(default_factory=list)
+    end: str = ""  # memory, most, time, error, interrupted
+
+    @property
+    def fitting(self) -> list[Size]:
+        return sorted((size for size in self.sizes if size.fits), key=lambda size: size.batch)
+
+    @property
+    def largest(self) -> int | None:
+        return self.fitting[-1].batch if self.fitting else None
+
+    @property
+    def too_large(self) -> int | None:
+        """The smallest batch that did not fit."""
+        return min((size.batch for size in self.sizes if not size.fits and not size.is_failure), default=None)
+
+    @property
+    def failure(self) -> Size | None:
+        """The size that ended by an error other than memory's."""
+        return next((size for size in self.sizes if size.is_failure), None)
+
+
+def climb(
+    result: Climb, reach: Callable[[int, str], Size], *, first: int, most: int | None, tolerance: float
+) -> Iterator[Size]:
+    """Fill `result` size by size; reach(batch, "doubling" or "bisection") may raise TimeOver."""
+
+    def noted(sizes: Iterator[Size]) -> Iterator[Size]:
+        for size in sizes:
+            result.sizes.append(size)
+            yield size
+
+    try:
+        yield from noted(doublings(lambda batch: reach(batch, "doubling"), first, most))
+        if result.largest is not None and result.too_large is not None:
+            between = bisection(lambda batch: reach(batch, "bisection"), result.largest, result.too_large, tolerance)
+            yield from noted(between)
+    except TimeOver:
+        result.end = "time"
+        return
+    result.end = "error" if result.failure else "memory" if result.too_large is not None else "most"
+
+
+def best_batch(config: Config, seconds: float, rounds: int, deadline: float | None) -> tuple[Config, dict[str, Any]]:
+    """The config at the size of SIZES that trains the most images/s, and what each reached: images/s or its error.
 
     Raises RuntimeError with the error of the first size where not even that one could be measured.
     """
+    subject = Subject(config.model.name, config)
     reached: dict[str, Any] = {}
-    best, best_rate = config, 0.0
-    begin = time.monotonic()
-    for size in SIZES:
-        candidate = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
-        (outcome,) = measure([Contestant(f"batch {size}", ours.training, (candidate, {}))], seconds, rounds, deadline)
-        if outcome.error is not None or not outcome.rates:
-            reached[str(size)] = outcome.error or "not measured"
-            break
-        reached[str(size)] = float(f"{outcome.rate:.5g}")
-        if outcome.rate < GAIN * best_rate:
-            break
-        best, best_rate = candidate, outcome.rate
-        if time.monotonic() - begin > TIME_S:
-            break
+    best, best_rate, begin = SIZES[0], 0.0, time.monotonic()
+    try:
+        for size in doublings(lambda batch: attempt(subject, batch, seconds, rounds, deadline), SIZES[0], SIZES[-1]):
+            reached[str(size.batch)] = float(f"{size.rate:.5g}") if size.fits else size.error
+            if not size.fits or size.rate < GAIN * best_rate:
+                break
+            best, best_rate = size.batch, size.rate
+            if time.monotonic() - begin > TIME_S:
+                break
+    except TimeOver as error:
+        reached.setdefault(str(SIZES[0]), str(error))
     if not best_rate:
         raise RuntimeError(f"batch {SIZES[0]}: {reached[str(SIZES[0])]}")
-    return best, reached
+    return with_batch(config, best), reached

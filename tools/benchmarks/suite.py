@@ -19,7 +19,7 @@ from configs.schema import AugConfig, Config
 from tools.benchmarks import datasets, limits, peers, results, scale
 from tools.benchmarks.groups import Group, limit_rows, loading, training
 from tools.benchmarks.limits import Limits
-from tools.benchmarks.ramp import ramp
+from tools.benchmarks.ramp import best_batch
 from tools.benchmarks.turns import Contestant, measure
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def gpu_parts(settings: Settings) -> list[Part]:
             reached: dict[str, Any] = {}
             config = _config(name, raw, batch_size=batch or 1, image_size=image_size or size)
             if batch is None:
-                config, reached = ramp(config, settings.seconds, 2, settings.deadline)
+                config, reached = best_batch(config, settings.seconds, 2, settings.deadline)
             variants = {
                 "npy, device": {"placement": "device"},
                 "npy, host": {"placement": "host"},

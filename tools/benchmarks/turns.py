@@ -12,8 +12,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 PATIENCE_S = 300.0  # for one contestant to build, compile and warm up
+LOOK_S = 0.02  # between two looks of a contestant's watch
 # imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
 PRELOADED, PRELOADED_ON_GPU = ["torch", "torchvision", "pipelines.build", "train.loop"], ["torch", "torchvision"]
 
@@ -33,15 +35,20 @@ class Stream:
     batches: Iterator[Any]
     units: float
     facts: Callable[[], dict[str, Any]] = dict  # asked for after the last round
+    works_ahead: bool = True  # when its turn begins it may have items ready, which are not counted
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """build(*arguments), called in the contestant's own process, gives its streams by name ('' where it has one)."""
+    """build(*arguments), called in the contestant's own process, gives its streams by name ('' where it has one).
+
+    watch(process id), called every 20 ms while it runs, gives a sentence where the process shall end at once.
+    """
 
     name: str
     build: Callable[..., AbstractContextManager[dict[str, Stream]]]
     arguments: tuple[Any, ...] = ()
+    watch: Callable[[int], str | None] | None = None
 
 
 @dataclass
@@ -60,30 +67,38 @@ class Outcome:
         return median(self.rates)
 
 
-def measure(contestants: list[Contestant], seconds: float, rounds: int, deadline: float | None = None) -> list[Outcome]:
+def measure(
+    contestants: list[Contestant],
+    seconds: float,
+    rounds: int,
+    deadline: float | None = None,
+    patience_s: float = PATIENCE_S,
+    show_progress: bool = True,
+) -> list[Outcome]:
     """Outcomes of all streams in the order of the contestants; rounds last `seconds` each.
 
     deadline, of time.monotonic(): what is not warm by then is an error of its own row; rounds after it are left out.
+    patience_s: for one contestant to build and warm up.
     """
     outcomes: list[Outcome] = []
     with ExitStack() as stack:
         started: list[tuple[_Process, list[Outcome]]] = []
-        for contestant in tqdm(contestants, desc="warm-up", leave=False):
+        for contestant in tqdm(contestants, desc="warm-up", leave=False, disable=not show_progress):
             if deadline is not None and time.monotonic() > deadline:
                 outcomes.append(Outcome(contestant.name, "", error="not measured: the time of the whole run was over"))
                 continue
             process = stack.enter_context(_Process(contestant, seconds))
-            patience = PATIENCE_S if deadline is None else min(PATIENCE_S, max(30.0, deadline - time.monotonic()))
+            patience = patience_s if deadline is None else min(patience_s, max(30.0, deadline - time.monotonic()))
             streams = process.warm_up(patience)
             outcomes += streams
             started.append((process, streams))
-        for number in tqdm(range(rounds), desc="rounds", leave=False):
+        for number in tqdm(range(rounds), desc="rounds", leave=False, disable=not show_progress):
             if number and deadline is not None and time.monotonic() > deadline:
                 break
             for process, streams in started:
                 for outcome in streams:
                     if outcome.error is None:
-                        process.turn(outcome, 60 * seconds + 60)
+                        process.turn(outcome, max(60 * seconds + 60, patience_s / 5))
         for process, streams in started:
             process.finish(streams)
     return outcomes
@@ -99,18 +114,21 @@ class _Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED_ON_GPU if torch.cuda.is_available() else PRELOADED)
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, self._contestant, self._seconds)
+        arguments = (theirs, replace(self._contestant, watch=None), self._seconds)
         self._process = context.Process(target=_serve, args=arguments)
+        with _no_interrupt():
+            forkserver.ensure_running()
         self._process.start()
         theirs.close()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._signal(signal.SIGCONT)
         with suppress(OSError):
             self._pipe.send(None)
         self._pipe.close()
-        self._process.join(10)
+        if kind is None:  # else the user wants an end, and this may be in the midst of a long step
+            self._process.join(10)
         self._signal(signal.SIGKILL)  # also what it left behind
         self._process.kill()
         self._process.join()
@@ -146,8 +164,16 @@ class _Process:
 
     def _reply(self, patience: float) -> Any:
         """What the process sends; a sentence where it sends nothing."""
+        end, watch = time.monotonic() + patience, self._contestant.watch
         try:
-            if self._pipe.poll(patience):
+            while not self._pipe.poll(patience if watch is None else LOOK_S):
+                objection = watch(self._process.pid) if watch and self._process.pid else None
+                if objection is not None:
+                    self._signal(signal.SIGKILL)
+                    return objection
+                if time.monotonic() >= end:
+                    break
+            else:
                 return self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
@@ -163,6 +189,16 @@ class _Process:
                 os.killpg(self._process.pid, number)
 
 
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """What is started inside never sees a Ctrl-C, which is for this process to act upon."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
     """The contestant's process: build, warm up, then answer each stream's name with a rate; None ends it.
 
@@ -174,10 +210,10 @@ def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
     with suppress(BrokenPipeError, EOFError):
         try:
             with contestant.build(*contestant.arguments) as streams:
-                steps = {name: _attempt(_calibrate, stream.batches, seconds) for name, stream in streams.items()}
+                steps = {name: _attempt(_calibrate, stream, seconds) for name, stream in streams.items()}
                 pipe.send({name: count if isinstance(count, str) else None for name, count in steps.items()})
                 while (name := pipe.recv()) is not None:
-                    duration = _attempt(_timed_turn, streams[name].batches, steps[name])
+                    duration = _attempt(_timed_turn, streams[name], steps[name])
                     pipe.send(duration if isinstance(duration, str) else steps[name] * streams[name].units / duration)
                 pipe.send({name: stream.facts() for name, stream in streams.items()})
                 pipe.recv()
@@ -198,18 +234,21 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _calibrate(batches: Iterator[Any], seconds: float) -> int:
-    """Warm up, and find the number of items that take about `seconds`."""
-    _timed(batches, 3)
-    count = 2
-    while (duration := _timed(batches, count)) < seconds / 4:
+def _calibrate(stream: Stream, seconds: float) -> int:
+    """Warm up, and find the number of items that take about `seconds`; of slow ones, as few as can be."""
+    least = 2 if stream.works_ahead or _timed(stream.batches, 1) < seconds else 1
+    if least == 2:
+        _timed(stream.batches, 3)
+    count = least
+    while (duration := _timed(stream.batches, count)) < seconds / 4:
         count *= 2
-    return max(2, round(count * seconds / duration))
+    return max(least, round(count * seconds / duration))
 
 
-def _timed_turn(batches: Iterator[Any], count: int) -> float:
-    _timed(batches, 1)  # a loader that went idle while others ran has batches ready: they are not counted
-    return _timed(batches, count)
+def _timed_turn(stream: Stream, count: int) -> float:
+    if stream.works_ahead:  # a loader that went idle while others ran has batches ready: they are not counted
+        _timed(stream.batches, 1)
+    return _timed(stream.batches, count)
 
 
 def _timed(batches: Iterator[Any], count: int) -> float:

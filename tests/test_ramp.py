@@ -1,0 +1,310 @@
+"""tools/benchmark.py ramp: the search, what counts as memory, and that neither files are lost nor processes left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import benchmark_fixtures as fixtures
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from train_fixtures import CLEAN, ROOT, Run
+
+from configs.load import load_config
+from tools import benchmark
+from tools.benchmarks import memory, ramp, ramp_stage
+from tools.benchmarks.ramp import Climb, Size, Subject, TimeOver
+from tools.benchmarks.turns import Contestant, measure
+
+ANY_CONFIG: Any = None
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "tools/benchmark.py", "ramp", *map(str, arguments)]
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of the processes that inherited `mark` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes() and "Z (" not in (folder / "status").read_text():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(holds: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
+
+
+def fake(largest: int, *, broken_from: int | None = None, late_from: int | None = None) -> Callable[..., Size]:
+    """An attempt that runs nothing: up to `largest` images fit."""
+
+    def attempt(subject: Subject, batch: int, *_: object) -> Size:
+        if late_from is not None and batch >= late_from:
+            raise TimeOver
+        if broken_from is not None and batch >= broken_from:
+            return Size(batch, error="ValueError: the kernel does not like this size")
+        if batch > largest:
+            return Size(batch, error=memory.over(2 * memory.GIB))
+        return Size(batch, rates=[100.0 * batch, 90.0 * batch, 110.0 * batch], memory_gib=0.5 + 1.5 * batch / largest)
+
+    return attempt
+
+
+def ramp_with(
+    attempt: Callable[..., Size], monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str
+) -> tuple[int, dict[str, Any]]:
+    """The exit code and ramp.json of a whole stage over `attempt`."""
+    monkeypatch.setattr(ramp, "attempt", attempt)
+    parsed = benchmark.parse_arguments(["ramp", "--model", "lenet", "--out", str(out), *arguments])
+    return ramp_stage.main(parsed), json.loads((out / "ramp.json").read_text())
+
+
+def climbed(largest: int, first: int, most: int | None, tolerance: float) -> Climb:
+    result = Climb(Subject("fake", ANY_CONFIG))
+    reach = fake(largest)
+    for _ in ramp.climb(result, lambda batch, _: reach(result.subject, batch), first=first, most=most,
+                        tolerance=tolerance):  # fmt: skip
+        pass
+    return result
+
+
+@given(st.integers(1, 10**6), st.integers(1, 300), st.sampled_from([0.0, 1 / 32, 0.5]))
+def test_the_search_finds_the_largest_batch_that_fits_within_its_tolerance(
+    largest: int, first: int, tolerance: float
+) -> None:
+    result = climbed(largest, first, None, tolerance)
+    tried = [size.batch for size in result.sizes]
+    assert len(tried) == len(set(tried))
+    if first > largest:
+        assert (result.largest, tried) == (None, [first])
+        return
+    assert result.largest is not None
+    assert result.too_large is not None
+    assert result.largest <= largest < result.too_large
+    assert result.too_large - result.largest <= max(1, tolerance * result.largest)
+    assert result.end == "memory"
+    if tolerance == 0:
+        assert result.largest == largest
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5))
+def test_the_search_ends_at_the_last_batch_asked_for(largest: int, most: int) -> None:
+    result = climbed(largest, 1, most, 0.0)
+    assert result.largest == min(largest, most)
+    assert result.end == ("most" if most <= largest else "memory")
+    assert max(size.batch for size in result.sizes) <= most
+
+
+def test_a_limit_ends_the_ramp_with_table_files_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, content = ramp_with(fake(100), monkeypatch, tmp_path, "--memory-limit", "2", "--exact")
+    assert code == 0
+    (found,) = content["models"]
+    assert (found["largest_batch"], found["too_large_batch"], found["end"]) == (100, 101, "memory")
+    assert (found["best_batch"], found["best_images_per_s"]) == (64, 6400)
+    assert "lenet 32x32: largest batch 100 (101 does not fit into 2 GiB); best 6,400" in capsys.readouterr().out
+    with (tmp_path / "ramp.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["batch"]) for row in rows] == sorted({1, 2, 4, 8, 16, 32, 64, 96, 100, 101, 102, 104, 112, 128})
+    assert {row["fits"] for row in rows} == {"True", "False"}
+    assert (tmp_path / "ramp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_error_than_memory_fails_its_model_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
+        return fake(100, broken_from=32 if "lenet" in subject.name else None)(subject, batch, *rest)
+
+    code, content = ramp_with(attempt, monkeypatch, tmp_path, "--model", "lenet", "resnet18")
+    assert code == 1
+    broken, good = content["models"]
+    assert (broken["end"], broken["largest_batch"]) == ("error", 16)
+    assert (good["end"], good["too_large_batch"]) == ("memory", 102)
+    printed = capsys.readouterr()
+    assert "at least 16 (a larger one failed)" in printed.out
+    assert "failed: lenet 32x32: batch 32: ValueError: the kernel" in printed.err
+
+
+@pytest.mark.parametrize(("how", "end"), [({"late_from": 64}, "time"), ({}, "most")])
+def test_a_ramp_that_ended_before_memory_did_says_at_least(
+    how: dict[str, int], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, content = ramp_with(fake(10**6, **how), monkeypatch, tmp_path, "--max-batch", "48" if not how else "10000")
+    assert code == 0
+    assert content["models"][0]["end"] == end
+    assert f"at least {32 if how else 48}" in capsys.readouterr().out
+
+
+def test_what_does_not_begin_is_told_and_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, content = ramp_with(fake(0), monkeypatch, tmp_path, "--memory-limit", "2")
+    assert (code, content["models"][0]["largest_batch"]) == (0, None)
+    assert "no batch was measured (1 does not fit into 2 GiB)" in capsys.readouterr().out
+    assert not (tmp_path / "ramp.png").exists()
+
+
+def message_of(call: Callable[[], object]) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (whatever the library raises)
+        call()
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
+    (killed,) = measure([Contestant("dies", fixtures.dies, (1,))], 0.02, 1)
+    texts = [
+        str(killed.error),
+        message_of(lambda: torch.empty(2**55, dtype=torch.uint8)),
+        message_of(lambda: np.empty(2**55, np.uint8)),
+        message_of(lambda: bytearray(2**60)),
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "OSError: [Errno 12] Cannot allocate memory",
+        memory.over(memory.GIB),
+    ]
+    for text in texts:
+        assert memory.is_out_of_memory(text), text
+    for text in ("ValueError: Expected more than 1 value per channel", "the process ended with SIGSEGV",
+                 "no answer within 300 s", "the process ended with exit code 1"):  # fmt: skip
+        assert not memory.is_out_of_memory(text), text
+
+
+def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
+    limit = memory.peak_bytes() + 2**28  # this process's: more than what a contestant begins with
+    contestants = [Contestant("grows", fixtures.grows, (), partial(memory.watch, limit)),
+                   Contestant("steady", fixtures.steady, (), partial(memory.watch, limit))]  # fmt: skip
+    grows, steady = measure(contestants, 0.05, 2)
+    assert grows.error == memory.over(limit)
+    assert steady.error is None
+    assert len(steady.rates) == 2
+
+
+RESTRICTED = """
+import os, resource
+from configs.load import load_config
+from tools.benchmarks import memory, ramp
+
+def main():
+    block = bytearray(2**29)
+    del block
+    if os.fork() == 0:
+        print("own", memory.peak_bytes() < 2**29 and memory.peak_bytes() > 2**20, flush=True)
+        os._exit(0)
+    os.wait()
+    size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * 2**30,) * 2)  # as `ulimit -v`
+    config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
+    subject = ramp.Subject("lenet", config, synthetic=True)
+    for batch in (8, 300_000):
+        tried = ramp.attempt(subject, batch, 0.02, 1, None)
+        print(batch, tried.fits, tried.is_failure, tried.error, flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_batch_beyond_the_users_ulimit_does_not_fit(tmp_path: Path) -> None:
+    script = tmp_path / "restricted.py"
+    script.write_text(RESTRICTED)
+    environment = {**CLEAN, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    own, small, large = done.stdout.splitlines()
+    assert own == "own True"  # a forked process's peak is not its parent's
+    assert small == "8 True False None"
+    assert large.startswith("300000 False False")
+
+
+def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_process(
+    digits_run: Run, tmp_path: Path
+) -> None:
+    mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+    environment = {**CLEAN, **dict([mark.split("=")])}
+    config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits_run.data, "--out", tmp_path)
+    quick = ("--seconds", 0.01, "--rounds", 1, "--min-batch", 1500)
+    done = subprocess.run(
+        command(*config, *quick, "--memory-limit", 1.3), capture_output=True, text=True, cwd=ROOT, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "ramp.json").read_text())
+    (found,) = content["models"]
+    assert found["end"] == "memory"
+    assert found["largest_batch"] > 1437  # the images of the train split
+    assert "does not fit into 1.3 GiB" in done.stdout
+    fitting = [row for row in content["sizes"] if row["fits"]]
+    assert all(0.1 < row["memory_gib"] <= 1.3 for row in fitting)
+    assert {row["error"] for row in content["sizes"] if not row["fits"]} == {memory.over(int(1.3 * memory.GIB))}
+    assert {path.name for path in tmp_path.iterdir()} == {"ramp.csv", "ramp.json", "ramp.png"}
+    assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
+
+
+@pytest.mark.gpu
+def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
+    config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
+    subject = Subject("lenet", config, synthetic=True, on_gpu=True, limit_bytes=memory.GIB)
+    small, large = (ramp.attempt(subject, batch, 0.02, 1, None) for batch in (64, 200_000))
+    assert small.fits
+    assert 0 < (small.memory_gib or 0) <= (small.reserved_gib or 0) <= 1
+    assert (small.device_gib or 0) > 1
+    assert not large.fits
+    assert not large.is_failure, large.error
+
+
+def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path: Path) -> None:
+    mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+    environment = {**CLEAN, **dict([mark.split("=")])}
+    process = subprocess.Popen(
+        command("--model", "lenet", "--seconds", 0.01, "--rounds", 1, "--out", tmp_path), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True,
+    )  # fmt: skip
+    file = tmp_path / "ramp.csv"
+    assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)
+    assert len(processes_with(mark)) >= 2  # else nothing would be left anyhow
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its foreground group
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "at least" in out
+    content = json.loads((tmp_path / "ramp.json").read_text())
+    assert content["models"][0]["end"] == "interrupted"
+    assert len(content["sizes"]) >= 2
+    assert (tmp_path / "ramp.png").exists()
+    assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "nothing to measure"),
+        (("--model", "lenet", "--memory-limit", "0"), "--memory-limit 0.0 must be positive"),
+        (("--model", "lenet", "--min-batch", "8", "--max-batch", "4"), "--max-batch 4 is below"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(benchmark.UserError, match=sentence):
+        ramp_stage.main(benchmark.parse_arguments(["ramp", *arguments]))
