@@ -17,7 +17,8 @@ from train_fixtures import DIGITS, Run
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from tools import compare
-from tools.run_records import curve_rows, find_runs, labels, read_run, table
+from tools.parts import overlay
+from tools.parts.run_records import curve_rows, find_runs, labels, read_run, table
 
 
 def line(epoch: int, **changes: Any) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path)
         make_run(tmp_path / "none", lines=[]),
     ]
     records = [read_run(folder) for folder in folders]
-    figure = compare.overlay(records, ["good", "bad", "none"], "test")
+    figure = overlay.overlay(records, ["good", "bad", "none"], "test")
     train_loss, val_loss, _, val_top1 = figure.axes
     assert train_loss.get_ylim()[1] < 4
     assert train_loss.get_title() == "not shown: nan or infinite: bad; above 3: bad"
@@ -161,7 +162,7 @@ def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path)
 def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
     unevaluated = line(1, val_loss=None, val_top1=None, val_top5=None)
     record = read_run(make_run(tmp_path / "run", lines=[line(0), unevaluated, line(2)]))
-    figure = compare.overlay([record], ["run"], "test")
+    figure = overlay.overlay([record], ["run"], "test")
     assert list(figure.axes[1].lines[0].get_xdata()) == [1, 3]
     assert figure.axes[1].get_title() == ""
 
@@ -181,14 +182,14 @@ def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
 def test_the_range_of_losses_is_that_of_the_runs_that_learn(
     losses: list[list[float]], expected: tuple[float, float]
 ) -> None:
-    assert compare.loss_range(losses) == expected
+    assert overlay.loss_range(losses) == expected
 
 
 def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_path: Path) -> None:
-    count = compare.COLOURS + 3
+    count = overlay.COLOURS + 3
     folders = [make_run(tmp_path / f"run{n}", lines=[line(0, val_top1=n / 100)]) for n in range(count)]
     names = [f"run{n}" for n in range(count)]
-    figure = compare.overlay([read_run(folder) for folder in folders], names, "test")
+    figure = overlay.overlay([read_run(folder) for folder in folders], names, "test")
     legend = [text.get_text().split(" ")[0] for text in figure.legends[0].get_texts()]
     assert legend == [*names[3:], "others"]
 

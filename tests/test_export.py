@@ -22,8 +22,9 @@ from models import Normalize, PixelClassifier, available, build_model
 from pipelines import build_eval_loader
 from pipelines.shards import load_dataset
 from tools import export
-from tools.export_formats import FORMATS, Exportable, layers_at_the_ends
-from tools.trained import load_trained
+from tools.parts import export_check
+from tools.parts.export_formats import FORMATS, Exportable, layers_at_the_ends
+from tools.parts.trained import load_trained
 from train import checkpoint
 from train.ddp import build_all
 
@@ -243,7 +244,7 @@ def test_a_network_that_has_no_such_graph_is_one_sentence(
     name: str, network: nn.Module, why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
-    expected = export.Expected(images, torch.zeros(9, 10), "random pixels", "9 images")
+    expected = export_check.Expected(images, torch.zeros(9, 10), "random pixels", "9 images")
     with pytest.raises(UserError, match=f"^format {name} cannot be exported: .*{why}") as caught:
         export.export(name, exportable(network), expected, 1e-4, tmp_path)
     assert "\n" not in str(caught.value)
@@ -260,13 +261,13 @@ def test_comparison_sees_every_image_once_in_batches_of_all_sizes() -> None:
         return batch.flatten(1).float()
 
     logits = images.flatten(1).float()
-    result = export.compare(predict, export.Expected(images, logits, "", ""))
+    result = export_check.compare(predict, export_check.Expected(images, logits, "", ""))
     assert [len(batch) for batch in seen] == [1, 7, 64, 1, 7, 64, 1, 7, 48]
     assert torch.equal(torch.cat(seen), images[:, 0, 0, 0])
     assert (result.max_difference, result.same_top1) == (0.0, 200)
     logits = logits.clone()
     logits[199, 5] -= 500
-    assert export.compare(predict, export.Expected(images, logits, "", "")).max_difference == 500
+    assert export_check.compare(predict, export_check.Expected(images, logits, "", "")).max_difference == 500
 
 
 @pytest.mark.parametrize("name", available())
@@ -283,7 +284,7 @@ def test_a_diverged_run_is_refused(timm_checkpoint: Path, tmp_path: Path) -> Non
         trained = load_trained(timm_checkpoint, device)
     next(trained.training.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="no finite numbers"):
-        export.expected_logits(trained, None, 3)
+        export_check.expected_logits(trained, None, 3)
 
 
 @pytest.mark.parametrize("bad", [("--verify-images", "0"), ("--tolerance", "nan")])

@@ -17,7 +17,7 @@ from configs.load import load_config
 from pipelines.loader import Batch
 from tools import find_lr
 from tools.find_lr import options_for, range_test
-from tools.lr_curve import DELAY, Curve, end_of, smooth, suggest
+from tools.parts.lr_curve import DELAY, Curve, end_of, smooth, suggest
 
 RATES = np.geomspace(1e-6, 10, 150)
 

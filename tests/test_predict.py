@@ -26,9 +26,10 @@ from configs.load import load_config, to_yaml
 from pipelines import build_eval_loader
 from pipelines.encode import Encoding
 from pipelines.shards import load_dataset, open_split
-from tools import convert, ensemble, predict
-from tools.image_sets import conversion_of
-from tools.trained import load_trained
+from tools import convert, predict
+from tools.parts import ensemble
+from tools.parts.image_sets import conversion_of
+from tools.parts.trained import load_trained
 from train import checkpoint, ddp
 from train.ddp import build_all, dataset_facts
 from train.loop import evaluate, predictions

@@ -22,11 +22,11 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.shards import open_split
 from pipelines.source import Source
 from tools import show
-from tools.chosen import images_of
-from tools.show_data import examples
-from tools.show_predictions import confident_mistakes, confused_pairs
-from tools.show_samples import augmented, sample_figure
-from tools.trained import load_trained
+from tools.parts.chosen import images_of
+from tools.parts.show_data import examples
+from tools.parts.show_predictions import confident_mistakes, confused_pairs
+from tools.parts.show_samples import augmented, sample_figure
+from tools.parts.trained import load_trained
 from train import figures, pictures
 from train.loop import evaluate, predictions
 

@@ -15,8 +15,8 @@ from configs.errors import UserError
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
 from tools import summary
-from tools.costs import Costs, count_costs
-from tools.summary_report import ratios, row_of
+from tools.parts.costs import Costs, count_costs
+from tools.parts.summary_report import ratios, row_of
 from train import dist
 from train.dist import Ranks
 

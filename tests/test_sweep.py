@@ -25,11 +25,12 @@ from train_fixtures import CLEAN, DIGITS, ROOT, Run
 
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
-from tools import sweep, sweep_runs
-from tools.run_records import flat
-from tools.sweep_points import Point, points, split_outside_brackets
-from tools.sweep_report import Sweep, values_figure
-from tools.sweep_runs import Outcome, Slot, make_slots, run_all
+from tools import sweep
+from tools.parts import sweep_runs
+from tools.parts.run_records import flat
+from tools.parts.sweep_points import Point, points, split_outside_brackets
+from tools.parts.sweep_report import Sweep, values_figure
+from tools.parts.sweep_runs import Outcome, Slot, make_slots, run_all
 from train.ddp import parse_arguments
 from train.log import read_metrics
 
@@ -450,8 +451,8 @@ def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
 def test_runs_of_several_processes_end_with_the_process_that_started_them(digits_run: Run, tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from tools.sweep_points import points
-from tools.sweep_runs import Slot, locked, run_all
+from tools.parts.sweep_points import points
+from tools.parts.sweep_runs import Slot, locked, run_all
 fixed = {settings(digits_run.data, "train.epochs=50")}
 found = points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
 with locked(Path({str(tmp_path)!r})) as lock:

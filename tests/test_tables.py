@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from tools import tables
+from tools.parts import tables
 
 ROWS = [{"run": "a", "lr": 1e-3, "best": 0.5}, {"run": "b|c", "epochs": 12_345, "best": None, "ok": True}]
 

@@ -12,7 +12,7 @@ from train_fixtures import Run, alone
 
 from configs.errors import UserError
 from pipelines import build_eval_loader
-from tools.trained import check_same_classes, find_checkpoint, load_trained
+from tools.parts.trained import check_same_classes, find_checkpoint, load_trained
 from train.loop import evaluate
 
 

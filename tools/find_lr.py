@@ -31,8 +31,8 @@ from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.loader import Loader
 from pipelines.shards import load_dataset
-from tools.lr_curve import Curve, Suggestion, end_of, smooth, suggest
-from tools.tables import make_folder, write_csv, write_text
+from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
+from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
 from train.ddp import build_all, check_classes
 from train.dist import Ranks

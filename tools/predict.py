@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError, run_main
-from tools import submission
-from tools.ensemble import best_classes, predict
-from tools.image_sets import ImageSet, data_folder, open_images, picture_folder
-from tools.tables import make_folder, write_text
-from tools.trained import Trained, check_same_classes, find_checkpoint, load_trained
+from tools.parts import submission
+from tools.parts.ensemble import best_classes, predict
+from tools.parts.image_sets import ImageSet, data_folder, open_images, picture_folder
+from tools.parts.tables import make_folder, write_text
+from tools.parts.trained import Trained, check_same_classes, find_checkpoint, load_trained
 from train import dist
 from train.dist import Ranks
 from train.loop import Evaluation

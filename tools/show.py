@@ -19,9 +19,9 @@ from pathlib import Path
 
 from configs.errors import UserError, run_main
 from configs.load import load_config
-from tools.show_data import show_data
-from tools.show_predictions import show_predictions
-from tools.show_samples import show_samples
+from tools.parts.show_data import show_data
+from tools.parts.show_predictions import show_predictions
+from tools.parts.show_samples import show_samples
 from train.dist import Ranks
 
 # What each kind of picture takes beside what it is named after, --count and --out.

@@ -36,10 +36,10 @@ from configs.load import load_config, parse_config
 from configs.schema import Config, OptimizerConfig, TrainConfig
 from models import available, build_model
 from pipelines.shards import load_dataset
-from tools.costs import Costs, count_costs, free_device_memory, measure_memory
-from tools.summary_report import Subject, layer_rows, layers_table, picture, report, row_of
-from tools.tables import Row, make_folder, write_csv
-from tools.trained import find_checkpoint
+from tools.parts.costs import Costs, count_costs, free_device_memory, measure_memory
+from tools.parts.summary_report import Subject, layer_rows, layers_table, picture, report, row_of
+from tools.parts.tables import Row, make_folder, write_csv
+from tools.parts.trained import find_checkpoint
 from train import checkpoint, dist, figures
 from train.ddp import to_device
 from train.dist import Ranks

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from configs.errors import UserError, run_main
 from configs.load import load_config
 from pipelines.shards import load_dataset
-from tools import sweep_report, tables
-from tools.sweep_points import Point, points
-from tools.sweep_report import Sweep
-from tools.sweep_runs import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
+from tools.parts import sweep_report, tables
+from tools.parts.sweep_points import Point, points
+from tools.parts.sweep_report import Sweep
+from tools.parts.sweep_runs import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -32,7 +32,7 @@ from pipelines.shards import load_dataset
 from tools.benchmarks import data_sheets, limits, pictures, results
 from tools.benchmarks.profiling import Profile, go_along, profile
 from tools.benchmarks.turns import Contestant, measure
-from tools.tables import Row, make_folder, markdown, write_csv, write_text
+from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
 from train import dist
 from train.ddp import build_all, check_classes
 from train.dist import Ranks

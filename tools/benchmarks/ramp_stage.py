@@ -33,7 +33,7 @@ from configs.load import load_config
 from pipelines.shards import load_dataset
 from tools.benchmarks import memory, pictures, ramp, results
 from tools.benchmarks.ramp import Climb, Size, Subject
-from tools.tables import Row, make_folder, markdown, write_csv, write_text
+from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
 from train.ddp import check_classes
 from train.figures import save
 

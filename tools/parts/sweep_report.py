@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Config
-from tools import tables
-from tools.compare import overlay
-from tools.run_records import RunRecord, curve_rows, differing, flat, global_batch, show, table
-from tools.sweep_points import Point
-from tools.sweep_runs import folder_of
-from tools.tables import Row
+from tools.parts import tables
+from tools.parts.overlay import overlay
+from tools.parts.run_records import RunRecord, curve_rows, differing, flat, global_batch, show, table
+from tools.parts.sweep_points import Point
+from tools.parts.sweep_runs import folder_of
+from tools.parts.tables import Row
 from train import figures
 from train.log import read_metrics
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from tools.image_sets import ImageSet
-from tools.tables import write_text
+from tools.parts.image_sets import ImageSet
+from tools.parts.tables import write_text
 
 ID, CATEGORY = "Id", "Category"
 SHOWN = 5

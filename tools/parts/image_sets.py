@@ -21,8 +21,8 @@ from pipelines.encode import Encoding
 from pipelines.shard_writer import write_dataset
 from pipelines.shards import in_source_order, load_dataset, open_split
 from pipelines.source import Options, Source
+from tools.parts.trained import Trained, check_same_classes
 from tools.sources.imagefolder import open_pictures
-from tools.trained import Trained, check_same_classes
 
 PICTURES = "pictures"  # the split that pictures are converted to
 MAX_WORKERS = 8  # each imports torch

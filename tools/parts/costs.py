@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
-from tools.forward_trace import Layer, Tracer, WeightCasts, bytes_of, not_called
+from tools.parts.forward_trace import Layer, Tracer, WeightCasts, bytes_of, not_called
 from train.lookahead import build_lookahead
 from train.loop import build_training, loss_and_counts, run_step
 from train.optim import build_optimizer

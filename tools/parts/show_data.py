@@ -10,8 +10,8 @@ import torch
 from configs.errors import UserError
 from configs.schema import DataConfig, EvalConfig
 from pipelines.shards import Split, load_dataset, open_split
-from tools.chosen import images_of
-from tools.tables import Row, make_folder, markdown, write_csv
+from tools.parts.chosen import images_of
+from tools.parts.tables import Row, make_folder, markdown, write_csv
 from train import dist, figures, pictures
 from train.dist import Ranks
 

@@ -20,7 +20,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from tools.run_records import flat, identity, show
+from tools.parts.run_records import flat, identity, show
 
 RANGE = re.compile(r"(loguniform|uniform)\((.*)\)\s*\Z")
 OWNED = ("name", "output", "log")  # the sweep itself sets these

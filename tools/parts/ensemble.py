@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from pipelines import build_eval_loader
-from tools.image_sets import ImageSet
-from tools.trained import Trained
+from tools.parts.image_sets import ImageSet
+from tools.parts.trained import Trained
 from train.loop import Evaluation, loss_and_hits, predictions
 
 CHUNK = 4096  # images that are looked at at once, so that no copy of all logits is made

@@ -10,11 +10,11 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from pipelines.shards import load_dataset
-from tools.chosen import images_of
-from tools.ensemble import predict
-from tools.image_sets import data_folder, images_of_split
-from tools.tables import Row, make_folder, markdown, write_csv
-from tools.trained import load_trained
+from tools.parts.chosen import images_of
+from tools.parts.ensemble import predict
+from tools.parts.image_sets import data_folder, images_of_split
+from tools.parts.tables import Row, make_folder, markdown, write_csv
+from tools.parts.trained import load_trained
 from train import dist, figures, pictures
 from train.dist import Ranks
 

@@ -22,11 +22,11 @@ from typing import IO
 
 from configs.errors import UserError
 from configs.load import to_yaml
-from tools.run_records import identity, read_run, show
-from tools.sweep_points import Point
-from tools.tables import write_text
+from tools.parts.run_records import identity, read_run, show
+from tools.parts.sweep_points import Point
+from tools.parts.tables import write_text
 
-SCRIPT = Path(__file__).parents[1] / "train" / "ddp.py"
+SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
 END_S = 30.0  # between SIGTERM and SIGKILL, as torchrun gives its processes
 POLL_S = 0.1

@@ -14,8 +14,8 @@ from torch import Tensor
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.shards import open_split
-from tools.chosen import choose, images_of
-from tools.tables import make_folder, write_csv
+from tools.parts.chosen import choose, images_of
+from tools.parts.tables import make_folder, write_csv
 from train import dist, figures, pictures
 from train.dist import Ranks
 

@@ -17,7 +17,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import parse_config
 from configs.schema import Config, is_section, walk
-from tools.tables import Row
+from tools.parts.tables import Row
 from train.log import read_metrics
 
 # Settings that change no result: what a run is called, where it lies, how it reports and how fast it reads.

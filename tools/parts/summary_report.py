@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.schema import TrainConfig
-from tools.costs import Costs
-from tools.tables import Row, markdown
+from tools.parts.costs import Costs
+from tools.parts.tables import Row, markdown
 from train import figures
 
 if TYPE_CHECKING:
