@@ -29,7 +29,7 @@ from tools import sweep
 from tools.parts import sweep_runs
 from tools.parts.run_records import flat
 from tools.parts.sweep_points import Point, points, split_outside_brackets
-from tools.parts.sweep_report import Sweep, values_figure
+from tools.parts.sweep_report import Sweep, beyond, values_figure
 from tools.parts.sweep_runs import Outcome, Slot, make_slots, run_all
 from train.ddp import parse_arguments
 from train.log import read_metrics
@@ -509,6 +509,13 @@ def drawn(parameters: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Points at both ends of every parameter."""
     for end in (0, -1):
         yield {key: (one.get("values") or [one["min"], one["max"]])[end] for key, one in parameters.items()}
+
+
+def test_a_best_value_at_the_end_of_a_list_is_pointed_out() -> None:
+    configs = [point.config for point in of("train.lr=1e-3,3e-3,1e-2", "data.batch_size=32,64")]
+    assert beyond(configs, 0) == ["train.lr=0.001 is the smallest that was tried; smaller ones may be better"]
+    assert beyond(configs, 2) == []
+    assert beyond(configs, 5) == ["train.lr=0.01 is the largest that was tried; larger ones may be better"]
 
 
 def test_the_wandb_sweep_makes_command_lines_of_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.errors import UserError, run_main
 from tools.benchmarks import results
+from tools.parts.tables import aligned
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -149,8 +150,7 @@ def _notes(group: dict[str, Any]) -> list[str]:
 
 
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return aligned(header, rows, right=range(1, len(header)))
 
 
 def document(run: Run, folder: Path) -> list[Path]:

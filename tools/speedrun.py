@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from datetime import date
@@ -38,6 +37,7 @@ from train import dist
 from train.clock import Clock
 from train.ddp import build_all, check_classes
 from train.dist import Ranks
+from train.facts import device_name
 from train.loop import Training, evaluate, train_epoch
 from train.proxy import check_proxy
 from train.warm_up import warm_up
@@ -119,9 +119,8 @@ def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) ->
         values = [float(one[name]) for one in runs]
         figures[f"{name}_mean"] = statistics.fmean(values)
         figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     return figures | {
-        "device": where,
+        "device": device_name(device),
         "torch": torch.__version__,
         "dali": version("nvidia-dali-cuda120"),
         "date": date.today().isoformat(),

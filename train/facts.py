@@ -58,7 +58,9 @@ def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

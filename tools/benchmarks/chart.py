@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from train.figures import save
+
 OURS, PEER, BOUND = "#c1440e", "#8a9ba8", "#d9dee2"
 LOG_FROM = 20.0  # ratio of the largest to the smallest figure of a panel from which the axis is logarithmic
 COLUMNS = 2
@@ -12,10 +14,7 @@ COLUMNS = 2
 
 def draw(run: dict[str, Any], path: Path) -> Path | None:
     """Write the PNG; None where the run holds no figure to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups = [(group, [row for row in group["rows"] if "images_per_s" in row]) for group in run["groups"]]
     groups = [(group, rows) for group, rows in groups if rows]
@@ -23,7 +22,7 @@ def draw(run: dict[str, Any], path: Path) -> Path | None:
         return None
     lines = [groups[start : start + COLUMNS] for start in range(0, len(groups), COLUMNS)]
     heights = [max(len(rows) for _, rows in line) + 2.2 for line in lines]
-    figure = plt.figure(figsize=(13, 0.34 * sum(heights) + 0.9), layout="constrained")
+    figure = Figure(figsize=(13, 0.34 * sum(heights) + 0.9), layout="constrained")
     grid = figure.add_gridspec(len(lines), COLUMNS, height_ratios=heights)
     for number, line in enumerate(lines):
         for column, (group, rows) in enumerate(line):
@@ -33,8 +32,7 @@ def draw(run: dict[str, Any], path: Path) -> Path | None:
     figure.suptitle(
         f"{facts['device']}, {facts['cores']} cores, {facts['date']}: images/s, median and range of the rounds"
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return path
 
 

@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import UserError
+from configs.schema import TrainConfig
 from models import build_model
 from pipelines import kernels
 from tools.benchmarks.turns import Outcome, Stream
+from tools.parts.costs import count_costs
 
 MEMORY = "memory copy"
 PINNED = "copy from pinned memory to the GPU"
@@ -145,11 +147,8 @@ def limits_of(outcomes: list[Outcome]) -> Limits:
 def training_flops(name: str, classes: int, image_size: int) -> float:
     """Floating-point operations of forward and backward per image, 2 per multiply-add."""
     network = build_model(name, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    images = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)  # two, since batch norm refuses one value
-    counter = FlopCounterMode(display=False)
-    with counter:
-        network(images).sum().backward()
-    return counter.get_total_flops() / len(images)
+    shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
+    return count_costs(network, TrainConfig(), **shape).training_flops / 2  # batch norm refuses one value
 
 
 def loading_bounds(found: Limits, *, placement: str, device: str, stored_bytes: float, output_bytes: float) -> Limits:

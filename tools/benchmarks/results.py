@@ -12,12 +12,13 @@ import os
 import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tools.benchmarks.turns import Outcome
+from tools.parts.tables import aligned
+from train.facts import device_name, processor
 
 Row = dict[str, Any]
 FORMAT, VERSION = "model-zhu-benchmarks", 1
@@ -72,21 +73,14 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
 
 def environment() -> dict[str, Any]:
     """What a figure is worth nothing without."""
-    facts: dict[str, Any] = {"device": device_name(), "processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts: dict[str, Any] = {"device": device_name(device), "processor": processor()}
+    facts["cores"] = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
         facts["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
     facts |= {"python": platform.python_version(), "date": date.today().isoformat()}
     versions = {name: _version(package) for name, package in PACKAGES.items()}
     return facts | {"versions": {name: found for name, found in versions.items() if found}}
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(package: str) -> str | None:
@@ -113,15 +107,8 @@ def table(rows: list[Row]) -> str:
     out."""
     lines = [COLUMNS, *(_cells(row) for row in rows)]
     used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
-    widths = {number: max(len(line[number]) for line in lines) for number in used}
-    right = {number for number in used if COLUMNS[number] in RIGHT}
-
-    def line_of(cells: tuple[str, ...]) -> str:
-        padded = (cells[n].rjust(widths[n]) if n in right else cells[n].ljust(widths[n]) for n in used)
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (widths[n] + 1) + ":" if n in right else "-" * (widths[n] + 2) for n in used)
-    return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
+    header, *cells = [[line[number] for number in used] for line in lines]
+    return aligned(header, cells, right=[header.index(name) for name in RIGHT if name in header])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -137,7 +124,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['ratio']:.2f}" if "ratio" in row else "",
         f"{row['share']:.0%}" if "share" in row else "",
         f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
-        error.replace("|", "/") if error else row.get("binds", ""),
+        error or row.get("binds", ""),
     )
 
 

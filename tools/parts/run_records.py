@@ -59,7 +59,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"{path} is no folder; give run folders, or folders that hold them, such as output")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()), key=_natural)
         if not inside:
-            raise UserError(f"{path} is no run (config.yaml, metrics.jsonl) and holds none; give run folders")
+            raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor a folder of runs; name one")
         found += inside
     return [path for number, path in enumerate(found) if path.resolve() not in {p.resolve() for p in found[:number]}]
 

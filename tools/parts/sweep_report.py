@@ -93,7 +93,21 @@ def finish(sweep: Sweep) -> None:
         opts = [*sweep.opts, *point.settings]
         command = shlex.join([*sweep.command, *(["--opts", *opts] if opts else [])])
         print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
+        for hint in beyond([one.config for one in sweep.points], best):
+            print(hint)
     print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *pictures])}", flush=True)
+
+
+def beyond(configs: Sequence[Config], best: int) -> list[str]:
+    """A sentence for each number whose best value is the smallest or the largest of at least three."""
+    settings = [flat(config) for config in configs]
+    hints = []
+    for key in differing(configs):
+        values = sorted({one[key] for one in settings if type(one[key]) in (int, float)})
+        if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
+            which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
+            hints.append(f"{key}={show(value)} is the {which} that was tried; {others} ones may be better")
+    return hints
 
 
 def draw(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
@@ -139,7 +153,7 @@ def values_figure(configs: Sequence[Config], rows: Sequence[Row], title: str) ->
         axis.set_xlabel(key)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.08 * max(row["training_time_s"] for row in rows))
     if others:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", fontsize=9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,30 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """A table of all columns, numbers to the right; floats with four digits, None and what is missing empty."""
     columns = columns_of(rows)
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    is_number = [
-        all(isinstance(row.get(column), int | float | None) and not isinstance(row.get(column), bool) for row in rows)
-        for column in columns
+    numbers = [
+        number
+        for number, column in enumerate(columns)
+        if all(isinstance(value := row.get(column), int | float | None) and not isinstance(value, bool) for row in rows)
     ]
-    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    return aligned(columns, [[_cell(row.get(column)) for column in columns] for row in rows], right=numbers)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
+    """A markdown table of cells that are text, padded for readers of the source; right: columns to align there."""
+    lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
 
     def line_of(line: Sequence[str]) -> str:
         padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, is_number, strict=True)
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         return f"| {' | '.join(padded)} |"
 
     rule = "|".join(
-        "-" * (width + 1) + ":" if right else "-" * (width + 2) for width, right in zip(widths, is_number, strict=True)
+        "-" * (width + 1) + ":" if number in right else "-" * (width + 2) for number, width in enumerate(widths)
     )
-    return "\n".join([line_of(columns), f"|{rule}|", *map(line_of, cells)])
+    return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -81,4 +87,4 @@ def _cell(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "/")
+    return " ".join(str(value).split())
