@@ -364,6 +364,26 @@ def test_an_end_that_hangs_is_left_behind(
     assert "wandb sync --include-online" in said(tmp_path)
 
 
+def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_run(
+    asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = threading.Event()
+    run = FakeRun(tmp_path, hang=hang)  # its finish would hang as well
+    calls: list[int] = []
+    monkeypatch.setattr(run, "log", lambda values, step: calls.append(step) or hang.wait())
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    monkeypatch.setattr(wandb_tracker, "LOG_S", 0.1)
+    start(run_log)
+    for epoch in range(3):
+        run_log.epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
+    run_log.finish()
+    assert (calls, run.exit_codes) == ([0], [])
+    hang.set()
+    assert len(strict_lines(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert said(tmp_path).count("W&B stops here, the run goes on (TimeoutError") == 1
+    assert "wandb sync --include-online" in said(tmp_path)
+
+
 def test_within_passes_on_what_a_function_raises() -> None:
     assert within(5, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):

@@ -21,6 +21,7 @@ from configs.schema import WandbConfig
 from train.trackers import one_line, within
 
 INIT_S = 20.0  # for the server to answer
+LOG_S = 10.0  # for wandb's own process to take a point or a picture, which it does at once as long as it is well
 FINISH_S = 30.0  # for what is left to be uploaded
 GRACE_S = 15.0  # on top, for wandb to notice that this time is over
 TEARDOWN_S = 5.0
@@ -37,6 +38,7 @@ class WandbTracker:
         folder = Path(run.dir).parent
         # a run that was resumed has several offline folders, which belong together
         which = [str(folder.parent)] if self._is_offline else ["--include-online", str(folder)]
+        self._is_stuck = False
         self._sync_command = f"wandb sync {shlex.join(which)}"
         self.advice = f"what it got until here is uploaded by: {self._sync_command}"
         run.define_metric("step")
@@ -47,22 +49,31 @@ class WandbTracker:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         # Steps of W&B's own are ours: the server leaves out what a resumed run repeats.
-        self._run.log({"step": step, **values}, step=step)
+        self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
     def picture(self, key: str, pixels: np.ndarray, step: int) -> None:
-        self._run.log({"step": step, key: self._wandb.Image(pixels)}, step=step)
+        self._give(lambda: self._run.log({"step": step, key: self._wandb.Image(pixels)}, step=step))
 
     def summary(self, values: Mapping[str, float]) -> None:
-        self._run.summary.update(dict(values))
+        self._give(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, *, failed: bool) -> str | None:
         try:
-            within(FINISH_S + GRACE_S, lambda: self._run.finish(exit_code=int(failed)))
+            if not self._is_stuck:
+                within(FINISH_S + GRACE_S, lambda: self._run.finish(exit_code=int(failed)))
         except TimeoutError:
             return f"W&B did not take everything within {FINISH_S:.0f} s; upload the rest with: {self._sync_command}"
         finally:
             end_service(self._wandb)
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
+
+    def _give(self, call: Callable[[], object]) -> None:
+        """wandb's process may be stopped or wait for a disk: then the pipe to it fills up, and a write would hang."""
+        try:
+            within(LOG_S, call)
+        except TimeoutError:
+            self._is_stuck = True
+            raise
 
 
 def start_wandb(
