@@ -275,7 +275,10 @@ def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
     assert not large.is_failure, large.error
 
 
-def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
+    kill: Callable[[int, int], None], number: int, tmp_path: Path
+) -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     environment = {**CLEAN, **dict([mark.split("=")])}
     process = subprocess.Popen(
@@ -285,7 +288,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path: Path) ->
     file = tmp_path / "ramp.csv"
     assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)
     assert len(processes_with(mark)) >= 2  # else nothing would be left anyhow
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its foreground group
+    kill(process.pid, number)  # Ctrl-C comes to all of the terminal's foreground group
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in err
@@ -302,6 +305,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path: Path) ->
     [
         ((), "nothing to measure"),
         (("--model", "lenet", "--memory-limit", "0"), "--memory-limit 0.0 must be positive"),
+        (("--model", "lenet", "--memory-limit", "inf"), "--memory-limit inf must be positive and finite"),
         (("--model", "lenet", "--min-batch", "8", "--max-batch", "4"), "--max-batch 4 is below"),
     ],
 )

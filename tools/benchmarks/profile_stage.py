@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.steps < 1 or not arguments.seconds > 0:
-        raise UserError(f"--steps {arguments.steps} and --seconds {arguments.seconds} must be positive")
+    if arguments.steps < 1 or not 0 < arguments.seconds < math.inf:
+        raise UserError(f"--steps {arguments.steps} and --seconds {arguments.seconds} must be positive and finite")
     replacements = {"data.path": arguments.data_path, "data.batch_size": arguments.batch_size}
     config = load_config(arguments.cfg, arguments.opts, **replacements)
     dataset = load_dataset(config.data.path)

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +78,8 @@ def main(arguments: argparse.Namespace) -> int:
     climbs = [Climb(subject) for subject in chosen]
     code = 0
     try:
-        measure_all(climbs, arguments, out / "ramp.csv")
+        with interrupted_by_any_end():
+            measure_all(climbs, arguments, out / "ramp.csv")
     except KeyboardInterrupt:
         code = 130
         print("\ninterrupted; what was measured until now:", file=sys.stderr)
@@ -92,13 +96,29 @@ def main(arguments: argparse.Namespace) -> int:
     return code
 
 
+@contextmanager
+def interrupted_by_any_end() -> Iterator[None]:
+    """A scheduler's SIGTERM and a closed terminal act as Ctrl-C does; what is ignored (nohup) stays so."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN]
+    handlers = {name: signal.signal(name, interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
 def check(arguments: argparse.Namespace) -> None:
     if not arguments.cfg and not arguments.model:
         raise UserError("nothing to measure: give --cfg FILE or --model NAME")
     for name in ("memory_limit", "min_batch", "max_batch", "minutes", "seconds", "rounds", "size", "classes"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive and finite")
     if arguments.max_batch is not None and arguments.max_batch < arguments.min_batch:
         raise UserError(f"--max-batch {arguments.max_batch} is below --min-batch {arguments.min_batch}; raise it")
 
@@ -211,7 +231,8 @@ def sentence(one: Climb) -> str:
     name, largest, too_large = one.subject.name, found["largest_batch"], found["too_large_batch"]
     limit = one.subject.limit_bytes
     where = f"{limit / memory.GIB:.3g} GiB" if limit else "memory"
-    why = {"most": "the last one asked for", "time": "the time was over", "error": "a larger one failed",
+    why = {"most": "the last one asked for", "time": "the time was over",
+           "error": "a larger one failed" if largest else "the first one failed",
            "interrupted": "interrupted"}.get(one.end, "")  # fmt: skip
     if largest is None:
         return f"{name}: no batch was measured ({f'{too_large} does not fit into {where}' if too_large else why})."
