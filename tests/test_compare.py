@@ -19,6 +19,7 @@ from configs.load import load_config, to_yaml
 from tools import compare
 from tools.parts import overlay
 from tools.parts.run_records import curve_rows, find_runs, labels, read_run, table
+from train import figures
 
 
 def line(epoch: int, **changes: Any) -> dict[str, Any]:
@@ -165,6 +166,13 @@ def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
     figure = overlay.overlay([record], ["run"], "test")
     assert list(figure.axes[1].lines[0].get_xdata()) == [1, 3]
     assert figure.axes[1].get_title() == ""
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
+    names = ["a$\\b$", "$x$"]
+    records = [read_run(make_run(tmp_path / run, lines=[line(0), line(1, train_loss=None)])) for run in ("a", "b")]
+    figures.pixels_of(overlay.overlay(records, names, names[0]))
+    figures.pixels_of(figures.curves(records[0].metrics, names[0]))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def curves(metrics: list[dict[str, Any]], title: str) -> Figure:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 

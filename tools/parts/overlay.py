@@ -53,12 +53,14 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
         axis.set_ylabel(label)
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     if OTHERS in handles:
         handles[OTHERS] = handles.pop(OTHERS)  # to the end
-    figure.legend(
+    legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=_legend_columns(names), fontsize=9
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may have dollar signs
     return figure
 
 
@@ -87,7 +89,7 @@ def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str]) -
     by_number = [f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs]
     if by_name:
         notes = by_name if len("; ".join(by_name)) <= TITLE_LENGTH else by_number
-        axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8)
+        axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8, parse_math=False)
     if low > 0 and high / low > LOG_SPAN:
         axis.set_yscale("log")
         axis.set_yticks(_log_ticks(low, high), map("{:g}".format, _log_ticks(low, high)))

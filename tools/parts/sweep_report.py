@@ -157,7 +157,7 @@ def values_figure(configs: Sequence[Config], rows: Sequence[Row], title: str) ->
     if others:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -196,7 +196,7 @@ def _maps(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequenc
         figure.colorbar(shown, ax=axis, label=label)
         axis.set_xlabel(keys[0])
         axis.set_ylabel(keys[1])
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
