@@ -300,6 +300,21 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
 
 
+def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_killed() -> None:
+    mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+    script = (
+        "import benchmark_fixtures as fixtures\n"
+        "from tools.benchmarks.turns import Contestant, measure\n"
+        "measure([Contestant('slow', fixtures.steady, (60.0,))], 1.0, 1, show_progress=False)"
+    )
+    environment = {**CLEAN, **dict([mark.split("=")]), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)
+    assert wait_for(lambda: len(processes_with(mark)) >= 4, 60)  # it, its two helpers, and the contestant
+    process.kill()
+    process.wait()
+    assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -205,6 +206,7 @@ def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
     Replies: {stream: its error, or None}; then units/s or an error for each name; at last {stream: facts}.
     """
     os.setpgid(0, 0)  # its workers with it; the kernel ends a stopped group whose parents are gone
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # a DataLoader starts its workers as it does in a user's program, not as this process was started
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
@@ -221,6 +223,14 @@ def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
             raise
         except BaseException as error:
             pipe.send(_sentence(error))
+
+
+def _end_with_parent() -> None:
+    """In the midst of a step nothing else would notice that nobody waits for its rate any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
