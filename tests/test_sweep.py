@@ -26,7 +26,7 @@ from train_fixtures import CLEAN, DIGITS, ROOT, Run
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from tools import sweep
-from tools.parts import sweep_runs
+from tools.parts import sweep_report, sweep_runs
 from tools.parts.run_records import flat
 from tools.parts.sweep_points import Point, points, split_outside_brackets
 from tools.parts.sweep_report import Sweep, beyond, values_figure
@@ -466,6 +466,18 @@ with locked(Path({str(tmp_path)!r})) as lock:
     process.communicate()
     wait_for_none(tmp_path)
     assert len(read_metrics(tmp_path / "seed=1")) < 50  # they were ended, and did not end by themselves
+
+
+def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one_before(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    assert sweep_report.replaced_runs(Sweep(out, of("train.lr=1e-3,6e-3,1e-2"), 1, [], [])) == []
+    other = Sweep(out, of("train.lr=6e-3", "aug.flip=0", output=str(out)), 1, [], [])
+    assert sweep_report.replaced_runs(other) == ["lr=0.001", "lr=0.006"]
+    sweep_report.finish(other)
+    assert list(out.glob("*.png")) == []
+    assert (out / "lr=0.001" / "best.pt").is_file()
 
 
 # Pictures and W&B

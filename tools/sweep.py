@@ -76,6 +76,10 @@ def main() -> int:
         waiting = [point for point in everything if not is_finished(point)]
         before = len(everything) - len(waiting)
         print(f"{len(everything)} runs in {folder}, {before} of them finished before", flush=True)
+        if replaced := sweep_report.replaced_runs(sweep):
+            others = "; ".join(replaced[:3]) + " …" * (len(replaced) > 3)
+            print(f"note: {folder} holds another sweep ({others}), whose runs stay; its tables and pictures are "
+                  "replaced, --out FOLDER keeps both", flush=True)  # fmt: skip
         try:
             run(sweep, waiting, slots, lock)
         finally:

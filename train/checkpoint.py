@@ -65,9 +65,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise ValueError("its checksum is wrong: it is damaged or of another program")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"checkpoint {path} does not exist; give a run folder or a .pt file, or --resume auto"
-        ) from None
+        raise UserError(f"checkpoint {path} does not exist; give a run folder or a .pt file") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"checkpoint {path} is refused, since it holds more than tensors, numbers and strings; take another one"

@@ -61,6 +61,7 @@ def curves(metrics: list[dict[str, Any]], title: str) -> Figure:
             axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
         axis.set_xlabel("epochs trained")
         axis.set_ylabel(label)
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()

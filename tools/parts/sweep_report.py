@@ -83,6 +83,15 @@ def write_tables(sweep: Sweep) -> list[Row]:
     return rows
 
 
+def replaced_runs(sweep: Sweep) -> list[str]:
+    """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
+    path = sweep.folder / "sweep.json"
+    if not path.is_file():
+        return []
+    points = {point.name for point in sweep.points}
+    return [run["run"] for run in json.loads(path.read_text())["runs"] if run["run"] not in points]
+
+
 def finish(sweep: Sweep) -> None:
     """Tables, pictures, and on the console the table and the setting to go on with."""
     rows = write_tables(sweep)
@@ -111,7 +120,10 @@ def beyond(configs: Sequence[Config], best: int) -> list[str]:
 
 
 def draw(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """The names of the pictures: sweep.png, and sweep_values.png where a number was varied."""
+    """The names of the pictures: sweep.png, and sweep_values.png where a number was varied. None is left of an earlier
+    sweep, whose figures the tables beside it no longer hold."""
+    for name in ("sweep.png", "sweep_values.png"):
+        (sweep.folder / name).unlink(missing_ok=True)
     records = records_of(sweep)
     begun = [number for number, record in enumerate(records) if record.metrics]
     if not begun:

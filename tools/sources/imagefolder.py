@@ -122,10 +122,7 @@ def open_imagefolder(root: Path) -> Source:
                 digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
             splits[name] = ImageFolderSplit(scan.root, paths, sizes, labels)
     if ignored := [name.removeprefix("./") for name in dict.fromkeys(scan.ignored)]:
-        print(
-            f"note: passed over {len(ignored):,} entries that are no images: {', '.join(ignored[:3])} …",
-            file=sys.stderr,
-        )
+        note_ignored(ignored)
     fingerprint = digest.hexdigest()
     return Source(kind="imagefolder", name=scan.root.name, classes=classes, fingerprint=fingerprint, splits=splits)
 
@@ -151,12 +148,18 @@ def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
     if not found:
         raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); give a folder of image files")
     if scan.ignored:
-        shown = ", ".join(name.removeprefix("./") for name in scan.ignored[:3])
-        print(f"note: passed over {len(scan.ignored):,} entries that are no images: {shown} …", file=sys.stderr)
+        note_ignored([name.removeprefix("./") for name in scan.ignored])
     paths, sizes = zip(*sorted(found), strict=True)
     rows = ImageFolderSplit(scan.root, list(paths), list(sizes), None)
     digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path in paths)).hexdigest()
     return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
+
+
+def note_ignored(names: list[str]) -> None:
+    """On stderr: how many entries were passed over, and the first of them."""
+    shown = ", ".join(names[:3]) + " …" * (len(names) > 3)
+    what = "entry that is no image" if len(names) == 1 else "entries that are no images"
+    print(f"note: passed over {len(names):,} {what}: {shown}", file=sys.stderr)
 
 
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
