@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
             print(f"{model.path}: {sentence(images, result)}")
         if len(models) > 1:
             print(f"mean of {len(models)} checkpoints: {sentence(images, mean)}")
-    unreadable = f"; {len(images.unreadable):,} of them cannot be read and have none" if images.unreadable else ""
+    unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
     print(f"{out}: predictions of {len(images):,} images in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
         print(submission.write(file, form, images, numbers[:, 0], len(classes)))

@@ -53,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.add_argument("--steps", type=int, default=20, help="that are profiled (default %(default)s)")
     command.add_argument("--seconds", type=float, default=3.0, help="of unprofiled training (default %(default)s)")
-    command.add_argument("--out", type=Path, default=Path("output/profile"), help="folder (default %(default)s)")
+    command.add_argument("--out", type=Path, help="folder (default output/NAME-profile)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -67,16 +67,16 @@ def main(arguments: argparse.Namespace) -> int:
     check_proxy(config.train, ranks.world_size)
 
     with dist.process_group(ranks) as device:
-        dist.from_first_rank(lambda: make_folder(arguments.out))
+        out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))
         kind, captures = device.type, captures_graphs(config.train, device, amp_dtype(config.train.amp, device))
         training, loader = build(without_graph(config), dataset, classes, ranks, device)
         amp, image_size = training.amp, loader.image_size
         rates = {"uncaptured": rate(training, loader, ranks, arguments.seconds)}
         found = None
         if ranks.is_first:
-            hidden = arguments.out / f".{TRACE}"  # its ending is what the profiler goes by
+            hidden = out / f".{TRACE}"  # its ending is what the profiler goes by
             found = profile(training, loader, arguments.steps, hidden)
-            hidden.rename(arguments.out / TRACE)
+            hidden.rename(out / TRACE)
         else:
             go_along(training, loader, arguments.steps)
         del training, loader
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
     if found is not None:
         per_device = rates.get("captured", rates["uncaptured"]) / ranks.world_size
         use = None if config.train.proxy.model else arithmetic(config, classes, image_size, kind, amp, per_device)
-        report(record(config, ranks, amp, found, rates, use), arguments.out)
+        report(record(config, ranks, amp, found, rates, use), out)
     return 0
 
 

@@ -42,6 +42,7 @@ from train.figures import save
 
 TOLERANCE = 1 / 32  # of the largest batch
 NEAR_BEST = 0.95  # of the best rate
+NOISY = 2.0  # ratio of the fastest round of a size to its slowest from which the user is told
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--exact", action="store_true", help="the very largest batch, not the largest but 3 %%")
     command.add_argument("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
     command.add_argument("--rounds", type=int, default=3, help="per size; bisection takes one (default %(default)s)")
-    command.add_argument("--out", type=Path, default=Path("output/ramp"), help="folder (default %(default)s)")
+    command.add_argument("--out", type=Path, help="folder (default output/NAME-ramp, of several models output/ramp)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -70,7 +71,8 @@ def main(arguments: argparse.Namespace) -> int:
     if limit is None and not on_gpu:
         limit = int(memory.SHARE_OF_AVAILABLE * memory.available_bytes())
     chosen = subjects(arguments, on_gpu, limit)
-    out = make_folder(arguments.out)
+    name = f"{chosen[0].config.name}-ramp" if len(chosen) == 1 and not arguments.model else "ramp"
+    out = make_folder(arguments.out or Path("output") / name)
     if limit is not None and arguments.memory_limit is None:
         print(
             f"memory limit {limit / memory.GIB:.3g} GiB, {100 * memory.SHARE_OF_AVAILABLE:.0f} % of what is available"
@@ -150,7 +152,7 @@ def subjects(arguments: argparse.Namespace, on_gpu: bool, limit: int | None) -> 
 def measure_all(climbs: list[Climb], arguments: argparse.Namespace, csv: Path) -> None:
     """Climb with each in turn; the CSV file is written anew after every size."""
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    with tqdm(total=None, unit="size", leave=False, file=sys.stderr) as bar:
+    with tqdm(total=None, unit=" sizes", leave=False, file=sys.stderr) as bar:
         for one in climbs:
             reach = partial(_reach, one, arguments, deadline, bar)
             sizes = ramp.climb(
@@ -239,10 +241,12 @@ def sentence(one: Climb) -> str:
     bound = f"{too_large:,} does not fit into {where}" if too_large else why
     if too_large and one.end != "memory":
         bound += f"; {why}"
+    spread, noisiest = max((max(size.rates) / min(size.rates), size.batch) for size in one.fitting)
+    noise = f" The rounds of batch {noisiest:,} differ {spread:.1f} times: the machine is busy." * (spread > NOISY)
     return (
         f"{name}: largest batch {'' if one.end == 'memory' else 'at least '}{largest:,} ({bound}); "
         f"best {found['best_images_per_s']:,.0f} images/s at batch {found['best_batch']:,}, "
-        f"{found['near_best_batch']:,} is the smallest within {100 - 100 * NEAR_BEST:.0f} % of it."
+        f"{found['near_best_batch']:,} is the smallest within {100 - 100 * NEAR_BEST:.0f} % of it.{noise}"
     )
 
 

@@ -85,11 +85,12 @@ def write_tables(sweep: Sweep) -> list[Row]:
 
 def replaced_runs(sweep: Sweep) -> list[str]:
     """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
-    path = sweep.folder / "sweep.json"
-    if not path.is_file():
-        return []
     points = {point.name for point in sweep.points}
-    return [run["run"] for run in json.loads(path.read_text())["runs"] if run["run"] not in points]
+    try:
+        runs = json.loads((sweep.folder / "sweep.json").read_text())["runs"]
+        return [run["run"] for run in runs if run["run"] not in points]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a file of another program
+        return []
 
 
 def finish(sweep: Sweep) -> None:
