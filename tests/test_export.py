@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def test_a_format_that_differs_leaves_no_file_and_stops_no_other(
     assert first.files == {"first.onnx", "export.json"}
     error = capsys.readouterr().err
     assert "error: format onnx gives logits that differ by up to 2.0" in error
-    assert "--tolerance allows 0.0001, so nothing is kept" in error
+    assert "1.0e-04 is allowed, so nothing is kept" in error
     second = run_export(digits_run.folder, tmp_path, *arguments)
     assert second.code == 1
     assert second.files == {"first.onnx", "export.json", "config.json", "model.safetensors"}
@@ -214,6 +215,23 @@ def test_a_format_that_differs_leaves_no_file_and_stops_no_other(
     assert run_export(digits_run.folder, tmp_path, *arguments[:2]).code == 1
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert run_export(digits_run.folder, tmp_path, *arguments, "--tolerance", "3e-4").code == 0
+
+
+@pytest.mark.parametrize(
+    ("largest", "differs_by", "fits"), [(1.0, 2e-4, False), (500.0, 2e-4, True), (500.0, 2e-3, False)]
+)
+def test_a_millionth_of_the_largest_logit_is_rounding(
+    largest: float, differs_by: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.full((3, 10), largest)
+    wrong = replace(
+        FORMATS["onnx"], write=lambda *_: "", load=lambda _: lambda images: logits[: len(images)] + differs_by
+    )
+    monkeypatch.setitem(FORMATS, "onnx", wrong)
+    expected = export_check.Expected(torch.zeros((3, 3, 2, 2), dtype=torch.uint8), logits, "", "")
+    outcome = nullcontext() if fits else pytest.raises(UserError, match="is allowed")
+    with outcome:
+        export.export("onnx", None, expected, 1e-4, tmp_path)  # type: ignore[arg-type]
 
 
 class DataDependent(nn.Module):

@@ -86,6 +86,16 @@ def test_the_best_epoch_is_the_first_of_equal_ones_and_epochs_without_evaluation
 # curves.png
 
 
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "curves.png").mkdir()  # where nothing can be renamed to
+    written = run_log(tmp_path, metrics(0))
+    assert f"cannot write {tmp_path / 'curves.png'}" in capsys.readouterr().out
+    written.epoch(metrics(1))
+    assert len(read_metrics(tmp_path)) == 2
+
+
 def test_the_curves_contain_the_last_epoch_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = figures.curves

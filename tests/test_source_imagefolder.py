@@ -175,3 +175,19 @@ def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
         open_pictures(tmp_path / "empty", "pictures", ("x",))
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (["1.jpg", "2.jpg", "10.jpg"], True),
+        (["01.jpg", "02.jpg", "10.jpg"], False),
+        (["a1.jpg", "a2.jpg", "a10.jpg"], False),
+    ],
+)
+def test_numbered_test_images_out_of_their_numbers_order_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], noted: bool
+) -> None:
+    write_files(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/a/10.jpg", *(f"test/{name}" for name in names))
+    open_imagefolder(tmp_path)
+    assert ("leading zeros" in (said := capsys.readouterr().err)) == noted, said

@@ -79,7 +79,7 @@ def main() -> None:
     ranks = Ranks.alone("tools/predict.py")
     paths = [find_checkpoint(path) for path in arguments.checkpoint]
     with dist.process_group(ranks) as device:
-        models = [load_trained(path, device) for path in paths]
+        models = [load_trained(path, device, compiled=True) for path in paths]
         for other in models[1:]:
             check_same_classes(models[0], other.classes, f"checkpoint {other.path}")
         pictures = picture_folder(arguments.split, data_folder(models[0], arguments.data_path))

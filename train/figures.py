@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from configs.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
@@ -35,10 +37,13 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not there: the name appears when the file is complete."""
+    """A PNG, whole or not there: the name appears when the file is complete. Raises UserError where it cannot."""
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=DPI, format="png")
-    temporary.rename(path)
+    try:
+        figure.savefig(temporary, dpi=DPI, format="png")
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or name another folder") from None
 
 
 def pixels_of(figure: Figure) -> np.ndarray:

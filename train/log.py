@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import UserError
 from configs.schema import LogConfig
 from train import figures
 from train.tensorboard_tracker import TensorBoardTracker
@@ -136,8 +137,11 @@ class RunLog:
         """curves.png from metrics.jsonl."""
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
-        figures.save(figures.curves(metrics, self._folder.name), self._folder / "curves.png")
         self._drawn_at = time.monotonic()
+        try:
+            figures.save(figures.curves(metrics, self._folder.name), self._folder / "curves.png")
+        except UserError as error:  # a picture is no reason to end a run
+            self.say(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
         self.draw()

@@ -27,6 +27,11 @@ class Expected:
     kind: str  # of images: the split's name, or random pixels
     source: str  # the same with the data set's folder
 
+    @property
+    def largest(self) -> float:
+        """The largest logit's magnitude."""
+        return float(self.logits.abs().max())
+
 
 @dataclass(frozen=True)
 class Comparison:

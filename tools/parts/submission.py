@@ -16,6 +16,7 @@ import numpy as np
 from configs.errors import UserError
 from tools.parts.image_sets import ImageSet
 from tools.parts.tables import write_text
+from tools.sources.imagefolder import in_order_of_numbers
 
 ID, CATEGORY = "Id", "Category"
 SHOWN = 5
@@ -143,9 +144,7 @@ def _check_rows(images: ImageSet) -> None:
     if not np.array_equal(rows, np.arange(images.source_rows)) or (np.diff(images.rows) <= 0).any():
         raise UserError(f"split {images.split!r} in {images.folders[0]} does not hold each row of its source once and "
                         "in order; convert the source again")  # fmt: skip
-    if images.files is not None:
-        stems = [Path(file).stem for file in images.files]
-        numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]
-        if len(numbers) == len(stems) and numbers != sorted(numbers):
-            raise UserError(f"the pictures are numbered, but sorted by path they are not in the order of their numbers "
-                            f"({', '.join(stems[:3])} …); rename them with leading zeros for a submission")  # fmt: skip
+    if images.files is not None and not in_order_of_numbers(images.files):
+        names = ", ".join(Path(file).stem for file in images.files[:3])
+        raise UserError(f"the pictures are numbered, but sorted by path they are not in the order of their numbers "
+                        f"({names} …); rename them with leading zeros for a submission")  # fmt: skip

@@ -41,8 +41,10 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint (best.pt or last.pt); give the folder of a run or a .pt file")
 
 
-def load_trained(path: Path, device: torch.device) -> Trained:
-    """The model of a run folder or checkpoint, for evaluation, uncompiled. Needs a process group.
+def load_trained(path: Path, device: torch.device, *, compiled: bool = False) -> Trained:
+    """The model of a run folder or checkpoint, for evaluation. Needs a process group.
+
+    compiled: as its run would compile it here, so that logits are those of its own evaluations to the last digit.
 
     Raises UserError for what is no checkpoint, or one of a version that did not record its data set.
     """
@@ -52,7 +54,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     if facts is None:
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
     config = parse_config(content["config"], f"the config in {path}")
-    train = config.train.model_copy(update={"compile": "off", "cuda_graph": "off"})
+    train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = config.model_copy(update={"train": train})
     training = build_all(config, facts, len(facts["classes"]), facts["image_size"], device)
     checkpoint.restore_weights(training, content, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,10 @@ def open_imagefolder(root: Path) -> Source:
             for path, size in zip(paths, sizes, strict=True):
                 digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
             splits[name] = ImageFolderSplit(scan.root, paths, sizes, labels)
+            if labels is None and not in_order_of_numbers(paths):
+                print(f"note: {folder} holds numbered images, which are taken in the order of their names "
+                      f"({', '.join(Path(path).name for path in paths[:3])} …); rename them with leading zeros "
+                      "where a submission's ids mean the numbers", file=sys.stderr)  # fmt: skip
     if ignored := [name.removeprefix("./") for name in dict.fromkeys(scan.ignored)]:
         note_ignored(ignored)
     fingerprint = digest.hexdigest()
@@ -160,6 +164,15 @@ def note_ignored(names: list[str]) -> None:
     shown = ", ".join(names[:3]) + " …" * (len(names) > 3)
     what = "entry that is no image" if len(names) == 1 else "entries that are no images"
     print(f"note: passed over {len(names):,} {what}: {shown}", file=sys.stderr)
+
+
+def in_order_of_numbers(paths: Sequence[str]) -> bool:
+    """Whether files that are called by numbers alone come in the order of these; true of all others."""
+    stems = [Path(path).stem for path in paths]
+    if not all(stem.isascii() and stem.isdigit() for stem in stems):
+        return True
+    numbers = [int(stem) for stem in stems]
+    return numbers == sorted(numbers)
 
 
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
