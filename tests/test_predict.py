@@ -142,6 +142,8 @@ def test_table_and_arrays_agree(npy_data: Path, model: Path, tmp_path: Path) -> 
         assert int(row) == content["rows"][sample] == split.source_rows()[sample]
         assert int(number) == order[0]
         assert best[::2] == content["classes"][order].tolist()
+        assert content["top_classes"][sample].tolist() == order.tolist()
+        assert content["top_probabilities"][sample] == pytest.approx(probabilities[sample][order], rel=1e-5)
         assert [float(text) for text in best[1::2]] == pytest.approx(probabilities[sample][order], rel=1e-4)
         assert (file, label) == ("", content["classes"][content["labels"][sample]])
     assert (content["labels"] == content["rows"] * 7 % 12).all()  # as memory_source labels its rows

@@ -12,8 +12,9 @@ means the split; ./NAME means the folder.
 Written to --out, in stored order; `row` is an image's row in the source (for pictures: in the sorted list of their
 paths), counted from 0:
 
-    predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes; of several
-                     checkpoints the logits are the logarithm of their mean probabilities
+    predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes, top_classes int64
+                     and top_probabilities float32 [N, K]; of several checkpoints the logits are the logarithm of
+                     their mean probabilities
     predictions.csv  per image: row, file, label, class number, then the best classes and their probabilities
     metrics.json     loss, top1, top5 (null without labels), samples, checkpoints, images without a prediction
     submission.csv   for split test, or where --submission says: Id and class number of every row of the source
@@ -104,7 +105,8 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
 
     logits, each, mean = predict(models, images, arguments.tta, arguments.batch_size)
     numbers, probabilities = best_classes(logits, min(arguments.top_k, len(classes)))
-    write_arrays(out / "predictions.npz", images, logits, classes)
+    best = {"top_classes": numbers, "top_probabilities": probabilities}
+    write_arrays(out / "predictions.npz", images, classes, logits=logits, **best)
     write_text(out / "predictions.csv", table(images, numbers, probabilities, classes))
     metrics = {"split": arguments.split, **describe(models, images, arguments.tta, each, mean)}
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -143,13 +145,13 @@ def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) 
     return file
 
 
-def write_arrays(path: Path, images: ImageSet, logits: np.ndarray, classes: Sequence[str]) -> None:
-    """Under a temporary name, then renamed."""
+def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
+    """`arrays` of the images and what they belong to, under a temporary name, then renamed."""
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, logits=logits, labels=labels, rows=images.rows, classes=np.array(classes))
+            np.savez(file, labels=labels, rows=images.rows, classes=np.array(classes), **arrays)
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
