@@ -148,10 +148,11 @@ def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) 
 def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
     """`arrays` of the images and what they belong to, under a temporary name, then renamed."""
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
+    named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, labels=labels, rows=images.rows, classes=np.array(classes), **arrays)
+            np.savez(file, **named)
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
