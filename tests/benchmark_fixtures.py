@@ -61,12 +61,12 @@ def dies(after: int) -> Iterator[dict[str, Stream]]:
 
 @contextmanager
 def grows() -> Iterator[dict[str, Stream]]:
-    """Takes 128 MiB more with every item."""
+    """Takes 512 MiB more with every item."""
 
     def items() -> Iterator[None]:
         held = []
         while True:
-            held.append(b"x" * 2**27)
+            held.append(b"x" * 2**29)
             time.sleep(0.001)
             yield
 

@@ -191,7 +191,7 @@ def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
 
 
 def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
-    limit = memory.peak_bytes() + 2**28  # this process's: more than what a contestant begins with
+    limit = 3 * 2**30  # more than what a contestant begins with, less than eleven items of one that grows
     contestants = [Contestant("grows", fixtures.grows, (), partial(memory.watch, limit)),
                    Contestant("steady", fixtures.steady, (), partial(memory.watch, limit))]  # fmt: skip
     grows, steady = measure(contestants, 0.05, 2)
