@@ -30,7 +30,7 @@ def predict(
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].classes)), np.float32)
     each: list[Evaluation] = []
-    with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False) as bar:
+    with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
             sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
             begin = 0
