@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from train_fixtures import CLEAN, ROOT, Run
+from train_fixtures import CLEAN, ROOT, Run, heed_ctrl_c
 
 from configs.load import load_config
 from tools import benchmark
@@ -284,6 +284,7 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     process = subprocess.Popen(
         command("--model", "lenet", "--seconds", 0.01, "--rounds", 1, "--out", tmp_path), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     file = tmp_path / "ramp.csv"
     assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)

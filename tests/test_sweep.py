@@ -21,7 +21,7 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from train_fixtures import CLEAN, DIGITS, ROOT, Run
+from train_fixtures import CLEAN, DIGITS, ROOT, Run, heed_ctrl_c
 
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
@@ -358,7 +358,8 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "lr=0.001", out / "lr=0.001")
     command = arguments(digits_run.data, out, "train.lr=1e-3,6e-3")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN, cwd=ROOT,
+                               preexec_fn=heed_ctrl_c)  # fmt: skip
     wait_until(lambda: (out / "lr=0.006.log").exists(), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
