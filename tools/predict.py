@@ -112,9 +112,9 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if mean is not None:
         for model, result in zip(models, each, strict=True):
-            print(f"{model.path}: {sentence(images, result)}")
+            print(f"{model.path}: {result.sentence(images.split)}")
         if len(models) > 1:
-            print(f"mean of {len(models)} checkpoints: {sentence(images, mean)}")
+            print(f"mean of {len(models)} checkpoints: {mean.sentence(images.split)}")
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
     print(f"{out}: predictions of {len(images):,} images in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
@@ -190,12 +190,6 @@ def describe(
         "checkpoints": checkpoints,
         "unreadable": images.unreadable,
     }
-
-
-def sentence(images: ImageSet, result: Evaluation) -> str:
-    """As `train/ddp.py --eval` says it."""
-    return (f"{images.split} loss {result.loss:.4f}, top1 {result.top1:.4f}, top5 {result.top5:.4f} "
-            f"over {result.samples} samples")  # fmt: skip
 
 
 if __name__ == "__main__":

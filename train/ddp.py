@@ -94,8 +94,7 @@ def main() -> None:
             checkpoint.restore_weights(training, content, source)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
-                print(f"{source}: {config.data.val_split} loss {result.loss:.4f}, top1 {result.top1:.4f}, "
-                      f"top5 {result.top5:.4f} over {result.samples} samples")  # fmt: skip
+                print(f"{source}: {result.sentence(config.data.val_split)}")
             return
 
         train_loader = build_train_loader(

@@ -243,6 +243,10 @@ class Evaluation:
     top5: float
     samples: int
 
+    def sentence(self, split: str) -> str:
+        """As every command says it, of a split by this name."""
+        return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
+
 
 def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
     """(logits float32 [B, num_classes], labels int64 [B], -1 where there is none) of each batch, in the loader's order.

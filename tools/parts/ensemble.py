@@ -55,9 +55,8 @@ def batches(
     model: Trained, folder: Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels as evaluation has them, of another split or data set; ends with the loader's memory freed."""
-    data = model.config.data.model_copy(update={"path": str(folder), "image_size": model.image_size})
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
-    loader = build_eval_loader(data, settings, split=split, device=model.training.device)
+    loader = build_eval_loader(model.data_in(folder), settings, split=split, device=model.training.device)
     yield from predictions(model.training, loader, tta or model.config.eval.tta)
 
 

@@ -59,9 +59,7 @@ def expected_logits(trained: Trained, data_path: str | None, samples: int) -> Ex
 
 
 def first_images(trained: Trained, path: str, samples: int) -> Tensor:
-    data = trained.config.data.model_copy(
-        update={"path": path, "image_size": trained.image_size, "placement": "auto", "batch_size": 64}
-    )
+    data = trained.data_in(path).model_copy(update={"placement": "auto", "batch_size": 64})
     evaluation = trained.config.eval.model_copy(update={"batch_size": None})
     parts: list[Tensor] = []
     for images, _ in build_eval_loader(data, evaluation, device=CPU):

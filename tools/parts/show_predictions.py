@@ -38,8 +38,7 @@ def show_predictions(
         labels = torch.full((len(images),), -1) if images.labels is None else torch.from_numpy(images.labels)
         random = np.random.default_rng(seed).permutation(len(labels))[:count]
         worst = confident_mistakes(logits, labels)[:count]
-        data = trained.config.data.model_copy(update={"path": str(path), "image_size": trained.image_size})
-        pixels = images_of(data, trained.config.eval, split, np.concatenate([random, worst]), device)
+        pixels = images_of(trained.data_in(path), trained.config.eval, split, np.concatenate([random, worst]), device)
 
     title = f"{trained.config.name}, {split}"
     draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, trained.classes,
@@ -54,8 +53,7 @@ def show_predictions(
                      f"{title}: most confident mistakes")  # fmt: skip
     predicted, _ = pictures.predictions_of(logits)
     (evaluation,) = evaluations
-    print(f"{trained.path}: {split} loss {evaluation.loss:.4f}, top1 {evaluation.top1:.4f}, "
-          f"top5 {evaluation.top5:.4f} over {evaluation.samples} samples")  # fmt: skip
+    print(f"{trained.path}: {evaluation.sentence(split)}")
     write_scores(folder, labels, predicted, trained.classes, title)
     write_confusions(folder, labels, predicted, trained.classes, title)
     print(f"\npictures and their figures lie in {folder}")

@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import parse_config
-from configs.schema import Config
+from configs.schema import Config, DataConfig
 from train import checkpoint
 from train.ddp import build_all
 from train.loop import Training
@@ -29,6 +29,10 @@ class Trained:
     epochs: int  # whole ones that it was trained for
     conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
     stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded
+
+    def data_in(self, folder: str | Path) -> DataConfig:
+        """Its data section for evaluation, of the data set in this folder."""
+        return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
 def find_checkpoint(path: Path) -> Path:
