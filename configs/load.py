@@ -16,10 +16,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
+from configs.aug_schema import auto_augment_section, color_jitter_section
 from configs.errors import UserError
-from configs.schema import Config, color_jitter_section, walk
+from configs.schema import Config, walk
 
 KeyPath = tuple[str, ...]
+# Sections that one value may stand for.
+SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
@@ -198,8 +201,8 @@ def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
 
 def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
     """Return `new` laid over `old`: mappings are merged key by key, anything else is replaced."""
-    if path == ("aug", "color_jitter"):
-        old = color_jitter_section(old)  # so that a hue can be added to the one number
+    if path in SHORTHANDS:
+        old = SHORTHANDS[path](old)  # so that a hue can be added to the one number
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     return {**old, **{key: _merge(old.get(key), value, (*path, key)) for key, value in new.items()}}

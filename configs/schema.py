@@ -1,5 +1,7 @@
 """Every setting: its type, default, allowed range and documentation. Knows nothing of files, DALI or torch.
 
+Sections `aug` and `train` stand in files of their own, `configs/aug_schema.py` and `configs/train_schema.py`.
+
 A config is frozen, an unknown key is an error, and every field is read somewhere (a test says so). Loading is in
 `configs/load.py`; `python -m configs.schema` prints all of this as a markdown table. `lr` is the peak learning rate at
 the global batch: data.batch_size * world_size * train.accumulation_steps samples.
@@ -11,27 +13,33 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from configs.aug_schema import AugConfig as AugConfig
+from configs.aug_schema import AutoAugmentConfig as AutoAugmentConfig
+from configs.aug_schema import BlurConfig as BlurConfig
+from configs.aug_schema import ColorJitterConfig as ColorJitterConfig
+from configs.aug_schema import EraseConfig as EraseConfig
+from configs.aug_schema import MixConfig as MixConfig
+from configs.section import Section, Texts, as_tuple
+from configs.train_schema import EmaConfig as EmaConfig
+from configs.train_schema import LookaheadConfig as LookaheadConfig
+from configs.train_schema import OptimizerConfig as OptimizerConfig
+from configs.train_schema import ProxyConfig as ProxyConfig
+from configs.train_schema import ScheduleConfig as ScheduleConfig
+from configs.train_schema import TrainConfig as TrainConfig
 
-class Section(BaseModel):
-    """Strict: `epochs: "5"` and `epochs: true` are errors instead of 5 and 1; an integer is accepted for a float."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+class StageConfig(Section):
+    """A stretch of epochs with an image size and a batch size of its own."""
 
-
-def _two_numbers(value: Any) -> Any:
-    numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
-    if not numbers or len(value) != 2:
-        raise ValueError("must be two numbers, such as [0.5, 1.0]")
-    return tuple(value)
-
-
-Pair = Annotated[tuple[float, float], BeforeValidator(_two_numbers)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+    epoch: int = Field(ge=0)
+    """First epoch of the stage, counted from 0; it lasts until the next stage begins."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels in training; null: data.image_size."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per rank and forward pass in training; null: data.batch_size."""
 
 
 class DataConfig(Section):
@@ -43,6 +51,11 @@ class DataConfig(Section):
     """Height and width in pixels that the model sees; null: the stored size (if it varies, a number is needed)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized, in training and evaluation."""
+    antialias: bool = True
+    """Whether the filter widens with the scale where an image is reduced, as Pillow's does."""
+    stages: Annotated[tuple[StageConfig, ...], BeforeValidator(as_tuple)] = ()
+    """Progressive resizing: image and batch size by epoch: [{epoch: 0, image_size: 160}, {epoch: 8, image_size: 192}];
+    before the first stage, and where there is none, image_size and batch_size hold. Evaluation: eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
     """Where the samples live: mapped files on the host, or whole in GPU memory; auto: by size and free memory."""
     order: Literal["random", "sequential-window"] = "random"
@@ -60,65 +73,13 @@ class DataConfig(Section):
     val_split: str = Field(default="val", min_length=1)
     """Split to evaluate on."""
 
-
-class ColorJitterConfig(Section):
-    """torchvision's ColorJitter: a strength b draws a factor from [max(0, 1 - b), 1 + b]."""
-
-    brightness: float = Field(default=0.0, ge=0)
-    """Strength; 0: off."""
-    contrast: float = Field(default=0.0, ge=0)
-    """Strength; 0: off."""
-    saturation: float = Field(default=0.0, ge=0)
-    """Strength; 0: off."""
-    hue: float = Field(default=0.0, ge=0, le=0.5)
-    """Largest shift as a share of the colour circle, drawn from [-hue, hue]; 0: off."""
-
-
-def color_jitter_section(value: Any) -> Any:
-    """One number is the strength of brightness, contrast and saturation (hue stays off); all else is returned as is."""
-    if type(value) not in (int, float):
-        return value
-    return {"brightness": value, "contrast": value, "saturation": value}
-
-
-class AugConfig(Section):
-    """Augmentation, in training only."""
-
-    crop: Literal["none", "pad", "random-resized"] = "none"
-    """Random crop: none, a crop of the padded image (pad), or torchvision's RandomResizedCrop (random-resized)."""
-    padding: int = Field(default=4, ge=0)
-    """Pixels on each side, for crop: pad; with padding_mode reflect less than the image's side."""
-    padding_mode: Literal["constant", "reflect"] = "constant"
-    """What the padding holds, for crop: pad: black, or the image mirrored at its edge pixels."""
-    scale: Pair = (0.08, 1.0)
-    """Smallest and largest share of the image's area, for crop: random-resized."""
-    ratio: Pair = (3 / 4, 4 / 3)
-    """Smallest and largest width / height, for crop: random-resized."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip; 0: none at all."""
-    flip_mode: Literal["random", "alternating"] = "random"
-    """Flips are drawn anew in every epoch, or once and then turned over from epoch to epoch (arXiv:2404.00498)."""
-    color_jitter: ColorJitterConfig = ColorJitterConfig()
-    """One number (brightness, contrast and saturation) or the section."""
-    cutout: int = Field(default=0, ge=0)
-    """Side in pixels of a square inside the image that is painted in the data set's mean colour; 0: off."""
-
-    @field_validator("color_jitter", mode="before")
+    @field_validator("stages")
     @classmethod
-    def _number_to_section(cls, value: Any) -> Any:
-        section = color_jitter_section(value)
-        if not isinstance(section, dict | ColorJitterConfig):
-            raise ValueError("must be one number or a section of brightness, contrast, saturation and hue")
-        return section
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        if not 0 < pair[0] <= pair[1]:
-            raise ValueError("must be positive and in ascending order")
-        if info.field_name == "scale" and pair[1] > 1:
-            raise ValueError("must not exceed 1, the whole image")
-        return pair
+    def _in_order(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        epochs = [stage.epoch for stage in stages]
+        if epochs != sorted(set(epochs)):
+            raise ValueError("must be in order of their epochs, each epoch once")
+        return stages
 
 
 class ModelConfig(Section):
@@ -128,131 +89,36 @@ class ModelConfig(Section):
     """Number of outputs; null: the data set's number of classes."""
     drop_rate: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability; null: the model's own."""
-
-
-class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """Optimizer; muon: for the filters of convolutions, and sgd with Nesterov momentum for all else."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step takes away train.lr times
-    this share, also from parameters with a learning rate of their own."""
-    decay_biases: bool = False
-    """Whether weight decay holds for biases and norms too."""
-    betas: Pair = (0.9, 0.999)
-    """Decay of the running means of gradient and squared gradient, for adamw."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator, for adamw."""
-    nesterov: bool = True
-    """Nesterov momentum, for sgd and muon's filters."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum, for sgd and muon's filters."""
-    sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of what muon leaves to sgd."""
-    newton_schulz_steps: int = Field(default=5, ge=1)
-    """Iterations that make an update orthogonal, for muon."""
-    normalize_filters: bool = False
-    """Whether muon scales a convolution's weight to the norm sqrt(filters) before each update, which suits networks
-    with a norm after every convolution; weight decay then leaves the filters out."""
-    norm_bias_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the biases of norms; null: train.lr."""
-    bias_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of all other biases; null: train.lr."""
-    linear_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the weights of linear layers; null: train.lr."""
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("must be two numbers of at least 0 and below 1")
-        return betas
-
-    @field_validator("momentum")
-    @classmethod
-    def _nesterov_needs_momentum(cls, momentum: float, info: ValidationInfo) -> float:
-        if momentum == 0 and info.data.get("name") != "adamw" and info.data.get("nesterov"):
-            raise ValueError("must be above 0 with nesterov=true; set nesterov to false to do without momentum")
-        return momentum
-
-
-class LookaheadConfig(Section):
-    """A slow copy of the weights that follows the trained ones and is put back in their place (arXiv:1907.08610)."""
-
-    every_steps: int | None = Field(default=None, ge=1)
-    """Updates between two meetings of both; null: off."""
-    decay: float = Field(default=0.75, ge=0, lt=1)
-    """Share of the slow copy that a meeting keeps, at the end of training; it grows with the cube of the progress."""
-
-
-class ProxyConfig(Section):
-    """A small network that trains beside the model and chooses the samples with the highest loss for it."""
-
-    model: str | None = Field(default=None, min_length=1)
-    """Name as in model.name; null: off, every sample is trained on."""
-    keep: float = Field(default=0.5, gt=0, le=1)
-    """Share of each batch that is chosen."""
-    every_steps: int = Field(default=4, ge=1)
-    """Steps between two updates of the small network, which learns from what it chooses."""
-
-
-class TrainConfig(Section):
-    epochs: int = Field(default=10, ge=1)
-    """Passes over the train split."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate, at the global batch; it is not rescaled when the batch size or the world size changes."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of schedules cosine and linear; at most lr."""
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    """Epochs, also fractions, of linear warm-up from warmup_lr to lr; at most epochs."""
-    warmup_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the start of the warm-up; at most lr."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up; linear with a warm-up is the triangular schedule."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimizer and its settings."""
-    lookahead: LookaheadConfig = LookaheadConfig()
-    """Lookahead."""
-    proxy: ProxyConfig = ProxyConfig()
-    """Choice of the hard samples of each batch."""
-    whiten_bias_epochs: int | None = Field(default=None, ge=0)
-    """Epochs in which the bias of a whitening first layer is trained; null: all."""
-    whiten_bias_anneal: bool = False
-    """Whether its learning rate falls linearly to 0 over these epochs, instead of following schedule."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target probability spread evenly over all classes, in training."""
-    accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimizer update."""
-    clip_grad_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of all gradients together; null: no clipping."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU."""
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """Mode of torch.compile; auto: chosen by the device."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the whole step as one CUDA graph; auto: on one GPU, unless fp16 or compile=reduce-overhead forbid it."""
-    channels_last: bool = True
-    """Memory format NHWC, which convolutions on tensor cores want."""
-    save_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null: every five minutes. One is also written at the end of an epoch."""
-    save_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between the checkpoints at their ends; the last epoch always ends with one."""
-    eval_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between evaluations."""
-
-    @field_validator("min_lr", "warmup_lr", "warmup_epochs")
-    @classmethod
-    def _at_most(cls, value: float, info: ValidationInfo) -> float:
-        limit = "epochs" if info.field_name == "warmup_epochs" else "lr"
-        if limit in info.data and value > info.data[limit]:
-            raise ValueError(f"must not exceed train.{limit}={info.data[limit]}")
-        return value
+    activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid", "hardswish", "mish"] | None = (
+        None
+    )
+    """Activation function, for the models of models/; null: the model's own."""
+    options: dict[str, Any] = Field(default={})
+    """More arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1} for
+    a model of timm."""
+    pretrained: bool | str = False
+    """For models of timm: whether to start from its published weights, which must lie in the hub's cache on this
+    machine, or the path of a file of weights (.safetensors, .pth); images are then normalised as they want them."""
+    finetune: str | None = Field(default=None, min_length=1)
+    """Checkpoint of ours, or a run's folder, whose weights training starts from; a head for other classes is new."""
+    freeze: Texts = ()
+    """Patterns (as in a shell) of the names of parameters that are not trained, such as network.layer1.*; norms that
+    are frozen whole keep their statistics."""
 
 
 class EvalConfig(Section):
+    only: bool = False
+    """Evaluate the checkpoint to resume from and do not train, as --eval does."""
     batch_size: int | None = Field(default=None, ge=1)
     """Samples per rank and forward pass; null: data.batch_size."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels; null: data.image_size."""
+    crop_mode: Literal["center", "squash"] = "center"
+    """The central square of the image, or the whole of it with both sides resized to image_size (squash)."""
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the shorter side that the centre crop keeps: it is resized to round(image_size / crop_fraction)."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights count: for best.pt, for predictions and exports; auto: the moving average where there is one."""
     tta: Literal["none", "flip", "flip-translate"] = "none"
     """Test-time augmentation: logits are means over the image and its mirror image (flip), and also over both shifted
     by a pixel up-left and down-right, which weigh half in all (flip-translate)."""
@@ -297,6 +163,8 @@ class Config(Section):
     """Evaluation."""
     log: LogConfig = LogConfig()
     """Console, metrics file, W&B, TensorBoard."""
+    resume: str | None = Field(default=None, min_length=1)
+    """auto, a run's folder or a checkpoint to go on from, as --resume says; null: a new run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Fixes the initial weights, the order of the samples and their augmentation."""
     output: str = Field(default="output", min_length=1)

@@ -105,7 +105,8 @@ def test_a_missing_field_is_named_with_its_meaning(write: Write) -> None:
 def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Write) -> None:
     message = error_of(write("train:\n  lr: 0.1\n  epoch: 5"))
     assert re.search(
-        r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs\? allowed in train: ", message
+        r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs or train\.first_epoch\? allowed in train: ",
+        message,
     )
     assert all(key in message for key in ("warmup_lr", "accumulation_steps"))
 
@@ -275,7 +276,7 @@ def test_an_empty_override_and_null_reset_an_optional_field(write: Write) -> Non
         (["train.epochs"], "--opts: 'train.epochs' lacks a value"),
         (["=5"], "--opts: '=5' lacks a key"),
         (["train.lr=[1"], "--opts: train.lr=[1: while parsing"),
-        (["train.epoch", "5"], "--opts: train.epoch=5 is unknown; did you mean train.epochs?"),
+        (["train.epoch", "5"], "--opts: train.epoch=5 is unknown; did you mean train.epochs or train.first_epoch?"),
         (["base=x.yaml"], "--opts: base="),
     ],
 )
