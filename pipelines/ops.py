@@ -9,6 +9,7 @@ to them. Knows no images.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 
@@ -43,3 +44,13 @@ Slots = tuple[frozenset[Op], ...]  # of each slot, the operations that may stand
 def blur_radius(largest_sigma: float) -> int:
     """Pixels on each side that a blur of at most this standard deviation looks at; the kernel has 2 * radius + 1."""
     return max(1, round(3 * largest_sigma))
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What all programs of a run have in common."""
+
+    slots: Slots
+    bilinear: bool  # how GEOMETRIC operations resample; else the nearest pixel
+    fill: tuple[int, int, int]  # grey levels, red green blue, that they show outside of the image
+    radius: int  # of BLUR, see `blur_radius`

@@ -105,7 +105,7 @@ def test_a_missing_field_is_named_with_its_meaning(write: Write) -> None:
 def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Write) -> None:
     message = error_of(write("train:\n  lr: 0.1\n  epoch: 5"))
     assert re.search(
-        r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs or train\.first_epoch\? allowed in train: ",
+        r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs or train\.first_epoch\? allowed in ",
         message,
     )
     assert all(key in message for key in ("warmup_lr", "accumulation_steps"))
