@@ -22,7 +22,6 @@ from pipelines.gather import (
     MappedFiles,
     Slots,
     Source,
-    load_resident,
     resident_fits,
 )
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
@@ -40,7 +39,6 @@ class Graphs:
 
     dali: Callable[[graph.Stored, graph.Machine], Pipeline]
     cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
-    needs_dali: bool = False  # for operators that only DALI has
     crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
     reflects: bool = False  # what crops show outside of the image
 
@@ -54,18 +52,25 @@ class Way:
     untouched: bool  # stored pixels are handed over as they are
 
 
-def choose_way(data: DataConfig, split: Split, device: torch.device, graphs: Graphs) -> Way:
-    """On the CPU kernels do what they can; on a GPU DALI does all but what one copy or one launch can do."""
-    resident = _placed_on_device(data, split, device)
-    untouched = split.encoding == "npy" and graphs.cpu is None and not graphs.needs_dali
+def choose_way(resident: bool, split: Split, device: torch.device, graphs: Graphs) -> Way:
+    """The CPU's own kernels do all there; on a GPU DALI does what one copy or one launch cannot do."""
+    untouched = split.encoding == "npy" and graphs.cpu is None
     alone = untouched or device.type != "cuda" or (resident and graphs.crops_and_flips)
-    return Way(resident, graphs.needs_dali or not alone, untouched)
+    return Way(resident, not alone, untouched)
 
 
 def assemble(
-    split: Split, data: DataConfig, plan: Plan, size: int, device: torch.device, graphs: Graphs, way: Way, ranks: int
+    split: Split,
+    data: DataConfig,
+    plan: Plan,
+    size: int,
+    device: torch.device,
+    graphs: Graphs,
+    way: Way,
+    pixels: Callable[[], torch.Tensor],
+    ranks: int,
 ) -> Loader:
-    """The loader of a plan."""
+    """The loader of a plan. pixels: of a split that is resident, see `load_resident`."""
     on_gpu = device.type == "cuda"
     threads = data.threads or default_threads(ranks)
     gathered = (split.image_shape or (0, 0, 0)) if way.by_dali or way.untouched else (size, size, 3)
@@ -76,7 +81,9 @@ def assemble(
     buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
     stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-        source = _source(split, graphs, way, gathered, plan.batch_size * buffering.group, buffering.slots, device)
+        source = _source(
+            split, graphs, way, pixels, gathered, plan.batch_size * buffering.group, buffering.slots, device
+        )
     runner: Runner = PlainRunner(device, stream)
     if way.by_dali:
         stored = graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
@@ -98,6 +105,7 @@ def _source(
     split: Split,
     graphs: Graphs,
     way: Way,
+    pixels: Callable[[], torch.Tensor],
     gathered: tuple[int, int, int],
     slot_size: int,
     count: int,
@@ -106,13 +114,12 @@ def _source(
     """Where batches come from: `count` slots of `slot_size` images of the shape `gathered`."""
     on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
     if raw and way.resident and on_gpu:
-        pixels = load_resident(split, device)
         if way.by_dali or way.untouched:
-            return DevicePixels(pixels, shape, slot_size, count)
+            return DevicePixels(pixels(), shape, slot_size, count)
         from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
 
         padding_mode = "reflect" if graphs.reflects else "black"
-        return DeviceAugment(pixels, shape, gathered[0], slot_size, count, padding_mode)
+        return DeviceAugment(pixels(), shape, gathered[0], slot_size, count, padding_mode)
     if way.by_dali and not raw:
         return MappedFiles(split)
     handed_out = not way.by_dali and not on_gpu
@@ -121,7 +128,7 @@ def _source(
     if not raw:
         return HostJpegs(split, slots, done)
     if way.resident:
-        content = load_resident(split, device).numpy().reshape(-1)
+        content = pixels().numpy().reshape(-1)
         return HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
     return HostPixels(split.content, split.pixel_begins(), shape, slots, done)
 
@@ -137,7 +144,8 @@ def default_threads(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def _placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
+def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
+    """Whether the whole split lies in the device's memory, as data.placement says."""
     if data.placement == "auto":
         return resident_fits(split, device)
     if data.placement == "device" and split.encoding != "npy":

@@ -11,12 +11,15 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines import cpu_graph, draws, graph, order
-from pipelines.assemble import Graphs, assemble, choose_way
+from pipelines import cpu_graph, graph, order, policies
+from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
 from pipelines.background import Plan
+from pipelines.gather import load_resident
 from pipelines.loader import Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.shards import Split, open_split
+from pipelines.staged import StagedLoader
+from pipelines.train_draws import Drawn
 
 
 def build_train_loader(
@@ -29,25 +32,94 @@ def build_train_loader(
     world_size: int = 1,
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
-) -> Loader:
+) -> Loader | StagedLoader:
     """A loader of `data.train_split`: shuffled, augmented, in whole batches of `data.batch_size` per rank.
 
     device: None takes the current GPU, or the CPU where there is none. local_world_size: ranks on this machine, which
-    share its cores; None: all of them. len(loader) is a multiple of accumulation_steps.
+    share its cores; None: all of them. len(loader) is a multiple of accumulation_steps. With data.stages it changes its
+    image and batch size from epoch to epoch.
     """
     aug = aug or AugConfig()
     split = open_split(data.path, data.train_split)
     where = _device(device)
-    size = _image_size(data, split)
-    steps = order.steps_per_epoch(len(split), data.batch_size, world_size, accumulation_steps)
-    if steps == 0:
-        most = len(split) // (world_size * accumulation_steps)
-        raise UserError(
-            f"data.batch_size={data.batch_size} exceeds the {most} samples per rank of split {split.name!r} "
-            f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
-            f"use at most {most}"
-        )
+    resident = placed_on_device(data, split, where)
+    pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
+    programs = policies.programs_of(aug, split.dataset["mean"])
+    order_of = TrainOrder(data, split, seed)
 
+    def build(section: DataConfig) -> Loader:
+        batch_size = section.batch_size
+        steps = order.steps_per_epoch(len(split), batch_size, world_size, accumulation_steps)
+        if steps == 0:
+            most = len(split) // (world_size * accumulation_steps)
+            raise UserError(
+                f"data.batch_size={batch_size} exceeds the {most} samples per rank of split {split.name!r} "
+                f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
+                f"use at most {most}"
+            )
+        size = _image_size(section.image_size, data, split)
+        _check_sizes(aug, size)
+
+        def indices(epoch: int, step: int) -> np.ndarray:
+            batch = order.train_batch(order_of(epoch), step, batch_size, rank, world_size)
+            if order_of.read_ahead is not None:
+                order_of.read_ahead(epoch, batch)
+            return batch
+
+        def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+            return graph.train_graph(stored, machine, aug, size, data.interpolation, data.antialias, programs)
+
+        mean = split.dataset["mean"]
+        on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation, data.antialias, programs, mean)
+        stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
+        paints = programs is not None or aug.erase.probability > 0 or aug.cutout > 0
+        reflects = aug.padding_mode == "reflect"
+        graphs = Graphs(dali_graph, on_cpu, crops_and_flips=stays and not paints, reflects=reflects)
+        way = choose_way(resident, split, where, graphs)
+        drawn = Drawn(aug, split, programs, seed, size, way.by_dali)
+        plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of)
+        return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size)
+
+    if not data.stages:
+        return build(data)
+    begins = [stage.epoch for stage in data.stages]
+    sections = [
+        data.model_copy(
+            update={
+                "image_size": stage.image_size or data.image_size,
+                "batch_size": stage.batch_size or data.batch_size,
+            }
+        )
+        for stage in data.stages
+    ]
+    if begins[0] > 0:
+        begins, sections = [0, *begins], [data, *sections]
+    return StagedLoader([build(section) for section in sections], begins)
+
+
+class TrainOrder:
+    """Called with an epoch, gives the order of all its samples, int64 [samples]; several threads may ask at once."""
+
+    def __init__(self, data: DataConfig, split: Split, seed: int) -> None:
+        windowed = data.order == "sequential-window"
+        self.read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
+        self._lock = Lock()
+
+        @lru_cache(maxsize=2)
+        def order_of(epoch: int) -> np.ndarray:
+            if windowed:
+                return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+            return order.permutation(len(split), seed, epoch)
+
+        self._order_of = order_of
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        with self._lock:  # computed once
+            return self._order_of(epoch)
+
+
+def _check_sizes(aug: AugConfig, size: int) -> None:
+    """Raise for what does not fit into images of `size` pixels."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
@@ -55,42 +127,6 @@ def build_train_loader(
         )
     if aug.cutout > size:
         raise UserError(f"aug.cutout={aug.cutout} exceeds images of {size} pixels; use at most {size}")
-
-    lock = Lock()
-    windowed = data.order == "sequential-window"
-    read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
-
-    @lru_cache(maxsize=2)
-    def order_of(epoch: int) -> np.ndarray:
-        if windowed:
-            return order.window_permutation(split.shard, data.window_shards, seed, epoch)
-        return order.permutation(len(split), seed, epoch)
-
-    def epoch_order(epoch: int) -> np.ndarray:
-        with lock:  # asked for by several threads at once, computed once
-            return order_of(epoch)
-
-    def indices(epoch: int, step: int) -> np.ndarray:
-        batch = order.train_batch(epoch_order(epoch), step, data.batch_size, rank, world_size)
-        if read_ahead is not None:
-            read_ahead(epoch, batch)
-        return batch
-
-    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
-        return graph.train_graph(stored, machine, aug, size, data.interpolation)
-
-    on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
-    stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
-    needs_dali = graph.jitters(aug) or aug.cutout > 0
-    reflects = aug.padding_mode == "reflect"
-    graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
-    way = choose_way(data, split, where, graphs)
-
-    def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        return _train_draws(aug, split, samples, seed, epoch, size, way.by_dali)
-
-    plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
-    return assemble(split, data, plan, size, where, graphs, way, local_world_size or world_size)
 
 
 def build_eval_loader(
@@ -110,7 +146,8 @@ def build_eval_loader(
     evaluation = evaluation or EvalConfig()
     opened = open_split(data.path, split or data.val_split)
     where = _device(device)
-    size = _image_size(data, opened)
+    size = _image_size(evaluation.image_size or data.image_size, data, opened)
+    squash = evaluation.crop_mode == "squash"
     batch_size = evaluation.batch_size or data.batch_size
     start, stop = order.eval_range(len(opened), rank, world_size)
 
@@ -119,46 +156,18 @@ def build_eval_loader(
         return np.arange(begin, min(begin + batch_size, stop))
 
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
-        return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
+        return graph.eval_graph(
+            stored, machine, size, evaluation.crop_fraction, data.interpolation, data.antialias, squash
+        )
 
     plan = Plan(stop - start, batch_size, indices, repeats=True)
-    on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
+    on_cpu = cpu_graph.eval_graph(
+        opened.image_shape, size, evaluation.crop_fraction, data.interpolation, data.antialias, squash
+    )
     graphs = Graphs(dali_graph, on_cpu)
-    way = choose_way(data, opened, where, graphs)
-    return assemble(opened, data, plan, size, where, graphs, way, local_world_size or world_size)
-
-
-def _train_draws(
-    aug: AugConfig, split: Split, indices: np.ndarray, seed: int, epoch: int, size: int, by_dali: bool
-) -> dict[str, np.ndarray]:
-    """The inputs of the graph for these samples; pipelines.draws says what each means."""
-    feeds: dict[str, np.ndarray] = {}
-    draw_flips = draws.alternating_flips if aug.flip_mode == "alternating" else draws.flips
-    flips = draw_flips(indices, seed, epoch, aug.flip) if aug.flip > 0 else None
-    if aug.crop == "random-resized":
-        heights, widths = split.heights[indices], split.widths[indices]
-        boxes = draws.random_resized_crops(indices, seed, epoch, heights, widths, aug.scale, aug.ratio)
-        start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
-        if flips is not None:
-            mirrored = flips == 1
-            start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
-        feeds |= {"crop_start": start, "crop_end": end}
-    else:
-        if aug.crop == "pad":
-            offsets = draws.pad_crop_offsets(indices, seed, epoch, aug.padding)
-            shifts = by_dali and aug.padding_mode == "reflect"
-            feeds |= {"shift": graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
-        if flips is not None:
-            feeds["flip"] = flips
-    if graph.jitters(aug):
-        jitter = aug.color_jitter
-        factors = draws.jitter_factors(
-            indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-        )
-        feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
-    if aug.cutout > 0:
-        feeds["cutout"] = draws.cutout_corners(indices, seed, epoch, size, aug.cutout).astype(np.float32)
-    return feeds
+    way = choose_way(placed_on_device(data, opened, where), opened, where, graphs)
+    ranks = local_world_size or world_size
+    return assemble(opened, data, plan, size, where, graphs, way, lambda: load_resident(opened, where), ranks)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -170,9 +179,10 @@ def _device(device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _image_size(data: DataConfig, split: Split) -> int:
-    if data.image_size is not None:
-        return data.image_size
+def _image_size(wanted: int | None, data: DataConfig, split: Split) -> int:
+    """The side that the config asks for, else that of the stored images."""
+    if wanted is not None:
+        return wanted
     shape = split.image_shape
     if shape is None or shape[0] != shape[1]:
         stored = "images of several sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"

@@ -11,7 +11,7 @@ import atexit
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -76,6 +76,16 @@ class Loader:
 
     def __len__(self) -> int:
         return self.plan.steps
+
+    def at(self, epoch: int) -> Loader:
+        """The loader of an epoch: itself, of any; `staged` has loaders that change."""
+        del epoch
+        return self
+
+    @property
+    def stages(self) -> Sequence[Loader]:
+        """Itself alone."""
+        return (self,)
 
     @property
     def state(self) -> dict[str, int]:

@@ -1,0 +1,80 @@
+"""All that is drawn for the samples of a training batch, as the inputs that the graphs take. Knows no loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import AugConfig
+from pipelines import draws, erasing, graph, policies
+from pipelines.ops import Programs
+from pipelines.shards import Split
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Called with an epoch and sample indices, gives the graph's inputs beside the images, each [N, ...]."""
+
+    aug: AugConfig
+    split: Split
+    programs: Programs | None
+    seed: int
+    size: int  # of the images that training sees, pixels
+    by_dali: bool  # which takes some inputs in another form
+
+    def __call__(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        return self._geometry(epoch, samples) | self._program(epoch, samples) | self._painted(epoch, samples)
+
+    def _geometry(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        aug, split, seed = self.aug, self.split, self.seed
+        draw_flips = draws.alternating_flips if aug.flip_mode == "alternating" else draws.flips
+        flips = draw_flips(samples, seed, epoch, aug.flip) if aug.flip > 0 else None
+        if aug.crop == "random-resized":
+            heights, widths = split.heights[samples], split.widths[samples]
+            boxes = draws.random_resized_crops(samples, seed, epoch, heights, widths, aug.scale, aug.ratio)
+            start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
+            if flips is not None:
+                mirrored = flips == 1
+                start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
+            return {"crop_start": start, "crop_end": end}
+        feeds: dict[str, np.ndarray] = {}
+        if aug.crop == "pad":
+            offsets = draws.pad_crop_offsets(samples, seed, epoch, aug.padding)
+            shifts = self.by_dali and aug.padding_mode == "reflect"
+            feeds |= {"shift": graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
+        if flips is not None:
+            feeds["flip"] = flips
+        return feeds
+
+    def _program(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        if self.programs is None:
+            return {}
+        ops, values = policies.draw_programs(self.aug, samples, self.seed, epoch, self.size)
+        if self.by_dali:
+            return graph.program_inputs(self.programs, ops, values, self.size)
+        return {"ops": ops, "values": values}
+
+    def _painted(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        aug, seed, size = self.aug, self.seed, self.size
+        feeds: dict[str, np.ndarray] = {}
+        if aug.erase.probability > 0:
+            section = aug.erase
+            boxes = erasing.erase_boxes(samples, seed, epoch, size, section.probability, section.scale, section.ratio)
+            mean, std = self.split.dataset["mean"], self.split.dataset["std"]
+            if section.fill == "random":
+                colors = erasing.erase_colors(samples, seed, epoch, mean, std)
+            else:
+                grey = np.rint(255 * np.array(mean)) if section.fill == "mean" else np.zeros(3)
+                colors = np.broadcast_to(grey.astype(np.uint8), (len(samples), 3)).copy()
+            if not self.by_dali:
+                feeds |= {"erase_box": boxes, "erase_color": colors}
+            else:
+                feeds |= {
+                    "erase_start": boxes[:, :2].astype(np.float32),
+                    "erase_shape": boxes[:, 2:].astype(np.float32),
+                }
+                feeds |= {"erase_color": colors.astype(np.float32)} if section.fill == "random" else {}
+        if aug.cutout > 0:
+            feeds["cutout"] = draws.cutout_corners(samples, seed, epoch, size, aug.cutout).astype(np.float32)
+        return feeds
