@@ -3,6 +3,7 @@
     python tools/benchmark.py loader --data-path data/cifar10
     python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
     python tools/benchmark.py peers  --cfg configs/cifar10_lenet.yaml
+    python tools/benchmark.py augment --data-path data/cifar10
     python tools/benchmark.py ramp   --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py scale
@@ -30,7 +31,18 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from pipelines.shards import open_split
 from tools import report
-from tools.benchmarks import datasets, groups, limits, peers, profile_stage, ramp_stage, results, scale, suite
+from tools.benchmarks import (
+    augmentations,
+    datasets,
+    groups,
+    limits,
+    peers,
+    profile_stage,
+    ramp_stage,
+    results,
+    scale,
+    suite,
+)
 from tools.benchmarks.turns import Contestant, measure
 from train.dist import Ranks
 
@@ -39,6 +51,7 @@ STAGES = {
     "model": "the training step on one resident batch",
     "train": "end to end, and its ratio to the resident batch",
     "peers": "the loader and, with --cfg, training, beside other libraries on the same images",
+    "augment": "the loader with each kind of augmentation on its own, beside torchvision's transforms",
     "ramp": "training at batch 1, 2, 4 … until memory is full: images/s, memory, the largest batch",
     "profile": "where a training step's time goes, and its share of the arithmetic peak",
     "limits": "what the machine can do at most: copies, arithmetic, disk",
@@ -59,7 +72,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             OWN_MAIN[stage].add_arguments(command)
             continue
         command = commands.add_parser(stage, help=text, description=text)
-        if stage in ("loader", "model", "train", "peers"):
+        if stage in ("loader", "model", "train", "peers", "augment"):
             command.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
             command.add_argument("--data-path", help="converted data set; without --cfg it is all that a loader needs")
             command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
@@ -83,9 +96,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                 "--report", type=Path, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table"
             )
             command.add_argument(
-                "--only", nargs="+", default=[], choices=["reading", "loading", "training", "scale", "speedrun"]
+                "--only",
+                nargs="+",
+                default=[],
+                choices=["reading", "loading", "augment", "training", "scale", "speedrun"],
             )
-        if stage in ("peers", "all"):
+        if stage in ("peers", "augment", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
         command.add_argument("--scratch", type=Path, help="folder for files made on the way, which are removed")
         command.add_argument("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
@@ -173,6 +189,9 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
     beside: dict[str, Any] = {}
     if arguments.stage == "peers":
         beside = {"scratch": scratch, "workers": arguments.workers}
+    if arguments.stage == "augment":
+        return [augmentations.group(Path(config.data.path), batch_size=config.data.batch_size, device=device,
+                                    scratch=scratch, workers=arguments.workers)]  # fmt: skip
     found = []
     if arguments.stage in ("loader", "peers"):
         folder, stored = Path(config.data.path), data_size(config.data)

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from configs.load import load_config
-from configs.schema import AugConfig, Config
-from tools.benchmarks import datasets, limits, peers, results, scale
+from configs.schema import AugConfig, AutoAugmentConfig, Config
+from tools.benchmarks import augmentations, datasets, limits, peers, results, scale
 from tools.benchmarks.groups import Group, limit_rows, loading, training
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.ramp import best_batch
@@ -120,7 +120,7 @@ def cpu_parts(settings: Settings) -> list[Part]:
             given, settings.scratch / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples
         )
         for folder in (given, jpeg):
-            batch = min(512, len(datasets.open_split(folder, datasets.SPLIT)) // 4)
+            batch = min(512, _train_samples(folder) // 4)
             for augmentation in (None, aug):
                 yield loading([folder], augmentation, size=size, **{**common, "batch_size": batch})
 
@@ -135,7 +135,16 @@ def cpu_parts(settings: Settings) -> list[Part]:
         yield training("LeNet 32x32", config, {"end to end": {}}, device="cpu", scratch=settings.scratch,
                        workers=settings.workers)  # fmt: skip
 
-    return [("32x32", small), ("LeNet", lenet), ("96x96", medium)]
+    def augmented(folder: Path) -> Iterator[Group]:
+        yield augmentations.group(folder, **{**common, "batch_size": min(512, _train_samples(folder) // 4)})
+
+    return [
+        ("32x32", small),
+        ("LeNet", lenet),
+        ("96x96", medium),
+        ("augmentations 32x32", lambda: augmented(_small(settings))),
+        ("augmentations 96x96", lambda: augmented(_medium(settings, settings.samples or 4096))),
+    ]
 
 
 def gpu_parts(settings: Settings) -> list[Part]:
@@ -185,6 +194,19 @@ def gpu_parts(settings: Settings) -> list[Part]:
 
         return f"loader {size}x{size}", make
 
+    def augmented() -> Iterator[Group]:
+        for size, batch in ((96, 1024), (32, 4096)):
+            yield augmentations.group(folder(size, "npy"), batch_size=batch, device="cuda", placement="device")
+
+    def rand_augmented() -> Iterator[Group]:
+        """RandAugment beside no augmentation but crop and flip: what the loader costs the whole."""
+        for policy in ("randaugment", "rand-m9-mstd0.5-inc1"):
+            config = _config(medium, folder(96, "npy"), batch_size=1024, image_size=96)
+            aug = config.aug.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
+            variants = {"npy, device": {"placement": "device"}, "npy, host": {"placement": "host"}}
+            title = f"ResNet-18 96x96 with {policy}"
+            yield training(title, config.model_copy(update={"aug": aug}), variants, device="cuda")
+
     def beside_peers() -> Iterator[Group]:
         common: dict[str, Any] = {"device": "cuda", "scratch": settings.scratch, "workers": settings.workers}
         config = _config("cifar10_resnet18", folder(32, "npy"), batch_size=512)
@@ -195,6 +217,8 @@ def gpu_parts(settings: Settings) -> list[Part]:
     resnet, medium = "cifar10_resnet18", "medium_imagenet_96_resnet18"
     return [
         trained("ResNet-50 224x224, batch by ramp", "medium_imagenet_224_resnet50", 224, None),
+        ("RandAugment end to end", rand_augmented),
+        ("augmentations", augmented),
         trained("ResNet-18 32x32", resnet, 32, 1024),
         trained("LeNet 32x32", "cifar10_lenet", 32, 1024),
         trained("AlexNet 70x70", "cifar10_alexnet", 32, 1024, 70),
@@ -206,6 +230,10 @@ def gpu_parts(settings: Settings) -> list[Part]:
         trained("ResNet-18 224x224", "medium_imagenet_224_resnet18", 224, 512),
         ("beside peers", beside_peers),
     ]
+
+
+def _train_samples(folder: Path) -> int:
+    return len(datasets.open_split(folder, datasets.SPLIT))
 
 
 def _small(settings: Settings) -> Path:

@@ -14,6 +14,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from configs.schema import AugConfig
+from pipelines.ops import blur_radius
 from pipelines.shards import Split, open_split
 from tools.benchmarks.datasets import SPLIT
 from tools.benchmarks.peers.source import Batches, PeerSource, endless, picture
@@ -74,7 +75,8 @@ class Hdf5Rows(torch.utils.data.Dataset):
 def torchvision_v2(source: PeerSource) -> Batches:
     """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
     epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
-    steps = [*_crop_and_flip(v2, source.aug, source.image_size), v2.PILToTensor()]
+    steps = [*_crop_and_flip(v2, source.aug, source.image_size), *_colors(source.aug), v2.PILToTensor()]
+    steps += _erasing(source.aug)
     return endless(data_loader(Pictures(source.folder, v2.Compose(steps)), source, source.workers), source.device)
 
 
@@ -152,12 +154,45 @@ def _crop_and_flip(transforms: Any, aug: AugConfig | None, size: int) -> list[An
     return [*steps, transforms.RandomHorizontalFlip(aug.flip)] if aug.flip > 0 else steps
 
 
+def _colors(aug: AugConfig | None) -> list[Any]:
+    """What comes after the flip, on PIL images, which torchvision treats faster than tensors one by one."""
+    if aug is None:
+        return []
+    steps: list[Any] = []
+    auto, jitter = aug.auto, aug.color_jitter
+    if auto.policy == "randaugment":
+        steps.append(v2.RandAugment(auto.num_ops, auto.magnitude, auto.bins))
+    elif auto.policy == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(auto.bins))
+    elif auto.policy.startswith("autoaugment-"):
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(auto.policy.removeprefix("autoaugment-"))))
+    elif auto.policy != "none":
+        raise ValueError(f"torchvision has no policy {auto.policy}")
+    if any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)):
+        steps.append(v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue))
+    if aug.grayscale > 0:
+        steps.append(v2.RandomGrayscale(aug.grayscale))
+    if aug.blur.probability > 0:
+        kernel = 2 * blur_radius(aug.blur.sigma[1]) + 1
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, aug.blur.sigma)], aug.blur.probability))
+    return steps
+
+
+def _erasing(aug: AugConfig | None) -> list[Any]:
+    """What only takes tensors."""
+    if aug is None or aug.erase.probability == 0:
+        return []
+    return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
+
+
 def float_transform(source: PeerSource) -> Any:
     """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
     mean, std = source.stats
     steps = [
         *_crop_and_flip(v2, source.aug, source.image_size),
+        *_colors(source.aug),
         v2.PILToTensor(),
+        *_erasing(source.aug),
         v2.ToDtype(torch.float32, scale=True),
     ]
     return v2.Compose([*steps, v2.Normalize(mean, std)])
