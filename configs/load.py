@@ -14,9 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs import homework, yaml_text
+from configs import yaml_text
 from configs.aug_schema import auto_augment_section, color_jitter_section
 from configs.hints import KeyPath, allowed_keys, one_line, show
+from configs.homework import translate
+from configs.homework_keys import KEYS, Given, collect
 from configs.notes import warn
 from configs.schema import Config, walk
 
@@ -30,7 +32,7 @@ class _Layer:
 
     ours: dict[str, Any] = field(default_factory=dict)  # sections and their keys, in lower case
     origins: dict[KeyPath, str] = field(default_factory=dict)  # for each of these keys, the file and line
-    theirs: dict[str, homework.Given] = field(default_factory=dict)  # the homework's keys, dotted
+    theirs: dict[str, Given] = field(default_factory=dict)  # the homework's keys, dotted
     is_homework: bool = False  # a file has such keys, so that the homework's defaults hold
     notes: tuple[str, ...] = ()
 
@@ -54,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     values, origins, notes = layer.ours, layer.origins, list(layer.notes)
     labels: dict[KeyPath, str] = {}
     if layer.theirs or layer.is_homework:
-        translation = homework.translate(layer.theirs, layer.ours, layer.is_homework, str(path))
+        translation = translate(layer.theirs, layer.ours, layer.is_homework, str(path))
         values = {}
         for key, value in translation.values.items():
             values = _merge(values, _nested(key, value))
@@ -134,13 +136,13 @@ def _layer(
     theirs = {key: value for key, value in values.items() if key.isupper()}
     origins = dict.fromkeys(_paths(values), origin) if isinstance(origin, str) else origin
     ours = {key: value for key, value in values.items() if key not in theirs}
-    return _Layer(ours, origins, homework.collect(theirs, origins), is_file and bool(theirs), notes)
+    return _Layer(ours, origins, collect(theirs, origins), is_file and bool(theirs), notes)
 
 
 def _over(old: _Layer, new: _Layer) -> _Layer:
     """The layer `new` laid over `old`. Each of the homework's keys also wins over what it means, given before."""
     ours, origins = old.ours, old.origins
-    for target in {tuple(homework.KEYS[key].target.split(".")) for key in new.theirs}:
+    for target in {tuple(KEYS[key].target.split(".")) for key in new.theirs}:
         ours = _without(ours, target)
         origins = {key: origin for key, origin in origins.items() if key[: len(target)] != target}
     return _Layer(
