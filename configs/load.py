@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     layers = [_read(path, ()), *_parse_overrides(overrides)]
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
     layer = reduce(_over, layers)
-    values, origins, notes = layer.ours, layer.origins, list(layer.notes)
+    values, origins, notes = layer.ours, dict(layer.origins), list(layer.notes)
     labels: dict[KeyPath, str] = {}
     if layer.theirs or layer.is_homework:
         translation = translate(layer.theirs, layer.ours, layer.is_homework, str(path))
@@ -62,8 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
             values = _merge(values, _nested(key, value))
         values = _merge(values, layer.ours)
         for key, (label, origin) in translation.sources.items():
-            labels[tuple(key.split("."))] = label
-            origins = {**origins, tuple(key.split(".")): origin}
+            key_path = tuple(key.split("."))
+            labels[key_path], origins[key_path] = label, origin
         notes += translation.notes
     for section in ("data", "model"):
         values.setdefault(section, {})  # so that an error names the missing field and not only the section
