@@ -1,64 +1,48 @@
 """From a YAML file and command-line overrides to a checked `Config`, and back to YAML.
 
-Owns the YAML rules (the core types of YAML 1.2; no duplicate keys, aliases or tags), the inheritance by `base:` and the
-one-sentence errors. Later wins: bases in their order, the file, `--opts`, replacements.
+Owns the inheritance by `base:`, the order of what is laid over what, and the one-sentence errors. Later wins: bases in
+their order, the file, `--opts`, replacements. Keys in capitals are the homework's: `configs.homework` translates them.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
+from configs import yaml_text
 from configs.aug_schema import auto_augment_section, color_jitter_section
-from configs.errors import UserError
+from configs.hints import KeyPath, allowed_keys, one_line, show
+from configs.homework import translate
+from configs.homework_keys import KEYS, Given, collect
+from configs.notes import warn
 from configs.schema import Config, walk
 
-KeyPath = tuple[str, ...]
 # Sections that one value may stand for.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
-_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-_NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
-_CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
-    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
-    "tag:yaml.org,2002:float": _NUMBER,
-    _NUMBERS_TAG: rf"\(\s*{_NUMBER}\s*(?:,\s*{_NUMBER}\s*)*,?\s*\)",
-}
 
+@dataclass(frozen=True)
+class _Layer:
+    """Settings of one source, or of several that are laid over each other."""
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's own attribute; drops its YAML 1.1 types)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # also keeps out recursive and exponentially growing documents
-            problem = "aliases are not supported; use base: for shared parts"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a string that would be another type in YAML 1.1 or 1.2."""
-
-
-for _tag, _pattern in _CORE_TYPES.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
-    _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
+    ours: dict[str, Any] = field(default_factory=dict)  # sections and their keys, in lower case
+    origins: dict[KeyPath, str] = field(default_factory=dict)  # for each of these keys, the file and line
+    theirs: dict[str, Given] = field(default_factory=dict)  # the homework's keys, dotted
+    is_homework: bool = False  # a file has such keys, so that the homework's defaults hold
+    notes: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: Any) -> Config:
     """Load a config file with its bases, then apply overrides, then replacements; `name` defaults to the file's stem.
 
     Args:
-        overrides: the items after `--opts`: `train.epochs=5` or the pair `train.epochs`, `5`, in any mixture.
+        overrides: the items after `--opts`: `train.epochs=5` or the pair `train.epochs`, `5`, in any mixture; in
+            upper case, the homework's keys.
         replacements: top-level or, through `**{...}`, dotted keys; a mapping is merged into its section, and None
             stands for a command-line flag that was not given.
 
@@ -66,131 +50,116 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         UserError: anything wrong with the file, a base or a value.
     """
     path = Path(path)
-    values, origins = _read(path, ())
-    layers = [(layer, "--opts") for layer in _parse_overrides(overrides)]
-    layers += [(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
-    for layer, origin in layers:
-        values = _merge(values, layer)
-        origins.update(dict.fromkeys(_paths(layer), origin))
+    layers = [_read(path, ()), *_parse_overrides(overrides)]
+    layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
+    layer = reduce(_over, layers)
+    values, origins, notes = layer.ours, dict(layer.origins), list(layer.notes)
+    labels: dict[KeyPath, str] = {}
+    if layer.theirs or layer.is_homework:
+        translation = translate(layer.theirs, layer.ours, layer.is_homework, str(path))
+        values = {}
+        for key, value in translation.values.items():
+            values = _merge(values, _nested(key, value))
+        values = _merge(values, layer.ours)
+        for key, (label, origin) in translation.sources.items():
+            key_path = tuple(key.split("."))
+            labels[key_path], origins[key_path] = label, origin
+        notes += translation.notes
     for section in ("data", "model"):
         values.setdefault(section, {})  # so that an error names the missing field and not only the section
     if values.get("name") is None:
         values["name"] = path.stem
-    return _validated(values, origins, str(path))
+    config = _validated(values, origins, labels, str(path))
+    for note in notes:
+        warn(note)
+    return config
 
 
 def parse_config(text: str, source: str) -> Config:
     """The config that `to_yaml` wrote, as checkpoints hold it; source: where it comes from, for the error."""
-    values, lines = _parse(text, source)
-    return _validated(values, {key: f"{source}:{line}" for key, line in lines.items()}, source)
-
-
-def _validated(values: Any, origins: Mapping[KeyPath, str], source: str) -> Config:
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise _error(_describe(error, origins, source)) from None
+    document = yaml_text.parse(text, source)
+    return _validated(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole config as YAML that loads back to an equal config."""
-    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return yaml_text.to_text(config.model_dump(mode="json"))
 
 
-def _error(message: str) -> UserError:
-    return UserError(" ".join(message.split()))  # one line, whatever the file held
-
-
-def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Read a file and its bases: the merged values, and for each key the file and line it came from."""
+def _read(path: Path, including: tuple[Path, ...]) -> _Layer:
+    """Read a file and its bases."""
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
-        raise _error(f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases")
+        raise one_line(f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise _error(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise one_line(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
     except ValueError as error:
-        raise _error(f"{place} is not a UTF-8 text file ({error})") from None
-    own, lines = _parse(text, str(path))
-    own = {} if own is None else own
+        raise one_line(f"{place} is not a UTF-8 text file ({error})") from None
+    document = yaml_text.parse(text, str(path))
+    own = {} if document.value is None else document.value
     if not isinstance(own, dict):
-        raise _error(f"{path} holds {_show(own)}, but a config is a mapping such as `train: {{epochs: 5}}`")
-    bases = own.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise _error(f"{path}:{lines[('base',)]}: base={_show(bases)} must be a file name or a list of file names")
-    values: dict[str, Any] = {}
-    origins: dict[KeyPath, str] = {}
-    for base in bases:
-        base_values, base_origins = _read(path.parent / base, (*including, path))
-        values = _merge(values, base_values)
-        origins.update(base_origins)
-    origins.update({key: f"{path}:{line}" for key, line in lines.items()})
-    return _merge(values, own), origins
+        raise one_line(f"{path} holds {show(own)}, but a config is a mapping such as `train: {{epochs: 5}}`")
+    bases = []
+    for key in ("BASE", "base"):
+        names = own.pop(key, None)
+        names = [names] if isinstance(names, str) else [] if names is None else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            line = document.lines[(key,)]
+            raise one_line(f"{path}:{line}: {key}={show(names)} must be a file name or a list of file names")
+        bases += [name for name in names if name or key == "base"]  # the homework's default is one empty name
+    origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
+    notes = tuple(
+        f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
+        for key, line, before in document.repeated
+    )
+    files = [_read(path.parent / base, (*including, path)) for base in bases]
+    return reduce(_over, [*files, _layer(own, origins, notes=notes, is_file=True)])
 
 
-def _parse(text: str, source: str, line_numbers: bool = True) -> tuple[Any, dict[KeyPath, int]]:
-    """Parse one YAML document: its value, and the line of each key; errors name the source and, if wanted, the line."""
-    lines: dict[KeyPath, int] = {}
-    try:
-        node = _Loader(text).get_single_node()
-        return (None if node is None else _construct(node, (), lines)), lines
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _error(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark and line_numbers else source
-        raise _error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
-    except RecursionError:
-        raise _error(f"{source}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on bad escapes
-        raise _error(f"{source} is not valid YAML ({error})") from None
-
-
-def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if isinstance(node, yaml.MappingNode) and kind == "map":
-        return _construct_mapping(node, path, lines)
-    if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return [_construct(item, path, {}) for item in node.value]
-    if isinstance(node, yaml.ScalarNode) and re.fullmatch(_CORE_TYPES.get(node.tag, "(?s:.*)"), node.value):
-        text = node.value
-        if kind in ("null", "str"):
-            return None if kind == "null" else text
-        if kind in ("int", "float"):
-            return int(text) if kind == "int" else float(text)
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == _NUMBERS_TAG:
-            return [_parse(item, text)[0] for item in re.findall(_NUMBER, text)]
-    raise yaml.MarkedYAMLError(problem=f"tag {node.tag} is not allowed here", problem_mark=node.start_mark)
-
-
-def _construct_mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = _construct(key_node, (), {})
-        if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"key {_show(key)} must be text", problem_mark=key_node.start_mark)
-        key_path = (*path, key)
-        if key in values:
-            problem = f"key {'.'.join(key_path)} is given twice (first in line {lines[key_path]}); keep one"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-        lines[key_path] = key_node.start_mark.line + 1
-        values[key] = _construct(value_node, key_path, lines)
-    return values
-
-
-def _parse_overrides(items: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
     remaining = iter(items)
     for item in remaining:
         key, *value = item.split("=", 1)
         text = value[0] if value else next(remaining, None)
         if not key or text is None:
-            raise _error(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
-        yield _nested(key, _parse(text, f"--opts: {key}={text}", line_numbers=False)[0])
+            raise one_line(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
+        parsed = yaml_text.parse(text, f"--opts: {key}={text}", line_numbers=False).value
+        yield _layer(_nested(key, parsed), "--opts")
+
+
+def _layer(
+    values: dict[str, Any], origin: str | dict[KeyPath, str], notes: tuple[str, ...] = (), is_file: bool = False
+) -> _Layer:
+    """origin: of all keys, or of each."""
+    theirs = {key: value for key, value in values.items() if key.isupper()}
+    origins = dict.fromkeys(_paths(values), origin) if isinstance(origin, str) else origin
+    ours = {key: value for key, value in values.items() if key not in theirs}
+    return _Layer(ours, origins, collect(theirs, origins), is_file and bool(theirs), notes)
+
+
+def _over(old: _Layer, new: _Layer) -> _Layer:
+    """The layer `new` laid over `old`. Each of the homework's keys also wins over what it means, given before."""
+    ours, origins = old.ours, old.origins
+    for target in {tuple(KEYS[key].target.split(".")) for key in new.theirs}:
+        ours = _without(ours, target)
+        origins = {key: origin for key, origin in origins.items() if key[: len(target)] != target}
+    return _Layer(
+        _merge(ours, new.ours),
+        {**origins, **new.origins},
+        {**old.theirs, **new.theirs},
+        old.is_homework or new.is_homework,
+        old.notes + new.notes,
+    )
+
+
+def _without(values: Any, key_path: KeyPath) -> Any:
+    first, *rest = key_path
+    if not isinstance(values, Mapping) or first not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != first}
+    return {**others, first: _without(values[first], tuple(rest))} if rest else others
 
 
 def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
@@ -216,20 +185,33 @@ def _paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
             yield from _paths(value, (*path, key))
 
 
-def _describe(error: ValidationError, origins: Mapping[KeyPath, str], path: str) -> str:
-    """One sentence for the first error: where, key, value, what is allowed; and how many more there are."""
+def _validated(values: Any, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise one_line(_describe(error, origins, labels, source)) from None
+
+
+def _describe(error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str) -> str:
+    """One sentence for the first error: where, key, value, what is allowed; and how many more there are.
+
+    labels: what the user calls a key, where that is another name.
+    """
     errors = error.errors(include_url=False)
     errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
     first = errors[0]
     key_path = tuple(part for part in first["loc"] if isinstance(part, str))  # without positions in a list
-    origin = next((origins[key_path[:n]] for n in range(len(key_path), 0, -1) if key_path[:n] in origins), path)
+    known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in origins), ())
+    origin = origins.get(known, path)
     dotted = ".".join(key_path)
     if first["type"] == "extra_forbidden":
-        sentence = f"{dotted}={_show(first['input'])} is unknown; {_allowed_keys(key_path)}"
+        sentence = f"{dotted}={show(first['input'])} is unknown; {allowed_keys(key_path, _known_keys())}"
     elif first["type"] == "missing":
         sentence = f"{dotted} is missing: {dict(walk())[dotted].description}"
+    elif known in labels:
+        sentence = f"{labels[known]}={show(first['input'])} ({dotted}) {_requirement(first, dotted)}"
     else:
-        sentence = f"{dotted}={_show(first['input'])} {_requirement(first, dotted)}"
+        sentence = f"{dotted}={show(first['input'])} {_requirement(first, dotted)}"
     more = f" (and {len(errors) - 1} more error{'s' * (len(errors) > 2)})" if len(errors) > 1 else ""
     return f"{origin}: {sentence.rstrip('.')}{more}"
 
@@ -238,30 +220,14 @@ def _requirement(problem: Any, dotted: str) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"must be a section; {_allowed_keys((*dotted.split('.'), ''))}"
+        return f"must be a section; {allowed_keys((*dotted.split('.'), ''), _known_keys())}"
     message = str(problem["msg"]).replace("Input should be", "must be").replace("String should have", "must have")
     message = message.replace("a valid tuple", "a list, such as [first, second]")
     message += " or null" * ("None" in str(dict(walk())[dotted].annotation))
     if problem["type"] == "string_type" and type(problem["input"]) in (int, float, bool):
-        message += f'; quote it: "{_show(problem["input"])}"'
+        message += f'; quote it: "{show(problem["input"])}"'
     return message
 
 
-def _allowed_keys(key_path: KeyPath) -> str:
-    """For an unknown key: the closest known keys and all keys of its section."""
-    *parents, leaf = key_path
-    prefix = "".join(f"{parent}." for parent in parents)
-    known = [key for key, _ in walk()]
-    siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix) and "." not in key[len(prefix) :]]
-    elsewhere = [key for key in known if leaf and key.endswith(f".{leaf.lower()}")]
-    close = [prefix + key for key in difflib.get_close_matches(leaf.lower(), siblings, n=2)]
-    guess = f"did you mean {' or '.join(dict.fromkeys(elsewhere + close))}? " if elsewhere or close else ""
-    if "." in leaf:
-        guess = "a file nests sections instead of dots; "
-    return f"{guess}allowed in {prefix.rstrip('.') or 'the config'}: {', '.join(siblings)}"
-
-
-def _show(value: Any) -> str:
-    """Return the value as YAML would write it in one line, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _known_keys() -> list[str]:
+    return [key for key, _ in walk()]

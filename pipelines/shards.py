@@ -24,6 +24,7 @@ import numpy as np
 
 from configs.errors import UserError
 from pipelines import tar_layout
+from pipelines.conversion import how_to_convert
 
 FORMAT, VERSION = "model-zhu-shards", 1
 INDEX_COLUMNS = {
@@ -121,11 +122,11 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 def load_dataset(folder: str | Path) -> dict[str, Any]:
     """The content of dataset.json, checked for what this version needs."""
     path = Path(folder) / "dataset.json"
-    convert = "convert the source with tools/convert.py first"
-    if not path.parent.is_dir():
-        raise UserError(f"data set folder {str(folder)!r} does not exist; {convert}")
+    if not path.parent.exists():
+        raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
     if not path.is_file():
-        raise UserError(f"{str(folder)!r} is no converted data set (it holds no dataset.json); {convert}")
+        reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
+        raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
     try:
         dataset = json.loads(path.read_text())
         if dataset["format"] != FORMAT:
@@ -134,7 +135,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             _check_fields(dataset)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged or of another program ({type(error).__name__}: {error}); {convert}"
+            f"{path} is damaged or of another program ({type(error).__name__}: {error}); "
+            "convert the source with tools/convert.py first"
         ) from None
     if version != VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {VERSION}; convert the source again")

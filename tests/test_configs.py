@@ -117,7 +117,7 @@ def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Writ
         ("lr", "train.lr"),
         ("train.optimizer.lr", "train.lr"),
         ("train.batch_size", "data.batch_size"),
-        ("TRAIN", "train"),
+        ("Train", "train"),
     ],
 )
 def test_a_key_in_the_wrong_section_or_in_capitals_finds_its_place(write: Write, key: str, known: str) -> None:

@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
     parser.add_argument("--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder")
-    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint given by --resume, do not train")
+    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint to resume from, do not train")
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     return parser.parse_args(arguments)
 
@@ -61,14 +61,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     clock = Clock()
     arguments = parse_arguments(sys.argv[1:])
-    if arguments.eval and arguments.resume is None:
-        raise UserError("--eval needs a checkpoint; give --resume PATH or --resume auto")
     replacements = {
         "data.batch_size": arguments.batch_size,
         "data.path": arguments.data_path,
         "output": arguments.output,
     }
     config = load_config(arguments.cfg, arguments.opts, **replacements)
+    resume = config.resume if arguments.resume is None else arguments.resume
+    evaluates_only = arguments.eval or config.eval.only
+    if evaluates_only and resume is None:
+        asks = "--eval" if arguments.eval else "eval.only"
+        raise UserError(f"{asks} needs a checkpoint; give --resume PATH or --resume auto")
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
@@ -86,9 +89,9 @@ def main() -> None:
 
         training = build_all(config, dataset, classes, val_loader.image_size, device)
 
-        folder, source = dist.from_first_rank(lambda: find_run(config, arguments.resume))
+        folder, source = dist.from_first_rank(lambda: find_run(config, resume))
         content = checkpoint.load(source) if source else None
-        if arguments.eval:
+        if evaluates_only:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
             checkpoint.restore_weights(training, content, source)

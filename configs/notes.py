@@ -1,0 +1,13 @@
+"""Remarks to the user that are no errors: one line each on stderr, said once and by one of all ranks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+
+@functools.cache  # the same words a second time say nothing new: a sweep loads its file for every point
+def warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
