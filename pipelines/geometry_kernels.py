@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float32, int32
+from numba import float32, int32, uint8
 
 from pipelines.kernels import kernel
 from pipelines.ops import Op
-from pipelines.vector_ops import copy_bytes, copy_four, mix_four_pixels
+from pipelines.vector_ops import copy_bytes, copy_four, fused, mix_four_pixels
 
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
+ROUND = float32(2**23)  # beside it nothing but a whole number has room
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = (int(op) for op in (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y))
 
 
@@ -74,27 +75,73 @@ def _frame(image: np.ndarray, side: int, fill: np.ndarray, framed: np.ndarray) -
 def _resample(
     image: np.ndarray, side: int, across: np.ndarray, down: np.ndarray, bilinear: bool, framed: np.ndarray
 ) -> None:
-    row, last = (side + 2) * 3, side << FRACTION
+    row = (side + 2) * 3
     line = np.empty(side * 3 + 1, np.uint8)  # with room for the fourth byte of the last pixel
-    step_x, step_y = across[0], down[0]
+    shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # whole rows, by whole rows
     for y in range(side):
-        u, v = across[1] * y + across[2], down[1] * y + down[2]
-        if bilinear:
-            for x in range(side):
-                # A pixel of the frame is where everything further outside is taken from; it stands at -1 and side.
-                left, top = min(max(u, -ONE), last - 1) + ONE, min(max(v, -ONE), last - 1) + ONE
-                begin = (top >> FRACTION) * row + (left >> FRACTION) * 3
-                right_share = float32(int32((left & (ONE - 1)) >> 8)) * float32(2**-24)
-                lower_share = float32(int32((top & (ONE - 1)) >> 8)) * float32(2**-24)
-                mix_four_pixels(line, 3 * x, framed, begin, begin + row, right_share, lower_share)
-                u += step_x
-                v += step_y
+        # u, v: the first pixel's place in the frame, rounded down to a pixel; a pixel of fill stands at 0 and side + 1
+        u, v = across[1] * y + across[2] + ONE, down[1] * y + down[2] + ONE
+        if not bilinear:
+            u, v = u + HALF, v + HALF
+        if shifts:
+            begin = min(max(v >> FRACTION, 0), side + 1) * row
+            _shift_row(line, side, framed, begin, u >> FRACTION, _share(u) if bilinear else float32(0))
+        elif bilinear:
+            _bilinear_row(line, side, framed, u, v, across[0], down[0])
         else:
-            u += HALF + ONE
-            v += HALF + ONE
-            for x in range(side):
-                column, line_above = min(max(u >> FRACTION, 0), side + 1), min(max(v >> FRACTION, 0), side + 1)
-                copy_four(line, 3 * x, framed, line_above * row + column * 3)
-                u += step_x
-                v += step_y
+            _nearest_row(line, side, framed, u, v, across[0], down[0])
         copy_bytes(image, y * side * 3, line, 0, side * 3)
+
+
+@kernel
+def _share(place: int) -> float:
+    """Of the pixel behind a place between two, float32 from 0 to 1."""
+    return float32(int32((place & (ONE - 1)) >> (FRACTION - 24))) * float32(2**-24)
+
+
+@kernel
+def _shift_row(line: np.ndarray, side: int, framed: np.ndarray, begin: int, column: int, share: float) -> None:
+    """The row at `begin` from pixel `column` on, mixed with what lies one pixel further by its share."""
+    first = min(max(-column, 0), side)
+    stop = min(max(side + 1 - column, first), side)
+    for x in range(first):
+        copy_bytes(line, 3 * x, framed, 0, 3)
+    for x in range(stop, side):
+        copy_bytes(line, 3 * x, framed, 0, 3)
+    count = (stop - first) * 3
+    begin += (column + first) * 3
+    if share == 0:
+        copy_bytes(line, first * 3, framed, begin, count)
+        return
+    target, here, behind = line[first * 3 :], framed[begin : begin + count], framed[begin + 3 : begin + 3 + count]
+    for i in range(count):
+        level = float32(here[i])
+        target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
+
+
+@kernel
+def _bilinear_row(line: np.ndarray, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int) -> None:
+    row, last = (side + 2) * 3, ((side + 1) << FRACTION) - 1
+    for x in range(side):
+        left, top = min(max(u, 0), last), min(max(v, 0), last)
+        begin = (top >> FRACTION) * row + (left >> FRACTION) * 3
+        mix_four_pixels(line, 3 * x, framed, begin, begin + row, _share(left), _share(top))
+        u += step_u
+        v += step_v
+
+
+@kernel
+def _nearest_row(line: np.ndarray, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int) -> None:
+    row, last = (side + 2) * 3, (side + 2) << FRACTION
+    end_u, end_v = u + step_u * (side - 1), v + step_v * (side - 1)
+    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < last:  # then so is all that lies between
+        for x in range(side):
+            copy_four(line, 3 * x, framed, (v >> FRACTION) * row + (u >> FRACTION) * 3)
+            u += step_u
+            v += step_v
+        return
+    for x in range(side):
+        column, above = min(max(u >> FRACTION, 0), side + 1), min(max(v >> FRACTION, 0), side + 1)
+        copy_four(line, 3 * x, framed, above * row + column * 3)
+        u += step_u
+        v += step_v

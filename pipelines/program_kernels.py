@@ -36,7 +36,7 @@ def apply_programs(
     [B, slots]; bilinear, fill (uint8 [3]), radius: as in `ops.Programs`."""
     side = images.shape[1]
     scratch = np.empty((side + 2 + 2 * radius) * (side + 2) * 3 + LANES, np.uint8)
-    table, counts = np.empty((3, 256), np.uint8), np.empty((3, 256), np.int32)
+    planes = np.empty((3, color.BLOCK), np.uint8)
     for sample in range(len(images)):
         image = images[sample].reshape(-1)
         for slot in range(ops.shape[1]):
@@ -48,9 +48,9 @@ def apply_programs(
             elif op == BRIGHTNESS:
                 color.brightness(image, value)
             elif op == COLOR:
-                color.saturation(image, value)
+                color.saturation(image, value, planes)
             elif op == CONTRAST:
-                color.contrast(image, value)
+                color.contrast(image, value, planes)
             elif op == SHARPNESS:
                 sharpness(image, side, value, scratch)
             elif op == POSTERIZE:
@@ -60,15 +60,15 @@ def apply_programs(
             elif op == SOLARIZE_ADD:
                 color.solarize_add(image, int(value))
             elif op == AUTO_CONTRAST:
-                color.auto_contrast(image, side, table)
+                color.auto_contrast(image, side)
             elif op == EQUALIZE:
-                color.equalize(image, table, counts)
+                color.equalize(image)
             elif op == INVERT:
                 color.invert(image)
             elif op == HUE:
-                color.hue(image, value)
+                color.hue(image, value, planes)
             elif op == GRAYSCALE:
-                color.grayscale(image)
+                color.grayscale(image, planes)
             elif op == BLUR:
                 blur(image, side, value, radius, scratch)
 

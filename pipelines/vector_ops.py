@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LINE = 64  # bytes of a cache line
-PIXELS = 16  # that `mirror_pixels` moves at once
+PIXELS = 16  # that `mirror_pixels`, `split_pixels` and `join_pixels` move at once
 LANES = 32  # values that `blur_down` and `blur_across` work out at once
 
 _I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
@@ -79,6 +79,41 @@ def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) ->
         builder.store(mirrored, _address(context, builder, signature, args, 0, args[1], block), align=1)
 
     return types.void(target, _INDEX, source, _INDEX), generate
+
+
+@intrinsic
+def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: Any, begin: Any) -> Any:
+    """The channels of PIXELS pixels from source[begin:] to red[at:], green[at:] and blue[at:]; all uint8, flat."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
+        value = builder.load(_address(context, builder, signature, args, 4, args[5], block), align=1)
+        for channel in range(3):
+            lanes = ir.Constant(ir.VectorType(_I32, PIXELS), [3 * pixel + channel for pixel in range(PIXELS)])
+            levels = builder.shuffle_vector(value, ir.Constant(block, ir.Undefined), lanes)
+            builder.store(levels, _address(context, builder, signature, args, channel, args[3], plane), align=1)
+
+    return types.void(red, green, blue, _INDEX, source, _INDEX), generate
+
+
+@intrinsic
+def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
+    """PIXELS pixels to target[at:] from their channels red[begin:], green[begin:] and blue[begin:]; all uint8, flat."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
+        planes = [
+            builder.load(_address(context, builder, signature, args, 2 + channel, args[5], plane), align=1)
+            for channel in range(3)
+        ]
+        in_a_row = ir.Constant(ir.VectorType(_I32, 2 * PIXELS), list(range(2 * PIXELS)))
+        first = builder.shuffle_vector(planes[0], planes[1], in_a_row)
+        second = builder.shuffle_vector(planes[2], planes[2], in_a_row)
+        order = [PIXELS * (lane % 3) + lane // 3 for lane in range(3 * PIXELS)]
+        value = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(order)), order))
+        builder.store(value, _address(context, builder, signature, args, 0, args[1], block), align=1)
+
+    return types.void(target, _INDEX, red, green, blue, _INDEX), generate
 
 
 def _four(builder: Any, pointer: Any, weight: Any) -> Any:
