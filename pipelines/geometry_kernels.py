@@ -28,33 +28,30 @@ def move(
 ) -> None:
     """One operation of GEOMETRIC. image: uint8 [side * side * 3], changed in place; fill: uint8 [3], outside of it.
 
-    scratch: uint8, at least (side + 2) ** 2 * 3 + 1.
+    scratch: uint8, at least (side + 2) ** 2 * 3 + 4.
     """
-    across, down = np.zeros(3), np.zeros(3)
-    across[0] = down[1] = 1.0
+    across, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
     if op == SHEAR_X:
-        across[1], across[2] = value, value / 2
+        across = (1.0, value, value / 2)
     elif op == SHEAR_Y:
-        down[0], down[2] = value, value / 2
+        down = (value, 1.0, value / 2)
     elif op == TRANSLATE_X:
-        across[2] = -value
+        across = (1.0, 0.0, -value)
     elif op == TRANSLATE_Y:
-        down[2] = -value
+        down = (0.0, 1.0, -value)
     else:
         cosine, sine = math.cos(math.radians(value)), math.sin(math.radians(value))
         middle = (side - 1) / 2
-        across[0], across[1], across[2] = cosine, -sine, middle * (1 - cosine + sine)
-        down[0], down[1], down[2] = sine, cosine, middle * (1 - cosine - sine)
+        across = (cosine, -sine, middle * (1 - cosine + sine))
+        down = (sine, cosine, middle * (1 - cosine - sine))
     _frame(image, side, fill, scratch)
     _resample(image, side, _fixed(across), _fixed(down), bilinear, scratch)
 
 
 @kernel
-def _fixed(coefficients: np.ndarray) -> np.ndarray:
-    fixed = np.empty(3, np.int64)
-    for i in range(3):
-        fixed[i] = int(math.floor(coefficients[i] * ONE + 0.5))
-    return fixed
+def _fixed(coefficients: tuple[float, float, float]) -> tuple[int, int, int]:
+    first, second, third = coefficients
+    return int(math.floor(first * ONE + 0.5)), int(math.floor(second * ONE + 0.5)), int(math.floor(third * ONE + 0.5))
 
 
 @kernel
@@ -73,24 +70,28 @@ def _frame(image: np.ndarray, side: int, fill: np.ndarray, framed: np.ndarray) -
 
 @kernel
 def _resample(
-    image: np.ndarray, side: int, across: np.ndarray, down: np.ndarray, bilinear: bool, framed: np.ndarray
+    image: np.ndarray,
+    side: int,
+    across: tuple[int, int, int],
+    down: tuple[int, int, int],
+    bilinear: bool,
+    framed: np.ndarray,
 ) -> None:
     row = (side + 2) * 3
-    line = np.empty(side * 3 + 1, np.uint8)  # with room for the fourth byte of the last pixel
     shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # whole rows, by whole rows
     for y in range(side):
         # u, v: the first pixel's place in the frame, rounded down to a pixel; a pixel of fill stands at 0 and side + 1
         u, v = across[1] * y + across[2] + ONE, down[1] * y + down[2] + ONE
         if not bilinear:
             u, v = u + HALF, v + HALF
+        at = y * side * 3
         if shifts:
             begin = min(max(v >> FRACTION, 0), side + 1) * row
-            _shift_row(line, side, framed, begin, u >> FRACTION, _share(u) if bilinear else float32(0))
+            _shift_row(image, at, side, framed, begin, u >> FRACTION, _share(u) if bilinear else float32(0))
         elif bilinear:
-            _bilinear_row(line, side, framed, u, v, across[0], down[0])
+            _bilinear_row(image, at, side, framed, u, v, across[0], down[0])
         else:
-            _nearest_row(line, side, framed, u, v, across[0], down[0])
-        copy_bytes(image, y * side * 3, line, 0, side * 3)
+            _nearest_row(image, at, side, framed, u, v, across[0], down[0])
 
 
 @kernel
@@ -100,48 +101,63 @@ def _share(place: int) -> float:
 
 
 @kernel
-def _shift_row(line: np.ndarray, side: int, framed: np.ndarray, begin: int, column: int, share: float) -> None:
+def _shift_row(
+    image: np.ndarray, at: int, side: int, framed: np.ndarray, begin: int, column: int, share: float
+) -> None:
     """The row at `begin` from pixel `column` on, mixed with what lies one pixel further by its share."""
     first = min(max(-column, 0), side)
     stop = min(max(side + 1 - column, first), side)
     for x in range(first):
-        copy_bytes(line, 3 * x, framed, 0, 3)
+        copy_bytes(image, at + 3 * x, framed, 0, 3)
     for x in range(stop, side):
-        copy_bytes(line, 3 * x, framed, 0, 3)
+        copy_bytes(image, at + 3 * x, framed, 0, 3)
     count = (stop - first) * 3
-    begin += (column + first) * 3
+    at, begin = at + first * 3, begin + (column + first) * 3
     if share == 0:
-        copy_bytes(line, first * 3, framed, begin, count)
+        copy_bytes(image, at, framed, begin, count)
         return
-    target, here, behind = line[first * 3 :], framed[begin : begin + count], framed[begin + 3 : begin + 3 + count]
+    target, here, behind = image[at : at + count], framed[begin : begin + count], framed[begin + 3 : begin + 3 + count]
     for i in range(count):
         level = float32(here[i])
         target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
 
 
+# The two below write four bytes for a pixel, of which the next pixel overwrites one, so the last pixel goes another way.
+
+
 @kernel
-def _bilinear_row(line: np.ndarray, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int) -> None:
-    row, last = (side + 2) * 3, ((side + 1) << FRACTION) - 1
-    for x in range(side):
-        left, top = min(max(u, 0), last), min(max(v, 0), last)
+def _bilinear_row(
+    image: np.ndarray, at: int, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int
+) -> None:
+    row, end = (side + 2) * 3, ((side + 1) << FRACTION) - 1
+    for x in range(side - 1):
+        left, top = min(max(u, 0), end), min(max(v, 0), end)
         begin = (top >> FRACTION) * row + (left >> FRACTION) * 3
-        mix_four_pixels(line, 3 * x, framed, begin, begin + row, _share(left), _share(top))
+        mix_four_pixels(image, at + 3 * x, framed, begin, begin + row, _share(left), _share(top))
         u += step_u
         v += step_v
+    left, top = min(max(u, 0), end), min(max(v, 0), end)
+    begin, spare = (top >> FRACTION) * row + (left >> FRACTION) * 3, (side + 2) * row
+    mix_four_pixels(framed, spare, framed, begin, begin + row, _share(left), _share(top))
+    copy_bytes(image, at + 3 * side - 3, framed, spare, 3)
 
 
 @kernel
-def _nearest_row(line: np.ndarray, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int) -> None:
-    row, last = (side + 2) * 3, (side + 2) << FRACTION
+def _nearest_row(
+    image: np.ndarray, at: int, side: int, framed: np.ndarray, u: int, v: int, step_u: int, step_v: int
+) -> None:
+    row, end = (side + 2) * 3, (side + 2) << FRACTION
     end_u, end_v = u + step_u * (side - 1), v + step_v * (side - 1)
-    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < last:  # then so is all that lies between
-        for x in range(side):
-            copy_four(line, 3 * x, framed, (v >> FRACTION) * row + (u >> FRACTION) * 3)
+    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < end:  # then so is all that lies between
+        for x in range(side - 1):
+            copy_four(image, at + 3 * x, framed, (v >> FRACTION) * row + (u >> FRACTION) * 3)
             u += step_u
             v += step_v
-        return
-    for x in range(side):
-        column, above = min(max(u >> FRACTION, 0), side + 1), min(max(v >> FRACTION, 0), side + 1)
-        copy_four(line, 3 * x, framed, above * row + column * 3)
-        u += step_u
-        v += step_v
+    else:
+        for x in range(side - 1):
+            column, above = min(max(u >> FRACTION, 0), side + 1), min(max(v >> FRACTION, 0), side + 1)
+            copy_four(image, at + 3 * x, framed, above * row + column * 3)
+            u += step_u
+            v += step_v
+    column, above = min(max(u >> FRACTION, 0), side + 1), min(max(v >> FRACTION, 0), side + 1)
+    copy_bytes(image, at + 3 * side - 3, framed, above * row + column * 3, 3)
