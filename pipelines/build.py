@@ -79,9 +79,10 @@ def build_train_loader(
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
         return graph.train_graph(stored, machine, aug, size, data.interpolation)
 
-    on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
+    mean = tuple(split.dataset["mean"])
+    on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation, data.antialias, None, mean)
     stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
-    needs_dali = graph.jitters(aug) or aug.cutout > 0
+    needs_dali = graph.jitters(aug) or (aug.cutout > 0 and where.type == "cuda")
     reflects = aug.padding_mode == "reflect"
     graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
     way = choose_way(data, split, where, graphs)
@@ -122,7 +123,14 @@ def build_eval_loader(
         return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
 
     plan = Plan(stop - start, batch_size, indices, repeats=True)
-    on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
+    on_cpu = cpu_graph.eval_graph(
+        opened.image_shape,
+        size,
+        evaluation.crop_fraction,
+        data.interpolation,
+        data.antialias,
+        evaluation.crop_mode == "squash",
+    )
     graphs = Graphs(dali_graph, on_cpu)
     way = choose_way(data, opened, where, graphs)
     return assemble(opened, data, plan, size, where, graphs, way, local_world_size or world_size)

@@ -1,8 +1,9 @@
 """Loops that change the colours of one image in place: the part of `program_kernels` where no pixel moves.
 
-Each is torchvision's function (transforms.v2.functional) on uint8, with its order of float32 operations and its
-rounding. torch adds a scaled tensor by fused multiply-add, so these do (`fused`): defined to the last bit on every
-processor. image: uint8 [pixels * 3], red green blue.
+Each is torchvision's function (transforms.v2.functional) on uint8, or timm's for solarize_add, with its order of
+float32 operations and its rounding. torch adds a scaled tensor by fused multiply-add, so these do (`fused`): that is
+defined to the last bit on every processor. image: uint8 [pixels * 3], red green blue; planes: uint8 [3, BLOCK],
+overwritten.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import numpy as np
 from numba import float32, int32, uint8
 
 from pipelines.kernels import kernel
-from pipelines.vector_ops import PIXELS, fused, join_pixels, split_pixels
+from pipelines.vector_floats import fused
+from pipelines.vector_ops import PIXELS, join_pixels, split_pixels
 
 ZERO, ONE, WHITE = float32(0), float32(1), float32(255)
 RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # shares of grey
@@ -116,7 +118,7 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
 
 @kernel
 def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The channels of up to BLOCK pixels from pixel `start` on, in planes: uint8 [3, BLOCK], for loops of wide steps."""
+    """The channels of up to BLOCK pixels from pixel `start` on, in planes, for loops of wide steps."""
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]
     done = 0

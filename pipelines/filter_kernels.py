@@ -11,7 +11,8 @@ import numpy as np
 from numba import float32, int32, uint8, uint16
 
 from pipelines.kernels import kernel
-from pipelines.vector_ops import LANES, blur_across, blur_down, copy_bytes, fused
+from pipelines.vector_floats import LANES, blur_across, blur_down, fused
+from pipelines.vector_ops import copy_bytes
 
 ZERO, WHITE = float32(0), float32(255)
 NEGLIGIBLE = 2.0**-18  # a tap's weight: less than a hundredth of a grey level

@@ -14,12 +14,14 @@ from numba import float32, int32, uint8
 
 from pipelines.kernels import kernel
 from pipelines.ops import Op
-from pipelines.vector_ops import copy_bytes, copy_four, fused, mix_four_pixels
+from pipelines.vector_floats import fused, mix_four_pixels
+from pipelines.vector_ops import copy_bytes, copy_four
 
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
 ROUND = float32(2**23)  # beside it nothing but a whole number has room
-SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = (int(op) for op in (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y))
+SHEAR_X, SHEAR_Y = int(Op.SHEAR_X), int(Op.SHEAR_Y)
+TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 
 
 @kernel
@@ -51,7 +53,7 @@ def move(
 @kernel
 def _fixed(coefficients: tuple[float, float, float]) -> tuple[int, int, int]:
     first, second, third = coefficients
-    return int(math.floor(first * ONE + 0.5)), int(math.floor(second * ONE + 0.5)), int(math.floor(third * ONE + 0.5))
+    return math.floor(first * ONE + 0.5), math.floor(second * ONE + 0.5), math.floor(third * ONE + 0.5)
 
 
 @kernel
@@ -122,7 +124,7 @@ def _shift_row(
         target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
 
 
-# The two below write four bytes for a pixel, of which the next pixel overwrites one, so the last pixel goes another way.
+# The two below write four bytes for a pixel, and the next pixel overwrites the fourth; the last one goes another way.
 
 
 @kernel

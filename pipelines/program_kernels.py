@@ -15,7 +15,8 @@ from pipelines.filter_kernels import blur, sharpness
 from pipelines.geometry_kernels import move
 from pipelines.kernels import kernel
 from pipelines.ops import Op
-from pipelines.vector_ops import LANES, copy_bytes
+from pipelines.vector_floats import LANES
+from pipelines.vector_ops import copy_bytes
 
 IDENTITY, ROTATE, BRIGHTNESS, COLOR, CONTRAST = (
     int(op) for op in (Op.IDENTITY, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST)
@@ -32,8 +33,10 @@ AUTO_CONTRAST, EQUALIZE, INVERT, HUE, GRAYSCALE, BLUR = (
 def apply_programs(
     images: np.ndarray, ops: np.ndarray, values: np.ndarray, bilinear: bool, fill: np.ndarray, radius: int
 ) -> None:
-    """Run each image's program. images: uint8 [B, size, size, 3], contiguous; ops: int32 [B, slots]; values: float32
-    [B, slots]; bilinear, fill (uint8 [3]), radius: as in `ops.Programs`."""
+    """Run each image's program: ops, int32 [B, slots], with their values, float32 [B, slots].
+
+    images: uint8 [B, size, size, 3], contiguous; bilinear, fill (uint8 [3]) and radius are those of `ops.Programs`.
+    """
     side = images.shape[1]
     scratch = np.empty((side + 2 + 2 * radius) * (side + 2) * 3 + LANES, np.uint8)
     planes = np.empty((3, color.BLOCK), np.uint8)
@@ -75,8 +78,11 @@ def apply_programs(
 
 @kernel
 def paint(images: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> None:
-    """Fill one rectangle of each image with one colour. images: uint8 [B, size, size, 3], contiguous; boxes: int32
-    [B, 4], top, left, height and width in pixels, cut off at the image's edges, height 0: none; colors: uint8 [B, 3]."""
+    """Fill one rectangle of each image with one colour.
+
+    images: uint8 [B, size, size, 3], contiguous; boxes: int32 [B, 4], top, left, height (0: none) and width in pixels,
+    cut off at the image's edges; colors: uint8 [B, 3].
+    """
     size = images.shape[1]
     target, palette = images.reshape(-1), colors.reshape(-1)
     for sample in range(len(images)):
