@@ -1,9 +1,9 @@
-"""The graphs of `graph` for the CPU: the same inputs, the same pixels, by the loops in `kernels`.
+"""The graphs of `graph` for the CPU: the same inputs, the same pixels, by the loops in the kernels.
 
-DALI's operators for the CPU set up every sample of every operator and copy between them; here a batch is one or two
-calls that read from the files' maps and write into the batch. Resized pixels may differ from DALI's by one grey level,
-where float32 sums in another order fall on the other side of a half. Colour jitter and
-cutout are left to DALI.
+DALI's operators for the CPU set up every sample of every operator and copy between them; here a batch is a few calls
+that read from the files' maps and write into the batch. Pixels may differ from DALI's by one grey level where they are
+resized, since float32 sums in another order fall on the other side of a half; programs are torchvision's to the same
+degree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.schema import AugConfig
-from pipelines import kernels
+from pipelines import kernels, program_kernels
+from pipelines.ops import Programs
 
 Draws = dict[str, np.ndarray]
 Region = Callable[["Images", Draws], tuple[np.ndarray, np.ndarray]]
@@ -32,68 +33,126 @@ class Images(NamedTuple):
 
 
 Stage = Callable[[Images, Draws, np.ndarray], None]  # writes uint8 [B, side, side, 3]
+Change = Callable[[Draws, np.ndarray], None]  # of uint8 [B, side, side, 3], in place
 
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """One or two stages; the first one's result lies in a small piece of memory that stays in the cache."""
+    """One or two stages, then changes in place; small pieces of the batch go all the way, so they stay in the cache."""
 
     stages: tuple[Stage, ...]
     sides: tuple[int, ...]  # of the square images that each stage gives, pixels
-    _scratch: deque[np.ndarray]
+    changes: tuple[Change, ...]
+    _scratch: deque[np.ndarray]  # for the first of two stages
 
-    CHUNK = 2**18  # bytes between two stages
+    CHUNK = 2**18  # bytes of a piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
         """Write out, uint8 [B, size, size, 3]; may be called by several threads."""
-        if len(self.stages) == 1:
+        if len(self.stages) == 1 and not self.changes:
             self.stages[0](images, draws, out)
             return
         side, count = self.sides[0], len(images.begins)
         step = max(1, self.CHUNK // (side * side * 3))
+        for start in range(0, count, step):
+            piece = slice(start, min(start + step, count))
+            some = {name: values[piece] for name, values in draws.items()}
+            self._stages(Images(images.content, *(values[piece] for values in images[1:])), some, step, out[piece])
+            for change in self.changes:
+                change(some, out[piece])
+
+    def _stages(self, images: Images, draws: Draws, most: int, out: np.ndarray) -> None:
+        """The stages alone, for at most `most` images."""
+        if len(self.stages) == 1:
+            self.stages[0](images, draws, out)
+            return
+        side, count = self.sides[0], len(out)
         try:
             between = self._scratch.pop()
         except IndexError:
-            between = np.empty((step, side, side, 3), np.uint8)
-        begins, sides = np.arange(step) * (side * side * 3), np.full(step, side)
-        for start in range(0, count, step):
-            piece = slice(start, min(start + step, count))
-            size = piece.stop - start
-            some = {name: values[piece] for name, values in draws.items()}
-            self.stages[0](Images(images.content, *(values[piece] for values in images[1:])), some, between[:size])
-            given = Images(between.reshape(-1), begins[:size], sides[:size], sides[:size])
-            self.stages[1](given, some, out[piece])
+            between = np.empty((most, side, side, 3), np.uint8)
+        self.stages[0](images, draws, between[:count])
+        sides = np.full(count, side)
+        given = Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides)
+        self.stages[1](given, draws, out)
         self._scratch.append(between)
 
 
 def train_graph(
-    image_shape: tuple[int, int, int] | None, aug: AugConfig, size: int, interpolation: str
+    image_shape: tuple[int, int, int] | None,
+    aug: AugConfig,
+    size: int,
+    interpolation: str,
+    antialias: bool,
+    programs: Programs | None,
+    mean: tuple[float, float, float],
 ) -> CpuGraph | None:
-    """`graph.train_graph` without colour jitter and cutout; None where stored pixels stay.
+    """`graph.train_graph`; None where stored pixels stay.
 
-    image_shape: of the stored images, where all have one.
+    image_shape: of the stored images, where all have one; mean: of the train split's pixels, from 0 to 1. Draws:
+    crop_start and crop_end, or offset and flip; ops and values; erase_box (int32 [B, 4]: top, left, height, width in
+    pixels) and erase_color (uint8 [B, 3]); cutout (float32 [B, 2]: top, left).
     """
+    changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
-        return _graph((_resize(lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation), size))
-    stages = _central(image_shape, size, size, interpolation)
+        region = _resize(lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
+        return _graph([(region, size)], changes)
+    stages = _central(image_shape, size, size, interpolation, antialias)
     if aug.crop == "pad" or aug.flip > 0:
         stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
-    return _graph(*stages)
+    if changes and not stages:
+        stages.append((_crop_flip(size), size))  # a copy, which unlike `kernels.copy` leaves pixels in the cache
+    return _graph(stages, changes)
 
 
 def eval_graph(
-    image_shape: tuple[int, int, int] | None, size: int, crop_fraction: float, interpolation: str
+    image_shape: tuple[int, int, int] | None,
+    size: int,
+    crop_fraction: float,
+    interpolation: str,
+    antialias: bool,
+    squash: bool,
 ) -> CpuGraph | None:
     """`graph.eval_graph`; None where stored pixels stay."""
-    return _graph(*_central(image_shape, round(size / crop_fraction), size, interpolation))
+    if not squash:
+        return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
+    if image_shape is not None and image_shape[:2] == (size, size):
+        return None
+    return _graph([(_resize(lambda images, _: _whole(images), interpolation, antialias), size)])
 
 
-def _graph(*stages: tuple[Stage, int]) -> CpuGraph | None:
-    return CpuGraph(tuple(s for s, _ in stages), tuple(side for _, side in stages), deque()) if stages else None
+def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) -> CpuGraph | None:
+    if not stages:
+        return None
+    return CpuGraph(tuple(stage for stage, _ in stages), tuple(side for _, side in stages), changes, deque())
+
+
+def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float, float]) -> tuple[Change, ...]:
+    """What is done in place: programs, erasing, cutout."""
+    changes: list[Change] = []
+    if programs is not None:
+        bilinear, fill, radius = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
+        changes.append(
+            lambda draws, out: program_kernels.apply_programs(
+                out, draws["ops"], draws["values"], bilinear, fill, radius
+            )
+        )
+    if aug.erase.probability > 0:
+        changes.append(lambda draws, out: program_kernels.paint(out, draws["erase_box"], draws["erase_color"]))
+    if aug.cutout > 0:  # after the colours have changed, or its own would
+        side, color = aug.cutout, np.array([round(255 * level) for level in mean], np.uint8)
+
+        def cut_out(draws: Draws, out: np.ndarray) -> None:
+            boxes = np.full((len(out), 4), side, np.int32)
+            boxes[:, :2] = draws["cutout"]
+            program_kernels.paint(out, boxes, np.tile(color, (len(out), 1)))
+
+        changes.append(cut_out)
+    return tuple(changes)
 
 
 def _central(
-    shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str
+    shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
     """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
     if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
@@ -101,7 +160,12 @@ def _central(
     if shape is not None and min(shape[:2]) == shorter:
         corner = [(side - size) // 2 for side in shape[:2]]
         return [(_crop_flip(size, tuple(corner)), size)]
-    return [(_resize(lambda images, _: _central_region(images, shorter, size), interpolation), size)]
+    return [(_resize(lambda images, _: _central_region(images, shorter, size), interpolation, antialias), size)]
+
+
+def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    end = np.stack([images.heights, images.widths], axis=1).astype(np.float32)
+    return np.zeros_like(end), end
 
 
 def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +180,9 @@ def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray
     return start.astype(np.float32), (start + size * scale).astype(np.float32)
 
 
-def _resize(region: Region, interpolation: str) -> Stage:
+def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
-        kernels.resize(*images, *region(images, draws), interpolation == "bicubic", out)
+        kernels.resize(*images, *region(images, draws), interpolation == "bicubic", antialias, out)
 
     return stage
 

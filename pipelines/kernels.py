@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 from numba import float32, int32, njit, uint8
 
-from pipelines.vector_ops import (
-    LINE,
-    PIXELS,
-    copy_bytes,
-    mirror_pixels,
-    mix_pixels,
-    mix_three_pixels,
-    mix_two_pixels,
-    prefetch,
-    stream_line,
-)
+from pipelines.vector_floats import mix_pixels, mix_three_pixels, mix_two_pixels
+from pipelines.vector_ops import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
 
 AHEAD = 2**14  # bytes between what is asked for from memory and what is copied
 HALF = float32(0.5)
@@ -153,13 +144,14 @@ def resize(
     starts: np.ndarray,
     ends: np.ndarray,
     cubic: bool,
+    antialias: bool,
     out: np.ndarray,
 ) -> None:
-    """The regions from starts to ends (y, x in pixels; float32 [B, 2]) as size x size images, antialiased.
+    """The regions from starts to ends (y, x in pixels; float32 [B, 2]) as size x size images.
 
     A region whose end lies left of its start comes out mirrored. heights, widths: int64 [B]. The filter is a triangle,
-    or with `cubic` Catmull-Rom's, as wide as the scale where it reduces; edge pixels repeat outside of the image. The
-    vertical pass keeps float32, so that each pixel is rounded once.
+    or with `cubic` Catmull-Rom's, with `antialias` as wide as the scale where it reduces; edge pixels repeat outside of
+    the image. The vertical pass keeps float32, so that each pixel is rounded once.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -167,7 +159,8 @@ def resize(
     taps = 0
     for sample in range(len(begins)):
         for axis in range(2):
-            radius = reach * max(abs(ends[sample, axis] - starts[sample, axis]) / size, 1.0)
+            scale = abs(ends[sample, axis] - starts[sample, axis]) / size
+            radius = reach * (max(scale, 1.0) if antialias else 1.0)
             taps = max(taps, int(2 * radius) + 2)
         room = max(room, widths[sample])
     index = np.empty((2, size), np.int64)
@@ -178,8 +171,8 @@ def resize(
     target = out.reshape(-1)
     for sample in range(len(begins)):
         height, width = heights[sample], widths[sample]
-        rows_taps = _filter(starts[sample, 0], ends[sample, 0], reach, index[0], weights[0])
-        column_taps = _filter(starts[sample, 1], ends[sample, 1], reach, index[1], weights[1])
+        rows_taps = _filter(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
+        column_taps = _filter(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
         mirrored = ends[sample, 1] < starts[sample, 1]
         low, high = index[1, 0], index[1, size - 1] + column_taps
         left, right = min(max(low, 0), width - 1), max(min(high, width), 1)
@@ -231,11 +224,11 @@ def resize(
 
 
 @kernel
-def _filter(start: float, end: float, reach: int, index: np.ndarray, weights: np.ndarray) -> int:
+def _filter(start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray) -> int:
     """The first source pixel (index [size]) and the weights [size, taps] of each target pixel; returns taps."""
     size = len(index)
     scale = abs(end - start) / float32(size)
-    stretch = max(scale, float32(1))
+    stretch = max(scale, float32(1)) if antialias else float32(1)
     taps = math.ceil(2 * reach * stretch)
     origin = min(start, end) + HALF * scale - HALF - reach * stretch
     for i in range(size):
@@ -262,13 +255,16 @@ def _filter(start: float, end: float, reach: int, index: np.ndarray, weights: np
 
 def compile_all() -> None:
     """Call every kernel once on one black pixel, with the types that the loader passes."""
+    from pipelines import program_kernels  # which is made with `kernel`
+
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
     begins = sides = np.zeros(1, np.int64)
     offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
     copy(content, begins, out)
     crop_flip(content, begins, 1, 1, offset, flip, False, out)
-    resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, out)
+    resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, True, out)
     sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
+    program_kernels.compile_all()
 
 
 if __name__ == "__main__":

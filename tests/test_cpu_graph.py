@@ -14,19 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_source import MemoryRows, memory_source, write
+from nvidia.dali import fn
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError
-from configs.schema import AugConfig, DataConfig
+from configs.schema import AugConfig, DataConfig, EraseConfig
 from pipelines import build_eval_loader, cpu_graph, graph, kernels
 from pipelines.cpu_graph import Images
 from pipelines.encode import Encoding
 from pipelines.gather import HostJpegs, Slots
+from pipelines.ops import Op, Programs
 from pipelines.runner import GraphRunner
 from pipelines.shards import open_split
 
 BATCH = 24
+MEAN = (0.5, 0.25, 0.125)
 RANDOM = np.random.default_rng(0)
 PHOTOS = load_sample_images().images
 
@@ -46,6 +50,17 @@ def images_of(pixels: np.ndarray) -> Images:
     count, height, width, _ = pixels.shape
     begins = np.arange(count) * (height * width * 3)
     return Images(np.ascontiguousarray(pixels).reshape(-1), begins, np.full(count, height), np.full(count, width))
+
+
+def train_graph(
+    pixels: np.ndarray,
+    aug: AugConfig,
+    size: int,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    programs: Programs | None = None,
+) -> cpu_graph.CpuGraph | None:
+    return cpu_graph.train_graph(pixels.shape[1:], aug, size, interpolation, antialias, programs, MEAN)
 
 
 def by_cpu(graph_: cpu_graph.CpuGraph | None, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -84,7 +99,7 @@ def test_pad_crop_and_flip_are_bitwise_dalis(side: int, padding: int) -> None:
         "flip": RANDOM.integers(0, 2, BATCH).astype(np.int32),
     }
     expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, side, "bilinear"), pixels, feeds)
-    found = by_cpu(cpu_graph.train_graph(pixels.shape[1:], aug, side, "bilinear"), pixels, feeds)
+    found = by_cpu(train_graph(pixels, aug, side, "bilinear"), pixels, feeds)
     assert np.array_equal(found, expected)
 
 
@@ -98,7 +113,7 @@ def test_random_resized_crops_are_dalis_but_for_rounding(size: int, interpolatio
     start[::2, 1], end[::2, 1] = end[::2, 1].copy(), start[::2, 1].copy()  # mirrored
     feeds = {"crop_start": start, "crop_end": end.astype(np.float32)}
     expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, size, interpolation), pixels, feeds)
-    found = by_cpu(cpu_graph.train_graph(pixels.shape[1:], aug, size, interpolation), pixels, feeds)
+    found = by_cpu(train_graph(pixels, aug, size, interpolation), pixels, feeds)
     assert_same_but_for_rounding(found, expected, share=0.01)
 
 
@@ -110,7 +125,7 @@ def test_central_crops_are_dalis_but_for_rounding(
 ) -> None:
     pixels = photos(height, width)
     for size in (31, 56, 64):
-        ours = cpu_graph.eval_graph(pixels.shape[1:], size, crop_fraction, interpolation)
+        ours = cpu_graph.eval_graph(pixels.shape[1:], size, crop_fraction, interpolation, True, False)
         if ours is None:
             assert (height, width, size) == (64, 64, 64)
             continue
@@ -126,10 +141,84 @@ def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
     }
     machine = graph.Machine(None, 100, 1, 0.0)
     expected = by_dali(graph.train_graph(stored(pixels), machine, aug, 70, "bilinear"), pixels, feeds)
-    ours = cpu_graph.train_graph(pixels.shape[1:], aug, 70, "bilinear")
+    ours = train_graph(pixels, aug, 70, "bilinear")
     assert ours is not None
     assert len(ours.stages) == 2
     assert_same_but_for_rounding(by_cpu(ours, pixels, feeds), expected, share=0.01)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width", "size"), [(97, 120, 31), (64, 91, 64), (50, 40, 90)])
+def test_squashed_images_are_dalis_with_and_without_antialiasing_but_for_rounding(
+    height: int, width: int, size: int, interpolation: str, antialias: bool
+) -> None:
+    pixels = photos(height, width)
+    ours = cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, interpolation, antialias, True)
+
+    def define() -> Any:
+        images, how = fn.external_source(name="images", layout="HWC"), graph.INTERPOLATIONS[interpolation]
+        return fn.resize(images, size=[size, size], interp_type=how, antialias=antialias)
+
+    dalis = graph._pipeline(MACHINE, define)
+    assert_same_but_for_rounding(by_cpu(ours, pixels, {}), by_dali(dalis, pixels, {}), share=0.01)
+
+
+@pytest.mark.parametrize("size", [31, 90])
+def test_a_resize_without_antialiasing_is_torchvisions_but_for_rounding(size: int) -> None:
+    pixels = photos(80, 61)
+    found = by_cpu(cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, "bilinear", False, True), pixels, {})
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # of uint8, torch rounds each direction
+    expected = F.resize(planes, [size, size], antialias=False).permute(0, 2, 3, 1).round().numpy()
+    assert_same_but_for_rounding(found, expected, share=0.01)
+
+
+def test_squashing_leaves_stored_pixels_of_the_right_size() -> None:
+    assert cpu_graph.eval_graph((64, 64, 3), 64, 0.875, "bilinear", True, True) is None
+    assert cpu_graph.eval_graph((64, 65, 3), 64, 0.875, "bilinear", True, True) is not None
+
+
+SOLARIZED = Programs((frozenset({Op.SOLARIZE}),), bilinear=False, fill=(0, 0, 0), radius=1)
+NONE = AugConfig(flip=0)
+PAD, RANDOM_RESIZED = AugConfig(crop="pad", padding=9, flip=0.5), AugConfig(crop="random-resized")
+
+
+@pytest.mark.parametrize(
+    ("aug", "shape"), [(NONE, (70, 70)), (NONE, (80, 64)), (PAD, (80, 64)), (RANDOM_RESIZED, (80, 64))]
+)
+def test_programs_then_erasing_then_cutout_follow_whatever_crops(aug: AugConfig, shape: tuple[int, int]) -> None:
+    count = 100  # several pieces
+    pixels = photos(*shape, count)
+    feeds: dict[str, np.ndarray] = {}
+    if aug.crop == "random-resized":
+        feeds |= {"crop_start": np.full((count, 2), 5, np.float32), "crop_end": np.full((count, 2), 60, np.float32)}
+    elif aug.crop == "pad":
+        offsets = RANDOM.integers(-9, 10, (count, 2)).astype(np.int32)
+        feeds |= {"offset": offsets, "flip": RANDOM.integers(0, 2, count).astype(np.int32)}
+    plain = train_graph(pixels, aug, 70)
+    expected = pixels.copy() if plain is None else by_cpu(plain, pixels, feeds)
+    expected = np.where(expected >= 128, 255 - expected, expected)
+    boxes = np.stack([RANDOM.integers(low, high, count) for low, high in ((0, 50), (0, 50), (0, 20), (1, 20))], axis=1)
+    colors = RANDOM.integers(0, 256, (count, 3), dtype=np.uint8)
+    corners = RANDOM.integers(0, 70 - 11 + 1, (count, 2))
+    for image, (top, left, height, width), color, (y, x) in zip(expected, boxes, colors, corners, strict=True):
+        image[top : top + height, left : left + width] = color
+        image[y : y + 11, x : x + 11] = (128, 64, 32)  # round(255 * mean)
+    feeds |= {"ops": np.full((count, 1), int(Op.SOLARIZE), np.int32), "values": np.full((count, 1), 128, np.float32)}
+    feeds |= {"erase_box": boxes.astype(np.int32), "erase_color": colors, "cutout": corners.astype(np.float32)}
+    everything = aug.model_copy(update={"erase": EraseConfig(probability=0.5), "cutout": 11})
+    assert np.array_equal(by_cpu(train_graph(pixels, everything, 70, programs=SOLARIZED), pixels, feeds), expected)
+
+
+@pytest.mark.parametrize("side", [32, 45])
+def test_cutout_is_bitwise_dalis(side: int) -> None:
+    pixels, aug = photos(side, side), AugConfig(crop="pad", padding=4, flip=0, cutout=9)
+    feeds = {
+        "offset": RANDOM.integers(-4, 5, (BATCH, 2)).astype(np.int32),
+        "cutout": RANDOM.integers(0, side - 9 + 1, (BATCH, 2)).astype(np.float32),
+    }
+    dalis = graph.train_graph(replace(stored(pixels), mean=MEAN), MACHINE, aug, side, "bilinear")
+    assert np.array_equal(by_cpu(train_graph(pixels, aug, side), pixels, feeds), by_dali(dalis, pixels, feeds))
 
 
 @settings(deadline=None, max_examples=60)
@@ -172,7 +261,7 @@ def test_resizing_writes_nothing_but_its_batch() -> None:
     pixels = photos(40, 40, 5)
     memory = np.full(5 * 33 * 33 * 3 + 64, 77, np.uint8)
     region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
-    kernels.resize(*images_of(pixels), *region, False, memory[: 5 * 33 * 33 * 3].reshape(5, 33, 33, 3))
+    kernels.resize(*images_of(pixels), *region, False, True, memory[: 5 * 33 * 33 * 3].reshape(5, 33, 33, 3))
     assert (memory[5 * 33 * 33 * 3 :] == 77).all()
 
 
@@ -181,14 +270,16 @@ def test_resizing_to_the_same_size_is_the_identity() -> None:
     for cubic in (False, True):
         out = np.empty_like(pixels)
         region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
-        kernels.resize(*images_of(pixels), *region, cubic, out)
+        kernels.resize(*images_of(pixels), *region, cubic, True, out)
         assert np.array_equal(out, pixels)
 
 
 def test_threads_that_share_a_graph_do_not_disturb_each_other() -> None:
     pixels, aug = photos(80, 64, 200), AugConfig(crop="pad", padding=9)
     feeds = {"offset": np.zeros((200, 2), np.int32), "flip": np.ones(200, np.int32)}
-    ours = cpu_graph.train_graph(pixels.shape[1:], aug, 70, "bilinear")
+    feeds |= {"ops": RANDOM.integers(0, len(Op), (200, 3)).astype(np.int32), "values": np.ones((200, 3), np.float32)}
+    feeds["values"][feeds["ops"] == Op.HUE] = 0.3
+    ours = train_graph(pixels, aug, 70, "bilinear", programs=replace(SOLARIZED, radius=3))
     expected = by_cpu(ours, pixels, feeds)
     found: list[np.ndarray] = []
     threads = [Thread(target=lambda: found.append(by_cpu(ours, pixels, feeds))) for _ in range(6)]
@@ -201,6 +292,10 @@ def test_threads_that_share_a_graph_do_not_disturb_each_other() -> None:
 
 
 # JPEG
+
+
+def central(crop_fraction: float) -> cpu_graph.CpuGraph | None:
+    return cpu_graph.eval_graph(None, 64, crop_fraction, "bilinear", True, False)
 
 
 @pytest.fixture
@@ -225,7 +320,7 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
 
 def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
-    ours = HostJpegs(split, Slots(1, BATCH, (64, 64, 3)), cpu_graph.eval_graph(None, 64, 0.875, "bilinear"))
+    ours = HostJpegs(split, Slots(1, BATCH, (64, 64, 3)), central(0.875))
     ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
     order = RANDOM.permutation(BATCH)
     found = ours.fill(0, order, {}).numpy()
@@ -257,24 +352,35 @@ def encoded(pixels: np.ndarray, quality: int = 60) -> bytes:
     return buffer.getvalue()
 
 
+def decoded(folder: Path, sample: int) -> np.ndarray:
+    """A stored image, which encoded anew at a lower quality takes fewer bytes."""
+    split = open_split(folder, "val")
+    begin, size = int(split.address[sample]), int(split.size[sample])
+    return np.asarray(Image.open(io.BytesIO(split.content[begin : begin + size].tobytes())))
+
+
 def test_a_jpeg_that_only_draws_a_warning_is_read(jpegs: Path) -> None:
-    content = encoded(photos(160, 240, 1)[0])
+    content = encoded(decoded(jpegs, 3))
+    overwrite(jpegs, 3, content)
+    expected = evaluate(jpegs)[3]
     overwrite(jpegs, 3, content[:2] + b"\xff\xfe\x00\x02" + b"\x00" * 5 + content[2:])  # extraneous bytes
-    assert evaluate(jpegs)[3].std() > 10
+    assert np.array_equal(evaluate(jpegs)[3], expected)
 
 
 def test_a_jpeg_cut_short_is_an_error_that_names_the_sample(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
     size = split.size.copy()
     size[3] //= 2
-    ours = HostJpegs(replace(split, size=size), Slots(1, 8, (64, 64, 3)), cpu_graph.eval_graph(None, 64, 1, "bilinear"))
+    ours = HostJpegs(replace(split, size=size), Slots(1, 8, (64, 64, 3)), central(1))
     with pytest.raises(UserError, match=r"sample 3 of split 'val' .* cannot be decoded"):
         ours.fill(0, np.arange(8), {})
 
 
 def test_a_jpeg_of_another_size_than_the_index_says_is_an_error(jpegs: Path) -> None:
-    for shape in ((50, 60), (240, 160)):
-        overwrite(jpegs, 3, encoded(photos(*shape, 1)[0]))
+    photo = decoded(jpegs, 3)
+    for other in (photo[:50, :60], photo.swapaxes(0, 1)):
+        overwrite(jpegs, 3, encoded(other))
+        shape = other.shape
         with pytest.raises(
             UserError, match=rf"sample 3 .* has {shape[0]} x {shape[1]} pixels where the index says 160"
         ):

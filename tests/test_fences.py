@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ MAY_IMPORT = {
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
 ONLY_IN = {
-    "nvidia": ("pipelines/", "tools/benchmarks/peers/from_dali.py"),
-    "numba": ("pipelines/kernels.py", "pipelines/vector_ops.py"),
+    "nvidia": ("pipelines/*", "tools/benchmarks/peers/from_dali.py"),
+    "numba": ("pipelines/*kernels*.py", "pipelines/vector_*.py"),
     "torch.distributed": ("train/dist.py",),
-    "h5py": ("tools/",),
+    "h5py": ("tools/*",),
 }
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
 
@@ -48,7 +49,7 @@ def test_imports_go_one_way_and_libraries_stay_where_they_belong(source: Path) -
             assert top in MAY_IMPORT[package], f"{source} imports {module}"
         for library, places in ONLY_IN.items():
             if f"{module}.".startswith(f"{library}."):
-                assert str(source).startswith(places), f"{source} imports {module}"
+                assert any(fnmatch(str(source), place) for place in places), f"{source} imports {module}"
 
 
 def test_the_fences_see_every_package() -> None:
