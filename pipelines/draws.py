@@ -42,6 +42,16 @@ def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int
     return (hash64(base[:, None] + counter) >> np.uint64(11)) * 2.0**-53
 
 
+def normal(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
+    """Normally distributed numbers of mean 0 and deviation 1, float64 [len(samples), draws].
+
+    Source: Box and Muller, "A Note on the Generation of Random Normal Deviates", 1958, two uniform draws for each.
+    """
+    drawn = uniform(samples, seed, epoch, purpose, 2 * draws)
+    radius = np.sqrt(-2.0 * np.log1p(-drawn[:, :draws]))  # of 1 - u, which is never 0
+    return radius * np.cos(2.0 * np.pi * drawn[:, draws:])
+
+
 def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
     """Whether each sample is mirrored: int32 [B] of 0 and 1."""
     return (uniform(samples, seed, epoch, "flip", 1)[:, 0] < probability).astype(np.int32)

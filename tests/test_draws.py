@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from draw_fixtures import LEAST, p_of_counts
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
 from pipelines import draws
 
@@ -26,6 +27,7 @@ def crops(samples: np.ndarray, height: int, width: int, scale: tuple[float, floa
 def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
     return [
         draws.uniform(samples, seed, epoch, "any", 3),
+        draws.normal(samples, seed, epoch, "any", 3),
         draws.flips(samples, seed, epoch, 0.5),
         draws.alternating_flips(samples, seed, epoch, 0.5),
         draws.pad_crop_offsets(samples, seed, epoch, 4),
@@ -65,6 +67,15 @@ def test_uniform_draws_are_uniform_and_below_one() -> None:
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert stats.kstest(drawn.ravel(), "uniform").pvalue > 0.01
+
+
+def test_normal_draws_are_normal_finite_and_uncorrelated() -> None:
+    drawn = draws.normal(np.arange(10 * MANY), 5, 0, "any", 3)
+    assert np.isfinite(drawn).all()
+    for column in drawn.T:
+        assert stats.kstest(column, "norm").pvalue > 0.01
+    for table in (drawn, np.abs(drawn)):  # pairs of one radius would be uncorrelated, but for their size
+        assert np.abs(np.corrcoef(table, rowvar=False) - np.eye(3)).max() < 5 / np.sqrt(10 * MANY)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 150), (500, 375), (32, 32)])
@@ -129,6 +140,14 @@ def test_flips_happen_with_their_probability(probability: float) -> None:
     assert abs(flips.mean() - probability) <= 4 * np.sqrt(probability * (1 - probability) / MANY)
 
 
+@pytest.mark.parametrize("probability", [0.2, 0.5])
+def test_flips_are_as_frequent_as_torchvisions(probability: float) -> None:
+    torch.manual_seed(0)
+    transform, image = v2.RandomHorizontalFlip(probability), torch.tensor([[[0.0, 1.0]]])
+    theirs = [int(transform(image)[0, 0, 0]) for _ in range(MANY)]
+    assert p_of_counts(draws.flips(np.arange(MANY), 2, 0, probability).tolist(), theirs) > LEAST
+
+
 def test_alternating_flips_are_drawn_once_and_turn_over_in_every_epoch() -> None:
     samples = np.arange(MANY)
     first, second, third = (draws.alternating_flips(samples, 2, epoch, 0.5) for epoch in range(3))
@@ -160,6 +179,15 @@ def test_pad_offsets_are_uniform(padding: int) -> None:
     assert np.abs(offsets).max() == padding
     assert len(counts) == side * side
     assert padding == 0 or stats.chisquare(counts).pvalue > 0.01
+
+
+def test_pad_offsets_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    transform, image = v2.RandomCrop(32, padding=4), torch.zeros(3, 32, 32)
+    drawn = [transform.make_params([image]) for _ in range(MANY)]
+    theirs = [(params["top"] - 4, params["left"] - 4) for params in drawn]  # it counts from the padding's corner
+    ours = draws.pad_crop_offsets(np.arange(MANY), 2, 0, 4)
+    assert p_of_counts([tuple(row) for row in ours.tolist()], theirs) > LEAST
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0, 1.7])
