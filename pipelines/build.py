@@ -44,7 +44,7 @@ def build_train_loader(
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
-    programs = policies.programs_of(aug, split.dataset["mean"])
+    programs = policies.programs_of(aug, tuple(split.dataset["mean"]))
     order_of = TrainOrder(data, split, seed)
 
     def build(section: DataConfig) -> Loader:
@@ -69,7 +69,7 @@ def build_train_loader(
         def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
             return graph.train_graph(stored, machine, aug, size, data.interpolation, data.antialias, programs)
 
-        mean = split.dataset["mean"]
+        mean = tuple(split.dataset["mean"])
         on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation, data.antialias, programs, mean)
         stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
         paints = programs is not None or aug.erase.probability > 0 or aug.cutout > 0
