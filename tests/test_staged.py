@@ -1,0 +1,95 @@
+"""Loaders of stages: sizes change as scheduled, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import AugConfig, DataConfig, EvalConfig
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.staged import StagedLoader, TrainLoader
+
+SEED = 4
+AUG = AugConfig(crop="random-resized", flip=0.5, flip_mode="alternating", auto="randaugment")  # type: ignore[arg-type]
+STAGES = [{"epoch": 1, "image_size": 24}, {"epoch": 3, "image_size": 40, "batch_size": 16}]
+
+
+def train(folder: Path, stages: list[dict[str, int]], aug: AugConfig = AUG, **options: Any) -> TrainLoader:
+    data = DataConfig(path=str(folder), stages=stages, threads=1, **{"batch_size": 32, **options})  # type: ignore[arg-type]
+    return build_train_loader(data, aug, seed=SEED, device="cpu")
+
+
+def epoch_of(loader: TrainLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and labels of the rest of an epoch."""
+    batches = [(images.clone(), labels.clone()) for images, labels in loader]
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_sizes_and_lengths_change_with_the_epoch_and_evaluation_keeps_its_own(npy_data: Path) -> None:
+    loader = train(npy_data, STAGES)
+    seen = []
+    for epoch in range(5):
+        assert loader.state == {"epoch": epoch, "step": 0}
+        length, size, batch = len(loader), loader.image_size, loader.plan.batch_size
+        shapes = {tuple(images.shape) for images, _ in loader}
+        assert shapes == {(batch, 3, size, size)}
+        seen.append((length, size, batch))
+    assert seen == [(21, 32, 32), (21, 24, 32), (21, 24, 32), (43, 40, 16), (43, 40, 16)]
+    evaluation = build_eval_loader(
+        DataConfig(path=str(npy_data), stages=STAGES, batch_size=32),  # type: ignore[arg-type]
+        EvalConfig(image_size=36),
+        device="cpu",
+    )
+    assert {images.shape[2] for images, _ in evaluation} == {36}
+
+
+def test_order_and_draws_are_those_of_the_same_epoch_without_stages(npy_data: Path) -> None:
+    staged = train(npy_data, STAGES)
+    for epoch in (0, 2, 3):
+        plain = train(npy_data, [], image_size=staged.at(epoch).image_size, batch_size=staged.at(epoch).plan.batch_size)
+        staged.state = plain.state = {"epoch": epoch, "step": 0}
+        for ours, theirs in zip(epoch_of(staged), epoch_of(plain), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
+    whole = train(npy_data, STAGES)
+    for epoch in (0, 1, 3):
+        whole.state = {"epoch": epoch, "step": 0}
+        images, labels = epoch_of(whole)
+        resumed = train(npy_data, STAGES)
+        resumed.state = {"epoch": epoch, "step": 5}
+        size = resumed.plan.batch_size
+        again, again_labels = epoch_of(resumed)
+        assert torch.equal(again, images[5 * size :])
+        assert torch.equal(again_labels, labels[5 * size :])
+        assert resumed.state == {"epoch": epoch + 1, "step": 0}
+
+
+def test_the_waiting_time_is_that_of_all_stages(npy_data: Path) -> None:
+    loader = train(npy_data, [{"epoch": 0, "image_size": 24}, {"epoch": 1, "image_size": 32}])
+    assert isinstance(loader, StagedLoader)
+    epoch_of(loader)
+    first = loader.wait_s
+    epoch_of(loader)
+    assert loader.wait_s == sum(stage.wait_s for stage in loader.stages) > first > 0
+
+
+def test_stages_of_one_size_share_the_pixels_in_memory(npy_data: Path) -> None:
+    loader = train(npy_data, STAGES, AugConfig(flip=0.5), placement="device")
+    contents = [stage.source._content for stage in loader.stages]  # type: ignore[attr-defined]
+    assert len(contents) == 3
+    assert all(np.shares_memory(contents[0], content) for content in contents)
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) -> None:
+    with pytest.raises(UserError, match=r"aug\.cutout=30 exceeds images of 24 pixels"):
+        train(npy_data, STAGES, AugConfig(cutout=30))
+    with pytest.raises(UserError, match=r"data\.batch_size=5000 exceeds the 700 samples"):
+        train(npy_data, [{"epoch": 2, "batch_size": 5000}])
