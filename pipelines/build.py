@@ -77,11 +77,11 @@ def build_train_loader(
         return batch
 
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
-        return graph.train_graph(stored, machine, aug, size, data.interpolation)
+        return graph.train_graph(stored, machine, aug, size, data.interpolation, data.antialias, None)
 
     on_cpu = cpu_graph.train_graph(split.image_shape, aug, size, data.interpolation)
     stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
-    needs_dali = graph.jitters(aug) or aug.cutout > 0
+    needs_dali = aug.cutout > 0
     reflects = aug.padding_mode == "reflect"
     graphs = Graphs(dali_graph, on_cpu, needs_dali, crops_and_flips=stays and not needs_dali, reflects=reflects)
     way = choose_way(data, split, where, graphs)
@@ -119,7 +119,15 @@ def build_eval_loader(
         return np.arange(begin, min(begin + batch_size, stop))
 
     def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
-        return graph.eval_graph(stored, machine, size, evaluation.crop_fraction, data.interpolation)
+        return graph.eval_graph(
+            stored,
+            machine,
+            size,
+            evaluation.crop_fraction,
+            data.interpolation,
+            data.antialias,
+            evaluation.crop_mode == "squash",
+        )
 
     plan = Plan(stop - start, batch_size, indices, repeats=True)
     on_cpu = cpu_graph.eval_graph(opened.image_shape, size, evaluation.crop_fraction, data.interpolation)
@@ -150,12 +158,6 @@ def _train_draws(
             feeds |= {"shift": graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
         if flips is not None:
             feeds["flip"] = flips
-    if graph.jitters(aug):
-        jitter = aug.color_jitter
-        factors = draws.jitter_factors(
-            indices, seed, epoch, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-        )
-        feeds |= {name: np.ascontiguousarray(factors[:, i]) for i, name in enumerate(graph.JITTERS)}
     if aug.cutout > 0:
         feeds["cutout"] = draws.cutout_corners(indices, seed, epoch, size, aug.cutout).astype(np.float32)
     return feeds

@@ -8,6 +8,8 @@ no place on the GPU then. The workhorse is coord_transform, M @ pixel + T per sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.auto_aug.core import augmentation, select
@@ -19,33 +21,31 @@ from pipelines.program_inputs import SLACK, TRUNCATED, branches
 UINT8, FLOAT = types.DALIDataType.UINT8, types.DALIDataType.FLOAT
 
 
-def run_programs(
-    images: DataNode, programs: Programs, size: int, chosen: DataNode | None, numbers: DataNode | None
-) -> DataNode:
-    """The slots one after another, on images uint8 [size, size, 3]; chosen, numbers: `program_inputs` as data nodes."""
+def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, numbers: Any) -> DataNode:
+    """The slots one after another, on images uint8 [size, size, 3].
+
+    chosen, numbers: `branches` and `numbers` of `program_inputs` as data nodes; None where it gives none.
+    """
     for slot, allowed in enumerate(programs.slots):
         ways = [BRANCHES[name] for name in branches(allowed)]
-        shared = {"numbers": numbers, "slot": slot, "programs": programs, "size": size}
-        if len(ways) == 1:
-            images = ways[0](images, **shared)
-        else:
-            images = select(ways, chosen[slot], images, **shared)
+        number: Any = chosen[slot] if len(ways) > 1 else None  # a single branch runs for all samples, without a choice
+        images = select(ways, number, images, numbers=numbers, slot=slot, programs=programs, size=size)
     return images
 
 
 @augmentation
-def identity(images, _):
+def identity(images: DataNode, _: None) -> DataNode:
     return images
 
 
 @augmentation
-def linear(images, _, numbers, slot):
+def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     """Brightness, saturation, grey, inversion."""
     return fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
-def about_mean(images, _, numbers, slot):
+def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     """All that is linear, and contrast: the mean pixel's own linear map is added."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
@@ -53,9 +53,9 @@ def about_mean(images, _, numbers, slot):
 
 
 @augmentation
-def affine(images, _, numbers, slot, programs):
+def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
     """The operator fills with one number: colours are mixed in by the share that a fourth channel has lost."""
-    how = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
+    how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
     fill = np.array(programs.fill, np.float32)
     if len(set(programs.fill)) == 1:
         return fn.warp_affine(images, fill_value=float(fill[0]), **how)
@@ -66,37 +66,37 @@ def affine(images, _, numbers, slot, programs):
 
 
 @augmentation
-def posterize(images, _, numbers, slot):
+def posterize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     """Divide, truncate, multiply."""
     levels = fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
     return fn.coord_transform(levels, MT=numbers[slot, :, 4:8], dtype=UINT8)
 
 
 @augmentation
-def solarize(images, _, numbers, slot):
+def solarize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     return images ^ fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
-def solarize_add(images, _, numbers, slot):
+def solarize_add(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     dark = fn.coord_transform(images, M=-255.0, T=255.0 * 128, dtype=UINT8)  # 255 below 128, else 0
     return images + fn.coord_transform(dark, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
-def sharpness(images, _, numbers, slot, size):
+def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int) -> DataNode:
     """A blend with the smoothed image, which keeps the pixels at the border as they are."""
     kernel = np.full((3, 3), 1 / 13, np.float32)
     kernel[1, 1] = 5 / 13
     inside = fn.filter(images, types.Constant(kernel, device=images.device), mode="valid")
-    places = np.array([[0, 0], [1, 1]], np.int32)
+    places = types.Constant(np.array([[0, 0], [1, 1]], np.int32), device="cpu")
     smooth = fn.multi_paste(images, inside, out_anchors=places, output_size=[size, size])
     both = fn.cat(images, smooth, axis=2)
     return fn.coord_transform(both, M=numbers[slot, :, 0:6], T=[TRUNCATED] * 3, dtype=UINT8)
 
 
 @augmentation
-def auto_contrast(images, _):
+def auto_contrast(images: DataNode, _: None) -> DataNode:
     low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
     extent = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - low
     varies = fn.coord_transform(extent, M=255.0, dtype=UINT8)  # 0 in a channel of one level, which stays as it is
@@ -106,7 +106,7 @@ def auto_contrast(images, _):
 
 
 @augmentation
-def equalize(images, _, size):
+def equalize(images: DataNode, _: None, size: int) -> DataNode:
     """Pillow's table from DALI's: the one counts the pixels below a level, the other those up to it.
 
     The equalized negative counts the pixels from a level upwards, so what it lacks is what lies below. Pillow then
@@ -124,7 +124,7 @@ def equalize(images, _, size):
 
 
 @augmentation
-def hue(images, _, numbers, slot):
+def hue(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     """A turn in HSV that needs neither a division nor a table.
 
     With largest and smallest channel V and m, chroma C = V - m: the hue in sixths of the circle from red, times C, is U
@@ -145,7 +145,7 @@ def hue(images, _, numbers, slot):
 
 
 @augmentation
-def blur(images, _, numbers, slot, programs):
+def blur(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
     return fn.gaussian_blur(images, sigma=numbers[slot, 0, 0], window_size=2 * programs.radius + 1)
 
 

@@ -86,8 +86,8 @@ def train_graph(
         if aug.erase.probability > 0:  # after the programs, which would change the colour
             fills: dict[str, Any] = {"mean": mean, "black": 0.0}
             fill = _input("erase_color") if aug.erase.fill == "random" else fills[aug.erase.fill]
-            where = {"anchor": _input("erase_start"), "shape": _input("erase_shape")}
-            images = fn.erase(images, **where, axes=[0, 1], fill_value=fill)
+            start, shape = _input("erase_start"), _input("erase_shape")
+            images = fn.erase(images, anchor=start, shape=shape, axes=[0, 1], fill_value=fill)
         if aug.cutout > 0:
             side = [float(aug.cutout)] * 2
             images = fn.erase(images, anchor=_input("cutout"), shape=side, axes=[0, 1], fill_value=mean)
@@ -122,15 +122,15 @@ def eval_graph(
 
 def _pipeline(machine: Machine, define: Callable[[], DataNode]) -> Pipeline:
     # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
-    pipeline = pipeline_def(
-        define,
-        batch_size=machine.batch_size,
-        num_threads=machine.threads,
-        device_id=machine.device_id,
-        prefetch_queue_depth=1,
-        exec_dynamic=True,
-        enable_conditionals=True,  # which `select` is made of
-    )()
+    options: dict[str, Any] = {
+        "batch_size": machine.batch_size,
+        "num_threads": machine.threads,
+        "device_id": machine.device_id,
+        "prefetch_queue_depth": 1,
+        "exec_dynamic": True,
+        "enable_conditionals": True,  # programs choose by them
+    }
+    pipeline = pipeline_def(**options)(define)()
     pipeline.build()
     return pipeline
 

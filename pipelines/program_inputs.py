@@ -65,24 +65,26 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
     images of size x size pixels: `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as it takes them.
     """
     tables = _tables(programs)
-    slots = np.arange(len(programs.slots))
+    rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
     feeds: dict[str, np.ndarray] = {}
     if has_choice(programs):
-        feeds["branches"] = tables.branches[slots, ops]
+        feeds["branches"] = tables.branches.take(rows).reshape(ops.shape)
     if has_numbers(programs):
-        numbers = tables.slopes[ops] * values[:, :, None, None]
-        numbers += tables.constants[slots, ops]
+        ops, values = ops.reshape(-1), values.reshape(-1)
+        numbers = tables.slopes.take(ops, axis=0)
+        numbers *= values[:, None]
+        numbers += tables.constants.take(rows, axis=0)
         _write_curved(numbers, ops, values, size)
-        feeds["numbers"] = numbers
+        feeds["numbers"] = numbers.reshape(-1, len(programs.slots), ROWS, COLUMNS)
     return feeds
 
 
 class _Tables(NamedTuple):
     """Numbers are constants + slopes * value."""
 
-    branches: np.ndarray  # int32 [S, ops]
-    constants: np.ndarray  # float32 [S, ops, ROWS, COLUMNS]
-    slopes: np.ndarray  # float32 [ops, ROWS, COLUMNS]
+    branches: np.ndarray  # int32 [S * len(Op)]
+    constants: np.ndarray  # float32 [S * len(Op), ROWS * COLUMNS]
+    slopes: np.ndarray  # float32 [len(Op), ROWS * COLUMNS]
 
 
 @lru_cache(maxsize=8)
@@ -127,7 +129,7 @@ def _tables(programs: Programs) -> _Tables:
         still = next((name for name in NEUTRAL if name in names), "identity")
         numbers[slot, Op.IDENTITY] = names.index(still)
         by_slot[slot, Op.IDENTITY] = _unchanged(still)
-    return _Tables(numbers, by_slot, slopes)
+    return _Tables(numbers.reshape(-1), by_slot.reshape(-1, ROWS * COLUMNS), slopes.reshape(-1, ROWS * COLUMNS))
 
 
 def _unchanged(branch: str) -> np.ndarray:
@@ -138,35 +140,38 @@ def _unchanged(branch: str) -> np.ndarray:
     elif branch in ("linear", "about_mean", "posterize", "sharpness"):
         numbers[:, :3] = same
     elif branch == "hue":
-        numbers[:, 3:5] = _hue_columns(np.zeros((), np.float32))
+        numbers[:, 3:4] = _hue_distances(np.zeros(1, np.float32))
+        numbers[:, 4] = -numbers[:, 3]
     if branch == "posterize":
         numbers[:, 4:7] = same
     return numbers  # of solarize and solarize_add: steps that are 0 everywhere
 
 
 def _write_curved(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
-    """The numbers that are not linear in the value."""
-    rotated = ops == Op.ROTATE
-    if rotated.any():
-        angles = np.radians(values[rotated].astype(np.float64))
+    """The numbers that are not linear in the value, into float32 [B * S, ROWS * COLUMNS]."""
+    which = np.flatnonzero(ops == Op.ROTATE)
+    if which.size:
+        angles = np.radians(values[which].astype(np.float64))
         cosine, sine = np.cos(angles), np.sin(angles)
-        turn = np.stack([np.stack([cosine, -sine], -1), np.stack([sine, cosine], -1)], -2)
-        numbers[rotated, :2, :2] = turn
-        numbers[rotated, :2, 2] = size / 2 * (1 - turn.sum(-1))
-    posterized = ops == Op.POSTERIZE
-    if posterized.any():
-        step = np.exp2(8 - values[posterized])[:, None, None]
-        numbers[posterized, :, :3], numbers[posterized, :, 4:7] = np.eye(3) / step, np.eye(3) * step
-    hues = ops == Op.HUE
-    if hues.any():
-        numbers[hues, :, 3:5] = _hue_columns(values[hues])
+        middle = size / 2
+        turn = (cosine, -sine, middle * (1 - cosine + sine)), (sine, cosine, middle * (1 - sine - cosine))
+        for row, entries in enumerate(turn):
+            for column, entry in enumerate(entries):
+                numbers[which, row * COLUMNS + column] = entry
+    which = np.flatnonzero(ops == Op.POSTERIZE)
+    if which.size:
+        step = np.exp2(8 - values[which])
+        for channel in range(ROWS):
+            numbers[which, channel * COLUMNS + channel] = 1 / step
+            numbers[which, channel * COLUMNS + 4 + channel] = step
+    which = np.flatnonzero(ops == Op.HUE)
+    if which.size:
+        for channel, away in enumerate(_hue_distances(values[which])):
+            numbers[which, channel * COLUMNS + 3] = away  # times the largest channel
+            numbers[which, channel * COLUMNS + 4] = -away  # times the smallest
 
 
-def _hue_columns(shifts: np.ndarray) -> np.ndarray:
-    """Factors [..., ROWS, 2] of the largest and the smallest channel, whose difference is the chroma.
-
-    They are how far a shift is from the hues at which red, green and blue are strongest, in sixths of the circle, the
-    short way round.
-    """
-    away = SLACK * ((6 * shifts[..., None] - np.array([0, 2, -2], np.float32) + 3) % 6 - 3)
-    return np.stack([away, -away], axis=-1)
+def _hue_distances(shifts: np.ndarray) -> np.ndarray:
+    """How far shifts [n] are from the hues at which red, green and blue are strongest, the short way round: [3, n] in
+    sixths of the circle, times SLACK."""
+    return SLACK * ((6 * shifts - np.array([[0], [2], [-2]], np.float32) + 3) % 6 - 3)
