@@ -93,7 +93,7 @@ def train_graph(
             images = fn.erase(images, anchor=_input("cutout"), shape=side, axes=[0, 1], fill_value=mean)
         return images
 
-    return _pipeline(machine, define)
+    return _pipeline(machine, define, chooses=programs is not None and has_choice(programs))
 
 
 def eval_graph(
@@ -120,7 +120,8 @@ def eval_graph(
     return _pipeline(machine, define)
 
 
-def _pipeline(machine: Machine, define: Callable[[], DataNode]) -> Pipeline:
+def _pipeline(machine: Machine, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
+    """chooses: operators depend on the sample; DALI then translates the Python code first, which takes a second."""
     # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
     options: dict[str, Any] = {
         "batch_size": machine.batch_size,
@@ -128,7 +129,7 @@ def _pipeline(machine: Machine, define: Callable[[], DataNode]) -> Pipeline:
         "device_id": machine.device_id,
         "prefetch_queue_depth": 1,
         "exec_dynamic": True,
-        "enable_conditionals": True,  # programs choose by them
+        "enable_conditionals": chooses,
     }
     pipeline = pipeline_def(**options)(define)()
     pipeline.build()

@@ -18,7 +18,7 @@ GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 TRUNCATED = -0.499  # added to what DALI rounds where torchvision truncates; short of a half, so that whole levels stay
 SLACK = 255.999 / 255  # torchvision's way back from [0, 1] to grey levels, for hue
 
-# What a pixel operation may do is named by the DALI operators that do it.
+# The function in `dali_ops` that does an operation
 BRANCH_OF = {
     **dict.fromkeys(GEOMETRIC, "affine"),
     **dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.INVERT), "linear"),
@@ -32,7 +32,7 @@ BRANCH_OF = {
     Op.HUE: "hue",
     Op.BLUR: "blur",
 }
-# Branches in which some numbers leave every pixel as it is, the cheapest first: there IDENTITY runs for nothing.
+# Branches in which some numbers leave every pixel as it is, the cheapest first: IDENTITY needs no branch beside them.
 NEUTRAL = ("linear", "affine", "about_mean", "posterize", "solarize", "solarize_add", "sharpness", "hue")
 WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 
@@ -61,8 +61,10 @@ def has_numbers(programs: Programs) -> bool:
 
 
 def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """A batch of programs, `ops` int32 [B, S] and `values` float32 [B, S], as inputs of the graph that runs them on
-    images of size x size pixels: `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as it takes them.
+    """A batch of programs, `ops` int32 [B, S] and `values` float32 [B, S], as inputs of the graph that runs them.
+
+    They are `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as the graph takes them; images have size
+    x size pixels.
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
@@ -89,8 +91,24 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _tables(programs: Programs) -> _Tables:
+    constants, slopes = _lines()
+    numbers = np.full((len(programs.slots), len(Op)), -1, np.int32)
+    by_slot = np.tile(constants, (len(programs.slots), 1, 1, 1))
+    for slot, allowed in enumerate(programs.slots):
+        names = branches(allowed)
+        for op in allowed - {Op.IDENTITY}:
+            name = BRANCH_OF[op]
+            numbers[slot, op] = names.index(name if name in names else "about_mean")
+        still = next((name for name in NEUTRAL if name in names), "identity")
+        numbers[slot, Op.IDENTITY] = names.index(still)
+        by_slot[slot, Op.IDENTITY] = _unchanged(still)
+    return _Tables(numbers.reshape(-1), by_slot.reshape(-1, ROWS * COLUMNS), slopes.reshape(-1, ROWS * COLUMNS))
+
+
+def _lines() -> tuple[np.ndarray, np.ndarray]:
+    """Constants and slopes of each operation, float32 [len(Op), ROWS, COLUMNS] both."""
     constants, slopes = np.zeros((2, len(Op), ROWS, COLUMNS), np.float32)
-    same, grey, border = np.eye(3), np.tile(GREY, (3, 1)), np.array([[1, 0, 0], [0, 1, 0]])
+    same, grey = np.eye(3), np.tile(GREY, (3, 1))
 
     # M and T of M @ pixel + T: torchvision blends with the grey that it truncated, which is half a level darker on the
     # average, and truncates again.
@@ -107,7 +125,7 @@ def _tables(programs: Programs) -> _Tables:
     constants[Op.CONTRAST, :, 7], slopes[Op.CONTRAST, :, 7] = -0.5, 0.5
 
     # the rows x and y of the map from a pixel's place to where its colour comes from, from the top-left corner
-    constants[list(GEOMETRIC), :2, :3] = border
+    constants[list(GEOMETRIC), :2, :2] = np.eye(2)
     slopes[Op.SHEAR_X, 0, 1] = slopes[Op.SHEAR_Y, 1, 0] = 1
     slopes[Op.TRANSLATE_X, 0, 2] = slopes[Op.TRANSLATE_Y, 1, 2] = -1
 
@@ -118,18 +136,7 @@ def _tables(programs: Programs) -> _Tables:
     constants[Op.SHARPNESS, :, 3:6] = same  # of the smoothed image
     slopes[Op.SHARPNESS, :, :3], slopes[Op.SHARPNESS, :, 3:6] = same, -same
     slopes[Op.BLUR, 0, 0] = 1
-
-    numbers = np.full((len(programs.slots), len(Op)), -1, np.int32)
-    by_slot = np.tile(constants, (len(programs.slots), 1, 1, 1))
-    for slot, allowed in enumerate(programs.slots):
-        names = branches(allowed)
-        for op in allowed - {Op.IDENTITY}:
-            name = BRANCH_OF[op]
-            numbers[slot, op] = names.index(name if name in names else "about_mean")
-        still = next((name for name in NEUTRAL if name in names), "identity")
-        numbers[slot, Op.IDENTITY] = names.index(still)
-        by_slot[slot, Op.IDENTITY] = _unchanged(still)
-    return _Tables(numbers.reshape(-1), by_slot.reshape(-1, ROWS * COLUMNS), slopes.reshape(-1, ROWS * COLUMNS))
+    return constants, slopes
 
 
 def _unchanged(branch: str) -> np.ndarray:
