@@ -1,8 +1,7 @@
 """The operations of augmentation programs as DALI operators; results are those of torchvision's functional operations.
 
-On a GPU the time goes into the number of operators, not into pixels. So an operation is as few of them as possible, one
-operator serves several operations, and numbers reach operators as arguments wherever those take them, since they need
-no place on the GPU then. The workhorse is coord_transform, M @ pixel + T per sample with rounding and saturation.
+On a GPU each operator is a launch or several, whatever the number of samples. So an operation is as few of them as
+possible, and its numbers arrive as arguments of operators, which need neither a place on the GPU nor a launch. The workhorse is coord_transform, M @ pixel + T per sample with rounding and saturation.
 `program_inputs` says where the numbers of a sample stand.
 """
 
@@ -18,7 +17,7 @@ from nvidia.dali.data_node import DataNode
 from pipelines.ops import Programs
 from pipelines.program_inputs import SLACK, TRUNCATED, branches
 
-UINT8, FLOAT = types.DALIDataType.UINT8, types.DALIDataType.FLOAT
+UINT8 = types.DALIDataType.UINT8
 
 
 def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, numbers: Any) -> DataNode:

@@ -63,8 +63,8 @@ def has_numbers(programs: Programs) -> bool:
 def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """A batch of programs, `ops` int32 [B, S] and `values` float32 [B, S], as inputs of the graph that runs them.
 
-    They are `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as the graph takes them; images have size
-    x size pixels.
+    They are `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as the graph takes them; images are
+    of size x size pixels.
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
