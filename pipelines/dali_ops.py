@@ -1,8 +1,9 @@
 """The operations of augmentation programs as DALI operators; results are those of torchvision's functional operations.
 
 On a GPU each operator is a launch or several, whatever the number of samples. So an operation is as few of them as
-possible, and its numbers arrive as arguments of operators, which need neither a place on the GPU nor a launch. The workhorse is coord_transform, M @ pixel + T per sample with rounding and saturation.
-`program_inputs` says where the numbers of a sample stand.
+possible, and its numbers arrive as arguments of operators, which need neither a place on the GPU nor a launch. The
+workhorse is coord_transform: M @ pixel + T of the sample, rounded and saturated. `program_inputs` says where the
+numbers of a sample stand.
 """
 
 from __future__ import annotations
