@@ -1,4 +1,4 @@
-"""The DALI graphs, training and evaluation: the only place that knows DALI operators.
+"""The DALI graphs, training and evaluation: with `dali_ops` the only place that knows DALI operators.
 
 A graph holds no state and no random operator: image bytes and draws arrive together as inputs, so a batch is a pure
 function of what is fed. Output: uint8 [B, H, W, 3] on the device. Normalisation belongs to the model. Labels go another
@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from configs.schema import AugConfig
+from pipelines.dali_ops import run_programs
+from pipelines.ops import Programs
+from pipelines.program_inputs import has_choice, has_numbers
+from pipelines.program_inputs import program_inputs as program_inputs  # beside the graph that takes them
 
-JITTERS = ("brightness", "contrast", "saturation", "hue")
 INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
 
 
@@ -42,23 +45,31 @@ class Machine:
     hw_decoder_load: float
 
 
-def jitters(aug: AugConfig) -> bool:
-    """Whether any colour jitter is asked for."""
-    return any(getattr(aug.color_jitter, name) > 0 for name in JITTERS)
+def train_graph(
+    stored: Stored,
+    machine: Machine,
+    aug: AugConfig,
+    size: int,
+    interpolation: str,
+    antialias: bool,
+    programs: Programs | None,
+) -> Pipeline:
+    """Inputs `images` and, as `aug` asks, `crop_start`, `crop_end`, `offset` or `shift`, `flip`, those of
+    `program_inputs`, `erase_start`, `erase_shape`, `erase_color` and `cutout`.
 
-
-def train_graph(stored: Stored, machine: Machine, aug: AugConfig, size: int, interpolation: str) -> Pipeline:
-    """Inputs `images` and, as `aug` asks, `crop_start`, `crop_end`, `offset` or `shift`, `flip`, the JITTERS and
-    `cutout`."""
+    Erased are `erase_shape` pixels (height, width; 0: none) from `erase_start` (y, x) on, float32 [B, 2] both; by fill
+    random in `erase_color`, whole grey levels from 0 to 255 as float32 [B, 3].
+    """
+    mean = [float(round(255 * share)) for share in stored.mean]
 
     def define() -> DataNode:
         images = _decoded(stored, machine)
         if aug.crop == "random-resized":
             # The resampler mirrors for free: a region that ends left of where it starts comes out flipped.
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
-            images = _resized(images, interpolation, size=[size, size], **region)
+            images = _resized(images, interpolation, antialias, size=[size, size], **region)
         else:
-            images = _central(images, stored, size, size, interpolation)
+            images = _central(images, stored, size, size, interpolation, antialias)
             if aug.crop == "pad" and aug.padding_mode == "reflect":
                 shift = _input("shift", layout="HW")
                 images = fn.filter(images, shift if machine.device_id is None else shift.gpu(), border="reflect_101")
@@ -68,38 +79,59 @@ def train_graph(stored: Stored, machine: Machine, aug: AugConfig, size: int, int
                 )
             if aug.flip > 0:
                 images = fn.flip(images, horizontal=_input("flip"))
-        if jitters(aug):
-            images = _jittered(images)
-        if aug.cutout > 0:  # after the jitter, which would change the colour
-            fill = [float(round(255 * mean)) for mean in stored.mean]
+        if programs is not None:
+            chosen = _input("branches") if has_choice(programs) else None
+            numbers = _input("numbers") if has_numbers(programs) else None
+            images = run_programs(images, programs, size, chosen, numbers)
+        if aug.erase.probability > 0:  # after the programs, which would change the colour
+            fills: dict[str, Any] = {"mean": mean, "black": 0.0}
+            fill = _input("erase_color") if aug.erase.fill == "random" else fills[aug.erase.fill]
+            start, shape = _input("erase_start"), _input("erase_shape")
+            images = fn.erase(images, anchor=start, shape=shape, axes=[0, 1], fill_value=fill)
+        if aug.cutout > 0:
             side = [float(aug.cutout)] * 2
-            images = fn.erase(images, anchor=_input("cutout"), shape=side, axes=[0, 1], fill_value=fill)
+            images = fn.erase(images, anchor=_input("cutout"), shape=side, axes=[0, 1], fill_value=mean)
         return images
 
-    return _pipeline(machine, define)
+    return _pipeline(machine, define, chooses=programs is not None and has_choice(programs))
 
 
-def eval_graph(stored: Stored, machine: Machine, size: int, crop_fraction: float, interpolation: str) -> Pipeline:
-    """Input `images`: shorter side to size / crop_fraction, then the central size x size crop."""
+def eval_graph(
+    stored: Stored,
+    machine: Machine,
+    size: int,
+    crop_fraction: float,
+    interpolation: str,
+    antialias: bool,
+    squash: bool,
+) -> Pipeline:
+    """Input `images`: shorter side to size / crop_fraction, then the central size x size crop; or, to squash, the whole
+    image to size x size."""
     shorter = round(size / crop_fraction)
 
     def define() -> DataNode:
-        return _central(_decoded(stored, machine), stored, shorter, size, interpolation)
+        images = _decoded(stored, machine)
+        if not squash:
+            return _central(images, stored, shorter, size, interpolation, antialias)
+        if stored.image_shape is not None and stored.image_shape[:2] == (size, size):
+            return images
+        return _resized(images, interpolation, antialias, size=[size, size])
 
     return _pipeline(machine, define)
 
 
-def _pipeline(machine: Machine, define: Callable[[], DataNode]) -> Pipeline:
+def _pipeline(machine: Machine, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
+    """chooses: operators depend on the sample; DALI then translates the Python code first, which takes a second."""
     # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
-    pipeline = Pipeline(
-        batch_size=machine.batch_size,
-        num_threads=machine.threads,
-        device_id=machine.device_id,
-        prefetch_queue_depth=1,
-        exec_dynamic=True,
-    )
-    with pipeline:
-        pipeline.set_outputs(define())
+    options: dict[str, Any] = {
+        "batch_size": machine.batch_size,
+        "num_threads": machine.threads,
+        "device_id": machine.device_id,
+        "prefetch_queue_depth": 1,
+        "exec_dynamic": True,
+        "enable_conditionals": chooses,
+    }
+    pipeline = pipeline_def(**options)(define)()
     pipeline.build()
     return pipeline
 
@@ -135,21 +167,17 @@ def _decoded(stored: Stored, machine: Machine) -> DataNode:
     return images.gpu() if on_gpu else images
 
 
-def _central(images: DataNode, stored: Stored, shorter: int, size: int, interpolation: str) -> DataNode:
+def _central(
+    images: DataNode, stored: Stored, shorter: int, size: int, interpolation: str, antialias: bool
+) -> DataNode:
     """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
     shape = stored.image_shape
     if shape is None or min(shape[:2]) != shorter:
-        images = _resized(images, interpolation, resize_shorter=shorter)
+        images = _resized(images, interpolation, antialias, resize_shorter=shorter)
     if shape is None or shorter != size or shape[0] != shape[1]:
         images = fn.crop(images, crop=(size, size), rounding="truncate")
     return images
 
 
-def _resized(images: DataNode, interpolation: str, **to: Any) -> DataNode:
-    return fn.resize(images, interp_type=INTERPOLATIONS[interpolation], **to)  # type: ignore[return-value]
-
-
-def _jittered(images: DataNode) -> DataNode:
-    """Brightness, contrast (about mid-grey) and saturation by a factor, hue by degrees; one draw of each per sample."""
-    factors: dict[str, Any] = {name: _input(name) for name in JITTERS}
-    return fn.color_twist(images, **factors)
+def _resized(images: DataNode, interpolation: str, antialias: bool, **to: Any) -> DataNode:
+    return fn.resize(images, interp_type=INTERPOLATIONS[interpolation], antialias=antialias, **to)  # type: ignore[return-value]

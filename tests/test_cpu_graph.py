@@ -98,7 +98,7 @@ def test_pad_crop_and_flip_are_bitwise_dalis(side: int, padding: int) -> None:
         "offset": RANDOM.integers(-padding, padding + 1, (BATCH, 2)).astype(np.int32),
         "flip": RANDOM.integers(0, 2, BATCH).astype(np.int32),
     }
-    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, side, "bilinear"), pixels, feeds)
+    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, side, "bilinear", True, None), pixels, feeds)
     found = by_cpu(train_graph(pixels, aug, side, "bilinear"), pixels, feeds)
     assert np.array_equal(found, expected)
 
@@ -112,7 +112,7 @@ def test_random_resized_crops_are_dalis_but_for_rounding(size: int, interpolatio
     end = start + np.stack([RANDOM.integers(1, 97 - top + 1), RANDOM.integers(1, 120 - left + 1)], axis=1)
     start[::2, 1], end[::2, 1] = end[::2, 1].copy(), start[::2, 1].copy()  # mirrored
     feeds = {"crop_start": start, "crop_end": end.astype(np.float32)}
-    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, size, interpolation), pixels, feeds)
+    expected = by_dali(graph.train_graph(stored(pixels), MACHINE, aug, size, interpolation, True, None), pixels, feeds)
     found = by_cpu(train_graph(pixels, aug, size, interpolation), pixels, feeds)
     assert_same_but_for_rounding(found, expected, share=0.01)
 
@@ -129,7 +129,7 @@ def test_central_crops_are_dalis_but_for_rounding(
         if ours is None:
             assert (height, width, size) == (64, 64, 64)
             continue
-        dalis = graph.eval_graph(stored(pixels), MACHINE, size, crop_fraction, interpolation)
+        dalis = graph.eval_graph(stored(pixels), MACHINE, size, crop_fraction, interpolation, True, False)
         assert_same_but_for_rounding(by_cpu(ours, pixels, {}), by_dali(dalis, pixels, {}), share=0.01)
 
 
@@ -140,7 +140,7 @@ def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
         "flip": RANDOM.integers(0, 2, 100).astype(np.int32),
     }
     machine = graph.Machine(None, 100, 1, 0.0)
-    expected = by_dali(graph.train_graph(stored(pixels), machine, aug, 70, "bilinear"), pixels, feeds)
+    expected = by_dali(graph.train_graph(stored(pixels), machine, aug, 70, "bilinear", True, None), pixels, feeds)
     ours = train_graph(pixels, aug, 70, "bilinear")
     assert ours is not None
     assert len(ours.stages) == 2
@@ -217,7 +217,7 @@ def test_cutout_is_bitwise_dalis(side: int) -> None:
         "offset": RANDOM.integers(-4, 5, (BATCH, 2)).astype(np.int32),
         "cutout": RANDOM.integers(0, side - 9 + 1, (BATCH, 2)).astype(np.float32),
     }
-    dalis = graph.train_graph(replace(stored(pixels), mean=MEAN), MACHINE, aug, side, "bilinear")
+    dalis = graph.train_graph(replace(stored(pixels), mean=MEAN), MACHINE, aug, side, "bilinear", True, None)
     assert np.array_equal(by_cpu(train_graph(pixels, aug, side), pixels, feeds), by_dali(dalis, pixels, feeds))
 
 
@@ -311,7 +311,7 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
     write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
     split = open_split(tmp_path / "tiny", "val")
     ours = HostJpegs(split, Slots(1, BATCH, (97, 97, 3))).fill(0, np.arange(BATCH), {})
-    pipeline = graph.eval_graph(graph.Stored("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear")
+    pipeline = graph.eval_graph(graph.Stored("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear", True, False)
     runner = GraphRunner(pipeline, torch.device("cpu"), None)
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit(files, np.arange(BATCH), {})
@@ -324,7 +324,7 @@ def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) 
     ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
     order = RANDOM.permutation(BATCH)
     found = ours.fill(0, order, {}).numpy()
-    pipeline = graph.eval_graph(graph.Stored("jpeg", None, False), MACHINE, 64, 0.875, "bilinear")
+    pipeline = graph.eval_graph(graph.Stored("jpeg", None, False), MACHINE, 64, 0.875, "bilinear", True, False)
     runner = GraphRunner(pipeline, torch.device("cpu"), None)
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit([files[i] for i in order], np.arange(BATCH), {})

@@ -6,6 +6,7 @@ The tests marked gpu compare a GPU with the CPU and need nothing that a bare GPU
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,13 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from configs.aug_schema import EraseConfig
 from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, draws, graph
 from pipelines.encode import Encoding
 from pipelines.loader import Batch, Loader
+from pipelines.ops import Op, Programs
 from pipelines.runner import GraphRunner
 from pipelines.shards import Split, load_dataset, open_split
 
@@ -241,7 +244,7 @@ def test_a_mirrored_region_is_the_flipped_crop_of_the_same_region(interpolation:
     boxes = drawn_crops(np.arange(BATCH), open_split(wide, "train"), RANDOM_RESIZED)
     start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
     kind, machine = graph.Stored("npy", (160, 240, 3), False), graph.Machine(None, BATCH, 1, 0.0)
-    pipeline = graph.train_graph(kind, machine, RANDOM_RESIZED, 100, interpolation)
+    pipeline = graph.train_graph(kind, machine, RANDOM_RESIZED, 100, interpolation, True, None)
     straight = run(pipeline, stored, crop_start=start, crop_end=end)
     start[:, 1], end[:, 1] = end[:, 1].copy(), start[:, 1].copy()
     mirrored = run(pipeline, stored, crop_start=start, crop_end=end)
@@ -265,49 +268,85 @@ def test_a_pad_crop_of_another_size_is_taken_from_the_resized_image(wide: Path) 
         np.testing.assert_array_equal(image, source[top : top + 80, left : left + 80])
 
 
-def jittered(images: list[np.ndarray], **factors: float) -> np.ndarray:
-    aug = AugConfig(flip=0, color_jitter=ColorJitterConfig(brightness=1, contrast=1, saturation=1, hue=0.5))
-    shape = images[0].shape
+def erased(images: np.ndarray, fill: Any, aug: AugConfig | None = None, **feeds: np.ndarray) -> np.ndarray:
+    """Square images uint8 [B, side, side, 3] through a training graph that erases and does what else `aug` says."""
+    kind = graph.Stored("npy", images.shape[1:], False, mean=(0.1, 0.5, 0.9))
+    aug = (aug or AugConfig(flip=0)).model_copy(update={"erase": EraseConfig(probability=0.5, fill=fill)})
     machine = graph.Machine(None, len(images), 1, 0.0)
-    pipeline = graph.train_graph(graph.Stored("npy", shape, False), machine, aug, shape[0], "bilinear")  # type: ignore[arg-type]
-    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-    feeds = {name: np.full(len(images), value, np.float32) for name, value in (neutral | factors).items()}
-    return run(pipeline, torch.from_numpy(np.stack(images)), **feeds)
+    pipeline = graph.train_graph(kind, machine, aug, images.shape[1], "bilinear", True, None)
+    return run(pipeline, torch.from_numpy(images.copy()), **feeds)
 
 
-@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_jitter_scales_brightness_contrast_and_saturation(factor: float) -> None:
-    images = photos(96, 96, 4)
-    values = np.stack(images).astype(float)
-    grey = (values @ [0.299, 0.587, 0.114])[..., None]
-    expected = {
-        "brightness": values * factor,
-        "contrast": (values - 128) * factor + 128,
-        "saturation": grey + (values - grey) * factor,
+BOXES = np.array([[0, 0, 96, 96], [5, 7, 20, 31], [90, 0, 6, 1], [0, 95, 96, 1], [40, 40, 0, 0], [95, 95, 0, 9]])
+
+
+@pytest.mark.parametrize("fill", ["mean", "black", "random"])
+def test_erasing_is_torchvisions_and_an_empty_box_erases_nothing(fill: str) -> None:
+    images, boxes = np.stack(photos(96, 96, len(BOXES))), BOXES.astype(np.float32)
+    colors = np.random.default_rng(3).integers(0, 256, (len(BOXES), 3))
+    feeds = {"erase_start": boxes[:, :2].copy(), "erase_shape": boxes[:, 2:].copy()}
+    if fill == "random":
+        feeds["erase_color"] = colors.astype(np.float32)
+    fixed = {"mean": [26, 128, 230], "black": [0, 0, 0]}
+    for found, image, (top, left, height, width), color in zip(
+        erased(images, fill, **feeds), images, BOXES.tolist(), colors, strict=True
+    ):
+        paint = torch.tensor(fixed.get(fill, color), dtype=torch.uint8)[:, None, None]
+        expected = with_torch(lambda x: F.erase(x, top, left, height, width, paint), image)  # noqa: B023
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_cutout_comes_after_erasing() -> None:
+    images = np.stack(photos(96, 96, 2))
+    start, shape = np.full((2, 2), 10, np.float32), np.full((2, 2), 30, np.float32)
+    corner = np.full((2, 2), 20, np.float32)
+    aug = AugConfig(flip=0, cutout=8)
+    found = erased(images, "black", aug, erase_start=start, erase_shape=shape, cutout=corner)
+    expected = images.copy()
+    expected[:, 10:40, 10:40] = 0
+    expected[:, 20:28, 20:28] = 26, 128, 230
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_programs_run_after_the_flip_and_before_erasing() -> None:
+    images = np.stack(photos(96, 96, 3))
+    programs = Programs((frozenset({Op.SHEAR_X}), frozenset({Op.INVERT})), False, (9, 9, 9), 1)
+    ops = np.tile(np.array([Op.SHEAR_X, Op.INVERT], np.int32), (3, 1))
+    values = np.tile(np.array([0.4, 0], np.float32), (3, 1))
+    aug = AugConfig(flip=1, erase=EraseConfig(probability=1, fill="black"))
+    kind, machine = graph.Stored("npy", (96, 96, 3), False), graph.Machine(None, 3, 1, 0.0)
+    feeds = graph.program_inputs(programs, ops, values, 96) | {
+        "flip": np.ones(3, np.int32),
+        "erase_start": np.zeros((3, 2), np.float32),
+        "erase_shape": np.full((3, 2), 10, np.float32),
     }
-    for name, reference in expected.items():
-        ours = jittered(images, **{name: factor})
-        assert distance(ours, np.rint(reference.clip(0, 255)).astype(int)).max() < 1, name
+    pipeline = graph.train_graph(kind, machine, aug, 96, "bilinear", True, programs)
+    found = run(pipeline, torch.from_numpy(images.copy()), **feeds)
+    shear = [math.degrees(math.atan(0.4)), 0]
+    for result, image in zip(found, images, strict=True):
+        moved = with_torch(lambda x: F.affine(x.flip(2), 0, [0, 0], 1, shear, fill=[9.0] * 3, center=[0, 0]), image)
+        expected = 255 - moved
+        expected[:10, :10] = 0
+        np.testing.assert_array_equal(result, expected)
 
 
-def test_jitter_turns_hues_and_leaves_greys() -> None:
-    colours = np.zeros((16, 16, 3), np.uint8)
-    colours[:8] = 200, 40, 40
-    colours[8:] = 90
-    turned = jittered([colours], hue=120.0)[0]
-    red, green, blue = turned[2, 2].astype(int)
-    assert green > red + 50
-    assert green > blue + 50
-    np.testing.assert_allclose(turned[12, 12], 90, atol=2)
-    np.testing.assert_array_equal(jittered([colours])[0], colours)
-
-
-def test_each_sample_gets_its_own_jitter_draws(square: Path) -> None:
-    aug = AugConfig(flip=0, color_jitter=ColorJitterConfig(brightness=0.4))
-    ours, stored, indices = trained_on(train(square, aug), square)
-    factors = draws.jitter_factors(indices, SEED, EPOCH, 0.4, 0, 0, 0)[:, 0]
-    expected = np.rint((stored * factors[:, None, None, None]).clip(0, 255)).astype(int)
-    assert distance(ours, expected).max() < 1
+@INTERPOLATIONS
+@pytest.mark.parametrize("size", [64, 224])
+def test_random_resized_crop_without_antialias_is_torchvisions(size: int, interpolation: str) -> None:
+    images = np.stack(photos(160, 240, 6))
+    boxes = np.array(
+        [[0, 0, 160, 240], [10, 20, 150, 150], [3, 5, 61, 47], [0, 100, 160, 100], [9, 9, 64, 64], [1, 2, 99, 200]]
+    )
+    start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
+    kind, machine = graph.Stored("npy", (160, 240, 3), False), graph.Machine(None, 6, 1, 0.0)
+    aug = AugConfig(crop="random-resized", flip=0)
+    pipeline = graph.train_graph(kind, machine, aug, size, interpolation, False, None)
+    ours = run(pipeline, torch.from_numpy(images.copy()), crop_start=start, crop_end=end)
+    theirs = [
+        with_torch(lambda x: F.resized_crop(x, *box, [size, size], MODES[interpolation], antialias=False), image)  # noqa: B023
+        for image, box in zip(images, boxes.tolist(), strict=True)
+    ]
+    assert distance(ours, np.stack(theirs)).max() < 2
 
 
 # Evaluation
@@ -351,6 +390,27 @@ def test_evaluation_of_other_images_is_the_central_square_of_the_resized_image(
     assert distance(nhwc(next(iter(loader))), theirs).max() < 2
 
 
+@INTERPOLATIONS
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [64, 200])
+def test_squashed_evaluation_is_torchvisions_resize_of_both_sides(
+    size: int, antialias: bool, interpolation: str
+) -> None:
+    images = np.stack(photos(160, 240, 6))
+    kind, machine = graph.Stored("npy", (160, 240, 3), False), graph.Machine(None, 6, 1, 0.0)
+    pipeline = graph.eval_graph(kind, machine, size, 0.875, interpolation, antialias, True)
+    ours = run(pipeline, torch.from_numpy(images.copy()))
+    mode = MODES[interpolation]
+    theirs = [with_torch(lambda x: F.resize(x, [size, size], mode, antialias=antialias), image) for image in images]
+    assert distance(ours, np.stack(theirs)).max() < 2
+
+
+def test_squashed_evaluation_of_images_of_that_size_is_exact() -> None:
+    images, machine = np.stack(photos(96, 96, 3)), graph.Machine(None, 3, 1, 0.0)
+    pipeline = graph.eval_graph(graph.Stored("npy", (96, 96, 3), False), machine, 96, 0.5, "bilinear", True, True)
+    np.testing.assert_array_equal(run(pipeline, torch.from_numpy(images.copy())), images)
+
+
 def test_evaluation_of_stored_pixels_is_exact(square: Path) -> None:
     np.testing.assert_array_equal(nhwc(next(iter(evaluate(square)))), photos(96, 96))
 
@@ -366,7 +426,9 @@ def test_evaluation_of_jpeg_files_of_several_sizes_takes_the_same_square(mixed: 
 def decoded(files: list[bytes], side: int) -> np.ndarray:
     """JPEG files of side x side pixels through the evaluation graph, which then only decodes."""
     machine = graph.Machine(None, len(files), 1, 0.0)
-    pipeline = graph.eval_graph(graph.Stored("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear")
+    pipeline = graph.eval_graph(
+        graph.Stored("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear", True, False
+    )
     return run(pipeline, [np.frombuffer(file, np.uint8) for file in files])
 
 
