@@ -19,7 +19,15 @@ import torch
 from memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
 
 from configs.errors import UserError
-from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
+from configs.schema import (
+    AugConfig,
+    AutoAugmentConfig,
+    BlurConfig,
+    ColorJitterConfig,
+    DataConfig,
+    EraseConfig,
+    EvalConfig,
+)
 from pipelines import build_eval_loader, build_train_loader, gather
 from pipelines.background import Buffering, Plan
 from pipelines.loader import Batch, Loader
@@ -29,7 +37,15 @@ from pipelines.shards import Split, open_split
 NO_AUG = AugConfig(flip=0)
 FLIP = AugConfig(flip=0.5)
 ALL_AUG = AugConfig(
-    crop="random-resized", color_jitter=ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    crop="random-resized",
+    flip=0.5,
+    flip_mode="alternating",
+    auto=AutoAugmentConfig(policy="rand-m9-mstd0.5-inc1"),
+    color_jitter=ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    grayscale=0.2,
+    blur=BlurConfig(probability=0.5),
+    erase=EraseConfig(probability=0.5, fill="random"),
+    cutout=6,
 )
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 
