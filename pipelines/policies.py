@@ -67,8 +67,7 @@ def _auto_slots(auto: AutoAugmentConfig) -> Slots:
         return ()
     if auto.policy.startswith("autoaugment-"):
         table = policy_tables.sub_policies(auto.policy)
-        possible = [table.ops[table.probabilities[:, slot] > 0, slot] for slot in range(2)]
-        return tuple(frozenset(Op(number) for number in numbers) for numbers in possible)
+        return tuple(frozenset(Op(number) for number in column) for column in table.ops.T)
     if auto.policy in ("randaugment", "trivialaugment"):
         layers = auto.num_ops if auto.policy == "randaugment" else 1
         return (frozenset(policy_tables.SPACE) - {Op.IDENTITY},) * layers

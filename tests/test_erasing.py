@@ -60,8 +60,12 @@ def test_boxes_are_distributed_as_torchvisions(size: int, scale: Any, ratio: Any
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
-def test_a_share_of_the_samples_is_erased(probability: float) -> None:
-    erased = boxes(probability=probability).any(axis=1)
+def test_a_share_of_the_samples_is_erased_whatever_their_boxes(probability: float) -> None:
+    drawn = boxes(probability=probability)
+    erased = drawn.any(axis=1)
+    np.testing.assert_array_equal(drawn[erased], boxes()[erased])
+    areas, others = (box[:, 2] * box[:, 3] for box in (drawn[erased], boxes(seed=5)))
+    assert not erased.any() or p_of_numbers(areas, others) > LEAST
     assert stats.binomtest(int(erased.sum()), MANY, probability).pvalue > LEAST
 
 
@@ -92,6 +96,11 @@ def test_colors_are_distributed_as_the_data_set_is() -> None:
     assert np.abs(correlation).max() < 5 / np.sqrt(MANY)
 
 
+def test_colors_are_rounded_to_the_nearest_grey_level() -> None:
+    colors = erase_colors(np.arange(3), 3, 1, (100.7 / 255, 3.2 / 255, 1.0), (0.0, 0.0, 0.0))
+    assert colors.tolist() == [[101, 3, 255]] * 3
+
+
 def test_boxes_and_colors_of_a_sample_do_not_depend_on_the_batch() -> None:
     samples = np.random.default_rng(0).permutation(1_500_000)[:64]
     for part in ([17], [63, 0, 5], np.arange(64)[::-1]):
@@ -108,9 +117,3 @@ def test_boxes_and_colors_of_another_epoch_and_seed_are_unrelated(seed: int, epo
         for key in ((3, 1), (seed, epoch))
     )
     assert np.abs(np.corrcoef(first, other, rowvar=False)[:7, 7:]).max() < 5 / np.sqrt(MANY)
-
-
-def test_a_greater_probability_keeps_the_boxes_that_were_there() -> None:
-    few, many = boxes(probability=0.2), boxes(probability=0.6)
-    rows = few.any(axis=1)
-    np.testing.assert_array_equal(few[rows], many[rows])

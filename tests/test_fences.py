@@ -57,8 +57,14 @@ def test_the_fences_see_every_package() -> None:
     assert "nvidia.dali.fn" in imported_by(Path("pipelines/graph.py"))
 
 
-@pytest.mark.parametrize("module", ["pipelines.shard_writer", "pipelines.verify", "pipelines.shards", "configs.load"])
-def test_converting_and_configuring_need_neither_torch_nor_dali(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pipelines.shard_writer", "pipelines.verify", "pipelines.shards", "pipelines.policies", "pipelines.erasing",
+        "configs.load",
+    ],
+)  # fmt: skip
+def test_converting_drawing_and_configuring_need_neither_torch_nor_dali(module: str) -> None:
     script = f"import sys, {module}; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "[]\n"
