@@ -116,18 +116,3 @@ def random_resized_crops(
         top = np.where(found, top, (heights - fallback_height) // 2)
         left = np.where(found, left, (widths - fallback_width) // 2)
     return np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
-
-
-def jitter_factors(
-    samples: np.ndarray, seed: int, epoch: int, brightness: float, contrast: float, saturation: float, hue: float
-) -> np.ndarray:
-    """Factors of brightness, contrast and saturation (1: unchanged) and hue in degrees: float32 [B, 4].
-
-    The ranges are torchvision's ColorJitter's: [max(0, 1 - strength), 1 + strength], and hue of up to half a turn.
-    """
-    drawn = uniform(samples, seed, epoch, "color-jitter", 4)
-    strengths = np.array([brightness, contrast, saturation])
-    low = np.maximum(0.0, 1.0 - strengths)
-    factors = low + drawn[:, :3] * (1.0 + strengths - low)
-    degrees = (2.0 * drawn[:, 3:] - 1.0) * hue * 360.0
-    return np.concatenate([factors, degrees], axis=1).astype(np.float32)

@@ -9,7 +9,7 @@ from draw_fixtures import LEAST, p_of_counts
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 from pipelines import draws
 
@@ -33,7 +33,6 @@ def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
         draws.pad_crop_offsets(samples, seed, epoch, 4),
         draws.cutout_corners(samples, seed, epoch, 32, 12),
         crops(samples, 60, 80, seed=seed, epoch=epoch),
-        draws.jitter_factors(samples, seed, epoch, 0.4, 0.4, 0.4, 0.1),
     ]
 
 
@@ -188,21 +187,3 @@ def test_pad_offsets_are_distributed_as_torchvisions() -> None:
     theirs = [(params["top"] - 4, params["left"] - 4) for params in drawn]  # it counts from the padding's corner
     ours = draws.pad_crop_offsets(np.arange(MANY), 2, 0, 4)
     assert p_of_counts([tuple(row) for row in ours.tolist()], theirs) > LEAST
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0, 1.7])
-def test_jitter_factors_have_torchvisions_ranges_and_are_uniform(strength: float) -> None:
-    theirs = ColorJitter(strength, strength, strength, 0.25)
-    factors = draws.jitter_factors(np.arange(MANY), 2, 0, strength, strength, strength, 0.25)
-    assert factors.dtype == np.float32
-    low, high = theirs.brightness or (1.0, 1.0)
-    assert (low, high) == pytest.approx((max(0.0, 1 - strength), 1 + strength))
-    for column in factors[:, :3].T:
-        assert column.min() >= low - 1e-6
-        assert column.max() <= high + 1e-6
-        assert strength == 0 or stats.kstest(column, "uniform", args=(low, high - low)).pvalue > 0.01
-    assert stats.kstest(factors[:, 3], "uniform", args=(-90, 180)).pvalue > 0.01  # a quarter turn either way
-
-
-def test_no_jitter_is_a_factor_of_one() -> None:
-    np.testing.assert_array_equal(draws.jitter_factors(np.arange(9), 2, 0, 0, 0, 0, 0), [[1, 1, 1, 0]] * 9)
