@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
 
@@ -11,7 +12,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines import cpu_graph, draws, graph, order
+from pipelines import cpu_graph, draws, graph, mixing, order
 from pipelines.assemble import Graphs, assemble, choose_way
 from pipelines.background import Plan
 from pipelines.loader import Loader
@@ -36,6 +37,7 @@ def build_train_loader(
     share its cores; None: all of them. len(loader) is a multiple of accumulation_steps.
     """
     aug = aug or AugConfig()
+    mixing.check_mixing(data, aug.mix)
     split = open_split(data.path, data.train_split)
     where = _device(device)
     size = _image_size(data, split)
@@ -89,7 +91,12 @@ def build_train_loader(
     def drawn(epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
         return _train_draws(aug, split, samples, seed, epoch, size, way.by_dali)
 
+    def mix(epoch: int, step: int, samples: int, size: int) -> np.ndarray:
+        return mixing.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
+                                accumulation_steps=accumulation_steps)  # fmt: skip
+
     plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
+    plan = replace(plan, mix=mix) if mixing.is_on(aug.mix) else plan
     return assemble(split, data, plan, size, where, graphs, way, local_world_size or world_size)
 
 

@@ -225,11 +225,13 @@ def test_several_epochs_augment_the_same_samples_as_training_does(npy_data: Path
             for sample, image in zip(loader.plan.indices(epoch, step), batch.images.clone(), strict=True)
         }
         seen = [
-            (image, trained[sample]) for sample, image in zip(samples.tolist(), row, strict=True) if sample in trained
+            (image, trained[sample])
+            for sample, image in zip(samples.tolist(), row.images, strict=True)
+            if sample in trained
         ]
         assert len(seen) > 30  # the last samples of an epoch are dropped
         assert all(torch.equal(image, other) for image, other in seen)
-    assert not torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0].images, rows[1].images)
 
 
 def test_rows_of_one_sample_stand_below_each_other() -> None:
