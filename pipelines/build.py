@@ -96,7 +96,9 @@ def build_train_loader(
                                 accumulation_steps=accumulation_steps)  # fmt: skip
 
     plan = Plan(steps * data.batch_size, data.batch_size, indices, drawn, epoch_order)
-    plan = replace(plan, mix=mix) if mixing.is_on(aug.mix) else plan
+    if mixing.is_on(aug.mix):
+        mix(0, 0, 2, size)  # imports now what it needs, and not within the first epoch
+        plan = replace(plan, mix=mix)
     return assemble(split, data, plan, size, where, graphs, way, local_world_size or world_size)
 
 

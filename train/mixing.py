@@ -26,8 +26,9 @@ def mixed_images(images: Tensor, mix: Tensor) -> Tensor:
     row = torch.arange(images.shape[2], device=images.device)[:, None]
     column = torch.arange(images.shape[3], device=images.device)
     is_inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
-    outside = torch.where(top < bottom, 1.0, own)  # a box leaves the rest of the image as it is
-    weight = torch.where(is_inside, 0.0, outside)[:, None]
+    # torch.where would copy its numbers from the host, which waits for the device and cannot be captured
+    outside = own.masked_fill(top < bottom, 1.0)  # a box leaves the rest of the image as it is
+    weight = (outside * ~is_inside)[:, None]
     pixels = images.float()
     return torch.lerp(neighbours(pixels), pixels, weight)
 
