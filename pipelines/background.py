@@ -34,6 +34,8 @@ class Plan:
     draws: Callable[[int, np.ndarray], dict[str, np.ndarray]] = no_draws
     prepare: Callable[[int], object] | None = None  # (epoch): what its indices need once, computed ahead
     repeats: bool = False  # every iteration is epoch 0 from its start (evaluation)
+    # (epoch, step, samples, image size) -> how the batch is mixed, as pipelines.mixing says; None: it never is
+    mix: Callable[[int, int, int, int], np.ndarray] | None = None
 
     @property
     def steps(self) -> int:

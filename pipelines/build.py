@@ -11,7 +11,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines import cpu_graph, graph, order, policies
+from pipelines import cpu_graph, graph, mixing, order, policies
 from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
 from pipelines.background import Plan
 from pipelines.gather import load_resident
@@ -40,12 +40,20 @@ def build_train_loader(
     image and batch size from epoch to epoch.
     """
     aug = aug or AugConfig()
+    mixing.check_mixing(data, aug.mix)
     split = open_split(data.path, data.train_split)
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
     programs = policies.programs_of(aug, tuple(split.dataset["mean"]))
     order_of = TrainOrder(data, split, seed)
+
+    def mix(epoch: int, step: int, samples: int, size: int) -> np.ndarray:
+        return mixing.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
+                                accumulation_steps=accumulation_steps)  # fmt: skip
+
+    if mixing.is_on(aug.mix):
+        mix(0, 0, 2, 1)  # imports now what it needs, and not within the first epoch
 
     def build(section: DataConfig) -> Loader:
         batch_size = section.batch_size
@@ -77,7 +85,8 @@ def build_train_loader(
         graphs = Graphs(dali_graph, on_cpu, crops_and_flips=stays and not paints, reflects=reflects)
         way = choose_way(resident, split, where, graphs)
         drawn = Drawn(aug, split, programs, seed, size, way.by_dali)
-        plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of)
+        mixes = mix if mixing.is_on(aug.mix) else None
+        plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of, mix=mixes)
         return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size)
 
     if not data.stages:

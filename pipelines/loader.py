@@ -34,6 +34,17 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
+class MixedBatch(Batch):
+    """A batch whose samples are to be mixed with their neighbours; mix: float32 [B, 5], see pipelines.mixing."""
+
+    mix: torch.Tensor
+
+    def __new__(cls, images: torch.Tensor, labels: torch.Tensor, mix: torch.Tensor) -> MixedBatch:
+        batch = super().__new__(cls, images, labels)
+        batch.mix = mix
+        return batch
+
+
 _iterations: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
 
 
@@ -130,7 +141,7 @@ class Loader:
                 handed.append(prepared._replace(images=None))  # else the slot would seem to be held by the user
                 if len(handed) > HANDED_OUT and (oldest := handed.popleft()).is_last:
                     team.give(oldest.slot)
-                batch = Batch(images.permute(0, 3, 1, 2), labels)
+                batch = self._batch(images, labels)
                 remaining -= 1
                 self._step += 1
                 if self._step == len(self):
@@ -144,6 +155,16 @@ class Loader:
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
                     *_, self.released[prepared.slot] = self._runner.result()
             team.stop()
+
+    def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+        """Of images uint8 [B, H, W, 3]; with the table of its mixing where the plan has one."""
+        batch = Batch(images.permute(0, 3, 1, 2), labels)
+        if self.plan.mix is None:
+            return batch
+        table = torch.from_numpy(self.plan.mix(self._epoch, self._step, len(labels), images.shape[1]))
+        if self.device.type == "cuda":  # torch keeps the pinned memory until the copy is done
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        return MixedBatch(*batch, table)
 
     def _result(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         """The runner's next result, or an error that names the samples which DALI could not decode, as it cannot."""

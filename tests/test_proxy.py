@@ -77,3 +77,11 @@ def test_several_ranks_or_passes_are_refused_in_one_sentence(world_size: int, ac
         check_proxy(config, world_size)
     check_proxy(TrainConfig(accumulation_steps=accumulation), world_size)
     check_proxy(TrainConfig(proxy=ProxyConfig(model="lenet")), 1)
+
+
+@pytest.mark.parametrize(("loss", "mixes", "named"), [("cross-entropy", True, r"aug\.mix"), ("bce", False, "loss=bce")])
+def test_mixed_samples_and_other_losses_are_refused_in_one_sentence(loss: str, mixes: bool, named: str) -> None:
+    config = TrainConfig(proxy=ProxyConfig(model="lenet"), loss=loss)
+    with pytest.raises(UserError, match=rf"train\.proxy\.model=lenet .*{named}.*; train them with .* or set train"):
+        check_proxy(config, 1, mixes)
+    check_proxy(TrainConfig(loss=loss), 1, mixes)

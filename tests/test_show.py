@@ -19,6 +19,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader import MixedBatch
 from pipelines.shards import open_split
 from pipelines.source import Source
 from tools import show
@@ -29,6 +30,7 @@ from tools.parts.show_samples import augmented, sample_figure
 from tools.parts.trained import load_trained
 from train import figures, pictures
 from train.loop import evaluate, predictions
+from train.mixing import mixed_images, neighbours
 
 
 def run_tool(*arguments: str | Path) -> dict[str, Figure]:
@@ -225,11 +227,39 @@ def test_several_epochs_augment_the_same_samples_as_training_does(npy_data: Path
             for sample, image in zip(loader.plan.indices(epoch, step), batch.images.clone(), strict=True)
         }
         seen = [
-            (image, trained[sample]) for sample, image in zip(samples.tolist(), row, strict=True) if sample in trained
+            (image, trained[sample])
+            for sample, image in zip(samples.tolist(), row.images, strict=True)
+            if sample in trained
         ]
         assert len(seen) > 30  # the last samples of an epoch are dropped
         assert all(torch.equal(image, other) for image, other in seen)
-    assert not torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0].images, rows[1].images)
+
+
+def test_mixed_samples_are_shown_as_the_model_sees_them_with_what_they_are_made_of(
+    npy_data: Path, tmp_path: Path
+) -> None:
+    mix = ["aug.mix.mixup=0.8", "aug.mix.cutmix=1", "aug.mix.mode=elem", "aug.mix.off_epoch=4"]
+    drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--epoch", "3", "4", "--count", "13", "--out", tmp_path,
+                     "--opts", "aug.crop=pad", "data.batch_size=64", *mix)  # fmt: skip
+    config = training_config(npy_data, **{"aug.mix": {"mixup": 0.8, "cutmix": 1, "mode": "elem", "off_epoch": 4}})
+    loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
+    loader.state = {"epoch": 3, "step": 0}
+    batch = next(iter(loader))
+    assert isinstance(batch, MixedBatch)
+    mixed = mixed_images(batch.images, batch.mix).round().to(torch.uint8)[:13]
+    axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
+    ours = [axis for axis in axes if axis.get_title().startswith("epoch 3")]
+    assert np.array_equal(np.stack([axis.get_images()[0].get_array() for axis in ours]), pictures.pixels(mixed))
+    rows = table(tmp_path / "samples.csv")
+    classes = open_split(npy_data, "train").classes
+    for row, axis, label, other, share in zip(
+        rows, ours, batch.labels, neighbours(batch.labels), batch.mix[:, 0], strict=False
+    ):
+        parts = f"{classes[label]} {share:.2f} + {classes[other]} {1 - share:.2f}"
+        assert row["epoch 3"] == parts
+        assert " ".join(axis.get_title().split()) == f"epoch 3 {parts}"
+        assert row["epoch 4"] == row["class"]  # no longer mixed
 
 
 def test_rows_of_one_sample_stand_below_each_other() -> None:

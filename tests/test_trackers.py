@@ -19,17 +19,20 @@ import numpy as np
 import pytest
 import torch
 import wandb
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_fixtures import CLEAN, DIGITS, Run, alone, lenet, on_ranks, strict_lines, training_of
 from wandb.proto import wandb_internal_pb2
 
 from configs.errors import run_main
-from configs.schema import AugConfig, DataConfig, LogConfig, WandbConfig
+from configs.schema import AugConfig, DataConfig, LogConfig, MixConfig, WandbConfig
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader import MixedBatch
 from train import ddp, figures, wandb_tracker
 from train.dist import Ranks
 from train.log import RunLog
 from train.loop import evaluate, predictions
+from train.mixing import mixed_images, neighbours
 from train.showcase import IMAGES, look, show_samples
 from train.trackers import within
 
@@ -443,6 +446,25 @@ def test_showing_samples_leaves_the_stream_as_it_was(npy_data: Path) -> None:
     assert shown == ["pictures/train_samples"]
     for batch, expected in zip(loader, untouched, strict=True):
         assert torch.equal(batch.images, expected.images)
+
+
+def test_samples_of_a_run_with_mixing_are_shown_mixed(npy_data: Path) -> None:
+    data, aug = DataConfig(path=str(npy_data), batch_size=64), AugConfig(mix=MixConfig(mixup=1.0, mode="pair"))
+    drawn: list[Figure] = []
+    log = SimpleNamespace(is_tracked=True, picture=lambda key, draw, step: drawn.append(draw()))
+    loader = build_train_loader(data, aug, seed=1, device="cpu")
+    show_samples(log, loader, [str(number) for number in range(100)])
+    batch = next(iter(loader))
+    assert isinstance(batch, MixedBatch)
+    axes = drawn[0].axes[:IMAGES]
+    captions = [
+        f"{label} {share:.2f} + {other} {1 - share:.2f}"
+        for label, other, share in zip(batch.labels, neighbours(batch.labels), batch.mix[:, 0], strict=True)
+    ]
+    assert [axis.get_title() for axis in axes] == captions[:IMAGES]
+    shown = np.stack([axis.get_images()[0].get_array() for axis in axes])
+    expected = mixed_images(batch.images, batch.mix)[:IMAGES].permute(0, 2, 3, 1).numpy()
+    assert np.abs(shown - expected).max() <= 0.5
 
 
 def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -> None:

@@ -17,16 +17,19 @@ from torch import nn
 from train_fixtures import CPU, SmallNet, alone, random_batch, small_net, training_of
 
 from configs.errors import UserError
-from configs.schema import AugConfig, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, OptimizerConfig, TrainConfig
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch, Loader, MixedBatch
+from pipelines.mixing import mix_table
 from train import checkpoint, dist, loop, warm_up
 from train.dist import Ranks
 from train.loop import Training, build_training, evaluate, train_epoch, train_step
+from train.mixing import unmixed
 from train.optim import build_optimizer, set_learning_rate
 
 SGD = {"name": "sgd"}
 BATCH = 50
+MIX = MixConfig(mixup=0.4, cutmix=1.0, mode="elem", probability=0.9)
 LR = 2.0**-6  # the same as a number and as a float32 on the device
 Settings = dict[str, Any]
 
@@ -98,7 +101,10 @@ def plain_steps(training: Training, count: int, first: int = 0) -> None:
     accumulation = training.config.accumulation_steps
     for step in range(first, first + count):
         torch.manual_seed(step)
-        training.step(training, random_batch(8, seed=step), update=(step + 1) % accumulation == 0)
+        batch = random_batch(8, seed=step)
+        if training.mixes:
+            batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
+        training.step(training, batch, update=(step + 1) % accumulation == 0)
 
 
 KINDS: dict[str, Settings] = {
@@ -108,6 +114,8 @@ KINDS: dict[str, Settings] = {
     "clipped": {"clip_grad_norm": 0.1},
     "accumulated": {"accumulation_steps": 3},
     "accumulated sgd": {"accumulation_steps": 2, "optimizer": SGD},
+    "mixed": {"mixes": True, "accumulation_steps": 2},
+    "mixed bce": {"mixes": True, "loss": "bce"},
 }
 
 
@@ -276,6 +284,8 @@ GPU_KINDS: dict[str, Settings] = {
     "clipped": {"amp": "off", "clip_grad_norm": 0.1},
     "accumulated": {"amp": "off", "accumulation_steps": 3},
     "compiled": {"amp": "off", "compile": "default"},
+    "mixed": {"amp": "off", "mixes": True},
+    "mixed and compiled": {"amp": "off", "mixes": True, "loss": "bce", "compile": "default"},
 }
 
 
@@ -286,16 +296,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         yield device
 
 
-def on_gpu(device: torch.device, network: nn.Module | None = None, **settings: Any) -> Training:
+def on_gpu(device: torch.device, network: nn.Module | None = None, *, mixes: bool = False, **settings: Any) -> Training:
     network = (network or small_net()).to(device).to(memory_format=torch.channels_last)
     settings = {"compile": "off", "lr": LR, "epochs": 2, **settings}
     config = TrainConfig(optimizer=OptimizerConfig(name="sgd"), **settings)
-    return build_training(network, build_optimizer(network, config.optimizer, config.lr), config, device)
+    built = build_optimizer(network, config.optimizer, config.lr)
+    return build_training(network, built, config, device, mixes=mixes)
 
 
-def gpu_loaders(data: Path, device: torch.device, accumulation_steps: int = 1) -> tuple[Loader, Loader]:
+def gpu_loaders(
+    data: Path, device: torch.device, accumulation_steps: int = 1, mix: MixConfig | None = None
+) -> tuple[Loader, Loader]:
     section = DataConfig(path=str(data), batch_size=BATCH)
-    aug = AugConfig(crop="pad", flip=0.5)
+    aug = AugConfig(crop="pad", flip=0.5, mix=mix or MixConfig())
     train = build_train_loader(section, aug, seed=3, device=device, accumulation_steps=accumulation_steps)
     return train, build_eval_loader(section, EvalConfig(batch_size=16), device=device)
 
@@ -316,7 +329,8 @@ def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
     results = {}
     for graph in ("on", "off"):
         training = on_gpu(gpu, cuda_graph=graph, **settings)
-        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps)
+        mix = MIX if training.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix)
         warm_up.warm_up(training, loader)
         assert isinstance(training.step, warm_up.CapturedStep) == (graph == "on")
         results[graph] = train_epochs(training, loader)
@@ -426,9 +440,11 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.gpu
-def test_captured_steps_never_wait_for_the_gpu(gpu: torch.device) -> None:
-    training = on_gpu(gpu, clip_grad_norm=1.0, accumulation_steps=2)
+@pytest.mark.parametrize("mixes", [False, True], ids=["plain", "mixed"])
+def test_captured_steps_never_wait_for_the_gpu(mixes: bool, gpu: torch.device) -> None:
+    training = on_gpu(gpu, clip_grad_norm=1.0, accumulation_steps=2, mixes=mixes)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
+    batch = unmixed(batch) if mixes else batch
     warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
     torch.cuda.set_sync_debug_mode("error")
     try:

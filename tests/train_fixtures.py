@@ -97,10 +97,10 @@ class SmallNet(nn.Module):
         return logits
 
 
-def lenet(seed: int = 0) -> nn.Module:
-    """LeNet for raw pixels, float32, 10 classes."""
+def lenet(seed: int = 0, classes: int = 10) -> nn.Module:
+    """LeNet for raw pixels, float32."""
     torch.manual_seed(seed)
-    return build_model("lenet", 10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    return build_model("lenet", classes, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
 
 
 def small_net(num_classes: int = 12, seed: int = 0) -> nn.Module:
@@ -108,10 +108,13 @@ def small_net(num_classes: int = 12, seed: int = 0) -> nn.Module:
     return SmallNet(num_classes)
 
 
-def training_of(network: nn.Module, optimizer: dict[str, Any] | None = None, **settings: Any) -> Training:
+def training_of(
+    network: nn.Module, optimizer: dict[str, Any] | None = None, *, mixes: bool = False, **settings: Any
+) -> Training:
     """`network` wrapped for training on the CPU with these fields of the `train` section."""
     config = TrainConfig(optimizer=OptimizerConfig(**(optimizer or {})), **settings)
-    return build_training(network, build_optimizer(network, config.optimizer, config.lr), config, CPU)
+    built = build_optimizer(network, config.optimizer, config.lr)
+    return build_training(network, built, config, CPU, mixes=mixes)
 
 
 def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:

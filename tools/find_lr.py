@@ -30,6 +30,7 @@ from configs.load import load_config
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.loader import Loader
+from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
 from tools.parts.tables import make_folder, write_csv, write_text
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
         raise UserError(f"{out} is the folder of a run; give another --out")
     ranks = Ranks.alone("tools/find_lr.py")
-    check_proxy(config.train, ranks.world_size)
+    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     make_folder(out)

@@ -32,6 +32,7 @@ from configs.load import load_config
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
+from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from train import dist
 from train.clock import Clock
@@ -61,7 +62,7 @@ def main() -> None:
     if arguments.runs < 1:
         raise UserError(f"--runs={arguments.runs} is not a positive whole number; use 1 or more")
     ranks = Ranks.alone("tools/speedrun.py")
-    check_proxy(config.train, ranks.world_size)
+    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     val_samples = dataset["splits"][config.data.val_split]["samples"]

@@ -22,6 +22,7 @@ from configs.schema import Config
 from models import build_model
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
+from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import fingerprint, load_dataset
 from train import checkpoint, dist
 from train.clock import Clock
@@ -75,7 +76,8 @@ def main() -> None:
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
-    check_proxy(config.train, ranks.world_size)
+    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
+    check_mixing(config.data, config.aug.mix)
 
     with dist.process_group(ranks) as device:
         where: dict[str, Any] = {
@@ -276,7 +278,7 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
     torch.manual_seed(config.seed)
     network = build(config.model.name, config.model.drop_rate)
     optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
-    training = build_training(network, optimizer, config.train, device)
+    training = build_training(network, optimizer, config.train, device, mixes=is_on(config.aug.mix))
     training.lookahead = build_lookahead(network, config.train.lookahead)
     training.proxy = build_proxy(config.train, build, device)
     return training
@@ -320,6 +322,8 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
         "model.drop_rate": config.model.drop_rate,
         **{f"train.{key}": getattr(train, key) for key in SCHEDULE},
+        "train.loss": train.loss,
+        "train.bce_threshold": train.bce_threshold,
         **{
             f"train.{name}.{key}": value
             for name in ("optimizer", "lookahead", "proxy")

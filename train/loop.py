@@ -21,6 +21,7 @@ from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
 from train.lookahead import Lookahead
+from train.losses import LossAndCounts, build_loss
 from train.optim import learning_rate, make_capturable, set_learning_rate, whitening_learning_rate
 from train.tta import mean_logits
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
 COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
-
-
-LossAndCounts = Callable[[nn.Module, Batch, float], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -53,6 +51,7 @@ class Training:
     prepares: bool  # there is something to compile, tune or capture before the first step
     captures: bool  # the step shall be replayed as CUDA graphs
     keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
+    mixes: bool = False  # its batches are a MixedBatch
     lookahead: Lookahead | None = None
     proxy: Proxy | None = None
 
@@ -61,8 +60,8 @@ class Training:
 
 
 def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device,
-                   ) -> Training:  # fmt: skip
-    """Wrap a network that is on its device (`memory_format` applied) for training."""
+                   *, mixes: bool = False) -> Training:  # fmt: skip
+    """Wrap a network that is on its device (`memory_format` applied) for training; mixes: with mixup or CutMix."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
@@ -85,7 +84,7 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
     return Training(
         network=network,
         forward=parallel,
-        loss_and_counts=compiled(loss_and_counts),
+        loss_and_counts=compiled(build_loss(config, mixes)),
         infer=compiled(network),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
@@ -98,6 +97,7 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         prepares=device.type == "cuda" or mode != "off",
         captures=captures,
         keeps_gradients=captures and config.accumulation_steps > 1,
+        mixes=mixes,
     )
 
 
@@ -142,15 +142,6 @@ def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype 
             "use auto or off, or one GPU without fp16 and without compile=reduce-overhead"
         )
     return config.cuda_graph != "off" and not reasons
-
-
-def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss, and float64 [3]: loss * samples, correct, samples. One function, so that all of it is compiled."""
-    logits = model(batch.images)
-    loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-    correct = (logits.detach().argmax(1) == batch.labels).sum()
-    samples = torch.full_like(correct, len(batch.labels))
-    return loss, torch.stack([loss.detach().double() * len(batch.labels), correct.double(), samples.double()])
 
 
 def train_step(training: Training, batch: Batch, *, update: bool = True) -> None:

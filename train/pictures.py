@@ -18,8 +18,26 @@ from train import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from train.mixing import Seen
+
 CAPTION_WIDTH = 23  # letters in a line above an image
 CAPTION_LINES = 2  # for one class
+MIXED_LINES = 2 * CAPTION_LINES
+
+
+def seen_grid(seen: Seen, classes: Sequence[str], title: str) -> Figure:
+    """Images as the model is trained on them, with what they are mixed of."""
+    captions = [wrapped(name, lines=MIXED_LINES) for name in mixed_names(seen, classes)]
+    return figures.image_grid(pixels(seen.images), captions, title=title)
+
+
+def mixed_names(seen: Seen, classes: Sequence[str]) -> list[str]:
+    """Such as "cat 0.70 + dog 0.30", or "cat" where nothing is mixed in."""
+    names = []
+    for label, other, share in zip(seen.labels.tolist(), seen.others.tolist(), seen.shares.tolist(), strict=True):
+        rest = f" {share:.2f} + {class_name(other, classes)} {1 - share:.2f}" if share < 1 else ""
+        names.append(class_name(label, classes) + rest)
+    return names
 
 
 def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
@@ -69,6 +87,6 @@ def class_name(label: int, classes: Sequence[str]) -> str:
     return classes[label] if label >= 0 else "no label"
 
 
-def wrapped(caption: str) -> str:
+def wrapped(caption: str, lines: int = CAPTION_LINES) -> str:
     """Broken into lines that fit above an image; what does not is left out at the end."""
-    return "\n".join(textwrap.wrap(caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …"))
+    return "\n".join(textwrap.wrap(caption, CAPTION_WIDTH, max_lines=lines, placeholder=" …"))

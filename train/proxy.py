@@ -66,10 +66,19 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
     return max(1, round(config.keep * batch_size))
 
 
-def check_proxy(config: TrainConfig, world_size: int) -> None:
-    """Raise where the choice would depend on how a global batch is cut up."""
+def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
+    """Raise where the choice would depend on how a global batch is cut up, or not be by the loss of what is trained on.
+
+    mixes: whether samples are mixed with each other.
+    """
     if config.proxy.model is None:
         return
+    for what, holds in (("aug.mix mixes them", mixes), (f"train.loss={config.loss}", config.loss != "cross-entropy")):
+        if holds:
+            raise UserError(
+                f"train.proxy.model={config.proxy.model} chooses whole samples by their cross-entropy, but {what}; "
+                "train them with cross-entropy and without aug.mix, or set train.proxy.model to null"
+            )
     for what, value in (("world_size", world_size), ("train.accumulation_steps", config.accumulation_steps)):
         if value > 1:
             raise UserError(

@@ -13,6 +13,7 @@ from pipelines.loader import Batch, Loader
 from train import dist, figures, pictures
 from train.log import RunLog
 from train.loop import Training, predictions
+from train.mixing import Seen, as_seen
 
 IMAGES = 20  # in a grid
 
@@ -24,10 +25,10 @@ def show_samples(log: RunLog, loader: Loader, classes: Sequence[str]) -> None:
     state = loader.state
     batches = iter(loader)
     first = next(batches)
-    images, labels = first.images[:IMAGES].clone(), first.labels[:IMAGES].clone()
+    seen = Seen(*(part[:IMAGES] for part in as_seen(first)))
     del batches, first  # ends the threads that work ahead
     loader.state = state
-    log.picture("pictures/train_samples", lambda: pictures.sample_grid(images, labels, classes, "train, augmented"), 0)
+    log.picture("pictures/train_samples", lambda: pictures.seen_grid(seen, classes, "train, augmented"), 0)
 
 
 def show_predictions(

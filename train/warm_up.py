@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch, Loader, MixedBatch
 from train import dist
 from train.loop import Training, evaluate, train_step, train_whitening_bias, trainings_of
+from train.mixing import unmixed
 
 PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to the second
 
@@ -50,6 +51,8 @@ def prepare(training: Training, batch: Batch) -> None:
     """
     training.forward.train()
     updates = [True] if training.config.accumulation_steps == 1 else [False, True]
+    if training.mixes:
+        batch = unmixed(batch)
     with side_stream(training) as stream, unchanged(training):
         if training.proxy is not None:
             chosen = [
@@ -120,6 +123,9 @@ class CapturedStep:
             raise ValueError(f"a batch of shape {shapes[0]} cannot take part in a step captured for {shapes[1]}")
         self._batch.images.copy_(batch.images, non_blocking=True)
         self._batch.labels.copy_(batch.labels, non_blocking=True)
+        if isinstance(self._batch, MixedBatch):
+            assert isinstance(batch, MixedBatch)
+            self._batch.mix.copy_(batch.mix, non_blocking=True)
         self._graphs[update].replay()
 
 

@@ -19,6 +19,7 @@ from train import dist
 from train.ddp import build_all
 from train.dist import Ranks
 from train.loop import Training, run_step
+from train.mixing import unmixed
 from train.throughput import endless
 from train.warm_up import blank_batch, prepare, warm_up
 
@@ -76,6 +77,8 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         built = build_all(config, dataset, classes, side, device)
         if built.prepares:
             prepare(built, blank_batch(size, side, device))
+        if built.mixes:
+            batch = unmixed(batch)  # what a step costs does not depend on the shares
         built.forward.train()
         yield {RESIDENT: Stream(_steps(built, lambda: batch), size, lambda: memory.facts(device), works_ahead=False)}
 

@@ -29,6 +29,7 @@ from configs.load import load_config
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.loader import Loader
+from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from tools.benchmarks import data_sheets, limits, pictures, results
 from tools.benchmarks.profiling import Profile, go_along, profile
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
-    check_proxy(config.train, ranks.world_size)
+    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
 
     with dist.process_group(ranks) as device:
         out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))

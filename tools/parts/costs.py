@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.schema import TrainConfig
 from tools.parts.forward_trace import Layer, Tracer, WeightCasts, bytes_of, not_called
 from train.lookahead import build_lookahead
-from train.loop import build_training, loss_and_counts, run_step
+from train.loop import build_training, run_step
+from train.losses import build_loss
 from train.optim import build_optimizer
 from train.warm_up import blank_batch
 
@@ -74,7 +75,7 @@ def count_costs(
         tracer = Tracer(counter, casts, tensors)
         with counter, casts:
             with tracer.watch(network), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                loss, _ = loss_and_counts(network, batch, config.label_smoothing)
+                loss, _ = build_loss(config, mixes=False)(network, batch, config.label_smoothing)
             forward_flops = counter.get_total_flops()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from configs.schema import Config
 from pipelines import build_train_loader
+from pipelines.mixing import is_on
 from pipelines.shards import open_split
 from tools.parts.chosen import choose, images_of
 from tools.parts.tables import make_folder, write_csv
 from train import dist, figures, pictures
 from train.dist import Ranks
+from train.mixing import Seen, as_seen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,20 +36,28 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
     labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
     names = [pictures.class_name(label, split.classes) for label in labels.tolist()]
     folder = make_folder(out or Path(config.output) / "show" / str(config.name))
-    figures.save(sample_figure(original, rows, epochs, names, str(config.name)), folder / "samples.png")
-    table = [
+    table: list[dict[str, Any]] = [
         {"position": position, "sample": sample, "label": label, "class": name}
         for position, (sample, label, name) in enumerate(zip(samples.tolist(), labels.tolist(), names, strict=True))
     ]
+    mixtures = []
+    if is_on(config.aug.mix):
+        mixtures = [pictures.mixed_names(row, split.classes) for row in rows]
+        for epoch, mixture in zip(epochs, mixtures, strict=True):
+            for line, name in zip(table, mixture, strict=True):
+                line[f"epoch {epoch}"] = name
+    images = [row.images for row in rows]
+    figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
     write_csv(folder / "samples.csv", table)
     print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
           f"{folder / 'samples.png'} and .csv")  # fmt: skip
 
 
-def augmented(
-    config: Config, epochs: Sequence[int], count: int, device: torch.device
-) -> tuple[np.ndarray, list[Tensor]]:
-    """The first samples of the first batch of `epochs[0]`, int64 [N], and per epoch uint8 [N, 3, H, W] on the host."""
+def augmented(config: Config, epochs: Sequence[int], count: int, device: torch.device) -> tuple[np.ndarray, list[Seen]]:
+    """The first samples of the first batch of `epochs[0]`, int64 [N], and them as each epoch shows them, on the host.
+
+    In other epochs these samples have other neighbours; here they are mixed with those of `epochs[0]`.
+    """
     data = config.data.model_copy(update={"placement": "host"})  # the same pixels, without a copy of the whole split
     loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
                                 accumulation_steps=config.train.accumulation_steps)  # fmt: skip
@@ -56,14 +66,22 @@ def augmented(
     rows = []
     for epoch in epochs:
         loader.state = {"epoch": epoch, "step": 0}
-        rows += [images[:count].cpu().clone() for images, _ in loader]
+        rows += [Seen(*(part[:count].cpu() for part in as_seen(batch))) for batch in loader]
     return batch[:count], rows
 
 
 def sample_figure(
-    original: Tensor, rows: Sequence[Tensor], epochs: Sequence[int], names: Sequence[str], title: str
+    original: Tensor,
+    rows: Sequence[Tensor],
+    epochs: Sequence[int],
+    names: Sequence[str],
+    title: str,
+    mixtures: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """Blocks of samples side by side: a row of the unaugmented images with their classes, then a row per epoch."""
+    """Blocks of samples side by side: a row of the unaugmented images with their classes, then a row per epoch.
+
+    mixtures: per epoch and sample, what it was mixed of.
+    """
     columns = min(COLUMNS, len(names))
     blocks = math.ceil(len(names) / columns)
     missing = blocks * columns - len(names)  # in the last block
@@ -75,6 +93,9 @@ def sample_figure(
 
     images = np.concatenate([arranged(one) for one in (original, *rows)], axis=1)
     captions = [[pictures.wrapped(name) for name in names]] + [[f"epoch {epoch}"] * len(names) for epoch in epochs]
+    for row, mixture in enumerate(mixtures, 1):
+        mixed = [pictures.wrapped(name, lines=pictures.MIXED_LINES) for name in mixture]
+        captions[row] = [f"{epoch}\n{name}" for epoch, name in zip(captions[row], mixed, strict=True)]
     table = np.array([[*line, *[""] * missing] for line in captions], dtype=object)
     table = table.reshape(len(captions), blocks, columns).swapaxes(0, 1)
     return figures.image_grid(
