@@ -102,9 +102,12 @@ def exportable_of(trained: Trained) -> Exportable:
     """A float32 copy with plain strides, whatever memory format the run trained in."""
     model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
+    settings = trained.config.model
+    activation = {"activation": settings.activation} if settings.activation is not None else {}
     return Exportable(
         model=model,
-        name=trained.config.model.name,
+        name=settings.name,
+        arguments={**settings.options, **activation},
         classes=trained.classes,
         image_size=trained.image_size,
         interpolation=trained.config.data.interpolation,

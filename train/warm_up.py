@@ -16,6 +16,7 @@ import torch
 from configs.errors import UserError
 from pipelines.loader import Batch, Loader
 from train import dist
+from train.freeze import set_training_mode
 from train.loop import Training, evaluate, train_step, train_whitening_bias, trainings_of
 
 PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to the second
@@ -48,7 +49,7 @@ def prepare(training: Training, batch: Batch) -> None:
 
     What the first step makes of the optimizer's state must start from zero, as it does in torch's optimizers.
     """
-    training.forward.train()
+    set_training_mode(training.forward)
     updates = [True] if training.config.accumulation_steps == 1 else [False, True]
     with side_stream(training) as stream, unchanged(training):
         if training.proxy is not None:
