@@ -59,7 +59,10 @@ def test_layers_add_up_to_the_totals(name: str, size: int, amp: torch.dtype | No
 
 def test_layers_come_in_the_order_of_execution_with_each_call_of_a_shared_one() -> None:
     names = [layer.name.removeprefix("network.") for layer in costs_of("lenet", 32).layers]
-    assert names == ["normalize", "conv1", "pool", "conv2", "pool", "fc1", "fc2", "fc3", "network", "loss"]
+    assert names == [
+        "normalize", "conv1", "activation", "pool", "conv2", "activation", "pool", "fc1", "activation", "fc2",
+        "activation", "fc3", "loss",
+    ]  # fmt: skip
 
 
 def test_activations_grow_with_the_batch_and_the_rest_does_not() -> None:

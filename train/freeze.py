@@ -41,7 +41,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(PREFIX), pattern)
+    """Of both without the prefix, so that [!f]* does not match network.fc.weight."""
+    return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
 
 
 def _hint(pattern: str, names: Iterable[str]) -> str:
