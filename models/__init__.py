@@ -23,7 +23,7 @@ from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resne
 from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
 
 __all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available",
-           "build_configured", "build_model"]  # fmt: skip
+           "build_configured", "build_model", "options_of"]  # fmt: skip
 
 MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "lenet": LeNet,
@@ -97,11 +97,6 @@ def build_configured(
 
     `pretrained`, `finetune` and `freeze` are not looked at: where weights come from is none of the architecture.
     """
-    for key in sorted(RESERVED & config.options.keys()):
-        raise UserError(
-            f"model.options={config.options} must not hold {key!r}, which is set elsewhere"
-            + (f": use model.{key}" if key in ModelConfig.model_fields else "; leave it out")
-        )
     model = build_model(
         config.name,
         num_classes,
@@ -110,10 +105,20 @@ def build_configured(
         std=std,
         drop_rate=config.drop_rate,
         activation=config.activation,
-        **config.options,
+        **options_of(config),
     )
     assert isinstance(model, PixelClassifier)
     return model
+
+
+def options_of(config: ModelConfig) -> dict[str, Any]:
+    """model.options without those that are null, for the model's own. Raises `UserError` for what is set elsewhere."""
+    for key in sorted(RESERVED & config.options.keys()):
+        raise UserError(
+            f"model.options={config.options} must not hold {key!r}, which is set elsewhere"
+            + (f": use model.{key}" if key in ModelConfig.model_fields else "; leave it out")
+        )
+    return {key: value for key, value in config.options.items() if value is not None}
 
 
 def build_own_model(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from models import PixelClassifier, build_configured
+from models import PixelClassifier, build_configured, options_of
 from models.from_timm import timm_arguments
 from models.weights import Taken, head_of, read_weights, take_weights
 
@@ -101,7 +101,9 @@ def take_through_timm(
     import timm
 
     name = config.name.removeprefix("timm/")
-    arguments = timm_arguments(name, num_classes, image_size=image_size, activation=config.activation, **config.options)
+    arguments = timm_arguments(
+        name, num_classes, image_size=image_size, activation=config.activation, **options_of(config)
+    )
     classes = classes_in(weights, published_config(name))
     try:
         with torch.random.fork_rng([]):  # what is drawn here must not change what is drawn after it

@@ -534,27 +534,34 @@ def test_options_that_are_settings_or_unknown_are_refused(options: dict[str, Any
 # timm
 
 
+def test_an_option_of_null_is_the_models_own_whatever_the_model() -> None:
+    for name in ("resnet18", "lenet", "timm/test_resnet"):
+        ours = configured(name=name, options={"width": None}).network.state_dict()
+        plain = configured(name=name).network.state_dict()
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in plain.items()}
+
+
 def test_options_of_a_config_reach_timms_constructor() -> None:
     network = configured(name="timm/resnet18", options={"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}).network
     assert len(network.layer2) == 1
 
 
-# the last one wants a class where most take a name
-@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/test_vit_relpos"])
-def test_an_activation_takes_the_place_of_that_of_a_timm_model(name: str) -> None:
+# the last one wants a class where most take a name, and keeps ReLU in its relative positions
+@pytest.mark.parametrize(
+    ("name", "was", "number"),
+    [("timm/resnet18", nn.ReLU, 17), ("timm/test_vit", nn.GELU, 6), ("timm/test_vit_relpos", nn.GELU, 9)],
+)
+def test_an_activation_takes_the_place_of_that_of_a_timm_model(name: str, was: type[nn.Module], number: int) -> None:
     plain, changed = (
         build_model(name, 10, image_size=32, activation=activation) for activation in (None, "leaky_relu")
     )
-    kinds = (nn.ReLU, nn.GELU, timm_gelu())
-    others = [module for module in plain.modules() if isinstance(module, kinds)]
-    assert len(others) == sum(isinstance(module, nn.LeakyReLU) for module in changed.modules()) > 0
+    assert count(plain, was) == count(changed, nn.LeakyReLU) == number
+    assert count(plain, nn.LeakyReLU) == count(changed, was) == 0
     assert list(plain.state_dict()) == list(changed.state_dict())
 
 
-def timm_gelu() -> type[nn.Module]:
-    import timm
-
-    return timm.layers.GELU
+def count(network: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in network.modules())
 
 
 def test_an_activation_that_a_timm_model_does_not_take_is_a_user_error() -> None:

@@ -19,7 +19,6 @@ from models import PixelClassifier, build_configured, build_model
 from models.pretrained import build_pretrained, published_file
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError, run_main
-from models import PixelClassifier
+from models import PixelClassifier, options_of
 from tools.parts.export_check import CPU, Expected, compare, expected_logits
 from tools.parts.export_formats import FORMATS, Exportable, snippet
 from tools.parts.tables import Row, make_folder, markdown, write_text
@@ -107,7 +107,7 @@ def exportable_of(trained: Trained) -> Exportable:
     return Exportable(
         model=model,
         name=settings.name,
-        arguments={**settings.options, **activation},
+        arguments={**options_of(settings), **activation},
         classes=trained.classes,
         image_size=trained.image_size,
         interpolation=trained.config.data.interpolation,
