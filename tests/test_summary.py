@@ -204,6 +204,23 @@ def test_a_run_and_its_config_stand_for_the_model_as_trained(digits_run: Run, tm
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
 
 
+def test_a_config_stands_for_its_activation_its_options_and_what_it_freezes(tmp_path: Path) -> None:
+    model = (
+        "{name: resnet18, activation: gelu, drop_rate: 0.1, options: {width: 16}, freeze: ['[!f]*'], finetune: gone}"
+    )
+    (tmp_path / "new.yaml").write_text(f"data: {{path: nowhere, image_size: 32}}\nmodel: {model}\n")
+    out = tmp_path / "out"
+    summary.main([str(tmp_path / "new.yaml"), "--classes", "10", "--batch-size", "4", "--layers", "--out", str(out)])
+    with (out / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["architecture"], row["parameters"], row["trainable"]) == ("resnet18", "701466", "1290")
+    assert int(row["gradients_bytes"]) == 4 * 1290
+    with (out / "layers-new.csv").open() as file:
+        types = {line["type"] for line in csv.DictReader(file)}
+    assert "GELU" in types
+    assert "ReLU" not in types
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
