@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from configs.errors import UserError
+from configs.schema import ModelConfig
+from models.activation import ACTIVATIONS
 from models.alexnet import AlexNet
 from models.from_timm import build_timm_model
 from models.image_size import check_image_size
@@ -20,7 +22,8 @@ from models.normalize import Normalize, PixelClassifier
 from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
 
-__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available", "build_model"]
+__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available",
+           "build_configured", "build_model", "options_of"]  # fmt: skip
 
 MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "lenet": LeNet,
@@ -35,6 +38,12 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "speedrun96": speedrun96,
     "speedrun96_proxy": speedrun96_proxy,
 }
+KINDS = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
+# What model.options must not hold: other settings decide it, or images of three channels and logits do.
+RESERVED = {
+    "name", "num_classes", "image_size", "mean", "std", "drop_rate", "activation", "pretrained", "finetune", "freeze",
+    "in_chans", "features_only", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+}  # fmt: skip
 
 
 def available() -> list[str]:
@@ -50,14 +59,16 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     drop_rate: float | None = None,
+    activation: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model: images [B, 3, H, W] -> logits float [B, num_classes].
 
     Without mean and std the plain network, which takes normalised floats; with both (three numbers each, of pixels in
     0..1) a `PixelClassifier`, which takes uint8. `image_size` (pixels, square) is checked, and is passed on to timm
-    models that are built for one size; None checks nothing. `drop_rate` None keeps the model's default. `kwargs` go to
-    the constructor. Raises `UserError` for a name, size or argument that the model does not take.
+    models that are built for one size; None checks nothing. `drop_rate` and `activation` (a name of
+    `models.activation`) None keep the model's own. `kwargs` go to the constructor. Raises `UserError` for a name, size
+    or argument that the model does not take.
     """
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
         if value is not None and value < 1:
@@ -67,35 +78,74 @@ def build_model(
     if (mean is None) != (std is None):
         raise UserError(f"mean={mean} and std={std} must be given together, or neither")
 
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UserError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    settings = {"drop_rate": drop_rate, "activation": activation}
     if name.startswith("timm/"):
-        network = build_timm_model(
-            name.removeprefix("timm/"), num_classes, image_size=image_size, drop_rate=drop_rate, **kwargs
-        )
+        network = build_timm_model(name.removeprefix("timm/"), num_classes, image_size=image_size, **settings, **kwargs)
     else:
-        network = build_own_model(name, num_classes, image_size, drop_rate, kwargs)
+        network = build_own_model(name, num_classes, image_size, settings, kwargs)
     if mean is None or std is None:
         return network
     return PixelClassifier(Normalize(mean, std), network)
 
 
+def build_configured(
+    config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
+) -> PixelClassifier:
+    """The model that a config's `model` section describes, with weights as torch draws them; see `build_model`.
+
+    `pretrained`, `finetune` and `freeze` are not looked at: where weights come from is none of the architecture.
+    """
+    model = build_model(
+        config.name,
+        num_classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        drop_rate=config.drop_rate,
+        activation=config.activation,
+        **options_of(config),
+    )
+    assert isinstance(model, PixelClassifier)
+    return model
+
+
+def options_of(config: ModelConfig) -> dict[str, Any]:
+    """model.options without those that are null, for the model's own. Raises `UserError` for what is set elsewhere."""
+    for key in sorted(RESERVED & config.options.keys()):
+        raise UserError(
+            f"model.options={config.options} must not hold {key!r}, which is set elsewhere"
+            + (f": use model.{key}" if key in ModelConfig.model_fields else "; leave it out")
+        )
+    return {key: value for key, value in config.options.items() if value is not None}
+
+
 def build_own_model(
-    name: str, num_classes: int, image_size: int | None, drop_rate: float | None, kwargs: dict[str, Any]
+    name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """One of `available()`; see `build_model`."""
+    """One of `available()`; see `build_model`. settings: drop_rate and activation, None where they are not set."""
     if name not in MODELS:
         raise UserError(f"model {name!r} is unknown; use one of {', '.join(available())}, or timm/NAME for timm's NAME")
     constructor = MODELS[name]
-    options = [option for option in inspect.signature(constructor).parameters if option != "num_classes"]
-    if drop_rate is not None and "drop_rate" in options:
-        kwargs = {**kwargs, "drop_rate": drop_rate}
-    elif drop_rate:
+    kinds = {name: one.annotation for name, one in inspect.signature(constructor, eval_str=True).parameters.items()}
+    if settings["drop_rate"] and "drop_rate" not in kinds:
         raise UserError(
-            f"drop_rate={drop_rate} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
+            f"drop_rate={settings['drop_rate']} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
         )
+    if settings["activation"] and "activation" not in kinds:
+        raise UserError(
+            f"activation={settings['activation']} cannot be applied: model {name!r} is made for its own; leave it out"
+        )
+    options = [option for option in kinds if option not in ("num_classes", *settings)]
     for argument, value in kwargs.items():
         if argument not in options:
             raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")
-    network = constructor(num_classes, **kwargs)
+        kind = kinds[argument]
+        if type(value) is not kind:
+            raise UserError(f"{argument}={value!r} is not what model {name!r} takes there; use {KINDS[kind]}")
+    chosen = {setting: value for setting, value in settings.items() if value is not None and setting in kinds}
+    network = constructor(num_classes, **chosen, **kwargs)
     if image_size is not None:
         check_image_size(name, image_size, image_size, network.smallest_image_size, network.largest_image_size)
     return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from models.activation import build_activation
 from models.image_size import check_image_size
 
 
@@ -20,31 +21,31 @@ class AlexNet(nn.Module):
     smallest_image_size = 63
     largest_image_size: int | None = None
 
-    def __init__(self, num_classes: int, drop_rate: float = 0.5) -> None:
+    def __init__(self, num_classes: int, activation: str = "relu", drop_rate: float = 0.5) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.MaxPool2d(kernel_size=3, stride=2),
             nn.Conv2d(64, 192, kernel_size=5, padding=2),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.MaxPool2d(kernel_size=3, stride=2),
             nn.Conv2d(192, 384, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.Conv2d(384, 256, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.Conv2d(256, 256, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.MaxPool2d(kernel_size=3, stride=2),
         )
         self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = nn.Sequential(
             nn.Dropout(drop_rate),
             nn.Linear(256 * 6 * 6, 4096),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.Dropout(drop_rate),
             nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
+            build_activation(activation),
             nn.Linear(4096, num_classes),
         )
 

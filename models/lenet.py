@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.activation import build_activation, gain_of
 from models.image_size import check_image_size
 
 
@@ -20,31 +21,36 @@ class LeNet(nn.Module):
     smallest_image_size = 32
     largest_image_size: int | None = 35
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, activation: str = "sigmoid", drop_rate: float = 0.0) -> None:
+        """drop_rate: of the dropout after fc1 and after fc2."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
+        self.activation = build_activation(activation)
         self.pool = nn.AvgPool2d(2)
         self.fc1 = nn.Linear(16 * 6 * 6, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, num_classes)
-        self.reset_parameters()
+        self.drop_rate = drop_rate
+        self.reset_parameters(gain_of(activation))
 
-    def reset_parameters(self) -> None:
-        """Xavier uniform with gain 4 and zero biases (Glorot and Bengio, AISTATS 2010), because a sigmoid's slope is at
-        most 1/4: with torch's default, the difference between images shrinks about tenfold per layer (measured: to
-        0.00006 in the logits), and training starts on a plateau. No sigmoid follows fc3, so its gain is 1."""
+    def reset_parameters(self, gain: float) -> None:
+        """Xavier uniform with the activation's gain and zero biases (Glorot and Bengio, AISTATS 2010). A sigmoid's is
+        4, because its slope is at most 1/4: with torch's default, the difference between images shrinks about tenfold
+        per layer (measured: to 0.00006 in the logits), and training starts on a plateau. No activation follows fc3, so
+        its gain is 1."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
-                nn.init.xavier_uniform_(parameter, gain=1.0 if name == "fc3.weight" else 4.0)
+                nn.init.xavier_uniform_(parameter, gain=1.0 if name == "fc3.weight" else gain)
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_size("LeNet", images.shape[2], images.shape[3], self.smallest_image_size, self.largest_image_size)
-        features = self.pool(torch.sigmoid(self.conv1(images)))
-        features = self.pool(torch.sigmoid(self.conv2(features)))
-        features = torch.sigmoid(self.fc1(features.flatten(1)))
-        features = torch.sigmoid(self.fc2(features))
+        features = self.pool(self.activation(self.conv1(images)))
+        features = self.pool(self.activation(self.conv2(features)))
+        for layer in (self.fc1, self.fc2):
+            features = self.activation(layer(features.flatten(1)))
+            features = F.dropout(features, self.drop_rate, self.training)
         logits: Tensor = self.fc3(features)
         return logits

@@ -5,8 +5,13 @@ Parameter names are torchvision's; only the shape of conv1.weight differs from i
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.errors import UserError
+from models.activation import build_activation
 from models.image_size import check_image_size
 
 
@@ -15,13 +20,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, activation: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.activation = build_activation(activation)
         self.downsample = shortcut(in_channels, width * self.expansion, stride)
 
     @property
@@ -29,9 +34,9 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, features: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(features)))
+        residual = self.activation(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
-        activated: Tensor = self.relu(residual + self.downsample(features))
+        activated: Tensor = self.activation(residual + self.downsample(features))
         return activated
 
 
@@ -43,7 +48,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, activation: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -51,7 +56,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.activation = build_activation(activation)
         self.downsample = shortcut(in_channels, width * self.expansion, stride)
 
     @property
@@ -59,10 +64,10 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, features: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(features)))
-        residual = self.relu(self.bn2(self.conv2(residual)))
+        residual = self.activation(self.bn1(self.conv1(features)))
+        residual = self.activation(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
-        activated: Tensor = self.relu(residual + self.downsample(features))
+        activated: Tensor = self.activation(residual + self.downsample(features))
         return activated
 
 
@@ -80,8 +85,9 @@ class ResNet(nn.Module):
     """images: float [B, 3, H, W], sides from 25 -> logits [B, num_classes].
 
     Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385; the four widths
-    64/128/256/512 of its ImageNet models behind a stem of stride 1, as for CIFAR. Shapes of ResNet-18 at 32x32: stem
-    and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4 [512, 4, 4] -> global mean [512].
+    64/128/256/512 of its ImageNet models (or those of another `width`) behind a stem of stride 1, as for CIFAR. Shapes
+    of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
+    [512, 4, 4] -> global mean [512].
     """
 
     # From 25, layer4 ends in at least 4x4 positions: what the homework's 4x4 pooling window needs.
@@ -94,17 +100,27 @@ class ResNet(nn.Module):
         depths: tuple[int, int, int, int],
         num_classes: int,
         zero_init_residual: bool = False,
+        width: int = 64,
+        activation: str = "relu",
+        drop_rate: float = 0.0,
     ) -> None:
-        """depths: blocks per stage. zero_init_residual: every block starts as the identity (arXiv:1706.02677, 5.1)."""
+        """depths: blocks per stage. zero_init_residual: every block starts as the identity (arXiv:1706.02677, 5.1).
+
+        width: of the first stage; each stage is twice as wide as the one before. drop_rate: of the dropout before fc.
+        """
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = build_stage(block, 64, 64, depths[0], stride=1)
-        self.layer2 = build_stage(block, 64 * block.expansion, 128, depths[1], stride=2)
-        self.layer3 = build_stage(block, 128 * block.expansion, 256, depths[2], stride=2)
-        self.layer4 = build_stage(block, 256 * block.expansion, 512, depths[3], stride=2)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        if width < 1:
+            raise UserError(f"width={width} is not a number of channels; use 1 or more, or leave it out for 64")
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.activation = build_activation(activation)
+        expanded = width * block.expansion
+        self.layer1 = build_stage(block, width, width, depths[0], 1, activation)
+        self.layer2 = build_stage(block, expanded, 2 * width, depths[1], 2, activation)
+        self.layer3 = build_stage(block, 2 * expanded, 4 * width, depths[2], 2, activation)
+        self.layer4 = build_stage(block, 4 * expanded, 8 * width, depths[3], 2, activation)
+        self.fc = nn.Linear(8 * expanded, num_classes)
+        self.drop_rate = drop_rate
         self.reset_parameters(zero_init_residual)
 
     def reset_parameters(self, zero_init_residual: bool) -> None:
@@ -117,40 +133,24 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_size("ResNet", images.shape[2], images.shape[3], self.smallest_image_size)
-        features = self.relu(self.bn1(self.conv1(images)))
+        features = self.activation(self.bn1(self.conv1(images)))
         features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        features = F.dropout(features.mean(dim=(2, 3)), self.drop_rate, self.training)
+        logits: Tensor = self.fc(features)
         return logits
 
 
 def build_stage(
-    block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int
+    block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int, activation: str
 ) -> nn.Sequential:
     """`depth` blocks of one width; the first changes channels and stride."""
-    first = block(in_channels, width, stride)
-    return nn.Sequential(first, *(block(width * block.expansion, width, 1) for _ in range(depth - 1)))
+    first = block(in_channels, width, stride, activation)
+    return nn.Sequential(first, *(block(width * block.expansion, width, 1, activation) for _ in range(depth - 1)))
 
 
-def resnet18(num_classes: int, zero_init_residual: bool = False) -> ResNet:
-    """11,173,962 parameters with 10 classes."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, zero_init_residual)
-
-
-def resnet34(num_classes: int, zero_init_residual: bool = False) -> ResNet:
-    """21,282,122 parameters with 10 classes."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, zero_init_residual)
-
-
-def resnet50(num_classes: int, zero_init_residual: bool = False) -> ResNet:
-    """23,520,842 parameters with 10 classes."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, zero_init_residual)
-
-
-def resnet101(num_classes: int, zero_init_residual: bool = False) -> ResNet:
-    """42,512,970 parameters with 10 classes."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, zero_init_residual)
-
-
-def resnet152(num_classes: int, zero_init_residual: bool = False) -> ResNet:
-    """58,156,618 parameters with 10 classes."""
-    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, zero_init_residual)
+# Called with num_classes and ResNet's options; parameters of each with 10 classes:
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))  # 11,173,962
+resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))  # 21,282,122
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))  # 23,520,842
+resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))  # 42,512,970
+resnet152 = partial(ResNet, Bottleneck, (3, 8, 36, 3))  # 58,156,618

@@ -28,6 +28,7 @@ from tools.parts.export_formats import FORMATS, Exportable, layers_at_the_ends
 from tools.parts.trained import load_trained
 from train import checkpoint
 from train.ddp import build_all
+from train.transfer import without_start
 
 NAMES = ("safetensors", "torch", "onnx")
 FILES = {"model.safetensors", "config.json", "model.pt2", "model.onnx", "export.json"}
@@ -86,15 +87,44 @@ def digits(digits_run: Run) -> Tensor:
 def timm_checkpoint(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vision transformer of timm as drawn by a seed, whose data set is gone."""
     path = tmp_path_factory.mktemp("timm") / "last.pt"
-    gone = path.parent / "gone"
-    config = load_config(DIGITS, **{"model.name": "timm/test_vit", "data.path": str(gone), "eval.crop_fraction": 0.875})
-    dataset = load_dataset(digits_run.data)
+    settings = {"model.name": "timm/test_vit", "data.path": str(path.parent / "gone"), "eval.crop_fraction": 0.875}
+    return write_checkpoint(path, digits_run.data, **settings)
+
+
+def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
+    """A model of these settings for the classes of `data`, as drawn by a seed."""
+    config = load_config(DIGITS, **{"data.path": str(data), **settings})
+    dataset = load_dataset(data)
     facts = {key: dataset[key] for key in ("name", "classes", "mean", "std")} | {"image_size": 32}
     with alone() as device:
-        training = build_all(config, dataset, 10, 32, device)
+        training = build_all(without_start(config), dataset, 10, 32, device)
         about = {"position": {"epoch": 0, "step": 0}, "config": to_yaml(config), "dataset": facts}
         checkpoint.save(path, training, training.sums, **about)
     return path
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ({"name": "resnet18", "activation": "gelu", "drop_rate": 0.2, "options": {"width": 4}, "freeze": ["layer1.*"]},
+         {"width": 4, "activation": "gelu"}),
+        # a start that is gone, and options that only training needs
+        ({"name": "timm/test_vit", "activation": "silu", "options": {"drop_path_rate": 0.1}, "finetune": "gone"},
+         {"act_layer": "silu"}),
+    ],
+)  # fmt: skip
+def test_a_model_of_other_activation_and_width_is_exported_with_them(
+    model: dict[str, Any], arguments: dict[str, Any], digits_run: Run, digits: Tensor, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "last.pt", digits_run.data, model=model)
+    result = run_export(path, tmp_path / "export")
+    assert result.code == 0
+    config = json.loads((result.folder / "config.json").read_text())
+    assert arguments.items() <= config["model_args"].items()
+    with alone() as device, torch.no_grad():
+        expected = load_trained(path, device).training.network(digits)
+    for name in NAMES:
+        assert (result.run_as_printed(name, digits) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("samples", [1, 5, 64])

@@ -59,7 +59,10 @@ def test_layers_add_up_to_the_totals(name: str, size: int, amp: torch.dtype | No
 
 def test_layers_come_in_the_order_of_execution_with_each_call_of_a_shared_one() -> None:
     names = [layer.name.removeprefix("network.") for layer in costs_of("lenet", 32).layers]
-    assert names == ["normalize", "conv1", "pool", "conv2", "pool", "fc1", "fc2", "fc3", "network", "loss"]
+    assert names == [
+        "normalize", "conv1", "activation", "pool", "conv2", "activation", "pool", "fc1", "activation", "fc2",
+        "activation", "fc3", "loss",
+    ]  # fmt: skip
 
 
 def test_activations_grow_with_the_batch_and_the_rest_does_not() -> None:
@@ -199,6 +202,23 @@ def test_a_run_and_its_config_stand_for_the_model_as_trained(digits_run: Run, tm
     options = summary.parse_arguments(["x", "--batch-size", "7", "--classes", "3", "--size", "35"])
     changed = summary.subject_of(config, options)
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
+
+
+def test_a_config_stands_for_its_activation_its_options_and_what_it_freezes(tmp_path: Path) -> None:
+    model = (
+        "{name: resnet18, activation: gelu, drop_rate: 0.1, options: {width: 16}, freeze: ['[!f]*'], finetune: gone}"
+    )
+    (tmp_path / "new.yaml").write_text(f"data: {{path: nowhere, image_size: 32}}\nmodel: {model}\n")
+    out = tmp_path / "out"
+    summary.main([str(tmp_path / "new.yaml"), "--classes", "10", "--batch-size", "4", "--layers", "--out", str(out)])
+    with (out / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["architecture"], row["parameters"], row["trainable"]) == ("resnet18", "701466", "1290")
+    assert int(row["gradients_bytes"]) == 4 * 1290
+    with (out / "layers-new.csv").open() as file:
+        types = {line["type"] for line in csv.DictReader(file)}
+    assert "GELU" in types
+    assert "ReLU" not in types
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError, run_main
-from models import PixelClassifier
+from models import PixelClassifier, options_of
 from tools.parts.export_check import CPU, Expected, compare, expected_logits
 from tools.parts.export_formats import FORMATS, Exportable, snippet
 from tools.parts.tables import Row, make_folder, markdown, write_text
@@ -102,9 +102,12 @@ def exportable_of(trained: Trained) -> Exportable:
     """A float32 copy with plain strides, whatever memory format the run trained in."""
     model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
+    settings = trained.config.model
+    activation = {"activation": settings.activation} if settings.activation is not None else {}
     return Exportable(
         model=model,
-        name=trained.config.model.name,
+        name=settings.name,
+        arguments={**options_of(settings), **activation},
         classes=trained.classes,
         image_size=trained.image_size,
         interpolation=trained.config.data.interpolation,

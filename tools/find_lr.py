@@ -37,6 +37,7 @@ from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
 from train.ddp import build_all, check_classes
 from train.dist import Ranks
+from train.freeze import set_training_mode
 from train.loop import Training, run_step, train_whitening_bias, trainings_of
 from train.optim import set_learning_rate
 from train.proxy import check_proxy
@@ -100,7 +101,7 @@ def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
 
     Waits for the device once in READ_EVERY updates.
     """
-    training.forward.train()
+    set_training_mode(training.forward)
     train_whitening_bias(training, 0)
     losses: list[float] = []
     sums: list[torch.Tensor] = []  # training.sums after each update, on the device

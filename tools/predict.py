@@ -41,10 +41,11 @@ from tools.parts import submission
 from tools.parts.ensemble import best_classes, predict
 from tools.parts.image_sets import ImageSet, data_folder, open_images, picture_folder
 from tools.parts.tables import make_folder, write_text
-from tools.parts.trained import Trained, check_same_classes, find_checkpoint, load_trained
+from tools.parts.trained import Trained, check_same_classes, load_trained
 from train import dist
 from train.dist import Ranks
 from train.loop import Evaluation
+from train.run_folder import find_checkpoint
 
 SHOWN = 5
 METRICS = ("loss", "top1", "top5")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -33,17 +34,18 @@ from tqdm import tqdm
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, parse_config
-from configs.schema import Config, OptimizerConfig, TrainConfig
-from models import available, build_model
+from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
+from models import available, build_configured
 from pipelines.shards import load_dataset
 from tools.parts.costs import Costs, count_costs, free_device_memory, measure_memory
 from tools.parts.summary_report import Subject, layer_rows, layers_table, picture, report, row_of
 from tools.parts.tables import Row, make_folder, write_csv
-from tools.parts.trained import find_checkpoint
 from train import checkpoint, dist, figures
 from train.ddp import to_device
 from train.dist import Ranks
+from train.freeze import freeze
 from train.loop import amp_dtype
+from train.run_folder import find_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STORED_SIZE = 32  # of the data sets whose configs give no data.image_size: CIFAR-10 and the digits
@@ -105,11 +107,11 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
     """What the name stands for; options of the command line override what its config says."""
     path = Path(name)
     if name in available() or name.startswith("timm/"):
-        label, model, drop_rate, train = name, name, None, TrainConfig()
+        label, model, train = name, ModelConfig(name=name), TrainConfig()
         size, classes, batch_size = options.size or default_size(name), CLASSES, BATCH_SIZE
     elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
         config, classes, size = config_of(path, options)
-        label, model, drop_rate, train = str(config.name), config.model.name, config.model.drop_rate, config.train
+        label, model, train = str(config.name), config.model, config.train
         batch_size = config.data.batch_size
     else:
         raise UserError(f"{name!r} is no model, config file or run folder; use one of {', '.join(available())}, "
@@ -120,11 +122,10 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
         train = train.model_copy(update={"amp": AMP_NAMES[options.precision]})
     return Subject(
         label=label,
-        model=model,
+        settings=model,
         image_size=options.size or size,
         classes=options.classes or classes,
         batch_size=options.batch_size or batch_size,
-        drop_rate=drop_rate,
         train=train,
     )
 
@@ -177,8 +178,9 @@ def costs_of(subject: Subject, device: torch.device, amp: torch.dtype | None) ->
     if on_gpu:
         free_device_memory()
         before = torch.cuda.memory_allocated(device)
-    network = build_model(subject.model, subject.classes, image_size=subject.image_size, mean=(0.5, 0.5, 0.5),
-                          std=(0.25, 0.25, 0.25), drop_rate=subject.drop_rate)  # fmt: skip
+    network: nn.Module = build_configured(subject.settings, subject.classes, image_size=subject.image_size,
+                                          mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))  # fmt: skip
+    freeze(network, subject.settings.freeze)
     shape: dict[str, Any] = {"batch_size": subject.batch_size, "image_size": subject.image_size, "device": device}
     try:
         network = to_device(network, device, subject.train.channels_last)

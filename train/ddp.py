@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, to_yaml
-from configs.schema import Config
-from models import build_model
+from configs.schema import Config, ModelConfig
+from models import build_configured
+from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import check_mixing, is_on
@@ -28,6 +29,7 @@ from train import checkpoint, dist
 from train.clock import Clock
 from train.dist import Ranks
 from train.facts import dataset_facts, describe, facts_of
+from train.freeze import freeze
 from train.log import RunLog
 from train.lookahead import build_lookahead
 from train.loop import Training, build_training, evaluate, train_epoch
@@ -37,6 +39,7 @@ from train.proxy import build_proxy, check_proxy
 from train.run_folder import find_run, make_folder
 from train.showcase import show_predictions, show_samples
 from train.throughput import measure_images_per_s
+from train.transfer import load_finetune, without_start
 from train.warm_up import warm_up
 from train.whitening import whiten, whitening_images
 
@@ -89,13 +92,14 @@ def main() -> None:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
-        training = build_all(config, dataset, classes, val_loader.image_size, device)
-
         folder, source = dist.from_first_rank(lambda: find_run(config, resume))
         content = checkpoint.load(source) if source else None
-        if evaluates_only:
-            if content is None or source is None:
-                raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
+        if evaluates_only and content is None:
+            raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
+        start = config if content is None else without_start(config)
+        training = build_all(start, dataset, classes, val_loader.image_size, device)
+
+        if evaluates_only and content is not None and source is not None:
             checkpoint.restore_weights(training, content, source)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
@@ -140,6 +144,8 @@ def main() -> None:
             if source is not None:
                 log.say(f"resumed from {source} at {train_loader.state}")
             log.say(describe(config, facts, device))
+            for note in training.notes:
+                log.say(note)
             if train_loader.state["epoch"] < config.train.epochs:
                 done = updates_done(train_loader, config)
                 log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
@@ -268,19 +274,33 @@ def updates_done(train_loader: Loader, config: Config) -> int:
 
 
 def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size: int, device: torch.device) -> Training:
-    """The model as config.seed draws it, its optimizer, and what config.train puts beside them."""
+    """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
 
-    def build(name: str, drop_rate: float | None = None) -> nn.Module:
-        mean, std = dataset["mean"], dataset["std"]
-        network = build_model(name, classes, image_size=image_size, mean=mean, std=std, drop_rate=drop_rate)
+    A model that a checkpoint is loaded into is built from `without_start(config)`.
+    """
+    model, notes = config.model, []
+    shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
+
+    def on_device(network: nn.Module) -> nn.Module:
         return to_device(network, device, config.train.channels_last)
 
     torch.manual_seed(config.seed)
-    network = build(config.model.name, config.model.drop_rate)
+    if model.pretrained is False:
+        network = on_device(build_configured(model, classes, **shape))
+    else:
+        pretrained, note = build_pretrained(model, classes, **shape)
+        network, notes = on_device(pretrained), [note]
+    if model.finetune is not None:
+        notes.append(load_finetune(network, model.finetune, dataset["classes"]))
+    if model.freeze:
+        notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
     training = build_training(network, optimizer, config.train, device, mixes=is_on(config.aug.mix))
+    training.notes = tuple(notes)
     training.lookahead = build_lookahead(network, config.train.lookahead)
-    training.proxy = build_proxy(config.train, build, device)
+    training.proxy = build_proxy(
+        config.train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
+    )
     return training
 
 
@@ -320,7 +340,11 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "data.image_size": data.image_size,
         "data.interpolation": data.interpolation,
         **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
-        "model.drop_rate": config.model.drop_rate,
+        **{
+            f"model.{key}": value
+            for key, value in config.model.model_dump(mode="json").items()
+            if key != "num_classes"  # a check that the data set has as many
+        },
         **{f"train.{key}": getattr(train, key) for key in SCHEDULE},
         "train.loss": train.loss,
         "train.bce_threshold": train.bce_threshold,

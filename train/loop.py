@@ -20,6 +20,7 @@ from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
+from train.freeze import set_training_mode
 from train.lookahead import Lookahead
 from train.losses import LossAndCounts, build_loss
 from train.optim import learning_rate, make_capturable, set_learning_rate, whitening_learning_rate
@@ -54,6 +55,7 @@ class Training:
     mixes: bool = False  # its batches are a MixedBatch
     lookahead: Lookahead | None = None
     proxy: Proxy | None = None
+    notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -184,7 +186,7 @@ def train_epoch(
 
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
-    training.forward.train()
+    set_training_mode(training.forward)
     train_whitening_bias(training, loader.state["epoch"])
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
@@ -219,10 +221,15 @@ def train_whitening_bias(training: Training, epoch: int) -> None:
     captured graphs expect the same gradients in every step, and keep it.
     """
     whitening, epochs = whitening_of(training.network), training.config.whiten_bias_epochs
-    if whitening is None or epochs is None:
+    if whitening is None or epochs is None or not is_trained(whitening.bias, training.optimizer):
         return
     if not training.captures and not dist.is_data_parallel(training.forward):
         whitening.bias.requires_grad_(epoch < epochs)
+
+
+def is_trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer changes it: model.freeze holds for the whole run."""
+    return any(parameter is one for group in optimizer.param_groups for one in group["params"])
 
 
 @dataclass(frozen=True)

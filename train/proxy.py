@@ -16,6 +16,7 @@ from configs.errors import UserError
 from configs.schema import ProxyConfig, TrainConfig
 from models.speedrun import whitening_of
 from pipelines.loader import Batch
+from train.freeze import set_training_mode
 from train.loop import Training, build_training
 from train.optim import build_optimizer
 
@@ -58,7 +59,7 @@ def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: 
         whitening.bias.requires_grad_(False)
     optimizer = build_optimizer(network, config.optimizer, config.lr)
     training = build_training(network, optimizer, config, device)
-    training.forward.train()
+    set_training_mode(training.forward)
     return Proxy(training, config.proxy)
 
 

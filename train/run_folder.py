@@ -1,4 +1,7 @@
-"""Where a run lies: OUTPUT/NAME, found again or newly made. Only the first rank looks; see `dist.from_first_rank`."""
+"""Where a run lies: OUTPUT/NAME, found again or newly made. Only the first rank looks; see `dist.from_first_rank`.
+
+And which checkpoint a folder stands for, where its run does not go on.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,13 @@ def make_folder(config: Config) -> Path:
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
     raise AssertionError("the names are endless")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder stands for: best.pt, else last.pt; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} holds no checkpoint (best.pt or last.pt); give the folder of a run or a .pt file")

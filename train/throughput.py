@@ -9,6 +9,7 @@ import torch
 
 from pipelines.loader import Batch, Loader
 from train import dist
+from train.freeze import set_training_mode
 from train.loop import Training, run_step
 from train.warm_up import warm_up
 
@@ -27,7 +28,7 @@ def measure_images_per_s(
     Steps are run in groups that take about a second, and the device is waited for between groups only.
     """
     warm_up(training, loader)
-    training.forward.train()
+    set_training_mode(training.forward)
     batches = endless(loader)
     batch_size = 0
 

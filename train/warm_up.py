@@ -16,6 +16,7 @@ import torch
 from configs.errors import UserError
 from pipelines.loader import Batch, Loader, MixedBatch
 from train import dist
+from train.freeze import set_training_mode
 from train.loop import Training, evaluate, train_step, train_whitening_bias, trainings_of
 from train.mixing import unmixed
 
@@ -49,7 +50,7 @@ def prepare(training: Training, batch: Batch) -> None:
 
     What the first step makes of the optimizer's state must start from zero, as it does in torch's optimizers.
     """
-    training.forward.train()
+    set_training_mode(training.forward)
     updates = [True] if training.config.accumulation_steps == 1 else [False, True]
     if training.mixes:
         batch = unmixed(batch)

@@ -18,9 +18,11 @@ from tools.benchmarks.turns import Stream
 from train import dist
 from train.ddp import build_all
 from train.dist import Ranks
+from train.freeze import set_training_mode
 from train.loop import Training, run_step
 from train.mixing import unmixed
 from train.throughput import endless
+from train.transfer import without_start
 from train.warm_up import blank_batch, prepare, warm_up
 
 RESIDENT = "resident batch"
@@ -74,12 +76,12 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         classes = config.model.num_classes or len(dataset["classes"])
-        built = build_all(config, dataset, classes, side, device)
+        built = build_all(without_start(config), dataset, classes, side, device)
         if built.prepares:
             prepare(built, blank_batch(size, side, device))
         if built.mixes:
             batch = unmixed(batch)  # what a step costs does not depend on the shares
-        built.forward.train()
+        set_training_mode(built.forward)
         yield {RESIDENT: Stream(_steps(built, lambda: batch), size, lambda: memory.facts(device), works_ahead=False)}
 
 
@@ -125,9 +127,9 @@ def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device)
-    built = build_all(config, dataset, classes, loader.image_size, device)
+    built = build_all(without_start(config), dataset, classes, loader.image_size, device)
     warm_up(built, loader)
-    built.forward.train()
+    set_training_mode(built.forward)
     return built, loader
 
 

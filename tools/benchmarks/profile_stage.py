@@ -42,6 +42,7 @@ from train.figures import save
 from train.loop import Training, amp_dtype, captures_graphs
 from train.proxy import check_proxy
 from train.throughput import measure_images_per_s
+from train.transfer import without_start
 
 WARM_STEPS = 3
 TRACE = "trace.json.gz"
@@ -107,7 +108,7 @@ def build(
         local_world_size=ranks.local_world_size,
         accumulation_steps=config.train.accumulation_steps,
     )
-    return build_all(config, dataset, classes, loader.image_size, device), loader
+    return build_all(without_start(config), dataset, classes, loader.image_size, device), loader
 
 
 def rate(training: Training, loader: Loader, ranks: Ranks, seconds: float) -> float:

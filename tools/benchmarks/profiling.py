@@ -24,6 +24,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from pipelines.loader import Batch, Loader
+from train.freeze import set_training_mode
 from train.loop import Training, run_step
 from train.throughput import endless
 
@@ -83,7 +84,7 @@ def go_along(training: Training, loader: Loader, steps: int) -> None:
 
 def _run(training: Training, batches: Iterator[Batch], count: int) -> None:
     """So many steps, and the wait until the device has done them."""
-    training.forward.train()
+    set_training_mode(training.forward)
     for number in range(1, count + 1):
         with record_function(PREFIX + DATA):
             batch = next(batches)

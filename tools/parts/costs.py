@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
 from tools.parts.forward_trace import Layer, Tracer, WeightCasts, bytes_of, not_called
+from train.freeze import set_training_mode
 from train.lookahead import build_lookahead
 from train.loop import build_training, run_step
 from train.losses import build_loss
@@ -63,7 +64,8 @@ def count_costs(
     The proxy of train.proxy is not counted. What torch raises for a model that looks at values comes through.
     """
     with FakeCopyMode(mode := FakeTensorMode()):
-        network = copy.deepcopy(network).train()
+        network = copy.deepcopy(network)
+    set_training_mode(network)
     tensors = [*network.parameters(), *network.buffers()]
     weight_bytes = bytes_of(tensors)
     with mode:
@@ -106,7 +108,7 @@ def measure_memory(
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_training(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
     training.lookahead = build_lookahead(network, eager.lookahead)
-    training.forward.train()
+    set_training_mode(training.forward)
     batch = blank_batch(batch_size, image_size, device)
     for number in range(1 + MEASURED_STEPS):
         if number == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Exportable:
     interpolation: str
     crop_fraction: float
     origin: dict[str, Any]  # where it comes from
+    arguments: dict[str, Any] = field(default_factory=dict)  # more of them for build_model: activation, width …
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
@@ -90,6 +91,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
     config = {
         "architecture": exportable.name,
         "num_classes": len(exportable.classes),
+        "model_args": exportable.arguments,
         **layers_at_the_ends(weights),
         **ours,
     }
@@ -120,7 +122,9 @@ def load_safetensors(folder: Path) -> Predict:
 
         network = timm.create_model(f"local-dir:{folder}", pretrained=True)
     else:
-        network = build_model(config["architecture"], config["num_classes"], image_size=facts["image_size"])
+        network = build_model(
+            config["architecture"], config["num_classes"], image_size=facts["image_size"], **config["model_args"]
+        )
         network.load_state_dict(load_file(folder / "model.safetensors"))
     normalize = Normalize(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])
     return PixelClassifier(normalize, network).eval()
@@ -205,7 +209,9 @@ def snippet(name: str, exportable: Exportable, folder: Path) -> str:
         "from safetensors.torch import load_file\n"
         f"config = json.load(open({str(folder / 'config.json')!r}))\n"
         "mean, std = (config['pretrained_cfg'][key] for key in ('mean', 'std'))\n"
-        "model = build_model(config['architecture'], config['num_classes'], mean=mean, std=std).eval()\n"
+        "model = build_model(\n"
+        "    config['architecture'], config['num_classes'], mean=mean, std=std, **config['model_args']\n"
+        ").eval()\n"
         f"model.network.load_state_dict(load_file({str(folder / 'model.safetensors')!r}))\n"
         "logits = model(images)"
     )

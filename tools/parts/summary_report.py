@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.schema import TrainConfig
+from configs.schema import ModelConfig, TrainConfig
 from tools.parts.costs import Costs
 from tools.parts.tables import Row, markdown
 from train import figures
@@ -28,12 +28,15 @@ class Subject:
     """One model as it is to be trained."""
 
     label: str
-    model: str
+    settings: ModelConfig
     image_size: int
     classes: int
     batch_size: int
-    drop_rate: float | None
     train: TrainConfig
+
+    @property
+    def model(self) -> str:
+        return self.settings.name
 
 
 def row_of(subject: Subject, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:

@@ -14,6 +14,8 @@ from configs.schema import Config, DataConfig
 from train import checkpoint
 from train.ddp import build_all
 from train.loop import Training
+from train.run_folder import find_checkpoint
+from train.transfer import without_start
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,6 @@ class Trained:
         return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder stands for: best.pt, else last.pt; a file stands for itself."""
-    if not path.is_dir():
-        return path
-    for name in ("best.pt", "last.pt"):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path} holds no checkpoint (best.pt or last.pt); give the folder of a run or a .pt file")
-
-
 def load_trained(path: Path, device: torch.device, *, compiled: bool = False) -> Trained:
     """The model of a run folder or checkpoint, for evaluation. Needs a process group.
 
@@ -59,7 +51,7 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
-    config = config.model_copy(update={"train": train})
+    config = without_start(config.model_copy(update={"train": train}))
     training = build_all(config, facts, len(facts["classes"]), facts["image_size"], device)
     checkpoint.restore_weights(training, content, path)
     training.network.eval()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config
-from models import build_model
+from models import build_configured
 from tools.benchmarks.peers import Loader, function_of
 from tools.benchmarks.peers.from_torch import Pictures, data_loader, float_transform, homework_loader
 from tools.benchmarks.peers.source import PeerSource
@@ -30,9 +30,9 @@ def _network(source: PeerSource, config: Config) -> nn.Module:
     """The same model as ours, without our normalisation in front: these loaders give normalised floats."""
     classes = config.model.num_classes or len(source.split.classes)
     torch.manual_seed(config.seed)
-    return build_model(
-        config.model.name, classes, image_size=source.image_size, drop_rate=config.model.drop_rate
-    ).train()
+    half = (0.5, 0.5, 0.5)
+    model = build_configured(config.model, classes, image_size=source.image_size, mean=half, std=half)
+    return model.network.train()
 
 
 def homework(source: PeerSource, config: Config) -> Iterator[float]:

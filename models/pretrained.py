@@ -1,0 +1,136 @@
+"""Networks that start from weights that others trained: timm's published ones, or a file. Never touches a network.
+
+Published weights are looked for where timm would have put them, and a file goes through timm's own loading, which knows
+older names and resamples position embeddings; but all of it must fit, where timm would leave out what does not.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from models import PixelClassifier, build_configured, options_of
+from models.from_timm import timm_arguments
+from models.weights import Taken, head_of, read_weights, take_weights
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def build_pretrained(
+    config: ModelConfig, num_classes: int, *, image_size: int, mean: list[float], std: list[float]
+) -> tuple[PixelClassifier, str]:
+    """As `models.build_configured`, with the weights that config.pretrained asks for; and in words what was taken.
+
+    mean, std: the data set's. A model of timm gets those of its published weights instead. A head for another number of
+    classes is new. Raises UserError for weights that are not on this machine, cannot be read, or do not fit.
+    """
+    timm_name = config.name.removeprefix("timm/") if config.name.startswith("timm/") else None
+    path = Path(config.pretrained) if isinstance(config.pretrained, str) else published_file(config.name)
+    weights = read_weights(path)
+    if timm_name is not None:
+        published = published_config(timm_name)
+        mean, std = list(published.mean), list(published.std)
+    model = build_configured(config, num_classes, image_size=image_size, mean=mean, std=std)
+    if timm_name is None:
+        taken = take_weights(model.network, weights, head_of(model.network), f"weights {path}")
+    else:
+        taken = take_through_timm(model.network, config, num_classes, image_size, weights, path)
+    return model, taken.sentence(path)
+
+
+def published_config(name: str) -> Any:
+    """timm's PretrainedCfg of the model `name`, without timm/."""
+    import timm
+
+    try:
+        return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    except RuntimeError as error:
+        raise UserError(f"model 'timm/{name}' is not one of timm's: {str(error).rstrip('.')}") from None
+
+
+def published_file(name: str) -> Path:
+    """Where the published weights of the model timm/NAME lie on this machine."""
+    if not name.startswith("timm/"):
+        raise UserError(
+            f"model.pretrained=true needs published weights, which model {name!r} has none of; give the path of a file "
+            "of weights, or name a model of timm"
+        )
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    plain = name.removeprefix("timm/")
+    published = published_config(plain)
+    if not published.has_weights:
+        raise UserError(
+            f"model.pretrained=true is not possible, since timm publishes no weights of {name}; "
+            "give the path of a file of weights"
+        )
+    folder = constants.HF_HUB_CACHE
+    if published.hf_hub_id:
+        repository, _, revision = published.hf_hub_id.partition("@")
+        for file in [published.hf_hub_filename] if published.hf_hub_filename else HUB_FILES:
+            found = try_to_load_from_cache(repository, file, revision=revision or None)
+            if isinstance(found, str):
+                return Path(found)
+    if published.url:
+        address = published.url if isinstance(published.url, str) else published.url[0]
+        in_torchs_cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
+        if os.path.isfile(in_torchs_cache):
+            return Path(in_torchs_cache)
+        if not published.hf_hub_id:
+            folder = os.path.dirname(in_torchs_cache)
+    raise UserError(
+        f"the published weights of {name} are not in {folder}, and nothing is fetched in training; run python -c "
+        f"\"import timm; timm.create_model('{plain}', pretrained=True)\" once where there is a network, "
+        "or give the path of a file in model.pretrained"
+    )
+
+
+def take_through_timm(
+    network: nn.Module, config: ModelConfig, num_classes: int, image_size: int, weights: dict[str, Tensor], path: Path
+) -> Taken:
+    """Load the weights into a model that has as many classes as they have, strictly, and take over what is no head.
+
+    timm by itself would change the head and then leave out whatever else does not fit, without a word.
+    """
+    import timm
+
+    name = config.name.removeprefix("timm/")
+    arguments = timm_arguments(
+        name, num_classes, image_size=image_size, activation=config.activation, **options_of(config)
+    )
+    classes = classes_in(weights, published_config(name))
+    try:
+        with torch.random.fork_rng([]):  # what is drawn here must not change what is drawn after it
+            source = timm.create_model(
+                name,
+                **{**arguments, "num_classes": classes},
+                pretrained=True,
+                pretrained_cfg_overlay={"state_dict": weights, "num_classes": classes},
+            )
+    except Exception as error:  # converting older names fails in every way on names that are no such ones
+        reasons = [line.strip().rstrip(".") for line in str(error).splitlines()] or [type(error).__name__]
+        reason = reasons[1] if len(reasons) > 1 else reasons[0]
+        raise UserError(
+            f"weights {path} do not fit model {config.name!r}: {reason[:300]}; take weights of the same architecture "
+            "and options"
+        ) from None
+    return take_weights(network, source.state_dict(), head_of(network), f"weights {path}")
+
+
+def classes_in(weights: dict[str, Tensor], published: Any) -> int:
+    """The number of classes that a file of weights is for; where the head has another name, the published weights'."""
+    heads = published.classifier or ()
+    for head in [heads] if isinstance(heads, str) else heads:
+        if (weight := weights.get(f"{head}.weight")) is not None:
+            classes = len(weight)
+            # some have a class more in front, for what is none of them, which timm cuts off
+            return (
+                published.num_classes if classes == published.num_classes + (published.label_offset or 0) else classes
+            )
+    return int(published.num_classes)

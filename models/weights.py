@@ -1,0 +1,111 @@
+"""Weights from files into networks: what fits is taken, a head may start anew, and anything else is an error.
+
+Knows neither configs nor this project's checkpoints, beyond telling that a file is one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs.errors import UserError
+
+NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model")  # in files of other programs, in this order
+WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
+SHOWN = 3  # of what does not fit
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a file of safetensors, or one that torch.save wrote; no code in it is ever run."""
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"weights {path} do not exist; give the path of a .safetensors, .pth or .bin file") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights {path} are refused, since the file holds more than tensors, numbers and strings, or is none of "
+            "torch's; convert it to .safetensors where you trust it"
+        ) from None
+    except Exception as error:  # bytes of another program make both readers fail in every way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights {path} cannot be read ({reason}); give a .safetensors, .pth or .bin file") from None
+    if isinstance(content, dict) and {"format", "stream"} <= content.keys():
+        raise UserError(f"weights {path} are a checkpoint of this program; name it in model.finetune instead")
+    if isinstance(content, dict):
+        content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"weights {path} are no tensors by name; give the file of a state dict")
+    return {_plain(str(name)): value for name, value in content.items()}
+
+
+def _plain(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def head_of(network: nn.Module) -> tuple[str, ...]:
+    """The names of the last classifier layers: one, but for a few models of timm that have two."""
+    of_timm: Any = next((module for module in network.modules() if hasattr(module, "get_classifier")), None)
+    if of_timm is None:
+        return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear))[-1:]
+    heads = of_timm.get_classifier()
+    heads = list(heads) if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
+    return tuple(name for name, module in network.named_modules() if any(module is head for head in heads))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of a network's tensors."""
+
+    taken: int
+    anew: tuple[str, ...]  # names of those that stay as they were drawn
+
+    def sentence(self, source: object) -> str:
+        new = f"; new: {', '.join(self.anew)}" if self.anew else ""
+        return f"took {self.taken} tensors of {source}{new}"
+
+
+def take_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
+) -> Taken:
+    """Copy `weights` into the network, whose layers `head` may differ and then stay as they are.
+
+    source: what they are, for the error. new_head: leave the head as it is even where the shapes agree. Raises
+    UserError that names what else is missing, left over, or of another shape; the network is unchanged then.
+    """
+    here = network.state_dict()
+
+    def in_head(name: str) -> bool:
+        return any(name.startswith(f"{layer}.") for layer in head)
+
+    fitting: dict[str, Tensor] = {}
+    anew: list[str] = []
+    problems: list[str] = []
+    for name, tensor in here.items():
+        theirs = weights.get(name)
+        if theirs is not None and theirs.shape == tensor.shape and not (new_head and in_head(name)):
+            fitting[name] = theirs
+        elif in_head(name):
+            anew.append(name)
+        else:
+            shape = "missing" if theirs is None else str(list(theirs.shape))
+            problems.append(f"{name} is {shape} there and {list(tensor.shape)} here")
+    problems += [f"{name} is not in the model" for name in weights if name not in here and not in_head(name)]
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(
+            f"{source} do not fit the model, of which only the head may differ: {'; '.join(problems[:SHOWN])}{more}; "
+            "take weights of the same architecture and options"
+        )
+    network.load_state_dict(fitting, strict=False)
+    return Taken(len(fitting), tuple(anew))
