@@ -19,13 +19,6 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import ScheduleConfig, TrainConfig
 from train.schedule import Plateau, Timeline, learning_rate, lr_factor, scaled, watch, whitening_learning_rate
-    Plateau,
-    Timeline,
-    learning_rate,
-    lr_factor,
-    scaled,
-    watch,
-)
 
 
 def schedule(steps_per_epoch: int, **settings: Any) -> list[float]:
