@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from torch import nn
 from torch.optim import lr_scheduler
-from train_fixtures import DIGITS
+from train_fixtures import DIGITS, run_here, strict_lines
 
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import ScheduleConfig, TrainConfig
+from train import checkpoint, ddp
+from train.loop import train_epoch
 from train.schedule import Plateau, Timeline, learning_rate, lr_factor, scaled, watch, whitening_learning_rate
 
 
@@ -323,6 +327,91 @@ def test_plateau_keeps_the_warm_up_and_never_falls_below_min_lr() -> None:
     timeline = Timeline.even(3, 4)
     assert [learning_rate(update, timeline, config, 1) for update in range(5)] == [0.25, 0.5, 0.75, 1.0, 0.1]
     assert learning_rate(5, timeline, config, 2) == 0.05
+
+
+# Whole runs
+
+RUN = [
+    "train.epochs=3", "data.batch_size=35", "data.train_split=val", "train.lr=0.01", "train.save_every_steps=5",
+    "log.every_steps=1000",
+    "train.schedule_options.epochs=0.5", "train.schedule_options.milestones=[0.4,1.7]",
+    # no epoch but the first improves
+    "train.schedule_options.patience=0", "train.schedule_options.threshold=100",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial", "plateau", "one-cycle"],
+)
+def test_a_run_broken_within_an_epoch_goes_on_with_the_learning_rates_of_the_unbroken_one(
+    kind: str, npy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[tuple[int, float]] = []
+
+    def train_epoch_noted(*parts: Any, after_update: Any, **options: Any) -> Any:
+        def note(update: int, lr: float) -> None:
+            noted.append((update, lr))
+            after_update(update, lr)
+
+        return train_epoch(*parts, after_update=note, **options)
+
+    monkeypatch.setattr(ddp, "train_epoch", train_epoch_noted)
+    opts = [*RUN, f"train.schedule={kind}", f"train.warmup_epochs={0 if kind == 'one-cycle' else 0.67}"]
+
+    def command(output: Path) -> list[str | Path]:
+        return ["--cfg", DIGITS, "--data-path", npy_data, "--output", output, "--opts", *opts]
+
+    run_here(*command(tmp_path / "unbroken"))
+    expected = [*noted]
+    noted.clear()
+    run_here(*command(tmp_path / "broken"), stop_at={"epoch": 1, "step": 2})
+    assert len(noted) == 5
+    run_here(*command(tmp_path / "broken"), "--resume", "auto")
+    assert noted == expected
+    config = load_config(DIGITS, opts).train
+    decays = [0, 0, 1] if kind == "plateau" else [0, 0, 0]
+    formula = [learning_rate(update, Timeline.even(3, 3), config, decays[update // 3]) for update in range(9)]
+    assert noted == list(enumerate(formula))
+    ours, theirs = (checkpoint.load(tmp_path / name / "digits_lenet" / "last.pt") for name in ("broken", "unbroken"))
+    assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
+    assert ours["progress"] == theirs["progress"]
+
+
+def test_a_run_begins_with_its_first_epoch(npy_data: Path, tmp_path: Path) -> None:
+    opts = [*RUN, "train.first_epoch=1", "train.schedule=linear", "train.warmup_epochs=0"]
+    run_here("--cfg", DIGITS, "--data-path", npy_data, "--output", tmp_path, "--opts", *opts)
+    lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 9)]
+    assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - 5 / 9), 0.01 * (1 - 8 / 9)])
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("train.schedule_options.rate=0.2", "train.schedule_options.rate: 0.1 then, 0.2 now"),
+        ("train.ema.decay=0.9", "train.ema.decay: None then, 0.9 now"),
+        ("train.clip_grad_value=1", "train.clip_grad_value: None then, 1.0 now"),
+        ("train.lr_batch_size=64", "train.lr_batch_size: None then, 64 now"),
+        ("train.loss=bce", "train.loss: 'cross-entropy' then, 'bce' now"),
+        ("train.optimizer.layer_decay=0.7", "train.optimizer.layer_decay: None then, 0.7 now"),
+    ],
+)
+def test_a_resume_with_another_setting_is_refused_by_its_name(option: str, name: str) -> None:
+    then, now = (ddp.flat_settings("train", load_config(DIGITS, options).train) for options in ([], [option]))
+    with pytest.raises(UserError, match=re.escape(name)):
+        checkpoint.check_same_run({"stream": then}, now, Path("last.pt"))
+    old = {key: value for key, value in then.items() if key in ("train.lr", "train.epochs")}  # of an older version
+    defaults = ddp.flat_settings("train", TrainConfig())
+    checkpoint.check_same_run({"stream": old}, {**defaults, **old}, Path("last.pt"), defaults)
+    with pytest.raises(UserError, match=re.escape(name)):
+        checkpoint.check_same_run({"stream": old}, now, Path("last.pt"), defaults)
+
+
+def test_what_may_change_between_runs_is_no_part_of_their_identity() -> None:
+    config = TrainConfig()
+    faster = TrainConfig(amp="off", compile="off", cuda_graph="off", save_every_steps=3, accumulation_steps=2)
+    assert ddp.flat_settings("train", config) == ddp.flat_settings("train", faster)
 
 
 # Settings
