@@ -13,20 +13,20 @@ class OptimizerConfig(Section):
     name: str = Field(default="adamw", min_length=1)
     """adamw, sgd, adam, rmsprop: torch's, fused where it has that; muon: for the filters of convolutions, and sgd with
     Nesterov momentum for all else; any other name, such as lamb, lion or timm/muon, is timm's optimizer of that
-    name."""
+    name, with the betas and eps of its authors unless these here are changed."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step takes away train.lr times
     this share, also from parameters with a learning rate of their own."""
     decay_biases: bool = False
     """Whether weight decay holds for biases and norms too."""
     betas: Pair = (0.9, 0.999)
-    """Decay of the running means of gradient and squared gradient, for adamw."""
+    """Decay of the running means of gradient and squared gradient, for adamw and adam; see name for timm's."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator, for adamw."""
+    """Added to the denominator, for adamw, adam and rmsprop; see name for timm's."""
     nesterov: bool = True
     """Nesterov momentum, for sgd and muon's filters."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum, for sgd and muon's filters."""
+    """Momentum, for sgd, rmsprop, muon's filters, and timm's optimizers that have one."""
     sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of what muon leaves to sgd."""
     newton_schulz_steps: int = Field(default=5, ge=1)
@@ -69,7 +69,7 @@ class ScheduleConfig(Section):
     epochs: float = Field(default=30.0, gt=0)
     """Epochs, also fractions, between two decays, for step; counted from the start of training."""
     rate: float = Field(default=0.1, gt=0, le=1)
-    """Factor of each decay, for step, multistep and plateau; of every epoch, for exponential."""
+    """Factor of each decay, for step, multistep and plateau; of every epoch after the warm-up, for exponential."""
     milestones: Annotated[tuple[float, ...], BeforeValidator(as_tuple)] = ()
     """Epochs at which multistep decays."""
     power: float = Field(default=1.0, gt=0)
@@ -190,3 +190,25 @@ class TrainConfig(Section):
         if limit in info.data and value > info.data[limit]:
             raise ValueError(f"must not exceed train.{limit}={info.data[limit]}")
         return value
+
+    @field_validator("first_epoch")
+    @classmethod
+    def _below_epochs(cls, first_epoch: int, info: ValidationInfo) -> int:
+        if "epochs" in info.data and first_epoch >= info.data["epochs"]:
+            raise ValueError(f"must be below train.epochs={info.data['epochs']}, the number of epochs in all")
+        return first_epoch
+
+    @field_validator("schedule")
+    @classmethod
+    def _one_warmup(cls, schedule: str, info: ValidationInfo) -> str:
+        if schedule == "one-cycle" and info.data.get("warmup_epochs"):
+            raise ValueError("has a warm-up of its own; set train.warmup_epochs to 0")
+        return schedule
+
+    @field_validator("clip_grad_value", "clip_grad_adaptive")
+    @classmethod
+    def _one_kind_of_clipping(cls, limit: float | None, info: ValidationInfo) -> float | None:
+        others = [name for name in ("clip_grad_norm", "clip_grad_value") if info.data.get(name) is not None]
+        if limit is not None and others:
+            raise ValueError(f"goes not with train.{others[0]}={info.data[others[0]]}; set one of them to null")
+        return limit

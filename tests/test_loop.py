@@ -21,7 +21,7 @@ from pipelines.loader import Batch, Loader
 from train import checkpoint
 from train.dist import Ranks
 from train.loop import Evaluation, Training, amp_dtype, evaluate, train_epoch, train_step
-from train.optim import learning_rate
+from train.schedule import Timeline, learning_rate
 from train.throughput import measure_images_per_s
 
 VAL_SAMPLES = 107  # a prime number, so that no batch size and no number of ranks divides it
@@ -155,7 +155,7 @@ def test_the_learning_rate_changes_at_every_update_and_not_at_every_pass(npy_dat
     noted: list[tuple[int, float]] = []
     for _ in range(2):
         train_epoch(training, loader, seed=0, rank=0, after_update=lambda *update: noted.append(update))
-    expected = [learning_rate(update, 4, training.config) for update in range(8)]
+    expected = [learning_rate(update, Timeline.even(2, 4), training.config) for update in range(8)]
     assert used == expected
     assert noted == list(enumerate(expected))
     assert len(set(expected[:4])) == 4

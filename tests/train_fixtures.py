@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch import nn
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
 from pipelines.loader import Batch
-from train import dist
+from train import checkpoint, ddp, dist
 from train.dist import Ranks
+from train.log import RunLog
 from train.loop import Training, build_training
 from train.optim import build_optimizer
 
@@ -70,6 +71,31 @@ def command_line(*arguments: str | Path, processes: int = 0) -> list[str]:
 def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
     command = command_line(*arguments, processes=processes)
     return subprocess.run(command, capture_output=True, text=True, check=False, env=CLEAN)
+
+
+def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> None:
+    """train/ddp.py in this process, on the CPU, without curves.png, which would take most of the time of a short run.
+
+    stop_at: the position of the checkpoint after which the run is broken.
+    """
+
+    class Stop(Exception):
+        pass
+
+    save = checkpoint.save
+
+    def save_and_stop(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
+        save(path, training, sums, **state)
+        if state["position"] == stop_at:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(checkpoint, "save", save_and_stop)
+        patch.setattr(RunLog, "draw", lambda _: None)
+        patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
+        with nullcontext() if stop_at is None else pytest.raises(Stop):
+            ddp.main()
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:

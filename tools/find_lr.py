@@ -37,10 +37,12 @@ from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
 from train.ddp import build_all, check_classes
 from train.dist import Ranks
+from train.facts import global_batch
 from train.freeze import set_training_mode
-from train.loop import Training, run_step, train_whitening_bias, trainings_of
+from train.loop import Training, follow_weights, run_step, timeline_of, train_whitening_bias, trainings_of
 from train.optim import set_learning_rate
 from train.proxy import check_proxy
+from train.schedule import OWN_RATES, lr_factor, scaled
 from train.throughput import endless
 from train.warm_up import warm_up
 from train.whitening import whiten, whitening_images
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 100, 300  # updates by default: an epoch within these bounds
 READ_EVERY = 10  # updates between two looks at the device's losses
-OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -107,15 +108,14 @@ def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
     sums: list[torch.Tensor] = []  # training.sums after each update, on the device
     before = training.sums.clone()
     accumulation = training.config.accumulation_steps
-    updates_of_a_run = training.config.epochs * (len(loader) // accumulation)
+    timeline = timeline_of(training.config, loader)
     batches = endless(loader)
     for update, lr in enumerate(tqdm(rates, unit="update", leave=False, disable=not sys.stderr.isatty())):
         for one in trainings_of(training):
             set_learning_rate(one.optimizer, float(lr))
         for micro in range(accumulation):
             run_step(training, next(batches), update, updates=micro == accumulation - 1)
-        if training.lookahead is not None:
-            training.lookahead.follow(update, updates_of_a_run)
+        follow_weights(training, update, timeline)
         sums.append(training.sums.clone())
         if (update + 1) % READ_EVERY == 0 or update + 1 == len(rates):
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
@@ -129,8 +129,13 @@ def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
 
 
 def options_for(config: Config, lr: float) -> str:
-    """What to add after --opts: all rates of the config are moved along with train.lr, as the test moved them."""
-    train, factor = config.train, lr / config.train.lr
+    """What to add after --opts: all rates of the config are moved along with train.lr, as the test moved them.
+
+    lr: at the global batch that was tested; the config's is for train.lr_batch_size, where that is set.
+    """
+    train = config.train
+    lr /= lr_factor(train, global_batch(config, 1))
+    factor = lr / train.lr
     rates = {f"train.{name}": getattr(train, name) for name in ("min_lr", "warmup_lr")}
     rates |= {f"train.optimizer.{name}": getattr(train.optimizer, name) for name in OWN_RATES}
     others = [f"{name}={value * factor:.2g}" for name, value in rates.items() if value]
@@ -147,12 +152,13 @@ def report(config: Config, curve: Curve, suggestion: Suggestion) -> str:
         lines.append(f"second opinion: a tenth of {minimum:.2g}, where the smoothed loss is lowest, is {tenth:.2g}")
         lines.append(f"suggestion (steepest descent): --opts {options_for(config, suggestion.lr)}")
         lines.append(f"the config has train.lr={config.train.lr:.2g}")
+        if config.train.lr_batch_size is not None:
+            lines.append(f"train.lr is for train.lr_batch_size={config.train.lr_batch_size}, the curve for this batch")
     return "\n".join(lines)
 
 
 def title(config: Config) -> str:
-    batch = config.data.batch_size * config.train.accumulation_steps
-    return f"{config.model.name}, {config.train.optimizer.name}, global batch {batch}"
+    return f"{config.model.name}, {config.train.optimizer.name}, global batch {global_batch(config, 1)}"
 
 
 def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> None:
@@ -165,7 +171,7 @@ def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> No
         "model": config.model.name,
         "data": config.data.path,
         "optimizer": config.train.optimizer.name,
-        "global_batch": config.data.batch_size * config.train.accumulation_steps,
+        "global_batch": global_batch(config, 1),
         "updates": len(rows),
         "diverged": end_of(curve.smoothed) is not None,
         "suggestion": {**asdict(suggestion), "tenth_of_minimum": suggestion.tenth_of_minimum},
@@ -186,7 +192,7 @@ def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
         axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
         second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
         axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
-    if curve.lr[0] <= (now := config.train.lr) <= curve.lr[-1]:
+    if curve.lr[0] <= (now := scaled(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
         axis.axvline(now, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {now:.2g}")
     finite = curve.loss[np.isfinite(curve.loss)]
     if len(finite):

@@ -38,6 +38,7 @@ from train import dist
 from train.clock import Clock
 from train.ddp import build_all, check_classes
 from train.dist import Ranks
+from train.ema import counted_weights
 from train.facts import device_name
 from train.loop import Training, evaluate, train_epoch
 from train.proxy import check_proxy
@@ -108,7 +109,7 @@ def run(
     for _ in range(config.train.epochs):
         times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_update=lambda *_: None)
         clock.add(times.time_s)
-    with clock:
+    with clock, counted_weights(training, config.eval.weights):
         top1 = evaluate(training, val_loader, val_samples, config.eval.tta).top1
     return {"top1": top1, "time_s": clock.training_s}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         **_state_of(training),
         "sums": sums,
         "lookahead": training.lookahead.slow if training.lookahead is not None else {},
+        "ema": training.ema.state() if training.ema is not None else {},
         "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
         **state,
     }
@@ -96,13 +98,18 @@ def _sha256(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def restore_weights(training: Training, content: dict[str, Any], path: Path) -> None:
-    """Load the model's weights alone."""
+def restore_weights(training: Training, content: dict[str, Any], path: Path, weights: str = "raw") -> bool:
+    """Load the model's weights alone; weights: which, as eval.weights says. Returns whether it is the average."""
+    average: dict[str, Any] = content.get("ema") or {}  # missing in checkpoints of older versions
+    if weights == "ema" and not average:
+        raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
+    is_average = bool(average) and weights != "raw"
     try:
-        training.network.load_state_dict(content["model"])
+        training.network.load_state_dict(average if is_average else content["model"])
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"checkpoint {path} does not fit the model of this config: {first}") from None
+    return is_average
 
 
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
@@ -112,6 +119,8 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     if training.lookahead is not None:
         for name, slow in training.lookahead.slow.items():
             slow.copy_(content["lookahead"][name])
+    if training.ema is not None:
+        training.ema.restore(content["ema"])
     if training.proxy is not None:
         _restore_one(training.proxy.training, content["proxy"], path)
 
@@ -120,7 +129,10 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
     restore_weights(training, content, path)
     optimizer = training.optimizer
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(content["optimizer"])
+    saved = content["optimizer"]
+    # before as well, since it decides on which device torch puts the count of steps
+    groups = [group | one for group, one in zip(saved["param_groups"], here, strict=True)]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
     for group, settings in zip(optimizer.param_groups, here, strict=True):
         group.update(settings)
     training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
@@ -128,9 +140,14 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
         training.scaler.load_state_dict(content["scaler"])
 
 
-def check_same_run(content: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with other samples or another optimizer than those the checkpoint comes from."""
-    then = content["stream"]
+def check_same_run(
+    content: dict[str, Any], now: dict[str, Any], path: Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse to go on with other samples or another optimizer than those the checkpoint comes from.
+
+    defaults: of settings that the version which wrote the checkpoint may not have had.
+    """
+    then = {**(defaults or {}), **content["stream"]}
     changed = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
     if changed:
         raise UserError(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, to_yaml
-from configs.schema import Config, ModelConfig
+from configs.schema import Config, ModelConfig, Section, TrainConfig
 from models import build_configured
 from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
@@ -28,23 +28,26 @@ from pipelines.shards import fingerprint, load_dataset
 from train import checkpoint, dist
 from train.clock import Clock
 from train.dist import Ranks
-from train.facts import dataset_facts, describe, facts_of
+from train.ema import average_counts, build_ema, counted_weights
+from train.facts import dataset_facts, describe, facts_of, global_batch
 from train.freeze import freeze
 from train.log import RunLog
 from train.lookahead import build_lookahead
-from train.loop import Training, build_training, evaluate, train_epoch
+from train.loop import Training, build_training, evaluate, timeline_of, train_epoch
 from train.meter import Meter, peak_memory_gib
 from train.optim import build_optimizer
 from train.proxy import build_proxy, check_proxy
 from train.run_folder import find_run, make_folder
+from train.schedule import Timeline, scaled, watch
 from train.showcase import show_predictions, show_samples
 from train.throughput import measure_images_per_s
 from train.transfer import load_finetune, without_start
 from train.warm_up import warm_up
 from train.whitening import whiten, whitening_images
 
-SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "schedule", "label_smoothing", "clip_grad_norm",
-            "whiten_bias_epochs", "whiten_bias_anneal")  # fmt: skip
+# Settings of training that results do not follow from, or not to the last digit, which a resumed run may change.
+FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
+        "eval_every_epochs")  # fmt: skip
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
 
 
@@ -100,10 +103,11 @@ def main() -> None:
         training = build_all(start, dataset, classes, val_loader.image_size, device)
 
         if evaluates_only and content is not None and source is not None:
-            checkpoint.restore_weights(training, content, source)
+            is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
-                print(f"{source}: {result.sentence(config.data.val_split)}")
+                which = " (moving average)" if is_average else ""
+                print(f"{source}{which}: {result.sentence(config.data.val_split)}")
             return
 
         train_loader = build_train_loader(
@@ -115,14 +119,16 @@ def main() -> None:
                 print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
             return
 
+        average_counts(training, config.eval.weights)  # raises where there is none
         stream = stream_identity(config, dataset, ranks)
         progress: dict[str, Any] = {"best_top1": -1.0}
         images = whitening_images(training, config.data)
         if content is None:
             clock.add(whiten(training, images))
+            train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
         del images
         if content is not None and source is not None:
-            checkpoint.check_same_run(content, stream, source)
+            checkpoint.check_same_run(content, stream, source, flat_settings("train", TrainConfig()))
             checkpoint.restore(training, content, source)
             if not ranks.is_first:
                 training.sums.zero_()  # the checkpoint holds the sums over all ranks
@@ -147,7 +153,7 @@ def main() -> None:
             for note in training.notes:
                 log.say(note)
             if train_loader.state["epoch"] < config.train.epochs:
-                done = updates_done(train_loader, config)
+                done = updates_done(train_loader, timeline_of(config.train, train_loader), config)
                 log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
             fit(config, training, train_loader, val_loader, val_samples, progress, about, folder, log, ranks, clock)
 
@@ -173,6 +179,7 @@ def fit(
         log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
         return
     accumulation = config.train.accumulation_steps
+    timeline = timeline_of(config.train, train_loader)
 
     def save(name: str) -> None:
         sums = dist.sum_over_ranks(training.sums.clone())  # so all ranks must come here at the same step
@@ -209,36 +216,39 @@ def fit(
     if training.prepares:
         log.say(f"compiled{' and captured' if training.captures else ''} the step in {prepared_s:.1f} s")
     classes = about["dataset"]["classes"]
-    if config.log.images and train_loader.state == {"epoch": 0, "step": 0}:
+    if config.log.images and train_loader.state == {"epoch": config.train.first_epoch, "step": 0}:
         show_samples(log, train_loader, classes)
     begin = time.monotonic()
-    updates_per_epoch = len(train_loader) // accumulation
     meter = Meter(train_loader, config.data.batch_size * accumulation * ranks.world_size)
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
-        bar.reset(updates_per_epoch)
+        bar.reset(timeline.updates[epoch])
         bar.update(train_loader.state["step"] // accumulation)
         bar.set_description(f"epoch {epoch + 1}/{config.train.epochs}")
         loss, _, seen = training.sums.tolist() if train_loader.state["step"] else (0.0, 0.0, 0.0)
-        meter.begin(updates_done(train_loader, config), loss, seen)
+        meter.begin(updates_done(train_loader, timeline, config), loss, seen)
         lr = [0.0]
 
         def note(update: int, now: float, lr: list[float] = lr) -> None:
             lr[0] = now
             after_update(update, now)
 
-        times = train_epoch(training, train_loader, seed=config.seed, rank=ranks.rank, after_update=note)
+        times = train_epoch(
+            training, train_loader, seed=config.seed, rank=ranks.rank, after_update=note, timeline=timeline,
+            decays=progress.get("plateau", {}).get("decays", 0),
+        )  # fmt: skip
         clock.add(times.time_s)
         is_last = epoch + 1 == config.train.epochs
         loss, correct, seen = dist.sum_over_ranks(training.sums.clone()).tolist()
         training.sums.zero_()
         metrics = {
             "epoch": epoch,
-            "step": (epoch + 1) * updates_per_epoch,
+            "step": timeline.first(epoch + 1),
             "train_loss": loss / seen,
             "train_top1": correct / seen,
             "val_loss": None,
             "val_top1": None,
             "val_top5": None,
+            **({"ema_val_loss": None, "ema_val_top1": None, "ema_val_top5": None} if training.ema is not None else {}),
             "lr": lr[0],
             "images_per_s": times.batches * config.data.batch_size * ranks.world_size / times.time_s,
             "data_wait_fraction": times.wait_s / times.time_s,
@@ -248,10 +258,17 @@ def fit(
         improved = False
         if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
             with clock if is_last else nullcontext():
-                result = evaluate(training, val_loader, val_samples, config.eval.tta)
-            metrics |= {"val_loss": result.loss, "val_top1": result.top1, "val_top5": result.top5}
-            improved = result.top1 > progress["best_top1"]
-            progress["best_top1"] = max(progress["best_top1"], result.top1)
+                counted = evaluate(training, val_loader, val_samples, config.eval.tta)
+            metrics |= {"val_loss": counted.loss, "val_top1": counted.top1, "val_top5": counted.top5}
+            if training.ema is not None:
+                with training.ema.in_place():
+                    average = evaluate(training, val_loader, val_samples, config.eval.tta)
+                metrics |= {"ema_val_loss": average.loss, "ema_val_top1": average.top1, "ema_val_top5": average.top5}
+                counted = average if average_counts(training, config.eval.weights) else counted
+            improved = counted.top1 > progress["best_top1"]
+            progress["best_top1"] = max(progress["best_top1"], counted.top1)
+        if config.train.schedule == "plateau":
+            progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
         log.epoch(metrics)
         if improved:
             save("best.pt")
@@ -264,25 +281,28 @@ def fit(
     log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
     log.summary({"training_s": clock.training_s, "command_s": clock.command_s})
     if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
-        show_predictions(log, training, val_loader, config, classes, step=config.train.epochs * updates_per_epoch)
+        with counted_weights(training, config.eval.weights):
+            show_predictions(log, training, val_loader, config, classes, step=timeline.total)
 
 
-def updates_done(train_loader: Loader, config: Config) -> int:
-    """Optimizer steps from the start of the run to where the loader stands."""
-    state, accumulation = train_loader.state, config.train.accumulation_steps
-    return (state["epoch"] * len(train_loader) + state["step"]) // accumulation
+def updates_done(train_loader: Loader, timeline: Timeline, config: Config) -> int:
+    """Optimizer steps from the start of training to where the loader stands."""
+    state = train_loader.state
+    return timeline.first(state["epoch"]) + state["step"] // config.train.accumulation_steps
 
 
 def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size: int, device: torch.device) -> Training:
     """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
 
-    A model that a checkpoint is loaded into is built from `without_start(config)`.
+    Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
+    `without_start(config)`.
     """
+    train = scaled(config.train, global_batch(config, dist.world_size()))
     model, notes = config.model, []
     shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
 
     def on_device(network: nn.Module) -> nn.Module:
-        return to_device(network, device, config.train.channels_last)
+        return to_device(network, device, train.channels_last)
 
     torch.manual_seed(config.seed)
     if model.pretrained is False:
@@ -294,12 +314,13 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
         notes.append(load_finetune(network, model.finetune, dataset["classes"]))
     if model.freeze:
         notes.append(freeze(network, model.freeze))
-    optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
-    training = build_training(network, optimizer, config.train, device, mixes=is_on(config.aug.mix))
+    optimizer = build_optimizer(network, train.optimizer, train.lr)
+    training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix))
     training.notes = tuple(notes)
-    training.lookahead = build_lookahead(network, config.train.lookahead)
+    training.lookahead = build_lookahead(network, train.lookahead)
+    training.ema = build_ema(network, train.ema)
     training.proxy = build_proxy(
-        config.train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
+        train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
     )
     return training
 
@@ -333,7 +354,7 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
     return {
         "data set": fingerprint(dataset),
         "seed": config.seed,
-        "global batch": data.batch_size * ranks.world_size * train.accumulation_steps,
+        "global batch": global_batch(config, ranks.world_size),
         "data.train_split": data.train_split,
         "data.order": data.order,
         "data.window_shards": data.window_shards if data.order == "sequential-window" else None,
@@ -345,15 +366,21 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
             for key, value in config.model.model_dump(mode="json").items()
             if key != "num_classes"  # a check that the data set has as many
         },
-        **{f"train.{key}": getattr(train, key) for key in SCHEDULE},
-        "train.loss": train.loss,
-        "train.bce_threshold": train.bce_threshold,
-        **{
-            f"train.{name}.{key}": value
-            for name in ("optimizer", "lookahead", "proxy")
-            for key, value in getattr(train, name).model_dump(mode="json").items()
-        },
+        **flat_settings("train", train),
+        "train.eval_every_epochs": train.eval_every_epochs if train.schedule == "plateau" else None,
     }
+
+
+def flat_settings(name: str, section: Section) -> dict[str, Any]:
+    """The section's settings by dotted keys, those of sections inside as well, without FREE ones."""
+    flat: dict[str, Any] = {}
+    for key, value in section.model_dump(mode="json").items():
+        inner = getattr(section, key)
+        if isinstance(inner, Section):
+            flat |= flat_settings(f"{name}.{key}", inner)
+        elif key not in FREE:
+            flat[f"{name}.{key}"] = value
+    return flat
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ from configs.schema import Config
 from pipelines.loader import Loader
 from train.dist import Ranks
 from train.loop import Training
+from train.schedule import lr_factor
+
+
+def global_batch(config: Config, world_size: int) -> int:
+    """Samples of one optimizer update, over all ranks."""
+    return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def facts_of(
@@ -28,7 +34,7 @@ def facts_of(
         "image_size": loader.image_size,
         "parameters": sum(p.numel() for p in training.network.parameters()),
         "world_size": ranks.world_size,
-        "global_batch": config.data.batch_size * ranks.world_size * accumulation,
+        "global_batch": global_batch(config, ranks.world_size),
         "steps_per_epoch": len(loader) // accumulation,
         "precision": str(training.amp or torch.float32),
         "device": device_name(training.device),
@@ -48,11 +54,14 @@ def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
 
 def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str:
     """One line on what is about to run."""
+    train = config.train
+    factor = lr_factor(train, facts["global_batch"])
+    rates = f", learning rates x {factor:.4g} ({train.lr_scaling} from train.lr_batch_size={train.lr_batch_size})"
     return (
         f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
         f"({facts['train_samples']:,} train samples), {config.train.epochs} epochs of {facts['steps_per_epoch']} steps "
         f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}, "
-        f"precision {facts['precision']}"
+        f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
     )
 
 

@@ -57,10 +57,11 @@ def pixels_of(figure: Figure) -> np.ndarray:
 
 
 def curves(metrics: list[dict[str, Any]], title: str) -> Figure:
-    """Loss and top-1 accuracy against epoch, train and validation, side by side; metrics: lines of metrics.jsonl."""
+    """Loss and top-1 accuracy against epoch, side by side, of training, validation and, where there is one, of the
+    moving average's validation; metrics: lines of metrics.jsonl."""
     figure, axes = new_figure(1, 2, size=(10, 4))
     for axis, quantity, label in ((axes[0], "loss", "cross-entropy loss"), (axes[1], "top1", "top-1 accuracy")):
-        for split, name in (("train", "train"), ("val", "validation")):
+        for split, name in (("train", "train"), ("val", "validation"), ("ema_val", "validation, moving average")):
             points = [(line["epoch"] + 1, line.get(f"{split}_{quantity}")) for line in metrics]
             points = [point for point in points if point[1] is not None]
             axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None

@@ -182,14 +182,26 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy."""
-    top1 = [(line["val_top1"], -line["epoch"]) for line in metrics if line.get("val_top1") is not None]
-    losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
-    found: dict[str, float] = {"best_val_loss": min(losses)} if losses else {}
-    if top1:
-        found["best_val_top1"], negative_epoch = max(top1)  # the first of equal ones
-        found["best_epoch"] = -negative_epoch
+    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy; those of the
+    moving average as well, where there is one."""
+    found: dict[str, float] = {}
+    for average in ("", "ema_"):
+        loss, accuracy = f"{average}val_loss", f"{average}val_top1"
+        top1 = [(line[accuracy], -line["epoch"]) for line in metrics if line.get(accuracy) is not None]
+        losses = [line[loss] for line in metrics if line.get(loss) is not None]
+        if losses:
+            found[f"best_{loss}"] = min(losses)
+        if top1:
+            found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal ones
+            found[f"best_{average}epoch"] = -negative_epoch
     return found
+
+
+def counted(line: dict[str, Any], weights: str) -> float | None:
+    """Top-1 accuracy of the weights that count in a line of metrics.jsonl, by eval.weights; None: not evaluated."""
+    key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
+    value: float | None = line.get(key)
+    return value
 
 
 def _replace(path: Path, text: str) -> None:

@@ -20,10 +20,13 @@ from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch, Loader
 from train import dist
+from train.clipping import clip_gradients, clips
+from train.ema import Ema
 from train.freeze import set_training_mode
 from train.lookahead import Lookahead
 from train.losses import LossAndCounts, build_loss
-from train.optim import learning_rate, make_capturable, set_learning_rate, whitening_learning_rate
+from train.optim import capture_obstacle, make_capturable, set_learning_rate
+from train.schedule import Timeline, learning_rate, whitening_learning_rate
 from train.tta import mean_logits
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Training:
     keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
     mixes: bool = False  # its batches are a MixedBatch
     lookahead: Lookahead | None = None
+    ema: Ema | None = None
     proxy: Proxy | None = None
     notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
 
@@ -137,6 +141,8 @@ def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype 
         "fp16 looks at its gradients on the host before every update": amp == torch.float16,
         "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
     }
+    if (obstacle := capture_obstacle(config.optimizer)) is not None:
+        obstacles[obstacle] = True
     reasons = [reason for reason, holds in obstacles.items() if holds]
     if config.cuda_graph == "on" and reasons:
         raise UserError(
@@ -155,9 +161,9 @@ def train_step(training: Training, batch: Batch, *, update: bool = True) -> None
         training.scaler.scale(loss / config.accumulation_steps).backward()
     training.sums += counts
     if update:
-        if config.clip_grad_norm is not None:
+        if clips(config):
             training.scaler.unscale_(training.optimizer)
-            nn.utils.clip_grad_norm_(training.network.parameters(), config.clip_grad_norm)
+            clip_gradients(training.network, config)
         training.scaler.step(training.optimizer)
         training.scaler.update()
         training.optimizer.zero_grad(set_to_none=not training.keeps_gradients)
@@ -179,10 +185,32 @@ class EpochTimes:
     wait_s: float  # of it, for data
 
 
+def follow_weights(training: Training, update: int, timeline: Timeline) -> None:
+    """What keeps copies of the weights sees them after optimizer update `update` of the run."""
+    if training.lookahead is not None:
+        training.lookahead.follow(update, timeline.total)
+    if training.ema is not None:
+        training.ema.follow(update + 1 - timeline.first(training.config.first_epoch))
+
+
+def timeline_of(config: TrainConfig, loader: Loader) -> Timeline:
+    """Of a run of which all epochs are as long as the loader's."""
+    return Timeline.even(config.epochs, len(loader) // config.accumulation_steps)
+
+
 def train_epoch(
-    training: Training, loader: Loader, *, seed: int, rank: int, after_update: Callable[[int, float], None]
+    training: Training,
+    loader: Loader,
+    *,
+    seed: int,
+    rank: int,
+    after_update: Callable[[int, float], None],
+    timeline: Timeline | None = None,
+    decays: int = 0,
 ) -> EpochTimes:
     """Train the rest of the loader's epoch; after_update(update, lr) follows every optimizer update, counted from 0.
+
+    timeline: of the whole run; None: all epochs are as long as this one. decays: of schedule plateau so far.
 
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
@@ -190,24 +218,23 @@ def train_epoch(
     train_whitening_bias(training, loader.state["epoch"])
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
-    updates_per_epoch = len(loader) // accumulation
+    timeline = timeline or timeline_of(training.config, loader)
     epoch, first = loader.state["epoch"], loader.state["step"]
     # torch.manual_seed, which seeds all devices, and a hash at every batch would cost 0.15 ms per batch
     generator = torch.cuda.default_generators[training.device.index] if on_gpu else torch.default_generator
     seeds = hash64(np.arange(len(loader), dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
     begin, waited = time.perf_counter(), loader.wait_s
     for step, batch in enumerate(loader, first):
-        update, micro = divmod(epoch * len(loader) + step, accumulation)
-        lr = learning_rate(update, updates_per_epoch, training.config)
-        whitening_lr = whitening_learning_rate(update, updates_per_epoch, training.config)
+        update, micro = timeline.first(epoch) + step // accumulation, step % accumulation
+        lr = learning_rate(update, timeline, training.config, decays)
+        whitening_lr = whitening_learning_rate(update, timeline, training.config, decays)
         for one in trainings_of(training):
             set_learning_rate(one.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
         last = micro == accumulation - 1
         run_step(training, batch, update, updates=last)
         if last:
-            if training.lookahead is not None:
-                training.lookahead.follow(update, training.config.epochs * updates_per_epoch)
+            follow_weights(training, update, timeline)
             after_update(update, lr)
     if on_gpu:
         torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own

@@ -1,29 +1,44 @@
-"""Optimizer and learning-rate schedule. The schedule is a pure function of the step, to be plotted and tested."""
+"""The optimizer by its name, and what is done to one from outside. Which parameters are special is known elsewhere."""
 
 from __future__ import annotations
 
-import math
+import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from configs.schema import OptimizerConfig, TrainConfig
-from models.speedrun import whitening_of
+from configs.errors import UserError
+from configs.schema import OptimizerConfig
 from train.muon import Muon
+from train.parameter_groups import parameter_groups
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+# Class, the settings that it takes, and the implementation with the fewest kernels.
+TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
+    "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
+    "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
+    "sgd": (torch.optim.SGD, ("momentum", "nesterov"), {"fused": True}),
+    "rmsprop": (torch.optim.RMSprop, ("momentum", "eps"), {"foreach": True}),
+}
+CAPTURABLE = ("muon", *TORCH)  # all state on the device, and zero before the first step
+IMPLEMENTATIONS = {"foreach", "fused"}
+OURS = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}  # no options: other settings say it
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Fused AdamW or SGD, or Muon; weight decay is left out for biases and norms, unless `decay_biases` says otherwise.
+    """Torch's fused optimizers, our Muon, or any of timm's; see `parameter_groups` for the groups.
 
-    A group's `lr_scale` is its peak learning rate divided by `lr`; group `whitening` holds a whitening layer's bias.
+    Raises UserError for a name or an option that does not exist.
     """
-    groups = _parameter_groups(model, config, lr)
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    groups = parameter_groups(model, config, lr)
     if config.name == "muon":
+        if config.options:
+            raise UserError(
+                f"train.optimizer.options={config.options} cannot be used: muon has settings of its own in "
+                "train.optimizer; leave it out, or take timm/muon, which has options"
+            )
         return Muon(
             groups,
             lr,
@@ -33,50 +48,83 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
             normalize=config.normalize_filters,
             sgd_momentum=config.sgd_momentum,
         )
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name not in TORCH:
+        return _build_timm_optimizer(groups, config, lr)
+    kind, settings, implementation = TORCH[config.name]
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in settings}
+    if not IMPLEMENTATIONS & config.options.keys():
+        arguments |= implementation
+    arguments |= _checked_options(config, kind)
+    try:
+        return kind(groups, lr=lr, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refused(config, error) from None
 
 
-def _parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
-    """Trained parameters by what is special about them, those with weight decay first."""
-    whitening = whitening_of(model)
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            own_lr = None
-            if parameter.ndim <= 1 and name == "bias":
-                own_lr = config.norm_bias_lr if isinstance(module, NORMS) else config.bias_lr
-            elif isinstance(module, nn.Linear):
-                own_lr = config.linear_lr
-            lr_scale = 1.0 if own_lr is None else own_lr / lr
-            muon = config.name == "muon" and parameter.ndim == 4
-            decays = (parameter.ndim > 1 or config.decay_biases) and not (muon and config.normalize_filters)
-            group = {
-                # divided, so that a step takes away lr * weight_decay of every parameter, whatever its own rate
-                "weight_decay": config.weight_decay / lr_scale if decays else 0.0,
-                "lr": lr * lr_scale,
-                "lr_scale": lr_scale,
-                "muon": muon,
-                "whitening": module is whitening,
-            }
-            key = (not decays, *group.values())
-            groups.setdefault(key, {"params": [], **group})["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """betas and eps are timm's published ones, which differ between methods, unless the config changes its own."""
+    import timm.optim  # seconds, which most runs do without
+
+    name = config.name.removeprefix("timm/")
+    names = [str(known) for known in timm.optim.list_optimizers()]
+    if name.startswith("lookahead_"):
+        raise UserError(
+            f"train.optimizer.name={config.name} wraps an optimizer in Lookahead, which is a setting here; "
+            f"use train.optimizer.name={name.removeprefix('lookahead_')} train.lookahead.every_steps=6"
+        )
+    if name not in names:
+        near = difflib.get_close_matches(name, sorted({*TORCH, "muon", *names}), n=3)
+        raise UserError(
+            f"train.optimizer.name={config.name} is unknown; use adamw, sgd, adam, rmsprop, muon or an optimizer of "
+            f"timm (timm.optim.list_optimizers() lists them), such as {', '.join(near or ['lamb', 'lion', 'nadamw'])}"
+        )
+    info = timm.optim.get_optimizer_info(name)
+    if info.second_order:
+        raise UserError(
+            f"train.optimizer.name={config.name} needs second derivatives, which the training step does not compute; "
+            "take one of first order, such as lamb or adamw"
+        )
+    try:
+        kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"train.optimizer.name={config.name} is not to be had here ({error}); install that, or take another"
+        ) from None
+    default = OptimizerConfig()
+    arguments: dict[str, Any] = {"momentum": config.momentum} if info.has_momentum else {}
+    if info.has_betas and config.betas != default.betas and "betas" not in config.options:
+        if info.num_betas != len(config.betas):
+            raise UserError(
+                f"train.optimizer.betas={list(config.betas)} are not the {info.num_betas} that {config.name} takes; "
+                "leave it out, or give them all in train.optimizer.options.betas"
+            )
+        arguments["betas"] = config.betas
+    if info.has_eps and config.eps != default.eps:
+        arguments["eps"] = config.eps
+    arguments |= _checked_options(config, kind)
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise _refused(config, error) from None
 
 
-def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """The learning rate of optimizer update `step` (from 0): linear warm-up, then what `schedule` says."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = min(1.0, (step - warmup) / max(1, config.epochs * steps_per_epoch - warmup))
-    share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * share
+def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
+    """train.optimizer.options as arguments of the class; raises UserError for one that it does not take."""
+    taken = [name for name in inspect.signature(kind).parameters if name not in OURS]
+    for name, value in config.options.items():
+        if name not in taken:
+            raise UserError(
+                f"train.optimizer.options.{name}={value!r} is not an option of {config.name}; it has {', '.join(taken)}"
+            )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
+
+
+def _refused(config: OptimizerConfig, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"optimizer {config.name} refuses its settings ({reason}); change train.optimizer.options={config.options} or "
+        "the settings beside it"
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
@@ -94,7 +142,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep the learning rates, and AdamW's count of steps, on the device, where each replay of a CUDA graph finds them.
+    """Keep the learning rates, and Adam's count of steps, on the device, where each replay of a CUDA graph finds them.
 
     As numbers they would be frozen into the graph. float32, since that is what torch's fused kernels read.
     """
@@ -104,11 +152,10 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             group["capturable"] = True
 
 
-def whitening_learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """The same for the bias of a whitening layer, which is trained for the first `whiten_bias_epochs` only."""
-    if config.whiten_bias_epochs is None:
-        return learning_rate(step, steps_per_epoch, config)
-    steps = config.whiten_bias_epochs * steps_per_epoch
-    if step >= steps:
-        return 0.0
-    return config.lr * (1 - step / steps) if config.whiten_bias_anneal else learning_rate(step, steps_per_epoch, config)
+def capture_obstacle(config: OptimizerConfig) -> str | None:
+    """Why a step of this optimizer cannot be replayed as a CUDA graph; None: it can."""
+    if config.name not in CAPTURABLE:
+        return f"optimizer {config.name} is not one that is known to run as a CUDA graph ({', '.join(CAPTURABLE)})"
+    if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):
+        return f"train.optimizer.options choose an implementation ({', '.join(chosen)})"
+    return None

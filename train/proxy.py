@@ -57,7 +57,9 @@ def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: 
     network = build(config.proxy.model)
     if (whitening := whitening_of(network)) is not None:
         whitening.bias.requires_grad_(False)
-    optimizer = build_optimizer(network, config.optimizer, config.lr)
+    # the model's layers and names are not the small network's
+    settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
+    optimizer = build_optimizer(network, settings, config.lr)
     training = build_training(network, optimizer, config, device)
     set_training_mode(training.forward)
     return Proxy(training, config.proxy)

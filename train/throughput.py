@@ -38,7 +38,10 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            run_step(training, batch, step, updates=step % training.config.accumulation_steps == 0)
+            updates = step % training.config.accumulation_steps == 0
+            run_step(training, batch, step, updates=updates)
+            if updates and training.ema is not None:
+                training.ema.follow(step)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         return time.perf_counter() - begin

@@ -25,7 +25,8 @@ LOG_S = 10.0  # for wandb's own process to take a point or a picture, which it d
 FINISH_S = 30.0  # for what is left to be uploaded
 GRACE_S = 15.0  # on top, for wandb to notice that this time is over
 TEARDOWN_S = 5.0
-BY_EPOCH = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "epoch_time_s")
+BY_EPOCH = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "ema_val_loss", "ema_val_top1",
+            "ema_val_top5", "epoch_time_s")  # fmt: skip
 
 
 class WandbTracker:

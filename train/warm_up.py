@@ -6,6 +6,7 @@ over buffers that stay where they are: the host launches one thing per step inst
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,9 @@ class CapturedStep:
 def unchanged(training: Training) -> Iterator[None]:
     """Undo on leaving all that steps change, in place: captured graphs know tensors by their addresses."""
     before = {name: tensor.clone() for name, tensor in _tensors(training).items()}
+    # where no graph knows addresses, whatever an optimizer keeps, such as counts of steps that are plain numbers
+    free = [one.optimizer for one in trainings_of(training) if not one.captures]
+    optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in free]
     scalers = [(one.scaler, one.scaler.state_dict()) for one in trainings_of(training)]
     devices = [training.device] if training.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the generators
@@ -141,17 +145,22 @@ def unchanged(training: Training) -> Iterator[None]:
     with torch.no_grad():
         for name, tensor in _tensors(training).items():
             tensor.copy_(before[name]) if name in before else tensor.zero_()
+    for optimizer, kept in optimizers:
+        optimizer.load_state_dict(kept)
     for scaler, state in scalers:
         scaler.load_state_dict(state)
 
 
 def _tensors(training: Training) -> dict[Any, torch.Tensor]:
-    """All that a step changes, by name; the optimizer makes some of it in its first step."""
+    """All that a step changes, by name; the optimizer makes some of it in its first step.
+
+    Without a captured graph the optimizer's state is not among it.
+    """
     tensors: dict[Any, torch.Tensor] = {}
     for number, one in enumerate(trainings_of(training)):
         named = {"sums": one.sums, **dict(one.network.named_parameters()), **dict(one.network.named_buffers())}
         tensors |= {(number, name): tensor for name, tensor in named.items()}
-        for index, values in enumerate(one.optimizer.state.values()):
+        for index, values in enumerate(one.optimizer.state.values() if one.captures else ()):
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     tensors[number, index, name] = value

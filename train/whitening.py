@@ -22,12 +22,22 @@ def start_anew(training: Training, fresh: Training) -> None:
     for one, other in zip(trainings_of(training), trainings_of(fresh), strict=True):
         one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
-        for state in one.optimizer.state.values():
+        if not one.captures:
+            one.optimizer.load_state_dict(other.optimizer.state_dict())
+            continue
+        for state in one.optimizer.state.values():  # in place, where graphs know it
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
+    start_copies(training)
+
+
+def start_copies(training: Training) -> None:
+    """What keeps copies of the weights begins at those that there are now."""
     if training.lookahead is not None:
         training.lookahead.start()
+    if training.ema is not None:
+        training.ema.start()
 
 
 def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
@@ -47,8 +57,7 @@ def whiten(training: Training, images: Tensor | None) -> float:
         for one in trainings_of(training):
             fit_whitening(one.network, images)
             dist.equalize_buffers(one.network)
-        if training.lookahead is not None:
-            training.lookahead.start()
+        start_copies(training)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
     return time.perf_counter() - begin

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
 from tools.parts.forward_trace import Layer, Tracer, WeightCasts, bytes_of, not_called
+from train.ema import build_ema
 from train.freeze import set_training_mode
 from train.lookahead import build_lookahead
 from train.loop import build_training, run_step
@@ -40,7 +41,7 @@ class Costs:
     training_flops: int  # forward and backward
     weight_bytes: int  # parameters, buffers, and the copies of weights that autocast makes for the step
     gradient_bytes: int
-    optimizer_bytes: int  # with Lookahead's slow copy
+    optimizer_bytes: int  # with the copies of the weights that Lookahead and the moving average keep
     activation_bytes: int  # what the forward pass, loss included, keeps for the backward pass
     layers: tuple[Layer, ...]
 
@@ -83,6 +84,7 @@ def count_costs(
         optimizer.step()
         state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
         slow = list(lookahead.slow.values()) if lookahead is not None else []
+        average = tensors if config.ema.decay is not None else []
     layers = (*tracer.layers, *not_called(network, tracer))
     return Costs(
         parameters=sum(p.numel() for p in network.parameters()),
@@ -91,7 +93,7 @@ def count_costs(
         training_flops=counter.get_total_flops(),
         weight_bytes=weight_bytes + casts.bytes,
         gradient_bytes=bytes_of([p.grad for p in network.parameters() if p.grad is not None]),
-        optimizer_bytes=bytes_of(state + slow),
+        optimizer_bytes=bytes_of(state + slow) + bytes_of(average),
         activation_bytes=sum(layer.saved_bytes for layer in layers),
         layers=layers,
     )
@@ -108,6 +110,7 @@ def measure_memory(
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_training(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
     training.lookahead = build_lookahead(network, eager.lookahead)
+    training.ema = build_ema(network, eager.ema)
     set_training_mode(training.forward)
     batch = blank_batch(batch_size, image_size, device)
     for number in range(1 + MEASURED_STEPS):

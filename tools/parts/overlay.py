@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tools.parts.run_records import RunRecord
+from tools.parts.run_records import RunRecord, results
 from train import figures
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ PANELS = (
     ("val_top1", "validation top-1 accuracy"),
 )
 OTHERS = "others"
+AVERAGE = "validation of a moving average"
 TITLE_LENGTH = 70  # characters that a panel's title has room for
 COLOURS = 12  # so many runs can be told apart; of more, the best ones are coloured
 LOG_SPAN = 5  # a loss that spans a larger factor is drawn on a log axis
@@ -28,11 +29,12 @@ Points = list[tuple[int, float]]  # epoch, value
 
 
 def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
-    """Four panels, one colour per run, one legend below them."""
+    """Four panels, one colour per run, one legend below them; validation of moving averages in dots."""
     colours = _colours(records)
     rows = math.ceil(min(len(records), COLOURS + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
     handles: dict[str, Any] = {}
+    averages: list[Any] = []
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
         curves = [_points(record, quantity) for record in records]
         for curve, record, name, colour in zip(curves, records, names, colours, strict=True):
@@ -46,6 +48,10 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
                 marker="." if len(curve) <= 30 else None,
                 linestyle="-" if record.is_finished else "--",
             )
+            average = _points(record, f"ema_{quantity}") if is_coloured else []
+            if average:
+                (dotted,) = axis.plot(*zip(*average, strict=True), color=colour, zorder=2, linestyle=":")
+                averages.append(dotted)
             handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names)
@@ -56,6 +62,8 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
     figure.suptitle(title, parse_math=False)
     if OTHERS in handles:
         handles[OTHERS] = handles.pop(OTHERS)  # to the end
+    if averages:
+        handles[AVERAGE] = averages[0]
     legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=_legend_columns(names), fontsize=9
     )
@@ -66,7 +74,7 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
 
 def _points(record: RunRecord, quantity: str) -> Points:
     """nan where the loss was no finite number, which leaves a gap; nothing for epochs without an evaluation."""
-    split = quantity.split("_")[0]
+    split = quantity.rpartition("_")[0]
     return [
         (line["epoch"] + 1, math.nan if line[quantity] is None else line[quantity])
         for line in record.metrics
@@ -128,7 +136,7 @@ def _colours(records: Sequence[RunRecord]) -> list[Any]:
     colours: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
     if len(records) <= COLOURS:
         return colours[: len(records)]
-    best = [max((line.get("val_top1") or 0.0 for line in record.metrics), default=0.0) for record in records]
+    best = [results(record.metrics, record.config.eval.weights)["best_val_top1"] or 0.0 for record in records]
     ranking = sorted(range(len(records)), key=lambda number: -best[number])
     places = {number: place for place, number in enumerate(ranking[:COLOURS])}
     return [colours[places[number]] if number in places else None for number in range(len(records))]

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import parse_config
 from configs.schema import Config, is_section, walk
 from tools.parts.tables import Row
-from train.log import read_metrics
+from train.log import counted, read_metrics
 
 # Settings that change no result: what a run is called, where it lies, how it reports and how fast it reads.
 BOOKKEEPING = ("name", "output", "data.threads", "data.prefetch", "log.")
@@ -30,6 +30,7 @@ ALWAYS_SHOWN = {
     "train.epochs": "epochs",
 }
 QUANTITIES = ("train_loss", "val_loss", "train_top1", "val_top1")
+AVERAGES = ("ema_val_loss", "ema_val_top1", "ema_val_top5")
 SHORT_NAME, SHORT_SETTINGS = 28, 60  # characters that a legend has room for
 
 
@@ -129,10 +130,14 @@ def show(value: Any) -> str:
 
 
 def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """One row per run; `time_ratio` is the training time in units of the first run's, where both have finished."""
+    """One row per run; `time_ratio` is the training time in units of the first run's, where both have finished.
+
+    Where any run keeps a moving average, `weights` says whose accuracy counts: the average's (ema) or not (raw).
+    """
     configs = [record.config for record in records]
     columns = [key for key in differing(configs) if key not in ALWAYS_SHOWN]
     has_batch = all(record.global_batch is not None for record in records)
+    has_averages = any("ema_val_top1" in line for record in records for line in record.metrics)
     rows = []
     for name, record in zip(names, records, strict=True):
         settings, data, train = flat(record.config), record.config.data, record.config.train
@@ -144,7 +149,8 @@ def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
                 **{column: settings[key] for key, column in ALWAYS_SHOWN.items()},
                 "global_batch" if has_batch else "batch_per_rank": batch,
                 **{key: _cell(settings[key]) for key in columns},
-                **results(record.metrics),
+                **({"weights": "ema" if counts_average(record) else "raw"} if has_averages else {}),
+                **results(record.metrics, record.config.eval.weights),
             }
         )
     for row, record in zip(rows, records, strict=True):
@@ -155,14 +161,22 @@ def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def results(metrics: Sequence[dict[str, Any]]) -> Row:
-    """Best validation accuracy, where training stands, time, speed and memory; None for what is not there yet."""
-    evaluated = [line for line in metrics if line.get("val_top1") is not None]
-    best = max(evaluated, key=lambda line: line["val_top1"], default=None)
+def counts_average(record: RunRecord) -> bool:
+    """Whether the run's best accuracy is its moving average's."""
+    return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
+
+
+def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
+    """Best validation accuracy, where training stands, time, speed and memory; None for what is not there yet.
+
+    weights: eval.weights, which says whose accuracy counts.
+    """
+    evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted(line, weights)) is not None]
+    best = max(evaluated, key=lambda pair: pair[0], default=None)
     last = metrics[-1] if metrics else {}
     return {
-        "best_val_top1": best["val_top1"] if best else None,
-        "best_epoch": best["epoch"] + 1 if best else None,
+        "best_val_top1": best[0] if best else None,
+        "best_epoch": best[1] + 1 if best else None,
         "train_top1": last.get("train_top1"),
         "train_loss": last.get("train_loss"),
         "training_time_s": _over_epochs(sum, metrics, "epoch_time_s"),
@@ -172,8 +186,10 @@ def results(metrics: Sequence[dict[str, Any]]) -> Row:
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """Every point of every curve; a loss of nan or infinity is empty, as in metrics.jsonl."""
-    columns = (*QUANTITIES, "val_top5", "lr", "images_per_s", "epoch_time_s")
+    """Every point of every curve; a loss of nan or infinity is empty, as in metrics.jsonl, and so is the moving average
+    of a run that keeps none."""
+    averages = [name for name in AVERAGES if any(name in line for record in records for line in record.metrics)]
+    columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [
         {"run": name, "epoch": line["epoch"] + 1, **{column: line.get(column) for column in columns}}
         for name, record in zip(names, records, strict=True)

@@ -38,7 +38,8 @@ class Trained:
 
 
 def load_trained(path: Path, device: torch.device, *, compiled: bool = False) -> Trained:
-    """The model of a run folder or checkpoint, for evaluation. Needs a process group.
+    """The model of a run folder or checkpoint, for evaluation, with the weights that its eval.weights names. Needs a
+    process group.
 
     compiled: as its run would compile it here, so that logits are those of its own evaluations to the last digit.
 
@@ -53,7 +54,7 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
     training = build_all(config, facts, len(facts["classes"]), facts["image_size"], device)
-    checkpoint.restore_weights(training, content, path)
+    checkpoint.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
     return Trained(
