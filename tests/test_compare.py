@@ -225,3 +225,21 @@ def test_bad_input_is_one_sentence(
         call(monkeypatch, *arguments)
     assert re.search(message, str(caught.value))
     assert not (tmp_path / "output").exists()
+
+
+def test_validation_of_a_moving_average_is_drawn_in_dots_of_the_runs_colour(tmp_path: Path) -> None:
+    both = [line(epoch, ema_val_loss=1.5 - epoch / 2, ema_val_top1=0.25 + epoch / 8) for epoch in range(3)]
+    averaged = make_run(tmp_path / "averaged", "train.ema.decay=0.9", lines=both)
+    plain = make_run(tmp_path / "plain")
+    figure = overlay.overlay([read_run(averaged), read_run(plain)], ["averaged", "plain"], "test")
+    dotted = [[drawn for drawn in axis.lines if drawn.get_linestyle() == ":"] for axis in figure.axes]
+    assert [len(drawn) for drawn in dotted] == [0, 1, 0, 1]
+    assert list(dotted[1][0].get_ydata()) == [1.5, 1.0, 0.5]
+    assert list(dotted[3][0].get_ydata()) == [0.25, 0.375, 0.5]
+    assert dotted[1][0].get_color() == figure.axes[1].lines[0].get_color()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["averaged", "plain", "validation of a moving average"]
+    alone = figures.curves(both, "test")
+    assert [drawn.get_label() for drawn in alone.axes[1].lines] == ["train", "validation", "validation, moving average"]
+    figures.save(figure, tmp_path / "overlay.png")
+    figures.save(alone, tmp_path / "curves.png")

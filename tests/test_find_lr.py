@@ -18,6 +18,7 @@ from pipelines.loader import Batch
 from tools import find_lr
 from tools.find_lr import options_for, range_test
 from tools.parts.lr_curve import DELAY, Curve, end_of, smooth, suggest
+from train.schedule import scaled
 
 RATES = np.geomspace(1e-6, 10, 150)
 
@@ -130,6 +131,14 @@ def test_rates_of_their_own_move_along_with_the_suggestion() -> None:
     options = options_for(config, 0.012)
     assert options == "train.lr=0.012 train.min_lr=0.00012 train.optimizer.bias_lr=0.12"
     assert load_config(DIGITS, [*overrides, *options.split()]).train.lr == 0.012
+
+
+def test_with_a_batch_that_rates_are_for_the_suggestion_is_for_that_batch() -> None:
+    overrides = ["train.lr_batch_size=256", "train.min_lr=6e-5", "data.batch_size=64", "train.accumulation_steps=2"]
+    options = options_for(load_config(DIGITS, overrides), 0.012)  # tested at half of that batch
+    assert options == "train.lr=0.024 train.min_lr=0.00024"
+    config = load_config(DIGITS, [*overrides, *options.split()])
+    assert scaled(config.train, 128).lr == 0.012
 
 
 def test_digits_get_a_rate_near_the_one_of_their_config(

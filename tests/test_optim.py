@@ -1,16 +1,22 @@
-"""The learning rate as a function of the step, and what the optimizer is built with."""
+"""Optimizers by their names, against torch's and timm's own; see test_parameter_groups.py for the groups."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
+from train_fixtures import CPU, alone, random_batch, small_net, training_of
 
+from configs.errors import UserError
 from configs.schema import OptimizerConfig
 from models import build_model
+from train import checkpoint, warm_up
+from train.loop import Training, train_step
 from train.optim import build_optimizer, set_learning_rate
 
 SCALED: dict[str, Any] = {
@@ -89,8 +95,26 @@ def test_frozen_parameters_are_left_to_nobody() -> None:
          lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1, momentum=0.8, nesterov=True)),
         ({"name": "sgd", "weight_decay": 0.0, "momentum": 0.8, "nesterov": False},
          lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8)),
+        ({"name": "adam", "weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "options": {"amsgrad": True}},
+         lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1, betas=(0.7, 0.9), eps=1e-3, amsgrad=True)),
+        ({"name": "rmsprop", "weight_decay": 0.1, "momentum": 0.8, "eps": 1e-3, "options": {"alpha": 0.9}},
+         lambda p: torch.optim.RMSprop(p, lr=0.05, weight_decay=0.1, momentum=0.8, eps=1e-3, alpha=0.9)),
+        ({"name": "sgd", "weight_decay": 0.0, "options": {"fused": False, "foreach": True}},
+         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True)),
+        ({"name": "lion", "weight_decay": 0.1}, lambda p: timm.optim.Lion(p, lr=0.05, weight_decay=0.1)),
+        ({"name": "lion", "weight_decay": 0.1, "betas": (0.7, 0.9)},
+         lambda p: timm.optim.Lion(p, lr=0.05, weight_decay=0.1, betas=(0.7, 0.9))),
+        ({"name": "lamb", "weight_decay": 0.1, "eps": 1e-3, "options": {"max_grad_norm": 0.5}},
+         lambda p: timm.optim.Lamb(p, lr=0.05, weight_decay=0.1, eps=1e-3, max_grad_norm=0.5)),
+        ({"name": "adan", "weight_decay": 0.1, "options": {"betas": [0.9, 0.8, 0.7]}},
+         lambda p: timm.optim.Adan(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.8, 0.7))),
+        ({"name": "sgdw", "weight_decay": 0.1, "momentum": 0.7},
+         lambda p: timm.optim.SGDW(p, lr=0.05, weight_decay=0.1, momentum=0.7, nesterov=True)),
+        ({"name": "timm/adamw", "weight_decay": 0.1},
+         lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
     ],
-    ids=["adamw", "nesterov", "momentum"],
+    ids=["adamw", "nesterov", "momentum", "adam", "rmsprop", "implementation", "lion", "lion's betas", "lamb", "adan",
+         "sgdw", "timm's adamw"],
 )  # fmt: skip
 def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], reference: Any) -> None:
     def trained(build: Any) -> torch.Tensor:
@@ -107,3 +131,70 @@ def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], referenc
     theirs = trained(lambda model: reference(model.parameters()))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert math.isfinite(ours.sum().item())
+
+
+# Names and options
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"name": "adamww"}, r"name=adamww is unknown; .* such as .*adamw"),
+        ({"name": "timm/lam"}, r"name=timm/lam is unknown; .*lamb"),
+        ({"name": "x_lamb"}, r"name=x_lamb is unknown"),  # timm would take it for lamb
+        ({"name": "adahessian"}, r"name=adahessian needs second derivatives.*; take one of first order"),
+        ({"name": "lookahead_lamb"}, r"use train\.optimizer\.name=lamb train\.lookahead\.every_steps"),
+        ({"name": "bnbadam8bit"}, r"name=bnbadam8bit is not to be had here"),
+        ({"options": {"alpha": 0.9}}, r"options\.alpha=0\.9 is not an option of adamw; it has betas, .*amsgrad"),
+        ({"name": "lamb", "options": {"lr": 0.9}}, r"options\.lr=0\.9 is not an option of lamb; it has bias_corr"),
+        ({"name": "muon", "options": {"eps": 1}}, r"muon has settings of its own in train\.optimizer"),
+        (
+            {"name": "adan", "betas": (0.5, 0.6)},
+            r"betas=\[0\.5, 0\.6\] are not the 3 that adan takes; .*options\.betas",
+        ),
+        ({"name": "rmsprop", "options": {"alpha": -1}}, r"rmsprop refuses its settings \(Invalid alpha value: -1\)"),
+        (
+            {"name": "lion", "options": {"betas": [2, 3]}},
+            r"lion refuses its settings \(.*; change train\.optimizer\.opt",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_an_optimizer_or_option_that_there_is_not_is_refused_with_the_mend(
+    settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason) as refused:
+        build_optimizer(nn.Linear(3, 4), OptimizerConfig(**settings), lr=0.1)
+    assert "\n" not in str(refused.value)
+
+
+# Not: those that need a GPU, second derivatives, or (kron) ten seconds to be compiled; of cautious variants only some.
+TIMM = list(timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*", "c*"]))
+TIMM += ["cadamw", "clion", "csgdw"]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_optimizers_step_to_finite_weights_and_go_on_from_a_checkpoint_and_through_a_warm_up(
+    name: str, tmp_path: Path
+) -> None:
+    def new(seed: int) -> Training:
+        return training_of(small_net(10, seed), {"name": f"timm/{name}", "layer_decay": 0.9}, lr=1e-3)
+
+    def steps(training: Training, numbers: range) -> dict[str, torch.Tensor]:
+        for number in numbers:
+            torch.manual_seed(number)
+            train_step(training, random_batch(8, seed=number))
+        return training.network.state_dict()
+
+    with alone():
+        training, begun = new(0), small_net(10).state_dict()
+        after = steps(training, range(3))
+        assert all(torch.isfinite(value).all() for value in after.values())
+        assert not torch.equal(after["head.weight"], begun["head.weight"])
+        checkpoint.save(tmp_path / "last.pt", training, training.sums)
+        other = new(1)
+        warm_up.prepare(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
+        checkpoint.restore(other, checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+        warm_up.prepare(other, warm_up.blank_batch(8, 32, CPU))
+        expected, found = (steps(one, range(3, 6)) for one in (training, other))
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

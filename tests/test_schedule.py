@@ -386,6 +386,18 @@ def test_a_run_begins_with_its_first_epoch(npy_data: Path, tmp_path: Path) -> No
     assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - 5 / 9), 0.01 * (1 - 8 / 9)])
 
 
+def test_a_run_scales_its_rates_to_its_batch_says_so_and_keeps_the_config_as_given(
+    npy_data: Path, tmp_path: Path
+) -> None:
+    opts = [*RUN, "train.schedule=constant", "train.warmup_epochs=0", "train.lr_batch_size=10", "train.epochs=1"]
+    run_here("--cfg", DIGITS, "--data-path", npy_data, "--output", tmp_path, "--opts", *opts)
+    folder = tmp_path / "digits_lenet"
+    assert strict_lines(folder / "metrics.jsonl")[0]["lr"] == pytest.approx(0.035)
+    assert "learning rates x 3.5 (linear from train.lr_batch_size=10)" in (folder / "log.txt").read_text()
+    content = checkpoint.load(folder / "last.pt")
+    assert load_config(folder / "config.yaml").train.lr == content["stream"]["train.lr"] == 0.01
+
+
 @pytest.mark.parametrize(
     ("option", "name"),
     [

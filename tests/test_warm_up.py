@@ -23,9 +23,11 @@ from pipelines.loader import Batch, Loader, MixedBatch
 from pipelines.mixing import mix_table
 from train import checkpoint, dist, loop, warm_up
 from train.dist import Ranks
-from train.loop import Training, build_training, evaluate, train_epoch, train_step
+from train.ema import build_ema
+from train.loop import Training, build_training, evaluate, follow_weights, train_epoch, train_step
 from train.mixing import unmixed
 from train.optim import build_optimizer, set_learning_rate
+from train.schedule import Timeline
 
 SGD = {"name": "sgd"}
 BATCH = 50
@@ -110,8 +112,11 @@ def plain_steps(training: Training, count: int, first: int = 0) -> None:
 KINDS: dict[str, Settings] = {
     "adamw": {},
     "sgd": {"optimizer": SGD},
+    "adam": {"optimizer": {"name": "adam"}},
     "plain sgd": {"optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": False}},
     "clipped": {"clip_grad_norm": 0.1},
+    "clipped by value": {"clip_grad_value": 1e-3},
+    "clipped adaptively": {"clip_grad_adaptive": 0.01},
     "accumulated": {"accumulation_steps": 3},
     "accumulated sgd": {"accumulation_steps": 2, "optimizer": SGD},
     "mixed": {"mixes": True, "accumulation_steps": 2},
@@ -218,7 +223,8 @@ def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
 
 @pytest.mark.usefixtures("_fake_graphs")
 @pytest.mark.parametrize(("then", "now"), [("on", "off"), ("off", "on"), ("on", "on")])
-@pytest.mark.parametrize("settings", [{}, {"optimizer": SGD}], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": SGD}, {"optimizer": {"name": "adam"}}],
+                         ids=["adamw", "sgd", "adam"])  # fmt: skip
 def test_checkpoints_move_between_runs_with_and_without_graphs(
     then: str, now: str, settings: Settings, tmp_path: Path
 ) -> None:
@@ -252,7 +258,12 @@ def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> No
 @on_the_cpu
 @pytest.mark.parametrize(
     ("settings", "amp", "reason"),
-    [({}, torch.float16, "fp16 looks at"), ({"compile": "reduce-overhead"}, None, "reduce-overhead makes graphs")],
+    [
+        ({}, torch.float16, "fp16 looks at"),
+        ({"compile": "reduce-overhead"}, None, "reduce-overhead makes graphs"),
+        ({"optimizer": {"name": "lamb"}}, None, r"optimizer lamb is not one .* \(muon, adamw, adam, sgd, rmsprop\)"),
+        ({"optimizer": {"name": "sgd", "options": {"foreach": True}}}, None, r"choose an implementation \(foreach\)"),
+    ],
 )
 def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
     settings: Settings, amp: torch.dtype | None, reason: str
@@ -278,14 +289,18 @@ def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
 # squares does. What is left between graphs and no graphs is the rounding of cuDNN's choice among deterministic kernels.
 
 CLOSE: Settings = {"rtol": 1e-4, "atol": 1e-5}
+SMOOTH_RMSPROP: Settings = {"name": "rmsprop", "eps": 1.0}  # no division by small roots either
 GPU_KINDS: dict[str, Settings] = {
     "float32": {"amp": "off"},
     "bf16": {"amp": "bf16"},
     "clipped": {"amp": "off", "clip_grad_norm": 0.1},
+    "clipped by value": {"amp": "off", "clip_grad_value": 1e-3},
+    "clipped adaptively": {"amp": "off", "clip_grad_adaptive": 0.01},
     "accumulated": {"amp": "off", "accumulation_steps": 3},
     "compiled": {"amp": "off", "compile": "default"},
     "mixed": {"amp": "off", "mixes": True},
     "mixed and compiled": {"amp": "off", "mixes": True, "loss": "bce", "compile": "default"},
+    "rmsprop": {"amp": "off", "optimizer": SMOOTH_RMSPROP},
 }
 
 
@@ -302,6 +317,8 @@ def on_gpu(device: torch.device, network: nn.Module | None = None, *, mixes: boo
     config = TrainConfig(optimizer=OptimizerConfig(name="sgd"), **settings)
     built = build_optimizer(network, config.optimizer, config.lr)
     return build_training(network, built, config, device, mixes=mixes)
+    config = TrainConfig.model_validate({"optimizer": SGD, **settings})
+    return build_training(network, build_optimizer(network, config.optimizer, config.lr), config, device)
 
 
 def gpu_loaders(
@@ -407,15 +424,16 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", [SGD, SMOOTH_RMSPROP], ids=["sgd", "rmsprop"])
 @pytest.mark.parametrize(("then", "now"), [("on", "on"), ("on", "off"), ("off", "on")])
 def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
-    then: str, now: str, npy_data: Path, tmp_path: Path, gpu: torch.device
+    then: str, now: str, optimizer: Settings, npy_data: Path, tmp_path: Path, gpu: torch.device
 ) -> None:
     class Interrupted(Exception):
         pass
 
     def new(graph: str) -> tuple[Training, Loader]:
-        return on_gpu(gpu, cuda_graph=graph), gpu_loaders(npy_data, gpu)[0]
+        return on_gpu(gpu, cuda_graph=graph, optimizer=optimizer), gpu_loaders(npy_data, gpu)[0]
 
     training, loader = new("on")
     warm_up.warm_up(training, loader)
@@ -443,6 +461,14 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
 @pytest.mark.parametrize("mixes", [False, True], ids=["plain", "mixed"])
 def test_captured_steps_never_wait_for_the_gpu(mixes: bool, gpu: torch.device) -> None:
     training = on_gpu(gpu, clip_grad_norm=1.0, accumulation_steps=2, mixes=mixes)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "muon"])
+@pytest.mark.parametrize("clipping", ["clip_grad_norm", "clip_grad_value", "clip_grad_adaptive"])
+def test_captured_steps_and_averages_never_wait_for_the_gpu(name: str, clipping: str, gpu: torch.device) -> None:
+    settings: Settings = {clipping: 1.0, "accumulation_steps": 2, "ema": {"decay": 0.9}, "optimizer": {"name": name}}
+    training = on_gpu(gpu, **settings)
+    training.ema = build_ema(training.network, training.config.ema)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
     batch = unmixed(batch) if mixes else batch
     warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
@@ -452,6 +478,8 @@ def test_captured_steps_never_wait_for_the_gpu(mixes: bool, gpu: torch.device) -
             set_learning_rate(training.optimizer, 0.1 / (step + 1))
             torch.cuda.default_generators[gpu.index].manual_seed(step)
             training.step(training, batch, update=step % 2 == 1)
+            if step % 2 == 1:
+                follow_weights(training, step // 2, Timeline.even(2, 50))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
