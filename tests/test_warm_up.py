@@ -459,14 +459,13 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixes", [False, True], ids=["plain", "mixed"])
-def test_captured_steps_never_wait_for_the_gpu(mixes: bool, gpu: torch.device) -> None:
-    training = on_gpu(gpu, clip_grad_norm=1.0, accumulation_steps=2, mixes=mixes)
-
-
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "muon"])
 @pytest.mark.parametrize("clipping", ["clip_grad_norm", "clip_grad_value", "clip_grad_adaptive"])
-def test_captured_steps_and_averages_never_wait_for_the_gpu(name: str, clipping: str, gpu: torch.device) -> None:
+def test_captured_steps_and_averages_never_wait_for_the_gpu(
+    name: str, clipping: str, mixes: bool, gpu: torch.device
+) -> None:
     settings: Settings = {clipping: 1.0, "accumulation_steps": 2, "ema": {"decay": 0.9}, "optimizer": {"name": name}}
+    settings["mixes"] = mixes
     training = on_gpu(gpu, **settings)
     training.ema = build_ema(training.network, training.config.ema)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         accumulation = config.train.accumulation_steps
         loader = build_train_loader(
             config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation
-        )
+        ).at(0)
         steps = options.steps or min(MOST, max(FEWEST, len(loader) // accumulation))
         training = build_all(config, dataset, classes, loader.image_size, device)
         whiten(training, whitening_images(training, config.data))

@@ -34,6 +34,7 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
+from pipelines.staged import TrainLoader
 from train import dist
 from train.clock import Clock
 from train.ddp import build_all, check_classes
@@ -99,7 +100,7 @@ def run(
     config: Config,
     training: Training,
     images: Tensor | None,
-    train_loader: Loader,
+    train_loader: TrainLoader,
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:

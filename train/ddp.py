@@ -25,6 +25,7 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import fingerprint, load_dataset
+from pipelines.staged import TrainLoader
 from train import checkpoint, dist
 from train.clock import Clock
 from train.dist import Ranks
@@ -42,7 +43,7 @@ from train.schedule import Timeline, scaled, watch
 from train.showcase import show_predictions, show_samples
 from train.throughput import measure_images_per_s
 from train.transfer import load_finetune, without_start
-from train.warm_up import warm_up
+from train.warm_up import check_sizes, warm_up
 from train.whitening import whiten, whitening_images
 
 # Settings of training that results do not follow from, or not to the last digit, which a resumed run may change.
@@ -114,10 +115,14 @@ def main() -> None:
             config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
         )
         if arguments.throughput:
-            throughput = measure_images_per_s(training, train_loader, ranks.world_size)
-            if ranks.is_first:
-                print(f"{config.name}: {throughput:,.0f} images/s in training on {ranks.world_size} x {device.type}")
+            for stage in train_loader.stages:
+                throughput = measure_images_per_s(training, stage, ranks.world_size)
+                if ranks.is_first:
+                    size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
+                    where_it_ran = f"{ranks.world_size} x {device.type}"
+                    print(f"{config.name}{size}: {throughput:,.0f} images/s in training on {where_it_ran}")
             return
+        check_sizes(training, train_loader)
 
         average_counts(training, config.eval.weights)  # raises where there is none
         stream = stream_identity(config, dataset, ranks)
@@ -153,7 +158,7 @@ def main() -> None:
             for note in training.notes:
                 log.say(note)
             if train_loader.state["epoch"] < config.train.epochs:
-                done = updates_done(train_loader, timeline_of(config.train, train_loader), config)
+                done = updates_done(train_loader, timeline_of(training.config, train_loader), config)
                 log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
             fit(config, training, train_loader, val_loader, val_samples, progress, about, folder, log, ranks, clock)
 
@@ -161,7 +166,7 @@ def main() -> None:
 def fit(
     config: Config,
     training: Training,
-    train_loader: Loader,
+    train_loader: TrainLoader,
     val_loader: Loader,
     val_samples: int,
     progress: dict[str, Any],
@@ -179,7 +184,7 @@ def fit(
         log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
         return
     accumulation = config.train.accumulation_steps
-    timeline = timeline_of(config.train, train_loader)
+    timeline = timeline_of(training.config, train_loader)
 
     def save(name: str) -> None:
         sums = dist.sum_over_ranks(training.sums.clone())  # so all ranks must come here at the same step
@@ -219,13 +224,19 @@ def fit(
     if config.log.images and train_loader.state == {"epoch": config.train.first_epoch, "step": 0}:
         show_samples(log, train_loader, classes)
     begin = time.monotonic()
-    meter = Meter(train_loader, config.data.batch_size * accumulation * ranks.world_size)
+    meter = Meter(train_loader)
     for epoch in range(train_loader.state["epoch"], config.train.epochs):
         bar.reset(timeline.updates[epoch])
         bar.update(train_loader.state["step"] // accumulation)
         bar.set_description(f"epoch {epoch + 1}/{config.train.epochs}")
         loss, _, seen = training.sums.tolist() if train_loader.state["step"] else (0.0, 0.0, 0.0)
-        meter.begin(updates_done(train_loader, timeline, config), loss, seen)
+        batch_size = train_loader.plan.batch_size * ranks.world_size
+        meter.begin(
+            updates_done(train_loader, timeline, config), loss, seen, images_per_update=batch_size * accumulation
+        )
+        if len(train_loader.stages) > 1 and (epoch == 0 or train_loader.at(epoch) is not train_loader.at(epoch - 1)):
+            side = train_loader.image_size
+            log.say(f"epoch {epoch}: images of {side} x {side} pixels, global batch {batch_size * accumulation}")
         lr = [0.0]
 
         def note(update: int, now: float, lr: list[float] = lr) -> None:
@@ -250,7 +261,7 @@ def fit(
             "val_top5": None,
             **({"ema_val_loss": None, "ema_val_top1": None, "ema_val_top5": None} if training.ema is not None else {}),
             "lr": lr[0],
-            "images_per_s": times.batches * config.data.batch_size * ranks.world_size / times.time_s,
+            "images_per_s": times.batches * batch_size / times.time_s,
             "data_wait_fraction": times.wait_s / times.time_s,
             "epoch_time_s": times.time_s,
             "memory_gib": peak_memory_gib(training.device),
@@ -285,7 +296,7 @@ def fit(
             show_predictions(log, training, val_loader, config, classes, step=timeline.total)
 
 
-def updates_done(train_loader: Loader, timeline: Timeline, config: Config) -> int:
+def updates_done(train_loader: TrainLoader, timeline: Timeline, config: Config) -> int:
     """Optimizer steps from the start of training to where the loader stands."""
     state = train_loader.state
     return timeline.first(state["epoch"]) + state["step"] // config.train.accumulation_steps

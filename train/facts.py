@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs.schema import Config
-from pipelines.loader import Loader
+from pipelines.staged import TrainLoader
 from train.dist import Ranks
 from train.loop import Training
 from train.schedule import lr_factor
@@ -21,21 +21,26 @@ def global_batch(config: Config, world_size: int) -> int:
 
 
 def facts_of(
-    config: Config, dataset: dict[str, Any], training: Training, loader: Loader, ranks: Ranks
+    config: Config, dataset: dict[str, Any], training: Training, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
     """What follows from the config, the data set and the machine together; loader: of training."""
     accumulation = config.train.accumulation_steps
+    stages = {
+        f"from epoch {stage.epoch}": [loader.at(stage.epoch).image_size, loader.at(stage.epoch).plan.batch_size]
+        for stage in config.data.stages
+    }
     splits = dataset["splits"]
     return {
         "dataset": dataset["name"],
         "classes": len(dataset["classes"]),
         "train_samples": splits[config.data.train_split]["samples"],
         "val_samples": splits[config.data.val_split]["samples"],
-        "image_size": loader.image_size,
+        "image_size": loader.at(0).image_size,
         "parameters": sum(p.numel() for p in training.network.parameters()),
         "world_size": ranks.world_size,
         "global_batch": global_batch(config, ranks.world_size),
-        "steps_per_epoch": len(loader) // accumulation,
+        "steps_per_epoch": len(loader.at(0)) // accumulation,
+        **({"stages": stages} if stages else {}),
         "precision": str(training.amp or torch.float32),
         "device": device_name(training.device),
         "python": platform.python_version(),

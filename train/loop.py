@@ -18,7 +18,8 @@ from configs.errors import UserError
 from configs.schema import TrainConfig
 from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch
+from pipelines.staged import TrainLoader
 from train import dist
 from train.clipping import clip_gradients, clips
 from train.ema import Ema
@@ -26,7 +27,7 @@ from train.freeze import set_training_mode
 from train.lookahead import Lookahead
 from train.losses import LossAndCounts, build_loss
 from train.optim import capture_obstacle, make_capturable, set_learning_rate
-from train.schedule import Timeline, learning_rate, whitening_learning_rate
+from train.schedule import Timeline, learning_rate, lr_factor, whitening_learning_rate
 from train.tta import mean_logits
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
     parallel = dist.data_parallel(network, device, config.accumulation_steps)
 
     def compiled(function: Any) -> Any:
-        return function if mode == "off" else torch.compile(function, mode=mode)
+        # Each shape has kernels of its own: those for any shape are slower, and there are few.
+        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
     return Training(
         network=network,
@@ -193,14 +195,24 @@ def follow_weights(training: Training, update: int, timeline: Timeline) -> None:
         training.ema.follow(update + 1 - timeline.first(training.config.first_epoch))
 
 
-def timeline_of(config: TrainConfig, loader: Loader) -> Timeline:
-    """Of a run of which all epochs are as long as the loader's."""
-    return Timeline.even(config.epochs, len(loader) // config.accumulation_steps)
+def timeline_of(config: TrainConfig, loader: TrainLoader) -> Timeline:
+    """Of a run with this loader; config: with learning rates at the global batch, see `schedule.scaled`.
+
+    Where stages change the batch size, learning rates follow it as train.lr_scaling says.
+    """
+    accumulation = config.accumulation_steps
+    loaders = [loader.at(epoch) for epoch in range(config.epochs)]
+    factors = tuple(
+        lr_factor(config, one.plan.batch_size * dist.world_size() * accumulation) if len(loader.stages) > 1 else 1.0
+        for one in loaders
+    )
+    updates = tuple(len(one) // accumulation for one in loaders)
+    return Timeline(updates, factors if set(factors) != {1.0} else ())
 
 
 def train_epoch(
     training: Training,
-    loader: Loader,
+    loader: TrainLoader,
     *,
     seed: int,
     rank: int,
@@ -219,10 +231,10 @@ def train_epoch(
     on_gpu = training.device.type == "cuda"
     accumulation = training.config.accumulation_steps
     timeline = timeline or timeline_of(training.config, loader)
-    epoch, first = loader.state["epoch"], loader.state["step"]
+    epoch, first, steps = loader.state["epoch"], loader.state["step"], len(loader)
     # torch.manual_seed, which seeds all devices, and a hash at every batch would cost 0.15 ms per batch
     generator = torch.cuda.default_generators[training.device.index] if on_gpu else torch.default_generator
-    seeds = hash64(np.arange(len(loader), dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
+    seeds = hash64(np.arange(steps, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
     begin, waited = time.perf_counter(), loader.wait_s
     for step, batch in enumerate(loader, first):
         update, micro = timeline.first(epoch) + step // accumulation, step % accumulation
@@ -238,7 +250,7 @@ def train_epoch(
             after_update(update, lr)
     if on_gpu:
         torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
-    return EpochTimes(len(loader) - first, time.perf_counter() - begin, loader.wait_s - waited)
+    return EpochTimes(steps - first, time.perf_counter() - begin, loader.wait_s - waited)
 
 
 def train_whitening_bias(training: Training, epoch: int) -> None:

@@ -7,21 +7,23 @@ import time
 
 import torch
 
-from pipelines.loader import Loader
+from pipelines.staged import TrainLoader
 
 
 class Meter:
     """Loss and rates since the last reading, within an epoch."""
 
-    def __init__(self, loader: Loader, images_per_update: int) -> None:
-        """images_per_update: of all ranks."""
+    def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
-        self._images_per_update = images_per_update
-        self.begin(0, 0.0, 0.0)
+        self.begin(0, 0.0, 0.0, images_per_update=0)
 
-    def begin(self, updates: int, loss: float, seen: float) -> None:
-        """Before the first update of an epoch, or of the rest of one; loss: the sum over `seen` samples so far."""
+    def begin(self, updates: int, loss: float, seen: float, *, images_per_update: int) -> None:
+        """Before the first update of an epoch, or of the rest of one; loss: the sum over `seen` samples so far.
+
+        images_per_update: of all ranks, in this epoch.
+        """
         self._updates, self._loss, self._seen = updates, loss, seen
+        self._images_per_update = images_per_update
         self._time_s, self._wait_s = time.perf_counter(), self._loader.wait_s
 
     def read(self, updates: int, loss: float, seen: float) -> dict[str, float]:
@@ -32,7 +34,7 @@ class Meter:
             "images_per_s": (updates - self._updates) * self._images_per_update / duration_s,
             "data_wait_fraction": (self._loader.wait_s - self._wait_s) / duration_s,
         }
-        self.begin(updates, loss, seen)
+        self.begin(updates, loss, seen, images_per_update=self._images_per_update)
         return values
 
 

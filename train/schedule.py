@@ -21,9 +21,13 @@ ROUNDING = 1e-9  # epochs: positions are quotients of updates, which lie further
 
 @dataclass(frozen=True)
 class Timeline:
-    """How many optimizer updates each epoch of a run has; they differ where the batch size does."""
+    """How many optimizer updates each epoch of a run has, and what its learning rates are multiplied by.
+
+    They differ from epoch to epoch where the batch size does; factors: empty where all are 1.
+    """
 
     updates: tuple[int, ...]
+    factors: tuple[float, ...] = ()
 
     @classmethod
     def even(cls, epochs: int, updates_per_epoch: int) -> Timeline:
@@ -45,6 +49,10 @@ class Timeline:
         """The epoch that the update belongs to; from the end on, the number of epochs."""
         return bisect_right(self._firsts, update) - 1
 
+    def factor(self, update: int) -> float:
+        """Of the epoch that the update belongs to."""
+        return self.factors[min(self.epoch_of(update), len(self.factors) - 1)] if self.factors else 1.0
+
     def position(self, update: int) -> float:
         """Epochs done before the update, a begun one as the share of its updates."""
         epoch = self.epoch_of(update)
@@ -65,6 +73,11 @@ def learning_rate(update: int, timeline: Timeline, config: TrainConfig, decays: 
     step and multistep count epochs from the start of training; cosine, linear, polynomial and exponential begin at the
     end of the warm-up, with lr. decays: plateau's so far.
     """
+    return timeline.factor(update) * _scheduled(update, timeline, config, decays)
+
+
+def _scheduled(update: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
+    """At the global batch that `config` is meant for."""
     if config.schedule == "one-cycle":
         return max(config.min_lr, one_cycle(update, timeline.total, config))
     warmup = round(timeline.updates_until(config.warmup_epochs))
@@ -111,7 +124,7 @@ def whitening_learning_rate(update: int, timeline: Timeline, config: TrainConfig
     if update >= updates:
         return 0.0
     if config.whiten_bias_anneal:
-        return config.lr * (1 - update / updates)
+        return timeline.factor(update) * config.lr * (1 - update / updates)
     return learning_rate(update, timeline, config, decays)
 
 

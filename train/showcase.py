@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from pipelines.loader import Batch, Loader
+from pipelines.staged import TrainLoader
 from train import dist, figures, pictures
 from train.log import RunLog
 from train.loop import Training, predictions
@@ -18,7 +19,7 @@ from train.mixing import Seen, as_seen
 IMAGES = 20  # in a grid
 
 
-def show_samples(log: RunLog, loader: Loader, classes: Sequence[str]) -> None:
+def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
     """The first images of the training stream, as the model will see them; `loader` stands where it stood."""
     if not log.is_tracked:
         return

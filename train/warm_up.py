@@ -16,6 +16,7 @@ import torch
 
 from configs.errors import UserError
 from pipelines.loader import Batch, Loader, MixedBatch
+from pipelines.staged import TrainLoader
 from train import dist
 from train.freeze import set_training_mode
 from train.loop import Training, evaluate, train_step, train_whitening_bias, trainings_of
@@ -24,7 +25,7 @@ from train.mixing import unmixed
 PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to the second
 
 
-def warm_up(training: Training, loader: Loader, val_loader: Loader | None = None, tta: str = "none") -> float:
+def warm_up(training: Training, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
     """Prepare `training` for the loaders' batches; seconds that it took. Does nothing where nothing is compiled.
 
     tta: as `evaluate` will be told. To be called again when the optimizer's state was loaded since, as
@@ -34,7 +35,8 @@ def warm_up(training: Training, loader: Loader, val_loader: Loader | None = None
     if training.prepares:
         if val_loader is not None:
             prepare_evaluation(training, val_loader, tta)
-        prepare(training, blank_batch(loader.plan.batch_size, loader.image_size, training.device))
+        shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)
+        prepare(training, *(blank_batch(*shape, training.device) for shape in shapes))
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
     return time.perf_counter() - begin
@@ -46,30 +48,48 @@ def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), torch.zeros(samples, dtype=torch.int64, device=device))
 
 
-def prepare(training: Training, batch: Batch) -> None:
-    """Run all kinds of steps on `batch`, undo what they changed, and capture them where that was asked for.
+def check_sizes(training: Training, loader: TrainLoader) -> None:
+    """Raise UserError where the model does not take the images of all stages, which is else found in mid-training."""
+    training.network.eval()
+    for stage in loader.stages if len(loader.stages) > 1 else ():
+        batch = blank_batch(1, stage.image_size, training.device)
+        try:
+            with torch.no_grad(), training.autocast():
+                training.network(batch.images)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"data.stages asks for images of {stage.image_size} pixels, which this model does not take ({reason}); "
+                "use other sizes or, for a model of timm that can, model.options={dynamic_img_size: true}"
+            ) from None
+
+
+def prepare(training: Training, *batches: Batch) -> None:
+    """Run all kinds of steps on each of `batches`, undo what they changed, and capture them where that was asked for.
 
     What the first step makes of the optimizer's state must start from zero, as it does in torch's optimizers.
     """
     set_training_mode(training.forward)
     updates = [True] if training.config.accumulation_steps == 1 else [False, True]
-    if training.mixes:
-        batch = unmixed(batch)
     with side_stream(training) as stream, unchanged(training):
-        if training.proxy is not None:
-            chosen = [
-                training.proxy.choose(batch, number) for number in range(training.config.proxy.every_steps + PASSES)
-            ]
-            batch = chosen[-1]
-        for epoch in {0, training.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
-            train_whitening_bias(training, epoch)
-            for _ in range(PASSES):
-                for update in updates:
-                    train_step(training, batch, update=update)
+        ready = [_passes(training, unmixed(batch) if training.mixes else batch, updates) for batch in batches]
         if training.lookahead is not None:
             training.lookahead.meet(1.0)
     if stream is not None:
-        training.step = CapturedStep(training, batch, updates, stream)
+        training.step = CapturedStep(training, ready, updates, stream)
+
+
+def _passes(training: Training, batch: Batch, updates: list[bool]) -> Batch:
+    """Steps of all kinds; the batch, or what the proxy chooses of it."""
+    if training.proxy is not None:
+        chosen = [training.proxy.choose(batch, number) for number in range(training.config.proxy.every_steps + PASSES)]
+        batch = chosen[-1]
+    for epoch in {0, training.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
+        train_whitening_bias(training, epoch)
+        for _ in range(PASSES):
+            for update in updates:
+                train_step(training, batch, update=update)
+    return batch
 
 
 def prepare_evaluation(training: Training, loader: Loader, tta: str = "none") -> None:
@@ -96,22 +116,24 @@ def side_stream(training: Training) -> Iterator[torch.cuda.Stream | None]:
 
 
 class CapturedStep:
-    """train_step as CUDA graphs, and called like it, for batches of one shape. Replaying does not synchronise.
+    """train_step as CUDA graphs, and called like it, for batches of a few shapes. Replaying does not synchronise.
 
     A replay draws from the device's default generator as it stands then, as uncaptured kernels would: torch copies seed
     and offset to the device before each replay. So seeding it before a step works as it does without graphs.
     """
 
-    def __init__(self, training: Training, batch: Batch, updates: list[bool], stream: torch.cuda.Stream) -> None:
-        """batch: becomes the graphs' input buffers."""
-        self._batch = batch
-        self._graphs = {update: torch.cuda.CUDAGraph() for update in updates}
+    def __init__(
+        self, training: Training, batches: list[Batch], updates: list[bool], stream: torch.cuda.Stream
+    ) -> None:
+        """batches: one of each shape; they become the graphs' input buffers."""
+        self._batches = {batch.images.shape: batch for batch in batches}
+        self._graphs = {(shape, update): torch.cuda.CUDAGraph() for shape in self._batches for update in updates}
         pool = torch.cuda.graph_pool_handle()  # one for all, since no graph leaves a result there for another
         try:
-            for update, graph in self._graphs.items():
+            for (shape, update), graph in self._graphs.items():
                 # thread_local: what the loader's and NCCL's threads do meanwhile is no business of this capture
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    train_step(training, batch, update=update)
+                    train_step(training, self._batches[shape], update=update)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -120,15 +142,17 @@ class CapturedStep:
 
     def __call__(self, training: Training, batch: Batch, *, update: bool = True) -> None:
         del training  # the graphs know it
-        if batch.images.shape != self._batch.images.shape:
-            shapes = tuple(batch.images.shape), tuple(self._batch.images.shape)
-            raise ValueError(f"a batch of shape {shapes[0]} cannot take part in a step captured for {shapes[1]}")
-        self._batch.images.copy_(batch.images, non_blocking=True)
-        self._batch.labels.copy_(batch.labels, non_blocking=True)
-        if isinstance(self._batch, MixedBatch):
+        shape = batch.images.shape
+        buffers = self._batches.get(shape)
+        if buffers is None:
+            captured = ", ".join(str(tuple(one)) for one in self._batches)
+            raise ValueError(f"a batch of shape {tuple(shape)} cannot take part in a step captured for {captured}")
+        buffers.images.copy_(batch.images, non_blocking=True)
+        buffers.labels.copy_(batch.labels, non_blocking=True)
+        if isinstance(buffers, MixedBatch):
             assert isinstance(batch, MixedBatch)
-            self._batch.mix.copy_(batch.mix, non_blocking=True)
-        self._graphs[update].replay()
+            buffers.mix.copy_(batch.mix, non_blocking=True)
+        self._graphs[shape, update].replay()
 
 
 @contextmanager

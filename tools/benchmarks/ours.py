@@ -33,7 +33,7 @@ DISTINCT, READ_AT_ONCE = 2048, 256  # images of a resident batch that differ, an
 @contextmanager
 def loading(data: DataConfig, aug: AugConfig, device: str, seed: int = 0) -> Iterator[dict[str, Stream]]:
     """The train loader alone."""
-    loader = build_train_loader(data, aug, seed=seed, device=device)
+    loader = build_train_loader(data, aug, seed=seed, device=device).at(0)
     yield {"": Stream(endless(loader), data.batch_size)}
 
 
@@ -90,7 +90,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT)
     data = config.data.model_copy(update={"batch_size": min(count, READ_AT_ONCE), "prefetch": 1})
-    loader = build_train_loader(data, config.aug, seed=config.seed, device=device)
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)
     read: list[Batch] = []
     for batch in itertools.islice(endless(loader), -(-count // data.batch_size)):
         read.append(Batch(batch.images.clone(), batch.labels.clone()))  # the loader's buffers are reused
@@ -113,7 +113,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common
 
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
-        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=built.device))
+        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=built.device).at(0))
         following = endless(loaders[0])
         yield from _steps(built, lambda: next(following))
 
@@ -126,7 +126,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common
 def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
-    loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device)
+    loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device).at(0)
     built = build_all(without_start(config), dataset, classes, loader.image_size, device)
     warm_up(built, loader)
     set_training_mode(built.forward)

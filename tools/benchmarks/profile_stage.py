@@ -107,7 +107,7 @@ def build(
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
         accumulation_steps=config.train.accumulation_steps,
-    )
+    ).at(0)
     return build_all(without_start(config), dataset, classes, loader.image_size, device), loader
 
 

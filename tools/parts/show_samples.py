@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from configs.schema import Config
 from pipelines import build_train_loader
@@ -46,7 +47,9 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
         for epoch, mixture in zip(epochs, mixtures, strict=True):
             for line, name in zip(table, mixture, strict=True):
                 line[f"epoch {epoch}"] = name
-    images = [row.images for row in rows]
+    shown = [original, *(row.images for row in rows)]
+    largest = max(images.shape[2] for images in shown)  # stages and evaluation have sizes of their own
+    original, *images = (one if one.shape[2] == largest else enlarged(one, largest) for one in shown)
     figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
     write_csv(folder / "samples.csv", table)
     print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
@@ -61,13 +64,20 @@ def augmented(config: Config, epochs: Sequence[int], count: int, device: torch.d
     data = config.data.model_copy(update={"placement": "host"})  # the same pixels, without a copy of the whole split
     loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
                                 accumulation_steps=config.train.accumulation_steps)  # fmt: skip
-    batch = loader.plan.indices(epochs[0], 0)
-    choose(loader, batch)  # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
+    samples = loader.at(epochs[0]).plan.indices(epochs[0], 0)[: count + count % 2]  # whole pairs, as they are mixed
     rows = []
     for epoch in epochs:
-        loader.state = {"epoch": epoch, "step": 0}
-        rows += [Seen(*(part[:count].cpu() for part in as_seen(batch))) for batch in loader]
-    return batch[:count], rows
+        # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
+        stage = choose(loader.at(epoch), samples)
+        stage.state = {"epoch": epoch, "step": 0}
+        seen = [Seen(*(part.cpu() for part in as_seen(batch))) for batch in stage]
+        rows.append(Seen(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
+    return samples[:count], rows
+
+
+def enlarged(images: Tensor, side: int) -> Tensor:
+    """uint8 [N, 3, side, side], each pixel as it is, repeated."""
+    return functional.interpolate(images, (side, side), mode="nearest-exact")
 
 
 def sample_figure(
