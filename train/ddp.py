@@ -291,6 +291,7 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, config.train.optimizer, config.train.lr)
     training = build_training(network, optimizer, config.train, device)
+    training.is_drawn = model.pretrained is False and model.finetune is None
     training.notes = tuple(notes)
     training.lookahead = build_lookahead(network, config.train.lookahead)
     training.proxy = build_proxy(

@@ -56,6 +56,7 @@ class Training:
     keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
     lookahead: Lookahead | None = None
     proxy: Proxy | None = None
+    is_drawn: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
     notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
 
     def autocast(self) -> torch.autocast:
