@@ -231,6 +231,21 @@ def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
     assert not (tmp_path / "output").exists()
 
 
+def test_a_whitening_layer_stays_as_it_came_with_the_weights(data: dict[int, Path], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    theirs = build_model("speedrun96_proxy", 4, mean=[0.5] * 3, std=[0.5] * 3)
+    path = saved(tmp_path / "last.pt", theirs)
+    speedrun = ("model.name=speedrun96_proxy", "model.activation=null", "model.options.width=null", "train.epochs=1",
+                "train.warmup_epochs=0")  # fmt: skip
+    results = [
+        run(data[5], tmp_path / f"run-{bool(more)}", *speedrun, *more) for more in ((), (f"model.finetune={path}",))
+    ]
+    assert [(result.code, result.err) for result in results] == [(0, "")] * 2
+    fresh, tuned = (result.weights["network.whitening.weight"] for result in results)
+    assert torch.equal(tuned, theirs.network.whitening.weight)
+    assert not torch.equal(fresh, tuned)
+
+
 # What is taken
 
 

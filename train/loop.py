@@ -60,6 +60,7 @@ class Training:
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: Proxy | None = None
+    is_drawn: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
     notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
 
     def autocast(self) -> torch.autocast:

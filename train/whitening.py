@@ -51,11 +51,13 @@ def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
 
 
 def whiten(training: Training, images: Tensor | None) -> float:
-    """Whiten the first layers, equally on all ranks; returns the time it took in seconds."""
+    """Whiten the first layers, equally on all ranks, but for one that came with trained weights, which expect it as it
+    was; returns the time it took in seconds."""
     begin = time.perf_counter()
     if images is not None:
         for one in trainings_of(training):
-            fit_whitening(one.network, images)
+            if one.is_drawn:
+                fit_whitening(one.network, images)
             dist.equalize_buffers(one.network)
         start_copies(training)
         if training.device.type == "cuda":
