@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, to_yaml
-from configs.schema import Config, Section, TrainConfig
+from configs.schema import AugConfig, Config, Section, TrainConfig
 from models import build_model
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Loader
@@ -119,7 +119,7 @@ def main() -> None:
             train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
         del images
         if content is not None and source is not None:
-            checkpoint.check_same_run(content, stream, source, flat_settings("train", TrainConfig()))
+            checkpoint.check_same_run(content, stream, source, default_settings())
             checkpoint.restore(training, content, source)
             if not ranks.is_first:
                 training.sums.zero_()  # the checkpoint holds the sums over all ranks
@@ -335,11 +335,20 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "data.window_shards": data.window_shards if data.order == "sequential-window" else None,
         "data.image_size": data.image_size,
         "data.interpolation": data.interpolation,
-        **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
+        **aug_settings(config.aug),
         "model.drop_rate": config.model.drop_rate,
         **flat_settings("train", train),
         "train.eval_every_epochs": train.eval_every_epochs if train.schedule == "plateau" else None,
     }
+
+
+def default_settings() -> dict[str, Any]:
+    """What settings of the stream's identity mean that a checkpoint of an older version does not name."""
+    return {**aug_settings(AugConfig()), **flat_settings("train", TrainConfig())}
+
+
+def aug_settings(aug: AugConfig) -> dict[str, Any]:
+    return {f"aug.{key}": value for key, value in aug.model_dump(mode="json").items()}
 
 
 def flat_settings(name: str, section: Section) -> dict[str, Any]:
