@@ -236,7 +236,9 @@ def test_validation_of_a_moving_average_is_drawn_in_dots_of_the_runs_colour(tmp_
     assert [len(drawn) for drawn in dotted] == [0, 1, 0, 1]
     assert list(dotted[1][0].get_ydata()) == [1.5, 1.0, 0.5]
     assert list(dotted[3][0].get_ydata()) == [0.25, 0.375, 0.5]
-    assert dotted[1][0].get_color() == figure.axes[1].lines[0].get_color()
+    whole = [drawn for drawn in figure.axes[1].lines if drawn.get_linestyle() != ":"]
+    assert dotted[1][0].get_color() == whole[0].get_color() != whole[1].get_color()
+    assert figure.axes[1].get_ylim()[0] < 0.5
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["averaged", "plain", "validation of a moving average"]
     alone = figures.curves(both, "test")

@@ -245,6 +245,7 @@ def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_i
             save_content(path, content | {"config": text})
             state = load_trained(path, CPU).training.network.state_dict()
             assert all(torch.equal(value, content[part][name]) for name, value in state.items())
+            assert load_trained(path, CPU).config.train.ema.decay == 0.9
         old = {key: value for key, value in content.items() if key != "ema"}  # as older versions wrote them
         for weights in ("auto", "ema"):
             path = tmp_path / "old.pt"

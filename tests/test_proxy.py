@@ -30,6 +30,14 @@ def new_proxy(keep: float = 0.5) -> Proxy:
     return Proxy(training_of(lenet(), SGD, lr=0.1, label_smoothing=0.2), config)
 
 
+def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> None:
+    settings = {"lr_scales": {"layer1.*": 0.1}, "layer_decay": 0.5}
+    config = TrainConfig.model_validate({"proxy": {"model": "lenet"}, "optimizer": settings})
+    proxy = build_proxy(config, lambda _: lenet(), CPU)
+    assert proxy is not None
+    assert {group["lr_scale"] for group in proxy.training.optimizer.param_groups} == {1.0}
+
+
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 8), (0.3, 5), (1.0, 16), (0.01, 1)])
 def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, count: int) -> None:
     batch = random_batch(16)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_checkpoint import assert_equal_trees
 from torch import nn
-from train_fixtures import CPU, alone, gradients_at_each_step, on_ranks, training_of
+from train_fixtures import CPU, alone, gradients_at_each_step, on_ranks, random_batch, small_net, training_of
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from models import Normalize, PixelClassifier
@@ -20,7 +20,7 @@ from pipelines.loader import Loader
 from train import checkpoint
 from train.dist import Ranks
 from train.lookahead import build_lookahead
-from train.loop import Training, train_epoch
+from train.loop import Training, train_epoch, train_step
 from train.optim import make_capturable
 from train.proxy import Proxy
 from train.warm_up import warm_up
@@ -112,6 +112,19 @@ def test_a_second_run_in_the_same_training_equals_a_first_one(recipe: str, npy_d
     whiten(training, whitening_images(training, section_of(npy_data)))
     train(training, loaders(npy_data)[0])
     assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
+
+
+def test_a_second_run_of_an_optimizer_that_counts_in_plain_numbers_equals_a_first_one() -> None:
+    def three_steps(training: Training) -> dict[str, torch.Tensor]:
+        for number in range(3):
+            torch.manual_seed(number)
+            train_step(training, random_batch(8, seed=number))
+        return training.network.state_dict()
+
+    training, first = (training_of(small_net(seed=seed), {"name": "lamb"}) for seed in (5, 0))
+    three_steps(training)
+    start_anew(training, training_of(small_net(), {"name": "lamb"}))
+    assert_equal_trees(three_steps(training), three_steps(first))
 
 
 def test_a_checkpoint_holds_learning_rates_as_numbers_also_the_proxys(tmp_path: Path) -> None:

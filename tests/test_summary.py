@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from train_fixtures import CPU, Run
 
 from configs.errors import UserError
-from configs.schema import OptimizerConfig, TrainConfig
+from configs.schema import EmaConfig, OptimizerConfig, TrainConfig
 from models import build_model
 from tools import summary
 from tools.parts.costs import Costs, count_costs
@@ -116,6 +116,9 @@ def test_optimizers_hold_what_they_hold() -> None:
     config = TrainConfig(optimizer=OptimizerConfig(name="sgd"), lookahead={"every_steps": 2})
     costs = count_costs(TinyNet(), config, batch_size=6, image_size=2, device=CPU, amp=None)
     assert costs.optimizer_bytes == 4 * WEIGHTS + 4 * (WEIGHTS + 7 + 2)
+    averaged = count_costs(TinyNet(), config.model_copy(update={"ema": EmaConfig(decay=0.9)}), batch_size=6,
+                           image_size=2, device=CPU, amp=None)  # fmt: skip
+    assert averaged.optimizer_bytes == costs.optimizer_bytes + 4 * (WEIGHTS + 7 + 2)
 
 
 def test_autocast_halves_activations_and_adds_copies_of_the_weights() -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, to_yaml
-from configs.schema import Config, ModelConfig, Section, TrainConfig
+from configs.schema import AugConfig, Config, ModelConfig, Section, TrainConfig
 from models import build_configured
 from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
@@ -133,7 +133,7 @@ def main() -> None:
             train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
         del images
         if content is not None and source is not None:
-            checkpoint.check_same_run(content, stream, source, flat_settings("train", TrainConfig()))
+            checkpoint.check_same_run(content, stream, source, default_settings())
             checkpoint.restore(training, content, source)
             if not ranks.is_first:
                 training.sums.zero_()  # the checkpoint holds the sums over all ranks
@@ -372,7 +372,9 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         "data.window_shards": data.window_shards if data.order == "sequential-window" else None,
         "data.image_size": data.image_size,
         "data.interpolation": data.interpolation,
-        **{f"aug.{key}": value for key, value in config.aug.model_dump(mode="json").items()},
+        "data.antialias": data.antialias,
+        "data.stages": [stage.model_dump() for stage in data.stages],
+        **aug_settings(config.aug),
         **{
             f"model.{key}": value
             for key, value in config.model.model_dump(mode="json").items()
@@ -381,6 +383,15 @@ def stream_identity(config: Config, dataset: dict[str, Any], ranks: Ranks) -> di
         **flat_settings("train", train),
         "train.eval_every_epochs": train.eval_every_epochs if train.schedule == "plateau" else None,
     }
+
+
+def default_settings() -> dict[str, Any]:
+    """What settings of the stream's identity mean that a checkpoint of an older version does not name."""
+    return {**aug_settings(AugConfig()), **flat_settings("train", TrainConfig())}
+
+
+def aug_settings(aug: AugConfig) -> dict[str, Any]:
+    return {f"aug.{key}": value for key, value in aug.model_dump(mode="json").items()}
 
 
 def flat_settings(name: str, section: Section) -> dict[str, Any]:

@@ -34,9 +34,13 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
     rows = math.ceil(min(len(records), COLOURS + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
     handles: dict[str, Any] = {}
-    averages: list[Any] = []
+    dotted: list[Any] = []
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
         curves = [_points(record, quantity) for record in records]
+        averages = [_points(record, f"ema_{quantity}") for record in records]
+        for average, colour in zip(averages, colours, strict=True):
+            if average and colour is not None:
+                dotted += axis.plot(*zip(*average, strict=True), color=colour, zorder=2, linestyle=":")
         for curve, record, name, colour in zip(curves, records, names, colours, strict=True):
             is_coloured = colour is not None
             so_far = f" ({record.epochs_trained} of {record.config.train.epochs} epochs)"
@@ -48,13 +52,9 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
                 marker="." if len(curve) <= 30 else None,
                 linestyle="-" if record.is_finished else "--",
             )
-            average = _points(record, f"ema_{quantity}") if is_coloured else []
-            if average:
-                (dotted,) = axis.plot(*zip(*average, strict=True), color=colour, zorder=2, linestyle=":")
-                averages.append(dotted)
             handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS, line)
         if quantity.endswith("loss"):
-            _set_loss_axis(axis, curves, names)
+            _set_loss_axis(axis, curves, names, averages)
         axis.set_xlabel("epochs trained")
         axis.set_ylabel(label)
         axis.locator_params(axis="x", integer=True)
@@ -62,8 +62,8 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
     figure.suptitle(title, parse_math=False)
     if OTHERS in handles:
         handles[OTHERS] = handles.pop(OTHERS)  # to the end
-    if averages:
-        handles[AVERAGE] = averages[0]
+    if dotted:
+        handles[AVERAGE] = dotted[0]
     legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=_legend_columns(names), fontsize=9
     )
@@ -82,9 +82,9 @@ def _points(record: RunRecord, quantity: str) -> Points:
     ]
 
 
-def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str]) -> None:
-    """A range that shows the runs that learn, and a title that says what it leaves out."""
-    finite = [[value for _, value in curve if math.isfinite(value)] for curve in curves]
+def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str], averages: Sequence[Points]) -> None:
+    """A range that shows the runs that learn and their averages, and a title that says which runs it leaves out."""
+    finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
     left_out = {
         reason: [name for curve, name in zip(curves, names, strict=True) if any(is_out(value) for _, value in curve)]
