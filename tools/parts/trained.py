@@ -52,16 +52,11 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
-<<<<<<< HEAD
     config = without_start(config.model_copy(update={"train": train}))
-    training = build_all(config, facts, len(facts["classes"]), facts["image_size"], device)
-=======
-    config = config.model_copy(update={"train": train})
     # what only training needs may be dear, or not to be had on this machine
     bare = train.model_copy(update={"optimizer": OptimizerConfig(), "ema": EmaConfig()})
     bare_config = config.model_copy(update={"train": bare})
     training = build_all(bare_config, facts, len(facts["classes"]), facts["image_size"], device)
->>>>>>> h5-optim
     checkpoint.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
