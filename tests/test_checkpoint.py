@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_fixtures import alone, lenet, random_batch, training_of
+from train_fixtures import alone, lenet, random_batch, small_net, training_of
 
 from configs.errors import UserError
 from models import build_model
@@ -264,3 +264,12 @@ def test_all_settings_that_differ_are_named_with_both_values_and_the_others_are_
     assert "global batch" not in str(error.value)
     assert "image_size" not in str(error.value)
     checkpoint.check_same_run({"stream": then}, dict(then), Path("last.pt"))
+
+
+def test_an_optimizer_with_other_groups_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    saved, other = training_of(small_net()), training_of(small_net(), {"layer_decay": 0.5})
+    for first, second in ((saved, other), (other, saved)):
+        checkpoint.save(path, first, first.sums)
+        with pytest.raises(UserError, match=r"last\.pt does not fit the optimizer of this config \(.*; start a new"):
+            checkpoint.restore(second, checkpoint.load(path), path)

@@ -193,8 +193,8 @@ def costs_of(subject: Subject, device: torch.device, amp: torch.dtype | None) ->
         ) from None
     except (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f"{subject.label} cannot be counted, since its forward pass, or the step of its optimizer, depends on "
-            f"values ({error}); leave it out"
+            f"{subject.label} cannot be counted, since its forward pass or its optimizer's step depends on values "
+            f"({error}); leave it out"
         ) from None
 
 

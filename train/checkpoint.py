@@ -131,8 +131,13 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
     saved = content["optimizer"]
     # before as well, since it decides on which device torch puts the count of steps
-    groups = [group | one for group, one in zip(saved["param_groups"], here, strict=True)]
-    optimizer.load_state_dict(saved | {"param_groups": groups})
+    groups = [group | one for group, one in zip(saved["param_groups"], here, strict=False)]
+    try:
+        optimizer.load_state_dict(saved | {"param_groups": groups + saved["param_groups"][len(groups) :]})
+    except ValueError as error:  # as of a version that grouped parameters in another way
+        raise UserError(
+            f"checkpoint {path} does not fit the optimizer of this config ({error}); start a new run without --resume"
+        ) from None
     for group, settings in zip(optimizer.param_groups, here, strict=True):
         group.update(settings)
     training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
