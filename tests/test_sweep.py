@@ -139,15 +139,11 @@ def test_ranges_keep_to_their_bounds(seed: int) -> None:
 @pytest.mark.parametrize(
     ("axes", "changes", "message"),
     [
-<<<<<<< HEAD
         (
             ["train.epoch=1,2"],
             {},
             "the point train.epoch=1: train.epoch=1 is unknown; did you mean train.epochs or train.first_epoch?",
         ),
-=======
-        (["train.epoch=1,2"], {}, "the point train.epoch=1: train.epoch=1 is unknown; did you mean train.epochs"),
->>>>>>> h5-optim
         (["train.lr=1e-3,fast"], {}, 'the point train.lr=fast: train.lr="fast" must be a valid number'),
         (["train.lr"], {}, "'train.lr' is not KEY=VALUE,VALUE"),
         (["train.lr=1,,2"], {}, "'train.lr=1,,2' has an empty value"),
