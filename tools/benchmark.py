@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                 "--only",
                 nargs="+",
                 default=[],
-                choices=["reading", "loading", "augment", "training", "scale", "speedrun"],
+                choices=["reading", "loading", "augment", "training", "scale", "stages", "speedrun"],
             )
         if stage in ("peers", "augment", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
