@@ -92,18 +92,11 @@ def build_train_loader(
     if not data.stages:
         return build(data)
     begins = [stage.epoch for stage in data.stages]
-    sections = [
-        data.model_copy(
-            update={
-                "image_size": stage.image_size or data.image_size,
-                "batch_size": stage.batch_size or data.batch_size,
-            }
-        )
-        for stage in data.stages
-    ]
+    sizes = [(stage.image_size or data.image_size, stage.batch_size or data.batch_size) for stage in data.stages]
     if begins[0] > 0:
-        begins, sections = [0, *begins], [data, *sections]
-    return StagedLoader([build(section) for section in sections], begins)
+        begins, sizes = [0, *begins], [(data.image_size, data.batch_size), *sizes]
+    loaders = {size: build(data.model_copy(update={"image_size": size[0], "batch_size": size[1]})) for size in sizes}
+    return StagedLoader([loaders[size] for size in sizes], begins)  # sizes that come again share a loader
 
 
 class TrainOrder:

@@ -89,6 +89,10 @@ class Repeated:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
+        self.stages = (self,)
+
+    def at(self, epoch: int) -> Repeated:
+        return self
 
     def __len__(self) -> int:
         return 2

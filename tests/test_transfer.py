@@ -253,7 +253,7 @@ def resaved(content: dict[str, Any], path: Path) -> None:
     """A checkpoint of this content, with its digest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_state_of", lambda _: {})
-        stub = type("Stub", (), {"lookahead": None, "proxy": None})()
+        stub = type("Stub", (), {"lookahead": None, "ema": None, "proxy": None})()
         rest = {key: value for key, value in content.items() if key != "sums"}
         checkpoint.save(path, stub, content["sums"], **rest)
 

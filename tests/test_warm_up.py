@@ -175,7 +175,7 @@ def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_sha
 @on_the_cpu
 def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend="eager"))
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
