@@ -14,9 +14,11 @@ import benchmark_fixtures as fixtures
 import pytest
 
 from configs.load import load_config
-from tools import convert
-from tools.benchmarks import ours, ramp, suite
+from configs.schema import AugConfig, EraseConfig
+from tools import benchmark, convert
+from tools.benchmarks import groups, ours, ramp, suite
 from tools.benchmarks.groups import Group
+from tools.benchmarks.peers import PeerSource
 from tools.benchmarks.turns import Contestant, Outcome, measure
 
 
@@ -49,6 +51,27 @@ def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path
         assert ours["share"] == pytest.approx(ours["images_per_s"] / bound["images_per_s"], rel=0.01)
         assert group["title"] in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["new folder"]  # nothing is left in the scratch folder
+
+
+def test_titles_name_all_that_the_loader_does() -> None:
+    assert groups.describe(AugConfig(crop="pad", flip=0.5)) == "pad and crop, flip"
+    assert groups.describe(AugConfig(flip=0)) == "no augmentation"
+    aug = AugConfig(auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, grayscale=0.1, erase=EraseConfig(probability=0.25))  # type: ignore[arg-type]
+    assert groups.describe(aug) == "flip, rand-m9-mstd0.5-inc1, colour jitter, greyscale, erasing"
+
+
+def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path: Path) -> None:
+    more = ["aug.auto=rand-m9-mstd0.5-inc1", "aug.mix.mixup=0.2", "aug.cutout=3", "aug.crop=pad", "aug.padding=2"]
+    arguments = ["peers", "--cfg", "configs/digits_lenet.yaml", "--data-path", str(digits), "--opts", *more]
+    reading, loading, training = benchmark.stage_groups(benchmark.parse_arguments(arguments), "cpu", tmp_path)
+    expected = AugConfig(crop="pad", padding=2, flip=0.0)
+    assert reading.stage == "reading"
+    assert loading.title.endswith("pad and crop")
+    assert training.contestants[0].arguments[0].aug == expected
+    sources = [argument for group in (loading, training) for contestant in group.contestants
+               for argument in contestant.arguments if isinstance(argument, PeerSource)]  # fmt: skip
+    assert len(sources) >= 4
+    assert {source.aug for source in sources} == {expected}
 
 
 def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits: Path, tmp_path: Path) -> None:

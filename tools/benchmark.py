@@ -52,7 +52,7 @@ STAGES = {
     "loader": "reading, and reading with the config's augmentation, on every device",
     "model": "the training step on one resident batch",
     "train": "end to end, and its ratio to the resident batch",
-    "peers": "the loader and, with --cfg, training, beside other libraries on the same images",
+    "peers": "the loader and, with --cfg, training, beside other libraries on the same images, with crop and flip",
     "augment": "the loader with each kind of augmentation on its own, beside torchvision's transforms",
     "stages": "whether progressive resizing costs anything at a change: needs a config with data.stages",
     "ramp": "training at batch 1, 2, 4 … until memory is full: images/s, memory, the largest batch",
@@ -198,6 +198,7 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
     beside: dict[str, Any] = {}
     if arguments.stage == "peers":
         beside = {"scratch": scratch, "workers": arguments.workers}
+        config = config.model_copy(update={"aug": groups.crop_and_flip(config.aug)})
     if arguments.stage == "augment":
         return [augmentations.group(Path(config.data.path), batch_size=config.data.batch_size, device=device,
                                     scratch=scratch, workers=arguments.workers)]  # fmt: skip

@@ -122,9 +122,24 @@ def loading(
 
 
 def describe(aug: AugConfig) -> str:
-    crop = {"none": "", "pad": "pad and crop", "random-resized": "random-resized crop"}[aug.crop]
-    parts = [part for part in (crop, "flip" if aug.flip > 0 else "") if part]
-    return ", ".join(parts) or "no augmentation"
+    """What the loader does, in its order."""
+    jitter = aug.color_jitter
+    parts = {
+        {"none": "", "pad": "pad and crop", "random-resized": "random-resized crop"}[aug.crop]: aug.crop != "none",
+        "flip": aug.flip > 0,
+        aug.auto.policy: aug.auto.policy != "none",
+        "colour jitter": any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)),
+        "greyscale": aug.grayscale > 0,
+        "blur": aug.blur.probability > 0,
+        "erasing": aug.erase.probability > 0,
+        "cutout": aug.cutout > 0,
+    }
+    return ", ".join(part for part, is_on in parts.items() if is_on) or "no augmentation"
+
+
+def crop_and_flip(aug: AugConfig) -> AugConfig:
+    """The part of an augmentation that all peers have."""
+    return AugConfig(crop=aug.crop, padding=aug.padding, scale=aug.scale, ratio=aug.ratio, flip=aug.flip)
 
 
 def training(
