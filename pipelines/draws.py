@@ -1,4 +1,4 @@
-"""The random numbers of one sample in one epoch, and what they mean: crop boxes, flips, jitter. Plain NumPy.
+"""The random numbers of one sample in one epoch, and what they mean: crop boxes, flips, cutout. Plain NumPy.
 
 A counter-based generator: every draw is a hash of (seed, epoch, sample index, draw number), so no draw depends on the
 batch, the rank, the number of workers or what was drawn before. Knows no images and no DALI.

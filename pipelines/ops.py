@@ -2,9 +2,9 @@
 
 A program is what is done to the pixels of one sample after crop and flip: one operation in each of a fixed number of
 slots, in their order. For a batch it is two arrays, `ops` int32 [B, slots] (numbers of `Op`) and `values` float32
-[B, slots]. `policies` draws programs, `graph` runs them in DALI, `kernels` on the CPU. Values are what torchvision's
-functional operations take (transforms.v2.functional), on uint8 images of the size that training sees; `tests` hold both
-to them. Knows no images.
+[B, slots]. `policies` draws programs, `dali_ops` runs them in DALI, `program_kernels` on the CPU. Values are what
+torchvision's functional operations take (transforms.v2.functional), on uint8 images of the size that training sees;
+`tests` hold both to them. Knows no images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs augmentation programs (see `ops`) on the CPU, and paints rectangles: in place, one image after another.
 
-Compiled as `kernels` is. An image's operations follow each other while it lies in the cache, and its pixels depend on
-nothing but its own program: not on the batch, the thread or the processor.
+An image's operations follow each other while it lies in the cache, and its pixels depend on nothing but its own
+program: not on the batch, the thread or the processor.
 """
 
 from __future__ import annotations
