@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs.documentation import documentation
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
-from configs.schema import Config, documentation, is_section, walk
+from configs.schema import Config, is_section, walk
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -347,7 +348,30 @@ def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
 
 def test_every_field_is_documented() -> None:
     assert [key for key, field in walk() if not field.description] == []
-    assert all(f"| `{key}` |" in documentation() for key, _ in walk())
+    table = documentation(Config)
+    assert all(f"| `{key}` |" in table for key, _ in walk())
+
+
+def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file() -> None:
+    head, _, *rows = documentation(Config).splitlines()
+    assert {row.count("|") for row in (head, *rows)} == {5}
+    cells = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:4]] for row in rows}
+    expected = {
+        "data.path": ["str, not empty", "required"],
+        "data.image_size": ["int or null, >= 1", "null"],
+        "data.antialias": ["bool", "true"],
+        "data.stages": ["list of section", "[]"],
+        "data.stages[].epoch": ["int, >= 0", "required"],
+        "aug": ["section", ""],
+        "aug.crop": ["none, pad, random-resized", "none"],
+        "aug.auto.fill": ["black, mean or null", "null"],
+        "aug.blur.sigma": ["[float, float]", "[0.1, 2.0]"],
+        "model.options": ["mapping", "{}"],
+        "model.pretrained": ["bool or str", "false"],
+        "train.optimizer.lr_scales": ["mapping to float", "{}"],
+        "log.wandb.tags": ["list of str", "[]"],
+    }
+    assert {key: cells[key] for key in expected} == expected
 
 
 def test_every_field_is_read_somewhere() -> None:
