@@ -264,6 +264,7 @@ def test_an_odd_batch_is_refused_in_one_sentence(npy_data: Path) -> None:
     with pytest.raises(UserError, match="a batch of 9 samples"):
         check_mixing(staged, MixConfig(cutmix=1.0))
     check_mixing(staged, MixConfig())
+    check_mixing(DataConfig(path="x", batch_size=7, stages=(StageConfig(epoch=0, batch_size=8),)), MixConfig(cutmix=1))
 
 
 def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[torch.Tensor]]:
