@@ -27,7 +27,7 @@ from tools.parts import export_check
 from tools.parts.export_formats import FORMATS, Exportable, layers_at_the_ends
 from tools.parts.trained import load_trained
 from train import checkpoint
-from train.ddp import build_all
+from train.assemble import build_all
 from train.transfer import without_start
 
 NAMES = ("safetensors", "torch", "onnx")

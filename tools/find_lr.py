@@ -35,7 +35,7 @@ from pipelines.shards import load_dataset
 from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
 from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
-from train.ddp import build_all, check_classes
+from train.assemble import build_all, check_classes
 from train.dist import Ranks
 from train.facts import global_batch
 from train.freeze import set_training_mode

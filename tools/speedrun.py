@@ -36,8 +36,8 @@ from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
 from train import dist
+from train.assemble import build_all, check_classes
 from train.clock import Clock
-from train.ddp import build_all, check_classes
 from train.dist import Ranks
 from train.ema import counted_weights
 from train.facts import device_name

@@ -16,7 +16,7 @@ from pipelines.shards import load_dataset, open_split
 from tools.benchmarks import memory
 from tools.benchmarks.turns import Stream
 from train import dist
-from train.ddp import build_all
+from train.assemble import build_all
 from train.dist import Ranks
 from train.freeze import set_training_mode
 from train.loop import Training, run_step

@@ -36,7 +36,7 @@ from tools.benchmarks.profiling import Profile, go_along, profile
 from tools.benchmarks.turns import Contestant, measure
 from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
 from train import dist
-from train.ddp import build_all, check_classes
+from train.assemble import build_all, check_classes
 from train.dist import Ranks
 from train.figures import save
 from train.loop import Training, amp_dtype, captures_graphs

@@ -37,7 +37,7 @@ from pipelines.shards import load_dataset
 from tools.benchmarks import memory, pictures, ramp, results
 from tools.benchmarks.ramp import Climb, Size, Subject
 from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
-from train.ddp import check_classes
+from train.assemble import check_classes
 from train.figures import save
 
 TOLERANCE = 1 / 32  # of the largest batch
