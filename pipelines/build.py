@@ -18,7 +18,7 @@ from pipelines.gather import load_resident
 from pipelines.loader import Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.shards import Split, open_split
-from pipelines.staged import StagedLoader
+from pipelines.staged import StagedLoader, section_at
 from pipelines.train_draws import Drawn
 
 
@@ -91,19 +91,8 @@ def build_train_loader(
 
     if not data.stages:
         return build(data)
-    begins = [stage.epoch for stage in data.stages]
-    sections = [
-        data.model_copy(
-            update={
-                "image_size": stage.image_size or data.image_size,
-                "batch_size": stage.batch_size or data.batch_size,
-            }
-        )
-        for stage in data.stages
-    ]
-    if begins[0] > 0:
-        begins, sections = [0, *begins], [data, *sections]
-    return StagedLoader([build(section) for section in sections], begins)
+    begins = sorted({0, *(stage.epoch for stage in data.stages)})
+    return StagedLoader([build(section_at(data, epoch)) for epoch in begins], begins)
 
 
 class TrainOrder:

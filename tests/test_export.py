@@ -281,7 +281,7 @@ class TwoImages(nn.Module):
 
 def exportable(network: nn.Module) -> Exportable:
     model = PixelClassifier(Normalize((0.5,) * 3, (0.5,) * 3), network).eval()
-    return Exportable(model, "own", tuple("0123456789"), 4, "bilinear", 1.0, {})
+    return Exportable(model, "own", tuple("0123456789"), 4, "bilinear", "center", 1.0, {})
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx"])

@@ -284,10 +284,11 @@ def test_schedules_are_known_by_torchs_names_too(write: Write, name: str, schedu
     assert load_config(write(f"TRAIN: {{LR_SCHEDULER: {{NAME: {name}}}}}")).train.schedule == schedule
 
 
-def test_one_cycle_gets_no_second_warm_up_unless_asked_for(write: Write) -> None:
+def test_one_cycle_gets_no_second_warm_up_and_refuses_one_that_is_asked_for(write: Write) -> None:
     one_cycle = "TRAIN: {LR_SCHEDULER: {NAME: OneCycleLR}"
     assert load_config(write(one_cycle + "}")).train.warmup_epochs == 0
-    assert load_config(write(one_cycle + ", WARMUP_EPOCHS: 2}")).train.warmup_epochs == 2
+    with pytest.raises(UserError, match=r"has a warm-up of its own; set train\.warmup_epochs to 0"):
+        load_config(write(one_cycle + ", WARMUP_EPOCHS: 2}"))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adam", "RMSprop"])
