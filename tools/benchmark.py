@@ -31,6 +31,7 @@ from configs.errors import UserError, run_main
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from pipelines.shards import open_split
+from pipelines.staged import config_at
 from tools import report
 from tools.benchmarks import (
     augmentations,
@@ -216,9 +217,15 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
+<<<<<<< HEAD
         return load_config(arguments.cfg, arguments.opts, **replacements)
     if not arguments.data_path or arguments.stage in ("model", "train", "stages"):
         need = "--cfg FILE" if arguments.stage in ("model", "train", "stages") else "--cfg FILE or --data-path DIR"
+=======
+        return config_at(load_config(arguments.cfg, arguments.opts, **replacements), epoch=0)
+    if not arguments.data_path or arguments.stage in ("model", "train"):
+        need = "--cfg FILE" if arguments.stage in ("model", "train") else "--cfg FILE or --data-path DIR"
+>>>>>>> h5-rev2
         raise UserError(f"nothing to measure: give {need}")
     if arguments.opts:
         raise UserError(
