@@ -91,10 +91,7 @@ class Repeated:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self.stages = (self,)
-<<<<<<< HEAD
-=======
         self.plan = Plan(2 * len(batch.labels), len(batch.labels), lambda epoch, step: np.zeros(0))
->>>>>>> h5-rev2
 
     def at(self, epoch: int) -> Repeated:
         return self

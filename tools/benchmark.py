@@ -217,15 +217,10 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
-<<<<<<< HEAD
-        return load_config(arguments.cfg, arguments.opts, **replacements)
+        config = load_config(arguments.cfg, arguments.opts, **replacements)
+        return config if arguments.stage == "stages" else config_at(config, epoch=0)
     if not arguments.data_path or arguments.stage in ("model", "train", "stages"):
         need = "--cfg FILE" if arguments.stage in ("model", "train", "stages") else "--cfg FILE or --data-path DIR"
-=======
-        return config_at(load_config(arguments.cfg, arguments.opts, **replacements), epoch=0)
-    if not arguments.data_path or arguments.stage in ("model", "train"):
-        need = "--cfg FILE" if arguments.stage in ("model", "train") else "--cfg FILE or --data-path DIR"
->>>>>>> h5-rev2
         raise UserError(f"nothing to measure: give {need}")
     if arguments.opts:
         raise UserError(
