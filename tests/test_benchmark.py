@@ -71,8 +71,8 @@ def test_every_kind_of_augmentation_is_measured_and_compared_with_flips_alone(di
         patch.setattr(augmentations, "KINDS", kinds)
         group = augmentations.group(digits, batch_size=32, device="cpu", scratch=tmp_path)
     names = [contestant.name for contestant in group.contestants]
-    assert names == ["Model Zhu, flip alone", "torchvision v2, flip alone", "Model Zhu, RandAugment",
-                     "torchvision v2, RandAugment", "Model Zhu, cutout"]  # fmt: skip
+    assert names == ["Model Zhu, flip alone", "torchvision v2 + DataLoader, flip alone", "Model Zhu, RandAugment",
+                     "torchvision v2 + DataLoader, RandAugment", "Model Zhu, cutout"]  # fmt: skip
     rates = {name: 1000.0 * (number + 1) for number, name in enumerate(names)}
     outcomes = [Outcome(name, "", [rate]) for name, rate in rates.items()]
     rows = group.entry(outcomes, {})["rows"]
