@@ -16,7 +16,7 @@ class OptimizerConfig(Section):
     name, with the betas and eps of its authors unless these here are changed."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step takes away train.lr times
-    this share, also from parameters with a learning rate of their own."""
+    this share, also from parameters with norm_bias_lr, bias_lr or linear_lr; layer_decay and lr_scales scale it too."""
     decay_biases: bool = False
     """Whether weight decay holds for biases and norms too."""
     betas: Pair = (0.9, 0.999)
@@ -41,10 +41,11 @@ class OptimizerConfig(Section):
     linear_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the weights of linear layers; null: train.lr."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Factor of the learning rate from each layer to the one below it, counted from the head; null: 1."""
+    """Factor of the learning rate, and so of what weight decay takes away, from each layer to the one below it, counted
+    from the head; null: 1."""
     lr_scales: dict[str, float] = Field(default={})
-    """Factors of the learning rate by patterns (as in a shell) of the names of parameters, such as
-    {"network.layer1.*": 0.1}; of several that match, the last holds."""
+    """Factors of the learning rate, and so of what weight decay takes away, by patterns (as in a shell) of the names of
+    parameters, such as {"network.layer1.*": 0.1}; of several that match, the last holds."""
     options: dict[str, Any] = Field(default={})
     """More arguments of the optimizer's constructor, such as {alpha: 0.9} for rmsprop."""
 

@@ -18,7 +18,7 @@ from pipelines.gather import load_resident
 from pipelines.loader import Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.shards import Split, open_split
-from pipelines.staged import StagedLoader
+from pipelines.staged import StagedLoader, section_at
 from pipelines.train_draws import Drawn
 
 
@@ -91,12 +91,11 @@ def build_train_loader(
 
     if not data.stages:
         return build(data)
-    begins = [stage.epoch for stage in data.stages]
-    sizes = [(stage.image_size or data.image_size, stage.batch_size or data.batch_size) for stage in data.stages]
-    if begins[0] > 0:
-        begins, sizes = [0, *begins], [(data.image_size, data.batch_size), *sizes]
-    loaders = {size: build(data.model_copy(update={"image_size": size[0], "batch_size": size[1]})) for size in sizes}
-    return StagedLoader([loaders[size] for size in sizes], begins)  # sizes that come again share a loader
+    begins = sorted({0, *(stage.epoch for stage in data.stages)})
+    sections = [section_at(data, epoch) for epoch in begins]
+    sizes = [(section.image_size, section.batch_size) for section in sections]  # that come again share a loader
+    loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}
+    return StagedLoader([loaders[size] for size in sizes], begins)
 
 
 class TrainOrder:

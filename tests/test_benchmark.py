@@ -84,6 +84,21 @@ def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits:
     assert end_to_end["bound"]["name"] == "matrix multiplication"
 
 
+def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    stages = "data.stages=[{epoch: 0, image_size: 32}, {epoch: 4, image_size: 34, batch_size: 32}]"
+    config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits, "--opts", stages)
+    result = run("stages", *config, "--rounds", 2, "--json", file)
+    assert result.returncode == 0, result.stderr
+    (group,) = json.loads(file.read_text())["groups"]
+    assert [(row["name"], row["changes"]) for row in group["rows"]] == [("32x32, batch 64", 2), ("34x34, batch 32", 2)]
+    assert all(row["ratio"] > 0 and row["images_per_s"] > 0 for row in group["rows"])
+    assert "images/s after a change" in result.stdout
+    without = run("stages", "--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
+    assert without.returncode == 2
+    assert "fewer than two stages" in without.stderr
+
+
 def test_nothing_to_measure_is_a_user_error() -> None:
     result = run("loader")
     assert result.returncode == 2

@@ -254,18 +254,6 @@ def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     assert training.scaler.get_scale() == 2.0**7
 
 
-def test_all_settings_that_differ_are_named_with_both_values_and_the_others_are_not() -> None:
-    then = {"seed": 1, "global batch": 64, "data set": "a", "data.image_size": None}
-    now = {"seed": 2, "global batch": 64, "data set": "b", "data.image_size": None}
-    with pytest.raises(UserError) as error:
-        checkpoint.check_same_run({"stream": then}, now, Path("last.pt"))
-    assert "seed: 1 then, 2 now" in str(error.value)
-    assert "data set: 'a' then, 'b' now" in str(error.value)
-    assert "global batch" not in str(error.value)
-    assert "image_size" not in str(error.value)
-    checkpoint.check_same_run({"stream": then}, dict(then), Path("last.pt"))
-
-
 def test_an_optimizer_with_other_groups_is_refused_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     saved, other = training_of(small_net()), training_of(small_net(), {"layer_decay": 0.5})

@@ -25,7 +25,8 @@ from configs.schema import TrainConfig
 from models import build_model
 from pipelines.loader import Batch
 from tools import convert
-from train import checkpoint, ddp, dist
+from train import checkpoint, ddp, dist, saving
+from train.assemble import to_device
 from train.dist import Ranks
 from train.loop import Evaluation, build_training, train_epoch, train_step
 from train.optim import build_optimizer
@@ -367,7 +368,7 @@ def test_without_save_every_steps_the_clock_decides_at_log_lines_within_an_epoch
         save(path, *parts, **state)
 
     monkeypatch.setattr(checkpoint, "save", noted)
-    monkeypatch.setattr(ddp, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
     opts = ["train.save_every_steps=null", "log.every_steps=11", "train.epochs=1"]
     assert call(*arguments(digits, tmp_path, *opts))[0] == 0
     steps = [{"epoch": 0, "step": step} for step in (11, 22, 33)]
@@ -519,7 +520,7 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
     with dist.process_group(Ranks()) as device:
         torch.manual_seed(0)
         network = build_model("resnet18", 10, mean=[0.5] * 3, std=[0.25] * 3)
-        network = ddp.to_device(network, device, channels_last=True)
+        network = to_device(network, device, channels_last=True)
         config = TrainConfig(lr=1e-3, amp="auto", compile="default")
         training = build_training(network, build_optimizer(network, config.optimizer, config.lr), config, device)
         assert training.amp in (torch.bfloat16, torch.float16)

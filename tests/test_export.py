@@ -27,7 +27,7 @@ from tools.parts import export_check
 from tools.parts.export_formats import FORMATS, Exportable, layers_at_the_ends
 from tools.parts.trained import load_trained
 from train import checkpoint
-from train.ddp import build_all
+from train.assemble import build_all
 from train.transfer import without_start
 
 NAMES = ("safetensors", "torch", "onnx")
@@ -281,7 +281,7 @@ class TwoImages(nn.Module):
 
 def exportable(network: nn.Module) -> Exportable:
     model = PixelClassifier(Normalize((0.5,) * 3, (0.5,) * 3), network).eval()
-    return Exportable(model, "own", tuple("0123456789"), 4, "bilinear", 1.0, {})
+    return Exportable(model, "own", tuple("0123456789"), 4, "bilinear", "center", 1.0, {})
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.schema import ModelConfig
 from pipelines.shards import open_split
 from tools.benchmarks import groups, limits
 from tools.benchmarks.turns import Contestant, measure
@@ -34,7 +35,7 @@ def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
 def test_training_flops_are_three_forward_passes_at_2_per_multiply_add(
     name: str, size: int, multiply_adds: float
 ) -> None:
-    passes = limits.training_flops(name, 10, size) / (2 * multiply_adds)
+    passes = limits.training_flops(ModelConfig(name=name), 10, size) / (2 * multiply_adds)
     assert 2.4 < passes <= 3.01
 
 

@@ -79,7 +79,7 @@ def test_the_last_pattern_that_matches_scales_the_rate_with_or_without_the_prefi
     assert scales["network.fc.bias"] == 0.0
 
 
-def test_factors_of_layers_patterns_and_own_rates_are_multiplied_and_decay_stays_what_a_step_takes_away() -> None:
+def test_factors_of_layers_patterns_and_own_rates_are_multiplied_and_only_own_rates_leave_the_decay_alone() -> None:
     model = build_model("lenet", 10, **PIXELS)
     settings: dict[str, Any] = {
         "layer_decay": 0.5, "lr_scales": {"fc1.*": 0.1}, "linear_lr": 0.6, "bias_lr": 0.4, "weight_decay": 0.3,
@@ -89,8 +89,32 @@ def test_factors_of_layers_patterns_and_own_rates_are_multiplied_and_decay_stays
     assert scales["network.fc1.bias"] == pytest.approx(0.25 * 0.1 * 2)
     assert scales["network.conv1.weight"] == pytest.approx(0.0625)
     decays = by_name(model, "weight_decay", lr=0.2, **settings)
-    for name, decay in decays.items():
-        assert decay * scales[name] == pytest.approx(0.3 if name.endswith("weight") else 0.0)
+    taken = {name: decay * scales[name] for name, decay in decays.items()}  # by a step, over lr
+    assert taken["network.fc1.weight"] == pytest.approx(0.25 * 0.1 * 0.3)
+    assert taken["network.conv1.weight"] == pytest.approx(0.0625 * 0.3)
+    assert taken["network.fc3.weight"] == pytest.approx(0.3)
+    assert {taken[name] for name in taken if name.endswith("bias")} == {0.0}
+
+
+def test_layers_of_a_timm_model_decay_and_learn_as_timm_would_have_it() -> None:
+    from timm.optim import param_groups_layer_decay
+
+    model = build_model(VIT, 10, **PIXELS)
+    config = OptimizerConfig(weight_decay=0.3, layer_decay=0.7)
+    network: Any = model.network
+    theirs = {
+        parameter: (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(network, 0.3, network.no_weight_decay(), layer_decay=0.7)
+        for parameter in group["params"]
+    }
+    ours = {
+        parameter: (group["lr_scale"], group["weight_decay"])
+        for group in parameter_groups(model, config, lr=0.2)
+        for parameter in group["params"]
+    }
+    assert ours.keys() == theirs.keys()
+    for parameter, (scale, decay) in ours.items():
+        assert (scale, decay) == pytest.approx(theirs[parameter])
 
 
 def test_a_rate_of_zero_leaves_a_parameter_as_it_is() -> None:

@@ -31,7 +31,8 @@ from tools.parts import ensemble
 from tools.parts.image_sets import conversion_of
 from tools.parts.trained import load_trained
 from train import checkpoint, ddp
-from train.ddp import build_all, dataset_facts
+from train.assemble import build_all
+from train.facts import dataset_facts
 from train.loop import evaluate, predictions
 
 TEST_ROWS = 41  # of npy_data

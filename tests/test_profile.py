@@ -21,7 +21,7 @@ from pipelines.shards import load_dataset
 from tools.benchmarks import data_sheets, profiling
 from tools.benchmarks.profiling import WINDOW
 from train import dist
-from train.ddp import build_all
+from train.assemble import build_all
 from train.dist import Ranks
 from train.warm_up import warm_up
 

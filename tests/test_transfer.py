@@ -16,15 +16,15 @@ import torch
 from memory_source import CLASSES, MemoryRows, memory_source, write
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_fixtures import ROOT, alone
+from train_fixtures import DIGITS, ROOT, alone
 
 from configs.errors import UserError, run_main
-from configs.load import load_config
+from configs.load import load_config, parse_config, to_yaml
 from models import build_model
 from pipelines.source import Source
 from tools.parts.trained import load_trained
 from train import checkpoint, ddp
-from train.ddp import build_all
+from train.assemble import build_all
 from train.transfer import load_finetune, without_start
 
 OPTS = [
@@ -178,7 +178,8 @@ def test_a_run_does_not_go_on_as_another_model(
 ) -> None:
     folder = Path(shutil.copytree(tuned.folder, tmp_path / "tuned"))
     content = torch.load(folder / "last.pt", weights_only=True)
-    options = [f"model.finetune={content['stream']['model.finetune']}", FREEZE, opt]
+    finetune = parse_config(content["config"], "the checkpoint").model.finetune
+    options = [f"model.finetune={finetune}", FREEZE, opt]
     result = run(data[5], folder, *options, flags=("--resume", "auto"))
     assert result.code == 2
     assert refusal in result.err
@@ -268,14 +269,14 @@ def lenet(classes: int, seed: int) -> nn.Module:
     return build_model("lenet", classes, mean=[seed / 10] * 3, std=[0.5] * 3)
 
 
-def test_the_moving_average_counts_where_there_is_one(tmp_path: Path) -> None:
+def test_the_moving_average_is_taken_where_there_is_one_that_counts(tmp_path: Path) -> None:
     raw, average, ours = (lenet(4, seed) for seed in (1, 2, 3))
-    path = saved(tmp_path / "last.pt", raw, ema=dict(average.named_parameters()))
-    load_finetune(ours, str(path), "abcd")
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), average.parameters(), strict=True))
-    assert torch.equal(ours.normalize.mean, raw.normalize.mean)
-    load_finetune(ours, str(saved(tmp_path / "last.pt", raw, ema={})), "abcd")
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), raw.parameters(), strict=True))
+    config = {weights: to_yaml(load_config(DIGITS, [f"eval.weights={weights}"])) for weights in ("auto", "raw")}
+    path = tmp_path / "last.pt"
+    for ema, weights, expected in ((average.state_dict(), "auto", average), (average.state_dict(), "raw", raw),
+                                   ({}, "auto", raw)):  # fmt: skip
+        load_finetune(ours, str(saved(path, raw, ema=ema, config=config[weights])), "abcd")
+        assert differing(ours.state_dict(), expected.state_dict()) == set()
 
 
 @pytest.mark.parametrize(("classes", "is_new"), [("abcd", False), ("abce", True), (None, False)])

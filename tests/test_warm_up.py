@@ -17,10 +17,11 @@ from torch import nn
 from train_fixtures import CPU, SmallNet, alone, random_batch, small_net, training_of
 
 from configs.errors import UserError
-from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, OptimizerConfig, TrainConfig
+from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, StageConfig, TrainConfig
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader import Batch, Loader, MixedBatch
 from pipelines.mixing import mix_table
+from pipelines.staged import TrainLoader
 from train import checkpoint, dist, loop, warm_up
 from train.dist import Ranks
 from train.ema import build_ema
@@ -213,6 +214,51 @@ def test_between_updates_gradients_stay_where_captured_graphs_add_to_them() -> N
     assert addresses() == before != []
 
 
+def staged_steps(training: Training, count: int, shapes: list[tuple[int, int]]) -> None:
+    """Updates on noise of (samples, image size), one shape after the other."""
+    accumulation = training.config.accumulation_steps
+    for step in range(count):
+        torch.manual_seed(step)
+        samples, size = shapes[step * len(shapes) // count]
+        batch = resized(random_batch(samples, seed=step), size)
+        if training.mixes:
+            batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
+        training.step(training, batch, update=(step + 1) % accumulation == 0)
+
+
+def resized(batch: Batch, size: int) -> Batch:
+    images = nn.functional.interpolate(batch.images.float(), size).to(torch.uint8)
+    return Batch(images.contiguous(memory_format=torch.channels_last), batch.labels)
+
+
+class PoolingNet(SmallNet):
+    """For images of any size."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.adaptive_avg_pool2d(images.float(), 32))
+
+
+SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the last one anew
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: Settings) -> None:
+    def new(graph: str) -> Training:
+        torch.manual_seed(0)
+        return training_of(PoolingNet(12), lr=LR, cuda_graph=graph, **settings)
+
+    captured, plain = new("on"), new("off")
+    before = copy.deepcopy(captured.network.state_dict())
+    warm_up.prepare(captured, *(warm_up.blank_batch(*shape, CPU) for shape in dict.fromkeys(SHAPES)))
+    assert_equal_trees(captured.network.state_dict(), before)
+    for training in (captured, plain):
+        staged_steps(training, 24, SHAPES)
+    assert_equal_trees(state_of(captured), state_of(plain))
+    with pytest.raises(ValueError, match=r"captured for \(8, 3, 32, 32\), \(4, 3, 48, 48\), \(8, 3, 16, 16\)"):
+        captured.step(captured, resized(random_batch(4), 16))
+
+
 @pytest.mark.usefixtures("_fake_graphs")
 def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
     training = training_of(small_net(), cuda_graph="on")
@@ -263,6 +309,7 @@ def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> No
         ({"compile": "reduce-overhead"}, None, "reduce-overhead makes graphs"),
         ({"optimizer": {"name": "lamb"}}, None, r"optimizer lamb is not one .* \(muon, adamw, adam, sgd, rmsprop\)"),
         ({"optimizer": {"name": "sgd", "options": {"foreach": True}}}, None, r"choose an implementation \(foreach\)"),
+        ({"optimizer": {"name": "sgd", "options": {"dampening": 0.5}}}, None, "have a dampening"),
     ],
 )
 def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
@@ -313,25 +360,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 def on_gpu(device: torch.device, network: nn.Module | None = None, *, mixes: bool = False, **settings: Any) -> Training:
     network = (network or small_net()).to(device).to(memory_format=torch.channels_last)
-    settings = {"compile": "off", "lr": LR, "epochs": 2, **settings}
-    config = TrainConfig(optimizer=OptimizerConfig(name="sgd"), **settings)
+    config = TrainConfig.model_validate({"compile": "off", "lr": LR, "epochs": 2, "optimizer": SGD, **settings})
     built = build_optimizer(network, config.optimizer, config.lr)
     return build_training(network, built, config, device, mixes=mixes)
-    config = TrainConfig.model_validate({"optimizer": SGD, **settings})
-    return build_training(network, build_optimizer(network, config.optimizer, config.lr), config, device)
 
 
 def gpu_loaders(
-    data: Path, device: torch.device, accumulation_steps: int = 1, mix: MixConfig | None = None
-) -> tuple[Loader, Loader]:
-    section = DataConfig(path=str(data), batch_size=BATCH)
+    data: Path,
+    device: torch.device,
+    accumulation_steps: int = 1,
+    mix: MixConfig | None = None,
+    stages: tuple[StageConfig, ...] = (),
+) -> tuple[TrainLoader, Loader]:
+    section = DataConfig(path=str(data), batch_size=BATCH, stages=stages)
     aug = AugConfig(crop="pad", flip=0.5, mix=mix or MixConfig())
     train = build_train_loader(section, aug, seed=3, device=device, accumulation_steps=accumulation_steps)
     return train, build_eval_loader(section, EvalConfig(batch_size=16), device=device)
 
 
 def train_epochs(
-    training: Training, loader: Loader, seed: int = 0, after_update: Callable[[int, float], None] = lambda *_: None
+    training: Training, loader: TrainLoader, seed: int = 0, after_update: Callable[[int, float], None] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
     while loader.state["epoch"] < 2:
         train_epoch(training, loader, seed=seed, rank=0, after_update=after_update)
@@ -350,6 +398,23 @@ def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
         loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix)
         warm_up.warm_up(training, loader)
         assert isinstance(training.step, warm_up.CapturedStep) == (graph == "on")
+        results[graph] = train_epochs(training, loader)
+    torch.testing.assert_close(results["on"], results["off"], **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "accumulated", "compiled", "mixed"])
+def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
+    kind: str, npy_data: Path, gpu: torch.device
+) -> None:
+    stages = (StageConfig(epoch=0, image_size=24), StageConfig(epoch=1, image_size=40, batch_size=20))
+    results = {}
+    for graph in ("on", "off"):
+        torch.manual_seed(0)
+        training = on_gpu(gpu, PoolingNet(12), cuda_graph=graph, **GPU_KINDS[kind])
+        mix = MIX if training.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix, stages)
+        warm_up.warm_up(training, loader)
         results[graph] = train_epochs(training, loader)
     torch.testing.assert_close(results["on"], results["off"], **CLOSE)
 
@@ -432,7 +497,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
     class Interrupted(Exception):
         pass
 
-    def new(graph: str) -> tuple[Training, Loader]:
+    def new(graph: str) -> tuple[Training, TrainLoader]:
         return on_gpu(gpu, cuda_graph=graph, optimizer=optimizer), gpu_loaders(npy_data, gpu)[0]
 
     training, loader = new("on")

@@ -31,6 +31,7 @@ from configs.errors import UserError, run_main
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from pipelines.shards import open_split
+from pipelines.staged import config_at
 from tools import report
 from tools.benchmarks import (
     augmentations,
@@ -217,7 +218,8 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
-        return load_config(arguments.cfg, arguments.opts, **replacements)
+        config = load_config(arguments.cfg, arguments.opts, **replacements)
+        return config if arguments.stage == "stages" else config_at(config, epoch=0)
     if not arguments.data_path or arguments.stage in ("model", "train", "stages"):
         need = "--cfg FILE" if arguments.stage in ("model", "train", "stages") else "--cfg FILE or --data-path DIR"
         raise UserError(f"nothing to measure: give {need}")

@@ -14,7 +14,8 @@ writes to output/cifar10_lenet/export:
   export.json         the figures of the printed table, versions, and how to use each file
 
 All in float32, for any batch size, without test-time augmentation. Images come as eval prepares them: RGB, the shorter
-side resized to image_size / crop_fraction, the centre cut out. Each format is loaded from disk and run on images of the
+side resized to image_size / crop_fraction, the centre cut out; with crop_mode squash both sides resized to image_size.
+Each format is loaded from disk and run on images of the
 validation split, in batches of 1, 7 and 64; where the data set's folder is not there, on random pixels. Logits that
 differ from the checkpoint's by more than --tolerance, or a millionth of the largest where that is more, leave nothing
 behind, and no older file is touched.
@@ -102,7 +103,7 @@ def exportable_of(trained: Trained) -> Exportable:
     """A float32 copy with plain strides, whatever memory format the run trained in."""
     model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
-    settings = trained.config.model
+    settings, evaluation = trained.config.model, trained.config.eval
     activation = {"activation": settings.activation} if settings.activation is not None else {}
     return Exportable(
         model=model,
@@ -111,7 +112,8 @@ def exportable_of(trained: Trained) -> Exportable:
         classes=trained.classes,
         image_size=trained.image_size,
         interpolation=trained.config.data.interpolation,
-        crop_fraction=trained.config.eval.crop_fraction,
+        crop_mode=evaluation.crop_mode,
+        crop_fraction=evaluation.crop_fraction if evaluation.crop_mode == "center" else 1.0,
         origin={
             "dataset": trained.name,
             "epochs": trained.epochs,

@@ -7,8 +7,8 @@ The range test of Smith, "Cyclical Learning Rates for Training Neural Networks",
 grows exponentially: real batches and real updates, as the config says, from fresh weights that are thrown away. It ends
 when the smoothed loss is several times its minimum. The suggestion is the rate where the smoothed loss falls most
 steeply per decade; a tenth of the rate at its minimum is printed as a second opinion. train.lr is the peak of a
-schedule, for the global batch that was tested. Written to --out: find_lr.png, find_lr.csv (every update) and
-find_lr.json.
+schedule, for the global batch that was tested: with data.stages, that of the first one. Written to --out: find_lr.png,
+find_lr.csv (every update) and find_lr.json.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from pipelines import build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
+from pipelines.staged import config_at
 from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
 from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
-from train.ddp import build_all, check_classes
+from train.assemble import build_all, check_classes
 from train.dist import Ranks
 from train.facts import global_batch
 from train.freeze import set_training_mode
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.steps is not None and options.steps < 20:
         raise UserError(f"--steps={options.steps} is too few updates for a curve; use at least 20")
     config = load_config(options.cfg, options.opts, **{"data.path": options.data_path})
+    config = config_at(config, config.train.first_epoch)
     out = options.out or Path(config.output) / f"{config.name}-find-lr"
     if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
         raise UserError(f"{out} is the folder of a run; give another --out")

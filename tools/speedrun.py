@@ -36,14 +36,14 @@ from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
 from train import dist
+from train.assemble import build_all, check_classes
 from train.clock import Clock
-from train.ddp import build_all, check_classes
 from train.dist import Ranks
 from train.ema import counted_weights
 from train.facts import device_name
 from train.loop import Training, evaluate, train_epoch
 from train.proxy import check_proxy
-from train.warm_up import warm_up
+from train.warm_up import check_sizes, warm_up
 from train.whitening import start_anew, whiten, whitening_images
 
 
@@ -63,6 +63,10 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.opts, **{"data.path": arguments.data_path})
     if arguments.runs < 1:
         raise UserError(f"--runs={arguments.runs} is not a positive whole number; use 1 or more")
+    if config.train.schedule == "plateau":
+        raise UserError(
+            "train.schedule=plateau needs an evaluation after every epoch, which speedruns do without; use another one"
+        )
     ranks = Ranks.alone("tools/speedrun.py")
     check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
     dataset = load_dataset(config.data.path)
@@ -80,6 +84,7 @@ def main() -> None:
                 config.data, config.aug, seed=seed, device=device, accumulation_steps=config.train.accumulation_steps
             )
             if not runs:
+                check_sizes(training, train_loader, val_loader.image_size)
                 warm_up(training, train_loader, val_loader, config.eval.tta)
             seeded = config.model_copy(update={"seed": seed})
             start_anew(training, build_all(seeded, dataset, classes, val_loader.image_size, device))
@@ -107,7 +112,8 @@ def run(
     """One training from the weights that `training` holds: top1 and time_s."""
     clock = Clock()
     clock.add(whiten(training, images))
-    for _ in range(config.train.epochs):
+    train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
+    for _ in range(config.train.first_epoch, config.train.epochs):
         times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_update=lambda *_: None)
         clock.add(times.time_s)
     with clock, counted_weights(training, config.eval.weights):

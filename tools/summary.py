@@ -41,7 +41,7 @@ from tools.parts.costs import Costs, count_costs, free_device_memory, measure_me
 from tools.parts.summary_report import Subject, layer_rows, layers_table, picture, report, row_of
 from tools.parts.tables import Row, make_folder, write_csv
 from train import checkpoint, dist, figures
-from train.ddp import to_device
+from train.assemble import to_device
 from train.dist import Ranks
 from train.freeze import freeze
 from train.loop import amp_dtype

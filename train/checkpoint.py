@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,19 +142,3 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
     training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
     if content["scaler"]:  # empty where the run did without, as on a CPU
         training.scaler.load_state_dict(content["scaler"])
-
-
-def check_same_run(
-    content: dict[str, Any], now: dict[str, Any], path: Path, defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Refuse to go on with other samples or another optimizer than those the checkpoint comes from.
-
-    defaults: of settings that the version which wrote the checkpoint may not have had.
-    """
-    then = {**(defaults or {}), **content["stream"]}
-    changed = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
-    if changed:
-        raise UserError(
-            f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
-            "restore them or start a new run without --resume"
-        )

@@ -92,6 +92,10 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def is_first_rank() -> bool:
+    return dist.get_rank() == 0
+
+
 def is_data_parallel(model: nn.Module) -> bool:
     """Whether `data_parallel` wrapped the model."""
     return hasattr(model, "no_sync")

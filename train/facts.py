@@ -16,15 +16,18 @@ from train.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Samples of one optimizer update, over all ranks."""
+    """Samples of one optimizer update, over all ranks, where data.stages say nothing else."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def facts_of(
     config: Config, dataset: dict[str, Any], training: Training, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
-    """What follows from the config, the data set and the machine together; loader: of training."""
-    accumulation = config.train.accumulation_steps
+    """What follows from the config, the data set and the machine together; loader: of training.
+
+    Sizes are those of the epoch that a new run begins with.
+    """
+    accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
     stages = {
         f"from epoch {stage.epoch}": [loader.at(stage.epoch).image_size, loader.at(stage.epoch).plan.batch_size]
         for stage in config.data.stages
@@ -35,11 +38,11 @@ def facts_of(
         "classes": len(dataset["classes"]),
         "train_samples": splits[config.data.train_split]["samples"],
         "val_samples": splits[config.data.val_split]["samples"],
-        "image_size": loader.at(0).image_size,
+        "image_size": first.image_size,
         "parameters": sum(p.numel() for p in training.network.parameters()),
         "world_size": ranks.world_size,
-        "global_batch": global_batch(config, ranks.world_size),
-        "steps_per_epoch": len(loader.at(0)) // accumulation,
+        "global_batch": first.plan.batch_size * ranks.world_size * accumulation,
+        "steps_per_epoch": len(first) // accumulation,
         **({"stages": stages} if stages else {}),
         "precision": str(training.amp or torch.float32),
         "device": device_name(training.device),
@@ -68,6 +71,13 @@ def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str
         f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}, "
         f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
     )
+
+
+def unreached_stages(config: Config) -> list[str]:
+    """A remark where stages begin after the last epoch."""
+    late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
+    remark = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
+    return [remark] if late else []
 
 
 def device_name(device: torch.device) -> str:

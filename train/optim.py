@@ -158,4 +158,6 @@ def capture_obstacle(config: OptimizerConfig) -> str | None:
         return f"optimizer {config.name} is not one that is known to run as a CUDA graph ({', '.join(CAPTURABLE)})"
     if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):
         return f"train.optimizer.options choose an implementation ({', '.join(chosen)})"
+    if config.options.get("dampening"):
+        return "train.optimizer.options have a dampening, which the first step leaves out"
     return None

@@ -36,13 +36,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
                 own_lr = config.norm_bias_lr if isinstance(module, NORMS) else config.bias_lr
             elif isinstance(module, nn.Linear):
                 own_lr = config.linear_lr
-            lr_scale = (1.0 if own_lr is None else own_lr / lr) * factors.get(name, 1.0)
+            own_scale = 1.0 if own_lr is None else own_lr / lr
+            lr_scale = own_scale * factors.get(name, 1.0)
             muon = config.name == "muon" and parameter.ndim == 4
             decays = (parameter.ndim > 1 or config.decay_biases) and not (muon and config.normalize_filters)
-            decays = decays and name not in undecayed and lr_scale > 0
+            decays = decays and name not in undecayed
             group = {
-                # divided, so that a step takes away lr * weight_decay of every parameter, whatever its own rate
-                "weight_decay": config.weight_decay / lr_scale if decays else 0.0,
+                # divided, so that a rate of its own leaves a parameter's decay at lr * weight_decay per step; with the
+                # factor of its layer or name the decay shrinks, as in BEiT (arXiv:2106.08254) and timm
+                "weight_decay": config.weight_decay / own_scale if decays else 0.0,
                 "lr": lr * lr_scale,
                 "lr_scale": lr_scale,
                 "muon": muon,

@@ -20,6 +20,13 @@ def endless(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
+def whole_step(training: Training, batch: Batch, number: int, *, updates: bool) -> None:
+    """The step and, after an update, the moving average's; number: of the step, from 1."""
+    run_step(training, batch, number, updates=updates)
+    if updates and training.ema is not None:
+        training.ema.follow(number)
+
+
 def measure_images_per_s(
     training: Training, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
 ) -> float:
@@ -38,10 +45,7 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            updates = step % training.config.accumulation_steps == 0
-            run_step(training, batch, step, updates=updates)
-            if updates and training.ema is not None:
-                training.ema.follow(step)
+            whole_step(training, batch, step, updates=step % training.config.accumulation_steps == 0)
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         return time.perf_counter() - begin

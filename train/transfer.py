@@ -1,13 +1,18 @@
-"""Training that starts from a checkpoint of another run. Knows checkpoints' contents, and nothing of the loop."""
+"""Training that starts from a checkpoint of another run, and what a model is built from that one is loaded into.
+
+Knows checkpoints' contents, and nothing of the loop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from configs.schema import Config
+from configs.load import parse_config
+from configs.schema import Config, EmaConfig, LookaheadConfig, OptimizerConfig, ProxyConfig
 from models.weights import head_of, take_weights
 from train import checkpoint
 from train.run_folder import find_checkpoint
@@ -21,15 +26,28 @@ def without_start(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
+def for_inference(config: Config) -> Config:
+    """The same model for evaluation alone: without what only training needs, which may be dear, or not to be had on
+    this machine."""
+    bare = {"optimizer": OptimizerConfig(), "ema": EmaConfig(), "lookahead": LookaheadConfig(), "proxy": ProxyConfig(),
+            "cuda_graph": "off"}  # fmt: skip
+    train, model = config.train.model_copy(update=bare), config.model.model_copy(update={"freeze": ()})
+    return without_start(config.model_copy(update={"train": train, "model": model}))
+
+
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str]) -> str:
     """Load the weights of a checkpoint or run folder, mean and std of the pixels included; in words what was taken.
 
-    Of a run with a moving average it is that which counts. The head starts anew where the checkpoint's classes are
-    others than `classes`, also where there are equally many. Raises UserError for anything else that does not fit.
+    Of a run with a moving average those that its eval.weights names. The head starts anew where the checkpoint's
+    classes are others than `classes`, also where there are equally many. Raises UserError for anything else that does
+    not fit.
     """
     path = find_checkpoint(Path(source))
     content = checkpoint.load(path)
-    weights = {**content["model"], **(content.get("ema") or {})}
+    weights: dict[str, Any] = content["model"]
+    average = content.get("ema")  # missing in checkpoints of older versions
+    if average and parse_config(content["config"], f"the config in {path}").eval.weights != "raw":
+        weights = average
     theirs = content.get("dataset", {}).get("classes")
     other_classes = theirs is not None and list(theirs) != list(classes)
     taken = take_weights(model, weights, head_of(model), f"the weights of {path}", new_head=other_classes)

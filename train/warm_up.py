@@ -48,19 +48,25 @@ def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), torch.zeros(samples, dtype=torch.int64, device=device))
 
 
-def check_sizes(training: Training, loader: TrainLoader) -> None:
-    """Raise UserError where the model does not take the images of all stages, which is else found in mid-training."""
+def check_sizes(training: Training, loader: TrainLoader, built_for: int) -> None:
+    """Raise UserError where the model does not take the images of training, which is else found in mid-training.
+
+    built_for: height and width in pixels that the model was built for, and is evaluated at.
+    """
     training.network.eval()
-    for stage in loader.stages if len(loader.stages) > 1 else ():
-        batch = blank_batch(1, stage.image_size, training.device)
+    for stage in loader.stages:
+        if stage.image_size == built_for:
+            continue
         try:
             with torch.no_grad(), training.autocast():
-                training.network(batch.images)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                training.network(blank_batch(1, stage.image_size, training.device).images)
+        except Exception as error:  # models of timm fail in every way
+            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise UserError(
-                f"data.stages asks for images of {stage.image_size} pixels, which this model does not take ({reason}); "
-                "use other sizes or, for a model of timm that can, model.options={dynamic_img_size: true}"
+                f"the model is trained on images of {stage.image_size} pixels (data.image_size, data.stages), but was "
+                f"built for those of the evaluation, {built_for} pixels (eval.image_size), and does not take both "
+                f"({reason}); use sizes that it takes or, for a model of timm that can, "
+                "model.options={dynamic_img_size: true}"
             ) from None
 
 

@@ -22,6 +22,7 @@ def start_anew(training: Training, fresh: Training) -> None:
     for one, other in zip(trainings_of(training), trainings_of(fresh), strict=True):
         one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
+        one.scaler.load_state_dict(other.scaler.state_dict())
         if not one.captures:
             one.optimizer.load_state_dict(other.optimizer.state_dict())
             continue

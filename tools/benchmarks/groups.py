@@ -167,7 +167,7 @@ def training(
     classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
 
     def finish(rows: list[Row], found: Limits) -> None:
-        flops = limits.training_flops(config.model.name, classes, size)
+        flops = limits.training_flops(config.model, classes, size)
         resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), {})
         ceiling = resident.get("images_per_s", 0.0)
         end_to_end = [row for row in rows if row is not resident]

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import TrainConfig
-from models import build_model
+from configs.schema import ModelConfig, TrainConfig
+from models import build_configured
 from pipelines import kernels
 from tools.benchmarks.turns import Outcome, Stream
 from tools.parts.costs import count_costs
@@ -144,9 +144,9 @@ def limits_of(outcomes: list[Outcome]) -> Limits:
     return {outcome.stream: outcome.rate for outcome in outcomes if outcome.error is None and outcome.rates}
 
 
-def training_flops(name: str, classes: int, image_size: int) -> float:
+def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
     """Floating-point operations of forward and backward per image, 2 per multiply-add."""
-    network = build_model(name, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    network = build_configured(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
     return count_costs(network, TrainConfig(), **shape).training_flops / 2  # batch norm refuses one value
 

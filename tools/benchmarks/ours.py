@@ -16,12 +16,12 @@ from pipelines.shards import load_dataset, open_split
 from tools.benchmarks import memory
 from tools.benchmarks.turns import Stream
 from train import dist
-from train.ddp import build_all
+from train.assemble import build_all
 from train.dist import Ranks
 from train.freeze import set_training_mode
-from train.loop import Training, run_step
+from train.loop import Training
 from train.mixing import unmixed
-from train.throughput import endless
+from train.throughput import endless, whole_step
 from train.transfer import without_start
 from train.warm_up import blank_batch, prepare, warm_up
 
@@ -135,6 +135,6 @@ def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
 
 def _steps(built: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """The real training step, once per item."""
-    for number in itertools.count():
-        run_step(built, next_batch(), number, updates=True)
+    for number in itertools.count(1):
+        whole_step(built, next_batch(), number, updates=True)
         yield

@@ -31,12 +31,13 @@ from pipelines import build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
+from pipelines.staged import config_at
 from tools.benchmarks import data_sheets, limits, pictures, results
 from tools.benchmarks.profiling import Profile, go_along, profile
 from tools.benchmarks.turns import Contestant, measure
 from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
 from train import dist
-from train.ddp import build_all, check_classes
+from train.assemble import build_all, check_classes
 from train.dist import Ranks
 from train.figures import save
 from train.loop import Training, amp_dtype, captures_graphs
@@ -62,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.steps < 1 or not 0 < arguments.seconds < math.inf:
         raise UserError(f"--steps {arguments.steps} and --seconds {arguments.seconds} must be positive and finite")
     replacements = {"data.path": arguments.data_path, "data.batch_size": arguments.batch_size}
-    config = load_config(arguments.cfg, arguments.opts, **replacements)
+    config = config_at(load_config(arguments.cfg, arguments.opts, **replacements), epoch=0)
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
@@ -120,7 +121,7 @@ def arithmetic(
     config: Config, classes: int, image_size: int, kind: str, amp: torch.dtype | None, images_per_s: float
 ) -> dict[str, Any]:
     """Model FLOPs utilisation of one device: operations, and the peaks that they are a share of."""
-    flops = limits.training_flops(config.model.name, classes, image_size)
+    flops = limits.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
     peak = limits.limits_of(
         measure([Contestant("arithmetic", limits.arithmetic, (kind,))], 0.5, 3, show_progress=False)

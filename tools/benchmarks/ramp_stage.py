@@ -34,10 +34,11 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.load import load_config
 from pipelines.shards import load_dataset
+from pipelines.staged import config_at
 from tools.benchmarks import memory, pictures, ramp, results
 from tools.benchmarks.ramp import Climb, Size, Subject
 from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
-from train.ddp import check_classes
+from train.assemble import check_classes
 from train.figures import save
 
 TOLERANCE = 1 / 32  # of the largest batch
@@ -136,7 +137,7 @@ def subjects(arguments: argparse.Namespace, on_gpu: bool, limit: int | None) -> 
         found.append(Subject(name, **facts, on_gpu=on_gpu, limit_bytes=limit))
 
     for file in arguments.cfg:
-        config = load_config(file, arguments.opts, **{"data.path": arguments.data_path})
+        config = config_at(load_config(file, arguments.opts, **{"data.path": arguments.data_path}), epoch=0)
         check_classes(config, load_dataset(config.data.path))
         add(str(config.name), config=config)
     with tempfile.TemporaryDirectory() as folder:

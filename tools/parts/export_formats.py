@@ -34,6 +34,7 @@ class Exportable:
     classes: tuple[str, ...]
     image_size: int  # height and width, pixels
     interpolation: str
+    crop_mode: str  # eval's: center or squash, which timm calls the same
     crop_fraction: float
     origin: dict[str, Any]  # where it comes from
     arguments: dict[str, Any] = field(default_factory=dict)  # more of them for build_model: activation, width …
@@ -54,6 +55,7 @@ class Exportable:
             "classes": list(self.classes),
             "image_size": self.image_size,
             "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
             "crop_fraction": self.crop_fraction,
             "mean": shortest(self.model.normalize.mean),
             "std": shortest(self.model.normalize.std),
@@ -73,7 +75,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
         "input_size": (3, exportable.image_size, exportable.image_size),
         "interpolation": exportable.interpolation,
         "crop_pct": exportable.crop_fraction,
-        "crop_mode": "center",
+        "crop_mode": exportable.crop_mode,
         "mean": tuple(facts["mean"]),
         "std": tuple(facts["std"]),
     }

@@ -10,12 +10,12 @@ import torch
 
 from configs.errors import UserError
 from configs.load import parse_config
-from configs.schema import Config, DataConfig, EmaConfig, OptimizerConfig
+from configs.schema import Config, DataConfig
 from train import checkpoint
-from train.ddp import build_all
+from train.assemble import build_all
 from train.loop import Training
 from train.run_folder import find_checkpoint
-from train.transfer import without_start
+from train.transfer import for_inference, without_start
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
-    # what only training needs may be dear, or not to be had on this machine
-    bare = train.model_copy(update={"optimizer": OptimizerConfig(), "ema": EmaConfig()})
-    bare_config = config.model_copy(update={"train": bare})
-    training = build_all(bare_config, facts, len(facts["classes"]), facts["image_size"], device)
+    training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device)
     checkpoint.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]

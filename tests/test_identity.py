@@ -1,0 +1,119 @@
+"""What a resumed run must agree in with its checkpoint, and what it may change."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from train_fixtures import DIGITS
+
+from configs.errors import UserError
+from configs.load import load_config, to_yaml
+from configs.schema import Config, is_section, walk
+from train.identity import check_same_run, identity, stream_of
+
+PATH = Path("last.pt")
+STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
+PLATEAU = ("train.schedule=plateau",)
+# What results do not follow from, or not to the last digit; schedule plateau watches some of it.
+BOOKKEEPING = {"name", "output", "resume", "eval.only", "model.num_classes", "eval.weights"}
+WATCHED = {"data.val_split", "eval.image_size", "eval.crop_mode", "eval.crop_fraction", "eval.tta",
+           "train.eval_every_epochs"}  # fmt: skip
+SPEED = {
+    "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
+    "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
+}  # fmt: skip
+IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
+IN_DATA_SET = {"data.path"}
+
+
+def config_of(*options: str) -> Config:
+    return load_config(DIGITS, options)
+
+
+def check(then: Config, now: Config, text: str | None = None, passes: tuple[int, int] = (1, 1)) -> None:
+    """Go on with `now` from a checkpoint of `then`, whose config is `text`."""
+    content = {"config": text or to_yaml(then), "stream": stream_of(then, "a", passes[0])}
+    check_same_run(content, now, stream_of(now, "a", passes[1]), PATH)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (["seed=7"], "seed: 0 then, 7 now"),
+        (["data.batch_size=16"], "global batch: 64 then, 16 now"),
+        (["data.interpolation=bicubic"], "data.interpolation: 'bilinear' then, 'bicubic' now"),
+        (["data.stages=[{epoch: 3, image_size: 40}]"], "global batch): [] then, [(3, 40, 64)] now"),
+        (["aug.erase.probability=0.5"], "aug.erase.probability: 0.0 then, 0.5 now"),
+        (["aug.auto=randaugment"], "aug.auto.policy: 'none' then, 'randaugment' now"),
+        (["model.activation=relu"], "model.activation: None then, 'relu' now"),
+        (["train.schedule_options.rate=0.2"], "train.schedule_options.rate: 0.1 then, 0.2 now"),
+        (["train.ema.decay=0.9"], "train.ema.decay: None then, 0.9 now"),
+        (["train.clip_grad_value=1"], "train.clip_grad_value: None then, 1.0 now"),
+        (["train.lr_batch_size=64"], "train.lr_batch_size: None then, 64 now"),
+        (["train.loss=bce"], "train.loss: 'cross-entropy' then, 'bce' now"),
+        (["train.optimizer.layer_decay=0.7"], "train.optimizer.layer_decay: None then, 0.7 now"),
+    ],
+)
+def test_another_setting_is_refused_by_its_name_with_both_values(options: list[str], difference: str) -> None:
+    with pytest.raises(UserError, match=re.escape(difference)) as error:
+        check(config_of(), config_of(*options))
+    assert str(error.value).count(" then, ") == 1
+    assert str(error.value).startswith("cannot resume from last.pt, since settings differ (")
+
+
+def test_another_data_set_is_refused() -> None:
+    config = config_of()
+    content = {"config": to_yaml(config), "stream": stream_of(config, "a", 1)}
+    with pytest.raises(UserError, match="data set: 'a' then, 'b' now"):
+        check_same_run(content, config, stream_of(config, "b", 1), PATH)
+
+
+def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
+    config = config_of(*PLATEAU)
+    named = {key.split(" ")[0] for key in identity(config, stream_of(config, "a", 1))}
+    settings = {key for key, field in walk() if not is_section(field)}
+    others = {key for key in settings if key.startswith("log.")} | BOOKKEEPING | SPEED | IN_GLOBAL_BATCH | IN_DATA_SET
+    assert settings - named == others
+    assert named - settings == {"data", "global"}  # what is no setting: the data set, the global batch
+    config = config_of()
+    assert named - {key.split(" ")[0] for key in identity(config, stream_of(config, "a", 1))} == WATCHED
+
+
+def test_what_changes_no_result_may_change() -> None:
+    faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "eval.tta=flip", "data.prefetch=1"]
+    check(config_of(), config_of(*faster))
+    with pytest.raises(UserError, match=r"eval\.tta: 'none' then, 'flip' now\)"):
+        check(config_of(*PLATEAU), config_of(*PLATEAU, *faster))
+    by_train_loss = (*PLATEAU, "train.schedule_options.metric=train_loss")
+    check(config_of(*by_train_loss), config_of(*by_train_loss, *faster))
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(32, 2), (16, 4)])
+def test_a_global_batch_may_be_cut_otherwise_in_all_stages(batch: int, passes: int) -> None:
+    then = config_of("data.batch_size=64", STAGES.format(32))
+    cut = config_of(f"data.batch_size={batch}", STAGES.format(batch // 2))
+    check(then, cut, passes=(1, passes))
+    with pytest.raises(UserError, match=r"\[\(1, None, 32\), \(2, 24, 64\)\] then, \[\(1, None, 16\), \(2, 24, 64\)\]"):
+        check(then, config_of("data.batch_size=64", STAGES.format(16)))
+
+
+def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -> None:
+    def without(values: dict[str, Any], *keys: str) -> str:
+        for key in keys:
+            section, name = values, key
+            while "." in name:
+                first, name = name.split(".", 1)
+                section = section[first]
+            del section[name]
+        return str(yaml.safe_dump(values))
+
+    config = config_of()
+    newer = ("data.stages", "aug.mix", "aug.color_jitter.probability", "model.freeze", "train.ema", "eval.weights")
+    text = without(config.model_dump(mode="json"), *newer)
+    check(config, config, text)
+    with pytest.raises(UserError, match=r"\(train\.ema\.decay: None then, 0\.5 now\)"):
+        check(config, config_of("train.ema.decay=0.5"), text)
