@@ -12,16 +12,18 @@ import torch
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.staged import StagedLoader, TrainLoader
+from pipelines.staged import StagedLoader, TrainLoader, section_at
 
 SEED = 4
 AUG = AugConfig(crop="random-resized", flip=0.5, flip_mode="alternating", auto="randaugment")  # type: ignore[arg-type]
 STAGES = [{"epoch": 1, "image_size": 24}, {"epoch": 3, "image_size": 40, "batch_size": 16}]
 
 
-def train(folder: Path, stages: list[dict[str, int]], aug: AugConfig = AUG, **options: Any) -> TrainLoader:
+def train(
+    folder: Path, stages: list[dict[str, int]], aug: AugConfig = AUG, rank: int = 0, world_size: int = 1, **options: Any
+) -> TrainLoader:
     data = DataConfig(path=str(folder), stages=stages, threads=1, **{"batch_size": 32, **options})  # type: ignore[arg-type]
-    return build_train_loader(data, aug, seed=SEED, device="cpu")
+    return build_train_loader(data, aug, seed=SEED, device="cpu", rank=rank, world_size=world_size)
 
 
 def epoch_of(loader: TrainLoader) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +60,19 @@ def test_order_and_draws_are_those_of_the_same_epoch_without_stages(npy_data: Pa
             assert torch.equal(ours, theirs)
 
 
+def test_two_ranks_with_half_the_batch_share_the_batches_of_one(npy_data: Path) -> None:
+    halved = [{key: size // 2 if key == "batch_size" else size for key, size in stage.items()} for stage in STAGES]
+    whole = train(npy_data, STAGES)
+    ranks = [train(npy_data, halved, batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
+    for _ in range(4):
+        images, labels = epoch_of(whole)
+        halves = [epoch_of(loader) for loader in ranks]
+        size = ranks[0].at(ranks[0].state["epoch"] - 1).plan.batch_size
+        for parts, expected in zip(zip(*halves, strict=True), (images, labels), strict=True):
+            pieces = [part.unflatten(0, (-1, size)) for part in parts]  # [batches, samples of a rank, ...]
+            assert torch.equal(torch.cat(pieces, dim=1).flatten(0, 1), expected)
+
+
 def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
     whole = train(npy_data, STAGES)
     for epoch in (0, 1, 3):
@@ -70,6 +85,13 @@ def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
         assert torch.equal(again, images[5 * size :])
         assert torch.equal(again_labels, labels[5 * size :])
         assert resumed.state == {"epoch": epoch + 1, "step": 0}
+
+
+def test_the_section_of_an_epoch_has_its_sizes_and_no_stages() -> None:
+    data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
+    sections = [section_at(data, epoch) for epoch in range(5)]
+    sizes = [(section.image_size, section.batch_size, section.stages) for section in sections]
+    assert sizes == [(48, 32, ()), (24, 32, ()), (24, 32, ()), (40, 16, ()), (40, 16, ())]
 
 
 def test_the_waiting_time_is_that_of_all_stages(npy_data: Path) -> None:
