@@ -1,7 +1,7 @@
 """From a YAML file and command-line overrides to a checked `Config`, and back to YAML.
 
-Owns the inheritance by `base:`, the order of what is laid over what, and the one-sentence errors. Later wins: bases in
-their order, the file, `--opts`, replacements. Keys in capitals are the homework's: `configs.homework` translates them.
+Owns the inheritance by `base:` and the order of what is laid over what. Later wins: bases in their order, the file,
+`--opts`, replacements. Keys in capitals are the homework's: `configs.homework` translates them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from configs import yaml_text
 from configs.aug_schema import auto_augment_section, color_jitter_section
-from configs.hints import KeyPath, allowed_keys, one_line, show
+from configs.complaint import describe
+from configs.hints import KeyPath, one_line, show
 from configs.homework import translate
 from configs.homework_keys import KEYS, Given, collect
 from configs.notes import warn
-from configs.schema import Config, walk
+from configs.schema import Config
 
 # Sections that one value may stand for.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
@@ -189,45 +190,4 @@ def _validated(values: Any, origins: Mapping[KeyPath, str], labels: Mapping[KeyP
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise one_line(_describe(error, origins, labels, source)) from None
-
-
-def _describe(error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str) -> str:
-    """One sentence for the first error: where, key, value, what is allowed; and how many more there are.
-
-    labels: what the user calls a key, where that is another name.
-    """
-    errors = error.errors(include_url=False)
-    errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    first = errors[0]
-    key_path = tuple(part for part in first["loc"] if isinstance(part, str))  # without positions in a list
-    known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in origins), ())
-    origin = origins.get(known, path)
-    dotted = ".".join(key_path)
-    if first["type"] == "extra_forbidden":
-        sentence = f"{dotted}={show(first['input'])} is unknown; {allowed_keys(key_path, _known_keys())}"
-    elif first["type"] == "missing":
-        sentence = f"{dotted} is missing: {dict(walk())[dotted].description}"
-    elif known in labels:
-        sentence = f"{labels[known]}={show(first['input'])} ({dotted}) {_requirement(first, dotted)}"
-    else:
-        sentence = f"{dotted}={show(first['input'])} {_requirement(first, dotted)}"
-    more = f" (and {len(errors) - 1} more error{'s' * (len(errors) > 2)})" if len(errors) > 1 else ""
-    return f"{origin}: {sentence.rstrip('.')}{more}"
-
-
-def _requirement(problem: Any, dotted: str) -> str:
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"must be a section; {allowed_keys((*dotted.split('.'), ''), _known_keys())}"
-    message = str(problem["msg"]).replace("Input should be", "must be").replace("String should have", "must have")
-    message = message.replace("a valid tuple", "a list, such as [first, second]")
-    message += " or null" * ("None" in str(dict(walk())[dotted].annotation))
-    if problem["type"] == "string_type" and type(problem["input"]) in (int, float, bool):
-        message += f'; quote it: "{show(problem["input"])}"'
-    return message
-
-
-def _known_keys() -> list[str]:
-    return [key for key, _ in walk()]
+        raise one_line(describe(error, origins, labels, source)) from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -193,16 +193,29 @@ def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, FieldIn
             yield from walk(field.annotation, f"{prefix}{name}.")
 
 
+def all_fields() -> dict[str, FieldInfo]:
+    """Those of `walk` by their keys, and those of sections that a list holds, such as data.stages.epoch."""
+    fields: dict[str, FieldInfo] = {}
+    for key, field in walk():
+        fields[key] = field
+        for item in get_args(field.annotation):
+            if isinstance(item, type) and issubclass(item, Section):
+                fields |= dict(walk(item, f"{key}."))
+    return fields
+
+
 def documentation() -> str:
     """Return a markdown table of all settings."""
     rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
-    for key, field in walk():
-        allowed = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", str(field.annotation))
+    for key, field in all_fields().items():
+        kind = re.sub(r"tuple\[\S*Config, \.\.\.\]", "list of sections", str(field.annotation))
+        allowed = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
         bounds = [str(bound) for bound in field.metadata if not isinstance(bound, BeforeValidator)]
         default = "required" if field.is_required() else str(field.default).replace("None", "null")
         if is_section(field):
             allowed, default = "section", ""
-        cells = (f"`{key}`", ", ".join([allowed, *bounds]).replace("None", "null"), default, field.description or "")
+        meaning = " ".join((field.description or "").split())  # a row of a table is one line
+        cells = (f"`{key}`", ", ".join([allowed, *bounds]).replace("None", "null"), default, meaning)
         rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
     return "\n".join(rows)
 

@@ -143,6 +143,14 @@ def test_several_errors_become_one_line_with_a_count(write: Write) -> None:
         ("train.epochs={a: 1}", "a valid integer"),
         ("train.channels_last=1", "a valid boolean"),
         ("train.lr=fast", "a valid number"),
+        ("model.pretrained=3", 'model.pretrained=3 must be a valid boolean or a valid string; quote it: "3"'),
+        ('train.optimizer.lr_scales={"fc*": fast}', 'train.optimizer.lr_scales.fc*="fast" must be a valid number'),
+        ("train.optimizer.lr_scales=[1]", "must be a mapping, such as {key: value}"),
+        ("data.stages=[{epoch: 0, image_size: 0}]", "data.stages.image_size=0 must be greater than or equal to 1 or"),
+        ("data.stages=[{image_size: 96}]", "data.stages.epoch is missing: First epoch of the stage"),
+        ("data.stages=[{epoch: 0, size: 96}]", "size=96 is unknown; allowed in data.stages: epoch, image_size, batch"),
+        ("data.stages=[96]", "data.stages=96 must be a section; allowed in data.stages: epoch, image_size, batch_size"),
+        ("data.stages=[{epoch:1}]", "write a space after a colon"),
         ("train.lr=1e999", "a finite number"),
         ("train.clip_grad_norm=0", "greater than 0 or null"),
         ("train.amp=fp8", "must be 'auto', 'bf16', 'fp16' or 'off'"),
@@ -347,7 +355,10 @@ def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
 
 def test_every_field_is_documented() -> None:
     assert [key for key, field in walk() if not field.description] == []
-    assert all(f"| `{key}` |" in documentation() for key, _ in walk())
+    rows = documentation().splitlines()
+    assert [key for key, _ in walk() if not any(row.startswith(f"| `{key}` | ") for row in rows)] == []
+    assert [row for row in rows if row.replace("\\|", "").count("|") != 5] == []
+    assert any(row.startswith("| `data.stages.image_size` | int or null, Ge(ge=1) | null | Height") for row in rows)
 
 
 def test_every_field_is_read_somewhere() -> None:
