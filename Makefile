@@ -42,7 +42,7 @@ gpu-bench: $(ENVIRONMENT)
 # correctness on a CUDA GPU. The step comes last: a capture that is meant to fail may leave the process unable to capture
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
-	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_device_kernels.py tests/test_ddp.py tests/test_summary.py \
+	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_dali_ops.py tests/test_device_kernels.py tests/test_ddp.py tests/test_summary.py \
 		tests/test_profile.py tests/test_ramp.py tests/test_warm_up.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

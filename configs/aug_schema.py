@@ -52,7 +52,7 @@ class AutoAugmentConfig(Section):
     """Operations per sample, for policy randaugment."""
     magnitude: int = Field(default=9, ge=0)
     """Number of the magnitude bin, counted from 0, for policy randaugment."""
-    bins: int = Field(default=31, ge=2)
+    bins: int = Field(default=31, ge=2, validate_default=True)
     """Magnitude bins, for randaugment and trivialaugment."""
     interpolation: Literal["nearest", "bilinear"] | None = None
     """How shears, shifts and rotations resample; null: bilinear for timm's strings, nearest for the others."""

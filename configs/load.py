@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from configs import yaml_text
 from configs.aug_schema import auto_augment_section, color_jitter_section
-from configs.complaint import describe
 from configs.hints import KeyPath, one_line, show
 from configs.homework import translate
 from configs.homework_keys import KEYS, Given, collect
 from configs.notes import warn
+from configs.refusal import describe
 from configs.schema import Config
 
 # Sections that one value may stand for.

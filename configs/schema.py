@@ -9,9 +9,8 @@ the global batch: data.batch_size * world_size * train.accumulation_steps sample
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -22,7 +21,8 @@ from configs.aug_schema import BlurConfig as BlurConfig
 from configs.aug_schema import ColorJitterConfig as ColorJitterConfig
 from configs.aug_schema import EraseConfig as EraseConfig
 from configs.aug_schema import MixConfig as MixConfig
-from configs.section import Section, Texts, as_tuple
+from configs.section import Section, Texts, as_tuple, settings_of
+from configs.section import is_section as is_section
 from configs.train_schema import EmaConfig as EmaConfig
 from configs.train_schema import LookaheadConfig as LookaheadConfig
 from configs.train_schema import OptimizerConfig as OptimizerConfig
@@ -180,45 +180,12 @@ class Config(Section):
         return name
 
 
-def is_section(field: FieldInfo) -> bool:
-    """Whether the field is a section with fields of its own."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-
-
-def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def walk() -> Iterator[tuple[str, FieldInfo]]:
     """Every setting as (dotted key, field), in the order of this file; a section is followed by its fields."""
-    for name, field in section.model_fields.items():
-        yield prefix + name, field
-        if is_section(field):
-            yield from walk(field.annotation, f"{prefix}{name}.")
-
-
-def all_fields() -> dict[str, FieldInfo]:
-    """Those of `walk` by their keys, and those of sections that a list holds, such as data.stages.epoch."""
-    fields: dict[str, FieldInfo] = {}
-    for key, field in walk():
-        fields[key] = field
-        for item in get_args(field.annotation):
-            if isinstance(item, type) and issubclass(item, Section):
-                fields |= dict(walk(item, f"{key}."))
-    return fields
-
-
-def documentation() -> str:
-    """Return a markdown table of all settings."""
-    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
-    for key, field in all_fields().items():
-        kind = re.sub(r"tuple\[\S*Config, \.\.\.\]", "list of sections", str(field.annotation))
-        allowed = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
-        bounds = [str(bound) for bound in field.metadata if not isinstance(bound, BeforeValidator)]
-        default = "required" if field.is_required() else str(field.default).replace("None", "null")
-        if is_section(field):
-            allowed, default = "section", ""
-        meaning = " ".join((field.description or "").split())  # a row of a table is one line
-        cells = (f"`{key}`", ", ".join([allowed, *bounds]).replace("None", "null"), default, meaning)
-        rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
-    return "\n".join(rows)
+    return settings_of(Config)
 
 
 if __name__ == "__main__":
-    print(documentation())
+    from configs.documentation import documentation
+
+    print(documentation(Config))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -37,3 +39,22 @@ def ordered(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float
     if at_most_one and pair[1] > 1:
         raise ValueError("must not exceed 1, the whole image")
     return pair
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether the field is a section with fields of its own."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as (dotted key, field), in the order of the source; a section is followed by its fields."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if is_section(field):
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+
+
+def items_of(field: FieldInfo) -> Any:
+    """The kind of section that the field is a list of; None for all other fields."""
+    kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    return kinds[0] if kinds else None

@@ -92,7 +92,10 @@ def build_train_loader(
     if not data.stages:
         return build(data)
     begins = sorted({0, *(stage.epoch for stage in data.stages)})
-    return StagedLoader([build(section_at(data, epoch)) for epoch in begins], begins)
+    sections = [section_at(data, epoch) for epoch in begins]
+    sizes = [(section.image_size, section.batch_size) for section in sections]  # that come again share a loader
+    loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}
+    return StagedLoader([loaders[size] for size in sizes], begins)
 
 
 class TrainOrder:

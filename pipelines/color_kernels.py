@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, int32, uint8
 
-from pipelines.kernels import kernel
+from pipelines.compile_kernels import kernel
 from pipelines.vector_floats import fused
 from pipelines.vector_ops import PIXELS, join_pixels, split_pixels
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import float32, int32, uint8, uint16
 
-from pipelines.kernels import kernel
+from pipelines.compile_kernels import kernel
 from pipelines.vector_floats import LANES, blur_across, blur_down, fused
 from pipelines.vector_ops import copy_bytes
 

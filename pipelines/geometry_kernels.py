@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import float32, int32, uint8
 
-from pipelines.kernels import kernel
+from pipelines.compile_kernels import kernel
 from pipelines.ops import Op
 from pipelines.vector_floats import fused, mix_four_pixels
 from pipelines.vector_ops import copy_bytes, copy_four

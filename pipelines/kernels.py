@@ -1,8 +1,8 @@
 """Loops over the pixels of a batch, compiled by Numba: copy, crop and flip, resize. They know arrays and nothing else.
 
 Each reads images straight from where they lie in one flat array and writes one batch, in one thread, without the GIL:
-the loader's threads take turns by batch. The pixels are those of the DALI operators in `graph`. Compiled code is kept
-beside this file, or in the user's cache where that folder cannot be written; `python -m pipelines.kernels` fills it.
+the loader's threads take turns by batch. The pixels are those of the DALI operators in `graph`. `python -m
+pipelines.kernels` compiles them all, so that no first batch waits for it.
 
 Common arguments: content: uint8 [bytes]; begins: int64 [B], where in it each image's first pixel lies, height x width x
 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. Nothing is checked: `pipelines.shards` has done so.
@@ -11,25 +11,16 @@ Common arguments: content: uint8 [bytes]; begins: int64 [B], where in it each im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import float32, int32, njit, uint8
+from numba import float32, int32, uint8
 
+from pipelines.compile_kernels import kernel
 from pipelines.vector_floats import mix_pixels, mix_three_pixels, mix_two_pixels
 from pipelines.vector_ops import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
 
 AHEAD = 2**14  # bytes between what is asked for from memory and what is copied
 HALF = float32(0.5)
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile at the first call; without fast-math, so that every processor gives the same pixels."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder for compiled code
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 @kernel
@@ -255,7 +246,7 @@ def _filter(start: float, end: float, reach: int, antialias: bool, index: np.nda
 
 def compile_all() -> None:
     """Call every kernel once on one black pixel, with the types that the loader passes."""
-    from pipelines import program_kernels  # which is made with `kernel`
+    from pipelines import program_kernels
 
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
     begins = sides = np.zeros(1, np.int64)

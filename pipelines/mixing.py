@@ -21,7 +21,9 @@ def is_on(mix: MixConfig) -> bool:
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
     """Raise UserError where a batch would leave a sample without a neighbour."""
-    sizes = [data.batch_size, *(stage.batch_size for stage in data.stages if stage.batch_size is not None)]
+    sizes = [stage.batch_size or data.batch_size for stage in data.stages]
+    if not data.stages or data.stages[0].epoch > 0:
+        sizes.insert(0, data.batch_size)
     odd = [size for size in sizes if size % 2]
     if is_on(mix) and odd:
         raise UserError(

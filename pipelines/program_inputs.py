@@ -73,6 +73,7 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
         feeds["branches"] = tables.branches.take(rows).reshape(ops.shape)
     if has_numbers(programs):
         ops, values = ops.reshape(-1), values.reshape(-1)
+        values = np.where(ops == Op.SOLARIZE, np.ceil(values), values)  # else one level would be half inverted
         numbers = tables.slopes.take(ops, axis=0)
         numbers *= values[:, None]
         numbers += tables.constants.take(rows, axis=0)

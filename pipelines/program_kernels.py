@@ -11,9 +11,9 @@ import math
 import numpy as np
 
 from pipelines import color_kernels as color
+from pipelines.compile_kernels import kernel
 from pipelines.filter_kernels import blur, sharpness
 from pipelines.geometry_kernels import move
-from pipelines.kernels import kernel
 from pipelines.ops import Op
 from pipelines.vector_floats import LANES
 from pipelines.vector_ops import copy_bytes

@@ -31,7 +31,7 @@ class StagedLoader:
     """Like a `Loader` of the epoch that `state` stands in: length, plan and image size are that epoch's."""
 
     def __init__(self, loaders: Sequence[Loader], begins: Sequence[int]) -> None:
-        """begins: the first epoch of each loader, ascending from 0."""
+        """begins: the first epoch of each loader, ascending from 0; a loader may come again later."""
         self._loaders, self._begins = tuple(loaders), tuple(begins)
         self._number = 0
 
@@ -40,7 +40,7 @@ class StagedLoader:
 
     @property
     def stages(self) -> Sequence[Loader]:
-        return self._loaders
+        return tuple(dict.fromkeys(self._loaders))
 
     @property
     def state(self) -> dict[str, int]:
@@ -65,7 +65,7 @@ class StagedLoader:
 
     @property
     def wait_s(self) -> float:
-        return sum(loader.wait_s for loader in self._loaders)
+        return sum(loader.wait_s for loader in self.stages)
 
     def __len__(self) -> int:
         return len(self._current())

@@ -22,7 +22,7 @@ from train.schedule import Timeline, learning_rate, scaled
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
 CLASSES = {"cifar10": 10, "digits": 10}  # 200 else
-STORED = {"cifar10": 32, "digits": 32}
+STORED = {"cifar10": 32, "digits": 32, "medium-imagenet-96": 96}
 PIXELS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import benchmark_fixtures as fixtures
+import numpy as np
 import pytest
+from PIL import Image
+from torchvision.transforms import v2
 
 from configs.load import load_config
 from tools import convert
-from tools.benchmarks import ours, ramp, suite
+from tools.benchmarks import augmentations, ours, ramp, suite
 from tools.benchmarks.groups import Group
+from tools.benchmarks.peers import from_torch
 from tools.benchmarks.turns import Contestant, Outcome, measure
 
 
@@ -59,6 +63,49 @@ def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits:
     ((resident, end_to_end),) = [group["rows"] for group in json.loads(file.read_text())["groups"]]
     assert end_to_end["of_resident"] == pytest.approx(end_to_end["images_per_s"] / resident["images_per_s"], rel=1e-3)
     assert end_to_end["bound"]["name"] == "matrix multiplication"
+
+
+def test_every_kind_of_augmentation_is_measured_and_compared_with_flips_alone(digits: Path, tmp_path: Path) -> None:
+    kinds = {name: augmentations.KINDS[name] for name in (augmentations.PLAIN, "RandAugment", "cutout")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augmentations, "KINDS", kinds)
+        group = augmentations.group(digits, batch_size=32, device="cpu", scratch=tmp_path)
+    names = [contestant.name for contestant in group.contestants]
+    assert names == ["Model Zhu, flip alone", "torchvision v2 + DataLoader, flip alone", "Model Zhu, RandAugment",
+                     "torchvision v2 + DataLoader, RandAugment", "Model Zhu, cutout"]  # fmt: skip
+    rates = {name: 1000.0 * (number + 1) for number, name in enumerate(names)}
+    outcomes = [Outcome(name, "", [rate]) for name, rate in rates.items()]
+    rows = group.entry(outcomes, {})["rows"]
+    assert [row.get("of_plain", row.get("ratio")) for row in rows] == [1.0, 0.5, 3.0, 0.75, 5.0]
+    lines = augmentations.table(rows).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["flip alone", "1,000", "1.00", "2,000", "0.5"],
+        ["RandAugment", "3,000", "3.00", "4,000", "0.8"],
+        ["cutout", "5,000", "5.00", "", ""],
+    ]
+
+
+def test_torchvisions_transforms_exist_for_what_they_are_compared_with() -> None:
+    for aug in augmentations.KINDS.values():
+        if augmentations._torchvision_has(aug):
+            steps = [*from_torch._colors(aug), v2.PILToTensor(), *from_torch._erasing(aug)]
+            picture = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
+            assert v2.Compose(steps)(picture).shape == (3, 32, 32)
+
+
+def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    stages = "data.stages=[{epoch: 0, image_size: 32}, {epoch: 4, image_size: 34, batch_size: 32}]"
+    config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits, "--opts", stages)
+    result = run("stages", *config, "--rounds", 2, "--json", file)
+    assert result.returncode == 0, result.stderr
+    (group,) = json.loads(file.read_text())["groups"]
+    assert [(row["name"], row["changes"]) for row in group["rows"]] == [("32x32, batch 64", 2), ("34x34, batch 32", 2)]
+    assert all(row["ratio"] > 0 and row["images_per_s"] > 0 for row in group["rows"])
+    assert "images/s after a change" in result.stdout
+    without = run("stages", "--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
+    assert without.returncode == 2
+    assert "fewer than two stages" in without.stderr
 
 
 def test_nothing_to_measure_is_a_user_error() -> None:

@@ -33,7 +33,7 @@ VALUES: dict[Op, list[float]] = {
     Op.CONTRAST: FACTORS,
     Op.SHARPNESS: FACTORS,
     Op.POSTERIZE: [*range(9)],
-    Op.SOLARIZE: [0, 1, 100, 128, 255, 256],
+    Op.SOLARIZE: [0, 1, 77.5, 100, 128, 255, 256],
     Op.SOLARIZE_ADD: [0, 50, 110, 128],
     Op.HUE: [-0.5, -0.3, -0.1, 0, 0.05, 0.25, 0.5],
     Op.BLUR: [0.1, 0.5, 1, 2],
@@ -183,6 +183,14 @@ def test_slots_of_every_operation_are_torchvisions() -> None:
     images, (ops, values) = np.stack(photos(32, 32, 76)), drawn(programs.slots, 76)
     found = differences(by_dali(programs, images, ops, values), by_torchvision(programs, images, ops, values))
     assert found.mean() < 0.6
+
+
+@pytest.mark.parametrize("threshold", [0.5, 85.0, 113.333336, 254.99])
+def test_a_threshold_between_two_levels_inverts_exactly_the_pixels_above_it(threshold: float) -> None:
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    ops, values = np.array([[Op.SOLARIZE]]), np.array([[threshold]])
+    found = by_dali(programs_of((frozenset({Op.SOLARIZE}),)), images, ops, values)
+    np.testing.assert_array_equal(found, np.where(images >= threshold, 255 - images, images))
 
 
 @pytest.mark.parametrize("bilinear", [False, True])

@@ -179,6 +179,10 @@ def test_an_epoch_leaves_frozen_norms_in_evaluation_after_an_evaluation(monkeypa
     class Empty:
         state: Any = {"epoch": 0, "step": 0}  # noqa: RUF012
         wait_s = 0.0
+        stages = (None,)
+
+        def at(self, epoch: int) -> Any:
+            return self
 
         def __len__(self) -> int:
             return 1

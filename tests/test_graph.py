@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from configs.aug_schema import EraseConfig
+from configs.aug_schema import AutoAugmentConfig, BlurConfig, EraseConfig
 from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader, draws, graph
@@ -513,6 +513,24 @@ def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(au
 def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, square: Path) -> None:
     on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64))))).max() <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_the_gpu_does_all_augmentations_together_as_the_cpu_does(placement: str, square: Path) -> None:
+    aug = JITTERED.model_copy(
+        update={
+            "auto": AutoAugmentConfig(policy="rand-m9-mstd0.5-inc1"),
+            "grayscale": 0.2,
+            "blur": BlurConfig(probability=0.5),
+            "erase": EraseConfig(probability=0.5, fill="random"),
+            "cutout": 9,
+        }
+    )
+    on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
+    found = distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64)))))
+    assert np.median(found) <= 1
+    assert found.max() <= 12  # where one level more or less is spread by equalize or auto-contrast
 
 
 @pytest.mark.gpu

@@ -264,6 +264,7 @@ def test_an_odd_batch_is_refused_in_one_sentence(npy_data: Path) -> None:
     with pytest.raises(UserError, match="a batch of 9 samples"):
         check_mixing(staged, MixConfig(cutmix=1.0))
     check_mixing(staged, MixConfig())
+    check_mixing(DataConfig(path="x", batch_size=7, stages=(StageConfig(epoch=0, batch_size=8),)), MixConfig(cutmix=1))
 
 
 def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[torch.Tensor]]:
@@ -313,23 +314,27 @@ def last(folder: Path) -> dict[str, Any]:
     return checkpoint.load(folder / "last.pt")
 
 
+STAGED = ("train.accumulation_steps=2", "data.stages=[{epoch: 1, image_size: 35, batch_size: 32}]")
+
+
+@pytest.mark.parametrize(("options", "epoch"), [((), 0), (STAGED, 1)], ids=["plain", "in a stage with accumulation"])
 def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_same_weights(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], epoch: int, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):
         pass
 
     def save_and_stop(path: Path, training: Any, sums: torch.Tensor, **state: Any) -> None:
         save(path, training, sums, **state)
-        if state["position"] == {"epoch": 0, "step": 15}:
+        if state["position"]["epoch"] == epoch and state["position"]["step"] >= 8:
             raise Stop
 
-    unbroken, save = run("unbroken"), checkpoint.save
+    unbroken, save = run("unbroken", *options), checkpoint.save
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_stop)
         with pytest.raises(Stop):
-            run("broken")
-    resumed = run("broken", "--resume", "auto")
+            run("broken", *options)
+    resumed = run("broken", *options, "--resume", "auto")
     expected, found = last(unbroken)["model"], last(resumed)["model"]
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     with pytest.raises(UserError, match=r"aug\.mix\.mode: .*train\.loss: 'bce' then, 'cross-entropy' now"):

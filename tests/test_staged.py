@@ -115,3 +115,17 @@ def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) ->
         train(npy_data, STAGES, AugConfig(cutout=30))
     with pytest.raises(UserError, match=r"data\.batch_size=5000 exceeds the 700 samples"):
         train(npy_data, [{"epoch": 2, "batch_size": 5000}])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_on_a_gpu_stages_with_and_without_dali_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
+    """The stored size needs no DALI where pixels are resident; the other stages do, and share the pixels."""
+    data = DataConfig(path=str(npy_data), stages=STAGES, batch_size=32, threads=1, placement=placement)  # type: ignore[arg-type]
+    aug = AugConfig(crop="pad", padding=2, flip=0.5)
+    on_gpu, on_cpu = (build_train_loader(data, aug, seed=SEED, device=device) for device in ("cuda", "cpu"))
+    for epoch in range(4):
+        images, labels = epoch_of(on_gpu)
+        expected, expected_labels = epoch_of(on_cpu)
+        assert torch.equal(labels.cpu(), expected_labels)
+        assert (images.cpu().int() - expected.int()).abs().max() <= (0 if epoch == 0 else 2)

@@ -4,6 +4,7 @@
     python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
     python tools/benchmark.py peers  --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py augment --data-path data/cifar10
+    python tools/benchmark.py stages --cfg configs/medium_imagenet_96_resnet18_progressive.yaml
     python tools/benchmark.py ramp   --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py scale
@@ -42,6 +43,7 @@ from tools.benchmarks import (
     ramp_stage,
     results,
     scale,
+    stage_changes,
     suite,
 )
 from tools.benchmarks.turns import Contestant, measure
@@ -53,6 +55,7 @@ STAGES = {
     "train": "end to end, and its ratio to the resident batch",
     "peers": "the loader and, with --cfg, training, beside other libraries on the same images",
     "augment": "the loader with each kind of augmentation on its own, beside torchvision's transforms",
+    "stages": "whether progressive resizing costs anything at a change: needs a config with data.stages",
     "ramp": "training at batch 1, 2, 4 … until memory is full: images/s, memory, the largest batch",
     "profile": "where a training step's time goes, and its share of the arithmetic peak",
     "limits": "what the machine can do at most: copies, arithmetic, disk",
@@ -73,7 +76,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             OWN_MAIN[stage].add_arguments(command)
             continue
         command = commands.add_parser(stage, help=text, description=text)
-        if stage in ("loader", "model", "train", "peers", "augment"):
+        if stage in ("loader", "model", "train", "peers", "augment", "stages"):
             command.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
             command.add_argument("--data-path", help="converted data set; without --cfg it is all that a loader needs")
             command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
@@ -100,7 +103,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                 "--only",
                 nargs="+",
                 default=[],
-                choices=["reading", "loading", "augment", "training", "scale", "speedrun"],
+                choices=["reading", "loading", "augment", "training", "scale", "stages", "speedrun"],
             )
         if stage in ("peers", "augment", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
@@ -171,6 +174,12 @@ def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One stage on its own: its groups, and the limits where a bound needs them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.monotonic()
+    if arguments.stage == "stages":
+        config = _config(arguments)
+        if len(config.data.stages) < 2:
+            raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
+        entry = stage_changes.group(config, Ranks(), arguments.rounds)
+        return suite.run_record([entry], [], time.monotonic() - begin)
     if arguments.stage == "scale":
         return suite.run_record([scale.group(scratch, arguments.seconds)], [], time.monotonic() - begin)
     chosen = [] if arguments.stage == "limits" else stage_groups(arguments, device, scratch)
@@ -208,9 +217,10 @@ def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
-        return config_at(load_config(arguments.cfg, arguments.opts, **replacements), epoch=0)
-    if not arguments.data_path or arguments.stage in ("model", "train"):
-        need = "--cfg FILE" if arguments.stage in ("model", "train") else "--cfg FILE or --data-path DIR"
+        config = load_config(arguments.cfg, arguments.opts, **replacements)
+        return config if arguments.stage == "stages" else config_at(config, epoch=0)
+    if not arguments.data_path or arguments.stage in ("model", "train", "stages"):
+        need = "--cfg FILE" if arguments.stage in ("model", "train", "stages") else "--cfg FILE or --data-path DIR"
         raise UserError(f"nothing to measure: give {need}")
     if arguments.opts:
         raise UserError(

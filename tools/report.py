@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, run_main
-from tools.benchmarks import augmentations, results
+from tools.benchmarks import augmentations, results, stage_changes
 from tools.parts.tables import aligned
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,8 @@ def _group_table(group: dict[str, Any]) -> str:
             (r["name"], f"{r['value']:,.3g} {r['unit']}" if "value" in r else f"failed: {r['error']}") for r in rows
         ]
         return markdown(("limit", "measured"), cells)
+    if group["stage"] == "stages":
+        return markdown(stage_changes.HEADER, [stage_changes.cells(row) for row in rows])
     if group["stage"] == "augment":
         return augmentations.table(rows)
     if group["stage"] == "scale":

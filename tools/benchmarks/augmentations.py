@@ -18,12 +18,12 @@ from tools.benchmarks.datasets import SPLIT
 from tools.benchmarks.groups import OURS, Group
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.peers import PeerSource
-from tools.benchmarks.peers.from_torch import torchvision_v2
 from tools.benchmarks.results import Row
 from tools.benchmarks.turns import Contestant
 from tools.parts.tables import aligned
 
-PEER = "torchvision v2"
+PEER = "torchvision v2 + DataLoader"
+SIDE = 224  # where stored images have several
 PLAIN = "flip alone"
 JITTER = ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4)
 KINDS = {
@@ -49,7 +49,8 @@ def group(folder: Path, *, batch_size: int, device: str, scratch: Path | None = 
           placement: str = "auto") -> Group:  # fmt: skip
     """All KINDS on one data set, at its stored size; with a scratch folder torchvision's beside those that it has."""
     stored = open_split(folder, SPLIT)
-    size = int(stored.heights[0])
+    size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
+    peer = peers.available(peers.LOADERS, stored.encoding).get(PEER)
     contestants: list[Contestant] = []
     rows: list[Row] = []
 
@@ -60,9 +61,9 @@ def group(folder: Path, *, batch_size: int, device: str, scratch: Path | None = 
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=size, placement=placement)  # type: ignore[arg-type]
     for kind, aug in KINDS.items():
         add(kind, Contestant(f"{OURS}, {kind}", ours.loading, (data, aug, device)), ours=True)
-        if scratch is not None and _torchvision_has(aug):
+        if scratch is not None and peer is not None and _torchvision_has(aug):
             source = PeerSource(folder, scratch, batch_size, workers, size, aug, device)
-            add(kind, Contestant(f"{PEER}, {kind}", peers.loading, (torchvision_v2, source)), ours=False)
+            add(kind, Contestant(f"{PEER}, {kind}", peers.loading, (peer, source)), ours=False)
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
     return Group(title, "augment", contestants, rows, {"image_size": size, "encoding": stored.encoding}, _ratios)
 
@@ -94,11 +95,16 @@ def table(rows: list[Row]) -> str:
         lines.append(
             (
                 kind,
-                f"{mine['images_per_s']:,.0f}" if "images_per_s" in mine else str(mine.get("error")),
+                _rate(mine),
                 f"{mine['of_plain']:.2f}" if "of_plain" in mine else "",
-                f"{peer['images_per_s']:,.0f}" if "images_per_s" in peer else str(peer.get("error") or ""),
+                _rate(peer),
                 f"{peer['ratio']:.1f}" if "ratio" in peer else "",
             )
         )
-    header = ("augmentation", "ours, images/s", f"of {PLAIN}", f"{PEER} + DataLoader", "ours / this")
+    header = ("augmentation", "ours, images/s", f"of {PLAIN}", PEER, "ours / this")
     return aligned(header, lines, right=range(1, len(header)))
+
+
+def _rate(row: Row) -> str:
+    """Why one failed stands below all tables."""
+    return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""

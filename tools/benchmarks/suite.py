@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from configs.load import load_config
-from configs.schema import AugConfig, AutoAugmentConfig, Config
-from tools.benchmarks import augmentations, datasets, limits, peers, results, scale
+from configs.schema import AugConfig, AutoAugmentConfig, Config, StageConfig
+from tools.benchmarks import augmentations, datasets, limits, peers, results, scale, stage_changes
 from tools.benchmarks.groups import Group, limit_rows, loading, training
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.ramp import best_batch
 from tools.benchmarks.turns import Contestant, measure
+from train.dist import Ranks
 
 ROOT = Path(__file__).parents[2]
 PAD = AugConfig(crop="pad", padding=4, flip=0.5)
@@ -66,6 +67,8 @@ def run_all(settings: Settings) -> dict[str, Any]:
         groups += run_part(name, make, found, settings)
     if wanted(settings, "scale"):
         groups.append(scale.group(settings.scratch, settings.seconds))
+    if wanted(settings, "stages"):
+        groups.append(changes(settings, device))
     if wanted(settings, "speedrun") and device == "cuda":
         groups += speedruns(settings)
     missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)]
@@ -253,6 +256,20 @@ def _medium(settings: Settings, samples: int) -> Path:
 def _config(name: str, folder: Path, **data: Any) -> Config:
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
+
+
+def changes(settings: Settings, device: str) -> Entry:
+    """Changes of the image size: ResNet-18 on a GPU, LeNet, which takes 32 to 35 pixels, elsewhere."""
+    try:
+        if device == "cuda":
+            config = _config("medium_imagenet_96_resnet18_progressive", _medium(settings, GPU_SAMPLES), batch_size=1024)
+        else:
+            stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
+            config = _config("cifar10_lenet", _small(settings), stages=stages)
+        return stage_changes.group(config, Ranks(), settings.rounds)
+    except Exception as error:  # whatever it is, the other figures stay
+        sentence = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        return {"title": "stages", "stage": "failed", "rows": [results.failed("stages", sentence)]}
 
 
 def speedruns(settings: Settings) -> list[Entry]:

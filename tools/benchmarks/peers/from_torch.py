@@ -75,7 +75,7 @@ class Hdf5Rows(torch.utils.data.Dataset):
 def torchvision_v2(source: PeerSource) -> Batches:
     """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
     epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
-    steps = [*_crop_and_flip(v2, source.aug, source.image_size), *_colors(source.aug), v2.PILToTensor()]
+    steps = [*crop_and_flip(v2, source), *_colors(source.aug), v2.PILToTensor()]
     steps += _erasing(source.aug)
     return endless(data_loader(Pictures(source.folder, v2.Compose(steps)), source, source.workers), source.device)
 
@@ -103,7 +103,7 @@ def homework_dataset(source: PeerSource) -> torch.utils.data.Dataset:
     """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided
     by 256."""
     mean, std = source.stats
-    after = [] if source.aug is None else [*_crop_and_flip(v1, source.aug, source.image_size), v1.Normalize(mean, std)]
+    after = [] if source.aug is None else [*crop_and_flip(v1, source), v1.Normalize(mean, std)]
     if source.split.heights.max() <= LARGEST_PICKLED_SIDE:
         path = source.file(".pickle")
         if not path.exists():
@@ -140,12 +140,15 @@ def data_loader(
     )
 
 
-def _crop_and_flip(transforms: Any, aug: AugConfig | None, size: int) -> list[Any]:
+def crop_and_flip(transforms: Any, source: PeerSource) -> list[Any]:
     """The same augmentation from either generation of torchvision's transforms."""
+    aug, size = source.aug, source.image_size
     if aug is None:
         return []
     steps: list[Any] = []
     if aug.crop == "pad":
+        if source.split.image_shape != (size, size, 3):
+            steps += [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)]
         steps.append(transforms.RandomCrop(size, padding=aug.padding))
     elif aug.crop == "random-resized":
         steps.append(transforms.RandomResizedCrop(size, scale=aug.scale, ratio=aug.ratio, antialias=True))
@@ -189,7 +192,7 @@ def float_transform(source: PeerSource) -> Any:
     """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
     mean, std = source.stats
     steps = [
-        *_crop_and_flip(v2, source.aug, source.image_size),
+        *crop_and_flip(v2, source),
         *_colors(source.aug),
         v2.PILToTensor(),
         *_erasing(source.aug),

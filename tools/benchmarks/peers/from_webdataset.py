@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from tools.benchmarks.peers.from_torch import _crop_and_flip
+from tools.benchmarks.peers.from_torch import crop_and_flip
 from tools.benchmarks.peers.source import Batches, PeerSource, endless
 
 
@@ -20,7 +20,7 @@ def webdataset(source: PeerSource) -> Batches:
     split = source.shards_for_workers()
     files = [str(file) for file in split.files]
     raw = source.encoding == "npy"
-    transform = v2.Compose([_Planes() if raw else v2.PILToTensor(), *_crop_and_flip(v2, source.aug, source.image_size)])
+    transform = v2.Compose([_Planes() if raw else v2.PILToTensor(), *crop_and_flip(v2, source)])
     dataset = wds.WebDataset(files, shardshuffle=len(files), nodesplitter=None).shuffle(1000)
     dataset = dataset.decode() if raw else dataset.decode("pil")
     dataset = dataset.to_tuple("npy" if raw else "jpg", "cls").map_tuple(transform, int)
