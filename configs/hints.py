@@ -35,6 +35,8 @@ def allowed_keys(key_path: KeyPath, known: Sequence[str]) -> str:
     elsewhere = [key for key in known if leaf and key.lower().endswith(f".{leaf.lower()}")]
     close = [prefix + siblings[key] for key in difflib.get_close_matches(leaf.lower(), siblings, n=2)]
     guess = f"did you mean {' or '.join(dict.fromkeys(elsewhere + close))}? " if elsewhere or close else ""
-    if "." in leaf:
+    if ":" in leaf:
+        guess = "write a space after a colon; "
+    elif "." in leaf:
         guess = "a file nests sections instead of dots; "
     return f"{guess}allowed in {prefix.rstrip('.') or 'the config'}: {', '.join(siblings.values())}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from memory_source import tiny_source, write
 from train_fixtures import DIGITS, Run, run_script
 
+from configs.errors import run_main
 from tools import convert
+from train import ddp
 
 try:
     from hypothesis import settings
@@ -83,3 +87,19 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     result = run_script("--cfg", DIGITS, "--data-path", data, "--output", folder, "--opts", "train.epochs=2")
     assert result.returncode == 0, result.stderr
     return Run(folder / "digits_lenet", data)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run train/ddp.py as its script does, but in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*command: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train/ddp.py", *map(str, command)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_main(ddp.main)
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run

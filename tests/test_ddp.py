@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from train_fixtures import CLEAN, DIGITS, ROOT, command_line, random_batch, run_script, strict_lines
 
-from configs.errors import run_main
 from configs.load import load_config
 from configs.schema import TrainConfig
 from models import build_model
@@ -78,22 +77,6 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             assert (done.returncode, done.stderr) == (0, "")
             folders[model] = output / "digits_lenet"
         return folders[model]
-
-    return run
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run train/ddp.py as its script does, but in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def run(*command: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train/ddp.py", *map(str, command)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_main(ddp.main)
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
 
     return run
 

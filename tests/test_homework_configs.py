@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from hypothesis import strategies as st
 from train_fixtures import ROOT, strict_lines
 
 from configs import notes
-from configs.errors import UserError, run_main
+from configs.errors import UserError
 from configs.homework_keys import KEYS, SECTIONS
 from configs.load import load_config, to_yaml
 from configs.schema import Config, walk
-from train import ddp
 
 SHIPPED = sorted((ROOT / "configs" / "homework").glob("*.yaml"))
 LENET = """\
@@ -528,22 +526,6 @@ def test_any_value_of_any_key_raises_nothing_but_user_errors(
 
 
 # Whole runs
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run train/ddp.py as its script does, but in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def run(*command: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train/ddp.py", *map(str, command)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_main(ddp.main)
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def lrs_of(log: str) -> list[float]:

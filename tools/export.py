@@ -81,7 +81,7 @@ def main() -> int:
     exportable = exportable_of(trained)
     folder = make_folder(arguments.out or trained.path.parent / "export")
 
-    print(f"{exportable.name} of {trained.path}: {len(trained.classes)} classes, {trained.image_size} pixels")
+    print(f"{exportable.name} of {trained.title}: {len(trained.classes)} classes, {trained.image_size} pixels")
     if (tta := trained.config.eval.tta) != "none":
         print(f"eval.tta={tta} is not exported: expect the accuracy of a single view")
     rows: list[Row] = []

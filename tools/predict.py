@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if mean is not None:
         for model, result in zip(models, each, strict=True):
-            print(f"{model.path}: {result.sentence(images.split)}")
+            print(f"{model.title}: {result.sentence(images.split)}")
         if len(models) > 1:
             print(f"mean of {len(models)} checkpoints: {mean.sentence(images.split)}")
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""

@@ -88,8 +88,3 @@ def small_set(given: Path | None, source: Path | None, scratch: Path) -> Path:
         opened, out = open_digits(), scratch / "digits"
     write_dataset(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
     return out
-
-
-def bytes_per_image(folder: Path) -> float:
-    """The mean size of a stored image's content."""
-    return float(open_split(folder, SPLIT).size.mean())

@@ -9,7 +9,7 @@ from configs.schema import Config, StageConfig
 from pipelines import build_train_loader
 from pipelines.shards import load_dataset
 from train import dist
-from train.ddp import build_all
+from train.assemble import build_all
 from train.dist import Ranks
 from train.loop import train_epoch
 from train.transfer import without_start

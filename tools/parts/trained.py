@@ -23,6 +23,7 @@ class Trained:
     """A model that takes raw pixels; `training.network` is it, `training` what `train.loop.predictions` runs."""
 
     path: Path  # the checkpoint
+    is_average: bool  # its weights are the run's moving average
     config: Config
     name: str  # of the data set it was trained on
     classes: tuple[str, ...]
@@ -31,6 +32,11 @@ class Trained:
     epochs: int  # whole ones that it was trained for
     conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
     stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded
+
+    @property
+    def title(self) -> str:
+        """The checkpoint, and which of its weights."""
+        return f"{self.path} (moving average)" if self.is_average else str(self.path)
 
     def data_in(self, folder: str | Path) -> DataConfig:
         """Its data section for evaluation, of the data set in this folder."""
@@ -54,11 +60,12 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
     training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device)
-    checkpoint.restore_weights(training, content, path, config.eval.weights)
+    is_average = checkpoint.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
     return Trained(
         path=path,
+        is_average=is_average,
         config=config,
         name=facts["name"],
         classes=tuple(facts["classes"]),
