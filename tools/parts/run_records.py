@@ -20,8 +20,8 @@ from configs.schema import Config, is_section, walk
 from tools.parts.tables import Row
 from train.log import counted, read_metrics
 
-# Settings that change no result: what a run is called, where it lies, how it reports and how fast it reads.
-BOOKKEEPING = ("name", "output", "data.threads", "data.prefetch", "log.")
+# Settings that change no result: what a run is called, where it lies, from where it goes on, how it reports and reads.
+BOOKKEEPING = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
 ALWAYS_SHOWN = {
     "model.name": "model",
     "train.lr": "lr",
