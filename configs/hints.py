@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.errors import UserError
+from configs.section import Section
 
 KeyPath = tuple[str, ...]
 
@@ -19,7 +20,7 @@ def one_line(message: str) -> UserError:
 
 def show(value: Any) -> str:
     """Return the value as YAML would write it in one line, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

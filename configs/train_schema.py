@@ -141,7 +141,7 @@ class TrainConfig(Section):
                       "one-cycle"] = "cosine"  # fmt: skip
     """Learning rate after the warm-up; linear with a warm-up is the triangular schedule; one-cycle has a warm-up of its
     own."""
-    schedule_options: ScheduleConfig = ScheduleConfig()
+    schedule_options: ScheduleConfig = Field(default=ScheduleConfig(), validate_default=True)
     """Settings of the schedules that need more than lr and min_lr."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and its settings."""
@@ -205,6 +205,13 @@ class TrainConfig(Section):
         if schedule == "one-cycle" and info.data.get("warmup_epochs"):
             raise ValueError("has a warm-up of its own; set train.warmup_epochs to 0")
         return schedule
+
+    @field_validator("schedule_options")
+    @classmethod
+    def _milestones(cls, options: ScheduleConfig, info: ValidationInfo) -> ScheduleConfig:
+        if info.data.get("schedule") == "multistep" and not options.milestones:
+            raise ValueError("needs milestones for schedule multistep, such as {milestones: [30, 60]}")
+        return options
 
     @field_validator("clip_grad_value", "clip_grad_adaptive")
     @classmethod

@@ -379,3 +379,11 @@ def test_every_field_is_read_somewhere() -> None:
     sources = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     fields = {key: key.rsplit(".", 1)[-1] for key, field in walk() if not is_section(field)}
     assert [key for key, name in fields.items() if not re.search(rf"\.{name}\b", sources)] == []
+
+
+def test_multistep_without_milestones_is_refused(write: Callable[[str], Path]) -> None:
+    message = error_of(write("train: {schedule: multistep}"))
+    assert "train.schedule_options" in message
+    assert "needs milestones for schedule multistep, such as {milestones: [30, 60]}" in message
+    options = load_config(write("train: {schedule: multistep, schedule_options: {milestones: [3]}}")).train
+    assert options.schedule_options.milestones == (3,)

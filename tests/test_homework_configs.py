@@ -279,7 +279,8 @@ def test_a_path_makes_the_data_sets_name_unimportant(write: Write) -> None:
     ],
 )
 def test_schedules_are_known_by_torchs_names_too(write: Write, name: str, schedule: str) -> None:
-    assert load_config(write(f"TRAIN: {{LR_SCHEDULER: {{NAME: {name}}}}}")).train.schedule == schedule
+    section = f"{{NAME: {name}{', MULTISTEPS: [30]' * (schedule == 'multistep')}}}"
+    assert load_config(write(f"TRAIN: {{LR_SCHEDULER: {section}}}")).train.schedule == schedule
 
 
 def test_one_cycle_gets_no_second_warm_up_and_refuses_one_that_is_asked_for(write: Write) -> None:

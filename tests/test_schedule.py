@@ -107,8 +107,9 @@ def test_every_learning_rate_lies_between_the_lowest_setting_and_the_peak(
 ) -> None:
     low = lr * lowest
     rates = schedule(
-        steps_per_epoch, epochs=epochs, lr=lr, min_lr=low, warmup_lr=low, warmup_epochs=warmup * epochs, schedule=kind
-    )
+        steps_per_epoch, epochs=epochs, lr=lr, min_lr=low, warmup_lr=low, warmup_epochs=warmup * epochs, schedule=kind,
+        schedule_options=ScheduleConfig(milestones=(1.0, 2.0)),
+    )  # fmt: skip
     assert all(low * (1 - 1e-9) <= rate <= lr * (1 + 1e-9) for rate in rates)
 
 
