@@ -51,7 +51,7 @@ def translate(given: Mapping[str, Given], ours: Mapping[str, Any], with_defaults
             result.values[rule.target] = rule.convert(rule.default)
     words = []
     if unused:
-        words.append(f"{', '.join(unused)}: without effect, since DALI's own threads prepare the batches (see "
+        words.append(f"{', '.join(unused)}: without effect, since the loader's own threads prepare the batches (see "
                      "data.threads and data.prefetch) and evaluation keeps the stored order")  # fmt: skip
     words += _settle_data_set(given, ours, with_defaults, result)
     if with_defaults:

@@ -92,7 +92,7 @@ class ModelConfig(Section):
     activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid", "hardswish", "mish"] | None = (
         None
     )
-    """Activation function, for the models of models/; null: the model's own."""
+    """Activation function, for the models of models/ and those of timm that take one; null: the model's own."""
     options: dict[str, Any] = Field(default={})
     """More arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1} for
     a model of timm."""

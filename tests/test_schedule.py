@@ -18,10 +18,10 @@ from train_fixtures import DIGITS, run_here, strict_lines
 
 from configs.errors import UserError
 from configs.load import load_config, parse_config
-from configs.schema import ScheduleConfig, TrainConfig
+from configs.schema import EmaConfig, ScheduleConfig, TrainConfig
 from train import checkpoint, ddp
 from train.loop import train_epoch
-from train.schedule import Plateau, Timeline, learning_rate, lr_factor, scaled, watch, whitening_learning_rate
+from train.schedule import Plateau, Timeline, learning_rate, lr_factor, remarks, scaled, watch, whitening_learning_rate
 
 
 def schedule(steps_per_epoch: int, **settings: Any) -> list[float]:
@@ -434,3 +434,30 @@ def test_all_learning_rates_grow_with_the_batch_and_nothing_else_does(rule: Any,
     assert scaled(bigger, 256) == bigger
     assert bigger.model_copy(update={**rates, "optimizer": config.optimizer, "lr_batch_size": 64}) == config
     assert scaled(TrainConfig(), 4096) == TrainConfig()
+
+
+# Remarks
+
+
+def test_settings_that_have_no_effect_in_so_short_a_run_are_remarked_on() -> None:
+    timeline = Timeline.even(10, 100)
+    assert remarks(TrainConfig(epochs=10), timeline) == []
+    for late in (
+        TrainConfig(epochs=10, schedule="step"),
+        TrainConfig(epochs=10, schedule="multistep", schedule_options=ScheduleConfig(milestones=(10.0, 20.0))),
+    ):
+        (remark,) = remarks(late, timeline)
+        assert "train.epochs=10 does not reach" in remark
+        rates = {learning_rate(update, timeline, late) for update in range(timeline.total)}
+        assert rates == {late.lr}  # which is why it is remarked on
+    early = ScheduleConfig(epochs=3)
+    assert remarks(TrainConfig(epochs=10, schedule="step", schedule_options=early), timeline) == []
+
+
+def test_an_average_that_keeps_the_initial_weights_is_remarked_on() -> None:
+    timeline = Timeline.even(10, 100)
+    (remark,) = remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999)), timeline)
+    assert "looks back over 10,000 updates, but the run has 1,000" in remark
+    assert remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999, warmup=True)), timeline) == []
+    assert remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99)), timeline) == []
+    assert len(remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99, every_steps=10)), timeline)) == 1

@@ -247,6 +247,32 @@ def test_a_whitening_layer_stays_as_it_came_with_the_weights(data: dict[int, Pat
     assert not torch.equal(fresh, tuned)
 
 
+def test_an_evaluation_takes_the_model_from_the_checkpoint_whatever_the_config_says(
+    source: Result, data: dict[int, Path]
+) -> None:
+    best = ("--eval", "--resume", str(source.folder / "best.pt"))
+    (as_trained, other) = (
+        run(data[12], source.folder, *more, flags=best)
+        for more in ((), ("model.activation=silu", "model.options={width: 8}"))
+    )
+    assert as_trained.code == other.code == 0
+    assert as_trained.out == other.out
+    assert "top1" in other.out
+    refused = run(data[5], source.folder, flags=best)
+    assert refused.code == 2
+    assert "was trained on the classes" in refused.err
+    assert "(12)" in refused.err
+    assert "(5)" in refused.err
+
+
+def test_weights_that_were_trained_with_another_activation_are_refused(
+    source: Result, data: dict[int, Path], tmp_path: Path
+) -> None:
+    refused = run(data[5], tmp_path / "run", f"model.finetune={source.folder}", "model.activation=relu")
+    assert refused.code == 2
+    assert "was trained with model.activation=gelu, this config has relu; set model.activation=gelu" in refused.err
+
+
 # What is taken
 
 

@@ -47,7 +47,7 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
         pretrained, note = build_pretrained(model, classes, **shape)
         network, notes = on_device(pretrained), [note]
     if model.finetune is not None:
-        notes.append(load_finetune(network, model.finetune, dataset["classes"]))
+        notes.append(load_finetune(network, model.finetune, dataset["classes"], model))
     if model.freeze:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, train.optimizer, train.lr)

@@ -35,10 +35,10 @@ from train.meter import Meter, peak_memory_gib
 from train.proxy import check_proxy
 from train.run_folder import find_run, make_folder
 from train.saving import Saving
-from train.schedule import Timeline, watch
+from train.schedule import Timeline, remarks, watch
 from train.showcase import show_predictions, show_samples
 from train.throughput import measure_images_per_s
-from train.transfer import for_inference, without_start
+from train.transfer import as_trained, without_start
 from train.warm_up import check_sizes, warm_up
 from train.whitening import whiten, whitening_images
 
@@ -95,7 +95,8 @@ def main() -> None:
         if evaluates_only:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
-            training = build_all(for_inference(config), dataset, classes, val_loader.image_size, device)
+            trained = as_trained(config, content, dataset["classes"], source)
+            training = build_all(trained, dataset, classes, val_loader.image_size, device)
             is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
@@ -139,12 +140,12 @@ def main() -> None:
             if source is not None:
                 log.say(f"resumed from {source} at {train_loader.state}")
             log.say(describe(config, facts, device))
-            for note in (*training.notes, *unreached_stages(config)):
+            timeline = timeline_of(training.config, train_loader)
+            for note in (*training.notes, *unreached_stages(config), *remarks(config.train, timeline)):
                 log.say(note)
             if train_loader.state["epoch"] >= config.train.epochs:
                 log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
                 return
-            timeline = timeline_of(training.config, train_loader)
             done = timeline.first(train_loader.state["epoch"]) + saving.position["step"]
             log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
             prepared_s = warm_up(training, train_loader, val_loader, config.eval.tta)
@@ -154,7 +155,8 @@ def main() -> None:
                 show_samples(log, train_loader, dataset["classes"])
             begin = time.monotonic()
             fit(config, training, train_loader, val_loader, val_samples, timeline, progress, saving, log, ranks, clock)
-            log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1 "
+            which = " of the moving average" if average_counts(training, config.eval.weights) else ""
+            log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
             log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
             log.summary({"training_s": clock.training_s, "command_s": clock.command_s})

@@ -16,6 +16,7 @@ from typing import Any
 from configs.schema import ScheduleConfig, TrainConfig
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in the optimizer's section
+LEAST_AVERAGE = 4.0  # time constants of the moving average, after which 2 % of the initial weights are left
 ROUNDING = 1e-9  # epochs: positions are quotients of updates, which lie further apart than that
 
 
@@ -154,6 +155,23 @@ def watch(state: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleCo
     """
     value = metrics[options.metric]
     return state if value is None else asdict(Plateau(**state).after(value, options))
+
+
+def remarks(config: TrainConfig, timeline: Timeline) -> list[str]:
+    """What of the settings has no effect, or an unwanted one, in a run of this length."""
+    found = []
+    options, decay = config.schedule_options, config.ema.decay
+    first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
+    if first >= config.epochs:
+        found.append(f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
+                     "does not reach: the learning rate stays as it is")  # fmt: skip
+    averages = timeline.total // config.ema.every_steps
+    if decay is not None and not config.ema.warmup and averages * (1 - decay) < LEAST_AVERAGE:
+        found.append(
+            f"train.ema.decay={decay:g} looks back over {1 / (1 - decay):,.0f} updates, but the run has {averages:,}: "
+            "the average keeps much of the initial weights; use a smaller decay or train.ema.warmup=true"
+        )
+    return found
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:

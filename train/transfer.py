@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from configs.errors import UserError
 from configs.load import parse_config
-from configs.schema import Config, EmaConfig, LookaheadConfig, OptimizerConfig, ProxyConfig
+from configs.schema import Config, EmaConfig, LookaheadConfig, ModelConfig, OptimizerConfig, ProxyConfig
 from models.weights import head_of, take_weights
 from train import checkpoint
 from train.run_folder import find_checkpoint
@@ -35,15 +36,43 @@ def for_inference(config: Config) -> Config:
     return without_start(config.model_copy(update={"train": train, "model": model}))
 
 
-def load_finetune(model: nn.Module, source: str, classes: Sequence[str]) -> str:
+def as_trained(config: Config, content: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
+    """`for_inference` with the model that the checkpoint holds, whatever the config says of it.
+
+    Raises UserError where it was trained on other classes than the data set's.
+    """
+    theirs = content.get("dataset", {}).get("classes")
+    if theirs is not None and list(theirs) != list(classes):
+        raise UserError(
+            f"{path} was trained on the classes {_some(theirs)}, but the data set in {config.data.path} has "
+            f"{_some(classes)}; give the data set that it was trained on, or start from it with model.finetune={path}"
+        )
+    model = parse_config(content["config"], f"the config in {path}").model
+    return for_inference(config.model_copy(update={"model": model}))
+
+
+def _some(classes: Sequence[str]) -> str:
+    """The first ones and their number."""
+    return f"{', '.join(classes[:3])}{' …' if len(classes) > 3 else ''} ({len(classes)})"
+
+
+def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
     """Load the weights of a checkpoint or run folder, mean and std of the pixels included; in words what was taken.
 
     Of a run with a moving average those that its eval.weights names. The head starts anew where the checkpoint's
     classes are others than `classes`, also where there are equally many. Raises UserError for anything else that does
-    not fit.
+    not fit, an activation other than that in `settings` included, which weights do not show.
     """
     path = find_checkpoint(Path(source))
     content = checkpoint.load(path)
+    if settings is not None and "config" in content:
+        then = parse_config(content["config"], f"the config in {path}").model
+        if then.activation != settings.activation:
+            names = [activation or "null" for activation in (then.activation, settings.activation)]
+            raise UserError(
+                f"model.finetune={source} was trained with model.activation={names[0]}, this config has {names[1]}; "
+                f"set model.activation={names[0]}"
+            )
     weights: dict[str, Any] = content["model"]
     average = content.get("ema")  # missing in checkpoints of older versions
     if average and parse_config(content["config"], f"the config in {path}").eval.weights != "raw":
