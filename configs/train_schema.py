@@ -206,6 +206,13 @@ class TrainConfig(Section):
             raise ValueError("has a warm-up of its own; set train.warmup_epochs to 0")
         return schedule
 
+    @field_validator("bce_threshold")
+    @classmethod
+    def _of_bce(cls, threshold: float | None, info: ValidationInfo) -> float | None:
+        if threshold is not None and info.data.get("loss") == "cross-entropy":
+            raise ValueError("is for loss bce; set train.loss to bce or leave it out")
+        return threshold
+
     @field_validator("schedule_options")
     @classmethod
     def _milestones(cls, options: ScheduleConfig, info: ValidationInfo) -> ScheduleConfig:
