@@ -338,7 +338,7 @@ def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_sam
     expected, found = last(unbroken)["model"], last(resumed)["model"]
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     with pytest.raises(UserError, match=r"aug\.mix\.mode: .*train\.loss: 'bce' then, 'cross-entropy' now"):
-        run("broken", "train.loss=cross-entropy", "aug.mix.mode=pair", "--resume", "auto")
+        run("broken", "train.loss=cross-entropy", "train.bce_threshold=null", "aug.mix.mode=pair", "--resume", "auto")
 
 
 def test_an_odd_batch_with_mixing_is_refused_before_anything_is_built(run: Callable[..., Path], tmp_path: Path) -> None:
