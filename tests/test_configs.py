@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_fixtures import Write, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -21,20 +22,11 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = "data: {path: data/x}\nmodel: {name: lenet}\n"
 
-Write = Callable[..., Path]
-
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write a config file of the required fields and some more text."""
-
-    def write_file(text: str = "", name: str = "run.yaml", head: str = MINIMAL) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(head + text, encoding="utf-8")
-        return path
-
-    return write_file
+    return writer(tmp_path, MINIMAL)
 
 
 def error_of(path: Path, *overrides: str, **replacements: Any) -> str:

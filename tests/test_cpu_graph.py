@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from memory_source import MemoryRows, memory_source, write
 from nvidia.dali import fn
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from thread_fixtures import THREADS, at_once
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError
@@ -281,13 +281,8 @@ def test_threads_that_share_a_graph_do_not_disturb_each_other() -> None:
     feeds["values"][feeds["ops"] == Op.HUE] = 0.3
     ours = train_graph(pixels, aug, 70, "bilinear", programs=replace(SOLARIZED, radius=3))
     expected = by_cpu(ours, pixels, feeds)
-    found: list[np.ndarray] = []
-    threads = [Thread(target=lambda: found.append(by_cpu(ours, pixels, feeds))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 6
+    found = at_once(lambda: by_cpu(ours, pixels, feeds))
+    assert len(found) == THREADS
     assert all(np.array_equal(one, expected) for one in found)
 
 

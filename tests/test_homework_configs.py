@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from config_fixtures import Write, writer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -76,20 +77,11 @@ EVAL_MODE: True
 """
 MINIMAL = "MODEL: {NAME: lenet}\n"
 
-Write = Callable[..., Path]
-
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write a config file."""
-
-    def write_file(text: str = "", name: str = "run.yaml", head: str = MINIMAL) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(head + text, encoding="utf-8")
-        return path
-
-    return write_file
+    return writer(tmp_path, MINIMAL)
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from thread_fixtures import THREADS, at_once
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -264,13 +264,8 @@ def test_threads_at_once_give_the_same() -> None:
     images = photos(32, 400)
     ops, values = random_programs(400, 3)
     expected = run(images, ops, values)
-    found: list[np.ndarray] = []
-    threads = [Thread(target=lambda: found.append(run(images, ops, values))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 6
+    found = at_once(lambda: run(images, ops, values))
+    assert len(found) == THREADS
     assert all(np.array_equal(one, expected) for one in found)
 
 
