@@ -11,6 +11,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
+from configs.stages import section_at, stage_begins
 from pipelines import cpu_graph, graph, mixing, order, policies
 from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
 from pipelines.background import Plan
@@ -18,7 +19,7 @@ from pipelines.gather import load_resident
 from pipelines.loader import Loader
 from pipelines.read_ahead import ReadAhead
 from pipelines.shards import Split, open_split
-from pipelines.staged import StagedLoader, section_at
+from pipelines.staged import StagedLoader
 from pipelines.train_draws import Drawn
 
 
@@ -91,7 +92,7 @@ def build_train_loader(
 
     if not data.stages:
         return build(data)
-    begins = sorted({0, *(stage.epoch for stage in data.stages)})
+    begins = stage_begins(data)
     sections = [section_at(data, epoch) for epoch in begins]
     sizes = [(section.image_size, section.batch_size) for section in sections]  # that come again share a loader
     loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}

@@ -17,7 +17,7 @@ import numpy as np
 
 from configs.schema import AugConfig
 from pipelines import kernels, program_kernels
-from pipelines.ops import Programs
+from pipelines.ops import Programs, grey_levels
 
 Draws = dict[str, np.ndarray]
 Region = Callable[["Images", Draws], tuple[np.ndarray, np.ndarray]]
@@ -140,7 +140,7 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
     if aug.erase.probability > 0:
         changes.append(lambda draws, out: program_kernels.paint(out, draws["erase_box"], draws["erase_color"]))
     if aug.cutout > 0:  # after the colours have changed, or its own would
-        side, color = aug.cutout, np.array([round(255 * level) for level in mean], np.uint8)
+        side, color = aug.cutout, np.array(grey_levels(mean), np.uint8)
 
         def cut_out(draws: Draws, out: np.ndarray) -> None:
             boxes = np.full((len(out), 4), side, np.int32)

@@ -18,7 +18,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from configs.schema import AugConfig
 from pipelines.dali_ops import run_programs
-from pipelines.ops import Programs
+from pipelines.ops import Programs, grey_levels
 from pipelines.program_inputs import has_choice, has_numbers
 from pipelines.program_inputs import program_inputs as program_inputs  # beside the graph that takes them
 
@@ -60,7 +60,7 @@ def train_graph(
     Erased are `erase_shape` pixels (height, width; 0: none) from `erase_start` (y, x) on, float32 [B, 2] both; by fill
     random in `erase_color`, whole grey levels from 0 to 255 as float32 [B, 3].
     """
-    mean = [float(round(255 * share)) for share in stored.mean]
+    mean = [float(level) for level in grey_levels(stored.mean)]
 
     def define() -> DataNode:
         images = _decoded(stored, machine)

@@ -11,6 +11,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataConfig, MixConfig
+from configs.stages import section_at, stage_begins
 from pipelines.draws import uniform
 
 
@@ -21,9 +22,7 @@ def is_on(mix: MixConfig) -> bool:
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
     """Raise UserError where a batch would leave a sample without a neighbour."""
-    sizes = [stage.batch_size or data.batch_size for stage in data.stages]
-    if not data.stages or data.stages[0].epoch > 0:
-        sizes.insert(0, data.batch_size)
+    sizes = [section_at(data, epoch).batch_size for epoch in stage_begins(data)]
     odd = [size for size in sizes if size % 2]
     if is_on(mix) and odd:
         raise UserError(

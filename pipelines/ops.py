@@ -9,6 +9,7 @@ torchvision's functional operations take (transforms.v2.functional), on uint8 im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -44,6 +45,12 @@ Slots = tuple[frozenset[Op], ...]  # of each slot, the operations that may stand
 def blur_radius(largest_sigma: float) -> int:
     """Pixels on each side that a blur of at most this standard deviation looks at; the kernel has 2 * radius + 1."""
     return max(1, round(3 * largest_sigma))
+
+
+def grey_levels(mean: Sequence[float]) -> tuple[int, int, int]:
+    """A colour of three shares from 0 to 1, such as the data set's mean, in whole grey levels: red, green, blue."""
+    red, green, blue = (round(255 * share) for share in mean)
+    return red, green, blue
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from configs.aug_schema import POLICIES, AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig
 from pipelines import policy_tables, timm_policies
 from pipelines.draws import uniform
-from pipelines.ops import Op, Programs, Slots, blur_radius
+from pipelines.ops import Op, Programs, Slots, blur_radius, grey_levels
 
 JITTERS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.HUE)
 Draws = list[tuple[np.ndarray, np.ndarray]]  # of each slot, operations [B] and values [B]
@@ -33,11 +33,10 @@ def programs_of(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | 
         return None
     by_timm = aug.auto.policy not in POLICIES
     fill = aug.auto.fill or ("mean" if by_timm else "black")
-    red, green, blue = (round(255 * channel) for channel in mean)
     return Programs(
         slots=slots,
         bilinear=(aug.auto.interpolation or ("bilinear" if by_timm else "nearest")) == "bilinear",
-        fill=(red, green, blue) if fill == "mean" else (0, 0, 0),
+        fill=grey_levels(mean) if fill == "mean" else (0, 0, 0),
         radius=blur_radius(max(sigmas, default=0.0)),
     )
 

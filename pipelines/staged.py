@@ -10,21 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from configs.schema import Config, DataConfig
 from pipelines.background import Plan
 from pipelines.loader import Batch, Loader
-
-
-def section_at(data: DataConfig, epoch: int) -> DataConfig:
-    """The data section of this epoch: with its image and batch size, and without stages."""
-    stage = max((stage for stage in data.stages if stage.epoch <= epoch), key=lambda stage: stage.epoch, default=None)
-    sizes = {} if stage is None else {"image_size": stage.image_size, "batch_size": stage.batch_size}
-    return data.model_copy(update={**{key: size for key, size in sizes.items() if size is not None}, "stages": ()})
-
-
-def config_at(config: Config, epoch: int) -> Config:
-    """The config as it is in this epoch, for what looks at training and does not train to the end."""
-    return config.model_copy(update={"data": section_at(config.data, epoch)})
 
 
 class StagedLoader:

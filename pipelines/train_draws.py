@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.schema import AugConfig
 from pipelines import draws, erasing, graph, policies
-from pipelines.ops import Programs
+from pipelines.ops import Programs, grey_levels
 from pipelines.shards import Split
 
 
@@ -64,17 +64,17 @@ class Drawn:
             mean, std = self.split.dataset["mean"], self.split.dataset["std"]
             if section.fill == "random":
                 colors = erasing.erase_colors(samples, seed, epoch, mean, std)
-            else:
-                grey = np.rint(255 * np.array(mean)) if section.fill == "mean" else np.zeros(3)
-                colors = np.broadcast_to(grey.astype(np.uint8), (len(samples), 3)).copy()
-            if not self.by_dali:
-                feeds |= {"erase_box": boxes, "erase_color": colors}
-            else:
+                feeds["erase_color"] = colors.astype(np.float32) if self.by_dali else colors
+            elif not self.by_dali:  # whose graph knows these colours
+                color = grey_levels(mean) if section.fill == "mean" else (0, 0, 0)
+                feeds["erase_color"] = np.tile(np.array(color, np.uint8), (len(samples), 1))
+            if self.by_dali:
                 feeds |= {
                     "erase_start": boxes[:, :2].astype(np.float32),
                     "erase_shape": boxes[:, 2:].astype(np.float32),
                 }
-                feeds |= {"erase_color": colors.astype(np.float32)} if section.fill == "random" else {}
+            else:
+                feeds["erase_box"] = boxes
         if aug.cutout > 0:
             feeds["cutout"] = draws.cutout_corners(samples, seed, epoch, size, aug.cutout).astype(np.float32)
         return feeds

@@ -11,8 +11,9 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
+from configs.stages import section_at
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.staged import StagedLoader, TrainLoader, section_at
+from pipelines.staged import StagedLoader, TrainLoader
 
 SEED = 4
 AUG = AugConfig(crop="random-resized", flip=0.5, flip_mode="alternating", auto="randaugment")  # type: ignore[arg-type]

@@ -30,8 +30,8 @@ import torch
 from configs.errors import UserError, run_main
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
+from configs.stages import config_at
 from pipelines.shards import open_split
-from pipelines.staged import config_at
 from tools import report
 from tools.benchmarks import (
     augmentations,

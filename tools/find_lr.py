@@ -28,11 +28,11 @@ from tqdm import tqdm
 from configs.errors import UserError, run_main
 from configs.load import load_config
 from configs.schema import Config
+from configs.stages import config_at
 from pipelines import build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
-from pipelines.staged import config_at
 from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
 from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures

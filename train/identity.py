@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
+from configs.stages import section_at
 
 # Settings of training that results do not follow from, or not to the last digit, which a resumed run may change.
 FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
@@ -54,10 +55,8 @@ def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 def stages_of(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
     """(first epoch, image size, global batch), which do not depend on how that batch is cut into ranks and passes."""
-    return [
-        (stage.epoch, stage.image_size or data.image_size, (stage.batch_size or data.batch_size) * passes)
-        for stage in data.stages
-    ]
+    sections = {stage.epoch: section_at(data, stage.epoch) for stage in data.stages}
+    return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
 def watched(config: Config) -> dict[str, Any]:

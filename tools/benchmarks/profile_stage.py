@@ -27,11 +27,11 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
+from configs.stages import config_at
 from pipelines import build_train_loader
 from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
-from pipelines.staged import config_at
 from tools.benchmarks import data_sheets, limits, pictures, results
 from tools.benchmarks.profiling import Profile, go_along, profile
 from tools.benchmarks.turns import Contestant, measure

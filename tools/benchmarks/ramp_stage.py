@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.load import load_config
+from configs.stages import config_at
 from pipelines.shards import load_dataset
-from pipelines.staged import config_at
 from tools.benchmarks import memory, pictures, ramp, results
 from tools.benchmarks.ramp import Climb, Size, Subject
 from tools.parts.tables import Row, make_folder, markdown, write_csv, write_text
