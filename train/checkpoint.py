@@ -6,6 +6,7 @@ torch.save wrote follows it as text, since torch.load takes flipped bits for wei
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -22,9 +23,8 @@ DIGEST_BYTES = 64  # sha256 in hexadecimal
 ON_DEVICE = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
 
 
-def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
-    """Write weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them."""
-    content = {
+def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         **_state_of(training),
         "sums": sums,
@@ -33,6 +33,28 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
         **state,
     }
+
+
+def to_host(content: Any) -> Any:
+    return copy.deepcopy(content)
+
+
+def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
+    write(path, to_host(content_of(training, sums, **state)))
+
+
+def write_last(folder: Path, content: dict[str, Any]) -> None:
+    last = folder / "last.pt"
+    if last.exists():
+        (folder / "previous.tmp").unlink(missing_ok=True)
+        os.link(last, folder / "previous.tmp")
+        write(last, content)
+        (folder / "previous.tmp").rename(folder / "previous.pt")
+    else:
+        write(last, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w+b") as file:
         torch.save(content, file)
@@ -42,11 +64,6 @@ def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> No
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _state_of(training: Training) -> dict[str, Any]:
