@@ -66,6 +66,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
     temporary.rename(path)
 
 
+def load_newest(candidates: Any) -> tuple[Path, dict[str, Any]]:
+    return candidates[0], load(candidates[0])
+
+
 def _state_of(training: Training) -> dict[str, Any]:
     """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
     return {

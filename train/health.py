@@ -35,7 +35,7 @@ class Health:
 
     def begin(self, done: int) -> None:
         """The run stands after `done` updates, in a state that is known to be good."""
-        self._good = done
+        self._good = self._reported = done
         guard = self._training.guard
         self._left_out = 0.0 if guard is None else float(guard.left_out)
 
@@ -54,13 +54,17 @@ class Health:
         self._good = done
         return total
 
-    def left_out(self) -> int:
-        """Updates that train.on_nonfinite=skip left out since this was last asked; after `sums`, nothing waits here."""
+    def left_out(self) -> tuple[int, int]:
+        """Updates that train.on_nonfinite=skip left out, of how many, since this was last asked.
+
+        To be asked after `sums`, which has waited for the device.
+        """
         guard = self._training.guard
         if guard is None:
-            return 0
-        before, self._left_out = self._left_out, float(guard.left_out)
-        return int(self._left_out - before)
+            return 0, 0
+        before, since = self._left_out, self._reported
+        self._left_out, self._reported = float(guard.left_out), self._good
+        return int(self._left_out - before), self._good - since
 
 
 @torch.no_grad()

@@ -26,11 +26,21 @@ class Saving:
     def __init__(self, folder: Path, training: Training, about: Mapping[str, Any]) -> None:
         """about: what every checkpoint of this run says of it."""
         self.folder = folder
-        self.steps: int | None = None  # optimizer steps of the run that the newest checkpoint holds; None: none yet
+        self.newest: Path | None = None  # the checkpoint that the run would go on from; None: there is none yet
+        self.steps = 0  # optimizer steps of the run that it holds
         self._training, self._about = training, about
         self._saved_s = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "save")
         self._written: Future[None] | None = None
+
+    def stands(self, newest: Path, steps: int) -> None:
+        """The run stands where this checkpoint does."""
+        self.newest, self.steps = newest, steps
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the newest checkpoint is one of this folder's own."""
+        return self.newest is not None and self.newest in [self.folder / name for name in ("last.pt", "previous.pt")]
 
     def is_due(self) -> bool:
         """Whether the newest checkpoint is older than SAVE_EVERY_S."""
@@ -43,7 +53,8 @@ class Saving:
         and forward passes; sums: the training's over all ranks; steps: done in all.
         """
         if "last.pt" in names:
-            self._saved_s, self.steps = time.monotonic(), steps
+            self._saved_s = time.monotonic()
+            self.stands(self.folder / "last.pt", steps)
         if not dist.is_first_rank():
             return
         self.wait()
@@ -61,8 +72,11 @@ class Saving:
         if written is not None:
             written.result()
 
-    def close(self) -> None:
-        """Let a write under way end; its error is nobody's any more."""
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A write under way ends first; by then its error is nobody's any more."""
         self._thread.shutdown()
 
 

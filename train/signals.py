@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a flag that is set at once and looked at between steps. Knows no ranks and no files."""
+"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files."""
 
 from __future__ import annotations
 
