@@ -30,7 +30,7 @@ from train.log import RunLog
 from train.loop import Interrupted, Training, evaluate, train_epoch
 from train.meter import Meter, peak_memory_gib
 from train.saving import Saving
-from train.schedule import Timeline, watch
+from train.schedule import Timeline, learning_rate, watch
 from train.signals import Asked, Stopped
 
 RESULTS = ("loss", "top1", "top5")  # of an evaluation, in metrics
@@ -93,14 +93,13 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
     first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
     bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
                disable=log.is_silent or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
-    meter, last_lr = Meter(loader), 0.0
+    meter = Meter(loader)
     loss, _, seen = health.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
     meter.begin(first + step, loss, seen, images_per_update=_global_batch(run, epoch))
 
     def after_update(update: int, lr: float) -> None:
-        nonlocal last_lr
         bar.update()
-        done, last_lr = update + 1, lr
+        done = update + 1
         run.saving.check()
         signal, saves = agreement.after(done)
         saves = saves or signal != 0 or (save_every is not None and done % save_every == 0)
@@ -119,18 +118,15 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
         if signal:
             _stop(run, signal, done)
 
-    rates: dict[str, float | None] = dict.fromkeys(("lr", "images_per_s", "data_wait_fraction", "epoch_time_s"))
     if step == steps:  # the run had been stopped in the evaluation
-        return rates
+        return dict.fromkeys(("images_per_s", "data_wait_fraction", "epoch_time_s"))
     passed_over = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
     with bar:
         times = train_epoch(training, loader, seed=config.seed, rank=run.ranks.rank, after_update=after_update,
-                            timeline=timeline, decays=run.progress.get("plateau", {}).get("decays", 0),
-                            passed_over=passed_over)  # fmt: skip
+                            timeline=timeline, decays=_decays(run), passed_over=passed_over)  # fmt: skip
     run.clock.add(times.time_s)
     images = times.batches * _global_batch(run, epoch) / config.train.accumulation_steps
     return {
-        "lr": last_lr,
         "images_per_s": images / times.time_s,
         "data_wait_fraction": times.wait_s / times.time_s,
         "epoch_time_s": times.time_s,
@@ -141,6 +137,11 @@ def _global_batch(run: Run, epoch: int) -> int:
     """Images of an optimizer update."""
     batch_size = run.train_loader.at(epoch).plan.batch_size
     return batch_size * run.ranks.world_size * run.config.train.accumulation_steps
+
+
+def _decays(run: Run) -> int:
+    """Of schedule plateau so far."""
+    return int(run.progress.get("plateau", {}).get("decays", 0))
 
 
 def _end_of_epoch(
@@ -159,6 +160,7 @@ def _end_of_epoch(
         "train_loss": loss / seen if seen else nan,
         "train_top1": correct / seen if seen else nan,
         **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
+        "lr": learning_rate(done - 1, run.timeline, training.config, _decays(run)),
         **rates,
         "memory_gib": peak_memory_gib(training.device),
     }
