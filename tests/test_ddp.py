@@ -353,6 +353,16 @@ def test_without_save_every_steps_the_clock_decides_after_each_step(
     assert saved == [*({"epoch": 0, "step": step} for step in range(1, 45)), {"epoch": 1, "step": 0}]
 
 
+def test_a_step_at_which_one_is_due_ends_with_a_checkpoint_also_at_the_end_of_an_epoch(
+    digits: Path, tmp_path: Path, call: Call
+) -> None:
+    saved: list[tuple[str, int, int]] = []
+    opts = ["train.save_every_steps=44", "train.save_every_epochs=3", "train.eval_every_epochs=3"]
+    with after_each_save(lambda name, position: saved.append((name, position["epoch"], position["step"]))):
+        assert call(*arguments(digits, tmp_path, *opts))[0] == 0
+    assert saved == [("last.pt", epoch, 44) for epoch in range(3)] + [("best.pt", 3, 0), ("last.pt", 3, 0)]
+
+
 # Refused resumes
 
 

@@ -13,9 +13,10 @@ from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
 from configs.stages import section_at
 
-# Settings of training that results do not follow from, or not to the last digit, which a resumed run may change.
+# Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
+# which a resumed run may change.
 FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
-        "eval_every_epochs")  # fmt: skip
+        "eval_every_epochs", "on_nonfinite")  # fmt: skip
 EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what eval's losses and accuracies follow from
 
 

@@ -2,7 +2,7 @@
 
 nan_at: optimizer updates, counted from 0, whose loss is nan, on all ranks or on `rank` alone; times: how often each of
 them is (default: always). pause_at: updates that wait for a second first; evaluation_s: how long each batch of an
-evaluation takes longer.
+evaluation takes longer. census: a file that gets a line at the end of each epoch: memory (MiB), threads, descriptors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.errors import run_main
 from train import ddp, loop
+from train.log import RunLog
 from train.loop import Training
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,20 @@ def build_in(faults: dict[str, Any]) -> None:
         time.sleep(faults.get("evaluation_s", 0))
         return loss_and_hits(*parts)
 
-    loop.run_step, loop.loss_and_hits = faulty, slow
+    def counted(log: RunLog, metrics: dict[str, Any]) -> None:
+        epoch(log, metrics)
+        if "census" in faults:
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            line = {
+                "memory_mib": int(status["VmRSS"].split()[0]) / 1024,
+                "threads": int(status["Threads"]),
+                "descriptors": len(os.listdir("/proc/self/fd")),
+            }
+            with Path(faults["census"]).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    epoch = RunLog.epoch
+    loop.run_step, loop.loss_and_hits, RunLog.epoch = faulty, slow, counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
