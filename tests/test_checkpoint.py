@@ -18,7 +18,7 @@ from train_fixtures import alone, lenet, random_batch, small_net, training_of
 
 from configs.errors import UserError
 from models import build_model
-from train import checkpoint
+from train import checkpoint, checkpoint_file
 from train.loop import Training, train_step
 
 STATE = {"position": {"epoch": 2, "step": 5}, "progress": {"best_top1": 0.5}, "stream": {"seed": 0}, "config": "a: 1\n"}
@@ -76,7 +76,7 @@ def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
 
 def test_a_checkpoint_holds_nothing_but_tensors_numbers_and_strings(intact: Path) -> None:
     content = torch.load(intact, weights_only=True)
-    assert content["format"] == checkpoint.FORMAT
+    assert content["format"] == checkpoint_file.FORMAT
     assert content["model"].keys() == lenet().state_dict().keys()
 
 
@@ -126,7 +126,7 @@ def foreign_files() -> dict[str, bytes]:
         "another archive": archive.getvalue(),
         "a tensor": saved(torch.zeros(3)),
         "a state dict": saved(lenet().state_dict()),
-        "a later format": saved({"format": checkpoint.FORMAT + 1, "model": {}}),
+        "a later format": saved({"format": checkpoint_file.FORMAT + 1, "model": {}}),
         "a whole model": saved(torch.nn.Linear(2, 2)),
     }
 
@@ -163,7 +163,7 @@ class Intruder:
 @pytest.mark.parametrize("kind", ["torch.save", "old torch.save", "pickle"])
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(kind: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
-    content = {"format": checkpoint.FORMAT, "model": Intruder(trace)}
+    content = {"format": checkpoint_file.FORMAT, "model": Intruder(trace)}
     if kind == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
