@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def replace(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """The file of this name is the old one until what `fill` wrote is on the disk."""
     _rename(_written_beside(path, fill), path)
 
 
-def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], None]) -> None:
+def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
     """`replace`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
     stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
     temporary, kept = _written_beside(path, fill), _beside(previous)
@@ -38,7 +38,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _written_beside(path: Path, fill: Callable[[BinaryIO], None]) -> Path:
+def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
     temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
