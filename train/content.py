@@ -65,7 +65,7 @@ def _copied(tree: Any) -> Any:
         return {_copied(key): _copied(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)([_copied(value) for value in tree])
-    if tree is not None and type(tree) not in (bool, int, float, str):
+    if tree is not None and type(tree) not in (bool, int, float, str, torch.dtype):
         raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__}")
     return tree
 
