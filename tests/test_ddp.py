@@ -375,9 +375,9 @@ def test_other_seed_batch_data_or_optimizer_is_refused_by_name_and_the_run_stays
         (["seed=7"], ["seed: 0 then, 7 now"]),
         (["data.batch_size=16"], ["global batch: 32 then, 16 now"]),
         (["train.accumulation_steps=2"], ["global batch: 32 then, 64 now"]),
-        (["data.image_size=33", "aug.padding=3"], ["data.image_size: None then, 33 now", "aug.padding: 2 then, 3 now"]),
+        (["data.image_size=33", "aug.padding=3"], ["data.image_size: null then, 33 now", "aug.padding: 2 then, 3 now"]),
         (["train.optimizer.weight_decay=0.1"], ["train.optimizer.weight_decay: 0.05 then, 0.1 now"]),
-        (["model.name=resnet18"], ["model.name: 'lenet' then, 'resnet18' now"]),
+        (["model.name=resnet18"], ['model.name: "lenet" then, "resnet18" now']),
     ):
         code, _, err = call(*arguments(digits, folder.parent, *options), "--resume", "auto")
         assert_refused(code, err, *names)

@@ -242,29 +242,20 @@ def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_i
         for weights, part in (("auto", "ema"), ("ema", "ema"), ("raw", "model")):
             text = content["config"].replace("weights: auto", f"weights: {weights}")
             path = tmp_path / f"{weights}.pt"
-            save_content(path, content | {"config": text})
+            checkpoint.write(path, content | {"config": text})
             state = load_trained(path, CPU).training.network.state_dict()
             assert all(torch.equal(value, content[part][name]) for name, value in state.items())
             assert load_trained(path, CPU).config.train.ema.decay == 0.9
         old = {key: value for key, value in content.items() if key != "ema"}  # as older versions wrote them
         for weights in ("auto", "ema"):
             path = tmp_path / "old.pt"
-            save_content(path, old | {"config": content["config"].replace("weights: auto", f"weights: {weights}")})
+            checkpoint.write(path, old | {"config": content["config"].replace("weights: auto", f"weights: {weights}")})
             if weights == "auto":
                 state = load_trained(path, CPU).training.network.state_dict()
                 assert all(torch.equal(value, content["model"][name]) for name, value in state.items())
             else:
                 with pytest.raises(UserError, match=r"old\.pt holds no moving average .*; use eval\.weights=auto"):
                     load_trained(path, CPU)
-
-
-def save_content(path: Path, content: dict[str, Any]) -> None:
-    """As checkpoint.save does with its checksum."""
-    torch.save(content, path)
-    with path.open("rb") as file:
-        digest = checkpoint._sha256(file, path.stat().st_size)
-    with path.open("ab") as file:
-        file.write(digest)
 
 
 def test_comparisons_show_the_average_and_count_it(averaged: Path, digits_run: Any) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_fixtures import strict_lines
+from train_fixtures import file_size_limit, strict_lines
 
+from configs.errors import UserError
 from configs.schema import LogConfig, WandbConfig
 from train import figures
 from train.log import RunLog, best, read_metrics
@@ -47,6 +48,51 @@ def test_ranks_without_a_folder_write_and_say_nothing(
     assert silent.is_silent
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_lines_that_log_txt_does_not_take_are_no_tracebacks_and_are_mentioned_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path)
+    log.say("a first line")
+    with file_size_limit((tmp_path / "log.txt").stat().st_size):
+        for number in range(3):
+            log.say(f"line {number}")
+        log.finish()
+    captured = capsys.readouterr()
+    assert [line.split(" ", 1)[1] for line in captured.out.splitlines()] == [
+        "a first line",
+        "line 0",
+        "line 1",
+        "line 2",
+    ]
+    assert captured.err == "warning: lines of the log are lost ([Errno 27] File too large)\n"
+    assert "a first line" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_the_run_needs_and_cannot_write_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
+    log = run_log(tmp_path, metrics(0))
+    log.record("seed: 0\n", {})
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "facts.json", "metrics.jsonl")}
+    with file_size_limit(0):
+        for name, write in (
+            ("config.yaml", lambda: log.record("seed: 1\n", {})),
+            ("metrics.jsonl", lambda: log.keep_epochs(1)),
+            ("metrics.jsonl", lambda: log.epoch(metrics(1))),
+        ):
+            with pytest.raises(
+                UserError, match=rf"cannot write .*{name} \(File too large\): free space, or move"
+            ) as error:
+                write()
+            assert len(str(error.value).splitlines()) == 1
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_a_folder_that_takes_no_log_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*log\.txt \(Is a directory\)"):
+        RunLog(tmp_path)
 
 
 # metrics.jsonl

@@ -337,7 +337,7 @@ def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_sam
     resumed = run("broken", *options, "--resume", "auto")
     expected, found = last(unbroken)["model"], last(resumed)["model"]
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    with pytest.raises(UserError, match=r"aug\.mix\.mode: .*train\.loss: 'bce' then, 'cross-entropy' now"):
+    with pytest.raises(UserError, match=r'aug\.mix\.mode: .*train\.loss: "bce" then, "cross-entropy" now'):
         run("broken", "train.loss=cross-entropy", "train.bce_threshold=null", "aug.mix.mode=pair", "--resume", "auto")
 
 

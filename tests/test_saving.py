@@ -55,7 +55,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
 ) -> None:
     held = Held(monkeypatch)
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
-    with Saving(tmp_path, training, {"stream": "a"}) as saving:
+    with Saving(tmp_path, training, {"config": "a"}) as saving:
         save(saving, training, "best.pt")
         assert held.written == []  # and yet we are here
         for seed in range(3):
@@ -63,7 +63,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
         held.may_write.set()
         saving.wait()
     content = checkpoint.load(tmp_path / "best.pt")
-    assert (content["stream"], content["position"]) == ("a", POSITION)
+    assert (content["config"], content["position"]) == ("a", POSITION)
     assert all(torch.equal(content["model"][name], value) for name, value in before.items())
     assert not torch.equal(training.network.state_dict()["head.weight"], before["head.weight"])
 
@@ -73,9 +73,9 @@ def test_one_checkpoint_is_written_at_a_time(
 ) -> None:
     held = Held(monkeypatch)
     with Saving(tmp_path, training, {}) as saving:
-        save(saving, training)
+        save(saving, training, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
-        save(saving, training)
+        save(saving, training, "best.pt")
         assert len(held.written) >= 1  # the first stands before the second begins
     assert len(held.written) == 2
 

@@ -12,8 +12,9 @@ from train_fixtures import Run, alone
 
 from configs.errors import UserError
 from pipelines import build_eval_loader
-from tools.parts.trained import check_same_classes, find_checkpoint, load_trained
+from tools.parts.trained import check_same_classes, load_trained
 from train.loop import evaluate
+from train.run_folder import find_checkpoints
 
 
 def test_the_loaded_model_evaluates_as_the_run_did(digits_run: Run) -> None:
@@ -27,13 +28,33 @@ def test_the_loaded_model_evaluates_as_the_run_did(digits_run: Run) -> None:
     assert (trained.image_size, trained.epochs, trained.name) == (32, 2, "digits")
 
 
-def test_a_run_folder_stands_for_its_best_checkpoint(digits_run: Run, tmp_path: Path) -> None:
-    assert find_checkpoint(digits_run.folder).name == "best.pt"
-    shutil.copy(digits_run.folder / "last.pt", tmp_path)
-    assert find_checkpoint(tmp_path) == tmp_path / "last.pt"
-    (tmp_path / "last.pt").unlink()
+def test_a_run_folder_stands_for_its_best_checkpoint_and_then_for_the_last_ones(
+    digits_run: Run, tmp_path: Path
+) -> None:
+    assert find_checkpoints(digits_run.folder)[0].name == "best.pt"
     with pytest.raises(UserError, match="holds no checkpoint"):
-        find_checkpoint(tmp_path)
+        find_checkpoints(tmp_path)
+    for name in ("previous.pt", "last.pt", "best.pt"):
+        shutil.copy(digits_run.folder / "last.pt", tmp_path / name)
+        assert find_checkpoints(tmp_path)[0] == tmp_path / name
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_last_one_taken(
+    digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last.pt", "best.pt"):
+        shutil.copy(digits_run.folder / name, tmp_path)
+    with (tmp_path / "best.pt").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    with alone() as device:
+        trained = load_trained(tmp_path, device)
+        warning = capsys.readouterr().err
+        assert trained.path == tmp_path / "last.pt"
+        assert warning.startswith(f"warning: checkpoint {tmp_path / 'best.pt'} cannot be read (its checksum is wrong")
+        assert warning.endswith(f"{tmp_path / 'last.pt'} is taken instead\n")
+        with pytest.raises(UserError, match=r"best\.pt cannot be read .*last\.pt is intact$"):
+            load_trained(tmp_path / "best.pt", device)
 
 
 def test_other_classes_are_named(digits_run: Run) -> None:

@@ -23,7 +23,7 @@ from configs.load import load_config, parse_config, to_yaml
 from models import build_model
 from pipelines.source import Source
 from tools.parts.trained import load_trained
-from train import checkpoint, ddp
+from train import checkpoint, checkpoint_file, ddp
 from train.assemble import build_all
 from train.transfer import load_finetune, without_start
 
@@ -154,12 +154,12 @@ def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path:
 @pytest.mark.parametrize(
     ("opt", "refusal"),
     [
-        ("model.freeze=[]", "model.freeze: ['conv1.*', 'bn1.*', 'network.layer1.*'] then, [] now"),
-        ("model.activation=relu", "model.activation: 'gelu' then, 'relu' now"),
-        ("model.name=resnet34", "model.name: 'resnet18' then, 'resnet34' now"),
-        ("model.options={zero_init_residual: true}", "model.options: {'width': 4} then, {'width': 4, 'zero"),
+        ("model.freeze=[]", 'model.freeze: ["conv1.*", "bn1.*", "network.layer1.*"] then, [] now'),
+        ("model.activation=relu", 'model.activation: "gelu" then, "relu" now'),
+        ("model.name=resnet34", 'model.name: "resnet18" then, "resnet34" now'),
+        ("model.options={zero_init_residual: true}", 'model.options: {"width": 4} then, {"width": 4, "zero'),
         ("model.finetune=null", "model.finetune: "),
-        ("model.drop_rate=0.1", "model.drop_rate: None then, 0.1 now"),
+        ("model.drop_rate=0.1", "model.drop_rate: null then, 0.1 now"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_model(
@@ -266,12 +266,7 @@ def test_weights_that_were_trained_with_another_activation_are_refused(
 
 
 def resaved(content: dict[str, Any], path: Path) -> None:
-    """A checkpoint of this content, with its digest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_state_of", lambda _: {})
-        stub = type("Stub", (), {"lookahead": None, "ema": None, "proxy": None})()
-        rest = {key: value for key, value in content.items() if key != "sums"}
-        checkpoint.save(path, stub, content["sums"], **rest)
+    checkpoint.write(path, {"format": checkpoint_file.FORMAT, **content})
 
 
 def saved(path: Path, network: nn.Module, **more: Any) -> Path:

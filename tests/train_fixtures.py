@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -116,6 +117,17 @@ def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> N
         patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
         with nullcontext() if stop_at is None else broken_after(lambda _, position: position == stop_at):
             ddp.main()
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A longer file of this process cannot be written, as with a quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:

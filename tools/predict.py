@@ -45,7 +45,6 @@ from tools.parts.trained import Trained, check_same_classes, load_trained
 from train import dist
 from train.dist import Ranks
 from train.loop import Evaluation
-from train.run_folder import find_checkpoint
 
 SHOWN = 5
 METRICS = ("loss", "top1", "top5")
@@ -79,13 +78,12 @@ def main() -> None:
         if value is not None and value < 1:
             raise UserError(f"{option}={value} is not a positive whole number; use 1 or more")
     ranks = Ranks.alone("tools/predict.py")
-    paths = [find_checkpoint(path) for path in arguments.checkpoint]
     with dist.process_group(ranks) as device:
-        models = [load_trained(path, device, compiled=True) for path in paths]
+        models = [load_trained(path, device, compiled=True) for path in arguments.checkpoint]
         for other in models[1:]:
             check_same_classes(models[0], other.classes, f"checkpoint {other.path}")
         pictures = picture_folder(arguments.split, data_folder(models[0], arguments.data_path))
-        out = make_folder(arguments.out or default_folder(paths[0], arguments.split, pictures))
+        out = make_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures))
         with open_images(arguments.split, pictures, models, arguments.data_path, out) as images:
             run(arguments, models, images, out)
 

@@ -42,10 +42,11 @@ from tools.parts.summary_report import Subject, layer_rows, layers_table, pictur
 from tools.parts.tables import Row, make_folder, write_csv
 from train import checkpoint, dist, figures
 from train.assemble import to_device
+from train.content import check_holds
 from train.dist import Ranks
 from train.freeze import freeze
 from train.loop import amp_dtype
-from train.run_folder import find_checkpoint
+from train.run_folder import find_checkpoints
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STORED_SIZE = 32  # of the data sets whose configs give no data.image_size: CIFAR-10 and the digits
@@ -135,7 +136,7 @@ def config_of(path: Path, options: argparse.Namespace) -> tuple[Config, int, int
 
     A folder stands for its checkpoint, or before the first one for its config.yaml; a config may need its data set.
     """
-    if path.is_dir() and not any((path / name).is_file() for name in ("best.pt", "last.pt")):
+    if path.is_dir() and not any((path / name).is_file() for name in ("best.pt", "last.pt", "previous.pt")):
         path = path / "config.yaml"
     facts: dict[str, Any] = {}
     if path.suffix in CONFIG_SUFFIXES:
@@ -145,8 +146,8 @@ def config_of(path: Path, options: argparse.Namespace) -> tuple[Config, int, int
             shape = facts["image_shape"]
             facts = {"classes": facts["classes"], "image_size": shape[0] if shape else None}
     else:
-        path = find_checkpoint(path)
-        content = checkpoint.load(path)
+        path, content = checkpoint.load_newest(find_checkpoints(path))
+        check_holds(content, ("config",), path)
         config = parse_config(content["config"], f"the config in {path}")
         facts = content.get("dataset", {})
     classes = options.classes or config.model.num_classes or len(facts.get("classes", ()))

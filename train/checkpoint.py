@@ -1,121 +1,133 @@
-"""Saving and loading: one file of tensors, numbers and strings, loaded with weights_only=True.
+"""Saving, loading and restoring: which file a checkpoint goes to, which one is trusted, and what training takes of it.
 
-Written to a temporary name, flushed, renamed: whatever instant a run is killed at, last.pt is whole. The sha256 of what
-torch.save wrote follows it as text, since torch.load takes flipped bits for weights; torch.load itself skips the text.
+`content` knows what it holds, `checkpoint_file` the bytes and how they are verified, `durable` how a file stays whole.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import os
 import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from configs.errors import UserError
+from configs.notes import warn
+from train import checkpoint_file, durable
+from train.content import check_holds, content_of, malformed, to_host
 from train.loop import Training, train_step
 
-FORMAT = 1
-DIGEST_BYTES = 64  # sha256 in hexadecimal
 ON_DEVICE = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
-
-
-def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        **_state_of(training),
-        "sums": sums,
-        "lookahead": training.lookahead.slow if training.lookahead is not None else {},
-        "ema": training.ema.state() if training.ema is not None else {},
-        "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
-        **state,
-    }
-
-
-def to_host(content: Any) -> Any:
-    return copy.deepcopy(content)
-
-
-def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
-    write(path, to_host(content_of(training, sums, **state)))
-
-
-def write_last(folder: Path, content: dict[str, Any]) -> None:
-    last = folder / "last.pt"
-    if last.exists():
-        (folder / "previous.tmp").unlink(missing_ok=True)
-        os.link(last, folder / "previous.tmp")
-        write(last, content)
-        (folder / "previous.tmp").rename(folder / "previous.pt")
-    else:
-        write(last, content)
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # of a run; previous: the one before the last
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w+b") as file:
-        torch.save(content, file)
-        size = file.tell()
-        file.seek(0)
-        file.write(_sha256(file, size))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    """Write a checkpoint of `to_host`: at every instant the file of this name is the old one or the new one, whole.
+
+    Raises UserError where the disk does not take it; then the files there are as they were.
+    """
+    with _one_sentence(path):
+        durable.replace(path, lambda file: checkpoint_file.fill(file, content))
 
 
-def load_newest(candidates: Any) -> tuple[Path, dict[str, Any]]:
-    return candidates[0], load(candidates[0])
+def write_last(folder: Path, content: dict[str, Any]) -> None:
+    """`write` to last.pt; the last.pt of before is previous.pt from then on, unless it is damaged."""
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists() or (previous.exists() and not is_intact(last)):
+        write(last, content)
+        return
+    with _one_sentence(last):
+        durable.replace_and_keep(last, previous, lambda file: checkpoint_file.fill(file, content))
 
 
-def _state_of(training: Training) -> dict[str, Any]:
-    """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
-    return {
-        "model": training.network.state_dict(),
-        "optimizer": _portable(training.optimizer.state_dict()),
-        "scaler": training.scaler.state_dict(),
-    }
+def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
+    """Write a checkpoint here and now."""
+    write(path, to_host(content_of(training, sums, **state)))
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """An OSError inside is a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        there = [name for name in (LAST, PREVIOUS, BEST) if (path.parent / name).is_file()]
+        earlier = f"the earlier {' and '.join(there)} there stay as they were" if there else "there is no earlier one"
+        raise UserError(
+            f"cannot write checkpoint {path} ({error.strerror or error}); {earlier}: free space, or move the run's "
+            "folder and name its new place by --output, then --resume auto goes on"
+        ) from None
+
+
+# Loading
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, in host memory; no code in it is ever run."""
+    """The content of a checkpoint, in host memory, verified before anything else; no code in it is ever run."""
+    try:
+        return _read(path)
+    except ValueError as error:
+        advice = "give a run folder or a .pt file" if not path.exists() else "take another one"
+        raise UserError(f"checkpoint {path} {error}; {advice}") from None
+
+
+def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """(path, content) of the first that is intact; those before it are named in warnings.
+
+    Raises UserError that names all of them where none is intact, and another of their folder that is.
+    """
+    reasons: dict[Path, str] = {}
+    for path in candidates:
+        try:
+            content = _read(path)
+        except ValueError as error:
+            reasons[path] = str(error)
+            continue
+        for damaged, reason in reasons.items():
+            warn(f"checkpoint {damaged} {reason}; {path} is taken instead")
+        return path, content
+    folder = candidates[0].parent
+    others = [folder / name for name in (LAST, PREVIOUS, BEST) if folder / name not in candidates]
+    intact = next((other for other in others if is_intact(other)), None)
+    if intact is not None:
+        advice = f"{intact} is intact"
+    elif any(path.exists() for path in candidates):
+        advice = "take another one" if len(candidates) == 1 else "start a new run without --resume"
+    else:
+        advice = "give a run folder or a .pt file"
+    raise UserError(f"checkpoint {', and '.join(f'{path} {reason}' for path, reason in reasons.items())}; {advice}")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether it is a checkpoint whose bytes are as they were written."""
     try:
         with path.open("rb") as file:
-            if _sha256(file, path.stat().st_size - DIGEST_BYTES) != file.read():
-                raise ValueError("its checksum is wrong: it is damaged or of another program")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint_file.verify(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises ValueError with the reason, as the rest of a sentence that begins with the path."""
+    try:
+        with path.open("rb") as file:
+            content = checkpoint_file.read(file)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist; give a run folder or a .pt file") from None
+        raise ValueError("does not exist") from None
     except pickle.UnpicklingError:
-        raise UserError(
-            f"checkpoint {path} is refused, since it holds more than tensors, numbers and strings; take another one"
-        ) from None
+        raise ValueError("is refused, since it holds more than tensors, numbers and strings") from None
     except Exception as error:  # bytes of another program make torch's unpickler fail in every way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); take another one") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}); give one that train/ddp.py wrote")
+        raise ValueError(f"cannot be read ({reason})") from None
+    if (wrong := malformed(content)) is not None:
+        raise ValueError(f"cannot be read (its {wrong!r} is not what train/ddp.py writes)")
     return content
 
 
-def _portable(state: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state as a run without CUDA graphs has it, so that one made on a GPU goes on on a CPU."""
-    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
-    for group in groups:
-        if "capturable" in group:
-            group["capturable"] = False
-    return state | {"param_groups": groups}
-
-
-def _sha256(file: BinaryIO, size: int) -> bytes:
-    """Of the next `size` bytes, as text."""
-    digest = hashlib.sha256()
-    while size > 0 and (chunk := file.read(min(size, 2**20))):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.hexdigest().encode()
+# Restoring
 
 
 def restore_weights(training: Training, content: dict[str, Any], path: Path, weights: str = "raw") -> bool:
@@ -134,15 +146,40 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path, wei
 
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
+    check_holds(content, ("model", "optimizer", "scaler", "sums"), path)
     _restore_one(training, content, path)
+    _check_like("sums", {"": content["sums"]}, {"": training.sums}, path)
     training.sums.copy_(content["sums"])
     if training.lookahead is not None:
-        for name, slow in training.lookahead.slow.items():
-            slow.copy_(content["lookahead"][name])
+        slow = content.get("lookahead", {})
+        _check_like("lookahead", slow, training.lookahead.slow, path)
+        for name, ours in training.lookahead.slow.items():
+            ours.copy_(slow[name])
     if training.ema is not None:
-        training.ema.restore(content["ema"])
+        average = content.get("ema", {})
+        _check_like("ema", average, training.ema.state(), path)
+        training.ema.restore(average)
     if training.proxy is not None:
+        check_holds(content.get("proxy", {}), ("model", "optimizer", "scaler"), path)
         _restore_one(training.proxy.training, content["proxy"], path)
+
+
+def _check_like(part: str, theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors of other names or shapes."""
+    shapes = [{name: tensor.shape for name, tensor in one.items()} for one in (ours, theirs)]
+    if different := [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]:
+        raise UserError(f"checkpoint {path} does not fit this config in its {part} {different[0]}".rstrip()
+                        + "; start a new run without --resume")  # fmt: skip
+
+
+def _is_other(value: Any, parameter: torch.Tensor) -> bool:
+    """Whether it is a tensor that cannot belong to these weights."""
+    return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
+
+
+def _is_of_timm(optimizer: torch.optim.Optimizer) -> bool:
+    """Those may hold state of other shapes than the weights'."""
+    return type(optimizer).__module__.startswith("timm.")
 
 
 def _restore_one(training: Training, content: dict[str, Any], path: Path) -> None:
@@ -150,11 +187,15 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
     optimizer = training.optimizer
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
     saved = content["optimizer"]
-    # before as well, since it decides on which device torch puts the count of steps
-    groups = [group | one for group, one in zip(saved["param_groups"], here, strict=False)]
     try:
+        # before as well, since it decides on which device torch puts the count of steps
+        groups = [group | one for group, one in zip(saved["param_groups"], here, strict=False)]
         optimizer.load_state_dict(saved | {"param_groups": groups + saved["param_groups"][len(groups) :]})
-    except ValueError as error:  # as of a version that grouped parameters in another way
+        for parameter, state in optimizer.state.items() if not _is_of_timm(optimizer) else ():
+            if wrong := [name for name, value in state.items() if _is_other(value, parameter)]:
+                raise ValueError(f"{wrong[0]} of {list(state[wrong[0]].shape)} for {list(parameter.shape)} weights")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        # as of a version that grouped parameters in another way
         raise UserError(
             f"checkpoint {path} does not fit the optimizer of this config ({error}); start a new run without --resume"
         ) from None

@@ -15,7 +15,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.mixing import check_mixing, is_on
-from pipelines.shards import fingerprint, load_dataset
+from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
 from train import checkpoint, dist
 from train.assemble import build_all, check_classes
@@ -84,8 +84,8 @@ def main() -> int:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
-        folder, source = dist.from_first_rank(lambda: find_run(config, resume))
-        content = checkpoint.load(source) if source is not None else None
+        folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
+        source, content = checkpoint.load_newest(candidates) if candidates else (None, None)
         if evaluates_only:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
@@ -98,7 +98,7 @@ def main() -> int:
                 print(f"{source}{which}: {result.sentence(config.data.val_split)}")
             return 0
 
-        stream = stream_of(config, fingerprint(dataset), ranks.world_size * config.train.accumulation_steps)
+        stream = stream_of(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:
             check_same_run(content, config, stream, source)
         start = config if content is None else without_start(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=DPI, format="png")
         temporary.rename(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or name another folder") from None
 
 

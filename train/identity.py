@@ -5,6 +5,8 @@ Knows settings and what a checkpoint says of its run, and nothing of loaders and
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from configs.errors import UserError
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
 from configs.stages import section_at
+from pipelines.shards import fingerprint
+from train.content import check_holds
 
 # Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
 # which a resumed run may change.
@@ -20,12 +24,33 @@ FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "
 EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what eval's losses and accuracies follow from
 
 
-def stream_of(config: Config, data_set: str, passes: int) -> dict[str, Any]:
-    """What a checkpoint says of its run beside the config; data_set: its fingerprint.
+def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the config; dataset: its dataset.json.
 
     passes: forward passes of an optimizer update, over all ranks.
     """
-    return {"data set": data_set, "global batch": config.data.batch_size * passes}
+    return {
+        "data set": fingerprint(dataset),
+        "global batch": config.data.batch_size * passes,
+        "data set in detail": _details(dataset),
+    }
+
+
+def _details(dataset: dict[str, Any]) -> dict[str, Any]:
+    """What data sets of different fingerprints differ in, for errors."""
+    details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
+    details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
+    for name, split in dataset["splits"].items():
+        details |= {
+            f"samples of split {name}": split["samples"],
+            f"shards of split {name}": len(split["shards"]),
+            f"shard list of split {name}": _digest(split["shards"]),
+        }
+    return details
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +113,17 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
 
     Settings that the version which wrote it did not have count as what they are by default.
     """
+    check_holds(content, ("config", "stream", "position", "progress"), path)
+    if not _is_stream(content["stream"]) or not isinstance(content["progress"].get("best_top1"), int | float):
+        raise UserError(f"checkpoint {path} does not say what its run followed from, as those of train/ddp.py do; "
+                        "take another one")  # fmt: skip
     before = parse_config(content["config"], f"the config in {path}")
     then, now = identity(before, content["stream"]), identity(config, stream)
+    if then["data set"] != now["data set"]:
+        then, now = then | _named(content["stream"], stream), now | _named(stream, content["stream"])
     changed = [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
-        for key in {**then, **now}
+        f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now"
+        for key in {**now, **then}
         if then.get(key) != now.get(key)
     ]
     if changed:
@@ -100,3 +131,22 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
             f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
             "restore them or start a new run without --resume"
         )
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it, in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_stream(stream: dict[str, Any]) -> bool:
+    """Of any version: the first ones gave no details."""
+    batch, details = stream.get("global batch"), stream.get("data set in detail", {})
+    return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
+
+
+def _named(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The details of a stream's data set in place of its fingerprint, where both know them and they differ."""
+    details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
+    if not details or not others or details == others:
+        return {}
+    return {"data set": None, **{f"data set: {key}": value for key, value in details.items()}}

@@ -1,6 +1,7 @@
 """Console, log.txt, metrics.jsonl, curves.png, trackers, all on the first rank; other ranks get a log that is silent.
 
-What trackers are is not known here, only that they fail: then that is said once, and the run goes on without.
+What trackers are is not known here, only that they fail: then that is said once, and the run goes on without. So it
+does where log.txt cannot be written; metrics.jsonl and config.yaml it needs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.notes import warn
 from configs.schema import LogConfig
-from train import figures
+from train import durable, figures
 from train.tensorboard_tracker import TensorBoardTracker
 from train.trackers import Tracker, one_line
 from train.wandb_tracker import start_wandb
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES_EVERY_S = 30.0
+
+
+class _Console(logging.StreamHandler):
+    """A line that cannot be written ends no run, and is no traceback for each line: it is said once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        del record
+        with suppress(OSError):
+            warn(f"lines of the log are lost ({one_line(sys.exc_info()[1] or OSError())})")
+
+
+class _LogFile(_Console, logging.FileHandler):
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before
+            super().close()
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path} ({error.strerror or error}): free space, or move the run's folder and name its new place "
+        "by --output, then --resume auto goes on"
+    )
 
 
 class RunLog:
@@ -44,7 +68,11 @@ class RunLog:
         self._logger.handlers.clear()
         self._logger.propagate = False
         if folder is not None:
-            for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "log.txt")):
+            try:
+                handlers = (_Console(sys.stdout), _LogFile(folder / "log.txt"))
+            except OSError as error:
+                raise _cannot_write(folder / "log.txt", error) from None
+            for handler in handlers:
                 handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
                 self._logger.addHandler(handler)
 
@@ -108,8 +136,12 @@ class RunLog:
         """One line of metrics.jsonl, one on the console, one point in the trackers' curves."""
         if self._folder is None:
             return
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n")
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
+        try:
+            with (self._folder / "metrics.jsonl").open("a") as file:
+                file.write(line)
+        except OSError as error:  # the epoch has no checkpoint yet: a resumed run comes here again
+            raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
         self.say(f"epoch {metrics['epoch']}: " + ", ".join(shown))
         if self.is_tracked:
@@ -208,9 +240,10 @@ def counted(line: dict[str, Any], weights: str) -> float | None:
 
 def _replace(path: Path, text: str) -> None:
     """So that whoever reads it finds the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    try:
+        durable.replace(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def _finite(value: Any) -> Any:

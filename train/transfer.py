@@ -16,7 +16,8 @@ from configs.load import parse_config
 from configs.schema import Config, EmaConfig, LookaheadConfig, ModelConfig, OptimizerConfig, ProxyConfig
 from models.weights import head_of, take_weights
 from train import checkpoint
-from train.run_folder import find_checkpoint
+from train.content import check_holds
+from train.run_folder import find_checkpoints
 
 
 def without_start(config: Config) -> Config:
@@ -47,6 +48,7 @@ def as_trained(config: Config, content: dict[str, Any], classes: Sequence[str], 
             f"{path} was trained on the classes {_some(theirs)}, but the data set in {config.data.path} has "
             f"{_some(classes)}; give the data set that it was trained on, or start from it with model.finetune={path}"
         )
+    check_holds(content, ("model", "config"), path)
     model = parse_config(content["config"], f"the config in {path}").model
     return for_inference(config.model_copy(update={"model": model}))
 
@@ -63,8 +65,8 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
     classes are others than `classes`, also where there are equally many. Raises UserError for anything else that does
     not fit, an activation other than that in `settings` included, which weights do not show.
     """
-    path = find_checkpoint(Path(source))
-    content = checkpoint.load(path)
+    path, content = checkpoint.load_newest(find_checkpoints(Path(source)))
+    check_holds(content, ("model",), path)
     if settings is not None and "config" in content:
         then = parse_config(content["config"], f"the config in {path}").model
         if then.activation != settings.activation:
@@ -75,6 +77,8 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
             )
     weights: dict[str, Any] = content["model"]
     average = content.get("ema")  # missing in checkpoints of older versions
+    if average:
+        check_holds(content, ("config",), path)
     if average and parse_config(content["config"], f"the config in {path}").eval.weights != "raw":
         weights = average
     theirs = content.get("dataset", {}).get("classes")

@@ -13,8 +13,9 @@ from configs.load import parse_config
 from configs.schema import Config, DataConfig
 from train import checkpoint
 from train.assemble import build_all
+from train.content import check_holds
 from train.loop import Training
-from train.run_folder import find_checkpoint
+from train.run_folder import find_checkpoints
 from train.transfer import for_inference, without_start
 
 
@@ -51,11 +52,12 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
 
     Raises UserError for what is no checkpoint, or one of a version that did not record its data set.
     """
-    path = find_checkpoint(path)
-    content = checkpoint.load(path)
+    path, content = checkpoint.load_newest(find_checkpoints(path))
     facts: dict[str, Any] | None = content.get("dataset")
     if facts is None:
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
+    check_holds(content, ("model", "config", "position"), path)
+    _check_facts(facts, path)
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
@@ -75,6 +77,21 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
         conversion=facts.get("conversion"),
         stored_shape=tuple(facts["image_shape"]) if facts.get("image_shape") else None,
     )
+
+
+def _check_facts(facts: dict[str, Any], path: Path) -> None:
+    """Refuse what no version recorded of a data set."""
+    check_holds(facts, ("name", "classes", "mean", "std", "image_size"), path)
+    is_text = {"name": isinstance(facts["name"], str), "classes": _are(str, facts["classes"])}
+    are_numbers = {name: _are((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
+    is_size = {"image_size": type(facts["image_size"]) is int and facts["image_size"] > 0}
+    if wrong := [name for name, is_right in (is_text | are_numbers | is_size).items() if not is_right]:
+        raise UserError(f"checkpoint {path} cannot be read (its dataset's {wrong[0]!r} is {facts[wrong[0]]!r:.60}); "
+                        "take another one")  # fmt: skip
+
+
+def _are(kind: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(isinstance(value, kind) for value in values)
 
 
 def check_same_classes(trained: Trained, classes: tuple[str, ...], what: str) -> None:

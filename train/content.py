@@ -1,0 +1,113 @@
+"""What a checkpoint holds: a tree of tensors, numbers and strings; its copy in host memory; whether it is all there.
+
+Knows no file.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from train.checkpoint_file import FORMAT
+from train.loop import Training
+
+PARTS: dict[str, type] = {
+    "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
+    "sums": torch.Tensor, "position": dict, "progress": dict, "stream": dict, "config": str, "dataset": dict,
+}  # fmt: skip
+OF_TENSORS = ("model", "lookahead", "ema")
+
+
+def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
+    """Weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them.
+
+    The tensors are those that training goes on with.
+    """
+    return {
+        "format": FORMAT,
+        **_state_of(training),
+        "sums": sums,
+        "lookahead": training.lookahead.slow if training.lookahead is not None else {},
+        "ema": training.ema.state() if training.ema is not None else {},
+        "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
+        **state,
+    }
+
+
+def to_host(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with a copy of every tensor in host memory, which training does not change; waits for the device once.
+
+    Raises TypeError for what a checkpoint cannot hold.
+    """
+    copied: dict[str, Any] = _copied(content)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        tensor = tree.detach()
+        if tensor.device.type == "cpu":
+            return tensor.clone()  # strides stay
+        # torch keeps pinned memory for the next time: it is dear to get
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    if isinstance(tree, OrderedDict):  # the state of a module, which holds the versions of its parts as an attribute
+        copied = OrderedDict((key, _copied(value)) for key, value in tree.items())
+        copied.__dict__.update({key: _copied(value) for key, value in vars(tree).items()})
+        return copied
+    if isinstance(tree, dict):
+        return {_copied(key): _copied(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([_copied(value) for value in tree])
+    if tree is not None and type(tree) not in (bool, int, float, str, torch.dtype):
+        raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__}")
+    return tree
+
+
+def _state_of(training: Training) -> dict[str, Any]:
+    """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
+    return {
+        "model": training.network.state_dict(),
+        "optimizer": _portable(training.optimizer.state_dict()),
+        "scaler": training.scaler.state_dict(),
+    }
+
+
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state as a run without CUDA graphs has it, so that one made on a GPU goes on on a CPU."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    for group in groups:
+        if "capturable" in group:
+            group["capturable"] = False
+    return state | {"param_groups": groups}
+
+
+def malformed(content: dict[str, Any]) -> str | None:
+    """The first part whose form is another, among those that are there."""
+    for name, kind in PARTS.items():
+        part = content.get(name, kind())
+        if not isinstance(part, kind):
+            return name
+        if name in OF_TENSORS and not _are_tensors(part):
+            return name
+    position = content.get("position", {"epoch": 0, "step": 0})
+    if not all(type(position.get(key)) is int and position[key] >= 0 for key in ("epoch", "step")):
+        return "position"
+    return None
+
+
+def _are_tensors(part: Any) -> bool:
+    return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items())
+
+
+def check_holds(content: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Refuse a checkpoint without these of its parts, as another program or version may write it."""
+    if missing := [name for name in names if name not in content]:
+        raise UserError(f"checkpoint {path} holds no {' and no '.join(missing)}, as those of train/ddp.py do; "
+                        "take another one")  # fmt: skip

@@ -1,0 +1,65 @@
+"""Files that are whole at any instant, whatever ends the program: written beside, flushed to the disk, then renamed.
+
+Knows no contents. An OSError comes out as it is, and leaves the file of that name as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """The file of this name is the old one until what `fill` wrote is on the disk."""
+    _rename(_written_beside(path, fill), path)
+
+
+def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """`replace`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
+    stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
+    temporary, kept = _written_beside(path, fill), _beside(previous)
+    with suppress(FileNotFoundError):  # left by a run that was killed; what it is by now, `path` or `previous` is too
+        kept.unlink()
+    try:
+        kept.hardlink_to(path)
+    except OSError:  # a file system without hard links; for an instant `previous` is the only one
+        _rename(path, previous)
+        _rename(temporary, path)
+        return
+    _rename(temporary, path)
+    _rename(kept, previous)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
+    temporary = _beside(path)
+    try:
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary
+
+
+def _rename(source: Path, target: Path) -> None:
+    """On the disk when it returns, where the file system can tell."""
+    source.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that know no such thing
+            raise
+    finally:
+        os.close(folder)
