@@ -58,6 +58,9 @@ class DataConfig(Section):
     before the first stage, and where there is none, image_size and batch_size hold. Evaluation: eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
     """Where the samples live: mapped files on the host, or whole in GPU memory; auto: by size and free memory."""
+    verify: Literal["changed", "off"] = "changed"
+    """Which shards are read whole at the start and compared with their sha256: those that were changed since that was
+    last done, as a record in the user's cache says; off: none, only sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order: a global permutation per epoch, or shards in random order, shuffled within a window."""
     window_shards: int = Field(default=8, ge=1)

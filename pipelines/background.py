@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipelines.gather import Source
+from pipelines.gather import Source, filled
 
 
 def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -163,7 +163,7 @@ class _Gatherer(threading.Thread):
         draws = plan.draws(team.epoch, indices)
         labels = np.full(len(indices), -1) if team.labels is None else team.labels[indices]
         team.released[slot]()
-        images = team.source.fill(slot, indices, draws)
+        images = filled(team.source, slot, indices, draws)
         if len(batches) == 1:
             return [Prepared(images, labels, indices, draws, slot, True)]
         group = []

@@ -42,7 +42,7 @@ def build_train_loader(
     """
     aug = aug or AugConfig()
     mixing.check_mixing(data, aug.mix)
-    split = open_split(data.path, data.train_split)
+    split = open_split(data.path, data.train_split, verify=data.verify)
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
@@ -146,7 +146,7 @@ def build_eval_loader(
     Ranks may have different numbers of batches and the last one may be smaller; each iteration starts anew.
     """
     evaluation = evaluation or EvalConfig()
-    opened = open_split(data.path, split or data.val_split)
+    opened = open_split(data.path, split or data.val_split, verify=data.verify)
     where = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
     squash = evaluation.crop_mode == "squash"

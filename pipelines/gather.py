@@ -25,6 +25,7 @@ from configs.errors import UserError
 from pipelines import kernels
 from pipelines.cpu_graph import CpuGraph, Images
 from pipelines.shards import RECONVERT, Split
+from pipelines.watch import Watch
 
 HUGE_PAGE = 2**21
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
@@ -33,6 +34,8 @@ RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which r
 class Source(Protocol):
     """Fills a slot with the samples of a batch."""
 
+    watch: Watch | None = None  # over the files that are read for every batch; None: all was read at the start
+
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
         """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot."""
         ...
@@ -40,6 +43,29 @@ class Source(Protocol):
     def defects(self, indices: np.ndarray) -> list[str]:
         """Names those of the samples that cannot be decoded, where decoding is left to DALI."""
         return []
+
+    def look(self) -> None:
+        """Raise a UserError if a file that was read is known to have changed; cheap enough for every batch."""
+        if self.watch is not None:
+            self.watch.look()
+
+    def check_unchanged(self) -> None:
+        """The same, of all files as they are now."""
+        if self.watch is not None:
+            self.watch.check()
+
+
+def filled(
+    source: Source, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]
+) -> torch.Tensor | list[np.ndarray]:
+    """What `source.fill` gives, if its files are still what they were."""
+    try:
+        images = source.fill(slot, indices, draws)
+    except Exception:
+        source.check_unchanged()  # a file that was changed says more than the sample that could not be used
+        raise
+    source.look()
+    return images
 
 
 class Slots:
@@ -102,8 +128,9 @@ class HostPixels(Source):
         shape: tuple[int, int, int],
         slots: Slots,
         graph: CpuGraph | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self._content, self._begins, self._slots, self._graph = content, begins, slots, graph
+        self._content, self._begins, self._slots, self._graph, self.watch = content, begins, slots, graph, watch
         self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
@@ -124,7 +151,7 @@ class HostJpegs(Source):
     CHUNK = 2**20  # bytes of decoded pixels
 
     def __init__(self, split: Split, slots: Slots, graph: CpuGraph | None = None) -> None:
-        self._split, self._slots, self._graph = split, slots, graph
+        self._split, self._slots, self._graph, self.watch = split, slots, graph, split.watch
         self._pixels = split.heights.astype(np.int64) * split.widths * 3
         self._scratch: deque[np.ndarray] = deque()
 
@@ -216,7 +243,7 @@ class MappedFiles(Source):
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 
     def __init__(self, split: Split) -> None:
-        self._split = split
+        self._split, self.watch = split, split.watch
         self._content, self._address, self._size = split.content, split.address, split.size
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -248,6 +275,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     chunk = max(1, 2**28 // view.shape[1])
     for start in range(0, len(rows), chunk):
         pixels[start : start + chunk].copy_(mapped.index_select(0, order[start : start + chunk]))
+    split.check_unchanged()
     return pixels
 
 

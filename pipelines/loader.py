@@ -110,6 +110,10 @@ class Loader:
             raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
         self._epoch, self._step = epoch, step
 
+    def check_unchanged(self) -> None:
+        """Raise a UserError if a file that batches come from is not what it was: before anything trained is saved."""
+        self.source.check_unchanged()
+
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch that `state` stands in. Ends an iteration under way: there is one set of buffers."""
         if (running := self._running()) is not None:
@@ -169,8 +173,11 @@ class Loader:
     def _result(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         """The runner's next result, or an error that names the samples which DALI could not decode, as it cannot."""
         try:
-            return self._runner.result()
+            result = self._runner.result()
         except RuntimeError as error:
+            self.check_unchanged()
             if defects := self.source.defects(indices):
                 raise UserError(undecodable(defects)) from error
             raise
+        self.source.look()  # DALI has read encoded images only now
+        return result

@@ -54,6 +54,10 @@ class StagedLoader:
     def wait_s(self) -> float:
         return sum(loader.wait_s for loader in self.stages)
 
+    def check_unchanged(self) -> None:
+        """See `Loader`; all stages read the same files."""
+        self._current().check_unchanged()
+
     def __len__(self) -> int:
         return len(self._current())
 
