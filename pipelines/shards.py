@@ -110,7 +110,9 @@ class Split:
         """Where a sample lies, for an error message."""
         shard = int(self.shard[sample])
         offset = int(self.address[sample]) - shard * self.slot_bytes
-        return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, offset {offset})"
+        begin = int(self.address[sample]) - tar_layout.BLOCK
+        key = self.content[begin : begin + tar_layout.KEY_DIGITS].tobytes().decode("ascii", "replace")
+        return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, key {key}, offset {offset})"
 
 
 def sample_stride(size: int, labelled: bool, classes: int) -> int:
