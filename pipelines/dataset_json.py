@@ -132,7 +132,7 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
 
 def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
     for name, kind in fields.items():
-        value = entry[name]
+        value: Any = entry[name]
         if type(value) is not kind or (kind is int and not 0 <= value <= MAX_COUNT):
             raise TypeError(f"{name} is {_shown(value)}")
 

@@ -6,18 +6,17 @@ for its sha256 instead.
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from pipelines import tar_layout
 from pipelines.dataset_json import EXTENSIONS
 from pipelines.encode import MAX_PIXELS
+from pipelines.jpeg_files import CANNOT, file_of, header_defect, pillow_pixels, sides_of
 
 if TYPE_CHECKING:
     from pipelines.shards import Split
@@ -138,38 +137,22 @@ def _member(header: np.ndarray) -> str:
 
 def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None:
     """What is wrong with a stored image; `decodes`: also with what follows a JPEG's header, which takes a while."""
-    begin = int(split.address[sample])
-    content = split.content[begin : begin + int(split.size[sample])].tobytes()
-    indexed = int(split.heights[sample]), int(split.widths[sample])
+    file, sides = file_of(split, sample), sides_of(split, sample)
     if split.encoding == "npy":
         shape = split.image_shape
-        if shape is None or not content.startswith(tar_layout.npy_header(shape)):
+        if shape is None or not file.tobytes().startswith(tar_layout.npy_header(shape)):
             return "is no .npy file of the data set's shape"
-        sides = shape[:2]
-    else:
+        if shape[:2] != sides:
+            return f"has {shape[0]:,} x {shape[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
+        return None
+    if (wrong := header_defect(file, sides)) is not None:
+        return wrong
+    if decodes and sides[0] * sides[1] <= MAX_PIXELS:
         try:
-            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-                sides = image.height, image.width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return "cannot be decoded"
-    if sides != indexed:
-        return f"is {sides} pixels high and wide, indexed as {indexed}"
-    if decodes and split.encoding == "jpeg" and sides[0] * sides[1] <= MAX_PIXELS and not _can_be_decoded(content):
-        return "cannot be decoded"
+            simplejpeg.decode_jpeg(file)
+        except ValueError:
+            return CANNOT if pillow_pixels(file, sides) is None else None
     return None
-
-
-def _can_be_decoded(content: bytes) -> bool:
-    """By either of the decoders that training uses on a CPU."""
-    try:
-        simplejpeg.decode_jpeg(content)
-    except ValueError:
-        try:
-            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError):
-            return False
-    return True
 
 
 def keys_of(split: Split, chosen: np.ndarray) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pipelines.background import Plan
+from pipelines.bad_samples import BadSamples
 from pipelines.loader import Batch, Loader
 
 
@@ -49,6 +50,10 @@ class StagedLoader:
     @property
     def device(self) -> torch.device:
         return self._loaders[0].device
+
+    @property
+    def bad(self) -> BadSamples:
+        return self._loaders[0].bad  # which all of them share
 
     @property
     def wait_s(self) -> float:

@@ -103,7 +103,7 @@ class Watch:
 
     def _digest(self, number: int) -> str:
         """sha256 of what the map shows."""
-        content, digest = self._mapped(number), hashlib.sha256()
+        content, digest = memoryview(self._mapped(number)), hashlib.sha256()
         for start in range(0, len(content), CHUNK):
             digest.update(content[start : start + CHUNK])
         return "" if self._lost[number] else digest.hexdigest()

@@ -30,6 +30,7 @@ from configs.schema import (
 )
 from pipelines import build_eval_loader, build_train_loader, gather
 from pipelines.background import Buffering, Plan
+from pipelines.bad_samples import in_training
 from pipelines.loader import Batch, Loader
 from pipelines.order import window_of_shard
 from pipelines.shards import Split, open_split
@@ -369,8 +370,8 @@ class Recorder:
         assert slot not in self.reading, f"slot {slot} is overwritten while it is read"
         return torch.full((len(indices), 1, 1, 3), slot)
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
+    def defect(self, sample: int) -> str | None:
+        return None
 
     def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         self.reading.add(int(images[0, 0, 0, 0]))
@@ -382,10 +383,13 @@ class Recorder:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(threads: int) -> None:
+def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(
+    threads: int, npy_data: Path
+) -> None:
     recorder = Recorder()
     plan = Plan(60, 2, lambda epoch, step: np.arange(2 * step, 2 * step + 2))
-    loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), labels=np.arange(60), image_size=1,
+    bad = in_training(open_split(npy_data, "train"), data_of(npy_data))
+    loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), bad, labels=np.arange(60), image_size=1,
                     device=torch.device("cpu"))  # fmt: skip
     seen = []
     for count in (1, 5, 99, 2, 99, 99):

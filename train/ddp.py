@@ -23,6 +23,7 @@ from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import fingerprint, load_dataset
 from pipelines.staged import TrainLoader
 from train import checkpoint, dist
+from train.accounting import report_bad_samples
 from train.assemble import build_all, check_classes
 from train.clock import Clock
 from train.dist import Ranks
@@ -262,6 +263,8 @@ def fit(
         if config.train.schedule == "plateau":
             progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
         log.epoch(metrics)
+        if (report := report_bad_samples(train_loader)) is not None:
+            log.say(report)
         if improved:
             saving.save("best.pt")
         if is_last or (epoch + 1) % config.train.save_every_epochs == 0:

@@ -21,6 +21,7 @@ from pipelines.draws import hash64, stream
 from pipelines.loader import Batch
 from pipelines.staged import TrainLoader
 from train import dist
+from train.accounting import check_each_once
 from train.clipping import clip_gradients, clips
 from train.ema import Ema
 from train.freeze import set_training_mode
@@ -311,6 +312,7 @@ def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str
     sums = torch.zeros(4, dtype=torch.float64, device=training.device)
     for logits, labels in predictions(training, loader, tta):
         sums += loss_and_hits(logits, labels)
+    check_each_once(loader)
     loss_sum, top1, top5, count = dist.sum_over_ranks(sums).tolist()
     if int(count) != samples:
         raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
