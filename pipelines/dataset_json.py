@@ -13,6 +13,7 @@ from pipelines.conversion import how_to_convert
 
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
+RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
 MAX_BYTES = 2**25  # some 200,000 shards; what JSON grows to in memory is up to 20 times that
 MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
@@ -132,8 +133,8 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
 
 def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
     for name, kind in fields.items():
-        value: Any = entry[name]
-        if type(value) is not kind or (kind is int and not 0 <= value <= MAX_COUNT):
+        value = entry[name]
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
             raise TypeError(f"{name} is {_shown(value)}")
 
 

@@ -21,7 +21,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_PROT_NONE, _PROT_READ = 0, 1
+_PROT_READ = 1
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000
 
 
@@ -51,7 +51,8 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> Mapped:
             raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
         return result
 
-    base = map_at(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    # Zeros between the files, not forbidden: whoever prints the whole array reads its ends.
+    base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
     begins = base + np.arange(len(files), dtype=np.int64) * slot
     ends = begins - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -7,11 +7,7 @@ content in bytes, label (-1: none), height and width in pixels. `shard_writer` i
 
 from __future__ import annotations
 
-import hashlib
-import io
-import math
 import mmap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,23 +19,16 @@ from configs.notes import warn
 from pipelines import members, tar_layout, verified
 from pipelines.dataset_json import EXTENSIONS as EXTENSIONS
 from pipelines.dataset_json import FORMAT as FORMAT
-from pipelines.dataset_json import MAX_SIDE
+from pipelines.dataset_json import RECONVERT as RECONVERT
 from pipelines.dataset_json import VERSION as VERSION
 from pipelines.dataset_json import fingerprint as fingerprint
 from pipelines.dataset_json import in_source_order as in_source_order
 from pipelines.dataset_json import load_dataset as load_dataset
+from pipelines.index_file import INDEX_COLUMNS as INDEX_COLUMNS
+from pipelines.index_file import check_size, load_index
+from pipelines.index_file import sample_stride as sample_stride
 from pipelines.mapping import advise, map_files
 from pipelines.watch import Watch
-
-INDEX_COLUMNS = {
-    "shard": np.int32,
-    "offset": np.int64,
-    "size": np.int32,
-    "label": np.int32,
-    "height": np.int32,
-    "width": np.int32,
-}
-RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
 
 
 @dataclass(frozen=True)
@@ -124,12 +113,6 @@ class Split:
         self.watch.check()
 
 
-def sample_stride(size: int, labelled: bool, classes: int) -> int:
-    """Bytes from one sample to the next in a shard whose image members hold `size` bytes each."""
-    stride = tar_layout.BLOCK + tar_layout.padded(size)
-    return stride + tar_layout.BLOCK + tar_layout.padded(len(tar_layout.label_text(0, classes))) if labelled else stride
-
-
 def open_split(
     folder: str | Path,
     name: str,
@@ -150,45 +133,22 @@ def open_split(
     entry = dataset["splits"][name]
     files = tuple(folder / shard["file"] for shard in entry["shards"])
     for file, shard in zip(files, entry["shards"], strict=True):
-        _check_size(file, shard["bytes"])
-    index = _load_index(folder / entry["index"]["file"], entry)
-    sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
-    end = index["offset"] + index["size"]
-    bad = (index["offset"] < tar_layout.BLOCK) | (index["size"] < 0) | (end > sizes[index["shard"]])
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise UserError(f"{entry['index']['file']} places sample {row} outside of its shard; {RECONVERT}")
-    sides = np.stack([index["height"], index["width"]])
-    if sides.min() < 1 or sides.max() >= MAX_SIDE:
-        raise UserError(f"{entry['index']['file']} gives images sides from {sides.min()} to {sides.max()} pixels; "
-                        f"{RECONVERT}")  # fmt: skip
-    labels = None
-    if entry["labelled"]:
-        labels = index["label"].astype(np.int64)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(dataset["classes"]):
-            raise UserError(
-                f"{entry['index']['file']} holds labels from {labels.min()} to {labels.max()}, "
-                f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
-            )
+        check_size(file, shard["bytes"])
+    index = load_index(folder, dataset, name)
     unit = mmap.PAGESIZE
     if dataset["encoding"] == "npy":
-        stride = sample_stride(int(index["size"][0]), labels is not None, len(dataset["classes"]))
+        stride = sample_stride(int(index["size"][0]), entry["labelled"], len(dataset["classes"]))
         unit = int(np.lcm(stride, unit))
-        shape = dataset["image_shape"]
-        size = len(tar_layout.npy_header(shape)) + math.prod(shape)
-        if (index["size"] != size).any() or ((index["offset"] - tar_layout.BLOCK) % stride).any():
-            raise UserError(
-                f"{entry['index']['file']} does not place images of the shape {shape} that dataset.json gives "
-                f"at the constant stride of npy shards; {RECONVERT}"
-            )
+    sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
     slot = -(-int(sizes.max()) // unit) * unit
     contents = verified.contents_of(folder, dataset, name) if verify == "changed" else None
     content, lost, stamps = map_files(files, sizes.tolist(), slot)
     expected = [shard["sha256"] for shard in entry["shards"]]
+    digests = expected if contents is None else [found.sha256 for found in contents]
     split = Split(
         dataset=dataset,
         name=name,
-        labels=labels,
+        labels=index["label"].astype(np.int64) if entry["labelled"] else None,
         shard=index["shard"],
         files=files,
         heights=index["height"],
@@ -200,17 +160,17 @@ def open_split(
         watch=Watch(
             name,
             files,
-            expected if contents is None else [found.sha256 for found in contents],
-            stamps if contents is None else [found.stamp for found in contents],
+            digests,
+            stamps,
             lost,
             lambda number: content[number * slot : number * slot + int(sizes[number])],
         ),
     )
-    if contents is not None:
-        for number, found in enumerate(contents):
-            if found.sha256 != expected[number]:
-                _refuse(split, number, found.sha256, tolerates_content)
-    split.check_unchanged()  # since it was verified, and while it was mapped
+    for number, (file, stamp) in enumerate(zip(files, stamps, strict=True)):
+        if contents is not None and stamp.of_content != contents[number].stamp.of_content:
+            raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
+        if digests[number] != expected[number]:
+            _refuse(split, number, digests[number], tolerates_content)
     return split
 
 
@@ -222,33 +182,3 @@ def _refuse(split: Split, number: int, sha256: str, tolerates_content: bool) -> 
     if not (tolerates_content and damage.in_content_only and split.encoding == "jpeg"):
         raise UserError(f"{named}; {RECONVERT}")
     warn(f"{named}; the samples that can be decoded are used")
-
-
-def _check_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
-    if file.stat().st_size != expected:
-        raise UserError(
-            f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}"
-        )
-
-
-def _load_index(file: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-    _check_size(file, entry["index"]["bytes"])
-    content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
-        raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            index = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} cannot be read ({error}); {RECONVERT}") from None
-    lengths = {name: len(column) for name, column in index.items()}
-    if set(lengths.values()) != {entry["samples"]}:
-        raise UserError(f"{file} has {lengths} rows where dataset.json says {entry['samples']}; {RECONVERT}")
-    if entry["samples"] == 0:
-        raise UserError(f"{file} lists no samples; {RECONVERT}")
-    expected = [shard["samples"] for shard in entry["shards"]]
-    if index["shard"].min() < 0 or np.bincount(index["shard"], minlength=len(expected)).tolist() != expected:
-        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {RECONVERT}")
-    return index

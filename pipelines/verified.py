@@ -46,6 +46,11 @@ class Stamp(NamedTuple):
     def of(cls, status: os.stat_result) -> Stamp:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
+    @property
+    def of_content(self) -> tuple[int, int, int]:
+        """Without what also changes with a file's name, links or permissions."""
+        return self[:3]
+
 
 class Content(NamedTuple):
     """What a file held when it had this stamp."""

@@ -36,7 +36,7 @@ class Watch:
     ) -> None:
         """stamps, sha256: of what the files hold; lost: see `mapping.Mapped`; mapped(number): a file's bytes, uint8."""
         self._split, self._files, self._sha256, self._mapped = split, files, sha256, mapped
-        self._known: list[tuple[int, int, int] | None] = [stamp[:3] for stamp in stamps]  # None: it is gone
+        self._known: list[tuple[int, int, int] | None] = [stamp.of_content for stamp in stamps]  # None: it is gone
         self._lost = lost
         self._lock = threading.Lock()
         self._next = time.monotonic() + EVERY_S
@@ -88,7 +88,7 @@ class Watch:
                     self._known[number] = None
                     self._goes_on(file, f"cannot be found any more ({error.strerror})")
                 continue
-            found = status.st_ino, status.st_size, status.st_mtime_ns
+            found = Stamp.of(status).of_content
             if found == known:
                 continue
             if known is None or found[0] != known[0]:
@@ -103,7 +103,7 @@ class Watch:
 
     def _digest(self, number: int) -> str:
         """sha256 of what the map shows."""
-        content, digest = memoryview(self._mapped(number)), hashlib.sha256()
+        content, digest = self._mapped(number).data, hashlib.sha256()
         for start in range(0, len(content), CHUNK):
             digest.update(content[start : start + CHUNK])
         return "" if self._lost[number] else digest.hexdigest()

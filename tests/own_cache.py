@@ -1,4 +1,4 @@
-"""Importing it gives the tests, and the processes that they start, a user's cache of their own: theirs is left alone."""
+"""Importing it gives the tests, and the processes that they start, a user's cache of their own, not the real one."""
 
 from __future__ import annotations
 
