@@ -359,7 +359,7 @@ def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
     assert waited[0] > 0
 
 
-class Recorder:
+class Recorder(gather.Source):
     """Source and runner of an imaginary GPU that reads a slot until it says so; complains of slots filled earlier."""
 
     def __init__(self) -> None:
