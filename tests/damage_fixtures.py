@@ -57,28 +57,32 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damage(folder: Path, sample: int, change: Callable[[bytes], bytes], split: str = "train") -> str:
-    """Change a stored JPEG's bytes, not their number; returns how errors describe the sample."""
-    opened = open_split(folder, split)
+    """Change a stored JPEG's bytes, not their number, as if the source had been so; returns how errors describe it."""
+    opened = open_split(folder, split, verify="off")
     begin, size = int(opened.address[sample]), int(opened.size[sample])
     content = change(opened.content[begin : begin + size].tobytes())
     assert len(content) == size
     with opened.files[opened.shard[sample]].open("r+b") as file:
         file.seek(begin - int(opened.shard[sample]) * opened.slot_bytes)
         file.write(content)
+    adopt(folder)
     return opened.describe(sample)
 
 
-def damage_in_turn(folder: Path, samples: Collection[int]) -> list[str]:
-    """Each sample in another of the ways of DAMAGE, as if the source had been so; returns their descriptions."""
-    ways = list(DAMAGE.values())
-    found = [damage(folder, sample, ways[number % len(ways)]) for number, sample in enumerate(samples)]
+def adopt(folder: Path) -> None:
+    """Make dataset.json agree with the shards as they are."""
     path = folder / "dataset.json"
     dataset = json.loads(path.read_text())
     for split in dataset["splits"].values():
         for shard in split["shards"]:
             shard["sha256"] = hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
     path.write_text(json.dumps(dataset))
-    return found
+
+
+def damage_in_turn(folder: Path, samples: Collection[int]) -> list[str]:
+    """Each sample in another of the ways of DAMAGE; returns their descriptions."""
+    ways = list(DAMAGE.values())
+    return [damage(folder, sample, ways[number % len(ways)]) for number, sample in enumerate(samples)]
 
 
 def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
