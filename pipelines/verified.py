@@ -260,9 +260,10 @@ def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> C
             age = time.time_ns() - before.changed_ns
             if 0 <= age < SETTLED_NS:
                 time.sleep((SETTLED_NS - age) / 1e9)
-            digest = hashlib.sha256()
-            while size := opened.readinto(buffer):
+            digest, left = hashlib.sha256(), before.bytes  # and no more, of a file that grows all the time
+            while left and (size := opened.readinto(buffer[: min(left, CHUNK)])):
                 digest.update(buffer[:size])
+                left -= size
                 count(size)
             if before == Stamp.of(os.fstat(opened.fileno())):
                 return Content(before, digest.hexdigest())
