@@ -1,4 +1,4 @@
-"""Remarks to the user that are no errors: one line each on stderr, said once and by one of all ranks."""
+"""Remarks to the user that are no errors: one line each on stderr, said once and, but for some, by one of all ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 
 @functools.cache  # the same words a second time say nothing new: a sweep loads its file for every point
-def warn(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def warn(text: str, *, on_any_rank: bool = False) -> None:
+    """on_any_rank: of something that the other ranks may not have met."""
+    if on_any_rank or os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)

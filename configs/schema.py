@@ -58,6 +58,9 @@ class DataConfig(Section):
     before the first stage, and where there is none, image_size and batch_size hold. Evaluation: eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
     """Where the samples live: mapped files on the host, or whole in GPU memory; auto: by size and free memory."""
+    verify: Literal["changed", "off"] = "changed"
+    """Which shards are read whole at the start and compared with their sha256: those that were changed since that was
+    last done, as a record in the user's cache says; off: none, only sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order: a global permutation per epoch, or shards in random order, shuffled within a window."""
     window_shards: int = Field(default=8, ge=1)
@@ -68,6 +71,11 @@ class DataConfig(Section):
     """CPU threads per rank for images; null: the cores of this process divided by the ranks on this machine."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder; 0: the same decoder on every GPU."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What a JPEG that cannot be decoded does in training: it ends the run, or the next sample in stored order takes
+    its place in every epoch (skip). An evaluation always ends, since it counts every sample exactly once."""
+    max_bad_samples: int = Field(default=16, ge=1)
+    """Most samples that on_bad_sample skip replaces; one more ends the run."""
     train_split: str = Field(default="train", min_length=1)
     """Split to train on."""
     val_split: str = Field(default="val", min_length=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,17 +16,17 @@ from configs.errors import UserError
 from configs.schema import DataConfig
 from pipelines import cpu_graph, graph
 from pipelines.background import Buffering, Plan
+from pipelines.bad_samples import BadSamples
 from pipelines.gather import (
     DevicePixels,
-    HostJpegs,
     HostPixels,
-    MappedFiles,
     Slots,
     Source,
     resident_fits,
 )
+from pipelines.jpegs import HostJpegs, MappedFiles
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
-from pipelines.runner import GraphRunner, PlainRunner, Runner
+from pipelines.runner import GraphRunner, PlainRunner, Runner, runs_on
 from pipelines.shards import Split
 
 MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
@@ -69,6 +70,7 @@ def assemble(
     way: Way,
     pixels: Callable[[], torch.Tensor],
     ranks: int,
+    bad: BadSamples,
 ) -> Loader:
     """The loader of a plan. pixels: of a split that is resident, see `load_resident`."""
     on_gpu = device.type == "cuda"
@@ -79,26 +81,35 @@ def assemble(
     else:
         gatherers = min(MAX_COPIERS, threads) if way.by_dali or way.untouched else threads
     buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
+    stored = graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
+    machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-        source = _source(
-            split, graphs, way, pixels, gathered, plan.batch_size * buffering.group, buffering.slots, device
-        )
+        if way.by_dali and split.encoding != "npy":
+            source: Source = _mapped_files(split, data, stored, machine)
+        else:
+            slot_size = plan.batch_size * buffering.group
+            source = _source(split, graphs, way, pixels, gathered, slot_size, buffering.slots, device)
     runner: Runner = PlainRunner(device, stream)
     if way.by_dali:
-        stored = graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
-        machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
-        runner = GraphRunner(graphs.dali(stored, machine), device, stream)
+        runner = GraphRunner(lambda: graphs.dali(stored, machine), device, stream)
     return Loader(
         plan,
         source,
         runner,
         buffering,
+        bad,
         labels=split.labels,
         image_size=size,
         device=device,
         gather_stream=stream,
     )
+
+
+def _mapped_files(split: Split, data: DataConfig, stored: graph.Stored, machine: graph.Machine) -> MappedFiles:
+    alone = replace(machine, batch_size=1)
+    decodes = partial(runs_on, build=lambda: graph.decoding_graph(stored, alone))
+    return MappedFiles(split, decodes, checks_headers=data.on_bad_sample == "skip")
 
 
 def _source(
@@ -111,7 +122,7 @@ def _source(
     count: int,
     device: torch.device,
 ) -> Source:
-    """Where batches come from: `count` slots of `slot_size` images of the shape `gathered`."""
+    """Where pixels come from: `count` slots of `slot_size` images of the shape `gathered`."""
     on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
     if raw and way.resident and on_gpu:
         if way.by_dali or way.untouched:
@@ -120,8 +131,6 @@ def _source(
 
         padding_mode = "reflect" if graphs.reflects else "black"
         return DeviceAugment(pixels(), shape, gathered[0], slot_size, count, padding_mode)
-    if way.by_dali and not raw:
-        return MappedFiles(split)
     handed_out = not way.by_dali and not on_gpu
     slots = Slots(count, slot_size, gathered, pinned=on_gpu, handed_out=handed_out)
     done = None if way.by_dali else graphs.cpu
@@ -130,7 +139,7 @@ def _source(
     if way.resident:
         content = pixels().numpy().reshape(-1)
         return HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
-    return HostPixels(split.content, split.pixel_begins(), shape, slots, done)
+    return HostPixels(split.content, split.pixel_begins(), shape, slots, done, split.watch)
 
 
 def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:

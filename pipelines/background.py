@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipelines.gather import Source
+from pipelines.bad_samples import BadSamples, Undecodable
+from pipelines.gather import Source, filled
+from pipelines.tally import NOTHING, Tally, tally_of
 
 
 def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -60,6 +62,7 @@ class Prepared(NamedTuple):
     draws: dict[str, np.ndarray]
     slot: int
     is_last: bool  # of its slot, which is free again once the consumer has let go of this batch
+    tally: Tally  # of its samples, in evaluation
 
 
 class Team:
@@ -72,13 +75,14 @@ class Team:
         labels: np.ndarray | None,
         buffering: Buffering,
         released: list[Callable[[], None]],
+        bad: BadSamples,
         *,
         epoch: int,
         first: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
         """released: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
-        self.plan, self.source, self.labels, self.released = plan, source, labels, released
+        self.plan, self.source, self.labels, self.released, self.bad = plan, source, labels, released, bad
         self.epoch, self.stream, self.is_stopping = epoch, stream, False
         groups = _groups(first, plan.steps, buffering.group, ramp=buffering.threads)
         count = buffering.threads
@@ -108,6 +112,27 @@ class Team:
     def give(self, slot: int) -> None:
         """The slot may be filled again, once `released` says so."""
         self._threads[slot // self._share].free.put(slot)
+
+    def gathered(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Fill a slot with samples, int64 [N], or with those that stand in for bad ones.
+
+        Returns:
+            images, labels int64 [N], who they are int64 [N], and draws: a substitute brings its own.
+        """
+        while True:
+            indices = self.bad.replaced(wanted)
+            draws = self.plan.draws(self.epoch, indices)
+            labels = np.full(len(indices), -1) if self.labels is None else self.labels[indices]
+            self.released[slot]()
+            try:
+                return filled(self.source, slot, indices, draws), labels, indices, draws
+            except Undecodable as found:
+                self.bad.add(found.defects, self.source.defect)
+
+    def gathered_again(self, prepared: Prepared) -> Prepared:
+        """A batch with substitutes for the samples that have turned out to be bad since."""
+        images, labels, indices, draws = self.gathered(prepared.slot, prepared.indices)
+        return prepared._replace(images=images, labels=labels, indices=indices, draws=draws)
 
     def stop(self) -> None:
         self.is_stopping = True
@@ -157,19 +182,19 @@ class _Gatherer(threading.Thread):
             self.ready.put(error)
 
     def _gathered(self, steps: range, slot: int) -> list[Prepared]:
-        team, plan = self._team, self._team.plan
-        batches = [plan.indices(team.epoch, step) for step in steps]
-        indices = batches[0] if len(batches) == 1 else np.concatenate(batches)
-        draws = plan.draws(team.epoch, indices)
-        labels = np.full(len(indices), -1) if team.labels is None else team.labels[indices]
-        team.released[slot]()
-        images = team.source.fill(slot, indices, draws)
+        """A group of batches, last first."""
+        plan = self._team.plan
+        batches = [plan.indices(self._team.epoch, step) for step in steps]
+        wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)
+        images, labels, indices, draws = self._team.gathered(slot, wanted)
+
+        tally = tally_of if plan.repeats else lambda _: NOTHING
         if len(batches) == 1:
-            return [Prepared(images, labels, indices, draws, slot, True)]
+            return [Prepared(images, labels, indices, draws, slot, True, tally(indices))]
         group = []
         for number, batch in enumerate(batches):
             piece = slice(number * plan.batch_size, number * plan.batch_size + len(batch))
             drawn = {name: values[piece] for name, values in draws.items()}
-            is_last = number + 1 == len(batches)
-            group.append(Prepared(images[piece], labels[piece], batch, drawn, slot, is_last))
+            is_last, samples = number + 1 == len(batches), indices[piece]
+            group.append(Prepared(images[piece], labels[piece], samples, drawn, slot, is_last, tally(samples)))
         return group[::-1]

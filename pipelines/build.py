@@ -12,7 +12,7 @@ from nvidia.dali.pipeline import Pipeline
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from configs.stages import section_at, stage_begins
-from pipelines import cpu_graph, graph, mixing, order, policies
+from pipelines import bad_samples, cpu_graph, graph, mixing, order, policies
 from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
 from pipelines.background import Plan
 from pipelines.gather import load_resident
@@ -42,12 +42,14 @@ def build_train_loader(
     """
     aug = aug or AugConfig()
     mixing.check_mixing(data, aug.mix)
-    split = open_split(data.path, data.train_split)
+    skips = data.on_bad_sample == "skip"
+    split = open_split(data.path, data.train_split, verify=data.verify, tolerates_content=skips)
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
     programs = policies.programs_of(aug, tuple(split.dataset["mean"]))
     order_of = TrainOrder(data, split, seed)
+    bad = bad_samples.in_training(split, data)
 
     def mix(epoch: int, step: int, samples: int, size: int) -> np.ndarray:
         return mixing.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
@@ -88,7 +90,8 @@ def build_train_loader(
         drawn = Drawn(aug, split, programs, seed, size, way.by_dali)
         mixes = mix if mixing.is_on(aug.mix) else None
         plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of, mix=mixes)
-        return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size)
+        return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size,
+                        bad)  # fmt: skip
 
     if not data.stages:
         return build(data)
@@ -140,13 +143,16 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     local_world_size: int | None = None,
+    replaces: bool = False,
 ) -> Loader:
     """A loader of `split` (None: data.val_split) in stored order: this rank's contiguous piece, every sample once.
 
-    Ranks may have different numbers of batches and the last one may be smaller; each iteration starts anew.
+    Ranks may have different numbers of batches and the last one may be smaller; each iteration starts anew. replaces:
+    data.on_bad_sample holds, which it does not where samples are counted.
     """
     evaluation = evaluation or EvalConfig()
-    opened = open_split(data.path, split or data.val_split)
+    skips = replaces and data.on_bad_sample == "skip"
+    opened = open_split(data.path, split or data.val_split, verify=data.verify, tolerates_content=skips)
     where = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
     squash = evaluation.crop_mode == "squash"
@@ -169,7 +175,8 @@ def build_eval_loader(
     graphs = Graphs(dali_graph, on_cpu)
     way = choose_way(placed_on_device(data, opened, where), opened, where, graphs)
     ranks = local_world_size or world_size
-    return assemble(opened, data, plan, size, where, graphs, way, lambda: load_resident(opened, where), ranks)
+    bad = bad_samples.in_training(opened, data) if replaces else bad_samples.in_evaluation(opened, data)
+    return assemble(opened, data, plan, size, where, graphs, way, lambda: load_resident(opened, where), ranks, bad)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import cfunc, njit
 
 SOURCES = ("*kernels.py", "vector_*.py", "ops.py")  # files beside this one whose code or constants kernels hold
 
@@ -27,6 +27,18 @@ def kernel(function: Callable[..., Any]) -> Any:
         return compiled
     except (RuntimeError, AttributeError):  # no folder for compiled code, or a Numba that keeps it in another way
         return njit(**options)(function)
+
+
+def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile what C code calls, at once; `address` of the result is a function pointer. It may call no kernel."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        try:
+            return cfunc(signature, cache=True)(function)
+        except RuntimeError:  # no folder for compiled code
+            return cfunc(signature)(function)
+
+    return compile_
 
 
 @lru_cache(maxsize=1)

@@ -1,30 +1,25 @@
-"""Where the bytes of a batch come from: mapped files, or the whole split in memory. Knows indices, not order or draws.
+"""Where the pixels of a batch come from: mapped files, or the whole split in memory. Knows indices, not order or draws.
 
 Each source fills one of a few slots, buffers that are reused: fresh memory for every batch would cost more in page
-faults than the copy itself. `fill` runs in the loader's background thread.
+faults than the copy itself. `fill` runs in the loader's background thread. Those of JPEG files are in `jpegs`.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import mmap
 import sys
-from collections import deque
 from contextlib import suppress
-from itertools import pairwise
 from threading import Lock
 from typing import Protocol
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image
 
-from configs.errors import UserError
 from pipelines import kernels
 from pipelines.cpu_graph import CpuGraph, Images
-from pipelines.shards import RECONVERT, Split
+from pipelines.shards import Split
+from pipelines.watch import Watch
 
 HUGE_PAGE = 2**21
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
@@ -33,13 +28,42 @@ RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which r
 class Source(Protocol):
     """Fills a slot with the samples of a batch."""
 
+    watch: Watch | None = None  # over the files that are read for every batch; None: all was read at the start
+
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot."""
+        """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot.
+
+        Raises:
+            Undecodable: for samples of which it can say so, where decoding is not left to DALI.
+        """
         ...
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        """Names those of the samples that cannot be decoded, where decoding is left to DALI."""
-        return []
+    def defect(self, sample: int) -> str | None:
+        """What is wrong with a sample that cannot be decoded, however that comes out; None for one that can."""
+        return None
+
+    def look(self) -> None:
+        """Raise a UserError if a file that was read is known to have changed; cheap enough for every batch."""
+        if self.watch is not None:
+            self.watch.look()
+
+    def check_unchanged(self) -> None:
+        """The same, of all files as they are now."""
+        if self.watch is not None:
+            self.watch.check()
+
+
+def filled(
+    source: Source, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]
+) -> torch.Tensor | list[np.ndarray]:
+    """What `source.fill` gives, if its files are still what they were."""
+    try:
+        images = source.fill(slot, indices, draws)
+    except Exception:
+        source.check_unchanged()  # a file that was changed says more than the sample that could not be used
+        raise
+    source.look()
+    return images
 
 
 class Slots:
@@ -102,8 +126,9 @@ class HostPixels(Source):
         shape: tuple[int, int, int],
         slots: Slots,
         graph: CpuGraph | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self._content, self._begins, self._slots, self._graph = content, begins, slots, graph
+        self._content, self._begins, self._slots, self._graph, self.watch = content, begins, slots, graph, watch
         self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
@@ -116,86 +141,6 @@ class HostPixels(Source):
             sides = self._heights[:count], self._widths[:count]
             self._graph(Images(self._content, self._begins[indices], *sides), draws, out)
         return torch.from_numpy(out)
-
-
-class HostJpegs(Source):
-    """jpeg shards, decoded on the CPU into memory that stays in the cache, and from there through a graph."""
-
-    CHUNK = 2**20  # bytes of decoded pixels
-
-    def __init__(self, split: Split, slots: Slots, graph: CpuGraph | None = None) -> None:
-        self._split, self._slots, self._graph = split, slots, graph
-        self._pixels = split.heights.astype(np.int64) * split.widths * 3
-        self._scratch: deque[np.ndarray] = deque()
-
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """uint8 [B, H, W, 3]"""
-        out = self._slots(slot, len(indices))
-        sizes = self._pixels[indices]
-        if self._graph is None:
-            self._decode(indices, sizes, out.reshape(-1))
-            return torch.from_numpy(out)
-        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # samples of one piece are decoded together
-        bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
-        scratch = self._taken(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
-        for start, stop in pairwise(bounds):
-            some = indices[start:stop]
-            begins = self._decode(some, sizes[start:stop], scratch)
-            shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
-            drawn = {name: values[start:stop] for name, values in draws.items()}
-            self._graph(Images(scratch, begins, *shapes), drawn, out[start:stop])
-        self._scratch.append(scratch)
-        return torch.from_numpy(out)
-
-    def _taken(self, size: int) -> np.ndarray:
-        """Memory of at least `size` bytes that no other thread uses."""
-        try:
-            scratch = self._scratch.pop()
-        except IndexError:
-            scratch = np.empty(0, np.uint8)
-        return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
-
-    def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Write the images one after another into pixels (uint8, flat); returns where each begins.
-
-        sizes: of the decoded images, bytes. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels.
-        """
-        split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
-        begins = np.cumsum(sizes) - sizes
-        columns = indices, split.address[indices], split.size[indices], begins, sizes
-        shapes = zip(split.heights[indices].tolist(), split.widths[indices].tolist(), strict=True)
-        rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
-        for index, address, length, begin, size, (height, width) in rows:  # small images feel every operation here
-            target = pixels[begin : begin + size]
-            try:
-                decoded = decode(content[address : address + length], buffer=target)
-            except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
-                decoded = self._decoded_by_pillow(index)
-                if decoded.size == size:
-                    target[:] = decoded.reshape(-1)
-            if decoded.shape[:2] != (height, width):
-                raise UserError(
-                    f"{split.describe(index)} has {decoded.shape[0]} x {decoded.shape[1]} pixels where the index says "
-                    f"{height} x {width}; {RECONVERT}"
-                )
-        return begins
-
-    def _decoded_by_pillow(self, index: int) -> np.ndarray:
-        split = self._split
-        begin, length = int(split.address[index]), int(split.size[index])
-        try:
-            with Image.open(io.BytesIO(split.content[begin : begin + length].tobytes())) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(undecodable([split.describe(index)])) from None
-
-
-def undecodable(samples: list[str]) -> str:
-    """What is wrong and how to mend it, for samples that a decoder refused."""
-    return (
-        f"{', '.join(samples)} cannot be decoded: the data set is damaged; run `tools/convert.py verify` on it and "
-        "convert the source again"
-    )
 
 
 class DevicePixels(Source):
@@ -212,30 +157,6 @@ class DevicePixels(Source):
         return out.view(len(indices), *self._shape)
 
 
-class MappedFiles(Source):
-    """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._content, self._address, self._size = split.content, split.address, split.size
-
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """B arrays uint8 [bytes]."""
-        begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
-        return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
-
-    def defects(self, indices: np.ndarray) -> list[str]:
-        """Pillow decodes them one by one, which only an error that has already happened can afford."""
-        names = []
-        for index, content in zip(indices.tolist(), self.fill(0, indices, {}), strict=True):
-            try:
-                with Image.open(io.BytesIO(content.tobytes())) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError):
-                names.append(self._split.describe(index))
-        return names
-
-
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     """All images of an npy split in the device's memory: uint8 [samples, H * W * 3]."""
     view, rows = split.pixel_rows()
@@ -248,6 +169,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     chunk = max(1, 2**28 // view.shape[1])
     for start in range(0, len(rows), chunk):
         pixels[start : start + chunk].copy_(mapped.index_select(0, order[start : start + chunk]))
+    split.check_unchanged()
     return pixels
 
 

@@ -120,6 +120,11 @@ def eval_graph(
     return _pipeline(machine, define)
 
 
+def decoding_graph(stored: Stored, machine: Machine) -> Pipeline:
+    """Input `images`, decoded as training and evaluation do it, and nothing else."""
+    return _pipeline(machine, lambda: _decoded(stored, machine))
+
+
 def _pipeline(machine: Machine, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
     """chooses: operators depend on the sample; DALI then translates the Python code first, which takes a second."""
     # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.

@@ -246,8 +246,9 @@ def _filter(start: float, end: float, reach: int, antialias: bool, index: np.nda
 
 def compile_all() -> None:
     """Call every kernel once on one black pixel, with the types that the loader passes."""
-    from pipelines import program_kernels
+    from pipelines import bus_guard_kernels, program_kernels
 
+    assert bus_guard_kernels.handler.address  # which importing compiles
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
     begins = sides = np.zeros(1, np.int64)
     offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)

@@ -20,8 +20,11 @@ import torch
 
 from configs.errors import UserError
 from pipelines.background import Buffering, Plan, Prepared, Team
-from pipelines.gather import Source, undecodable
-from pipelines.runner import Runner, nothing_to_wait_for
+from pipelines.bad_samples import BadSamples
+from pipelines.gather import Source
+from pipelines.runner import Result, Runner, nothing_to_wait_for
+from pipelines.shards import Split
+from pipelines.tally import NOTHING, Tally
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
 HANDED_OUT = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
@@ -65,6 +68,7 @@ class Loader:
         source: Source,
         runner: Runner,
         buffering: Buffering,
+        bad: BadSamples,
         *,
         labels: np.ndarray | None,
         image_size: int,
@@ -75,7 +79,9 @@ class Loader:
         self.image_size = image_size  # height and width of the images it gives, pixels
         self.device = device
         self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
+        self.tally: Tally = NOTHING  # in evaluation, what the last iteration has handed over
         self.source = source
+        self.bad = bad
         self.labels = labels  # int64 [samples of the split]; None where it has none
         self.buffering = buffering
         self.gather_stream = gather_stream
@@ -99,6 +105,10 @@ class Loader:
         return (self,)
 
     @property
+    def split(self) -> Split:
+        return self.bad.split
+
+    @property
     def state(self) -> dict[str, int]:
         """Where the next batch comes from: {"epoch": …, "step": …}, counting batches that were handed over."""
         return {"epoch": self._epoch, "step": self._step}
@@ -109,6 +119,10 @@ class Loader:
         if epoch < 0 or not 0 <= step < max(len(self), 1):
             raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
         self._epoch, self._step = epoch, step
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError if a file that batches come from is not what it was: before anything trained is saved."""
+        self.source.check_unchanged()
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch that `state` stands in. Ends an iteration under way: there is one set of buffers."""
@@ -122,9 +136,10 @@ class Loader:
     def _iterate(self) -> Generator[Batch]:
         if self.plan.repeats:
             self._epoch = self._step = 0
+            self.tally = NOTHING
         remaining = len(self) - self._step
-        team = Team(self.plan, self.source, self.labels, self.buffering, self.released, epoch=self._epoch,
-                    first=self._step, stream=self.gather_stream)  # fmt: skip
+        team = Team(self.plan, self.source, self.labels, self.buffering, self.released, self.bad,
+                    epoch=self._epoch, first=self._step, stream=self.gather_stream)  # fmt: skip
         submitted: deque[Prepared] = deque()
         handed: deque[Prepared] = deque()
         try:
@@ -134,14 +149,14 @@ class Loader:
                     prepared = team.take(block=not submitted)
                     if prepared is None:
                         break
-                    self._runner.submit(prepared.images, prepared.labels, prepared.draws)
-                    submitted.append(prepared)
-                prepared = submitted.popleft()
-                images, labels, self.released[prepared.slot] = self._result(prepared.indices)
+                    self._submit(prepared, submitted)
+                prepared, (images, labels, self.released[prepared.slot]) = self._result(submitted, team)
                 handed.append(prepared._replace(images=None))  # else the slot would seem to be held by the user
                 if len(handed) > HANDED_OUT and (oldest := handed.popleft()).is_last:
                     team.give(oldest.slot)
                 batch = self._batch(images, labels)
+                if self.plan.repeats:
+                    self.tally += prepared.tally
                 remaining -= 1
                 self._step += 1
                 if self._step == len(self):
@@ -166,11 +181,38 @@ class Loader:
             table = table.pin_memory().to(self.device, non_blocking=True)
         return MixedBatch(*batch, table)
 
-    def _result(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        """The runner's next result, or an error that names the samples which DALI could not decode, as it cannot."""
-        try:
-            return self._runner.result()
-        except RuntimeError as error:
-            if defects := self.source.defects(indices):
-                raise UserError(undecodable(defects)) from error
-            raise
+    def _submit(self, prepared: Prepared, submitted: deque[Prepared]) -> None:
+        self._runner.submit(prepared.images, prepared.labels, prepared.draws)
+        submitted.append(prepared)
+
+    def _result(self, submitted: deque[Prepared], team: Team) -> tuple[Prepared, Result]:
+        """The oldest of the batches under way, and what became of it.
+
+        DALI's error names no sample: those that it could not decode are looked for, and all that was under way is run
+        again with substitutes; where none is allowed, the error names them.
+        """
+        while True:
+            prepared = submitted.popleft()
+            try:
+                result = self._runner.result()
+                self.source.look()  # DALI has read encoded images only now
+                return prepared, result
+            except RuntimeError as error:
+                self.check_unchanged()  # a file that was changed says more than the sample that could not be used
+                under_way = [prepared, *submitted]
+                defects = next(filter(None, map(self._defects, under_way)), None)  # the first batch's, as a rule
+                if defects is None:
+                    raise
+                try:
+                    self.bad.add(defects, self.source.defect)
+                except UserError as refusal:
+                    raise refusal from error
+            self._runner.restart()
+            submitted.clear()
+            for one in under_way:
+                self._submit(team.gathered_again(one), submitted)
+
+    def _defects(self, prepared: Prepared) -> dict[int, str]:
+        """What is wrong with samples of a batch; decodes them one by one, which only an error can afford."""
+        found = ((sample, self.source.defect(sample)) for sample in prepared.indices.tolist())
+        return {sample: wrong for sample, wrong in found if wrong is not None}

@@ -11,22 +11,30 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
+# images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten
+Result = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
+
 
 class Runner(Protocol):
     """Turns gathered bytes into batches on the device; first in, first out."""
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-        """images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten."""
+    def result(self) -> Result: ...
+
+    def restart(self) -> None:
+        """Forget what was submitted, after an error."""
         ...
 
 
 class GraphRunner:
     """Runs a DALI graph; tensors are handed over without a copy."""
 
-    def __init__(self, pipeline: Pipeline, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self, build: Callable[[], Pipeline], device: torch.device, gather_stream: torch.cuda.Stream | None
+    ) -> None:
+        self._build = build
+        self._pipeline = build()
         self._device = device
         self._gather_stream = gather_stream
         self._labels: deque[torch.Tensor] = deque()
@@ -44,7 +52,7 @@ class GraphRunner:
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    def result(self) -> Result:
         labels = self._labels.popleft()
         if self._device.type != "cuda":
             (images,) = self._pipeline.outputs()
@@ -53,6 +61,24 @@ class GraphRunner:
         (images,) = self._pipeline.outputs(cuda_stream=stream)
         labels = labels.pin_memory().to(self._device, non_blocking=True)
         return torch.from_dlpack(images.as_tensor()), labels, _event(stream).synchronize
+
+    def restart(self) -> None:
+        """With a graph built anew: whether one survives an error is up to the operator that failed."""
+        del self._pipeline  # first, since both may not fit into a GPU's memory
+        self._pipeline = self._build()
+        self._labels.clear()
+
+
+def runs_on(file: np.ndarray, build: Callable[[], Pipeline]) -> bool:
+    """Whether a graph whose one input is `images` takes this file, uint8 [bytes], as a batch of its own."""
+    pipeline = build()
+    pipeline.feed_input("images", [file])
+    pipeline.schedule_run()
+    try:
+        pipeline.outputs()
+    except RuntimeError:
+        return False
+    return True
 
 
 class PlainRunner:
@@ -79,7 +105,7 @@ class PlainRunner:
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
         self._ready.append((on_device, labels_on_device, _event(self._copy_stream)))
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    def result(self) -> Result:
         images, labels, copied = self._ready.popleft()
         if copied is None:
             return images, labels, nothing_to_wait_for
@@ -88,6 +114,9 @@ class PlainRunner:
         for tensor in (images, labels):
             tensor.record_stream(current)  # their memory came from the copying stream, which must not reuse it early
         return images, labels, copied.synchronize  # the slot was read when the copy ended, however long the batch lives
+
+    def restart(self) -> None:
+        self._ready.clear()
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.errors import UserError
-from pipelines import shards, tar_layout
+from pipelines import shards, tar_layout, verified
 from pipelines.encode import Defect, Encoded, Encoding, encode
 from pipelines.source import Options, Source, SplitSource
 from pipelines.spool import Plan, Worker, commit, gather, load, scatter
@@ -87,6 +87,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
         commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
         shutil.rmtree(spool)
+    verified.remember(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return json.loads(json.dumps(dataset))
 
 
@@ -215,6 +216,7 @@ class _Written:
     sums: np.ndarray  # int64 [2, 3], see Encoded
     pixels: int
     shapes: set[tuple[int, int]]
+    fresh: dict[str, str]  # sha256 of the shards that this process has written, by file name
 
 
 def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
@@ -281,10 +283,11 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
             for shard, table in enumerate(written)
         ],
     }
+    fresh = {plan.shard_file(shard).name: str(written[shard]["sha256"]) for shard in missing}
     heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
     sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
     sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
-    return _Written(entry, sums, int(heights @ widths), {(int(h), int(w)) for h, w in sides})
+    return _Written(entry, sums, int(heights @ widths), {(int(h), int(w)) for h, w in sides}, fresh)
 
 
 def _bar(plan: Plan, label: str) -> tqdm:

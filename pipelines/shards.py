@@ -1,4 +1,4 @@
-"""The format on disk, reading side: `open_split` maps the shards of one split, `verify` proves that they are sound.
+"""The format on disk, reading side: `open_split` maps the shards of one split and proves that they are sound.
 
 A data set is a folder: `dataset.json`, and per split `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention) with
 DALI's `.idx` beside them and `SPLIT.index.npz`, arrays over all samples: shard, offset and size of the image member's
@@ -7,35 +7,28 @@ content in bytes, label (-1: none), height and width in pixels. `shard_writer` i
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import io
-import json
-import math
 import mmap
-import os
-import weakref
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from configs.errors import UserError
-from pipelines import tar_layout
-from pipelines.conversion import how_to_convert
-
-FORMAT, VERSION = "model-zhu-shards", 1
-INDEX_COLUMNS = {
-    "shard": np.int32,
-    "offset": np.int64,
-    "size": np.int32,
-    "label": np.int32,
-    "height": np.int32,
-    "width": np.int32,
-}
-EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
+from configs.notes import warn
+from pipelines import members, tar_layout, verified
+from pipelines.dataset_json import EXTENSIONS as EXTENSIONS
+from pipelines.dataset_json import FORMAT as FORMAT
+from pipelines.dataset_json import RECONVERT as RECONVERT
+from pipelines.dataset_json import VERSION as VERSION
+from pipelines.dataset_json import fingerprint as fingerprint
+from pipelines.dataset_json import in_source_order as in_source_order
+from pipelines.dataset_json import load_dataset as load_dataset
+from pipelines.index_file import INDEX_COLUMNS as INDEX_COLUMNS
+from pipelines.index_file import check_size, load_index
+from pipelines.index_file import sample_stride as sample_stride
+from pipelines.mapping import advise, map_files
+from pipelines.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,7 @@ class Split:
     size: np.ndarray  # int32 [samples]: bytes of the content (an .npy header included)
     content: np.ndarray  # uint8: all shards, mapped one behind another at slots of equal size
     slot_bytes: int  # shard k begins at k * slot_bytes of `content`
+    watch: Watch  # over `files`, for as long as `content` is read
 
     def __len__(self) -> int:
         return len(self.address)
@@ -101,113 +95,36 @@ class Split:
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
         """Give the kernel `advice` (mmap.MADV_WILLNEED …) on whole shards; a hint, so failures are ignored."""
-        base = self.content.ctypes.data
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
-            _libc.madvise(base + shard * self.slot_bytes, size, advice)
+            advise(self.content, shard * self.slot_bytes, size, advice)
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for an error message."""
-        shard = int(self.shard[sample])
-        offset = int(self.address[sample]) - shard * self.slot_bytes
-        return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, offset {offset})"
+        """Where a sample lies and what it is called there, for an error message."""
+        shard, address = int(self.shard[sample]), int(self.address[sample])
+        header = self.content[address - tar_layout.BLOCK : address].tobytes()
+        key = header[: tar_layout.KEY_DIGITS].decode("ascii", "replace")
+        named = f"key {key}" if key.isdecimal() else "key unreadable"
+        offset = address - shard * self.slot_bytes
+        return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, {named}, offset {offset})"
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError if a shard is not what it was when the split was opened: before anything is saved."""
+        self.watch.check()
 
 
-def sample_stride(size: int, labelled: bool, classes: int) -> int:
-    """Bytes from one sample to the next in a shard whose image members hold `size` bytes each."""
-    stride = tar_layout.BLOCK + tar_layout.padded(size)
-    return stride + tar_layout.BLOCK + tar_layout.padded(len(tar_layout.label_text(0, classes))) if labelled else stride
+def open_split(
+    folder: str | Path,
+    name: str,
+    *,
+    verify: Literal["changed", "off"] = "changed",
+    tolerates_content: bool = False,
+) -> Split:
+    """Map one split's shards and load its index; nothing is used that is not what dataset.json says.
 
-
-def load_dataset(folder: str | Path) -> dict[str, Any]:
-    """The content of dataset.json, checked for what this version needs."""
-    path = Path(folder) / "dataset.json"
-    if not path.parent.exists():
-        raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
-    if not path.is_file():
-        reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
-        raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
-    try:
-        dataset = json.loads(path.read_text())
-        if dataset["format"] != FORMAT:
-            raise ValueError(f"format {dataset['format']!r}")
-        if (version := dataset["version"]) == VERSION:
-            _check_fields(dataset)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged or of another program ({type(error).__name__}: {error}); "
-            "convert the source with tools/convert.py first"
-        ) from None
-    if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {VERSION}; convert the source again")
-    return dataset
-
-
-_DATASET_FIELDS: dict[str, type] = {
-    "name": str,
-    "classes": list,
-    "encoding": str,
-    "mean": list,
-    "std": list,
-    "splits": dict,
-}
-_SPLIT_FIELDS: dict[str, type] = {
-    "samples": int,
-    "labelled": bool,
-    "source_rows": int,
-    "quarantined": list,
-    "index": dict,
-    "shards": list,
-}
-_FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
-
-
-def _check_fields(dataset: dict[str, Any]) -> None:
-    """Raise for anything that the code relies on and that is not there, so that nobody else needs to check."""
-
-    def check(entry: dict[str, Any], fields: dict[str, type]) -> None:
-        for name, kind in fields.items():
-            if type(entry[name]) is not kind:
-                raise TypeError(f"{name} is {entry[name]!r}")
-
-    check(dataset, _DATASET_FIELDS)
-    shape = dataset["image_shape"]
-    if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
-        raise ValueError(f"encoding {dataset['encoding']!r} with image shape {shape}")
-    if shape is not None and not (len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):
-        raise ValueError(f"image_shape is {shape}")
-    if not all(
-        len(dataset[name]) == 3 and all(type(v) in (int, float) for v in dataset[name]) for name in ("mean", "std")
-    ):
-        raise ValueError("mean and std are not three numbers from 0 to 1 each")
-    for split in dataset["splits"].values():
-        check(split, _SPLIT_FIELDS)
-        for shard in split["shards"]:
-            check(shard, {**_FILE_FIELDS, "samples": int})
-        check(split["index"], _FILE_FIELDS)
-        for file in [entry["file"] for entry in (split["index"], *split["shards"])]:
-            if Path(file).name != file or file in ("", ".."):
-                raise ValueError(f"{file!r} is not a plain file name")
-
-
-def in_source_order(dataset: dict[str, Any], split: str) -> bool:
-    """Whether a split's samples are stored in the order of the source's rows, as predictions for a contest need them.
-
-    Data sets converted before this was recorded have a shuffled train split and no other.
-    """
-    return not dataset["splits"][split].get("shuffled", split == "train")
-
-
-def fingerprint(dataset: dict[str, Any]) -> str:
-    """sha256 over what the samples are: two data sets with one fingerprint give a training run the same stream."""
-    content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def open_split(folder: str | Path, name: str) -> Split:
-    """Map one split's shards and load its index; sizes and the index's sha256 are compared before any byte is used.
-
-    Costs one read of the index: 1.5 M samples open in well under a second, shard contents stay untouched.
+    Costs one read of the index: 1.5 M samples open in well under a second. Shards are read whole by the first start
+    after they were changed (see `verified`), with verify "off" never: sizes are all that is compared then.
+    tolerates_content: a JPEG shard in which images differ, but neither headers, keys nor labels, is a warning.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -216,110 +133,52 @@ def open_split(folder: str | Path, name: str) -> Split:
     entry = dataset["splits"][name]
     files = tuple(folder / shard["file"] for shard in entry["shards"])
     for file, shard in zip(files, entry["shards"], strict=True):
-        _check_size(file, shard["bytes"])
-    index = _load_index(folder / entry["index"]["file"], entry)
-    sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
-    end = index["offset"] + index["size"]
-    bad = (index["offset"] < tar_layout.BLOCK) | (index["size"] < 0) | (end > sizes[index["shard"]])
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise UserError(f"{entry['index']['file']} places sample {row} outside of its shard; {RECONVERT}")
-    labels = None
-    if entry["labelled"]:
-        labels = index["label"].astype(np.int64)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(dataset["classes"]):
-            raise UserError(
-                f"{entry['index']['file']} holds labels from {labels.min()} to {labels.max()}, "
-                f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
-            )
+        check_size(file, shard["bytes"])
+    index = load_index(folder, dataset, name)
     unit = mmap.PAGESIZE
     if dataset["encoding"] == "npy":
-        stride = sample_stride(int(index["size"][0]), labels is not None, len(dataset["classes"]))
+        stride = sample_stride(int(index["size"][0]), entry["labelled"], len(dataset["classes"]))
         unit = int(np.lcm(stride, unit))
-        shape = dataset["image_shape"]
-        size = len(tar_layout.npy_header(shape)) + math.prod(shape)
-        if (index["size"] != size).any() or ((index["offset"] - tar_layout.BLOCK) % stride).any():
-            raise UserError(
-                f"{entry['index']['file']} does not place images of the shape {shape} that dataset.json gives "
-                f"at the constant stride of npy shards; {RECONVERT}"
-            )
+    sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
     slot = -(-int(sizes.max()) // unit) * unit
-    return Split(
+    contents = verified.contents_of(folder, dataset, name) if verify == "changed" else None
+    content, lost, stamps = map_files(files, sizes.tolist(), slot)
+    expected = [shard["sha256"] for shard in entry["shards"]]
+    digests = expected if contents is None else [found.sha256 for found in contents]
+    split = Split(
         dataset=dataset,
         name=name,
-        labels=labels,
+        labels=index["label"].astype(np.int64) if entry["labelled"] else None,
         shard=index["shard"],
         files=files,
         heights=index["height"],
         widths=index["width"],
         address=index["shard"] * np.int64(slot) + index["offset"],
         size=index["size"],
-        content=_map_files(files, sizes.tolist(), slot),
+        content=content,
         slot_bytes=slot,
+        watch=Watch(
+            name,
+            files,
+            digests,
+            stamps,
+            lost,
+            lambda number: content[number * slot : number * slot + int(sizes[number])],
+        ),
     )
+    for number, (file, stamp) in enumerate(zip(files, stamps, strict=True)):
+        if contents is not None and stamp.of_content != contents[number].stamp.of_content:
+            raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
+        if digests[number] != expected[number]:
+            _refuse(split, number, digests[number], tolerates_content)
+    return split
 
 
-RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
-
-
-def _check_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
-    if file.stat().st_size != expected:
-        raise UserError(
-            f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}"
-        )
-
-
-def _load_index(file: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-    _check_size(file, entry["index"]["bytes"])
-    content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
-        raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            index = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} cannot be read ({error}); {RECONVERT}") from None
-    lengths = {name: len(column) for name, column in index.items()}
-    if set(lengths.values()) != {entry["samples"]}:
-        raise UserError(f"{file} has {lengths} rows where dataset.json says {entry['samples']}; {RECONVERT}")
-    if entry["samples"] == 0:
-        raise UserError(f"{file} lists no samples; {RECONVERT}")
-    expected = [shard["samples"] for shard in entry["shards"]]
-    if index["shard"].min() < 0 or np.bincount(index["shard"], minlength=len(expected)).tolist() != expected:
-        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {RECONVERT}")
-    return index
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_PROT_NONE, _PROT_READ = 0, 1
-_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000
-
-
-def _map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> np.ndarray:
-    """Map the files read-only at address 0, slot, 2 * slot … of one reserved range: uint8 [len(files) * slot].
-
-    Python's own mmap cannot choose addresses; with them, a batch over any number of shards is one index_select.
-    """
-    total = slot * len(files)
-
-    def map_at(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
-        result = _libc.mmap(address, size, protection, flags, descriptor, 0)
-        if result in (None, ctypes.c_void_p(-1).value):
-            number = ctypes.get_errno()
-            raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
-        return result
-
-    base = map_at(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-    buffer = (ctypes.c_ubyte * total).from_address(base)
-
-    weakref.finalize(buffer, _libc.munmap, base, total).atexit = False  # a gathering thread may still read at exit
-    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        with file.open("rb") as opened:
-            map_at(base + number * slot, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
-    return np.frombuffer(memoryview(buffer), np.uint8)
+def _refuse(split: Split, number: int, sha256: str, tolerates_content: bool) -> None:
+    """Raise for a shard whose content is not what dataset.json says; warn of one that may be used nevertheless."""
+    damage = members.damage(split, number, sha256)
+    named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
+    # A damaged pixel of an npy split cannot be told from a sound one when it is trained on.
+    if not (tolerates_content and damage.in_content_only and split.encoding == "jpeg"):
+        raise UserError(f"{named}; {RECONVERT}")
+    warn(f"{named}; the samples that can be decoded are used")

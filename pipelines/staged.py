@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pipelines.background import Plan
+from pipelines.bad_samples import BadSamples
 from pipelines.loader import Batch, Loader
 
 
@@ -51,8 +52,16 @@ class StagedLoader:
         return self._loaders[0].device
 
     @property
+    def bad(self) -> BadSamples:
+        return self._loaders[0].bad  # which all of them share
+
+    @property
     def wait_s(self) -> float:
         return sum(loader.wait_s for loader in self.stages)
+
+    def check_unchanged(self) -> None:
+        """See `Loader`; all stages read the same files."""
+        self._current().check_unchanged()
 
     def __len__(self) -> int:
         return len(self._current())

@@ -33,22 +33,46 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+def _header(extension: str, size: int) -> bytearray:
+    """Header of a member whose key is all zeros; the checksum counts as blanks, as it does in its own sum."""
+    header = bytearray(BLOCK)
+    name = f"{'0' * KEY_DIGITS}.{extension}".encode()
+    header[: len(name)] = name
+    header[100:108] = b"0000644\0"
+    header[108:116] = header[116:124] = b"0000000\0"
+    header[124:136] = f"{size:011o}\0".encode()
+    header[136:148] = b"00000000000\0"  # modification time: none, so that equal content gives equal files
+    header[148:156] = b" " * 8
+    header[156:157] = b"0"
+    header[257:265] = b"ustar\x0000"
+    return header
+
+
+def headers(keys: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarray:
+    """The headers of many members at once: uint8 [N, BLOCK].
+
+    keys: uint8 [N, KEY_DIGITS], ASCII; sizes: int64 [N], bytes of the contents.
+    """
+    empty = np.frombuffer(bytes(_header(extension, 0)), np.uint8)
+    result = np.tile(empty, (len(keys), 1))
+    result[:, :KEY_DIGITS] = keys
+    result[:, 124:135] = _octal(sizes, 11)
+    result[:, 148:154] = _octal(result.sum(axis=1, dtype=np.int64), 6)
+    result[:, 154] = 0
+    return result
+
+
+def _octal(numbers: np.ndarray, digits: int) -> np.ndarray:
+    """ASCII, uint8 [N, digits], as `f"{number:0{digits}o}"` writes it."""
+    return ((numbers[:, None] >> 3 * np.arange(digits - 1, -1, -1)) & 7).astype(np.uint8) + np.uint8(ord("0"))
+
+
 class MemberWriter:
     """Makes the tar bytes of members that differ in key and content only (one per extension and content size)."""
 
     def __init__(self, extension: str, size: int) -> None:
-        header = bytearray(BLOCK)
-        name = f"{'0' * KEY_DIGITS}.{extension}".encode()
-        header[: len(name)] = name
-        header[100:108] = b"0000644\0"
-        header[108:116] = header[116:124] = b"0000000\0"
-        header[124:136] = f"{size:011o}\0".encode()
-        header[136:148] = b"00000000000\0"  # modification time: none, so that equal content gives equal files
-        header[148:156] = b" " * 8  # the checksum counts as blanks in its own sum
-        header[156:157] = b"0"
-        header[257:265] = b"ustar\x0000"
-        self._header = header
-        self._checksum = sum(header) - KEY_DIGITS * ord("0")
+        self._header = _header(extension, size)
+        self._checksum = sum(self._header) - KEY_DIGITS * ord("0")
         self._padding = bytes(padded(size) - size)
 
     def member(self, key: str, *content: bytes | memoryview) -> list[bytes | memoryview]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from configs.errors import UserError
-from pipelines import shards, tar_layout
-
-CHUNK = 2**22
+from pipelines import members, shards, tar_layout, verified
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -37,92 +31,73 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[str, Any], bar: tqdm) -> list[str]:
-    problems = []
-    for shard in entry["shards"]:
-        problem = _content_problem(folder / shard["file"], shard["bytes"], shard["sha256"], bar)
-        if problem:
-            problems.append(problem)
-    rows = entry["samples"] + len(entry["quarantined"])
-    if rows != entry["source_rows"]:
-        problems.append(
-            f"split {name!r}: {entry['samples']} samples and {len(entry['quarantined'])} quarantined ones "
-            f"do not make up the {entry['source_rows']} rows of the source"
-        )
+    found, problems = _contents(folder, entry["shards"], bar)
+    record = verified.Record(folder, dataset)
+    for content, shard in zip(found, entry["shards"], strict=True):
+        if content is not None:
+            record.add(shard["file"], content)
+    record.save()
     try:
-        split = shards.open_split(folder, name)
+        split = shards.open_split(folder, name, verify="off")
     except UserError as error:
         return problems or [str(error).removesuffix(f"; {shards.RECONVERT}")]
-    for number, file in enumerate(split.files):
-        chosen = np.flatnonzero(split.shard == number)
-        problem = _members_problem(split, file, number, chosen)
-        if problem:
-            problems.append(problem)
+    for number, (content, shard) in enumerate(zip(found, entry["shards"], strict=True)):
+        if content is None:  # a problem already
+            continue
+        if content.sha256 == shard["sha256"]:
+            problem = _members_problem(split, number)
+        else:
+            text = members.damage(split, number, content.sha256).text
+            problem = f"{shard['file']} does not have the sha256 that dataset.json gives: {text}"
+        problems += [problem] if problem else []
     return problems
 
 
-def _content_problem(file: Path, size: int, sha256: str, bar: tqdm) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    if file.stat().st_size != size:
-        return f"{file.name} has {file.stat().st_size:,} bytes where dataset.json says {size:,}"
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return None if digest.hexdigest() == sha256 else f"{file.name} does not have the sha256 that dataset.json gives"
+def _contents(
+    folder: Path, entries: list[dict[str, Any]], bar: tqdm
+) -> tuple[list[verified.Content | None], list[str]]:
+    """What each shard holds, None where that cannot be told, and the problems that there are without looking inside."""
+    found: list[verified.Content | None] = [None] * len(entries)
+    problems = {}
+    for number, entry in enumerate(entries):
+        file = folder / entry["file"]
+        if not file.is_file():
+            problems[number] = f"{file.name} is missing"
+        elif (size := file.stat().st_size) != entry["bytes"]:
+            problems[number] = f"{file.name} has {size:,} bytes where dataset.json says {entry['bytes']:,}"
+    sized = [number for number in range(len(entries)) if number not in problems]
+    for place, content in verified.hash_files([folder / entries[number]["file"] for number in sized], bar):
+        number = sized[place]
+        if isinstance(content, OSError):
+            problems[number] = f"{entries[number]['file']} cannot be read ({content.strerror})"
+        else:
+            found[number] = content
+    return found, [problems[number] for number in sorted(problems)]
 
 
-def _members_problem(split: shards.Split, file: Path, number: int, chosen: np.ndarray) -> str | None:
+def _members_problem(split: shards.Split, number: int) -> str | None:
     """Compare one tar's members with the index: names, order, offsets, sizes and labels, and DALI's .idx beside it."""
-    extension = shards.EXTENSIONS[split.encoding]
-    idx = [f"{tar_layout.INDEX_VERSION} {len(chosen)}\n"]
-    try:
-        with tarfile.open(file, "r:") as archive:
-            for sample in chosen.tolist():
-                member = archive.next()
-                offset = int(split.address[sample]) - number * split.slot_bytes
-                found = (member.name.partition(".")[2], member.offset_data, member.size) if member else None
-                if member is None or found != (extension, offset, int(split.size[sample])):
-                    return f"{file.name} holds {found} where the index places {split.describe(sample)}"
-                if (sides := _image_sides(split, sample)) != (split.heights[sample], split.widths[sample]):
-                    indexed = (int(split.heights[sample]), int(split.widths[sample]))
-                    return (
-                        f"{file.name}: {split.describe(sample)} is {sides} pixels high and wide, indexed as {indexed}"
-                    )
-                key, label = member.name.partition(".")[0], None
-                if split.labels is not None:
-                    label = archive.next()
-                    indexed_label = int(split.labels[sample])
-                    found_label = archive.extractfile(label) if label and label.name == f"{key}.cls" else None
-                    stored = found_label.read() if found_label else None
-                    if stored != tar_layout.label_text(indexed_label, len(split.classes)):
-                        return f"{file.name} gives {stored!r} as label of {key}, the index says {indexed_label}"
-                idx.append(tar_layout.index_line(key, extension, offset, member.size, label.size if label else None))
-            if not len(chosen):  # Python 3.10 cannot read past the end of an empty tar
-                if file.stat().st_size != len(tar_layout.END_OF_ARCHIVE):
-                    return f"{file.name} holds samples, but the index lists none"
-            elif (rest := archive.next()) is not None:
-                return f"{file.name} holds {rest.name}, which the index does not list"
-    except tarfile.TarError as error:
-        return f"{file.name} is no readable tar ({error})"
+    file, chosen = split.files[number], np.flatnonzero(split.shard == number)
+    if problem := members.layout_problem(split, number, chosen):
+        return f"{file.name}: {problem}"
+    for sample in chosen.tolist():
+        if problem := members.image_problem(split, sample, decodes=False):
+            return f"{file.name}: {split.describe(sample)} {problem}"
     beside = file.with_suffix(".idx")
     if not beside.is_file():
         return f"{beside.name} is missing"
-    return None if beside.read_text(errors="replace") == "".join(idx) else f"{beside.name} disagrees with {file.name}"
+    expected = _index_text(split, number, chosen)
+    return None if beside.read_text(errors="replace") == expected else f"{beside.name} disagrees with {file.name}"
 
 
-def _image_sides(split: shards.Split, sample: int) -> tuple[int, int] | None:
-    """(height, width) that the stored image itself claims; None where it is no image of the split's encoding."""
-    begin = int(split.address[sample])
-    content = split.content[begin : begin + int(split.size[sample])].tobytes()
-    if split.image_shape is not None and split.encoding == "npy":
-        return split.image_shape[:2] if content.startswith(tar_layout.npy_header(split.image_shape)) else None
-    try:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-            return image.height, image.width
-    except OSError:
-        return None
+def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
+    """DALI's index of a shard whose members are as the index says."""
+    extension = shards.EXTENSIONS[split.encoding]
+    label_size = None if split.labels is None else len(tar_layout.label_text(0, len(split.classes)))
+    offsets = split.address[chosen] - number * split.slot_bytes
+    rows = zip(members.keys_of(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)
+    lines = [tar_layout.index_line(key, extension, offset, size, label_size) for key, offset, size in rows]
+    return "".join([f"{tar_layout.INDEX_VERSION} {len(chosen)}\n", *lines])
 
 
 def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:

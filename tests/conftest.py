@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import own_cache  # noqa: F401 (before anything that copies the environment)
 import pytest
 import torch
 from memory_source import tiny_source, write

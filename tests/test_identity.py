@@ -28,6 +28,7 @@ SPEED = {
     "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
     "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
 }  # fmt: skip
+DAMAGE = {"data.on_bad_sample", "data.max_bad_samples"}  # without which they change nothing
 IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
 IN_DATA_SET = {"data.path"}
 
@@ -154,8 +155,15 @@ def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
     config = config_of(*PLATEAU)
     named = {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))}
     settings = {key for key, field in walk() if not is_section(field)}
-    others = {key for key in settings if key.startswith("log.")} | BOOKKEEPING | SPEED | IN_GLOBAL_BATCH | IN_DATA_SET
-    others |= AFTER_A_FAULT
+    others = (
+        {key for key in settings if key.startswith("log.")}
+        | BOOKKEEPING
+        | SPEED
+        | IN_GLOBAL_BATCH
+        | IN_DATA_SET
+        | DAMAGE
+        | AFTER_A_FAULT
+    )
     assert settings - named == others
     assert named - settings == {"data", "global"}  # what is no setting: the data set, the global batch
     config = config_of()
@@ -163,7 +171,8 @@ def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
 
 
 def test_what_changes_no_result_may_change() -> None:
-    faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "eval.tta=flip", "data.prefetch=1"]
+    faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "eval.tta=flip", "data.prefetch=1",
+              "data.on_bad_sample=skip", "data.max_bad_samples=9"]  # fmt: skip
     check(config_of(), config_of(*faster))
     with pytest.raises(UserError, match=r'eval\.tta: "none" then, "flip" now\)'):
         check(config_of(*PLATEAU), config_of(*PLATEAU, *faster))

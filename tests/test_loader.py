@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage_fixtures import DAMAGE, damage
+from loader_fixtures import NO_AUG, assert_same, copies, data_of, evaluation, merged, train
 from memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
 
 from configs.errors import UserError
@@ -24,17 +26,16 @@ from configs.schema import (
     AutoAugmentConfig,
     BlurConfig,
     ColorJitterConfig,
-    DataConfig,
     EraseConfig,
     EvalConfig,
 )
-from pipelines import build_eval_loader, build_train_loader, gather
+from pipelines import gather
 from pipelines.background import Buffering, Plan
+from pipelines.bad_samples import in_training
 from pipelines.loader import Batch, Loader
 from pipelines.order import window_of_shard
 from pipelines.shards import Split, open_split
 
-NO_AUG = AugConfig(flip=0)
 FLIP = AugConfig(flip=0.5)
 ALL_AUG = AugConfig(
     crop="random-resized",
@@ -48,41 +49,6 @@ ALL_AUG = AugConfig(
     cutout=6,
 )
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-
-
-def data_of(folder: Path, batch_size: int = 24, **options: Any) -> DataConfig:
-    return DataConfig(path=str(folder), **{"batch_size": batch_size, "threads": 1, **options})
-
-
-def train(folder: Path, batch_size: int = 24, aug: AugConfig = NO_AUG, rank: int = 0, world_size: int = 1,
-          accumulation_steps: int = 1, seed: int = 3, **options: Any) -> Loader:  # fmt: skip
-    return build_train_loader(data_of(folder, batch_size, **options), aug, seed=seed, device="cpu", rank=rank,
-                              world_size=world_size, accumulation_steps=accumulation_steps)  # fmt: skip
-
-
-def evaluation(folder: Path, batch_size: int = 24, rank: int = 0, world_size: int = 1, split: str | None = None,
-               config: EvalConfig | None = None, **options: Any) -> Loader:  # fmt: skip
-    return build_eval_loader(
-        data_of(folder, batch_size, **options), config, split=split, device="cpu", rank=rank, world_size=world_size
-    )
-
-
-def copies(batches: Iterator[Batch] | Loader) -> list[Batch]:
-    """Batches as they were when they came."""
-    return [Batch(images.clone(), labels.clone()) for images, labels in batches]
-
-
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-
-
-def merged(parts: list[list[Batch]]) -> list[Batch]:
-    """The global batches of several ranks."""
-    steps = zip(*parts, strict=True)
-    return [Batch(torch.cat([b.images for b in step]), torch.cat([b.labels for b in step])) for step in steps]
 
 
 # What an epoch holds
@@ -358,7 +324,7 @@ def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
     assert waited[0] > 0
 
 
-class Recorder:
+class Recorder(gather.Source):
     """Source and runner of an imaginary GPU that reads a slot until it says so; complains of slots filled earlier."""
 
     def __init__(self) -> None:
@@ -369,8 +335,8 @@ class Recorder:
         assert slot not in self.reading, f"slot {slot} is overwritten while it is read"
         return torch.full((len(indices), 1, 1, 3), slot)
 
-    def defects(self, indices: np.ndarray) -> list[str]:
-        return []
+    def defect(self, sample: int) -> str | None:
+        return None
 
     def submit(self, images: torch.Tensor, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         self.reading.add(int(images[0, 0, 0, 0]))
@@ -382,10 +348,13 @@ class Recorder:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(threads: int) -> None:
+def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(
+    threads: int, npy_data: Path
+) -> None:
     recorder = Recorder()
     plan = Plan(60, 2, lambda epoch, step: np.arange(2 * step, 2 * step + 2))
-    loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), labels=np.arange(60), image_size=1,
+    bad = in_training(open_split(npy_data, "train"), data_of(npy_data))
+    loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), bad, labels=np.arange(60), image_size=1,
                     device=torch.device("cpu"))  # fmt: skip
     seen = []
     for count in (1, 5, 99, 2, 99, 99):
@@ -448,18 +417,8 @@ def test_an_error_in_the_background_reaches_the_consumer(
     assert_same(copies(loader), expected[state["step"] :])  # and the loader can still be used
 
 
-def damage(folder: Path, sample: int) -> str:
-    """Overwrite a stored JPEG's content; returns how the loader should describe it."""
-    split = open_split(folder, "train")
-    offset = int(split.address[sample]) - int(split.shard[sample]) * split.slot_bytes
-    with split.files[split.shard[sample]].open("r+b") as file:
-        file.seek(offset)
-        file.write(bytes(int(split.size[sample])))
-    return split.describe(sample)
-
-
 def test_an_image_that_cannot_be_decoded_is_named(jpeg_copy: Path) -> None:
-    where = damage(jpeg_copy, 333)
+    where = damage(jpeg_copy, 333, DAMAGE["emptied"])
     before = set(threading.enumerate())
     with pytest.raises(UserError) as refusal:
         list(train(jpeg_copy, 16, image_size=24))

@@ -21,6 +21,7 @@ from configs.schema import Config
 from pipelines.loader import Loader
 from pipelines.staged import TrainLoader
 from train import checkpoint, dist
+from train.accounting import report_bad_samples
 from train.agreement import Agreement
 from train.checkpoint import BEST, LAST
 from train.clock import Clock
@@ -180,6 +181,8 @@ def _end_of_epoch(
     if config.train.schedule == "plateau":
         progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
     run.log.epoch(metrics)
+    if (report := report_bad_samples(run.train_loader)) is not None:
+        run.log.say(report)
     training.sums.zero_()
     names = (BEST,) if improved else ()
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:

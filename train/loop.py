@@ -21,6 +21,7 @@ from pipelines.draws import hash64, stream
 from pipelines.loader import Batch
 from pipelines.staged import TrainLoader
 from train import dist
+from train.accounting import check_each_once
 from train.clipping import clip_gradients, clips
 from train.ema import Ema
 from train.freeze import set_training_mode
@@ -347,6 +348,7 @@ def evaluate(
     loss_sum, top1, top5, count, interrupted = dist.sum_over_ranks(sums).tolist()
     if interrupted:
         raise Interrupted
+    check_each_once(loader)
     if int(count) != samples:
         raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
     return Evaluation(loss_sum / samples, top1 / samples, top5 / samples, samples)

@@ -12,6 +12,7 @@ from configs.schema import Config
 from pipelines.loader import Batch, Loader
 from pipelines.staged import TrainLoader
 from train import dist, figures, pictures
+from train.accounting import check_each_once
 from train.log import RunLog
 from train.loop import Training, predictions
 from train.mixing import Seen, as_seen
@@ -69,6 +70,7 @@ def look(training: Training, loader: Loader, tta: str, classes: int) -> tuple[np
         here = torch.from_numpy(inside).to(training.device)
         kept.append((held[0].images[here], labels[here], logits[here]))
         begin += len(labels)
+    check_each_once(loader)
     total = dist.sum_over_ranks(counts).numpy()
     if not kept:  # more ranks than samples
         nothing = torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)

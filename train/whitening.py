@@ -47,7 +47,8 @@ def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
         return None
     section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
-    loader = build_eval_loader(section, evaluation, split=data.train_split, device=training.device)
+    loader = build_eval_loader(section, evaluation, split=data.train_split, device=training.device,
+                               replaces=True)  # fmt: skip
     return torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
 
 

@@ -14,6 +14,7 @@ from configs.errors import UserError
 from pipelines import build_eval_loader
 from tools.parts.image_sets import ImageSet
 from tools.parts.trained import Trained
+from train.accounting import check_each_once
 from train.loop import Evaluation, loss_and_hits, predictions
 
 CHUNK = 4096  # images that are looked at at once, so that no copy of all logits is made
@@ -58,6 +59,7 @@ def batches(
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.data_in(folder), settings, split=split, device=model.training.device)
     yield from predictions(model.training, loader, tta or model.config.eval.tta)
+    check_each_once(loader)
 
 
 def check_finite(logits: np.ndarray, model: Trained, images: ImageSet, begin: int) -> None:

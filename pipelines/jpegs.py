@@ -1,0 +1,119 @@
+"""Where the images of jpeg shards come from: decoded here for the CPU's graph, or as files that DALI decodes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import simplejpeg
+import torch
+
+from pipelines.bad_samples import Undecodable
+from pipelines.cpu_graph import CpuGraph, Images
+from pipelines.gather import Slots, Source
+from pipelines.jpeg_files import CANNOT, file_of, header_defect, pillow_pixels, sides_of
+from pipelines.shards import Split
+
+
+class HostJpegs(Source):
+    """jpeg shards, decoded on the CPU into memory that stays in the cache, and from there through a graph."""
+
+    CHUNK = 2**20  # bytes of decoded pixels
+
+    def __init__(self, split: Split, slots: Slots, graph: CpuGraph | None = None) -> None:
+        self._split, self._slots, self._graph, self.watch = split, slots, graph, split.watch
+        self._pixels = split.heights.astype(np.int64) * split.widths * 3
+        self._scratch: deque[np.ndarray] = deque()
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+        """uint8 [B, H, W, 3]"""
+        out = self._slots(slot, len(indices))
+        sizes = self._pixels[indices]
+        if self._graph is None:
+            self._decode(indices, sizes, out.reshape(-1))
+            return torch.from_numpy(out)
+        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # samples of one piece are decoded together
+        bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
+        scratch = self._taken(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
+        for start, stop in pairwise(bounds):
+            some = indices[start:stop]
+            begins = self._decode(some, sizes[start:stop], scratch)
+            shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
+            drawn = {name: values[start:stop] for name, values in draws.items()}
+            self._graph(Images(scratch, begins, *shapes), drawn, out[start:stop])
+        self._scratch.append(scratch)
+        return torch.from_numpy(out)
+
+    def defect(self, sample: int) -> str | None:
+        try:
+            self._decode(np.array([sample]), self._pixels[[sample]], np.empty(self._pixels[sample], np.uint8))
+        except Undecodable as found:
+            return found.defects[sample]
+        return None
+
+    def _taken(self, size: int) -> np.ndarray:
+        """Memory of at least `size` bytes that no other thread uses."""
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = np.empty(0, np.uint8)
+        return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
+
+    def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """Write the images one after another into pixels (uint8, flat); returns where each begins.
+
+        sizes: of the decoded images, bytes. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels.
+        """
+        split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
+        begins = np.cumsum(sizes) - sizes
+        columns = indices, split.address[indices], split.size[indices], begins, sizes
+        shapes = zip(split.heights[indices].tolist(), split.widths[indices].tolist(), strict=True)
+        rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
+        for index, address, length, begin, size, sides in rows:  # small images feel every operation here
+            target = pixels[begin : begin + size]
+            try:  # a header of a size that does not fit into the target is refused before anything is decoded
+                is_sound = decode(content[address : address + length], buffer=target).shape[:2] == sides
+            except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
+                is_sound = (decoded := pillow_pixels(file_of(split, index), sides)) is not None
+                if decoded is not None:
+                    target[:] = decoded.reshape(-1)
+            if not is_sound:
+                raise Undecodable({index: header_defect(file_of(split, index), sides) or CANNOT})
+        return begins
+
+
+class MappedFiles(Source):
+    """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
+
+    def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool], *, checks_headers: bool) -> None:
+        """decodes: whether DALI can decode a file; checks_headers: look at each file's before it is first handed out,
+        which reads the first page of every file in a single thread."""
+        self._split, self._decodes, self.watch = split, decodes, split.watch
+        self._content, self._address, self._size = split.content, split.address, split.size
+        self._unchecked = np.ones(len(split), bool) if checks_headers else None
+
+    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """B arrays uint8 [bytes]."""
+        if self._unchecked is not None and (unchecked := self._unchecked[indices]).any():
+            self._check_headers(indices[unchecked], self._unchecked)
+        begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
+        return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+
+    def defect(self, sample: int) -> str | None:
+        """As Pillow and DALI see it; DALI alone takes some files that Pillow does not, and then nothing is wrong."""
+        file, sides = file_of(self._split, sample), sides_of(self._split, sample)
+        if (wrong := header_defect(file, sides)) is not None:
+            return wrong
+        return None if pillow_pixels(file, sides) is not None or self._decodes(file) else CANNOT
+
+    def _check_headers(self, samples: np.ndarray, unchecked: np.ndarray) -> None:
+        defects: dict[int, str] = {}
+        for sample in samples.tolist():
+            wrong = header_defect(file_of(self._split, sample), sides_of(self._split, sample))
+            if wrong is not None:
+                defects[sample] = wrong
+        if defects:
+            raise Undecodable(defects)
+        unchecked[samples] = False
