@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -70,7 +71,7 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
     epoch, step = position["epoch"], position["step"]
     if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
         done = run.timeline.first(epoch) + step
-        run.saving.save((LAST,), position, health.sums(done), done)
+        _save(run, (LAST,), position, health.sums(done), done)
     stage = None
     while epoch < config.epochs:
         if len(loader.stages) > 1 and loader.at(epoch) is not stage:
@@ -117,7 +118,7 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
             log.steps(measured, done)
             _report_left_out(run, health, done)
         if saves:
-            run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
+            _save(run, (LAST,), {"epoch": epoch, "step": done - first}, sums, done)
         if signal:
             _stop(run, signal, done)
 
@@ -173,8 +174,9 @@ def _end_of_epoch(
             with run.clock if is_last else nullcontext():
                 results, top1 = _validate(run, asked)
         except Interrupted:
-            run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
+            _save(run, (LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
             _stop(run, agreement.now(), done)
+        run.val_loader.check_unchanged()
         metrics |= results
         improved = top1 > progress["best_top1"]
         progress["best_top1"] = max(progress["best_top1"], top1)
@@ -188,7 +190,13 @@ def _end_of_epoch(
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
         names = (*names, LAST)
     if names:
-        run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
+        _save(run, names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
+
+
+def _save(run: Run, names: tuple[str, ...], position: dict[str, int], sums: Tensor, done: int) -> None:
+    """See `Saving.save`. Nothing that was trained on bytes which changed under the run is saved."""
+    run.train_loader.check_unchanged()
+    run.saving.save(names, position, sums, done)
 
 
 def _validate(run: Run, asked: Asked) -> tuple[dict[str, float], float]:
