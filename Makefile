@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test lint bench gpu-bench gpu-check format
+.PHONY: train test test-faults fuzz lint bench gpu-bench gpu-check format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -19,7 +19,11 @@ digits: $(ENVIRONMENT)
 	$(PY) tools/convert.py digits --out data/digits
 
 test: $(ENVIRONMENT)
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu and not campaign"
+
+# all faults: hundreds of kills, flips and cuts; ZHU_FAULT_SEED repeats one that failed
+test-faults: $(ENVIRONMENT)
+	$(PY) -m pytest -m "not gpu" tests/faults
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

@@ -177,6 +177,9 @@ class TrainConfig(Section):
     """Replay the whole step as one CUDA graph; auto: on one GPU, unless fp16 or compile=reduce-overhead forbid it."""
     channels_last: bool = True
     """Memory format NHWC, which convolutions on tensor cores want."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """When a loss or weight becomes nan or infinite: end the run; leave out every update whose gradients are; or go
+    back to the last checkpoint and from there pass over the steps in which it happened, a few times at most."""
     save_every_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; null: every five minutes. One is also written at the end of an epoch."""
     save_every_epochs: int = Field(default=1, ge=1)

@@ -17,14 +17,25 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from train_fixtures import CLEAN, DIGITS, ROOT, command_line, random_batch, run_script, strict_lines
+from train_fixtures import (
+    CLEAN,
+    DIGITS,
+    ROOT,
+    after_each_save,
+    broken_after,
+    command_line,
+    random_batch,
+    run_script,
+    strict_lines,
+)
 
+import train.fit
 from configs.load import load_config
 from configs.schema import TrainConfig
 from models import build_model
 from pipelines.loader import Batch
 from tools import convert
-from train import checkpoint, ddp, dist, saving
+from train import ddp, dist, saving
 from train.assemble import to_device
 from train.dist import Ranks
 from train.loop import Evaluation, build_training, train_epoch, train_step
@@ -105,7 +116,8 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
 
 def test_a_run_leaves_config_log_metrics_curves_and_checkpoints(unbroken: Unbroken, digits: Path) -> None:
     folder = unbroken("lenet")
-    names = {"config.yaml", "facts.json", "log.txt", "metrics.jsonl", "curves.png", "last.pt", "best.pt"}
+    checkpoints = {"last.pt", "previous.pt", "best.pt"}
+    names = {"config.yaml", "facts.json", "log.txt", "metrics.jsonl", "curves.png", *checkpoints}
     assert {path.name for path in folder.iterdir()} == names
     config = load_config(DIGITS, SHORT, **{"data.path": str(digits), "output": str(folder.parent)})
     assert load_config(folder / "config.yaml") == config
@@ -162,7 +174,7 @@ def test_training_metrics_are_those_of_their_epoch_alone(
         sums.append(training.sums.tolist())
         return times
 
-    monkeypatch.setattr(ddp, "train_epoch", noted)
+    monkeypatch.setattr(train.fit, "train_epoch", noted)
     assert call(*arguments(digits, tmp_path, "train.epochs=2"))[0] == 0
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
     assert [seen for _, _, seen in sums] == [44 * 32] * 2
@@ -224,21 +236,11 @@ def test_a_run_killed_at_any_instant_goes_on_to_bitwise_the_weights_of_the_unbro
 def interrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that stopped after step 26 of its second epoch; to be copied."""
 
-    class Stop(Exception):
-        pass
-
-    save, output = checkpoint.save, tmp_path_factory.mktemp("interrupted")
-
-    def save_and_stop(path: Path, training: Any, sums: torch.Tensor, **state: Any) -> None:
-        save(path, training, sums, **state)
-        if state["position"] == {"epoch": 1, "step": 26}:
-            raise Stop
-
+    output = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
         patch.setattr(sys, "argv", ["ddp.py", *map(str, arguments(digits, output))])
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(Stop):
+        with broken_after(lambda _, position: position == {"epoch": 1, "step": 26}):
             ddp.main()
     return output / "digits_lenet"
 
@@ -291,18 +293,18 @@ def test_the_best_checkpoint_of_a_resumed_run_is_kept_until_a_better_one_comes(
     folder = copy_of(interrupted, tmp_path)
     best = torch.load(folder / "best.pt", weights_only=True)["progress"]["best_top1"]
     results = iter([best - 0.01, best + 0.01])
-    monkeypatch.setattr(ddp, "evaluate", lambda *_: Evaluation(loss=1.0, top1=next(results), top5=1.0, samples=360))
+    monkeypatch.setattr(
+        train.fit, "evaluate", lambda *_: Evaluation(loss=1.0, top1=next(results), top5=1.0, samples=360)
+    )
     before, written = (folder / "best.pt").read_bytes(), []
-    save = checkpoint.save
 
-    def noted(path: Path, *parts: Any, **state: Any) -> None:
-        save(path, *parts, **state)
-        written.append((path.name, state["position"]["epoch"]))
-        if state["position"] == {"epoch": 2, "step": 0}:
+    def note(name: str, position: dict[str, int]) -> None:
+        written.append((name, position["epoch"]))
+        if position == {"epoch": 2, "step": 0}:
             assert (folder / "best.pt").read_bytes() == before
 
-    monkeypatch.setattr(checkpoint, "save", noted)
-    assert call(*arguments(digits, folder.parent), "--resume", "auto")[0] == 0
+    with after_each_save(note):
+        assert call(*arguments(digits, folder.parent), "--resume", "auto")[0] == 0
     assert [epoch for name, epoch in written if name == "best.pt"] == [3]
     assert torch.load(folder / "best.pt", weights_only=True)["progress"] == {"best_top1": best + 0.01}
 
@@ -340,22 +342,25 @@ def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_no_result(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_without_save_every_steps_the_clock_decides_at_log_lines_within_an_epoch(
+def test_without_save_every_steps_the_clock_decides_after_each_step(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[dict[str, int]] = []
-    save = checkpoint.save
-
-    def noted(path: Path, *parts: Any, **state: Any) -> None:
-        saved.extend([state["position"]] if path.name == "last.pt" else [])
-        save(path, *parts, **state)
-
-    monkeypatch.setattr(checkpoint, "save", noted)
     monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
-    opts = ["train.save_every_steps=null", "log.every_steps=11", "train.epochs=1"]
-    assert call(*arguments(digits, tmp_path, *opts))[0] == 0
-    steps = [{"epoch": 0, "step": step} for step in (11, 22, 33)]
-    assert saved == [*steps, {"epoch": 1, "step": 0}]
+    opts = ["train.save_every_steps=null", "train.epochs=1"]
+    with after_each_save(lambda name, position: saved.extend([position] if name == "last.pt" else [])):
+        assert call(*arguments(digits, tmp_path, *opts))[0] == 0
+    assert saved == [*({"epoch": 0, "step": step} for step in range(1, 45)), {"epoch": 1, "step": 0}]
+
+
+def test_a_step_at_which_one_is_due_ends_with_a_checkpoint_also_at_the_end_of_an_epoch(
+    digits: Path, tmp_path: Path, call: Call
+) -> None:
+    saved: list[tuple[str, int, int]] = []
+    opts = ["train.save_every_steps=44", "train.save_every_epochs=3", "train.eval_every_epochs=3"]
+    with after_each_save(lambda name, position: saved.append((name, position["epoch"], position["step"]))):
+        assert call(*arguments(digits, tmp_path, *opts))[0] == 0
+    assert saved == [("last.pt", epoch, 44) for epoch in range(3)] + [("best.pt", 3, 0), ("last.pt", 3, 0)]
 
 
 # Refused resumes

@@ -15,7 +15,17 @@ import pytest
 import torch
 from scipy import stats
 from timm.data.mixup import Mixup, rand_bbox
-from train_fixtures import CPU, DIGITS, alone, gradients_at_each_step, lenet, on_ranks, random_batch, training_of
+from train_fixtures import (
+    CPU,
+    DIGITS,
+    alone,
+    broken_after,
+    gradients_at_each_step,
+    lenet,
+    on_ranks,
+    random_batch,
+    training_of,
+)
 
 from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, MixConfig, StageConfig
@@ -319,21 +329,11 @@ STAGED = ("train.accumulation_steps=2", "data.stages=[{epoch: 1, image_size: 35,
 
 @pytest.mark.parametrize(("options", "epoch"), [((), 0), (STAGED, 1)], ids=["plain", "in a stage with accumulation"])
 def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_same_weights(
-    options: tuple[str, ...], epoch: int, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], epoch: int, run: Callable[..., Path]
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    def save_and_stop(path: Path, training: Any, sums: torch.Tensor, **state: Any) -> None:
-        save(path, training, sums, **state)
-        if state["position"]["epoch"] == epoch and state["position"]["step"] >= 8:
-            raise Stop
-
-    unbroken, save = run("unbroken", *options), checkpoint.save
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(Stop):
-            run("broken", *options)
+    unbroken = run("unbroken", *options)
+    with broken_after(lambda _, position: position["epoch"] == epoch and position["step"] >= 8):
+        run("broken", *options)
     resumed = run("broken", *options, "--resume", "auto")
     expected, found = last(unbroken)["model"], last(resumed)["model"]
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -19,7 +19,7 @@ from train_fixtures import DIGITS, run_here, strict_lines
 from configs.errors import UserError
 from configs.load import load_config, parse_config
 from configs.schema import EmaConfig, ScheduleConfig, TrainConfig
-from train import checkpoint, ddp
+from train import checkpoint, fit
 from train.loop import train_epoch
 from train.schedule import Plateau, Timeline, learning_rate, lr_factor, remarks, scaled, watch, whitening_learning_rate
 
@@ -356,7 +356,7 @@ def test_a_run_broken_within_an_epoch_goes_on_with_the_learning_rates_of_the_unb
 
         return train_epoch(*parts, after_update=note, **options)
 
-    monkeypatch.setattr(ddp, "train_epoch", train_epoch_noted)
+    monkeypatch.setattr(fit, "train_epoch", train_epoch_noted)
     opts = [*RUN, f"train.schedule={kind}", f"train.warmup_epochs={0 if kind == 'one-cycle' else 0.67}"]
 
     def command(output: Path) -> list[str | Path]:

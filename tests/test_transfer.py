@@ -16,7 +16,7 @@ import torch
 from memory_source import CLASSES, MemoryRows, memory_source, write
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_fixtures import DIGITS, ROOT, alone
+from train_fixtures import DIGITS, ROOT, alone, broken_after
 
 from configs.errors import UserError, run_main
 from configs.load import load_config, parse_config, to_yaml
@@ -126,20 +126,9 @@ def test_a_fine_tuned_run_goes_on_bitwise_after_its_source_is_gone(
 ) -> None:
     copy = Path(shutil.copytree(source.folder, tmp_path / "source"))
     options = (f"model.finetune={copy}", FREEZE)
-    folder, save = tmp_path / "tuned", checkpoint.save
-
-    class Stop(Exception):
-        pass
-
-    def save_and_stop(path: Path, *parts: Any, **state: Any) -> None:
-        save(path, *parts, **state)
-        if path.name == "last.pt":
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(Stop):
-            run(data[5], folder, *options)
+    folder = tmp_path / "tuned"
+    with broken_after(lambda name, _: name == "last.pt"):
+        run(data[5], folder, *options)
     shutil.rmtree(copy)
     assert torch.load(folder / "last.pt", weights_only=True)["position"] == {"epoch": 1, "step": 0}
     result = run(data[5], folder, *options, flags=("--resume", "auto"))

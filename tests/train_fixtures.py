@@ -24,11 +24,12 @@ from torch import nn
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
 from pipelines.loader import Batch
-from train import checkpoint, ddp, dist
+from train import ddp, dist
 from train.dist import Ranks
 from train.log import RunLog
 from train.loop import Training, build_training
 from train.optim import build_optimizer
+from train.saving import Saving
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -74,28 +75,47 @@ def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, check=False, env=CLEAN)
 
 
+@contextmanager
+def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
+    """Runs in this process call look(name, position) once a checkpoint stands, for each of the names it goes by."""
+    save = Saving.save
+
+    def save_and_look(saving: Saving, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
+        save(saving, names, position, *parts)
+        saving.wait()
+        for name in names:
+            look(name, dict(position))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saving, "save", save_and_look)
+        yield
+
+
+@contextmanager
+def broken_after(is_enough: Callable[[str, dict[str, int]], bool]) -> Iterator[None]:
+    """A run inside, in this process, ends with the first checkpoint of which is_enough(name, position) holds."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(name: str, position: dict[str, int]) -> None:
+        if is_enough(name, position):
+            raise Stop
+
+    with after_each_save(stop), pytest.raises(Stop):
+        yield
+
+
 def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> None:
     """train/ddp.py in this process, on the CPU, without curves.png, which would take most of the time of a short run.
 
     stop_at: the position of the checkpoint after which the run is broken.
     """
-
-    class Stop(Exception):
-        pass
-
-    save = checkpoint.save
-
-    def save_and_stop(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
-        save(path, training, sums, **state)
-        if state["position"] == stop_at:
-            raise Stop
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(checkpoint, "save", save_and_stop)
         patch.setattr(RunLog, "draw", lambda _: None)
         patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
-        with nullcontext() if stop_at is None else pytest.raises(Stop):
+        with nullcontext() if stop_at is None else broken_after(lambda _, position: position == stop_at):
             ddp.main()
 
 

@@ -113,6 +113,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def max_over_ranks(values: list[int]) -> list[int]:
+    """The largest of each number over all ranks, on every rank; waits for them, and not for the device."""
+    numbers = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [int(number) for number in numbers]
+
+
 def equalize_buffers(model: nn.Module) -> None:
     """Every rank takes the first rank's buffers (batch-norm statistics)."""
     for buffer in model.buffers():

@@ -17,7 +17,8 @@ from configs.stages import section_at
 from pipelines.shards import fingerprint
 from train.content import check_holds
 
-# Settings of training that results do not follow from, or not to the last digit, which a resumed run may change.
+# Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
+# which a resumed run may change.
 FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
         "eval_every_epochs", "on_nonfinite")  # fmt: skip
 EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what eval's losses and accuracies follow from

@@ -61,6 +61,7 @@ class RunLog:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._trackers: list[Tracker] = []
+        self.is_in_a_hurry = False  # as after a signal: the end leaves out what can be had later
         self._drawn_at = -CURVES_EVERY_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -176,10 +177,11 @@ class RunLog:
             self.say(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
-        self.draw()
+        if not self.is_in_a_hurry:
+            self.draw()
 
         def finish(tracker: Tracker) -> None:
-            if (message := tracker.finish(failed=failed)) is not None:
+            if (message := tracker.finish(failed=failed, in_a_hurry=self.is_in_a_hurry)) is not None:
                 self.say(message)
 
         self._each(finish)
@@ -197,7 +199,7 @@ class RunLog:
                 self.say(f"{tracker.title} stops here, the run goes on ({type(error).__name__}: {one_line(error)}); "
                          f"{tracker.advice}")  # fmt: skip
                 with suppress(Exception):
-                    tracker.finish(failed=True)
+                    tracker.finish(failed=True, in_a_hurry=self.is_in_a_hurry)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

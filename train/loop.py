@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from train import dist
 from train.clipping import clip_gradients, clips
 from train.ema import Ema
 from train.freeze import set_training_mode
+from train.guard import Guard
 from train.lookahead import Lookahead
 from train.losses import LossAndCounts, build_loss
-from train.optim import capture_obstacle, make_capturable, set_learning_rate
+from train.optim import capture_obstacle, is_fused, make_capturable, set_learning_rate
 from train.schedule import Timeline, learning_rate, lr_factor, whitening_learning_rate
 from train.tta import mean_logits
 
@@ -57,6 +58,7 @@ class Training:
     captures: bool  # the step shall be replayed as CUDA graphs
     keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
     mixes: bool = False  # its batches are a MixedBatch
+    guard: Guard | None = None  # leaves out updates that are not finite
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: Proxy | None = None
@@ -107,6 +109,7 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         captures=captures,
         keeps_gradients=captures and config.accumulation_steps > 1,
         mixes=mixes,
+        guard=Guard(network, optimizer) if config.on_nonfinite == "skip" else None,
     )
 
 
@@ -143,6 +146,9 @@ def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype 
         f"there are {dist.world_size()} ranks": dist.world_size() > 1,
         "fp16 looks at its gradients on the host before every update": amp == torch.float16,
         "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
+        f"on_nonfinite=skip looks at the gradients of {config.optimizer.name} on the host before every update": (
+            config.on_nonfinite == "skip" and not is_fused(config.optimizer)
+        ),
     }
     if (obstacle := capture_obstacle(config.optimizer)) is not None:
         obstacles[obstacle] = True
@@ -162,12 +168,19 @@ def train_step(training: Training, batch: Batch, *, update: bool = True) -> None
         with training.autocast():
             loss, counts = training.loss_and_counts(training.forward, batch, config.label_smoothing)
         training.scaler.scale(loss / config.accumulation_steps).backward()
-    training.sums += counts
+    guard = training.guard
+    training.sums += counts if guard is None else guard.counted(counts)
     if update:
-        if clips(config):
+        if clips(config) or guard is not None:
             training.scaler.unscale_(training.optimizer)
+        if guard is not None:
+            guard.look()
+        if clips(config):
             clip_gradients(training.network, config)
-        training.scaler.step(training.optimizer)
+        if guard is not None:
+            guard.step(training.scaler)
+        else:
+            training.scaler.step(training.optimizer)
         training.scaler.update()
         training.optimizer.zero_grad(set_to_none=not training.keeps_gradients)
 
@@ -220,10 +233,12 @@ def train_epoch(
     after_update: Callable[[int, float], None],
     timeline: Timeline | None = None,
     decays: int = 0,
+    passed_over: Collection[int] = (),
 ) -> EpochTimes:
     """Train the rest of the loader's epoch; after_update(update, lr) follows every optimizer update, counted from 0.
 
     timeline: of the whole run; None: all epochs are as long as this one. decays: of schedule plateau so far.
+    passed_over: updates that are not made, nor followed by anything.
 
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
@@ -239,6 +254,8 @@ def train_epoch(
     begin, waited = time.perf_counter(), loader.wait_s
     for step, batch in enumerate(loader, first):
         update, micro = timeline.first(epoch) + step // accumulation, step % accumulation
+        if update in passed_over:
+            continue
         lr = learning_rate(update, timeline, training.config, decays)
         whitening_lr = whitening_learning_rate(update, timeline, training.config, decays)
         for one in trainings_of(training):
@@ -286,6 +303,10 @@ class Evaluation:
         return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
 
 
+class Interrupted(Exception):
+    """An evaluation that was broken off, on all ranks alike."""
+
+
 def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
     """(logits float32 [B, num_classes], labels int64 [B], -1 where there is none) of each batch, in the loader's order.
 
@@ -306,12 +327,26 @@ def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") 
         yield logits[: len(labels)], labels
 
 
-def evaluate(training: Training, loader: Iterable[Batch], samples: int, tta: str = "none") -> Evaluation:
-    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it."""
-    sums = torch.zeros(4, dtype=torch.float64, device=training.device)
+def evaluate(
+    training: Training,
+    loader: Iterable[Batch],
+    samples: int,
+    tta: str = "none",
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+
+    is_interrupted: asked between batches; once it is true on any rank, all of them raise Interrupted.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=training.device)  # the last: ranks that were interrupted
     for logits, labels in predictions(training, loader, tta):
-        sums += loss_and_hits(logits, labels)
-    loss_sum, top1, top5, count = dist.sum_over_ranks(sums).tolist()
+        if is_interrupted():
+            sums[4] = 1
+            break
+        sums[:4] += loss_and_hits(logits, labels)
+    loss_sum, top1, top5, count, interrupted = dist.sum_over_ranks(sums).tolist()
+    if interrupted:
+        raise Interrupted
     if int(count) != samples:
         raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
     return Evaluation(loss_sum / samples, top1 / samples, top5 / samples, samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from math import nan
 
 import torch
 
@@ -30,7 +31,7 @@ class Meter:
         """Of the updates since `begin` or the last reading, for metrics; the device must have been waited for."""
         duration_s = max(time.perf_counter() - self._time_s, 1e-9)
         values = {
-            "step_loss": (loss - self._loss) / (seen - self._seen),
+            "step_loss": (loss - self._loss) / (seen - self._seen) if seen > self._seen else nan,  # all left out
             "images_per_s": (updates - self._updates) * self._images_per_update / duration_s,
             "data_wait_fraction": (self._loader.wait_s - self._wait_s) / duration_s,
         }

@@ -152,6 +152,11 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             group["capturable"] = True
 
 
+def is_fused(config: OptimizerConfig) -> bool:
+    """Whether it is one of torch's fused optimizers, which can leave out a step without the host."""
+    return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
+
+
 def capture_obstacle(config: OptimizerConfig) -> str | None:
     """Why a step of this optimizer cannot be replayed as a CUDA graph; None: it can."""
     if config.name not in CAPTURABLE:

@@ -1,13 +1,15 @@
-"""When a run's checkpoints are written, and where in its epochs each of them stands. `checkpoint` knows their files."""
+"""Writes a run's checkpoints in a thread, one at a time. `checkpoint` knows their files, `fit` when they are due."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipelines.staged import TrainLoader
+from torch import Tensor
+
 from train import checkpoint, dist
 from train.loop import Training
 
@@ -15,42 +17,72 @@ SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
 
 
 class Saving:
-    """Of one run, on all ranks, which must come here at the same step; the first one writes."""
+    """Of one run, on all ranks, of which the first writes.
 
-    def __init__(
-        self, folder: Path, training: Training, loader: TrainLoader, about: Mapping[str, Any], log_every_steps: int
-    ) -> None:
+    Training waits for the copy to host memory, and for the checkpoint before where that is still being written. An
+    error in writing is raised by the next call of anything here.
+    """
+
+    def __init__(self, folder: Path, training: Training, about: Mapping[str, Any]) -> None:
         """about: what every checkpoint of this run says of it."""
-        self._folder, self._training, self._loader, self._about = folder, training, loader, about
-        self._log_every_steps = log_every_steps
+        self.folder = folder
+        self.newest: Path | None = None  # the checkpoint that the run would go on from; None: there is none yet
+        self.steps = 0  # optimizer steps of the run that it holds
+        self._training, self._about = training, about
         self._saved_s = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._written: Future[None] | None = None
+
+    def stands(self, newest: Path, steps: int) -> None:
+        """The run stands where this checkpoint does."""
+        self.newest, self.steps = newest, steps
 
     @property
-    def position(self) -> dict[str, int]:
-        """Where the loader stands, in optimizer steps: they mean the same however a global batch is cut into ranks and
-        forward passes."""
-        state = self._loader.state
-        return {"epoch": state["epoch"], "step": state["step"] // self._training.config.accumulation_steps}
+    def can_go_back(self) -> bool:
+        """Whether the newest checkpoint is one of this folder's own."""
+        return self.newest is not None and self.newest in [self.folder / name for name in ("last.pt", "previous.pt")]
 
-    def save(self, name: str) -> None:
-        """As the run stands now; the sums are added up over ranks for it."""
-        sums = dist.sum_over_ranks(self._training.sums.clone())
-        if dist.is_first_rank():
-            checkpoint.save(self._folder / name, self._training, sums, position=self.position, **self._about)
+    def is_due(self) -> bool:
+        """Whether the newest checkpoint is older than SAVE_EVERY_S."""
+        return time.monotonic() - self._saved_s >= SAVE_EVERY_S
 
-    def save_last(self) -> None:
-        self.save("last.pt")
-        self._saved_s = time.monotonic()
+    def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
+        """As the run stands now: last.pt, which the one before makes room for, or others such as best.pt.
 
-    def save_within_epoch(self, done: int) -> None:
-        """After `done` updates of the run, where train.save_every_steps or the clock says so."""
-        if self._loader.state["step"] != 0 and self._is_due(done):  # the end of an epoch saves anyhow
-            self.save_last()
+        position: epoch, and optimizer steps done in it, which mean the same however a global batch is cut into ranks
+        and forward passes; sums: the training's over all ranks; steps: done in all.
+        """
+        if "last.pt" in names:
+            self._saved_s = time.monotonic()
+            self.stands(self.folder / "last.pt", steps)
+        if not dist.is_first_rank():
+            return
+        self.wait()
+        content = checkpoint.content_of(self._training, sums, position=dict(position), **self._about)
+        self._written = self._thread.submit(write_all, self.folder, names, checkpoint.to_host(content))
 
-    def _is_due(self, done: int) -> bool:
-        if (every_steps := self._training.config.save_every_steps) is not None:
-            return done % every_steps == 0
-        # the first rank's clock decides; looked at once per log interval, since all ranks wait for the answer
-        return done % self._log_every_steps == 0 and dist.from_first_rank(
-            lambda: time.monotonic() - self._saved_s >= SAVE_EVERY_S
-        )
+    def check(self) -> None:
+        """Raise what went wrong in writing, without waiting."""
+        if self._written is not None and self._written.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the newest checkpoint stands."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A write under way ends first; by then its error is nobody's any more."""
+        self._thread.shutdown()
+
+
+def write_all(folder: Path, names: tuple[str, ...], content: dict[str, Any]) -> None:
+    for name in names:
+        if name == "last.pt":
+            checkpoint.write_last(folder, content)
+        else:
+            checkpoint.write(folder / name, content)

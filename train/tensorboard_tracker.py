@@ -36,7 +36,8 @@ class TensorBoardTracker:
     def summary(self, values: Mapping[str, float]) -> None:
         self._summary |= values
 
-    def finish(self, *, failed: bool) -> str | None:
+    def finish(self, *, failed: bool, in_a_hurry: bool = False) -> str | None:
+        del in_a_hurry  # it only writes a file
         if self._summary:
             self._writer.add_text("summary", as_code({"failed": failed, **self._summary}), self._step)
         self._writer.close()

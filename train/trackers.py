@@ -30,8 +30,8 @@ class Tracker(Protocol):
     def summary(self, values: Mapping[str, float]) -> None:
         """What to know of the whole run; later values replace earlier ones."""
 
-    def finish(self, *, failed: bool) -> str | None:
-        """Write or send what is left, in bounded time; returns what the user should know of it."""
+    def finish(self, *, failed: bool, in_a_hurry: bool = False) -> str | None:
+        """Write or send what is left, in bounded time, in_a_hurry a few seconds; returns what the user should know."""
 
 
 def within(seconds: float, function: Callable[[], Result]) -> Result:

@@ -24,6 +24,7 @@ INIT_S = 20.0  # for the server to answer
 LOG_S = 10.0  # for wandb's own process to take a point or a picture, which it does at once as long as it is well
 FINISH_S = 30.0  # for what is left to be uploaded
 GRACE_S = 15.0  # on top, for wandb to notice that this time is over
+HURRY_S = 5.0  # instead of both, when the run was told to end
 TEARDOWN_S = 5.0
 BY_EPOCH = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "ema_val_loss", "ema_val_top1",
             "ema_val_top5", "epoch_time_s")  # fmt: skip
@@ -58,12 +59,13 @@ class WandbTracker:
     def summary(self, values: Mapping[str, float]) -> None:
         self._give(lambda: self._run.summary.update(dict(values)))
 
-    def finish(self, *, failed: bool) -> str | None:
+    def finish(self, *, failed: bool, in_a_hurry: bool = False) -> str | None:
+        limit_s, grace_s = (HURRY_S, 0.0) if in_a_hurry else (FINISH_S, GRACE_S)
         try:
             if not self._is_stuck:
-                within(FINISH_S + GRACE_S, lambda: self._run.finish(exit_code=int(failed)))
+                within(limit_s + grace_s, lambda: self._run.finish(exit_code=int(failed)))
         except TimeoutError:
-            return f"W&B did not take everything within {FINISH_S:.0f} s; upload the rest with: {self._sync_command}"
+            return f"W&B did not take everything within {limit_s:.0f} s; upload the rest with: {self._sync_command}"
         finally:
             end_service(self._wandb)
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None

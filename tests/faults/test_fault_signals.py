@@ -1,0 +1,125 @@
+"""Signals in mid-run: the step ends, a checkpoint stands, the exit is soon, and the resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_fixtures import (
+    STEPS,
+    assert_same_run,
+    command_with,
+    content,
+    digits_in,
+    logged,
+    run_arguments,
+    run_to_its_end,
+    seeded,
+    start,
+    wait_for,
+)
+
+EXIT_S = 20
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_in(tmp_path_factory.mktemp("signals"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken")
+    done = run_to_its_end(command_with({}, run_arguments(digits, output)))
+    assert (done.returncode, done.stderr) == (0, "")
+    return output / "digits_lenet"
+
+
+def stop_and_go_on(
+    number: signal.Signals,
+    digits: Path,
+    output: Path,
+    after: str,
+    processes: int = 0,
+    delay_s: float = 0.0,
+    **faults: object,
+) -> tuple[int, str]:
+    """Send a signal once the log has `after`, then resume; the exit code of the stopped run, and where it stood."""
+    options = [f"data.batch_size={64 // max(processes, 1)}"]
+    folder, command = output / "digits_lenet", run_arguments(digits, output, *options)
+    process = start(command_with(dict(faults), command, processes))
+    wait_for(process, lambda: logged(folder, after))
+    time.sleep(delay_s)
+    sent_s = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=EXIT_S)
+    assert time.monotonic() - sent_s < EXIT_S
+    assert f"stopped by {number.name} after step" in out, (out, err)
+    assert "Traceback" not in err or processes, err  # torchrun shows one of its own
+    position = content(folder / "last.pt")["position"]
+    where = f"epoch {position['epoch']} step {position['step']}"
+    done = run_to_its_end(command_with({}, [*command, "--resume", "auto"], processes))
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    return process.returncode, where
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_one_is_the_unbroken(
+    number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
+    code, where = stop_and_go_on(number, digits, tmp_path, "epoch 0:", **pause)
+    assert code == 128 + number
+    assert where in {f"epoch 1 step {step}" for step in range(1, 8)}
+    assert_same_run(tmp_path / "digits_lenet", unbroken)
+
+
+def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(
+    digits: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    code, where = stop_and_go_on(signal.SIGTERM, digits, tmp_path, "step 20:", delay_s=1.0, evaluation_s=3.0)
+    assert code == 128 + signal.SIGTERM
+    assert where == f"epoch 0 step {STEPS}"
+    assert_same_run(tmp_path / "digits_lenet", unbroken)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_ranks_under_torchrun_stop_at_one_step_and_go_on(
+    number: signal.Signals, digits: Path, tmp_path: Path
+) -> None:
+    done = run_to_its_end(command_with({}, run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32"), 2))
+    assert done.returncode == 0, done.stderr
+    pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
+    code, where = stop_and_go_on(number, digits, tmp_path / "stopped", "epoch 0:", processes=2, **pause)
+    assert code != 0
+    assert where.startswith("epoch 1")
+    assert_same_run(tmp_path / "stopped" / "digits_lenet", tmp_path / "unbroken" / "digits_lenet")
+
+
+def lines_in(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.campaign
+def test_a_run_that_is_stopped_again_and_again_at_random_instants_is_the_unbroken_one(
+    digits: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    instants, stops = seeded(), 0
+    folder, command = tmp_path / "digits_lenet", run_arguments(digits, tmp_path)
+    while True:
+        process = start(command_with({}, [*command, "--resume", "auto"]))
+        before = lines_in(folder / "log.txt")
+        wait_for(process, lambda before=before: lines_in(folder / "log.txt") > before)
+        time.sleep(instants.uniform(0.1, 0.8))
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=EXIT_S)
+        if process.returncode == 0:
+            break
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), (out, err)
+        stops += process.returncode == 128 + signal.SIGTERM
+    assert stops >= 2
+    assert_same_run(folder, unbroken)

@@ -1,0 +1,76 @@
+"""The flag that signals set, in this process; whole runs are in tests/faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from train import signals
+from train.signals import SIGNALS, Stopped, listening
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Who starts the tests may have SIGINT ignored, and what is ignored stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
+    with listening() as asked:
+        assert asked.signal == 0
+        os.kill(os.getpid(), number)
+        assert asked.signal == number
+
+
+def test_the_first_signal_counts() -> None:
+    with listening() as asked:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert asked.signal == signal.SIGUSR1
+
+
+def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as asked:
+        for _ in range(2):  # as the terminal and torchrun send it, both at once
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal == signal.SIGINT
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * signals.AGAIN_S)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with listening() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
+    seen: list[int] = []
+
+    def listen() -> None:
+        with listening() as asked:
+            seen.append(asked.signal)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_exit_codes_are_those_of_shells(number: signal.Signals, code: int) -> None:
+    assert Stopped(number).exit_code == code
+    assert str(Stopped(number)) == f"stopped by {number.name}"

@@ -1,0 +1,272 @@
+"""The epochs of a run: what follows each optimizer update and each epoch, and how a run ends early or goes back.
+
+Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from configs.errors import UserError
+from configs.schema import Config
+from pipelines.loader import Loader
+from pipelines.staged import TrainLoader
+from train import checkpoint, dist
+from train.agreement import Agreement
+from train.clock import Clock
+from train.dist import Ranks
+from train.ema import average_counts
+from train.health import Health, NotFinite
+from train.log import RunLog
+from train.loop import Interrupted, Training, evaluate, train_epoch
+from train.meter import Meter, peak_memory_gib
+from train.saving import Saving
+from train.schedule import Timeline, learning_rate, watch
+from train.signals import Asked, Stopped
+
+RESULTS = ("loss", "top1", "top5")  # of an evaluation, in metrics
+MOST_REWINDS = 5  # in one run; what comes again and again is not chance
+MOST_LEFT_OUT = 10  # updates in a row, without a single good one
+
+
+@dataclass
+class Run:
+    """The parts of a run, as train/ddp.py puts them together."""
+
+    config: Config
+    training: Training
+    train_loader: TrainLoader
+    val_loader: Loader
+    val_samples: int
+    timeline: Timeline
+    progress: dict[str, Any]  # what the run has achieved, changed here: best_top1, plateau, passed_over
+    saving: Saving
+    log: RunLog
+    ranks: Ranks
+    clock: Clock
+    prepare: Callable[[], object]  # compiles and captures the step again after the optimizer's state was loaded
+
+
+def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
+    """Epochs from `position` on, with the checkpoints that train.save_every_* ask for.
+
+    position: epoch, and steps done in it. Raises Stopped, after a checkpoint, when a signal asks for it.
+    """
+    config, loader = run.config.train, run.train_loader
+    is_due = run.saving.is_due if config.save_every_steps is None else lambda: False
+    health, agreement = Health(run.training), Agreement(lambda: asked.signal, is_due)
+    epoch, step = position["epoch"], position["step"]
+    if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
+        done = run.timeline.first(epoch) + step
+        run.saving.save(("last.pt",), position, health.sums(done), done)
+    stage = None
+    while epoch < config.epochs:
+        if len(loader.stages) > 1 and loader.at(epoch) is not stage:
+            stage = loader.at(epoch)
+            run.log.say(f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
+                        f"{run.timeline.updates[epoch]} steps at global batch {_global_batch(run, epoch)}")  # fmt: skip
+        done = run.timeline.first(epoch) + step
+        health.begin(done)
+        agreement.begin(done)
+        try:
+            rates = _updates(run, epoch, step, health, agreement)
+            _end_of_epoch(run, epoch, rates, asked, health, agreement)
+        except NotFinite as found:
+            epoch, step = _go_back(run, found)
+        else:
+            epoch, step = epoch + 1, 0
+    dist.from_first_rank(run.saving.wait)
+
+
+def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreement) -> dict[str, float | None]:
+    """The rest of an epoch of which `step` steps are done; what metrics say of it beside its sums."""
+    config, training, loader, timeline, log = run.config, run.training, run.train_loader, run.timeline, run.log
+    first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
+    bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
+               disable=log.is_silent or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
+    meter = Meter(loader)
+    loss, _, seen = health.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
+    meter.begin(first + step, loss, seen, images_per_update=_global_batch(run, epoch))
+
+    def after_update(update: int, lr: float) -> None:
+        bar.update()
+        done = update + 1
+        run.saving.check()
+        signal, saves = agreement.after(done)
+        saves = saves or signal != 0 or (save_every is not None and done % save_every == 0)
+        logs = done % config.log.every_steps == 0
+        if not (saves or logs):
+            return
+        sums = health.sums(done)  # synchronises, once per log interval
+        if logs:
+            loss, _, seen = sums.tolist()
+            measured = {**meter.read(done, loss, seen), "lr": lr, "memory_gib": peak_memory_gib(training.device)}
+            bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
+            log.steps(measured, done)
+            _report_left_out(run, health, done)
+        if saves:
+            run.saving.save(("last.pt",), {"epoch": epoch, "step": done - first}, sums, done)
+        if signal:
+            _stop(run, signal, done)
+
+    if step == steps:  # the run had been stopped in the evaluation
+        return dict.fromkeys(("images_per_s", "data_wait_fraction", "epoch_time_s"))
+    passed_over = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
+    with bar:
+        times = train_epoch(training, loader, seed=config.seed, rank=run.ranks.rank, after_update=after_update,
+                            timeline=timeline, decays=_decays(run), passed_over=passed_over)  # fmt: skip
+    run.clock.add(times.time_s)
+    images = times.batches * _global_batch(run, epoch) / config.train.accumulation_steps
+    return {
+        "images_per_s": images / times.time_s,
+        "data_wait_fraction": times.wait_s / times.time_s,
+        "epoch_time_s": times.time_s,
+    }
+
+
+def _global_batch(run: Run, epoch: int) -> int:
+    """Images of an optimizer update."""
+    batch_size = run.train_loader.at(epoch).plan.batch_size
+    return batch_size * run.ranks.world_size * run.config.train.accumulation_steps
+
+
+def _decays(run: Run) -> int:
+    """Of schedule plateau so far."""
+    return int(run.progress.get("plateau", {}).get("decays", 0))
+
+
+def _end_of_epoch(
+    run: Run, epoch: int, rates: dict[str, float | None], asked: Asked, health: Health, agreement: Agreement
+) -> None:
+    """Evaluation, metrics and checkpoints."""
+    config, training, progress = run.config, run.training, run.progress
+    done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
+    sums = health.sums(done)
+    loss, correct, seen = sums.tolist()
+    _report_left_out(run, health, done)
+    weights = ("",) if training.ema is None else ("", "ema_")
+    metrics = {
+        "epoch": epoch,
+        "step": done,
+        "train_loss": loss / seen if seen else nan,
+        "train_top1": correct / seen if seen else nan,
+        **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
+        "lr": learning_rate(done - 1, run.timeline, training.config, _decays(run)),
+        **rates,
+        "memory_gib": peak_memory_gib(training.device),
+    }
+    improved = False
+    if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
+        try:
+            with run.clock if is_last else nullcontext():
+                results, top1 = _validate(run, asked)
+        except Interrupted:
+            run.saving.save(("last.pt",), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
+            _stop(run, agreement.now(), done)
+        metrics |= results
+        improved = top1 > progress["best_top1"]
+        progress["best_top1"] = max(progress["best_top1"], top1)
+    if config.train.schedule == "plateau":
+        progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
+    run.log.epoch(metrics)
+    training.sums.zero_()
+    names = ("best.pt",) if improved else ()
+    if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
+        names = (*names, "last.pt")
+    if names:
+        run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
+
+
+def _validate(run: Run, asked: Asked) -> tuple[dict[str, float], float]:
+    """Results of the weights, and of their moving average where one is kept; and the accuracy of those that count."""
+    training, tta = run.training, run.config.eval.tta
+    what = run.val_loader, run.val_samples, tta, lambda: asked.signal != 0
+    evaluations = {"": evaluate(training, *what)}
+    if training.ema is not None:
+        with training.ema.in_place():
+            evaluations["ema_"] = evaluate(training, *what)
+    results = {f"{which}val_{result}": getattr(one, result) for which, one in evaluations.items() for result in RESULTS}
+    return results, evaluations["ema_" if average_counts(training, run.config.eval.weights) else ""].top1
+
+
+def _stop(run: Run, signal: int, done: int) -> None:
+    """Raise Stopped once the checkpoint stands."""
+    dist.from_first_rank(run.saving.wait)
+    stopped = Stopped(signal)
+    run.log.say(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / 'last.pt'} holds; "
+                "--resume auto goes on from there")  # fmt: skip
+    raise stopped
+
+
+def _report_left_out(run: Run, health: Health, done: int) -> None:
+    """What train.on_nonfinite=skip has done since the last report; raises UserError where it helps nothing."""
+    count, since = health.left_out()
+    if count:
+        run.progress["left_out"] = run.progress.get("left_out", 0) + count
+        run.log.say(f"step {done}: {count} of the last {since} updates left out, since their gradients were not finite")
+    if count == since >= MOST_LEFT_OUT:
+        raise UserError(
+            f"the gradients of all updates from step {done - since + 1} to {done} are not finite, and "
+            f"train.on_nonfinite=skip left out all of them; {_last_good(run)}; lower train.lr={run.config.train.lr}, "
+            "clip gradients (train.clip_grad_norm), or use train.amp=off"
+        )
+
+
+def _last_good(run: Run) -> str:
+    newest, steps = run.saving.newest, run.saving.steps
+    return f"the last good checkpoint is {newest} of step {steps}" if newest else "no checkpoint had been written yet"
+
+
+def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
+    """To the last checkpoint, where train.on_nonfinite says so; (epoch, steps done in it) to go on from."""
+    train, passed_over = run.config.train, run.progress.get("passed_over", [])
+    sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
+    if train.on_nonfinite != "rewind":
+        raise UserError(
+            f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or go "
+            "on from there with --resume auto and train.on_nonfinite=rewind, which passes over these steps"
+        )
+    if len(passed_over) >= MOST_REWINDS:
+        raise UserError(
+            f"{sentence}, and the run has gone back {MOST_REWINDS} times already; lower train.lr={train.lr}, clip "
+            "gradients (train.clip_grad_norm) or use train.amp=off"
+        )
+    dist.from_first_rank(run.saving.wait)
+    source, content = checkpoint.load_newest([run.saving.folder / "last.pt", run.saving.folder / "previous.pt"])
+    position = go_on(run.training, run.train_loader, run.timeline, content, source)
+    run.progress.clear()
+    run.progress |= content["progress"]
+    run.progress["passed_over"] = [*passed_over, [found.first, found.last]]
+    run.saving.stands(source, run.timeline.first(position["epoch"]) + position["step"])
+    run.prepare()
+    run.log.keep_epochs(position["epoch"])
+    run.log.say(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
+                f"from there passes over {found.steps}")  # fmt: skip
+    return position["epoch"], position["step"]
+
+
+def go_on(
+    training: Training, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
+) -> dict[str, int]:
+    """Put all that a step changes, and the loader, where a checkpoint has them; its position."""
+    checkpoint.restore(training, content, source)
+    if not dist.is_first_rank():
+        training.sums.zero_()  # the checkpoint holds the sums over all ranks
+    if training.guard is not None:
+        training.guard.begin()
+    position: dict[str, int] = content["position"]
+    epoch, step = position["epoch"], position["step"]
+    if step and step == timeline.updates[epoch]:  # all of the epoch but its evaluation
+        loader.state = {"epoch": epoch + 1, "step": 0}
+    else:
+        loader.state = {"epoch": epoch, "step": step * training.config.accumulation_steps}
+    return position

@@ -1,0 +1,58 @@
+"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+# SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
+
+
+class Stopped(Exception):
+    """The run has ended early, as a signal asked for, with a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number  # as shells report it
+
+
+@dataclass
+class Asked:
+    """signal: the number of the first signal that came; 0: none."""
+
+    signal: int = 0
+
+
+@contextmanager
+def listening() -> Iterator[Asked]:
+    """Inside, the signals set the flag instead of ending the process; Ctrl-C a second time ends it at once.
+
+    Python handles signals in the main thread alone: in any other, nothing listens.
+    """
+    asked, first_s = Asked(), 0.0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
+        if asked.signal == 0:
+            asked.signal, first_s = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first_s > AGAIN_S:
+            signal.default_int_handler(number, frame)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # what is ignored, as SIGINT is in a shell's background, stays so
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
