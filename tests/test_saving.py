@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
 from train_fixtures import alone, random_batch, small_net, training_of
 
 from configs.errors import UserError
-from train import checkpoint, checkpoint_file
+from train import checkpoint
 from train.loop import Training, train_step
 from train.saving import Saving
 
@@ -37,16 +37,16 @@ def save(saving: Saving, training: Training, *names: str, steps: int = 1) -> Non
 
 
 class Held:
-    """Writes checkpoints' bytes once it has a permission."""
+    """Stands in for checkpoint.write, and waits for a permission."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[dict[str, Any]] = []
-        self.may_write, self._fill = threading.Event(), checkpoint_file.fill
-        monkeypatch.setattr(checkpoint_file, "fill", self)
+        self.may_write, self._write = threading.Event(), checkpoint.write
+        monkeypatch.setattr(checkpoint, "write", self)
 
-    def __call__(self, file: BinaryIO, content: dict[str, Any]) -> None:
+    def __call__(self, path: Path, content: dict[str, Any]) -> None:
         assert self.may_write.wait(timeout=60)
-        self._fill(file, content)
+        self._write(path, content)
         self.written.append(content)
 
 
@@ -55,7 +55,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
 ) -> None:
     held = Held(monkeypatch)
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
-    with Saving(tmp_path, training, {"stream": {"seed": 3}}) as saving:
+    with Saving(tmp_path, training, {"config": "a"}) as saving:
         save(saving, training, "best.pt")
         assert held.written == []  # and yet we are here
         for seed in range(3):
@@ -63,7 +63,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
         held.may_write.set()
         saving.wait()
     content = checkpoint.load(tmp_path / "best.pt")
-    assert (content["stream"], content["position"]) == ({"seed": 3}, POSITION)
+    assert (content["config"], content["position"]) == ("a", POSITION)
     assert all(torch.equal(content["model"][name], value) for name, value in before.items())
     assert not torch.equal(training.network.state_dict()["head.weight"], before["head.weight"])
 
@@ -73,9 +73,9 @@ def test_one_checkpoint_is_written_at_a_time(
 ) -> None:
     held = Held(monkeypatch)
     with Saving(tmp_path, training, {}) as saving:
-        save(saving, training)
+        save(saving, training, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
-        save(saving, training)
+        save(saving, training, "best.pt")
         assert len(held.written) >= 1  # the first stands before the second begins
     assert len(held.written) == 2
 

@@ -22,6 +22,7 @@ from pipelines.loader import Loader
 from pipelines.staged import TrainLoader
 from train import checkpoint, dist
 from train.agreement import Agreement
+from train.checkpoint import BEST, LAST
 from train.clock import Clock
 from train.dist import Ranks
 from train.ema import average_counts
@@ -29,6 +30,7 @@ from train.health import Health, NotFinite
 from train.log import RunLog
 from train.loop import Interrupted, Training, evaluate, train_epoch
 from train.meter import Meter, peak_memory_gib
+from train.run_folder import latest_of
 from train.saving import Saving
 from train.schedule import Timeline, learning_rate, watch
 from train.signals import Asked, Stopped
@@ -67,7 +69,7 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
     epoch, step = position["epoch"], position["step"]
     if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
         done = run.timeline.first(epoch) + step
-        run.saving.save(("last.pt",), position, health.sums(done), done)
+        run.saving.save((LAST,), position, health.sums(done), done)
     stage = None
     while epoch < config.epochs:
         if len(loader.stages) > 1 and loader.at(epoch) is not stage:
@@ -114,7 +116,7 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
             log.steps(measured, done)
             _report_left_out(run, health, done)
         if saves:
-            run.saving.save(("last.pt",), {"epoch": epoch, "step": done - first}, sums, done)
+            run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
         if signal:
             _stop(run, signal, done)
 
@@ -170,7 +172,7 @@ def _end_of_epoch(
             with run.clock if is_last else nullcontext():
                 results, top1 = _validate(run, asked)
         except Interrupted:
-            run.saving.save(("last.pt",), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
+            run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
             _stop(run, agreement.now(), done)
         metrics |= results
         improved = top1 > progress["best_top1"]
@@ -179,9 +181,9 @@ def _end_of_epoch(
         progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
     run.log.epoch(metrics)
     training.sums.zero_()
-    names = ("best.pt",) if improved else ()
+    names = (BEST,) if improved else ()
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
-        names = (*names, "last.pt")
+        names = (*names, LAST)
     if names:
         run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
 
@@ -202,7 +204,7 @@ def _stop(run: Run, signal: int, done: int) -> None:
     """Raise Stopped once the checkpoint stands."""
     dist.from_first_rank(run.saving.wait)
     stopped = Stopped(signal)
-    run.log.say(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / 'last.pt'} holds; "
+    run.log.say(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / LAST} holds; "
                 "--resume auto goes on from there")  # fmt: skip
     raise stopped
 
@@ -241,7 +243,7 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
     dist.from_first_rank(run.saving.wait)
-    source, content = checkpoint.load_newest([run.saving.folder / "last.pt", run.saving.folder / "previous.pt"])
+    source, content = checkpoint.load_newest(latest_of(run.saving.folder))
     position = go_on(run.training, run.train_loader, run.timeline, content, source)
     run.progress.clear()
     run.progress |= content["progress"]

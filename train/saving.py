@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from train import checkpoint, dist
+from train.checkpoint import LAST, PREVIOUS
 from train.loop import Training
 
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
@@ -40,7 +41,7 @@ class Saving:
     @property
     def can_go_back(self) -> bool:
         """Whether the newest checkpoint is one of this folder's own."""
-        return self.newest is not None and self.newest in [self.folder / name for name in ("last.pt", "previous.pt")]
+        return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
         """Whether the newest checkpoint is older than SAVE_EVERY_S."""
@@ -52,9 +53,9 @@ class Saving:
         position: epoch, and optimizer steps done in it, which mean the same however a global batch is cut into ranks
         and forward passes; sums: the training's over all ranks; steps: done in all.
         """
-        if "last.pt" in names:
+        if LAST in names:
             self._saved_s = time.monotonic()
-            self.stands(self.folder / "last.pt", steps)
+            self.stands(self.folder / LAST, steps)
         if not dist.is_first_rank():
             return
         self.wait()
@@ -82,7 +83,7 @@ class Saving:
 
 def write_all(folder: Path, names: tuple[str, ...], content: dict[str, Any]) -> None:
     for name in names:
-        if name == "last.pt":
+        if name == LAST:
             checkpoint.write_last(folder, content)
         else:
             checkpoint.write(folder / name, content)
