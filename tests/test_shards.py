@@ -204,7 +204,8 @@ def test_an_opened_split_says_what_it_holds(encoding: str, request: pytest.Fixtu
 def test_a_samples_description_leads_to_its_bytes(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     text = split.describe(650)
-    assert text.startswith("sample 650 of split 'train' (tiny-train-000003.tar, offset ")
+    key = f"{split.source_rows()[650]:09d}"
+    assert text.startswith(f"sample 650 of split 'train' (tiny-train-000003.tar, key {key}, offset ")
     offset = int(text.rsplit(" ", 1)[1].rstrip(")"))
     assert split.files[3].read_bytes()[offset : offset + int(split.size[650])] == stored(split)[650]
 
