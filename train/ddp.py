@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
@@ -33,6 +33,7 @@ from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of, train_epoch
 from train.meter import Meter, peak_memory_gib
 from train.proxy import check_proxy
+from train.rank_errors import run_ranks
 from train.run_folder import find_run, make_folder
 from train.saving import Saving
 from train.schedule import Timeline, remarks, watch
@@ -282,4 +283,4 @@ def validate(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_ranks(main)
