@@ -22,7 +22,7 @@ from pipelines.loader import Loader
 from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import fingerprint, load_dataset
 from pipelines.staged import TrainLoader
-from train import checkpoint, dist
+from train import checkpoint, dist, restart
 from train.assemble import build_all, check_classes
 from train.clock import Clock
 from train.dist import Ranks
@@ -91,6 +91,8 @@ def main() -> None:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
+        launch = [] if evaluates_only or arguments.throughput else restart.agents()
+        in_use, resume = dist.from_first_rank(lambda: restart.find_folder(config, resume, launch))
         folder, source = dist.from_first_rank(lambda: find_run(config, resume))
         content = checkpoint.load(source) if source is not None else None
         if evaluates_only:
@@ -126,7 +128,7 @@ def main() -> None:
         else:
             progress = go_on(training, train_loader, content, source)
             content = None  # a second copy of the weights
-        folder = folder or dist.from_first_rank(lambda: make_folder(config))
+        folder = dist.from_first_rank(lambda: restart.note(in_use or folder or make_folder(config), launch))
         about: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),

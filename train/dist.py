@@ -175,3 +175,10 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
         raise UserError(box[1])
     result: Result = box[0]
     return result
+
+
+def from_all_ranks(value: str) -> list[str]:
+    """What each rank gives, in the order of ranks, on every rank."""
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -97,5 +97,14 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
     if changed:
         raise UserError(
             f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
-            "restore them or start a new run without --resume"
+            f"restore them{_same_global_batch(config, then['global batch'], now['global batch'])} or start a new run "
+            "without --resume"
         )
+
+
+def _same_global_batch(config: Config, then: int, now: int) -> str:
+    """How, with as many ranks as there are now: torchrun may start them again on fewer or more machines."""
+    batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
+    mended = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}
+    ways = [f"{key}={int(value)}" for key, value in mended.items() if value == int(value)]
+    return f", with {' or '.join(ways)} for the global batch," if then != now and ways else ""
