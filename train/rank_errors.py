@@ -35,7 +35,8 @@ REPORT_S = 3.0  # how long the cause of a broken connection may take to become k
 STARTING_S = 30.0  # how long a first rank that failed at once waits for ranks that are still starting, to tell them
 AFTER_S = 0.3  # so that the line of a rank that was stopped comes after the error that stopped it
 
-LOST = "ended without a word, as a process does that was killed (out of memory?) or crashed"
+LOST = "ended without a word"
+LIKELY = "as a process does that was killed (out of memory?) or crashed"
 CUT_OFF = "lost the connection to another rank, which was probably killed (out of memory?) or crashed"
 
 
@@ -141,16 +142,16 @@ class _Ending:
 
     def _stop_soon(self, first: Failure) -> None:
         """In a thread, when another rank failed: the main thread may wait for that rank in a collective for ever."""
+        if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # one says at once what it could not
+            _say(f"rank {first.rank} {LOST}, {LIKELY}; {_advice()}")
         time.sleep(PATIENCE_ON_GPU_S if torch.cuda.is_initialized() else PATIENCE_S)
         self._last_word.acquire()
         self._end_stopped(first)
 
     def _end_stopped(self, first: Failure) -> NoReturn:
-        if first.is_lost:
-            _say(f"rank {self._ranks.rank} stopped, since rank {first.rank} {LOST}; {_advice()}")
-        else:
-            _say(f"rank {self._ranks.rank} stopped, since rank {first.rank} failed: {first.summary}")
-        _tell_torchrun(f"stopped, since rank {first.rank} {LOST if first.is_lost else 'failed'}", is_consequence=True)
+        why = f"stopped, since rank {first.rank} {LOST if first.is_lost else f'failed: {first.summary}'}"
+        _say(f"rank {self._ranks.rank} {why}")
+        _tell_torchrun(why, is_consequence=True)
         self._wait_for_others()
         _exit(1)
 
