@@ -10,24 +10,25 @@ import sys
 import time
 from typing import Any
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
-from train import checkpoint, dist
+from train import checkpoint, dist, restart
 from train.assemble import build_all, check_classes
 from train.clock import Clock
 from train.dist import Ranks
 from train.ema import average_counts, counted_weights
 from train.facts import dataset_facts, describe, facts_of, unreached_stages
-from train.fit import Run, fit, go_on
+from train.fit import Run, fit, go_on, load_newest_together
 from train.identity import check_same_run, stream_of
 from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of
 from train.proxy import check_proxy
+from train.rank_errors import run_ranks
 from train.run_folder import find_run, make_folder
 from train.saving import Saving
 from train.schedule import remarks
@@ -84,8 +85,10 @@ def main() -> int:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
+        launch = [] if evaluates_only or arguments.throughput else restart.agents()
+        in_use, resume = dist.from_first_rank(lambda: restart.find_folder(config, resume, launch))
         folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
-        source, content = checkpoint.load_newest(candidates) if candidates else (None, None)
+        source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
@@ -122,7 +125,7 @@ def main() -> int:
             position, progress = go_on(training, train_loader, timeline, content, source), content["progress"]
             content = None  # a second copy of the weights
         done = timeline.first(position["epoch"]) + position["step"]
-        folder = folder or dist.from_first_rank(lambda: make_folder(config))
+        folder = dist.from_first_rank(lambda: restart.note(in_use or folder or make_folder(config), launch))
         about: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),
@@ -183,4 +186,4 @@ def print_throughput(config: Config, training: Training, train_loader: TrainLoad
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_ranks(main)

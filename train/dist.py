@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.errors import UserError
 
 Result = TypeVar("Result")
+# How long a rank waits for another one that neither comes nor fails: a stopped process, a machine that hangs. All ranks
+# compile and tune at the same time, so that even minutes of that are hardly waited for.
+GROUP_TIMEOUT = timedelta(minutes=10)
+START = "ZHU_START"  # in the environment: the word that names this start of the ranks, see `train.lifeline`
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is, from torchrun's environment; alone without it."""
+    """Who this process is, from the environment that torchrun sets, or whoever starts the ranks; alone without it."""
 
     rank: int = 0
     local_rank: int = 0
@@ -33,9 +38,13 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> Ranks:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        if not all(name in os.environ for name in names):
-            return cls()
-        return cls(*(int(os.environ[name]) for name in names))
+        missing = [name for name in names if name not in os.environ]
+        if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # alone, each rank would train a model of its own
+            raise UserError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {' and '.join(missing)}; start with "
+                f"torchrun, or set {', '.join(names)}, MASTER_ADDR and MASTER_PORT"
+            )
+        return cls() if missing else cls(*(int(os.environ[name]) for name in names))
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
@@ -64,12 +73,46 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = dist.HashStore() if ranks.world_size == 1 else None  # None: where MASTER_ADDR and MASTER_PORT say
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    store = dist.HashStore() if ranks.world_size == 1 else _fresh(open_store(ranks)[0])
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT)
+    is_broken = False
     try:
         yield device
+    except Exception:
+        is_broken = ranks.world_size > 1
+        raise
     finally:
-        dist.destroy_process_group()
+        if not is_broken:  # it could wait for ever for ranks that are gone; the process ends anyhow
+            dist.destroy_process_group()
+
+
+def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
+    """A connection of its own to what all ranks can read and write, which torchrun keeps, or else the first rank; and
+    the address of the machine that it lies on, as the first rank does. Waits for it."""
+    try:
+        store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))
+    except (ValueError, RuntimeError) as error:
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size} found no rank 0 at {where} ({str(error).splitlines()[0]}); "
+            "start all ranks together and give each the name of rank 0's machine and a port that is free there"
+        ) from None
+    return store, os.environ["MASTER_ADDR"]
+
+
+def _fresh(store: dist.Store) -> dist.Store:
+    """The part of it that belongs to this start: torchrun keeps the addresses of ranks that were killed before."""
+    return dist.PrefixStore(os.environ[START], store) if START in os.environ else store
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether this is how a collective or the store fails when another rank is gone or silent."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Of those: whether it is silent."""
+    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
 def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: int) -> nn.Module:
@@ -139,3 +182,10 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
         raise UserError(box[1])
     result: Result = box[0]
     return result
+
+
+def from_all_ranks(value: str) -> list[str]:
+    """What each rank gives, in the order of ranks, on every rank."""
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

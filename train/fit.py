@@ -6,7 +6,7 @@ Steps are optimizer updates of the whole run, counted from 1. The loop over batc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import nan
@@ -254,7 +254,7 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
     dist.from_first_rank(run.saving.wait)
-    source, content = checkpoint.load_newest(latest_of(run.saving.folder))
+    source, content = load_newest_together(latest_of(run.saving.folder))
     position = go_on(run.training, run.train_loader, run.timeline, content, source)
     run.progress.clear()
     run.progress |= content["progress"]
@@ -265,6 +265,27 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
     run.log.say(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
                 f"from there passes over {found.steps}")  # fmt: skip
     return position["epoch"], position["step"]
+
+
+def load_newest_together(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """`checkpoint.load_newest`, the same on all ranks: the first one chooses.
+
+    Raises UserError where another rank finds another checkpoint there.
+    """
+    mine: dict[str, Any] = {}
+
+    def choose() -> tuple[Path, dict[str, int]]:
+        path, mine["content"] = checkpoint.load_newest(candidates)
+        return path, mine["content"].get("position", {})
+
+    path, position = dist.from_first_rank(choose)
+    content: dict[str, Any] = mine["content"] if mine else checkpoint.load(path)
+    if content.get("position", {}) != position:
+        raise UserError(
+            f"checkpoint {path} stands at {content.get('position')} on one rank and at {position} on the first; give "
+            "--output a folder that all machines share"
+        )
+    return path, content
 
 
 def go_on(
@@ -278,6 +299,12 @@ def go_on(
         training.guard.begin()
     position: dict[str, int] = content["position"]
     epoch, step = position["epoch"], position["step"]
+    steps = (*timeline.updates, 0)
+    if not (0 <= epoch < len(steps) and 0 <= step <= steps[epoch]):
+        raise UserError(
+            f"checkpoint {source} stands at {position}, outside of {len(timeline.updates)} epochs of these steps: "
+            f"{sorted(set(timeline.updates))}; take another one"
+        )
     if step and step == timeline.updates[epoch]:  # all of the epoch but its evaluation
         loader.state = {"epoch": epoch + 1, "step": 0}
     else:

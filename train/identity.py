@@ -129,7 +129,8 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
     if changed:
         raise UserError(
             f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
-            "restore them or start a new run without --resume"
+            f"restore them{_same_global_batch(config, then['global batch'], now['global batch'])} or start a new run "
+            "without --resume"
         )
 
 
@@ -150,3 +151,11 @@ def _named(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     if not details or not others or details == others:
         return {}
     return {"data set": None, **{f"data set: {key}": value for key, value in details.items()}}
+
+
+def _same_global_batch(config: Config, then: int, now: int) -> str:
+    """How, with as many ranks as there are now: torchrun may start them again on fewer or more machines."""
+    batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
+    mended = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}
+    ways = [f"{key}={int(value)}" for key, value in mended.items() if value == int(value)]
+    return f", with {' or '.join(ways)} for the global batch," if then != now and ways else ""

@@ -26,13 +26,16 @@ PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to t
 
 
 def warm_up(training: Training, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
-    """Prepare `training` for the loaders' batches; seconds that it took. Does nothing where nothing is compiled.
+    """Prepare `training` for the loaders' batches; seconds that it took. One rank that compiles nothing does nothing.
+
+    Several ranks need their first backward passes here even then: DDP lays gradients out anew after the first one, and
+    how a sum over three ranks is rounded depends on that. So the first step of a resumed run is as any other.
 
     tta: as `evaluate` will be told. To be called again when the optimizer's state was loaded since, as
     checkpoint.restore does. Raises UserError when the model cannot be captured.
     """
     begin = time.perf_counter()
-    if training.prepares:
+    if training.prepares or dist.is_data_parallel(training.forward):
         if val_loader is not None:
             prepare_evaluation(training, val_loader, tta)
         shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from configs.errors import run_main
 from train import ddp, loop
 from train.log import RunLog
 from train.loop import Training
+from train.rank_errors import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,4 +65,4 @@ def build_in(faults: dict[str, Any]) -> None:
 if __name__ == "__main__":
     build_in(json.loads(sys.argv[1]))
     sys.argv = [str(ROOT / "train" / "ddp.py"), *sys.argv[2:]]
-    run_main(ddp.main)
+    run_ranks(ddp.main)

@@ -1,0 +1,93 @@
+"""Several machines: two torchrun agents that meet through c10d on the loopback, and one or its ranks are killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from launch_fixtures import (
+    NAME,
+    Launch,
+    arguments,
+    assert_same_weights,
+    free_port,
+    run_unbroken,
+    saved_steps,
+    seed_of_faults,
+    wait_until,
+)
+
+from tools import convert
+
+EPOCHS = 3
+# Else an agent that comes later waits for an address that those before it gave away in an earlier round (torch 2.15).
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+pytestmark = pytest.mark.campaign  # two agents and two ranks are started twice
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "digits"
+    assert convert.main(["digits", "--out", str(out), "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_unbroken(digits, tmp_path_factory.mktemp("unbroken") / "output", 2, EPOCHS)
+
+
+def agent_of(port: int, restarts: int) -> list[str]:
+    """torchrun's arguments, the same on both machines; the agent that comes first holds the meeting."""
+    return ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+            "--rdzv-id=zhu", "--local-addr=127.0.0.1", f"--max-restarts={restarts}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["its rank", "the agent and its rank"])
+def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_itself(
+    what: str, digits: Path, tmp_path: Path, unbroken: Path
+) -> None:
+    after = random.Random(seed_of_faults()).randrange(80)
+    launcher, command = agent_of(free_port(), restarts=3), arguments(digits, tmp_path, 2, EPOCHS)
+    with (
+        Launch(tmp_path, launcher, command, **OWN_STORE) as first,
+        Launch(tmp_path, launcher, command, **OWN_STORE) as second,
+    ):
+        wait_until(lambda: saved_steps(tmp_path / NAME) > after)
+        if what == "its rank":
+            (rank,) = second.workers()
+            second.kill_rank(rank)
+            assert [first.wait(200), second.wait(200)] == [0, 0], first.printed + second.printed
+        else:
+            second.kill_all()
+            with Launch(tmp_path, launcher, command, **OWN_STORE) as third:
+                assert [first.wait(200), third.wait(200)] == [0, 0], first.printed + third.printed
+    assert (tmp_path / NAME).is_dir()
+    assert not (tmp_path / f"{NAME}-2").exists()  # also where the new agent's ranks know of no earlier start
+    assert_same_weights(tmp_path / NAME, unbroken)
+
+
+def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: Path, tmp_path: Path) -> None:
+    launcher, command = agent_of(free_port(), restarts=0), arguments(digits, tmp_path, 2, 1000)
+    with Launch(tmp_path, launcher, command) as first, Launch(tmp_path, launcher, command) as second:
+        wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
+        (lost,) = second.workers()
+        second.kill_all()
+        assert first.wait(60) == 1
+        assert f"stopped, since rank {lost} ended without a word" in first.printed
+
+
+def test_a_signal_to_every_agent_ends_the_run_and_leaves_nothing_behind(digits: Path, tmp_path: Path) -> None:
+    """As srun passes it on to the agents, which give it to their ranks."""
+    launcher, command = agent_of(free_port(), restarts=3), arguments(digits, tmp_path, 2, 1000)
+    with Launch(tmp_path, launcher, command) as first, Launch(tmp_path, launcher, command) as second:
+        wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
+        workers = [*first.workers().values(), *second.workers().values()]
+        for launch in (first, second):
+            launch.process.send_signal(signal.SIGTERM)
+        assert first.wait(60) != 0
+        assert second.wait(60) != 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
