@@ -6,8 +6,10 @@ import functools
 import os
 import sys
 
+from configs.errors import printable
+
 
 @functools.cache  # the same words a second time say nothing new: a sweep loads its file for every point
 def warn(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
