@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
 from pipelines import shards
 from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
 from pipelines.shard_writer import write_dataset
@@ -116,7 +116,7 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
             f"  {name}: {split['samples']:,} samples in {_count(len(split['shards']), 'shard')}, {mib:,.1f} MiB, "
             f"{len(defects):,} quarantined"
         )
-        lines += [f"    {defect['name']}: {defect['reason']}" for defect in defects[:SHOWN_DEFECTS]]
+        lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:SHOWN_DEFECTS]]
         if len(defects) > SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
     samples = sum(split["samples"] for split in splits.values())
