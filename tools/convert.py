@@ -122,7 +122,7 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
     samples = sum(split["samples"] for split in splits.values())
     classes = _count(len(dataset["classes"]), "class", "classes")
     head = f"{out}: {samples:,} samples of {classes} as {dataset['encoding']}"
-    return "\n".join([f"{head}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
+    return "\n".join([f"{printable(head)}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
 
 
 def verify(folder: Path) -> str:
@@ -133,7 +133,7 @@ def verify(folder: Path) -> str:
         raise UserError(f"{folder} is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; convert the source again")
     splits = shards.load_dataset(folder)["splits"].values()
     samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
-    return f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}"
+    return printable(f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
