@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
-# Control characters of terminals (also of 8 bits), line ends, marks that turn the direction of writing, lone surrogates.
+# Control characters of terminals (8-bit ones too), line ends, marks that turn the direction of writing, surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

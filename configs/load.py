@@ -96,7 +96,9 @@ def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer
     if path.resolve() in [file.resolve() for file in including]:
         raise one_line(f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases")
     if len(opened) >= MAX_FILES:
-        raise one_line(f"{place} is one file too many: a config may have up to {MAX_FILES - 1} bases, those of bases included")
+        raise one_line(
+            f"{place} is one file too many: a config has up to {MAX_FILES - 1} bases, those of bases included"
+        )
     if including:
         _check_base(path, place, opened[0])
     opened.append(path)

@@ -23,7 +23,8 @@ _PR_SET_PDEATHSIG = 1
 def _start(shared: Any, parent: int) -> None:
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
     if os.getppid() != parent:
         os._exit(1)
@@ -40,13 +41,19 @@ class Pool:
         self._shared = shared
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
+        self._others: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> Pool:
+        self._others = set(multiprocessing.active_children())
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._executor is None:
+            return
+        if kind is not None:  # nobody wants what is under way, which may take a minute more
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
+        self._executor.shutdown(cancel_futures=True)
 
     def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results in the order of tasks; at most two tasks per worker are under way, so reading stays sequential."""

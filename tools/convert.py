@@ -15,8 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "verify":
         print(verify(args.folder))
         return 0
+    try:
+        with sigterm_raised():
+            return convert(args)
+    except Terminated:
+        print("terminated: the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+def convert(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     options, name = build_options(args), dataset_name(args)
     source = open_source(args)
@@ -48,6 +61,27 @@ def main(argv: list[str] | None = None) -> int:
                         "that and run the same command again, which goes on where it stopped") from None  # fmt: skip
     print(summary(dataset, args.out, time.perf_counter() - started))
     return 0
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """SIGTERM, as of a scheduler, ends the conversion in good order, as Ctrl-C does."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_source(args: argparse.Namespace) -> Source:

@@ -26,6 +26,7 @@ FINGERPRINT_ROWS = 64
 MAX_CHUNK_BYTES = 512 << 20  # of pixels; a worker holds a chunk of each data set in memory
 # What one read may take beyond chunk and result: a compressed chunk may inflate to a thousand times of what it claims.
 READING_BYTES = 256 << 20
+DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 MAX_CLASSES = 100_000  # without a list of names; a label beyond it is damage rather than a class
 
@@ -161,7 +162,7 @@ def _damage_reported(what: str, held_bytes: int = 0) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, MemoryError, TypeError, OverflowError, AttributeError) as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot read {what} as HDF5 ({reason}); the file is truncated, damaged or of another format, or needs an "
@@ -189,13 +190,13 @@ def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     foreign = {filters.get_filter(number)[0] for number in range(filters.get_nfilters())} - FILTERS
     if foreign:
         raise UserError(
-            f"{path}: {key} is stored with the HDF5 filter {', '.join(map(str, sorted(foreign)))}, which is not read here; "
-            "store it anew with gzip or without a filter, for instance with h5repack"
+            f"{path}: {key} is stored with the HDF5 filter {', '.join(map(str, sorted(foreign)))}, which is not read "
+            "here; store it anew with gzip or without a filter, for instance with h5repack"
         )
     if (chunk_bytes := _chunk_bytes(dataset)) > MAX_CHUNK_BYTES:
         raise UserError(
-            f"{path}: {key} is stored in chunks of {dataset.chunks}, {chunk_bytes:,} bytes; up to {MAX_CHUNK_BYTES:,} are "
-            "read: store it in smaller chunks, for instance with h5repack"
+            f"{path}: {key} is stored in chunks of {dataset.chunks}, {chunk_bytes:,} bytes; up to {MAX_CHUNK_BYTES:,} "
+            "are read: store it in smaller chunks, for instance with h5repack"
         )
     if dataset.shape is None or 0 in dataset.shape or not dataset.shape:
         raise UserError(f"{path}: {key} is empty (shape {dataset.shape}); leave it out or write its rows")
