@@ -1,4 +1,4 @@
-"""Conversions that are killed, stopped, or find no room: the same command goes on, and no byte of the result differs."""
+"""Conversions that are killed, stopped, or find no room: the same command goes on, and no byte differs."""
 
 from __future__ import annotations
 
