@@ -84,7 +84,8 @@ def kill_and_go_on(
         out = tmp_path / f"out{number}"
         process = start(conversion.command(out))
         wait_for((out / ".spool").exists, process)
-        time.sleep(chance.uniform(0, expected[1]))
+        if not worker_only or chance.random() < 0.7:  # else at once: a worker that has just been started
+            time.sleep(chance.uniform(0, expected[1]))
         if worker_only:
             wait_for(lambda: bool(workers_of(process)), process)  # noqa: B023 - used at once
             for pid in chance.sample(workers := workers_of(process), min(1, len(workers))):
