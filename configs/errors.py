@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+
+# Control characters of terminals (8-bit ones too), line ends, marks that turn the direction of writing, surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, the value, what is allowed and how to mend it, in one sentence."""
+
+
+def printable(text: str) -> str:
+    """One line that is safe to show, whatever names and values of foreign files are in it: `\\x1b` for an escape."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -15,7 +24,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -23,6 +23,9 @@ from configs.notes import warn
 from configs.refusal import describe
 from configs.schema import Config
 
+SUFFIXES = (".yaml", ".yml")  # of bases
+MAX_FILES = 64  # that one config may take together; a few bases of bases could else be millions
+MAX_KEYS_DEEP = 50  # of a dotted key
 # Sections that one value may stand for.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
@@ -51,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         UserError: anything wrong with the file, a base or a value.
     """
     path = Path(path)
-    layers = [_read(path, ()), *_parse_overrides(overrides)]
+    layers = [_read(path, (), []), *_parse_overrides(overrides)]
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
     layer = reduce(_over, layers)
     values, origins, notes = layer.ours, dict(layer.origins), list(layer.notes)
@@ -87,13 +90,22 @@ def to_yaml(config: Config) -> str:
     return yaml_text.to_text(config.model_dump(mode="json"))
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> _Layer:
-    """Read a file and its bases."""
+def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
+    """Read a file and its bases. opened: all files so far; the first is the one that the user named."""
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
         raise one_line(f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases")
+    if len(opened) >= MAX_FILES:
+        raise one_line(
+            f"{place} is one file too many: a config has up to {MAX_FILES - 1} bases, those of bases included"
+        )
+    if including:
+        _check_base(path, place, opened[0])
+    opened.append(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # bounded, since a device or a pipe may never end
+            content = file.read(4 * yaml_text.MAX_CHARACTERS + 4)
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise one_line(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
     except ValueError as error:
@@ -115,8 +127,22 @@ def _read(path: Path, including: tuple[Path, ...]) -> _Layer:
         f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
         for key, line, before in document.repeated
     )
-    files = [_read(path.parent / base, (*including, path)) for base in bases]
+    files = [_read(path.parent / base, (*including, path), opened) for base in bases]
     return reduce(_over, [*files, _layer(own, origins, notes=notes, is_file=True)])
+
+
+def _check_base(path: Path, place: str, first: Path) -> None:
+    """A config may come from anybody, and errors show what its bases hold: they must be configs of the same place."""
+    allowed = [first.resolve().parent, Path.cwd(), Path(__file__).parent]
+    if path.suffix not in SUFFIXES:
+        raise one_line(f"{place} is not named as a config; a base ends in {' or '.join(SUFFIXES)}")
+    target = path.resolve()
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise one_line(
+            f"{place} leads out of {' and '.join(map(str, allowed))}, from where bases may come; copy the file there"
+        )
+    if path.exists() and not path.is_file():
+        raise one_line(f"{place} is no plain file; give the path of a YAML file")
 
 
 def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
@@ -124,6 +150,8 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
     for item in remaining:
         key, *value = item.split("=", 1)
         text = value[0] if value else next(remaining, None)
+        if key.count(".") > MAX_KEYS_DEEP:
+            raise one_line(f"--opts: the key {show(key)} has more than {MAX_KEYS_DEEP} dots; no setting lies so deep")
         if not key or text is None:
             raise one_line(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
         parsed = yaml_text.parse(text, f"--opts: {key}={text}", line_numbers=False).value

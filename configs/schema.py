@@ -21,6 +21,7 @@ from configs.aug_schema import BlurConfig as BlurConfig
 from configs.aug_schema import ColorJitterConfig as ColorJitterConfig
 from configs.aug_schema import EraseConfig as EraseConfig
 from configs.aug_schema import MixConfig as MixConfig
+from configs.errors import printable
 from configs.section import Section, Texts, as_tuple, settings_of
 from configs.section import is_section as is_section
 from configs.train_schema import EmaConfig as EmaConfig
@@ -183,8 +184,8 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _plain_file_name(cls, name: str | None) -> str | None:
-        if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0\n")):
-            raise ValueError("must be a plain file name without slashes")
+        if name is not None and (name in ("", ".", "..") or set(name) & set("/\\") or printable(name) != name):
+            raise ValueError("must be a plain file name without slashes and control characters")
         return name
 
 

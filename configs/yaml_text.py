@@ -26,24 +26,36 @@ class Document:
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+MAX_CHARACTERS = 1 << 18  # of a document; the largest of ours has 5,000. Parsing this many takes some five seconds
+MAX_DEPTH = 50  # of values within values
+_INT = r"[-+]?[0-9]+"
 _NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
 _CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
     "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
+    "tag:yaml.org,2002:int": _INT,
     "tag:yaml.org,2002:float": _NUMBER,
-    _NUMBERS_TAG: rf"\(\s*{_NUMBER}\s*(?:,\s*{_NUMBER}\s*)*,?\s*\)",
+    _NUMBERS_TAG: rf"\(\s*{_NUMBER}(?:\s*,\s*{_NUMBER})*(?:\s*,)?\s*\)",
 }
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's own attribute; drops its YAML 1.1 types)
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        problem = "nested too deeply" if self._depth > MAX_DEPTH else None
         if self.check_event(yaml.AliasEvent):  # also keeps out recursive and exponentially growing documents
             problem = "aliases are not supported; use base: for shared parts"
+        if problem is not None:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -62,6 +74,8 @@ def to_text(values: Any) -> str:
 
 def parse(text: str, source: str, line_numbers: bool = True) -> Document:
     """Parse one YAML document; the error, one `UserError`, names the source and, if wanted, the line."""
+    if len(text) > MAX_CHARACTERS:
+        raise one_line(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
     document = Document()
     try:
         node = _Loader(text).get_single_node()
@@ -91,12 +105,20 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document) -> Any:
         if kind in ("null", "str"):
             return None if kind == "null" else text
         if kind in ("int", "float"):
-            return int(text) if kind == "int" else float(text)
+            return _number(text, node)
         if kind == "bool":
             return text.lower() == "true"
         if kind == _NUMBERS_TAG:
-            return [parse(item, text).value for item in re.findall(_NUMBER, text)]
+            return [_number(item, node) for item in re.findall(_NUMBER, text)]
     raise yaml.MarkedYAMLError(problem=f"tag {node.tag} is not allowed here", problem_mark=node.start_mark)
+
+
+def _number(text: str, node: yaml.Node) -> int | float:
+    if not re.fullmatch(_INT, text):
+        return float(text)
+    if abs(number := int(text)) >= 1 << 64:  # nothing is counted so far, and what computes with it could overflow
+        raise yaml.MarkedYAMLError(problem=f"the number {text[:20]}… is too large", problem_mark=node.start_mark)
+    return number
 
 
 def _construct_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:

@@ -13,10 +13,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from pipelines import memory_limit
+
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that start other programs
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
+MAX_SCANS = 100  # of a JPEG, each as dear as the whole image; a progressive one has about ten, a bomb thousands
+# What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
+DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 
 class Defect(Exception):
@@ -78,8 +83,11 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     """RGB pixels [H, W, 3], and the bytes themselves where they are an RGB JPEG that can be stored as it is."""
     if not content:
         raise Defect("empty file")
+    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise Defect(f"a JPEG of {scans:,} scans, of which {MAX_SCANS} are allowed")
+    extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory_limit.at_most(extra_bytes):
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -90,6 +98,8 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
                 pixels = _rgb(image)
     except Defect:
         raise
+    except MemoryError:
+        raise Defect(f"cannot be decoded within {extra_bytes >> 20:,} MiB of memory") from None
     except UnidentifiedImageError:  # whose own message holds a memory address
         raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from pipelines import shards, tar_layout, verified
 from pipelines.encode import Defect, Encoded, Encoding, encode
 from pipelines.source import Options, Source, SplitSource
-from pipelines.spool import Plan, Worker, commit, gather, load, scatter
+from pipelines.spool import Plan, Worker, commit, gather, load, scatter, sync_folder
 from pipelines.workers import Pool
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
@@ -42,6 +42,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     Raises UserError for a folder that holds something else, too little disk, a defective sample with `strict`, and
     images of several shapes in npy. Interrupted at any instant, a second call finishes with identical bytes.
     """
+    _check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
     if (out / "dataset.json").exists():
         dataset = shards.load_dataset(out)
@@ -54,7 +55,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     plans = {split: _plan(source, split, options, name, out) for split in source.splits}
     _check_shapes(plans)
     _check_disk(plans, out)
-    with _claim(out, request) as spool:
+    with _claim(out, {**request, "state": source.state}) as spool:
         written: dict[str, _Written] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
@@ -85,10 +86,19 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             for split, entry in dataset["splits"].items()
         }
         commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+        sync_folder(out)  # everything that dataset.json names stands before it does
         commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
+        sync_folder(out)
         shutil.rmtree(spool)
     verified.remember(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return json.loads(json.dumps(dataset))
+
+
+def _check_classes(source: Source) -> None:
+    """Names of classes are shown in terminals, tables and pictures."""
+    for name in source.classes:
+        if printable(name) != name:
+            raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
 
 
 def _source_entry(source: Source) -> dict[str, str]:
@@ -118,8 +128,10 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
             )
         record = spool / "request.json"
         if record.exists() and json.loads(record.read_text()) != request:
-            raise UserError(f"{out} holds an unfinished conversion of another source or with other options; "
-                            "choose another --out or delete the folder")  # fmt: skip
+            raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
+                            "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
+            left.unlink(missing_ok=True)
         commit(record, json.dumps(request).encode(), spool)
         yield spool
 
@@ -234,7 +246,8 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
         left = [plan.shards_of(group) for group in range(plan.groups)]
         missing = []
         for shard in range(plan.shard_count):
-            if plan.shard_table(shard).exists() and plan.shard_file(shard).exists():
+            files = (plan.shard_table(shard), plan.shard_file(shard), plan.shard_file(shard).with_suffix(".idx"))
+            if all(file.exists() for file in files):
                 bar.update(plan.shard_size(shard))
                 _forget(plan, left, shard)
             else:
@@ -252,6 +265,11 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     if samples == 0:
         raise UserError(
             f"split {plan.split!r}: none of {plan.rows} images could be decoded ({quarantined[0]['reason']})"
+        )
+    if samples + len(quarantined) != plan.rows:
+        raise UserError(
+            f"split {plan.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
+            f"{plan.rows:,} rows of the source, so that {plan.spool} is damaged; delete {plan.out} and convert again"
         )
     columns = {
         name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"
@@ -299,6 +317,7 @@ def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:
     group = shard // plan.group_shards
     left[group].discard(shard)
     if not left[group]:
+        sync_folder(plan.spool)  # the tables that say so stand before the pieces go
         for block in range(plan.blocks):
             plan.block_group(block, group).unlink(missing_ok=True)
 

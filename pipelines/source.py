@@ -37,6 +37,8 @@ class Source:
     classes: tuple[str, ...]
     fingerprint: str  # sha256 of the content, as far as it can be had cheaply
     splits: dict[str, SplitSource]
+    state: str = ""  # changes with every touch of the files, which the fingerprint may miss; only an interrupted
+    # conversion remembers it, so that its pieces never come from two versions of a source
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
         "defect_row": np.array([row for row, _ in defects], np.int64),
         "defect_reason": np.array([reason for _, reason in defects], dtype=str),
     }
+    sync_folder(plan.spool)  # a table on disk says that all of its block is on disk, also after a power cut
     commit_npz(plan.block_table(block), table)
     return block
 
@@ -186,6 +187,7 @@ def gather(workers: dict[str, Worker], task: tuple[str, int]) -> int:
     index = f"{tar_layout.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
     commit(plan.shard_file(shard).with_suffix(".idx"), index.encode(), plan.spool)
     temporary.rename(plan.shard_file(shard))
+    sync_folder(plan.out)
     arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
     commit_npz(plan.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
     return shard
@@ -235,7 +237,7 @@ def commit(file: Path, content: bytes, spool: Path) -> None:
 def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
     """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
 
-    What a kill leaves of the temporary file lies in the spool, which the run that finishes deletes.
+    What a kill leaves of the temporary file lies in the spool, and the next run deletes it.
     """
     temporary = spool / f"{file.name}.{os.getpid()}.tmp"
     with temporary.open("wb", buffering=2**20) as opened:
@@ -244,6 +246,15 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     temporary.rename(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: a rename alone may be undone by a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @lru_cache(maxsize=1)

@@ -104,7 +104,7 @@ def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
     try:
         splits = json.loads((folder / "_info.json").read_text())["splits"]
         lengths = {name: split["shard_lengths"] for name, split in splits.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"_info.json cannot be read ({error})"]
     expected = {name: [s["samples"] for s in entry["shards"]] for name, entry in dataset["splits"].items()}
     return [] if lengths == expected else ["_info.json disagrees with dataset.json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +21,12 @@ _shared: Any = None
 _PR_SET_PDEATHSIG = 1
 
 
-def _start(shared: Any, parent: int) -> None:
+def _start(shared: str, parent: int) -> None:
     global _shared
-    _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with open(shared, "rb") as file:
+        _shared = pickle.load(file)  # of this program's own memory
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
     if os.getppid() != parent:
         os._exit(1)
@@ -40,13 +43,21 @@ class Pool:
         self._shared = shared
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
+        self._memory = -1  # descriptor of the pickled shared object, once workers are started
+        self._others: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> Pool:
+        self._others = set(multiprocessing.active_children())
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._executor is None:
+            return
+        if kind is not None:  # nobody wants what is under way, which may take a minute more
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
+        self._executor.shutdown(cancel_futures=True)
+        os.close(self._memory)
 
     def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results in the order of tasks; at most two tasks per worker are under way, so reading stays sequential."""
@@ -71,7 +82,11 @@ class Pool:
     def _start_executor(self) -> ProcessPoolExecutor:
         """Started with the first task, so that a pass with nothing to do costs no process."""
         if self._executor is None:
+            # Python would send it through a pipe, and wait forever for a worker that is killed before it has read all
+            self._memory = os.memfd_create("shared")
+            with open(self._memory, "wb", closefd=False) as file:
+                pickle.dump(self._shared, file)
+            arguments = (f"/proc/{os.getpid()}/fd/{self._memory}", os.getpid())
             context = multiprocessing.get_context("spawn")
-            arguments = (self._shared, os.getpid())
             self._executor = ProcessPoolExecutor(self._workers, context, _start, arguments)
         return self._executor

@@ -194,7 +194,7 @@ def test_a_bad_value_names_the_layer_that_it_came_from(write: Write) -> None:
         ("seed: 1\n--- 2", ":2: expected a single document"),
         ("seed: 1\nname: \x01", ":2: character U+0001 is not allowed"),
         ('name: "\\U99999999"', " is not valid YAML"),
-        ("[" * 5000, ": nested too deeply"),
+        ("[" * 5000, ":1: nested too deeply"),
         ("- 1", " holds [1], but a config is a mapping"),
         ("train.epochs: 5", ":1: train.epochs=5 is unknown; a file nests sections"),
     ],

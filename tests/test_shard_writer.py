@@ -80,7 +80,7 @@ def test_a_kill_between_any_two_changes_of_files_leaves_no_trace(
             break
         assert (
             not (out / "dataset.json").exists()
-            or contents(out).keys() >= request.getfixturevalue(f"{encoding}_data").keys()
+            or contents(out).keys() >= contents(request.getfixturevalue(f"{encoding}_data")).keys()
         )
     assert process.returncode == 0, error.decode()
     assert attempt >= 3

@@ -15,12 +15,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
 from pipelines import shards
 from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
 from pipelines.shard_writer import write_dataset
@@ -37,6 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "verify":
         print(verify(args.folder))
         return 0
+    try:
+        with sigterm_raised():
+            return convert(args)
+    except Terminated:
+        print("terminated: the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+def convert(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     options, name = build_options(args), dataset_name(args)
     source = open_source(args)
@@ -48,6 +61,27 @@ def main(argv: list[str] | None = None) -> int:
                         "that and run the same command again, which goes on where it stopped") from None  # fmt: skip
     print(summary(dataset, args.out, time.perf_counter() - started))
     return 0
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """SIGTERM, as of a scheduler, ends the conversion in good order, as Ctrl-C does."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_source(args: argparse.Namespace) -> Source:
@@ -116,13 +150,13 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
             f"  {name}: {split['samples']:,} samples in {_count(len(split['shards']), 'shard')}, {mib:,.1f} MiB, "
             f"{len(defects):,} quarantined"
         )
-        lines += [f"    {defect['name']}: {defect['reason']}" for defect in defects[:SHOWN_DEFECTS]]
+        lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:SHOWN_DEFECTS]]
         if len(defects) > SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
     samples = sum(split["samples"] for split in splits.values())
     classes = _count(len(dataset["classes"]), "class", "classes")
     head = f"{out}: {samples:,} samples of {classes} as {dataset['encoding']}"
-    return "\n".join([f"{head}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
+    return "\n".join([f"{printable(head)}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
 
 
 def verify(folder: Path) -> str:
@@ -133,7 +167,7 @@ def verify(folder: Path) -> str:
         raise UserError(f"{folder} is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; convert the source again")
     splits = shards.load_dataset(folder)["splits"].values()
     samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
-    return f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}"
+    return printable(f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

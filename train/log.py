@@ -203,16 +203,26 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises UserError for lines that no run wrote.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     metrics = []
-    for line in lines:
+    for number, text in enumerate(lines, 1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or type(line.get("epoch")) is not int or not all(map(_is_metric, line.values())):
+            raise UserError(f"{path}:{number} is no line of a run's metrics, numbers by name; mend or remove it")
+        metrics.append(line)
     return metrics
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not abs(value) > sys.float_info.max)
 
 
 def best(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -18,10 +18,16 @@ import h5py
 import numpy as np
 
 from configs.errors import UserError
+from pipelines import memory_limit
 from pipelines.source import Source, SplitSource
 
 READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
 FINGERPRINT_ROWS = 64
+MAX_CHUNK_BYTES = 512 << 20  # of pixels; a worker holds a chunk of each data set in memory
+# What one read may take beyond chunk and result: a compressed chunk may inflate to a thousand times of what it claims.
+READING_BYTES = 256 << 20
+DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 MAX_CLASSES = 100_000  # without a list of names; a label beyond it is damage rather than a class
 
 
@@ -36,6 +42,7 @@ class Hdf5Split:
         rows = max(READ_BYTES // self.bytes_per_row, 1)
         chunk_rows = images.chunks[0] if images.chunks else 1
         self._rows_per_read = max(rows // chunk_rows, 1) * chunk_rows  # whole chunks: each is decompressed once
+        self._chunk_bytes = _chunk_bytes(images)
         self._file: h5py.File | None = None
 
     def __len__(self) -> int:
@@ -53,7 +60,7 @@ class Hdf5Split:
         buffer = np.empty((min(step, stop - start), *self._shape[1:]), np.uint8)
         while start < stop:
             end = min((start // step + 1) * step, stop)
-            with _damage_reported(f"{self._path}: {self._key}[{start}:{end}]"):
+            with _damage_reported(f"{self._path}: {self._key}[{start}:{end}]", self._chunk_bytes):
                 self._file[self._key].read_direct(buffer, np.s_[start:end], np.s_[: end - start])
             for row in buffer[: end - start]:
                 yield _channels_last(row) if self._channels_first else row.copy()
@@ -75,7 +82,8 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     names = load_class_names(classes_file) if classes_file else None
     digest = hashlib.sha256()
     splits: dict[str, SplitSource] = {}
-    with _damage_reported(str(path)), _open_file(path) as file:
+    status = path.stat()
+    with _damage_reported(str(path), MAX_CHUNK_BYTES), _open_file(path) as file:
         keys = {str(key) for key in file}
         _check_keys(path, keys)
         for name in ("train", "val", "test"):
@@ -99,7 +107,14 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
             )
     classes = names or tuple(str(label) for label in range(highest + 1))
     digest.update("\n".join(classes).encode())
-    return Source(kind="hdf5", name=path.name, classes=classes, fingerprint=digest.hexdigest(), splits=splits)
+    return Source(
+        kind="hdf5",
+        name=path.name,
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        splits=splits,
+        state=f"{status.st_size} {status.st_mtime_ns}",
+    )
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
@@ -130,15 +145,24 @@ def load_class_names(file: Path) -> tuple[str, ...]:
 
 
 def _open_file(path: Path) -> h5py.File:
+    while h5py.h5pl.size():  # folders in which HDF5 looks for plugins: a file must not choose what code is loaded
+        h5py.h5pl.remove(0)
     return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
 
 
+def _chunk_bytes(dataset: h5py.Dataset) -> int:
+    return math.prod(dataset.chunks) * int(dataset.dtype.itemsize) if dataset.chunks else 0
+
+
 @contextmanager
-def _damage_reported(what: str) -> Iterator[None]:
-    """HDF5's errors as one sentence; on damaged bytes it raises any of these."""
+def _damage_reported(what: str, held_bytes: int = 0) -> Iterator[None]:
+    """HDF5's errors as one sentence; on damaged bytes it raises any of these. held_bytes: of the results and chunks."""
     try:
-        yield
-    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:
+        with memory_limit.at_most(READING_BYTES + 2 * held_bytes):
+            yield
+    except UserError:
+        raise
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot read {what} as HDF5 ({reason}); the file is truncated, damaged or of another format, or needs an "
@@ -161,6 +185,18 @@ def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
         kind = "a virtual data set" if dataset.is_virtual else "kept in external storage"
         raise UserError(
             f"{path}: {key} is {kind}, which takes its bytes from other files; copy the data itself into the file"
+        )
+    filters = dataset.id.get_create_plist()
+    foreign = {filters.get_filter(number)[0] for number in range(filters.get_nfilters())} - FILTERS
+    if foreign:
+        raise UserError(
+            f"{path}: {key} is stored with the HDF5 filter {', '.join(map(str, sorted(foreign)))}, which is not read "
+            "here; store it anew with gzip or without a filter, for instance with h5repack"
+        )
+    if (chunk_bytes := _chunk_bytes(dataset)) > MAX_CHUNK_BYTES:
+        raise UserError(
+            f"{path}: {key} is stored in chunks of {dataset.chunks}, {chunk_bytes:,} bytes; up to {MAX_CHUNK_BYTES:,} "
+            "are read: store it in smaller chunks, for instance with h5repack"
         )
     if dataset.shape is None or 0 in dataset.shape or not dataset.shape:
         raise UserError(f"{path}: {key} is empty (shape {dataset.shape}); leave it out or write its rows")

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from pipelines.source import Source, SplitSource
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a third of it as raw pixels
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
 
 
@@ -40,7 +42,7 @@ class ImageFolderSplit:
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
-                yield path.read_bytes()
+                yield _content(path)
             except OSError as error:
                 raise UserError(
                     f"cannot read {path} ({error.strerror}); mend or remove the file and start again"
@@ -53,12 +55,22 @@ class ImageFolderSplit:
         return self._paths[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
 
 
+def _content(path: Path) -> bytes:
+    """What the scan found may have become something else since: a pipe would never end, a huge file fill the memory."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} changed while it was converted; start again")
+        return file.read(status.st_size)
+
+
 class _Scan:
     """Lists folders in order; refuses links that leave the root, counts what it passes over."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.ignored: list[str] = []
+        self.touched = hashlib.sha256()  # of the times at which the files were changed last
 
     def entries(self, folder: str) -> tuple[list[str], list[tuple[str, int]]]:
         """Subfolders, and image files with sizes in bytes, both sorted by name; `folder` is relative to the root."""
@@ -74,12 +86,21 @@ class _Scan:
                     if entry.is_dir():
                         folders.append(entry.name)
                     elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
-                        files.append((entry.name, entry.stat().st_size))
+                        files.append((entry.name, self._checked_size(entry)))
                     else:
                         self.ignored.append(f"{folder}/{entry.name}")
         except OSError as error:
             raise UserError(f"cannot list {self.root / folder} ({error.strerror}); check its permissions") from None
         return folders, files
+
+    def _checked_size(self, entry: os.DirEntry[str]) -> int:
+        status = entry.stat()
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"{entry.path} has {status.st_size:,} bytes, and no image is larger than {MAX_FILE_BYTES:,}; remove it"
+            )
+        self.touched.update(status.st_mtime_ns.to_bytes(8, "little", signed=True))
+        return status.st_size
 
     def _check_link(self, link: Path) -> None:
         try:
@@ -122,13 +143,20 @@ def open_imagefolder(root: Path) -> Source:
                 digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
             splits[name] = ImageFolderSplit(scan.root, paths, sizes, labels)
             if labels is None and not in_order_of_numbers(paths):
-                print(f"note: {folder} holds numbered images, which are taken in the order of their names "
-                      f"({', '.join(Path(path).name for path in paths[:3])} …); rename them with leading zeros "
-                      "where a submission's ids mean the numbers", file=sys.stderr)  # fmt: skip
+                names = ", ".join(Path(path).name for path in paths[:3])
+                print(printable(f"note: {folder} holds numbered images, which are taken in the order of their names "
+                                f"({names} …); rename them with leading zeros where a submission's ids mean the "
+                                "numbers"), file=sys.stderr)  # fmt: skip
     if ignored := [name.removeprefix("./") for name in dict.fromkeys(scan.ignored)]:
         note_ignored(ignored)
-    fingerprint = digest.hexdigest()
-    return Source(kind="imagefolder", name=scan.root.name, classes=classes, fingerprint=fingerprint, splits=splits)
+    return Source(
+        kind="imagefolder",
+        name=scan.root.name,
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        splits=splits,
+        state=scan.touched.hexdigest(),
+    )
 
 
 def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
@@ -163,7 +191,7 @@ def note_ignored(names: list[str]) -> None:
     """On stderr: how many entries were passed over, and the first of them."""
     shown = ", ".join(names[:3]) + " …" * (len(names) > 3)
     what = "entry that is no image" if len(names) == 1 else "entries that are no images"
-    print(f"note: passed over {len(names):,} {what}: {shown}", file=sys.stderr)
+    print(printable(f"note: passed over {len(names):,} {what}: {shown}"), file=sys.stderr)
 
 
 def in_order_of_numbers(paths: Sequence[str]) -> bool:

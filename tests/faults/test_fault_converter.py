@@ -1,0 +1,329 @@
+"""Conversions that are killed, stopped, or find no room: the same command goes on, and no byte differs."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from converter_fixtures import (
+    Contents,
+    Conversion,
+    contents,
+    conversions,
+    is_gone,
+    kill_group,
+    run,
+    said,
+    start,
+    wait_for,
+    workers_of,
+)
+from memory_source import tiny_source, write
+from train_fixtures import heed_ctrl_c
+
+from configs.errors import UserError
+from pipelines import shard_writer, spool
+from tools import convert
+
+ENCODINGS = ("npy", "jpeg")
+CAN_MOUNT = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="needs unshare -rm")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
+    return conversions(tmp_path_factory.mktemp("sources"))
+
+
+Unbroken = Callable[[str], tuple[Contents, float]]
+
+
+@pytest.fixture(scope="module")
+def unbroken(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """Of an undisturbed conversion to this encoding: all files, and for how many seconds it wrote."""
+
+    @functools.cache
+    def convert_once(encoding: str) -> tuple[Contents, float]:
+        out = tmp_path_factory.mktemp("unbroken") / "out"
+        process = start(sources[encoding].command(out))
+        wait_for((out / ".spool").exists, process)
+        began = time.monotonic()
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+        assert len(contents(out)) > 20
+        return contents(out), time.monotonic() - began
+
+    return convert_once
+
+
+def seeded() -> random.Random:
+    seed = int(os.environ.get("ZHU_FAULT_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
+    print(f"ZHU_FAULT_SEED={seed}")
+    return random.Random(seed)
+
+
+def kill_and_go_on(
+    conversion: Conversion, expected: tuple[Contents, float], tmp_path: Path, kills: int, *, worker_only: bool
+) -> None:
+    """Each time: a new folder, one kill at a random instant of writing, the same command again, and a comparison."""
+    chance, whole = seeded(), 0
+    for number in range(kills):
+        out = tmp_path / f"out{number}"
+        process = start(conversion.command(out))
+        wait_for((out / ".spool").exists, process)
+        if not worker_only or chance.random() < 0.7:  # else at once: a worker that has just been started
+            time.sleep(chance.uniform(0, expected[1]))
+        if worker_only:
+            wait_for(lambda: bool(workers_of(process)), process)  # noqa: B023 - used at once
+            for pid in chance.sample(workers := workers_of(process), min(1, len(workers))):
+                os.kill(pid, signal.SIGKILL)
+            error = said(process.communicate(timeout=60)[1])
+            if process.returncode != 0:  # it had not yet finished
+                assert process.returncode == 2
+                assert error.startswith("error: a worker process was killed"), error
+                assert "\n" not in error
+                assert not (out / "dataset.json").exists()
+        else:
+            kill_group(process)
+        assert is_gone(process.pid)
+        whole += (out / "dataset.json").exists()
+        assert run(conversion.command(out))[0] == 0
+        assert contents(out) == expected[0], f"kill {number}"
+        shutil.rmtree(out)
+    assert whole < max(kills, 5), "no kill came in time"
+
+
+@pytest.mark.parametrize("worker_only", [False, True], ids=["group", "worker"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.campaign
+def test_twenty_kills_at_random_instants_change_no_byte(
+    sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, worker_only: bool, tmp_path: Path
+) -> None:
+    kill_and_go_on(sources[encoding], unbroken(encoding), tmp_path, 20, worker_only=worker_only)
+
+
+@pytest.mark.parametrize(("encoding", "worker_only"), [("npy", True), ("jpeg", False)])
+def test_a_kill_at_a_random_instant_changes_no_byte(
+    sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, worker_only: bool, tmp_path: Path
+) -> None:
+    kill_and_go_on(sources[encoding], unbroken(encoding), tmp_path, 1, worker_only=worker_only)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.campaign)]
+)
+def test_a_stopped_conversion_says_so_in_one_line_and_goes_on(
+    sources: dict[str, Conversion], unbroken: Unbroken, number: int, code: int, tmp_path: Path
+) -> None:
+    """Sent to the whole group, as a terminal and a scheduler do."""
+    out = tmp_path / "out"
+    process = start(sources["npy"].command(out), preexec_fn=heed_ctrl_c)
+    wait_for((out / ".spool" / "val").exists, process)
+    os.killpg(process.pid, number)
+    error = said(process.communicate(timeout=60)[1])
+    assert (process.returncode, error.count("\n")) == (code, 0), error
+    assert error.startswith(("terminated", "interrupted"))
+    assert is_gone(process.pid)
+    assert not (out / "dataset.json").exists()
+    assert run(sources["npy"].command(out))[0] == 0
+    assert contents(out) == unbroken("npy")[0]
+
+
+def fill_and_go_on(conversion: Conversion, expected: Contents, tmp_path: Path, room_kib: int) -> bool:
+    """Convert into a file system of `room_kib`, then of enough; returns whether the first was too small.
+
+    Its free space is looked up before a conversion begins, so that this runs as it would where others fill the disk.
+    """
+    blind = ("import shutil, sys; usage = shutil.disk_usage(sys.argv.pop(1)); shutil.disk_usage = lambda _: usage; "
+             "import tools.convert as c; c.run_main(c.main)")  # fmt: skip
+    room, copy = tmp_path / "room", tmp_path / "copy"
+    room.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", blind, str(tmp_path), *conversion.command(room / "out", 2)[2:]]
+    script = """
+        mount -t tmpfs -o size="$1"k none "$2" || exit 99
+        room=$2 copy=$3; shift 3
+        "$@"; first=$?
+        if [ $first = 2 ]; then
+            [ -e "$room/out/dataset.json" ] && exit 98
+            mount -o remount,size=500m "$room" && "$@" || exit 97
+        fi
+        cp -a "$room/out" "$copy" && exit $first
+    """
+    code, error = run(["unshare", "-rm", "sh", "-c", script, "sh", str(room_kib), str(room), str(copy), *command])
+    assert code in (0, 2), (code, error)
+    if code == 2:
+        assert error.startswith(f"error: cannot go on converting into {room / 'out'}: No space left on device"), error
+        assert error.count("\n") == 0
+    assert contents(copy) == expected
+    shutil.rmtree(copy)
+    return code == 2
+
+
+@needs_mount
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.campaign
+def test_a_disk_full_at_twenty_places_loses_nothing(
+    sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, tmp_path: Path
+) -> None:
+    expected, chance = unbroken(encoding)[0], seeded()
+    size_kib = sum(map(len, expected.values())) >> 10
+    full = sum(
+        fill_and_go_on(sources[encoding], expected, tmp_path, chance.randrange(100, size_kib)) for _ in range(20)
+    )
+    assert full == 20
+
+
+@needs_mount
+def test_a_full_disk_loses_nothing(sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path) -> None:
+    assert fill_and_go_on(sources["npy"], unbroken("npy")[0], tmp_path, seeded().randrange(500, 8000))
+
+
+def test_a_file_beyond_the_limit_of_the_process_loses_nothing(
+    sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600 << 10, 600 << 10))
+
+    code, error = run(sources["npy"].command(out), preexec_fn=limit)
+    assert code == 2
+    assert error.startswith(f"error: cannot go on converting into {out}: File too large")
+    assert "\n" not in error
+    assert run(sources["npy"].command(out))[0] == 0
+    assert contents(out) == unbroken("npy")[0]
+
+
+@needs_mount
+def test_a_read_only_folder_is_one_sentence(sources: dict[str, Conversion], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "begun" / ".spool").mkdir(parents=True)
+    mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 99; shift; exec "$@"'
+    for out in (folder / "new", folder / "begun"):
+        command = sources["npy"].command(out, workers=1)
+        code, error = run(["unshare", "-rm", "sh", "-c", mount, "sh", str(folder), *command])
+        assert code == 2
+        assert error.startswith("error: cannot "), error
+        assert "Read-only file system" in error
+        assert "\n" not in error
+    assert contents(folder) == {}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC, errno.EIO])
+def test_an_error_at_any_flush_or_rename_loses_nothing(
+    encoding: str, number: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goes wrong again and again, each time some calls further on, as where a quota is used up."""
+    expected, out = contents(request.getfixturevalue(f"{encoding}_data")), tmp_path / "tiny"
+    calls, fails_at = 0, 3
+
+    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise OSError(number, os.strerror(number))
+            return call(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(Path, "rename", failing(Path.rename))
+    numbers: set[int | None] = set()
+    while not (out / "dataset.json").exists() or (out / ".spool").exists():
+        try:
+            calls = 0
+            write(tiny_source(encoding), out, encoding)
+        except OSError as error:
+            numbers.add(error.errno)
+            fails_at += 9
+    assert numbers == {number}
+    assert fails_at > 30
+    assert contents(out) == expected
+
+
+def test_a_quota_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(UserError, match=r"cannot go on converting into .*Disk quota exceeded.*same command again"):
+            convert.main(["digits", "--out", str(tmp_path / "out")])
+    assert convert.main(["digits", "--out", str(tmp_path / "out")]) == 0
+    assert convert.main(["digits", "--out", str(tmp_path / "whole")]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_source_that_changes_between_kill_and_rerun_is_refused(encoding: str, tmp_path: Path) -> None:
+    """Also where its size, its names and the rows that a fingerprint looks at stay."""
+    conversion = conversions(tmp_path)[encoding]
+    out = tmp_path / "out"
+    process = start(conversion.command(out, workers=1))
+    wait_for((out / ".spool" / "request.json").exists, process)
+    kill_group(process)
+    assert not (out / "dataset.json").exists()
+    before = contents(out)
+    if encoding == "npy":
+        with h5py.File(conversion.source, "a") as file:
+            file["images-train"][1] ^= 1
+    else:
+        photo = conversion.source / "train" / "class3" / "00010.jpg"
+        content = bytearray(photo.read_bytes())
+        content[-20] ^= 1
+        photo.unlink()
+        photo.write_bytes(content)
+    code, error = run(conversion.command(out, workers=1))
+    assert code == 2
+    assert "unfinished conversion of another source, or of this one before it was changed" in error, error
+    assert contents(out) == before
+
+
+def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = spool._collect
+    monkeypatch.setattr(spool, "_collect", lambda plan, shard: list(collect(plan, shard))[1:])
+    with pytest.raises(UserError, match=r"106 samples written and 0 quarantined are not the 107 rows"):
+        write(tiny_source("npy"), tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_everything_that_dataset_json_names_is_on_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is flushed after the last rename and before that of dataset.json, and once more after it."""
+    events: list[str] = []
+    rename, sync = Path.rename, spool.sync_folder
+
+    def note_rename(file: Path, target: Path) -> Path:
+        if target.parent == tmp_path / "out":
+            events.append(target.name)
+        return rename(file, target)
+
+    def note_sync(folder: Path) -> None:
+        if folder == tmp_path / "out":
+            events.append("sync")
+        sync(folder)
+
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(spool, "sync_folder", note_sync)
+    monkeypatch.setattr(shard_writer, "sync_folder", note_sync)
+    write(tiny_source("npy"), tmp_path / "out")
+    assert events[-3:] == ["sync", "dataset.json", "sync"]
+    shards = [place for place, name in enumerate(events) if name.endswith(".tar")]
+    assert len(shards) > 3
+    assert all(events[place + 1] == "sync" for place in shards)

@@ -1,0 +1,91 @@
+"""Reads a .tar.gz from front to back: wanted members by their bare names, everything else is passed over.
+
+Nothing is unpacked and no path, link or device of the archive is ever used, so none need be trusted. Python's tarfile
+would also heed headers that ask for gigabytes of names, or that are nested without end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from configs.errors import UserError
+
+BLOCK = 512
+CHUNK_BYTES = 1 << 20
+PLAIN_FILE = (b"0", b"\0")
+
+
+def read_members(
+    path: Path, names: tuple[str, ...], check_size: Callable[[int, str], None], max_bytes: int
+) -> Iterator[tuple[str, bytes]]:
+    """Bare name and content of the plain files among `names`. Reads to the end, where gzip compares its checksum.
+
+    check_size: raises for a member too large to be held in memory. max_bytes: what the archive may inflate to. Raises
+    UserError for what is no whole archive.
+    """
+    try:
+        with gzip.open(path) as opened:
+            stream = _Bounded(opened, max_bytes)
+            while (header := stream.read(BLOCK)) and any(header):
+                name, size, kind = _parse(header)
+                bare = PurePosixPath(name).name
+                if kind in PLAIN_FILE and bare in names:
+                    check_size(size, f"{path}: {bare}")
+                    yield bare, stream.read_all(size)
+                    size = -size % BLOCK  # the rest of its last block
+                else:
+                    size += -size % BLOCK
+                stream.skip(size)
+            while stream.read(CHUNK_BYTES):
+                pass
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(
+            f"{path} is no whole .tar.gz archive ({error}); fetch it again, for instance with --download"
+        ) from None
+
+
+class _Bounded:
+    """A stream that may not turn out longer than it should be."""
+
+    def __init__(self, stream: BinaryIO | gzip.GzipFile, max_bytes: int) -> None:
+        self._stream, self._max_bytes, self._left = stream, max_bytes, max_bytes
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"it inflates to more than {self._max_bytes:,} bytes")
+        return content
+
+    def read_all(self, size: int) -> bytes:
+        content = self.read(size)
+        if len(content) < size:
+            raise EOFError("it ends within a file")
+        return content
+
+    def skip(self, size: int) -> None:
+        while size > 0:
+            content = self.read(min(size, CHUNK_BYTES))
+            if not content:
+                raise EOFError("it ends within a file")
+            size -= len(content)
+
+
+def _parse(header: bytes) -> tuple[str, int, bytes]:
+    """Name, size in bytes and type of a member."""
+    if len(header) < BLOCK:
+        raise EOFError("it ends within a header")
+    if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _octal(header[148:156]):
+        raise ValueError("a header has a wrong checksum")
+    return header[:100].split(b"\0", 1)[0].decode("utf-8", "replace"), _octal(header[124:136]), header[156:157]
+
+
+def _octal(field: bytes) -> int:
+    text = field.split(b"\0", 1)[0].strip()
+    if text.strip(b"01234567"):
+        raise ValueError("a header holds no number where one is due")
+    return int(text or b"0", 8)
