@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
 from train import dist
 from train.dist import Ranks
 from train.lifeline import Failure, Lifeline, connect
@@ -114,7 +114,7 @@ class _Ending:
 
     def _failure_of(self, error: Exception) -> Failure:
         if isinstance(error, UserError):
-            return Failure(self._ranks.rank, " ".join(str(error).split("\n")), is_user_error=True)
+            return Failure(self._ranks.rank, printable(str(error)), is_user_error=True)
         if not dist.is_lost_peer(error):
             return Failure(self._ranks.rank, _summary(error))
         if self._lifeline is not None and (first := self._lifeline.first_failure(REPORT_S)) is not None:
