@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import torch
 from train_fixtures import CLEAN, DIGITS, ROOT, heed_ctrl_c, strict_lines
 
 from tools import convert
+from train import checkpoint_file
 
 SCRIPT = ROOT / "tests" / "faults" / "with_faults.py"
 EPOCHS, STEPS = 6, 22  # of the digits in global batches of 64
@@ -79,6 +81,11 @@ def logged(folder: Path, text: str) -> bool:
 def content(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
+
+
+def forged(saved: bytes, epoch: int | None = None, step: int | None = None) -> bytes:
+    """What torch.save wrote as a checkpoint whose manifest fits it, as whoever forges one can write it too."""
+    return saved + checkpoint_file._manifest(len(saved), hashlib.sha256(saved).hexdigest(), epoch, step)
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:

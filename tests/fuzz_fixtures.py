@@ -18,11 +18,11 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from fault_fixtures import forged
 from hypothesis import strategies as st
 from memory_source import MemoryRows, marked_image, memory_source, write
 from PIL import Image
 from safetensors.torch import save as save_tensors
-from test_fault_hostile_files import with_trailer
 from test_source_cifar import official_pickle, pixels_of, write_cifar10
 
 from configs.load import load_config, to_yaml
@@ -34,7 +34,7 @@ from pipelines.verify import verify
 from tools.parts.run_records import curve_rows, find_runs, labels, read_run, table
 from tools.sources.cifar import LAYOUTS, _parse_batch, _parse_classes, open_cifar
 from tools.sources.hdf5 import open_hdf5
-from train import checkpoint
+from train import checkpoint, checkpoint_file
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Files = dict[str, bytes]  # contents by name
@@ -340,14 +340,14 @@ def saved(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-STATE = {"format": checkpoint.FORMAT, "model": {"weight": torch.arange(6.0).reshape(2, 3)}, "config": "name: x\n",
+STATE = {"format": checkpoint_file.FORMAT, "model": {"weight": torch.arange(6.0).reshape(2, 3)}, "config": "name: x\n",
          "position": {"epoch": 1, "step": 0}, "sums": torch.zeros(3)}  # fmt: skip
 
 
-def read_checkpoint(folder: Path, *, trailer: bool) -> Callable[[bytes], None]:
+def read_checkpoint(folder: Path, *, is_sealed: bool) -> Callable[[bytes], None]:
     def read(content: bytes) -> None:
         file = folder / "x.pt"
-        file.write_bytes(with_trailer(content) if trailer else content)
+        file.write_bytes(forged(content, 1, 0) if is_sealed else content)
         checkpoint.load(file)
 
     return read

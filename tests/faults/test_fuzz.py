@@ -61,8 +61,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "config": Target(configs, kinds.read_config(own("config")), 50),
         "npy data set": Target(kinds.damaged_data(npy), kinds.read_data(own("npy"), npy), 60),
         "jpeg data set": Target(kinds.damaged_data(jpeg), kinds.read_data(own("jpeg"), jpeg)),
-        "checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), trailer=True)),
-        "unsealed checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), trailer=False), 10),
+        "checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), is_sealed=True)),
+        "unsealed checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), is_sealed=False), 10),
         **{f"weights {suffix}": Target(kinds.damaged(content), kinds.read_weights_file(own("weights"), suffix))
            for suffix, content in weights.items()},
         "run folder": Target(kinds.damaged_run(run), kinds.read_run_folder(own("run"), run)),
