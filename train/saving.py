@@ -33,7 +33,11 @@ class Saving:
         return {"epoch": state["epoch"], "step": state["step"] // self._training.config.accumulation_steps}
 
     def save(self, name: str) -> None:
-        """As the run stands now; the sums are added up over ranks for it."""
+        """As the run stands now; the sums are added up over ranks for it.
+
+        Nothing that was trained on bytes that changed under the run is saved: a rank that finds any does not take part.
+        """
+        self._loader.check_unchanged()
         sums = dist.sum_over_ranks(self._training.sums.clone())
         if dist.is_first_rank():
             checkpoint.save(self._folder / name, self._training, sums, position=self.position, **self._about)
