@@ -122,7 +122,8 @@ def _key_problem(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | N
     wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
     wrong[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
     if wrong.any():
-        return f"{split.describe(int(samples[np.argmax(wrong)]))} has a key that no row of the source has, or another sample as well"
+        sample = int(samples[np.argmax(wrong)])
+        return f"{split.describe(sample)} has a key that no row of the source has, or another sample as well"
     return None
 
 

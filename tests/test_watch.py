@@ -163,11 +163,11 @@ def test_files_are_looked_at_now_and_then_and_not_for_every_batch(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[Path] = []
-    stat, now = Path.stat, 1000.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    stat, now = Path.stat, [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     split = open_split(npy_copy, "train")
     monkeypatch.setattr(Path, "stat", lambda path, **options: (looked.append(path), stat(path, **options))[1])
-    for now, looks in ((1000.4, 0), (1000.6, 1), (1001.0, 1), (1001.2, 2)):
+    for now[0], looks in ((1000.4, 0), (1000.6, 1), (1001.0, 1), (1001.2, 2)):
         for _ in range(10):
             split.watch.look()
         assert looked == looks * list(split.files)
