@@ -199,3 +199,21 @@ def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(m
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"WORLD_SIZE=4 is set without RANK and LOCAL_RANK and LOCAL_WORLD_SIZE"):
         Ranks.from_environment()
+
+
+def test_ranks_that_torchrun_has_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else rank 0, which failed while others were starting, would wait for those that torchrun stopped meanwhile."""
+
+    class Nobody:
+        def all_are_told(self, timeout_s: float) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    monkeypatch.setattr(rank_errors, "STARTING_S", 1000.0)
+    ending = rank_errors._Ending(Ranks(0, 0, 2, 2))
+    monkeypatch.setattr(ending, "_lifeline", Nobody())
+    before = signal.signal(signal.SIGTERM, ending._hurry)
+    try:
+        ending._wait_for_others()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -70,8 +70,9 @@ class Lifeline:
         """This rank has ended well."""
         raise NotImplementedError
 
-    def all_are_told(self, timeout_s: float) -> None:
-        """Wait at most that long for ranks that are still starting; only the first rank can."""
+    def all_are_told(self, timeout_s: float) -> bool:
+        """Wait at most that long for ranks that are still starting; only the first rank has to."""
+        return True
 
     def _learn(self, failure: Failure) -> None:
         """Of the first failure; the lock is held."""
@@ -273,8 +274,8 @@ class _Hub(Lifeline):
     def tell(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
         return self._decide(failure)
 
-    def all_are_told(self, timeout_s: float) -> None:
-        self._all_here.wait(timeout_s)
+    def all_are_told(self, timeout_s: float) -> bool:
+        return self._all_here.wait(timeout_s)
 
     def leave(self) -> None:
         self._is_left = True

@@ -68,6 +68,7 @@ class _Ending:
         self._ranks = ranks
         self._last_word = threading.Lock()  # taken once
         self._lifeline: Lifeline | None = None
+        self._is_in_a_hurry = False
 
     def run(self, main: Callable[[], int | None]) -> int | None:
         try:
@@ -94,8 +95,7 @@ class _Ending:
     def _fail(self, error: Exception) -> NoReturn:
         """In the main thread, which an error has left with nothing to do."""
         self._last_word.acquire()
-        with suppress(ValueError):  # not in the main thread, as in a test
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once when any rank ends
+        signal.signal(signal.SIGTERM, self._hurry)  # torchrun sends it at once when any of its ranks ends
         failure = self._failure_of(error)
         first = self._lifeline.tell(failure) if self._lifeline is not None else failure
         if first == failure:
@@ -137,8 +137,14 @@ class _Ending:
         _tell_torchrun(failure.summary)
 
     def _wait_for_others(self) -> None:
-        if self._lifeline is not None:
-            self._lifeline.all_are_told(STARTING_S)
+        """Those that are still starting; where torchrun ends its ranks they will not come."""
+        end = time.monotonic() + STARTING_S
+        while self._lifeline is not None and time.monotonic() < end and not self._is_in_a_hurry:
+            if self._lifeline.all_are_told(0.1):
+                return
+
+    def _hurry(self, *_: object) -> None:
+        self._is_in_a_hurry = True
 
     def _stop_soon(self, first: Failure) -> None:
         """In a thread, when another rank failed: the main thread may wait for that rank in a collective for ever."""
