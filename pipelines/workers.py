@@ -60,7 +60,7 @@ class Pool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nobody wants what may be under way. Workers are not asked to end: one killed by others may hold their queue."""
+        """Nobody wants what may be under way. No worker is asked to end: one that was killed may hold their queue."""
         if self._executor is None:
             return
         for process in set(multiprocessing.active_children()) - self._others:
