@@ -18,11 +18,11 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from hostile_fixtures import with_trailer
 from hypothesis import strategies as st
 from memory_source import MemoryRows, marked_image, memory_source, write
 from PIL import Image
 from safetensors.torch import save as save_tensors
-from test_fault_hostile_files import with_trailer
 from test_source_cifar import official_pickle, pixels_of, write_cifar10
 
 from configs.load import load_config, to_yaml
@@ -340,7 +340,7 @@ def saved(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-STATE = {"format": checkpoint.FORMAT, "model": {"weight": torch.arange(6.0).reshape(2, 3)}, "config": "name: x\n",
+STATE = {"format": 1, "model": {"weight": torch.arange(6.0).reshape(2, 3)}, "config": "name: x\n",
          "position": {"epoch": 1, "step": 0}, "sums": torch.zeros(3)}  # fmt: skip
 
 

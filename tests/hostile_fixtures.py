@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -72,6 +73,11 @@ def cifar_with(folder: Path, batch: bytes) -> Path:
     source = write_cifar10(folder)
     (source / "data_batch_3").write_bytes(batch)
     return source
+
+
+def with_trailer(content: bytes) -> bytes:
+    """What torch.save wrote, followed by what makes it a checkpoint whose checksum is right."""
+    return content + hashlib.sha256(content).hexdigest().encode()
 
 
 # Archives.

@@ -35,6 +35,7 @@ from hostile_fixtures import (
     linking_archive,
     many_tags_tiff,
     pickles,
+    with_trailer,
 )
 from test_source_cifar import write_cifar10
 from train_fixtures import CLEAN, DIGITS
@@ -384,13 +385,6 @@ def checkpoints(scene: Scene) -> dict[str, bytes]:
     file.unlink()
     return {"plain": plain, "saved": saved, **{f"{name}-trailer": with_trailer(content)
                                                for name, content in (("plain", plain), ("saved", saved))}}  # fmt: skip
-
-
-def with_trailer(content: bytes) -> bytes:
-    """What torch.save wrote, followed by what makes a checkpoint of it: adapt it to train/checkpoint.py."""
-    import hashlib
-
-    return content + hashlib.sha256(content).hexdigest().encode()
 
 
 @pytest.mark.parametrize("name", ["plain", "saved", "plain-trailer", "saved-trailer"])
