@@ -24,6 +24,8 @@ SHOWN = 3  # of what does not fit
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors by name in a file of safetensors, or one that torch.save wrote; no code in it is ever run."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"weights {path} are no plain file; give the path of a .safetensors, .pth or .bin file")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

@@ -29,7 +29,7 @@ from pipelines import shards, tar_layout, verified
 from pipelines.encode import Defect, Encoded, Encoding, encode
 from pipelines.source import Options, Source, SplitSource
 from pipelines.spool import Plan, Worker, commit, gather, load, scatter, sync_folder
-from pipelines.workers import Pool
+from pipelines.workers import Pool, signals_held
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
 SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
@@ -309,7 +309,8 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
 
 
 def _bar(plan: Plan, label: str) -> tqdm:
-    return tqdm(total=plan.rows, desc=f"{plan.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5)
+    with signals_held():  # a bar that is not whole complains when it goes
+        return tqdm(total=plan.rows, desc=f"{plan.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5)
 
 
 def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from configs.errors import UserError
@@ -23,17 +24,25 @@ _PR_SET_PDEATHSIG = 1
 
 def _start(shared: str, parent: int) -> None:
     global _shared
-    with open(shared, "rb") as file:
-        _shared = pickle.load(file)  # of this program's own memory
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the parent's to handle
-        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
     if os.getppid() != parent:
         os._exit(1)
+    with open(shared, "rb") as file:
+        _shared = pickle.load(file)  # of this program's own memory
 
 
 def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
     return function(_shared, task)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come at its end, where what it makes must not be left half made."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pool:
@@ -50,12 +59,12 @@ class Pool:
         self._others = set(multiprocessing.active_children())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:
+        """Nobody wants what may be under way. No worker is asked to end: one that was killed may hold their queue."""
         if self._executor is None:
             return
-        if kind is not None:  # nobody wants what is under way, which may take a minute more
-            for process in set(multiprocessing.active_children()) - self._others:
-                process.kill()
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
         self._executor.shutdown(cancel_futures=True)
         os.close(self._memory)
 
@@ -68,7 +77,7 @@ class Pool:
         pending: deque[Future[Result]] = deque()
         try:
             for task in tasks:
-                pending.append(self._start_executor().submit(_call, function, task))
+                pending.append(self._submit(function, task))
                 if len(pending) >= 2 * self._workers:
                     yield pending.popleft().result()
             while pending:
@@ -78,6 +87,12 @@ class Pool:
                 "a worker process was killed (out of memory?); use fewer --workers, then run the same command again: "
                 "it goes on where it stopped"
             ) from None
+
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
+        """May start a worker, which inherits that signals are held: sent to a whole group, they are the parent's."""
+        executor = self._start_executor()
+        with signals_held():
+            return executor.submit(_call, function, task)
 
     def _start_executor(self) -> ProcessPoolExecutor:
         """Started with the first task, so that a pass with nothing to do costs no process."""

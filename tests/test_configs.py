@@ -240,6 +240,35 @@ def test_a_cycle_of_bases_is_an_error_that_shows_the_path(write: Write) -> None:
     assert "is a cycle" in error_of(write("base: self.yaml", "self.yaml"))
 
 
+def test_bases_lie_beside_the_config_in_the_working_folder_or_among_the_projects_configs(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("seed: 5", "other/base.yaml", head="")
+    own = write("base: ../other/base.yaml", "mine/own.yaml")
+    with pytest.raises(UserError, match=r"own\.yaml: base .*base\.yaml leads out of .*mine and .*copy the file there"):
+        load_config(own)
+    monkeypatch.chdir(tmp_path)
+    assert load_config(own).seed == 5
+    projects = Path(__file__).parents[1] / "configs" / "digits_lenet.yaml"
+    assert load_config(write(f"base: {projects}", "mine/own.yaml", head="")).model.name == "lenet"
+
+
+def test_a_base_is_a_plain_file_that_is_named_as_a_config(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("password: secret")
+    error = error_of(write("base: notes.txt"))
+    assert "is not named as a config" in error
+    assert "secret" not in error
+    (tmp_path / "folder.yaml").mkdir()
+    assert "is no plain file" in error_of(write("base: folder.yaml"))
+
+
+def test_bases_of_bases_are_counted(write: Write) -> None:
+    for number in range(10):
+        write(f"base: [many{number + 1}.yaml, many{number + 1}.yaml]", f"many{number}.yaml", head="")
+    write("seed: 1", "many10.yaml", head="")
+    assert "is one file too many: a config has up to 63 bases" in error_of(write("base: many0.yaml"))
+
+
 def test_a_missing_base_names_both_files(write: Write) -> None:
     assert re.search(r"run\.yaml: base .*none\.yaml cannot be read", error_of(write("base: none.yaml")))
 

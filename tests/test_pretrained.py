@@ -227,7 +227,7 @@ def test_files_that_are_no_weights_are_refused_and_no_code_is_run(
         "bytes.pth": "refused|cannot be read",
         "missing.pth": "do not exist; give the path",
         "missing.safetensors": "do not exist; give the path",
-        ".": "cannot be read",
+        ".": "are no plain file",
     }.items():
         with pytest.raises(UserError, match=f"weights {file} .*({reason})") as caught:
             start("lenet", file, size=32)

@@ -115,11 +115,10 @@ def test_twenty_kills_at_random_instants_change_no_byte(
     kill_and_go_on(sources[encoding], unbroken(encoding), tmp_path, 20, worker_only=worker_only)
 
 
-@pytest.mark.parametrize(("encoding", "worker_only"), [("npy", True), ("jpeg", False)])
 def test_a_kill_at_a_random_instant_changes_no_byte(
-    sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, worker_only: bool, tmp_path: Path
+    sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
 ) -> None:
-    kill_and_go_on(sources[encoding], unbroken(encoding), tmp_path, 1, worker_only=worker_only)
+    kill_and_go_on(sources["npy"], unbroken("npy"), tmp_path, 1, worker_only=False)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +185,6 @@ def test_a_disk_full_at_twenty_places_loses_nothing(
     assert full == 20
 
 
-@needs_mount
-def test_a_full_disk_loses_nothing(sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path) -> None:
-    assert fill_and_go_on(sources["npy"], unbroken("npy")[0], tmp_path, seeded().randrange(500, 8000))
-
-
 def test_a_file_beyond_the_limit_of_the_process_loses_nothing(
     sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
 ) -> None:
@@ -222,8 +216,7 @@ def test_a_read_only_folder_is_one_sentence(sources: dict[str, Conversion], tmp_
     assert contents(folder) == {}
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(("encoding", "number"), [("npy", errno.EDQUOT), ("jpeg", errno.EIO)])
 def test_an_error_at_any_flush_or_rename_loses_nothing(
     encoding: str, number: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

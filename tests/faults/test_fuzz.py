@@ -49,7 +49,7 @@ def targets(folder: Path) -> dict[str, Target]:
     npy, jpeg = kinds.make_data(own("npy"), "npy"), kinds.make_data(own("jpeg"), "jpeg")
     run, weights = kinds.run_files(own("config")), kinds.weights_files()
     configs = st.tuples(kinds.config_texts(), kinds.OVERRIDES)
-    checkpoints = kinds.damaged(kinds.saved(kinds.STATE))
+    saved = kinds.saved(kinds.STATE)
     return {
         "batch": Target(kinds.damaged(kinds.batch_pickle()), kinds.read_batch, 80),
         "names": Target(kinds.damaged(kinds.official_pickle({"label_names": [b"cat", b"dog"]})), kinds.read_names, 80),
@@ -61,8 +61,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "config": Target(configs, kinds.read_config(own("config")), 50),
         "npy data set": Target(kinds.damaged_data(npy), kinds.read_data(own("npy"), npy), 60),
         "jpeg data set": Target(kinds.damaged_data(jpeg), kinds.read_data(own("jpeg"), jpeg)),
-        "checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), is_sealed=True)),
-        "unsealed checkpoint": Target(checkpoints, kinds.read_checkpoint(own("checkpoint"), is_sealed=False), 10),
+        "checkpoint": Target(kinds.damaged(saved), kinds.read_checkpoint(own("checkpoint"), is_sealed=True)),
+        "unsealed checkpoint": Target(kinds.damaged(kinds.forged(saved, 1, 0)),
+                                      kinds.read_checkpoint(own("checkpoint"), is_sealed=False)),
         **{f"weights {suffix}": Target(kinds.damaged(content), kinds.read_weights_file(own("weights"), suffix))
            for suffix, content in weights.items()},
         "run folder": Target(kinds.damaged_run(run), kinds.read_run_folder(own("run"), run)),
@@ -168,7 +169,7 @@ def test_the_watch_ends_what_hangs_and_what_fills_the_memory(monkeypatch: pytest
     with pytest.raises(Hang):
         hold(lambda _: time.sleep(5), None)
     with pytest.raises(MemoryError):
-        hold(lambda _: bytearray(2 << 30), None)
+        hold(lambda _: print(len(bytearray(2 << 30))), None)
     with pytest.raises(AssertionError, match="ended by SIGSEGV"):
         hold_apart(lambda _: os.kill(os.getpid(), signal.SIGSEGV), None)
     with pytest.raises(AssertionError, match="KeyError: 'x'"):
