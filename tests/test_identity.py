@@ -28,7 +28,7 @@ SPEED = {
     "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
     "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
 }  # fmt: skip
-DAMAGE = {"data.on_bad_sample", "data.max_bad_samples"}  # without which they change nothing
+DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # without which they change nothing
 IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
 IN_DATA_SET = {"data.path"}
 

@@ -42,7 +42,7 @@ def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> Non
 def test_a_user_error_on_one_rank_is_shown_first_and_ends_all(rank: int, in_group: bool, tmp_path: Path) -> None:
     ended = end_of(3, one_raises, tmp_path, rank, UserError("shard 7 is short"), in_group)
     assert [ended.codes[rank], *sorted(set(ended.codes))] == [2, 1, 2]
-    assert ended.lines[0] == f"error on rank {rank}: shard 7 is short"
+    assert ended.lines[0] == f"error: shard 7 is short (rank {rank})"
     others = [other for other in range(3) if other != rank]
     stopped = [f"rank {other} stopped, since rank {rank} failed: shard 7 is short" for other in others]
     assert sorted(ended.lines[1:]) == stopped
@@ -68,7 +68,7 @@ def test_what_all_ranks_find_is_printed_once(tmp_path: Path) -> None:
     ended = end_of(3, all_raise, tmp_path, False)
     assert ended.codes == [2, 2, 2]
     assert len(ended.lines) == 1
-    assert ended.lines[0].endswith(": the loss is not finite")
+    assert ended.lines[0].startswith("error: the loss is not finite (rank ")
 
 
 def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
     assert sorted(ended.codes) == [1, 2]
     first = ended.codes.index(2)
     assert ended.lines == [
-        f"error on rank {first}: the loss is not finite on {first}",
+        f"error: the loss is not finite on {first} (rank {first})",
         f"rank {1 - first} failed as well: the loss is not finite on {1 - first}",
         f"rank {1 - first} stopped, since rank {first} failed: the loss is not finite on {first}",
     ]

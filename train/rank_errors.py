@@ -129,7 +129,7 @@ class _Ending:
     def _show(self, error: Exception, failure: Failure) -> None:
         """The error that stops all ranks."""
         if failure.is_user_error:
-            _say(f"error on rank {failure.rank}: {failure.summary}")
+            _say(f"error: {failure.summary} (rank {failure.rank})")
         elif dist.is_lost_peer(error):
             _say(f"rank {failure.rank} {failure.summary}; {_advice()}")
         else:
