@@ -40,10 +40,11 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_unbroken(digits, tmp_path_factory.mktemp("unbroken") / "output", 2, EPOCHS)
 
 
-def agent_of(port: int, restarts: int) -> list[str]:
-    """torchrun's arguments, the same on both machines; the agent that comes first holds the meeting."""
-    return ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+def agents_of(restarts: int) -> tuple[list[str], list[str]]:
+    """torchrun's arguments on the machine that holds the meeting, without which there is none, and on any other."""
+    same = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
             "--rdzv-id=zhu", "--local-addr=127.0.0.1", f"--max-restarts={restarts}"]  # fmt: skip
+    return [*same, "--rdzv-conf=is_host=1"], [*same, "--rdzv-conf=is_host=0"]
 
 
 @pytest.mark.parametrize("what", ["its rank", "the agent and its rank"])
@@ -51,10 +52,10 @@ def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_
     what: str, digits: Path, tmp_path: Path, unbroken: Path
 ) -> None:
     after = random.Random(seed_of_faults()).randrange(80)
-    launcher, command = agent_of(free_port(), restarts=3), arguments(digits, tmp_path, 2, EPOCHS)
+    (host, other), command = agents_of(restarts=3), arguments(digits, tmp_path, 2, EPOCHS)
     with (
-        Launch(tmp_path, launcher, command, **OWN_STORE) as first,
-        Launch(tmp_path, launcher, command, **OWN_STORE) as second,
+        Launch(tmp_path, host, command, **OWN_STORE) as first,
+        Launch(tmp_path, other, command, **OWN_STORE) as second,
     ):
         wait_until(lambda: saved_steps(tmp_path / NAME) > after)
         if what == "its rank":
@@ -63,7 +64,7 @@ def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_
             assert [first.wait(200), second.wait(200)] == [0, 0], first.printed + second.printed
         else:
             second.kill_all()
-            with Launch(tmp_path, launcher, command, **OWN_STORE) as third:
+            with Launch(tmp_path, other, command, **OWN_STORE) as third:
                 assert [first.wait(200), third.wait(200)] == [0, 0], first.printed + third.printed
     assert (tmp_path / NAME).is_dir()
     assert not (tmp_path / f"{NAME}-2").exists()  # also where the new agent's ranks know of no earlier start
@@ -71,8 +72,8 @@ def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_
 
 
 def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: Path, tmp_path: Path) -> None:
-    launcher, command = agent_of(free_port(), restarts=0), arguments(digits, tmp_path, 2, 1000)
-    with Launch(tmp_path, launcher, command) as first, Launch(tmp_path, launcher, command) as second:
+    (host, other), command = agents_of(restarts=0), arguments(digits, tmp_path, 2, 1000)
+    with Launch(tmp_path, host, command) as first, Launch(tmp_path, other, command) as second:
         wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
         (lost,) = second.workers()
         second.kill_all()
@@ -82,8 +83,8 @@ def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: 
 
 def test_a_signal_to_every_agent_ends_the_run_and_leaves_nothing_behind(digits: Path, tmp_path: Path) -> None:
     """As srun passes it on to the agents, which give it to their ranks."""
-    launcher, command = agent_of(free_port(), restarts=3), arguments(digits, tmp_path, 2, 1000)
-    with Launch(tmp_path, launcher, command) as first, Launch(tmp_path, launcher, command) as second:
+    (host, other), command = agents_of(restarts=3), arguments(digits, tmp_path, 2, 1000)
+    with Launch(tmp_path, host, command) as first, Launch(tmp_path, other, command) as second:
         wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
         workers = [*first.workers().values(), *second.workers().values()]
         for launch in (first, second):
