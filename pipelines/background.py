@@ -17,7 +17,7 @@ import torch
 
 from pipelines.bad_samples import BadSamples, Undecodable
 from pipelines.gather import Source, filled
-from pipelines.tally import NOTHING, Tally, tally_of
+from pipelines.tally import NOTHING, Tally, tallies_of
 
 
 def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -188,13 +188,13 @@ class _Gatherer(threading.Thread):
         wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)
         images, labels, indices, draws = self._team.gathered(slot, wanted)
 
-        tally = tally_of if plan.repeats else lambda _: NOTHING
+        tallies = tallies_of(indices, plan.batch_size) if plan.repeats else [NOTHING] * len(batches)
         if len(batches) == 1:
-            return [Prepared(images, labels, indices, draws, slot, True, tally(indices))]
+            return [Prepared(images, labels, indices, draws, slot, True, tallies[0])]
         group = []
-        for number, batch in enumerate(batches):
+        for number, (batch, tally) in enumerate(zip(batches, tallies, strict=True)):
             piece = slice(number * plan.batch_size, number * plan.batch_size + len(batch))
             drawn = {name: values[piece] for name, values in draws.items()}
-            is_last, samples = number + 1 == len(batches), indices[piece]
-            group.append(Prepared(images[piece], labels[piece], samples, drawn, slot, is_last, tally(samples)))
+            is_last = number + 1 == len(batches)
+            group.append(Prepared(images[piece], labels[piece], indices[piece], drawn, slot, is_last, tally))
         return group[::-1]

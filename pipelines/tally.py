@@ -29,12 +29,15 @@ class Tally:
 NOTHING = Tally()
 
 
-def tally_of(indices: np.ndarray) -> Tally:
-    """Of the samples of a batch, int64 [B]; 7 us for 512 of them."""
-    return Tally(len(indices), int(hash64(indices.view(np.uint64)).sum()))
+def tallies_of(indices: np.ndarray, batch_size: int) -> list[Tally]:
+    """Of each batch of consecutive samples, int64 [N]; together, since NumPy's calls take most of the time of few."""
+    begins = np.arange(0, len(indices), batch_size)
+    checksums = np.add.reduceat(hash64(indices.view(np.uint64)), begins)
+    sizes = np.minimum(batch_size, len(indices) - begins)
+    return [Tally(*pair) for pair in zip(sizes.tolist(), checksums.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=8)  # asked for after every evaluation
 def tally_of_split(samples: int) -> Tally:
     """Of each of range(samples) once."""
-    return tally_of(np.arange(samples, dtype=np.int64))
+    return tallies_of(np.arange(samples, dtype=np.int64), samples)[0]

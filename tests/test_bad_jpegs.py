@@ -24,7 +24,7 @@ from PIL import ImageFile
 from configs import notes
 from configs.errors import UserError
 from configs.schema import AugConfig, ColorJitterConfig, MixConfig
-from pipelines import build, build_train_loader
+from pipelines import build, build_eval_loader, build_train_loader
 from pipelines.assemble import Way
 from pipelines.gather import Slots
 from pipelines.jpegs import HostJpegs, MappedFiles, header_defect
@@ -231,3 +231,14 @@ def test_batches_that_the_user_holds_outlive_a_graph_that_failed(
 ) -> None:
     use_dali(monkeypatch)
     assert_same(list(train(damaged, 26, AUG, **SKIP)), copies(expected_of(jpeg_data, 26, AUG)))
+
+
+def test_images_that_are_looked_at_and_not_counted_may_have_substitutes(
+    way: str, damaged: Path, jpeg_data: Path
+) -> None:
+    data = data_of(damaged, 40, **SKIP)
+    seen = copies(build_eval_loader(data, split="train", device="cpu", replaces=True))
+    sound = copies(
+        substituted(evaluation(jpeg_data, 40, split="train", image_size=24), open_split(jpeg_data, "train"), BAD)
+    )
+    assert_same(seen, sound)
