@@ -19,6 +19,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that start other programs
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
+JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 MAX_SCANS = 100  # of a JPEG, each as dear as the whole image; a progressive one has about ten, a bomb thousands
 # What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
@@ -65,6 +66,8 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
     elif original is not None:
         payload = original
     else:
+        if max(height, width) > JPEG_SIDE:
+            raise Defect(f"{width} x {height} pixels, of which a JPEG holds up to {JPEG_SIDE:,} on a side (--size)")
         buffer = io.BytesIO()
         subsampling = SUBSAMPLINGS[encoding.subsampling]
         Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=subsampling)

@@ -292,6 +292,15 @@ def test_a_line_of_pixels_that_a_resize_would_blow_up_is_a_defect() -> None:
         encode(line, Encoding("jpeg", size=224))
 
 
+def test_a_side_that_no_jpeg_can_have_is_a_defect() -> None:
+    long = file_of(Image.fromarray(np.zeros((2, 65_501, 3), np.uint8)))
+    with pytest.raises(Defect, match="65501 x 2 pixels, of which a JPEG holds up to 65,500"):
+        encode(long, Encoding("jpeg"))
+    assert encode(long, Encoding("npy")).width == 65_501
+    longest = file_of(Image.fromarray(np.zeros((2, 65_500, 3), np.uint8)))
+    assert encode(longest, Encoding("jpeg")).width == 65_500
+
+
 def test_quality_and_subsampling_are_those_asked_for() -> None:
     image = marked_image(3, 64, 64)
     files = {
