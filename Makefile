@@ -47,7 +47,7 @@ gpu-bench: $(ENVIRONMENT)
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_dali_ops.py tests/test_device_kernels.py tests/test_ddp.py tests/test_summary.py \
-		tests/test_profile.py tests/test_ramp.py tests/test_warm_up.py
+		tests/test_profile.py tests/test_ramp.py tests/test_checkpoint.py tests/test_warm_up.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

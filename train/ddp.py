@@ -133,7 +133,8 @@ def main() -> int:
             "progress": progress,  # changes in training
         }
         facts = facts_of(config, dataset, training, train_loader, ranks)
-        with RunLog(folder if ranks.is_first else None) as log, Saving(folder, training, about) as saving:
+        log_folder, others_wait = folder if ranks.is_first else None, ranks.world_size > 1
+        with RunLog(log_folder, others_wait=others_wait) as log, Saving(folder, training, about) as saving:
             log.record(about["config"], facts)
             log.keep_epochs(position["epoch"])
             if source is not None:

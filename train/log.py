@@ -58,8 +58,9 @@ class RunLog:
     As a context manager it finishes at the end, as failed where an error ends it.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, *, others_wait: bool = False) -> None:
+        """others_wait: on other ranks, which learn of an error only after it has ended this log."""
+        self._folder, self._others_wait = folder, others_wait
         self._trackers: list[Tracker] = []
         self.is_in_a_hurry = False  # as after a signal: the end leaves out what can be had later
         self._drawn_at = -CURVES_EVERY_S
@@ -80,6 +81,7 @@ class RunLog:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.is_in_a_hurry |= error is not None and self._others_wait
         self.finish(failed=error is not None)
 
     @property
