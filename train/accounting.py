@@ -24,6 +24,7 @@ def check_each_once(loader: Iterable[Batch]) -> None:
     each sample of the split once. Other batches, such as those that a model is warmed up with, have no samples."""
     if not isinstance(loader, Loader):
         return
+    loader.check_unchanged()
     upper, lower = divmod(loader.tally.checksum, HALF)
     samples, upper, lower = dist.sum_over_ranks(torch.tensor([loader.tally.samples, upper, lower])).tolist()
     found, expected = Tally(samples, (upper * HALF + lower) % MODULUS), tally_of_split(len(loader.split))

@@ -1,6 +1,7 @@
 """The epochs of a run: what follows each optimizer update and each epoch, and how a run ends early or goes back.
 
-Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s.
+Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s. What was trained on files
+that changed under the run is not saved: each rank looks at its files before all of them add up their sums for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -71,7 +71,7 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
     epoch, step = position["epoch"], position["step"]
     if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
         done = run.timeline.first(epoch) + step
-        _save(run, (LAST,), position, health.sums(done), done)
+        run.saving.save((LAST,), position, health.sums(done), done)
     stage = None
     while epoch < config.epochs:
         if len(loader.stages) > 1 and loader.at(epoch) is not stage:
@@ -110,6 +110,8 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
         logs = done % config.log.every_steps == 0
         if not (saves or logs):
             return
+        if saves:
+            loader.check_unchanged()
         sums = health.sums(done)  # synchronises, once per log interval
         if logs:
             loss, _, seen = sums.tolist()
@@ -118,7 +120,7 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
             log.steps(measured, done)
             _report_left_out(run, health, done)
         if saves:
-            _save(run, (LAST,), {"epoch": epoch, "step": done - first}, sums, done)
+            run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
         if signal:
             _stop(run, signal, done)
 
@@ -154,6 +156,7 @@ def _end_of_epoch(
     """Evaluation, metrics and checkpoints."""
     config, training, progress = run.config, run.training, run.progress
     done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
+    run.train_loader.check_unchanged()
     sums = health.sums(done)
     loss, correct, seen = sums.tolist()
     _report_left_out(run, health, done)
@@ -174,9 +177,8 @@ def _end_of_epoch(
             with run.clock if is_last else nullcontext():
                 results, top1 = _validate(run, asked)
         except Interrupted:
-            _save(run, (LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
+            run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
             _stop(run, agreement.now(), done)
-        run.val_loader.check_unchanged()
         metrics |= results
         improved = top1 > progress["best_top1"]
         progress["best_top1"] = max(progress["best_top1"], top1)
@@ -190,13 +192,7 @@ def _end_of_epoch(
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
         names = (*names, LAST)
     if names:
-        _save(run, names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
-
-
-def _save(run: Run, names: tuple[str, ...], position: dict[str, int], sums: Tensor, done: int) -> None:
-    """See `Saving.save`. Nothing that was trained on bytes which changed under the run is saved."""
-    run.train_loader.check_unchanged()
-    run.saving.save(names, position, sums, done)
+        run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
 
 
 def _validate(run: Run, asked: Asked) -> tuple[dict[str, float], float]:
