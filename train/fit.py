@@ -1,7 +1,7 @@
 """The epochs of a run: what follows each optimizer update and each epoch, and how a run ends early or goes back.
 
-Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s. What was trained on files
-that changed under the run is not saved: each rank looks at its files before all of them add up their sums for it.
+Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s. What was trained on
+files that changed under the run is not saved: each rank looks at its files before all of them add up their sums.
 """
 
 from __future__ import annotations
