@@ -25,6 +25,11 @@ test: $(ENVIRONMENT)
 test-faults: $(ENVIRONMENT)
 	$(PY) -m pytest -m "not gpu" tests/faults
 
+# damaged files of every kind, at random; ZHU_FUZZ_SEED=N repeats a round that failed
+MINUTES ?= 5
+fuzz: $(ENVIRONMENT)
+	ZHU_FUZZ_MINUTES=$(MINUTES) $(PY) -m pytest tests/faults/test_fuzz.py -k new_kinds -rP -W ignore
+
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from pipelines.conversion import how_to_convert
 
 FORMAT, VERSION = "model-zhu-shards", 1
@@ -89,6 +89,9 @@ def _check(dataset: dict[str, Any]) -> None:
     _check_fields(dataset, _DATASET_FIELDS)
     if not all(type(name) is str for name in dataset["classes"]):
         raise TypeError("classes are not all text")
+    for text in (dataset["name"], *dataset["classes"], *dataset["splits"]):
+        if printable(text) != text:
+            raise ValueError(f"{_shown(text)} holds control characters")
     shape = dataset["image_shape"]
     if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
         raise ValueError(f"encoding {_shown(dataset['encoding'])} with image shape {_shown(shape)}")

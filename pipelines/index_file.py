@@ -34,6 +34,12 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
 
 def check_size(file: Path, expected: int) -> None:
+    """Raise for a file of the data set that is missing, of another size, or elsewhere."""
+    if file.is_symlink() and not file.resolve().is_relative_to(file.parent.resolve()):
+        raise UserError(
+            f"{file} is a link to {file.resolve()}, outside of the data set; put the file itself there, or link the "
+            "whole folder"
+        )
     if not file.is_file():
         raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
     if file.stat().st_size != expected:

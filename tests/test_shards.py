@@ -242,6 +242,38 @@ def test_a_folder_that_is_no_data_set_is_an_error(tmp_path: Path) -> None:
         open_split(tmp_path, "train")
 
 
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_a_file_that_is_a_link_out_of_the_data_set_is_refused_and_one_within_is_not(
+    what: str, npy_copy: Path, tmp_path: Path
+) -> None:
+    entry = load_dataset(npy_copy)["splits"]["train"]
+    file = npy_copy / (entry["shards"][0] if what == "shard" else entry["index"])["file"]
+    elsewhere, within = tmp_path / "elsewhere", npy_copy / "within"
+    elsewhere.write_bytes(file.read_bytes())
+    file.rename(within)
+    file.symlink_to(within)
+    open_split(npy_copy, "train")
+    file.unlink()
+    file.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"{file.name} is a link to .*elsewhere, outside of the data set"):
+        open_split(npy_copy, "train")
+    linked = tmp_path / "linked"
+    file.unlink()
+    file.symlink_to(within)
+    linked.symlink_to(npy_copy)
+    open_split(linked, "train")
+
+
+@pytest.mark.parametrize("text", ["cat\x1b[31m", "a\nb", "\u202e"])
+def test_names_with_control_characters_are_refused(text: str, npy_copy: Path) -> None:
+    for key in ("name", "classes"):
+        dataset = json.loads((npy_copy / "dataset.json").read_text())
+        dataset[key] = text if key == "name" else [text, *dataset["classes"][1:]]
+        (npy_copy / "dataset.json").write_text(json.dumps(dataset))
+        with pytest.raises(UserError, match="holds control characters"):
+            load_dataset(npy_copy)
+
+
 @BOTH
 @pytest.mark.parametrize("lost", [1, 512, 1024, 300_000])
 def test_a_truncated_shard_is_refused_by_name(encoding: str, lost: int, request: pytest.FixtureRequest) -> None:
