@@ -23,6 +23,7 @@ from launch_fixtures import (
 from tools import convert
 
 EPOCHS = 3
+KILLED_EPOCHS = 8  # long enough for a kill after the first hundred steps
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def killed_launches_complete(count: int, ranks: int, digits: Path, tmp_path: Pat
     """`count` launches of `torchrun --max-restarts` without --resume, each with up to `kills` SIGKILLs of any rank, the
     first after the first checkpoint, further ones at any time, in start-up too."""
     instants = random.Random(seed_of_faults())
-    expected = unbroken(ranks, digits, tmp_path)
+    expected = run_unbroken(digits, tmp_path / "unbroken", ranks, KILLED_EPOCHS)
     for number in range(count):
         killed_launch_completes(ranks, digits, tmp_path / str(number), instants, kills)
         assert_same_weights(tmp_path / str(number) / NAME, expected)
@@ -78,7 +79,7 @@ def killed_launch_completes(ranks: int, digits: Path, output: Path, instants: ra
     output.mkdir()
     launcher = ["--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={kills}"]
     after = instants.randrange(100)
-    with Launch(output.parent, launcher, arguments(digits, output, ranks, EPOCHS)) as launch:
+    with Launch(output.parent, launcher, arguments(digits, output, ranks, KILLED_EPOCHS)) as launch:
         wait_until(lambda: saved_steps(output / NAME) > after)
         assert launch.kill_rank(instants.randrange(ranks)), launch.printed
         for _ in range(instants.randrange(kills)):
