@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # Control characters of terminals (8-bit ones too), line ends, marks that turn the direction of writing, surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -12,6 +14,15 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, the value, what is allowed and how to mend it, in one sentence."""
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """What the system says against looking at a file or reading it, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); mend that and start again") from None
 
 
 def printable(text: str) -> str:

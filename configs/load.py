@@ -133,13 +133,15 @@ def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer
 
 def _check_base(path: Path, place: str, first: Path) -> None:
     """A config may come from anybody, and errors show what its bases hold: they must be configs of the same place."""
-    allowed = [first.resolve().parent, Path.cwd(), Path(__file__).parent]
+    beside = first.resolve().parent
+    allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))
     if path.suffix not in SUFFIXES:
         raise one_line(f"{place} is not named as a config; a base ends in {' or '.join(SUFFIXES)}")
     target = path.resolve()
-    if not any(target.is_relative_to(folder) for folder in allowed):
+    if target.parent not in beside.parents and not any(target.is_relative_to(folder) for folder in allowed):
         raise one_line(
-            f"{place} leads out of {' and '.join(map(str, allowed))}, from where bases may come; copy the file there"
+            f"{place} leads out of {' and '.join(map(str, allowed))}, from where bases may come beside the folders "
+            "above the config; copy the file there or start in a folder that holds both"
         )
     if path.exists() and not path.is_file():
         raise one_line(f"{place} is no plain file; give the path of a YAML file")

@@ -8,7 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from configs.errors import UserError, printable
+=======
+from configs.errors import UserError, readable
+>>>>>>> h6-review2
 from pipelines.conversion import how_to_convert
 
 FORMAT, VERSION = "model-zhu-shards", 1
@@ -22,14 +26,15 @@ MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
 def load_dataset(folder: str | Path) -> dict[str, Any]:
     """The content of dataset.json, checked for what this version needs."""
     path = Path(folder) / "dataset.json"
-    if not path.parent.exists():
-        raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
-    if not path.is_file():
-        reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
-        raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
-    try:
+    with readable(path):
+        if not path.parent.exists():
+            raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
+        if not path.is_file():
+            reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
+            raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+    try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         dataset = json.loads(content)
@@ -42,8 +47,6 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             f"{path} is damaged or of another program ({type(error).__name__}: {error}); "
             "convert the source with tools/convert.py first"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that and start again") from None
     if version != VERSION:
         raise UserError(
             f"{path} has format version {_shown(version)}, this program reads {VERSION}; convert the source again"

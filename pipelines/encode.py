@@ -6,6 +6,7 @@ A sample that cannot be used raises `Defect`; the writer quarantines and counts 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 MAX_SCANS = 100  # of a JPEG, each as dear as the whole image; a progressive one has about ten, a bomb thousands
+MAX_SEGMENTS = 100_000  # that are looked through for scans
+_SEGMENT = re.compile(b"\xff[\x02-\xcf\xd9-\xfe]")  # a marker that a length follows, or the image's end
 # What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
@@ -86,8 +89,8 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     """RGB pixels [H, W, 3], and the bytes themselves where they are an RGB JPEG that can be stored as it is."""
     if not content:
         raise Defect("empty file")
-    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-        raise Defect(f"a JPEG of {scans:,} scans, of which {MAX_SCANS} are allowed")
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS and _has_too_many_scans(content):
+        raise Defect(f"a JPEG of more than {MAX_SCANS} scans")
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
     try:
         with warnings.catch_warnings(), memory_limit.at_most(extra_bytes):
@@ -108,6 +111,19 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
     return pixels, content if keep else None
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    """Of a JPEG: what lies within its segments or behind its end, such as a phone's film of the moment, is no scan."""
+    place = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        if (marker := _SEGMENT.search(content, place)) is None or marker.group() == b"\xff\xd9":
+            return False
+        scans += marker.group() == b"\xff\xda"
+        if scans > MAX_SCANS:
+            return True
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return True
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, readable
 from pipelines import tar_layout
 from pipelines.dataset_json import MAX_SIDE, RECONVERT
 
@@ -34,6 +34,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
 
 def check_size(file: Path, expected: int) -> None:
+<<<<<<< HEAD
     """Raise for a file of the data set that is missing, of another size, or elsewhere."""
     if file.is_symlink() and not file.resolve().is_relative_to(file.parent.resolve()):
         raise UserError(
@@ -46,6 +47,14 @@ def check_size(file: Path, expected: int) -> None:
         raise UserError(
             f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}"
         )
+=======
+    with readable(file):
+        if not file.is_file():
+            raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
+        size = file.stat().st_size
+    if size != expected:
+        raise UserError(f"{file} has {size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}")
+>>>>>>> h6-review2
 
 
 def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
@@ -55,7 +64,8 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
     check_size(file, entry["index"]["bytes"])
     if entry["index"]["bytes"] > 64 * samples + 2**16:
         raise UserError(f"{file} has {entry['index']['bytes']:,} bytes, too many for {samples} samples; {RECONVERT}")
-    content = file.read_bytes()
+    with readable(file):
+        content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
         raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
     try:

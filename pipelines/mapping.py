@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, readable
 from pipelines.verified import Stamp
 
 MAX_ADDRESSES = 2**46  # bytes; half of what a process has
@@ -65,7 +65,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> Mapped:
     weakref.finalize(buffer, let_go).atexit = False  # a gathering thread may still read at exit
     stamps = []
     for begin, file, size in zip(begins.tolist(), files, sizes, strict=True):
-        with file.open("rb") as opened:
+        with readable(file), file.open("rb") as opened:
             map_at(begin, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
             stamps.append(Stamp.of(os.fstat(opened.fileno())))
     return Mapped(np.frombuffer(memoryview(buffer), np.uint8), lost, stamps)

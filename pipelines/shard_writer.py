@@ -28,7 +28,7 @@ from configs.errors import UserError, printable
 from pipelines import shards, tar_layout, verified
 from pipelines.encode import Defect, Encoded, Encoding, encode
 from pipelines.source import Options, Source, SplitSource
-from pipelines.spool import Plan, Worker, commit, gather, load, scatter, sync_folder
+from pipelines.spool import Plan, Worker, commit, damaged, gather, load, scatter, sync_folder
 from pipelines.workers import Pool, signals_held
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
@@ -127,13 +127,21 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
                 f"another process has just finished converting into {out}; run the command again to compare"
             )
         record = spool / "request.json"
-        if record.exists() and json.loads(record.read_text()) != request:
+        if record.exists() and _request_in(record) != request:
             raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
                             "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
         for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
             left.unlink(missing_ok=True)
         commit(record, json.dumps(request).encode(), spool)
         yield spool
+
+
+def _request_in(record: Path) -> Any:
+    """What an unfinished conversion was asked for."""
+    try:
+        return json.loads(record.read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def _plan(source: Source, split: str, options: Options, name: str, out: Path) -> Plan:
@@ -269,7 +277,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     if samples + len(quarantined) != plan.rows:
         raise UserError(
             f"split {plan.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
-            f"{plan.rows:,} rows of the source, so that {plan.spool} is damaged; delete {plan.out} and convert again"
+            f"{plan.rows:,} rows of the source; {damaged(plan.spool)}"
         )
     columns = {
         name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"

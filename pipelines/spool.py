@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -207,6 +208,8 @@ def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int
         with plan.block_group(block, group).open("rb") as file:
             file.seek(begin)
             content = memoryview(file.read(int(table["size"][chosen].sum())))
+        if len(content) < table["size"][chosen].sum():
+            raise UserError(f"{file.name} was cut short; {damaged(plan.spool)}")
         ends = np.cumsum(table["size"][chosen]).tolist()
         for i, end in zip(chosen.tolist(), ends, strict=True):
             payload = content[end - int(table["size"][i]) : end]
@@ -220,8 +223,16 @@ def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int
 
 
 def load(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{file} cannot be read; {damaged(file.parent)}") from None
+
+
+def damaged(spool: Path) -> str:
+    """The end of an error's sentence: what a kill leaves is whole, so a disk or somebody else has changed it."""
+    return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 
 
 def commit_npz(file: Path, arrays: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ SETTLED_NS = 20_000_000  # a file system's clock ticks every 10 ms or faster: a 
 SAVED_EVERY_S = 5.0
 PATIENCE_S = 30.0  # with another process that reads the same shards, and has stopped
 MAX_RECORD_BYTES = 2**27
+WORTH_A_NOTE = 2**34  # bytes
 
 
 class Stamp(NamedTuple):
@@ -74,6 +75,9 @@ def contents_of(folder: Path, dataset: dict[str, Any], split: str) -> list[Conte
         missing = [number for number, content in enumerate(found) if content is None]
         files = [folder / shards[number]["file"] for number in missing]
         total = sum(shards[number]["bytes"] for number in missing)
+        if total >= WORTH_A_NOTE and not sys.stderr.isatty():  # a log shows no bar, and this takes minutes
+            print(f"checking {total / 2**30:,.0f} GiB of split {split!r}, which is done once for each copy of a data "
+                  "set (not with data.verify=off)", file=sys.stderr)  # fmt: skip
         saved = time.monotonic()
         try:
             with tqdm(total=total, desc=f"checking {split}", unit="B", unit_scale=True, unit_divisor=1024,

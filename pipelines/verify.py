@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from pipelines import members, shards, tar_layout, verified
+from pipelines.dataset_json import MAX_BYTES
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -23,11 +24,7 @@ def verify(folder: str | Path) -> list[str]:
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
         for name, entry in dataset["splits"].items():
             problems += _verify_split(folder, dataset, name, entry, bar)
-    if not (folder / "_info.json").is_file():
-        problems.append("_info.json is missing")
-    else:
-        problems += _verify_info(folder, dataset)
-    return problems
+    return problems + _verify_info(folder, dataset)
 
 
 def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[str, Any], bar: tqdm) -> list[str]:
@@ -61,15 +58,18 @@ def _contents(
     problems = {}
     for number, entry in enumerate(entries):
         file = folder / entry["file"]
-        if not file.is_file():
-            problems[number] = f"{file.name} is missing"
-        elif (size := file.stat().st_size) != entry["bytes"]:
-            problems[number] = f"{file.name} has {size:,} bytes where dataset.json says {entry['bytes']:,}"
+        try:
+            if not file.is_file():
+                problems[number] = f"{file.name} is missing"
+            elif (size := file.stat().st_size) != entry["bytes"]:
+                problems[number] = f"{file.name} has {size:,} bytes where dataset.json says {entry['bytes']:,}"
+        except OSError as error:
+            problems[number] = f"{file.name} {_reason(error)}"
     sized = [number for number in range(len(entries)) if number not in problems]
     for place, content in verified.hash_files([folder / entries[number]["file"] for number in sized], bar):
         number = sized[place]
         if isinstance(content, OSError):
-            problems[number] = f"{entries[number]['file']} cannot be read ({content.strerror})"
+            problems[number] = f"{entries[number]['file']} {_reason(content)}"
         else:
             found[number] = content
     return found, [problems[number] for number in sorted(problems)]
@@ -84,10 +84,23 @@ def _members_problem(split: shards.Split, number: int) -> str | None:
         if problem := members.image_problem(split, sample, decodes=False):
             return f"{file.name}: {split.describe(sample)} {problem}"
     beside = file.with_suffix(".idx")
-    if not beside.is_file():
-        return f"{beside.name} is missing"
-    expected = _index_text(split, number, chosen)
-    return None if beside.read_text(errors="replace") == expected else f"{beside.name} disagrees with {file.name}"
+    expected = _index_text(split, number, chosen).encode()
+    try:
+        return None if _begin(beside, len(expected) + 1) == expected else f"{beside.name} disagrees with {file.name}"
+    except OSError as error:
+        return f"{beside.name} {_reason(error)}"
+
+
+def _begin(file: Path, most: int) -> bytes:
+    """Up to `most` bytes of a plain file; raises FileNotFoundError for a pipe, which might never end."""
+    if not file.is_file():
+        raise FileNotFoundError
+    with file.open("rb") as opened:
+        return opened.read(most)
+
+
+def _reason(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
 def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
@@ -102,8 +115,10 @@ def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
 
 def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
     try:
-        splits = json.loads((folder / "_info.json").read_text())["splits"]
+        splits = json.loads(_begin(folder / "_info.json", MAX_BYTES))["splits"]
         lengths = {name: split["shard_lengths"] for name, split in splits.items()}
+    except OSError as error:
+        return [f"_info.json {_reason(error)}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"_info.json cannot be read ({error})"]
     expected = {name: [s["samples"] for s in entry["shards"]] for name, entry in dataset["splits"].items()}

@@ -253,6 +253,22 @@ def test_bases_lie_beside_the_config_in_the_working_folder_or_among_the_projects
     assert load_config(write(f"base: {projects}", "mine/own.yaml", head="")).model.name == "lenet"
 
 
+def test_a_base_may_lie_in_a_folder_above_the_config_wherever_the_program_starts(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("seed: 5", "common.yaml", head="")
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("mine", "elsewhere"):
+        own = write("base: ../common.yaml", "mine/own.yaml")
+        monkeypatch.chdir(tmp_path / folder)
+        assert load_config(own).seed == 5
+        assert load_config(write("base: ../../common.yaml", "mine/deep/own.yaml")).seed == 5
+    write("seed: 6", "other/secret.yaml", head="")
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "other" / "secret.yaml")
+    with pytest.raises(UserError, match="leads out of"):
+        load_config(write("base: ../link.yaml", "mine/own.yaml"))
+
+
 def test_a_base_is_a_plain_file_that_is_named_as_a_config(write: Write, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("password: secret")
     error = error_of(write("base: notes.txt"))

@@ -455,3 +455,20 @@ def test_the_record_of_a_defect_is_the_same_in_every_conversion(tmp_path: Path) 
     )
     assert first == second
     assert [defect["row"] for defect in first] == [0, 2]
+
+
+def test_only_the_scans_of_the_image_itself_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phones append a film of the moment to a photo, and what it holds may look like any marker."""
+    image = marked_image(3, 40, 48)
+    film = b"\xff\xda\xff\xdb" * 500
+    sound = file_of(Image.fromarray(image), "JPEG", comment=film[:2000], progressive=True) + film
+    assert sound.count(b"\xff\xda") > 1000
+    assert encode(sound, Encoding("jpeg")).payload == sound
+    monkeypatch.setattr("pipelines.encode.MAX_SCANS", 5)  # a progressive photo has ten
+    with pytest.raises(Defect, match="a JPEG of more than 5 scans"):
+        encode(sound, Encoding("jpeg"))
+    plain = file_of(Image.fromarray(image), "JPEG") + film
+    assert encode(plain, Encoding("jpeg")).payload == plain
+    monkeypatch.setattr("pipelines.encode.MAX_SEGMENTS", 3)
+    with pytest.raises(Defect, match="more than 5 scans"):
+        encode(plain, Encoding("jpeg"))

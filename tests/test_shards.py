@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import hashlib
 import io
@@ -434,6 +435,40 @@ def test_an_idx_that_disagrees_is_found(npy_copy: Path) -> None:
     assert verify(npy_copy) == ["tiny-train-000001.idx disagrees with tiny-train-000001.tar"]
     idx.unlink()
     assert verify(npy_copy) == ["tiny-train-000001.idx is missing"]
+
+
+@pytest.mark.parametrize("method", ["open", "stat"])
+@pytest.mark.parametrize("name", ["dataset.json", "train.index.npz", "*-train-000000.tar"])
+def test_a_file_that_may_not_be_read_is_one_sentence(
+    name: str, method: str, npy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = npy_copy.glob(name)
+    forbid(file, method, monkeypatch)
+    for checked in ("changed", "off"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(file))} cannot be read \(Permission denied\)"):
+            open_split(npy_copy, "train", verify=checked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["train.index.npz", "*-train-000000.tar", "*-train-000000.idx", "_info.json"])
+def test_verify_tells_of_a_file_that_may_not_be_read(
+    name: str, npy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = npy_copy.glob(name)
+    forbid(file, "open", monkeypatch)
+    (problem,) = verify(npy_copy)
+    assert f"{file.name} cannot be read (Permission denied)" in problem
+
+
+def forbid(file: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As chmod does, but also for root."""
+    allowed = getattr(Path, method)
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return allowed(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, refuse)
 
 
 def test_timms_info_is_verified(npy_copy: Path) -> None:

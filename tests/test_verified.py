@@ -317,3 +317,15 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(npy_copy: Path, mo
 def test_a_machine_without_a_terminal_hears_nothing(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_split(npy_copy, "train")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_says_what_takes_long(
+    npy_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_split(npy_copy, "train")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(verified, "WORTH_A_NOTE", 1)
+    open_split(npy_copy, "train")  # known by now
+    assert capsys.readouterr().err == ""
+    open_split(npy_copy, "val")
+    assert "checking 0 GiB of split 'val', which is done once" in capsys.readouterr().err

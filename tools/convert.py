@@ -52,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     options, name = build_options(args), dataset_name(args)
-    source = open_source(args)
+    try:
+        source = open_source(args)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the source: {error.strerror or error} ({error.filename}); mend that and start again"
+        ) from None
     try:
         dataset = write_dataset(source, args.out, options, args.workers, name)
     except OSError as error:

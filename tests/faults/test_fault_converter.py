@@ -295,6 +295,30 @@ def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, mon
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("val/block-000000.npz", "cannot be read"), ("val/block-000000.group-00.bin", "was cut short"),
+     ("request.json", "unfinished conversion of another source")],
+)  # fmt: skip
+def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> int:
+        raise OSError(errno.EIO, "stopped")
+
+    gather = shard_writer.gather
+    monkeypatch.setattr(shard_writer, "gather", stop)
+    with pytest.raises(OSError, match="stopped"):
+        write(tiny_source("npy"), tmp_path / "out")
+    monkeypatch.setattr(shard_writer, "gather", gather)
+    file = tmp_path / "out" / ".spool" / name
+    for damaged in sorted(file.parent.glob(file.name)):
+        damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(UserError, match=says):
+        write(tiny_source("npy"), tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_everything_that_dataset_json_names_is_on_disk_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
