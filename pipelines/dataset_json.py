@@ -8,11 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from configs.errors import UserError, printable
-=======
-from configs.errors import UserError, readable
->>>>>>> h6-review2
+from configs.errors import UserError, printable, readable
 from pipelines.conversion import how_to_convert
 
 FORMAT, VERSION = "model-zhu-shards", 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -34,27 +35,19 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
 
 def check_size(file: Path, expected: int) -> None:
-<<<<<<< HEAD
     """Raise for a file of the data set that is missing, of another size, or elsewhere."""
-    if file.is_symlink() and not file.resolve().is_relative_to(file.parent.resolve()):
-        raise UserError(
-            f"{file} is a link to {file.resolve()}, outside of the data set; put the file itself there, or link the "
-            "whole folder"
-        )
-    if not file.is_file():
-        raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
-    if file.stat().st_size != expected:
-        raise UserError(
-            f"{file} has {file.stat().st_size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}"
-        )
-=======
     with readable(file):
+        real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
+        if not real.is_relative_to(os.path.realpath(file.parent)):
+            raise UserError(
+                f"{file} is a link to {real}, outside of the data set; put the file itself there, or link "
+                "the whole folder"
+            )
         if not file.is_file():
             raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
         size = file.stat().st_size
     if size != expected:
         raise UserError(f"{file} has {size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}")
->>>>>>> h6-review2
 
 
 def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:

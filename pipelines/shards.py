@@ -179,6 +179,8 @@ def _refuse(split: Split, number: int, sha256: str, tolerates_content: bool) -> 
     damage = members.damage(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
     # A damaged pixel of an npy split cannot be told from a sound one when it is trained on.
-    if not (tolerates_content and damage.in_content_only and split.encoding == "jpeg"):
-        raise UserError(f"{named}; {RECONVERT}")
+    is_usable = damage.in_content_only and split.encoding == "jpeg"
+    if not (tolerates_content and is_usable):
+        advice = ", or train with substitutes for bad samples: data.on_bad_sample=skip" if is_usable else ""
+        raise UserError(f"{named}; {RECONVERT}{advice}")
     warn(f"{named}; the samples that can be decoded are used")
