@@ -117,7 +117,7 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
 def test_a_run_leaves_config_log_metrics_curves_and_checkpoints(unbroken: Unbroken, digits: Path) -> None:
     folder = unbroken("lenet")
     checkpoints = {"last.pt", "previous.pt", "best.pt"}
-    names = {"config.yaml", "facts.json", "log.txt", "metrics.jsonl", "curves.png", *checkpoints}
+    names = {"config.yaml", "facts.json", "lock", "log.txt", "metrics.jsonl", "curves.png", *checkpoints}
     assert {path.name for path in folder.iterdir()} == names
     config = load_config(DIGITS, SHORT, **{"data.path": str(digits), "output": str(folder.parent)})
     assert load_config(folder / "config.yaml") == config
