@@ -245,9 +245,10 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
     dist.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
     sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
     if train.on_nonfinite != "rewind":
+        goes_on = "go on from there with --resume auto and" if run.saving.newest else "start again with"
         raise UserError(
-            f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or go "
-            "on from there with --resume auto and train.on_nonfinite=rewind, which passes over these steps"
+            f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or "
+            f"{goes_on} train.on_nonfinite=rewind, which passes over these steps"
         )
     if len(passed_over) >= MOST_REWINDS:
         raise UserError(
