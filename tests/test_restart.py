@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from train_fixtures import DIGITS, alone
 
+from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from train import restart
@@ -38,7 +39,7 @@ def test_a_first_start_does_as_it_was_told_whatever_other_launches_left(resume: 
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
-@pytest.mark.parametrize("checkpoint", ["last.pt", "previous.pt"])
+@pytest.mark.parametrize("checkpoint", ["last.pt", "previous.pt", "best.pt"])
 def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
     resume: str | None, checkpoint: str, tmp_path: Path
 ) -> None:
@@ -81,6 +82,11 @@ def test_a_note_that_cannot_be_read_is_nobodys(text: str, tmp_path: Path) -> Non
     used = folder_of(tmp_path, "run", OURS, "last.pt")
     (used / restart.NOTE).write_text(text)
     assert restart.find_folder(config_of(tmp_path), None, OURS) == (None, None)
+
+
+def test_a_note_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*launch\.json \(No such file or directory\); give"):
+        restart.note(tmp_path / "gone", OURS)
 
 
 def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:

@@ -1,15 +1,24 @@
-"""Which folder a run goes on in, and which checkpoints it may start from."""
+"""Which folder a run goes on in, which checkpoints it may start from, and that one process trains there at a time."""
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from train_fixtures import DIGITS
+from train_fixtures import DIGITS, alone
 
+from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
-from train.run_folder import find_run
+from train import run_folder
+from train.run_folder import find_run, held
 
 
 @pytest.fixture
@@ -37,8 +46,17 @@ def test_auto_means_the_last_run_of_the_name_and_its_checkpoints_the_newest_firs
     assert find_run(config, "auto") == (first, (first / "last.pt",))
     second = make(tmp_path / "net-2", "last.pt", "previous.pt", "best.pt", "last.pt.tmp")
     assert find_run(config, "auto") == (second, (second / "last.pt", second / "previous.pt"))
-    third = make(tmp_path / "net-3", "best.pt")  # killed before its first last.pt: it begins anew
+    third = make(tmp_path / "net-3", "last.pt.tmp")  # killed before its first checkpoint: it begins anew
     assert find_run(config, "auto") == (third, ())
+
+
+def test_a_run_that_has_no_other_checkpoint_than_its_best_goes_on_from_there_and_does_not_write_over_it(
+    config: Config, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "net", "best.pt", config=config)
+    for resume in ("auto", str(folder), str(folder / "best.pt")):
+        assert find_run(config, resume) == (folder, (folder / "best.pt",))
+    assert find_run(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, and not there
 
 
 def test_auto_finds_the_checkpoint_before_where_the_last_one_is_missing(config: Config, tmp_path: Path) -> None:
@@ -61,3 +79,73 @@ def test_any_other_file_stands_for_itself(config: Config, tmp_path: Path) -> Non
     assert find_run(config, str(folder / "best.pt")) == (folder, (folder / "best.pt",))
     copies = make(tmp_path / "copies", "last.pt", "previous.pt")
     assert find_run(config, str(copies / "last.pt")) == (None, (copies / "last.pt",))
+
+
+# One process at a time
+
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("process 7 on machine 1", file=lock, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def another_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLD, str(folder / run_folder.LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether another process can have the lock."""
+    attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", attempt, str(folder / run_folder.LOCK)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_a_folder_is_held_inside_and_free_again_however_it_ends(tmp_path: Path) -> None:
+    with alone():
+        with held(tmp_path):
+            assert not is_free(tmp_path)
+        assert is_free(tmp_path)
+        with pytest.raises(ZeroDivisionError), held(tmp_path):
+            1 / 0  # noqa: B018
+        assert is_free(tmp_path)
+    assert (tmp_path / run_folder.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_another_run_does_not_let_go_is_refused_with_its_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "HELD_S", 0.0)
+    with another_run(tmp_path), alone(), pytest.raises(UserError) as error, held(tmp_path):
+        pass
+    assert str(error.value).startswith(f"process 7 on machine 1 trains in {tmp_path} still; end it")
+
+
+def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with another_run(tmp_path) as other:
+        threading.Timer(0.5, other.kill).start()
+        with alone(), held(tmp_path):
+            assert not is_free(tmp_path)
+    assert f"process 7 on machine 1 trains in {tmp_path}, which is waited for" in capsys.readouterr().err
+
+
+def test_a_folder_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    with alone(), held(tmp_path), held(tmp_path / "missing"):
+        pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from configs.errors import UserError
@@ -29,7 +30,7 @@ from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of
 from train.proxy import check_proxy
 from train.rank_errors import run_ranks
-from train.run_folder import find_run, make_folder
+from train.run_folder import find_run, held, make_folder
 from train.saving import Saving
 from train.schedule import remarks
 from train.showcase import show_predictions, show_samples
@@ -75,7 +76,7 @@ def main() -> int:
         check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
-    with dist.process_group(ranks) as device:
+    with dist.process_group(ranks) as device, ExitStack() as until_the_end:
         where: dict[str, Any] = {
             "device": device,
             "rank": ranks.rank,
@@ -85,9 +86,13 @@ def main() -> int:
         val_loader = build_eval_loader(config.data, config.eval, **where)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
-        launch = [] if evaluates_only or arguments.throughput else restart.agents()
+        trains = not (evaluates_only or arguments.throughput)
+        launch = restart.agents() if trains else []
         in_use, resume = dist.from_first_rank(lambda: restart.find_folder(config, resume, launch))
         folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
+        folder = in_use or folder
+        if folder is not None and trains:  # before its checkpoints are read
+            until_the_end.enter_context(held(folder))
         source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
             if content is None or source is None:
@@ -125,7 +130,10 @@ def main() -> int:
             position, progress = go_on(training, train_loader, timeline, content, source), content["progress"]
             content = None  # a second copy of the weights
         done = timeline.first(position["epoch"]) + position["step"]
-        folder = dist.from_first_rank(lambda: restart.note(in_use or folder or make_folder(config), launch))
+        if folder is None:
+            folder = dist.from_first_rank(lambda: make_folder(config))
+            until_the_end.enter_context(held(folder))
+        dist.from_first_rank(lambda: restart.note(folder, launch))
         about: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),
@@ -140,6 +148,8 @@ def main() -> int:
             if source is not None:
                 saving.stands(source, done)
                 log.say(f"resumed from {source} at {position}")
+            elif resume is not None:
+                log.say(f"a new run, since there is no checkpoint yet to go on from (--resume {resume})")
             log.say(describe(config, facts, device))
             for note in (*training.notes, *unreached_stages(config), *remarks(config.train, timeline)):
                 log.say(note)
@@ -165,6 +175,8 @@ def main() -> int:
             except Stopped as stopped:
                 log.is_in_a_hurry = True
                 return stopped.exit_code
+            if progress.get("left_out"):
+                log.say(f"updates left out in all: {progress['left_out']} of {timeline.total}")
             which = " of the moving average" if average_counts(training, config.eval.weights) else ""
             log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip

@@ -238,18 +238,19 @@ def _last_good(run: Run) -> str:
 def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
     """To the last checkpoint, where train.on_nonfinite says so; (epoch, steps done in it) to go on from."""
     train, passed_over = run.config.train, run.progress.get("passed_over", [])
+    dist.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
     sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
     if train.on_nonfinite != "rewind":
+        goes_on = "go on from there with --resume auto and" if run.saving.newest else "start again with"
         raise UserError(
-            f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or go "
-            "on from there with --resume auto and train.on_nonfinite=rewind, which passes over these steps"
+            f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or "
+            f"{goes_on} train.on_nonfinite=rewind, which passes over these steps"
         )
     if len(passed_over) >= MOST_REWINDS:
         raise UserError(
             f"{sentence}, and the run has gone back {MOST_REWINDS} times already; lower train.lr={train.lr}, clip "
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
-    dist.from_first_rank(run.saving.wait)
     source, content = load_newest_together(latest_of(run.saving.folder))
     position = go_on(run.training, run.train_loader, run.timeline, content, source)
     run.progress.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -142,6 +143,8 @@ class RunLog:
         try:
             with (self._folder / "metrics.jsonl").open("a") as file:
                 file.write(line)
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint of this epoch is, or a power cut could leave a hole
         except OSError as error:  # the epoch has no checkpoint yet: a resumed run comes here again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]

@@ -15,12 +15,12 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from configs.errors import UserError
 from configs.schema import Config
 from train import dist
-from train.run_folder import find_run, run_folders
+from train.run_folder import find_run, latest_of, run_folders
 
 NOTE = "launch.json"  # in a run folder: who uses it
-CHECKPOINTS = ("last.pt", "previous.pt")
 
 
 def agents() -> list[str]:
@@ -50,7 +50,7 @@ def find_folder(config: Config, resume: str | None, launch: list[str]) -> tuple[
     folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launch)), None)
     if folder is None:
         return None, resume
-    if any((folder / name).exists() for name in CHECKPOINTS):
+    if any(path.exists() for path in latest_of(folder)):
         return folder, str(folder)
     return folder, resume if resume != "auto" else None
 
@@ -73,6 +73,12 @@ def note(folder: Path, launch: list[str]) -> Path:
     """Write down that this launch uses the folder, which is returned."""
     if launch:
         temporary = folder / f"{NOTE}.tmp"
-        temporary.write_text(json.dumps({"agents": launch}, indent=2) + "\n")
-        temporary.rename(folder / NOTE)
+        try:
+            temporary.write_text(json.dumps({"agents": launch}, indent=2) + "\n")
+            temporary.rename(folder / NOTE)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder / NOTE} ({error.strerror or error}); give an --output that can be written, "
+                "or free space"
+            ) from None
     return folder

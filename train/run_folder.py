@@ -1,18 +1,32 @@
-"""Where a run lies: OUTPUT/NAME, found again or newly made. Only the first rank looks; see `dist.from_first_rank`.
+"""Where a run lies: OUTPUT/NAME, found again or newly made, and held by one process at a time. Only the first rank
+looks; see `dist.from_first_rank`.
 
 And which checkpoints a folder stands for: several, the one that is wanted first, since it may be damaged.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from configs.errors import UserError
 from configs.load import load_config
+from configs.notes import warn
 from configs.schema import Config
+from train import dist
 from train.checkpoint import BEST, LAST, PREVIOUS
+
+LOCK = "lock"  # in a run folder: who trains there
+# What ends or has ended may still hold it: a run that writes its last checkpoint, ranks whose torchrun was killed, or,
+# on a network file system, a machine that is gone, whose locks end after 90 s.
+HELD_S = 100.0
 
 
 def run_folders(config: Config) -> Iterator[Path]:
@@ -38,12 +52,16 @@ def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Pat
         return path, latest_of(path)
     if not _is_run(path.parent, config):  # a checkpoint that was copied elsewhere: the run goes on in a folder of its
         return None, (path,)  # own, and nothing there is touched
-    return path.parent, latest_of(path.parent) if path.name == LAST else (path,)
+    latest = latest_of(path.parent)
+    return path.parent, latest if path == latest[0] else (path,)
 
 
 def latest_of(folder: Path) -> tuple[Path, ...]:
-    """Where a run goes on from: last.pt, else the one before it."""
-    return folder / LAST, *(path for path in [folder / PREVIOUS] if path.exists())
+    """Where a run goes on from: last.pt, else the one before it; best.pt where it has neither yet."""
+    last, previous, best = (folder / name for name in (LAST, PREVIOUS, BEST))
+    if best.exists() and not last.exists() and not previous.exists():
+        return (best,)
+    return last, *(path for path in [previous] if path.exists())
 
 
 def _is_run(folder: Path, config: Config) -> bool:
@@ -64,6 +82,58 @@ def make_folder(config: Config) -> Path:
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
     raise AssertionError("the names are endless")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in the folder: two would write over each other's checkpoints and metrics.
+
+    On all ranks together. Raises UserError where another process has not let go of it after HELD_S.
+    """
+    locks: list[BinaryIO] = []
+    dist.from_first_rank(lambda: locks.extend(_lock(folder)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def _lock(folder: Path) -> list[BinaryIO]:
+    """None where the file system knows no locks, or the folder cannot be written, which others say.
+
+    A lock of POSIX: the system ends it with the process, however that ends, and children do not inherit it. Nothing
+    else in this process may open the file, since closing it would end the lock.
+    """
+    try:
+        lock = (folder / LOCK).open("a+b")
+    except OSError:
+        return []
+    begin = time.monotonic()
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # held
+            lock.seek(0)
+            holder = lock.read(200).decode(errors="replace").strip() or "another process"
+        except OSError:
+            lock.close()
+            return []
+        else:
+            break
+        if time.monotonic() - begin >= HELD_S:
+            lock.close()
+            raise UserError(
+                f"{holder} trains in {folder} still; end it or wait for it, or give this run a name of its own "
+                "(--opts name=NAME) without --resume"
+            )
+        warn(f"{holder} trains in {folder}, which is waited for up to {HELD_S:.0f} s")
+        time.sleep(0.2)
+    with suppress(OSError):  # a full disk
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
+    return [lock]
 
 
 def find_checkpoints(path: Path) -> tuple[Path, ...]:
