@@ -34,7 +34,7 @@ from train.run_folder import find_run, held, make_folder
 from train.saving import Saving
 from train.schedule import remarks
 from train.showcase import show_predictions, show_samples
-from train.signals import Stopped, listening
+from train.signals import Stopped, end_with_torchrun, listening
 from train.throughput import measure_images_per_s
 from train.transfer import as_trained, without_start
 from train.warm_up import check_sizes, warm_up
@@ -57,6 +57,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     clock = Clock()
+    end_with_torchrun()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
         "data.batch_size": arguments.batch_size,

@@ -1,7 +1,9 @@
-"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files."""
+"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files. Linux."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ from typing import Any
 
 # SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
 AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
 
 
@@ -56,3 +59,12 @@ def listening() -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_torchrun() -> None:
+    """Have the system send this process SIGTERM once the torchrun that started it is gone, however it went.
+
+    Its ranks would else train on, keep their GPUs, and hold the run's folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

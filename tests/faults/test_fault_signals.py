@@ -100,6 +100,30 @@ def test_two_ranks_under_torchrun_stop_at_one_step_and_go_on(
     assert_same_run(tmp_path / "stopped" / "digits_lenet", tmp_path / "unbroken" / "digits_lenet")
 
 
+@pytest.mark.campaign
+def test_ranks_whose_torchrun_is_killed_stop_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
+    unbroken = run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32")
+    assert run_to_its_end(command_with({}, unbroken, 2)).returncode == 0
+    command = run_arguments(digits, tmp_path / "killed", "data.batch_size=32")
+    folder = tmp_path / "killed" / "digits_lenet"
+    process = start(command_with({"pause_at": [*range(STEPS + 3, STEPS + 6)]}, command, 2))
+    wait_for(process, lambda: logged(folder, "epoch 0:"))
+    ranks = [
+        Path("/proc") / child for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    assert len(ranks) >= 2
+    process.kill()
+    end_s = time.monotonic() + EXIT_S
+    while any(rank.exists() for rank in ranks) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert not any(rank.exists() for rank in ranks)
+    process.communicate()
+    assert logged(folder, "stopped by SIGTERM after step")
+    done = run_to_its_end(command_with({}, [*command, "--resume", "auto"], 2))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, tmp_path / "unbroken" / "digits_lenet")
+
+
 def lines_in(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
