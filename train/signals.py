@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files. Linux."""
+"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 # SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # of Linux
 AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
 
 
