@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import subprocess
 import sys
 import time
@@ -22,13 +20,6 @@ SCRIPT = ROOT / "tests" / "faults" / "with_faults.py"
 EPOCHS, STEPS = 6, 22  # of the digits in global batches of 64
 SHORT = [f"train.epochs={EPOCHS}", "train.save_every_steps=10", "log.every_steps=10", "data.batch_size=64"]
 RESULTS = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr")
-
-
-def seeded() -> random.Random:
-    """Random instants and places: new ones in every run, repeated by ZHU_FAULT_SEED, which a test that fails shows."""
-    seed = int(os.environ.get("ZHU_FAULT_SEED", time.time_ns() % 10**9))
-    print(f"ZHU_FAULT_SEED={seed}")
-    return random.Random(seed)
 
 
 def digits_in(folder: Path) -> Path:

@@ -37,13 +37,6 @@ def arguments(data: Path, output: Path, ranks: int, epochs: int, *more: str) -> 
             "--opts", *options_of(ranks, epochs)]  # fmt: skip
 
 
-def seed_of_faults() -> int:
-    """Printed, so that it is seen when a test fails; given again by ZHU_FAULT_SEED."""
-    seed = int(os.environ.get("ZHU_FAULT_SEED", time.time_ns() % 2**32))
-    print(f"ZHU_FAULT_SEED={seed}")
-    return seed
-
-
 def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
     """train/ddp.py as this rank, each with its own command line; without what would take most of the time."""
     figures.save = lambda *_: None  # type: ignore[assignment]  # of this process: curves.png

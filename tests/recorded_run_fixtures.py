@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
 import resource
 import signal
 import socket
@@ -30,13 +29,6 @@ TIMEOUT_S = 120.0
 RESULTS = ["epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr"]
 TRAINED = ["model", "optimizer", "scaler", "sums", "position", "progress"]  # in checkpoints
 Sample = tuple[int, int]  # epoch, position in its order
-
-
-def random_of(name: str) -> random.Random:
-    """A generator whose seed is shown when the test fails, and can be given as ZHU_FAULT_SEED."""
-    seed = os.environ.get("ZHU_FAULT_SEED") or str(time.time_ns())
-    print(f"ZHU_FAULT_SEED={seed} for {name}")
-    return random.Random(seed)
 
 
 def start(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from chance_fixtures import chance as chance
 from loader_fixtures import train
-from shard_fixtures import converted_digits, new_chance, shards_of
+from shard_fixtures import converted_digits, shards_of
 from train_fixtures import CLEAN, DIGITS, command_line, run_here
 
 from configs import notes
@@ -28,11 +29,6 @@ BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
     notes.warn.cache_clear()
-
-
-@pytest.fixture
-def chance() -> random.Random:
-    return new_chance()
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from chance_fixtures import seeded
 from recorded_run_fixtures import (
     differences,
     exit_code,
     kill_when,
     printed,
-    random_of,
     run,
     samples_of,
     saved_position,
@@ -82,7 +82,7 @@ def steps_of(position: tuple[int, int]) -> int:
 def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path) -> None:
     """Runs that are killed, resumed and killed, until there were so many kills, compared with the unbroken one at their
     ends. Half of the kills come at any instant, the others as soon as a checkpoint is being written."""
-    instants = random_of("the instants of kills")
+    instants = seeded()
     done = in_saves = chains = 0
     while done < kills:
         chains += 1
@@ -158,7 +158,7 @@ def test_fifty_kills_at_any_instant_lose_nothing(fault_digits: Path, unbroken: P
 
 def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Single bits of a last.pt, each time another one."""
-    places = random_of("the places of flipped bits")
+    places = seeded()
     last, previous = (tmp_path / name for name in ("last.pt", "previous.pt"))
     whole, before = (run_folder / "last.pt").read_bytes(), {"epoch": 1, "step": 40}
     checkpoint.write(previous, checkpoint.load(run_folder / "last.pt") | {"position": before})

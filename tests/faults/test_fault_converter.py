@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import random
 import resource
 import shutil
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 import h5py
 import pytest
+from chance_fixtures import seeded
 from converter_fixtures import (
     Contents,
     Conversion,
@@ -67,12 +67,6 @@ def unbroken(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFa
         return contents(out), time.monotonic() - began
 
     return convert_once
-
-
-def seeded() -> random.Random:
-    seed = int(os.environ.get("ZHU_FAULT_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
-    print(f"ZHU_FAULT_SEED={seed}")
-    return random.Random(seed)
 
 
 def kill_and_go_on(

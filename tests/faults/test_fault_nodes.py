@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from pathlib import Path
 
 import pytest
+from chance_fixtures import seeded
 from launch_fixtures import (
     NAME,
     Launch,
@@ -15,7 +15,6 @@ from launch_fixtures import (
     free_port,
     run_unbroken,
     saved_steps,
-    seed_of_faults,
     wait_until,
 )
 
@@ -51,7 +50,7 @@ def agents_of(restarts: int) -> tuple[list[str], list[str]]:
 def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_itself(
     what: str, digits: Path, tmp_path: Path, unbroken: Path
 ) -> None:
-    after = random.Random(seed_of_faults()).randrange(80)
+    after = seeded().randrange(80)
     (host, other), command = agents_of(restarts=3), arguments(digits, tmp_path, 2, EPOCHS)
     with (
         Launch(tmp_path, host, command, **OWN_STORE) as first,

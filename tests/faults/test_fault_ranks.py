@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chance_fixtures import seeded
 from launch_fixtures import (
     NAME,
     Launch,
@@ -16,7 +17,6 @@ from launch_fixtures import (
     end_of_commands,
     run_unbroken,
     saved_steps,
-    seed_of_faults,
     wait_until,
 )
 
@@ -68,7 +68,7 @@ def test_trainings_of_three_ranks_killed_at_random_instants_complete_under_torch
 def killed_launches_complete(count: int, ranks: int, digits: Path, tmp_path: Path, kills: int) -> None:
     """`count` launches of `torchrun --max-restarts` without --resume, each with up to `kills` SIGKILLs of any rank, the
     first after the first checkpoint, further ones at any time, in start-up too."""
-    instants = random.Random(seed_of_faults())
+    instants = seeded()
     expected = run_unbroken(digits, tmp_path / "unbroken", ranks, KILLED_EPOCHS)
     for number in range(count):
         killed_launch_completes(ranks, digits, tmp_path / str(number), instants, kills)

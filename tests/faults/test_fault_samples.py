@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import re
 import signal
 import subprocess
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from chance_fixtures import seeded
 from damage_fixtures import damage_in_turn
 from memory_source import MemoryRows, memory_source, write
 from train_fixtures import CLEAN, DIGITS, command_line, run_here, run_script, strict_lines
@@ -123,9 +122,7 @@ def test_a_bad_validation_sample_ends_also_a_run_that_skips(damaged: Path, tmp_p
 
 def killed_and_resumed(damaged: Path, unbroken: Path, tmp_path: Path, kills: int) -> None:
     """SIGKILL after a random checkpoint of each life but the last; then compare with the run that ran through."""
-    seed = int(os.environ.get("ZHU_FAULT_SEED", random.randrange(2**31)))
-    print("ZHU_FAULT_SEED", seed)
-    generator = random.Random(seed)
+    generator = seeded()
     last = tmp_path / "digits_lenet" / "last.pt"
     command = arguments(damaged, tmp_path, SKIP)
     landed = 0

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from chance_fixtures import chance as chance
 from memory_source import MemoryRows, marked_image, memory_source, write
-from shard_fixtures import converted_digits, new_chance, shards_of
+from shard_fixtures import converted_digits, shards_of
 from test_shards import flip_byte
 from train_fixtures import DIGITS, run_script
 
@@ -29,11 +30,6 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
     notes.warn.cache_clear()
-
-
-@pytest.fixture
-def chance() -> random.Random:
-    return new_chance()
 
 
 @pytest.fixture(scope="module")

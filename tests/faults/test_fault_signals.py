@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chance_fixtures import seeded
 from fault_fixtures import (
     STEPS,
     assert_same_run,
@@ -16,7 +17,6 @@ from fault_fixtures import (
     logged,
     run_arguments,
     run_to_its_end,
-    seeded,
     start,
     wait_for,
 )
