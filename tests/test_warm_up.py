@@ -420,6 +420,25 @@ def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
 
 
 @pytest.mark.gpu
+def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.device) -> None:
+    training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
+    training.step(training, batch)
+    before = copy.deepcopy(training.network.state_dict())
+    weight.data[0, 0] = float("inf")
+    training.step(training, batch)
+    weight.data[0, 0] = before["head.weight"][0, 0]
+    before["norm.num_batches_tracked"] += 1  # counts what was seen
+    assert_equal_trees(training.network.state_dict(), before)
+    assert training.guard is not None
+    assert float(training.guard.left_out) == 1
+    training.step(training, batch)
+    assert not torch.equal(weight, before["head.weight"])
+    assert training.network.state_dict()["norm.running_mean"].isfinite().all()
+
+
+@pytest.mark.gpu
 def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> None:
     training = on_gpu(gpu)
     loaders = gpu_loaders(npy_data, gpu)
