@@ -24,6 +24,7 @@ from configs.errors import UserError
 from models import build_model
 from train import checkpoint, checkpoint_file
 from train.loop import Training, train_step
+from train.optim import set_learning_rate
 
 STATE = {"position": {"epoch": 2, "step": 5}, "progress": {"best_top1": 0.5}, "stream": {"seed": 0}, "config": "a: 1\n"}
 
@@ -82,6 +83,14 @@ def test_a_checkpoint_holds_nothing_but_tensors_numbers_and_strings(intact: Path
     content = torch.load(intact, weights_only=True)
     assert content["format"] == checkpoint_file.FORMAT
     assert content["model"].keys() == lenet().state_dict().keys()
+
+
+def test_the_learning_rate_of_the_last_step_comes_back_as_well(tmp_path: Path) -> None:
+    saved, restored = stepped_training(), training_of(lenet(seed=1))
+    set_learning_rate(saved.optimizer, 1.25e-7)
+    checkpoint.save(tmp_path / "last.pt", saved, saved.sums, **STATE)
+    checkpoint.restore(restored, checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    assert {group["lr"] for group in restored.optimizer.param_groups} == {1.25e-7}
 
 
 # Damage

@@ -188,6 +188,7 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
     saved = content["optimizer"]
     try:
+        rates = [float(group["lr"]) for group in saved["param_groups"]]
         # before as well, since it decides on which device torch puts the count of steps
         groups = [group | one for group, one in zip(saved["param_groups"], here, strict=False)]
         optimizer.load_state_dict(saved | {"param_groups": groups + saved["param_groups"][len(groups) :]})
@@ -199,8 +200,12 @@ def _restore_one(training: Training, content: dict[str, Any], path: Path) -> Non
         raise UserError(
             f"checkpoint {path} does not fit the optimizer of this config ({error}); start a new run without --resume"
         ) from None
-    for group, settings in zip(optimizer.param_groups, here, strict=True):
+    for group, settings, lr in zip(optimizer.param_groups, here, rates, strict=True):
         group.update(settings)
+        if isinstance(group["lr"], torch.Tensor):  # which graphs know by its address
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
     if content["scaler"]:  # empty where the run did without, as on a CPU
         training.scaler.load_state_dict(content["scaler"])
