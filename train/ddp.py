@@ -92,7 +92,8 @@ def main() -> int:
         in_use, resume = dist.from_first_rank(lambda: restart.find_folder(config, resume, launch))
         folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
         folder = in_use or folder
-        if folder is not None and trains:  # before its checkpoints are read
+        is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
+        if folder is not None and trains and is_run:  # before its checkpoints are read
             until_the_end.enter_context(held(folder))
         source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
