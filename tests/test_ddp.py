@@ -40,6 +40,7 @@ from train.assemble import to_device
 from train.dist import Ranks
 from train.loop import Evaluation, build_training, train_epoch, train_step
 from train.optim import build_optimizer
+from train.run_folder import LOCK
 from train.throughput import measure_images_per_s
 
 METRICS = [
@@ -462,6 +463,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(
     assert_refused(code, err, *fragments)
     assert out == ""
     assert not (tmp_path / "output").exists()
+    assert not Path(LOCK).exists()  # of the folder that --resume . names
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_script_itself(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
