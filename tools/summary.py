@@ -42,6 +42,7 @@ from tools.parts.summary_report import Subject, layer_rows, layers_table, pictur
 from tools.parts.tables import Row, make_folder, write_csv
 from train import checkpoint, dist, figures
 from train.assemble import to_device
+from train.checkpoint import BEST, LAST, PREVIOUS
 from train.content import check_holds
 from train.dist import Ranks
 from train.freeze import freeze
@@ -136,7 +137,7 @@ def config_of(path: Path, options: argparse.Namespace) -> tuple[Config, int, int
 
     A folder stands for its checkpoint, or before the first one for its config.yaml; a config may need its data set.
     """
-    if path.is_dir() and not any((path / name).is_file() for name in ("best.pt", "last.pt", "previous.pt")):
+    if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
         path = path / "config.yaml"
     facts: dict[str, Any] = {}
     if path.suffix in CONFIG_SUFFIXES:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Config
-from train import dist
+from train import dist, durable
 from train.run_folder import find_run, latest_of, run_folders
 
 NOTE = "launch.json"  # in a run folder: who uses it
@@ -72,10 +72,9 @@ def _is_used_by(folder: Path, launch: list[str]) -> bool:
 def note(folder: Path, launch: list[str]) -> Path:
     """Write down that this launch uses the folder, which is returned."""
     if launch:
-        temporary = folder / f"{NOTE}.tmp"
+        text = json.dumps({"agents": launch}, indent=2) + "\n"
         try:
-            temporary.write_text(json.dumps({"agents": launch}, indent=2) + "\n")
-            temporary.rename(folder / NOTE)
+            durable.replace(folder / NOTE, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UserError(
                 f"cannot write {folder / NOTE} ({error.strerror or error}); give an --output that can be written, "
