@@ -459,6 +459,11 @@ def test_whatever_a_save_is_stopped_before_the_newest_whole_checkpoints_are_foun
                 assert epochs[:1] in ([], [before - 1], [before])
                 assert links is False or before == 0 or (folder / "last.pt").exists()
                 stop_before = -1
+                settled = shutil.copytree(folder, tmp_path / f"{folder.name} settled", copy_function=os.link)
+                checkpoint.settle(settled)
+                kept = [epoch_of(path) for path in sorted(settled.iterdir())]  # last.pt before previous.pt
+                assert len(kept) >= len(epochs)
+                assert kept == [epochs[0] - back for back in range(len(kept))]  # no gap between them
                 checkpoint.write_last(folder, numbered(before))  # what was left behind is in nobody's way
             else:
                 assert place > 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def write_last(folder: Path, content: dict[str, Any]) -> None:
         return
     with _one_sentence(last):
         durable.replace_and_keep(last, previous, lambda file: checkpoint_file.fill(file, content))
+
+
+def settle(folder: Path) -> None:
+    """Of a save in which a run was killed nothing stays in its folder, where the file system lets it be removed."""
+    with suppress(OSError):  # which the next save names
+        durable.settle(folder / LAST, folder / PREVIOUS)
+        durable.remove_unfinished(folder / BEST)
 
 
 def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:

@@ -21,9 +21,8 @@ def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
     """`replace`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
     stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
+    settle(path, previous)
     temporary, kept = _written_beside(path, fill), _beside(previous)
-    with suppress(FileNotFoundError):  # left by a run that was killed; what it is by now, `path` or `previous` is too
-        kept.unlink()
     try:
         kept.hardlink_to(path)
     except OSError:  # a file system without hard links; for an instant `previous` is the only one
@@ -32,6 +31,24 @@ def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], obje
         return
     _rename(temporary, path)
     _rename(kept, previous)
+
+
+def settle(path: Path, previous: Path) -> None:
+    """End what a program that was killed in `replace_and_keep` had begun; afterwards nothing lies beside the two."""
+    remove_unfinished(path)
+    kept = _beside(previous)
+    if not kept.exists():
+        return
+    if any(file.exists() and kept.samefile(file) for file in (path, previous)):
+        kept.unlink()
+    else:  # the new one stood already
+        _rename(kept, previous)
+
+
+def remove_unfinished(path: Path) -> None:
+    """What a program that was killed in `replace` left beside it."""
+    with suppress(FileNotFoundError):
+        _beside(path).unlink()
 
 
 def _beside(path: Path) -> Path:
