@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -32,11 +33,39 @@ def printable(text: str) -> str:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    _open_standard_streams()
     try:
-        sys.exit(main())
+        code = main()
+        _flush()
+        sys.exit(code)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _open_standard_streams() -> None:
+    """Where the program was started with one closed (`2>&-`), what it prints would go into a file that it opens."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream if stream is not None else open(os.devnull, mode)  # noqa: SIM115 (for as long as the program runs)
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
+
+
+def _flush() -> None:
+    """Raises UserError where stdout takes no more, as on a full disk; a reader that has gone (`| head`) has enough."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python would flush the other one again)
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(
+                f"all is done but for what was to be printed here ({error.strerror}); print it elsewhere"
+            ) from None

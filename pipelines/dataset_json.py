@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
 
 
+def refuse_link_out(file: Path) -> None:
+    """Raise for a file of the data set that lies elsewhere."""
+    real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
+    if not real.is_relative_to(os.path.realpath(file.parent)):
+        raise UserError(
+            f"{file} is a link to {real}, outside of the data set; put the file itself there, or link the whole folder"
+        )
+
+
 def load_dataset(folder: str | Path) -> dict[str, Any]:
     """The content of dataset.json, checked for what this version needs."""
     path = Path(folder) / "dataset.json"
@@ -28,6 +38,7 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
         if not path.is_file():
             reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
             raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
+        refuse_link_out(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import struct
 import zipfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from configs.errors import UserError, readable
 from pipelines import tar_layout
-from pipelines.dataset_json import MAX_SIDE, RECONVERT
+from pipelines.dataset_json import MAX_SIDE, RECONVERT, refuse_link_out
 
 INDEX_COLUMNS = {
     "shard": np.int32,
@@ -37,12 +36,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 def check_size(file: Path, expected: int) -> None:
     """Raise for a file of the data set that is missing, of another size, or elsewhere."""
     with readable(file):
-        real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
-        if not real.is_relative_to(os.path.realpath(file.parent)):
-            raise UserError(
-                f"{file} is a link to {real}, outside of the data set; put the file itself there, or link "
-                "the whole folder"
-            )
+        refuse_link_out(file)
         if not file.is_file():
             raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
         size = file.stat().st_size

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.errors import UserError, printable
+from configs.files import read_record
 from pipelines import shards, tar_layout, verified
 from pipelines.encode import Defect, Encoded, Encoding, encode
 from pipelines.source import Options, Source, SplitSource
@@ -111,6 +112,8 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    if links := [file for file in (spool, spool / "lock") if file.is_symlink()]:
+        raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
     if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
         raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
     try:
@@ -139,8 +142,8 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
 def _request_in(record: Path) -> Any:
     """What an unfinished conversion was asked for."""
     try:
-        return json.loads(record.read_bytes())
-    except (ValueError, RecursionError):
+        return json.loads(read_record(record))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -223,8 +226,8 @@ def _check_disk(plans: dict[str, Plan], out: Path) -> None:
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if need + spool - present > free:
         raise UserError(
-            f"{out} has {free / 2**30:.1f} GiB free, the conversion needs about "
-            f"{(need + spool - present) / 2**30:.1f} GiB; free some space or choose another --out"
+            f"{out} has {free / 2**20:,.0f} MiB free, the conversion needs about "
+            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another --out"
         )
 
 

@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,46 @@ def test_the_last_line_says_what_the_file_holds(intact: Path) -> None:
         "bytes": len(whole) - len(line) - 2,
         "sha256": hashlib.sha256(whole[: fields["bytes"]]).hexdigest(),
         **STATE["position"],
+        "crc32": zlib.crc32(line.partition(b', "crc32"')[0] + b"}"),
     }
+
+
+def test_a_last_line_without_a_checksum_of_its_own_is_that_of_an_older_version(intact: Path, tmp_path: Path) -> None:
+    whole, old = intact.read_bytes(), tmp_path / "old.pt"
+    older = whole.rpartition(b', "crc32"')[0] + b"}\n"
+    old.write_bytes(older)
+    assert_equal_trees(checkpoint.load(old), checkpoint.load(intact))
+    old.write_bytes(older.replace(b'"epoch": 2', b'"epoch": 3'))
+    with pytest.raises(UserError, match="its checksum is wrong"):
+        checkpoint.load(old)
+
+
+def test_what_cannot_be_loaded_for_a_flipped_bit_does_not_count_as_intact(intact: Path, tmp_path: Path) -> None:
+    whole, flipped = intact.read_bytes(), tmp_path / "last.pt"
+    last_line = len(whole.splitlines()[-1]) + 2
+    for place in range(len(whole) - last_line, len(whole)):
+        for bit in range(8):
+            flipped.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert not checkpoint.is_intact(flipped), f"bit {bit} of byte {place}"
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.pt")
+    for path in (tmp_path / "last.pt", Path("/dev/zero")):
+        with pytest.raises(UserError, match=r"cannot be read \(it is no file\)"):
+            checkpoint.load(path)
+        assert not checkpoint.is_intact(path)
+
+
+def test_a_checkpoint_is_not_written_through_a_link(intact: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"a stranger's")
+    for name in ("last.pt", "last.pt.tmp", "best.pt", "best.pt.tmp"):
+        (tmp_path / name).symlink_to(elsewhere)
+    for name in ("last.pt", "best.pt"):
+        checkpoint.write(tmp_path / name, checkpoint.load(intact))
+    assert elsewhere.read_bytes() == b"a stranger's"
+    assert not any((tmp_path / name).is_symlink() for name in ("last.pt", "best.pt"))
 
 
 def test_a_last_line_that_names_another_position_is_damage(intact: Path, tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from configs.errors import UserError, printable, run_main
@@ -31,3 +36,41 @@ def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[st
         run_main(fail)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: a name\\n\\x1b[2J of a file\n"
+
+
+SCRIPT = "from configs.errors import run_main\ndef main():\n    print('told')\n    return 0\nrun_main(main)"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "err"),
+    [
+        (
+            "> /dev/full",
+            2,
+            "error: all is done but for what was to be printed here (No space left on device); print it",
+        ),
+        (">&-", 0, ""),
+        ("| true", 0, ""),
+    ],
+)
+def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err: str) -> None:
+    wait = "import time; time.sleep(0.3)\n" if redirected == "| true" else ""  # until its reader is gone
+    command = f'set -o pipefail; "$0" -c "$1" {redirected}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, wait + SCRIPT],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(err)
+    assert len(done.stderr.splitlines()) == (1 if err else 0)
+
+
+def test_a_closed_stderr_takes_nothing_into_a_file_that_is_opened_later(tmp_path: Path) -> None:
+    script = SCRIPT.replace("print('told')", "import sys; file = open(sys.argv[1], 'w'); print('x', file=sys.stderr); "
+                                             "import os; os.write(2, b'y'); print(sys.stderr.isatty())")  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" "$2" 2>&-', sys.executable, script, tmp_path / "file"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "False\n")
+    assert (tmp_path / "file").read_bytes() == b""

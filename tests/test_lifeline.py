@@ -129,7 +129,10 @@ def test_a_rank_that_comes_after_the_failure_is_told_at_once() -> None:
     store, called = Dictionary(), []
     first = connect(ranks(0, 3), store, HERE, called.append, timeout_s=10)
     failure = first.tell(Failure(0, "no config"))
+    assert first.missing() == [1, 2]
     late = connect(ranks(2, 3), store, HERE, called.append, timeout_s=10)
+    wait_for(lambda: first.missing() == [1])
+    assert (first.missing(), late.missing()) == ([1], [])
     assert late.first_failure(5) == failure
     for line in (late, first):
         line.leave()

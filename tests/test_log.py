@@ -122,6 +122,12 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert strict_lines(path) == [metrics(0), metrics(1)]
 
 
+def test_metrics_that_never_end_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(it is no file\); mend or remove it"):
+        read_metrics(tmp_path)
+
+
 def test_the_best_epoch_is_the_first_of_equal_ones_and_epochs_without_evaluation_do_not_count() -> None:
     lines = [metrics(0), metrics(1, val_top1=0.6, val_loss=1.2), metrics(2, val_top1=0.6), metrics(3, val_loss=None)]
     lines += [metrics(4, val_top1=None, val_loss=0.5)]

@@ -193,6 +193,23 @@ def test_without_a_rank_0_the_others_say_where_they_looked(
     assert "rank 1 of 2 found no rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1 (" in capsys.readouterr().err
 
 
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Waiting:
+        def all_are_told(self, timeout_s: float) -> bool:
+            return False
+
+        def first_failure(self) -> None:
+            return None
+
+        def missing(self) -> list[int]:
+            return [2, 5]
+
+    rank_errors._Ending._name_missing(Waiting(), 600.0)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == (
+        "warning: rank 2, 5 has not come within 60 s (killed as it started?); it is waited for up to 10 minutes\n"
+    )
+
+
 def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

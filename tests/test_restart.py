@@ -44,8 +44,8 @@ def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
     resume: str | None, checkpoint: str, tmp_path: Path
 ) -> None:
     folder_of(tmp_path, "run", THEIRS, "last.pt")
-    used = folder_of(tmp_path, "run-2", OURS, checkpoint)
-    folder_of(tmp_path, "run-3", THEIRS, "last.pt")
+    used = folder_of(tmp_path, "run-7", OURS, checkpoint)
+    folder_of(tmp_path, "run-8", THEIRS, "last.pt")
     assert restart.find_folder(config_of(tmp_path), resume, OURS) == (used, str(used))
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"agents": 3}', '{"agents": [{}]}', '{"agent": ["machine 1 boot 7 100"]}']
+    "text", ["", "{", "[]", "[" * 200_000, '{"agents": 3}', '{"agents": [{}]}', '{"agent": ["machine 1 boot 7 100"]}']
 )
 def test_a_note_that_cannot_be_read_is_nobodys(text: str, tmp_path: Path) -> None:
     used = folder_of(tmp_path, "run", OURS, "last.pt")

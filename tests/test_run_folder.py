@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
 from train import run_folder
-from train.run_folder import find_run, held
+from train.run_folder import find_run, held, make_folder
 
 
 @pytest.fixture
@@ -48,6 +48,44 @@ def test_auto_means_the_last_run_of_the_name_and_its_checkpoints_the_newest_firs
     assert find_run(config, "auto") == (second, (second / "last.pt", second / "previous.pt"))
     third = make(tmp_path / "net-3", "last.pt.tmp")  # killed before its first checkpoint: it begins anew
     assert find_run(config, "auto") == (third, ())
+
+
+def test_the_number_counts_and_not_how_many_there_are(config: Config, tmp_path: Path) -> None:
+    """An old run was removed while a later one went on."""
+    third = make(tmp_path / "net-3", "last.pt", config=config)
+    assert find_run(config, "auto") == (third, (third / "last.pt",))
+    assert make_folder(config) == tmp_path / "net-4"
+
+
+def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Config, tmp_path: Path) -> None:
+    def named(name: str) -> Config:
+        return load_config(DIGITS, [f"name={name}"], output=str(tmp_path))
+
+    for name in ("net-2", "net-64", "net-1", "nets", "net-2-3"):
+        make(tmp_path / name, "last.pt", config=named(name))
+    make(tmp_path / "net-99")  # no run at all
+    assert find_run(config, "auto") == (None, ())
+    assert make_folder(config) == tmp_path / "net"
+    first = make(tmp_path / "net", "last.pt", config=config)
+    assert find_run(config, "auto") == (first, (first / "last.pt",))
+    assert make_folder(config) == tmp_path / "net-3"
+    assert find_run(named("net-64"), "auto")[0] == tmp_path / "net-64"
+
+
+def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_path: Path) -> None:
+    folder, target = make(tmp_path / "net", "best.pt"), tmp_path / "target"
+    target.write_bytes(b"a stranger's")
+    (folder / "last.pt").symlink_to(folder / "best.pt")  # which are read, or replaced
+    with alone():
+        with held(folder):
+            pass
+        for name in ("lock", "log.txt", "metrics.jsonl", "tensorboard"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+            with pytest.raises(UserError, match=rf"net/{name} is a link, through which"), held(folder):
+                pass
+            (folder / name).unlink()
+    assert target.read_bytes() == b"a stranger's"
 
 
 def test_a_run_that_has_no_other_checkpoint_than_its_best_goes_on_from_there_and_does_not_write_over_it(

@@ -265,6 +265,13 @@ def test_a_file_that_is_a_link_out_of_the_data_set_is_refused_and_one_within_is_
     open_split(linked, "train")
 
 
+def test_a_dataset_json_that_is_a_link_out_of_the_data_set_is_refused(npy_copy: Path, tmp_path: Path) -> None:
+    (npy_copy / "dataset.json").rename(tmp_path / "elsewhere")
+    (npy_copy / "dataset.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"dataset\.json is a link to .*elsewhere, outside of the data set"):
+        load_dataset(npy_copy)
+
+
 @pytest.mark.parametrize("text", ["cat\x1b[31m", "a\nb", "\u202e"])
 def test_names_with_control_characters_are_refused(text: str, npy_copy: Path) -> None:
     for key in ("name", "classes"):

@@ -70,7 +70,9 @@ def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
     assert seen == [0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_exit_codes_are_those_of_shells(number: signal.Signals, code: int) -> None:
     assert Stopped(number).exit_code == code
     assert str(Stopped(number)) == f"stopped by {number.name}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from configs.files import open_plain
 from configs.notes import warn
 from train import checkpoint_file, durable
 from train.content import check_holds, content_of, malformed, to_host
@@ -61,7 +62,8 @@ def _one_sentence(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         there = [name for name in (LAST, PREVIOUS, BEST) if (path.parent / name).is_file()]
-        earlier = f"the earlier {' and '.join(there)} there stay as they were" if there else "there is no earlier one"
+        stay = "stays as it was" if len(there) == 1 else "stay as they were"
+        earlier = f"the earlier {' and '.join(there)} there {stay}" if there else "there is no earlier one"
         raise UserError(
             f"cannot write checkpoint {path} ({error.strerror or error}); {earlier}: free space, or move the run's "
             "folder and name its new place by --output, then --resume auto goes on"
@@ -110,7 +112,7 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
 def is_intact(path: Path) -> bool:
     """Whether it is a checkpoint whose bytes are as they were written."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             checkpoint_file.verify(file)
     except (OSError, ValueError):
         return False
@@ -120,14 +122,15 @@ def is_intact(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """Raises ValueError with the reason, as the rest of a sentence that begins with the path."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = checkpoint_file.read(file)
     except FileNotFoundError:
         raise ValueError("does not exist") from None
     except pickle.UnpicklingError:
         raise ValueError("is refused, since it holds more than tensors, numbers and strings") from None
     except Exception as error:  # bytes of another program make torch's unpickler fail in every way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None
     if (wrong := malformed(content)) is not None:
         raise ValueError(f"cannot be read (its {wrong!r} is not what train/ddp.py writes)")

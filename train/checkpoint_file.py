@@ -13,6 +13,7 @@ import os
 import pickle
 import pickletools
 import zipfile
+import zlib
 from typing import Any, BinaryIO
 
 import torch
@@ -65,9 +66,11 @@ def position_of(content: dict[str, Any]) -> tuple[Any, Any]:
     return (position.get("epoch"), position.get("step")) if isinstance(position, dict) else (None, None)
 
 
-def _manifest(size: int, sha256: str, epoch: Any, step: Any) -> bytes:
+def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
+    """has_crc: of this line itself, whose epoch and step follow from nothing else; older versions wrote none."""
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
-    return b"\n" + json.dumps(fields).encode() + b"\n"
+    crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
+    return b"\n" + json.dumps(fields | crc).encode() + b"\n"
 
 
 def read(file: BinaryIO) -> dict[str, Any]:
@@ -92,7 +95,8 @@ def verify(file: BinaryIO) -> None:
         if _sha256(file, size - DIGEST_BYTES).encode() != tail[-DIGEST_BYTES:]:
             raise ValueError(DAMAGED)
         return
-    manifest = _manifest(fields["bytes"], _sha256(file, fields["bytes"]), fields["epoch"], fields["step"])
+    sha256, has_crc = _sha256(file, fields["bytes"]), "crc32" in fields
+    manifest = _manifest(fields["bytes"], sha256, fields["epoch"], fields["step"], has_crc=has_crc)
     if size != fields["bytes"] + len(manifest) or not tail.endswith(manifest):
         raise ValueError(DAMAGED)
 

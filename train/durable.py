@@ -56,9 +56,10 @@ def _beside(path: Path) -> Path:
 
 
 def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
+    remove_unfinished(path)  # which may be a link, to be written through
     temporary = _beside(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())

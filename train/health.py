@@ -1,4 +1,4 @@
-"""Finds losses and weights that are not finite, on all ranks together, whenever a run's sums are read.
+"""Finds what is not finite, on all ranks together, whenever a run's sums are read: losses, weights, optimizer state.
 
 Sums and weights lie on the device and are looked at once per log interval and before every checkpoint, so no step waits
 for it, and a checkpoint that stands is a good one.
@@ -6,12 +6,15 @@ for it, and a checkpoint that stands is a good one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from train import dist
 from train.largest import largest
-from train.loop import Training
+from train.loop import Training, trainings_of
 
 
 class NotFinite(Exception):
@@ -48,7 +51,7 @@ class Health:
         own = torch.cat([training.sums, is_finite(training)[None].double()])
         *sums, finite = dist.sum_over_ranks(own).tolist()
         total = torch.tensor(sums, dtype=torch.float64)
-        what = "the loss is" if not bool(total.isfinite().all()) else "the weights are"
+        what = "the loss is" if not bool(total.isfinite().all()) else "the weights or the optimizer's state are"
         if what == "the loss is" or finite != dist.world_size():
             raise NotFinite(what, min(self._good + 1, done), done)
         self._good = done
@@ -69,6 +72,21 @@ class Health:
 
 @torch.no_grad()
 def is_finite(training: Training) -> Tensor:
-    """Whether all weights and floating-point buffers are finite: bool [] on the device; does not synchronise."""
-    state = training.network.state_dict().values()
-    return largest([tensor for tensor in state if tensor.is_floating_point()]).isfinite()
+    """Whether all that a step goes on from is finite: weights, floating-point buffers, the optimizer's state, and those
+    of a proxy: bool [] on the device; does not synchronise."""
+    tensors = [
+        tensor
+        for one in trainings_of(training)
+        for tensor in (*one.network.state_dict().values(), *_tensors(list(one.optimizer.state.values())))
+        if tensor.is_floating_point() and tensor.device == training.sums.device
+    ]
+    return largest(tensors).isfinite()
+
+
+def _tensors(state: list[Any]) -> Iterator[Tensor]:
+    """Of an optimizer, whatever form its state has."""
+    for value in state:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from _tensors(list(value.values()) if isinstance(value, dict) else list(value))

@@ -21,7 +21,7 @@ from train.content import check_holds
 # which a resumed run may change.
 FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
         "eval_every_epochs", "on_nonfinite")  # fmt: skip
-EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what eval's losses and accuracies follow from
+EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta", "weights")  # what best.pt is chosen by
 
 
 def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _digest(value: Any) -> str:
 
 
 def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Samples, augmentation, model, schedule and optimizer by names for errors; stream: of `stream_of`."""
+    """Samples, augmentation, model, schedule, optimizer and evaluation by names for errors; stream: of `stream_of`."""
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
     return {
@@ -75,6 +75,8 @@ def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
             if key != "num_classes"  # a check that the data set has as many
         },
         **flat_settings("train", train, without=FREE),
+        "data.val_split": data.val_split,
+        **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION},
         **(watched(config) if train.schedule == "plateau" else {}),
     }
 
@@ -86,14 +88,10 @@ def stages_of(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]
 
 
 def watched(config: Config) -> dict[str, Any]:
-    """What the metric that schedule plateau watches follows from beside training itself."""
+    """What schedule plateau follows from beside: when the metric that it watches is known."""
     if config.train.schedule_options.metric == "train_loss":
         return {}
-    return {
-        "train.eval_every_epochs": config.train.eval_every_epochs,
-        "data.val_split": config.data.val_split,
-        **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION},
-    }
+    return {"train.eval_every_epochs": config.train.eval_every_epochs}
 
 
 def flat_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class Lifeline:
         """Wait at most that long for ranks that are still starting; only the first rank has to."""
         return True
 
+    def missing(self) -> list[int]:
+        """Ranks that have not come yet; only the first rank knows."""
+        return []
+
     def _learn(self, failure: Failure) -> None:
         """Of the first failure; the lock is held."""
         self._first = failure
@@ -276,6 +280,10 @@ class _Hub(Lifeline):
 
     def all_are_told(self, timeout_s: float) -> bool:
         return self._all_here.wait(timeout_s)
+
+    def missing(self) -> list[int]:
+        with self._lock:
+            return sorted(set(range(1, self._ranks.world_size)) - {peer.rank for peer in self._peers})
 
     def leave(self) -> None:
         self._is_left = True

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.files import read_record
 from configs.notes import warn
 from configs.schema import LogConfig
 from train import durable, figures
@@ -210,10 +211,15 @@ class RunLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
 
-    Raises UserError for lines that no run wrote.
+    Raises UserError for a file or lines that no run wrote.
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    try:
+        lines = read_record(path, "replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
     metrics = []
     for number, text in enumerate(lines, 1):
         try:

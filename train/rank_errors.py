@@ -32,6 +32,7 @@ PATIENCE_S = 10.0
 PATIENCE_ON_GPU_S = 2.0
 LINGER_ON_GPU_S = 3.0
 REPORT_S = 3.0  # how long the cause of a broken connection may take to become known
+MISSED_S = 60.0  # after which ranks that have not come are named: slow disks import for minutes, so nothing ends yet
 STARTING_S = 30.0  # how long a first rank that failed at once waits for ranks that are still starting, to tell them
 AFTER_S = 0.3  # so that the line of a rank that was stopped comes after the error that stopped it
 
@@ -76,6 +77,7 @@ class _Ending:
             waits_s = dist.GROUP_TIMEOUT.total_seconds()
             self._lifeline = connect(self._ranks, store, address, self._stop_soon, waits_s)
             os.environ[dist.START] = self._lifeline.word
+            threading.Thread(target=self._name_missing, args=(self._lifeline, waits_s), daemon=True).start()
             code = main()
         except Exception as error:
             self._fail(error)
@@ -87,6 +89,13 @@ class _Ending:
             self._end_stopped(first)
         self._leave()
         return code
+
+    @staticmethod
+    def _name_missing(lifeline: Lifeline, waits_s: float) -> None:
+        if not lifeline.all_are_told(MISSED_S) and lifeline.first_failure() is None:
+            names = ", ".join(map(str, lifeline.missing()))
+            _say(f"warning: rank {names} has not come within {MISSED_S:.0f} s (killed as it started?); it is waited "
+                 f"for up to {waits_s / 60:.3g} minutes")  # fmt: skip
 
     def _leave(self) -> None:
         if self._lifeline is not None:

@@ -8,7 +8,6 @@ process, so that a script between the two must `exec`. Without torchrun nothing 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.files import read_record
 from configs.schema import Config
 from train import dist, durable
 from train.run_folder import find_run, latest_of, run_folders
@@ -57,15 +57,14 @@ def find_folder(config: Config, resume: str | None, launch: list[str]) -> tuple[
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
     """Folders of this name, the latest first, and the one that --resume names, which may lie anywhere."""
-    named = list(itertools.takewhile(Path.exists, run_folders(config)))[::-1]
     folder = find_run(config, resume)[0]
-    return named if folder is None else [*named, folder]
+    return run_folders(config) if folder is None else [*run_folders(config), folder]
 
 
 def _is_used_by(folder: Path, launch: list[str]) -> bool:
     try:
-        return not set(launch).isdisjoint(json.loads((folder / NOTE).read_text())["agents"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return not set(launch).isdisjoint(json.loads(read_record(folder / NOTE))["agents"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -29,10 +30,45 @@ LOCK = "lock"  # in a run folder: who trains there
 HELD_S = 100.0
 
 
-def run_folders(config: Config) -> Iterator[Path]:
-    """OUTPUT/NAME, OUTPUT/NAME-2, OUTPUT/NAME-3 …"""
-    yield Path(config.output) / str(config.name)
-    yield from (Path(config.output) / f"{config.name}-{number}" for number in itertools.count(2))
+def run_folders(config: Config) -> list[Path]:
+    """Those that may be of this name, the latest first: OUTPUT/NAME-3, OUTPUT/NAME-2, OUTPUT/NAME.
+
+    Numbers may be missing, as where an old run was removed, and others be of runs that are named so, as NAME-64.
+    """
+    return [_numbered(config, number) for number in sorted(_numbers_taken(config), reverse=True)]
+
+
+def _latest_number(config: Config) -> int:
+    """Of the runs of this very name; 0: there is none."""
+    taken = _numbers_taken(config)
+    unbroken = next(number for number in range(1, len(taken) + 2) if number not in taken) - 1
+    for number in sorted(taken, reverse=True):
+        name = _name_of_run(_numbered(config, number))
+        if name == config.name or (name is None and number <= unbroken):  # killed as it began, or of an older version
+            return number
+    return 0
+
+
+def _name_of_run(folder: Path) -> str | None:
+    """As its config.yaml has it; None where there is none that can be read."""
+    try:
+        return load_config(folder / "config.yaml").name
+    except UserError:
+        return None
+
+
+def _numbered(config: Config, number: int) -> Path:
+    return Path(config.output) / (str(config.name) if number == 1 else f"{config.name}-{number}")
+
+
+def _numbers_taken(config: Config) -> set[int]:
+    """By anything."""
+    pattern = re.compile(re.escape(str(config.name)) + "(?:-([1-9][0-9]{0,8}))?")
+    try:
+        found = [pattern.fullmatch(name) for name in os.listdir(config.output)]
+    except OSError:  # no such folder yet; what else is wrong with it shows where it is written to
+        return set()
+    return {int(match[1] or 1) for match in found if match and match[1] != "1"}
 
 
 def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Path, ...]]:
@@ -44,14 +80,15 @@ def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Pat
     if resume is None:
         return None, ()
     if resume == "auto":
-        taken = list(itertools.takewhile(Path.exists, run_folders(config)))
-        folder = taken[-1] if taken else None
-        return folder, latest_of(folder) if folder and any(path.exists() for path in latest_of(folder)) else ()
+        if (number := _latest_number(config)) == 0:
+            return None, ()
+        folder = _numbered(config, number)
+        return folder, latest_of(folder) if any(path.exists() for path in latest_of(folder)) else ()
     path = Path(resume)
     if path.is_dir():
         return path, latest_of(path)
-    if not _is_run(path.parent, config):  # a checkpoint that was copied elsewhere: the run goes on in a folder of its
-        return None, (path,)  # own, and nothing there is touched
+    if _name_of_run(path.parent) != config.name or not (path.parent / "log.txt").exists():
+        return None, (path,)  # it was copied there: the run goes on in a folder of its own, nothing there is touched
     latest = latest_of(path.parent)
     return path.parent, latest if path == latest[0] else (path,)
 
@@ -64,24 +101,18 @@ def latest_of(folder: Path) -> tuple[Path, ...]:
     return last, *(path for path in [previous] if path.exists())
 
 
-def _is_run(folder: Path, config: Config) -> bool:
-    try:
-        return load_config(folder / "config.yaml").name == config.name and (folder / "log.txt").exists()
-    except UserError:
-        return False
-
-
 def make_folder(config: Config) -> Path:
-    """The first run folder that is not taken, so that no run writes over another."""
-    for folder in run_folders(config):
+    """A folder with a number after those of this name that there are, so that no run writes over another."""
+    for number in itertools.count(_latest_number(config) + 1):
+        folder = _numbered(config, number)
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except FileExistsError:  # another run's
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from None
-    raise AssertionError("the names are endless")
+    raise AssertionError("the numbers are endless")
 
 
 @contextmanager
@@ -91,12 +122,29 @@ def held(folder: Path) -> Iterator[None]:
     On all ranks together. Raises UserError where another process has not let go of it after HELD_S.
     """
     locks: list[BinaryIO] = []
-    dist.from_first_rank(lambda: locks.extend(_lock(folder)))
+
+    def hold() -> None:
+        _refuse_links(folder)
+        locks.extend(_lock(folder))
+
+    dist.from_first_rank(hold)
     try:
         yield
     finally:
         for lock in locks:
             lock.close()
+
+
+def _refuse_links(folder: Path) -> None:
+    """A run folder may be a stranger's, and a run would write through them. Checkpoints are read or replaced alone."""
+    links: list[Path] = []
+    with suppress(OSError):  # a folder that cannot be read, which others say
+        links = [file for file in sorted(folder.iterdir()) if file.is_symlink() and file.suffix != ".pt"]
+    if links:
+        raise UserError(
+            f"{links[0]} is a link, through which a run would write elsewhere; put the file or folder itself there, or "
+            "remove it"
+        )
 
 
 def _lock(folder: Path) -> list[BinaryIO]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-# SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks;
+# SIGHUP: the terminal is gone
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux
 AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
 

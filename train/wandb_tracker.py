@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.files import read_record
 from configs.schema import WandbConfig
 from train.trackers import one_line, within
 
@@ -95,7 +96,7 @@ def start_wandb(
     )
     wandb.setup(settings=settings)
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    run_id = read_record(id_file).strip() if id_file.exists() else uuid.uuid4().hex[:8]
 
     def init(mode: Any) -> Any:
         return wandb.init(

@@ -313,6 +313,17 @@ def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("name", [".spool", ".spool/lock"])
+def test_nothing_is_written_through_a_link_in_a_spool(name: str, tmp_path: Path) -> None:
+    link, target = tmp_path / "out" / name, tmp_path / "target"
+    link.parent.mkdir(parents=True)
+    target.mkdir() if name == ".spool" else target.touch()
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=rf"{name} is a link, through which a conversion would write elsewhere"):
+        write(tiny_source("npy"), tmp_path / "out")
+    assert target.is_file() or list(target.iterdir()) == []
+
+
 def test_everything_that_dataset_json_names_is_on_disk_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

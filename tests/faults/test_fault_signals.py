@@ -66,7 +66,7 @@ def stop_and_go_on(
     return process.returncode, where
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_one_is_the_unbroken(
     number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.files import read_record
 from configs.load import parse_config
 from configs.schema import Config, is_section, walk
 from tools.parts.tables import Row
@@ -68,7 +69,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def read_run(folder: Path) -> RunRecord:
     """Raises UserError where there is no readable config; no metrics yet is no error."""
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        text = read_record(folder / "config.yaml")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
     return RunRecord(folder, parse_config(text, f"{folder}/config.yaml"), read_metrics(folder), global_batch(folder))
@@ -77,8 +78,8 @@ def read_run(folder: Path) -> RunRecord:
 def global_batch(folder: Path) -> int | None:
     """From facts.json, since the world size is in no config: the batch of the run's latest start."""
     try:
-        return int(json.loads((folder / "facts.json").read_text())["global_batch"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(read_record(folder / "facts.json"))["global_batch"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.files import read_record
 from configs.schema import Config
 from tools.parts import tables
 from tools.parts.overlay import overlay
@@ -87,9 +88,9 @@ def replaced_runs(sweep: Sweep) -> list[str]:
     """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
     points = {point.name for point in sweep.points}
     try:
-        runs = json.loads((sweep.folder / "sweep.json").read_text())["runs"]
+        runs = json.loads(read_record(sweep.folder / "sweep.json"))["runs"]
         return [run["run"] for run in runs if run["run"] not in points]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a file of another program
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a file of another program
         return []
 
 
