@@ -248,7 +248,7 @@ def hash_files(
                 alive()
                 bar.update(sum(read) - shown)
                 shown = sum(read)
-                for future in done:
+                for future in sorted(done, key=lambda one: one.exception() is not None):  # what is known is not lost
                     yield waiting.pop(future), future.result()
         finally:  # Ctrl-C, or a caller who has seen enough
             stop.set()

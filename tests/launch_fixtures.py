@@ -47,7 +47,8 @@ def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
 
 def run_unbroken(data: Path, output: Path, ranks: int, epochs: int) -> Path:
     """The run folder of a training that nobody disturbs."""
-    ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks)
+    ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks,
+                   timeout_s=300)  # fmt: skip
     assert ended.codes == [0] * ranks, ended.printed
     return output / NAME
 

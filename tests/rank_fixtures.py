@@ -30,8 +30,15 @@ class Ended:
         return self.printed.splitlines()
 
 
-def end_of(world_size: int, main: Callable[..., Any], folder: Path, *arguments: Any, stopped: int = -1) -> Ended:
-    """run_ranks(main) on each rank, without torchrun: main(ranks, *arguments). Fails where a rank hangs for a minute,
+def end_of(
+    world_size: int,
+    main: Callable[..., Any],
+    folder: Path,
+    *arguments: Any,
+    stopped: int = -1,
+    timeout_s: float = 60,
+) -> Ended:
+    """run_ranks(main) on each rank, without torchrun: main(ranks, *arguments). Fails where a rank hangs for that long,
     but for the one that stops itself, which is killed in the end."""
     printed = folder / "printed"
     with socket.socket() as probe:
@@ -46,7 +53,7 @@ def end_of(world_size: int, main: Callable[..., Any], folder: Path, *arguments: 
     try:
         waited_for = {rank: process for rank, process in enumerate(processes) if rank != stopped}
         for process in waited_for.values():
-            process.join(timeout=60)
+            process.join(timeout_s)
         hanging = [rank for rank, process in waited_for.items() if process.is_alive()]
         assert not hanging, f"ranks {hanging} hang; printed so far: {printed.read_text()}"
     finally:

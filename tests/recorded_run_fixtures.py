@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import socket
@@ -25,7 +26,7 @@ from train import checkpoint, ddp
 from train.dist import Ranks
 from train.log import RunLog
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 RESULTS = ["epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr"]
 TRAINED = ["model", "optimizer", "scaler", "sums", "position", "progress"]  # in checkpoints
 Sample = tuple[int, int]  # epoch, position in its order
@@ -38,9 +39,12 @@ def start(
     ranks: Ranks | None = None,
     port: int = 0,
     largest: int | None = None,
+    step_s: float = 0.0,
+    flush_s: float = 0.0,
 ) -> BaseProcess:
     """Start train/ddp.py with these arguments, as this rank of several; its batches and its output are added to
-    NOTES.jsonl and NOTES.txt. largest: bytes of a file that it can write, as with a quota."""
+    NOTES.jsonl and NOTES.txt. largest: bytes of a file that it can write, as with a quota; step_s: how long each batch
+    takes longer, for a kill to come in time; flush_s: how long each flush to the disk takes longer at most."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_fixtures", "pipelines.build", "torch._dynamo"])  # once, for all processes
     variables = {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
@@ -48,7 +52,7 @@ def start(
         numbers = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size,
                    "LOCAL_WORLD_SIZE": ranks.local_world_size, "MASTER_PORT": port}  # fmt: skip
         variables |= {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in numbers.items()}
-    process = context.Process(target=_run, args=([*map(str, arguments)], notes, variables, largest))
+    process = context.Process(target=_run, args=([*map(str, arguments)], notes, variables, largest, step_s, flush_s))
     process.start()
     return process
 
@@ -85,13 +89,17 @@ def kill_when(condition: Callable[[], bool], process: BaseProcess) -> bool:
     return exit_code(process) == -signal.SIGKILL
 
 
-def _run(arguments: list[str], notes: Path, variables: dict[str, str], largest: int | None) -> None:
+def _run(
+    arguments: list[str], notes: Path, variables: dict[str, str], largest: int | None, step_s: float, flush_s: float
+) -> None:
     output = os.open(notes.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
-    note_batches(notes.with_suffix(".jsonl"))
+    note_batches(notes.with_suffix(".jsonl"), step_s)
+    fsync = os.fsync
+    os.fsync = lambda file: time.sleep(random.uniform(0.0, flush_s)) or fsync(file)  # type: ignore[func-returns-value]
     RunLog.draw = lambda _: None  # type: ignore[method-assign]  # curves.png would take most of the time of a short run
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
@@ -99,8 +107,9 @@ def _run(arguments: list[str], notes: Path, variables: dict[str, str], largest: 
     run_main(ddp.main)
 
 
-def note_batches(path: Path) -> None:
-    """Have training loaders of this process add a line to the file for every batch before it is trained on."""
+def note_batches(path: Path, step_s: float = 0.0) -> None:
+    """Have training loaders of this process add a line to the file for every batch before it is trained on, and take
+    that much longer."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     ranks, iterate = Ranks.from_environment(), Loader.__iter__
 
@@ -122,6 +131,7 @@ def note_batches(path: Path) -> None:
                 ]
                 line = json.dumps({"epoch": state["epoch"], "first": first, "samples": samples})
                 os.write(file, line.encode() + b"\n")  # at once: a kill leaves no half of a line
+                time.sleep(step_s)
             yield batch
 
     Loader.__iter__ = noting  # type: ignore[method-assign]

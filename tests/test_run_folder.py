@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
 from train import run_folder
-from train.run_folder import find_run, held, make_folder
+from train.run_folder import as_held, find_run, held, make_folder
 
 
 @pytest.fixture
@@ -159,6 +159,30 @@ def test_a_folder_is_held_inside_and_free_again_however_it_ends(tmp_path: Path) 
             1 / 0  # noqa: B018
         assert is_free(tmp_path)
     assert (tmp_path / run_folder.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_half_done(
+    config: Config, tmp_path: Path
+) -> None:
+    """Killed within its second save: the first one would else lie there under a name that nobody looks at."""
+    folder = make(tmp_path / "net", "last.pt", "previous.pt.tmp", "best.pt.tmp", config=config)
+    found, candidates = find_run(config, "auto")
+    assert candidates == (folder / "last.pt",)
+    assert found is not None
+    with alone(), held(found):
+        assert as_held(folder, candidates) == (folder / "last.pt", folder / "previous.pt")
+        assert as_held(folder, (folder / "best.pt",)) == (folder / "best.pt",)
+        assert as_held(folder, ()) == ()
+    assert list(folder.glob("*.tmp")) == []
+
+
+def test_a_save_of_another_process_is_left_alone_where_nothing_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "net", "last.pt", "last.pt.tmp")
+    monkeypatch.setattr(run_folder, "_lock", lambda _: [])
+    with alone(), held(folder):
+        assert (folder / "last.pt.tmp").exists()
 
 
 def test_a_folder_that_another_run_does_not_let_go_is_refused_with_its_holder(

@@ -89,21 +89,6 @@ def test_the_one_before_is_kept_and_best_is_another_file(training: Training, tmp
     assert (saving.newest, saving.steps) == (tmp_path / "last.pt", 2)
 
 
-def test_what_a_killed_save_left_behind_is_gone_before_the_next_one_which_needs_the_space(
-    training: Training, tmp_path: Path
-) -> None:
-    with Saving(tmp_path, training, {}) as saving:
-        for steps, name in enumerate(("last.pt", "last.pt", "last.pt", "best.pt")):
-            save(saving, training, name, steps=steps)
-    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for name in ("last.pt", "best.pt"):
-        (tmp_path / f"{name}.tmp").write_bytes(b"half of a checkpoint")
-    (tmp_path / "previous.pt.tmp").hardlink_to(tmp_path / "last.pt")
-    with Saving(tmp_path, training, {}):
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
-    assert set(whole) == {"last.pt", "previous.pt", "best.pt"}
-
-
 @pytest.mark.parametrize("through", ["check", "wait", "save"])
 def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
     through: str, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

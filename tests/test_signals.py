@@ -7,19 +7,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from configs.errors import UserError
 from train import signals
-from train.signals import SIGNALS, Stopped, listening
+from train.signals import SIGNALS, Stopped, end_with_torchrun, is_orphan, listening
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_terminal() -> Iterator[None]:
-    """Who starts the tests may have SIGINT ignored, and what is ignored stays so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Who starts the tests may have SIGINT or SIGHUP ignored, and what is ignored stays so."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -68,6 +73,28 @@ def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
     thread.start()
     thread.join()
     assert seen == [0]
+
+
+def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_torchrun_that_is_the_first(
+    tmp_path: Path,
+) -> None:
+    for parent, command in ((1, "/sbin/init"), (7, "python3\0-m\0torch.distributed.run"), (8, "bash\0job.sh")):
+        (tmp_path / str(parent)).mkdir()
+        (tmp_path / str(parent) / "cmdline").write_text(command)
+    assert [is_orphan(parent, tmp_path) for parent in (1, 7, 8)] == [True, False, False]
+    (tmp_path / "1" / "cmdline").write_text("/usr/bin/python3\0/usr/local/bin/torchrun\0train/ddp.py")
+    assert not is_orphan(1, tmp_path)
+    assert is_orphan(1, tmp_path / "hidden")
+
+
+def test_a_rank_whose_torchrun_is_gone_already_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "is_orphan", lambda parent: True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    end_with_torchrun()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    with pytest.raises(UserError, match="torchrun, which started this rank, was killed before the rank was ready"):
+        end_with_torchrun()
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,15 @@ while [ ! -f code ]; do sleep 0.05; done; exit "$(cat code)"
 class Job:
     """Started by Slurm on two machines; the working folder holds what the stubs note."""
 
-    def __init__(self, folder: Path, *command: str, python: str = "training", **variables: str) -> None:
+    def __init__(
+        self, folder: Path, *command: str, python: str = "training", scontrol: str = "true", **variables: str
+    ) -> None:
+        """scontrol: what it does before it answers."""
         self.folder = folder
         bin_folder = folder / "bin"
         bin_folder.mkdir(exist_ok=True)
-        for name, text in {**STUBS, "training": TRAINING}.items():
+        stubs = {**STUBS, "training": TRAINING, "scontrol": f"{scontrol}; {STUBS['scontrol']}"}
+        for name, text in stubs.items():
             (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
             (bin_folder / name).chmod(0o755)
         slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2",
@@ -104,6 +108,17 @@ def test_a_signal_becomes_a_sigterm_for_the_step_and_a_warning_puts_the_job_back
     assert job.end() == code
     assert "scancel --signal=TERM 4242.0" in job.calls
     assert ("scontrol requeue 4242" in job.calls) == requeued
+
+
+def test_a_signal_before_there_is_a_step_stops_it_as_soon_as_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "wait").touch()
+    job = Job(tmp_path, scontrol="touch asked; while [ -f wait ]; do sleep 0.05; done")
+    wait_until((tmp_path / "asked").exists)
+    job.process.send_signal(signal.SIGUSR1)
+    (tmp_path / "wait").unlink()
+    assert job.end() == 0
+    assert "scancel --signal=TERM 4242.0" in job.calls
+    assert "scontrol requeue 4242" in job.calls
 
 
 def test_a_training_that_completes_just_after_the_warning_is_not_started_again(tmp_path: Path) -> None:

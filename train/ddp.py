@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from configs.errors import UserError
@@ -30,11 +31,11 @@ from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of
 from train.proxy import check_proxy
 from train.rank_errors import run_ranks
-from train.run_folder import find_run, held, make_folder
+from train.run_folder import as_held, find_run, held, make_folder
 from train.saving import Saving
 from train.schedule import remarks
 from train.showcase import show_predictions, show_samples
-from train.signals import Stopped, end_with_torchrun, listening
+from train.signals import Stopped, listening
 from train.throughput import measure_images_per_s
 from train.transfer import as_trained, without_start
 from train.warm_up import check_sizes, warm_up
@@ -57,7 +58,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     clock = Clock()
-    end_with_torchrun()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
         "data.batch_size": arguments.batch_size,
@@ -95,6 +95,7 @@ def main() -> int:
         is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
         if folder is not None and trains and is_run:  # before its checkpoints are read
             until_the_end.enter_context(held(folder))
+            candidates = dist.from_first_rank(partial(as_held, folder, candidates))
         source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
             if content is None or source is None:

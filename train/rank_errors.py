@@ -24,6 +24,7 @@ from configs.errors import UserError, printable, run_main
 from train import dist
 from train.dist import Ranks
 from train.lifeline import Failure, Lifeline, connect
+from train.signals import end_with_torchrun
 
 # What a rank is given to end by itself when another one failed: to finish its log and trackers. With NCCL it waits
 # inside a collective anyhow, and the first rank to leave makes NCCL kill the others: so all are quick, and the rank
@@ -48,6 +49,7 @@ def run_ranks(main: Callable[[], int | None]) -> None:
     """
 
     def run() -> int | None:
+        end_with_torchrun()
         ranks = Ranks.from_environment()
         return _Ending(ranks).run(main) if ranks.world_size > 1 else _run_alone(main)
 

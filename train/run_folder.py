@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.notes import warn
 from configs.schema import Config
-from train import dist
+from train import checkpoint, dist
 from train.checkpoint import BEST, LAST, PREVIOUS
 
 LOCK = "lock"  # in a run folder: who trains there
@@ -117,7 +117,8 @@ def make_folder(config: Config) -> Path:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in the folder: two would write over each other's checkpoints and metrics.
+    """Inside, no other process trains in the folder: two would write over each other's checkpoints and metrics. What a
+    killed one left half done there is finished, so checkpoints are to be looked for inside: `as_held`.
 
     On all ranks together. Raises UserError where another process has not let go of it after HELD_S.
     """
@@ -126,6 +127,8 @@ def held(folder: Path) -> Iterator[None]:
     def hold() -> None:
         _refuse_links(folder)
         locks.extend(_lock(folder))
+        if locks:  # else another process may be saving there
+            checkpoint.settle(folder)
 
     dist.from_first_rank(hold)
     try:
@@ -133,6 +136,11 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         for lock in locks:
             lock.close()
+
+
+def as_held(folder: Path, candidates: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Candidates of `find_run` as they are now that the folder is held."""
+    return latest_of(folder) if candidates and candidates[0] == folder / LAST else candidates
 
 
 def _refuse_links(folder: Path) -> None:

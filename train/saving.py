@@ -33,8 +33,6 @@ class Saving:
         self._saved_s = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "save")
         self._written: Future[None] | None = None
-        if dist.is_first_rank():
-            checkpoint.settle(folder)
 
     def stands(self, newest: Path, steps: int) -> None:
         """The run stands where this checkpoint does."""

@@ -8,10 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from configs.errors import UserError
 
 # SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks;
 # SIGHUP: the terminal is gone
@@ -65,7 +68,19 @@ def listening() -> Iterator[Asked]:
 def end_with_torchrun() -> None:
     """Have the system send this process SIGTERM once the torchrun that started it is gone, however it went.
 
-    Its ranks would else train on, keep their GPUs, and hold the run's folder.
+    Its ranks would else train on, keep their GPUs, and hold the run's folder. Raises UserError where it is gone
+    already.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if is_orphan(os.getppid()):
+            raise UserError("torchrun, which started this rank, was killed before the rank was ready; start it again")
+
+
+def is_orphan(parent: int, proc: Path = Path("/proc")) -> bool:
+    """Whether a process of this parent has got the system's first process for it; in a container that may be torchrun
+    itself."""
+    command = b""
+    with suppress(OSError):  # another user's, where they are hidden
+        command = (proc / str(parent) / "cmdline").read_bytes()
+    return parent == 1 and b"python" not in command and b"torchrun" not in command

@@ -62,7 +62,7 @@ def unbroken(fault_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def interrupted(fault_digits: Path, tmp_path: Path) -> Path:
     """The folder of a run that was killed in its first epoch; its notes are beside it."""
-    process = start(arguments(fault_digits, tmp_path), tmp_path / "notes")
+    process = start(arguments(fault_digits, tmp_path), tmp_path / "notes", step_s=0.03)
     assert kill_when(lambda: saved_position(tmp_path / "digits_lenet") > (0, 9), process)
     return tmp_path / "digits_lenet"
 
@@ -88,14 +88,14 @@ def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path)
         chains += 1
         output = tmp_path / f"chain-{chains}"
         output.mkdir()
-        every = instants.choice([1, 2, 5])
+        every, flush_s = instants.choice([1, 2, 5]), instants.choice([0.0, 0.05])
         command = arguments(data, output, f"train.save_every_steps={every}")
         notes, folder, stood = output / "notes", output / "digits_lenet", (-1, 0)
         for number in range(min(10, kills - done)):
             delay_s, steps = instants.uniform(0.5, 2.5), steps_of(stood) + instants.randrange(1, 12)
             waits_for_a_save = number % 2 == 0
             instant = in_a_save(folder, steps) if waits_for_a_save else after(delay_s)
-            if not kill_when(instant, start(command, notes)):
+            if not kill_when(instant, start(command, notes, flush_s=flush_s)):
                 break
             done += 1
             in_saves += waits_for_a_save and is_being_written(folder)  # else the file may be an earlier kill's
@@ -192,7 +192,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
     earlier = (interrupted / "last.pt").read_bytes()
     position = saved_position(interrupted)
-    assert kill_when(lambda: saved_position(interrupted) > (1, 3), start(command, notes))
+    assert kill_when(lambda: saved_position(interrupted) > (1, 3), start(command, notes, step_s=0.03))
+    checkpoint.settle(interrupted)
     (interrupted / "previous.pt").write_bytes(earlier)
     with (interrupted / "last.pt").open("r+b") as file:
         file.seek(20_000)
@@ -273,7 +274,6 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
     assert errors[0].startswith(f"error: cannot write checkpoint {folder}/")
     assert f" ({reason}); the earlier last.pt " in errors[0]
     assert errors[0].endswith("then --resume auto goes on")
-    assert list(folder.glob("*.pt.tmp")) == []
     for path in folder.glob("*.pt"):
         checkpoint.load(path)
 
@@ -282,9 +282,11 @@ def test_a_quota_ends_a_run_with_a_sentence_and_it_goes_on_later(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
+    checkpoint.settle(interrupted)  # as the next run does; the kill may have come within a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
     code = run(command, notes, largest=300_000)  # bytes, a third of a checkpoint
     assert_ended_by("File too large", code, interrupted, notes)
+    assert list(interrupted.glob("*.pt.tmp")) == []
     assert {path.name: path.read_bytes() for path in interrupted.glob("*.pt")} == before
     assert run(command, notes) == 0, printed(notes)
     assert_ends_like(interrupted, unbroken)
@@ -324,6 +326,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_it_goes_on_when_there_is_roo
     command, notes, folder = arguments(fault_digits, disk), tmp_path / "notes", disk / "digits_lenet"
     code = run(command, notes)
     assert_ended_by("No space left on device", code, folder, notes)
+    assert list(folder.glob("*.pt.tmp")) == []
     mount("-o", "remount,size=20m", disk)
     assert run(command, notes) == 0, printed(notes)
     assert differences(folder, unbroken) == []

@@ -41,17 +41,16 @@ def stop_and_go_on(
     number: signal.Signals,
     digits: Path,
     output: Path,
-    after: str,
+    after: str | Path,
     processes: int = 0,
-    delay_s: float = 0.0,
     **faults: object,
 ) -> tuple[int, str]:
-    """Send a signal once the log has `after`, then resume; the exit code of the stopped run, and where it stood."""
+    """Send a signal once the log has `after`, or that file is there, then resume; the exit code of the stopped run, and
+    where it stood."""
     options = [f"data.batch_size={64 // max(processes, 1)}"]
     folder, command = output / "digits_lenet", run_arguments(digits, output, *options)
     process = start(command_with(dict(faults), command, processes))
-    wait_for(process, lambda: logged(folder, after))
-    time.sleep(delay_s)
+    wait_for(process, lambda: after.exists() if isinstance(after, Path) else logged(folder, after))
     sent_s = time.monotonic()
     process.send_signal(number)
     out, err = process.communicate(timeout=EXIT_S)
@@ -80,7 +79,8 @@ def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_on
 def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(
     digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    code, where = stop_and_go_on(signal.SIGTERM, digits, tmp_path, "step 20:", delay_s=1.0, evaluation_s=3.0)
+    begun = tmp_path / "evaluates"
+    code, where = stop_and_go_on(signal.SIGTERM, digits, tmp_path, begun, evaluation_s=3.0, evaluates=str(begun))
     assert code == 128 + signal.SIGTERM
     assert where == f"epoch 0 step {STEPS}"
     assert_same_run(tmp_path / "digits_lenet", unbroken)

@@ -165,9 +165,10 @@ def test_damaged_files_of_new_kinds_are_read_or_refused(all_targets: dict[str, T
 
 
 def test_the_watch_ends_what_hangs_and_what_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_fuzz.EXAMPLE_SECONDS", 0.2)
-    with pytest.raises(Hang):
-        hold(lambda _: time.sleep(5), None)
+    with monkeypatch.context() as patch:
+        patch.setattr("test_fuzz.EXAMPLE_SECONDS", 0.2)
+        with pytest.raises(Hang):
+            hold(lambda _: time.sleep(5), None)
     with pytest.raises(MemoryError):
         hold(lambda _: print(len(bytearray(2 << 30))), None)
     with pytest.raises(AssertionError, match="ended by SIGKILL"):

@@ -2,7 +2,8 @@
 
 nan_at: optimizer updates, counted from 0, whose loss is nan, on all ranks or on `rank` alone; times: how often each of
 them is (default: always). pause_at: updates that wait for a second first; evaluation_s: how long each batch of an
-evaluation takes longer. census: a file that gets a line at the end of each epoch: memory (MiB), threads, descriptors.
+evaluation takes longer; evaluates: a file that is made when the first one begins. census: a file that gets a line at
+the end of each epoch: memory (MiB), threads, descriptors.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from train import ddp, loop
+from train import ddp, fit, loop
 from train.log import RunLog
 from train.loop import Training
 from train.rank_errors import run_ranks
+from train.saving import Saving
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,9 +48,15 @@ def build_in(faults: dict[str, Any]) -> None:
         time.sleep(faults.get("evaluation_s", 0))
         return loss_and_hits(*parts)
 
+    def told(*parts: Any) -> Any:
+        if "evaluates" in faults:
+            Path(faults["evaluates"]).touch()
+        return evaluate(*parts)
+
     def counted(log: RunLog, metrics: dict[str, Any]) -> None:
         epoch(log, metrics)
         if "census" in faults:
+            savings[-1].wait()  # whose files would be counted
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             line = {
                 "memory_mib": int(status["VmRSS"].split()[0]) / 1024,
@@ -58,7 +66,14 @@ def build_in(faults: dict[str, Any]) -> None:
             with Path(faults["census"]).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    epoch = RunLog.epoch
+    def known(saving: Saving) -> Saving:
+        savings.append(saving)
+        return saving
+
+    savings: list[Saving] = []
+    Saving.__enter__ = known  # type: ignore[method-assign]
+    epoch, evaluate = RunLog.epoch, fit.evaluate
+    fit.evaluate = told
     loop.run_step, loop.loss_and_hits, RunLog.epoch = faulty, slow, counted  # type: ignore[method-assign]
 
 
