@@ -43,8 +43,8 @@ CLEAN = {
 
 
 def heed_ctrl_c() -> None:
-    """A preexec_fn: who starts the tests in the background may ignore SIGINT, or SIGHUP as nohup does, which every child
-    would inherit."""
+    """A preexec_fn: who starts the tests in the background may ignore SIGINT, or SIGHUP as nohup does, which every
+    child would inherit."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
