@@ -31,19 +31,24 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) -> None:
+    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    is_result_printed: then it is an error where stdout does not take the last of it, as on a full disk.
+    """
     _open_standard_streams()
     try:
         code = main()
-        _flush()
-        sys.exit(code)
+        lost = _flush()
+        if lost and is_result_printed and not code:
+            raise UserError(f"all is done but for what was to be printed here ({lost}); print it elsewhere")
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _say(f"error: {printable(str(error))}")
+        code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _say("interrupted")
+        code = 130
+    sys.exit(code)
 
 
 def _open_standard_streams() -> None:
@@ -59,13 +64,19 @@ def _open_standard_streams() -> None:
     )
 
 
-def _flush() -> None:
-    """Raises UserError where stdout takes no more, as on a full disk; a reader that has gone (`| head`) has enough."""
+def _flush() -> str | None:
+    """Why stdout does not take what is left to be printed; a reader that has gone (`| head`) has enough."""
     try:
         sys.stdout.flush()
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python would flush the other one again)
-        if not isinstance(error, BrokenPipeError):
-            raise UserError(
-                f"all is done but for what was to be printed here ({error.strerror}); print it elsewhere"
-            ) from None
+        return None if isinstance(error, BrokenPipeError) else error.strerror
+    return None
+
+
+def _say(text: str) -> None:
+    _flush()
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # of a terminal that is gone
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -112,7 +112,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if links := [file for file in (spool, spool / "lock") if file.is_symlink()]:
+    if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
         raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
     if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
         raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
@@ -143,7 +143,9 @@ def _request_in(record: Path) -> Any:
     """What an unfinished conversion was asked for."""
     try:
         return json.loads(read_record(record))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
+    except (ValueError, RecursionError):
         return None
 
 

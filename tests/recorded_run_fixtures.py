@@ -98,8 +98,8 @@ def _run(
     os.environ.update(variables)
     torch.set_num_threads(1)
     note_batches(notes.with_suffix(".jsonl"), step_s)
-    fsync = os.fsync
-    os.fsync = lambda file: time.sleep(random.uniform(0.0, flush_s)) or fsync(file)  # type: ignore[func-returns-value]
+    fsync, chance = os.fsync, random.Random(0)
+    os.fsync = lambda file: time.sleep(chance.uniform(0.0, flush_s)) or fsync(file)  # type: ignore[func-returns-value]
     RunLog.draw = lambda _: None  # type: ignore[method-assign]  # curves.png would take most of the time of a short run
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,22 @@ def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err:
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(err)
     assert len(done.stderr.splitlines()) == (1 if err else 0)
+
+
+@pytest.mark.parametrize(("end", "code"), [("return 129", 129), ("raise UserError('x')", 2), ("return 0", 2)])
+def test_a_terminal_that_is_gone_changes_no_exit_code_but_that_of_a_result_nobody_saw(end: str, code: int) -> None:
+    lines = ["sys.stdin.readline()", "sys.stdout.write('told')", end]
+    main = "def main():\n" + "".join(f"    {line}\n" for line in lines)
+    script = f"import sys\nfrom configs.errors import UserError, run_main\n{main}run_main(main)"
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=terminal, stderr=terminal,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(terminal)
+    os.close(ours)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == code
 
 
 def test_a_closed_stderr_takes_nothing_into_a_file_that_is_opened_later(tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ def check(then: Config, now: Config, text: str | None = None, passes: tuple[int,
         (["train.loss=bce"], 'train.loss: "cross-entropy" then, "bce" now'),
         (["data.val_split=train"], 'data.val_split: "val" then, "train" now'),
         (["eval.crop_fraction=0.6"], "eval.crop_fraction: 1.0 then, 0.6 now"),
-        (["eval.weights=raw"], 'eval.weights: "auto" then, "raw" now'),
         (["train.optimizer.layer_decay=0.7"], "train.optimizer.layer_decay: null then, 0.7 now"),
     ],
 )
@@ -180,6 +179,14 @@ def test_what_changes_no_result_may_change() -> None:
         check(config_of(*PLATEAU), config_of(*PLATEAU, *faster))
     by_train_loss = (*PLATEAU, "train.schedule_options.metric=train_loss")
     check(config_of(*by_train_loss), config_of(*by_train_loss, *faster))
+
+
+def test_it_is_the_weights_that_count_which_must_stay() -> None:
+    check(config_of(), config_of("eval.weights=raw"))
+    average = ("train.ema.decay=0.9",)
+    check(config_of(*average), config_of(*average, "eval.weights=ema"))
+    with pytest.raises(UserError, match=r'eval\.weights: "auto" then, "raw" now'):
+        check(config_of(*average), config_of(*average, "eval.weights=raw"))
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(32, 2), (16, 4)])

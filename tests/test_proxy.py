@@ -66,6 +66,18 @@ def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> 
             torch.testing.assert_close(new.detach(), old.detach() - learnt, rtol=1e-4, atol=1e-6)
 
 
+def test_an_update_of_it_that_is_not_finite_is_left_out_where_the_models_are() -> None:
+    config = ProxyConfig(model="lenet", keep=0.5, every_steps=1)
+    proxy = Proxy(training_of(lenet(), SGD, lr=0.1, on_nonfinite="skip"), config)
+    network, batch = proxy.training.network, random_batch(16)
+    before = copy.deepcopy(network.state_dict())
+    proxy.choose(batch._replace(images=batch.images.float() * float("inf")), update=0)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    proxy.choose(batch, update=1)
+    assert not all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
 def test_its_whitening_bias_is_not_trained() -> None:
     def build(name: str) -> torch.nn.Module:
         return build_model(name, 10, mean=[0.5] * 3, std=[0.5] * 3)

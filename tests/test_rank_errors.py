@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rank_fixtures import end_of
+from train_fixtures import CLEAN, ROOT
 
 from configs.errors import UserError
 from train import dist, rank_errors
@@ -192,21 +196,54 @@ def test_without_a_rank_0_the_others_say_where_they_looked(
     assert "rank 1 of 2 found no rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1 (" in capsys.readouterr().err
 
 
-def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    class Waiting:
-        def all_are_told(self, timeout_s: float) -> bool:
-            return False
+@pytest.mark.parametrize(
+    ("rank", "missing", "who"),
+    [(0, [2, 5], "rank 2, 5"), (0, None, "others"), (1, None, "others"), (0, [], None), (2, None, None)],
+)
+def test_ranks_that_do_not_come_are_named(
+    rank: int,
+    missing: list[int] | None,
+    who: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(rank_errors, "MISSED_S", 0.1)
+    ending = rank_errors._Ending(Ranks(rank, rank, 6, 6))
+    if missing is not None:
+        monkeypatch.setattr(ending, "_lifeline", SimpleNamespace(missing=lambda: missing))
+    ending._name_missing(600.0)
+    said = f"warning: rank {rank} has waited 0 s for {who} to come (killed in starting, or slow?), and waits for up to "
+    assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
 
-        def first_failure(self) -> None:
-            return None
 
-        def missing(self) -> list[int]:
-            return [2, 5]
+LATE = """
+import os, time
+from train import dist, rank_errors
 
-    rank_errors._Ending._name_missing(Waiting(), 600.0)  # type: ignore[arg-type]
-    assert capsys.readouterr().err == (
-        "warning: rank 2, 5 has not come within 60 s (killed as it started?); it is waited for up to 10 minutes\n"
-    )
+def main():
+    with dist.process_group(dist.Ranks.from_environment()):
+        dist.from_all_ranks(0)
+
+rank_errors.MISSED_S = 1.0
+time.sleep(4 * int(os.environ["RANK"]))
+rank_errors.run_ranks(main)
+"""
+
+
+def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
+    """All of it: the thread that warns, while torch waits for all ranks, and a run that goes on well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LATE], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert "warning: rank 0 has waited 1 s for others to come" in errors[0]
 
 
 def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:

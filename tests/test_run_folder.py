@@ -17,8 +17,8 @@ from train_fixtures import DIGITS, alone
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
-from train import run_folder
-from train.run_folder import as_held, find_run, held, make_folder
+from train import checkpoint, run_folder
+from train.run_folder import as_held, find_run, held, is_checkpoint, make_folder
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Con
     def named(name: str) -> Config:
         return load_config(DIGITS, [f"name={name}"], output=str(tmp_path))
 
-    for name in ("net-2", "net-64", "net-1", "nets", "net-2-3"):
+    for name in ("net-2", "net-64", "net-64-2", "net-1", "nets", "net-2-3"):
         make(tmp_path / name, "last.pt", config=named(name))
     make(tmp_path / "net-99")  # no run at all
     assert find_run(config, "auto") == (None, ())
@@ -72,19 +72,48 @@ def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Con
     assert find_run(named("net-64"), "auto")[0] == tmp_path / "net-64"
 
 
+def test_a_run_whose_folder_was_renamed_or_copied_is_found_by_its_new_name(config: Config, tmp_path: Path) -> None:
+    copied = make(tmp_path / "net-tuned", "last.pt", config=config)
+    renamed = load_config(DIGITS, ["name=net-tuned"], output=str(tmp_path))
+    assert find_run(renamed, "auto") == (copied, (copied / "last.pt",))
+
+
+@pytest.mark.parametrize(
+    "text", ["name: net\nremoved_setting: 3\n", "name: [", "name: 3", "- 3", "\xff", "link", "pipe"]
+)
+def test_a_config_is_asked_for_its_name_alone(text: str, config: Config, tmp_path: Path) -> None:
+    """Of an older version it may hold other settings, of a stranger anything."""
+    make(tmp_path / "net", "last.pt", config=config)
+    folder = make(tmp_path / "net-3", "last.pt")
+    if text == "link":
+        (folder / "config.yaml").symlink_to(folder / "config.yaml")
+    elif text == "pipe":
+        os.mkfifo(folder / "config.yaml")
+    else:
+        (folder / "config.yaml").write_bytes(text.encode("latin1"))
+    is_ours = text.startswith("name: net\n")
+    assert find_run(config, "auto")[0] == (folder if is_ours else tmp_path / "net")
+    (folder / "lock").touch()  # as `held` makes it
+    assert find_run(config, "auto")[0] == folder
+
+
 def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_path: Path) -> None:
     folder, target = make(tmp_path / "net", "best.pt"), tmp_path / "target"
     target.write_bytes(b"a stranger's")
-    (folder / "last.pt").symlink_to(folder / "best.pt")  # which are read, or replaced
+    for name in ("last.pt", "config.yaml", ".#config.yaml", "notes"):  # which are replaced, or nothing to a run
+        (folder / name).symlink_to(target)
     with alone():
         with held(folder):
             pass
         for name in ("lock", "log.txt", "metrics.jsonl", "tensorboard"):
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target)
-            with pytest.raises(UserError, match=rf"net/{name} is a link, through which"), held(folder):
+            with pytest.raises(UserError, match=rf"net/{name} is a link or a pipe, through which"), held(folder):
                 pass
             (folder / name).unlink()
+        os.mkfifo(folder / "log.txt")
+        with pytest.raises(UserError, match=r"net/log\.txt is a link or a pipe"), held(folder):
+            pass
     assert target.read_bytes() == b"a stranger's"
 
 
@@ -165,15 +194,43 @@ def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_ha
     config: Config, tmp_path: Path
 ) -> None:
     """Killed within its second save: the first one would else lie there under a name that nobody looks at."""
-    folder = make(tmp_path / "net", "last.pt", "previous.pt.tmp", "best.pt.tmp", config=config)
+    folder = make(tmp_path / "net", "best.pt.tmp", config=config)
+    for name, step in (("last.pt", 2), ("previous.pt.tmp", 1)):
+        checkpoint.write(folder / name, {"format": 1, "position": {"epoch": 0, "step": step}})
     found, candidates = find_run(config, "auto")
     assert candidates == (folder / "last.pt",)
     assert found is not None
     with alone(), held(found):
-        assert as_held(folder, candidates) == (folder / "last.pt", folder / "previous.pt")
-        assert as_held(folder, (folder / "best.pt",)) == (folder / "best.pt",)
-        assert as_held(folder, ()) == ()
+        assert as_held(folder, candidates, is_named=False) == (folder / "last.pt", folder / "previous.pt")
+        assert as_held(folder, (folder / "best.pt",), is_named=True) == (folder / "best.pt",)
     assert list(folder.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("before", [(), ("best.pt",)])
+def test_what_a_run_saves_while_it_is_waited_for_is_gone_on_from(
+    before: tuple[str, ...], config: Config, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "net", *before, config=config)
+    _, candidates = find_run(config, "auto")
+    assert candidates == tuple(folder / name for name in before)
+    with another_run(folder) as other:
+
+        def save_and_end() -> None:
+            (folder / "last.pt").touch()
+            other.kill()
+
+        threading.Timer(0.3, save_and_end).start()
+        with alone(), held(folder):
+            assert as_held(folder, candidates, is_named=False) == (folder / "last.pt",)
+    fresh = make(tmp_path / "fresh")
+    assert as_held(fresh, (), is_named=False) == ()
+
+
+@pytest.mark.parametrize(
+    ("resume", "is_one"), [(None, False), ("auto", False), ("best.pt", True), ("last.pt", False), (".", False)]
+)
+def test_a_checkpoint_that_is_named_is_told_from_a_run(resume: str | None, is_one: bool, tmp_path: Path) -> None:
+    assert is_checkpoint(resume if resume in (None, "auto") else str(tmp_path / resume)) == is_one
 
 
 def test_a_save_of_another_process_is_left_alone_where_nothing_is_locked(

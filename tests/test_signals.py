@@ -81,9 +81,12 @@ def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_to
     for parent, command in ((1, "/sbin/init"), (7, "python3\0-m\0torch.distributed.run"), (8, "bash\0job.sh")):
         (tmp_path / str(parent)).mkdir()
         (tmp_path / str(parent) / "cmdline").write_text(command)
+        (tmp_path / str(parent) / "comm").write_text(command.split("/")[-1].split("\0")[0] + "\n")
     assert [is_orphan(parent, tmp_path) for parent in (1, 7, 8)] == [True, False, False]
     (tmp_path / "1" / "cmdline").write_text("/usr/bin/python3\0/usr/local/bin/torchrun\0train/ddp.py")
     assert not is_orphan(1, tmp_path)
+    (tmp_path / "8" / "comm").write_text("systemd\n")
+    assert is_orphan(8, tmp_path)
     assert is_orphan(1, tmp_path / "hidden")
 
 

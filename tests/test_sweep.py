@@ -452,7 +452,8 @@ def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
     assert sweep_runs.is_finished(point)
     (run / "last.pt").unlink()
     assert not sweep_runs.is_finished(point)
-    (tmp_path / "lr=0.001-2").mkdir()
+    (tmp_path / "lr=0.001-3").mkdir()
+    (tmp_path / "lr=0.001-3" / "config.yaml").write_text("name: lr=0.001\n")
     with pytest.raises(UserError, match="would be taken for the latest run"):
         sweep_runs.is_finished(point)
     assert {path.name: path.read_bytes() for path in run.iterdir()} | {"last.pt": before["last.pt"]} == before

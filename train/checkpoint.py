@@ -46,7 +46,7 @@ def write_last(folder: Path, content: dict[str, Any]) -> None:
 def settle(folder: Path) -> None:
     """Of a save in which a run was killed nothing stays in its folder, where the file system lets it be removed."""
     with suppress(OSError):  # which the next save names
-        durable.settle(folder / LAST, folder / PREVIOUS)
+        durable.settle(folder / LAST, folder / PREVIOUS, is_intact)
         durable.remove_unfinished(folder / BEST)
 
 

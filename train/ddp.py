@@ -31,7 +31,7 @@ from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of
 from train.proxy import check_proxy
 from train.rank_errors import run_ranks
-from train.run_folder import as_held, find_run, held, make_folder
+from train.run_folder import as_held, find_run, held, is_checkpoint, make_folder
 from train.saving import Saving
 from train.schedule import remarks
 from train.showcase import show_predictions, show_samples
@@ -95,7 +95,8 @@ def main() -> int:
         is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
         if folder is not None and trains and is_run:  # before its checkpoints are read
             until_the_end.enter_context(held(folder))
-            candidates = dist.from_first_rank(partial(as_held, folder, candidates))
+            is_named = in_use is None and is_checkpoint(resume)
+            candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
         source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
             if content is None or source is None:

@@ -6,6 +6,7 @@ Knows no contents. An OSError comes out as it is, and leaves the file of that na
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
     """`replace`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
     stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
-    settle(path, previous)
+    remove_unfinished(previous)
     temporary, kept = _written_beside(path, fill), _beside(previous)
     try:
         kept.hardlink_to(path)
@@ -33,16 +34,18 @@ def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], obje
     _rename(kept, previous)
 
 
-def settle(path: Path, previous: Path) -> None:
+def settle(path: Path, previous: Path, is_whole: Callable[[Path], bool]) -> None:
     """End what a program that was killed in `replace_and_keep` had begun; afterwards nothing lies beside the two."""
     remove_unfinished(path)
     kept = _beside(previous)
     if not kept.exists():
         return
-    if any(file.exists() and kept.samefile(file) for file in (path, previous)):
-        kept.unlink()
-    else:  # the new one stood already
-        _rename(kept, previous)
+    if is_whole(kept) and not any(
+        file.exists() and filecmp.cmp(kept, file, shallow=False) for file in (path, previous)
+    ):
+        _rename(kept, previous)  # the new one stood already
+    else:  # a copy of what is there, or damaged since
+        remove_unfinished(previous)
 
 
 def remove_unfinished(path: Path) -> None:

@@ -30,7 +30,7 @@ from train.dist import Ranks
 from train.ema import average_counts
 from train.health import Health, NotFinite
 from train.log import RunLog
-from train.loop import Interrupted, Training, evaluate, train_epoch
+from train.loop import Interrupted, Training, evaluate, train_epoch, trainings_of
 from train.meter import Meter, peak_memory_gib
 from train.run_folder import latest_of
 from train.saving import Saving
@@ -292,8 +292,9 @@ def go_on(
     checkpoint.restore(training, content, source)
     if not dist.is_first_rank():
         training.sums.zero_()  # the checkpoint holds the sums over all ranks
-    if training.guard is not None:
-        training.guard.begin()
+    for one in trainings_of(training):
+        if one.guard is not None:
+            one.guard.begin()
     position: dict[str, int] = content["position"]
     epoch, step = position["epoch"], position["step"]
     steps = (*timeline.updates, 0)

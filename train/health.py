@@ -72,15 +72,16 @@ class Health:
 
 @torch.no_grad()
 def is_finite(training: Training) -> Tensor:
-    """Whether all that a step goes on from is finite: weights, floating-point buffers, the optimizer's state, and those
-    of a proxy: bool [] on the device; does not synchronise."""
+    """Whether all that a step goes on from is finite: weights, floating-point buffers, the optimizer's state, those
+    of a proxy, and the model's slow copy: bool [] on the device; does not synchronise."""
+    slow = training.lookahead.slow.values() if training.lookahead is not None else ()
     tensors = [
         tensor
         for one in trainings_of(training)
         for tensor in (*one.network.state_dict().values(), *_tensors(list(one.optimizer.state.values())))
         if tensor.is_floating_point() and tensor.device == training.sums.device
     ]
-    return largest(tensors).isfinite()
+    return largest([*tensors, *slow]).isfinite()
 
 
 def _tensors(state: list[Any]) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from train.content import check_holds
 # which a resumed run may change.
 FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
         "eval_every_epochs", "on_nonfinite")  # fmt: skip
-EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta", "weights")  # what best.pt is chosen by
+EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what best.pt is chosen by, beside the weights
 
 
 def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
@@ -77,6 +77,9 @@ def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
         **flat_settings("train", train, without=FREE),
         "data.val_split": data.val_split,
         **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION},
+        "eval.weights": "raw"
+        if train.ema.decay is not None and config.eval.weights == "raw"
+        else "auto",  # as it counts
         **(watched(config) if train.schedule == "plateau" else {}),
     }
 

@@ -38,7 +38,12 @@ class Proxy:
         hard = losses.detach().topk(kept_samples(len(batch.labels), self._config), sorted=False).indices
         if learns:
             training.scaler.scale(losses[hard].mean()).backward()
-            training.scaler.step(training.optimizer)
+            if training.guard is None:
+                training.scaler.step(training.optimizer)
+            else:
+                training.scaler.unscale_(training.optimizer)
+                training.guard.look()
+                training.guard.step(training.scaler)
             training.scaler.update()
             training.optimizer.zero_grad(set_to_none=True)
         images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # stays channels_last

@@ -53,7 +53,7 @@ def run_ranks(main: Callable[[], int | None]) -> None:
         ranks = Ranks.from_environment()
         return _Ending(ranks).run(main) if ranks.world_size > 1 else _run_alone(main)
 
-    run_main(run)
+    run_main(run, is_result_printed=False)
 
 
 def _run_alone(main: Callable[[], int | None]) -> int | None:
@@ -71,17 +71,19 @@ class _Ending:
         self._ranks = ranks
         self._last_word = threading.Lock()  # taken once
         self._lifeline: Lifeline | None = None
+        self._has_come = threading.Event()  # everybody, or an end
         self._is_in_a_hurry = False
 
     def run(self, main: Callable[[], int | None]) -> int | None:
+        waits_s = dist.GROUP_TIMEOUT.total_seconds()
+        threading.Thread(target=self._name_missing, args=(waits_s,), daemon=True).start()
         try:
             store, address = dist.open_store(self._ranks)
-            waits_s = dist.GROUP_TIMEOUT.total_seconds()
             self._lifeline = connect(self._ranks, store, address, self._stop_soon, waits_s)
             os.environ[dist.START] = self._lifeline.word
-            threading.Thread(target=self._name_missing, args=(self._lifeline, waits_s), daemon=True).start()
             code = main()
         except Exception as error:
+            self._has_come.set()
             self._fail(error)
         except (SystemExit, KeyboardInterrupt):
             self._leave()
@@ -92,14 +94,18 @@ class _Ending:
         self._leave()
         return code
 
-    @staticmethod
-    def _name_missing(lifeline: Lifeline, waits_s: float) -> None:
-        if not lifeline.all_are_told(MISSED_S) and lifeline.first_failure() is None:
-            names = ", ".join(map(str, lifeline.missing()))
-            _say(f"warning: rank {names} has not come within {MISSED_S:.0f} s (killed as it started?); it is waited "
-                 f"for up to {waits_s / 60:.3g} minutes")  # fmt: skip
+    def _name_missing(self, waits_s: float) -> None:
+        """In a thread. Of all ranks that wait, the first says so, and the second where it waits for the first."""
+        if self._has_come.wait(MISSED_S) or self._ranks.rank > 1:
+            return
+        missing = self._lifeline.missing() if self._lifeline is not None else None  # None: it is not known who
+        if missing != []:
+            others = f"rank {', '.join(map(str, missing))}" if missing else "others"
+            _say(f"warning: rank {self._ranks.rank} has waited {MISSED_S:.0f} s for {others} to come (killed in "
+                 f"starting, or slow?), and waits for up to {waits_s / 60:.3g} minutes")  # fmt: skip
 
     def _leave(self) -> None:
+        self._has_come.set()
         if self._lifeline is not None:
             self._lifeline.leave()
 

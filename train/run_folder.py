@@ -11,20 +11,23 @@ import itertools
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from configs import yaml_text
 from configs.errors import UserError
-from configs.load import load_config
+from configs.files import read_record
 from configs.notes import warn
 from configs.schema import Config
 from train import checkpoint, dist
 from train.checkpoint import BEST, LAST, PREVIOUS
 
 LOCK = "lock"  # in a run folder: who trains there
+WRITTEN = (LOCK, "log.txt", "metrics.jsonl", "wandb_id.txt", ".curves.png", "wandb", "tensorboard")  # in place
 # What ends or has ended may still hold it: a run that writes its last checkpoint, ranks whose torchrun was killed, or,
 # on a network file system, a machine that is gone, whose locks end after 90 s.
 HELD_S = 100.0
@@ -39,22 +42,34 @@ def run_folders(config: Config) -> list[Path]:
 
 
 def _latest_number(config: Config) -> int:
-    """Of the runs of this very name; 0: there is none."""
+    """Of the runs of this name; 0: there is none."""
     taken = _numbers_taken(config)
     unbroken = next(number for number in range(1, len(taken) + 2) if number not in taken) - 1
     for number in sorted(taken, reverse=True):
-        name = _name_of_run(_numbered(config, number))
-        if name == config.name or (name is None and number <= unbroken):  # killed as it began, or of an older version
+        folder = _numbered(config, number)
+        name = _name_of_run(folder)
+        if name is None:  # killed as it began
+            if number <= unbroken or (folder / LOCK).exists():
+                return number
+        elif name == config.name or not _may_be_called(folder.name, name):  # or it was renamed, or copied
             return number
     return 0
 
 
+def _may_be_called(folder: str, name: str) -> bool:
+    """Whether a run of this name makes folders that are called so."""
+    return re.fullmatch(re.escape(name) + "(-[1-9][0-9]*)?", folder) is not None
+
+
 def _name_of_run(folder: Path) -> str | None:
-    """As its config.yaml has it; None where there is none that can be read."""
+    """As its config.yaml has it, of whatever version; None where there is none that can be read."""
+    file = folder / "config.yaml"
     try:
-        return load_config(folder / "config.yaml").name
-    except UserError:
+        values = yaml_text.parse(read_record(file), str(file)).value
+    except (OSError, ValueError, UserError):
         return None
+    name = values.get("name") if isinstance(values, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _numbered(config: Config, number: int) -> Path:
@@ -91,6 +106,11 @@ def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Pat
         return None, (path,)  # it was copied there: the run goes on in a folder of its own, nothing there is touched
     latest = latest_of(path.parent)
     return path.parent, latest if path == latest[0] else (path,)
+
+
+def is_checkpoint(resume: str | None) -> bool:
+    """Whether --resume names one checkpoint; last.pt stands for its run."""
+    return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
 
 def latest_of(folder: Path) -> tuple[Path, ...]:
@@ -138,21 +158,27 @@ def held(folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def as_held(folder: Path, candidates: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Candidates of `find_run` as they are now that the folder is held."""
-    return latest_of(folder) if candidates and candidates[0] == folder / LAST else candidates
+def as_held(folder: Path, candidates: tuple[Path, ...], *, is_named: bool) -> tuple[Path, ...]:
+    """Candidates of `find_run` as they are now that the folder is held: the run that held it may have saved meanwhile.
+
+    is_named: a single checkpoint was asked for, which stays.
+    """
+    latest = latest_of(folder)
+    return latest if not is_named and any(path.exists() for path in latest) else candidates
 
 
 def _refuse_links(folder: Path) -> None:
-    """A run folder may be a stranger's, and a run would write through them. Checkpoints are read or replaced alone."""
-    links: list[Path] = []
-    with suppress(OSError):  # a folder that cannot be read, which others say
-        links = [file for file in sorted(folder.iterdir()) if file.is_symlink() and file.suffix != ".pt"]
-    if links:
-        raise UserError(
-            f"{links[0]} is a link, through which a run would write elsewhere; put the file or folder itself there, or "
-            "remove it"
-        )
+    """A run folder may be a stranger's, and a run would write through them, or wait for a pipe."""
+    for file in (folder / name for name in WRITTEN):
+        try:
+            mode = file.lstat().st_mode
+        except OSError:  # it is not there yet; what else is wrong shows where it is written
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(
+                f"{file} is a link or a pipe, through which a run would write elsewhere; put a file or folder of its "
+                "own there, or remove it"
+            )
 
 
 def _lock(folder: Path) -> list[BinaryIO]:

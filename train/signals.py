@@ -20,6 +20,7 @@ from configs.errors import UserError
 # SIGHUP: the terminal is gone
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux
+REAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
 AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
 
 
@@ -78,9 +79,12 @@ def end_with_torchrun() -> None:
 
 
 def is_orphan(parent: int, proc: Path = Path("/proc")) -> bool:
-    """Whether a process of this parent has got the system's first process for it; in a container that may be torchrun
-    itself."""
-    command = b""
+    """Whether a process of this parent has got it because its own one is gone: the system's first process, which in a
+    container may be torchrun itself, or one that takes over the orphans of a user or a container."""
+    command = name = b""
     with suppress(OSError):  # another user's, where they are hidden
         command = (proc / str(parent) / "cmdline").read_bytes()
-    return parent == 1 and b"python" not in command and b"torchrun" not in command
+        name = (proc / str(parent) / "comm").read_bytes().strip()
+    if parent != 1:
+        return name in REAPERS
+    return b"python" not in command and b"torchrun" not in command

@@ -197,8 +197,8 @@ def _tensors(training: Training) -> dict[Any, torch.Tensor]:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     tensors[number, index, name] = value
-    if training.guard is not None:
-        tensors |= {("guard", number): tensor for number, tensor in enumerate(training.guard.sound)}
-        tensors["guard", "left out"] = training.guard.left_out
+        if one.guard is not None:
+            tensors |= {(number, "guard", index): tensor for index, tensor in enumerate(one.guard.sound)}
+            tensors[number, "guard", "left out"] = one.guard.left_out
     slow = training.lookahead.slow if training.lookahead is not None else {}
     return tensors | {("slow", name): tensor for name, tensor in slow.items()}

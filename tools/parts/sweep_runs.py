@@ -25,6 +25,7 @@ from configs.load import to_yaml
 from tools.parts.run_records import identity, read_run, show
 from tools.parts.sweep_points import Point
 from tools.parts.tables import write_text
+from train.run_folder import find_run
 
 SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
@@ -111,8 +112,9 @@ def locked(folder: Path) -> Iterator[int]:
 def is_finished(point: Point) -> bool:
     """Whether the run needs no process any more. Raises UserError where its folder holds another run."""
     folder = folder_of(point)
-    if (second := folder.with_name(f"{folder.name}-2")).exists():  # --resume auto would take it for the latest
-        raise UserError(f"{second} would be taken for the latest run of {folder}; move it away, or give another --out")
+    latest = find_run(point.config, "auto")[0]  # which the run would go on in
+    if latest not in (None, folder):
+        raise UserError(f"{latest} would be taken for the latest run of {folder}; move it away, or give another --out")
     config_file, last = folder / "config.yaml", folder / "last.pt"
     if not config_file.is_file() or config_file.stat().st_size == 0:  # killed before it began
         return False
