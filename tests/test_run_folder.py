@@ -64,7 +64,9 @@ def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Con
     for name in ("net-2", "net-64", "net-64-2", "net-1", "nets", "net-2-3"):
         make(tmp_path / name, "last.pt", config=named(name))
     make(tmp_path / "net-99")  # no run at all
+    (tmp_path / "net").touch()  # no folder at all
     assert find_run(config, "auto") == (None, ())
+    (tmp_path / "net").unlink()
     assert make_folder(config) == tmp_path / "net"
     first = make(tmp_path / "net", "last.pt", config=config)
     assert find_run(config, "auto") == (first, (first / "last.pt",))

@@ -48,8 +48,8 @@ def _latest_number(config: Config) -> int:
     for number in sorted(taken, reverse=True):
         folder = _numbered(config, number)
         name = _name_of_run(folder)
-        if name is None:  # killed as it began
-            if number <= unbroken or (folder / LOCK).exists():
+        if name is None:
+            if folder.is_dir() and (number <= unbroken or (folder / LOCK).exists()):  # killed as it began
                 return number
         elif name == config.name or not _may_be_called(folder.name, name):  # or it was renamed, or copied
             return number
