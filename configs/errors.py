@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Control characters of terminals (8-bit ones too), line ends, marks that turn the direction of writing, surrogates.
@@ -65,18 +65,22 @@ def _open_standard_streams() -> None:
 
 
 def _flush() -> str | None:
-    """Why stdout does not take what is left to be printed; a reader that has gone (`| head`) has enough."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python would flush the other one again)
-        return None if isinstance(error, BrokenPipeError) else error.strerror
-    return None
+    """Why stdout does not take what is left to be printed; a reader that has gone (`| head`) has enough.
+
+    Python would flush again at its end, and make 120 of the exit code.
+    """
+    lost: dict[str, OSError] = {}
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError as error:
+            lost[name] = error
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    why = lost.get("stdout")
+    return None if why is None or isinstance(why, BrokenPipeError) else why.strerror
 
 
 def _say(text: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone
+        print(text, file=sys.stderr)
     _flush()
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:  # of a terminal that is gone
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

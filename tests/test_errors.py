@@ -66,7 +66,15 @@ def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err:
     assert len(done.stderr.splitlines()) == (1 if err else 0)
 
 
-@pytest.mark.parametrize(("end", "code"), [("return 129", 129), ("raise UserError('x')", 2), ("return 0", 2)])
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("return 129", 129),
+        ("raise UserError('x')", 2),
+        ("return 0", 2),
+        ("sys.stderr.write('x'); return 143", 143),
+    ],
+)
 def test_a_terminal_that_is_gone_changes_no_exit_code_but_that_of_a_result_nobody_saw(end: str, code: int) -> None:
     lines = ["sys.stdin.readline()", "sys.stdout.write('told')", end]
     main = "def main():\n" + "".join(f"    {line}\n" for line in lines)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import select
 import signal
+import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -20,6 +26,7 @@ from fault_fixtures import (
     start,
     wait_for,
 )
+from train_fixtures import CLEAN, heed_ctrl_c
 
 EXIT_S = 20
 
@@ -74,6 +81,31 @@ def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_on
     assert code == 128 + number
     assert where in {f"epoch 1 step {step}" for step in range(1, 8)}
     assert_same_run(tmp_path / "digits_lenet", unbroken)
+
+
+def test_a_terminal_that_goes_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
+    """As of an ssh session: SIGHUP comes, and nothing can be printed any more."""
+    ours, terminal = pty.openpty()
+
+    def take_it() -> None:
+        heed_ctrl_c()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
+    process = subprocess.Popen(
+        command_with(pause, run_arguments(digits, tmp_path)), stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True, preexec_fn=take_it, env={**CLEAN, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(terminal)
+    folder, end_s = tmp_path / "digits_lenet", time.monotonic() + 120
+    while not logged(folder, "epoch 0:"):
+        assert time.monotonic() < end_s
+        if select.select([ours], [], [], 0.02)[0]:
+            os.read(ours, 65536)  # else it would wait for room
+    os.close(ours)
+    assert process.wait(EXIT_S) == 128 + signal.SIGHUP
+    assert logged(folder, "stopped by SIGHUP after step")
+    assert content(folder / "last.pt")["position"]["epoch"] == 1
 
 
 def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(
