@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -131,12 +130,6 @@ def wait_until(holds: Callable[[], Any], timeout_s: float = 120.0) -> None:
     while not holds():
         assert time.monotonic() < end, "what was waited for did not come"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:

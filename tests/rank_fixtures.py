@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from train_fixtures import free_port
 
 from train.dist import Ranks
 from train.rank_errors import run_ranks
@@ -41,9 +41,7 @@ def end_of(
     """run_ranks(main) on each rank, without torchrun: main(ranks, *arguments). Fails where a rank hangs for that long,
     but for the one that stops itself, which is killed in the end."""
     printed = folder / "printed"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         FORKED.Process(target=_member, args=(Ranks(rank, rank, world_size, world_size), port, printed, main, arguments))
         for rank in range(world_size)

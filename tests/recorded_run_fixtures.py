@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_fixtures import strict_lines
+from train_fixtures import free_port, strict_lines
 
 from configs.errors import run_main
 from pipelines.loader import Batch, Loader
@@ -58,9 +57,7 @@ def start(
 
 
 def start_ranks(arguments: Sequence[str | Path], notes: Path, world_size: int) -> list[BaseProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [Ranks(rank, rank, world_size, world_size) for rank in range(world_size)]
     return [start(arguments, notes, ranks=one, port=port) for one in ranks]
 

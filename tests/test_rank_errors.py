@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rank_fixtures import end_of
-from train_fixtures import CLEAN, ROOT
+from train_fixtures import CLEAN, ROOT, free_port
 
 from configs.errors import UserError
 from train import dist, rank_errors
@@ -232,9 +231,7 @@ rank_errors.run_ranks(main)
 
 def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
     """All of it: the thread that warns, while torch waits for all ranks, and a run that goes on well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", LATE], stderr=subprocess.PIPE, text=True, cwd=ROOT,

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_fixtures import NAME, arguments, assert_same_weights, free_port, run_unbroken, saved_steps, wait_until
-from train_fixtures import CLEAN, ROOT
+from launch_fixtures import NAME, arguments, assert_same_weights, run_unbroken, saved_steps, wait_until
+from train_fixtures import CLEAN, ROOT, free_port
 
 from tools import convert
 

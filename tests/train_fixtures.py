@@ -195,13 +195,17 @@ def gradients_at_each_step(training: Training) -> list[list[torch.Tensor]]:
     return seen
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(ranks, *arguments) in a gloo group of `world_size` processes; returns what each rank returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_fixtures", "pipelines.build", "torch._dynamo"])  # once, for all groups
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(world_size, mp_context=context) as pool:
         futures = [pool.submit(_member, rank, world_size, port, function, arguments) for rank in range(world_size)]
         return [future.result(timeout=300) for future in futures]

@@ -47,6 +47,8 @@ def find_folder(config: Config, resume: str | None, launch: list[str]) -> tuple[
     That is the folder itself where it has a checkpoint. Where it has none yet the run begins anew in it, from the
     checkpoint that --resume names, if it does.
     """
+    if not launch:
+        return None, resume
     folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launch)), None)
     if folder is None:
         return None, resume

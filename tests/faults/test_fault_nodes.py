@@ -12,11 +12,11 @@ from launch_fixtures import (
     Launch,
     arguments,
     assert_same_weights,
-    free_port,
     run_unbroken,
     saved_steps,
     wait_until,
 )
+from train_fixtures import free_port
 
 from tools import convert
 
