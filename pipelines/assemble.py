@@ -92,7 +92,7 @@ def assemble(
             source = _source(split, graphs, way, pixels, gathered, slot_size, buffering.slots, device)
     runner: Runner = PlainRunner(device, stream)
     if way.by_dali:
-        runner = GraphRunner(lambda: graphs.dali(stored, machine), device, stream)
+        runner = GraphRunner(lambda: graphs.dali(stored, machine), device)
     return Loader(
         plan,
         source,
@@ -126,7 +126,7 @@ def _source(
     on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
     if raw and way.resident and on_gpu:
         if way.by_dali or way.untouched:
-            return DevicePixels(pixels(), shape, slot_size, count)
+            return DevicePixels(pixels(), shape, slot_size, count, waits=way.by_dali)
         from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
 
         padding_mode = "reflect" if graphs.reflects else "black"

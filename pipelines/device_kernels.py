@@ -7,14 +7,17 @@ is about to use a GPU may import this file.
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
 import numpy as np
 import torch
+
+# Triton 3.9 warns in every process that leaves this unset; 1 is the default of all versions up to it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
-from pipelines.gather import Source
+from pipelines.gather import DeviceInputs, Source
 
 BLOCK_BYTES = 1024  # of the output, per program: three programs for an image of 32x32
 DRAW_ROWS = 4  # per sample: index, offset y, offset x, flip
@@ -85,11 +88,11 @@ def gather_crop_flip(
 
 
 class DeviceAugment(Source):
-    """Batches of a split that lies whole in GPU memory: gathered, cropped and flipped into reused slots.
+    """Batches of a split that lies whole in GPU memory, gathered, cropped and flipped in one launch.
 
     pixels: uint8 [N, H * W * 3] on the GPU; shape: (H, W, 3) of the stored images; size: of the square images it gives.
-    A slot may be filled again when all that was launched for its last batch has run: its draws lie in pinned memory
-    until they are copied.
+    Each batch is a new tensor, as those of `gather.DevicePixels`. A slot may be filled again when its draws, which lie
+    in pinned memory, are copied.
     """
 
     def __init__(
@@ -101,12 +104,8 @@ class DeviceAugment(Source):
         slots: int,
         padding_mode: str = "black",
     ) -> None:
-        self._pixels, self._shape, self._padding_mode = pixels, shape, padding_mode
-        draws: dict[str, Any] = {"size": (slots, DRAW_ROWS, batch_size), "dtype": torch.int64}
-        self._host = torch.empty(**draws, pin_memory=pixels.is_cuda)
-        self._host_array = self._host.numpy()
-        self._device = torch.empty(**draws, device=pixels.device)
-        self._out = pixels.new_empty((slots, batch_size, size, size, 3))
+        self._pixels, self._shape, self._size, self._padding_mode = pixels, shape, size, padding_mode
+        self._draws = DeviceInputs(slots, (DRAW_ROWS, batch_size), pixels.device)
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, size, size, 3], written on the current stream; draws as graph.train_graph takes them.
@@ -114,17 +113,16 @@ class DeviceAugment(Source):
         indices: int64 [B]; draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], or without either.
         """
         samples = len(indices)
-        rows = self._host_array[slot]
+        rows = self._draws.host[slot]
         rows[0, :samples] = indices
         if "offset" in draws:
             rows[1:3, :samples] = draws["offset"].T
         if "flip" in draws:
             rows[3, :samples] = draws["flip"]
-        on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
         return gather_crop_flip(
             self._pixels,
-            on_device,
-            self._out[slot, :samples],
+            self._draws.to_device(slot),
+            self._pixels.new_empty((samples, self._size, self._size, 3)),
             shape=self._shape,
             crops="offset" in draws,
             flips="flip" in draws,

@@ -143,18 +143,49 @@ class HostPixels(Source):
         return torch.from_numpy(out)
 
 
-class DevicePixels(Source):
-    """The whole split in GPU memory: a batch is gathered there and never crosses the bus."""
+class DeviceInputs:
+    """Small integers of each batch, copied to the device without blocking the host: int64 [slots, *shape].
 
-    def __init__(self, pixels: torch.Tensor, shape: tuple[int, int, int], batch_size: int, slots: int) -> None:
-        self._pixels, self._shape = pixels, shape
-        self._slots = [pixels.new_empty((batch_size, pixels.shape[1])) for _ in range(slots)]
+    A slot may be written again when its last copy is done. On the CPU a copy is done when `to_device` returns.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
+        # Pinned: a copy from pageable memory blocks the calling thread.
+        self._host = torch.empty((slots, *shape), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.empty((slots, *shape), dtype=torch.int64, device=device)
+        self.host = self._host.numpy()  # to be written before `to_device`
+
+    def to_device(self, slot: int) -> torch.Tensor:
+        """int64 [*shape] on the device, copied on the current stream; overwritten by the slot's next copy."""
+        return self._device[slot].copy_(self._host[slot], non_blocking=True)
+
+
+class DevicePixels(Source):
+    """The whole split in GPU memory: a batch is gathered there and never crosses the bus.
+
+    pixels: uint8 [N, H * W * 3]; shape: (H, W, 3). Each batch is a new tensor, so that it can be handed over without a
+    copy: torch's allocator reuses its memory when the streams it was recorded on are done with it.
+
+    waits: block until the gather is done, as DALI needs: it does not wait for any stream before it reads an input that
+    it was given with no_copy.
+    """
+
+    def __init__(
+        self, pixels: torch.Tensor, shape: tuple[int, int, int], batch_size: int, slots: int, *, waits: bool
+    ) -> None:
+        self._pixels, self._shape, self._waits = pixels, shape, waits and pixels.is_cuda
+        self._indices = DeviceInputs(slots, (batch_size,), pixels.device)
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, H, W, 3], written on the current stream."""
-        out = self._slots[slot][: len(indices)]
-        torch.index_select(self._pixels, 0, torch.from_numpy(indices).to(out.device), out=out)
-        return out.view(len(indices), *self._shape)
+        samples = len(indices)
+        self._indices.host[slot, :samples] = indices
+        rows = self._pixels.index_select(0, self._indices.to_device(slot)[:samples])
+        if self._waits:
+            gathered = torch.cuda.Event(blocking=True)  # sleeps: a spinning thread would take a core
+            gathered.record()
+            gathered.synchronize()
+        return rows.view(samples, *self._shape)
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:

@@ -167,7 +167,7 @@ def _decoded(stored: Stored, machine: Machine) -> DataNode:
             return fn.decoders.image(files, device="mixed", hw_decoder_load=machine.hw_decoder_load, **how)
         return fn.decoders.image(files, device="cpu", **how)
     if stored.resident and on_gpu:
-        return fn.external_source(name="images", device="gpu", layout="HWC")
+        return fn.external_source(name="images", device="gpu", layout="HWC", no_copy=True)
     images = fn.external_source(name="images", layout="HWC", no_copy=True)
     return images.gpu() if on_gpu else images
 

@@ -30,18 +30,17 @@ class Runner(Protocol):
 class GraphRunner:
     """Runs a DALI graph; tensors are handed over without a copy."""
 
-    def __init__(
-        self, build: Callable[[], Pipeline], device: torch.device, gather_stream: torch.cuda.Stream | None
-    ) -> None:
+    def __init__(self, build: Callable[[], Pipeline], device: torch.device) -> None:
         self._build = build
         self._pipeline = build()
         self._device = device
-        self._gather_stream = gather_stream
         self._labels: deque[torch.Tensor] = deque()
+        self._fed: deque[Any] = deque()  # DALI reads fed images in place until their result is there
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
+        self._fed.append(images)
         if isinstance(images, torch.Tensor) and images.is_cuda:
-            self._pipeline.feed_input("images", images, layout="HWC", cuda_stream=self._gather_stream)
+            self._pipeline.feed_input("images", images, layout="HWC")  # complete: see DevicePixels
         elif isinstance(images, torch.Tensor):
             batch = TensorListCPU(images.numpy(), layout="HWC", is_pinned=images.is_pinned())
             self._pipeline.feed_input("images", batch)
@@ -53,12 +52,14 @@ class GraphRunner:
         self._pipeline.schedule_run()
 
     def result(self) -> Result:
-        labels = self._labels.popleft()
+        labels, fed = self._labels.popleft(), self._fed.popleft()
         if self._device.type != "cuda":
             (images,) = self._pipeline.outputs()
             return torch.from_dlpack(images.as_tensor()), labels, nothing_to_wait_for
         stream = torch.cuda.current_stream(self._device)
         (images,) = self._pipeline.outputs(cuda_stream=stream)
+        if isinstance(fed, torch.Tensor) and fed.is_cuda:
+            fed.record_stream(stream)  # which waits for the outputs: the allocator keeps the input until then
         labels = labels.pin_memory().to(self._device, non_blocking=True)
         return torch.from_dlpack(images.as_tensor()), labels, _event(stream).synchronize
 
@@ -67,6 +68,7 @@ class GraphRunner:
         del self._pipeline  # first, since both may not fit into a GPU's memory
         self._pipeline = self._build()
         self._labels.clear()
+        self._fed.clear()
 
 
 def runs_on(file: np.ndarray, build: Callable[[], Pipeline]) -> bool:
@@ -82,9 +84,10 @@ def runs_on(file: np.ndarray, build: Callable[[], Pipeline]) -> bool:
 
 
 class PlainRunner:
-    """For a graph that would do nothing: stored pixels go to the device as they are.
+    """Hand over batches that need no graph: stored pixels, or those that a source has already augmented.
 
-    On a GPU by a stream of its own, so that a batch crosses the bus while the model works on the one before.
+    Batches in host memory are copied to a GPU on a separate stream, so that the copy overlaps with the model's work on
+    the batch before. Batches that are on the device are handed over without a copy.
     """
 
     def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream | None) -> None:
@@ -100,8 +103,7 @@ class PlainRunner:
             return
         self._copy_stream.wait_stream(self._gather_stream)  # type: ignore[arg-type]
         with torch.cuda.stream(self._copy_stream):
-            # one copy either way: from pinned memory, or out of a slot of resident pixels
-            on_device = torch.empty_like(images, device=self._device).copy_(images, non_blocking=True)
+            on_device = images.to(self._device, non_blocking=True)  # itself where it is there
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
         self._ready.append((on_device, labels_on_device, _event(self._copy_stream)))
 
@@ -112,8 +114,9 @@ class PlainRunner:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
         for tensor in (images, labels):
-            tensor.record_stream(current)  # their memory came from the copying stream, which must not reuse it early
-        return images, labels, copied.synchronize  # the slot was read when the copy ended, however long the batch lives
+            tensor.record_stream(current)  # allocated on another stream, which must not reuse their memory early
+        # The slot was read when the copy, or the gather before it, ended, however long the batch lives.
+        return images, labels, copied.synchronize
 
     def restart(self) -> None:
         self._ready.clear()

@@ -73,7 +73,7 @@ def by_cpu(graph_: cpu_graph.CpuGraph | None, pixels: np.ndarray, feeds: dict[st
 
 
 def by_dali(pipeline: Any, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"), None)
+    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
     runner.submit(torch.from_numpy(pixels), np.arange(len(pixels)), feeds)
     return runner.result()[0].numpy().copy()
 
@@ -309,7 +309,7 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
     split = open_split(tmp_path / "tiny", "val")
     ours = HostJpegs(split, Slots(1, BATCH, (97, 97, 3))).fill(0, np.arange(BATCH), {})
     pipeline = graph.eval_graph(graph.Stored("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear", True, False)
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"), None)
+    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit(files, np.arange(BATCH), {})
     assert torch.equal(ours, runner.result()[0])
@@ -322,7 +322,7 @@ def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) 
     order = RANDOM.permutation(BATCH)
     found = ours.fill(0, order, {}).numpy()
     pipeline = graph.eval_graph(graph.Stored("jpeg", None, False), MACHINE, 64, 0.875, "bilinear", True, False)
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"), None)
+    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit([files[i] for i in order], np.arange(BATCH), {})
     assert_same_but_for_rounding(found, runner.result()[0].numpy(), share=0.01)

@@ -56,7 +56,7 @@ def built(programs: Programs, side: int, count: int, gpu: bool = False) -> Graph
     machine = graph.Machine(0 if gpu else None, count, 2, 0.0)
     kind = graph.Stored("npy", (side, side, 3), False)
     pipeline = graph.train_graph(kind, machine, AugConfig(flip=0), side, "bilinear", True, programs)
-    return GraphRunner(lambda: pipeline, torch.device("cuda" if gpu else "cpu"), None)
+    return GraphRunner(lambda: pipeline, torch.device("cuda" if gpu else "cpu"))
 
 
 def by_dali(

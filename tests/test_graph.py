@@ -132,7 +132,7 @@ def drawn_crops(indices: np.ndarray, split: Split, aug: AugConfig) -> np.ndarray
 
 def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
     """One batch through a graph: uint8 [B, H, W, 3]."""
-    runner = GraphRunner(lambda: pipeline, CPU, None)
+    runner = GraphRunner(lambda: pipeline, CPU)
     runner.submit(images, np.arange(len(images)), feeds)
     outputs, labels, _ = runner.result()
     assert labels.tolist() == list(range(len(images)))
