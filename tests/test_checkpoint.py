@@ -13,6 +13,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ STATE = {"position": {"epoch": 2, "step": 5}, "progress": {"best_top1": 0.5}, "s
 
 
 @pytest.fixture(autouse=True)
-def _process_group() -> Iterator[None]:
-    with alone():
+def _process_group(request: pytest.FixtureRequest) -> Iterator[None]:
+    with nullcontext() if request.node.get_closest_marker("gpu") else alone():
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,52 @@ def test_ranks_begin_with_the_first_ranks_weights_and_take_its_statistics_for_ev
     assert own_mean.abs().max() < 10 < 80 < other_mean.abs().min()  # no rank took over the other's in a step
     assert torch.equal(buffers[0], own_mean)
     assert all(torch.equal(a, b) for a, b in zip(buffers, other_buffers, strict=True))
+
+
+class Buffers(nn.Module):
+    """Buffers of every kind of size, shape and memory format, different on each rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(rank)
+        self.register_buffer("flag", torch.tensor([True, False, rank == 0]))
+        self.register_buffer("count", torch.tensor(7 + rank))
+        self.register_buffer("small", torch.randn(5).bfloat16())
+        self.register_buffer("filters", torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("transposed", torch.randn(2, 3, dtype=torch.float64).T)
+        self.register_buffer("empty", torch.zeros(0))
+
+
+def broadcasts_and_buffers(ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
+    calls = []
+    broadcast = torch.distributed.broadcast
+
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments)
+        broadcast(*arguments)
+
+    network = Buffers(ranks.rank)
+    strides = [buffer.stride() for buffer in network.buffers()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "broadcast", counted)
+        dist.equalize_buffers(network)
+        dist.equalize_buffers(nn.ReLU())
+    assert [buffer.stride() for buffer in network.buffers()] == strides
+    return len(calls), dict(network.named_buffers())
+
+
+def test_buffers_are_equalized_bitwise_in_one_broadcast() -> None:
+    expected = dict(Buffers(0).named_buffers())
+    for broadcasts, buffers in on_ranks(2, broadcasts_and_buffers):
+        assert broadcasts == 1
+        assert buffers.keys() == expected.keys()
+        assert all(torch.equal(buffers[name], value) for name, value in expected.items())
+
+
+def test_one_rank_broadcasts_no_buffers() -> None:
+    broadcasts, buffers = broadcasts_and_buffers(Ranks())
+    assert broadcasts == 0
+    assert torch.equal(buffers["filters"], Buffers(0).filters)  # type: ignore[arg-type]
 
 
 def sums_and_an_error(ranks: Ranks) -> tuple[list[float], str, str]:

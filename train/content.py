@@ -40,31 +40,34 @@ def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str
 
 
 def to_host(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with a copy of every tensor in host memory, which training does not change; waits for the device once.
+    """Copy a tree of tensors to host memory, which training does not change; waits once for each device copied from.
 
     Raises TypeError for what a checkpoint cannot hold.
     """
-    copied: dict[str, Any] = _copied(content)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    devices: set[torch.device] = set()
+    copied: dict[str, Any] = _copied(content, devices)
+    for device in devices:
+        torch.cuda.synchronize(device)
     return copied
 
 
-def _copied(tree: Any) -> Any:
+def _copied(tree: Any, devices: set[torch.device]) -> Any:
+    """Copy without waiting; adds the GPUs that copies were started from to `devices`."""
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
         if tensor.device.type == "cpu":
             return tensor.clone()  # strides stay
+        devices.add(tensor.device)
         # torch keeps pinned memory for the next time: it is dear to get
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
     if isinstance(tree, OrderedDict):  # the state of a module, which holds the versions of its parts as an attribute
-        copied = OrderedDict((key, _copied(value)) for key, value in tree.items())
-        copied.__dict__.update({key: _copied(value) for key, value in vars(tree).items()})
+        copied = OrderedDict((key, _copied(value, devices)) for key, value in tree.items())
+        copied.__dict__.update({key: _copied(value, devices) for key, value in vars(tree).items()})
         return copied
     if isinstance(tree, dict):
-        return {_copied(key): _copied(value) for key, value in tree.items()}
+        return {_copied(key, devices): _copied(value, devices) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)([_copied(value) for value in tree])
+        return type(tree)([_copied(value, devices) for value in tree])
     if tree is not None and type(tree) not in (bool, int, float, str, torch.dtype):
         raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__}")
     return tree

@@ -163,10 +163,18 @@ def max_over_ranks(values: list[int]) -> list[int]:
     return [int(number) for number in numbers]
 
 
+@torch.no_grad()
 def equalize_buffers(model: nn.Module) -> None:
-    """Every rank takes the first rank's buffers (batch-norm statistics)."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+    """Copy the first rank's buffers (batch-norm statistics) to all ranks, in one broadcast."""
+    # By element size, so that each part of the flat tensor is aligned for its type.
+    buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
+    if dist.get_world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+    dist.broadcast(flat, 0)
+    parts = flat.split([buffer.nbytes for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view(buffer.dtype).view(buffer.shape))
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
@@ -82,6 +83,9 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     if mode != "off":
         torch._dynamo.config.recompile_limit = COMPILED_MODELS
+        os.environ.setdefault(
+            "TRITON_DEFAULT_FP_FUSION", "1"
+        )  # see pipelines.device_kernels; compile workers inherit it
     captures = captures_graphs(config, device, amp)
     if captures:
         make_capturable(optimizer, device)
