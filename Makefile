@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test test-faults fuzz lint bench gpu-bench gpu-check format
+.PHONY: train test test-faults fuzz lint bench gpu-bench gpu-check gpu-dry-run format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -53,6 +53,15 @@ gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_dali_ops.py tests/test_device_kernels.py tests/test_ddp.py tests/test_summary.py \
 		tests/test_profile.py tests/test_ramp.py tests/test_checkpoint.py tests/test_warm_up.py
+
+# The GPU tests that compare no computed values, under a stand-in CUDA driver: no GPU is needed. FAKECUDA: its folder
+FAKECUDA ?= ../shared/fakecuda
+DRY_RUN := output/gpu-dry-run
+gpu-dry-run: $(ENVIRONMENT)
+	rm -rf $(DRY_RUN) && mkdir -p $(DRY_RUN)
+	sh $(FAKECUDA)/build.sh "$$($(PY) -c 'import torch; print(*torch.__path__)')/.." $(DRY_RUN)/driver
+	FAKECUDA_LOG=$(CURDIR)/$(DRY_RUN)/driver.log $(DRY_RUN)/driver/fakecuda \
+		$(PY) -m pytest -m "gpu and not gpu_values" --durations=5
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -91,8 +91,7 @@ class DeviceAugment(Source):
     """Batches of a split that lies whole in GPU memory, gathered, cropped and flipped in one launch.
 
     pixels: uint8 [N, H * W * 3] on the GPU; shape: (H, W, 3) of the stored images; size: of the square images it gives.
-    Each batch is a new tensor, as those of `gather.DevicePixels`. A slot may be filled again when its draws, which lie
-    in pinned memory, are copied.
+    Each batch is a new tensor, as those of `gather.DevicePixels`.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class DeviceAugment(Source):
         indices: int64 [B]; draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], or without either.
         """
         samples = len(indices)
-        rows = self._draws.host[slot]
+        rows = self._draws.host(slot)
         rows[0, :samples] = indices
         if "offset" in draws:
             rows[1:3, :samples] = draws["offset"].T

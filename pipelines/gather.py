@@ -144,20 +144,38 @@ class HostPixels(Source):
 
 
 class DeviceInputs:
-    """Small integers of each batch, copied to the device without blocking the host: int64 [slots, *shape].
-
-    A slot may be written again when its last copy is done. On the CPU a copy is done when `to_device` returns.
-    """
+    """Small integers of each batch, copied to the device without blocking the host: int64 [slots, *shape]."""
 
     def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
         # Pinned: a copy from pageable memory blocks the calling thread.
         self._host = torch.empty((slots, *shape), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.empty((slots, *shape), dtype=torch.int64, device=device)
-        self.host = self._host.numpy()  # to be written before `to_device`
+        self._arrays = self._host.numpy()
+        self._copied: dict[int, torch.cuda.Event] = {}  # by slot
+
+    def host(self, slot: int) -> np.ndarray:
+        """int64 [*shape], to be written; waits for the slot's last copy.
+
+        The batch of that copy may never have been handed over, so no event of the consumer says that it is done.
+        """
+        if slot in self._copied:
+            self._copied[slot].synchronize()
+        array: np.ndarray = self._arrays[slot]
+        return array
 
     def to_device(self, slot: int) -> torch.Tensor:
         """int64 [*shape] on the device, copied on the current stream; overwritten by the slot's next copy."""
-        return self._device[slot].copy_(self._host[slot], non_blocking=True)
+        on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
+        if on_device.is_cuda:
+            self._copied[slot] = sleeping_event()
+        return on_device
+
+
+def sleeping_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+    """Record an event on a stream (None: the current one). Waiting for it sleeps; spinning would take a core."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
 
 
 class DevicePixels(Source):
@@ -179,12 +197,10 @@ class DevicePixels(Source):
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         """uint8 [B, H, W, 3], written on the current stream."""
         samples = len(indices)
-        self._indices.host[slot, :samples] = indices
+        self._indices.host(slot)[:samples] = indices
         rows = self._pixels.index_select(0, self._indices.to_device(slot)[:samples])
         if self._waits:
-            gathered = torch.cuda.Event(blocking=True)  # sleeps: a spinning thread would take a core
-            gathered.record()
-            gathered.synchronize()
+            sleeping_event().synchronize()
         return rows.view(samples, *self._shape)
 
 

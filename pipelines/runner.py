@@ -11,6 +11,8 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
+from pipelines.gather import sleeping_event
+
 # images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten
 Result = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
 
@@ -61,7 +63,7 @@ class GraphRunner:
         if isinstance(fed, torch.Tensor) and fed.is_cuda:
             fed.record_stream(stream)  # which waits for the outputs: the allocator keeps the input until then
         labels = labels.pin_memory().to(self._device, non_blocking=True)
-        return torch.from_dlpack(images.as_tensor()), labels, _event(stream).synchronize
+        return torch.from_dlpack(images.as_tensor()), labels, sleeping_event(stream).synchronize
 
     def restart(self) -> None:
         """With a graph built anew: whether one survives an error is up to the operator that failed."""
@@ -105,7 +107,7 @@ class PlainRunner:
         with torch.cuda.stream(self._copy_stream):
             on_device = images.to(self._device, non_blocking=True)  # itself where it is there
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
-        self._ready.append((on_device, labels_on_device, _event(self._copy_stream)))
+            self._ready.append((on_device, labels_on_device, sleeping_event()))
 
     def result(self) -> Result:
         images, labels, copied = self._ready.popleft()
@@ -120,13 +122,6 @@ class PlainRunner:
 
     def restart(self) -> None:
         self._ready.clear()
-
-
-def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Recorded now; whoever waits for it sleeps, since a spinning thread would take a core from the launching one."""
-    event = torch.cuda.Event(blocking=True)
-    event.record(stream)
-    return event
 
 
 def nothing_to_wait_for() -> None:

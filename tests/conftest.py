@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import own_cache  # noqa: F401 (before anything that copies the environment)
 import pytest
 import torch
+from driver_fixtures import IS_STAND_IN, faults, skip_checks_of_values
 from memory_source import tiny_source, write
 from train_fixtures import DIGITS, Run, run_script
 
@@ -27,12 +28,32 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where there is no GPU."""
+    """Skip tests marked gpu where there is no GPU. Those with a capture that must fail come last: a process whose
+    capture failed may be unable to capture again."""
+    items.sort(key=lambda item: "failed_capture" in getattr(item, "fixturenames", ()))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def failed_capture() -> None:
+    """Requested by tests of a capture that must fail, which the stand-in driver may report."""
+
+
+@pytest.fixture(autouse=True)
+def _no_driver_faults(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Under the stand-in driver, fail a test during which it reported a fault."""
+    if not IS_STAND_IN:
+        yield
+        return
+    skip_checks_of_values(monkeypatch)
+    before = len(faults())
+    yield
+    found = faults()[before:]
+    assert not found or "failed_capture" in request.fixturenames, "\n".join(found)
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -392,6 +392,7 @@ def test_a_copy_in_host_memory_does_not_follow_training_and_keeps_strides_and_ve
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_a_copy_of_what_lies_on_a_gpu_is_whole_in_pinned_memory_and_keeps_strides() -> None:
     filters = torch.rand(64, 64, 3, 3, device="cuda").to(memory_format=torch.channels_last)
     expected = filters.cpu()

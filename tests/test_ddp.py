@@ -506,6 +506,7 @@ def test_training_ends_well_when_wandb_cannot_start(
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
     with dist.process_group(Ranks()) as device:
         torch.manual_seed(0)
@@ -528,6 +529,7 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_resnet18_learns_cifar10_in_two_epochs_through_torchrun_on_a_gpu(tmp_path: Path) -> None:
     data = ROOT / "data" / "cifar10"
     unpack = ROOT.parent / "shared" / "data" / "unpack.py"

@@ -70,11 +70,13 @@ def test_the_kernel_gathers_crops_and_flips_as_numpy_does() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_the_kernel_on_a_gpu_gathers_crops_and_flips_as_numpy_does() -> None:
     compare("cuda")
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
 @pytest.mark.parametrize("crop", ["none", "pad"])
 def test_the_kernel_gives_the_bytes_of_the_dali_graph_and_of_the_cpu(

@@ -28,7 +28,7 @@ from pipelines import build_eval_loader, build_train_loader, draws, graph
 from pipelines.encode import Encoding
 from pipelines.loader import Batch, Loader
 from pipelines.ops import Op, Programs
-from pipelines.runner import GraphRunner
+from pipelines.runner import GraphRunner, PlainRunner
 from pipelines.shards import Split, load_dataset, open_split
 
 CPU = torch.device("cpu")
@@ -169,6 +169,7 @@ def test_reflected_padding_is_bitwise_torchs(padding: int, square: Path) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_reflected_padding_and_cutout_are_bitwise_the_same_on_a_gpu(square: Path) -> None:
     aug = AugConfig(crop="pad", padding=4, padding_mode="reflect", flip=0.5, flip_mode="alternating", cutout=12)
     ours, _, _ = trained_on(train(square, aug, device="cuda"), square)
@@ -474,6 +475,8 @@ def test_real_jpeg_files_decode_as_in_pillow(shared_data: Path) -> None:
 # On a GPU
 
 
+# Pixels that lie on the device are gathered by a kernel, those of the host are only copied.
+PLACEMENTS = pytest.mark.parametrize("placement", ["host", pytest.param("device", marks=pytest.mark.gpu_values)])
 AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["random-resized", "pad", "jittered"])
 
 
@@ -509,14 +512,14 @@ def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(au
 
 @pytest.mark.gpu
 @AUGS
-@pytest.mark.parametrize("placement", ["host", "device"])
+@PLACEMENTS
 def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, square: Path) -> None:
     on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64))))).max() <= 2
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("placement", ["host", "device"])
+@PLACEMENTS
 def test_the_gpu_does_all_augmentations_together_as_the_cpu_does(placement: str, square: Path) -> None:
     aug = JITTERED.model_copy(
         update={
@@ -542,7 +545,7 @@ def test_the_gpu_decodes_and_augments_jpeg_as_the_cpu_does(hw_decoder_load: floa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("placement", ["host", "device"])
+@PLACEMENTS
 def test_the_gpu_evaluates_as_the_cpu_does(placement: str, wide: Path, square: Path) -> None:
     for folder, options in ((wide, {"image_size": 64, "crop_fraction": 0.875}), (square, {})):
         on_gpu, on_cpu = evaluate(folder, "cuda", placement=placement, **options), evaluate(folder, **options)  # type: ignore[arg-type]
@@ -557,6 +560,7 @@ def test_the_gpu_evaluates_jpeg_as_the_cpu_does(mixed: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
 def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path) -> None:
     host, device = (train(many, aug, "cuda", placement=placement) for placement in ("host", "device"))
@@ -565,7 +569,7 @@ def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("placement", ["host", "device"])
+@PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
 def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
     expected = epoch(train(many, aug, "cuda", placement=placement))
@@ -574,7 +578,7 @@ def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("placement", ["host", "device"])
+@PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
     aug: AugConfig, placement: str, many: Path
@@ -592,19 +596,49 @@ def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_dali_frees_an_output_only_when_the_stream_that_reads_it_is_done(placement: str, many: Path) -> None:
+    """Each batch is read behind a kernel of some 50 ms and dropped at once, while DALI works on the next ones."""
+    expected = epoch(train(many, RANDOM_RESIZED, "cuda", placement=placement))
+    seen = []
+    for images, labels in train(many, RANDOM_RESIZED, "cuda", placement=placement):
+        torch.cuda._sleep(100_000_000)
+        seen.append(Batch(images.clone(), labels.clone()))
+        del images, labels
+    assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in seen], expected)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_needs_no_graph_is_the_gathered_tensor() -> None:
+    device = torch.device("cuda", 0)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        gathered = torch.zeros((3, 4, 4, 3), dtype=torch.uint8, device=device)
+    runner = PlainRunner(device, stream)
+    runner.submit(gathered, np.arange(3), {})
+    images, labels, released = runner.result()
+    released()
+    assert images.data_ptr() == gathered.data_ptr()
+    assert labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
-def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, many: Path) -> None:
-    through = epoch(train(many, aug, "cuda"))
-    resumed = train(many, aug, "cuda", threads=3, prefetch=2)
+def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, placement: str, many: Path) -> None:
+    through = epoch(train(many, aug, "cuda", placement=placement))
+    resumed = train(many, aug, "cuda", placement=placement, threads=3, prefetch=2)
     resumed.state = {"epoch": EPOCH, "step": 20}
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in resumed], through[20:])
 
 
 @pytest.mark.gpu
+@PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
-def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig, many: Path) -> None:
-    expected = epoch(train(many, aug, "cuda"))
-    loader, seen = train(many, aug, "cuda"), []
+def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig, placement: str, many: Path) -> None:
+    expected = epoch(train(many, aug, "cuda", placement=placement))
+    loader, seen = train(many, aug, "cuda", placement=placement), []
     for stop in (1, 5, 3, 999):
         for images, labels in loader:
             seen.append(Batch(images.cpu(), labels.cpu()))

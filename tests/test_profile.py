@@ -132,6 +132,7 @@ def test_what_a_phase_calls_is_its_own() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("options", [(), ("train.compile=off",)])
 def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
     graph = ("train.cuda_graph=off", *options)

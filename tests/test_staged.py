@@ -119,6 +119,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_on_a_gpu_stages_with_and_without_dali_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
     """The stored size needs no DALI where pixels are resident; the other stages do, and share the pixels."""

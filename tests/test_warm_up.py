@@ -387,6 +387,7 @@ def train_epochs(
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("settings", GPU_KINDS.values(), ids=GPU_KINDS)
 def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
     settings: Settings, npy_data: Path, gpu: torch.device
@@ -403,6 +404,7 @@ def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("kind", ["float32", "accumulated", "compiled", "mixed"])
 def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
     kind: str, npy_data: Path, gpu: torch.device
@@ -420,6 +422,7 @@ def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.device) -> None:
     training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
     warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
@@ -448,6 +451,7 @@ def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_dropout_of_a_captured_step_is_a_pure_function_of_the_seed(npy_data: Path, gpu: torch.device) -> None:
     def weights(seed: int) -> torch.Tensor:
         training = on_gpu(gpu)
@@ -463,6 +467,7 @@ def test_dropout_of_a_captured_step_is_a_pure_function_of_the_seed(npy_data: Pat
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_dropout_masks_of_a_replay_are_those_of_plain_kernels_with_the_same_seed(gpu: torch.device) -> None:
     class Masked(SmallNet):
         """Its weights become the masks, so that a step shows them."""
@@ -491,6 +496,7 @@ def test_dropout_masks_of_a_replay_are_those_of_plain_kernels_with_the_same_seed
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: torch.device) -> None:
     def weights(evaluates: bool) -> dict[str, torch.Tensor]:
         training = on_gpu(gpu)
@@ -508,6 +514,7 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("optimizer", [SGD, SMOOTH_RMSPROP], ids=["sgd", "rmsprop"])
 @pytest.mark.parametrize(("then", "now"), [("on", "on"), ("on", "off"), ("off", "on")])
 def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
@@ -568,7 +575,9 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
 
 
 @pytest.mark.gpu
-def test_a_model_that_reads_its_results_on_the_host_is_refused_with_the_way_out(gpu: torch.device) -> None:
+def test_a_model_that_reads_its_results_on_the_host_is_refused_with_the_way_out(
+    gpu: torch.device, failed_capture: None
+) -> None:
     class Reading(SmallNet):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             logits = super().forward(images)

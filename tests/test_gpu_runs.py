@@ -1,0 +1,164 @@
+"""One short run of each kind on a GPU: no exception, no warning, and all files are written. No value is compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driver_fixtures import IS_STAND_IN
+from train_fixtures import ROOT, broken_after, strict_lines
+
+from configs.errors import run_main
+from tools import convert, export, find_lr, predict, show, speedrun, summary
+from train import ddp
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = ROOT / "configs"
+RESNET = ("model.name=resnet18", "model.options={width: 16}")
+PLAIN = ("train.compile=off",)
+KINDS: dict[str, tuple[str, ...]] = {
+    "captured": ("train.cuda_graph=on", *PLAIN),
+    "compiled": ("train.cuda_graph=on", "train.compile=default"),
+    "eager": ("train.cuda_graph=off", *PLAIN),
+    "fp16": ("train.amp=fp16", *PLAIN),
+    "float32": ("train.amp=off", *PLAIN),
+    "host placement": ("data.placement=host", *PLAIN),
+    "device placement": ("data.placement=device", *PLAIN),
+    "device placement, no augmentation": ("data.placement=device", "aug.crop=none", *PLAIN),
+    "device placement, DALI": ("data.placement=device", "aug.crop=random-resized", "aug.flip=0.5", *PLAIN),
+    "host placement, no augmentation": ("data.placement=host", "aug.crop=none", *PLAIN),
+    "RandAugment": ("aug.auto.policy=randaugment", "aug.erase.probability=0.5", *PLAIN),
+    "mixing": ("aug.mix.mixup=0.2", "aug.mix.cutmix=1.0", *PLAIN),
+    "stages": (
+        "data.stages=[{epoch: 0, image_size: 32, batch_size: 32}, {epoch: 1, image_size: 40}]",
+        *("eval.image_size=40", *RESNET, *PLAIN),
+    ),
+    "accumulation": ("train.accumulation_steps=2", "train.clip_grad_norm=1.0", *PLAIN),
+    "averages": ("train.ema.decay=0.9", "train.lookahead.every_steps=2", "eval.weights=ema", *PLAIN),
+    "skips non-finite updates": ("train.on_nonfinite=skip", *PLAIN),
+    "muon": ("train.optimizer.name=muon", *RESNET, *PLAIN),
+    "plateau": ("train.schedule=plateau", *PLAIN),
+    "test-time augmentation": ("eval.tta=flip-translate", "eval.crop_fraction=0.875", *PLAIN),
+    "tracked": ("log.tensorboard=true", *PLAIN),
+    "timm": ("model.name=timm/test_resnet", *PLAIN),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "npy"
+    assert convert.main(["digits", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jpeg_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "jpeg"
+    assert convert.main(["digits", "--out", str(folder), "--encoding", "jpeg"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the main function of a command in this process; gives what it printed."""
+
+    def call(main: Callable[[], Any], *command: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, command)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_main(main)
+        out, err = capfd.readouterr()
+        assert not stopped.value.code, err
+        assert "Traceback" not in err
+        assert "Warning" not in err, err
+        return out
+
+    return call
+
+
+def arguments(data: Path, output: Path, *options: str, config: str = "digits_lenet") -> list[object]:
+    settings = ("train.epochs=2", "train.warmup_epochs=0", *options)
+    return ["--cfg", CONFIGS / f"{config}.yaml", "--data-path", data, "--output", output, "--opts", *settings]
+
+
+# A confusion matrix has as many entries as samples with labels, which a kernel counts.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.gpu_values) if kind == "tracked" else kind for kind in KINDS]
+)
+def test_a_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_path: Path, run: Any) -> None:
+    out = run(ddp.main, *arguments(digits, tmp_path, *KINDS[kind]))
+    folder = tmp_path / "digits_lenet"
+    assert {"last.pt", "best.pt", "curves.png", "config.yaml"} <= {path.name for path in folder.iterdir()}
+    assert [line["epoch"] for line in strict_lines(folder / "metrics.jsonl")] == [0, 1]
+    assert "whole command" in out
+
+
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
+def test_a_short_run_decodes_jpeg(hw_decoder_load: float, jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
+    options = (f"data.hw_decoder_load={hw_decoder_load}", "aug.crop=random-resized", *PLAIN)
+    run(ddp.main, *arguments(jpeg_digits, tmp_path, *options))
+
+
+def test_a_run_resumes_and_its_checkpoint_is_used(
+    digits: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(digits, tmp_path, *PLAIN)
+    folder, middle = tmp_path / "digits_lenet", {"epoch": 1, "step": 0}
+    monkeypatch.setattr(sys, "argv", ["train/ddp.py", *map(str, command)])
+    with broken_after(lambda _, position: position == middle):
+        ddp.main()
+    assert f"resumed from {folder / 'last.pt'} at {middle}" in run(ddp.main, *command, "--resume", "auto")
+    assert "over 360 samples" in run(ddp.main, *command, "--resume", folder / "best.pt", "--eval")
+    run(ddp.main, *command, "--throughput") if not IS_STAND_IN else None
+    run(predict.main, "--checkpoint", folder, "--split", "val", "--tta", "flip", "--out", tmp_path / "predictions")
+    assert (tmp_path / "predictions" / "predictions.npz").is_file()
+    run(show.main, "--checkpoint", folder, "--out", tmp_path / "shown")
+    run(show.main, "--cfg", CONFIGS / "digits_lenet.yaml", "--data-path", digits, "--out", tmp_path / "samples")
+    run(export.main, "--checkpoint", folder, "--out", tmp_path / "export")
+    assert (tmp_path / "export" / "model.onnx").is_file()
+
+
+def test_a_summary_and_a_range_test(digits: Path, tmp_path: Path, run: Any) -> None:
+    run(summary.main, "lenet", "alexnet", "resnet18", "--batch-size", 16, "--out", tmp_path / "summary")
+    assert (tmp_path / "summary" / "summary.png").is_file()
+    command = ("--cfg", CONFIGS / "digits_lenet.yaml", "--data-path", digits, "--out", tmp_path / "lr")
+    run(find_lr.main, *command, "--steps", 20, "--opts", *PLAIN)
+    assert (tmp_path / "lr" / "find_lr.png").is_file()
+
+
+@pytest.mark.parametrize("percent", [94, 95, 96])
+def test_a_short_speedrun(percent: int, digits: Path, tmp_path: Path, run: Any) -> None:
+    config = CONFIGS / f"cifar10_speedrun_{percent}.yaml"
+    options = ("train.epochs=2", "data.batch_size=256", "train.warmup_epochs=0", "train.whiten_bias_epochs=1", *PLAIN)
+    result = tmp_path / "result.json"
+    run(speedrun.main, "--cfg", config, "--data-path", digits, "--runs", 2, "--json", result, "--opts", *options)
+    assert result.is_file()
+    run(ddp.main, *arguments(digits, tmp_path, *options, config=f"cifar10_speedrun_{percent}"))
+
+
+def script(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ)
+    )
+
+
+def test_torchrun_trains_on_one_gpu(digits: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "tests/driver_fixtures.py")
+    done = script(sys.executable, *launcher, "train/ddp.py", *arguments(digits, tmp_path, *PLAIN))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("stage", ["loader", "train", "ramp"])
+def test_a_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
+    command: list[object] = [sys.executable, "tools/benchmark.py", stage, "--cfg", "configs/digits_lenet.yaml"]
+    command += ["--data-path", digits, "--seconds", 0.01, "--rounds", 1, "--opts", *PLAIN]
+    command += ["--max-batch", 64, "--out", tmp_path] if stage == "ramp" else ["--json", tmp_path / "result.json"]
+    done = script(*command)
+    assert done.returncode == 0, done.stderr
