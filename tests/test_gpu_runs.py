@@ -14,6 +14,8 @@ from driver_fixtures import IS_STAND_IN
 from train_fixtures import ROOT, broken_after, strict_lines
 
 from configs.errors import run_main
+from configs.schema import AugConfig, DataConfig
+from pipelines import build_train_loader
 from tools import convert, export, find_lr, predict, show, speedrun, summary
 from train import ddp
 
@@ -162,3 +164,17 @@ def test_a_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
     command += ["--max-batch", 64, "--out", tmp_path] if stage == "ramp" else ["--json", tmp_path / "result.json"]
     done = script(*command)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("aug", [{"crop": "none"}, {"crop": "pad"}, {"crop": "random-resized", "flip": 0.5}], ids=str)
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_buffers_are_reused_only_when_their_copies_are_done(placement: Any, aug: Any, digits: Path) -> None:
+    """Loops are left and resumed without waiting for the GPU, while the stand-in driver watches pinned memory."""
+    data = DataConfig(path=str(digits), batch_size=32, placement=placement, prefetch=1, threads=1)
+    loader = build_train_loader(data, AugConfig(**aug), device="cuda")
+    for stop in (1, 3, 8, len(loader)):
+        for number, batch in enumerate(loader, 1):
+            assert batch.images.is_cuda
+            if number == stop:
+                break
+    assert loader.state == {"epoch": 1, "step": 0}
