@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from driver_fixtures import IS_STAND_IN
 from train_fixtures import ROOT, broken_after, strict_lines
 
@@ -142,6 +143,31 @@ def test_a_short_speedrun(percent: int, digits: Path, tmp_path: Path, run: Any) 
     run(speedrun.main, "--cfg", config, "--data-path", digits, "--runs", 2, "--json", result, "--opts", *options)
     assert result.is_file()
     run(ddp.main, *arguments(digits, tmp_path, *options, config=f"cifar10_speedrun_{percent}"))
+
+
+def test_the_clock_of_a_speedrun_begins_after_the_first_eigendecomposition(
+    digits: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decomposed: list[bool] = []
+    before_clock: list[int] = []
+    eigh, whiten = torch.linalg.eigh, speedrun.whiten
+
+    def counted_eigh(matrix: torch.Tensor) -> Any:
+        decomposed.append(matrix.is_cuda)
+        return eigh(matrix)
+
+    def noted_whiten(training: Any, images: Any) -> float:
+        before_clock.append(len(decomposed))
+        return whiten(training, images)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted_eigh)
+    monkeypatch.setattr(speedrun, "whiten", noted_whiten)
+    command = ("--cfg", CONFIGS / "cifar10_speedrun_94.yaml", "--data-path", digits, "--runs", 1)
+    run(
+        speedrun.main, *command, "--opts", "train.epochs=1", "data.batch_size=256", "train.whiten_bias_epochs=1", *PLAIN
+    )
+    assert before_clock == [1]
+    assert decomposed == [True, True]
 
 
 def script(*command: object) -> subprocess.CompletedProcess[str]:

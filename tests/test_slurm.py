@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launch_fixtures import NAME, arguments, assert_same_weights, run_unbroken, saved_steps, wait_until
+from torch.distributed.launcher import api as launcher
 from train_fixtures import CLEAN, ROOT, free_port
 
 from tools import convert
@@ -90,8 +92,17 @@ def test_torchrun_knows_every_option_that_the_job_gives_it(tmp_path: Path) -> No
     parsed = get_args_parser().parse_args(words[words.index("torch.distributed.run") + 1 :])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 3)
     assert parsed.training_script_args == ["--resume", "auto", "--cfg", "x.yaml"]
-    lead_s = int(re.search(r"#SBATCH --signal=B:USR1@(\d+)", SCRIPT.read_text())[1])  # type: ignore[index]
-    assert parsed.shutdown_timeout < lead_s
+
+
+def test_ranks_may_take_most_of_the_time_after_a_warning_to_end() -> None:
+    script = SCRIPT.read_text()
+    lead_s, shutdown_s = (
+        int(re.search(pattern, script, re.MULTILINE)[1])  # type: ignore[index]
+        for pattern in (r"^#SBATCH --signal=B:USR1@(\d+)$", r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$")
+    )
+    assert lead_s / 2 < shutdown_s < lead_s
+    if "shutdown_timeout" in inspect.signature(launcher.LaunchConfig).parameters:  # torch 2.11 has none
+        assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in inspect.getsource(launcher)
 
 
 @pytest.mark.parametrize(
