@@ -48,11 +48,12 @@ gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# correctness on a CUDA GPU. The step comes last: a capture that is meant to fail may leave the process unable to capture
+GPU_TESTS := $(shell grep -l pytest.mark.gpu tests/test_*.py)
+
+# correctness on a CUDA GPU; only files with such tests are imported, since others need packages that it may lack
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
-	$(PY) -m pytest -m gpu tests/test_graph.py tests/test_dali_ops.py tests/test_device_kernels.py tests/test_ddp.py tests/test_summary.py \
-		tests/test_profile.py tests/test_ramp.py tests/test_checkpoint.py tests/test_warm_up.py
+	$(PY) -m pytest -m gpu --durations=10 $(GPU_TESTS)
 
 # The GPU tests that compare no computed values, under a stand-in CUDA driver: no GPU is needed. FAKECUDA: its folder
 FAKECUDA ?= ../shared/fakecuda
@@ -61,7 +62,7 @@ gpu-dry-run: $(ENVIRONMENT)
 	rm -rf $(DRY_RUN) && mkdir -p $(DRY_RUN)
 	sh $(FAKECUDA)/build.sh "$$($(PY) -c 'import torch; print(*torch.__path__)')/.." $(DRY_RUN)/driver
 	FAKECUDA_LOG=$(CURDIR)/$(DRY_RUN)/driver.log $(DRY_RUN)/driver/fakecuda \
-		$(PY) -m pytest -m "gpu and not gpu_values" --durations=5
+		$(PY) -m pytest -m "gpu and not gpu_values" --durations=5 $(GPU_TESTS)
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

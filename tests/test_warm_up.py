@@ -442,6 +442,7 @@ def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.devi
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_values
 def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> None:
     training = on_gpu(gpu)
     loaders = gpu_loaders(npy_data, gpu)
