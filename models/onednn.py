@@ -1,9 +1,9 @@
 """Keep oneDNN away from a 1x1 convolution whose backward pass writes outside of its memory.
 
-To compute the gradient of the weight of a 1x1 convolution with a stride, oneDNN copies the selected positions of the
-channels_last input into a workspace of height * width * in_channels values, but steps through it in blocks of as many
-channels as a vector register holds. With fewer input channels than that it writes past the end: the process crashes,
-hangs in a barrier that was overwritten, or continues with wrong gradients. See
+For the gradient of the weight of a 1x1 convolution with a stride, oneDNN copies the selected positions of the
+channels_last input into a workspace of positions * in_channels values, but steps through it in units of positions *
+block, where a block is as many channels as a vector register holds. With fewer input channels than that, it writes past
+the end: the process crashes, hangs in a barrier that was overwritten, or continues with wrong gradients. See
 https://github.com/uxlfoundation/oneDNN/issues/6035, which is open for the oneDNN of torch 2.15.
 
 Without padding, a 1x1 convolution with stride s is the same convolution with stride 1 of every s-th position. This form
