@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test test-faults fuzz lint bench gpu-bench gpu-check gpu-dry-run format
+.PHONY: train test test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -24,6 +24,15 @@ test: $(ENVIRONMENT)
 # all faults: hundreds of kills, flips and cuts; ZHU_FAULT_SEED repeats one that failed
 test-faults: $(ENVIRONMENT)
 	$(PY) -m pytest -m "not gpu" tests/faults
+
+# the model tests once more, with the convolutions that oneDNN has for older CPUs
+ISAS := AVX2 SSE41
+MODEL_TESTS := models activation speedrun_models pretrained transfer freeze gradients clipping muon optim
+test-isa: $(ENVIRONMENT)
+	$(PY) -m pytest -m campaign tests/test_onednn.py
+	set -e; for isa in $(ISAS); do \
+		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS:%=tests/test_%.py); \
+	done
 
 # damaged files of every kind, at random; ZHU_FUZZ_SEED=N repeats a round that failed
 MINUTES ?= 5

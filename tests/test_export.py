@@ -106,8 +106,8 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("model", "arguments"),
     [
-        ({"name": "resnet18", "activation": "gelu", "drop_rate": 0.2, "options": {"width": 4}, "freeze": ["layer1.*"]},
-         {"width": 4, "activation": "gelu"}),
+        ({"name": "resnet18", "activation": "gelu", "drop_rate": 0.2, "options": {"width": 16}, "freeze": ["layer1.*"]},
+         {"width": 16, "activation": "gelu"}),
         # a start that is gone, and options that only training needs
         ({"name": "timm/test_vit", "activation": "silu", "options": {"drop_path_rate": 0.1}, "finetune": "gone"},
          {"act_layer": "silu"}),

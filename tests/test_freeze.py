@@ -20,7 +20,7 @@ from train.loop import train_step, train_whitening_bias
 
 def resnet() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("resnet18", 10, width=4, mean=[0.5] * 3, std=[0.25] * 3)
+    return build_model("resnet18", 10, width=16, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def frozen_names(model: nn.Module) -> set[str]:

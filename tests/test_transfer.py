@@ -29,7 +29,7 @@ from train.transfer import load_finetune, without_start
 
 OPTS = [
     "data.batch_size=16", "train.epochs=2", "train.lr=3e-3", "model.name=resnet18", "model.activation=gelu",
-    "model.options={width: 4}",
+    "model.options={width: 16}",
 ]  # fmt: skip
 FROZEN = ("network.conv1.", "network.bn1.", "network.layer1.")
 FREEZE = 'model.freeze=["conv1.*", "bn1.*", "network.layer1.*"]'
@@ -107,7 +107,7 @@ def test_frozen_parameters_and_statistics_are_bitwise_the_sources_and_all_else_i
 ) -> None:
     start = torch.load(source.folder / "best.pt", weights_only=True)["model"]
     end = tuned.weights
-    assert end["network.fc.weight"].shape == (5, 32)
+    assert end["network.fc.weight"].shape == (5, 128)
     kept = {name for name in end if name not in differing(end, start)}
     assert kept == {name for name in end if name.startswith((*FROZEN, "normalize."))}
     assert "network.layer1.0.bn1.running_mean" in kept
@@ -157,7 +157,7 @@ def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path:
         ("model.freeze=[]", 'model.freeze: ["conv1.*", "bn1.*", "network.layer1.*"] then, [] now'),
         ("model.activation=relu", 'model.activation: "gelu" then, "relu" now'),
         ("model.name=resnet34", 'model.name: "resnet18" then, "resnet34" now'),
-        ("model.options={zero_init_residual: true}", 'model.options: {"width": 4} then, {"width": 4, "zero'),
+        ("model.options={zero_init_residual: true}", 'model.options: {"width": 16} then, {"width": 16, "zero'),
         ("model.finetune=null", "model.finetune: "),
         ("model.drop_rate=0.1", "model.drop_rate: null then, 0.1 now"),
     ],
@@ -242,7 +242,7 @@ def test_an_evaluation_takes_the_model_from_the_checkpoint_whatever_the_config_s
     best = ("--eval", "--resume", str(source.folder / "best.pt"))
     (as_trained, other) = (
         run(data[12], source.folder, *more, flags=best)
-        for more in ((), ("model.activation=silu", "model.options={width: 8}"))
+        for more in ((), ("model.activation=silu", "model.options={width: 32}"))
     )
     assert as_trained.code == other.code == 0
     assert as_trained.out == other.out
@@ -312,9 +312,9 @@ def test_the_head_of_a_timm_model_is_the_one_that_it_names(tmp_path: Path) -> No
 
 
 def test_what_does_not_fit_beside_the_head_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
-    theirs, ours = (build_model("resnet18", 4, width=width, mean=[0.5] * 3, std=[0.5] * 3) for width in (4, 8))
+    theirs, ours = (build_model("resnet18", 4, width=width, mean=[0.5] * 3, std=[0.5] * 3) for width in (16, 32))
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    with pytest.raises(UserError, match=r"network.conv1.weight is \[4, 3, 3, 3\] there and \[8, 3, 3, 3\] here"):
+    with pytest.raises(UserError, match=r"network.conv1.weight is \[16, 3, 3, 3\] there and \[32, 3, 3, 3\] here"):
         load_finetune(ours, str(saved(tmp_path / "last.pt", theirs)), "abcd")
     with pytest.raises(UserError, match=r"network.conv1.bias is not in the model|network.bn1.weight is missing"):
         load_finetune(ours, str(saved(tmp_path / "last.pt", lenet(4, 0))), "abcd")

@@ -53,7 +53,7 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
     optimizer = build_optimizer(network, train.optimizer, train.lr)
     training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix))
     training.is_drawn = model.pretrained is False and model.finetune is None
-    training.notes = tuple(notes)
+    training.notes = (*notes, *training.notes)
     training.lookahead = build_lookahead(network, train.lookahead)
     training.ema = build_ema(network, train.ema)
     training.proxy = build_proxy(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import TrainConfig
+from models.onednn import avoid_narrow_strided_convs
 from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
 from pipelines.loader import Batch
@@ -79,6 +80,7 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     else:
         keep_freed_memory()
+    note = avoid_narrow_strided_convs(network) if device.type == "cpu" else None
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     if mode != "off":
@@ -115,6 +117,7 @@ def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config:
         keeps_gradients=captures and config.accumulation_steps > 1,
         mixes=mixes,
         guard=Guard(network, optimizer) if config.on_nonfinite == "skip" else None,
+        notes=() if note is None else (note,),
     )
 
 

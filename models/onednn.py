@@ -1,0 +1,86 @@
+"""Keep oneDNN away from a 1x1 convolution whose backward pass writes outside of its memory.
+
+For the gradient of the weight of a 1x1 convolution with a stride, oneDNN copies the selected positions of the
+channels_last input into a workspace of positions * in_channels values, but steps through it in units of positions *
+block, where a block is as many channels as a vector register holds. With fewer input channels than that, it writes past
+the end: the process crashes, hangs in a barrier that was overwritten, or continues with wrong gradients. See
+https://github.com/uxlfoundation/oneDNN/issues/6035, which is open for the oneDNN of torch 2.15.
+
+Without padding, a 1x1 convolution with stride s is the same convolution with stride 1 of every s-th position. This form
+needs no workspace.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 3  # layers that the note names
+
+
+def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
+    """Select the positions before each affected convolution of a network on the CPU; return a note for the log.
+
+    The affected layers get a forward pre-hook and stride 1. Parameters, names and results stay the same. Return None,
+    and change nothing, where no layer is affected.
+    """
+    channels = block_channels()
+    convs = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    affected = [(name, module) for name, module in convs if is_affected(module, channels)]
+    if not affected:
+        return None
+    for _, module in affected:
+        height, width = module.stride
+        module.register_forward_pre_hook(partial(_select_positions, height, width))
+        module.stride = (1, 1)
+    names = ", ".join(name for name, _ in affected[:SHOWN]) + (", …" if len(affected) > SHOWN else "")
+    return (
+        f"stride taken out of {len(affected)} of {len(convs)} convolutions ({names}): oneDNN's backward pass of a "
+        f"strided 1x1 convolution with fewer than {channels} input channels corrupts memory on this CPU"
+    )
+
+
+def is_affected(module: nn.Module, channels: int) -> bool:
+    """Whether oneDNN's backward pass of this layer may write outside of its memory.
+
+    channels: see `block_channels`. Batch size, bias, output channels and the size of the images do not count: they only
+    decide what is overwritten. The memory format is not considered, since training batches are channels_last.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+        and module.in_channels < channels
+    )
+
+
+def block_channels() -> int:
+    """Return the channels in a block of oneDNN's 1x1 convolutions on this CPU; 0 if it does not use this kernel.
+
+    The kernel exists for AVX-512 and for AVX2. With AVX or SSE4.1, oneDNN uses other implementations.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    # torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
+    # ATEN_CPU_CAPABILITY, which does not limit oneDNN. These variables do: oneDNN reads them in this order, ignores
+    # case and unknown values, and never uses more than the CPU has.
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
+    has = torch.cpu.get_capabilities()
+    if limit in ("sse41", "avx"):
+        return 0
+    if not limit.startswith("avx2") and all(has.get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq")):
+        return 16
+    return 8 if has.get("avx2") else 0
+
+
+def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    """A forward pre-hook: every `height`-th row and `width`-th column of the input."""
+    del module
+    images: Tensor = inputs[0]
+    return images[..., ::height, ::width]
