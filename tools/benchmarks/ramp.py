@@ -40,7 +40,8 @@ class Size:
     rates: list[float] = field(default_factory=list)  # images/s, one per round
     memory_gib: float | None = None  # peak: of torch's tensors on a GPU, resident on the CPU
     reserved_gib: float | None = None  # peak held by torch's allocator, on a GPU
-    device_gib: float | None = None  # a GPU's whole memory
+    device_memory_gib: float | None = None  # in use on the GPU altogether
+    gpu_memory_gib: float | None = None  # the GPU's whole memory
     error: str | None = None
     step: str = "doubling"  # or bisection
 
@@ -89,7 +90,7 @@ def _size(batch: int, outcome: Outcome, limit_bytes: int | None) -> Size:
     if outcome.error is not None:
         return size
     size.rates = outcome.rates
-    for name in ("memory_gib", "reserved_gib", "device_gib"):
+    for name in ("memory_gib", "reserved_gib", "device_memory_gib", "gpu_memory_gib"):
         setattr(size, name, outcome.facts.get(name))
     if limit_bytes is not None and (size.memory_gib or 0) * memory.GIB > limit_bytes:  # since the watch last looked
         size.error = memory.over(limit_bytes)
