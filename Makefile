@@ -43,10 +43,12 @@ format: $(ENVIRONMENT)
 bench: $(ENVIRONMENT)
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# needs a CUDA GPU; BENCH="--source FOLDER" converts CIFAR-10 where data/cifar10 is missing
+# needs a CUDA GPU; PART="training loaders" measures these parts alone, each within three minutes. BENCH="--source FOLDER"
+# converts CIFAR-10 where data/cifar10 is missing, BENCH="--reference FOLDER" runs cifar10-airbench beside the speedrun
+PART ?=
 gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
-	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(if $(PART),--part $(PART)) $(BENCH)
 
 # correctness on a CUDA GPU. The step comes last: a capture that is meant to fail may leave the process unable to capture
 gpu-check: $(ENVIRONMENT)
