@@ -27,6 +27,11 @@ def pixels_of(split: Split, start: int = 0, stop: int | None = None) -> np.ndarr
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
+def batch_of(folder: Path, most: int, batches: int = 8) -> int:
+    """A batch of `most` images, or of fewer where the data set would not have so many batches."""
+    return min(most, len(open_split(folder, SPLIT)) // batches)
+
+
 @dataclass
 class Rows:
     """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it

@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import AugConfig, Config, StageConfig
 from tools.benchmarks import augmentations, datasets, limits, results, scale, stage_changes, tables
+from tools.benchmarks.datasets import batch_of
 from tools.benchmarks.groups import Entry, Measurable, Whole, limit_rows, limits_in, loading, training
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.record import Record
@@ -93,7 +94,7 @@ def measured_limits(settings: Settings, record: Record) -> Limits:
     if limits_in(rows) and all(about.get(name) == environment[name] for name in ("date", "versions")):
         return limits_in(rows)
     with record.part(LIMITS):
-        contestant = Contestant("limits", limits.limits, (settings.device, settings.scratch))
+        contestant = Contestant("limits", limits.limits, (settings.device, settings.data))
         outcomes = measure([contestant], settings.seconds, min(3, settings.rounds), settings.deadline)
         rows = limit_rows(outcomes)
         record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
@@ -139,8 +140,8 @@ def loaders_beside_peers(settings: Settings, given: Path, aug: AugConfig, size: 
     jpeg = datasets.remake(given, settings.data / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples)
     for folder in (given, jpeg):
         for augmentation in (None, aug):
-            yield loading([folder], augmentation, size=size, batch_size=_quarter(folder), device=settings.device,
-                          scratch=settings.scratch, workers=settings.workers)  # fmt: skip
+            yield loading([folder], augmentation, size=size, batch_size=batch_of(folder, 512, batches=4),
+                          device=settings.device, scratch=settings.scratch, workers=settings.workers)  # fmt: skip
 
 
 def lenet_beside_peers(settings: Settings) -> Iterator[Measurable]:
@@ -150,8 +151,8 @@ def lenet_beside_peers(settings: Settings) -> Iterator[Measurable]:
 
 
 def augmented(settings: Settings, folder: Path) -> Iterator[Measurable]:
-    yield augmentations.group(folder, batch_size=_quarter(folder), device=settings.device, scratch=settings.scratch,
-                              workers=settings.workers)  # fmt: skip
+    yield augmentations.group(folder, batch_size=batch_of(folder, 512, batches=4), device=settings.device,
+                              scratch=settings.scratch, workers=settings.workers)  # fmt: skip
 
 
 def cost_per_sample(settings: Settings) -> Iterator[Measurable]:
@@ -161,7 +162,8 @@ def cost_per_sample(settings: Settings) -> Iterator[Measurable]:
 def changes(settings: Settings) -> Iterator[Measurable]:
     """Changes of the image size: ResNet-18 on a GPU, LeNet, which takes 32 to 35 pixels, elsewhere."""
     if settings.device == "cuda":
-        config = config_on("medium_imagenet_96_resnet18_progressive", medium(settings), batch_size=1024)
+        folder = medium(settings)
+        config = config_on("medium_imagenet_96_resnet18_progressive", folder, batch_size=batch_of(folder, 1024))
     else:
         stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
         config = config_on("cifar10_lenet", small(settings), stages=stages)
@@ -170,11 +172,6 @@ def changes(settings: Settings) -> Iterator[Measurable]:
         "stages",
         lambda: apart(stage_changes.group, config, Ranks(), settings.rounds, deadline=settings.deadline),
     )
-
-
-def _quarter(folder: Path) -> int:
-    """A batch of 512, or of a quarter of the samples where there are fewer."""
-    return min(512, len(datasets.open_split(folder, datasets.SPLIT)) // 4)
 
 
 def small(settings: Settings) -> Path:
