@@ -16,6 +16,7 @@ from typing import Any
 import benchmark_fixtures as fixtures
 import pytest
 
+from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import AugConfig, EraseConfig
 from tools import benchmark, convert
@@ -198,6 +199,8 @@ def test_an_unknown_part_is_a_user_error() -> None:
     result = run("all", "--part", "nonsense")
     assert result.returncode == 2
     assert "--part nonsense is not one of 32x32, LeNet" in result.stderr
+    with pytest.raises(UserError, match="--only ramp leaves no part to measure; choose from augment, loading"):
+        suite.choose(suite.CPU_PARTS, [], ["ramp"])
 
 
 def test_every_part_of_the_run_on_a_gpu_can_be_made(

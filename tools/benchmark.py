@@ -154,7 +154,7 @@ def main() -> int:
     _make(arguments.json, lambda path: path.touch())
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
         if arguments.stage == "all":
-            kept = measure_all(arguments, Path(scratch))
+            kept = measure_all(arguments, Path(scratch).resolve())
             run, entries = kept.run, kept.tables()
         else:
             run = measure_one(arguments, Path(scratch))
@@ -188,7 +188,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
             raise UserError(
                 f"{given} stores JPEG, but the other encodings are made of raw pixels; give an npy data set"
             )
-    data = arguments.data if on_gpu else scratch
+    data = arguments.data.resolve() if on_gpu else scratch  # programs that are started run in the project's folder
     _make(data, lambda path: path.mkdir(parents=True, exist_ok=True))
     limits.check_scratch(data, (12 if on_gpu else 3) * 2**30)
     names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
@@ -199,7 +199,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
         deadline=None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes,
         part_s=arguments.part_seconds or (gpu.PART_S if on_gpu else None),
         only=tuple(arguments.only),
-        **{name: getattr(arguments, name) for name in names},
+        **{name: _absolute(getattr(arguments, name)) for name in names},
     )
     parts = suite.choose(gpu.PARTS if on_gpu else suite.CPU_PARTS, arguments.part, arguments.only)
     missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)]
@@ -212,6 +212,10 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
     kept = record.Record(run, [*files, *([arguments.json] if arguments.json else [])], earlier)
     suite.run_all(parts, settings, kept)
     return kept
+
+
+def _absolute(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -68,11 +68,15 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--part {' '.join(unknown)} is not one of {', '.join(known)}")
-    return [
+    chosen = [
         part
         for part in parts
         if (not names or part.name in names) and (not only or any(stage in only for stage in part.stages))
     ]
+    if not chosen:
+        stages = sorted({stage for part in parts if not names or part.name in names for stage in part.stages})
+        raise UserError(f"--only {' '.join(only)} leaves no part to measure; choose from {', '.join(stages)}")
+    return chosen
 
 
 def run_all(parts: Sequence[Part], settings: Settings, record: Record) -> None:
