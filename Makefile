@@ -52,10 +52,12 @@ format: $(ENVIRONMENT)
 bench: $(ENVIRONMENT)
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# needs a CUDA GPU; BENCH="--source FOLDER" converts CIFAR-10 where data/cifar10 is missing
+# needs a CUDA GPU; PART="training loaders" measures these parts alone, each within three minutes. BENCH="--source FOLDER"
+# converts CIFAR-10 where data/cifar10 is missing, BENCH="--reference FOLDER" runs cifar10-airbench beside the speedrun
+PART ?=
 gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
-	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
+	$(PY) tools/benchmark.py all --report docs/benchmarks $(if $(PART),--part $(PART)) $(BENCH)
 
 GPU_TESTS := $(shell grep -l pytest.mark.gpu tests/test_*.py)
 

@@ -29,6 +29,13 @@ def steady(seconds: float = 0.001) -> Iterator[dict[str, Stream]]:
 
 
 @contextmanager
+def sleeps() -> Iterator[dict[str, Stream]]:
+    """Never gets warm."""
+    time.sleep(600)
+    yield {}
+
+
+@contextmanager
 def cannot_be_built() -> Iterator[dict[str, Stream]]:
     raise RuntimeError("no such\nlibrary")
     yield {}
@@ -90,7 +97,7 @@ def counts_in_a_thread(path: str) -> Iterator[dict[str, Stream]]:
 
 
 DISK = {"name": "disk", "ours": False, "error": None, "unit": "GB/s", "value": 2.0}
-SPEEDRUN = {"name": "94", "ours": True, "error": None, "result": {"seconds": 2.5}}
+SPEEDRUN = {"name": "94", "ours": True, "error": None, "runs": 10, "time_s_mean": 2.5}
 
 
 def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
@@ -124,6 +131,6 @@ def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
             {"title": "LeNet", "stage": "training", "rows": training},
             {"title": "Limits", "stage": "limits", "rows": [DISK]},
             {"title": "Scale", "stage": "scale", "rows": scale},
-            {"title": "Speedruns", "stage": "speedrun", "rows": [SPEEDRUN]},
+            {"title": "Speedruns", "stage": "speedrun", "columns": ["runs", "time_s_mean"], "rows": [SPEEDRUN]},
         ],
     }

@@ -3,23 +3,33 @@ asserted."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import benchmark_fixtures as fixtures
 import pytest
 
+from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import AugConfig, EraseConfig
 from tools import benchmark, convert
-from tools.benchmarks import groups, ours, ramp, suite
-from tools.benchmarks.groups import Group
+from tools.benchmarks import gpu, groups, limits, ours, programs, ramp, results, suite
+from tools.benchmarks.groups import Group, Table
 from tools.benchmarks.peers import PeerSource
-from tools.benchmarks.turns import Contestant, Outcome, measure
+from tools.benchmarks.programs import Program
+from tools.benchmarks.ramp import Size
+from tools.benchmarks.record import Record, start
+from tools.benchmarks.suite import Part, Settings
+from tools.benchmarks.turns import TIME_OVER, Contestant, Outcome, apart, measure
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +41,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/benchmark.py", *map(str, arguments)]
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def settings_in(folder: Path, **settings: Any) -> Settings:
+    return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
+
+
+def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
+    return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
 
 
 def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path: Path) -> None:
@@ -141,54 +158,201 @@ def test_each_contestant_has_a_process_of_its_own_which_rests_outside_of_its_tur
 
 
 def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_path: Path) -> None:
-    settings = suite.Settings(tmp_path, seconds=0.02, rounds=1)
+    settings = settings_in(tmp_path)
 
     def broken() -> Iterator[Group]:
         yield Group("good", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
         raise OSError("no space left")
 
-    good, failed = suite.run_part("whole part", broken, {}, settings)
+    record = empty_record()
+    suite.run_all([Part("whole part", ("loading",), lambda _: broken(), is_bounded=False)], settings, record)
+    good, failed = record.tables()
     assert good["rows"][0]["images_per_s"] > 0
     assert failed["rows"][0]["error"] == "OSError: no space left"
-    (late,) = suite.run_part("late", broken, {}, suite.Settings(tmp_path, deadline=time.monotonic() - 1))
-    assert "the time of the whole run was over" in late["rows"][0]["error"]
+    assert results.failures(record.tables()) == ["whole part: whole part: OSError: no space left"]
+
+
+def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwanted_ones_are_left_out(
+    tmp_path: Path,
+) -> None:
+    settings = settings_in(tmp_path, deadline=time.monotonic() - 1, only=("scale",))
+    parts = suite.choose(suite.CPU_PARTS, [], settings.only)
+    assert [part.name for part in parts] == ["scale"]
+    record = empty_record()
+    suite.run_all(parts, settings, record)
+    limits_entry, entry = record.tables()
+    assert [row["note"] for row in limits_entry["rows"]] == [TIME_OVER]
+    assert entry["rows"][0]["note"] == TIME_OVER
+    assert results.failures(record.tables()) == []
+
+
+def test_only_unwanted_parts_after_the_deadline_is_exit_code_0(digits: Path, tmp_path: Path) -> None:
+    late = ("--minutes", 1e-9, "--only", "stages", "--seconds", 0.01, "--rounds", 1, "--json", tmp_path / "run.json")
+    result = run("all", "--small", digits, *late)
+    assert result.returncode == 0, result.stderr
+    groups = json.loads((tmp_path / "run.json").read_text())["groups"]
+    assert {group["part"] for group in groups} == {"limits", "stages"}
+    assert "failed" not in result.stderr
+
+
+def test_an_unknown_part_is_a_user_error() -> None:
+    result = run("all", "--part", "nonsense")
+    assert result.returncode == 2
+    assert "--part nonsense is not one of 32x32, LeNet" in result.stderr
+    with pytest.raises(UserError, match="--only ramp leaves no part to measure; choose from augment, loading"):
+        suite.choose(suite.CPU_PARTS, [], ["ramp"])
 
 
 def test_every_part_of_the_run_on_a_gpu_can_be_made(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
-    settings = suite.Settings(tmp_path, small=digits, medium=tmp_path / "missing", samples=64)
-    monkeypatch.setattr(suite, "best_batch", lambda config, *_: (config, {"256": 1.0}))
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    monkeypatch.setattr(gpu, "worthwhile", lambda *_: iter([Size(256, [1000.0]), Size(512, error="out of memory")]))
+    monkeypatch.setattr(programs, "profile", lambda *_, **__: iter([{"name": "step", "ours": True, "error": None}]))
     titles = []
-    for name, make in suite.gpu_parts(settings):
-        for group in make():
-            titles.append(group.title)
-            assert len(group.contestants) == len(group.rows) >= 1, name
-            assert len({contestant.name for contestant in group.contestants}) == len(group.contestants), name
-    trained = ("ResNet-50 224x224", "ResNet-18 224x224", "ResNet-50 96x96", "ResNet-18 96x96", "ResNet-18 32x32",
+    for part in gpu.PARTS:
+        for one in part.make(settings):
+            titles.append((part.name, one.title))
+            assert one.stage in part.stages, one.title
+            if isinstance(one, Group):
+                assert len(one.contestants) == len(one.rows) >= 1, one.title
+                assert len({contestant.name for contestant in one.contestants}) == len(one.contestants), one.title
+            elif one.stage in ("ramp", "profile"):
+                assert not results.failures([one.run({limits.ARITHMETIC: 1e12}, 0.01, 1, None)])
+    assert len(set(titles)) == len(titles)
+    trained = ("timm/resnet50 224x224", "ResNet-18 224x224", "ResNet-50 96x96", "ResNet-18 96x96", "ResNet-18 32x32",
                "LeNet 32x32", "AlexNet 70x70")  # fmt: skip
-    for title in (*trained, *(f"{size}x{size} raw and JPEG" for size in (32, 96, 224))):
-        assert any(title in found for found in titles), title
+    for title in (
+        *trained,
+        *(f"{size}x{size} raw" for size in (32, 96, 224)),
+        "JPEG 224x224 decoded",
+        "Speedrun to 94",
+    ):
+        assert any(title in found for _, found in titles), title
+    assert [part.name for part in gpu.PARTS][:7] == [
+        "training", "speedrun", "loaders", "decoding", "resnet50", "accuracy", "dali"
+    ]  # fmt: skip
+
+
+def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    made = gpu.images_of(settings, 224, "jpeg")
+    assert made.parent == tmp_path
+    times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    assert gpu.images_of(settings, 224, "jpeg") == made
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
+
+
+def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64, part_s=170.0,
+                           deadline=time.monotonic() + 5)  # fmt: skip
+    with pytest.raises(TimeoutError):
+        gpu.images_of(settings, 224)
+
+
+def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_part_adds_to_them(
+    tmp_path: Path,
+) -> None:
+    """A kill in the midst of the second table of the second part, whose first row had been measured."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from test_benchmark import empty_record, settings_in\n"
+        "from tools.benchmarks import suite\n"
+        "from tools.benchmarks.groups import Table\n"
+        "from tools.benchmarks.suite import Part\n"
+        "folder = Path(sys.argv[1])\n"
+        "def rows(*names):\n"
+        "    def make(found):\n"
+        "        for name in names:\n"
+        "            if name == 'hangs':\n"
+        "                print('hangs', flush=True)\n"
+        "                time.sleep(600)\n"
+        "            yield {'name': name, 'ours': True, 'error': None, 'value': 1}\n"
+        "    return make\n"
+        "def part(name, *tables):\n"
+        "    made = [Table(title, 'dali', ('value',), rows(*names)) for title, names in tables]\n"
+        "    return Part(name, ('dali',), lambda settings: iter(made), is_bounded=False)\n"
+        "parts = [part('one', ('a', ['x', 'y'])), part('two', ('b', ['x']), ('c', ['x', 'hangs']))]\n"
+        "suite.run_all(parts, settings_in(folder), empty_record(folder / 'run.json'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    assert process.stdout is not None
+    printed = list(itertools.takewhile(lambda line: line != "hangs\n", process.stdout))
+    process.kill()
+    process.wait()
+    assert "### b\n" in printed  # tables are printed as they come
+    left = json.loads((tmp_path / "run.json").read_text())
+    assert {name: part["is_complete"] for name, part in left["parts"].items()} == {"one": True, "two": False}
+    assert [(one["title"], [row["name"] for row in one["rows"]]) for one in left["groups"]] == [
+        ("a", ["x", "y"]), ("b", ["x"]), ("c", ["x"])
+    ]  # fmt: skip
+
+    record = empty_record(tmp_path / "run.json", earlier=left)
+    row = {"name": "z", "ours": True, "error": None, "value": 2}
+    table = Table("d", "dali", ("value",), lambda found: iter([row]))
+    suite.run_all([Part("three", ("dali",), lambda _: iter([table]), False)], settings_in(tmp_path), record)
+    both = json.loads((tmp_path / "run.json").read_text())
+    assert [one["title"] for one in both["groups"]] == ["a", "b", "c", "d"]
+    assert list(both["parts"]) == ["one", "two", "three"]
+    assert [one["title"] for one in record.tables()] == ["d"]
+
+
+def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tmp_path: Path) -> None:
+    def part(*tables: tuple[str, str | None]) -> Part:
+        made = [Table(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
+        return Part("one", ("dali",), lambda _: iter(made), is_bounded=False)
+
+    def row(note: str | None) -> dict[str, Any]:
+        return {"name": "x", "ours": True, "error": None, "date": len(made)} | ({"note": note} if note else {})
+
+    made: list[int] = []
+    first = empty_record(tmp_path / "run.json")
+    suite.run_all([part(("a", None), ("b", None), ("gone", None))], settings_in(tmp_path), first)
+    made.append(1)
+    second = empty_record(tmp_path / "run.json", earlier=first.run)
+    suite.run_all([part(("a", None), ("b", TIME_OVER))], settings_in(tmp_path), second)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == [("a", 1), ("b", 0)]
+
+
+def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
+    kept: list[int] = []
+    group = Group("a", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
+    group.run({}, 0.02, 3, None, lambda entry: kept.append(len(entry["rows"])))
+    assert kept == [1, 1, 1]
+
+
+def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> None:
+    found = {"memory copy": 6e9, "matrix multiplication": 2e12}
+    rows = groups.limit_rows([Outcome("limits", name, [rate]) for name, rate in found.items()])
+    record = empty_record()
+    with record.part(suite.LIMITS):
+        record.put({"title": "Limits", "stage": "limits", "rows": rows})
+    assert suite.measured_limits(settings_in(tmp_path), record) == pytest.approx(found)
 
 
 def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
 
-    def reaches(**rates: float) -> tuple[int, list[str]]:
+    def reaches(**rates: float) -> tuple[int, list[int]]:
         def one(contestants: list[Contestant], *_: object, **__: object) -> list[Outcome]:
             rate = rates.get(contestants[0].name.replace(" ", "_"))
             error = None if rate else "OutOfMemoryError: too large"
             return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]
 
         monkeypatch.setattr(ramp, "measure", one)
-        best, reached = ramp.best_batch(config, 0.01, 1, None)
-        return best.data.batch_size, list(reached)
+        sizes = list(ramp.worthwhile(config, 0.01, 1, None))
+        best = max((size for size in sizes if size.fits), key=lambda size: size.rate, default=None)
+        return best.batch if best else 0, [size.batch for size in sizes]
 
-    assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, ["256", "512", "1024"])
-    assert reaches(batch_256=100, batch_512=180) == (512, ["256", "512", "1024"])  # the third does not fit
-    with pytest.raises(RuntimeError, match="batch 256: OutOfMemoryError"):
-        reaches()
+    assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, [256, 512, 1024])
+    assert reaches(batch_256=100, batch_512=180) == (512, [256, 512, 1024])  # the third does not fit
+    assert reaches() == (0, [256])
 
 
 def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits: Path, tmp_path: Path) -> None:
@@ -203,4 +367,61 @@ def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits:
 
 def test_after_the_deadline_nothing_new_is_started() -> None:
     (outcome,) = measure([Contestant("late", fixtures.steady)], 0.02, 1, deadline=time.monotonic() - 1)
-    assert "the time of the whole run was over" in str(outcome.error)
+    assert outcome.error == TIME_OVER
+
+
+def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure() -> None:
+    begin = time.monotonic()
+    outcomes = measure([Contestant("slow", fixtures.sleeps)], 0.02, 1, deadline=begin + 2)
+    assert time.monotonic() - begin < 10
+    row = results.row(outcomes[0], ours=True)
+    assert (row["error"], row["note"]) == (None, TIME_OVER)
+
+
+def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> None:
+    assert apart(int, "7") == 7
+    with pytest.raises(RuntimeError, match="invalid literal"):
+        apart(int, "seven")
+
+
+def test_a_program_is_looked_at_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
+    file, log = tmp_path / "count", tmp_path / "log"
+    script = f"import time\nfor n in range(10**6): open({str(file)!r}, 'w').write(str(n)); time.sleep(0.01)"
+    program = Program([sys.executable, "-c", script], log, time.monotonic() + 3)
+    rows = [program.row("counts", {"n": 1} if file.exists() else {}) for _ in program.looks()]
+    assert {row.get("note") for row in rows[:-1]} == {results.RUNNING}
+    assert rows[-1]["note"] == results.STOPPED
+    assert not results.failures([{"title": "", "rows": rows}])
+    count = file.read_text()
+    time.sleep(0.1)
+    assert file.read_text() == count
+    program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], log, None)
+    assert [program.row("fails", {}) for _ in program.looks()][-1]["error"] == "exit code 1: no such set"
+
+
+def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missing(digits: Path, tmp_path: Path) -> None:
+    (missing,) = programs.reference(None, digits, 2, tmp_path, {}, None)
+    assert not missing["error"]
+    assert "--reference FOLDER" in missing["note"]
+    (missing,) = programs.reference(tmp_path, digits, 2, tmp_path, {}, None)
+    assert "does not exist" in missing["note"]
+    (tmp_path / programs.REFERENCE).write_text(
+        "import torch, time\n"
+        "data = torch.load('cifar10/train.pt')\n"
+        "assert data['images'].shape[1:] == (32, 32, 3) and len(data['labels']) == len(data['images'])\n"
+        "for run in ('warmup', *range(200)):\n"
+        "    print('|  %6s  |     0  |     0.7  |   0.6  |       |       0.5  |' % run)\n"
+        "    print('|          |  eval  |     0.9  |   0.93  |   0.94  |     2.5  |')\n"
+        "    time.sleep(0.2)\n"
+    )
+    *_, row = programs.reference(tmp_path, digits, 2, tmp_path / "out", {"time_s_mean": 2.0}, None)
+    assert (row["runs"], row["top1_mean"], row["time_s_mean"], row["ratio"]) == (2, 0.94, 2.5, 1.25)
+
+
+def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target() -> None:
+    lines = [{"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
+             for n, top1 in enumerate((0.5, None, 0.8, 0.7))]  # fmt: skip
+    found = programs.reached(lines, 0.75)
+    assert (found["top1"], found["epochs"], found["epochs_per_s"], found["target_reached_s"]) == (0.8, 4, 0.5, 6.0)
+    assert programs.reached(lines, 0.9)["target_reached_s"] is None
+    assert programs.reached([], 0.9) == {}

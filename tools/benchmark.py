@@ -8,11 +8,15 @@
     python tools/benchmark.py ramp   --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml
     python tools/benchmark.py scale
-    python tools/benchmark.py all --report docs/benchmarks        (make bench, make gpu-bench)
+    python tools/benchmark.py all --report docs/benchmarks                        (make bench, make gpu-bench)
+    python tools/benchmark.py all --report docs/benchmarks --part training        (make gpu-bench PART=training)
 
 It drives the real loader and the real step. Contestants take turns in short rounds, each in a process of its own, so
 that a noisy machine slows all of them alike; each figure is the median of the rounds. A contestant that fails costs its
-own row, and exit code 1.
+own row, and exit code 1; what was not measured for lack of time or of a peer is no failure.
+
+On a GPU `all` measures in parts, each with a time limit. After every row the JSON file is replaced, so a run that is
+killed keeps what it has measured; a run of other parts adds to the same file.
 """
 
 from __future__ import annotations
@@ -36,17 +40,20 @@ from tools import report
 from tools.benchmarks import (
     augmentations,
     datasets,
+    gpu,
     groups,
     limits,
     peers,
     profile_stage,
     ramp_stage,
+    record,
     results,
     scale,
     stage_changes,
     suite,
+    tables,
 )
-from tools.benchmarks.turns import Contestant, measure
+from tools.benchmarks.turns import Contestant, apart, measure
 from train.dist import Ranks
 
 STAGES = {
@@ -60,7 +67,7 @@ STAGES = {
     "profile": "where a training step's time goes, and its share of the arithmetic peak",
     "limits": "what the machine can do at most: copies, arithmetic, disk",
     "scale": "cost per sample and memory at 10 thousand, 100 thousand and 1.5 million samples",
-    "all": "the whole run for this machine, a GPU's where there is one; --report writes the documents",
+    "all": "the whole run for this machine, a GPU's parts where there is one; --report writes the documents",
 }
 OWN_MAIN = {"ramp": ramp_stage, "profile": profile_stage}  # with arguments, results and pictures of their own
 CROP_SIDE = {96: 64}  # what augmentation ends with where there is no config to say so
@@ -93,9 +100,28 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--source", type=Path, help="raw CIFAR-10, where it is not converted")
             command.add_argument("--samples", type=int, help="of the data sets that are made, fewer for a quick try")
             command.add_argument(
-                "--minutes", type=float, help="what is not begun by then is left out (default: 9 on a GPU)"
+                "--data", type=Path, default=Path("output/benchmark-data"), metavar="DIR",
+                help="on a GPU: keeps the data sets that are made, for the parts to come (default %(default)s)",
+            )  # fmt: skip
+            command.add_argument("--minutes", type=float, help="for all parts; what is not begun by then is left out")
+            command.add_argument(
+                "--part",
+                nargs="+",
+                default=[],
+                metavar="NAME",
+                help=f"on a GPU: {', '.join(p.name for p in gpu.PARTS)}",
             )
-            command.add_argument("--speedruns", type=int, default=1, help="runs of each speedrun; 0: none (default 1)")
+            command.add_argument(
+                "--part-seconds", type=float, help=f"time limit of each part (default: {gpu.PART_S:g} on a GPU)"
+            )
+            command.add_argument("--seeds", type=int, default=10, help="runs of each speedrun (default %(default)s)")
+            command.add_argument("--epochs", type=int, help="of the runs to an accuracy, for a quick try")
+            command.add_argument(
+                "--reference",
+                type=Path,
+                metavar="DIR",
+                help="checkout of cifar10-airbench, measured beside the speedrun",
+            )
             command.add_argument(
                 "--report", type=Path, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table"
             )
@@ -103,7 +129,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                 "--only",
                 nargs="+",
                 default=[],
-                choices=["reading", "loading", "augment", "training", "scale", "stages", "speedrun"],
+                choices=sorted({stage for part in (*suite.CPU_PARTS, *gpu.PARTS) for stage in part.stages}),
             )
         if stage in ("peers", "augment", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
@@ -127,18 +153,21 @@ def main() -> int:
     _make(arguments.json and arguments.json.parent, lambda path: path.mkdir(parents=True, exist_ok=True))
     _make(arguments.json, lambda path: path.touch())
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
-        run = (
-            measure_all(arguments, Path(scratch)) if arguments.stage == "all" else measure_one(arguments, Path(scratch))
-        )
-    print(report.tables(run))
+        if arguments.stage == "all":
+            kept = measure_all(arguments, Path(scratch).resolve())
+            run, entries = kept.run, kept.tables()
+        else:
+            run = measure_one(arguments, Path(scratch))
+            entries = run["groups"]
     if arguments.json:
-        report.write_json(run, arguments.json)
+        record.write_json(run, arguments.json)
     if getattr(arguments, "report", None):
         for written in report.write(run, arguments.report):
             print(f"wrote {written}")
-    failed = results.failures(run["groups"])
+    failed = results.failures(entries)
     for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+        print(f"failed: {line}", file=sys.stderr, flush=True)
+    print(tables.of_entries(entries, run), flush=True)
     return 1 if failed else 0
 
 
@@ -151,23 +180,42 @@ def _make(path: Path | None, make: Any) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; name another file or folder") from None
 
 
-def measure_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
+    """Measure the parts of this machine; on a GPU the record adds to that of earlier parts in the same file."""
     on_gpu = torch.cuda.is_available()
     for given in (arguments.small, arguments.medium):
         if given is not None and open_split(given, datasets.SPLIT).encoding != "npy":
             raise UserError(
                 f"{given} stores JPEG, but the other encodings are made of raw pixels; give an npy data set"
             )
-    limits.check_scratch(scratch, (12 if on_gpu else 3) * 2**30)
-    minutes = arguments.minutes or (9.0 if on_gpu else None)
-    names = ("small", "medium", "source", "seconds", "rounds", "workers", "speedruns", "samples")
+    data = arguments.data.resolve() if on_gpu else scratch  # programs that are started run in the project's folder
+    _make(data, lambda path: path.mkdir(parents=True, exist_ok=True))
+    limits.check_scratch(data, (12 if on_gpu else 3) * 2**30)
+    names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
     settings = suite.Settings(
+        device="cuda" if on_gpu else "cpu",
         scratch=scratch,
-        deadline=None if minutes is None else time.monotonic() + 60 * minutes,
+        data=data,
+        deadline=None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes,
+        part_s=arguments.part_seconds or (gpu.PART_S if on_gpu else None),
         only=tuple(arguments.only),
-        **{name: getattr(arguments, name) for name in names},
+        **{name: _absolute(getattr(arguments, name)) for name in names},
     )
-    return suite.run_all(settings)
+    parts = suite.choose(gpu.PARTS if on_gpu else suite.CPU_PARTS, arguments.part, arguments.only)
+    missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)]
+    # on a GPU in another process, since a CUDA context in this one would take a share of the memory
+    run = record.start(apart(results.environment) if on_gpu else results.environment(), missing)
+    files, earlier = [], None
+    if on_gpu and arguments.report is not None:
+        files.append(arguments.report / f"{report.slug(run)}.json")
+        earlier = report.load_runs(arguments.report).get(report.slug(run))
+    kept = record.Record(run, [*files, *([arguments.json] if arguments.json else [])], earlier)
+    suite.run_all(parts, settings, kept)
+    return kept
+
+
+def _absolute(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -179,9 +227,9 @@ def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if len(config.data.stages) < 2:
             raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
         entry = stage_changes.group(config, Ranks(), arguments.rounds)
-        return suite.run_record([entry], [], time.monotonic() - begin)
+        return _run_of([entry], [], begin)
     if arguments.stage == "scale":
-        return suite.run_record([scale.group(scratch, arguments.seconds)], [], time.monotonic() - begin)
+        return _run_of([scale.group(scratch, arguments.seconds)], [], begin)
     chosen = [] if arguments.stage == "limits" else stage_groups(arguments, device, scratch)
     contestant = Contestant("limits", limits.limits, (device, scratch))
     outcomes = measure([contestant], arguments.seconds, min(3, arguments.rounds))
@@ -191,7 +239,12 @@ def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         entries.append({"title": "Limits of the machine", "stage": "limits", "rows": groups.limit_rows(outcomes)})
     entries += [group.run(found, arguments.seconds, arguments.rounds, None) for group in chosen]
     missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)] if arguments.stage == "peers" else []
-    return suite.run_record(entries, missing, time.monotonic() - begin)
+    return _run_of(entries, missing, begin)
+
+
+def _run_of(entries: list[groups.Entry], missing: list[str], begin: float) -> dict[str, Any]:
+    run = record.start(results.environment(), missing)
+    return run | {"groups": entries, "duration_s": round(time.monotonic() - begin, 1)}
 
 
 def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> list[groups.Group]:

@@ -10,13 +10,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, run_main
-from tools.benchmarks import augmentations, results, stage_changes
-from tools.parts.tables import aligned
+from tools.benchmarks import record, results
+from tools.benchmarks.tables import headline, markdown, of_run, parts
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -53,17 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
 def write(run: Run, folder: Path) -> list[Path]:
     """DEVICE.json, .md and .png of a run; and README's table, where the folder is the project's own."""
     path = folder / f"{slug(run)}.json"
-    write_json(run, path)
+    record.write_json(run, path)
     written = [path, *document(run, folder)]
     readme = ROOT / "README.md"
     if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
         readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)))
         written.append(readme)
     return written
-
-
-def write_json(run: Run, path: Path) -> None:
-    path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_runs(folder: Path) -> dict[str, Run]:
@@ -89,74 +84,6 @@ def slug(run: Run) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
-def headline(run: Run) -> str:
-    facts = run["environment"]
-    cores = f"{facts['cores']} cores" + ("" if facts["device"] == facts["processor"] else f" of {facts['processor']}")
-    memory = f", {facts['gpu_memory_gib']} GiB" if "gpu_memory_gib" in facts else ""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"{facts['device']}{memory}, {cores}, Python {facts['python']}, {versions}, {facts['date']}."
-
-
-def tables(run: Run) -> str:
-    """All groups as markdown."""
-    parts = []
-    for group in run["groups"]:
-        parts += [f"### {group['title']}", _group_table(group), *_notes(group)]
-    if run["missing_peers"]:
-        parts.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
-    return "\n\n".join([*parts, headline(run)])
-
-
-def _group_table(group: dict[str, Any]) -> str:
-    rows = group["rows"]
-    if group["stage"] == "limits":
-        cells = [
-            (r["name"], f"{r['value']:,.3g} {r['unit']}" if "value" in r else f"failed: {r['error']}") for r in rows
-        ]
-        return markdown(("limit", "measured"), cells)
-    if group["stage"] == "stages":
-        return markdown(stage_changes.HEADER, [stage_changes.cells(row) for row in rows])
-    if group["stage"] == "augment":
-        return augmentations.table(rows)
-    if group["stage"] == "scale":
-        header = ("samples", "µs/sample", "loader", "order", "draws", "open to first batch, s", "memory, MiB")
-        names = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s", "memory_mib")
-        return markdown(
-            header, [(r["name"], *(f"{r[n]:.3g}" if n in r else (r["error"] or "") for n in names)) for r in rows]
-        )
-    if group["stage"] == "speedrun":
-        return markdown(("speedrun", "result"), [(r["name"], r["error"] or _speedrun(r.get("result"))) for r in rows])
-    return results.table(rows)
-
-
-def _speedrun(result: Any) -> str:
-    """The plain numbers of a speedrun's own JSON."""
-    if not isinstance(result, dict):
-        return json.dumps(result)[:200]
-    plain: dict[str, Any] = {"runs": len(result["runs"])} if isinstance(result.get("runs"), list) else {}
-    plain |= {key: value for key, value in result.items() if isinstance(value, int | float)}
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
-    )
-
-
-def _notes(group: dict[str, Any]) -> list[str]:
-    notes = []
-    shares = {r["name"]: r["of_resident"] for r in group["rows"] if "of_resident" in r}
-    if shares:
-        told = ", ".join(f"{name.split(', ', 1)[-1]} {share:.3f}" for name, share in shares.items())
-        notes.append(f"Of the resident batch's rate: {told}.")
-    if "ramp" in group:
-        ramp = group["ramp"].items()
-        by_size = (f"{size}: {rate if isinstance(rate, str) else f'{rate:,.0f}'}" for size, rate in ramp)
-        notes.append(f"Images/s of a resident batch by its size: {', '.join(by_size)}.")
-    return notes
-
-
-def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return aligned(header, rows, right=range(1, len(header)))
-
-
 def document(run: Run, folder: Path) -> list[Path]:
     """Write DEVICE.md and, where there are figures, DEVICE.png."""
     from tools.benchmarks import chart  # here: matplotlib takes a while
@@ -164,14 +91,17 @@ def document(run: Run, folder: Path) -> list[Path]:
     name = slug(run)
     failed = results.failures(run["groups"])
     picture = chart.draw(run, folder / f"{name}.png")
+    how = (
+        parts(run) if len({part["command"] for part in run.get("parts", {}).values()}) > 1 else f"    {run['command']}"
+    )
     text = [
         f"# {run['environment']['device']}",
         f"{headline(run)} The whole run took {run['duration_s'] / 60:.1f} minutes:",
-        f"    {run['command']}",
+        how,
         HOW_TO_READ,
         *([f"![images/s by contestant]({picture.name})"] if picture else []),
         *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
-        tables(run),
+        of_run(run),
     ]
     path = folder / f"{name}.md"
     path.write_text("\n\n".join(text) + "\n")
@@ -180,16 +110,16 @@ def document(run: Run, folder: Path) -> list[Path]:
 
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
     """README's table: per device and group our figure, the ratios to the peers, and the share of the bound."""
-    parts = []
+    text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
-        parts.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
+        text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
     for name, run in runs.items():
         link = (folder / f"{name}.md").resolve()
         link = link.relative_to(readme.resolve().parent) if link.is_relative_to(readme.resolve().parent) else link
         facts = run["environment"]
-        parts.append(f"{facts['device']}, {facts['cores']} cores, {facts['date']} ([all figures]({link.as_posix()})):")
-        parts += [table for table in (_loading_summary(run), _training_summary(run)) if table]
-    return "\n\n".join(parts) if parts else "Nothing measured yet."
+        text.append(f"{facts['device']}, {facts['cores']} cores, {facts['date']} ([all figures]({link.as_posix()})):")
+        text += [table for table in (_loading_summary(run), _training_summary(run)) if table]
+    return "\n\n".join(text) if text else "Nothing measured yet."
 
 
 def _loading_summary(run: Run) -> str:

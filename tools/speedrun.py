@@ -35,6 +35,7 @@ from pipelines.loader import Loader
 from pipelines.mixing import is_on
 from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
+from tools.parts.tables import write_text
 from train import dist
 from train.assemble import build_all, check_classes
 from train.clock import Clock
@@ -42,6 +43,7 @@ from train.dist import Ranks
 from train.ema import counted_weights
 from train.facts import device_name
 from train.loop import Training, evaluate, train_epoch
+from train.meter import memory
 from train.proxy import check_proxy
 from train.warm_up import check_sizes, warm_up
 from train.whitening import start_anew, whiten, whitening_images
@@ -91,14 +93,15 @@ def main() -> None:
             runs.append({"seed": seed, **run(seeded, training, images, train_loader, val_loader, val_samples)})
             first_result_s = first_result_s or clock.command_s
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
-    result = summary(config, runs, device) | {"first_result_s": first_result_s, "command_s": clock.command_s}
+            result = summary(config, runs, device)
+            result |= {"first_result_s": first_result_s, "command_s": clock.command_s}
+            if arguments.json is not None:  # after every run, so that one that is cut off loses no other
+                write_text(arguments.json, json.dumps(result, indent=2) + "\n")
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "
         f"{result['time_s_mean']:.3f} ± {result['time_s_std']:.3f} s on {result['device']}; "
         f"first result after {first_result_s:.1f} s, all after {result['command_s']:.1f} s"
     )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def run(
@@ -129,6 +132,7 @@ def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) ->
         figures[f"{name}_mean"] = statistics.fmean(values)
         figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return figures | {
+        **memory(device),
         "device": device_name(device),
         "torch": torch.__version__,
         "dali": version("nvidia-dali-cuda120"),

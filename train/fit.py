@@ -31,7 +31,7 @@ from train.ema import average_counts
 from train.health import Health, NotFinite
 from train.log import RunLog
 from train.loop import Interrupted, Training, evaluate, train_epoch, trainings_of
-from train.meter import Meter, peak_memory_gib
+from train.meter import Meter, memory
 from train.run_folder import latest_of
 from train.saving import Saving
 from train.schedule import Timeline, learning_rate, watch
@@ -115,7 +115,7 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
         sums = health.sums(done)  # synchronises, once per log interval
         if logs:
             loss, _, seen = sums.tolist()
-            measured = {**meter.read(done, loss, seen), "lr": lr, "memory_gib": peak_memory_gib(training.device)}
+            measured = {**meter.read(done, loss, seen), "lr": lr, **memory(training.device)}
             bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
             log.steps(measured, done)
             _report_left_out(run, health, done)
@@ -169,7 +169,7 @@ def _end_of_epoch(
         **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
         "lr": learning_rate(done - 1, run.timeline, training.config, _decays(run)),
         **rates,
-        "memory_gib": peak_memory_gib(training.device),
+        **memory(training.device),
     }
     improved = False
     if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:

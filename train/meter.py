@@ -10,6 +10,8 @@ import torch
 
 from pipelines.staged import TrainLoader
 
+GIB = 2**30
+
 
 class Meter:
     """Loss and rates since the last reading, within an epoch."""
@@ -39,8 +41,26 @@ class Meter:
         return values
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: the GPU's allocations, or on the CPU the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def memory(device: torch.device) -> dict[str, float]:
+    """Return the memory in use, in GiB, by the names that metrics and benchmarks share.
+
+    memory_gib: the peak of torch's tensors on a GPU, the peak resident set of the process on the CPU.
+    device_memory_gib: on a GPU only, see `device_memory_bytes`.
+    """
+    if device.type != "cuda":
+        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {
+        "memory_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "device_memory_gib": device_memory_bytes(device) / GIB,
+    }
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that are in use now, by all processes.
+
+    These are the CUDA contexts, the loaded kernels, what torch's allocator reserves, and DALI's memory pools, which
+    torch does not count. Both pools keep what they were given, so the value stays close to its peak. The driver is
+    asked: up to a millisecond of the host's time, without waiting for the device.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

@@ -16,7 +16,7 @@ def draw(run: dict[str, Any], path: Path) -> Path | None:
     """Write the PNG; None where the run holds no figure to draw."""
     from matplotlib.figure import Figure
 
-    groups = [(group, [row for row in group["rows"] if "images_per_s" in row]) for group in run["groups"]]
+    groups = [(group, [row for row in group["rows"] if "lowest" in row]) for group in run["groups"]]
     groups = [(group, rows) for group, rows in groups if rows]
     if not groups:
         return None

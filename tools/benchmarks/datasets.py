@@ -27,6 +27,11 @@ def pixels_of(split: Split, start: int = 0, stop: int | None = None) -> np.ndarr
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
+def batch_of(folder: Path, most: int, batches: int = 8) -> int:
+    """A batch of `most` images, or of fewer where the data set would not have so many batches."""
+    return min(most, len(open_split(folder, SPLIT)) // batches)
+
+
 @dataclass
 class Rows:
     """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it
@@ -61,8 +66,11 @@ def remake(
 ) -> Path:
     """Write the train split of an npy data set once more, as `out`, with a shard for every core at least.
 
-    size: side in pixels, resized where it is not the stored one; samples: how many, None: all.
+    size: side in pixels, resized where it is not the stored one; samples: how many, None: all. A set that is there
+    already is taken as it is.
     """
+    if (out / "dataset.json").is_file():
+        return out
     dataset: dict[str, Any] = load_dataset(folder)
     samples = samples or dataset["splits"][SPLIT]["samples"]
     rows = Rows(folder, samples)
@@ -76,15 +84,17 @@ def remake(
 
 
 def small_set(given: Path | None, source: Path | None, scratch: Path) -> Path:
-    """32x32 images: CIFAR-10 as converted, else converted from `source`, else scikit-learn's digits."""
+    """32x32 images: CIFAR-10 as converted, else converted from `source`, once, else scikit-learn's digits."""
     if given is not None and (given / "dataset.json").is_file():
         return given
-    out = scratch / "cifar10"
+    out = scratch / ("digits" if source is None else "cifar10")
+    if (out / "dataset.json").is_file():
+        return out
     if source is not None:
         from tools.sources.cifar import open_cifar
 
         opened = open_cifar("cifar10", source)
     else:
-        opened, out = open_digits(), scratch / "digits"
+        opened = open_digits()
     write_dataset(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
     return out

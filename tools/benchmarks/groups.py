@@ -1,11 +1,12 @@
-"""Groups: contestants that are measured together and shown as one table, and the bounds beside their figures."""
+"""Tables of measurements: contestants that take turns with the bounds beside their figures, or rows one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from configs.schema import AugConfig, Config, DataConfig
 from pipelines.shards import load_dataset, open_split
@@ -13,17 +14,82 @@ from tools.benchmarks import limits, ours, peers
 from tools.benchmarks.datasets import SPLIT
 from tools.benchmarks.limits import Limits
 from tools.benchmarks.peers import PeerSource, loops
-from tools.benchmarks.results import Row, add_bound, add_ratios, failed, row
-from tools.benchmarks.turns import Contestant, Outcome, measure
+from tools.benchmarks.results import Row, add_bound, add_ratios, failed, row, sentence, skipped
+from tools.benchmarks.turns import TIME_OVER, Contestant, Outcome, measure
 
 OURS = "Model Zhu"
-ONE_COPY = "bound: one copy of the bytes"
-AUGMENTED = "the cores' work on every image"
+BOUND = "bound: "
+ONE_COPY = f"{BOUND}one copy of the bytes"
+PER_UNIT = {"GB/s": 1e9, "TFLOP/s": 1e12}
+AUGMENTED = {"cpu": "the cores' work on every image", "cuda": "the work of the graph on every image"}
+Entry = dict[str, Any]  # a table as a run's record holds it: title, stage, rows and more
+Keep = Callable[[Entry], None]
+
+
+class Measurable(Protocol):
+    """What one table is measured by. `keep` is called with the entry as far as it is measured."""
+
+    title: str
+    stage: str
+
+    def run(
+        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
+    ) -> Entry: ...
+
+
+@dataclass
+class Table:
+    """Rows that are measured one by one; a row takes the place of an earlier one of its name.
+
+    rows: called with the limits of the machine. columns: those that are shown.
+    """
+
+    title: str
+    stage: str
+    columns: tuple[str, ...]
+    rows: Callable[[Limits], Iterator[Row]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
+    ) -> Entry:
+        rows: dict[str, Row] = {}
+
+        def entry() -> Entry:
+            return {
+                "title": self.title,
+                "stage": self.stage,
+                "columns": self.columns,
+                **self.facts,
+                "rows": [*rows.values()],
+            }
+
+        try:
+            for each in self.rows(found):
+                rows[each["name"]] = each
+                keep(entry())
+        except Exception as error:  # whatever it is, the rows that there are stay
+            rows[self.title] = failed(self.title, sentence(error))
+        return entry()
+
+
+@dataclass
+class Whole:
+    """A table that is measured as a whole."""
+
+    title: str  # where it cannot be measured
+    stage: str
+    measure: Callable[[], Entry]
+
+    def run(
+        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
+    ) -> Entry:
+        return self.measure()
 
 
 @dataclass
 class Group:
-    """`finish` completes the rows with bounds, once they are measured."""
+    """Contestants that take turns. `finish` completes the rows with bounds, once they are measured."""
 
     title: str
     stage: str  # reading, loading, training, limits
@@ -32,11 +98,15 @@ class Group:
     facts: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[list[Row], Limits], None] = lambda rows, found: None
 
-    def run(self, found: Limits, seconds: float, rounds: int, deadline: float | None) -> dict[str, Any]:
-        outcomes = measure(self.contestants, seconds, rounds, deadline)
-        return self.entry(outcomes, found)
+    def run(
+        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
+    ) -> Entry:
+        def after_round(outcomes: list[Outcome]) -> None:
+            keep(self.entry(outcomes, found))
 
-    def entry(self, outcomes: list[Outcome], found: Limits) -> dict[str, Any]:
+        return self.entry(measure(self.contestants, seconds, rounds, deadline, after_round=after_round), found)
+
+    def entry(self, outcomes: list[Outcome], found: Limits) -> Entry:
         facts = {c.name: f for c, f in zip(self.contestants, self.rows, strict=True)}
         rows = [row(outcome, **facts[outcome.contestant]) for outcome in outcomes]
         try:
@@ -56,11 +126,13 @@ def loading(
     scratch: Path | None = None,
     workers: int = 1,
     data: DataConfig | None = None,
+    placements: tuple[str, ...] = ("host", "device"),
 ) -> Group:
     """Reading (aug None) or reading with augmentation, from data sets of the same images; with a scratch folder peers
     too.
 
-    size: side of the images that augmentation gives; a data set of raw pixels is placed on the host and on a GPU.
+    size: side of the images that augmentation gives. placements: of raw pixels on a GPU; beside the host's the copy of
+    a batch from pinned memory is measured.
     """
     contestants: list[Contestant] = []
     facts: list[dict[str, Any]] = []
@@ -74,7 +146,7 @@ def loading(
         stored = int(split.heights[0])
         side = stored if aug is None else size
         sizes[split.encoding] = (float(split.size.mean()), side * side * 3.0)
-        for placement in ("host", "device") if device == "cuda" and raw else ("auto",):
+        for placement in placements if device == "cuda" and raw else ("auto",):
             changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement}
             parts = (split.encoding,) if len(folders) > 1 else ()
             shown = placement if device == "cuda" and raw else ""
@@ -92,22 +164,33 @@ def loading(
             batch_bytes = batch_size * side * side * 3
             contestants.append(Contestant(ONE_COPY, limits.one_copy, (batch_bytes, batch_size)))
             facts.append({"device": device, "batch_size": batch_size})
+        if device == "cuda" and raw and "host" in placements:
+            batch_bytes = batch_size * int(split.size[0])
+            contestants.append(Contestant(f"{BOUND}{limits.PINNED}", limits.pinned_copy, (batch_bytes, batch_size)))
+            facts.append({"device": device, "batch_size": batch_size})
 
     def finish(rows: list[Row], found: Limits) -> None:
-        copy = max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(ONE_COPY)), default=0.0)
+        copy, pinned = (
+            max((each.get("images_per_s", 0.0) for each in rows if each["name"].startswith(name)), default=0.0)
+            for name in (ONE_COPY, f"{BOUND}{limits.PINNED}")
+        )
         for each in rows:
             if "encoding" not in each:
                 continue
             stored_bytes, output_bytes = sizes[each["encoding"]]
             bounds = limits.loading_bounds(found, placement=each.get("placement", ""), device=device,
                                            stored_bytes=stored_bytes, output_bytes=output_bytes)  # fmt: skip
-            if copy:
-                bounds = {ONE_COPY.removeprefix("bound: "): copy}  # of batches of this size, in turns with the others
+            if copy:  # of batches of this size, in turns with the others
+                bounds = {ONE_COPY.removeprefix(BOUND): copy}
+            elif pinned and limits.PINNED in bounds:
+                bounds[limits.PINNED] = pinned
             bounds |= limits.disk_bound(found, stored_bytes, stored_bytes * split_samples)
             add_bound(
                 each,
                 bounds,
-                otherwise="latency of scattered samples" if aug is None and each["encoding"] == "npy" else AUGMENTED,
+                otherwise="latency of scattered samples"
+                if aug is None and each["encoding"] == "npy"
+                else AUGMENTED[device],
             )
         add_ratios([each for each in rows if "encoding" in each])
 
@@ -166,8 +249,12 @@ def training(
             rows.append({"device": device, "batch_size": batch_size})
     classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
 
+    @cache  # asked for after every round
+    def training_flops() -> float:
+        return limits.training_flops(config.model, classes, size)
+
     def finish(rows: list[Row], found: Limits) -> None:
-        flops = limits.training_flops(config.model, classes, size)
+        flops = training_flops()
         resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), {})
         ceiling = resident.get("images_per_s", 0.0)
         end_to_end = [row for row in rows if row is not resident]
@@ -200,8 +287,14 @@ def limit_rows(outcomes: list[Outcome]) -> list[Row]:
     rows = []
     for outcome in outcomes:
         unit = limits.UNITS.get(outcome.stream, "")
-        each: Row = {"name": outcome.stream or outcome.contestant, "ours": False, "error": outcome.error, "unit": unit}
-        if outcome.error is None and outcome.rates:
-            each["value"] = float(f"{outcome.rate / (1e12 if unit == 'TFLOP/s' else 1e9):.4g}")
-        rows.append(each)
+        name, error = outcome.stream or outcome.contestant, outcome.error
+        each: Row = skipped(name) if error == TIME_OVER else {"name": name, "ours": False, "error": error}
+        if error is None and outcome.rates:
+            each["value"] = float(f"{outcome.rate / PER_UNIT[unit]:.4g}")
+        rows.append(each | {"ours": False, "unit": unit})
     return rows
+
+
+def limits_in(rows: list[Row]) -> Limits:
+    """The limits that `limit_rows` wrote down."""
+    return {row["name"]: row["value"] * PER_UNIT[row["unit"]] for row in rows if "value" in row}

@@ -83,6 +83,13 @@ def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Stream]]:
     yield streams
 
 
+@contextmanager
+def pinned_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Stream]]:
+    """Copies of a batch from pinned memory to the GPU, which a loader that reads from the host cannot outrun."""
+    pinned = torch.empty(batch_bytes, dtype=torch.uint8, pin_memory=True)
+    yield {"": Stream(_copies(pinned, torch.empty_like(pinned, device="cuda")), images)}
+
+
 def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor]:
     """Copies of `size` bytes; many sources lie outside of the processor's cache, as samples at random do."""
     content = [torch.zeros(size, dtype=torch.uint8) for _ in range(sources)]

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from train import meter
+from train.meter import GIB
+
 SHARE_OF_AVAILABLE = 0.8  # of the memory free at the start, which a run takes where no limit is given
 OVER = "used more than the memory limit"
 # what the allocators of C, C++, Python, torch, CUDA and its libraries say, in lower case
@@ -86,11 +88,13 @@ def go_first() -> None:
 
 
 def facts(device: torch.device) -> dict[str, float]:
-    """GiB: on a GPU the peak of torch's tensors, of what its allocator holds, and the device's; else peak resident."""
+    """Return `train.meter.memory` and, on a GPU, the peak that torch's allocator reserves and the GPU's size, in GiB.
+
+    On the CPU the peak is that of this process alone; the one of getrusage is inherited by a forked process.
+    """
     if device.type != "cuda":
         return {"memory_gib": peak_bytes() / GIB}
-    return {
-        "memory_gib": torch.cuda.max_memory_allocated(device) / GIB,
+    return meter.memory(device) | {
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        "device_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
+        "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
     }

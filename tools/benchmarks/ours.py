@@ -20,6 +20,7 @@ from train.assemble import build_all
 from train.dist import Ranks
 from train.freeze import set_training_mode
 from train.loop import Training
+from train.meter import GIB, device_memory_bytes
 from train.mixing import unmixed
 from train.throughput import endless, whole_step
 from train.transfer import without_start
@@ -27,14 +28,35 @@ from train.warm_up import blank_batch, prepare, warm_up
 
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
+WARM = 4  # items after which a stream's memory has reached its size
 DISTINCT, READ_AT_ONCE = 2048, 256  # images of a resident batch that differ, and the loader's batch for reading them
 
 
 @contextmanager
-def loading(data: DataConfig, aug: AugConfig, device: str, seed: int = 0) -> Iterator[dict[str, Stream]]:
-    """The train loader alone."""
-    loader = build_train_loader(data, aug, seed=seed, device=device).at(0)
-    yield {"": Stream(endless(loader), data.batch_size)}
+def loading(
+    data: DataConfig, aug: AugConfig, device: str, variants: dict[str, dict[str, Any]] | None = None
+) -> Iterator[dict[str, Stream]]:
+    """The train loader alone; variants: a stream's name and the fields of `data` that it changes.
+
+    On a GPU the facts hold the memory that building a loader and its first batches have taken: DALI's pools, the
+    buffers, a data set that is resident. The contestant before has been stopped by then, and takes none meanwhile.
+    """
+
+    def stream(changes: dict[str, Any]) -> Stream:
+        facts: dict[str, Any] = {}
+
+        def batches() -> Iterator[Batch]:
+            where = torch.device(device)
+            before = device_memory_bytes(where) if device == "cuda" else 0
+            loader = build_train_loader(data.model_copy(update=changes), aug, device=device).at(0)
+            for number, batch in enumerate(endless(loader), 1):
+                if number == WARM and device == "cuda":
+                    facts["loader_memory_gib"] = round((device_memory_bytes(where) - before) / GIB, 4)
+                yield batch
+
+        return Stream(batches(), data.batch_size, lambda: facts)
+
+    yield {name: stream(changes) for name, changes in (variants or {"": {}}).items()}
 
 
 @contextmanager
@@ -50,7 +72,9 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         size = config.data.batch_size
         precision = str(built.amp or torch.float32).removeprefix("torch.")
         common: dict[str, Any] = {"batch_size": size, "precision": precision}
-        streams = {RESIDENT: Stream(_steps(built, lambda: resident), size, lambda: common)}
+        facts = dict(common)
+        steps = _noting_memory(_steps(built, lambda: resident), device, facts)
+        streams = {RESIDENT: Stream(steps, size, lambda: facts)}
         for name, changes in variants.items():
             streams[name] = _end_to_end(config, changes, built, common)
         yield streams
@@ -107,9 +131,18 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
+def _noting_memory(items: Iterator[None], device: torch.device, facts: dict[str, Any]) -> Iterator[None]:
+    """Pass the items on; on a GPU note in `facts` the memory once warm, that of earlier streams included."""
+    for number, item in enumerate(items, 1):
+        if number == WARM and device.type == "cuda":
+            facts |= {name: round(gib, 4) for name, gib in memory.facts(device).items()}
+        yield item
+
+
 def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common: dict[str, Any]) -> Stream:
     """Built when first asked for an item, so that a placement that does not fit costs only its own row."""
     loaders: list[Loader] = []
+    noted = dict(common)
 
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
@@ -118,9 +151,9 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common
         yield from _steps(built, lambda: next(following))
 
     def facts() -> dict[str, Any]:
-        return common | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
+        return noted | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
 
-    return Stream(batches(), config.data.batch_size, facts)
+    return Stream(_noting_memory(batches(), built.device, noted), config.data.batch_size, facts)
 
 
 def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:

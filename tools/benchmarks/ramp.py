@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+
+import torch
 
 from configs.schema import Config
 from tools.benchmarks import memory, ours
 from tools.benchmarks.turns import PATIENCE_S, Contestant, Outcome, measure
 
-SIZES = (256, 512, 1024, 2048)  # among which best_batch looks
+SIZES = (256, 512, 1024, 2048)  # that `worthwhile` tries
 GAIN = 1.02  # a doubled batch that gives less is not worth its memory
-TIME_S = 150.0  # no further size is begun after that: each has to be compiled
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Size:
     rates: list[float] = field(default_factory=list)  # images/s, one per round
     memory_gib: float | None = None  # peak: of torch's tensors on a GPU, resident on the CPU
     reserved_gib: float | None = None  # peak held by torch's allocator, on a GPU
-    device_gib: float | None = None  # a GPU's whole memory
+    device_memory_gib: float | None = None  # in use on the GPU altogether
+    gpu_memory_gib: float | None = None  # the GPU's whole memory
     error: str | None = None
     step: str = "doubling"  # or bisection
 
@@ -89,7 +91,7 @@ def _size(batch: int, outcome: Outcome, limit_bytes: int | None) -> Size:
     if outcome.error is not None:
         return size
     size.rates = outcome.rates
-    for name in ("memory_gib", "reserved_gib", "device_gib"):
+    for name in ("memory_gib", "reserved_gib", "device_memory_gib", "gpu_memory_gib"):
         setattr(size, name, outcome.facts.get(name))
     if limit_bytes is not None and (size.memory_gib or 0) * memory.GIB > limit_bytes:  # since the watch last looked
         size.error = memory.over(limit_bytes)
@@ -173,24 +175,13 @@ def climb(
     result.end = "error" if result.failure else "memory" if result.too_large is not None else "most"
 
 
-def best_batch(config: Config, seconds: float, rounds: int, deadline: float | None) -> tuple[Config, dict[str, Any]]:
-    """The config at the size of SIZES that trains the most images/s, and what each reached: images/s or its error.
-
-    Raises RuntimeError with the error of the first size where not even that one could be measured.
-    """
-    subject = Subject(config.model.name, config)
-    reached: dict[str, Any] = {}
-    best, best_rate, begin = SIZES[0], 0.0, time.monotonic()
-    try:
+def worthwhile(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Size]:
+    """Try SIZES from the smallest on; ends after the first doubling that does not fit, fails or gains too little."""
+    subject = Subject(config.model.name, config, on_gpu=torch.cuda.is_available())
+    best_rate = 0.0
+    with suppress(TimeOver):
         for size in doublings(lambda batch: attempt(subject, batch, seconds, rounds, deadline), SIZES[0], SIZES[-1]):
-            reached[str(size.batch)] = float(f"{size.rate:.5g}") if size.fits else size.error
+            yield size
             if not size.fits or size.rate < GAIN * best_rate:
-                break
-            best, best_rate = size.batch, size.rate
-            if time.monotonic() - begin > TIME_S:
-                break
-    except TimeOver as error:
-        reached.setdefault(str(SIZES[0]), str(error))
-    if not best_rate:
-        raise RuntimeError(f"batch {SIZES[0]}: {reached[str(SIZES[0])]}")
-    return with_batch(config, best), reached
+                return
+            best_rate = size.rate

@@ -8,9 +8,10 @@ has too few; --model: of noise), each size in a process of its own. After the fi
 finds the largest that does. On a GPU each size is compiled anew, as the config says, which takes most of the time;
 --opts train.compile=off train.cuda_graph=off is quicker, with other figures.
 
-Memory on the CPU is the peak of the whole process, libraries included; on a GPU that of torch's tensors. Without
---memory-limit a GPU is filled to its end, and on the CPU a process gets 80 % of the memory that is available at the
-start, so that the machine does not swap. Exit code 1 when a model failed by another error than its memory's.
+Memory on the CPU is the peak of the whole process, libraries included; on a GPU that of torch's tensors, and beside it
+what is in use on the device altogether. Without --memory-limit a GPU is filled to its end, and on the CPU a process
+gets 80 % of the memory that is available at the start, so that the machine does not swap. Exit code 1 when a model
+failed by another error than its memory's.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def row(one: Climb, size: Size) -> Row:
         "ms_per_step": float(f"{1e3 * size.batch / size.rate:.5g}") if size.fits else None,
         "memory_gib": _rounded(size.memory_gib),
         "reserved_gib": _rounded(size.reserved_gib),
+        "device_memory_gib": _rounded(size.device_memory_gib),
         "fits": None if size.is_failure else size.fits,
         "step": size.step,
         "rounds": len(size.rates),
@@ -208,7 +210,9 @@ def shown(one: Climb, size: Size) -> Row:
     """A row of the table that is printed."""
     full = row(one, size)
     text = "does not fit" if full["fits"] is False else f"failed: {size.error}" if size.is_failure else ""
-    names = ("model", "batch", "images_per_s", "lowest", "highest", "ms_per_step", "memory_gib")
+    names = ["model", "batch", "images_per_s", "lowest", "highest", "ms_per_step", "memory_gib"]
+    if one.subject.on_gpu:
+        names.append("device_memory_gib")
     return {name.replace("_per_", "/").replace("_", " ").replace("gib", "GiB"): full[name] for name in names} | {
         "": "largest that fits" if size.fits and size.batch == one.largest and one.end == "memory" else text
     }
@@ -254,12 +258,12 @@ def sentence(one: Climb) -> str:
 def write(climbs: list[Climb], limit: int | None, out: Path) -> None:
     """ramp.csv, ramp.json and ramp.png."""
     facts = results.environment()
-    device_gib = next((size.device_gib for one in climbs for size in one.sizes if size.device_gib), None)
+    gpu_gib = next((size.gpu_memory_gib for one in climbs for size in one.sizes if size.gpu_memory_gib), None)
     content = {
         "command": " ".join(["python", *sys.argv]),
         "environment": facts,
         "memory_limit_gib": None if limit is None else round(limit / memory.GIB, 4),
-        "device_memory_gib": _rounded(device_gib),
+        "gpu_memory_gib": _rounded(gpu_gib),
         "models": [summary(one) for one in climbs],
         "sizes": rows(climbs),
     }
@@ -267,7 +271,7 @@ def write(climbs: list[Climb], limit: int | None, out: Path) -> None:
     write_text(out / "ramp.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     written = ["ramp.csv", "ramp.json"]
     if any(one.fitting for one in climbs):
-        line = (limit / memory.GIB, "limit") if limit else (device_gib, "the GPU's memory") if device_gib else None
+        line = (limit / memory.GIB, "limit") if limit else (gpu_gib, "the GPU's memory") if gpu_gib else None
         save(
             pictures.ramp(climbs, line, f"{facts['device']}, {facts['cores']} cores, {facts['date']}"), out / "ramp.png"
         )

@@ -1,7 +1,8 @@
 """One whole run as data: rows, groups, the bound beside each figure, and the tables made of them.
 
 Plain dicts throughout, since they go to a JSON file and come back. A row:
-    name, ours (bool), device, placement, encoding, batch_size, error (None or a sentence),
+    name, ours (bool), device, placement, encoding, batch_size, error (None or a sentence), note (why there is no figure
+    where nothing failed), on a GPU memory_gib and device_memory_gib,
     images_per_s (median), lowest, highest, ratio (ours / this, where it is a peer),
     bound {name, images_per_s}, share of it, binds; in training also of_resident, training_gflop per image, precision
 """
@@ -12,16 +13,19 @@ import os
 import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 from typing import Any
 
 import torch
 
-from tools.benchmarks.turns import Outcome
+from tools.benchmarks.turns import TIME_OVER, Outcome
 from tools.parts.tables import aligned
 from train.facts import device_name, processor
 
 Row = dict[str, Any]
 FORMAT, VERSION = "model-zhu-benchmarks", 1
+RUNNING = "not measured to its end: the run was cut off"  # so a record says that is read while a program runs
+STOPPED = "stopped at the deadline"
 BINDS_FROM = 0.6  # share of a bound from which that bound is named as what binds
 PACKAGES = {
     "torch": "torch",
@@ -39,16 +43,38 @@ def row(outcome: Outcome, *, ours: bool = False, **facts: Any) -> Row:
     """A row of the figures of one stream."""
     name = ", ".join(filter(None, (outcome.contestant, outcome.stream)))
     result: Row = {"name": name, "ours": ours, **facts, **outcome.facts, "error": outcome.error}
-    if outcome.error is None and outcome.rates:
-        figures = (outcome.rate, min(outcome.rates), max(outcome.rates))
-        result |= dict(zip(("images_per_s", "lowest", "highest"), (float(f"{x:.5g}") for x in figures), strict=True))
-    elif outcome.error is None:
-        result["error"] = "not measured: the time of the whole run was over"
+    if outcome.error in (None, TIME_OVER):
+        result["error"] = None
+        if outcome.rates:
+            result |= rates(outcome.rates)
+        else:
+            result["note"] = TIME_OVER
     return result
+
+
+def rates(rounds: list[float]) -> Row:
+    """The median, the lowest and the highest of the rounds, in images/s."""
+    figures = (median(rounds), min(rounds), max(rounds))
+    return dict(zip(("images_per_s", "lowest", "highest"), (float(f"{x:.5g}") for x in figures), strict=True))
 
 
 def failed(name: str, error: str, **facts: Any) -> Row:
     return {"name": name, "ours": True, "error": error, **facts}
+
+
+def skipped(name: str, note: str = TIME_OVER, **facts: Any) -> Row:
+    """A row without figures that is no failure: for lack of time, or of a peer."""
+    return {"name": name, "ours": True, "error": None, "note": note, **facts}
+
+
+def is_measured(row: Row) -> bool:
+    """Whether it ended with a figure."""
+    return not row["error"] and row.get("note") not in (TIME_OVER, RUNNING)
+
+
+def sentence(error: BaseException) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def add_ratios(rows: list[Row]) -> None:
@@ -98,8 +124,9 @@ def _importable(module: str) -> bool:
 
 
 COLUMNS = ("name", "device", "placement", "batch", "images/s", "of resident", "ours / this", "share", "of the bound",
-           "what binds")  # fmt: skip
-RIGHT = ("batch", "images/s", "of resident", "ours / this", "share")
+           "tensors, GiB", "device, GiB", "loader, GiB", "what binds")  # fmt: skip
+RIGHT = ("batch", "images/s", "of resident", "ours / this", "share", *COLUMNS[9:12])
+MEMORY = ("memory_gib", "device_memory_gib", "loader_memory_gib")  # of COLUMNS[9:12]
 
 
 def table(rows: list[Row]) -> str:
@@ -124,7 +151,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['ratio']:.2f}" if "ratio" in row else "",
         f"{row['share']:.0%}" if "share" in row else "",
         f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
-        error or row.get("binds", ""),
+        *(f"{row[name]:.3g}" if name in row else "" for name in MEMORY),
+        error or row.get("note") or row.get("binds", ""),
     )
 
 

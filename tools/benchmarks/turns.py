@@ -1,12 +1,13 @@
 """Contestants take turns in short rounds, each in a process of its own that is stopped while the others run.
 
 A noisy machine then slows all alike, no thread pool or worker of one disturbs another, and one that fails, crashes or
-runs out of memory costs its own row and nothing else. Knows nothing of images.
+runs out of memory costs its own row and nothing else. Streams of any unit take part, not of images alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 PATIENCE_S = 300.0  # for one contestant to build, compile and warm up
+TIME_OVER = "not measured: the time of the run was over"  # the error of what a deadline left out or cut off
+GRACE_S = 5.0  # after the deadline, for a round that has begun
 LOOK_S = 0.02  # between two looks of a contestant's watch
 # imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
 PRELOADED, PRELOADED_ON_GPU = ["torch", "torchvision", "pipelines.build", "train.loop"], ["torch", "torchvision"]
@@ -75,22 +78,28 @@ def measure(
     deadline: float | None = None,
     patience_s: float = PATIENCE_S,
     show_progress: bool = True,
+    after_round: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
     """Outcomes of all streams in the order of the contestants; rounds last `seconds` each.
 
-    deadline, of time.monotonic(): what is not warm by then is an error of its own row; rounds after it are left out.
-    patience_s: for one contestant to build and warm up.
+    deadline, of time.monotonic(): what is not warm by then has the error TIME_OVER; rounds after it are left out.
+    patience_s: for one contestant to build and warm up. after_round: called with what has been measured so far.
     """
+
+    def patience(longest: float, grace: float = 0.0) -> tuple[float, str | None]:
+        """How long to wait for an answer, and what none means where it is the deadline that ends the wait."""
+        left = math.inf if deadline is None else max(1.0, deadline + grace - time.monotonic())
+        return (longest, None) if longest <= left else (left, TIME_OVER)
+
     outcomes: list[Outcome] = []
     with ExitStack() as stack:
         started: list[tuple[_Process, list[Outcome]]] = []
         for contestant in tqdm(contestants, desc="warm-up", leave=False, disable=not show_progress):
             if deadline is not None and time.monotonic() > deadline:
-                outcomes.append(Outcome(contestant.name, "", error="not measured: the time of the whole run was over"))
+                outcomes.append(Outcome(contestant.name, "", error=TIME_OVER))
                 continue
             process = stack.enter_context(_Process(contestant, seconds))
-            patience = patience_s if deadline is None else min(patience_s, max(30.0, deadline - time.monotonic()))
-            streams = process.warm_up(patience)
+            streams = process.warm_up(*patience(patience_s))
             outcomes += streams
             started.append((process, streams))
         for number in tqdm(range(rounds), desc="rounds", leave=False, disable=not show_progress):
@@ -99,10 +108,29 @@ def measure(
             for process, streams in started:
                 for outcome in streams:
                     if outcome.error is None:
-                        process.turn(outcome, max(60 * seconds + 60, patience_s / 5))
+                        process.turn(outcome, *patience(max(60 * seconds + 60, patience_s / 5), GRACE_S))
+            after_round(outcomes)
         for process, streams in started:
             process.finish(streams)
     return outcomes
+
+
+def apart(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
+    """Call a function in a process of its own and return its result.
+
+    The calling process stays without a CUDA context. Raises RuntimeError with the sentence of what failed.
+    """
+    contestant = Contestant(getattr(function, "__name__", ""), _called_once, (function, arguments))
+    (outcome,) = measure([contestant], 0.001, 1, deadline, show_progress=False)
+    if outcome.error is not None:
+        raise RuntimeError(outcome.error)
+    return outcome.facts["result"]
+
+
+@contextmanager
+def _called_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Stream]]:
+    result = function(*arguments)
+    yield {"": Stream(itertools.repeat(None), 1, lambda: {"result": result}, works_ahead=False)}
 
 
 class _Process:
@@ -134,16 +162,16 @@ class _Process:
         self._process.kill()
         self._process.join()
 
-    def warm_up(self, patience: float) -> list[Outcome]:
+    def warm_up(self, patience: float, silence: str | None) -> list[Outcome]:
         name = self._contestant.name
-        reply = self._reply(patience)
+        reply = self._reply(patience, silence)
         if isinstance(reply, str):
             return [Outcome(name, "", error=reply)]
         self._signal(signal.SIGSTOP)
         return [Outcome(name, stream, error=error) for stream, error in reply.items()]
 
-    def turn(self, outcome: Outcome, patience: float) -> None:
-        result = self._ask(outcome.stream, patience)
+    def turn(self, outcome: Outcome, patience: float, silence: str | None) -> None:
+        result = self._ask(outcome.stream, patience, silence)
         if isinstance(result, str):
             outcome.error = result
         else:
@@ -155,16 +183,16 @@ class _Process:
             if isinstance(facts, dict):
                 outcome.facts = facts.get(outcome.stream, {})
 
-    def _ask(self, question: str | None, patience: float) -> Any:
+    def _ask(self, question: str | None, patience: float, silence: str | None = None) -> Any:
         self._signal(signal.SIGCONT)
         with suppress(OSError):
             self._pipe.send(question)
-        reply = self._reply(patience)
+        reply = self._reply(patience, silence)
         self._signal(signal.SIGSTOP)
         return reply
 
-    def _reply(self, patience: float) -> Any:
-        """What the process sends; a sentence where it sends nothing."""
+    def _reply(self, patience: float, silence: str | None) -> Any:
+        """What the process sends; a sentence where it sends nothing, `silence` if that is given."""
         end, watch = time.monotonic() + patience, self._contestant.watch
         try:
             while not self._pipe.poll(patience if watch is None else LOOK_S):
@@ -182,7 +210,7 @@ class _Process:
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             return f"the process ended with {how}"
         self._signal(signal.SIGKILL)
-        return f"no answer within {patience:.0f} s"
+        return silence or f"no answer within {patience:.0f} s"
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):

@@ -175,6 +175,7 @@ def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
     evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
     last = metrics[-1] if metrics else {}
+    device_gib = _over_epochs(max, metrics, "device_memory_gib")  # recorded on a GPU only
     return {
         "best_val_top1": best[0] if best else None,
         "best_epoch": best[1] + 1 if best else None,
@@ -183,7 +184,7 @@ def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
         "training_time_s": _over_epochs(sum, metrics, "epoch_time_s"),
         "images_per_s": _over_epochs(statistics.median, metrics, "images_per_s"),
         "memory_gib": _over_epochs(max, metrics, "memory_gib"),
-    }
+    } | ({} if device_gib is None else {"device_memory_gib": device_gib})
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:

@@ -1,0 +1,227 @@
+"""Rows from programs that run on their own: speedruns, the published reference beside them, runs to an accuracy.
+
+Each is looked at while it runs, so that what it has reached stays when it is cut off. At the deadline it is stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import to_yaml
+from configs.schema import Config
+from pipelines.shards import open_split
+from tools.benchmarks import datasets
+from tools.benchmarks.results import RUNNING, STOPPED, Row, failed, skipped
+from tools.benchmarks.turns import TIME_OVER
+from train.log import counted, read_metrics
+
+ROOT = Path(__file__).parents[2]
+LOOK_S = 0.5  # between two looks at what a program has written
+LEAVE_S = 5.0  # for a program that is stopped to end by itself
+PR_SET_PDEATHSIG = 1
+SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", "memory_gib",
+                    "device_memory_gib")  # fmt: skip
+SPEEDRUN_COLUMNS = ("runs", *SPEEDRUN_FIGURES, "ratio")
+ACCURACY_COLUMNS = ("top1", "target", "epochs", "epochs_per_s", "images_per_s", "training_s", "target_reached_s",
+                    "memory_gib", "device_memory_gib")  # fmt: skip
+PROFILE_COLUMNS = ("ms", "share", "images_per_s", "mfu", "mfu_of_data_sheet")
+REFERENCE = "airbench94_muon.py"
+_libc = ctypes.CDLL(None)
+
+
+class Program:
+    """A program in a process group of its own, which ends with this process."""
+
+    def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
+        self._command, self._log, self._deadline, self._folder = command, log, deadline, folder
+        self.is_late = False
+
+    def looks(self) -> Iterator[None]:
+        """Run it; yields now and then and once more after its end. Whoever leaves earlier stops it."""
+
+        def end_with_parent() -> None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder,
+                start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+        try:
+            while self._process.poll() is None:
+                self.is_late = self._deadline is not None and time.monotonic() > self._deadline
+                if self.is_late:
+                    break
+                yield
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(LOOK_S)
+        finally:
+            self._stop()
+        yield
+
+    def _stop(self) -> None:
+        """SIGTERM, upon which training saves a checkpoint, then SIGKILL; whatever it has started goes with it."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LEAVE_S)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed; None while it runs, of one that was stopped, and where it did not fail."""
+        code = self._process.poll()
+        if code in (None, 0) or self.is_late:
+            return None
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
+
+    def row(self, name: str, figures: Row, **facts: Any) -> Row:
+        """A row of what it has reached so far, with the reason where that is not all."""
+        if self.error is not None:
+            return failed(name, self.error, **facts) | figures
+        if self.is_late:
+            return skipped(name, STOPPED if figures else TIME_OVER, **facts) | figures
+        if self._process.poll() is None:
+            return skipped(name, RUNNING, **facts) | figures
+        return {"name": name, "ours": True, "error": None, **facts, **figures}
+
+
+def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
+    """tools/speedrun.py on a config; its JSON is kept in the row as `result`."""
+    output = scratch / f"{name}.json"
+    command = [sys.executable, str(ROOT / "tools" / "speedrun.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
+               "--data-path", str(data), "--runs", str(seeds), "--json", str(output)]  # fmt: skip
+    program = Program(command, scratch / f"{name}.log", deadline)
+    for _ in program.looks():
+        figures: Row = {}
+        with suppress(OSError):
+            result = json.loads(output.read_text())
+            figures = {"runs": len(result["runs"]), "result": result}
+            figures |= {key: float(f"{result[key]:.5g}") for key in SPEEDRUN_FIGURES if key in result}
+        yield program.row(name, figures)
+
+
+def reference(
+    checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
+) -> Iterator[Row]:
+    """airbench94_muon.py as published, on the same pixels; stopped after so many runs. ours: the row to compare with.
+
+    folder: for the images as it reads them, which are written once, and its log.
+    """
+    script = None if checkout is None else checkout.resolve() / REFERENCE
+    if script is None or not script.is_file():
+        where = "--reference FOLDER" if script is None else f"{script}, which does not exist,"
+        yield skipped(REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False)
+        return
+    for split, name in (("train", "train"), ("val", "test")):
+        write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
+    log = folder / "reference.log"
+    program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
+    for _ in program.looks():
+        runs = reference_runs(log.read_text(errors="replace"))[:seeds]
+        figures: Row = {}
+        if runs:
+            for key, values in zip(("top1", "time_s"), zip(*runs, strict=True), strict=True):
+                figures[f"{key}_mean"] = float(f"{statistics.fmean(values):.5g}")
+                figures[f"{key}_std"] = float(f"{statistics.stdev(values) if len(values) > 1 else 0.0:.5g}")
+            figures["runs"] = len(runs)
+            if ours.get("time_s_mean"):
+                figures["ratio"] = float(f"{figures['time_s_mean'] / ours['time_s_mean']:.3g}")
+        if len(runs) == seeds:  # the script itself goes on to 200
+            yield {"name": REFERENCE, "ours": False, "error": None, **figures}
+            return
+        yield program.row(REFERENCE, figures, ours=False)
+
+
+def write_reference_data(data: Path, split: str, path: Path) -> None:
+    """Write a split as the reference's loader reads it: images uint8 [N, 32, 32, 3], labels int64 [N], classes."""
+    if path.is_file():
+        return
+    opened = open_split(data, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    images = torch.from_numpy(datasets.pixels_of(opened).copy())
+    content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
+    torch.save(content, temporary)
+    temporary.replace(path)  # a kill leaves no half of it
+
+
+def reference_runs(text: str) -> list[tuple[float, float]]:
+    """Accuracy with test-time augmentation and seconds of each run in the script's table; without its warm-up run."""
+    runs = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 6 and cells[1] == "eval":
+            runs.append((float(cells[4]), float(cells[5])))
+    return runs[1:]
+
+
+def training_to(
+    name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
+) -> Iterator[Row]:
+    """train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
+    output = scratch / "accuracy"
+    command = [sys.executable, str(ROOT / "train" / "ddp.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
+               "--data-path", str(data), "--output", str(output)]  # fmt: skip
+    command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
+    program = Program(command, scratch / f"{name}.log", deadline)
+    for _ in program.looks():
+        yield program.row(name, reached(read_metrics(output / name), target), target=target)
+
+
+def reached(metrics: list[dict[str, Any]], target: float) -> Row:
+    """The figures of a run's epochs so far; none before the first one has ended."""
+    if not metrics:
+        return {}
+    times = [line["epoch_time_s"] for line in metrics]
+    accuracies = [counted(line, "auto") for line in metrics]
+    first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)
+    figures: Row = {
+        "top1": max((top1 for top1 in accuracies if top1 is not None), default=None),
+        "epochs": len(metrics),
+        "epochs_per_s": len(times) / sum(times),
+        "images_per_s": statistics.median(line["images_per_s"] for line in metrics),
+        "training_s": sum(times),
+        "target_reached_s": sum(times[:first]) if first is not None else None,
+    }
+    figures |= {key: metrics[-1][key] for key in ("memory_gib", "device_memory_gib") if key in metrics[-1]}
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
+    """tools/benchmark.py profile on a config: a row for each phase of the step, and the step's own."""
+    out, file = scratch / "profile", scratch / "profile.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",
+               str(steps), "--seconds", str(seconds), "--out", str(out)]  # fmt: skip
+    program = Program(command, scratch / "profile.log", deadline)
+    for _ in program.looks():
+        pass
+    content = json.loads((out / "profile.json").read_text()) if (out / "profile.json").exists() else None
+    if content is None:
+        yield program.row("step", {})
+        return
+    for each in content["phases"]:
+        yield {"name": each["phase"], "ours": True, "error": None, "ms": each["ms"], "share": each["share"]}
+    rates, use = content["images_per_s"], content["arithmetic"] or {}
+    for which, rate in rates.items():
+        mine = which == ("captured" if "captured" in rates else "uncaptured")
+        figures = {key: use.get(key) for key in ("mfu", "mfu_of_data_sheet")} if mine else {}
+        step = {"name": f"step, {which}", "ours": True, "error": None, "ms": content["unprofiled_step_ms"][which]}
+        yield step | {"images_per_s": rate, **figures, "result": content}
