@@ -44,15 +44,17 @@ def failed_capture() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_driver_faults(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_driver_faults(request: pytest.FixtureRequest) -> Iterator[None]:
     """Under the stand-in driver, fail a test during which it reported a fault."""
     if not IS_STAND_IN:
         yield
         return
-    if request.node.get_closest_marker("gpu"):
-        skip_checks_of_values(monkeypatch)
     before = len(faults())
-    yield
+    # Not the fixture monkeypatch, which would then be undone after the patches of every other fixture.
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("gpu"):
+            skip_checks_of_values(patch)
+        yield
     found = faults()[before:]
     assert not found or "failed_capture" in request.fixturenames, "\n".join(found)
 
