@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 IS_STAND_IN = "FAKECUDA" in os.environ
+FAULT_LOG = Path(os.environ.get("FAKECUDA_LOG", os.devnull))
 FAULTS = ("FAULT", "RACE")  # in its log: calls that a real driver refuses, and pinned memory that was written too early
 
 
 def faults() -> list[str]:
     """All faults that the stand-in driver has logged so far, in all processes of this run; none without its log."""
-    log = Path(os.environ.get("FAKECUDA_LOG", os.devnull))
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = FAULT_LOG.read_text(errors="replace").splitlines() if FAULT_LOG.is_file() else []
     return [line for line in lines if any(word in line for word in FAULTS)]
 
 
