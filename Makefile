@@ -61,10 +61,11 @@ gpu-bench: $(ENVIRONMENT)
 
 GPU_TESTS := $(shell grep -l pytest.mark.gpu tests/test_*.py)
 
-# correctness on a CUDA GPU; only files with such tests are imported, since others need packages that it may lack
+# correctness on a CUDA GPU; only files with such tests are imported, since others need packages that it may lack. The
+# short benchmarks are left to gpu-bench
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
-	$(PY) -m pytest -m gpu --durations=10 $(GPU_TESTS)
+	$(PY) -m pytest -m gpu -k "not short_benchmark" --tb=short --durations=10 $(GPU_TESTS)
 
 # The GPU tests that compare no computed values, under a stand-in CUDA driver: no GPU is needed. FAKECUDA: its folder
 FAKECUDA ?= ../shared/fakecuda
