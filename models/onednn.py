@@ -45,7 +45,7 @@ def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
 
 
 def is_affected(module: nn.Module, channels: int) -> bool:
-    """Whether oneDNN's backward pass of this layer may write outside of its memory.
+    """Return whether oneDNN's backward pass of this layer may write outside of its memory.
 
     channels: see `block_channels`. Batch size, bias, output channels and the size of the images do not count: they only
     decide what is overwritten. The memory format is not considered, since training batches are channels_last.
@@ -80,7 +80,7 @@ def block_channels() -> int:
 
 
 def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """A forward pre-hook: every `height`-th row and `width`-th column of the input."""
+    """Select every `height`-th row and `width`-th column of the input, as a forward pre-hook."""
     del module
     images: Tensor = inputs[0]
     return images[..., ::height, ::width]

@@ -1,7 +1,7 @@
-"""Where the pixels of a batch come from: mapped files, or the whole split in memory. Knows indices, not order or draws.
+"""Where the pixels of a batch come from: mapped files, or the whole split in memory. JPEG files are in `jpegs`.
 
-Each source fills one of a few slots, buffers that are reused: fresh memory for every batch would cost more in page
-faults than the copy itself. `fill` runs in the loader's background thread. Those of JPEG files are in `jpegs`.
+`fill` runs in the loader's background threads. Sources in host memory fill one of a few slots, buffers that are reused:
+fresh memory for every batch would cost more in page faults than the copy itself. On a GPU each batch is a new tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Source(Protocol):
     watch: Watch | None = None  # over the files that are read for every batch; None: all was read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """The samples at `indices` (int64 [B]); what is returned is overwritten by the next fill of the same slot.
+        """The samples at `indices` (int64 [B]). In host memory the next fill of the same slot overwrites them.
 
         Raises:
             Undecodable: for samples of which it can say so, where decoding is not left to DALI.
@@ -154,7 +154,7 @@ class DeviceInputs:
         self._copied: dict[int, torch.cuda.Event] = {}  # by slot
 
     def host(self, slot: int) -> np.ndarray:
-        """int64 [*shape], to be written; waits for the slot's last copy.
+        """Return the slot, int64 [*shape], to be written; wait for its last copy.
 
         The batch of that copy may never have been handed over, so no event of the consumer says that it is done.
         """
@@ -164,7 +164,7 @@ class DeviceInputs:
         return array
 
     def to_device(self, slot: int) -> torch.Tensor:
-        """int64 [*shape] on the device, copied on the current stream; overwritten by the slot's next copy."""
+        """Copy the slot on the current stream: int64 [*shape] on the device, overwritten by the slot's next copy."""
         on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
         if on_device.is_cuda:
             self._copied[slot] = sleeping_event()

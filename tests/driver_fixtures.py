@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-IS_STAND_IN = "FAKECUDA" in os.environ
+IS_STAND_IN = os.environ.get("FAKECUDA") == "1"  # as its launcher sets it; make exports its folder under this name
 FAULT_LOG = Path(os.environ.get("FAKECUDA_LOG", os.devnull))
-FAULTS = ("FAULT", "RACE")  # in its log: calls that a real driver refuses, and pinned memory that was written too early
+# in its log: calls that a real driver refuses, launches that it cannot make, pinned memory that was written too early
+FAULTS = ("] CAPTURE FAULT:", "] FAULT:", "] RACE:")
 
 
 def faults() -> list[str]:
-    """All faults that the stand-in driver has logged so far, in all processes of this run; none without its log."""
+    """List all faults that the stand-in driver has logged so far, in all processes of this run; none without a log."""
     lines = FAULT_LOG.read_text(errors="replace").splitlines() if FAULT_LOG.is_file() else []
     return [line for line in lines if any(word in line for word in FAULTS)]
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
 ONLY_IN = {
-    "nvidia": ("pipelines/*", "tools/benchmarks/peers/from_dali.py"),
+    "nvidia": ("pipelines/*", "tools/benchmarks/dali_checks.py", "tools/benchmarks/peers/from_dali.py"),
     "numba": ("pipelines/*kernels*.py", "pipelines/vector_*.py"),
     "torch.distributed": ("train/dist.py",),
     "h5py": ("tools/*",),

@@ -1,4 +1,4 @@
-"""One short run of each kind on a GPU: no exception, no warning, and all files are written. No value is compared."""
+"""One short run of each kind on a GPU: no exception, and all files are written. No computed value is compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ RESNET = ("model.name=resnet18", "model.options={width: 16}")
 PLAIN = ("train.compile=off",)
 KINDS: dict[str, tuple[str, ...]] = {
     "captured": ("train.cuda_graph=on", *PLAIN),
-    "compiled": ("train.cuda_graph=on", "train.compile=default"),
     "eager": ("train.cuda_graph=off", *PLAIN),
     "fp16": ("train.amp=fp16", *PLAIN),
     "float32": ("train.amp=off", *PLAIN),
@@ -78,8 +77,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
             run_main(main)
         out, err = capfd.readouterr()
         assert not stopped.value.code, err
-        assert "Traceback" not in err
-        assert "Warning" not in err, err
+        assert "Traceback" not in err, err
         return out
 
     return call
@@ -118,7 +116,8 @@ def test_a_run_resumes_and_its_checkpoint_is_used(
         ddp.main()
     assert f"resumed from {folder / 'last.pt'} at {middle}" in run(ddp.main, *command, "--resume", "auto")
     assert "over 360 samples" in run(ddp.main, *command, "--resume", folder / "best.pt", "--eval")
-    run(ddp.main, *command, "--throughput") if not IS_STAND_IN else None
+    if not IS_STAND_IN:  # under which steps take no time
+        run(ddp.main, *command, "--throughput")
     run(predict.main, "--checkpoint", folder, "--split", "val", "--tta", "flip", "--out", tmp_path / "predictions")
     assert (tmp_path / "predictions" / "predictions.npz").is_file()
     run(show.main, "--checkpoint", folder, "--out", tmp_path / "shown")
@@ -176,10 +175,12 @@ def script(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchrun_trains_on_one_gpu(digits: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_a_compiled_and_captured_step_without_warnings(digits: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "tests/driver_fixtures.py")
-    done = script(sys.executable, *launcher, "train/ddp.py", *arguments(digits, tmp_path, *PLAIN))
+    compiled = ("train.cuda_graph=on", "train.compile=default")
+    done = script(sys.executable, *launcher, "train/ddp.py", *arguments(digits, tmp_path, *compiled))
     assert done.returncode == 0, done.stderr
+    assert "compiled and captured the step" in done.stdout
     assert "Warning" not in done.stderr, done.stderr
 
 
@@ -190,12 +191,16 @@ def test_a_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
     command += ["--max-batch", 64, "--out", tmp_path] if stage == "ramp" else ["--json", tmp_path / "result.json"]
     done = script(*command)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("aug", [{"crop": "none"}, {"crop": "pad"}, {"crop": "random-resized", "flip": 0.5}], ids=str)
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_buffers_are_reused_only_when_their_copies_are_done(placement: Any, aug: Any, digits: Path) -> None:
-    """Loops are left and resumed without waiting for the GPU, while the stand-in driver watches pinned memory."""
+    """Loops are left and resumed without waiting for the GPU, while the stand-in driver watches pinned memory.
+
+    On a GPU, what is overwritten too early shows in the tests of test_graph.py that compare batches.
+    """
     data = DataConfig(path=str(digits), batch_size=32, placement=placement, prefetch=1, threads=1)
     loader = build_train_loader(data, AugConfig(**aug), device="cuda")
     for stop in (1, 3, 8, len(loader)):

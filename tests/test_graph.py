@@ -601,11 +601,15 @@ def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
 def test_dali_frees_an_output_only_when_the_stream_that_reads_it_is_done(placement: str, many: Path) -> None:
     """Each batch is read behind a kernel of some 50 ms and dropped at once, while DALI works on the next ones."""
     expected = epoch(train(many, RANDOM_RESIZED, "cuda", placement=placement))
-    seen = []
+    seen, read = [], []
+    overlaps = 0
     for images, labels in train(many, RANDOM_RESIZED, "cuda", placement=placement):
+        overlaps += bool(read and not read[-1].query())  # the next batch came before the last one was read
         torch.cuda._sleep(100_000_000)
         seen.append(Batch(images.clone(), labels.clone()))
+        read.append(torch.cuda.current_stream().record_event())
         del images, labels
+    assert overlaps > 0
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in seen], expected)
 
 

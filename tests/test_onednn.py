@@ -210,6 +210,17 @@ def test_the_log_says_which_layers_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert "corrupts memory on this CPU" in training.notes[1]
 
 
+def test_a_model_that_is_only_evaluated_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_block(monkeypatch, 16)
+    config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}"])
+    dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    with alone() as device:
+        changed, plain = (build_all(config, dataset, 2, 32, device, trains=trains) for trains in (True, False))
+    assert any(module._forward_pre_hooks for module in changed.network.modules())
+    assert not any(module._forward_pre_hooks for module in plain.network.modules())
+    assert plain.notes == ()
+
+
 def test_the_changed_model_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 8)
     model = narrow().eval()

@@ -20,18 +20,26 @@ from train.ema import build_ema
 from train.facts import global_batch
 from train.freeze import freeze
 from train.lookahead import build_lookahead
-from train.loop import Training, build_training
+from train.loop import Training, build_training, trainings_of
 from train.optim import build_optimizer
 from train.proxy import build_proxy
 from train.schedule import scaled
 from train.transfer import load_finetune
 
 
-def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size: int, device: torch.device) -> Training:
+def build_all(
+    config: Config,
+    dataset: dict[str, Any],
+    classes: int,
+    image_size: int,
+    device: torch.device,
+    *,
+    trains: bool = True,
+) -> Training:
     """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
 
     Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
-    `without_start(config)`.
+    `without_start(config)`; one that is only evaluated from `for_inference(config)`, without `trains`.
     """
     train = scaled(config.train, global_batch(config, dist.world_size()))
     model, notes = config.model, []
@@ -51,14 +59,15 @@ def build_all(config: Config, dataset: dict[str, Any], classes: int, image_size:
     if model.freeze:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, train.optimizer, train.lr)
-    training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix))
+    training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix), trains=trains)
     training.is_drawn = model.pretrained is False and model.finetune is None
-    training.notes = (*notes, *training.notes)
     training.lookahead = build_lookahead(network, train.lookahead)
     training.ema = build_ema(network, train.ema)
     training.proxy = build_proxy(
         train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
     )
+    parts = trainings_of(training)
+    training.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))
     return training
 
 

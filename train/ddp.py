@@ -102,7 +102,7 @@ def main() -> int:
             if content is None or source is None:
                 raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
             trained = as_trained(config, content, dataset["classes"], source)
-            training = build_all(trained, dataset, classes, val_loader.image_size, device)
+            training = build_all(trained, dataset, classes, val_loader.image_size, device, trains=False)
             is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:

@@ -72,22 +72,31 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
 
-def build_training(network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device,
-                   *, mixes: bool = False) -> Training:  # fmt: skip
-    """Wrap a network that is on its device (`memory_format` applied) for training; mixes: with mixup or CutMix."""
+def build_training(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    mixes: bool = False,
+    trains: bool = True,
+) -> Training:
+    """Wrap a network that is on its device (`memory_format` applied) for training.
+
+    mixes: with mixup or CutMix. trains: False where only forward passes are made.
+    """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     else:
         keep_freed_memory()
-    note = avoid_narrow_strided_convs(network) if device.type == "cpu" else None
+    note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
     amp = amp_dtype(config.amp, device)
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     if mode != "off":
         torch._dynamo.config.recompile_limit = COMPILED_MODELS
-        os.environ.setdefault(
-            "TRITON_DEFAULT_FP_FUSION", "1"
-        )  # see pipelines.device_kernels; compile workers inherit it
+        # As in pipelines.device_kernels; the processes that compile inherit it.
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     captures = captures_graphs(config, device, amp)
     if captures:
         make_capturable(optimizer, device)

@@ -57,7 +57,8 @@ def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
     images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
     if training.device.type == "cuda":
         for one in trainings_of(training):
-            fit_whitening(copy.deepcopy(one.network), images)
+            if (whitening := whitening_of(one.network)) is not None:
+                copy.deepcopy(whitening).fit(one.network.get_submodule("normalize")(images))
         torch.cuda.synchronize(training.device)
     return images
 

@@ -61,7 +61,7 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
-    training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device)
+    training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False)
     is_average = checkpoint.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
