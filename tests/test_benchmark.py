@@ -21,7 +21,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, EraseConfig
 from tools import benchmark, convert
 from tools.benchmarks import gpu, groups, limits, ours, programs, ramp, results, suite
-from tools.benchmarks.groups import Group, Table
+from tools.benchmarks.groups import Entry, Group, Table
 from tools.benchmarks.peers import PeerSource
 from tools.benchmarks.programs import Program
 from tools.benchmarks.ramp import Size
@@ -317,7 +317,88 @@ def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tm
     second = empty_record(tmp_path / "run.json", earlier=first.run)
     suite.run_all([part(("a", None), ("b", TIME_OVER))], settings_in(tmp_path), second)
     content = json.loads((tmp_path / "run.json").read_text())
-    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == [("a", 1), ("b", 0)]
+    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == [
+        ("a", 1), ("b", 0), ("gone", 0)
+    ]  # fmt: skip
+
+
+def run_rows(record: Record, folder: Path, *rows: dict[str, Any], title: str = "a", **settings: Any) -> Entry:
+    """Measure a part of one table, whose rows come one after the other; return the table in the file."""
+    table = Table(title, "dali", (), lambda found: iter(rows))
+    suite.run_all([Part("one", ("dali",), lambda _: iter([table]), False)], settings_in(folder, **settings), record)
+    groups = json.loads((folder / "run.json").read_text())["groups"]
+    return next(one for one in groups if one["title"] == title)
+
+
+def test_a_program_that_runs_and_then_crashes_is_a_failure(tmp_path: Path) -> None:
+    running, crashed = results.skipped("x", results.RUNNING), results.failed("x", "exit code 1: no such set")
+    record = empty_record(tmp_path / "run.json")
+    assert run_rows(record, tmp_path, running, crashed)["rows"] == [crashed]
+    assert results.failures(record.tables()) == ["a: x: exit code 1: no such set"]
+
+
+def test_figures_of_a_running_program_are_in_the_file_at_once(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def rows(found: dict[str, float]) -> Iterator[dict[str, Any]]:
+        for runs in range(3):
+            yield results.skipped("x", results.RUNNING) | ({"runs": runs} if runs else {})
+            seen.extend(json.loads((tmp_path / "run.json").read_text())["groups"][-1]["rows"])
+
+    table = Table("a", "dali", (), rows)
+    part = Part("one", ("dali",), lambda _: iter([table]), False)
+    suite.run_all([part], settings_in(tmp_path), empty_record(tmp_path / "run.json"))
+    assert [row.get("runs") for row in seen] == [None, 1, 2]
+
+
+def test_tables_that_a_run_did_not_get_to_stay_as_they_were(tmp_path: Path) -> None:
+    row = {"name": "x", "ours": True, "error": None}
+    first = empty_record(tmp_path / "run.json")
+    run_rows(first, tmp_path, row)
+
+    def out_of_time(settings: suite.Settings) -> Iterator[Table]:
+        yield Table("b", "dali", (), lambda found: iter([row]))
+        raise TimeoutError
+
+    def unwanted(settings: suite.Settings) -> Iterator[Table]:
+        yield Table("b", "other", (), lambda found: iter([row]))
+        yield Table("c", "dali", (), lambda found: iter([row]))
+
+    for make, only in ((out_of_time, ()), (unwanted, ("dali",))):
+        second = empty_record(tmp_path / "run.json", earlier=first.run)
+        suite.run_all([Part("one", ("dali", "other"), make, False)], settings_in(tmp_path, only=only), second)
+        content = json.loads((tmp_path / "run.json").read_text())
+        assert content["groups"][0]["title"] == "a"
+        assert not content["parts"]["one"]["is_complete"]
+    assert "a" not in [one["title"] for one in _measured_whole(first, tmp_path)["groups"]]
+
+
+def _measured_whole(first: Record, folder: Path) -> dict[str, Any]:
+    """The file after a run of the same part that has all of its tables, which are others."""
+    run_rows(empty_record(folder / "run.json", earlier=first.run), folder, {"name": "x", "ours": True, "error": None},
+             title="b")  # fmt: skip
+    content: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return content
+
+
+def test_lack_of_time_within_a_table_is_no_failure(tmp_path: Path) -> None:
+    def rows(found: dict[str, float]) -> Iterator[dict[str, Any]]:
+        yield {"name": "x", "ours": True, "error": None}
+        apart(int, "7", deadline=time.monotonic() - 1)
+
+    table = Table("a", "dali", (), rows)
+    entry = table.run({}, 0.01, 1, None)
+    assert [row["name"] for row in entry["rows"]] == ["x", "a"]
+    assert not results.failures([entry])
+    assert entry["rows"][1]["note"] == TIME_OVER
+
+
+def test_a_json_file_that_is_checked_before_a_run_is_not_left_empty(tmp_path: Path) -> None:
+    benchmark._check_writable(tmp_path / "run.json")
+    assert not (tmp_path / "run.json").exists()
+    (tmp_path / "run.json").write_text("{}")
+    benchmark._check_writable(tmp_path / "run.json")
+    assert (tmp_path / "run.json").read_text() == "{}"
 
 
 def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
@@ -333,6 +414,7 @@ def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> Non
     record = empty_record()
     with record.part(suite.LIMITS):
         record.put({"title": "Limits", "stage": "limits", "rows": rows})
+        record.is_whole = True
     assert suite.measured_limits(settings_in(tmp_path), record) == pytest.approx(found)
 
 
@@ -388,7 +470,7 @@ def test_a_program_is_looked_at_while_it_runs_and_stopped_at_its_deadline(tmp_pa
     file, log = tmp_path / "count", tmp_path / "log"
     script = f"import time\nfor n in range(10**6): open({str(file)!r}, 'w').write(str(n)); time.sleep(0.01)"
     program = Program([sys.executable, "-c", script], log, time.monotonic() + 3)
-    rows = [program.row("counts", {"n": 1} if file.exists() else {}) for _ in program.looks()]
+    rows = [program.row("counts", {"n": 1} if file.exists() else {}) for _ in program.run()]
     assert {row.get("note") for row in rows[:-1]} == {results.RUNNING}
     assert rows[-1]["note"] == results.STOPPED
     assert not results.failures([{"title": "", "rows": rows}])
@@ -396,7 +478,7 @@ def test_a_program_is_looked_at_while_it_runs_and_stopped_at_its_deadline(tmp_pa
     time.sleep(0.1)
     assert file.read_text() == count
     program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], log, None)
-    assert [program.row("fails", {}) for _ in program.looks()][-1]["error"] == "exit code 1: no such set"
+    assert [program.row("fails", {}) for _ in program.run()][-1]["error"] == "exit code 1: no such set"
 
 
 def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missing(digits: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ that a noisy machine slows all of them alike; each figure is the median of the r
 own row, and exit code 1; what was not measured for lack of time or of a peer is no failure.
 
 On a GPU `all` measures in parts, each with a time limit. After every row the JSON file is replaced, so a run that is
-killed keeps what it has measured; a run of other parts adds to the same file.
+killed keeps what it has measured; with --report, a run of other parts adds to the file of an earlier one.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def main() -> int:
     for folder in (arguments.scratch, getattr(arguments, "report", None)):
         _make(folder, lambda path: path.mkdir(parents=True, exist_ok=True))
     _make(arguments.json and arguments.json.parent, lambda path: path.mkdir(parents=True, exist_ok=True))
-    _make(arguments.json, lambda path: path.touch())
+    _make(arguments.json, _check_writable)
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
         if arguments.stage == "all":
             kept = measure_all(arguments, Path(scratch).resolve())
@@ -171,8 +171,16 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _check_writable(path: Path) -> None:
+    """Open a file for writing; leave none where there was none."""
+    exists = path.exists()
+    path.open("a").close()
+    if not exists:
+        path.unlink()
+
+
 def _make(path: Path | None, make: Any) -> None:
-    """Before anything is measured: a figure that cannot be written would be lost."""
+    """Make a folder or check a file before anything is measured: a figure that cannot be written would be lost."""
     try:
         if path is not None:
             make(path)
@@ -190,7 +198,8 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
             )
     data = arguments.data.resolve() if on_gpu else scratch  # programs that are started run in the project's folder
     _make(data, lambda path: path.mkdir(parents=True, exist_ok=True))
-    limits.check_scratch(data, (12 if on_gpu else 3) * 2**30)
+    made = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())  # by earlier parts
+    limits.check_free_space(data, (12 if on_gpu else 3) * 2**30 - made, "--data" if on_gpu else "--scratch")
     names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
     settings = suite.Settings(
         device="cuda" if on_gpu else "cpu",

@@ -173,12 +173,12 @@ def disk_bound(found: Limits, stored_bytes: float, split_bytes: float) -> Limits
     return {DISK: found.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 
 
-def check_scratch(folder: Path, needed: int) -> None:
-    """Raise before gigabytes are written where there is no room for them."""
+def check_free_space(folder: Path, needed: int, option: str) -> None:
+    """Raise UserError if the folder, which `option` names, has fewer bytes free than needed."""
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
     if free < needed:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free where the benchmark's data sets need {needed / 2**30:.1f}; "
-            "name another folder with --scratch"
+            f"name another folder with {option}"
         )

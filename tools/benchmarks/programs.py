@@ -29,7 +29,7 @@ from tools.benchmarks.turns import TIME_OVER
 from train.log import counted, read_metrics
 
 ROOT = Path(__file__).parents[2]
-LOOK_S = 0.5  # between two looks at what a program has written
+LOOK_S = 0.5  # interval at which a program's output is read
 LEAVE_S = 5.0  # for a program that is stopped to end by itself
 PR_SET_PDEATHSIG = 1
 SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", "memory_gib",
@@ -43,14 +43,14 @@ _libc = ctypes.CDLL(None)
 
 
 class Program:
-    """A program in a process group of its own, which ends with this process."""
+    """A program in its own process group. It ends with this process; what it has started may live on then."""
 
     def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
         self._command, self._log, self._deadline, self._folder = command, log, deadline, folder
         self.is_late = False
 
-    def looks(self) -> Iterator[None]:
-        """Run it; yields now and then and once more after its end. Whoever leaves earlier stops it."""
+    def run(self) -> Iterator[None]:
+        """Run the program; yield every `LOOK_S` and once after its end. Closing the generator stops the program."""
 
         def end_with_parent() -> None:
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -73,7 +73,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """SIGTERM, upon which training saves a checkpoint, then SIGKILL; whatever it has started goes with it."""
+        """Send SIGTERM, on which training saves a checkpoint, then SIGKILL to the process group."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -84,7 +84,7 @@ class Program:
 
     @property
     def error(self) -> str | None:
-        """Why it failed; None while it runs, of one that was stopped, and where it did not fail."""
+        """The reason of a failure; None while the program runs, when it was stopped, and when it did not fail."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
@@ -92,7 +92,7 @@ class Program:
         return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
 
     def row(self, name: str, figures: Row, **facts: Any) -> Row:
-        """A row of what it has reached so far, with the reason where that is not all."""
+        """Return a row of the figures so far, with a note or an error if they are not all."""
         if self.error is not None:
             return failed(name, self.error, **facts) | figures
         if self.is_late:
@@ -103,12 +103,12 @@ class Program:
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
-    """tools/speedrun.py on a config; its JSON is kept in the row as `result`."""
+    """Run tools/speedrun.py on a config; keep its JSON in the row as `result`."""
     output = scratch / f"{name}.json"
     command = [sys.executable, str(ROOT / "tools" / "speedrun.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
                "--data-path", str(data), "--runs", str(seeds), "--json", str(output)]  # fmt: skip
     program = Program(command, scratch / f"{name}.log", deadline)
-    for _ in program.looks():
+    for _ in program.run():
         figures: Row = {}
         with suppress(OSError):
             result = json.loads(output.read_text())
@@ -120,7 +120,7 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
 def reference(
     checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
 ) -> Iterator[Row]:
-    """airbench94_muon.py as published, on the same pixels; stopped after so many runs. ours: the row to compare with.
+    """Run airbench94_muon.py as published on the same pixels, for `seeds` runs. ours: the row to compare with.
 
     folder: for the images as it reads them, which are written once, and its log.
     """
@@ -130,10 +130,10 @@ def reference(
         yield skipped(REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False)
         return
     for split, name in (("train", "train"), ("val", "test")):
-        write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
+        write_reference_data(data, split, folder / "reference" / "cifar10" / f"{name}.pt")
     log = folder / "reference.log"
-    program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
-    for _ in program.looks():
+    program = Program([sys.executable, "-u", str(script)], log, deadline, folder / "reference")
+    for _ in program.run():
         runs = reference_runs(log.read_text(errors="replace"))[:seeds]
         figures: Row = {}
         if runs:
@@ -181,7 +181,7 @@ def training_to(
                "--data-path", str(data), "--output", str(output)]  # fmt: skip
     command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
     program = Program(command, scratch / f"{name}.log", deadline)
-    for _ in program.looks():
+    for _ in program.run():
         yield program.row(name, reached(read_metrics(output / name), target), target=target)
 
 
@@ -211,7 +211,7 @@ def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",
                str(steps), "--seconds", str(seconds), "--out", str(out)]  # fmt: skip
     program = Program(command, scratch / "profile.log", deadline)
-    for _ in program.looks():
+    for _ in program.run():
         pass
     content = json.loads((out / "profile.json").read_text()) if (out / "profile.json").exists() else None
     if content is None:

@@ -57,32 +57,41 @@ class Record:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Whatever is put inside belongs to the part; tables that an earlier run left of it go when it is complete."""
+        """Assign the tables that are put inside to a part.
+
+        Set `is_whole` inside once all of them are there: then those that an earlier run left of the part are removed.
+        """
         begin = time.monotonic()
         environment = self.run["environment"]
         about = {"command": command(), "date": environment["date"], "versions": environment["versions"]}
         self.run["parts"][name] = about | {"duration_s": 0.0, "is_complete": False}
         self.measured.append(name)
-        self._part, self._put = name, set[str]()
+        self._part, self._put, self.is_whole = name, set[str](), False
         yield
-        self.run["groups"] = [one for one in self.run["groups"] if one.get("part") != name or one["title"] in self._put]
-        self.run["parts"][name] |= {"duration_s": round(time.monotonic() - begin, 1), "is_complete": True}
+        if self.is_whole:
+            groups = self.run["groups"]
+            self.run["groups"] = [one for one in groups if one.get("part") != name or one["title"] in self._put]
+        self.run["parts"][name] |= {"duration_s": round(time.monotonic() - begin, 1), "is_complete": self.is_whole}
         self.run["duration_s"] = round(sum(one["duration_s"] for one in self.run["parts"].values()), 1)
         self._write()
 
     def put(self, entry: Entry) -> None:
-        """Add a table to the part, or replace the one of its title; one without a figure replaces none."""
+        """Add a table to the part or replace the one of its title.
+
+        A table without a figure does not replace one of an earlier run.
+        """
+        is_mine = entry["title"] in self._put
         self._put.add(entry["title"])
         groups = self.run["groups"]
         names = [(one.get("part"), one["title"]) for one in groups]
         key = (self._part, entry["title"])
         place = names.index(key) if key in names else len(groups)
-        if place == len(groups) or any(map(results.is_measured, entry["rows"])):
+        if is_mine or place == len(groups) or any(map(results.has_figure, entry["rows"])):
             groups[place : place + 1] = [{"part": self._part, **entry}]
         self._write()
 
     def tables(self) -> list[Entry]:
-        """Of the parts of this run alone."""
+        """Return the tables of the parts that this run measured."""
         return [one for one in self.run["groups"] if one.get("part") in self.measured]
 
     def _write(self) -> None:

@@ -67,8 +67,8 @@ def skipped(name: str, note: str = TIME_OVER, **facts: Any) -> Row:
     return {"name": name, "ours": True, "error": None, "note": note, **facts}
 
 
-def is_measured(row: Row) -> bool:
-    """Whether it ended with a figure."""
+def has_figure(row: Row) -> bool:
+    """Return whether the row ended with a figure."""
     return not row["error"] and row.get("note") not in (TIME_OVER, RUNNING)
 
 

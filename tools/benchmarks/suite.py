@@ -87,7 +87,7 @@ def run_all(parts: Sequence[Part], settings: Settings, record: Record) -> None:
         within = replace(settings, deadline=min((end for end in ends if end is not None), default=None))
         found = measured_limits(within, record) if part.is_bounded else {}
         with record.part(part.name):
-            run_part(part, found, within, record.put)
+            record.is_whole = run_part(part, found, within, record.put)
         begin = time.monotonic()
 
 
@@ -95,34 +95,44 @@ def measured_limits(settings: Settings, record: Record) -> Limits:
     """The limits of the machine: those that the record has of this day and these versions, or else measured now."""
     about, environment = record.run["parts"].get(LIMITS, {}), record.run["environment"]
     rows = [row for entry in record.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
-    if limits_in(rows) and all(about.get(name) == environment[name] for name in ("date", "versions")):
+    if about.get("is_complete") and all(about.get(name) == environment[name] for name in ("date", "versions")):
         return limits_in(rows)
     with record.part(LIMITS):
         contestant = Contestant("limits", limits.limits, (settings.device, settings.data))
         outcomes = measure([contestant], settings.seconds, min(3, settings.rounds), settings.deadline)
         rows = limit_rows(outcomes)
         record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
+        record.is_whole = all(map(results.has_figure, rows))
     return limits_in(rows)
 
 
-def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry], None]) -> None:
-    """Measure a part's tables and print each; what cannot even be made is a table with one failed row."""
+def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry], None]) -> bool:
+    """Measure a part's tables and print each; return whether all of them were measured.
+
+    A table that cannot be made becomes one with a failed row.
+    """
+    is_whole = not settings.only
     try:
         check_time(settings)
         for one in part.make(settings):
             if settings.only and one.stage not in settings.only:
                 continue
             if is_over(settings):
+                is_whole = False
                 put(unmeasured(one.title, results.skipped(one.title)))
                 continue
             entry = one.run(found, settings.seconds, settings.rounds, settings.deadline, put)
+            is_whole = is_whole and all(row.get("note") != TIME_OVER for row in entry["rows"])
             put(entry)
             tqdm.write(f"\n{tables.of_entry(entry)}")
             sys.stdout.flush()
     except TimeoutError:
+        is_whole = False
         put(unmeasured(f"{part.name}, what remains", results.skipped(part.name)))
     except Exception as error:  # whatever it is, the other parts go on
+        is_whole = False
         put(unmeasured(part.name, results.failed(part.name, results.sentence(error))))
+    return is_whole
 
 
 def is_over(settings: Settings, needed_s: float = 0.0) -> bool:
@@ -160,7 +170,9 @@ def augmented(settings: Settings, folder: Path) -> Iterator[Measurable]:
 
 
 def cost_per_sample(settings: Settings) -> Iterator[Measurable]:
-    yield Whole("scale", "scale", lambda: scale.group(settings.scratch, settings.seconds))
+    yield Whole(
+        "Cost per sample by size of the data set", "scale", lambda: scale.group(settings.scratch, settings.seconds)
+    )
 
 
 def changes(settings: Settings) -> Iterator[Measurable]:
@@ -172,7 +184,7 @@ def changes(settings: Settings) -> Iterator[Measurable]:
         stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
         config = config_on("cifar10_lenet", small(settings), stages=stages)
     yield Whole(
-        "stages",
+        f"changes of image and batch size, {config.model.name}",
         "stages",
         lambda: apart(stage_changes.group, config, Ranks(), settings.rounds, deadline=settings.deadline),
     )

@@ -118,10 +118,13 @@ def measure(
 def apart(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
     """Call a function in a process of its own and return its result.
 
-    The calling process stays without a CUDA context. Raises RuntimeError with the sentence of what failed.
+    The calling process stays without a CUDA context. Raises RuntimeError with the sentence of what failed, TimeoutError
+    if the deadline came first.
     """
     contestant = Contestant(getattr(function, "__name__", ""), _called_once, (function, arguments))
     (outcome,) = measure([contestant], 0.001, 1, deadline, show_progress=False)
+    if outcome.error == TIME_OVER:
+        raise TimeoutError(TIME_OVER)
     if outcome.error is not None:
         raise RuntimeError(outcome.error)
     return outcome.facts["result"]
