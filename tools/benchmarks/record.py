@@ -66,7 +66,8 @@ class Record:
         about = {"command": command(), "date": environment["date"], "versions": environment["versions"]}
         self.run["parts"][name] = about | {"duration_s": 0.0, "is_complete": False}
         self.measured.append(name)
-        self._part, self._put, self.is_whole = name, set[str](), False
+        self._part, self.is_whole = name, False
+        self._put, self._placed = set[str](), set[str]()  # titles: of all tables, and of those that are in the file
         yield
         if self.is_whole:
             groups = self.run["groups"]
@@ -80,13 +81,14 @@ class Record:
 
         A table without a figure does not replace one of an earlier run.
         """
-        is_mine = entry["title"] in self._put
         self._put.add(entry["title"])
         groups = self.run["groups"]
         names = [(one.get("part"), one["title"]) for one in groups]
         key = (self._part, entry["title"])
         place = names.index(key) if key in names else len(groups)
-        if is_mine or place == len(groups) or any(map(results.has_figure, entry["rows"])):
+        is_mine = place == len(groups) or entry["title"] in self._placed
+        if is_mine or any(map(results.has_figure, entry["rows"])):
+            self._placed.add(entry["title"])
             groups[place : place + 1] = [{"part": self._part, **entry}]
         self._write()
 
