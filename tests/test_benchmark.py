@@ -20,8 +20,8 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import AugConfig, EraseConfig
 from tools import benchmark, convert
-from tools.benchmarks import gpu, groups, limits, ours, programs, ramp, results, suite
-from tools.benchmarks.groups import Entry, Group, Table
+from tools.benchmarks import gpu, groups, limits, ours, programs, ramp, results, stage_changes, suite
+from tools.benchmarks.groups import Group, Table
 from tools.benchmarks.peers import PeerSource
 from tools.benchmarks.programs import Program
 from tools.benchmarks.ramp import Size
@@ -50,6 +50,22 @@ def settings_in(folder: Path, **settings: Any) -> Settings:
 
 def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
     return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
+
+
+def part_of(*tables: Table, name: str = "one") -> Part:
+    return Part(name, ("dali",), lambda _: iter(tables), is_bounded=False)
+
+
+def table_of(title: str, *rows: results.Row) -> Table:
+    return Table(title, "dali", ("value",), lambda found: iter(rows))
+
+
+def value(number: int) -> results.Row:
+    return {"name": "x", "ours": True, "error": None, "value": number}
+
+
+def titles_and_values(file: Path) -> list[tuple[str, int | None]]:
+    return [(one["title"], one["rows"][0].get("value")) for one in json.loads(file.read_text())["groups"]]
 
 
 def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path: Path) -> None:
@@ -110,14 +126,16 @@ def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_pat
     (group,) = json.loads(file.read_text())["groups"]
     assert [(row["name"], row["changes"]) for row in group["rows"]] == [("32x32, batch 64", 2), ("34x34, batch 32", 2)]
     assert all(row["ratio"] > 0 and row["images_per_s"] > 0 for row in group["rows"])
+    assert group["title"] == stage_changes.title(load_config("configs/digits_lenet.yaml"))
     assert "images/s after a change" in result.stdout
     without = run("stages", "--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
     assert without.returncode == 2
     assert "fewer than two stages" in without.stderr
 
 
-def test_nothing_to_measure_is_a_user_error() -> None:
-    result = run("loader")
+def test_nothing_to_measure_is_a_user_error_and_leaves_no_file(tmp_path: Path) -> None:
+    result = run("loader", "--json", tmp_path / "run.json")
+    assert not list(tmp_path.iterdir())
     assert result.returncode == 2
     assert result.stderr.startswith("error: nothing to measure")
     assert "Traceback" not in result.stderr
@@ -235,6 +253,25 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(
     ]  # fmt: skip
 
 
+def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    _, profile, training = gpu.resnet50(settings)  # the first table is not run, as with --only
+    assert (profile.stage, training.stage) == ("profile", "training")
+    assert isinstance(training, Group)
+    assert training.contestants[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
+
+
+def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name another folder with --data"):
+        limits.check_scratch(tmp_path, 2**60, "--data")
+    made = tmp_path / "digits-96"
+    made.mkdir()
+    (made / "dataset.json").touch()
+    with (made / "shard").open("wb") as file:
+        file.truncate(2**40)
+    limits.check_scratch(tmp_path, 2**40, "--data")
+
+
 def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
     made = gpu.images_of(settings, 224, "jpeg")
@@ -317,88 +354,102 @@ def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tm
     second = empty_record(tmp_path / "run.json", earlier=first.run)
     suite.run_all([part(("a", None), ("b", TIME_OVER))], settings_in(tmp_path), second)
     content = json.loads((tmp_path / "run.json").read_text())
-    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == [
-        ("a", 1), ("b", 0), ("gone", 0)
-    ]  # fmt: skip
+    kept = [("a", 1), ("b", 0), ("gone", 0)]
+    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == kept
+    third = empty_record(tmp_path / "run.json", earlier=second.run)
+    suite.run_all([part(("a", None), ("b", None))], settings_in(tmp_path), third)
+    assert [one["title"] for one in third.run["groups"]] == ["a", "b"]
 
 
-def run_rows(record: Record, folder: Path, *rows: dict[str, Any], title: str = "a", **settings: Any) -> Entry:
-    """Measure a part of one table, whose rows come one after the other; return the table in the file."""
-    table = Table(title, "dali", (), lambda found: iter(rows))
-    suite.run_all([Part("one", ("dali",), lambda _: iter([table]), False)], settings_in(folder, **settings), record)
-    groups = json.loads((folder / "run.json").read_text())["groups"]
-    return next(one for one in groups if one["title"] == title)
+def test_a_table_measured_as_a_whole_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
+    (changes,) = suite.changes(settings_in(tmp_path, small=digits))
+    assert changes.title == "changes of image and batch size, lenet"
+    (cost,) = suite.cost_per_sample(settings_in(tmp_path))
+    assert cost.title == "Cost per sample by size of the data set, 96x96 raw"
 
 
-def test_a_program_that_runs_and_then_crashes_is_a_failure(tmp_path: Path) -> None:
-    running, crashed = results.skipped("x", results.RUNNING), results.failed("x", "exit code 1: no such set")
-    record = empty_record(tmp_path / "run.json")
-    assert run_rows(record, tmp_path, running, crashed)["rows"] == [crashed]
-    assert results.failures(record.tables()) == ["a: x: exit code 1: no such set"]
+def test_a_part_that_is_not_complete_removes_no_earlier_table(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+
+    def measure_again(part: Part, only: tuple[str, ...] = ()) -> tuple[list[tuple[str, int | None]], bool]:
+        record = empty_record(file, earlier=json.loads(file.read_text()) if file.exists() else None)
+        suite.run_all([part], settings_in(tmp_path, only=only), record)
+        return titles_and_values(file), record.run["parts"]["one"]["is_complete"]
+
+    def ends_with(error: Exception) -> Part:
+        def make(settings: Settings) -> Iterator[Table]:
+            yield table_of("a", value(2))
+            raise error
+
+        return Part("one", ("dali",), make, is_bounded=False)
+
+    assert measure_again(part_of(table_of("a", value(1)), table_of("b", value(1)))) == ([("a", 1), ("b", 1)], True)
+    left_out = Table("b", "profile", ("value",), lambda found: iter([value(2)]))
+    assert measure_again(part_of(table_of("a", value(2)), left_out), only=("dali",)) == ([("a", 2), ("b", 1)], False)
+    remains = ("one, what remains", None)
+    assert measure_again(ends_with(TimeoutError())) == ([("a", 2), ("b", 1), remains], False)
+    assert measure_again(ends_with(OSError("full"))) == ([("a", 2), ("b", 1), remains, ("one", None)], False)
+    assert measure_again(part_of(table_of("a", value(3)))) == ([("a", 3)], True)
 
 
-def test_figures_of_a_running_program_are_in_the_file_at_once(tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
+def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(found: limits.Limits) -> Iterator[results.Row]:
+        program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], tmp_path / "log", None)
+        return (program.row("crashes", {}) for _ in program.run())
 
-    def rows(found: dict[str, float]) -> Iterator[dict[str, Any]]:
-        for runs in range(3):
-            yield results.skipped("x", results.RUNNING) | ({"runs": runs} if runs else {})
-            seen.extend(json.loads((tmp_path / "run.json").read_text())["groups"][-1]["rows"])
-
-    table = Table("a", "dali", (), rows)
-    part = Part("one", ("dali",), lambda _: iter([table]), False)
-    suite.run_all([part], settings_in(tmp_path), empty_record(tmp_path / "run.json"))
-    assert [row.get("runs") for row in seen] == [None, 1, 2]
-
-
-def test_tables_that_a_run_did_not_get_to_stay_as_they_were(tmp_path: Path) -> None:
-    row = {"name": "x", "ours": True, "error": None}
-    first = empty_record(tmp_path / "run.json")
-    run_rows(first, tmp_path, row)
-
-    def out_of_time(settings: suite.Settings) -> Iterator[Table]:
-        yield Table("b", "dali", (), lambda found: iter([row]))
-        raise TimeoutError
-
-    def unwanted(settings: suite.Settings) -> Iterator[Table]:
-        yield Table("b", "other", (), lambda found: iter([row]))
-        yield Table("c", "dali", (), lambda found: iter([row]))
-
-    for make, only in ((out_of_time, ()), (unwanted, ("dali",))):
-        second = empty_record(tmp_path / "run.json", earlier=first.run)
-        suite.run_all([Part("one", ("dali", "other"), make, False)], settings_in(tmp_path, only=only), second)
-        content = json.loads((tmp_path / "run.json").read_text())
-        assert content["groups"][0]["title"] == "a"
-        assert not content["parts"]["one"]["is_complete"]
-    assert "a" not in [one["title"] for one in _measured_whole(first, tmp_path)["groups"]]
+    monkeypatch.setattr(suite, "CPU_PARTS", (part_of(Table("a", "dali", ("value",), rows)),))
+    monkeypatch.setattr(gpu, "PARTS", suite.CPU_PARTS)
+    file = tmp_path / "run.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "all", "--json", str(file), "--data", str(tmp_path / "data")])
+    assert benchmark.main() == 1
+    ((row,),) = [group["rows"] for group in json.loads(file.read_text())["groups"]]
+    assert row["error"] == "exit code 1: no such set"
 
 
-def _measured_whole(first: Record, folder: Path) -> dict[str, Any]:
-    """The file after a run of the same part that has all of its tables, which are others."""
-    run_rows(empty_record(folder / "run.json", earlier=first.run), folder, {"name": "x", "ours": True, "error": None},
-             title="b")  # fmt: skip
-    content: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return content
+def test_a_failure_is_reported_where_the_earlier_table_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    first = empty_record(file)
+    suite.run_all([part_of(table_of("a", value(1)))], settings_in(tmp_path), first)
+    second = empty_record(file, earlier=first.run)
+    rows = (results.skipped("x", results.RUNNING), results.skipped("x", results.RUNNING), results.failed("x", "crash"))
+    suite.run_all([part_of(table_of("a", *rows))], settings_in(tmp_path), second)
+    assert titles_and_values(file) == [("a", 1)]
+    assert results.failures(second.tables()) == ["a: x: crash"]
 
 
-def test_lack_of_time_within_a_table_is_no_failure(tmp_path: Path) -> None:
-    def rows(found: dict[str, float]) -> Iterator[dict[str, Any]]:
-        yield {"name": "x", "ours": True, "error": None}
-        apart(int, "7", deadline=time.monotonic() - 1)
+def test_the_figures_of_a_program_that_still_runs_are_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    seen = []
 
-    table = Table("a", "dali", (), rows)
-    entry = table.run({}, 0.01, 1, None)
-    assert [row["name"] for row in entry["rows"]] == ["x", "a"]
-    assert not results.failures([entry])
-    assert entry["rows"][1]["note"] == TIME_OVER
+    def rows(found: limits.Limits) -> Iterator[results.Row]:
+        for figures in ({}, {"value": 1}, {"value": 2}):
+            yield results.skipped("x", results.RUNNING) | figures
+            seen.append(titles_and_values(file))  # what a kill would leave
+
+    suite.run_all([part_of(Table("a", "dali", ("value",), rows))], settings_in(tmp_path), empty_record(file))
+    assert seen == [[("a", None)], [("a", 1)], [("a", 2)]]
 
 
-def test_a_json_file_that_is_checked_before_a_run_is_not_left_empty(tmp_path: Path) -> None:
-    benchmark._check_writable(tmp_path / "run.json")
-    assert not (tmp_path / "run.json").exists()
-    (tmp_path / "run.json").write_text("{}")
-    benchmark._check_writable(tmp_path / "run.json")
-    assert (tmp_path / "run.json").read_text() == "{}"
+def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
+    def rows(found: limits.Limits) -> Iterator[results.Row]:
+        yield value(1)
+        apart(time.sleep, 60, deadline=time.monotonic())
+
+    def whole() -> groups.Entry:
+        apart(time.sleep, 60, deadline=time.monotonic())
+        raise AssertionError
+
+    for part in (
+        part_of(Table("a", "dali", ("value",), rows)),
+        Part("one", ("stages",), lambda _: iter([groups.Whole("a", "stages", whole)]), is_bounded=False),
+    ):
+        record = empty_record()
+        suite.run_all([part], settings_in(tmp_path), record)
+        assert record.tables()[-1]["rows"][-1]["note"] == TIME_OVER
+        assert results.failures(record.tables()) == []
+        assert not record.run["parts"]["one"]["is_complete"]
 
 
 def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
@@ -413,9 +464,14 @@ def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> Non
     rows = groups.limit_rows([Outcome("limits", name, [rate]) for name, rate in found.items()])
     record = empty_record()
     with record.part(suite.LIMITS):
-        record.put({"title": "Limits", "stage": "limits", "rows": rows})
-        record.is_whole = True
+        record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
+        record.complete()
     assert suite.measured_limits(settings_in(tmp_path), record) == pytest.approx(found)
+    late = settings_in(tmp_path, deadline=time.monotonic() - 1)
+    record.run["parts"][suite.LIMITS]["date"] = "2026-11-22"
+    assert suite.measured_limits(late, record) == {}  # of another day: measured again, but there was no time
+    record.run["parts"][suite.LIMITS]["date"] = "2026-11-23"
+    assert suite.measured_limits(late, record) == {}  # some are missing for time: measured again
 
 
 def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,11 +518,13 @@ def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure()
 
 def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> None:
     assert apart(int, "7") == 7
+    with pytest.raises(TimeoutError):
+        apart(int, "7", deadline=time.monotonic() - 1)
     with pytest.raises(RuntimeError, match="invalid literal"):
         apart(int, "seven")
 
 
-def test_a_program_is_looked_at_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
+def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
     file, log = tmp_path / "count", tmp_path / "log"
     script = f"import time\nfor n in range(10**6): open({str(file)!r}, 'w').write(str(n)); time.sleep(0.01)"
     program = Program([sys.executable, "-c", script], log, time.monotonic() + 3)
@@ -498,6 +556,7 @@ def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missin
     )
     *_, row = programs.reference(tmp_path, digits, 2, tmp_path / "out", {"time_s_mean": 2.0}, None)
     assert (row["runs"], row["top1_mean"], row["time_s_mean"], row["ratio"]) == (2, 0.94, 2.5, 1.25)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["reference"]  # no file in a set named cifar10
 
 
 def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target() -> None:

@@ -15,8 +15,9 @@ It drives the real loader and the real step. Contestants take turns in short rou
 that a noisy machine slows all of them alike; each figure is the median of the rounds. A contestant that fails costs its
 own row, and exit code 1; what was not measured for lack of time or of a peer is no failure.
 
-On a GPU `all` measures in parts, each with a time limit. After every row the JSON file is replaced, so a run that is
-killed keeps what it has measured; with --report, a run of other parts adds to the file of an earlier one.
+On a GPU `all` measures in parts, each with a time limit. After every row the JSON files of --report and --json are
+replaced, so the rows measured before a kill are kept. With --report the parts are added to those that earlier runs have
+left in DIR/DEVICE.json; with --json alone the file holds the parts of this run only.
 """
 
 from __future__ import annotations
@@ -171,21 +172,21 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _check_writable(path: Path) -> None:
-    """Open a file for writing; leave none where there was none."""
-    exists = path.exists()
-    path.open("a").close()
-    if not exists:
-        path.unlink()
-
-
 def _make(path: Path | None, make: Any) -> None:
-    """Make a folder or check a file before anything is measured: a figure that cannot be written would be lost."""
+    """Before anything is measured: a figure that cannot be written would be lost."""
     try:
         if path is not None:
             make(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another file or folder") from None
+
+
+def _check_writable(file: Path) -> None:
+    """Raise OSError if the file cannot be written; a new file is removed again, since an empty one is no run."""
+    is_new = not file.exists()
+    file.open("ab").close()
+    if is_new:
+        file.unlink()
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
@@ -198,8 +199,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
             )
     data = arguments.data.resolve() if on_gpu else scratch  # programs that are started run in the project's folder
     _make(data, lambda path: path.mkdir(parents=True, exist_ok=True))
-    made = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())  # by earlier parts
-    limits.check_free_space(data, (12 if on_gpu else 3) * 2**30 - made, "--data" if on_gpu else "--scratch")
+    limits.check_scratch(data, (12 if on_gpu else 3) * 2**30, "--data" if on_gpu else "--scratch")
     names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
     settings = suite.Settings(
         device="cuda" if on_gpu else "cpu",

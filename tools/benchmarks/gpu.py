@@ -1,4 +1,4 @@
-"""The measurements on a GPU, in parts of three minutes at most, the most important first."""
+"""Measure on a GPU in parts of three minutes at most, the most important first."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
 SHARE_OF_RAMP = 0.5  # of the time of part resnet50; the profile gets what is left
+DEFAULT_BATCH = 256  # of part resnet50 where no batch sizes were measured
 PROFILED_STEPS = 20
-UNRAMPED_BATCH = 256  # of part resnet50, where no batch size was tried
 
 
 def images_of(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set of this size and encoding, made once from the small or the medium one."""
+    """Return a data set of this size and encoding; make it from the small or the medium set unless it exists."""
     if (side, encoding) == (32, "npy"):
         return small(settings)
     base = small(settings) if side == 32 else medium(settings)
@@ -65,7 +65,7 @@ def trained(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> Group:
-    """Measure a config end to end against its resident batch, from each placement; policy: another aug.auto."""
+    """Compare end-to-end training with a resident batch, for every placement of the data. policy: sets aug.auto."""
     raw = images_of(settings, side)
     config = config_on(name, raw, batch_size=batch_of(raw, batch), image_size=image_size or side)
     if policy is not None:
@@ -84,7 +84,7 @@ def cifar_training(settings: Settings) -> Iterator[Measurable]:
 
 
 def speedrun(settings: Settings) -> Iterator[Measurable]:
-    """Measure the speedrun to 94 % and the published script beside it."""
+    """Measure the speedrun to 94 % and the published script."""
 
     def rows(found: Limits) -> Iterator[Row]:
         last: Row = {}
@@ -95,7 +95,7 @@ def speedrun(settings: Settings) -> Iterator[Measurable]:
         )
 
     yield Table("Speedrun to 94 %", "speedrun", programs.SPEEDRUN_COLUMNS, rows,
-                {"note": "ratio: the published script's time per run, divided by ours."})  # fmt: skip
+                {"note": "ratio: mean time of the published script divided by ours."})  # fmt: skip
 
 
 def further_speedruns(settings: Settings) -> Iterator[Measurable]:
@@ -110,7 +110,10 @@ def speedrun_rows(settings: Settings, name: str, found: Limits) -> Iterator[Row]
 
 
 def loaders(settings: Settings) -> Iterator[Measurable]:
-    """Compare loaders with the pinned copy from the host, and at 32x32 with the copy within the device."""
+    """Measure the loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
+
+    From the host the limit is the copy from pinned memory, which takes turns with the loader.
+    """
     for aug in (None, RESIZED):
         for side in (224, 96):
             yield loaded(settings, side, aug, ("host",))
@@ -125,7 +128,7 @@ def loaded(settings: Settings, side: int, aug: AugConfig | None, placements: tup
 
 
 def decoding(settings: Settings) -> Iterator[Measurable]:
-    """Sweep the share of the hardware decoder and the threads; then measure RandAugment of raw pixels."""
+    """Measure JPEG decoding by hw_decoder_load and number of threads, and RandAugment on raw pixels."""
     cores = len(os.sched_getaffinity(0))
     for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
         for side in (224, 96):
@@ -137,7 +140,7 @@ def decoding(settings: Settings) -> Iterator[Measurable]:
 
 
 def decoded(settings: Settings, side: int, threads: int) -> Group:
-    """Measure JPEG decoding alone for every share of the hardware decoder."""
+    """Measure JPEG decoding without augmentation, for every hw_decoder_load."""
     folder = images_of(settings, side, "jpeg")
     batch = batch_of(folder, 512)
     data = DataConfig(path=str(folder), batch_size=batch, image_size=side, threads=threads)
@@ -148,7 +151,10 @@ def decoded(settings: Settings, side: int, threads: int) -> Group:
 
 
 def resnet50(settings: Settings) -> Iterator[Measurable]:
-    """Measure timm's ResNet-50 by batch size, profile the step at the fastest one, then measure it end to end."""
+    """Measure timm's ResNet-50: the step by batch size, its profile at the fastest batch, and training end to end.
+
+    Where no batch size was measured (--only, lack of time), profile and training use DEFAULT_BATCH.
+    """
     raw = images_of(settings, 224)
     config = config_on("medium_imagenet_224_resnet50", raw, image_size=224)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": "timm/resnet50"})})
@@ -158,7 +164,9 @@ def resnet50(settings: Settings) -> Iterator[Measurable]:
                 lambda found: ramp_rows(settings, config, sizes, found),
                 {"note": "share: of the arithmetic peak that a matrix product reaches here."})  # fmt: skip
     fitting = [size for size in sizes if size.fits]
-    fastest = batch_of(raw, max(fitting, key=lambda size: size.rate).batch if fitting else UNRAMPED_BATCH)
+    if sizes and not fitting:
+        return
+    fastest = batch_of(raw, max(fitting, key=lambda size: size.rate).batch if fitting else DEFAULT_BATCH)
     data = config.data.model_copy(update={"batch_size": fastest, "val_split": datasets.SPLIT})  # there is no other
     config = config.model_copy(update={"data": data})
     profiled = programs.profile(config, settings.scratch, settings.deadline, steps=PROFILED_STEPS,
@@ -169,7 +177,7 @@ def resnet50(settings: Settings) -> Iterator[Measurable]:
 
 
 def ramp_rows(settings: Settings, config: Config, sizes: list[Size], found: Limits) -> Iterator[Row]:
-    """Yield a row for each batch size and append it to `sizes`."""
+    """Yield a row for each batch size and append the sizes to `sizes`."""
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - SHARE_OF_RAMP) * settings.part_s
@@ -190,7 +198,7 @@ def ramp_rows(settings: Settings, config: Config, sizes: list[Size], found: Limi
 
 
 def accuracy(settings: Settings) -> Iterator[Measurable]:
-    """Train the configs to their target accuracy; a third of the time is kept for AlexNet."""
+    """Train ResNet-18 and AlexNet to their target accuracies. A third of the time is reserved for AlexNet."""
 
     def rows(found: Limits) -> Iterator[Row]:
         del found
@@ -236,7 +244,7 @@ def transfer_rows(settings: Settings, found: Limits) -> Iterator[Row]:
 
 
 def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    """Yield the memory of each loader, measured alone on the device."""
+    """Measure the GPU memory of one loader at a time."""
     del found
     cases = [(224, "npy", "host"), (224, "jpeg", "auto"), (96, "npy", "host"), (96, "npy", "device"),
              (96, "jpeg", "auto"), (32, "npy", "device")]  # fmt: skip

@@ -68,7 +68,7 @@ class Table:
             for each in self.rows(found):
                 rows[each["name"]] = each
                 keep(entry())
-        except TimeoutError:  # no failure
+        except TimeoutError:
             rows[self.title] = skipped(self.title)
         except Exception as error:  # whatever it is, the rows that there are stay
             rows[self.title] = failed(self.title, sentence(error))
@@ -79,14 +79,14 @@ class Table:
 class Whole:
     """A table that is measured as a whole."""
 
-    title: str
+    title: str  # where it cannot be measured
     stage: str
     measure: Callable[[], Entry]
 
     def run(
         self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
     ) -> Entry:
-        return {**self.measure(), "title": self.title}
+        return self.measure()
 
 
 @dataclass

@@ -173,10 +173,15 @@ def disk_bound(found: Limits, stored_bytes: float, split_bytes: float) -> Limits
     return {DISK: found.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 
 
-def check_free_space(folder: Path, needed: int, option: str) -> None:
-    """Raise UserError if the folder, which `option` names, has fewer bytes free than needed."""
+def check_scratch(folder: Path, needed: int, option: str) -> None:
+    """Raise UserError if the disk has no room for the data sets that are still to be made.
+
+    needed: bytes of all data sets; those that the folder has already are subtracted. option: the one that names it.
+    """
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
+    made = [file for about in folder.glob("*/dataset.json") for file in about.parent.iterdir() if file.is_file()]
+    needed = max(2 * DISK_FILE_BYTES, needed - sum(file.stat().st_size for file in made))
     if free < needed:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free where the benchmark's data sets need {needed / 2**30:.1f}; "

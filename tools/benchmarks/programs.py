@@ -1,6 +1,7 @@
-"""Rows from programs that run on their own: speedruns, the published reference beside them, runs to an accuracy.
+"""Run programs and make rows of their results: speedruns, the published script, runs to an accuracy, the profile.
 
-Each is looked at while it runs, so that what it has reached stays when it is cut off. At the deadline it is stopped.
+The output of a program is read while it runs, so that the results so far are kept if it is cut off. It is stopped at
+the deadline.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from tools.benchmarks.turns import TIME_OVER
 from train.log import counted, read_metrics
 
 ROOT = Path(__file__).parents[2]
-LOOK_S = 0.5  # interval at which a program's output is read
-LEAVE_S = 5.0  # for a program that is stopped to end by itself
+POLL_S = 0.5  # between two reads of what a program has written
+TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1
 SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", "memory_gib",
                     "device_memory_gib")  # fmt: skip
@@ -43,14 +44,18 @@ _libc = ctypes.CDLL(None)
 
 
 class Program:
-    """A program in its own process group. It ends with this process; what it has started may live on then."""
+    """A program that runs in a process group of its own.
+
+    When the generator of `run` is closed or ends, the whole group is killed. When this process is killed, the kernel
+    kills the program, but not the processes that the program has started.
+    """
 
     def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
         self._command, self._log, self._deadline, self._folder = command, log, deadline, folder
         self.is_late = False
 
     def run(self) -> Iterator[None]:
-        """Run the program; yield every `LOOK_S` and once after its end. Closing the generator stops the program."""
+        """Run the program; yield every POLL_S seconds and once after its end. Closing the generator stops it."""
 
         def end_with_parent() -> None:
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -67,24 +72,24 @@ class Program:
                     break
                 yield
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(LOOK_S)
+                    self._process.wait(POLL_S)
         finally:
             self._stop()
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, on which training saves a checkpoint, then SIGKILL to the process group."""
+        """Send SIGTERM, on which training saves a checkpoint, then SIGKILL to the whole process group."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(LEAVE_S)
+                self._process.wait(TERMINATE_S)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     @property
     def error(self) -> str | None:
-        """The reason of a failure; None while the program runs, when it was stopped, and when it did not fail."""
+        """Return why the program failed; None if it runs, was stopped at the deadline or ended without a failure."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
@@ -92,7 +97,7 @@ class Program:
         return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
 
     def row(self, name: str, figures: Row, **facts: Any) -> Row:
-        """Return a row of the figures so far, with a note or an error if they are not all."""
+        """Return a row of the figures so far, with the reason if the program has not ended successfully."""
         if self.error is not None:
             return failed(name, self.error, **facts) | figures
         if self.is_late:
@@ -103,7 +108,7 @@ class Program:
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
-    """Run tools/speedrun.py on a config; keep its JSON in the row as `result`."""
+    """Run tools/speedrun.py on a config; the row holds its JSON as `result`."""
     output = scratch / f"{name}.json"
     command = [sys.executable, str(ROOT / "tools" / "speedrun.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
                "--data-path", str(data), "--runs", str(seeds), "--json", str(output)]  # fmt: skip
@@ -120,19 +125,21 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
 def reference(
     checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
 ) -> Iterator[Row]:
-    """Run airbench94_muon.py as published on the same pixels, for `seeds` runs. ours: the row to compare with.
+    """Run airbench94_muon.py as published, on the same pixels; stop it after `seeds` runs.
 
-    folder: for the images as it reads them, which are written once, and its log.
+    folder: its subfolder reference/ holds the images in the script's format, which are written once, and the log.
+    ours: the row to compare with.
     """
+    folder = folder / "reference"
     script = None if checkout is None else checkout.resolve() / REFERENCE
     if script is None or not script.is_file():
         where = "--reference FOLDER" if script is None else f"{script}, which does not exist,"
         yield skipped(REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False)
         return
     for split, name in (("train", "train"), ("val", "test")):
-        write_reference_data(data, split, folder / "reference" / "cifar10" / f"{name}.pt")
+        write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
     log = folder / "reference.log"
-    program = Program([sys.executable, "-u", str(script)], log, deadline, folder / "reference")
+    program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
     for _ in program.run():
         runs = reference_runs(log.read_text(errors="replace"))[:seeds]
         figures: Row = {}
@@ -159,11 +166,11 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
     images = torch.from_numpy(datasets.pixels_of(opened).copy())
     content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
     torch.save(content, temporary)
-    temporary.replace(path)  # a kill leaves no half of it
+    temporary.replace(path)  # a kill leaves no incomplete file
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Accuracy with test-time augmentation and seconds of each run in the script's table; without its warm-up run."""
+    """Return accuracy with test-time augmentation and seconds of each run in the script's table, warm-up excluded."""
     runs = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -175,7 +182,7 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
 def training_to(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
-    """train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
+    """Run train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
     output = scratch / "accuracy"
     command = [sys.executable, str(ROOT / "train" / "ddp.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
                "--data-path", str(data), "--output", str(output)]  # fmt: skip
@@ -186,7 +193,7 @@ def training_to(
 
 
 def reached(metrics: list[dict[str, Any]], target: float) -> Row:
-    """The figures of a run's epochs so far; none before the first one has ended."""
+    """Return the figures of a run's epochs so far; none before the first epoch has ended."""
     if not metrics:
         return {}
     times = [line["epoch_time_s"] for line in metrics]
@@ -205,7 +212,7 @@ def reached(metrics: list[dict[str, Any]], target: float) -> Row:
 
 
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
-    """tools/benchmark.py profile on a config: a row for each phase of the step, and the step's own."""
+    """Run tools/benchmark.py profile on a config; yield a row for each phase of the step and for the whole step."""
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config))
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",

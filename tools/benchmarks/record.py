@@ -1,4 +1,6 @@
-"""The record of a run in JSON files that are replaced as a whole after every row, so that a kill loses none.
+"""Record a run in JSON files, which are replaced as a whole after every row.
+
+The rows measured before a kill are kept.
 
 format, version, command, environment, duration_s, missing_peers
 parts: {name: {command, date, versions, duration_s, is_complete}}
@@ -26,7 +28,7 @@ def command() -> str:
 
 
 def start(environment: dict[str, Any], missing: list[str]) -> Run:
-    """A run without tables."""
+    """Return a run without tables."""
     return {
         "format": results.FORMAT,
         "version": results.VERSION,
@@ -47,55 +49,62 @@ def write_json(run: Run, path: Path) -> None:
 
 
 class Record:
-    """A run and the files that hold it. `earlier`: a run on the same device, whose other tables are kept."""
+    """A run and the JSON files that hold it.
+
+    files: written after every table. earlier: a run on the same device, whose tables of other parts are kept.
+    """
 
     def __init__(self, run: Run, files: Sequence[Path], earlier: Run | None = None) -> None:
         self.run, self._files = run, files
-        self.measured: list[str] = []  # parts of this run
+        self._own: dict[tuple[str, str], Entry] = {}  # what this run has put, by part and title
+        self._in_place: set[tuple[str, str]] = set()  # those of them that are in `run`
         if earlier is not None:
             run["parts"], run["groups"] = dict(earlier.get("parts", {})), list(earlier["groups"])
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Assign the tables that are put inside to a part.
+        """Assign the tables put in this context to a part and record its duration at the end.
 
-        Set `is_whole` inside once all of them are there: then those that an earlier run left of the part are removed.
+        The part is incomplete unless `complete` is called in the context.
         """
         begin = time.monotonic()
         environment = self.run["environment"]
         about = {"command": command(), "date": environment["date"], "versions": environment["versions"]}
         self.run["parts"][name] = about | {"duration_s": 0.0, "is_complete": False}
-        self.measured.append(name)
-        self._part, self.is_whole = name, False
-        self._put, self._placed = set[str](), set[str]()  # titles: of all tables, and of those that are in the file
+        self._part = name
         yield
-        if self.is_whole:
-            groups = self.run["groups"]
-            self.run["groups"] = [one for one in groups if one.get("part") != name or one["title"] in self._put]
-        self.run["parts"][name] |= {"duration_s": round(time.monotonic() - begin, 1), "is_complete": self.is_whole}
+        self.run["parts"][name]["duration_s"] = round(time.monotonic() - begin, 1)
         self.run["duration_s"] = round(sum(one["duration_s"] for one in self.run["parts"].values()), 1)
         self._write()
 
-    def put(self, entry: Entry) -> None:
-        """Add a table to the part or replace the one of its title.
-
-        A table without a figure does not replace one of an earlier run.
-        """
-        self._put.add(entry["title"])
+    def complete(self) -> None:
+        """Mark the part as complete and remove its tables of earlier runs that this run has not put."""
         groups = self.run["groups"]
-        names = [(one.get("part"), one["title"]) for one in groups]
-        key = (self._part, entry["title"])
-        place = names.index(key) if key in names else len(groups)
-        is_mine = place == len(groups) or entry["title"] in self._placed
-        if is_mine or any(map(results.has_figure, entry["rows"])):
-            self._placed.add(entry["title"])
-            groups[place : place + 1] = [{"part": self._part, **entry}]
+        self.run["groups"] = [one for one in groups if one.get("part") != self._part or _key(one) in self._own]
+        self.run["parts"][self._part]["is_complete"] = True
+
+    def put(self, entry: Entry) -> None:
+        """Add a table to the part, or replace the table of the same title.
+
+        A table of an earlier run is replaced only by one that has a measured row.
+        """
+        entry = {"part": self._part, **entry}
+        groups, key = self.run["groups"], _key(entry)
+        self._own[key] = entry
+        place = next((number for number, one in enumerate(groups) if _key(one) == key), len(groups))
+        if place == len(groups) or key in self._in_place or any(map(results.is_measured, entry["rows"])):
+            groups[place : place + 1] = [entry]
+            self._in_place.add(key)
         self._write()
 
     def tables(self) -> list[Entry]:
-        """Return the tables of the parts that this run measured."""
-        return [one for one in self.run["groups"] if one.get("part") in self.measured]
+        """Return the tables that this run has put, including those that did not replace an earlier one."""
+        return list(self._own.values())
 
     def _write(self) -> None:
         for path in self._files:
             write_json(self.run, path)
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    return (entry.get("part", ""), entry["title"])

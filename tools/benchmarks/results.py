@@ -1,6 +1,6 @@
-"""One whole run as data: rows, groups, the bound beside each figure, and the tables made of them.
+"""Rows of measurements, their bounds and ratios, and the tables made of them.
 
-Plain dicts throughout, since they go to a JSON file and come back. A row:
+Rows are plain dicts, since they are written to a JSON file and read again. A row:
     name, ours (bool), device, placement, encoding, batch_size, error (None or a sentence), note (why there is no figure
     where nothing failed), on a GPU memory_gib and device_memory_gib,
     images_per_s (median), lowest, highest, ratio (ours / this, where it is a peer),
@@ -24,7 +24,7 @@ from train.facts import device_name, processor
 
 Row = dict[str, Any]
 FORMAT, VERSION = "model-zhu-benchmarks", 1
-RUNNING = "not measured to its end: the run was cut off"  # so a record says that is read while a program runs
+RUNNING = "not measured to its end: the run was cut off"  # the note of a row while its program runs
 STOPPED = "stopped at the deadline"
 BINDS_FROM = 0.6  # share of a bound from which that bound is named as what binds
 PACKAGES = {
@@ -40,7 +40,7 @@ PACKAGES = {
 
 
 def row(outcome: Outcome, *, ours: bool = False, **facts: Any) -> Row:
-    """A row of the figures of one stream."""
+    """Return a row of the figures of one stream."""
     name = ", ".join(filter(None, (outcome.contestant, outcome.stream)))
     result: Row = {"name": name, "ours": ours, **facts, **outcome.facts, "error": outcome.error}
     if outcome.error in (None, TIME_OVER):
@@ -53,7 +53,7 @@ def row(outcome: Outcome, *, ours: bool = False, **facts: Any) -> Row:
 
 
 def rates(rounds: list[float]) -> Row:
-    """The median, the lowest and the highest of the rounds, in images/s."""
+    """Return the median, the lowest and the highest of the rounds, in images/s."""
     figures = (median(rounds), min(rounds), max(rounds))
     return dict(zip(("images_per_s", "lowest", "highest"), (float(f"{x:.5g}") for x in figures), strict=True))
 
@@ -63,22 +63,27 @@ def failed(name: str, error: str, **facts: Any) -> Row:
 
 
 def skipped(name: str, note: str = TIME_OVER, **facts: Any) -> Row:
-    """A row without figures that is no failure: for lack of time, or of a peer."""
+    """Return a row without figures that is no failure, for lack of time or of a peer."""
     return {"name": name, "ours": True, "error": None, "note": note, **facts}
 
 
-def has_figure(row: Row) -> bool:
-    """Return whether the row ended with a figure."""
+def is_measured(row: Row) -> bool:
+    """Return whether the row has a figure and its program has ended."""
     return not row["error"] and row.get("note") not in (TIME_OVER, RUNNING)
 
 
+def is_complete(row: Row) -> bool:
+    """Return whether a row was measured and not stopped at the deadline."""
+    return is_measured(row) and row.get("note") != STOPPED
+
+
 def sentence(error: BaseException) -> str:
-    """An exception as one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """ours / this for every other row; `ours` is the first of ours that has a figure."""
+    """Set the ratio, ours / this, of every row of a peer; `ours` is the first of our rows with a figure."""
     ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
     for other in rows:
         if ours and not other["ours"] and "images_per_s" in other:
@@ -98,7 +103,7 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure is worth nothing without."""
+    """Return the machine, the versions and the date of a run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, Any] = {"device": device_name(device), "processor": processor()}
     facts["cores"] = len(os.sched_getaffinity(0))
@@ -157,7 +162,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def failures(groups: list[dict[str, Any]]) -> list[str]:
-    """One line per failed row."""
+    """Return a line for each failed row."""
     return [
         f"{group['title']}: {row['name']}: {row['error']}" for group in groups for row in group["rows"] if row["error"]
     ]

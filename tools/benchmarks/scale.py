@@ -42,7 +42,12 @@ def group(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: i
         rows.append(
             {"name": outcome.contestant, "ours": True, "samples": samples, "error": outcome.error, **outcome.facts}
         )
-    return {"title": f"Cost per sample by size of the data set, {side}x{side} raw", "stage": "scale", "rows": rows}
+    return {"title": title(side), "stage": "scale", "rows": rows}
+
+
+def title(side: int = SIDE) -> str:
+    """Return the title of the entry for images of this size."""
+    return f"Cost per sample by size of the data set, {side}x{side} raw"
 
 
 @contextmanager

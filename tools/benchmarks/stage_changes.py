@@ -62,7 +62,12 @@ def group(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
         }
         for (size, batch), pairs in rates.items()
     ]
-    return {"title": f"changes of image and batch size, {config.model.name}", "stage": "stages", "rows": rows}
+    return {"title": title(config), "stage": "stages", "rows": rows}
+
+
+def title(config: Config) -> str:
+    """Return the title of the entry for a config."""
+    return f"changes of image and batch size, {config.model.name}"
 
 
 HEADER = ("stage", "images/s after a change", STEADY, "ratio", "changes")

@@ -1,4 +1,4 @@
-"""The whole run: its parts in their order, their deadlines, and what happens when one fails. The GPU's parts: `gpu`."""
+"""Run the parts of the whole benchmark in order, each with its deadline. The parts for a GPU are in `gpu`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLES = {"cpu": 4096, "cuda": 16_384}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one whole run."""
+    """Settings of one whole run."""
 
     device: str  # cpu or cuda
     scratch: Path  # folder for the peers' files, removed at the end
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """Tables that are measured under one time limit, the most valuable first. stages: those of its tables."""
+    """Tables measured under one time limit, the most important first. stages: those of its tables."""
 
     name: str
     stages: tuple[str, ...]
@@ -64,7 +64,7 @@ class Part:
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
-    """The parts of these names (none: all) that have one of the stages `only` (none: any), in the table's order."""
+    """Return the parts of these names (none: all) that have one of the stages `only` (none: any), in their order."""
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--part {' '.join(unknown)} is not one of {', '.join(known)}")
@@ -80,59 +80,66 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
 
 
 def run_all(parts: Sequence[Part], settings: Settings, record: Record) -> None:
-    """Measure the parts one after the other; what fails is a row with an error, and the rest goes on."""
+    """Measure the parts one after the other. A failure is recorded as a row with an error, and the run continues."""
     begin = time.monotonic() - Clock().command_s  # what comes before, as the limits, counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
         ends = [settings.deadline, settings.part_s and begin + settings.part_s]
         within = replace(settings, deadline=min((end for end in ends if end is not None), default=None))
         found = measured_limits(within, record) if part.is_bounded else {}
         with record.part(part.name):
-            record.is_whole = run_part(part, found, within, record.put)
+            if run_part(part, found, within, record.put):
+                record.complete()
         begin = time.monotonic()
 
 
 def measured_limits(settings: Settings, record: Record) -> Limits:
-    """The limits of the machine: those that the record has of this day and these versions, or else measured now."""
+    """Return the limits of the machine from the record, or measure them.
+
+    Those of the record are used where none is missing for time and the day and the versions are the same.
+    """
     about, environment = record.run["parts"].get(LIMITS, {}), record.run["environment"]
     rows = [row for entry in record.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
-    if about.get("is_complete") and all(about.get(name) == environment[name] for name in ("date", "versions")):
+    is_current = all(about.get(name) == environment[name] for name in ("date", "versions"))
+    if limits_in(rows) and is_current and about["is_complete"]:
         return limits_in(rows)
     with record.part(LIMITS):
         contestant = Contestant("limits", limits.limits, (settings.device, settings.data))
         outcomes = measure([contestant], settings.seconds, min(3, settings.rounds), settings.deadline)
         rows = limit_rows(outcomes)
         record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
-        record.is_whole = all(map(results.has_figure, rows))
+        if all(row.get("note") != TIME_OVER for row in rows):
+            record.complete()
     return limits_in(rows)
 
 
 def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry], None]) -> bool:
-    """Measure a part's tables and print each; return whether all of them were measured.
+    """Measure a part's tables and print each. Return whether all were measured in time and without a failure.
 
-    A table that cannot be made becomes one with a failed row.
+    A table that cannot be made is recorded as a table with one failed row.
     """
-    is_whole = not settings.only
+    is_complete = True
     try:
         check_time(settings)
         for one in part.make(settings):
             if settings.only and one.stage not in settings.only:
+                is_complete = False
                 continue
             if is_over(settings):
-                is_whole = False
+                is_complete = False
                 put(unmeasured(one.title, results.skipped(one.title)))
                 continue
             entry = one.run(found, settings.seconds, settings.rounds, settings.deadline, put)
-            is_whole = is_whole and all(row.get("note") != TIME_OVER for row in entry["rows"])
             put(entry)
+            is_complete &= all(map(results.is_complete, entry["rows"]))
             tqdm.write(f"\n{tables.of_entry(entry)}")
             sys.stdout.flush()
     except TimeoutError:
-        is_whole = False
         put(unmeasured(f"{part.name}, what remains", results.skipped(part.name)))
+        return False
     except Exception as error:  # whatever it is, the other parts go on
-        is_whole = False
         put(unmeasured(part.name, results.failed(part.name, results.sentence(error))))
-    return is_whole
+        return False
+    return is_complete
 
 
 def is_over(settings: Settings, needed_s: float = 0.0) -> bool:
@@ -140,13 +147,13 @@ def is_over(settings: Settings, needed_s: float = 0.0) -> bool:
 
 
 def check_time(settings: Settings, needed_s: float = 0.0) -> None:
-    """Raise TimeoutError where the deadline leaves less than this."""
+    """Raise TimeoutError if less than `needed_s` is left until the deadline."""
     if is_over(settings, needed_s):
         raise TimeoutError(TIME_OVER)
 
 
 def unmeasured(title: str, row: results.Row) -> Entry:
-    """A table without a figure."""
+    """Return a table without figures, of one row."""
     return {"title": title, "stage": "failed", "rows": [row]}
 
 
@@ -170,13 +177,11 @@ def augmented(settings: Settings, folder: Path) -> Iterator[Measurable]:
 
 
 def cost_per_sample(settings: Settings) -> Iterator[Measurable]:
-    yield Whole(
-        "Cost per sample by size of the data set", "scale", lambda: scale.group(settings.scratch, settings.seconds)
-    )
+    yield Whole(scale.title(), "scale", lambda: scale.group(settings.scratch, settings.seconds))
 
 
 def changes(settings: Settings) -> Iterator[Measurable]:
-    """Changes of the image size: ResNet-18 on a GPU, LeNet, which takes 32 to 35 pixels, elsewhere."""
+    """Measure changes of the image size with ResNet-18 on a GPU, else with LeNet, which takes 32 to 35 pixels."""
     if settings.device == "cuda":
         folder = medium(settings)
         config = config_on("medium_imagenet_96_resnet18_progressive", folder, batch_size=batch_of(folder, 1024))
@@ -184,20 +189,20 @@ def changes(settings: Settings) -> Iterator[Measurable]:
         stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
         config = config_on("cifar10_lenet", small(settings), stages=stages)
     yield Whole(
-        f"changes of image and batch size, {config.model.name}",
+        stage_changes.title(config),
         "stages",
         lambda: apart(stage_changes.group, config, Ranks(), settings.rounds, deadline=settings.deadline),
     )
 
 
 def small(settings: Settings) -> Path:
-    """32x32 images: the given set, data/cifar10, `source` converted, or scikit-learn's digits."""
+    """Return the 32x32 data set: the given one, data/cifar10, `source` converted, or scikit-learn's digits."""
     given = settings.small or ROOT / "data" / "cifar10"
     return datasets.small_set(given, settings.source, settings.data)
 
 
 def medium(settings: Settings) -> Path:
-    """96x96 images; where none are converted, the small set enlarged."""
+    """Return the 96x96 data set; where none is converted, enlarge the small one."""
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
         return given
@@ -206,7 +211,7 @@ def medium(settings: Settings) -> Path:
 
 
 def config_on(name: str, folder: Path, **data: Any) -> Config:
-    """A config of the project with another data set."""
+    """Load a config of the project with another data set."""
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
 

@@ -16,12 +16,12 @@ SCALE_FIELDS = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s"
 
 
 def of_run(run: dict[str, Any]) -> str:
-    """All tables, and what they were measured on."""
+    """Return all tables of a run and the headline."""
     return of_entries(run["groups"], run)
 
 
 def of_entries(entries: Sequence[Entry], run: dict[str, Any]) -> str:
-    """Some of a run's tables, and what they were measured on."""
+    """Return some of a run's tables and the headline."""
     text = [of_entry(entry) for entry in entries]
     if run["missing_peers"]:
         text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
@@ -29,12 +29,12 @@ def of_entries(entries: Sequence[Entry], run: dict[str, Any]) -> str:
 
 
 def of_entry(entry: Entry) -> str:
-    """A table under its title."""
+    """Return a table under its title, with its notes."""
     return "\n\n".join([f"### {entry['title']}", table(entry), *_notes(entry)])
 
 
 def headline(run: dict[str, Any]) -> str:
-    """The machine, the versions and the date."""
+    """Return the machine, the versions and the date as a sentence."""
     facts = run["environment"]
     cores = f"{facts['cores']} cores" + ("" if facts["device"] == facts["processor"] else f" of {facts['processor']}")
     memory = f", {facts['gpu_memory_gib']} GiB" if "gpu_memory_gib" in facts else ""
@@ -43,7 +43,7 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def parts(run: dict[str, Any]) -> str:
-    """When and by which command each part was measured; its versions, where they are not the headline's."""
+    """Return a table of the date and command of each part, and of the versions that differ from the headline's."""
     common = run["environment"]["versions"].items()
     rows = []
     for name, part in run["parts"].items():
@@ -56,7 +56,7 @@ def parts(run: dict[str, Any]) -> str:
 
 
 def table(entry: Entry) -> str:
-    """The rows as the entry's stage shows them."""
+    """Return the rows as a table with the columns of the entry's stage."""
     rows = entry["rows"]
     if "columns" in entry:
         return _plain(entry)
@@ -77,7 +77,7 @@ def table(entry: Entry) -> str:
 
 
 def _plain(entry: Entry) -> str:
-    """The entry's columns, then what is to be said of a row."""
+    """Return a table of the entry's columns and a remark."""
     rows = []
     for row in entry["rows"]:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
@@ -89,7 +89,7 @@ def _plain(entry: Entry) -> str:
 
 
 def shown(name: str) -> str:
-    """The name of a field as the header of a column: images_per_s is images/s, time_s_mean is time mean, s."""
+    """Return the column header of a field: images/s for images_per_s, "time mean, s" for time_s_mean."""
     words = re.sub(r"^(.*)_(gib|s)(_mean|_std)?$", r"\1\3, \2", name.replace("_per_", "/"))
     return words.replace(", gib", ", GiB").replace("_", " ").replace("gb/", "GB/")
 

@@ -118,8 +118,8 @@ def measure(
 def apart(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
     """Call a function in a process of its own and return its result.
 
-    The calling process stays without a CUDA context. Raises RuntimeError with the sentence of what failed, TimeoutError
-    if the deadline came first.
+    The calling process stays without a CUDA context. Raises TimeoutError where the deadline ends the call, and
+    RuntimeError with the sentence of what failed.
     """
     contestant = Contestant(getattr(function, "__name__", ""), _called_once, (function, arguments))
     (outcome,) = measure([contestant], 0.001, 1, deadline, show_progress=False)
