@@ -28,7 +28,7 @@ from fault_fixtures import (
 )
 from train_fixtures import CLEAN, heed_ctrl_c
 
-EXIT_S = 20
+EXIT_S = 60
 
 
 @pytest.fixture(scope="module")
