@@ -28,8 +28,10 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no GPU. Those with a capture that must fail come last: a process whose
-    capture failed may be unable to capture again."""
+    """Skip tests marked gpu on a machine without a GPU.
+
+    Tests of a capture that must fail run last, since a process may be unable to capture after a failed capture.
+    """
     items.sort(key=lambda item: "failed_capture" in getattr(item, "fixturenames", ()))
     if torch.cuda.is_available():
         return

@@ -19,6 +19,7 @@ from typing import Any
 
 from tools.benchmarks import results
 from tools.benchmarks.groups import Entry
+from tools.parts.tables import write_text
 
 Run = dict[str, Any]
 
@@ -43,9 +44,7 @@ def start(environment: dict[str, Any], missing: list[str]) -> Run:
 
 def write_json(run: Run, path: Path) -> None:
     """Write the file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 
 class Record:
