@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from pipelines.gather import (
 )
 from pipelines.jpegs import HostJpegs, MappedFiles
 from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
-from pipelines.runner import GraphRunner, PlainRunner, Runner, runs_on
+from pipelines.runner import FileCheck, GraphRunner, PlainRunner, Runner
 from pipelines.shards import Split
 
 MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
@@ -108,8 +107,8 @@ def assemble(
 
 def _mapped_files(split: Split, data: DataConfig, stored: graph.Stored, machine: graph.Machine) -> MappedFiles:
     alone = replace(machine, batch_size=1)
-    decodes = partial(runs_on, build=lambda: graph.decoding_graph(stored, alone))
-    return MappedFiles(split, decodes, checks_headers=data.on_bad_sample == "skip")
+    check = FileCheck(lambda: graph.decoding_graph(stored, alone))
+    return MappedFiles(split, check.decodes, checks_headers=data.on_bad_sample == "skip")
 
 
 def _source(

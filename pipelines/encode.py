@@ -6,7 +6,6 @@ A sample that cannot be used raises `Defect`; the writer quarantines and counts 
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -14,16 +13,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pipelines import memory_limit
+from pipelines import jpeg_format, memory_limit
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that start other programs
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
-MAX_SCANS = 100  # of a JPEG, each as dear as the whole image; a progressive one has about ten, a bomb thousands
-MAX_SEGMENTS = 100_000  # that are looked through for scans
-_SEGMENT = re.compile(b"\xff[\x02-\xcf\xd9-\xfe]")  # a marker that a length follows, or the image's end
 # What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
@@ -53,21 +49,26 @@ class Encoded:
     height: int
     width: int
     sums: np.ndarray  # int64 [2, 3]: per channel, the sum of values and of squares over all pixels
+    reencoded: str | None = None  # as jpeg: why the bytes of an image file were not kept
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
-    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in any format that Pillow reads."""
+    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in any format that Pillow reads.
+
+    As jpeg, the bytes of a JPEG file are kept where every decoder that may read them gives the same RGB pixels.
+    """
+    changed: str | None = "pixels"  # why the source's bytes cannot be stored
     if isinstance(source, np.ndarray):
-        pixels, original = source, None
+        pixels = source
     else:
-        pixels, original = _decode(source, encoding.max_pixels)
+        pixels, changed = _decode(source, encoding.max_pixels)
     if encoding.size is not None and (resized := _resize(pixels, encoding)) is not pixels:
-        pixels, original = resized, None
+        pixels, changed = resized, changed or "resized"
     height, width = pixels.shape[:2]
     if encoding.name == "npy":
         payload = np.ascontiguousarray(pixels).tobytes()
-    elif original is not None:
-        payload = original
+    elif changed is None and isinstance(source, bytes):
+        payload = source
     else:
         if max(height, width) > JPEG_SIDE:
             raise Defect(f"{width} x {height} pixels, of which a JPEG holds up to {JPEG_SIDE:,} on a side (--size)")
@@ -75,7 +76,8 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
         subsampling = SUBSAMPLINGS[encoding.subsampling]
         Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=subsampling)
         payload = buffer.getvalue()
-    return Encoded(payload, height, width, _sums(pixels))
+    is_file = encoding.name == "jpeg" and isinstance(source, bytes)
+    return Encoded(payload, height, width, _sums(pixels), changed if is_file else None)
 
 
 def _sums(pixels: np.ndarray) -> np.ndarray:
@@ -85,12 +87,13 @@ def _sums(pixels: np.ndarray) -> np.ndarray:
     return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
 
 
-def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
-    """RGB pixels [H, W, 3], and the bytes themselves where they are an RGB JPEG that can be stored as it is."""
+def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
+    """Return RGB pixels, uint8 [H, W, 3], and why the bytes themselves cannot be stored; None for a JPEG that can."""
     if not content:
         raise Defect("empty file")
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS and _has_too_many_scans(content):
-        raise Defect(f"a JPEG of more than {MAX_SCANS} scans")
+    scans, reason = jpeg_format.inspect(content) if content.startswith(b"\xff\xd8") else (0, None)
+    if scans > jpeg_format.MAX_SCANS:
+        raise Defect(f"a JPEG of more than {jpeg_format.MAX_SCANS} scans")
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
     try:
         with warnings.catch_warnings(), memory_limit.at_most(extra_bytes):
@@ -100,7 +103,11 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise Defect(f"{width} x {height} pixels exceed the limit of {max_pixels:,} (--max-pixels)")
-                keep = image.format in ("JPEG", "MPO") and image.mode == "RGB"
+                kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with further images behind it
+                if kind != "JPEG":
+                    reason = kind
+                elif reason is not None or image.mode not in ("RGB", "L"):
+                    reason = f"JPEG {reason or f'of mode {image.mode}'}"
                 pixels = _rgb(image)
     except Defect:
         raise
@@ -110,20 +117,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
         raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
-    return pixels, content if keep else None
-
-
-def _has_too_many_scans(content: bytes) -> bool:
-    """Of a JPEG: what lies within its segments or behind its end, such as a phone's film of the moment, is no scan."""
-    place = scans = 0
-    for _ in range(MAX_SEGMENTS):
-        if (marker := _SEGMENT.search(content, place)) is None or marker.group() == b"\xff\xd9":
-            return False
-        scans += marker.group() == b"\xff\xda"
-        if scans > MAX_SCANS:
-            return True
-        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
-    return True
+    return pixels, reason
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

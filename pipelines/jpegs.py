@@ -102,11 +102,11 @@ class MappedFiles(Source):
         return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
 
     def defect(self, sample: int) -> str | None:
-        """As Pillow and DALI see it; DALI alone takes some files that Pillow does not, and then nothing is wrong."""
+        """Return what is wrong with a sample as DALI sees it: it decodes files that Pillow refuses, and the reverse."""
         file, sides = file_of(self._split, sample), sides_of(self._split, sample)
         if (wrong := header_defect(file, sides)) is not None:
             return wrong
-        return None if pillow_pixels(file, sides) is not None or self._decodes(file) else CANNOT
+        return None if self._decodes(file) else CANNOT
 
     def _check_headers(self, samples: np.ndarray, unchecked: np.ndarray) -> None:
         defects: dict[int, str] = {}

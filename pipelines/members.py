@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import simplejpeg
 
-from pipelines import tar_layout
+from pipelines import jpeg_format, tar_layout
 from pipelines.dataset_json import EXTENSIONS
 from pipelines.encode import MAX_PIXELS
 from pipelines.jpeg_files import CANNOT, file_of, header_defect, pillow_pixels, sides_of
@@ -137,7 +137,10 @@ def _member(header: np.ndarray) -> str:
 
 
 def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """What is wrong with a stored image; `decodes`: also with what follows a JPEG's header, which takes a while."""
+    """Return what is wrong with a stored image.
+
+    decodes: decode a JPEG, as the bytes may have changed; else only check that every decoder can.
+    """
     file, sides = file_of(split, sample), sides_of(split, sample)
     if split.encoding == "npy":
         shape = split.image_shape
@@ -148,7 +151,10 @@ def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None
         return None
     if (wrong := header_defect(file, sides)) is not None:
         return wrong
-    if decodes and sides[0] * sides[1] <= MAX_PIXELS:
+    if not decodes:
+        reason = jpeg_format.inspect(file.tobytes())[1]
+        return None if reason is None else f"is a JPEG {reason}, which not every decoder reads"
+    if sides[0] * sides[1] <= MAX_PIXELS:
         try:
             simplejpeg.decode_jpeg(file)
         except ValueError:

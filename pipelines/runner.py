@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.gather import sleeping_event
 
 # images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten
 Result = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
+DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # in DALI's message, which gives no other type
 
 
 class Runner(Protocol):
@@ -73,16 +75,29 @@ class GraphRunner:
         self._fed.clear()
 
 
-def runs_on(file: np.ndarray, build: Callable[[], Pipeline]) -> bool:
-    """Whether a graph whose one input is `images` takes this file, uint8 [bytes], as a batch of its own."""
-    pipeline = build()
-    pipeline.feed_input("images", [file])
-    pipeline.schedule_run()
-    try:
-        pipeline.outputs()
-    except RuntimeError:
-        return False
-    return True
+class FileCheck:
+    """Tells whether a graph whose one input is `images` decodes a file. Several threads may ask."""
+
+    def __init__(self, build: Callable[[], Pipeline]) -> None:
+        """build: the graph, for batches of one; called with the first file and after each one that fails."""
+        self._build = build
+        self._pipeline: Pipeline | None = None
+        self._lock = Lock()
+
+    def decodes(self, file: np.ndarray) -> bool:
+        """file: uint8 [bytes]. Errors that no file causes, such as a lack of memory, are raised."""
+        with self._lock:
+            self._pipeline = pipeline = self._pipeline or self._build()
+            pipeline.feed_input("images", [file])
+            pipeline.schedule_run()
+            try:
+                pipeline.outputs()
+            except RuntimeError as error:
+                self._pipeline = None  # no longer valid
+                if not any(text in str(error) for text in DECODE_ERRORS):
+                    raise
+                return False
+        return True
 
 
 class PlainRunner:

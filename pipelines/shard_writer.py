@@ -15,6 +15,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -77,6 +78,8 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             "std": std,
             "splits": {split: written[split].entry for split in source.splits},
         }
+        if options.encoding.name == "jpeg":  # beside the splits, whose entries say what the samples are
+            dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
         info = {
             split: {
                 "name": split,
@@ -242,6 +245,7 @@ class _Written:
     pixels: int
     shapes: set[tuple[int, int]]
     fresh: dict[str, str]  # sha256 of the shards that this process has written, by file name
+    reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
 
 
 def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
@@ -318,7 +322,13 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
     sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
     sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
-    return _Written(entry, sums, int(heights @ widths), {(int(h), int(w)) for h, w in sides}, fresh)
+    reencoded: Counter[str] = Counter()
+    for table in tables:
+        if "reencoded_reason" in table:  # not in a block that an earlier version has left
+            reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
+            reencoded.update(dict(zip(reasons, counts, strict=True)))
+    shapes = {(int(h), int(w)) for h, w in sides}
+    return _Written(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
 
 
 def _bar(plan: Plan, label: str) -> tqdm:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +104,7 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
     payloads: list[Encoded | None] = []
     defects: list[tuple[int, str]] = []
     sums = np.zeros((2, 3), np.int64)
+    reencoded: Counter[str] = Counter()
     for row, sample in enumerate(rows.read(start, stop), start):
         try:
             encoded = encode(sample, plan.options.encoding)
@@ -116,6 +118,8 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
             continue
         _check_shape(plan, rows, row, encoded)
         sums += encoded.sums
+        if encoded.reencoded is not None:
+            reencoded[encoded.reencoded] += 1
         payloads.append(encoded)
     if len(payloads) != stop - start:
         raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows where {stop - start} were due")
@@ -134,6 +138,8 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
         "sums": sums,
         "defect_row": np.array([row for row, _ in defects], np.int64),
         "defect_reason": np.array([reason for _, reason in defects], dtype=str),
+        "reencoded_reason": np.array([*reencoded], dtype=str),
+        "reencoded_count": np.array([*reencoded.values()], np.int64),
     }
     sync_folder(plan.spool)  # a table on disk says that all of its block is on disk, also after a power cut
     commit_npz(plan.block_table(block), table)

@@ -48,6 +48,13 @@ def broken_in_the_middle(file: bytes) -> bytes:
     return file[:middle] + b"\xff" * 30 + file[middle + 30 :]
 
 
+def stray_bytes(file: bytes) -> bytes:
+    """Make the last four bytes of the first segment bytes between segments, which libjpeg skips and DALI refuses."""
+    _, place = segments(file)[0]
+    length = int.from_bytes(file[place + 2 : place + 4], "big")
+    return file[: place + 2] + struct.pack(">H", length - 4) + file[place + 4 :]
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "zeroed scan": without_scan,
     "garbage": lambda file: np.random.default_rng(len(file)).bytes(len(file)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from damage_fixtures import (
     claiming,
     damage,
     damage_in_turn,
+    stray_bytes,
     substituted,
     substitutes,
 )
@@ -206,6 +208,20 @@ def test_what_dali_decodes_and_pillow_does_not_is_replaced_in_no_batch(
     assert [place for place, _ in enumerate(stream) if labels[place] != expected[place]] == np.flatnonzero(
         stream == 9
     ).tolist()
+
+
+def test_what_pillow_decodes_and_dali_does_not_is_named_or_replaced_where_dali_reads(
+    jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = damage(jpeg_copy, 5, stray_bytes)
+    assert len(copies(train(jpeg_copy, 40, AUG, image_size=24))) == 13  # by the CPU's kernels
+    use_dali(monkeypatch)
+    for read in (train(jpeg_copy, 40, AUG, image_size=24), evaluation(jpeg_copy, 40, split="train", image_size=24)):
+        with pytest.raises(UserError, match=re.escape(f"{where} cannot be decoded: the data set is damaged")):
+            copies(read)
+    loader = train(jpeg_copy, 40, AUG, **SKIP)
+    assert len(copies(loader)) == 13
+    assert loader.bad.found == [(5, 6)]
 
 
 def labels_of(batches: list[Batch]) -> list[int]:

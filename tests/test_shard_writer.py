@@ -254,19 +254,6 @@ def test_rgb_jpeg_files_keep_their_bytes(tmp_path: Path) -> None:
     assert payloads(open_split(tmp_path / "out", "val")) == files
 
 
-def test_greyscale_and_cmyk_jpeg_files_are_encoded_anew_as_rgb(tmp_path: Path) -> None:
-    grey = np.add.outer(np.arange(40), np.arange(60)).astype(np.uint8)
-    files: list[np.ndarray | bytes] = [
-        file_of(Image.fromarray(grey), "JPEG", quality=95),
-        file_of(Image.fromarray(grey).convert("CMYK"), "JPEG", quality=95),
-    ]
-    write(memory_source(val=MemoryRows(files)), tmp_path / "out", "jpeg")
-    for stored in payloads(open_split(tmp_path / "out", "val")):
-        with Image.open(io.BytesIO(stored)) as image:
-            assert image.mode == "RGB"
-            assert np.abs(np.asarray(image).astype(int) - grey[..., None]).mean() < 2
-
-
 def test_size_crops_npy_to_a_square_and_keeps_the_shape_of_jpeg(tmp_path: Path) -> None:
     wide, tall = Image.fromarray(marked_image(1, 48, 90)), Image.fromarray(marked_image(2, 90, 48))
     files: list[np.ndarray | bytes] = [file_of(wide), file_of(tall)]
@@ -464,11 +451,11 @@ def test_only_the_scans_of_the_image_itself_count(monkeypatch: pytest.MonkeyPatc
     sound = file_of(Image.fromarray(image), "JPEG", comment=film[:2000], progressive=True) + film
     assert sound.count(b"\xff\xda") > 1000
     assert encode(sound, Encoding("jpeg")).payload == sound
-    monkeypatch.setattr("pipelines.encode.MAX_SCANS", 5)  # a progressive photo has ten
+    monkeypatch.setattr("pipelines.jpeg_format.MAX_SCANS", 5)  # a progressive photo has ten
     with pytest.raises(Defect, match="a JPEG of more than 5 scans"):
         encode(sound, Encoding("jpeg"))
     plain = file_of(Image.fromarray(image), "JPEG") + film
     assert encode(plain, Encoding("jpeg")).payload == plain
-    monkeypatch.setattr("pipelines.encode.MAX_SEGMENTS", 3)
+    monkeypatch.setattr("pipelines.jpeg_format.MAX_SEGMENTS", 3)
     with pytest.raises(Defect, match="more than 5 scans"):
         encode(plain, Encoding("jpeg"))

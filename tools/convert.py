@@ -150,11 +150,15 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
     splits: dict[str, dict[str, Any]] = dataset["splits"]
     for name, split in splits.items():
         mib = sum(shard["bytes"] for shard in split["shards"]) / MIB
-        defects = split["quarantined"]
-        lines.append(
+        defects, reencoded = split["quarantined"], dataset.get("reencoded", {}).get(name, {})
+        line = (
             f"  {name}: {split['samples']:,} samples in {_count(len(split['shards']), 'shard')}, {mib:,.1f} MiB, "
             f"{len(defects):,} quarantined"
         )
+        if reencoded:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in reencoded.items())
+            line += f", {sum(reencoded.values()):,} re-encoded ({reasons})"
+        lines.append(printable(line))
         lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:SHOWN_DEFECTS]]
         if len(defects) > SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")

@@ -1,0 +1,76 @@
+"""Walk the segments of a JPEG file (ITU-T T.81, annex B) without decoding it."""
+
+from __future__ import annotations
+
+import re
+
+MAX_SCANS = 100  # each costs as much as the whole image; a progressive JPEG has about ten, a malicious one thousands
+MAX_SEGMENTS = 100_000
+SOF0, SOF2, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, without DHT, JPG and DAC
+_MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # one that a length follows, or EOI
+
+
+def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
+    """Return the number of scans and why a decoder may refuse the file or decode other colors.
+
+    Decoders differ in what they accept. libjpeg skips bytes between segments, which nvImageCodec's parser refuses.
+    libjpeg knows RGB files, where nvImageCodec assumes YCbCr for three components. Huffman-coded baseline, extended
+    and progressive frames of 8 bits are what all decoders read. Data behind the end of the image is not looked at.
+
+    Returns:
+        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments"; None for a
+        file that all decoders decode alike.
+    """
+    place, scans, in_scan = 2, 0, False
+    reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
+    frame, transform, is_jfif = b"", None, False
+    for _ in range(MAX_SEGMENTS):
+        if (found := _MARKER.search(content, place)) is None:
+            return scans, reason or "without an end-of-image marker"
+        # Any number of 0xff may fill the space in front of a marker.
+        if not in_scan and bytes(content[place : found.start()]).strip(b"\xff"):
+            reason = reason or "with bytes between segments"
+        marker, begin = found.group(1)[0], found.end()
+        if marker == EOI:
+            return scans, reason or _frame_reason(frame, transform, is_jfif)
+        place = begin + max(int.from_bytes(content[begin : begin + 2], "big"), 2)
+        if place > len(content):
+            reason = reason or "without an end-of-image marker"
+        in_scan = marker == SOS
+        if in_scan:
+            scans += 1
+            if scans > MAX_SCANS:
+                return scans, reason
+        elif marker in FRAMES:
+            if frame:
+                reason = reason or "with several frames"
+            frame = bytes((marker, *content[begin + 2 : place]))
+        elif marker == APP0:
+            is_jfif = is_jfif or bytes(content[begin + 2 : begin + 7]) == b"JFIF\0"
+        elif marker == APP14 and bytes(content[begin + 2 : begin + 7]) == b"Adobe":
+            transform = content[begin + 13] if place >= begin + 14 and place <= len(content) else None
+    return MAX_SCANS + 1, reason
+
+
+def _frame_reason(frame: bytes, transform: int | None, is_jfif: bool) -> str | None:
+    """Return why a decoder may refuse a frame header.
+
+    Args:
+        frame: the marker's second byte, then the segment without its length.
+        transform: of the Adobe segment: 0 means RGB or CMYK.
+        is_jfif: whether a JFIF segment is there, after which three components are YCbCr.
+    """
+    if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:
+        return "without a frame header"
+    if not SOF0 <= frame[0] <= SOF2:
+        return f"of frame type SOF{frame[0] - SOF0}"
+    if frame[1] != 8:
+        return f"of {frame[1]} bits"
+    if frame[2:4] == b"\0\0":
+        return "without a height in its frame header"
+    components = frame[7::3][: frame[6]]
+    if len(components) not in (1, 3):
+        return f"of {len(components)} components"
+    is_rgb = transform == 0 or (transform is None and components == b"RGB")
+    return "with RGB components" if len(components) == 3 and is_rgb and not is_jfif else None
