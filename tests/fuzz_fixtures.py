@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import pickletools
 import tarfile
 from collections.abc import Callable
@@ -109,6 +110,11 @@ def batch_pickle(rows: int = 2) -> bytes:
     return official_pickle({"data": pixels_of(rows, 0)[:, :3072], "labels": [3] * rows, "filenames": [b"a.png"] * rows})
 
 
+def batch_of_protocol_5(rows: int = 2) -> bytes:
+    batch = {"data": pixels_of(rows, 0), "labels": [np.int64(3)] * rows, "filenames": np.array(["a.png"] * rows)}
+    return pickle.dumps(batch, protocol=5)
+
+
 def read_batch(content: bytes) -> None:
     _parse_batch(LAYOUTS["cifar10"], content, "batch")
 
@@ -119,7 +125,8 @@ def read_names(content: bytes) -> None:
 
 _ARGUMENTS = st.binary(max_size=12) | st.sampled_from([
     b"\x01\0\0\0a", b"\xff\xff\xff\xff", b"numpy\ndtype\n", b"numpy\nndarray\n", b"os\nsystem\n", b"\x02u1", b"1\n",
-    b"numpy.core.multiarray\n_reconstruct\n", b"data\n", b"'data'\n", b"\x04data",
+    b"numpy.core.multiarray\n_reconstruct\n", b"numpy._core.multiarray\nscalar\n", b"_codecs\nencode\n",
+    b"numpy._core.numeric\n_frombuffer\n", b"data\n", b"'data'\n", b"\x04data",
 ])  # fmt: skip
 _CODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 OPCODES = st.lists(st.tuples(st.sampled_from(_CODES), _ARGUMENTS), max_size=30).map(

@@ -37,6 +37,11 @@ class Touch:
 def pickles(marker: Path) -> dict[str, bytes]:
     """By what they try."""
     os_system = b"cos\nsystem\n"
+    u1 = b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R"
+    reconstruct, encode = b"cnumpy.core.multiarray\n_reconstruct\n", b"c_codecs\nencode\n"
+    buffer = b"cnumpy.core.numeric\n_frombuffer\n(U\x01a" + u1
+    tebi = b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
+    same_hash = [b"\x8a\x0a" + (n * ((1 << 61) - 1)).to_bytes(10, "little") + b"N" for n in range(10_000)]
     call = f"touch {marker}".encode()
     return {
         **{f"reduce-{p}": pickle.dumps({"data": Touch(marker)}, protocol=p) for p in range(6)},
@@ -57,14 +62,29 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "frame-of-an-exbibyte": b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"}.",
         "whole-number-of-2-gib": b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
         "decimal-of-a-million-digits": b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.",
-        "three-million-lists": b"\x80\x02" + b"]" * 3_000_000 + b".",
+        "bytearray-of-64-gib": b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"abc.",
+        "reconstruct-of-a-tebibyte": b"\x80\x02" + reconstruct + b"cnumpy\nndarray\n" + tebi + b"\x85U\x01b\x87R.",
+        "array-called": b"\x80\x02cnumpy\nndarray\n" + tebi + b"\x85\x85R.",
+        "buffer-of-a-tebibyte": b"\x80\x02" + buffer + tebi + b"\x85U\x01CtR.",
+        "items-of-an-array": b"\x80\x02" + buffer + b"K\x01\x85U\x01CtRK\0K\1s.",
+        "buffer-in-place-of-a-scalar": b"\x80\x02cnumpy.core.multiarray\nscalar\n" + u1 + b"U\x02ab\x86R.",
+        "text-of-a-tebibyte": b"\x80\x02cnumpy\ndtype\nU\x0eU1000000000000\x85R.",
+        "state-of-a-type": b"\x80\x02cnumpy\ndtype\nN}X\x04\0\0\0typeK\x01s\x86b.",
+        "state-of-a-function": b"\x80\x02" + encode + b"N}X\x0c\0\0\0__defaults__)s\x86b.",
+        "set-of-2-to-the-40": b"\x80\x04\x8f()" + b"2\x86" * 40 + b"\x90.",
+        "frozenset-of-2-to-the-40": b"\x80\x04()" + b"2\x86" * 40 + b"\x91.",
+        "dict-of-2-to-the-40": b"\x80\x02()" + b"2\x86" * 40 + b"K\x01d.",
+        "numbers-of-one-hash": b"\x80\x02}(" + b"".join(same_hash) + b"u.",
+        "text-encoded-again-and-again": b"\x80\x02" + encode + b"q\0X\0\0\x10\0" + b"a" * (1 << 20)
+        + b"q\1X\6\0\0\0latin1\x86q\2" + b"h\0h\2R0" * 100_000 + b".",
+        "a-million-lists": b"\x80\x02" + b"]" * 1_000_000 + b".",
         "a-million-deep": b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b".",
         "objects": pickle.dumps({"data": np.array([Touch(marker)], object), "labels": [0]}, protocol=4),
         "records": pickle.dumps({"data": np.zeros(2, [("a", "u1"), ("b", "O")]), "labels": [0, 1]}, protocol=4),
         "array-of-a-tebibyte": pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}, protocol=2).replace(
             b"K\x00M\x00\x0c\x86", b"J\xff\xff\xff\x7fM\x00\x0c\x86"
         ),
-    }
+    }  # fmt: skip
 
 
 def cifar_with(folder: Path, batch: bytes) -> Path:

@@ -19,9 +19,9 @@ from source_fixtures import labels_of
 
 from configs.errors import UserError
 from pipelines.source import Source
-from tools.sources import download
-from tools.sources.cifar import LAYOUTS, open_cifar
-from tools.sources.numpy_pickle import load_pickle
+from tools.sources import download, safe_unpickler
+from tools.sources.cifar import LAYOUTS, _parse_classes, open_cifar
+from tools.sources.safe_unpickler import load_pickle
 
 UNPACK = Path(__file__).parents[2] / "shared" / "data" / "unpack.py"
 
@@ -183,7 +183,8 @@ def test_a_pickle_that_names_a_foreign_class_is_refused_by_file_and_class(
 
 
 @pytest.mark.parametrize(
-    "name", ["os.system", "numpy.core.multiarray.fromstring", "numpy.load", "numpy.core.numeric.dtype"]
+    "name",
+    ["os.system", "numpy.core.multiarray.fromstring", "numpy.load", "numpy.core.numeric.dtype", "_codecs.decode"],
 )
 def test_no_name_but_numpys_reconstruction_names_is_admitted(name: str) -> None:
     module, _, attribute = name.rpartition(".")
@@ -192,19 +193,72 @@ def test_no_name_but_numpys_reconstruction_names_is_admitted(name: str) -> None:
         load_pickle(content, "batch")
 
 
-@pytest.mark.parametrize("array", [np.array(["a", None], object), np.zeros(3), np.zeros(2, "S5")])
-def test_arrays_of_other_things_than_integers_are_refused(array: np.ndarray) -> None:
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("array", [np.array(["a", None], object), np.zeros(2, "V3"), np.zeros(1, "M8[s]")])
+def test_arrays_of_other_things_than_numbers_or_text_are_refused(array: np.ndarray, protocol: int) -> None:
     with pytest.raises(UserError, match="batch is damaged"):
-        load_pickle(pickle.dumps({"data": array}, protocol=4), "batch")
+        load_pickle(pickle.dumps({"data": array}, protocol=protocol), "batch")
 
 
-@pytest.mark.parametrize("fortran_order", [False, True])
-def test_arrays_of_integers_keep_values_type_and_order(fortran_order: bool) -> None:
-    array = np.arange(-3, 9, dtype=">i4").reshape(3, 4)
-    array = np.asfortranarray(array) if fortran_order else array
-    loaded = load_pickle(pickle.dumps({"x": array}, protocol=4), "batch")["x"]
+ARRAYS = [
+    np.arange(-3, 9, dtype=">i4").reshape(3, 4),
+    np.asfortranarray(np.arange(-3, 9, dtype=">i4").reshape(3, 4)),
+    np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(2, 0, 1),
+    np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2],
+    np.linspace(0, 1, 5),
+    np.array(7),
+    np.zeros((0, 4), np.uint8),
+]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("array", ARRAYS, ids=["C", "F", "transposed", "strided", "float", "0-d", "empty"])
+def test_arrays_keep_values_type_and_order_in_every_protocol(array: np.ndarray, protocol: int) -> None:
+    loaded = load_pickle(pickle.dumps({"x": array}, protocol=protocol), "batch")["x"]
     np.testing.assert_array_equal(loaded, array)
     assert loaded.dtype == array.dtype
+
+
+def names_of_numpy_1(content: bytes) -> bytes:
+    """Rename the modules in a pickle as NumPy 1 calls them; for protocols that store no length of names."""
+    return content.replace(b"numpy._core", b"numpy.core")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, ">i4"])
+@pytest.mark.parametrize("kind", ["scalars", "array"])
+def test_labels_may_be_numpy_scalars_or_an_array_in_every_protocol(
+    tmp_path: Path, protocol: int, dtype: Any, kind: str
+) -> None:
+    def dump(content: dict[str, Any]) -> bytes:
+        content = dict(content)
+        if "labels" in content:
+            labels = np.array(content["labels"], dtype)
+            content["labels"] = labels if kind == "array" else list(labels)
+        result = pickle.dumps(content, protocol=protocol)
+        return names_of_numpy_1(result) if protocol < 4 else result
+
+    source = open_cifar("cifar10", write_cifar10(tmp_path / "a", dump=dump))
+    expected = open_cifar("cifar10", write_cifar10(tmp_path / "b"))
+    np.testing.assert_array_equal(images_of(source, "train"), images_of(expected, "train"))
+    assert labels_of(source, "train") == labels_of(expected, "train")
+    assert source.classes == expected.classes
+
+
+NAMES = ["cat", "großer Hund"]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("names", [np.array(NAMES), list(np.array(NAMES)), np.array([name.encode() for name in NAMES])])
+def test_class_names_may_be_numpy_text(names: Any, protocol: int) -> None:
+    content = pickle.dumps({"label_names": names}, protocol=protocol)
+    assert _parse_classes(LAYOUTS["cifar10"], content, "meta") == tuple(NAMES)
+
+
+def test_a_pickle_may_take_no_more_memory_than_its_size_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safe_unpickler, "LOADING_BYTES", 16 << 20)
+    with pytest.raises(UserError, match=r"batch is damaged \(MemoryError\)"):
+        load_pickle(b"\x80\x02" + b"]" * 500_000 + b".", "batch")  # 28 MB of empty lists
 
 
 def test_every_truncation_of_a_batch_is_an_error_of_one_kind() -> None:
@@ -225,6 +279,9 @@ def test_every_truncation_of_a_batch_is_an_error_of_one_kind() -> None:
         ({"data": pixels_of(4, 0), "labels": [0, 1, 2, "3"]}, "other things than class numbers"),
         ({"data": pixels_of(4, 0)[:, :3071], "labels": [0] * 4}, r"uint8 \(4, 3071\); CIFAR's is uint8 \(rows, 3072\)"),
         ({"data": pixels_of(4, 0).astype(np.int16), "labels": [0] * 4}, "int16"),
+        ({"data": pixels_of(4, 0), "labels": [True] * 4}, "other things than class numbers"),
+        ({"data": pixels_of(4, 0), "labels": np.zeros((4, 1), int)}, "one number for each of the 4 images"),
+        ({"data": pixels_of(4, 0), "labels": np.zeros(4)}, "other things than class numbers"),
         ({"data": [1, 2], "labels": [0, 0]}, "data is list"),
         ({"data": pixels_of(0, 0), "labels": []}, "one number for each of the 0 images"),
         ([1, 2], "holds a list"),

@@ -51,7 +51,7 @@ def targets(folder: Path) -> dict[str, Target]:
     configs = st.tuples(kinds.config_texts(), kinds.OVERRIDES)
     saved = kinds.saved(kinds.STATE)
     return {
-        "batch": Target(kinds.damaged(kinds.batch_pickle()), kinds.read_batch, 80),
+        "batch": Target(kinds.damaged(kinds.batch_pickle(), kinds.batch_of_protocol_5()), kinds.read_batch, 80),
         "names": Target(kinds.damaged(kinds.official_pickle({"label_names": [b"cat", b"dog"]})), kinds.read_names, 80),
         "opcodes": Target(kinds.OPCODES, kinds.read_batch, 80),
         "tar": Target(kinds.damaged(tar).map(kinds.zipped), kinds.read_archive(own("cifar"))),

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.errors import UserError
 from pipelines.source import Source, SplitSource
-from tools.sources.numpy_pickle import load_pickle
+from tools.sources.safe_unpickler import load_pickle
 from tools.sources.tar_gz import read_members
 
 SIZE = 32  # pixels
@@ -202,18 +202,21 @@ def _parse_batch(layout: Layout, content: bytes, file: str) -> tuple[np.ndarray,
     batch = load_pickle(content, file)
     missing = [key for key in ("data", layout.labels) if key not in batch]
     if missing:
-        raise UserError(f"{file} lacks {' and '.join(missing)} (it has {', '.join(batch)}); is it another edition's?")
+        raise UserError(
+            f"{file} lacks {' and '.join(missing)} (it has {', '.join(batch)[:200]}); is it another edition's?"
+        )
     pixels = batch["data"]
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (ROW_BYTES,):
         found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise UserError(f"{file}: data is {found}; CIFAR's is uint8 (rows, {ROW_BYTES})")
     labels = batch[layout.labels]
-    numbers = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    if not isinstance(numbers, list) or len(numbers) != len(pixels) or not numbers:
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:  # an array of more axes may be empty with a huge shape
+        labels = labels.tolist()
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         raise UserError(f"{file}: {layout.labels} must be one number for each of the {len(pixels)} images of data")
-    if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 1 << 31 for number in labels):
         raise UserError(f"{file}: {layout.labels} holds other things than class numbers; fetch the file again")
-    return pixels, np.array(numbers, np.int64)
+    return pixels, np.array(labels, np.int64)
 
 
 def _parse_classes(layout: Layout, content: bytes, file: str) -> tuple[str, ...]:

@@ -1,0 +1,192 @@
+"""Unpickle the dict of a CIFAR batch without running anything that the pickle names.
+
+`find_class` maps the names under which NumPy pickles arrays, dtypes and scalars to the functions below. They check
+their arguments and allocate no more than the pickle holds. Every other name is refused.
+
+The base class is the standard library's unpickler written in Python. The one in C has no hook before it hashes a dict
+key or sets an object's state: some 100 bytes can make a key that takes years to hash (a tuple that holds one tuple
+twice, and so on), and 8 bytes can make it allocate 64 GiB for its memo.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from typing import Any, ClassVar
+
+import numpy as np
+
+from configs.errors import UserError
+from pipelines import memory_limit
+
+LOADING_BYTES = 256 << 20  # for labels, file names and the unpickler itself
+COPIES = 3  # of the pixels, which protocol 2 of Python 3 decodes from UTF-8 and encodes as Latin-1
+MAX_TEXT = 200  # characters of a reason
+
+
+def load_pickle(content: bytes, file: str) -> dict[str, Any]:
+    """Return the dict in a pickle of Python 2 or 3, of any protocol.
+
+    Keys are str. Arrays of numbers are NumPy arrays, arrays of text are lists, NumPy scalars are Python's own types,
+    and strings of Python 2 are bytes. `file` names the pickle in errors. Raises UserError for any other content.
+    """
+    try:
+        with memory_limit.at_most(LOADING_BYTES + COPIES * len(content)):
+            loaded = _plain(_Unpickler(content, file).load())
+            if not isinstance(loaded, dict):
+                raise UserError(
+                    f"{file} holds a {type(loaded).__name__}, but a CIFAR batch is a dict; fetch the file again"
+                )
+            keys = [key.decode() if isinstance(key, bytes) else key for key in loaded]
+            return dict(zip(keys, map(_plain, loaded.values()), strict=True))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        reason = f"{type(error).__name__}: {str(error)[:MAX_TEXT]}".removesuffix(": ")
+        raise UserError(f"{file} is damaged ({reason}); fetch the file again") from None
+
+
+class _Content(io.BytesIO):
+    """Raise EOFError where the pickle ends early, so that a name that was cut is not taken for another name."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        if size is not None and len(content) < size:
+            raise EOFError("it ends early")
+        return content
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n"):
+            raise EOFError("it ends early")
+        return line
+
+
+class _Dtype:
+    """Stand for numpy.dtype, whose own `__setstate__` trusts sizes and flags."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        text = name.decode() if isinstance(name, bytes) else name
+        if not isinstance(text, str) or not re.fullmatch("[biuf][1248]|[SU][0-9]{1,6}", text):
+            raise pickle.UnpicklingError(f"an array of {text[:40]!r}" if isinstance(text, str) else "no type's name")
+        self.type = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the byte order; the rest of the state repeats the name."""
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        if order not in ("|", "<", ">", "="):
+            raise pickle.UnpicklingError("an unknown byte order")
+        self.type = np.dtype(order + self.type.str[1:])
+
+
+class _Array:
+    """Stand for the empty array that NumPy makes first, until the state with its content follows."""
+
+    content: np.ndarray | None = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, raw = state
+        self.content = _array(raw, dtype, shape, "F" if is_fortran is True else "C")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of the dict, with the array in place of what stands for it, and text as a list."""
+    if isinstance(value, _Array):
+        value = value.content
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
+
+
+def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+    """Return an array that views `raw`, as numpy's `_frombuffer` does."""
+    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
+        raise pickle.UnpicklingError("an array of other things than numbers or text")
+    for numbers in (shape, axes or ()):
+        if not isinstance(numbers, tuple) or not all(type(number) is int for number in numbers):
+            raise pickle.UnpicklingError("an array whose shape is not a tuple of whole numbers")
+    array = np.frombuffer(raw, dtype.type)
+    return array.reshape(shape, order=order) if axes is None else array.reshape(shape).transpose(axes)
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    """Return the value of a NumPy scalar as an int, float, bool, str or bytes."""
+    if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or len(raw) != dtype.type.itemsize:
+        raise pickle.UnpicklingError("a scalar that is no number or text")
+    return np.frombuffer(raw, dtype.type)[0].item()
+
+
+_NUMPY: dict[str, Any] = {
+    "numpy.ndarray": None,  # names the type to reconstruct; never called
+    "numpy.dtype": _Dtype,
+    "__builtin__.bytes": lambda: b"",  # Python 3 in protocols 0 to 2; all other bytes are text to encode
+    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},  # NumPy 1 and 2
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},  # protocol 5
+}
+
+
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
+
+
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Unpickle one file. Only functions of this module are ever called, and only text is ever hashed."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, content: bytes, file: str) -> None:
+        super().__init__(_Content(content), encoding="bytes")
+        self._file, self._text_left = file, len(content)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for `module.name`; raises UserError unless NumPy writes it for arrays and scalars."""
+        full_name = f"{module}.{name}"
+        if full_name == "_codecs.encode":
+            return self._encode
+        if full_name not in _NUMPY:
+            raise UserError(
+                f"{self._file} names {full_name[:120]!r}, which a CIFAR batch never does and which could run code: "
+                "nothing was loaded; fetch the file from its official source"
+            )
+        return _NUMPY[full_name]
+
+    def _encode(self, text: Any, encoding: Any) -> bytes:
+        """Return the bytes that Python 3 pickles as Latin-1 text in protocols 0 to 2."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise pickle.UnpicklingError("an encoding other than latin1")
+        self._text_left -= len(text)  # one text fetched from the memo and encoded a million times would take hours
+        if self._text_left < 0:
+            raise pickle.UnpicklingError("more encoded text than it holds")
+        return text.encode("latin-1")
+
+    def load_setitem(self) -> None:
+        self._check_items(self.stack[-3], self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_items(self.metastack[-1][-1], self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check_items({}, self.stack[::2])
+        super().load_dict()
+
+    def _check_items(self, target: Any, keys: list[Any]) -> None:
+        if type(target) is not dict or not all(type(key) in (str, bytes) for key in keys):
+            raise pickle.UnpicklingError("keys that are not text, or items of what is no dict")
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in (_Array, _Dtype):
+            raise pickle.UnpicklingError("a state of what has none")
+        super().load_build()
+
+    def load_set(self) -> None:
+        raise pickle.UnpicklingError("it holds a set")
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch |= dict.fromkeys((pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0]), load_set)
