@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +163,124 @@ def test_what_is_not_the_layout_is_refused_with_key_and_value(
 ) -> None:
     with pytest.raises(UserError, match=message):
         open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=replace), None, MAX_PIXELS)
+
+
+JPEGS = [b"\xff\xd8\xff\xe0" + bytes(row) for row in range(ROWS)]
+
+
+def vlen_bytes(dtype: Any) -> np.ndarray:
+    """JPEGS as arrays of different lengths, to be stored with a type of variable length."""
+    values = np.empty(ROWS, h5py.vlen_dtype(dtype))
+    values[:] = [np.frombuffer(jpeg, dtype) for jpeg in JPEGS]
+    return values
+
+
+HINTS: list[tuple[dict[str, Any], str]] = [
+    *(({"images-train": value}, "imagefolder") for value in (
+        vlen_bytes(np.uint8), vlen_bytes(np.int8), np.array(JPEGS), np.array(JPEGS, "V30"),
+        np.array([b"text"] * ROWS, h5py.string_dtype()), np.zeros((ROWS, 40), np.uint8), np.zeros(ROWS, np.uint8),
+    )),
+    ({"images-train": IMAGES / np.float32(255)}, "dtype float32.*floats of 0..1 by 255"),
+    ({"images-train": IMAGES > 127}, "dtype bool.*multiplied by 255"),
+    ({"images-train": IMAGES.astype(np.uint16)}, "dtype uint16.*scale wider ranges"),
+    ({"images-train": IMAGES.astype(complex)}, r"dtype complex128.*store an array \(N, H, W, 3\) of uint8"),
+    ({"images-train": np.zeros(ROWS, [("r", "u1"), ("g", "u1")])}, r"store an array \(N, H, W, 3\) of uint8"),
+    ({"images-train": IMAGES[:, 0]}, "repeat the channel of greyscale images"),
+    ({"images-train": IMAGES[:, :1]}, "repeat the channel of greyscale images"),
+    ({"images-train": IMAGES[:, 0, ..., None]}, "repeat the channel of greyscale images"),
+    ({"images-train": np.zeros((ROWS, 4, 6, 5), np.uint8)}, "without their fourth channel"),
+    ({"images-train": np.zeros((ROWS, 6, 5, 4), np.uint8)}, "without their fourth channel"),
+    ({"images-train": np.zeros((6, 5, 3, ROWS), np.uint8)}, "transpose the axes"),
+    ({"images-train": np.zeros((ROWS, 2, 6, 5), np.uint8)}, "store RGB images"),
+    ({"labels-train": np.zeros(ROWS)}, r"astype\('int64'\)"),
+    ({"labels-train": np.array([b"cat"] * ROWS)}, "number the class names from 0 on.*--classes"),
+    ({"labels-train": np.eye(ROWS, dtype=int)}, r"argmax\(axis=1\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("replace", "hint"), HINTS, ids=range(len(HINTS)))
+def test_a_refusal_says_how_to_get_the_layout_from_what_is_there(
+    tmp_path: Path, replace: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(UserError, match=hint) as raised:
+        open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=replace), None, MAX_PIXELS)
+    assert "convert them to 0..255" not in str(raised.value)
+
+
+WRITER = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+
+
+def test_a_file_that_another_process_holds_open_for_writing_is_called_that(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "x.hdf5")
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match=r"x\.hdf5 is open for writing in another process; close it") as raised:
+            open_hdf5(path, None, MAX_PIXELS)
+        writer.communicate()
+    assert "truncated" not in str(raised.value)
+    assert len(open_hdf5(path, None, MAX_PIXELS).splits) == 3
+
+
+@pytest.mark.parametrize("is_swmr", [False, True])
+def test_a_file_whose_writer_never_closed_it_is_called_that(tmp_path: Path, is_swmr: bool) -> None:
+    with h5py.File(tmp_path / "written.hdf5", "w", libver="latest") as file:
+        file["images-train"], file["labels-train"] = IMAGES, np.arange(ROWS)
+        file.flush()
+        if is_swmr:
+            file.swmr_mode = True
+        shutil.copy(tmp_path / "written.hdf5", tmp_path / "x.hdf5")  # as a writer that was killed leaves it
+    with pytest.raises(UserError, match=r"x\.hdf5 is marked as open for writing.*h5clear -s") as raised:
+        open_hdf5(tmp_path / "x.hdf5", None, MAX_PIXELS)
+    assert "truncated" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOLCK, "unable to lock file, errno = 37"), "refuses to lock it .*HDF5_USE_FILE_LOCKING=FALSE"),
+        (PermissionError(errno.EACCES, "unable to open file: errno = 13"), "permission denied.*check its permissions"),
+        (OSError("bad object header version number"), "still being written"),
+    ],
+)
+def test_a_file_that_cannot_be_opened_is_called_damaged_only_if_it_may_be(
+    tmp_path: Path, error: OSError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = write_hdf5(tmp_path / "x.hdf5")
+    monkeypatch.setattr(h5py, "File", fail)
+    with pytest.raises(UserError, match=message):
+        open_hdf5(path, None, MAX_PIXELS)
+
+
+def test_class_numbers_without_samples_are_noted_for_each_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_hdf5(write_hdf5(tmp_path / "whole.hdf5"), None, MAX_PIXELS)
+    assert capsys.readouterr().err == ""
+    train, val, test = np.arange(ROWS) % 6, np.arange(ROWS) % 3, np.arange(ROWS) % 4
+    train[train == 2] = 0
+    path = write_hdf5(tmp_path / "x.hdf5", replace={"labels-train": train, "labels-val": val, "labels-test": test})
+    source = open_hdf5(path, None, MAX_PIXELS)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {path}: labels-train has no samples of 1 of 6 classes: 2",
+        f"note: {path}: labels-val has no samples of 3 of 6 classes: 3, 4, 5",
+        f"note: {path}: labels-test has no samples of 2 of 6 classes: 4, 5",
+    ]
+    assert source.classes == ("0", "1", "2", "3", "4", "5")
+
+
+def test_a_long_list_of_class_numbers_without_samples_is_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, names = write_hdf5(tmp_path / "x.hdf5", replace={"labels-val": None, "images-val": None}), tmp_path / "names"
+    names.write_text("".join(f"class {number}\n" for number in range(1200)))
+    open_hdf5(path, names, MAX_PIXELS)
+    expected = "no samples of 1,196 of 1,200 classes: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 …"
+    assert capsys.readouterr().err == f"note: {path}: labels-train has {expected}\n"
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ disk, cost a hundred times as much. What HDF5 can tell about missing pixels is a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +19,17 @@ from typing import Any
 import h5py
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from pipelines import memory_limit
 from pipelines.source import Source, SplitSource
+from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
 READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
 FINGERPRINT_ROWS = 64
-MAX_CHUNK_BYTES = 512 << 20  # of pixels; a worker holds a chunk of each data set in memory
+MAX_LISTED = 10  # class numbers in a note
 # What one read may take beyond chunk and result: a compressed chunk may inflate to a thousand times of what it claims.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-MAX_CLASSES = 100_000  # without a list of names; a label beyond it is damage rather than a class
 
 
 class Hdf5Split:
@@ -42,7 +43,7 @@ class Hdf5Split:
         rows = max(READ_BYTES // self.bytes_per_row, 1)
         chunk_rows = images.chunks[0] if images.chunks else 1
         self._rows_per_read = max(rows // chunk_rows, 1) * chunk_rows  # whole chunks: each is decompressed once
-        self._chunk_bytes = _chunk_bytes(images)
+        self._chunk_bytes = chunk_bytes(images)
         self._file: h5py.File | None = None
 
     def __len__(self) -> int:
@@ -88,11 +89,11 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
         _check_keys(path, keys)
         for name in ("train", "val", "test"):
             if f"images-{name}" in keys:
-                images = _checked_dataset(path, file, f"images-{name}")
-                channels_first = _is_channels_first(path, images, max_pixels)
+                images = checked_dataset(path, file, f"images-{name}")
+                channels_first = is_channels_first(path, images, max_pixels)
                 labels = None
                 if f"labels-{name}" in keys:
-                    labels = _load_labels(path, file, name, len(images), len(names) if names else None)
+                    labels = load_labels(path, file, name, len(images), len(names) if names else None)
                 split = Hdf5Split(path, images, labels, channels_first)
                 _update_digest(digest, name, split, images)
                 splits[name] = split
@@ -106,6 +107,8 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
                 "mend it, or name all classes with --classes FILE"
             )
     classes = names or tuple(str(label) for label in range(highest + 1))
+    for name, labels in labelled.items():
+        _note_missing_classes(path, name, labels, len(classes))
     digest.update("\n".join(classes).encode())
     return Source(
         kind="hdf5",
@@ -115,6 +118,15 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
         splits=splits,
         state=f"{status.st_size} {status.st_mtime_ns}",
     )
+
+
+def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
+    """Print the class numbers that no row of a split has, on stderr."""
+    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(missing):
+        shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
+        text = f"note: {path}: labels-{split} has no samples of {len(missing):,} of {classes:,} classes: {shown}"
+        print(printable(text), file=sys.stderr)
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
@@ -147,11 +159,33 @@ def load_class_names(file: Path) -> tuple[str, ...]:
 def _open_file(path: Path) -> h5py.File:
     while h5py.h5pl.size():  # folders in which HDF5 looks for plugins: a file must not choose what code is loaded
         h5py.h5pl.remove(0)
-    return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
+    try:
+        return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
+    except OSError as error:
+        if message := _explain_refusal(path, error):
+            raise UserError(message) from None
+        raise
 
 
-def _chunk_bytes(dataset: h5py.Dataset) -> int:
-    return math.prod(dataset.chunks) * int(dataset.dtype.itemsize) if dataset.chunks else 0
+def _explain_refusal(path: Path, error: OSError) -> str | None:
+    """Return why HDF5 refuses a file whose content may be sound and how to fix it; None for all other errors."""
+    text = str(error)
+    if "unable to lock file" in text:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return f"{path} is open for writing in another process; close it there, or wait until it is written"
+        return (
+            f"the file system of {path} refuses to lock it (errno {error.errno}); once no process writes to the file, "
+            "set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if "already open for" in text:  # flags in the superblock, which a writer sets and clears when it closes the file
+        return (
+            f"{path} is marked as open for writing: a process still writes to it, or one ended without closing it; "
+            "close it there, or if no process writes to it, write the file again or remove the mark with "
+            "`h5clear -s FILE` (of HDF5's command-line tools) and check its content"
+        )
+    if isinstance(error, PermissionError):
+        return f"cannot read {path} (permission denied); check its permissions"
+    return None
 
 
 @contextmanager
@@ -165,96 +199,10 @@ def _damage_reported(what: str, held_bytes: int = 0) -> Iterator[None]:
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot read {what} as HDF5 ({reason}); the file is truncated, damaged or of another format, or needs an "
-            "HDF5 filter that is not installed: compare its size with the original's and fetch it again"
+            f"cannot read {what} as HDF5 ({reason}); the file is truncated, damaged, still being written or of another "
+            "format, or needs an HDF5 filter that is not installed: compare its size with the original's and fetch it "
+            "again"
         ) from None
-
-
-def _checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """The data set, once it is certain that all its bytes lie in this file and were written.
-
-    A link or external storage may point at any file of this machine, whose bytes would come back as pixels; missing
-    sources of a virtual data set and pieces never written read as zeros, without an error.
-    """
-    if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-        raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
-    dataset = file[key]
-    if not isinstance(dataset, h5py.Dataset):
-        raise UserError(f"{path}: {key} is a {type(dataset).__name__.lower()}, not an array")
-    if dataset.is_virtual or dataset.external:
-        kind = "a virtual data set" if dataset.is_virtual else "kept in external storage"
-        raise UserError(
-            f"{path}: {key} is {kind}, which takes its bytes from other files; copy the data itself into the file"
-        )
-    filters = dataset.id.get_create_plist()
-    foreign = {filters.get_filter(number)[0] for number in range(filters.get_nfilters())} - FILTERS
-    if foreign:
-        raise UserError(
-            f"{path}: {key} is stored with the HDF5 filter {', '.join(map(str, sorted(foreign)))}, which is not read "
-            "here; store it anew with gzip or without a filter, for instance with h5repack"
-        )
-    if (chunk_bytes := _chunk_bytes(dataset)) > MAX_CHUNK_BYTES:
-        raise UserError(
-            f"{path}: {key} is stored in chunks of {dataset.chunks}, {chunk_bytes:,} bytes; up to {MAX_CHUNK_BYTES:,} "
-            "are read: store it in smaller chunks, for instance with h5repack"
-        )
-    if dataset.shape is None or 0 in dataset.shape or not dataset.shape:
-        raise UserError(f"{path}: {key} is empty (shape {dataset.shape}); leave it out or write its rows")
-    if dataset.chunks:
-        expected = math.prod(-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        written, unit = dataset.id.get_num_chunks(), "chunks"
-    else:  # contiguous, or compact: stored within the header
-        expected, written, unit = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size(), "bytes"
-    if written < expected:
-        raise UserError(
-            f"{path}: {expected - written:,} of {expected:,} {unit} of {key} were never written and would read as "
-            "zeros; finish writing the file or fetch it again"
-        )
-    return dataset
-
-
-def _is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
-    """Whether images are [N, 3, H, W]; checks their type and shape."""
-    shape, key = images.shape, images.name.lstrip("/")
-    if images.dtype != np.uint8:
-        raise UserError(f"{path}: {key} has dtype {images.dtype}; only uint8 images are read: convert them to 0..255")
-    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
-        raise UserError(f"{path}: {key} has shape {shape}; allowed are (N, 3, H, W) and (N, H, W, 3)")
-    if shape[1] == shape[3] == 3:
-        raise UserError(
-            f"{path}: {key} has shape {shape}, which may be (N, 3, H, W) as well as (N, H, W, 3); a side "
-            "of 3 pixels cannot be told from the channels: enlarge the images"
-        )
-    channels_first = bool(shape[1] == 3)
-    height, width = shape[2:] if channels_first else shape[1:3]
-    if height * width > max_pixels:
-        raise UserError(f"{path}: {key} has {height * width:,} pixels per image; --max-pixels allows {max_pixels:,}")
-    return channels_first
-
-
-def _load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Labels int64 [rows], all within the classes; None where test has -1 throughout."""
-    key = f"labels-{split}"
-    dataset = _checked_dataset(path, file, key)
-    if dataset.dtype.kind not in "iu":
-        raise UserError(f"{path}: {key} has dtype {dataset.dtype}; labels must be integers")
-    if dataset.shape not in ((rows,), (rows, 1)):
-        raise UserError(
-            f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},)"
-        )
-    labels = dataset[()].reshape(-1)
-    if split == "test" and labels.dtype.kind == "i" and (labels == -1).all():
-        return None
-    limit = classes if classes is not None else MAX_CLASSES
-    wrong = (labels < 0) | (labels >= limit)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        source = "the class names" if classes is not None else "a list of class names (--classes)"
-        raise UserError(
-            f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} "
-            f"do not): mend the labels or {source}"
-        )
-    return labels.astype(np.int64)
 
 
 def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
