@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pipelines import jpeg_format, memory_limit
+from pipelines import greyscale, jpeg_format, memory_limit, stderr_capture
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")  # not those that start other programs
+# Those that start no other programs. An MPO is opened as JPEG. tools/sources/folder_scan.py lists the extensions.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_MESSAGE = 150  # characters of what libtiff says about a file
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 # What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
@@ -95,8 +99,11 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     if scans > jpeg_format.MAX_SCANS:
         raise Defect(f"a JPEG of more than {jpeg_format.MAX_SCANS} scans")
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
+    messages: list[str] = []  # that libtiff prints
     try:
-        with warnings.catch_warnings(), memory_limit.at_most(extra_bytes):
+        with warnings.catch_warnings(), memory_limit.at_most(extra_bytes), ExitStack() as captured:
+            if content.startswith(TIFF_MAGIC):
+                captured.enter_context(stderr_capture.into(messages))
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -108,26 +115,34 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
                     reason = kind
                 elif reason is not None or image.mode not in ("RGB", "L"):
                     reason = f"JPEG {reason or f'of mode {image.mode}'}"
-                pixels = _rgb(image)
+                pixels = _rgb(image, content)
     except Defect:
         raise
     except MemoryError:
         raise Defect(f"cannot be decoded within {extra_bytes >> 20:,} MiB of memory") from None
     except UnidentifiedImageError:  # whose own message holds a memory address
+        if content.startswith(TIFF_MAGIC):
+            raise Defect("cannot be decoded: a broken TIFF, or one whose bits per sample, sample format or colours "
+                         "Pillow does not read; save it with 8 or 16 bits") from None  # fmt: skip
         raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion
-        raise Defect(f"cannot be decoded ({type(error).__name__}: {error})") from None
+        said = f"; {messages[-1][:MAX_MESSAGE]}" if messages else ""
+        raise Defect(f"cannot be decoded ({type(error).__name__}: {error}{said})") from None
     return pixels, reason
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3]; transparency is dropped, and 16-bit greyscale scaled, which Pillow would clip at 255."""
+def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
+    """Return uint8 [H, W, 3]; transparency is dropped."""
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        if (grey := greyscale.eight_bits(image, content)) is None:
             raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.repeat(grey[..., None], 3, axis=2)
+    is_wide = ";16" in str(image.tile[:1])  # 16-bit colour, of which Pillow keeps the upper bytes
+    opened = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
+    pixels = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
+    if is_wide and pixels.max() < 1 << 4:  # the upper bytes of 12 bits
+        raise Defect("16-bit colours within 0..4095 have no known range; save it with 8 bits")
+    return pixels
 
 
 def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:

@@ -1,0 +1,59 @@
+"""Turn greyscale of more than 8 bits into 8 bits, by the range that the file declares.
+
+Pillow clips such values at 255, and most files use a part of what their container holds. The range is, in this order:
+
+- what the file declares: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, sBIT of a PNG;
+- values within 0..255: they stay as they are;
+- of unsigned 16-bit values up to 4095: 12 bits, as sensors deliver them; above: all 16 bits;
+- of anything else (32-bit integers, floating point): unknown. Floating point up to 1 is unknown as well, since 0..1
+  and 0..255 cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+
+
+def eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
+    """Return uint8 [H, W] of an image in a mode I, I;16 or F; None where its range is unknown.
+
+    content: the file that `image` was opened from.
+    """
+    grey = np.asarray(image)
+    low, high = grey.min(), grey.max()
+    bits = _declared_bits(image, content, grey)
+    if bits is None and image.mode.startswith("I;16") and high > 255:
+        bits = 12 if high < 1 << 12 else 16
+    if bits is not None:
+        grey = grey >> max(bits - 8, 0)
+    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # in this form true of NaN
+        return None
+    result = (np.rint(grey) if image.mode == "F" else grey).astype(np.uint8)
+    tags = getattr(image, "tag_v2", {})
+    return 255 - result if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else result  # Pillow inverts 8 bits only
+
+
+def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int | None:
+    if image.format == "PPM":
+        return None if image.mode == "F" else 16  # Pillow scales by the file's maximum
+    if image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # type: ignore[attr-defined]
+        return 12
+    if image.format != "PNG" or (significant := _significant_bits(content)) is None:
+        return None
+    # The PNG standard has the encoder scale samples to 16 bits, after which low bits of values this small are 0 or 1.
+    # Some writers set sBIT and leave the samples as they are.
+    low_bits = grey & ((1 << (16 - significant)) - 1)
+    return significant if grey.max() < 1 << significant and low_bits.max() > 1 else 16
+
+
+def _significant_bits(png: bytes) -> int | None:
+    """Return the sBIT chunk of a greyscale PNG, which stands before its pixels: 1 to 16."""
+    place = 8
+    while (kind := png[place + 4 : place + 8]) and kind != b"IDAT":
+        if kind == b"sBIT":
+            return png[place + 8] if 1 <= png[place + 8] <= 16 else None
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return None

@@ -1,0 +1,26 @@
+"""Keep what a C library prints to file descriptor 2, which names no file, and hand it to the caller."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MAX_BYTES = 4096  # that are kept
+
+
+@contextmanager
+def into(lines: list[str]) -> Iterator[None]:
+    """Redirect file descriptor 2 of this process while this is open, and append what was printed to `lines` at its end.
+
+    Lines of other threads are captured as well, so wrap short calls only. Costs some 10 µs.
+    """
+    saved, file = os.dup(2), os.memfd_create("stderr", os.MFD_CLOEXEC)
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        lines += os.pread(file, MAX_BYTES, 0).decode("utf-8", "replace").splitlines()
+        os.close(file)
