@@ -304,6 +304,19 @@ def test_pictures_of_any_format_are_predicted_as_if_they_had_been_converted(
     assert files == ["12.jpg", "13.png", "14.jpg", "16.jpg", "17.png", "18.jpg", "19.png"]
 
 
+def test_links_that_lead_nowhere_and_litter_among_pictures_are_passed_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "__MACOSX").mkdir(parents=True)
+    for name in ("1.png", "2.PGM", "._1.png", "__MACOSX/1.png"):
+        Image.fromarray(marked_image(3)).convert("L").save(folder / name, "PPM" if name == "2.PGM" else "PNG")
+    (folder / "3.png").symlink_to("nothing.png")
+    run("--checkpoint", model, "--split", folder, "--out", tmp_path / "out")
+    assert [row[1] for row in table(tmp_path / "out/predictions.csv")[1:]] == ["1.png", "2.PGM"]
+    assert "note: passed over 1 entry: 1 .png, link that leads nowhere (3.png)" in capsys.readouterr().err
+
+
 def test_a_split_comes_before_a_folder_of_its_name_and_a_data_set_is_no_folder_of_pictures(
     npy_data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,32 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, readable
 from pipelines.source import Source, SplitSource
+from tools.sources.folder_scan import EXTENSIONS, Scan, joined, note, read_regular
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a third of it as raw pixels
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+                 "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
+ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class, box, separated by tabs
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
+
+Files = list[tuple[str, int]]  # path relative to the root, size in bytes
 
 
 class ImageFolderSplit:
     """The files of one split in a fixed order: relative paths, sizes in bytes, labels."""
 
-    def __init__(self, root: Path, paths: list[str], sizes: list[int], labels: list[int] | None) -> None:
-        encoded = [os.fsencode(path) for path in paths]
+    def __init__(self, root: Path, files: Files, labels: list[int] | None) -> None:
+        encoded = [os.fsencode(path) for path, _ in files]
         self._root = root
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([len(path) for path in encoded])
         self.labels = None if labels is None else np.array(labels, np.int64)
-        self.bytes_per_row = max(sum(sizes) // max(len(sizes), 1), 1)
+        self.bytes_per_row = max(sum(size for _, size in files) // max(len(files), 1), 1)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -42,7 +43,7 @@ class ImageFolderSplit:
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
-                yield _content(path)
+                yield read_regular(path)
             except OSError as error:
                 raise UserError(
                     f"cannot read {path} ({error.strerror}); mend or remove the file and start again"
@@ -55,100 +56,34 @@ class ImageFolderSplit:
         return self._paths[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
 
 
-def _content(path: Path) -> bytes:
-    """What the scan found may have become something else since: a pipe would never end, a huge file fill the memory."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} changed while it was converted; start again")
-        return file.read(status.st_size)
-
-
-class _Scan:
-    """Lists folders in order; refuses links that leave the root, counts what it passes over."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.ignored: list[str] = []
-        self.touched = hashlib.sha256()  # of the times at which the files were changed last
-
-    def entries(self, folder: str) -> tuple[list[str], list[tuple[str, int]]]:
-        """Subfolders, and image files with sizes in bytes, both sorted by name; `folder` is relative to the root."""
-        folders, files = [], []
-        try:
-            with os.scandir(self.root / folder) as found:
-                for entry in sorted(found, key=lambda entry: entry.name):
-                    if entry.name.startswith("."):
-                        self.ignored.append(f"{folder}/{entry.name}")
-                        continue
-                    if entry.is_symlink():
-                        self._check_link(Path(entry.path))
-                    if entry.is_dir():
-                        folders.append(entry.name)
-                    elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
-                        files.append((entry.name, self._checked_size(entry)))
-                    else:
-                        self.ignored.append(f"{folder}/{entry.name}")
-        except OSError as error:
-            raise UserError(f"cannot list {self.root / folder} ({error.strerror}); check its permissions") from None
-        return folders, files
-
-    def _checked_size(self, entry: os.DirEntry[str]) -> int:
-        status = entry.stat()
-        if status.st_size > MAX_FILE_BYTES:
-            raise UserError(
-                f"{entry.path} has {status.st_size:,} bytes, and no image is larger than {MAX_FILE_BYTES:,}; remove it"
-            )
-        self.touched.update(status.st_mtime_ns.to_bytes(8, "little", signed=True))
-        return status.st_size
-
-    def _check_link(self, link: Path) -> None:
-        try:
-            target = link.resolve(strict=True)
-        except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
-            raise UserError(f"symbolic link {link} leads nowhere; remove or mend it") from None
-        if not target.is_relative_to(self.root):
-            raise UserError(
-                f"symbolic link {link} leads out of the source folder, to {target}; copy the files into {self.root}"
-            )
-
-
 def open_imagefolder(root: Path) -> Source:
-    """List every split. Classes are the folders of train, sorted; rows are sorted by class, then by file name."""
+    """List every split. Classes are the folders of train, sorted; rows are sorted by class, then by path.
+
+    Images count for a class at any depth below its folder. Tiny ImageNet's layout as published is read as well:
+    val/images with labels in val/val_annotations.txt, and test/images without labels.
+    Raises UserError for another layout, links out of `root`, and files larger than any image.
+    """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise UserError(f"source {str(root)!r} {what}; {LAYOUT}")
-    scan = _Scan(root.resolve())
-    top, _ = scan.entries(".")
-    folders: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for folder in top:
-        if folder in SPLIT_FOLDERS:
-            folders[SPLIT_FOLDERS[folder]].append(folder)
-    for name, found in folders.items():
-        if len(found) > 1:
-            raise UserError(f"{root} has {' and '.join(found)}, which all mean split {name!r}; keep one of them")
-    if not folders["train"]:
-        raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}); {LAYOUT}")
-    classes = tuple(scan.entries(folders["train"][0])[0])
+    scan = Scan(root.resolve())
+    folders = _split_folders(root, scan)
+    train = scan.entries(folders["train"])
+    classes = tuple(train[0])
     _check_class_names(root, classes)
     digest = hashlib.sha256("\n".join(classes).encode())
     splits: dict[str, SplitSource] = {}
-    for name, found in folders.items():
-        for folder in found:
-            paths, sizes, labels = _list_split(scan, name, folder, classes)
-            if not paths:
-                hint = f"; passed over: {', '.join(scan.ignored[-3:])}" if scan.ignored else ""
-                raise UserError(f"{root / folder} holds no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
-            for path, size in zip(paths, sizes, strict=True):
-                digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
-            splits[name] = ImageFolderSplit(scan.root, paths, sizes, labels)
-            if labels is None and not in_order_of_numbers(paths):
-                names = ", ".join(Path(path).name for path in paths[:3])
-                print(printable(f"note: {folder} holds numbered images, which are taken in the order of their names "
-                                f"({names} …); rename them with leading zeros where a submission's ids mean the "
-                                "numbers"), file=sys.stderr)  # fmt: skip
-    if ignored := [name.removeprefix("./") for name in dict.fromkeys(scan.ignored)]:
-        note_ignored(ignored)
+    for name, folder in folders.items():
+        listed = train if name == "train" else scan.entries(folder, ANNOTATIONS if name == "val" else "")
+        files, labels = _list_split(scan, name, folder, listed, classes, digest)
+        if not files:
+            hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+            raise UserError(f"{root / folder} holds no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
+        for path, size in files:
+            digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
+        splits[name] = ImageFolderSplit(scan.root, files, labels)
+        _note_oddities(folder, files, labels, classes)
+    scan.note_passed_over()
     return Source(
         kind="imagefolder",
         name=scan.root.name,
@@ -164,34 +99,15 @@ def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
 
     classes: those that a model is to choose from.
     """
-    scan = _Scan(folder.resolve())
-    found: list[tuple[str, int]] = []
-    waiting = ["."]
-    while waiting:
-        parent = waiting.pop()
-        folders, files = scan.entries(parent)
-        for name in folders:
-            inner = Path(parent, name)
-            if (scan.root / inner).is_symlink():  # its files are listed where they lie; a circle would never end
-                scan.ignored.append(str(inner))
-            else:
-                waiting.append(str(inner))
-        found += [(str(Path(parent, name)), size) for name, size in files]
-    if not found:
-        raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); give a folder of image files")
-    if scan.ignored:
-        note_ignored([name.removeprefix("./") for name in scan.ignored])
-    paths, sizes = zip(*sorted(found), strict=True)
-    rows = ImageFolderSplit(scan.root, list(paths), list(sizes), None)
-    digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path in paths)).hexdigest()
+    scan = Scan(folder.resolve())
+    files = scan.images(".")
+    if not files:
+        hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+        raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
+    scan.note_passed_over()
+    rows = ImageFolderSplit(scan.root, files, None)
+    digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
     return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
-
-
-def note_ignored(names: list[str]) -> None:
-    """On stderr: how many entries were passed over, and the first of them."""
-    shown = ", ".join(names[:3]) + " …" * (len(names) > 3)
-    what = "entry that is no image" if len(names) == 1 else "entries that are no images"
-    print(printable(f"note: passed over {len(names):,} {what}: {shown}"), file=sys.stderr)
 
 
 def in_order_of_numbers(paths: Sequence[str]) -> bool:
@@ -203,6 +119,28 @@ def in_order_of_numbers(paths: Sequence[str]) -> bool:
     return numbers == sorted(numbers)
 
 
+def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
+    """Return the folder of each split that is there, in the order train, val, test; note every other folder."""
+    top, images = scan.entries(".")
+    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    others: list[str] = []
+    for folder in top:
+        name = SPLIT_FOLDERS.get(folder.lower())
+        (others if name is None else found[name]).append(folder)
+    for name, folders in found.items():
+        if len(folders) > 1:
+            raise UserError(f"{root} has {' and '.join(folders)}, which all mean split {name!r}; keep one of them")
+    if not found["train"]:
+        hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+        raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}){hint}; {LAYOUT}")
+    for name, _ in images:
+        scan.pass_over(name, "outside of the class folders")
+    if others:
+        note(f"{root} has folders that mean no split and are not read: {', '.join(others)}; "
+             f"splits are {', '.join(SPLIT_FOLDERS)}, in any case")  # fmt: skip
+    return {name: folders[0] for name, folders in found.items() if folders}
+
+
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
     for name in classes:
         try:
@@ -212,19 +150,35 @@ def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
 
 
 def _list_split(
-    scan: _Scan, split: str, folder: str, classes: tuple[str, ...]
-) -> tuple[list[str], list[int], list[int] | None]:
-    """Paths relative to the root, sizes in bytes and labels (None for a flat test folder) of one split."""
-    found, flat = scan.entries(folder)
+    scan: Scan,
+    split: str,
+    folder: str,
+    listed: tuple[list[str], Files],
+    classes: tuple[str, ...],
+    digest: hashlib._Hash,
+) -> tuple[Files, list[int] | None]:
+    """Return files and labels (None for test images outside of class folders) of one split.
+
+    listed: the entries of the split's folder. digest: updated by labels that no path tells.
+    """
+    found, flat = listed
+    numbers = {name: number for number, name in enumerate(classes)}
+    if split != "train" and found == ["images"] and "images" not in numbers and not (split == "test" and flat):
+        top, folder = folder, f"{folder}/images"
+        for name, _ in flat:
+            scan.pass_over(f"{top}/{name}", "outside of the class folders")
+        found, flat = scan.entries(folder)
+        if split == "val" and flat and not found:
+            return _list_annotated(scan, top, dict(flat), numbers, digest)
     if split == "test" and flat:
         if found:
             raise UserError(
                 f"{scan.root / folder} holds image files beside the folders {', '.join(found[:3])}; either all of its "
                 "images lie in class folders or none"
             )
-        return [f"{folder}/{name}" for name, _ in flat], [size for _, size in flat], None
-    scan.ignored += [f"{folder}/{name}" for name, _ in flat]
-    numbers = {name: number for number, name in enumerate(classes)}
+        return [(f"{folder}/{name}", size) for name, size in flat], None
+    for name, _ in flat:
+        scan.pass_over(f"{folder}/{name}", "outside of the class folders")
     unknown = [name for name in found if name not in numbers]
     if unknown:
         raise UserError(
@@ -232,11 +186,55 @@ def _list_split(
             "every split the classes of train"
             + (", or put unlabelled images into test itself" if split == "test" else "")
         )
-    paths, sizes, labels = [], [], []
+    files: Files = []
+    labels: list[int] = []
     for class_name in found:
-        deeper, files = scan.entries(f"{folder}/{class_name}")
-        scan.ignored += [f"{folder}/{class_name}/{name}/" for name in deeper]
-        paths += [f"{folder}/{class_name}/{name}" for name, _ in files]
-        sizes += [size for _, size in files]
-        labels += [numbers[class_name]] * len(files)
-    return paths, sizes, labels
+        images = scan.images(joined(folder, class_name))
+        files += images
+        labels += [numbers[class_name]] * len(images)
+    return files, labels
+
+
+def _list_annotated(
+    scan: Scan, top: str, sizes: dict[str, int], numbers: dict[str, int], digest: hashlib._Hash
+) -> tuple[Files, list[int]]:
+    """Return files and labels of Tiny ImageNet's val as published; sizes: of the images in `top`/images, by name."""
+    path = scan.root / top / ANNOTATIONS
+    if not path.is_file():
+        raise UserError(f"{path.parent / 'images'} holds images outside of class folders, and there is no {path} that "
+                        f"names their classes; {LAYOUT}")  # fmt: skip
+    with readable(path):
+        lines = read_regular(path).decode("utf-8", "replace").splitlines()
+    label_of: dict[str, int] = {}
+    for place, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, rest = line.partition("\t")
+        class_name = rest.partition("\t")[0].strip()
+        if class_name not in numbers:
+            raise UserError(f"{path}, line {place}: {class_name!r} is no class folder of train; a line is FILE, CLASS "
+                            "and a box, separated by tabs")  # fmt: skip
+        if label_of.setdefault(name, numbers[class_name]) != numbers[class_name]:
+            raise UserError(f"{path}, line {place}: {name!r} has a second class, {class_name!r}; keep one of them")
+    for name in sorted(sizes.keys() - label_of.keys()):
+        scan.pass_over(f"{top}/images/{name}", f"not named in {ANNOTATIONS}")
+    for name in sorted(label_of.keys() - sizes.keys()):
+        scan.pass_over(f"{top}/images/{name}", f"named in {ANNOTATIONS}, but missing")
+    rows = sorted((label_of[name], name) for name in sizes if name in label_of)
+    labels = [label for label, _ in rows]
+    digest.update(np.array(labels, "<i8").tobytes())
+    return [(f"{top}/images/{name}", sizes[name]) for _, name in rows], labels
+
+
+def _note_oddities(folder: str, files: Files, labels: list[int] | None, classes: tuple[str, ...]) -> None:
+    """Note classes without images, and unlabelled images that come in another order than their numbers."""
+    paths = [path for path, _ in files]
+    if labels is not None:
+        missing = sorted(set(range(len(classes))).difference(labels))
+        if missing:
+            names = ", ".join(classes[number] for number in missing[:3]) + " …" * (len(missing) > 3)
+            note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
+    elif not in_order_of_numbers(paths):
+        names = ", ".join(Path(path).name for path in paths[:3])
+        note(f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them "
+             "with leading zeros where a submission's ids mean the numbers")  # fmt: skip

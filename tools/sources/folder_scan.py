@@ -1,0 +1,148 @@
+"""List image files below a folder in a fixed order, and count by extension and reason what is passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from pathlib import Path
+
+from configs.errors import UserError, printable
+
+# Those of the formats that pipelines.encode decodes. Not .pfm: its values have no declared range.
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",
+              ".pbm", ".pnm", ".gif", ".tif", ".tiff")  # fmt: skip
+MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a third of it as raw pixels
+LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, in any case
+MAX_SUFFIX = 10  # characters of an extension that is named in a note
+SHOWN = 8  # groups of passed-over entries that are named in a note
+
+
+class Scan:
+    """List folders in order, refuse links that leave the root, count what is passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.touched = hashlib.sha256()  # of the times at which the files were changed last
+        self._passed_over: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason): count, first path
+
+    def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
+        """Return the names of subfolders, and of image files with their sizes in bytes, each sorted by name.
+
+        folder: relative to the root. expected: the name of a file that is neither listed nor counted.
+        """
+        folders, files = [], []
+        try:
+            with os.scandir(self.root / folder) as found:
+                for entry in sorted(found, key=lambda entry: entry.name):
+                    if is_litter(entry.name):
+                        continue
+                    if reason := self._reason_against(entry, expected):
+                        self.pass_over(joined(folder, entry.name), reason, entry.is_dir(follow_symlinks=False))
+                    elif entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.name != expected:
+                        files.append((entry.name, self._checked_size(entry)))
+        except OSError as error:
+            raise UserError(f"cannot list {self.root / folder} ({error.strerror}); check its permissions") from None
+        return folders, files
+
+    def images(self, folder: str) -> list[tuple[str, int]]:
+        """Return path and size in bytes of every image file at any depth, sorted by path.
+
+        Links to folders are passed over: the files are listed where they lie, and a circle would never end.
+        """
+        found: list[tuple[str, int]] = []
+        waiting = [folder]
+        while waiting:
+            parent = waiting.pop()
+            folders, files = self.entries(parent)
+            for name in folders:
+                inner = joined(parent, name)
+                if (self.root / inner).is_symlink():
+                    self.pass_over(inner, "link to a folder", is_folder=True)
+                else:
+                    waiting.append(inner)
+            found += [(joined(parent, name), size) for name, size in files]
+        return sorted(found)
+
+    def pass_over(self, path: str, reason: str, is_folder: bool = False) -> None:
+        suffix = Path(path).suffix.lower()
+        kind = "folder" if is_folder else suffix or "without extension"
+        if len(suffix) > MAX_SUFFIX and not is_folder:
+            kind = "with a long extension"
+        count, first = self._passed_over.get((kind, reason), (0, path))
+        self._passed_over[kind, reason] = (count + 1, first)
+
+    def summary(self) -> str:
+        """Return what was passed over: '3 .txt, no image (train/a/x.txt …); 1 .jpg, hidden (train/.x.jpg)', or ''."""
+        groups = sorted(self._passed_over.items(), key=lambda item: (-item[1][0], item[0]))
+        texts = [f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
+                 for (kind, reason), (count, first) in groups[:SHOWN]]  # fmt: skip
+        if rest := sum(count for _, (count, _) in groups[SHOWN:]):
+            texts.append(f"{rest:,} more")
+        return "; ".join(texts)
+
+    def note_passed_over(self) -> None:
+        if self._passed_over:
+            total = sum(count for count, _ in self._passed_over.values())
+            note(f"passed over {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
+
+    def _reason_against(self, entry: os.DirEntry[str], expected: str) -> str:
+        """Return why an entry is passed over; '' for folders, image files and the expected file."""
+        if entry.name.startswith("."):
+            return "hidden"
+        if entry.is_symlink() and not self._leads_somewhere(Path(entry.path)):
+            return "link that leads nowhere"
+        if entry.is_dir():
+            return ""
+        if not entry.name.lower().endswith(EXTENSIONS) and entry.name != expected:
+            return "no image"
+        return "" if entry.is_file() else "no regular file"
+
+    def _leads_somewhere(self, link: Path) -> bool:
+        """Return whether a link has a target; raise UserError where that lies outside of the root."""
+        try:
+            target = link.resolve(strict=True)
+        except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
+            return False
+        if not target.is_relative_to(self.root):
+            raise UserError(
+                f"symbolic link {link} leads out of the source folder, to {target}; copy the files into {self.root}"
+            )
+        return True
+
+    def _checked_size(self, entry: os.DirEntry[str]) -> int:
+        status = entry.stat()
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"{entry.path} has {status.st_size:,} bytes, and no image is larger than {MAX_FILE_BYTES:,}; remove it"
+            )
+        self.touched.update(status.st_mtime_ns.to_bytes(8, "little", signed=True))
+        return status.st_size
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file found by a scan.
+
+    It may have become something else since: a pipe would never end, a huge file would fill the memory.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} changed while it was converted; start again")
+        return file.read(status.st_size)
+
+
+def is_litter(name: str) -> bool:
+    """Return whether an archive or a file manager left this file or folder."""
+    return name.startswith("._") or name.lower() in LITTER
+
+
+def joined(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"
+
+
+def note(text: str) -> None:
+    print(printable(f"note: {text}"), file=sys.stderr)
