@@ -219,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(hdf5, encoding="npy")
     imagefolder = command(
         "imagefolder",
-        "image files in SPLIT/CLASS/ folders; JPEG files keep their bytes unless --size changes them",
+        "image files in SPLIT/CLASS/ folders, at any depth; JPEG files keep their bytes unless --size changes them",
         "--source photos --size 256 --out data/photos",
     )
     imagefolder.add_argument("--source", type=Path, required=True, help="the folder that holds train, val and test")
