@@ -131,8 +131,9 @@ class AugConfig(Section):
     """Augmentation, in training only; in this order: crop, flip, auto, color_jitter, grayscale, blur, erase, cutout,
     mix."""
 
-    crop: Literal["none", "pad", "random-resized"] = "none"
-    """Random crop: none, a crop of the padded image (pad), or torchvision's RandomResizedCrop (random-resized)."""
+    crop: Literal["none", "squash", "pad", "random-resized"] = "none"
+    """The central square of the image (none), the whole of it with both sides resized to image_size (squash), a random
+    crop of the padded central square (pad), or torchvision's RandomResizedCrop (random-resized)."""
     padding: int = Field(default=4, ge=0)
     """Pixels on each side, for crop: pad; with padding_mode reflect less than the image's side."""
     padding_mode: Literal["constant", "reflect"] = "constant"

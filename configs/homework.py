@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from configs.hints import one_line, show
 from configs.homework_keys import KEYS, Given
 
 CLASSES = {"cifar10": 10, "medium_imagenet": 200}  # of the data sets that DATA.DATASET names
-# What the homework does and has no key for.
-FIXED = {"aug.crop": "none", "aug.flip": 0.5, "eval.crop_fraction": 1.0, "train.optimizer.nesterov": False}
-ADAMW_WEIGHT_DECAY = 0.01  # torch's own default, which the homework leaves as it is; 0 for all other optimizers
-# Settings that may not exceed another one. The homework reads none of them: its defaults contradict many a file.
-LIMITS = {"TRAIN.WARMUP_EPOCHS": "TRAIN.EPOCHS", "TRAIN.MIN_LR": "TRAIN.LR", "TRAIN.WARMUP_LR": "TRAIN.LR"}
+# What the homework's code does without a key for it. Torch's optimizers decay every parameter.
+FIXED = {
+    "aug.crop": "squash",
+    "aug.flip": 0.5,
+    "eval.crop_fraction": 1.0,
+    "train.amp": "off",
+    "train.optimizer.decay_biases": True,
+}
+WEIGHT_DECAY = {"adamw": 0.01}  # torch's own default, which the homework leaves as it is; 0 for all other optimizers
+DROPOUT = {"alexnet": 0.5}  # which the homework keeps, since it does not read MODEL.DROP_RATE
+LIMITED = ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR")  # by TRAIN.LR; the homework reads neither, so its files may exceed it
+UNLIKE = ("unlike there, the last partial batch of an epoch is left out, and pixels are normalised by the mean and "
+          "standard deviation of the data set itself")  # fmt: skip
 _UNSET = object()
 
 
@@ -29,17 +38,17 @@ class Translation:
 
 
 def translate(given: Mapping[str, Given], ours: Mapping[str, Any], with_defaults: bool, source: str) -> Translation:
-    """What the given keys mean here.
+    """Translate the given keys into settings of ours.
 
     Args:
         ours: our own settings, nested; they win over the translation, which must fit them.
-        with_defaults: whether the homework's defaults hold for what is not given, instead of ours.
+        with_defaults: whether what is not given is as the homework trains, instead of our default.
         source: of the settings as a whole, for messages.
 
     Raises:
         UserError: DATA.DATASET or MODEL.NAME leaves open what is meant.
     """
-    result = Translation({**FIXED} if with_defaults else {})
+    result = Translation()
     unused = [f"{key} ({entry.origin})" for key, entry in given.items() if not KEYS[key].target]
     nulls = {key: entry._replace(value=KEYS[key].null) for key, entry in given.items() if entry.value is None}
     given = {key: entry for key, entry in {**given, **nulls}.items() if entry.value is not None and KEYS[key].target}
@@ -54,10 +63,13 @@ def translate(given: Mapping[str, Given], ours: Mapping[str, Any], with_defaults
         words.append(f"{', '.join(unused)}: without effect, since the loader's own threads prepare the batches (see "
                      "data.threads and data.prefetch) and evaluation keeps the stored order")  # fmt: skip
     words += _settle_data_set(given, ours, with_defaults, result)
+    taken = []
     if with_defaults:
-        words += _settle_defaults(given, ours, result, source)
+        fixed = _settle_defaults(given, ours, result, source)
+        words += _contradictions(given, ours, result)
+        taken = [f"{source}: {_taken(given, ours, result, fixed)}"]
     result.sources = {target: by for target, by in result.sources.items() if _find(ours, target) is _UNSET}
-    result.notes = [f"{source}: {'; '.join(words)}"] if words else []
+    result.notes = [f"{source}: {'; '.join(words)}"] * bool(words) + taken
     return result
 
 
@@ -112,33 +124,66 @@ def _settle_data_set(
 
 def _settle_defaults(
     given: Mapping[str, Given], ours: Mapping[str, Any], result: Translation, source: str
-) -> list[str]:
-    """Add the defaults that follow from other settings."""
+) -> dict[str, Any]:
+    """Add what follows from other settings. Return those settings of ours that have no key there."""
 
     def effective(target: str) -> Any:
         return _find(ours, target, result.values.get(target))
 
-    weight_decay = ADAMW_WEIGHT_DECAY if effective("train.optimizer.name") == "adamw" else 0.0
-    result.values.setdefault("train.optimizer.weight_decay", weight_decay)
-    if effective("train.schedule") == "one-cycle" and "TRAIN.WARMUP_EPOCHS" not in given:
-        result.values["train.warmup_epochs"] = 0  # it rises by itself
-    name = effective("model.name")
+    values, optimizer, name = result.values, effective("train.optimizer.name"), effective("model.name")
     if name is None:
         raise one_line(f"{source}: MODEL.NAME (model.name) is missing; give the name of a model, such as lenet")
+    for key, rule in KEYS.items():
+        if rule.optimizers and key not in given and optimizer not in rule.optimizers:
+            del values[rule.target]
+    fixed = dict(FIXED)
+    if "TRAIN.WEIGHT_DECAY" not in given:
+        fixed["train.optimizer.weight_decay"] = WEIGHT_DECAY.get(str(optimizer), 0.0)
+    if optimizer == "sgd":  # torch refuses Nesterov's method without momentum
+        fixed["train.optimizer.nesterov"] = effective("train.optimizer.momentum") != 0
+    if effective("train.schedule") == "cosine":
+        fixed["train.schedule_options.per_epoch"] = True
+    values |= fixed
     if isinstance(name, str):
-        result.values["name"] = name.replace("/", "_")  # the run lies in OUTPUT/NAME
-    return _cut_defaults(given, ours, result)
+        _name_run(name.replace("/", "_"), ours, result)
+    return fixed
 
 
-def _cut_defaults(given: Mapping[str, Given], ours: Mapping[str, Any], result: Translation) -> list[str]:
-    """Lower what only the homework's defaults say to what the file says in LIMITS."""
+def _contradictions(given: Mapping[str, Given], ours: Mapping[str, Any], result: Translation) -> list[str]:
+    """Lower the learning rates of LIMITED to TRAIN.LR. Return notes on them, and on a dropout that is switched off."""
     words = []
-    for key, limiting in LIMITS.items():
-        target, limit_target = KEYS[key].target, KEYS[limiting].target
-        if key in given or _find(ours, target) is not _UNSET:
-            continue
-        limit, value = _find(ours, limit_target, result.values[limit_target]), result.values[target]
-        if type(limit) in (int, float) and 0 < limit < value:
+    name, drop_rate = (_find(ours, key, result.values.get(key)) for key in ("model.name", "model.drop_rate"))
+    if str(name) in DROPOUT and "MODEL.DROP_RATE" in given and drop_rate == 0:
+        words.append(f"MODEL.DROP_RATE=0 ({given['MODEL.DROP_RATE'].origin}) switches off the dropout of "
+                     f"{DROPOUT[name]} in {name}; leave the key out to keep it, as the homework does")  # fmt: skip
+    limit = _find(ours, "train.lr", result.values["train.lr"])
+    for key in LIMITED:
+        target = KEYS[key].target
+        value = result.values[target]
+        are_numbers = type(limit) in (int, float) and type(value) in (int, float)
+        if are_numbers and 0 < limit < value and _find(ours, target) is _UNSET:
             result.values[target] = limit
-            words.append(f"{key} is not given, and its default {value} is cut to {limiting}={limit}")
+            words.append(f"{key}={value:g} ({result.sources[target][1]}) is cut to TRAIN.LR={limit:g}")
     return words
+
+
+def _name_run(name: str, ours: Mapping[str, Any], result: Translation) -> None:
+    """Put the run into OUTPUT/NAME, or into OUTPUT where that ends in NAME already."""
+    result.values["name"] = name
+    output = result.values["output"]
+    if isinstance(output, str) and PurePath(output).name == name and _find(ours, "name") is _UNSET:
+        result.values["output"] = str(PurePath(output).parent)
+
+
+def _taken(given: Mapping[str, Given], ours: Mapping[str, Any], result: Translation, fixed: Mapping[str, Any]) -> str:
+    """Return in words what nothing says and what was taken; fixed: settings of ours that have no key."""
+    keys = [
+        f"{key}={rule.without or str(rule.default)}"
+        for key, rule in KEYS.items()
+        if key not in given
+        and (rule.without or (rule.default is not None and rule.target in result.values))
+        and _find(ours, rule.target) is _UNSET
+    ]
+    others = [f"{key}={show(value)}" for key, value in fixed.items() if _find(ours, key) is _UNSET]
+    return (f"not given, so taken as the homework trains: {', '.join(keys) or 'no key'}; without a key there: "
+            f"{', '.join(others) or 'nothing'}; {UNLIKE}")  # fmt: skip

@@ -1,4 +1,7 @@
-"""The homework's settings, which stand in capitals (`TRAIN.LR`): for each of them ours, and its default there.
+"""The homework's settings, which stand in capitals (`TRAIN.LR`): for each of them ours, and its default.
+
+The default is what the homework's code does without the key, not what it declares: it never reads the keys of warm-up,
+minimum learning rate, interpolation, RandAugment, colour jitter, dropout, scheduler and others.
 
 Knows no file: `configs.load` hands over what a file holds. A value that needs no translation, or has none, is handed on
 as it is: the check of our own setting says what is allowed.
@@ -32,9 +35,11 @@ class Given(NamedTuple):
 @dataclass(frozen=True)
 class Key:
     target: str = ""  # our setting; empty: a DALI loader has no use for it
-    default: Any = None  # the homework's; None: ours holds
+    default: Any = None  # as the homework trains without the key; None: ours holds
     convert: Callable[[Any], Any] = lambda value: value
     null: Any = None  # what a null in the file means; None: the default
+    without: str = ""  # in words, what holds without the key, where that is no value
+    optimizers: tuple[str, ...] = ()  # the only ones that the default is for; empty: all
 
 
 def _lower(value: Any) -> Any:
@@ -67,46 +72,45 @@ def _policy(value: Any) -> Any:
 
 KEYS = {
     "DATA.BATCH_SIZE": Key("data.batch_size", 128),
-    "DATA.DATA_PATH": Key("data.path", ""),
+    "DATA.DATA_PATH": Key("data.path"),
     "DATA.DATASET": Key("data.path", "cifar10", _lower),  # where DATA_PATH is empty
     "DATA.IMG_SIZE": Key("data.image_size", 224),
-    "DATA.INTERPOLATION": Key("data.interpolation", "bicubic", _lower),
+    "DATA.INTERPOLATION": Key("data.interpolation", "bilinear", _lower),
     "DATA.PIN_MEMORY": Key(),
     "DATA.NUM_WORKERS": Key(),
     "MODEL.NAME": Key("model.name"),
-    "MODEL.RESUME": Key("resume", "", _empty_is_null),
-    "MODEL.NUM_CLASSES": Key("model.num_classes"),  # 1000 there, which no data set of the homework has
-    # AlexNet's dropout of 0.5 is part of its definition there, and the declared default of 0 does not take it away.
-    "MODEL.DROP_RATE": Key("model.drop_rate", 0, _zero_is_null),
-    "MODEL.LABEL_SMOOTHING": Key("train.label_smoothing", 0.0),
+    "MODEL.RESUME": Key("resume", convert=_empty_is_null, without="none"),
+    "MODEL.NUM_CLASSES": Key("model.num_classes", without="the data set's"),
+    "MODEL.DROP_RATE": Key("model.drop_rate", without="the model's own"),
+    "MODEL.LABEL_SMOOTHING": Key("train.label_smoothing"),
     "TRAIN.START_EPOCH": Key("train.first_epoch", 0),
     "TRAIN.EPOCHS": Key("train.epochs", 300),
-    "TRAIN.WARMUP_EPOCHS": Key("train.warmup_epochs", 20),
+    "TRAIN.WARMUP_EPOCHS": Key("train.warmup_epochs", 0),
     "TRAIN.LR": Key("train.lr", 5e-4),
-    "TRAIN.MIN_LR": Key("train.min_lr", 5e-4),
-    "TRAIN.WARMUP_LR": Key("train.warmup_lr", 5e-4),
+    "TRAIN.MIN_LR": Key("train.min_lr", 0),
+    "TRAIN.WARMUP_LR": Key("train.warmup_lr", 0),
     "TRAIN.ACCUMULATION_STEPS": Key("train.accumulation_steps", 1),
     "TRAIN.WEIGHT_DECAY": Key("train.optimizer.weight_decay"),
-    "TRAIN.CLIP_GRAD": Key("train.clip_grad_norm", 0.0, _zero_is_null),
+    "TRAIN.CLIP_GRAD": Key("train.clip_grad_norm", convert=_zero_is_null),
     "TRAIN.LR_SCHEDULER.NAME": Key("train.schedule", "cosine", _schedule),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key("train.schedule_options.epochs"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key("train.schedule_options.rate"),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": Key("train.schedule_options.milestones"),
     "TRAIN.OPTIMIZER.NAME": Key("train.optimizer.name", "adamw", _lower),
-    "TRAIN.OPTIMIZER.EPS": Key("train.optimizer.eps", 1e-8),
-    "TRAIN.OPTIMIZER.BETAS": Key("train.optimizer.betas", [0.9, 0.999]),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key("train.optimizer.momentum", 0.9),
+    "TRAIN.OPTIMIZER.EPS": Key("train.optimizer.eps", 1e-8, optimizers=("adamw", "adam")),
+    "TRAIN.OPTIMIZER.BETAS": Key("train.optimizer.betas", [0.9, 0.999], optimizers=("adamw", "adam")),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key("train.optimizer.momentum", 0.9, optimizers=("sgd",)),
     "AUG.COLOR_JITTER": Key("aug.color_jitter", 0.4, null=0.0),
-    "AUG.RAND_AUGMENT": Key("aug.auto", "rand-m9-mstd0.5-inc1", _policy, null="none"),
-    "AUG.MIXUP": Key("aug.mix.mixup", 0.0),
-    "AUG.CUTMIX": Key("aug.mix.cutmix", 0.0),
-    "AUG.REPROB": Key("aug.erase.probability", 0.0),
-    "TEST.CROP": Key("eval.crop_mode", True, _crop_mode),
+    "AUG.RAND_AUGMENT": Key("aug.auto", "none", _policy, null="none"),
+    "AUG.MIXUP": Key("aug.mix.mixup"),
+    "AUG.CUTMIX": Key("aug.mix.cutmix"),
+    "AUG.REPROB": Key("aug.erase.probability"),
+    "TEST.CROP": Key("eval.crop_mode", False, _crop_mode),
     "TEST.SEQUENTIAL": Key(),
     "TEST.SHUFFLE": Key(),
     "OUTPUT": Key("output", "output", lambda value: "output" if value == "" else value),
     "SAVE_FREQ": Key("train.save_every_epochs", 1),
-    "PRINT_FREQ": Key("log.every_steps", 10),
+    "PRINT_FREQ": Key("log.every_steps", 50),
     "SEED": Key("seed", 0),
     "EVAL_MODE": Key("eval.only", False),
 }

@@ -74,9 +74,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     if values.get("name") is None:
         values["name"] = path.stem
     config = _validated(values, origins, labels, str(path))
-    for note in notes:
+    for note in [*notes, *_cut_warm_up(config, values, origins, labels)]:
         warn(note)
     return config
+
+
+def _cut_warm_up(
+    config: Config, values: Mapping[str, Any], origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str]
+) -> list[str]:
+    """Return a note where the warm-up in `values` was longer than the run."""
+    asked, epochs = values.get("train", {}).get("warmup_epochs", 0), config.train.epochs
+    if asked <= epochs:
+        return []
+    key = ("train", "warmup_epochs")
+    label = labels.get(key, "train.warmup_epochs")
+    return [f"{origins[key]}: {label}={asked:g} is longer than the run and is cut to {epochs}, the number of epochs"]
 
 
 def parse_config(text: str, source: str) -> Config:

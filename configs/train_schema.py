@@ -87,6 +87,9 @@ class ScheduleConfig(Section):
     """train.lr divided by one-cycle's first learning rate."""
     final_div_factor: float = Field(default=1e4, ge=1)
     """One-cycle's first learning rate divided by its last."""
+    per_epoch: bool = False
+    """Whether the learning rate changes at the start of each epoch only, as torch's schedulers change it when they are
+    stepped once per epoch; not for one-cycle, nor within the warm-up."""
 
 
 class EmaConfig(Section):
@@ -134,7 +137,7 @@ class TrainConfig(Section):
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of schedules cosine, linear and polynomial, and the least of the others; at most lr."""
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Epochs, also fractions, of linear warm-up from warmup_lr to lr; at most epochs."""
+    """Epochs, also fractions, of linear warm-up from warmup_lr to lr; cut to epochs where it is longer."""
     warmup_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the start of the warm-up; at most lr."""
     schedule: Literal["cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial", "plateau",
@@ -187,13 +190,17 @@ class TrainConfig(Section):
     eval_every_epochs: int = Field(default=1, ge=1)
     """Epochs between evaluations."""
 
-    @field_validator("min_lr", "warmup_lr", "warmup_epochs")
+    @field_validator("min_lr", "warmup_lr")
     @classmethod
-    def _at_most(cls, value: float, info: ValidationInfo) -> float:
-        limit = "epochs" if info.field_name == "warmup_epochs" else "lr"
-        if limit in info.data and value > info.data[limit]:
-            raise ValueError(f"must not exceed train.{limit}={info.data[limit]}")
+    def _at_most_lr(cls, value: float, info: ValidationInfo) -> float:
+        if "lr" in info.data and value > info.data["lr"]:
+            raise ValueError(f"must not exceed train.lr={info.data['lr']}")
         return value
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _within_the_run(cls, warmup_epochs: float, info: ValidationInfo) -> float:
+        return min(warmup_epochs, float(info.data.get("epochs", warmup_epochs)))
 
     @field_validator("first_epoch")
     @classmethod

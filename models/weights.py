@@ -17,26 +17,48 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 
-NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model")  # in files of other programs, in this order
+NESTED_UNDER = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "model_state_dict",
+)  # in files of other programs, in this order
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
-SHOWN = 3  # of what does not fit
+SHOWN = 3  # of what does not fit, of each kind
+
+
+class Passed(dict[str, Any]):
+    """Stand for an object of a class that is not loaded: take whatever it is made from, and do nothing with it."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a file of safetensors, or one that torch.save wrote; no code in it is ever run."""
+    """Return the tensors by name in a file of safetensors, or in one that torch.save wrote; no code in it is run.
+
+    Other objects in a file of torch.save, such as the settings of a run, are passed over.
+    """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"weights {path} are no plain file; give the path of a .safetensors, .pth or .bin file")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = _load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist; give the path of a .safetensors, .pth or .bin file") from None
     except pickle.UnpicklingError:
-        raise UserError(
-            f"weights {path} are refused, since the file holds more than tensors, numbers and strings, or is none of "
-            "torch's; convert it to .safetensors where you trust it"
-        ) from None
+        raise _refused(path, "holds more than tensors, numbers and strings, or is none of torch's") from None
     except Exception as error:  # bytes of another program make both readers fail in every way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"weights {path} cannot be read ({reason}); give a .safetensors, .pth or .bin file") from None
@@ -44,9 +66,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} are a checkpoint of this program; name it in model.finetune instead")
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
+    if isinstance(content, Passed) or (isinstance(content, dict) and any(map(_is_passed, content.values()))):
+        raise _refused(path, "holds objects of classes in the place of a state dict, or beside it")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"weights {path} are no tensors by name; give the file of a state dict")
+        raise UserError(
+            f"weights {path} are no tensors by name; give the file of a state dict, or a dictionary that holds one as "
+            f"{', '.join(NESTED_UNDER)}"
+        )
     return {_plain(str(name)): value for name, value in content.items()}
+
+
+def _load_tensors(path: Path) -> Any:
+    """Read a file of torch.save, with an empty `Passed` in the place of every object that is more than data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Passed, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_passed(value: Any) -> bool:
+    return isinstance(value, Passed)
+
+
+def _refused(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"weights {path} are refused, since the file {reason}; save the state dict alone where the file was made "
+        "(torch.save(model.state_dict(), FILE)), or convert it to .safetensors where you trust it"
+    )
 
 
 def _plain(name: str) -> str:
@@ -83,7 +131,7 @@ def take_weights(
     """Copy `weights` into the network, whose layers `head` may differ and then stay as they are.
 
     source: what they are, for the error. new_head: leave the head as it is even where the shapes agree. Raises
-    UserError that names what else is missing, left over, or of another shape; the network is unchanged then.
+    UserError that names the keys that are missing, unexpected, or of another shape; the network is unchanged then.
     """
     here = network.state_dict()
 
@@ -92,22 +140,34 @@ def take_weights(
 
     fitting: dict[str, Tensor] = {}
     anew: list[str] = []
-    problems: list[str] = []
+    missing: list[str] = []
+    shapes: list[str] = []
     for name, tensor in here.items():
         theirs = weights.get(name)
         if theirs is not None and theirs.shape == tensor.shape and not (new_head and in_head(name)):
             fitting[name] = theirs
         elif in_head(name):
             anew.append(name)
+        elif theirs is None:
+            missing.append(name)
         else:
-            shape = "missing" if theirs is None else str(list(theirs.shape))
-            problems.append(f"{name} is {shape} there and {list(tensor.shape)} here")
-    problems += [f"{name} is not in the model" for name in weights if name not in here and not in_head(name)]
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            shapes.append(f"{name} is {list(theirs.shape)} there and {list(tensor.shape)} here")
+    unexpected = [name for name in weights if name not in here and not in_head(name)]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if problems := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
+        advice = ""
+        if missing and [one.shape for one in weights.values()] == [one.shape for one in here.values()]:
+            advice = " (all shapes agree in their order: perhaps only names differ, and docs/recipes.md renames them)"
+        head_may = ", of which only the head may differ" if head else ""
         raise UserError(
-            f"{source} do not fit the model, of which only the head may differ: {'; '.join(problems[:SHOWN])}{more}; "
-            "take weights of the same architecture and options"
+            f"{source} do not fit the model{head_may}: {'; '.join(problems)}; take weights of the same architecture "
+            f"and options{advice}"
         )
     network.load_state_dict(fitting, strict=False)
     return Taken(len(fitting), tuple(anew))
+
+
+def _some(names: list[str]) -> str:
+    """Return the first ones, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

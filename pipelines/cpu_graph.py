@@ -97,7 +97,10 @@ def train_graph(
     if aug.crop == "random-resized":
         region = _resize(lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
         return _graph([(region, size)], changes)
-    stages = _central(image_shape, size, size, interpolation, antialias)
+    if aug.crop == "squash":
+        stages = _squashed(image_shape, size, interpolation, antialias)
+    else:
+        stages = _central(image_shape, size, size, interpolation, antialias)
     if aug.crop == "pad" or aug.flip > 0:
         stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
     if changes and not stages:
@@ -116,9 +119,7 @@ def eval_graph(
     """`graph.eval_graph`; None where stored pixels stay."""
     if not squash:
         return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
-    if image_shape is not None and image_shape[:2] == (size, size):
-        return None
-    return _graph([(_resize(lambda images, _: _whole(images), interpolation, antialias), size)])
+    return _graph(_squashed(image_shape, size, interpolation, antialias))
 
 
 def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) -> CpuGraph | None:
@@ -161,6 +162,15 @@ def _central(
         corner = [(side - size) // 2 for side in shape[:2]]
         return [(_crop_flip(size, tuple(corner)), size)]
     return [(_resize(lambda images, _: _central_region(images, shorter, size), interpolation, antialias), size)]
+
+
+def _squashed(
+    shape: tuple[int, int, int] | None, size: int, interpolation: str, antialias: bool
+) -> list[tuple[Stage, int]]:
+    """Resize both sides to `size`, unless the stored images have that size."""
+    if shape is not None and shape[:2] == (size, size):
+        return []
+    return [(_resize(lambda images, _: _whole(images), interpolation, antialias), size)]
 
 
 def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,10 @@ def train_graph(
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
             images = _resized(images, interpolation, antialias, size=[size, size], **region)
         else:
-            images = _central(images, stored, size, size, interpolation, antialias)
+            if aug.crop == "squash":
+                images = _squashed(images, stored, size, interpolation, antialias)
+            else:
+                images = _central(images, stored, size, size, interpolation, antialias)
             if aug.crop == "pad" and aug.padding_mode == "reflect":
                 shift = _input("shift", layout="HW")
                 images = fn.filter(images, shift if machine.device_id is None else shift.gpu(), border="reflect_101")
@@ -113,9 +116,7 @@ def eval_graph(
         images = _decoded(stored, machine)
         if not squash:
             return _central(images, stored, shorter, size, interpolation, antialias)
-        if stored.image_shape is not None and stored.image_shape[:2] == (size, size):
-            return images
-        return _resized(images, interpolation, antialias, size=[size, size])
+        return _squashed(images, stored, size, interpolation, antialias)
 
     return _pipeline(machine, define)
 
@@ -182,6 +183,13 @@ def _central(
     if shape is None or shorter != size or shape[0] != shape[1]:
         images = fn.crop(images, crop=(size, size), rounding="truncate")
     return images
+
+
+def _squashed(images: DataNode, stored: Stored, size: int, interpolation: str, antialias: bool) -> DataNode:
+    """Resize both sides to `size`, unless the stored images have that size."""
+    if stored.image_shape is not None and stored.image_shape[:2] == (size, size):
+        return images
+    return _resized(images, interpolation, antialias, size=[size, size])
 
 
 def _resized(images: DataNode, interpolation: str, antialias: bool, **to: Any) -> DataNode:

@@ -109,6 +109,15 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     raise UserError(f"checkpoint {', and '.join(f'{path} {reason}' for path, reason in reasons.items())}; {advice}")
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether another program wrote the file with torch.save."""
+    try:
+        with open_plain(path) as file:
+            return checkpoint_file.is_foreign(file)
+    except OSError:
+        return False
+
+
 def is_intact(path: Path) -> bool:
     """Whether it is a checkpoint whose bytes are as they were written."""
     try:
@@ -120,7 +129,16 @@ def is_intact(path: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Raises ValueError with the reason, as the rest of a sentence that begins with the path."""
+    """Raises ValueError with the reason, as the rest of a sentence that begins with the path.
+
+    Raises UserError for a file of another program, which no other candidate can stand for.
+    """
+    if is_foreign(path):
+        raise UserError(
+            f"checkpoint {path} was written by another program, so that only its weights can be used: start a run from "
+            f"them with --opts model.pretrained={path} and without --resume, or evaluate them with --eval "
+            f"--resume {path}"
+        )
     try:
         with open_plain(path) as file:
             content = checkpoint_file.read(file)

@@ -23,6 +23,7 @@ TAIL_BYTES = 1024  # the last line is looked for in so many
 DIGEST_BYTES = 64  # sha256 in hexadecimal, alone at the end of files of older versions
 CHUNK_BYTES = 2**20
 DAMAGED = "its checksum is wrong: it is damaged or of another program"
+NAMES = (b"stream", b"progress", b"position")  # in the pickle of every checkpoint, of any version
 # beside those of module torch: types of elements and of storages
 GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 
@@ -85,6 +86,22 @@ def read(file: BinaryIO) -> dict[str, Any]:
     if fields and (fields["epoch"], fields["step"]) != position_of(content):
         raise ValueError(DAMAGED)
     return content
+
+
+def is_foreign(file: BinaryIO) -> bool:
+    """Return whether torch.save wrote the file for another program; not for a damaged one of this program."""
+    if _fields(_tail(file)):
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = file.seek(0, os.SEEK_END)
+            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > size:
+                return False
+            content = archive.read(pickles[0])
+    except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError, zlib.error):
+        return False
+    return not all(name in content for name in NAMES)
 
 
 def verify(file: BinaryIO) -> None:

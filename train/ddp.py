@@ -19,11 +19,12 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.mixing import check_mixing, is_on
 from pipelines.shards import load_dataset
 from pipelines.staged import TrainLoader
-from train import checkpoint, dist, restart
+from train import dist, restart
 from train.assemble import build_all, check_classes
 from train.clock import Clock
 from train.dist import Ranks
 from train.ema import average_counts, counted_weights
+from train.evaluation import build_evaluated
 from train.facts import dataset_facts, describe, facts_of, unreached_stages
 from train.fit import Run, fit, go_on, load_newest_together
 from train.identity import check_same_run, stream_of
@@ -37,7 +38,7 @@ from train.schedule import remarks
 from train.showcase import show_predictions, show_samples
 from train.signals import Stopped, listening
 from train.throughput import measure_images_per_s
-from train.transfer import as_trained, without_start
+from train.transfer import without_start
 from train.warm_up import check_sizes, warm_up
 from train.whitening import whiten, whitening_images
 
@@ -51,7 +52,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
     parser.add_argument("--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder")
-    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint to resume from, do not train")
+    parser.add_argument(
+        "--eval",
+        action="store_true",
+        help="evaluate the checkpoint to resume from, also the homework's ckpt_best.pth; do not train",
+    )
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     return parser.parse_args(arguments)
 
@@ -97,18 +102,13 @@ def main() -> int:
             until_the_end.enter_context(held(folder))
             is_named = in_use is None and is_checkpoint(resume)
             candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
-        source, content = load_newest_together(candidates) if candidates else (None, None)
         if evaluates_only:
-            if content is None or source is None:
-                raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
-            trained = as_trained(config, content, dataset["classes"], source)
-            training = build_all(trained, dataset, classes, val_loader.image_size, device, trains=False)
-            is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
+            training, which = build_evaluated(config, dataset, candidates, val_loader.image_size, device)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
-                which = " (moving average)" if is_average else ""
-                print(f"{source}{which}: {result.sentence(config.data.val_split)}")
+                print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
+        source, content = load_newest_together(candidates) if candidates else (None, None)
 
         stream = stream_of(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:

@@ -72,7 +72,8 @@ def learning_rate(update: int, timeline: Timeline, config: TrainConfig, decays: 
     """The learning rate of optimizer update `update` (from 0): linear warm-up, then what `schedule` says.
 
     step and multistep count epochs from the start of training; cosine, linear, polynomial and exponential begin at the
-    end of the warm-up, with lr. decays: plateau's so far.
+    end of the warm-up, with lr. With schedule_options.per_epoch all updates of an epoch have the rate of its first one,
+    or of the first one after the warm-up. decays: plateau's so far.
     """
     return timeline.factor(update) * _scheduled(update, timeline, config, decays)
 
@@ -84,8 +85,10 @@ def _scheduled(update: int, timeline: Timeline, config: TrainConfig, decays: int
     warmup = round(timeline.updates_until(config.warmup_epochs))
     if update < warmup:
         return config.warmup_lr + (config.lr - config.warmup_lr) * (update + 1) / warmup
-    progress = min(1.0, (update - warmup) / max(1, timeline.total - warmup))
     options = config.schedule_options
+    if options.per_epoch and update < timeline.total:
+        update = max(warmup, timeline.first(timeline.epoch_of(update)))
+    progress = min(1.0, (update - warmup) / max(1, timeline.total - warmup))
     if config.schedule in ("cosine", "linear", "polynomial"):
         share = {
             "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

@@ -210,7 +210,8 @@ def describe(aug: AugConfig) -> str:
     """What the loader does, in its order."""
     jitter = aug.color_jitter
     parts = {
-        {"none": "", "pad": "pad and crop", "random-resized": "random-resized crop"}[aug.crop]: aug.crop != "none",
+        "pad and crop": aug.crop == "pad",
+        "random-resized crop": aug.crop == "random-resized",
         "flip": aug.flip > 0,
         aug.auto.policy: aug.auto.policy != "none",
         "colour jitter": any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)),

@@ -64,7 +64,7 @@ def _augmented(stored: Any, source: PeerSource) -> Any:
     if region and source.encoding == "npy":
         how: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
         images = fn.random_resized_crop(images, size=[size, size], **how)
-    elif region or aug.crop == "none":
+    elif region or aug.crop != "pad":
         images = fn.resize(images, size=[size, size])
     else:
         start = fn.random.uniform(range=[-aug.padding, aug.padding + 1], shape=[2])

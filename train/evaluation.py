@@ -1,0 +1,88 @@
+"""What --eval evaluates: the model in a checkpoint of train/ddp.py, or the weights that another program saved.
+
+Knows how to build and fill a model, and nothing of the evaluation itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.notes import warn
+from configs.schema import Config
+from models import build_configured
+from models.weights import head_of, read_weights, take_weights
+from train import checkpoint
+from train.assemble import build_all
+from train.fit import load_newest_together
+from train.loop import Training
+from train.transfer import as_trained, for_inference
+
+# Mean and standard deviation by which the homework normalises, for pixels from 0 to 1. It divides the pixels of
+# MediumImageNet by 256, not by 255, before it subtracts ImageNet's mean.
+OF_CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+OF_OTHERS = (
+    [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
+    [value * 256 / 255 for value in (0.229, 0.224, 0.225)],
+)
+
+
+def build_evaluated(
+    config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
+) -> tuple[Training, str]:
+    """Return the model that --resume names, with its weights, and in words what it is.
+
+    candidates: the checkpoints that may be meant, of which the first intact one counts. A file of another program holds
+    no config: the model is that of `config`, with as many outputs as the weights have, and pixels are normalised as in
+    the homework. Raises UserError where there is no checkpoint, or where it does not fit the model or the data set.
+    """
+    if len(candidates) == 1 and checkpoint.is_foreign(candidates[0]):
+        return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
+    if not candidates:
+        raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
+    source, content = load_newest_together(candidates)
+    trained = as_trained(config, content, dataset["classes"], source)
+    training = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
+    is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
+    return training, f"{source}{' (moving average)' if is_average else ''}"
+
+
+def _build_foreign(
+    config: Config, dataset: dict[str, Any], path: Path, image_size: int, device: torch.device
+) -> Training:
+    weights = read_weights(path)
+    mean, std = OF_CIFAR10 if dataset.get("source", {}).get("kind") == "cifar10" else OF_OTHERS
+    classes = len(dataset["classes"])
+    outputs = _outputs(config, weights, classes, image_size)
+    if outputs < classes:
+        raise UserError(
+            f"the weights {path} have {outputs} outputs, but the data set in {config.data.path} has {classes} classes; "
+            "give the data set that they were trained on, or start a run from them with model.pretrained"
+        )
+    as_there = {**dataset, "mean": mean, "std": std}
+    training = build_all(for_inference(config), as_there, outputs, image_size, device, trains=False)
+    network: Any = training.network
+    take_weights(network.network, weights, (), f"the weights {path}")
+    more = f", of which the data set has the first {classes}" if outputs > classes else ""
+    warn(f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{more}, "
+         f"and pixels are normalised as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}")  # fmt: skip
+    return training
+
+
+def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
+    """Return the number of outputs that the weights are for; `classes` where they name no last layer of the model."""
+    with torch.device("meta"):
+        model = build_configured(config.model, classes, image_size=image_size, mean=OF_CIFAR10[0], std=OF_CIFAR10[1])
+    for layer in head_of(model.network):
+        if (weight := weights.get(f"{layer}.weight")) is not None and weight.ndim > 0:
+            return len(weight)
+    return classes
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
