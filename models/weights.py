@@ -6,6 +6,7 @@ Knows neither configs nor this project's checkpoints, beyond telling that a file
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +29,27 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front 
 SHOWN = 3  # of what does not fit, of each kind
 
 
-class Passed(dict[str, Any]):
-    """Stand for an object of a class that is not loaded: take whatever it is made from, and do nothing with it."""
+_MARK = object()
+
+
+class Passed:
+    """Stand for a class or function of NumPy that is not loaded."""
 
     def __init__(self, *_: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def append(self, item: Any) -> None:
-        pass
 
-    def extend(self, items: Any) -> None:
-        pass
+class PassedDict:
+    """Stand for any other class or function that is not loaded: calling it gives a dictionary marked by `_MARK`.
+
+    Of exactly this type, since torch lets a pickle put items into no subclass of it.
+    """
+
+    def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
+        return OrderedDict({_MARK: None})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -66,7 +74,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} are a checkpoint of this program; name it in model.finetune instead")
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
-    if isinstance(content, Passed) or (isinstance(content, dict) and any(map(_is_passed, content.values()))):
+    if _is_passed(content) or (isinstance(content, dict) and any(map(_is_passed, content.values()))):
         raise _refused(path, "holds objects of classes in the place of a state dict, or beside it")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
@@ -77,17 +85,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path) -> Any:
-    """Read a file of torch.save, with an empty `Passed` in the place of every object that is more than data."""
+    """Read a file of torch.save, with an empty object in the place of each that is more than data."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Passed, name) for name in names]):
+        stand_ins = [(Passed if name.startswith("numpy.") else PassedDict, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_passed(value: Any) -> bool:
-    return isinstance(value, Passed)
+    return isinstance(value, Passed) or (isinstance(value, OrderedDict) and _MARK in value)
 
 
 def _refused(path: Path, reason: str) -> UserError:

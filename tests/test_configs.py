@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs import notes
 from configs.documentation import documentation
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
@@ -127,6 +128,23 @@ def test_several_errors_become_one_line_with_a_count(write: Write) -> None:
     assert error_of(write("train: {epochs: 0, lr: -1, amp: fast}")).endswith("(and 2 more errors)")
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_config_can_be_cut_to_one_epoch(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes.warn.cache_clear()
+    long = load_config(path)
+    assert load_config(path, ["train.epochs=1"]).train.warmup_epochs == min(1, long.train.warmup_epochs)
+    cut = f"train.warmup_epochs={long.train.warmup_epochs:g} is longer than the run and is cut to 1"
+    assert (cut in capsys.readouterr().err) == (long.train.warmup_epochs > 1)
+
+
+def test_a_warm_up_longer_than_the_run_is_cut_with_its_place(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("train: {epochs: 3, warmup_epochs: 3.5}")
+    assert load_config(path).train.warmup_epochs == 3
+    assert f"{path}:3: train.warmup_epochs=3.5 is longer than the run and is cut to 3" in capsys.readouterr().err
+    assert load_config(path, ["train.epochs=4"]).train.warmup_epochs == 3.5
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("override", "requirement"),
     [
@@ -141,7 +159,6 @@ def test_several_errors_become_one_line_with_a_count(write: Write) -> None:
         ("train.amp=fp8", "must be 'auto', 'bf16', 'fp16' or 'off'"),
         ("train.min_lr=1", "must not exceed train.lr=0.001"),
         ("train.warmup_lr=1", "must not exceed train.lr=0.001"),
-        ("train.warmup_epochs=11", "must not exceed train.epochs=10"),
         ("train.optimizer.betas=[0.9]", "two numbers"),
         ("train.optimizer.betas=[0.9, 1]", "below 1"),
         ("train.optimizer={name: sgd, momentum: 0}", "above 0 with nesterov"),
@@ -400,7 +417,7 @@ def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file()
         "data.stages": ["list of section", "[]"],
         "data.stages[].epoch": ["int, >= 0", "required"],
         "aug": ["section", ""],
-        "aug.crop": ["none, pad, random-resized", "none"],
+        "aug.crop": ["none, squash, pad, random-resized", "none"],
         "aug.auto.fill": ["black, mean or null", "null"],
         "aug.blur.sigma": ["[float, float]", "[0.1, 2.0]"],
         "model.options": ["mapping", "{}"],

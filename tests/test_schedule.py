@@ -237,6 +237,18 @@ def test_schedules_by_update_are_torchs(settings: dict[str, Any], build: Any) ->
     assert rates[:-1] == pytest.approx(of_torch(build, 39), rel=1e-9)
 
 
+def test_per_epoch_the_learning_rate_is_torchs_stepped_once_per_epoch() -> None:
+    options = {"per_epoch": True}
+    rates = schedule(PER_EPOCH, epochs=8, lr=0.3, min_lr=0.02, schedule_options=options)
+    stepped = of_torch(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.02), 8)
+    assert rates == pytest.approx([rate for rate in stepped for _ in range(PER_EPOCH)], rel=1e-9)
+    warm = schedule(PER_EPOCH, epochs=8, lr=0.3, warmup_epochs=1.4, schedule_options=options)
+    by_update = schedule(PER_EPOCH, epochs=8, lr=0.3, warmup_epochs=1.4)
+    assert warm[:8] == by_update[:8]
+    assert warm[8:10] == [0.3] * 2
+    assert warm[10::PER_EPOCH] == by_update[10::PER_EPOCH]
+
+
 def test_one_cycle_starts_and_ends_as_its_factors_say_and_peaks_where_it_shall() -> None:
     options = {"peak": 0.25, "div_factor": 10, "final_div_factor": 100}
     rates = schedule(10, epochs=8, lr=0.5, schedule="one-cycle", schedule_options=options)
