@@ -90,7 +90,7 @@ def _load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(Passed if name.startswith("numpy.") else PassedDict, name) for name in names]
+        stand_ins: list[Any] = [(Passed if name.startswith("numpy.") else PassedDict, name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -166,6 +166,19 @@ def test_squashed_images_are_dalis_with_and_without_antialiasing_but_for_roundin
     assert_same_but_for_rounding(by_cpu(ours, pixels, {}), by_dali(dalis, pixels, {}), share=0.01)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [(97, 120, 31), (64, 91, 64), (64, 64, 64)])
+def test_squashed_training_is_squashed_evaluation_with_flips_and_dalis(height: int, width: int, size: int) -> None:
+    pixels, aug = photos(height, width), AugConfig(crop="squash", flip=0.5)
+    feeds = {"flip": RANDOM.integers(0, 2, BATCH).astype(np.int32)}
+    whole = cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, "bilinear", True, True)
+    squashed = pixels if whole is None else by_cpu(whole, pixels, {})
+    mirrored = np.where(feeds["flip"][:, None, None, None] == 1, squashed[:, :, ::-1], squashed)
+    ours = by_cpu(train_graph(pixels, aug, size), pixels, feeds)
+    assert np.array_equal(ours, mirrored)
+    dalis = graph.train_graph(stored(pixels), MACHINE, aug, size, "bilinear", True, None)
+    assert_same_but_for_rounding(ours, by_dali(dalis, pixels, feeds), share=0.01)
+
+
 @pytest.mark.parametrize("size", [31, 90])
 def test_a_resize_without_antialiasing_is_torchvisions_but_for_rounding(size: int) -> None:
     pixels = photos(80, 61)
