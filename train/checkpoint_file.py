@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import zipfile
 import zlib
 from typing import Any, BinaryIO
@@ -90,7 +91,8 @@ def read(file: BinaryIO) -> dict[str, Any]:
 
 def is_foreign(file: BinaryIO) -> bool:
     """Return whether torch.save wrote the file for another program; not for a damaged one of this program."""
-    if _fields(_tail(file)):
+    tail = _tail(file)
+    if _fields(tail) or re.fullmatch(rb"[0-9a-f]{64}", tail[-DIGEST_BYTES:]):
         return False
     try:
         with zipfile.ZipFile(file) as archive:
