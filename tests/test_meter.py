@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +37,16 @@ def test_memory_of_the_cpu_is_the_resident_set_alone() -> None:
     assert name == "memory_gib"
     assert 0.05 < found[name] < 64
     assert set(benchmark_memory.facts(torch.device("cpu"))) == {"memory_gib"}
+
+
+def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_of_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**27))  # KiB, as after exec
+    assert memory(torch.device("cpu"))["memory_gib"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\n")  # a system that does not tell
+    assert memory(torch.device("cpu"))["memory_gib"] == 128
 
 
 def test_the_result_of_a_run_is_the_largest_memory_of_its_epochs() -> None:

@@ -1,10 +1,12 @@
-"""What training costs, between two moments: rates, waiting, memory. Host clocks only; nothing here synchronises."""
+"""Measure rates, waiting and memory of training, by host clocks; nothing here synchronises."""
 
 from __future__ import annotations
 
 import resource
 import time
+from contextlib import suppress
 from math import nan
+from pathlib import Path
 
 import torch
 
@@ -44,15 +46,27 @@ class Meter:
 def memory(device: torch.device) -> dict[str, float]:
     """Return the memory in use, in GiB, by the names that metrics and benchmarks share.
 
-    memory_gib: the peak of torch's tensors on a GPU, the peak resident set of the process on the CPU.
+    memory_gib: the peak of torch's tensors on a GPU, the peak resident set of this process on the CPU.
     device_memory_gib: on a GPU only, see `device_memory_bytes`.
     """
     if device.type != "cuda":
-        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        return {"memory_gib": (peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / GIB}
     return {
         "memory_gib": torch.cuda.max_memory_allocated(device) / GIB,
         "device_memory_gib": device_memory_bytes(device) / GIB,
     }
+
+
+def peak_bytes(process: int | str = "self") -> int:
+    """Return the peak resident set of a process since it was forked or started, in bytes; 0 where it is not known.
+
+    This is VmHWM of proc(5). ru_maxrss of getrusage also counts the time before exec, as a copy of the parent process.
+    """
+    with suppress(OSError):  # the process has ended, or there is no /proc
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 2**10
+    return 0
 
 
 def device_memory_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from train import meter
-from train.meter import GIB
+from train.meter import GIB, peak_bytes
 
 SHARE_OF_AVAILABLE = 0.8  # of the memory free at the start, which a run takes where no limit is given
 OVER = "used more than the memory limit"
@@ -49,15 +49,6 @@ def is_limited_by_user() -> bool:
     )
 
 
-def peak_bytes(process: int | str = "self") -> int:
-    """Most resident memory of a process since it was forked or started; 0 of one that is gone."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 2**10
-    return 0
-
-
 def over(limit_bytes: int) -> str:
     return f"{OVER} of {limit_bytes / GIB:.3g} GiB"
 
@@ -88,12 +79,9 @@ def go_first() -> None:
 
 
 def facts(device: torch.device) -> dict[str, float]:
-    """Return `train.meter.memory` and, on a GPU, the peak that torch's allocator reserves and the GPU's size, in GiB.
-
-    On the CPU the peak is that of this process alone; the one of getrusage is inherited by a forked process.
-    """
+    """Return `train.meter.memory` and, on a GPU, the peak reserved by torch's allocator and the GPU's size, in GiB."""
     if device.type != "cuda":
-        return {"memory_gib": peak_bytes() / GIB}
+        return meter.memory(device)
     return meter.memory(device) | {
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
