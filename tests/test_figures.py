@@ -93,3 +93,35 @@ def test_class_counts_name_least_most_and_median_of_each_split(classes: int, tmp
 def test_long_class_names_are_cut_beside_an_axis() -> None:
     assert figures.short("tench") == "tench"
     assert len(figures.short("x" * 99)) == figures.NAME_LETTERS
+
+
+ODD = ["$\\frac$", "_$a_$b", "_hidden", "100 % of $5"]  # formulas that matplotlib refuses, and what it leaves out
+
+
+def test_names_are_drawn_as_they_are_whatever_they_hold() -> None:
+    images = np.zeros((len(ODD), 8, 8, 3), np.uint8)
+    counts = np.eye(len(ODD), dtype=np.int64)
+    drawn = [
+        figures.curves([metrics(0)], ODD[0]),
+        figures.image_grid(images, ODD, title=ODD[0]),
+        figures.confusion_matrix(counts, ODD, ODD[0]),
+        figures.ranked_bars([0.1, 0.2, 0.3, 0.4], ODD, "F1", ODD[0]),
+        figures.class_counts({name: counts[0] for name in ODD}, ODD, ODD[0]),
+    ]
+    for figure in drawn:
+        figures.pixels_of(figure)
+    legend = [text.get_text().rpartition(": ")[0] for text in drawn[-1].legends[0].get_texts()]
+    assert legend == ODD
+
+
+@pytest.mark.parametrize(
+    ("loss", "axis_label", "names"),
+    [
+        ("cross-entropy", "cross-entropy loss", ["train", "validation"]),
+        ("bce", "loss", ["train, binary cross-entropy", "validation, cross-entropy"]),
+    ],
+)
+def test_each_curve_of_losses_is_named_by_what_it_is(loss: str, axis_label: str, names: list[str]) -> None:
+    axis = figures.curves([metrics(0), metrics(1)], "test", loss).axes[0]
+    assert axis.get_ylabel() == axis_label
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == names

@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(
 def test_the_curves_contain_the_last_epoch_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = figures.curves
-    monkeypatch.setattr(figures, "curves", lambda lines, title: drawn.append(len(lines)) or draw(lines, title))
+    monkeypatch.setattr(figures, "curves", lambda lines, *rest: drawn.append(len(lines)) or draw(lines, *rest))
     written = run_log(tmp_path, *(metrics(epoch) for epoch in range(4)))
     assert drawn == [1]  # at once, and then not at every epoch
     written.finish()

@@ -205,7 +205,7 @@ def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
     none = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
-    axis.set_title(f"Learning-rate range test: {title(config)}{none}", fontsize=11)
+    axis.set_title(f"Learning-rate range test: {title(config)}{none}", fontsize=11, parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     return figure

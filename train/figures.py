@@ -27,6 +27,7 @@ LABELLED_CLASSES = 250  # up to so many classes a confusion matrix names each of
 COUNTED_CLASSES = 40  # up to so many classes are drawn one beside the other at full size
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
 NAME_LETTERS = 28  # of a class beside an axis
+VALIDATION_LOSS = "cross-entropy"  # whatever train.loss is
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -35,6 +36,16 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    """Add a legend to a figure or its axes that shows all names as they are.
+
+    matplotlib itself leaves out names with a leading underscore and reads text between dollar signs as a formula.
+    """
+    legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -59,12 +70,17 @@ def pixels_of(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def curves(metrics: list[dict[str, Any]], title: str) -> Figure:
-    """Loss and top-1 accuracy against epoch, side by side, of training, validation and, where there is one, of the
-    moving average's validation; metrics: lines of metrics.jsonl."""
+def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy") -> Figure:
+    """Draw loss and top-1 accuracy against epoch, side by side, of training and validation.
+
+    metrics: lines of metrics.jsonl; validation of a moving average is drawn where there is one. loss: train.loss.
+    """
     figure, axes = new_figure(1, 2, size=(10, 4))
-    for axis, quantity, label in ((axes[0], "loss", "cross-entropy loss"), (axes[1], "top1", "top-1 accuracy")):
-        for split, name in (("train", "train"), ("val", "validation"), ("ema_val", "validation, moving average")):
+    loss_label = f"{loss_name(loss)} loss" if loss_name(loss) == VALIDATION_LOSS else "loss"
+    for axis, quantity, label in ((axes[0], "loss", loss_label), (axes[1], "top1", "top-1 accuracy")):
+        of_train, of_val = ("", "") if label != "loss" else (f", {loss_name(loss)}", f", {VALIDATION_LOSS}")
+        names = {"train": f"train{of_train}", "val": f"validation{of_val}", "ema_val": "validation, moving average"}
+        for split, name in names.items():
             points = [(line["epoch"] + 1, line.get(f"{split}_{quantity}")) for line in metrics]
             points = [point for point in points if point[1] is not None]
             axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
@@ -76,6 +92,11 @@ def curves(metrics: list[dict[str, Any]], title: str) -> Figure:
             axis.legend()
     figure.suptitle(title, parse_math=False)
     return figure
+
+
+def loss_name(loss: str) -> str:
+    """Return what a value of train.loss is called in pictures."""
+    return {"bce": "binary cross-entropy"}.get(loss, loss)
 
 
 def image_grid(
@@ -92,7 +113,7 @@ def image_grid(
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes[number].imshow(image, interpolation="nearest")
         axes[number].set_title(caption, fontsize=8, color=colors[number] if colors else "black", parse_math=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -109,7 +130,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8, aspect=60 if many else 20, pad=0.02)
     axis.set_xlabel("predicted class", fontsize=14 if many else 10)
     axis.set_ylabel("true class", fontsize=14 if many else 10)
-    axis.set_title(title, fontsize=16 if many else 11)
+    axis.set_title(title, fontsize=16 if many else 11, parse_math=False)
     if len(classes) <= LABELLED_CLASSES:
         names = [short(name) for name in classes]
         style: dict[str, Any] = {"fontsize": 5 if many else 8, "parse_math": False}
@@ -148,7 +169,7 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
         axis.set_xlim(0, 1.12)
         axis.set_xlabel(quantity)
         axis.grid(axis="x", alpha=0.3)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -156,13 +177,13 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     """Samples per class of each split: bars by class, or where there are too many, curves of the sorted numbers."""
     named = len(classes) <= COUNTED_CLASSES
     figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
-    for number, (split, each) in enumerate(counts.items()):
-        label = f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}"
+    drawn: list[Any] = []
+    for number, each in enumerate(counts.values()):
         if named:
             width = 0.8 / len(counts)
-            axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width, label=label)
+            drawn.append(axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width))
         else:
-            axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid", label=label)
+            drawn += axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid")
     if named:
         axis.set_xticks(range(len(classes)), list(map(short, classes)), rotation=90, fontsize=8, parse_math=False)
         axis.set_xlabel("class")
@@ -171,8 +192,11 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     axis.set_ylabel("samples")
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # beside the bars, wherever these are high
-    axis.set_title(title, fontsize=11)
+    labels = [
+        f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}" for split, each in counts.items()
+    ]
+    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # beside the bars
+    axis.set_title(title, fontsize=11, parse_math=False)
     return figure
 
 

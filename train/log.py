@@ -60,9 +60,9 @@ class RunLog:
     As a context manager it finishes at the end, as failed where an error ends it.
     """
 
-    def __init__(self, folder: Path | None, *, others_wait: bool = False) -> None:
-        """others_wait: on other ranks, which learn of an error only after it has ended this log."""
-        self._folder, self._others_wait = folder, others_wait
+    def __init__(self, folder: Path | None, *, others_wait: bool = False, loss: str = "cross-entropy") -> None:
+        """others_wait: on other ranks, which learn of an error only after it has ended this log; loss: train.loss."""
+        self._folder, self._others_wait, self._loss = folder, others_wait, loss
         self._trackers: list[Tracker] = []
         self.is_in_a_hurry = False  # as after a signal: the end leaves out what can be had later
         self._drawn_at = -CURVES_EVERY_S
@@ -178,7 +178,7 @@ class RunLog:
             return
         self._drawn_at = time.monotonic()
         try:
-            figures.save(figures.curves(metrics, self._folder.name), self._folder / "curves.png")
+            figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
         except UserError as error:  # a picture is no reason to end a run
             self.say(str(error))
 

@@ -29,9 +29,8 @@ def draw(run: dict[str, Any], path: Path) -> Path | None:
             axes = figure.add_subplot(grid[number, column] if len(line) > 1 or len(lines) > 1 else grid[number, :])
             _panel(axes, group, sorted(rows, key=lambda row: row["images_per_s"]))
     facts = run["environment"]
-    figure.suptitle(
-        f"{facts['device']}, {facts['cores']} cores, {facts['date']}: images/s, median and range of the rounds"
-    )
+    where = f"{facts['device']}, {facts['cores']} cores, {facts['date']}"
+    figure.suptitle(f"{where}: images/s, median and range of the rounds", parse_math=False)
     save(figure, path)
     return path
 
@@ -50,7 +49,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
         error_kw={"ecolor": "#333333", "elinewidth": 0.8},
         height=0.72,
     )
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=9, parse_math=False)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row["ours"] else "normal")
     for position, row in enumerate(rows):
@@ -66,7 +65,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
         axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("images/s" + (", logarithmic" if is_log else ""), fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_title(group["title"], fontsize=10, loc="left")
+    axes.set_title(group["title"], fontsize=10, loc="left", parse_math=False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = (
-    ("train_loss", "train loss (cross-entropy)"),
-    ("val_loss", "validation loss (cross-entropy)"),
+    ("train_loss", "train loss"),
+    ("val_loss", f"validation loss ({figures.VALIDATION_LOSS})"),
     ("train_top1", "train top-1 accuracy"),
     ("val_top1", "validation top-1 accuracy"),
 )
@@ -35,6 +35,7 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
     handles: dict[str, Any] = {}
     dotted: list[Any] = []
+    losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
         curves = [_points(record, quantity) for record in records]
         averages = [_points(record, f"ema_{quantity}") for record in records]
@@ -56,7 +57,7 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names, averages)
         axis.set_xlabel("epochs trained")
-        axis.set_ylabel(label)
+        axis.set_ylabel(f"{label} ({losses})" if quantity == "train_loss" else label)
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     figure.suptitle(title, parse_math=False)
@@ -64,11 +65,8 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
         handles[OTHERS] = handles.pop(OTHERS)  # to the end
     if dotted:
         handles[AVERAGE] = dotted[0]
-    legend = figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=_legend_columns(names), fontsize=9
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may have dollar signs
+    options: dict[str, Any] = {"loc": "outside lower center", "ncols": _legend_columns(names), "fontsize": 9}
+    figures.add_legend(figure, list(handles.values()), list(handles), **options)
     return figure
 
 

@@ -161,7 +161,7 @@ def picture(rows: list[Row]) -> Figure:
     figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]
     for axis in axes:
-        axis.set_yticks(range(len(rows)), labels, fontsize=9)
+        axis.set_yticks(range(len(rows)), labels, fontsize=9, parse_math=False)
         axis.invert_yaxis()
     _bars(axes[0], [row["parameters"] / MEGA for row in rows], "parameters, millions")
     _bars(axes[1], [row["forward_flops"] / MEGA for row in rows], "forward pass of one image, MFLOP")
