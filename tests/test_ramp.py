@@ -24,9 +24,10 @@ from train_fixtures import CLEAN, ROOT, Run, heed_ctrl_c
 
 from configs.load import load_config
 from tools import benchmark
-from tools.benchmarks import memory, ramp, ramp_stage
+from tools.benchmarks import chart, memory, pictures, ramp, ramp_stage
 from tools.benchmarks.ramp import Climb, Size, Subject, TimeOver
 from tools.benchmarks.turns import Contestant, measure
+from train.figures import pixels_of
 
 ANY_CONFIG: Any = None
 
@@ -121,13 +122,77 @@ def test_a_limit_ends_the_ramp_with_table_files_and_picture(
     assert code == 0
     (found,) = content["models"]
     assert (found["largest_batch"], found["too_large_batch"], found["end"]) == (100, 101, "memory")
-    assert (found["best_batch"], found["best_images_per_s"]) == (64, 6400)
-    assert "lenet 32x32: largest batch 100 (101 does not fit into 2 GiB); best 6,400" in capsys.readouterr().out
+    assert (found["best_batch"], found["best_images_per_s"]) == (100, 10_000)
+    assert (
+        "lenet 32x32: largest batch 100 (101 does not fit into 2 GiB); best 10,000 images/s (9,000 to 11,000)"
+        in capsys.readouterr().out
+    )
     with (tmp_path / "ramp.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["batch"]) for row in rows] == sorted({1, 2, 4, 8, 16, 32, 64, 96, 100, 101, 102, 104, 112, 128})
     assert {row["fits"] for row in rows} == {"True", "False"}
     assert (tmp_path / "ramp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lucky_round_makes_no_batch_the_fastest_and_what_is_marked_has_a_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
+        tried.append(batch)
+        size = fake(100)(subject, batch, *rest)
+        if size.fits:  # the smaller the better, but for one round of bisection at batch 96
+            size.rates = [20_000.0] if batch == 96 and tried.count(96) == 1 else [9_000.0 - batch, 9_200.0 - batch]
+        return size
+
+    drawn: list[Climb] = []
+    draw = pictures.ramp
+    monkeypatch.setattr(pictures, "ramp", lambda climbs, *rest: (drawn.extend(climbs), draw(climbs, *rest))[1])
+    code, content = ramp_with(attempt, monkeypatch, tmp_path, "--memory-limit", "2", "--exact", "--rounds", "2")
+    (found,) = content["models"]
+    assert (code, found["largest_batch"]) == (0, 100)
+    assert (found["best_batch"], found["best_images_per_s"]) == (1, 9_099)
+    assert (found["best_lowest"], found["best_highest"]) == (8_999, 9_199)
+    assert {batch for batch in tried if tried.count(batch) > 1} == {1, 96, 100}
+    rounds = {row["batch"]: row["rounds"] for row in content["sizes"]}
+    assert (rounds[1], rounds[64], rounds[96], rounds[100]) == (4, 2, 2, 2)
+    figure = draw(drawn, None, "test")
+    rates = figure.axes[0]
+    (star,) = (line for line in rates.lines if line.get_marker() == "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [9_099])
+
+
+def test_pictures_of_benchmarks_show_names_as_they_are(tmp_path: Path) -> None:
+    odd = "_$\\frac$"  # a formula that matplotlib refuses, under a name that it leaves out of legends
+    one = climbed(100, 1, None, 0.0)
+    one.subject = Subject(odd, ANY_CONFIG)
+    figure = pictures.ramp([one], (2.0, "limit"), odd)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"{odd}: 100 images fit, 100 are fastest", "limit, 2 GiB"]
+    facts = {"name": odd, "steps": 1, "step_ms": 2.0, "unprofiled_step_ms": {"step": 1.0, odd: 1.0}, "batch_size": 8,
+             "phases": [{"phase": "data", "ms": 2.0, "share": 1.0}], "operators": [{"name": odd, "ms": 1.0}],
+             "precision": "float32", "ranks": 1, "environment": {"device": odd}}  # fmt: skip
+    row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
+    run = {"groups": [{"title": odd, "rows": [row]}], "environment": {"device": odd, "cores": 2, "date": "today"}}
+    for each in (figure, pictures.profile(facts)):
+        pixels_of(each)
+    assert chart.draw(run, tmp_path / "chart.png") is not None
+
+
+def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
+        tried.append(batch)
+        return fake(99 if tried.count(batch) > 1 else 100)(subject, batch, *rest)
+
+    code, content = ramp_with(attempt, monkeypatch, tmp_path, "--memory-limit", "2", "--exact")
+    (found,) = content["models"]
+    assert (code, found["end"], found["too_large_batch"]) == (0, "memory", 100)
+    assert found["largest_batch"] == found["best_batch"] < 100
 
 
 def test_another_error_than_memory_fails_its_model_and_the_others_go_on(
@@ -203,13 +268,14 @@ def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
 RESTRICTED = """
 import os, resource
 from configs.load import load_config
-from tools.benchmarks import memory, ramp
+from tools.benchmarks import ramp
+from train import meter
 
 def main():
     block = bytearray(2**29)
     del block
     if os.fork() == 0:
-        print("own", memory.peak_bytes() < 2**29 and memory.peak_bytes() > 2**20, flush=True)
+        print("own", meter.peak_bytes() < 2**29 and meter.peak_bytes() > 2**20, flush=True)
         os._exit(0)
     os.wait()
     size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))

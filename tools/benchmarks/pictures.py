@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.figures import new_figure
+from train.figures import add_legend, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -19,11 +20,14 @@ LOG_FROM = 20.0  # ratio of the largest to the smallest rate from which its axis
 
 
 def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Figure:
-    """Images/s and peak memory over the batch size; limit: GiB and what it is called, a dashed line."""
+    """Draw images/s and peak memory over the batch size; limit: GiB and what it is called, a dashed line.
+
+    A star marks the fastest batch of each model, a diamond the largest that fits.
+    """
     figure, (rates, memories) = new_figure(1, 2, size=(13, 5))
     climbs = [one for one in climbs if one.fitting]
-    for number, one in enumerate(climbs):
-        _curve(rates, memories, one, COLORS[number % len(COLORS)])
+    lines = [_curve(rates, memories, one, COLORS[number % len(COLORS)]) for number, one in enumerate(climbs)]
+    names = [_legend_text(one) for one in climbs]
     every_rate = [size.rate for one in climbs for size in one.fitting]
     if max(every_rate) > LOG_FROM * min(every_rate):
         rates.set_yscale("log")
@@ -32,9 +36,8 @@ def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Fi
     tallest = max(size.memory_gib or 0.0 for one in climbs for size in one.fitting)
     memories.set_ylim(0, 1.15 * max(tallest, limit[0] if limit is not None else 0.0))
     if limit is not None:
-        memories.axhline(
-            limit[0], color="#333333", linestyle="--", linewidth=1, label=f"{limit[1]}, {limit[0]:.3g} GiB"
-        )
+        lines.append(memories.axhline(limit[0], color="#333333", linestyle="--", linewidth=1))
+        names.append(f"{limit[1]}, {limit[0]:.3g} GiB")
     batches = [size.batch for one in climbs for size in one.fitting]
     for axis, label in ((rates, "training images/s, median and range of the rounds"), (memories, "peak memory, GiB")):
         _powers_of_two(axis, min(batches), max(batches))
@@ -42,8 +45,8 @@ def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Fi
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    figure.legend(*memories.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle(f"Training step on a resident batch: {where}")
+    add_legend(figure, lines, names, loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle(f"Training step on a resident batch: {where}", parse_math=False)
     return figure
 
 
@@ -59,40 +62,49 @@ def profile(facts: dict[str, Any]) -> Figure:
         steps.barh([0], [part["ms"]], left=begin, color=PHASE_COLORS[part["phase"]], label=label, height=0.6)
         begin += part["ms"]
     steps.barh(range(1, len(bars)), list(bars.values())[1:], color="#d9dee2", height=0.6)
-    steps.set_yticks(range(len(bars)), list(bars))
+    steps.set_yticks(range(len(bars)), list(bars), parse_math=False)
     steps.invert_yaxis()
     steps.set_xlabel("ms per step")
     steps.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
     named = [(each["name"] if len(each["name"]) <= 48 else f"{each['name'][:45]}…", each["ms"])
              for each in reversed(facts["operators"])]  # fmt: skip
     operators.barh(range(len(named)), [ms for _, ms in named], color=COLORS[1], height=0.7)
-    operators.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8)
+    operators.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8, parse_math=False)
     operators.set_xlabel("ms per step, its own time")
     operators.set_title("operators or kernels that take most", fontsize=10, loc="left")
     for axis in (steps, operators):
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     where = facts["environment"]
-    figure.suptitle(
-        f"{facts['name']}, batch {facts['batch_size']}, {facts['precision']}: {facts['ranks']} x {where['device']}"
-    )
+    what = f"{facts['name']}, batch {facts['batch_size']}, {facts['precision']}"
+    figure.suptitle(f"{what}: {facts['ranks']} x {where['device']}", parse_math=False)
     return figure
 
 
-def _curve(rates: Axes, memories: Axes, one: Climb, color: str) -> None:
-    """Both panels' lines of one model, through the powers of two to the largest batch, which is a star."""
-    shown = [size for size in one.fitting if size.step == "doubling" or size.batch == one.largest]
+def _legend_text(one: Climb) -> str:
+    fits = f"{one.subject.name}: {'' if one.end == 'memory' else 'at least '}{one.largest:,} images fit"
+    return fits if one.best is None else f"{fits}, {one.best.batch:,} are fastest"
+
+
+def _curve(rates: Axes, memories: Axes, one: Climb, color: str) -> Artist:
+    """Draw both panels' lines of one model, through its sizes of several rounds to the largest batch.
+
+    Returns the line for the legend.
+    """
+    shown = [size for size in one.fitting if size in one.settled or size.batch == one.largest]
     batches = [size.batch for size in shown]
     ranges = [[s.rate - min(s.rates) for s in shown], [max(s.rates) - s.rate for s in shown]]
-    name = f"{one.subject.name}: {'' if one.end == 'memory' else 'at least '}{one.largest:,} images fit"
     style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.5}
     rates.errorbar(batches, [s.rate for s in shown], yerr=ranges, capsize=2, **style)
-    memories.plot(batches, [s.memory_gib or 0.0 for s in shown], label=name, **style)
-    last = shown[-1]
-    for axis, height in ((rates, last.rate), (memories, last.memory_gib or 0.0)):
-        axis.plot([last.batch], [height], marker="*", markersize=14, color=color, linestyle="none")
-        axis.annotate(f"{last.batch:,}", (last.batch, height), textcoords="offset points", xytext=(9, 0), va="center",
-                      fontsize=9, color=color)  # fmt: skip
+    (line,) = memories.plot(batches, [s.memory_gib or 0.0 for s in shown], **style)
+    marks = [(memories, shown[-1].batch, shown[-1].memory_gib or 0.0, "D", 8)]
+    if one.best is not None:
+        marks.append((rates, one.best.batch, one.best.rate, "*", 14))
+    for axis, batch, height, marker, size in marks:
+        axis.plot([batch], [height], marker=marker, markersize=size, color=color, linestyle="none")
+        axis.annotate(f"{batch:,}", (batch, height), textcoords="offset points", xytext=(9, 6), va="center", fontsize=9,
+                      color=color)  # fmt: skip
+    return line
 
 
 def _powers_of_two(axis: Axes, least: int, most: int) -> None:

@@ -1,4 +1,6 @@
-"""Which batch sizes train how fast, and the largest that memory holds: powers of two, then bisection.
+"""Measure which batch sizes train how fast, and find the largest that memory holds: powers of two, then bisection.
+
+The largest and the fastest are measured again, since the fastest of many short measurements is often a lucky one.
 
 Each size has a process of its own, so that one that does not fit ends nothing else and leaves nothing behind.
 """
@@ -45,6 +47,7 @@ class Size:
     gpu_memory_gib: float | None = None  # the GPU's whole memory
     error: str | None = None
     step: str = "doubling"  # or bisection
+    is_repeated: bool = False
 
     @property
     def fits(self) -> bool:
@@ -144,6 +147,17 @@ class Climb:
         return self.fitting[-1].batch if self.fitting else None
 
     @property
+    def settled(self) -> list[Size]:
+        """The fitting sizes but those that have one round of bisection alone, where there are others."""
+        fitting = self.fitting
+        return [size for size in fitting if size.step == "doubling" or size.is_repeated] or fitting
+
+    @property
+    def best(self) -> Size | None:
+        """The fastest of the settled sizes by the median of its rounds."""
+        return max(self.settled, key=lambda size: size.rate, default=None)
+
+    @property
     def too_large(self) -> int | None:
         """The smallest batch that did not fit."""
         return min((size.batch for size in self.sizes if not size.fits and not size.is_failure), default=None)
@@ -157,7 +171,7 @@ class Climb:
 def climb(
     result: Climb, reach: Callable[[int, str], Size], *, first: int, most: int | None, tolerance: float
 ) -> Iterator[Size]:
-    """Fill `result` size by size; reach(batch, "doubling" or "bisection") may raise TimeOver."""
+    """Fill `result` size by size; reach(batch, "doubling", "bisection" or "repeat") may raise TimeOver."""
 
     def noted(sizes: Iterator[Size]) -> Iterator[Size]:
         for size in sizes:
@@ -172,7 +186,27 @@ def climb(
     except TimeOver:
         result.end = "time"
         return
+    with suppress(TimeOver):  # the search itself is complete
+        yield from repeats(result, lambda batch: reach(batch, "repeat"))
     result.end = "error" if result.failure else "memory" if result.too_large is not None else "most"
+
+
+def repeats(result: Climb, reach: Callable[[int], Size]) -> Iterator[Size]:
+    """Measure the largest batch once more, and the fastest until the fastest of all has been repeated.
+
+    The rounds are added to those of the first time, but for the one round of bisection: a size that was chosen by its
+    rate in one round was probably lucky in it.
+    """
+    while result.fitting:
+        fastest = max(result.fitting, key=lambda size: size.rate)
+        size = next((one for one in (result.fitting[-1], fastest) if not one.is_repeated), None)
+        if size is None:
+            return
+        again = reach(size.batch)
+        size.is_repeated, size.error = True, again.error
+        size.rates = again.rates if size.step == "bisection" else size.rates + again.rates
+        size.memory_gib = max(filter(None, (size.memory_gib, again.memory_gib)), default=None)
+        yield size
 
 
 def worthwhile(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Size]:

@@ -5,7 +5,8 @@
 
 It runs the real training step on one batch that stays on the device (--cfg: of real images, repeated where the data set
 has too few; --model: of noise), each size in a process of its own. After the first size that does not fit, bisection
-finds the largest that does. On a GPU each size is compiled anew, as the config says, which takes most of the time;
+finds the largest that does. The largest and the fastest size are measured again; the median of all rounds counts.
+On a GPU each size is compiled anew, as the config says, which takes most of the time;
 --opts train.compile=off train.cuda_graph=off is quicker, with other figures.
 
 Memory on the CPU is the peak of the whole process, libraries included; on a GPU that of torch's tensors, and beside it
@@ -62,7 +63,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--minutes", type=float, help="for all models; no size is begun after that")
     command.add_argument("--exact", action="store_true", help="the very largest batch, not the largest but 3 %%")
     command.add_argument("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
-    command.add_argument("--rounds", type=int, default=3, help="per size; bisection takes one (default %(default)s)")
+    command.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="per size; bisection takes one, the largest and the fastest size twice as many (default %(default)s)",
+    )
     command.add_argument("--out", type=Path, help="folder (default output/NAME-ramp, of several models output/ramp)")
 
 
@@ -172,7 +178,7 @@ def measure_all(climbs: list[Climb], arguments: argparse.Namespace, csv: Path) -
 def _reach(one: Climb, arguments: argparse.Namespace, deadline: float | None, bar: Any, batch: int, step: str) -> Size:
     bar.set_description(f"{one.subject.name}, batch {batch}")
     step_s = max((batch / size.rate for size in one.fitting), default=0.0)
-    rounds = arguments.rounds if step == "doubling" else 1
+    rounds = 1 if step == "bisection" else arguments.rounds
     size = ramp.attempt(one.subject, batch, arguments.seconds, rounds, deadline, step_s)
     size.step = step
     return size
@@ -219,9 +225,8 @@ def shown(one: Climb, size: Size) -> Row:
 
 
 def summary(one: Climb) -> Row:
-    """The answers: largest batch and whether there may be larger ones, best rate, smallest batch near it."""
-    doubled = [size for size in one.fitting if size.step == "doubling"]  # bisection's one round would win by luck
-    best = max(doubled, key=lambda size: size.rate, default=None)
+    """Return the answers: largest batch and whether there may be larger ones, best rate, smallest batch near it."""
+    best = one.best
     return {
         "model": one.subject.name,
         "end": one.end,
@@ -229,7 +234,9 @@ def summary(one: Climb) -> Row:
         "too_large_batch": one.too_large,
         "best_images_per_s": float(f"{best.rate:.5g}") if best else None,
         "best_batch": best.batch if best else None,
-        "near_best_batch": next((s.batch for s in doubled if best and s.rate >= NEAR_BEST * best.rate), None),
+        "best_lowest": float(f"{min(best.rates):.5g}") if best else None,
+        "best_highest": float(f"{max(best.rates):.5g}") if best else None,
+        "near_best_batch": next((s.batch for s in one.settled if best and s.rate >= NEAR_BEST * best.rate), None),
     }
 
 
@@ -248,9 +255,10 @@ def sentence(one: Climb) -> str:
         bound += f"; {why}"
     spread, noisiest = max((max(size.rates) / min(size.rates), size.batch) for size in one.fitting)
     noise = f" The rounds of batch {noisiest:,} differ {spread:.1f} times: the machine is busy." * (spread > NOISY)
+    spread_of_best = f"{found['best_lowest']:,.0f} to {found['best_highest']:,.0f}"
     return (
         f"{name}: largest batch {'' if one.end == 'memory' else 'at least '}{largest:,} ({bound}); "
-        f"best {found['best_images_per_s']:,.0f} images/s at batch {found['best_batch']:,}, "
+        f"best {found['best_images_per_s']:,.0f} images/s ({spread_of_best}) at batch {found['best_batch']:,}, "
         f"{found['near_best_batch']:,} is the smallest within {100 - 100 * NEAR_BEST:.0f} % of it.{noise}"
     )
 
