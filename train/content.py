@@ -18,7 +18,8 @@ from train.loop import Training
 
 PARTS: dict[str, type] = {
     "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
-    "sums": torch.Tensor, "position": dict, "progress": dict, "stream": dict, "config": str, "dataset": dict,
+    "sums": torch.Tensor, "position": dict, "progress": dict, "times": dict, "stream": dict, "config": str,
+    "dataset": dict,
 }  # fmt: skip
 OF_TENSORS = ("model", "lookahead", "ema")
 
@@ -102,6 +103,8 @@ def malformed(content: dict[str, Any]) -> str | None:
     position = content.get("position", {"epoch": 0, "step": 0})
     if not all(type(position.get(key)) is int and position[key] >= 0 for key in ("epoch", "step")):
         return "position"
+    if not all(type(time) in (int, float) for time in content.get("times", {}).values()):
+        return "times"
     return None
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import ExitStack
 from functools import partial
+from math import isnan
 from typing import Any
 
 from configs.errors import UserError
@@ -132,6 +133,7 @@ def main() -> int:
             train_loader.state = position
         else:
             position, progress = go_on(training, train_loader, timeline, content, source), content["progress"]
+            clock.restore(content)
             content = None  # a second copy of the weights
         done = timeline.first(position["epoch"]) + position["step"]
         if folder is None:
@@ -143,10 +145,12 @@ def main() -> int:
             "config": to_yaml(config),
             "dataset": dataset_facts(dataset, val_loader.image_size),
             "progress": progress,  # changes in training
+            "times": clock.times,  # likewise
         }
         facts = facts_of(config, dataset, training, train_loader, ranks)
         log_folder, others_wait = folder if ranks.is_first else None, ranks.world_size > 1
-        with RunLog(log_folder, others_wait=others_wait) as log, Saving(folder, training, about) as saving:
+        run_log = RunLog(log_folder, others_wait=others_wait, loss=config.train.loss)
+        with run_log as log, Saving(folder, training, about) as saving:
             log.record(about["config"], facts)
             log.keep_epochs(position["epoch"])
             if source is not None:
@@ -184,8 +188,11 @@ def main() -> int:
             which = " of the moving average" if average_counts(training, config.eval.weights) else ""
             log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
-            log.say(f"epochs and last evaluation {clock.training_s:.2f} s, whole command {clock.command_s:.2f} s")
-            log.summary({"training_s": clock.training_s, "command_s": clock.command_s})
+            if not isnan(clock.training_s):
+                log.say(f"epochs and last evaluation {clock.training_s:.2f} s")
+                log.summary({"training_s": clock.training_s})
+            log.say(f"whole command {clock.command_s:.2f} s")
+            log.summary({"command_s": clock.command_s})
             if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
                 with counted_weights(training, config.eval.weights):
                     show_predictions(log, training, val_loader, config, dataset["classes"], step=timeline.total)

@@ -82,8 +82,8 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
         health.begin(done)
         agreement.begin(done)
         try:
-            rates = _updates(run, epoch, step, health, agreement)
-            _end_of_epoch(run, epoch, rates, asked, health, agreement)
+            _updates(run, epoch, step, health, agreement)
+            _end_of_epoch(run, epoch, asked, health, agreement)
         except NotFinite as found:
             epoch, step = _go_back(run, found)
         else:
@@ -91,8 +91,8 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
     dist.from_first_rank(run.saving.wait)
 
 
-def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreement) -> dict[str, float | None]:
-    """The rest of an epoch of which `step` steps are done; what metrics say of it beside its sums."""
+def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreement) -> None:
+    """Train the rest of an epoch of which `step` steps are done."""
     config, training, loader, timeline, log = run.config, run.training, run.train_loader, run.timeline, run.log
     first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
     bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
@@ -120,23 +120,19 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
             log.steps(measured, done)
             _report_left_out(run, health, done)
         if saves:
+            run.clock.count(done)
             run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
         if signal:
             _stop(run, signal, done)
 
     if step == steps:  # the run had been stopped in the evaluation
-        return dict.fromkeys(("images_per_s", "data_wait_fraction", "epoch_time_s"))
+        return
     passed_over = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
+    run.clock.begin(first + step, loader, images_per_update=_global_batch(run, epoch))
     with bar:
-        times = train_epoch(training, loader, seed=config.seed, rank=run.ranks.rank, after_update=after_update,
-                            timeline=timeline, decays=_decays(run), passed_over=passed_over)  # fmt: skip
-    run.clock.add(times.time_s)
-    images = times.batches * _global_batch(run, epoch) / config.train.accumulation_steps
-    return {
-        "images_per_s": images / times.time_s,
-        "data_wait_fraction": times.wait_s / times.time_s,
-        "epoch_time_s": times.time_s,
-    }
+        train_epoch(training, loader, seed=config.seed, rank=run.ranks.rank, after_update=after_update,
+                    timeline=timeline, decays=_decays(run), passed_over=passed_over)  # fmt: skip
+    run.clock.count(first + steps)
 
 
 def _global_batch(run: Run, epoch: int) -> int:
@@ -150,10 +146,8 @@ def _decays(run: Run) -> int:
     return int(run.progress.get("plateau", {}).get("decays", 0))
 
 
-def _end_of_epoch(
-    run: Run, epoch: int, rates: dict[str, float | None], asked: Asked, health: Health, agreement: Agreement
-) -> None:
-    """Evaluation, metrics and checkpoints."""
+def _end_of_epoch(run: Run, epoch: int, asked: Asked, health: Health, agreement: Agreement) -> None:
+    """Evaluate, write metrics and checkpoints."""
     config, training, progress = run.config, run.training, run.progress
     done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
     run.train_loader.check_unchanged()
@@ -168,7 +162,7 @@ def _end_of_epoch(
         "train_top1": correct / seen if seen else nan,
         **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
         "lr": learning_rate(done - 1, run.timeline, training.config, _decays(run)),
-        **rates,
+        **run.clock.rates(),
         **memory(training.device),
     }
     improved = False
@@ -188,6 +182,7 @@ def _end_of_epoch(
     if (report := report_bad_samples(run.train_loader)) is not None:
         run.log.say(report)
     training.sums.zero_()
+    run.clock.end_epoch()
     names = (BEST,) if improved else ()
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
         names = (*names, LAST)
@@ -255,6 +250,7 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
     position = go_on(run.training, run.train_loader, run.timeline, content, source)
     run.progress.clear()
     run.progress |= content["progress"]
+    run.clock.restore(content)
     run.progress["passed_over"] = [*passed_over, [found.first, found.last]]
     run.saving.stands(source, run.timeline.first(position["epoch"]) + position["step"])
     run.prepare()
