@@ -566,3 +566,6 @@ def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target(
     assert (found["top1"], found["epochs"], found["epochs_per_s"], found["target_reached_s"]) == (0.8, 4, 0.5, 6.0)
     assert programs.reached(lines, 0.9)["target_reached_s"] is None
     assert programs.reached([], 0.9) == {}
+    lines[1] |= {"epoch_time_s": None, "images_per_s": None}  # of an epoch that was begun by an older version
+    found = programs.reached(lines, 0.75)
+    assert (found["images_per_s"], found["training_s"], found["target_reached_s"]) == (100.0, None, None)

@@ -169,10 +169,42 @@ def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
 
 
 def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
-    names = ["a$\\b$", "$x$"]
+    names = ["a$\\b$", "_$x$"]
     records = [read_run(make_run(tmp_path / run, lines=[line(0), line(1, train_loss=None)])) for run in ("a", "b")]
-    figures.pixels_of(overlay.overlay(records, names, names[0]))
+    figure = overlay.overlay(records, names, names[0])
+    figures.pixels_of(figure)
+    assert [text.get_text().removesuffix(" (2 of 3 epochs)") for text in figure.legends[0].get_texts()] == names
     figures.pixels_of(figures.curves(records[0].metrics, names[0]))
+
+
+def test_the_train_loss_is_named_by_the_runs_and_validation_s_is_always_cross_entropy(tmp_path: Path) -> None:
+    plain = read_run(make_run(tmp_path / "plain"))
+    binary = read_run(make_run(tmp_path / "binary", "train.loss=bce"))
+    for records, expected in (
+        ([plain], "train loss (cross-entropy)"),
+        ([binary], "train loss (binary cross-entropy)"),
+        ([plain, binary], "train loss (cross-entropy or binary cross-entropy)"),
+    ):
+        train, val, *_ = overlay.overlay(records, ["a", "b"][: len(records)], "test").axes
+        assert (train.get_ylabel(), val.get_ylabel()) == (expected, "validation loss (cross-entropy)")
+
+
+def test_a_time_that_is_not_known_gives_no_total_and_no_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = {"epoch_time_s": None, "images_per_s": None, "data_wait_fraction": None}
+    folders = [
+        make_run(tmp_path / "known"),
+        make_run(tmp_path / "partly", lines=[line(0, **unknown), line(1), line(2)]),
+        make_run(tmp_path / "unknown", lines=[line(epoch, **unknown) for epoch in range(3)]),
+    ]
+    for order in (folders, folders[::-1]):
+        call(monkeypatch, *order, "--out", tmp_path / "out")
+        with (tmp_path / "out" / "comparison.csv").open() as file:
+            found = {row["run"]: (row["training_time_s"], row["time_ratio"]) for row in csv.DictReader(file)}
+        ratio = "1.0" if order[0].name == "known" else ""
+        assert found == {"known": ("6.0", ratio), "partly": ("", ""), "unknown": ("", "")}
+    assert "| unknown " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

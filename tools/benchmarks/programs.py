@@ -27,6 +27,7 @@ from pipelines.shards import open_split
 from tools.benchmarks import datasets
 from tools.benchmarks.results import RUNNING, STOPPED, Row, failed, skipped
 from tools.benchmarks.turns import TIME_OVER
+from tools.parts.run_records import results, training_time_s
 from train.log import counted, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -196,16 +197,17 @@ def reached(metrics: list[dict[str, Any]], target: float) -> Row:
     """Return the figures of a run's epochs so far; none before the first epoch has ended."""
     if not metrics:
         return {}
-    times = [line["epoch_time_s"] for line in metrics]
+    found = results(metrics)
+    time_s = found["training_time_s"]
     accuracies = [counted(line, "auto") for line in metrics]
     first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)
     figures: Row = {
-        "top1": max((top1 for top1 in accuracies if top1 is not None), default=None),
+        "top1": found["best_val_top1"],
         "epochs": len(metrics),
-        "epochs_per_s": len(times) / sum(times),
-        "images_per_s": statistics.median(line["images_per_s"] for line in metrics),
-        "training_s": sum(times),
-        "target_reached_s": sum(times[:first]) if first is not None else None,
+        "epochs_per_s": len(metrics) / time_s if time_s else None,
+        "images_per_s": found["images_per_s"],
+        "training_s": time_s,
+        "target_reached_s": training_time_s(metrics[:first]) if first is not None else None,
     }
     figures |= {key: metrics[-1][key] for key in ("memory_gib", "device_memory_gib") if key in metrics[-1]}
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}

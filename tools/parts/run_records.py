@@ -168,7 +168,7 @@ def counts_average(record: RunRecord) -> bool:
 
 
 def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
-    """Best validation accuracy, where training stands, time, speed and memory; None for what is not there yet.
+    """Return the best validation accuracy, the state of training, time, speed and memory; None for what is unknown.
 
     weights: eval.weights, which says whose accuracy counts.
     """
@@ -181,10 +181,16 @@ def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
         "best_epoch": best[1] + 1 if best else None,
         "train_top1": last.get("train_top1"),
         "train_loss": last.get("train_loss"),
-        "training_time_s": _over_epochs(sum, metrics, "epoch_time_s"),
+        "training_time_s": training_time_s(metrics),
         "images_per_s": _over_epochs(statistics.median, metrics, "images_per_s"),
         "memory_gib": _over_epochs(max, metrics, "memory_gib"),
     } | ({} if device_gib is None else {"device_memory_gib": device_gib})
+
+
+def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
+    """Return the time of all epochs; None where that of any is unknown, since a part of the sum would mislead."""
+    times = [line.get("epoch_time_s") for line in metrics]
+    return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
