@@ -106,7 +106,7 @@ def test_names_are_drawn_as_they_are_whatever_they_hold() -> None:
         figures.image_grid(images, ODD, title=ODD[0]),
         figures.confusion_matrix(counts, ODD, ODD[0]),
         figures.ranked_bars([0.1, 0.2, 0.3, 0.4], ODD, "F1", ODD[0]),
-        figures.class_counts({name: counts[0] for name in ODD}, ODD, ODD[0]),
+        figures.class_counts(dict.fromkeys(ODD, counts[0]), ODD, ODD[0]),
     ]
     for figure in drawn:
         figures.pixels_of(figure)

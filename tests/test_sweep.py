@@ -28,9 +28,11 @@ from configs.load import load_config, to_yaml
 from tools import sweep
 from tools.parts import sweep_report, sweep_runs
 from tools.parts.run_records import flat
+from tools.parts.sweep_pictures import values_figure
 from tools.parts.sweep_points import Point, points, split_outside_brackets
-from tools.parts.sweep_report import Sweep, beyond, values_figure
+from tools.parts.sweep_report import Sweep, beyond
 from tools.parts.sweep_runs import Outcome, Slot, make_slots, run_all
+from train import figures
 from train.ddp import parse_arguments
 from train.log import read_metrics
 
@@ -494,10 +496,10 @@ def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one
 # Pictures and W&B
 
 
-def figure_of(*axes: str) -> Any:
-    configs = [point.config for point in of(*axes)]
-    table = [{"best_val_top1": 0.1 * n, "training_time_s": 10.0 + n} for n in range(len(configs))]
-    return values_figure(configs, table, "test")
+def figure_of(*axes: str, variants: tuple[str, ...] = ()) -> Any:
+    found = of(*axes, variants=variants)
+    table = [{"best_val_top1": 0.1 * n, "training_time_s": 10.0 + n} for n in range(len(found))]
+    return values_figure(found, table, "test")
 
 
 def test_one_number_gives_lines_two_give_a_map_and_none_gives_nothing() -> None:
@@ -512,6 +514,49 @@ def test_one_number_gives_lines_two_give_a_map_and_none_gives_nothing() -> None:
     shown = figure_of("train.lr=1e-3,1e-2", "seed=1,2,3").axes[0].get_images()[0].get_array()
     assert shown.ravel().tolist() == pytest.approx([0.0, 0.3, 0.1, 0.4, 0.2, 0.5])  # a row for each seed
     assert figure_of("aug.crop=none,pad") is None
+
+
+VARIANTS = (
+    "plain: aug.crop=none aug.flip=0",
+    "TrivialAugment, erasing: aug.auto=trivialaugment aug.erase.probability=0.5",
+    "_$x$: aug.flip=0.5",
+)
+NAMES = ["plain", "TrivialAugment, erasing", "_$x$"]
+
+
+def test_each_variant_has_a_bar_under_its_name_as_given() -> None:
+    figure = figure_of(variants=VARIANTS)
+    for axis, expected in zip(figure.axes, ([0, 0.1, 0.2], [10, 11, 12]), strict=True):
+        assert [bar.get_width() for bar in axis.patches] == pytest.approx(expected)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == NAMES
+    assert [point.name for point in of(variants=VARIANTS)] == ["plain", "TrivialAugment,_erasing", "__x_"]
+    figures.pixels_of(figure)
+
+
+def test_variants_with_seeds_share_a_bar_and_over_a_number_each_is_a_line() -> None:
+    figure = figure_of("seed=1,2,3", variants=VARIANTS)  # of variant n the runs n, n + 3, n + 6
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == NAMES
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.3, 0.4, 0.5])
+    figure = figure_of("train.lr=1e-3,1e-2", variants=VARIANTS)
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [
+        pytest.approx([0.0, 0.3]), pytest.approx([0.1, 0.4]), pytest.approx([0.2, 0.5]),
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == NAMES
+    figure = figure_of("train.channels_last=true,false", variants=VARIANTS)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels[1] == "TrivialAugment, erasing, channels_last=true"
+    assert len(set(labels)) == 6
+
+
+def test_results_that_are_not_known_leave_gaps() -> None:
+    for axes, variants in ((["train.lr=1e-3,1e-2"], ()), (["train.lr=1e-3,1e-2", "seed=1,2"], ()), ([], VARIANTS)):
+        found = of(*axes, variants=tuple(variants))
+        table: list[dict[str, Any]] = [{"best_val_top1": 0.5, "training_time_s": None} for _ in found]
+        table[-1] = {"best_val_top1": None, "training_time_s": 3.0}
+        for results in (table, [dict.fromkeys(one) for one in table]):
+            figure = values_figure(found, results, "test")
+            assert figure is not None
+            figures.pixels_of(figure)
 
 
 def wandb_command(values: dict[str, Any]) -> list[str]:

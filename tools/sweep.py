@@ -9,7 +9,7 @@
 Each run is a process of train/ddp.py of its own, on its own GPUs (all of CUDA_VISIBLE_DEVICES are shared out); on a CPU
 one after the other. The same command goes on where it stopped, however it stopped: finished runs are kept, interrupted
 ones resumed, failed ones tried again. Runs lie in --out (default OUTPUT/NAME-sweep): a folder and a console log each,
-and sweep.csv, sweep.json, curves.csv, sweep.png and, where a number is varied, sweep_values.png of all of them.
+and sweep.csv, sweep.json, curves.csv, sweep.png and, where numbers or variants are varied, sweep_values.png of all.
 Exit code 1: a run failed.
 """
 
@@ -104,7 +104,7 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[Slot], lock: int
         if outcome.error is not None:
             what = f"failed, {outcome.error} (all of it: {log_of(point)})"
         else:
-            what = f"best val top1 {accuracy:.4f}"
+            what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
         with bar.external_write_mode(file=sys.stdout):
             print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
         if (best := sweep_report.best_of(rows)) is not None:

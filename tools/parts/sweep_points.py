@@ -42,9 +42,11 @@ class Choice:
 class Point:
     """One run of the sweep."""
 
-    name: str
+    name: str  # of its folder
     settings: Settings
     config: Config
+    label: str = ""  # in pictures: variants with their names as given
+    variant: str = ""  # its name as given; empty: without variants
 
 
 def points(
@@ -211,10 +213,9 @@ def _named(choices: Sequence[Choice], chosen: Sequence[tuple[tuple[Settings, ...
             )
         seen[same] = " ".join(settings)
         values = flat(config)
-        parts = [
-            choice.names[choice.options.index(option)] if choice.names else ""
-            for choice, option in zip(choices, options, strict=True)
-        ]
+        pairs = zip(choices, options, strict=True)
+        variant = next((one.names[one.options.index(option)] for one, option in pairs if one.names), "")
+        parts = [variant]
         for key in sorted(short):
             text = next(text for text in settings if text.startswith(f"{key}=")).partition("=")[2]
             parts.append(f"{short[key]}={show(values[key]) if key in values else text}")
@@ -222,7 +223,8 @@ def _named(choices: Sequence[Choice], chosen: Sequence[tuple[tuple[Settings, ...
         if len(name) > NAME_LENGTH or name in {point.name for point in result} or name.startswith("."):
             digest = hashlib.sha256(same.encode()).hexdigest()[:8]
             name = f"{name[: NAME_LENGTH - 9].lstrip('.')}_{digest}"
-        result.append(Point(name, settings, config.model_copy(update={"name": name})))
+        label = ", ".join(filter(None, parts)) if variant else name
+        result.append(Point(name, settings, config.model_copy(update={"name": name}), label, variant))
     names = {point.name for point in result}
     for name in names:  # a run folder's number is told from a name only by the sweep's care
         if (found := re.fullmatch(r"(.+)-\d+", name)) and found[1] in names:

@@ -1,33 +1,24 @@
-"""What a sweep found, for whatever part of it is done: the table, sweep.csv, sweep.json and two pictures."""
+"""Write what is known of a sweep so far: the table, sweep.csv, sweep.json and two pictures."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from configs.files import read_record
 from configs.schema import Config
 from tools.parts import tables
 from tools.parts.overlay import overlay
 from tools.parts.run_records import RunRecord, curve_rows, differing, flat, global_batch, show, table
+from tools.parts.sweep_pictures import values_figure
 from tools.parts.sweep_points import Point
 from tools.parts.sweep_runs import folder_of
 from tools.parts.tables import Row
 from train import figures
 from train.log import read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
-
-LOG_FACTOR = 10  # values that span more are drawn on a log axis
-LINES = 8  # up to so many lines in the picture over a setting's values
 
 
 @dataclass(frozen=True)
@@ -122,107 +113,23 @@ def beyond(configs: Sequence[Config], best: int) -> list[str]:
 
 
 def draw(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """The names of the pictures: sweep.png, and sweep_values.png where a number was varied. None is left of an earlier
-    sweep, whose figures the tables beside it no longer hold."""
+    """Draw sweep.png and, where numbers or variants were tried, sweep_values.png; return their names.
+
+    Pictures of an earlier sweep are removed, since the tables beside them no longer hold their figures.
+    """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)
     records = records_of(sweep)
     begun = [number for number, record in enumerate(records) if record.metrics]
     if not begun:
         return []
-    names = [sweep.points[number].name for number in begun]
+    names = [sweep.points[number].label for number in begun]
     title = f"{sweep.folder.name}: {len(begun)} of {len(sweep.points)} runs"
     figures.save(overlay([records[number] for number in begun], names, title), sweep.folder / "sweep.png")
     finished = [number for number in begun if rows[number]["status"] == "finished"]
-    figure = values_figure(
-        [records[number].config for number in finished], [rows[number] for number in finished], sweep.folder.name
-    )
+    points, results = [sweep.points[number] for number in finished], [rows[number] for number in finished]
+    figure = values_figure(points, results, sweep.folder.name)
     if figure is None:
         return ["sweep.png"]
     figures.save(figure, sweep.folder / "sweep_values.png")
     return ["sweep.png", "sweep_values.png"]
-
-
-def values_figure(configs: Sequence[Config], rows: Sequence[Row], title: str) -> Figure | None:
-    """Best validation accuracy and training time over one or two numeric settings; None where none is varied."""
-    settings = [flat(config) for config in configs]
-    keys = differing(configs)
-    numeric = [key for key in keys if all(type(one[key]) in (int, float) for one in settings)]
-    if len(numeric) == 2 and len(keys) == 2:
-        return _maps(numeric, settings, rows, title)
-    if len(numeric) != 1:
-        return None
-    key, others = numeric[0], [key for key in keys if key not in numeric]
-    lines: dict[str, list[tuple[Any, Row]]] = {}
-    for one, row in zip(settings, rows, strict=True):
-        lines.setdefault(", ".join(f"{other}={show(one[other])}" for other in others), []).append((one[key], row))
-    if len(lines) > LINES:
-        return None
-    figure, axes = figures.new_figure(1, 2, size=(10, 4 + 0.22 * len(lines) * bool(others)))
-    for axis, (quantity, label) in zip(axes, _MEASURES, strict=True):
-        for name, points in lines.items():
-            points.sort(key=lambda point: point[0])
-            axis.plot([value for value, _ in points], [row[quantity] for _, row in points], marker="o", label=name)
-        _set_value_axis(axis, [one[key] for one in settings])
-        axis.set_xlabel(key)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].set_ylim(0, 1.08 * max(row["training_time_s"] for row in rows))
-    if others:
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", fontsize=9)
-    figure.suptitle(title, parse_math=False)
-    return figure
-
-
-_MEASURES = (("best_val_top1", "best validation top-1 accuracy"), ("training_time_s", "training time in s"))
-
-
-def _maps(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
-    """Both measures for each pair of values; a grid as a heat map, scattered points as points."""
-    horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
-    is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
-    size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
-    figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])))
-    for axis, (quantity, label) in zip(axes, _MEASURES, strict=True):
-        values = [row[quantity] for row in rows]
-        shown: ScalarMappable
-        colours: dict[str, Any] = {"cmap": "viridis" if quantity == "best_val_top1" else "Greys"}
-        if is_grid:
-            cells = [[math.nan] * len(horizontal) for _ in vertical]
-            for one, value in zip(settings, values, strict=True):
-                cells[vertical.index(one[keys[1]])][horizontal.index(one[keys[0]])] = value
-            shown = axis.imshow(cells, origin="lower", aspect="auto", **colours)
-            axis.set_xticks(range(len(horizontal)), map(show, horizontal))
-            axis.set_yticks(range(len(vertical)), map(show, vertical))
-            for row, column in ((r, c) for r in range(len(vertical)) for c in range(len(horizontal))):
-                value = cells[row][column]
-                text = "" if math.isnan(value) else f"{value:.4f}" if quantity == "best_val_top1" else f"{value:.3g}"
-                box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
-                axis.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box if text else None)
-        else:
-            places = [[one[key] for one in settings] for key in keys]
-            shown = axis.scatter(places[0], places[1], s=70, c=values, edgecolors="0.3", linewidths=0.5, **colours)
-            _set_value_axis(axis, places[0])
-            if _spans_orders(places[1]):
-                axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-        figure.colorbar(shown, ax=axis, label=label)
-        axis.set_xlabel(keys[0])
-        axis.set_ylabel(keys[1])
-    figure.suptitle(title, parse_math=False)
-    return figure
-
-
-def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
-    """The values that were tried as ticks, as long as they can be read."""
-    tried = sorted(set(values))
-    if _spans_orders(values):
-        axis.set_xscale("log")
-        axis.set_xticks([], minor=True)
-    if len(tried) <= 8:
-        axis.set_xticks(tried, map(show, tried))
-
-
-def _spans_orders(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) >= LOG_FACTOR * min(values)
