@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
     is_result_printed: then it is an error where stdout does not take the last of it, as on a full disk.
     """
     _open_standard_streams()
+    _use_utf8()
     try:
         code = main()
         lost = _flush()
@@ -51,6 +53,22 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
     sys.exit(code)
 
 
+def _use_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode where the locale has another encoding, such as LC_ALL=C.
+
+    Otherwise names that this encoding lacks could be no names of files. A process of multiprocessing is left alone: its
+    command line cannot be repeated, and it inherits the mode.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":  # 1, and yet not: -X utf8=0
+        return
+    from multiprocessing import parent_process
+
+    if parent_process() is None:
+        _flush()
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def _open_standard_streams() -> None:
     """Where the program was started with one closed (`2>&-`), what it prints would go into a file that it opens."""
     for descriptor in range(3):
@@ -59,9 +77,12 @@ def _open_standard_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
     sys.stdin, sys.stdout, sys.stderr = (
-        stream if stream is not None else open(os.devnull, mode)  # noqa: SIM115 (for as long as the program runs)
+        stream if stream is not None else open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (never closed)
         for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that the terminal lacks, as `\xf6`
 
 
 def _flush() -> str | None:
@@ -75,7 +96,7 @@ def _flush() -> str | None:
             getattr(sys, name).flush()
         except OSError as error:
             lost[name] = error
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     why = lost.get("stdout")
     return None if why is None or isinstance(why, BrokenPipeError) else why.strerror
 

@@ -123,7 +123,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
         spool.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
-    with (spool / "lock").open("w") as lock:
+    with (spool / "lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -148,7 +148,7 @@ class Record:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
             try:
-                temporary.write_text(json.dumps({"folder": str(self._folder.resolve()), "files": files}))
+                temporary.write_bytes(json.dumps({"folder": str(self._folder.resolve()), "files": files}).encode())
                 temporary.replace(self._path)
             finally:
                 temporary.unlink(missing_ok=True)

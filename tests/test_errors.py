@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError, printable, run_main
+from tools.parts.tables import write_text
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,46 @@ def test_a_closed_stderr_takes_nothing_into_a_file_that_is_opened_later(tmp_path
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "False\n")
     assert (tmp_path / "file").read_bytes() == b""
+
+
+NAMED = """
+import sys
+from pathlib import Path
+from configs.errors import run_main
+from configs.load import load_config, to_yaml
+from tools.parts.tables import write_text
+
+def main():
+    config = load_config("configs/digits_lenet.yaml", [f"name={sys.argv[2]}"], output=sys.argv[1])
+    folder = Path(config.output) / config.name
+    folder.mkdir()
+    write_text(folder / "config.yaml", to_yaml(config))
+    print(config.name, file=sys.stdout)
+    print(config.name, file=sys.stderr)
+
+if __name__ == "__main__":
+    run_main(main)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-X", "utf8=0"]], ids=["by the environment", "by an option"])
+def test_names_beyond_the_locale_s_letters_are_names_of_files_and_are_printed_as_escapes(
+    options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "named.py").write_text(NAMED)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *options, tmp_path / "named.py", tmp_path, "größe_日本"],
+        capture_output=True, check=False, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    if options:  # the program cannot change it: one sentence, and no endless restarts
+        assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
+        return
+    shown = b"gr\\xf6\\xdfe_\\u65e5\\u672c\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, shown)
+    assert "name: größe_日本" in (tmp_path / "größe_日本" / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_table_may_hold_the_name_of_a_file_of_any_bytes(tmp_path: Path) -> None:
+    write_text(tmp_path / "table.csv", os.fsdecode(b"a\xff.png"))
+    assert (tmp_path / "table.csv").read_bytes() == b"a\\udcff.png"

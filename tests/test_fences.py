@@ -57,6 +57,27 @@ def test_the_fences_see_every_package() -> None:
     assert "nvidia.dali.fn" in imported_by(Path("pipelines/graph.py"))
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_text_is_read_and_written_in_a_stated_encoding(source: Path) -> None:
+    """Else it would be the locale's, which may be ASCII."""
+    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert not takes_the_locale_s_encoding(node), f"{source}:{node.lineno}: {ast.unparse(node)}"
+
+
+def takes_the_locale_s_encoding(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes a file as text without an encoding."""
+    function = ast.unparse(call.func)
+    name = function.rpartition(".")[2]
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    modes = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    if function in ("os.open", "Image.open") or "encoding" in [keyword.arg for keyword in call.keywords]:
+        return False
+    if name in ("open", "fdopen"):
+        return not any("b" in mode for mode in modes) and function != "gzip.open"
+    return name == "read_text" or (name == "write_text" and "." in function and not function.startswith("tables."))
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = load_runs(options.folder)
     if options.check:
-        if with_block(options.readme, readme_block(runs, options.folder, options.readme)) == options.readme.read_text():
+        if with_block(options.readme, readme_block(runs, options.folder, options.readme)) == options.readme.read_text(
+            encoding="utf-8"
+        ):
             return 0
         print(
             f"{options.readme}: the table is not what {options.folder} gives; run python tools/report.py",
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for run in runs.values():
         document(run, options.folder)
-    options.readme.write_text(with_block(options.readme, readme_block(runs, options.folder, options.readme)))
+    options.readme.write_text(
+        with_block(options.readme, readme_block(runs, options.folder, options.readme)), encoding="utf-8"
+    )
     return 0
 
 
@@ -56,7 +60,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     written = [path, *document(run, folder)]
     readme = ROOT / "README.md"
     if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
-        readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)))
+        readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)), encoding="utf-8")
         written.append(readme)
     return written
 
@@ -66,7 +70,7 @@ def load_runs(folder: Path) -> dict[str, Run]:
     runs = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
         if isinstance(content, dict) and content.get("format") == results.FORMAT:
@@ -104,7 +108,7 @@ def document(run: Run, folder: Path) -> list[Path]:
         of_run(run),
     ]
     path = folder / f"{name}.md"
-    path.write_text("\n\n".join(text) + "\n")
+    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return [path, *([picture] if picture else [])]
 
 
@@ -173,7 +177,7 @@ def _title(group: dict[str, Any], row: Row) -> str:
 
 def with_block(readme: Path, block: str) -> str:
     """The text of a README with the part between the two markers replaced."""
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(
             f"{readme} does not hold one line {BEGIN} and, after it, one line {END}; put them back around the table"

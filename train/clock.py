@@ -85,5 +85,5 @@ class Clock:
 def command_start_s() -> float:
     """Return when this process, or the torchrun that started it, began, in s since the machine's start."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks

@@ -72,7 +72,10 @@ class RunLog:
         self._logger.propagate = False
         if folder is not None:
             try:
-                handlers = (_Console(sys.stdout), _LogFile(folder / "log.txt"))
+                handlers = (
+                    _Console(sys.stdout),
+                    _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace"),
+                )
             except OSError as error:
                 raise _cannot_write(folder / "log.txt", error) from None
             for handler in handlers:
@@ -142,7 +145,7 @@ class RunLog:
             return
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
         try:
-            with (self._folder / "metrics.jsonl").open("a") as file:
+            with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint of this epoch is, or a power cut could leave a hole

@@ -203,7 +203,7 @@ def _tell_torchrun(message: str, *, is_consequence: bool = False) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             timestamp = int(time.time()) + (2 if is_consequence else 0)
-            Path(path).write_text(json.dumps({"message": message, "timestamp": timestamp}))
+            Path(path).write_text(json.dumps({"message": message, "timestamp": timestamp}), encoding="utf-8")
 
 
 def _exit(code: int) -> NoReturn:

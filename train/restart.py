@@ -34,10 +34,10 @@ def _agent(pid: int) -> str:
     """A process by what no other one has, on any machine and after any time."""
     started = ""
     with suppress(OSError, IndexError):  # /proc is Linux's; the name, in parentheses, may hold anything
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     boot = ""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{socket.gethostname()} {boot} {pid} {started}"
 
 

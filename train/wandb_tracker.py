@@ -121,7 +121,7 @@ def start_wandb(
             end_service(wandb)
             wandb.setup(settings=settings)
     run = run or init("offline")
-    id_file.write_text(run.id + "\n")
+    id_file.write_text(run.id + "\n", encoding="utf-8")
     if run.url and run.settings.mode != "offline":
         say(f"W&B shows this run at {run.url}")
     return WandbTracker(run, wandb)
@@ -135,6 +135,11 @@ def end_service(wandb: Any) -> None:
     with suppress(Exception, SystemExit):  # which is how a service that failed is reported
         within(TEARDOWN_S, wandb.teardown)
     with suppress(OSError):
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            if Path(f"/proc/{child}/comm").read_text().strip().startswith("wandb-core"):
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split():
+            if (
+                Path(f"/proc/{child}/comm")
+                .read_text(encoding="utf-8", errors="replace")
+                .strip()
+                .startswith("wandb-core")
+            ):
                 os.kill(int(child), signal.SIGKILL)

@@ -60,7 +60,7 @@ def watch(limit_bytes: int, process: int) -> str | None:
 
 def available_bytes() -> int:
     """Memory that can be used before the machine swaps or this container's limit is reached."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -68,14 +68,14 @@ def available_bytes() -> int:
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
             root = Path("/sys/fs/cgroup")  # of this container, as it sees it
-            available = min(available, int((root / limit).read_text()) - int((root / used).read_text()))
+            available = min(available, int((root / limit).read_bytes()) - int((root / used).read_bytes()))
     return max(0, available)
 
 
 def go_first() -> None:
     """Of all processes, the kernel shall end this one when memory runs out, and not the one that waits for it."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def facts(device: torch.device) -> dict[str, float]:

@@ -66,7 +66,7 @@ def profile(training: Training, loader: Loader, steps: int, trace: Path) -> Prof
         with torch.profiler.profile(activities=activities) as profiler, record_function(WINDOW):
             _run(training, batches, steps)
     profiler.export_chrome_trace(str(trace))
-    with gzip.open(trace, "rt") as file:
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
         events: list[Event] = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     times = phase_times(events)
     total = sum(times.values())

@@ -94,7 +94,11 @@ class Program:
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
 
     def row(self, name: str, figures: Row, **facts: Any) -> Row:
@@ -117,7 +121,7 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
     for _ in program.run():
         figures: Row = {}
         with suppress(OSError):
-            result = json.loads(output.read_text())
+            result = json.loads(output.read_text(encoding="utf-8"))
             figures = {"runs": len(result["runs"]), "result": result}
             figures |= {key: float(f"{result[key]:.5g}") for key in SPEEDRUN_FIGURES if key in result}
         yield program.row(name, figures)
@@ -142,7 +146,7 @@ def reference(
     log = folder / "reference.log"
     program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
     for _ in program.run():
-        runs = reference_runs(log.read_text(errors="replace"))[:seeds]
+        runs = reference_runs(log.read_text(encoding="utf-8", errors="replace"))[:seeds]
         figures: Row = {}
         if runs:
             for key, values in zip(("top1", "time_s"), zip(*runs, strict=True), strict=True):
@@ -216,13 +220,15 @@ def reached(metrics: list[dict[str, Any]], target: float) -> Row:
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
     """Run tools/benchmark.py profile on a config; yield a row for each phase of the step and for the whole step."""
     out, file = scratch / "profile", scratch / "profile.yaml"
-    file.write_text(to_yaml(config))
+    file.write_text(to_yaml(config), encoding="utf-8")
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",
                str(steps), "--seconds", str(seconds), "--out", str(out)]  # fmt: skip
     program = Program(command, scratch / "profile.log", deadline)
     for _ in program.run():
         pass
-    content = json.loads((out / "profile.json").read_text()) if (out / "profile.json").exists() else None
+    content = (
+        json.loads((out / "profile.json").read_text(encoding="utf-8")) if (out / "profile.json").exists() else None
+    )
     if content is None:
         yield program.row("step", {})
         return

@@ -149,7 +149,7 @@ def subjects(arguments: argparse.Namespace, on_gpu: bool, limit: int | None) -> 
         add(str(config.name), config=config)
     with tempfile.TemporaryDirectory() as folder:
         blank = Path(folder) / "model.yaml"
-        blank.write_text("data: {path: none}\n")
+        blank.write_text("data: {path: none}\n", encoding="utf-8")
         for name in arguments.model:
             fields = {"model.name": name, "model.num_classes": arguments.classes, "data.image_size": arguments.size}
             add(f"{name} {arguments.size}x{arguments.size}", synthetic=True,

@@ -116,7 +116,7 @@ def _best(value: Any, seconds: float) -> float:
 
 def private_bytes() -> int:
     """Memory of this process alone, without mapped files, which all ranks share."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
 
 
@@ -179,4 +179,4 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         "std": [0.25] * 3,
         "splits": {"train": split},
     }
-    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")

@@ -99,7 +99,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
     }
     ends = {"first_conv": config.pop("first_conv"), "classifier": config.pop("classifier")}
     config["pretrained_cfg"] = {**preprocessing, "num_classes": len(exportable.classes), **ends}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return "weights, for build_model"
 
 
@@ -116,7 +116,7 @@ def layers_at_the_ends(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 def load_safetensors(folder: Path) -> Predict:
     """By config.json alone, as a user would."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     facts = config["model_zhu"]
     network: nn.Module
     if facts["model"].startswith("timm/"):
@@ -209,7 +209,7 @@ def snippet(name: str, exportable: Exportable, folder: Path) -> str:
         "import json\n"
         "from models import build_model\n"
         "from safetensors.torch import load_file\n"
-        f"config = json.load(open({str(folder / 'config.json')!r}))\n"
+        f"config = json.load(open({str(folder / 'config.json')!r}, encoding='utf-8'))\n"
         "mean, std = (config['pretrained_cfg'][key] for key in ('mean', 'std'))\n"
         "model = build_model(\n"
         "    config['architecture'], config['num_classes'], mean=mean, std=std, **config['model_args']\n"

@@ -94,7 +94,7 @@ def visible_gpus() -> list[str]:
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """The folder is this sweep's alone; gives the lock, which children inherit: it ends with the last of them."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("wb") as file:
         give_up_at = time.monotonic() + LOCK_WAIT_S
         while True:
             try:

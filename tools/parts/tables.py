@@ -57,10 +57,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
+    """Write UTF-8 under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
