@@ -148,6 +148,21 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(
     assert len(read_metrics(tmp_path)) == 2
 
 
+def test_the_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+    save = figures.save
+
+    def note(figure: Any, path: Path) -> None:
+        labels.extend(line.get_label() for line in figure.axes[0].lines)
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "save", note)
+    log = RunLog(tmp_path, loss="bce")
+    log.epoch(metrics(0))
+    log.finish()
+    assert labels[:2] == ["train, binary cross-entropy", "validation, cross-entropy"]
+
+
 def test_the_curves_contain_the_last_epoch_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = figures.curves
