@@ -1,4 +1,4 @@
-"""Importing it gives the tests, and the processes that they start, a user's cache of their own, not the real one."""
+"""Give the tests, and the processes that they start, a user cache of their own and a fixed number of threads."""
 
 from __future__ import annotations
 
@@ -9,3 +9,5 @@ from pathlib import Path
 _folder = tempfile.TemporaryDirectory(prefix="model-zhu-tests-")  # removed when the tests end
 CACHE = Path(_folder.name)
 os.environ["XDG_CACHE_HOME"] = _folder.name
+# Else it depends on what other processes do, and with it the last bits of weights.
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))

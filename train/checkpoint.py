@@ -16,7 +16,7 @@ import torch
 from configs.errors import UserError
 from configs.files import open_plain
 from configs.notes import warn
-from train import checkpoint_file, durable
+from train import checkpoint_file, cpu_threads, durable
 from train.content import check_holds, content_of, malformed, to_host
 from train.loop import Training, train_step
 
@@ -178,6 +178,8 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     _restore_one(training, content, path)
     _check_like("sums", {"": content["sums"]}, {"": training.sums}, path)
     training.sums.copy_(content["sums"])
+    if training.device.type == "cpu":
+        cpu_threads.restore(content.get("threads", 0))  # missing in checkpoints of older versions
     if training.lookahead is not None:
         slow = content.get("lookahead", {})
         _check_like("lookahead", slow, training.lookahead.slow, path)

@@ -19,7 +19,7 @@ from train.loop import Training
 PARTS: dict[str, type] = {
     "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
     "sums": torch.Tensor, "position": dict, "progress": dict, "times": dict, "stream": dict, "config": str,
-    "dataset": dict,
+    "dataset": dict, "threads": int,
 }  # fmt: skip
 OF_TENSORS = ("model", "lookahead", "ema")
 
@@ -33,6 +33,7 @@ def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str
         "format": FORMAT,
         **_state_of(training),
         "sums": sums,
+        "threads": torch.get_num_threads(),
         "lookahead": training.lookahead.slow if training.lookahead is not None else {},
         "ema": training.ema.state() if training.ema is not None else {},
         "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},

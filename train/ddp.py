@@ -23,6 +23,7 @@ from pipelines.staged import TrainLoader
 from train import dist, restart
 from train.assemble import build_all, check_classes
 from train.clock import Clock
+from train.cpu_threads import leave_busy_cores
 from train.dist import Ranks
 from train.ema import average_counts, counted_weights
 from train.evaluation import build_evaluated
@@ -103,6 +104,8 @@ def main() -> int:
             until_the_end.enter_context(held(folder))
             is_named = in_use is None and is_checkpoint(resume)
             candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
+        if evaluates_only or not candidates:
+            leave_busy_cores(device)  # a resumed run computes with the threads that it began with
         if evaluates_only:
             training, which = build_evaluated(config, dataset, candidates, val_loader.image_size, device)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)

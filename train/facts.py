@@ -46,6 +46,7 @@ def facts_of(
         **({"stages": stages} if stages else {}),
         "precision": str(training.amp or torch.float32),
         "device": device_name(training.device),
+        **({"cpu_threads": torch.get_num_threads()} if training.device.type == "cpu" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -64,11 +65,12 @@ def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str
     """One line on what is about to run."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
+    threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
     rates = f", learning rates x {factor:.4g} ({train.lr_scaling} from train.lr_batch_size={train.lr_batch_size})"
     return (
         f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
         f"({facts['train_samples']:,} train samples), {config.train.epochs} epochs of {facts['steps_per_epoch']} steps "
-        f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}, "
+        f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}{threads}, "
         f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
     )
 

@@ -1,0 +1,106 @@
+"""Threads on the CPU: fewer beside busy processes, the same again after a resume, and what OMP_NUM_THREADS says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from train_fixtures import CPU, alone, small_net, training_of
+
+from configs import notes
+from train import checkpoint, cpu_threads
+from train.content import malformed
+
+
+@pytest.fixture(autouse=True)
+def _four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on four cores, whose number nothing fixes."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    notes.warn.cache_clear()
+    torch.set_num_threads(4)
+    with alone():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("busy", "threads"), [(0, 4), (0.4, 4), (1, 3), (2, 2), (3, 1), (4, 1), (60, 1)])
+def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
+    busy: float, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: busy)
+    cpu_threads.leave_busy_cores(CPU)
+    assert torch.get_num_threads() == threads
+    note = f"other processes keep {busy:g} of 4 cores busy, so that {threads} of 4 threads compute"
+    assert (note in capsys.readouterr().err) == (threads < 4)
+
+
+def test_of_a_share_of_the_cores_that_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 2)
+    torch.set_num_threads(2)  # of four cores, as a job may have them
+    cpu_threads.leave_busy_cores(CPU)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    cpu_threads.leave_busy_cores(CPU)
+    cpu_threads.restore(1)
+    assert torch.get_num_threads() == 4
+
+
+def test_a_run_on_a_gpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
+    cpu_threads.leave_busy_cores(torch.device("cuda"))
+    assert torch.get_num_threads() == 4
+
+
+def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 3)
+    first = training_of(small_net())
+    cpu_threads.leave_busy_cores(CPU)
+    checkpoint.save(tmp_path / "last.pt", first, first.sums)
+    torch.set_num_threads(4)
+    content = checkpoint.load(tmp_path / "last.pt")
+    assert malformed(content) is None
+    checkpoint.restore(first, content, tmp_path / "last.pt")
+    assert torch.get_num_threads() == 1
+    del content["threads"]  # as in a checkpoint of an earlier version
+    checkpoint.restore(first, content, tmp_path / "last.pt")
+    assert torch.get_num_threads() == 1
+    cpu_threads.restore(64)  # of a larger machine
+    assert torch.get_num_threads() == 4
+    assert malformed({**content, "threads": "4"}) == "threads"
+
+
+def test_busy_processes_are_counted() -> None:
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        deadline = time.monotonic() + 60
+        while cpu_threads.busy_cores() < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert cpu_threads.busy_cores() >= 3
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
+
+
+def test_where_the_system_does_not_tell_all_threads_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", missing)
+        assert cpu_threads.busy_cores() == 0
