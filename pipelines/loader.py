@@ -7,11 +7,10 @@ loader's whole state is (epoch, step). Knows no model and no process group: rank
 
 from __future__ import annotations
 
-import atexit
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from configs.errors import UserError
 from pipelines.background import Buffering, Plan, Prepared, Team
 from pipelines.bad_samples import BadSamples
 from pipelines.gather import Source
+from pipelines.iteration import Iteration
 from pipelines.runner import Result, Runner, nothing_to_wait_for
 from pipelines.shards import Split
 from pipelines.tally import NOTHING, Tally
@@ -48,19 +48,8 @@ class MixedBatch(Batch):
         return batch
 
 
-_iterations: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_iterations() -> None:
-    """End iterations left unfinished: a thread inside torch or DALI may not outlive the interpreter."""
-    for iteration in list(_iterations):
-        with suppress(ValueError, RuntimeError):  # running at this moment, or ended by an error
-            iteration.close()
-
-
 class Loader:
-    """Iterate over it once per epoch; `len` is the number of batches of an epoch, `state` where it stands."""
+    """Iterate over it once per epoch, with one iterator at a time; `len` is the number of batches of an epoch."""
 
     def __init__(
         self,
@@ -88,7 +77,8 @@ class Loader:
         # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
         self.released: list[Callable[[], None]] = [nothing_to_wait_for] * buffering.slots
         self._runner = runner
-        self._running: Callable[[], Generator[Batch] | None] = lambda: None  # a weak reference to the last iteration
+        # A weak reference to the last iterator: one that the consumer dropped ends at once.
+        self._running: Callable[[], Iteration[Batch] | None] = lambda: None
         self._epoch = self._step = 0
 
     def __len__(self) -> int:
@@ -118,22 +108,33 @@ class Loader:
         epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step < max(len(self), 1):
             raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
+        running = self._running()
+        if running is not None and running.is_started:  # one that is not started begins at the new state
+            running.replace()
         self._epoch, self._step = epoch, step
 
     def check_unchanged(self) -> None:
         """Raise a UserError if a file that batches come from is not what it was: before anything trained is saved."""
         self.source.check_unchanged()
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch that `state` stands in. Ends an iteration under way: there is one set of buffers."""
-        if (running := self._running()) is not None:
-            running.close()
-        iteration = self._iterate()
+    def __iter__(self) -> Iteration[Batch]:
+        """Iterate over the rest of the epoch that `state` stands in.
+
+        There is one set of buffers: an iterator made before raises RuntimeError when it is used again, unless it had
+        no batch left.
+        """
+        self.end_iteration()
+        iteration = Iteration(self._iterate())
         self._running = weakref.ref(iteration)
-        _iterations.add(iteration)
         return iteration
 
-    def _iterate(self) -> Generator[Batch]:
+    def end_iteration(self) -> None:
+        """End the last iterator, as a new one would."""
+        if (running := self._running()) is not None:
+            running.replace()
+
+    def _iterate(self) -> Generator[tuple[Batch, bool]]:
+        """Yield each batch, and whether it is the last one."""
         if self.plan.repeats:
             self._epoch = self._step = 0
             self.tally = NOTHING
@@ -164,7 +165,7 @@ class Loader:
                 # On a GPU the host runs ahead and blocks here too: data is late only when the device has nothing to do.
                 if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
                     self.wait_s += time.perf_counter() - begin
-                yield batch
+                yield batch, not remaining
         finally:
             for prepared in submitted:  # batches under way when the consumer left
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results

@@ -6,12 +6,13 @@ samples and what is drawn for them do not depend on the stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from pipelines.background import Plan
 from pipelines.bad_samples import BadSamples
+from pipelines.iteration import Iteration
 from pipelines.loader import Batch, Loader
 
 
@@ -36,8 +37,12 @@ class StagedLoader:
 
     @state.setter
     def state(self, state: dict[str, int]) -> None:
-        self.at(state["epoch"]).state = state
+        current = self.at(state["epoch"])
+        current.state = state
         self._number = self._number_at(state["epoch"])
+        for stage in self.stages:
+            if stage is not current:
+                stage.end_iteration()
 
     @property
     def plan(self) -> Plan:
@@ -66,8 +71,15 @@ class StagedLoader:
     def __len__(self) -> int:
         return len(self._current())
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iteration[Batch]:
+        """See `Loader`; an iterator of another stage ends as well."""
+        self.end_iteration()
         return iter(self._current())
+
+    def end_iteration(self) -> None:
+        """End the last iterator, as a new one would."""
+        for stage in self.stages:
+            stage.end_iteration()
 
     def _number_at(self, epoch: int) -> int:
         return max(number for number, begin in enumerate(self._begins) if begin <= epoch)

@@ -234,15 +234,70 @@ def test_an_iteration_that_was_left_goes_on_with_the_next_batch(aug: AugConfig, 
     assert loader.state == {"epoch": 1, "step": 0}
 
 
-def test_a_second_iteration_ends_the_first_instead_of_sharing_its_buffers(npy_data: Path) -> None:
-    expected = copies(train(npy_data, 50, ALL_AUG))
-    loader = train(npy_data, 50, ALL_AUG)
+EVERY_WAY = pytest.mark.parametrize(
+    "loader_of",
+    [
+        lambda npy, jpeg: train(npy, 50),
+        lambda npy, jpeg: train(npy, 50, ALL_AUG),
+        lambda npy, jpeg: train(jpeg, 50, ALL_AUG, image_size=24),
+        lambda npy, jpeg: evaluation(npy, 24),
+    ],
+    ids=["stored pixels", "graph", "jpeg", "evaluation"],
+)
+LoaderOf = Callable[[Path, Path], Loader]
+
+
+@EVERY_WAY
+def test_an_iterator_raises_when_it_is_used_after_a_second_one_was_made(
+    loader_of: LoaderOf, npy_data: Path, jpeg_data: Path
+) -> None:
+    expected = copies(loader_of(npy_data, jpeg_data))
+    loader = loader_of(npy_data, jpeg_data)
     first = iter(loader)
     seen = copies(itertools.islice(first, 2))
     second = iter(loader)
-    seen += copies(itertools.islice(second, 3))
-    assert list(first) == []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="one iterator at a time"):
+            next(first)
+    if loader.plan.repeats:  # every iteration of an evaluation starts anew
+        seen = []
     assert_same(seen + copies(second), expected)
+
+
+@EVERY_WAY
+def test_loops_in_one_another_and_zip_raise_instead_of_losing_batches(
+    loader_of: LoaderOf, npy_data: Path, jpeg_data: Path
+) -> None:
+    loader = loader_of(npy_data, jpeg_data)
+    for use in (lambda: [next(iter(loader)) for _ in loader], lambda: list(zip(loader, loader, strict=False))):
+        with pytest.raises(RuntimeError, match="one iterator at a time"):
+            use()
+
+
+def test_an_iterator_without_a_batch_left_stays_at_its_end(npy_data: Path) -> None:
+    loader = train(npy_data, 50)
+    exhausted, at_its_end = iter(loader), None
+    list(exhausted)
+    at_its_end = iter(loader)
+    for _ in range(len(loader)):
+        next(at_its_end)
+    after = iter(loader)
+    next(after)
+    for finished in (exhausted, at_its_end):
+        assert list(finished) == []
+    next(after)
+
+
+def test_an_iterator_raises_when_the_state_was_set_in_between(npy_data: Path) -> None:
+    expected = copies(train(npy_data, 50))
+    loader = train(npy_data, 50)
+    first = iter(loader)
+    loader.state = {"epoch": 0, "step": 3}  # one that has not begun begins there
+    assert_same(copies(itertools.islice(first, 1)), expected[3:4])
+    loader.state = {"epoch": 0, "step": 5}
+    with pytest.raises(RuntimeError, match="state was set"):
+        next(first)
+    assert_same(copies(loader), expected[5:])
 
 
 # Memory

@@ -88,6 +88,17 @@ def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
         assert resumed.state == {"epoch": epoch + 1, "step": 0}
 
 
+def test_an_iterator_raises_when_another_stage_has_one_since_or_the_state_went_there(npy_data: Path) -> None:
+    for goes_on in (lambda loader: None, lambda loader: next(iter(loader))):
+        loader = train(npy_data, STAGES)
+        first = iter(loader)
+        next(first)
+        loader.state = {"epoch": 1, "step": 0}
+        goes_on(loader)
+        with pytest.raises(RuntimeError, match="one iterator at a time"):
+            next(first)
+
+
 def test_the_section_of_an_epoch_has_its_sizes_and_no_stages() -> None:
     data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
     sections = [section_at(data, epoch) for epoch in range(5)]

@@ -1,0 +1,55 @@
+"""The iterator over a loader's batches, of which only the newest may be used. Knows no loader."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from inspect import GEN_CLOSED, getgeneratorstate
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_iterations() -> None:
+    """End unfinished iterations: a thread inside torch or DALI must not outlive the interpreter."""
+    for iteration in list(_iterations):
+        with suppress(ValueError, RuntimeError):  # running at this moment, or ended by an error
+            iteration.close()
+
+
+class Iteration(Iterator[Item], Generic[Item]):
+    """Iterate over the items of a generator, until the iterator is finished or replaced."""
+
+    def __init__(self, items: Generator[tuple[Item, bool]]) -> None:
+        """items: each with whether it is the last one."""
+        self._items = items
+        self.is_started = False
+        self._had_last = False
+        self._is_replaced = False
+        _iterations.add(self)
+
+    def __next__(self) -> Item:
+        """Return the next item. Raises RuntimeError if the iterator was replaced."""
+        if self._is_replaced:
+            raise RuntimeError(
+                "this iterator of the loader was ended: another one was made, or the loader's state was set, and a "
+                "loader has one set of buffers; use one iterator at a time, and build a second loader for a second one"
+            )
+        self.is_started = True
+        item, self._had_last = next(self._items)
+        return item
+
+    def close(self) -> None:
+        """End the iterator: from now on it raises StopIteration."""
+        self._items.close()
+
+    def replace(self) -> None:
+        """End the iterator: from now on it raises RuntimeError, or StopIteration if no item was left."""
+        is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
+        self._items.close()
+        self._is_replaced |= is_unfinished
