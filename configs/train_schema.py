@@ -6,25 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from configs.section import Pair, Section, as_tuple
+from configs.section import Section, as_tuple
+
+BUILT_IN = ("adamw", "sgd", "adam", "rmsprop", "muon")  # optimizers; all other names are timm's
+# Of the built-in optimizers where the config says null; timm's have defaults of their own.
+DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "nesterov": True}
 
 
 class OptimizerConfig(Section):
     name: str = Field(default="adamw", min_length=1)
     """adamw, sgd, adam, rmsprop: torch's, fused where it has that; muon: for the filters of convolutions, and sgd with
     Nesterov momentum for all else; any other name, such as lamb, lion or timm/muon, is timm's optimizer of that
-    name, with the betas and eps of its authors unless these here are changed."""
+    name, with its own betas, eps and nesterov where these are null."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step takes away train.lr times
     this share, also from parameters with norm_bias_lr, bias_lr or linear_lr; layer_decay and lr_scales scale it too."""
     decay_biases: bool = False
     """Whether weight decay holds for biases and norms too."""
-    betas: Pair = (0.9, 0.999)
-    """Decay of the running means of gradient and squared gradient, for adamw and adam; see name for timm's."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator, for adamw, adam and rmsprop; see name for timm's."""
-    nesterov: bool = True
-    """Nesterov momentum, for sgd and muon's filters."""
+    betas: tuple[float, ...] | None = Field(default=None, validate_default=True)
+    """Decay of the running means of gradient and squared gradient; null: [0.9, 0.999] for adamw and adam, for timm's
+    optimizers their own, as many as they have."""
+    eps: float | None = Field(default=None, gt=0, validate_default=True)
+    """Added to the denominator; null: 1e-8 for adamw, adam and rmsprop, for timm's optimizers their own."""
+    nesterov: bool | None = Field(default=None, validate_default=True)
+    """Nesterov momentum; null: true for sgd and muon's filters, for timm's optimizers their own choice."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum, for sgd, rmsprop, muon's filters, and timm's optimizers that have one."""
     sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -49,12 +54,22 @@ class OptimizerConfig(Section):
     options: dict[str, Any] = Field(default={})
     """More arguments of the optimizer's constructor, such as {alpha: 0.9} for rmsprop."""
 
-    @field_validator("betas")
+    @field_validator(*DEFAULTS, mode="before")
     @classmethod
-    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("must be two numbers of at least 0 and below 1")
-        return betas
+    def _default(cls, value: Any, info: ValidationInfo) -> Any:
+        return DEFAULTS[str(info.field_name)] if value is None and info.data.get("name") in BUILT_IN else value
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _numbers_below_one(cls, betas: Any, info: ValidationInfo) -> Any:
+        if betas is None:
+            return None
+        numbers = isinstance(betas, list | tuple) and all(type(beta) in (int, float) for beta in betas)
+        counts = (2,) if info.data.get("name") in BUILT_IN else (2, 3)
+        if not numbers or len(betas) not in counts or not all(0 <= beta < 1 for beta in betas):
+            three = ", or three for an optimizer of timm that has three" if 3 in counts else ""
+            raise ValueError(f"must be two numbers of at least 0 and below 1{three}")
+        return tuple(betas)
 
     @field_validator("momentum")
     @classmethod

@@ -304,6 +304,16 @@ def test_sgd_has_nesterov_momentum(write: Write) -> None:
     assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
 
 
+def test_an_optimizer_of_timm_keeps_its_own_settings_but_for_those_written(write: Write) -> None:
+    def settings(text: str) -> tuple[Any, Any, Any]:
+        optimizer = load_config(write(f"TRAIN: {{OPTIMIZER: {{{text}}}}}")).train.optimizer
+        return optimizer.betas, optimizer.eps, optimizer.nesterov
+
+    assert settings("NAME: lamb") == (None, None, None)
+    assert settings("NAME: lamb, EPS: 1e-8, BETAS: [0.9, 0.999]") == ((0.9, 0.999), 1e-8, None)
+    assert settings("NAME: adamw")[:2] == ((0.9, 0.999), 1e-8)
+
+
 def test_sgd_may_do_without_momentum(write: Write) -> None:
     optimizer = load_config(write("TRAIN: {OPTIMIZER: {NAME: sgd, MOMENTUM: 0}}")).train.optimizer
     assert (optimizer.momentum, optimizer.nesterov) == (0, False)

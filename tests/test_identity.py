@@ -15,6 +15,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config, is_section, walk
 from pipelines.shards import fingerprint
 from train.identity import check_same_run, identity, stream_of
+from train.optim import with_used_settings
 
 PATH = Path("last.pt")
 STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
@@ -214,3 +215,28 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
     check(config, config, text)
     with pytest.raises(UserError, match=r"\(train\.ema\.decay: null then, 0\.5 now\)"):
         check(config, config_of("train.ema.decay=0.5"), text)
+
+
+def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optimizer_used_still_resumes() -> None:
+    """It wrote its own defaults, and the optimizer ran with timm's."""
+    lion = "train.optimizer.name=lion"
+    old = config_of(
+        lion, "train.optimizer.betas=[0.9, 0.999]", "train.optimizer.eps=1e-8", "train.optimizer.nesterov=true"
+    )
+    content = checkpoint_of(old, stream_of(old, data_set_of(), 1))
+    content["optimizer"] = {"param_groups": [{"betas": (0.9, 0.99), "lr": 1e-3}], "state": {}}
+    for now in (config_of(lion), old):
+        check_same_run(content, with_used_settings(now), content["stream"], PATH)
+    for betas in ("[0.9, 0.98]", "[0.8, 0.99]"):
+        with pytest.raises(
+            UserError, match=r"\(train\.optimizer\.betas: \[0\.9, 0\.99\] then, \[0\.[89], 0\.9[89]\] now"
+        ):
+            check_same_run(content, config_of(lion, f"train.optimizer.betas={betas}"), content["stream"], PATH)
+
+
+def test_a_changed_setting_of_timms_optimizer_is_refused() -> None:
+    then, now = (
+        with_used_settings(config_of("train.optimizer.name=lamb", *more)) for more in ([], ["train.optimizer.eps=1e-8"])
+    )
+    with pytest.raises(UserError, match=r"\(train\.optimizer\.eps: 1e-06 then, 1e-08 now\)"):
+        check(then, now)

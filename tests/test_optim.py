@@ -10,14 +10,15 @@ import pytest
 import timm.optim
 import torch
 from torch import nn
-from train_fixtures import CPU, alone, random_batch, small_net, training_of
+from train_fixtures import CPU, DIGITS, alone, random_batch, small_net, training_of
 
 from configs.errors import UserError
-from configs.schema import OptimizerConfig
+from configs.load import load_config, parse_config, to_yaml
+from configs.schema import Config, OptimizerConfig
 from models import build_model
 from train import checkpoint, warm_up
 from train.loop import Training, train_step
-from train.optim import build_optimizer, set_learning_rate
+from train.optim import build_optimizer, set_learning_rate, with_used_settings
 
 SCALED: dict[str, Any] = {
     "weight_decay": 0.3, "norm_bias_lr": 64.0, "bias_lr": 4.0, "linear_lr": 0.5, "decay_biases": True
@@ -106,15 +107,24 @@ def test_frozen_parameters_are_left_to_nobody() -> None:
          lambda p: timm.optim.Lion(p, lr=0.05, weight_decay=0.1, betas=(0.7, 0.9))),
         ({"name": "lamb", "weight_decay": 0.1, "eps": 1e-3, "options": {"max_grad_norm": 0.5}},
          lambda p: timm.optim.Lamb(p, lr=0.05, weight_decay=0.1, eps=1e-3, max_grad_norm=0.5)),
+        ({"name": "lion", "weight_decay": 0.1, "betas": (0.9, 0.999)},
+         lambda p: timm.optim.Lion(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.999))),
+        ({"name": "lamb", "weight_decay": 0.1, "eps": 1e-8},
+         lambda p: timm.optim.Lamb(p, lr=0.05, weight_decay=0.1, eps=1e-8)),
         ({"name": "adan", "weight_decay": 0.1, "options": {"betas": [0.9, 0.8, 0.7]}},
+         lambda p: timm.optim.Adan(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.8, 0.7))),
+        ({"name": "adan", "weight_decay": 0.1, "betas": [0.9, 0.8, 0.7]},
          lambda p: timm.optim.Adan(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.8, 0.7))),
         ({"name": "sgdw", "weight_decay": 0.1, "momentum": 0.7},
          lambda p: timm.optim.SGDW(p, lr=0.05, weight_decay=0.1, momentum=0.7, nesterov=True)),
+        ({"name": "sgdw", "weight_decay": 0.1, "nesterov": False},
+         lambda p: timm.optim.SGDW(p, lr=0.05, weight_decay=0.1, momentum=0.9)),
         ({"name": "timm/adamw", "weight_decay": 0.1},
          lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
     ],
-    ids=["adamw", "nesterov", "momentum", "adam", "rmsprop", "implementation", "lion", "lion's betas", "lamb", "adan",
-         "sgdw", "timm's adamw"],
+    ids=["adamw", "nesterov", "momentum", "adam", "rmsprop", "implementation", "lion", "lion's betas", "lamb",
+         "lion with adamw's betas", "lamb with adamw's eps", "adan's options", "adan", "sgdw", "sgdw without nesterov",
+         "timm's adamw"],
 )  # fmt: skip
 def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], reference: Any) -> None:
     def trained(build: Any) -> torch.Tensor:
@@ -150,7 +160,7 @@ def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], referenc
         ({"name": "muon", "options": {"eps": 1}}, r"muon has settings of its own in train\.optimizer"),
         (
             {"name": "adan", "betas": (0.5, 0.6)},
-            r"betas=\[0\.5, 0\.6\] are not the 3 that adan takes; .*options\.betas",
+            r"betas=\[0\.5, 0\.6\] are not the 3 that adan takes; give 3, or leave it out",
         ),
         ({"name": "rmsprop", "options": {"alpha": -1}}, r"rmsprop refuses its settings \(Invalid alpha value: -1\)"),
         (
@@ -171,6 +181,37 @@ def test_an_optimizer_or_option_that_there_is_not_is_refused_with_the_mend(
 # Not: those that need a GPU, second derivatives, or (kron) ten seconds to be compiled; of cautious variants only some.
 TIMM = list(timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*", "c*"]))
 TIMM += ["cadamw", "clion", "csgdw"]
+
+
+@pytest.mark.parametrize("name", [f"timm/{name}" for name in TIMM] + ["adamw", "sgd", "rmsprop", "muon"])
+def test_a_config_with_the_used_settings_says_what_the_optimizer_has_and_builds_the_same(name: str) -> None:
+    def built(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+        optimizer = build_optimizer(nn.Linear(2, 2), config.train.optimizer, 0.1)
+        group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        return group, {key: value for key, value in vars(optimizer).items() if isinstance(value, bool | int | float)}
+
+    asked = load_config(DIGITS, [f"train.optimizer.name={name}"])
+    used = with_used_settings(asked)
+    group, attributes = built(asked)
+    for key in ("betas", "eps", "nesterov"):
+        assert getattr(used.train.optimizer, key) == group.get(key, getattr(asked.train.optimizer, key))
+    again = parse_config(to_yaml(used), "config.yaml")
+    assert again == used
+    assert with_used_settings(again) == used
+    assert built(again) == (group, attributes)
+
+
+def test_the_used_settings_of_lion_and_lamb_are_theirs_unless_the_config_says_otherwise() -> None:
+    def used(*settings: str) -> tuple[Any, Any]:
+        optimizer = with_used_settings(load_config(DIGITS, settings)).train.optimizer
+        return optimizer.betas, optimizer.eps
+
+    assert used("train.optimizer.name=lion") == ((0.9, 0.99), None)
+    assert used("train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.999]") == ((0.9, 0.999), None)
+    assert used("train.optimizer.name=lamb") == ((0.9, 0.999), 1e-6)
+    assert used("train.optimizer.name=lamb", "train.optimizer.eps=1e-8") == ((0.9, 0.999), 1e-8)
+    assert used("train.optimizer.name=lamb", "train.optimizer.eps=null") == ((0.9, 0.999), 1e-6)
+    assert used() == ((0.9, 0.999), 1e-8)
 
 
 @pytest.mark.parametrize("name", TIMM)

@@ -32,6 +32,7 @@ from train.fit import Run, fit, go_on, load_newest_together
 from train.identity import check_same_run, stream_of
 from train.log import RunLog
 from train.loop import Training, evaluate, timeline_of
+from train.optim import with_used_settings
 from train.proxy import check_proxy
 from train.rank_errors import run_ranks
 from train.run_folder import as_held, find_run, held, is_checkpoint, make_folder
@@ -71,7 +72,7 @@ def main() -> int:
         "data.path": arguments.data_path,
         "output": arguments.output,
     }
-    config = load_config(arguments.cfg, arguments.opts, **replacements)
+    config = with_used_settings(load_config(arguments.cfg, arguments.opts, **replacements))
     resume = config.resume if arguments.resume is None else arguments.resume
     evaluates_only = arguments.eval or config.eval.only
     if evaluates_only and resume is None:

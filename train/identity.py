@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
 from configs.stages import section_at
+from configs.train_schema import BUILT_IN, DEFAULTS
 from pipelines.shards import fingerprint
 from train.content import check_holds
 
@@ -120,6 +121,7 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
                         "take another one")  # fmt: skip
     before = parse_config(content["config"], f"the config in {path}")
     then, now = identity(before, content["stream"]), identity(config, stream)
+    then |= _used_by_timm(content, then, now)
     if then["data set"] != now["data set"]:
         then, now = then | _named(content["stream"], stream), now | _named(stream, content["stream"])
     changed = [
@@ -133,6 +135,23 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
             f"restore them{_same_global_batch(config, then['global batch'], now['global batch'])} or start a new run "
             "without --resume"
         )
+
+
+def _used_by_timm(content: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what the checkpoint's optimizer, if it is timm's, used where the two configs differ.
+
+    Older versions recorded their own defaults, and ran timm's optimizers with timm's.
+    """
+    try:
+        group = content["optimizer"]["param_groups"][0]
+    except (KeyError, IndexError, TypeError):  # loading it says what is wrong
+        return {}
+    if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN:
+        return {}
+    keys = {f"train.optimizer.{key}": key for key in DEFAULTS}
+    different = {key: name for key, name in keys.items() if then[key] != now[key]}
+    used = {key: group.get(name, now[key]) for key, name in different.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in used.items()}
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import OptimizerConfig
+from configs.schema import Config, OptimizerConfig
+from configs.train_schema import BUILT_IN, DEFAULTS
 from train.muon import Muon
 from train.parameter_groups import parameter_groups
 
@@ -43,7 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
             groups,
             lr,
             momentum=config.momentum,
-            nesterov=config.nesterov,
+            nesterov=bool(config.nesterov),
             steps=config.newton_schulz_steps,
             normalize=config.normalize_filters,
             sgd_momentum=config.sgd_momentum,
@@ -61,8 +62,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
         raise _refused(config, error) from None
 
 
+def with_used_settings(config: Config) -> Config:
+    """Replace null by what timm's optimizer uses by itself, so that the config of a run records it.
+
+    Raises UserError as `build_optimizer` does.
+    """
+    asked = config.train.optimizer
+    if asked.name in BUILT_IN:
+        return config
+    group = _build_timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], asked, config.train.lr).param_groups[
+        0
+    ]
+    missing = [key for key in DEFAULTS if getattr(asked, key) is None and key not in asked.options]
+    used = asked.model_copy(update={key: group[key] for key in missing if key in group})
+    return config.model_copy(update={"train": config.train.model_copy(update={"optimizer": used})})
+
+
 def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """betas and eps are timm's published ones, which differ between methods, unless the config changes its own."""
+    """Pass on what the config says; what it leaves out differs between methods and is timm's own."""
     import timm.optim  # seconds, which most runs do without
 
     name = config.name.removeprefix("timm/")
@@ -90,17 +107,18 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
         raise UserError(
             f"train.optimizer.name={config.name} is not to be had here ({error}); install that, or take another"
         ) from None
-    default = OptimizerConfig()
     arguments: dict[str, Any] = {"momentum": config.momentum} if info.has_momentum else {}
-    if info.has_betas and config.betas != default.betas and "betas" not in config.options:
+    if info.has_betas and config.betas is not None and "betas" not in config.options:
         if info.num_betas != len(config.betas):
             raise UserError(
                 f"train.optimizer.betas={list(config.betas)} are not the {info.num_betas} that {config.name} takes; "
-                "leave it out, or give them all in train.optimizer.options.betas"
+                f"give {info.num_betas}, or leave it out"
             )
         arguments["betas"] = config.betas
-    if info.has_eps and config.eps != default.eps:
+    if info.has_eps and config.eps is not None:
         arguments["eps"] = config.eps
+    if config.nesterov is not None and "nesterov" in inspect.signature(kind).parameters:
+        arguments["nesterov"] = config.nesterov
     arguments |= _checked_options(config, kind)
     try:
         return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **arguments)

@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from tools.parts.run_records import flat, identity, show
+from train.optim import with_used_settings
 
 RANGE = re.compile(r"(loguniform|uniform)\((.*)\)\s*\Z")
 OWNED = ("name", "output", "log")  # the sweep itself sets these
@@ -193,7 +194,7 @@ def _drawn(choices: Sequence[Choice], draws: int, seed: int) -> list[tuple[Setti
 
 def _load(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
     try:
-        return load_config(file, [*fixed, *settings], **replacements)
+        return with_used_settings(load_config(file, [*fixed, *settings], **replacements))  # as the run records it
     except UserError as error:
         text = str(error).removeprefix("--opts: ")
         raise UserError(f"the point {' '.join(settings) or 'without settings'}: {text}") from None
