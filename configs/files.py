@@ -1,4 +1,7 @@
-"""Opening files that may be a stranger's: no pipe or device is waited for, and nothing larger than expected is read."""
+"""Paths as users write them, and opening files of unknown origin.
+
+No pipe or device is waited for, and nothing larger than expected is read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,30 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from configs.errors import UserError
+
 MAX_RECORD_BYTES = 2**26  # of what a run writes of itself as text; a line of metrics has some 500
+
+
+def expand_home(path: str) -> str:
+    """Replace a leading `~` or `~user` by the home folder. Raises ValueError where there is none."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError("begins with ~, but there is no such user; write ./~ for a name that begins so")
+    return expanded
+
+
+def path_text(text: str) -> str:
+    """Expand the home folder in a path of the command line. Raises UserError where there is none."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise UserError(f"{text!r} {error}") from None
+
+
+def path_argument(text: str) -> Path:
+    """`path_text`, as a Path."""
+    return Path(path_text(text))
 
 
 def open_plain(path: Path) -> BinaryIO:

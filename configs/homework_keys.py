@@ -92,7 +92,7 @@ KEYS = {
     "TRAIN.ACCUMULATION_STEPS": Key("train.accumulation_steps", 1),
     "TRAIN.WEIGHT_DECAY": Key("train.optimizer.weight_decay"),
     "TRAIN.CLIP_GRAD": Key("train.clip_grad_norm", convert=_zero_is_null),
-    "TRAIN.LR_SCHEDULER.NAME": Key("train.schedule", "cosine", _schedule),
+    "TRAIN.LR_SCHEDULER.NAME": Key("train.schedule", "cosine", _schedule, null="constant"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key("train.schedule_options.epochs"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key("train.schedule_options.rate"),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": Key("train.schedule_options.milestones"),

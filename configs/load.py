@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from configs import yaml_text
 from configs.aug_schema import auto_augment_section, color_jitter_section
+from configs.files import path_argument
 from configs.hints import KeyPath, one_line, show
 from configs.homework import translate
 from configs.homework_keys import KEYS, Given, collect
@@ -53,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     Raises:
         UserError: anything wrong with the file, a base or a value.
     """
-    path = Path(path)
+    path = path_argument(str(path))
     layers = [_read(path, (), []), *_parse_overrides(overrides)]
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
     layer = reduce(_over, layers)
@@ -139,7 +140,7 @@ def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer
         f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
         for key, line, before in document.repeated
     )
-    files = [_read(path.parent / base, (*including, path), opened) for base in bases]
+    files = [_read(path.parent / path_argument(base), (*including, path), opened) for base in bases]
     return reduce(_over, [*files, _layer(own, origins, notes=notes, is_file=True)])
 
 
@@ -168,8 +169,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
             raise one_line(f"--opts: the key {show(key)} has more than {MAX_KEYS_DEEP} dots; no setting lies so deep")
         if not key or text is None:
             raise one_line(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
-        parsed = yaml_text.parse(text, f"--opts: {key}={text}", line_numbers=False).value
-        yield _layer(_nested(key, parsed), "--opts")
+        yield _layer(_nested(key, yaml_text.parse_value(text, f"--opts: {key}={text}")), "--opts")
 
 
 def _layer(

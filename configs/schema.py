@@ -22,7 +22,7 @@ from configs.aug_schema import ColorJitterConfig as ColorJitterConfig
 from configs.aug_schema import EraseConfig as EraseConfig
 from configs.aug_schema import MixConfig as MixConfig
 from configs.errors import printable
-from configs.section import Section, Texts, as_tuple, settings_of
+from configs.section import IsPath, Section, Texts, as_tuple, settings_of
 from configs.section import is_section as is_section
 from configs.train_schema import EmaConfig as EmaConfig
 from configs.train_schema import LookaheadConfig as LookaheadConfig
@@ -44,7 +44,7 @@ class StageConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = Field(min_length=1)
+    path: Annotated[str, IsPath] = Field(min_length=1)
     """Folder of the converted data set, the one that holds dataset.json, such as data/cifar10."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
@@ -105,10 +105,10 @@ class ModelConfig(Section):
     options: dict[str, Any] = Field(default={})
     """More arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1} for
     a model of timm."""
-    pretrained: bool | str = False
+    pretrained: Annotated[bool | str, IsPath] = False
     """For models of timm: whether to start from its published weights, which must lie in the hub's cache on this
     machine, or the path of a file of weights (.safetensors, .pth); images are then normalised as they want them."""
-    finetune: str | None = Field(default=None, min_length=1)
+    finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """Checkpoint of ours, or a run's folder, whose weights training starts from; a head for other classes is new."""
     freeze: Texts = ()
     """Patterns (as in a shell) of the names of parameters that are not trained, such as network.layer1.*; norms that
@@ -172,11 +172,11 @@ class Config(Section):
     """Evaluation."""
     log: LogConfig = LogConfig()
     """Console, metrics file, W&B, TensorBoard."""
-    resume: str | None = Field(default=None, min_length=1)
+    resume: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """auto, a run's folder or a checkpoint to go on from, as --resume says; null: a new run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Fixes the initial weights, the order of the samples and their augmentation."""
-    output: str = Field(default="output", min_length=1)
+    output: Annotated[str, IsPath] = Field(default="output", min_length=1)
     """Folder of all runs; this run writes to OUTPUT/NAME."""
     name: str | None = None
     """Name of the run, a plain file name; null: the config file's name without its ending."""

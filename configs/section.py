@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
+
+from configs.files import expand_home
 
 
 class Section(BaseModel):
@@ -28,6 +30,11 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _in_home(value: Any) -> Any:
+    return expand_home(value) if isinstance(value, str) else value
+
+
+IsPath = AfterValidator(_in_home)  # marks a setting that is a path
 Pair = Annotated[tuple[float, float], BeforeValidator(two_numbers)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 

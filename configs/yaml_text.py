@@ -1,8 +1,8 @@
 """YAML text to plain values, and back.
 
-Owns the YAML rules: the core types of YAML 1.2 and pairs in parentheses; no aliases and no tags; a key given twice is
-an error, except in and below top-level keys in capitals, as the homework writes them, where the last one counts. Knows
-no setting.
+Owns the YAML rules: the core types of YAML 1.2, None for null, and pairs in parentheses; no aliases and no tags; a key
+given twice is an error, except in and below top-level keys in capitals, as the homework writes them, where the last one
+counts. Knows no setting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_DEPTH = 50  # of values within values
 _INT = r"[-+]?[0-9]+"
 _NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
 _CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
-    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
+    "tag:yaml.org,2002:null": r"~|null|Null|NULL|None|",  # None: as Python and W&B write it
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": _INT,
     "tag:yaml.org,2002:float": _NUMBER,
@@ -58,6 +58,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _ValueLoader(_Loader):
+    """Refuses comments, which would cut a value of the command line short."""
+
+    def scan_to_next_token(self) -> None:
+        begin = self.pointer
+        super().scan_to_next_token()
+        if "#" in self.buffer[begin : self.pointer]:
+            raise yaml.MarkedYAMLError(problem="# begins no comment here; put the text that holds it in quotes")
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes a string that would be another type in YAML 1.1 or 1.2."""
 
@@ -72,13 +82,33 @@ def to_text(values: Any) -> str:
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def parse(text: str, source: str, line_numbers: bool = True) -> Document:
-    """Parse one YAML document; the error, one `UserError`, names the source and, if wanted, the line."""
+def parse(text: str, source: str) -> Document:
+    """Parse one YAML document; the error, one `UserError`, names the source and the line."""
+    return _parse(_Loader, text, source, line_numbers=True)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """Parse one value of the command line, in which `#` begins no comment.
+
+    Raises UserError, which names the source, for an empty value and for what is no YAML.
+    """
+    text = text.strip()
+    if not text:
+        raise one_line(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
+    if "#" in text and text[0] not in "[{\"'":  # neither a number nor null, but text
+        text = "'" + text.replace("'", "''") + "'"
+    value = _parse(_ValueLoader, text, source, line_numbers=False).value
+    if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # such as ---
+        return text
+    return value
+
+
+def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
     if len(text) > MAX_CHARACTERS:
         raise one_line(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
     document = Document()
     try:
-        node = _Loader(text).get_single_node()
+        node = loader(text).get_single_node()
         document.value = None if node is None else _construct(node, (), document)
         return document
     except yaml.reader.ReaderError as error:

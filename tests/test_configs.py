@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from configs import notes
 from configs.documentation import documentation
 from configs.errors import UserError
-from configs.load import load_config, to_yaml
+from configs.load import load_config, parse_config, to_yaml
 from configs.schema import Config, is_section, walk
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_with_its_place(write: Write, capsy
         ("train.optimizer={name: sgd, momentum: 0}", "above 0 with nesterov"),
         ("train=5", "must be a section; allowed in train: epochs, "),
         ("data.prefetch=17", "less than or equal to 16"),
-        ("data.path=", "a valid string"),
+        ("data.path=null", "a valid string"),
         ("data.image_size=big", "a valid integer or null"),
         ("aug.scale=[0.5, 0.2]", "ascending order"),
         ("aug.scale=[0, 1]", "positive"),
@@ -320,9 +320,70 @@ def test_overrides_take_both_forms_in_one_list_and_the_last_wins(write: Write) -
     assert config.log.wandb.tags == ("a", "b")
 
 
-def test_an_empty_override_and_null_reset_an_optional_field(write: Write) -> None:
-    for override in ("data.image_size=", "data.image_size=null"):
-        assert load_config(write("train: {epochs: 4}"), ["data.image_size=9", override]).data.image_size is None
+@pytest.mark.parametrize("null", ["null", "None", "~"])
+def test_null_and_none_reset_an_optional_field_in_an_override_and_in_a_file(null: str, write: Write) -> None:
+    path = write(f"train: {{epochs: 4, clip_grad_norm: {null}}}")
+    config = load_config(path, ["data.image_size=9", f"data.image_size={null}", f"name={null}"])
+    assert (config.data.image_size, config.train.clip_grad_norm, config.name) == (None, None, "run")
+    assert load_config(path, ["name='None'"]).name == "None"
+    assert "must be a valid string" in error_of(path, f"data.path={null}")
+
+
+@pytest.mark.parametrize(
+    "override", [["train.clip_grad_norm="], ["train.clip_grad_norm", ""], ["name=  "], ["MODEL.RESUME="]]
+)
+def test_an_empty_override_is_an_error_that_names_null(override: list[str], write: Write) -> None:
+    assert "has an empty value; write null for none, or '\"\"' for an empty text" in error_of(write(), *override)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("try #2", "try #2"),
+        ("#2", "#2"),
+        (" it's #1", "it's #1"),
+        ("\"try #2\"", "try #2"),
+        ("a#b", "a#b"),
+        ("None #2", "None #2"),
+        ("---", "---"),
+    ],
+)  # fmt: skip
+def test_the_value_of_an_override_is_taken_whole(text: str, value: str, write: Write) -> None:
+    for override in ([f"name={text}"], ["name", text]):
+        config = load_config(write(), override)
+        assert config.name == value
+        assert parse_config(to_yaml(config), "config.yaml") == config
+
+
+def test_a_number_or_list_with_something_behind_it_is_refused_instead_of_cut(write: Write) -> None:
+    assert 'train.epochs="5 #6" must be a valid integer' in error_of(write(), "train.epochs=5 #6")
+    for text in ("[a, b #c]", "[a] #b", '"a" #b', "[a, #b\n]"):
+        assert "# begins no comment here; put the text that holds it in quotes" in error_of(
+            write(), f"log.wandb.tags={text}"
+        )
+    assert load_config(write(), ["log.wandb.tags=[a, 'b #c']"]).log.wandb.tags == ("a", "b #c")
+
+
+def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["data.path=~/a", "output=~/b", "resume=~/c", "model.finetune=~/d", "model.pretrained=~/e"]
+    (tmp_path / "base.yaml").write_text("seed: 5")
+    write("base: ~/base.yaml")
+    for config in (
+        load_config("~/run.yaml", paths),
+        load_config(write("base: base.yaml"), paths[1:], **{"data.path": "~/a"}),
+    ):
+        found = (config.data.path, config.output, config.resume, config.model.finetune, config.model.pretrained)
+        assert found == tuple(f"{tmp_path}/{letter}" for letter in "abcde")
+        assert config.seed == 5
+    assert load_config("~/run.yaml", ["resume=auto", "output=a~b"]).output == "a~b"
+    assert load_config(write("output: ~/runs")).output == f"{tmp_path}/runs"
+    for override in paths:
+        unknown = override.replace("~", "~nobody-of-this-name")
+        assert "begins with ~, but there is no such user; write ./~" in error_of(write(), unknown)
+    assert "'~nobody-of-this-name/x.yaml' begins with ~" in error_of("~nobody-of-this-name/x.yaml")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

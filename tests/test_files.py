@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from configs import files
+from configs.errors import UserError
 from configs.files import open_plain, read_record
+from tools import convert, export, predict, sweep
+from train import ddp
 
 
 def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
@@ -42,3 +45,24 @@ def test_a_record_is_limited_and_text(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="invalid start byte"):
         read_record(tmp_path / "file")
     assert read_record(tmp_path / "file", "replace") == "\ufffd"
+
+
+def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    a, b, c = (Path("/home/me") / letter for letter in "abc")
+    for parse, line, found in (
+        (ddp.parse_arguments, "--cfg x --resume ~/a", {"resume": str(a)}),
+        (export.parse_arguments, "--checkpoint ~/a --data-path ~/b", {"checkpoint": a, "data_path": str(b)}),
+        (predict.parse_arguments, "--checkpoint ~/a ~/b --split ~/c", {"checkpoint": [a, b], "split": str(c)}),
+        (sweep.parse_arguments, "--cfg ~/a seed=1,2 --out ~/b", {"cfg": a, "out": b}),
+        (convert.build_parser().parse_args, "hdf5 --source ~/a --out ~/b", {"source": a, "out": b}),
+    ):
+        arguments = vars(parse(line.split()))
+        assert {name: arguments[name] for name in found} == found
+    with pytest.raises(UserError, match=r"'~nobody-of-this-name' begins with ~, but there is no such user; write \./~"):
+        ddp.parse_arguments(["--cfg", "x", "--resume", "~nobody-of-this-name"])
+
+
+def test_no_command_takes_a_path_without_its_tilde() -> None:
+    for source in (Path(__file__).parents[1] / "tools").rglob("*.py"):
+        assert "type=Path" not in source.read_text(), source

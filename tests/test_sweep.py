@@ -80,6 +80,7 @@ def test_a_grid_is_the_product_of_all_lists_under_names_that_know_no_order() -> 
         ("aug.crop=none,pad", ["crop=none", "crop=pad"]),
         ("data.image_size=null,64", ["image_size=null", "image_size=64"]),
         ("model.name=lenet,timm/resnet18", ["name=lenet", "name=timm_resnet18"]),
+        ("train.clip_grad_norm=None,1", ["clip_grad_norm=null", "clip_grad_norm=1"]),
         ("train.optimizer.nesterov=true,false", ["nesterov=true", "nesterov=false"]),
         ("train.lr=0.1234567,0.1234568", ["lr=0.1234567", "lr=0.1234568"]),
         ("seed=0, 1", ["seed=0", "seed=1"]),

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument, path_text
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from configs.stages import config_at
@@ -85,23 +86,25 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             continue
         command = commands.add_parser(stage, help=text, description=text)
         if stage in ("loader", "model", "train", "peers", "augment", "stages"):
-            command.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
-            command.add_argument("--data-path", help="converted data set; without --cfg it is all that a loader needs")
+            command.add_argument("--cfg", type=path_text, metavar="FILE", help="config file, configs/….yaml")
+            command.add_argument(
+                "--data-path", type=path_text, help="converted data set; without --cfg it is all that a loader needs"
+            )
             command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
             command.add_argument(
                 "--batch-size", type=int, help="samples per batch (default: the config's, 512 without one)"
             )
         if stage == "all":
             command.add_argument(
-                "--small", type=Path, help="converted 32x32 data set (default: data/cifar10, else digits)"
+                "--small", type=path_argument, help="converted 32x32 data set (default: data/cifar10, else digits)"
             )
             command.add_argument(
-                "--medium", type=Path, help="converted 96x96 data set (default: data/medium-imagenet-96)"
+                "--medium", type=path_argument, help="converted 96x96 data set (default: data/medium-imagenet-96)"
             )
-            command.add_argument("--source", type=Path, help="raw CIFAR-10, where it is not converted")
+            command.add_argument("--source", type=path_argument, help="raw CIFAR-10, where it is not converted")
             command.add_argument("--samples", type=int, help="of the data sets that are made, fewer for a quick try")
             command.add_argument(
-                "--data", type=Path, default=Path("output/benchmark-data"), metavar="DIR",
+                "--data", type=path_argument, default=Path("output/benchmark-data"), metavar="DIR",
                 help="on a GPU: keeps the data sets that are made, for the parts to come (default %(default)s)",
             )  # fmt: skip
             command.add_argument("--minutes", type=float, help="for all parts; what is not begun by then is left out")
@@ -119,12 +122,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--epochs", type=int, help="of the runs to an accuracy, for a quick try")
             command.add_argument(
                 "--reference",
-                type=Path,
+                type=path_argument,
                 metavar="DIR",
                 help="checkout of cifar10-airbench, measured beside the speedrun",
             )
             command.add_argument(
-                "--report", type=Path, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table"
+                "--report", type=path_argument, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table"
             )
             command.add_argument(
                 "--only",
@@ -134,10 +137,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             )
         if stage in ("peers", "augment", "all"):
             command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
-        command.add_argument("--scratch", type=Path, help="folder for files made on the way, which are removed")
+        command.add_argument(
+            "--scratch", type=path_argument, help="folder for files made on the way, which are removed"
+        )
         command.add_argument("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the run there as well")
+        command.add_argument("--json", type=path_argument, metavar="FILE", help="write the run there as well")
     return parser.parse_args(arguments)
 
 

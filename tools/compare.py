@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument
 from tools.parts import tables
 from tools.parts.overlay import overlay
 from tools.parts.run_records import curve_rows, find_runs, labels, read_run, table
@@ -23,8 +24,12 @@ from train import figures
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold them")
-    parser.add_argument("--out", type=Path, default=Path("output/comparison"), help="default: output/comparison")
+    parser.add_argument(
+        "runs", nargs="+", type=path_argument, metavar="RUN", help="run folders, or folders that hold them"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("output/comparison"), help="default: output/comparison"
+    )
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the runs, in their order")
     return parser.parse_args(arguments)
 

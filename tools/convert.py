@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, printable, run_main
+from configs.files import path_argument
 from pipelines import shards
 from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
 from pipelines.shard_writer import write_dataset
@@ -203,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         cifar = command(name, title, f"--download --out data/{name}")
         cifar.add_argument(
             "--source",
-            type=Path,
+            type=path_argument,
             default=Path("data/raw"),
             help=f"{folder}, its .tar.gz or the folder above (%(default)s)",
         )
@@ -214,25 +215,27 @@ def build_parser() -> argparse.ArgumentParser:
         "an HDF5 file with images-SPLIT and labels-SPLIT for train, val and test",
         "--source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96",
     )
-    hdf5.add_argument("--source", type=Path, required=True, help="the .hdf5 file")
-    hdf5.add_argument("--classes", type=Path, help="text file with one class name per line (default: 0, 1, …)")
+    hdf5.add_argument("--source", type=path_argument, required=True, help="the .hdf5 file")
+    hdf5.add_argument("--classes", type=path_argument, help="text file with one class name per line (default: 0, 1, …)")
     _add_options(hdf5, encoding="npy")
     imagefolder = command(
         "imagefolder",
         "image files in SPLIT/CLASS/ folders, at any depth; JPEG files keep their bytes unless --size changes them",
         "--source photos --size 256 --out data/photos",
     )
-    imagefolder.add_argument("--source", type=Path, required=True, help="the folder that holds train, val and test")
+    imagefolder.add_argument(
+        "--source", type=path_argument, required=True, help="the folder that holds train, val and test"
+    )
     _add_options(imagefolder, encoding="jpeg")
     check = command("verify", "check every byte of a converted data set", "data/cifar10")
-    check.add_argument("folder", type=Path, help="the folder of the data set")
+    check.add_argument("folder", type=path_argument, help="the folder of the data set")
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     count, seed = _whole_number(1), _whole_number(0)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write the data set to")
     parser.add_argument("--name", help="name of the data set and its shards (default: from the source)")
     parser.add_argument(
         "--encoding", choices=["npy", "jpeg"], default=encoding, help="npy: lossless pixels of one size (%(default)s)"

@@ -45,6 +45,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument, path_text
 from models import PixelClassifier, options_of
 from tools.parts.export_check import CPU, Expected, compare, expected_logits
 from tools.parts.export_formats import FORMATS, Exportable, snippet
@@ -59,13 +60,17 @@ PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder, or a .pt file")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, required=True, metavar="RUN", help="a run's folder, or a .pt file"
+    )
     parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: export, beside the checkpoint")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: export, beside the checkpoint")
     parser.add_argument("--verify-images", type=int, default=256, metavar="N", help="images to compare on (256)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (1e-4, or a "
                         "millionth of the largest logit where that is more)")  # fmt: skip
-    parser.add_argument("--data-path", metavar="FOLDER", help="the converted data set, if it moved since training")
+    parser.add_argument(
+        "--data-path", type=path_text, metavar="FOLDER", help="the converted data set, if it moved since training"
+    )
     return parser.parse_args(arguments)
 
 

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
@@ -64,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
     parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
     parser.add_argument("--steps", type=int, help=f"updates (default: an epoch, but {FEWEST} to {MOST})")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
     return parser.parse_args(arguments)
 
 

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument, path_text
 from tools.parts import submission
 from tools.parts.ensemble import best_classes, predict
 from tools.parts.image_sets import ImageSet, data_folder, open_images, picture_folder
@@ -52,19 +53,27 @@ METRICS = ("loss", "top1", "top5")
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="+", required=True, type=Path, metavar="RUN",
+    parser.add_argument("--checkpoint", nargs="+", required=True, type=path_argument, metavar="RUN",
                         help="run folders (best.pt, else last.pt) or .pt files; several are averaged")  # fmt: skip
-    parser.add_argument("--split", required=True, metavar="test|val|train|FOLDER", help="a split, or a picture folder")
-    parser.add_argument("--data-path", metavar="DIR", help="the converted data set (default: the checkpoint's)")
+    parser.add_argument(
+        "--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help="a split, or a picture folder"
+    )
+    parser.add_argument(
+        "--data-path", type=path_text, metavar="DIR", help="the converted data set (default: the checkpoint's)"
+    )
     parser.add_argument("--tta", choices=["none", "flip", "flip-translate"], help="default: the checkpoint's eval.tta")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: the checkpoint's for evaluation")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="best classes to list (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: RUN/predictions-SPLIT or RUN/pictures-NAME"
+        "--out", type=path_argument, metavar="FOLDER", help="default: RUN/predictions-SPLIT or RUN/pictures-NAME"
     )
     contest = parser.add_argument_group("submission")
-    contest.add_argument("--submission", metavar="FILE|none", help="default: OUT/submission.csv for split test alone")
-    contest.add_argument("--sample-submission", type=Path, metavar="FILE", help="take columns and ids from this CSV")
+    contest.add_argument(
+        "--submission", type=path_text, metavar="FILE|none", help="default: OUT/submission.csv for split test alone"
+    )
+    contest.add_argument(
+        "--sample-submission", type=path_argument, metavar="FILE", help="take columns and ids from this CSV"
+    )
     contest.add_argument("--id-start", type=int, choices=[0, 1], help="the first Id (default 1)")
     contest.add_argument("--id-column", metavar="NAME", help=f"default {submission.ID}")
     contest.add_argument("--category-column", metavar="NAME", help=f"default {submission.CATEGORY}")

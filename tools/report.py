@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument
 from tools.benchmarks import record, results
 from tools.benchmarks.tables import headline, markdown, of_run, parts
 
@@ -28,8 +29,8 @@ Row = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
+    parser.add_argument("--readme", type=path_argument, default=ROOT / "README.md")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, compare README's table with the JSON files"
     )

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument, path_text
 from configs.load import load_config
 from tools.parts.show_data import show_data
 from tools.parts.show_predictions import show_predictions
@@ -34,9 +34,13 @@ TAKES = {
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="a run folder (its best.pt) or a checkpoint")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, metavar="RUN", help="a run folder (its best.pt) or a checkpoint"
+    )
     parser.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument("--data-path", help="a converted data set; with the two above, in place of theirs")
+    parser.add_argument(
+        "--data-path", type=path_text, help="a converted data set; with the two above, in place of theirs"
+    )
     parser.add_argument("--split", help="with --checkpoint: the split to predict (default: the run's data.val_split)")
     parser.add_argument("--epoch", type=int, nargs="+", metavar="N",
                         help="with --cfg: epochs, counted from 0, a row of pictures for each (default 0)")  # fmt: skip
@@ -44,7 +48,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         help="with --cfg: settings that override the file")  # fmt: skip
     parser.add_argument("--count", type=int, default=20, help="images in a picture, at most (default 20)")
     parser.add_argument("--seed", type=int, help="of the random choice of samples (default 0)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER",
                         help="default: show-SPLIT beside the checkpoint, or output/show/NAME")  # fmt: skip
     return parser.parse_args(arguments)
 

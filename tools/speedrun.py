@@ -21,13 +21,13 @@ import statistics
 import sys
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument
 from configs.load import load_config
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--runs", type=int, default=10, help="seeds, from the config's on (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the result there as well")
     return parser.parse_args(arguments)
 
 

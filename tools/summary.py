@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
 from tqdm import tqdm
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument, path_text
 from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from models import available, build_configured
@@ -58,7 +59,7 @@ AMP_NAMES = {"float32": "off", "bf16": "bf16"}
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL",
+    parser.add_argument("models", type=path_text, nargs="+", metavar="MODEL",
                         help=f"{', '.join(available())}, timm/NAME, a config file or a run's folder")  # fmt: skip
     parser.add_argument("--size", type=int, help="height and width in pixels, for all models (default: as "
                         "in this project's configs or the one given; timm: the size it was made for)")  # fmt: skip
@@ -67,8 +68,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("adamw", "sgd", "muon"), help="default: the config's, else adamw")
     parser.add_argument("--precision", choices=tuple(AMP_NAMES), help="default: as training would on this machine")
     parser.add_argument("--layers", action="store_true", help="a table of the layers for each model, in their order")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write summary.csv, summary.png and with --layers "
-                        "layers-NAME.csv there (default: print only)")  # fmt: skip
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="write summary.csv, summary.png "
+                        "and with --layers layers-NAME.csv there (default: print only)")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import UserError, run_main
+from configs.files import path_argument
 from configs.load import load_config
 from pipelines.shards import load_dataset
 from tools.parts import sweep_report, tables
@@ -37,14 +38,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a setting and its values: train.lr=1e-3,3e-3; "
                         "for --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)")  # fmt: skip
-    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="config file, configs/….yaml")
+    parser.add_argument("--cfg", required=True, type=path_argument, metavar="FILE", help="config file, configs/….yaml")
     parser.add_argument("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE …'",
                         help="settings that change together; give one option for each variant")  # fmt: skip
     parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of taking all")
     parser.add_argument("--seed", type=int, default=0, help="of --random (default 0); each seed has its own points")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="override the file in all runs; what is varied stands before it")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: OUTPUT/NAME-sweep, by the config")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-sweep, by the config")
     parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="processes of each run (default 1)")
     parser.add_argument("--parallel", type=int, metavar="N",
                         help="runs at a time; default: one per group of GPUs, one on a CPU")  # fmt: skip

@@ -14,6 +14,7 @@ from math import isnan
 from typing import Any
 
 from configs.errors import UserError
+from configs.files import path_text
 from configs.load import load_config, to_yaml
 from configs.schema import Config
 from pipelines import build_eval_loader, build_train_loader
@@ -54,7 +55,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
-    parser.add_argument("--resume", metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder")
+    parser.add_argument(
+        "--resume", type=path_text, metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder"
+    )
     parser.add_argument(
         "--eval",
         action="store_true",

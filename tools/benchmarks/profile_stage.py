@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from configs.files import path_argument, path_text
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
@@ -50,13 +51,13 @@ TRACE = "trace.json.gz"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
-    command.add_argument("--data-path", help="data.path, the converted data set")
+    command.add_argument("--cfg", type=path_text, required=True, metavar="FILE", help="config file, configs/….yaml")
+    command.add_argument("--data-path", type=path_text, help="data.path, the converted data set")
     command.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.add_argument("--steps", type=int, default=20, help="that are profiled (default %(default)s)")
     command.add_argument("--seconds", type=float, default=3.0, help="of unprofiled training (default %(default)s)")
-    command.add_argument("--out", type=Path, help="folder (default output/NAME-profile)")
+    command.add_argument("--out", type=path_argument, help="folder (default output/NAME-profile)")
 
 
 def main(arguments: argparse.Namespace) -> int:

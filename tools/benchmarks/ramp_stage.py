@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
+from configs.files import path_argument, path_text
 from configs.load import load_config
 from configs.stages import config_at
 from pipelines.shards import load_dataset
@@ -49,13 +50,15 @@ NOISY = 2.0  # ratio of the fastest round of a size to its slowest from which th
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config files, configs/….yaml")
+    command.add_argument(
+        "--cfg", type=path_text, nargs="+", default=[], metavar="FILE", help="config files, configs/….yaml"
+    )
     command.add_argument("--model", nargs="+", default=[], metavar="NAME", help="models without a config, on noise")
     command.add_argument(
         "--size", type=int, default=32, help="side of --model's images in pixels (default %(default)s)"
     )
     command.add_argument("--classes", type=int, default=10, help="of --model (default %(default)s)")
-    command.add_argument("--data-path", help="data.path of all configs, a converted data set")
+    command.add_argument("--data-path", type=path_text, help="data.path of all configs, a converted data set")
     command.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of all models")
     command.add_argument("--memory-limit", type=float, metavar="GIB", help="that a process, or torch on a GPU, may use")
     command.add_argument("--min-batch", type=int, default=1, metavar="N", help="the first size (default %(default)s)")
@@ -69,7 +72,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=3,
         help="per size; bisection takes one, the largest and the fastest size twice as many (default %(default)s)",
     )
-    command.add_argument("--out", type=Path, help="folder (default output/NAME-ramp, of several models output/ramp)")
+    command.add_argument(
+        "--out", type=path_argument, help="folder (default output/NAME-ramp, of several models output/ramp)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
