@@ -167,6 +167,33 @@ def test_a_sample_decides_columns_and_ids(model: Path, tmp_path: Path, capsys: p
         assert [int(category) for _, category in rows] == arrays(tmp_path)["logits"].argmax(1).tolist()
 
 
+def test_ids_that_are_numbers_are_matched_by_number_in_any_order(model: Path, tmp_path: Path) -> None:
+    numbers = sorted(range(1, TEST_ROWS + 1), key=str)
+    names = [f"test/v2_{number}.png" for number in numbers]
+    sample = sample_file(tmp_path / "sample.csv", names)
+    run("--checkpoint", model, "--split", "test", "--sample-submission", sample, "--out", tmp_path, "--id-start", 1)
+    best = arrays(tmp_path)["logits"].argmax(1)
+    assert table(tmp_path / "submission.csv")[1:] == [
+        [name, str(best[number - 1])] for name, number in zip(names, numbers, strict=True)
+    ]
+
+
+def test_pictures_are_matched_with_a_sample_by_their_names(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(1, 13):
+        Image.fromarray(marked_image(number)).save(folder / f"img_{number}.png")
+    command = ["--checkpoint", model, "--split", folder, "--submission", tmp_path / "mine.csv", "--out", tmp_path]
+    with pytest.raises(
+        UserError, match=r"numbered, but sorted by path .* \(img_1, img_10, img_11 …\); give a --sample"
+    ):
+        run(*command)
+    sample = sample_file(tmp_path / "sample.csv", [f"img_{number}.png" for number in range(12, 0, -1)])
+    run(*command, "--sample-submission", sample)
+    expected = logits_of(model, [marked_image(number) for number in range(12, 0, -1)]).argmax(1)
+    assert [int(category) for _, category in table(tmp_path / "mine.csv")[1:]] == expected.tolist()
+
+
 def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "deeper" / "mine.csv"
     run("--checkpoint", model, "--split", "val", "--submission", file, "--id-start", 0, "--id-column", "ID",
@@ -193,7 +220,7 @@ def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(mode
         (["--split", "test", "--sample-submission", "zero", "--id-start", "1"], "start at 0; leave one out"),
         (["--split", "test", "--sample-submission", "names", "--id-start", "1"], "do not count from 0 or 1"),
         (["--split", "test", "--sample-submission", "zero", "--id-column", "Id"], "has 'image' there"),
-        (["--split", "test", "--sample-submission", "mixed"], "are 1 to 41 in another order"),
+        (["--split", "test", "--sample-submission", "gap"], "neither from 0 or 1 without a gap nor in ascending order"),
         (["--split", "test", "--sample-submission", "twice"], "has the id '7' twice"),
         (["--split", "test", "--sample-submission", "wide"], "must have two columns.*but its row 1 is 'a,b,c'"),
         (["--split", "test", "--sample-submission", "file"], "must have two columns.*it is empty"),
@@ -210,8 +237,8 @@ def test_what_cannot_be_is_refused_before_any_prediction(
     Path("file").touch()
     sample_file(Path("short"), numbers[:-1])
     sample_file(Path("zero"), list(range(TEST_ROWS)))
-    sample_file(Path("names"), [f"img{number}" for number in numbers])
-    sample_file(Path("mixed"), sorted(numbers, key=str))
+    sample_file(Path("names"), [f"img{number + 100}" for number in numbers])
+    sample_file(Path("gap"), [42, *numbers[:-1]])
     sample_file(Path("twice"), [*numbers[:-1], 7])
     sample_file(Path("wide"), numbers, header="a,b,c")
     zero = Path("zero").read_text()

@@ -316,7 +316,9 @@ def test_a_class_called_images_stays_a_class(tmp_path: Path) -> None:
     [
         (["1.jpg", "2.jpg", "10.jpg"], True),
         (["01.jpg", "02.jpg", "10.jpg"], False),
-        (["a1.jpg", "a2.jpg", "a10.jpg"], False),
+        (["a1.jpg", "a2.jpg", "a10.jpg"], True),
+        (["a01.jpg", "a02.jpg", "a10.jpg"], False),
+        (["b1.jpg", "a2.jpg", "a10.jpg"], False),
     ],
 )
 def test_numbered_test_images_out_of_their_numbers_order_are_noted(

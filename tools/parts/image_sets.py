@@ -40,6 +40,7 @@ class ImageSet:
     in_source_order: bool
     unreadable: list[dict[str, Any]]  # row, name, reason
     files: tuple[str, ...] | None  # pictures: the path of every source row, within their folder
+    is_sorted_by_name: bool = False  # rows are files in the order of their names
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,7 +135,7 @@ def images_of_split(
         if not (np.array_equal(rows[folder], rows[folders[0]]) and _equal(split.labels, first.labels)):
             raise UserError(f"split {name!r} holds other images in {folder} than in {folders[0]}, so that their "
                             "predictions have no mean; name one data set for all with --data-path")  # fmt: skip
-    entry = first.dataset["splits"][name]
+    entry, source = first.dataset["splits"][name], first.dataset.get("source")
     return ImageSet(
         split=name,
         folders=tuple(folders),
@@ -144,6 +145,7 @@ def images_of_split(
         in_source_order=in_source_order(first.dataset, name),
         unreadable=entry["quarantined"],
         files=files,
+        is_sorted_by_name=isinstance(source, dict) and source.get("kind") == "imagefolder",
     )
 
 

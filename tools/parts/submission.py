@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from configs.errors import UserError
 from tools.parts.image_sets import ImageSet
+from tools.parts.sample_ids import IN_ORDER, check_order_of_files, match
 from tools.parts.tables import write_text
-from tools.sources.imagefolder import in_order_of_numbers
 
 ID, CATEGORY = "Id", "Category"
 SHOWN = 5
@@ -28,8 +27,9 @@ class Form:
 
     id_column: str
     category_column: str
-    ids: tuple[str, ...]  # of every source row, in their order
-    counts: bool  # ids count up by one
+    ids: tuple[str, ...]  # in the order of the file
+    rows: tuple[int, ...]  # source row of each id
+    order: str  # of the ids and how they were matched, for the user
     fill: int  # class of the rows that have no prediction
 
 
@@ -48,15 +48,16 @@ def plan(
     if fill is not None and not 0 <= fill < classes:
         raise UserError(f"--fill={fill} is no class number; use 0..{classes - 1}")
     if images.unreadable and fill is None:
-        rows = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:SHOWN]]
+        named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:SHOWN]]
         more = f" and {len(images.unreadable) - SHOWN} more" if len(images.unreadable) > SHOWN else ""
         raise UserError(f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no "
-                        f"prediction: {'; '.join(rows)}{more}; give them a class with --fill CLASS (a number), or do "
+                        f"prediction: {'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or do "
                         "without a submission with --submission none")  # fmt: skip
     if sample is None:
-        start = 1 if id_start is None else id_start
-        ids = [str(number) for number in range(start, start + images.source_rows)]
-        return Form(id_column or ID, category_column or CATEGORY, tuple(ids), True, fill or 0)
+        check_order_of_files(images.files or ())
+        start, rows = 1 if id_start is None else id_start, tuple(range(images.source_rows))
+        counted = tuple(str(start + row) for row in rows)
+        return Form(id_column or ID, category_column or CATEGORY, counted, rows, IN_ORDER, fill or 0)
     columns, ids = read_sample(sample)
     if len(ids) != images.source_rows:
         raise UserError(f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
@@ -66,35 +67,34 @@ def plan(
     ):
         if given not in (None, found):
             raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; leave one out")
-    first = _count_from(ids, sample)
-    if id_start is not None and id_start != first:
-        found = f"start at {first}" if first is not None else f"do not count from 0 or 1 ({', '.join(ids[:3])} …)"
+    matched = match(ids, images, sample)
+    if id_start is not None and id_start != matched.first:
+        found = f"do not count from 0 or 1 ({', '.join(ids[:3])} …)"
+        if matched.first is not None:
+            found = f"start at {matched.first}"
         raise UserError(f"--id-start={id_start}, but the ids of sample submission {sample} {found}; leave one out")
-    return Form(columns[0], columns[1], tuple(ids), first is not None, fill or 0)
+    return Form(columns[0], columns[1], tuple(ids), matched.rows, matched.order, fill or 0)
 
 
 def write(path: Path, form: Form, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
     """Write the predicted class number of each image [N]; returns the sentence that says what was checked."""
     categories = np.full(images.source_rows, form.fill, np.int64)
     categories[images.rows] = predicted
-    if len(form.ids) != len(categories) or len(set(form.ids)) != len(form.ids):
+    if len(set(form.ids)) != len(categories) or sorted(form.rows) != list(range(len(categories))):
         raise RuntimeError(f"{len(form.ids)} ids, {len(set(form.ids))} different ones, for {len(categories)} images")
-    if form.counts and [int(text) for text in form.ids] != list(range(int(form.ids[0]), int(form.ids[-1]) + 1)):
-        raise RuntimeError("the ids do not count up by one")
     low, high = int(categories.min()), int(categories.max())
     if not 0 <= low <= high < classes:
         raise RuntimeError(f"predicted classes {low} to {high} of {classes}")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([form.id_column, form.category_column])
-    writer.writerows(zip(form.ids, categories.tolist(), strict=True))
+    writer.writerows(zip(form.ids, categories[list(form.rows)].tolist(), strict=True))
     write_text(path, text.getvalue())
-    order = "each once and ascending" if form.counts else "each once, in the order of the sample, taken as that of rows"
     filled = f", {len(images.unreadable)} of them filled with {form.fill}" if images.unreadable else ""
     return (
-        f"{path}: checked {len(form.ids):,} rows, one per image in the order of the source; "
-        f"{form.id_column} {form.ids[0]} to {form.ids[-1]}, {order}; {form.category_column} {low} to {high}, within "
-        f"0 to {classes - 1}, {len(np.unique(categories)):,} of {classes:,} classes{filled}"
+        f"{path}: checked {len(form.ids):,} rows, one per image; {form.id_column} {form.ids[0]} to {form.ids[-1]}, "
+        f"{form.order}; {form.category_column} {low} to {high}, within 0 to {classes - 1}, "
+        f"{len(np.unique(categories)):,} of {classes:,} classes{filled}"
     )
 
 
@@ -118,22 +118,6 @@ def read_sample(path: Path) -> tuple[tuple[str, str], list[str]]:
     return (lines[0][0], lines[0][1]), ids
 
 
-def _count_from(ids: Sequence[str], sample: Path) -> int | None:
-    """0 or 1 where the ids count up from there; None for ids of another kind."""
-    if not all(text.isascii() and text.isdigit() for text in ids):
-        return None
-    numbers = [int(text) for text in ids]
-    for start in (0, 1):
-        count = range(start, start + len(ids))
-        if numbers == list(count):
-            return start
-        if sorted(numbers) == list(count):
-            raise UserError(f"the ids of sample submission {sample} are {start} to {len(ids) - 1 + start} in another "
-                            f"order ({', '.join(ids[:3])} …), so that it does not say which image has which; sort it, "
-                            f"or leave it out and give --id-start {start}")  # fmt: skip
-    return None
-
-
 def _check_rows(images: ImageSet) -> None:
     """Refuse images of which it is not certain that they are the source's rows in their order."""
     if not images.in_source_order:
@@ -144,7 +128,3 @@ def _check_rows(images: ImageSet) -> None:
     if not np.array_equal(rows, np.arange(images.source_rows)) or (np.diff(images.rows) <= 0).any():
         raise UserError(f"split {images.split!r} in {images.folders[0]} does not hold each row of its source once and "
                         "in order; convert the source again")  # fmt: skip
-    if images.files is not None and not in_order_of_numbers(images.files):
-        names = ", ".join(Path(file).stem for file in images.files[:3])
-        raise UserError(f"the pictures are numbered, but sorted by path they are not in the order of their numbers "
-                        f"({names} …); rename them with leading zeros for a submission")  # fmt: skip

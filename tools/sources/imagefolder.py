@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -111,12 +112,17 @@ def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
 
 
 def in_order_of_numbers(paths: Sequence[str]) -> bool:
-    """Whether files that are called by numbers alone come in the order of these; true of all others."""
-    stems = [Path(path).stem for path in paths]
-    if not all(stem.isascii() and stem.isdigit() for stem in stems):
-        return True
-    numbers = [int(stem) for stem in stems]
-    return numbers == sorted(numbers)
+    """Whether files whose names differ in numbers alone come in the order of these; true of all others."""
+    numbers = numbers_of([Path(path).stem for path in paths])
+    return numbers is None or numbers == sorted(numbers)
+
+
+def numbers_of(names: Sequence[str]) -> list[tuple[int, ...]] | None:
+    """The numbers in names that differ in nothing else (`img_1`, `img_10`); None for all others."""
+    parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
+    if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
+        return None
+    return [tuple(int(number) for number in part[1::2]) for part in parts]
 
 
 def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
