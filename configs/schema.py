@@ -107,7 +107,8 @@ class ModelConfig(Section):
     a model of timm."""
     pretrained: Annotated[bool | str, IsPath] = False
     """For models of timm: whether to start from its published weights, which must lie in the hub's cache on this
-    machine, or the path of a file of weights (.safetensors, .pth); images are then normalised as they want them."""
+    machine, or the path of a file of weights (.safetensors, .pth); images are then normalised as they want them, as a
+    config.json beside the file says it."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """Checkpoint of ours, or a run's folder, whose weights training starts from; a head for other classes is new."""
     freeze: Texts = ()

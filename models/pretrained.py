@@ -7,6 +7,7 @@ older names and resamples position embeddings; but all of it must fit, where tim
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,60 @@ from configs.schema import ModelConfig
 from models import PixelClassifier, build_configured, options_of
 from models.from_timm import timm_arguments
 from models.weights import Taken, head_of, read_weights, take_weights
+from models.weights_config import NAME, WeightsConfig, read_weights_config, shown
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def build_pretrained(
-    config: ModelConfig, num_classes: int, *, image_size: int, mean: list[float], std: list[float]
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    image_size: int,
+    mean: list[float],
+    std: list[float],
+    classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
     """As `models.build_configured`, with the weights that config.pretrained asks for; and in words what was taken.
 
-    mean, std: the data set's. A model of timm gets those of its published weights instead. A head for another number of
-    classes is new. Raises UserError for weights that are not on this machine, cannot be read, or do not fit.
+    mean, std: the data set's, which hold only where nothing says what the weights want: the config.json beside a file,
+    else timm's settings of its model. A head for another number of classes, or for others than `classes`, is new.
+    Raises UserError for weights that are not on this machine, cannot be read, or do not fit.
     """
     timm_name = config.name.removeprefix("timm/") if config.name.startswith("timm/") else None
+    is_file = isinstance(config.pretrained, str)
     path = Path(config.pretrained) if isinstance(config.pretrained, str) else published_file(config.name)
     weights = read_weights(path)
-    if timm_name is not None:
+    described = read_weights_config(path) if is_file else None
+    by = "the data set's"
+    if described is not None and described.mean is not None and described.std is not None:
+        mean, std, by = described.mean, described.std, f"as {described.path} says"
+    elif timm_name is not None:
         published = published_config(timm_name)
-        mean, std = list(published.mean), list(published.std)
+        mean, std, by = list(published.mean), list(published.std), f"timm's for {timm_name}"
+    if is_file and (described is None or described.mean is None):
+        by += f", since no {NAME} beside the file says what the weights want"
     model = build_configured(config, num_classes, image_size=image_size, mean=mean, std=std)
+    theirs = None if described is None else described.classes
+    new_head = theirs is not None and classes is not None and theirs != list(classes)
     if timm_name is None:
-        taken = take_weights(model.network, weights, head_of(model.network), f"weights {path}")
+        head = head_of(model.network)
+        taken = take_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
     else:
-        taken = take_through_timm(model.network, config, num_classes, image_size, weights, path)
-    return model, taken.sentence(path)
+        taken = take_through_timm(model.network, config, num_classes, image_size, weights, path, described, new_head)
+    notes = [taken.sentence(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
+    if described is not None and described.image_size not in (None, image_size):
+        notes.append(f"the weights were trained at {described.image_size} pixels, and images here have {image_size}")
+    here = options_of(config) | ({} if config.activation is None else {"activation": config.activation})
+    if described is not None and described.arguments not in (None, here):
+        notes.append(
+            f"the weights were trained with the arguments {shown(described.arguments)}, and the model here has {here}"
+        )
+    return model, "; ".join(notes)
+
+
+def _numbers(numbers: Sequence[float]) -> str:
+    return f"[{', '.join(f'{number:g}' for number in numbers)}]"
 
 
 def published_config(name: str) -> Any:
@@ -92,7 +123,14 @@ def published_file(name: str) -> Path:
 
 
 def take_through_timm(
-    network: nn.Module, config: ModelConfig, num_classes: int, image_size: int, weights: dict[str, Tensor], path: Path
+    network: nn.Module,
+    config: ModelConfig,
+    num_classes: int,
+    image_size: int,
+    weights: dict[str, Tensor],
+    path: Path,
+    described: WeightsConfig | None,
+    new_head: bool,
 ) -> Taken:
     """Load the weights into a model that has as many classes as they have, strictly, and take over what is no head.
 
@@ -104,7 +142,7 @@ def take_through_timm(
     arguments = timm_arguments(
         name, num_classes, image_size=image_size, activation=config.activation, **options_of(config)
     )
-    classes = classes_in(weights, published_config(name))
+    classes = classes_in(weights, published_config(name), None if described is None else described.num_classes)
     try:
         with torch.random.fork_rng([]):  # what is drawn here must not change what is drawn after it
             source = timm.create_model(
@@ -120,11 +158,14 @@ def take_through_timm(
             f"weights {path} do not fit model {config.name!r}: {reason[:300]}; take weights of the same architecture "
             "and options"
         ) from None
-    return take_weights(network, source.state_dict(), head_of(network), f"weights {path}")
+    return take_weights(network, source.state_dict(), head_of(network), f"weights {path}", new_head=new_head)
 
 
-def classes_in(weights: dict[str, Tensor], published: Any) -> int:
-    """The number of classes that a file of weights is for; where the head has another name, the published weights'."""
+def classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
+    """The number of classes that a file of weights is for.
+
+    Where the head has another name it is `described`, which the file's config.json says, else the published weights'.
+    """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:
         if (weight := weights.get(f"{head}.weight")) is not None:
@@ -133,4 +174,4 @@ def classes_in(weights: dict[str, Tensor], published: Any) -> int:
             return (
                 published.num_classes if classes == published.num_classes + (published.label_offset or 0) else classes
             )
-    return int(published.num_classes)
+    return int(published.num_classes) if described is None else described

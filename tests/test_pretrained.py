@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.schema import ModelConfig
 from models import PixelClassifier, build_configured, build_model
 from models.pretrained import build_pretrained, published_file
+from tools.parts.export_formats import Exportable, shortest, write_safetensors
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
@@ -75,7 +76,7 @@ def test_all_but_the_head_comes_from_the_file_and_the_head_is_drawn_as_without(e
     assert [name for name, same in is_same(ours, weights).items() if not same] == ["fc.weight", "fc.bias"]
     new = drawn("timm/test_resnet")
     assert torch.equal(ours["fc.weight"], new["fc.weight"])
-    assert note == f"took {len(weights) - 2} tensors of {path}; new: fc.weight, fc.bias"
+    assert note.startswith(f"took {len(weights) - 2} tensors of {path}; new: fc.weight, fc.bias; images are normalised")
 
 
 def test_drawing_goes_on_after_pretrained_weights_as_without_them(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_with_as_many_classes_the_head_is_taken_too(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "weights.safetensors")
     model, note = start("timm/test_resnet", str(tmp_path / "weights.safetensors"))
     assert all(is_same(model.network.state_dict(), weights).values())
-    assert "new" not in note
+    assert "new:" not in note
 
 
 def test_a_vit_of_another_image_size_gets_resampled_position_embeddings(tmp_path: Path) -> None:
@@ -120,6 +121,80 @@ def test_images_are_normalised_as_the_weights_want_them(tmp_path: Path) -> None:
     torch.testing.assert_close(model.normalize.mean, torch.tensor(published.mean))
     torch.testing.assert_close(model.normalize.std, torch.tensor(published.std))
     assert list(published.mean) != MEAN
+
+
+def exported(folder: Path, name: str) -> Path:
+    """Weights of this project's export, with its config.json beside them."""
+    model = build_configured(ModelConfig(name=name), 10, image_size=32, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7])
+    folder.mkdir()
+    names = tuple(f"class {number}" for number in range(10))
+    write_safetensors(Exportable(model, name, names, 32, "bilinear", "center", 1.0, {}), folder)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["lenet", "timm/test_resnet"])
+def test_images_are_normalised_as_the_config_json_beside_the_file_says(name: str, tmp_path: Path) -> None:
+    path = exported(tmp_path / "export", name)
+    model, note = start(name, str(path), size=32)
+    assert (shortest(model.normalize.mean), shortest(model.normalize.std)) == ([0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
+    assert f"normalised with mean [0.2, 0.3, 0.4] and std [0.5, 0.6, 0.7], as {path.parent}/config.json says" in note
+    assert "pixels" not in note
+    path.with_name("config.json").unlink()
+    model, note = start(name, str(path), size=32)
+    assumed = MEAN if name == "lenet" else list(timm.get_pretrained_cfg("test_resnet").mean)
+    by = "the data set's" if name == "lenet" else "timm's for test_resnet"
+    assert shortest(model.normalize.mean) == assumed
+    assert f"{by}, since no config.json beside the file says what the weights want" in note
+
+
+def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp_path: Path) -> None:
+    path = exported(tmp_path / "export", "lenet")
+    older = path.with_name("config.json")
+    older.write_text('{"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "input_size": [3, 28, 28]}')
+    model, note = start("lenet", str(path), size=32)
+    assert shortest(model.normalize.mean) == [0.2, 0.3, 0.4]
+    assert "the weights were trained at 28 pixels, and images here have 32" in note
+    older.write_text('{"model_type": "resnet", "hidden_sizes": [1]}')
+    model, note = start("lenet", str(path), size=32)
+    assert shortest(model.normalize.mean) == MEAN
+    assert "since no config.json beside the file says what the weights want" in note
+
+
+def test_a_head_for_other_classes_of_the_same_number_is_new_and_other_arguments_are_noted(tmp_path: Path) -> None:
+    path = exported(tmp_path / "export", "lenet")
+    config = ModelConfig(name="lenet", pretrained=str(path), activation="gelu")
+    settings: dict[str, Any] = {"image_size": 32, "mean": MEAN, "std": STD}
+    same = [f"class {number}" for number in range(10)]
+    for classes, is_new in ((same, False), (same[::-1], True), (None, False)):
+        _, note = build_pretrained(config, 10, **settings, classes=classes)
+        assert ("new: " in note) == is_new
+        assert "trained with the arguments {}, and the model here has {'activation': 'gelu'}" in note
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", "5", '{"pretrained_cfg": 5}', '{"model_zhu": []}', '{"mean": [1, 2]}', "[" * 100_000,
+        '{"mean": [0.5, 0.5, NaN], "std": [1, 1, 1]}', '{"mean": [0.5, 0.5, 1e999], "std": [1, 1, 1]}',
+        '{"mean": ["a", 1, 1], "std": [1, 1, 1]}', '{"mean": [1, 1, 1], "std": [1, 0, 1]}', '{"mean": [1, 1, 1]}',
+        '{"mean": [true, 1, 1], "std": [1, 1, 1]}', '{"input_size": "large"}', '{"num_classes": -1}',
+        '{"num_classes": 1e99}', '{"model_zhu": {"classes": 5}}', '{"model_args": []}', "9" * 5000,
+        '{"mean": [%s, 1, 1], "std": [1, 1, 1]}' % ("9" * 4000), "\udcff",
+    ],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_a_broken_config_json_is_an_error_that_names_it(content: str, tmp_path: Path) -> None:
+    path = exported(tmp_path / "export", "lenet")
+    path.with_name("config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(
+        UserError, match=r"config\.json, which says how .* (is no mapping|cannot be read|has )"
+    ) as caught:
+        start("lenet", str(path), size=32)
+    assert len(str(caught.value)) < 400
+    path.with_name("config.json").unlink()
+    path.with_name("config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json, .*cannot be read as JSON \(Is a directory\)"):
+        start("lenet", str(path), size=32)
 
 
 def test_published_weights_come_from_the_hubs_cache(hub: Path) -> None:
@@ -182,7 +257,7 @@ def test_a_built_in_model_takes_a_file_but_for_a_head_of_other_shape(tmp_path: P
     model, note = start("resnet18", str(tmp_path / "weights.pth"), options={"width": 8})
     same = is_same(model.network.state_dict(), theirs.state_dict())
     assert [name for name, one in same.items() if not one] == ["fc.weight", "fc.bias"]
-    assert note.endswith("new: fc.weight, fc.bias")
+    assert "new: fc.weight, fc.bias; " in note
     torch.testing.assert_close(model.normalize.mean, torch.tensor(MEAN))
 
 

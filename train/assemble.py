@@ -52,7 +52,7 @@ def build_all(
     if model.pretrained is False:
         network = on_device(build_configured(model, classes, **shape))
     else:
-        pretrained, note = build_pretrained(model, classes, **shape)
+        pretrained, note = build_pretrained(model, classes, **shape, classes=dataset["classes"])
         network, notes = on_device(pretrained), [note]
     if model.finetune is not None:
         notes.append(load_finetune(network, model.finetune, dataset["classes"], model))
