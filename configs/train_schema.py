@@ -188,7 +188,8 @@ class TrainConfig(Section):
     clip_grad_adaptive: float | None = Field(default=None, gt=0)
     """Largest ratio of a gradient's norm to its weight's, unit by unit (AGC, arXiv:2102.06171); null: no clipping."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU."""
+    """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU. bf16 on a CPU without
+    instructions for it, and fp16 on any CPU, are many times slower than float32."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """Mode of torch.compile; auto: chosen by the device."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

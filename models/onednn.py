@@ -67,16 +67,22 @@ def block_channels() -> int:
     """
     if not torch.backends.mkldnn.is_available():
         return 0
-    # torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
-    # ATEN_CPU_CAPABILITY, which does not limit oneDNN. These variables do: oneDNN reads them in this order, ignores
-    # case and unknown values, and never uses more than the CPU has.
-    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
-    has = torch.cpu.get_capabilities()
+    limit, has = isa_limit(), torch.cpu.get_capabilities()
     if limit in ("sse41", "avx"):
         return 0
     if not limit.startswith("avx2") and all(has.get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq")):
         return 16
     return 8 if has.get("avx2") else 0
+
+
+def isa_limit() -> str:
+    """Return the instruction set that oneDNN is limited to, in lower case; empty if it is not.
+
+    torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
+    ATEN_CPU_CAPABILITY, which does not limit oneDNN. These variables do: oneDNN reads them in this order, ignores case
+    and unknown values, and never uses more than the CPU has.
+    """
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 
 
 def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.notes import warn
 from configs.schema import TrainConfig
+from models.cpu_precision import slow_precision
 from models.onednn import avoid_narrow_strided_convs
 from models.speedrun import whitening_of
 from pipelines.draws import hash64, stream
@@ -92,6 +94,10 @@ def build_training(
         keep_freed_memory()
     note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
     amp = amp_dtype(config.amp, device)
+    if device.type == "cpu" and (reason := slow_precision(amp, trains)) is not None:
+        warn(
+            f"train.amp={config.amp} takes 2 to 1,000 times as long as float32 here, since {reason}; use train.amp=auto"
+        )
     mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
     if mode != "off":
         torch._dynamo.config.recompile_limit = COMPILED_MODELS

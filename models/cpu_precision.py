@@ -1,0 +1,38 @@
+"""Which autocast types a CPU computes with instructions made for them, and which oneDNN emulates at a great cost."""
+
+from __future__ import annotations
+
+import torch
+
+from models.onednn import isa_limit
+
+
+def slow_precision(amp: torch.dtype | None, trains: bool = True) -> str | None:
+    """Return why autocast to this type is slower than float32 on this CPU; None if it is not.
+
+    trains: with backward passes. For bf16 these are 2.6 times as slow as float32 with AVX-512 alone and 8 times with
+    AVX2, for fp16 18 to 240 times (two convolutions of 32 and 64 channels, one thread of a Xeon with AMX, instructions
+    limited by ONEDNN_MAX_CPU_ISA); wider layers lose more.
+    """
+    if amp == torch.float16 and (trains or not _fp16_is_native()):
+        return "oneDNN has no fast fp16 kernels for training on a CPU"
+    if amp == torch.bfloat16 and not bf16_is_native():
+        limit = isa_limit()
+        allowed = f" that ONEDNN_MAX_CPU_ISA={limit} allows" if limit else ""
+        return f"this CPU has no bf16 instructions (AVX512_BF16, AMX, Arm's BF16){allowed}"
+    return None
+
+
+def bf16_is_native() -> bool:
+    """Return whether oneDNN computes bf16 with instructions made for it, instead of emulating it."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False  # on Arm, whether the CPU has the instructions
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") != "x86_64":
+        return True
+    # On x86 the question above is whether there is AVX-512. AVX_NE_CONVERT does not count: as slow as AVX2 (measured).
+    return bool(has.get("avx512_bf16")) and isa_limit() not in ("avx512_core", "avx512_core_vnni")
+
+
+def _fp16_is_native() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
