@@ -85,7 +85,7 @@ def assemble(
     stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
         if way.by_dali and split.encoding != "npy":
-            source: Source = _mapped_files(split, data, stored, machine)
+            source: Source = _mapped_files(split, stored, machine)
         else:
             slot_size = plan.batch_size * buffering.group
             source = _source(split, graphs, way, pixels, gathered, slot_size, buffering.slots, device)
@@ -105,10 +105,9 @@ def assemble(
     )
 
 
-def _mapped_files(split: Split, data: DataConfig, stored: graph.Stored, machine: graph.Machine) -> MappedFiles:
+def _mapped_files(split: Split, stored: graph.Stored, machine: graph.Machine) -> MappedFiles:
     alone = replace(machine, batch_size=1)
-    check = FileCheck(lambda: graph.decoding_graph(stored, alone))
-    return MappedFiles(split, check.decodes, checks_headers=data.on_bad_sample == "skip")
+    return MappedFiles(split, FileCheck(lambda: graph.decoding_graph(stored, alone)).decodes)
 
 
 def _source(

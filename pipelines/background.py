@@ -93,20 +93,29 @@ class Team:
         self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
         self._taken = 0  # groups
         self._group: list[Prepared] = []  # the rest of the one being handed out, last first
+        self._error: BaseException | None = None  # of the thread whose turn it is
 
     def take(self, block: bool) -> Prepared | None:
-        """The next batch; None when it is not ready and `block` is false."""
-        if not self._group:
+        """Return the next batch; None when it is not ready and `block` is false.
+
+        An error of a thread is raised only with `block`: batches before it may still fail, and come first.
+        """
+        if not self._group and self._error is None:
             try:
                 group = self._threads[self._taken % len(self._threads)].ready.get(block=block)
             except queue.Empty:
                 return None
             if isinstance(group, BaseException):
-                raise group
-            if self._taken == 0:  # not before, since training waits for the first batch
-                self._preparer.start()
-            self._taken += 1
-            self._group = group
+                self._error = group
+            else:
+                if self._taken == 0:  # not before, since training waits for the first batch
+                    self._preparer.start()
+                self._taken += 1
+                self._group = group
+        if self._error is not None and not self._group:
+            if block:
+                raise self._error
+            return None
         return self._group.pop()
 
     def give(self, slot: int) -> None:

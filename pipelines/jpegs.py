@@ -10,6 +10,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from pipelines import jpeg_kernels
 from pipelines.bad_samples import Undecodable
 from pipelines.cpu_graph import CpuGraph, Images
 from pipelines.gather import Slots, Source
@@ -87,19 +88,27 @@ class HostJpegs(Source):
 class MappedFiles(Source):
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 
-    def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool], *, checks_headers: bool) -> None:
-        """decodes: whether DALI can decode a file; checks_headers: look at each file's before it is first handed out,
-        which reads the first page of every file in a single thread."""
+    def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
+        """decodes: whether DALI can decode a file, which it is given on its own."""
         self._split, self._decodes, self.watch = split, decodes, split.watch
         self._content, self._address, self._size = split.content, split.address, split.size
-        self._unchecked = np.ones(len(split), bool) if checks_headers else None
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """B arrays uint8 [bytes]."""
-        if self._unchecked is not None and (unchecked := self._unchecked[indices]).any():
-            self._check_headers(indices[unchecked], self._unchecked)
-        begins, sizes = self._address[indices].tolist(), self._size[indices].tolist()
-        return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+        """B arrays uint8 [bytes].
+
+        Raises Undecodable for headers that DALI cannot parse: in a batch, such a file may end the process, since DALI's
+        decoder gives up while its threads still work on the other files (DALI 2.4).
+        """
+        begins, sizes = self._address[indices], self._size[indices]
+        is_suspect = np.empty(len(indices), bool)
+        sides = self._split.heights[indices], self._split.widths[indices]
+        jpeg_kernels.find_unlike(self._content, begins, sizes, *sides, is_suspect)
+        if is_suspect.any() and (bad := [place for place in np.flatnonzero(is_suspect) if self.defect(indices[place])]):
+            # Those before the last one are decoded as well, so that an error names the first of the stream.
+            found = {sample: self.defect(sample) for sample in indices[: bad[-1] + 1].tolist()}
+            raise Undecodable({sample: wrong for sample, wrong in found.items() if wrong is not None})
+        places = zip(begins.tolist(), sizes.tolist(), strict=True)
+        return [self._content[begin : begin + size] for begin, size in places]
 
     def defect(self, sample: int) -> str | None:
         """Return what is wrong with a sample as DALI sees it: it decodes files that Pillow refuses, and the reverse."""
@@ -107,13 +116,3 @@ class MappedFiles(Source):
         if (wrong := header_defect(file, sides)) is not None:
             return wrong
         return None if self._decodes(file) else CANNOT
-
-    def _check_headers(self, samples: np.ndarray, unchecked: np.ndarray) -> None:
-        defects: dict[int, str] = {}
-        for sample in samples.tolist():
-            wrong = header_defect(file_of(self._split, sample), sides_of(self._split, sample))
-            if wrong is not None:
-                defects[sample] = wrong
-        if defects:
-            raise Undecodable(defects)
-        unchecked[samples] = False

@@ -246,7 +246,7 @@ def _filter(start: float, end: float, reach: int, antialias: bool, index: np.nda
 
 def compile_all() -> None:
     """Call every kernel once on one black pixel, with the types that the loader passes."""
-    from pipelines import bus_guard_kernels, program_kernels
+    from pipelines import bus_guard_kernels, jpeg_kernels, program_kernels
 
     assert bus_guard_kernels.handler.address  # which importing compiles
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
@@ -256,6 +256,8 @@ def compile_all() -> None:
     crop_flip(content, begins, 1, 1, offset, flip, False, out)
     resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, True, out)
     sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
+    sizes = np.zeros(1, np.int32)
+    jpeg_kernels.find_unlike(content, begins, sizes, sizes, sizes, np.empty(1, bool))
     program_kernels.compile_all()
 
 

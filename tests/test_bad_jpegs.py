@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +170,17 @@ def test_a_header_that_claims_another_size_is_refused_before_anything_is_decoded
     for claimed in ((65_000, 65_000), (sides[1], sides[0]), (sides[0], sides[1] - 1), (20_000, 3)):
         damage(jpeg_copy, 7, claiming(*claimed))
         on_cpu = HostJpegs(split, Slots(1, 1, (24, 24, 3)))
-        for_dali = MappedFiles(split, lambda file: bool(decoded.append(file)), checks_headers=True)
+        for_dali = MappedFiles(split, lambda file: bool(decoded.append(file)))
         wrong = f"has {claimed[0]:,} x {claimed[1]:,} pixels where the index says {sides[0]} x {sides[1]}"
         assert on_cpu.defect(7) == for_dali.defect(7) == wrong
     assert loaded == decoded == []
 
 
-def test_dali_gets_no_file_whose_header_is_wrong_where_samples_are_skipped(
-    damaged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch such a file may end the process."""
     use_dali(monkeypatch)
-    loader, split = train(damaged, 48, AUG, **SKIP), open_split(damaged, "train")
+    loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
     sides = set(zip(split.heights.tolist(), split.widths.tolist(), strict=True))
     submit = GraphRunner.submit
 
@@ -188,7 +189,8 @@ def test_dali_gets_no_file_whose_header_is_wrong_where_samples_are_skipped(
         submit(self, images, *rest)
 
     monkeypatch.setattr(GraphRunner, "submit", checked)
-    assert len(copies(loader)) == 10
+    with pytest.raises(UserError) if choice == "stop" else nullcontext():
+        assert len(copies(loader)) == 10
 
 
 @pytest.mark.parametrize("batch_size", [520, 40])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
-from damage_fixtures import segments, stray_bytes
+from damage_fixtures import claiming, segments, stray_bytes
 from loader_fixtures import evaluation
 from memory_source import MemoryRows, jpeg_file, memory_source, write
 from PIL import Image
 
-from pipelines import build, graph, jpeg_format
+from pipelines import build, graph, jpeg_format, jpeg_kernels
 from pipelines.assemble import Way
 from pipelines.encode import Encoding, encode
 from pipelines.jpeg_files import file_of
@@ -134,6 +134,36 @@ def set_frame_type(marker: int) -> bytes:
 )  # fmt: skip
 def test_a_header_says_what_decoders_differ_in(file: bytes, reason: str | None) -> None:
     assert jpeg_format.inspect(file)[1] == reason
+
+
+CLAIMING = claiming(PIXELS.shape[0], PIXELS.shape[1] + 1)(saved())
+HEADERS = {
+    **{kind: (file, False) for kind, file in KEPT.items()},
+    **{kind: (REENCODED[kind][0], True) for kind in REENCODED if "stray" in kind or "stuffed" in kind or kind == "PNG"},
+    "another width": (CLAIMING, True),
+    "no frame": (saved()[:2] + saved()[segments(saved())[-1][1] :], True),
+    "cut in the header": (saved()[: segments(saved())[-1][1]], True),
+    "cut behind the header": (saved()[: segments(saved())[-1][1] + 20], False),
+    "start alone": (b"\xff\xd8\xff\xff\xff\xff", True),
+    "empty": (b"", True),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
+    """In a batch with other files they may end the process; alone they raise."""
+    file, is_unlike = HEADERS[kind]
+    content = np.frombuffer(saved() + file + saved(), np.uint8).copy()
+    sizes = np.array([len(saved()), len(file), len(saved())], np.int32)
+    sides = np.full((2, 3), np.array(PIXELS.shape[:2])[:, None], np.int32)
+    out = np.empty(3, bool)
+    jpeg_kernels.find_unlike(content, np.cumsum(sizes) - sizes, sizes, *sides, out)
+    assert out.tolist() == [False, is_unlike, False]
+    if kind not in ("another width", "cut behind the header", "empty"):
+        check = FileCheck(
+            lambda: graph.decoding_graph(graph.Stored("jpeg", None, False), graph.Machine(None, 1, 1, 0.0))
+        )
+        assert check.decodes(np.frombuffer(file, np.uint8)) == (not is_unlike or kind == "PNG")
 
 
 def test_any_cut_or_flipped_byte_is_inspected_without_an_error() -> None:
