@@ -54,7 +54,8 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
 
 def _use_utf8() -> None:
-    """Start the program again in Python's UTF-8 mode where the locale has another encoding, such as LC_ALL=C.
+    """Start the program again in Python's UTF-8 mode where the locale has another encoding, such as
+    de_DE.ISO-8859-1.
 
     Otherwise names that this encoding lacks could be no names of files. A process of multiprocessing is left alone: its
     command line cannot be repeated, and it inherits the mode.

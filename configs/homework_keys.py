@@ -1,4 +1,4 @@
-"""The homework's settings, which stand in capitals (`TRAIN.LR`): for each of them ours, and its default.
+"""Map the homework's settings, which are written in capitals (`TRAIN.LR`), to ours and their defaults.
 
 The default is what the homework's code does without the key, not what it declares: it never reads the keys of warm-up,
 minimum learning rate, interpolation, RandAugment, colour jitter, dropout, scheduler and others.

@@ -88,14 +88,14 @@ def parse(text: str, source: str) -> Document:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one value of the command line, in which `#` begins no comment.
+    """Parse one value of the command line, in which `#` begins no comment and `&` no anchor.
 
     Raises UserError, which names the source, for an empty value and for what is no YAML.
     """
     text = text.strip()
     if not text:
         raise one_line(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
-    if "#" in text and text[0] not in "[{\"'":  # neither a number nor null, but text
+    if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # no anchor, number or null, but text
         text = "'" + text.replace("'", "''") + "'"
     value = _parse(_ValueLoader, text, source, line_numbers=False).value
     if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # such as ---

@@ -1,4 +1,4 @@
-"""Which autocast types a CPU computes with instructions made for them, and which oneDNN emulates at a great cost."""
+"""Tell which autocast types a CPU computes with its own instructions, and which oneDNN emulates slowly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def slow_precision(amp: torch.dtype | None, trains: bool = True) -> str | None:
     """Return why autocast to this type is slower than float32 on this CPU; None if it is not.
 
     trains: with backward passes. For bf16 these are 2.6 times as slow as float32 with AVX-512 alone and 8 times with
-    AVX2, for fp16 18 to 240 times (two convolutions of 32 and 64 channels, one thread of a Xeon with AMX, instructions
+    AVX2, for fp16 13 to 240 times (two convolutions of 32 and 64 channels, one thread of a Xeon with AMX, instructions
     limited by ONEDNN_MAX_CPU_ISA); wider layers lose more.
     """
     if amp == torch.float16 and (trains or not _fp16_is_native()):

@@ -162,7 +162,7 @@ def take_through_timm(
 
 
 def classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
-    """The number of classes that a file of weights is for.
+    """Return the number of classes that a file of weights is for.
 
     Where the head has another name it is `described`, which the file's config.json says, else the published weights'.
     """

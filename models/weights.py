@@ -18,17 +18,10 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 
-NESTED_UNDER = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "model_state_dict",
-)  # in files of other programs, in this order
+# Where files of other programs hold the weights, in this order.
+NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
 SHOWN = 3  # of what does not fit, of each kind
-
-
 _MARK = object()
 
 

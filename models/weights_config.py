@@ -1,6 +1,6 @@
-"""What the config.json beside a file of weights says of them, laid out as in timm's folders and tools/export.py's.
+"""Read the config.json beside a file of weights, laid out as in timm's folders and those of tools/export.py.
 
-The file may come from anybody: what it says is checked, and everything else in it is ignored.
+The file is not trusted: what is read is checked, and everything else in it is ignored.
 """
 
 from __future__ import annotations
@@ -83,5 +83,5 @@ def shown(value: Any) -> str:
 
 
 def _broken(path: Path, what: str) -> UserError:
-    return UserError(f"{path}, which says how the weights beside it want images, {what}; mend it, or move the weights "
-                     "to a folder without it")  # fmt: skip
+    return UserError(f"{path}, which says how images are normalised for the weights beside it, {what}; repair it, or "
+                     "move the weights to a folder without it")  # fmt: skip

@@ -17,7 +17,8 @@ from typing import Any
 import numba
 from numba import cfunc, njit
 
-SOURCES = ("*kernels.py", "vector_*.py", "ops.py")  # files beside this one whose code or constants kernels hold
+# Files beside this one whose code or constants kernels hold.
+SOURCES = ("*kernels.py", "vector_*.py", "ops.py", "jpeg_format.py")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -53,7 +54,7 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Whether all compiled code in a folder can be read; that of another user perhaps cannot."""
+    """Return whether all compiled code in a folder can be read; that of another user perhaps cannot."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
     except FileNotFoundError:
@@ -76,7 +77,7 @@ def _in_users_cache() -> Iterator[None]:
 
 
 def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method of a cache, which returns None where the system refuses a file."""
+    """Wrap a method of a cache, so that it returns None where the system refuses a file."""
 
     @wraps(method)
     def guarded(*arguments: Any) -> Any:

@@ -120,6 +120,8 @@ def _check(dataset: dict[str, Any]) -> None:
         raise ValueError("std is 0, which must not divide")
     for name, split in dataset["splits"].items():
         _check_split(name, split)
+    if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent likewise
+        raise TypeError(f"unordered is {_shown(dataset['unordered'])}")
     for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in data sets of earlier versions
         _check_fields(reasons, dict.fromkeys(reasons, int))
     files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]

@@ -28,7 +28,7 @@ def eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
     if bits is None and image.mode.startswith("I;16") and high > 255:
         bits = 12 if high < 1 << 12 else 16
     if bits is not None:
-        grey = grey >> max(bits - 8, 0)
+        grey = grey >> bits - 8 if bits > 8 else grey * 255 // ((1 << bits) - 1)
     elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # in this form true of NaN
         return None
     result = (np.rint(grey) if image.mode == "F" else grey).astype(np.uint8)

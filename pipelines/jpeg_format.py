@@ -6,8 +6,8 @@ import re
 
 MAX_SCANS = 100  # each costs as much as the whole image; a progressive JPEG has about ten, a malicious one thousands
 MAX_SEGMENTS = 100_000
-SOF0, SOF2, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, without DHT, JPG and DAC
+SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+NO_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, among the markers of frames: SOF0 to SOF15
 _MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # one that a length follows, or EOI
 
 
@@ -34,15 +34,18 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
         marker, begin = found.group(1)[0], found.end()
         if marker == EOI:
             return scans, reason or _frame_reason(frame, transform, is_jfif)
-        place = begin + max(int.from_bytes(content[begin : begin + 2], "big"), 2)
+        length = int.from_bytes(content[begin : begin + 2], "big")  # of the segment, these two bytes included
+        place = begin + max(length, 2)
         if place > len(content):
             reason = reason or "without an end-of-image marker"
+        elif length < 2:
+            reason = reason or "with a segment of impossible length"
         in_scan = marker == SOS
         if in_scan:
             scans += 1
             if scans > MAX_SCANS:
                 return scans, reason
-        elif marker in FRAMES:
+        elif SOF0 <= marker <= SOF15 and marker not in NO_FRAMES:
             if frame:
                 reason = reason or "with several frames"
             frame = bytes((marker, *content[begin + 2 : place]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipelines.compile_kernels import kernel
+from pipelines.jpeg_format import NO_FRAMES, SOF0, SOF15, SOI, SOS
 
 
 @kernel
@@ -28,7 +29,7 @@ def find_unlike(
 
 @kernel
 def _is_as_said(content: np.ndarray, place: int, end: int, height: int, width: int) -> bool:
-    if end - place < 4 or content[place] != 0xFF or content[place + 1] != 0xD8:  # start of image
+    if end - place < 4 or content[place] != 0xFF or content[place + 1] != SOI:
         return False
     place += 2
     has_frame = False
@@ -38,12 +39,12 @@ def _is_as_said(content: np.ndarray, place: int, end: int, height: int, width: i
         marker = content[place]
         if marker == 0 or marker == 0xFF:
             return False
-        if marker == 0xDA:  # start of scan
+        if marker == SOS:
             return has_frame
         length = (np.int64(content[place + 1]) << 8) + content[place + 2]
         if length < 2 or place + 1 + length > end:
             return False
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame; the others are tables
+        if SOF0 <= marker <= SOF15 and marker not in NO_FRAMES:
             if length < 8:
                 return False
             rows = (np.int64(content[place + 4]) << 8) + content[place + 5]

@@ -92,6 +92,7 @@ class MappedFiles(Source):
         """decodes: whether DALI can decode a file, which it is given on its own."""
         self._split, self._decodes, self.watch = split, decodes, split.watch
         self._content, self._address, self._size = split.content, split.address, split.size
+        self._sound: set[int] = set()  # suspects that DALI decodes
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
         """B arrays uint8 [bytes].
@@ -103,12 +104,19 @@ class MappedFiles(Source):
         is_suspect = np.empty(len(indices), bool)
         sides = self._split.heights[indices], self._split.widths[indices]
         jpeg_kernels.find_unlike(self._content, begins, sizes, *sides, is_suspect)
-        if is_suspect.any() and (bad := [place for place in np.flatnonzero(is_suspect) if self.defect(indices[place])]):
+        if is_suspect.any():
+            self._check(indices, np.flatnonzero(is_suspect))
+        places = zip(begins.tolist(), sizes.tolist(), strict=True)
+        return [self._content[begin : begin + size] for begin, size in places]
+
+    def _check(self, indices: np.ndarray, suspects: np.ndarray) -> None:
+        """Raise Undecodable where DALI cannot decode a suspect; suspects: places in indices."""
+        bad = [place for place in suspects if indices[place] not in self._sound and self.defect(indices[place])]
+        if bad:
             # Those before the last one are decoded as well, so that an error names the first of the stream.
             found = {sample: self.defect(sample) for sample in indices[: bad[-1] + 1].tolist()}
             raise Undecodable({sample: wrong for sample, wrong in found.items() if wrong is not None})
-        places = zip(begins.tolist(), sizes.tolist(), strict=True)
-        return [self._content[begin : begin + size] for begin, size in places]
+        self._sound.update(indices[suspects].tolist())
 
     def defect(self, sample: int) -> str | None:
         """Return what is wrong with a sample as DALI sees it: it decodes files that Pillow refuses, and the reverse."""

@@ -35,6 +35,7 @@ from pipelines.workers import Pool, signals_held
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
 SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
+RULES = 2  # version of what becomes of a file: a conversion is finished by the rules that it began with
 PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
 
 
@@ -57,7 +58,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     plans = {split: _plan(source, split, options, name, out) for split in source.splits}
     _check_shapes(plans)
     _check_disk(plans, out)
-    with _claim(out, {**request, "state": source.state}) as spool:
+    with _claim(out, {**request, "state": source.state, "rules": RULES}) as spool:
         written: dict[str, _Written] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
@@ -77,6 +78,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             "mean": mean,
             "std": std,
             "splits": {split: written[split].entry for split in source.splits},
+            "unordered": list(source.unordered),
         }
         if options.encoding.name == "jpeg":  # beside the splits, whose entries say what the samples are
             dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
@@ -324,9 +326,8 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
     reencoded: Counter[str] = Counter()
     for table in tables:
-        if "reencoded_reason" in table:  # not in a block that an earlier version has left
-            reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
-            reencoded.update(dict(zip(reasons, counts, strict=True)))
+        reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
+        reencoded.update(dict(zip(reasons, counts, strict=True)))
     shapes = {(int(h), int(w)) for h, w in sides}
     return _Written(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
 

@@ -39,6 +39,7 @@ class Source:
     splits: dict[str, SplitSource]
     state: str = ""  # changes with every touch of the files, which the fingerprint may miss; only an interrupted
     # conversion remembers it, so that its pieces never come from two versions of a source
+    unordered: tuple[str, ...] = ()  # splits whose rows are numbered files that come in another order than the numbers
 
 
 @dataclass(frozen=True)

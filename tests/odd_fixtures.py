@@ -59,26 +59,31 @@ def frame_of(file: bytes, offset: int, value: int) -> bytes:
     return file[: place + offset] + bytes([value]) + file[place + offset + 1 :]
 
 
-def png_of_16_bits(values: np.ndarray) -> bytes:
-    """A PNG of uint16 [H, W] or [H, W, 3]."""
-    height, width = values.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
-    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"]
-    body = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+def png_of(samples: np.ndarray, colour: int = 0, significant: int | None = None) -> bytes:
+    """A PNG of 16-bit samples [H, W] or [H, W, C]; significant: the bits of an sBIT chunk."""
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    declared = [b"sBIT" + bytes([significant])] if significant else []
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    chunks = [header, *declared, b"IDAT" + zlib.compress(rows), b"IEND"]
+    framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
-def tiff_of_12_bits(values: np.ndarray) -> bytes:
-    """An uncompressed greyscale TIFF whose BitsPerSample is 12, of uint16 [H, W] up to 4095; W is even."""
-    height, width = values.shape
-    pairs = values.reshape(-1, 2).astype(np.uint32)
-    packed = (pairs[:, 0] << 12) | pairs[:, 1]
-    data = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
-    tags = [(256, 3, width), (257, 3, height), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
-            (278, 3, height), (279, 4, len(data))]  # fmt: skip
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in tags)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory + bytes(4)
+def tiff_of(samples: np.ndarray, bits: int, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
+    """An uncompressed greyscale TIFF; photometric: 1 black is zero, 0 white is; kind: 1 unsigned, 2 signed, 3 float."""
+    height, width = samples.shape
+    if bits == 12:
+        rows = ["".join(f"{value:012b}" for value in row) for row in samples.tolist()]
+        data = b"".join(int(row.ljust(-len(row) // 8 * -8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
+    else:
+        data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+    start = 8 + 2 + 10 * 12 + 4  # of the pixels, behind ten tags
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, start), (277, 1),
+            (278, height), (279, len(data)), (339, kind)]  # fmt: skip
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + data
 
 
 def animated(kind: str) -> bytes:
@@ -135,6 +140,7 @@ def reencoded_files() -> dict[str, bytes]:
         "stray-stuffed.jpg": with_inserted(jpeg, b"\xff\0", 1),
         "stray-scan.jpg": with_inserted(jpeg, b"\0", -1),
         "stray-shortened.jpg": stray_bytes(jpeg),
+        **{f"segment-of-{length}.jpg": with_inserted(jpeg, bytes((0xFF, 0xE1, 0, length)), 1) for length in (0, 1)},
         "png.jpg": saved(RGB, "PNG"),
         "rgb.png": saved(RGB, "PNG"),
         "rgba.png": saved(np.dstack([pixels(), ALPHA]), "PNG"),
@@ -143,10 +149,10 @@ def reencoded_files() -> dict[str, bytes]:
         "one-bit.png": saved(GREY > 100, "PNG"),
         "palette.png": saved(palette, "PNG"),
         "palette-transparent.png": saved(palette, "PNG", transparency=0),
-        "grey-16.png": png_of_16_bits(wide * 257),
-        "grey-16-holds-8.png": png_of_16_bits(wide),
-        "grey-16-holds-12.png": png_of_16_bits(wide * 16),
-        "rgb-16.png": png_of_16_bits(pixels().astype(np.uint16) * 257),
+        "grey-16.png": png_of(wide * 257),
+        "grey-16-holds-8.png": png_of(wide),
+        "grey-16-holds-12.png": png_of(wide * 16),
+        "rgb-16.png": png_of(pixels().astype(np.uint16) * 257, 2),
         "animated.png": animated("PNG"),
         "still.gif": saved(palette, "GIF"),
         "animated.gif": animated("GIF"),
@@ -164,7 +170,7 @@ def reencoded_files() -> dict[str, bytes]:
         "cmyk.tif": saved(RGB.convert("CMYK"), "TIFF"),
         "pages.tif": saved(RGB, "TIFF", save_all=True, append_images=[RGB]),
         "grey-16.tif": saved((wide * 257).astype(">u2"), "TIFF"),
-        "grey-12.tif": tiff_of_12_bits(wide * 16),
+        "grey-12.tif": tiff_of(wide * 16, 12),
         "int32-holds-8.tif": saved(GREY.astype(np.int32), "TIFF"),
         "rgb.ppm": saved(RGB, "PPM"),
         "grey.pgm": saved(GREY, "PPM"),

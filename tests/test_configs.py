@@ -346,6 +346,7 @@ def test_an_empty_override_is_an_error_that_names_null(override: list[str], writ
         ("a#b", "a#b"),
         ("None #2", "None #2"),
         ("---", "---"),
+        ("&x y", "&x y"),
     ],
 )  # fmt: skip
 def test_the_value_of_an_override_is_taken_whole(text: str, value: str, write: Write) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from models.weights import read_weights, take_weights
 from pipelines import build_eval_loader
 from pipelines.shards import load_dataset
 from tools.parts.trained import load_trained
-from train.checkpoint import load, load_newest, save
+from train.checkpoint import is_foreign, load, load_newest, save
 from train.transfer import load_finetune
 
 Call = Callable[..., tuple[int, str, str]]
@@ -137,6 +139,15 @@ def test_other_commands_refuse_a_homework_checkpoint_with_the_same_advice(tmp_pa
     ):
         with pytest.raises(UserError, match=r"written by another program, .*model\.pretrained=.* --eval --resume"):
             read()
+
+
+def test_an_archive_with_a_broken_name_is_no_checkpoint(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("\u00e9\u00e9/data.pkl", b"x")
+    path = tmp_path / "x.pt"
+    path.write_bytes(content.getvalue().replace("\u00e9\u00e9".encode(), b"\xff\xfe\xff\xfe"))
+    assert not is_foreign(path)
 
 
 def test_a_damaged_checkpoint_of_this_program_is_no_foreign_one(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def set_frame_type(marker: int) -> bytes:
         (b"\xff\xd8\xff\xe0", "without an end-of-image marker"),
         (b"\xff\xd8\xff\xee\x00\x0cAdobe", "without an end-of-image marker"),
         (b"", "without a start-of-image marker"),
+        (inserted(b"\xff\xe1\0\0"), "with a segment of impossible length"),
+        (inserted(b"\xff\xe1\0\1"), "with a segment of impossible length"),
+        (inserted(b"\xff\xfe\0\0"), "with a segment of impossible length"),
         (inserted(saved()[segments(saved())[-2][1] : segments(saved())[-1][1]] * 3, -1), None),  # further tables
     ],
 )  # fmt: skip

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.errors import UserError
+from pipelines.dataset_json import load_dataset
+from tools import convert
+from tools.parts import submission
 from tools.parts.image_sets import ImageSet
 from tools.parts.sample_ids import match
 
@@ -72,6 +77,28 @@ def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_
             match(ids, images, SAMPLE)
     for ids in ([f"{number:02d}.png" for number in numbers], [str(number) for number in numbers]):
         assert match(ids, images, SAMPLE).rows == tuple(range(11))
+
+
+def test_rows_that_are_known_to_come_in_another_order_than_their_numbers_get_no_submission(tmp_path: Path) -> None:
+    """Neither with a sample nor with counted ids."""
+    sample = tmp_path / "sample.csv"
+    sample.write_text("Id,Category\n" + "".join(f"{number},0\n" for number in range(1, 12)), encoding="utf-8")
+    for path in (sample, None):
+        with pytest.raises(UserError, match="numbered files, stored in the order of their names"):
+            submission.plan(replace(image_set(11), is_unordered=True), 5, sample=path)
+        assert submission.plan(image_set(11), 5, sample=path).rows == tuple(range(11))
+
+
+def test_a_converted_folder_says_whether_its_rows_follow_their_numbers(tmp_path: Path) -> None:
+    for names in ("1 2 10", "01 02 10", "cat dog"):
+        for where in ("train/a", "test"):
+            (tmp_path / names / where).mkdir(parents=True)
+            for name in names.split():
+                Image.new("RGB", (8, 8)).save(tmp_path / names / where / f"{name}.png")
+        out = tmp_path / f"{names} converted"
+        convert.main(["imagefolder", "--source", str(tmp_path / names), "--out", str(out), "--name", "x"])
+        dataset = load_dataset(out)
+        assert dataset["unordered"] == (["test"] if names == "1 2 10" else [])
 
 
 def test_pictures_are_matched_by_path_name_stem_or_number() -> None:

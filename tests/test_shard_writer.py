@@ -351,6 +351,17 @@ def test_an_unfinished_data_set_refuses_other_options(tmp_path: Path) -> None:
     assert contents(out) == before
 
 
+def test_an_unfinished_data_set_of_a_version_with_other_rules_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks may hold files that are no longer kept as they are."""
+    out = tmp_path / "out"
+    convert(out, "npy", 1, 40).communicate()
+    monkeypatch.setattr(shard_writer, "RULES", shard_writer.RULES + 1)
+    with pytest.raises(UserError, match="unfinished conversion"):
+        write(tiny_source("npy"), out)
+
+
 class Unreadable(MemoryRows):
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         raise AssertionError("read")

@@ -38,7 +38,7 @@ from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
 from tools.parts.tables import make_folder, write_csv, write_text
 from train import dist, figures
 from train.assemble import build_all, check_classes
-from train.cpu_threads import leave_busy_cores
+from train.cpu_threads import limit_threads
 from train.dist import Ranks
 from train.facts import global_batch
 from train.freeze import set_training_mode
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     classes = check_classes(config, dataset)
     make_folder(out)
     with dist.process_group(ranks) as device:
-        leave_busy_cores(device)
+        limit_threads(device)
         accumulation = config.train.accumulation_steps
         loader = build_train_loader(
             config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation

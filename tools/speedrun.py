@@ -39,7 +39,7 @@ from tools.parts.tables import write_text
 from train import dist
 from train.assemble import build_all, check_classes
 from train.clock import Clock
-from train.cpu_threads import leave_busy_cores
+from train.cpu_threads import limit_threads
 from train.dist import Ranks
 from train.ema import counted_weights
 from train.facts import device_name
@@ -77,7 +77,7 @@ def main() -> None:
     val_samples = dataset["splits"][config.data.val_split]["samples"]
 
     with dist.process_group(ranks) as device:
-        leave_busy_cores(device)
+        limit_threads(device)
         val_loader = build_eval_loader(config.data, config.eval, device=device)
         training = build_all(config, dataset, classes, val_loader.image_size, device)
         images = whitening_images(training, config.data)

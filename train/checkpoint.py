@@ -164,6 +164,8 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path, wei
     if weights == "ema" and not average:
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
+    if training.device.type == "cpu":
+        cpu_threads.restore(content.get("threads", 0))  # missing in checkpoints of older versions
     try:
         training.network.load_state_dict(average if is_average else content["model"])
     except RuntimeError as error:
@@ -178,8 +180,6 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     _restore_one(training, content, path)
     _check_like("sums", {"": content["sums"]}, {"": training.sums}, path)
     training.sums.copy_(content["sums"])
-    if training.device.type == "cpu":
-        cpu_threads.restore(content.get("threads", 0))  # missing in checkpoints of older versions
     if training.lookahead is not None:
         slow = content.get("lookahead", {})
         _check_like("lookahead", slow, training.lookahead.slow, path)

@@ -13,6 +13,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 import zlib
 from typing import Any, BinaryIO
@@ -101,7 +102,7 @@ def is_foreign(file: BinaryIO) -> bool:
             if len(pickles) != 1 or pickles[0].file_size > size:
                 return False
             content = archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError, zlib.error):
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, struct.error, zlib.error):
         return False
     return not all(name in content for name in NAMES)
 

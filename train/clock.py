@@ -12,7 +12,7 @@ from pipelines.staged import TrainLoader
 
 
 class Clock:
-    """Times of a run, over all starts of it.
+    """Measure the times of a run, over all its starts.
 
     `times` is part of every checkpoint. Going back to a checkpoint goes back to its times, so they are those of the
     steps that count. A time is nan where a checkpoint of an older version does not hold it.

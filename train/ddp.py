@@ -24,7 +24,7 @@ from pipelines.staged import TrainLoader
 from train import dist, restart
 from train.assemble import build_all, check_classes
 from train.clock import Clock
-from train.cpu_threads import leave_busy_cores
+from train.cpu_threads import limit_threads
 from train.dist import Ranks
 from train.ema import average_counts, counted_weights
 from train.evaluation import build_evaluated
@@ -75,7 +75,7 @@ def main() -> int:
         "data.path": arguments.data_path,
         "output": arguments.output,
     }
-    config = with_used_settings(load_config(arguments.cfg, arguments.opts, **replacements))
+    config = load_config(arguments.cfg, arguments.opts, **replacements)
     resume = config.resume if arguments.resume is None else arguments.resume
     evaluates_only = arguments.eval or config.eval.only
     if evaluates_only and resume is None:
@@ -85,6 +85,7 @@ def main() -> int:
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
     if not evaluates_only:
+        config = with_used_settings(config)
         check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
@@ -108,8 +109,6 @@ def main() -> int:
             until_the_end.enter_context(held(folder))
             is_named = in_use is None and is_checkpoint(resume)
             candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
-        if evaluates_only or not candidates:
-            leave_busy_cores(device)  # a resumed run computes with the threads that it began with
         if evaluates_only:
             training, which = build_evaluated(config, dataset, candidates, val_loader.image_size, device)
             result = evaluate(training, val_loader, val_samples, config.eval.tta)
@@ -117,6 +116,8 @@ def main() -> int:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
         source, content = load_newest_together(candidates) if candidates else (None, None)
+        if content is None or "threads" not in content:  # else `restore` takes those that the run began with
+            limit_threads(device)
 
         stream = stream_of(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:

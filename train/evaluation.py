@@ -1,7 +1,4 @@
-"""What --eval evaluates: the model in a checkpoint of train/ddp.py, or the weights that another program saved.
-
-Knows how to build and fill a model, and nothing of the evaluation itself.
-"""
+"""Build the model that --eval evaluates, from a checkpoint of train/ddp.py or from weights of another program."""
 
 from __future__ import annotations
 

@@ -148,13 +148,13 @@ class Climb:
 
     @property
     def settled(self) -> list[Size]:
-        """The fitting sizes but those that have one round of bisection alone, where there are others."""
+        """Return the fitting sizes but those that have one round of bisection alone, where there are others."""
         fitting = self.fitting
         return [size for size in fitting if size.step == "doubling" or size.is_repeated] or fitting
 
     @property
     def best(self) -> Size | None:
-        """The fastest of the settled sizes by the median of its rounds."""
+        """Return the fastest of the settled sizes by the median of its rounds."""
         return max(self.settled, key=lambda size: size.rate, default=None)
 
     @property

@@ -40,7 +40,8 @@ class ImageSet:
     in_source_order: bool
     unreadable: list[dict[str, Any]]  # row, name, reason
     files: tuple[str, ...] | None  # pictures: the path of every source row, within their folder
-    is_sorted_by_name: bool = False  # rows are files in the order of their names
+    is_sorted_by_name: bool = False  # rows are files in the order of their names, of which nothing else is known
+    is_unordered: bool = False  # rows are numbered files that come in another order than the numbers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,7 +146,10 @@ def images_of_split(
         in_source_order=in_source_order(first.dataset, name),
         unreadable=entry["quarantined"],
         files=files,
-        is_sorted_by_name=isinstance(source, dict) and source.get("kind") == "imagefolder",
+        is_unordered=name in first.dataset.get("unordered", ()),
+        is_sorted_by_name="unordered" not in first.dataset
+        and isinstance(source, dict)
+        and source.get("kind") == "imagefolder",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which image each id of a contest's sample submission means. Knows no prediction.
+"""Match the ids of a contest's sample submission with images.
 
 Ids that are numbers are matched by number, whatever stands around the number and however the sample is sorted. Images
 whose file names are known are matched by name.

@@ -45,6 +45,13 @@ def plan(
 ) -> Form:
     """The form for these images; `sample` is the contest's own example, which decides columns and ids."""
     _check_rows(images)
+    if images.is_unordered:
+        raise UserError(
+            f"the images of split {images.split!r} are numbered files, stored in the order of their names and not of "
+            "their numbers, so that no row of a submission is certain; give the folder with these very images as "
+            "--split, whose names are compared with the ids of a --sample-submission, or rename the images with "
+            "leading zeros and convert them again"
+        )
     if fill is not None and not 0 <= fill < classes:
         raise UserError(f"--fill={fill} is no class number; use 0..{classes - 1}")
     if images.unreadable and fill is None:

@@ -16,6 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp",
 MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a third of it as raw pixels
 LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, in any case
 MAX_SUFFIX = 10  # characters of an extension that is named in a note
+MAX_LISTED = 10  # classes that are named in a note
 SHOWN = 8  # groups of passed-over entries that are named in a note
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from configs.errors import UserError, printable
+from configs.errors import UserError
 from pipelines import memory_limit
 from pipelines.source import Source, SplitSource
+from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
 READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
 FINGERPRINT_ROWS = 64
-MAX_LISTED = 10  # class numbers in a note
 # What one read may take beyond chunk and result: a compressed chunk may inflate to a thousand times of what it claims.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
@@ -125,8 +124,7 @@ def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: i
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(missing):
         shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
-        text = f"note: {path}: labels-{split} has no samples of {len(missing):,} of {classes:,} classes: {shown}"
-        print(printable(text), file=sys.stderr)
+        note(f"{path}: labels-{split} has no samples of {len(missing):,} of {classes:,} classes: {shown}")
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.errors import UserError, readable
 from pipelines.source import Source, SplitSource
-from tools.sources.folder_scan import EXTENSIONS, Scan, joined, note, read_regular
+from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, joined, note, read_regular
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                  "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
@@ -74,6 +74,7 @@ def open_imagefolder(root: Path) -> Source:
     _check_class_names(root, classes)
     digest = hashlib.sha256("\n".join(classes).encode())
     splits: dict[str, SplitSource] = {}
+    unordered: list[str] = []
     for name, folder in folders.items():
         listed = train if name == "train" else scan.entries(folder, ANNOTATIONS if name == "val" else "")
         files, labels = _list_split(scan, name, folder, listed, classes, digest)
@@ -83,7 +84,11 @@ def open_imagefolder(root: Path) -> Source:
         for path, size in files:
             digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
-        _note_oddities(folder, files, labels, classes)
+        _note_missing_classes(folder, labels, classes)
+        if name != "train" and not in_order_of_numbers([path for path, _ in files]):
+            unordered.append(name)
+            if labels is None:
+                _note_order(folder, files)
     scan.note_passed_over()
     return Source(
         kind="imagefolder",
@@ -92,6 +97,7 @@ def open_imagefolder(root: Path) -> Source:
         fingerprint=digest.hexdigest(),
         splits=splits,
         state=scan.touched.hexdigest(),
+        unordered=tuple(unordered),
     )
 
 
@@ -112,13 +118,13 @@ def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
 
 
 def in_order_of_numbers(paths: Sequence[str]) -> bool:
-    """Whether files whose names differ in numbers alone come in the order of these; true of all others."""
+    """Return whether files whose names differ in numbers alone come in the order of these; true of all others."""
     numbers = numbers_of([Path(path).stem for path in paths])
     return numbers is None or numbers == sorted(numbers)
 
 
 def numbers_of(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """The numbers in names that differ in nothing else (`img_1`, `img_10`); None for all others."""
+    """Return the numbers in names that differ in nothing else (`img_1`, `img_10`); None for all others."""
     parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
         return None
@@ -232,15 +238,15 @@ def _list_annotated(
     return [(f"{top}/images/{name}", sizes[name]) for _, name in rows], labels
 
 
-def _note_oddities(folder: str, files: Files, labels: list[int] | None, classes: tuple[str, ...]) -> None:
-    """Note classes without images, and unlabelled images that come in another order than their numbers."""
-    paths = [path for path, _ in files]
-    if labels is not None:
-        missing = sorted(set(range(len(classes))).difference(labels))
-        if missing:
-            names = ", ".join(classes[number] for number in missing[:3]) + " …" * (len(missing) > 3)
-            note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
-    elif not in_order_of_numbers(paths):
-        names = ", ".join(Path(path).name for path in paths[:3])
-        note(f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them "
-             "with leading zeros where a submission's ids mean the numbers")  # fmt: skip
+def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[str, ...]) -> None:
+    """Note classes without images in a split with labels."""
+    if labels is not None and (missing := sorted(set(range(len(classes))).difference(labels))):
+        names = ", ".join(classes[number] for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
+        note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
+
+
+def _note_order(folder: str, files: Files) -> None:
+    """Note images without labels that come in another order than their numbers."""
+    names = ", ".join(Path(path).name for path, _ in files[:3])
+    note(f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them "
+         "with leading zeros where a submission's ids mean the numbers")  # fmt: skip
