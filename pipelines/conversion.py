@@ -38,6 +38,7 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
     for command, beginning in CIFAR.items():
         if path.name.startswith(f"{beginning}-") or any(name.startswith(f"{beginning}-") for name in names):
             return command, ["--source", str(path)], Path("data") / command
+    # As tools.sources.imagefolder names it, which this package may not import.
     if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
         return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
     return "", [], path
