@@ -101,8 +101,7 @@ def _settle_data_set(
     if path.value != "":
         result.values["data.path"] = path.value
         result.sources["data.path"] = ("DATA.DATA_PATH", path.origin)
-    is_asked = with_defaults and path.value == "" and _find(ours, "data.path") is _UNSET
-    if "DATA.DATASET" not in given and not is_asked:
+    if "DATA.DATASET" not in given and not (with_defaults and path.value == ""):
         return []
     if "data.path" not in result.values and _find(ours, "data.path") is _UNSET:
         if dataset not in CLASSES:
@@ -119,7 +118,8 @@ def _settle_data_set(
     # The homework's LeNet for CIFAR-10 has 200 outputs, of which labels name 10. Here the data set says how many.
     origin = result.sources.pop("model.num_classes")[1]
     del result.values["model.num_classes"]
-    return [f"MODEL.NUM_CLASSES={classes} ({origin}) does not fit {dataset}: the model gets as many as the data set"]
+    what = dataset if "DATA.DATASET" in given else f"{dataset}, which DATA.DATASET is where it is left out"
+    return [f"MODEL.NUM_CLASSES={classes} ({origin}) does not fit {what}: the model gets as many as the data set"]
 
 
 def _settle_defaults(

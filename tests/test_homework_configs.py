@@ -485,6 +485,9 @@ def test_outputs_that_the_named_data_set_does_not_have_are_left_out_with_a_warni
     path = write(LENET.replace("NUM_CLASSES: 10", "NUM_CLASSES: 200"), head="")
     assert load_config(path).model.num_classes is None
     assert f"MODEL.NUM_CLASSES=200 ({path}:10) does not fit cifar10" in capsys.readouterr().err
+    unnamed = write(LENET.replace("NUM_CLASSES: 10", "NUM_CLASSES: 200").replace('DATASET: "cifar10"', ""), head="")
+    assert load_config(unnamed, **{"data.path": "elsewhere"}).model.num_classes is None
+    assert "does not fit cifar10, which DATA.DATASET is where it is left out" in capsys.readouterr().err
     of_its_own = "DATA: {DATA_PATH: x}\nMODEL: {NAME: lenet, NUM_CLASSES: 37}"
     assert load_config(write(of_its_own, head="")).model.num_classes == 37
 
