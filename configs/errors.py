@@ -54,11 +54,10 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
 
 def _use_utf8() -> None:
-    """Start the program again in Python's UTF-8 mode where the locale has another encoding, such as
-    de_DE.ISO-8859-1.
+    """Restart the program in Python's UTF-8 mode if the locale has another encoding, such as de_DE.ISO-8859-1.
 
-    Otherwise names that this encoding lacks could be no names of files. A process of multiprocessing is left alone: its
-    command line cannot be repeated, and it inherits the mode.
+    Files could not be named with letters that this encoding lacks. Processes of multiprocessing are not restarted:
+    their command line cannot be repeated, and they inherit the mode.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":  # 1, and yet not: -X utf8=0
         return

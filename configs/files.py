@@ -20,7 +20,7 @@ def expand_home(path: str) -> str:
     """Replace a leading `~` or `~user` by the home folder. Raises ValueError where there is none."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError("begins with ~, but there is no such user; write ./~ for a name that begins so")
+        raise ValueError("starts with ~, but there is no such user; write ./~ for a file name that starts with ~")
     return expanded
 
 
@@ -33,7 +33,7 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """`path_text`, as a Path."""
+    """Return `path_text` as a Path."""
     return Path(path_text(text))
 
 

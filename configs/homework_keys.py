@@ -38,8 +38,8 @@ class Key:
     default: Any = None  # as the homework trains without the key; None: ours holds
     convert: Callable[[Any], Any] = lambda value: value
     null: Any = None  # what a null in the file means; None: the default
-    without: str = ""  # in words, what holds without the key, where that is no value
-    optimizers: tuple[str, ...] = ()  # the only ones that the default is for; empty: all
+    without: str = ""  # what applies without the key, in words; empty: `default`
+    optimizers: tuple[str, ...] = ()  # the default applies to these alone; empty: to all
 
 
 def _lower(value: Any) -> Any:

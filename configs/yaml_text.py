@@ -90,7 +90,7 @@ def parse(text: str, source: str) -> Document:
 def parse_value(text: str, source: str) -> Any:
     """Parse one value of the command line, in which `#` begins no comment and `&` no anchor.
 
-    Raises UserError, which names the source, for an empty value and for what is no YAML.
+    Raises UserError that names the source, for an empty value and for invalid YAML.
     """
     text = text.strip()
     if not text:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.hints import show
 from configs.schema import ModelConfig
 from models import PixelClassifier, build_configured, options_of
 from models.from_timm import timm_arguments
 from models.weights import Taken, head_of, read_weights, take_weights
-from models.weights_config import NAME, WeightsConfig, read_weights_config, shown
+from models.weights_config import NAME, WeightsConfig, read_weights_config
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -66,7 +67,7 @@ def build_pretrained(
     here = options_of(config) | ({} if config.activation is None else {"activation": config.activation})
     if described is not None and described.arguments not in (None, here):
         notes.append(
-            f"the weights were trained with the arguments {shown(described.arguments)}, and the model here has {here}"
+            f"the weights were trained with the arguments {show(described.arguments)}, and the model here has {here}"
         )
     return model, "; ".join(notes)
 

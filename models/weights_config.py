@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import read_record
+from configs.hints import show
 
 NAME = "config.json"
 
@@ -30,7 +31,7 @@ class WeightsConfig:
 
 
 def read_weights_config(weights: Path) -> WeightsConfig | None:
-    """Read the config.json in the folder of `weights`; None where there is none. Raises UserError for a broken one."""
+    """Read the config.json beside `weights`; return None if there is none. Raises UserError if it is broken."""
     path = weights.parent / NAME
     try:
         content = json.loads(read_record(path))
@@ -40,25 +41,25 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise _broken(path, f"cannot be read as JSON ({reason})") from None
     if not isinstance(content, dict):
-        raise _broken(path, "is no mapping")
+        raise _broken(path, "is not a mapping")
     published = content.get("pretrained_cfg", content)  # older files of timm have no such section
     facts = content.get("model_zhu", {})
     if not isinstance(published, dict) or not isinstance(facts, dict):
-        raise _broken(path, "has a pretrained_cfg or model_zhu that is no mapping")
+        raise _broken(path, "has a pretrained_cfg or model_zhu that is not a mapping")
     mean, std = _three_numbers(path, published, "mean"), _three_numbers(path, published, "std")
     if (mean is None) != (std is None) or min(std or [1.0]) <= 0:
         raise _broken(path, f"has mean={mean} and std={std}, which must be given together, with std above 0")
     size, classes = published.get("input_size"), facts.get("classes")
     if size is not None and not (isinstance(size, list) and len(size) == 3 and all(map(_is_count, size))):
-        raise _broken(path, f"has input_size={shown(size)}, which must be [channels, height, width]")
+        raise _broken(path, f"has input_size={show(size)}, which must be [channels, height, width]")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise _broken(path, f"has classes={shown(classes)}, which must be a list of names")
+        raise _broken(path, f"has classes={show(classes)}, which must be a list of names")
     count = content.get("num_classes", published.get("num_classes"))
     if count is not None and not _is_count(count):
-        raise _broken(path, f"has num_classes={shown(count)}, which must be a positive whole number")
+        raise _broken(path, f"has num_classes={show(count)}, which must be a positive whole number")
     arguments = content.get("model_args")
     if arguments is not None and not isinstance(arguments, dict):
-        raise _broken(path, f"has model_args={shown(arguments)}, which must be a mapping")
+        raise _broken(path, f"has model_args={show(arguments)}, which must be a mapping")
     return WeightsConfig(path, mean, std, size[1] if size else None, count, classes, arguments)
 
 
@@ -68,18 +69,12 @@ def _three_numbers(path: Path, section: dict[str, Any], key: str) -> list[float]
         return None
     numbers = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
     if not numbers or not all(abs(value) < 1e6 for value in values):
-        raise _broken(path, f"has {key}={shown(values)}, which must be three numbers, one per colour")
+        raise _broken(path, f"has {key}={show(values)}, which must be three numbers, one per colour")
     return [float(value) for value in values]
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
-
-
-def shown(value: Any) -> str:
-    """Return the value in one line, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _broken(path: Path, what: str) -> UserError:

@@ -1,7 +1,7 @@
-"""Compile loops over pixels with Numba, and keep the machine code for as long as nothing that it is made of changes.
+"""Compile loops over pixels with Numba, and cache the machine code until its sources change.
 
-It lies beside the source, or in the user's cache where that folder cannot be written or holds code of another user that
-cannot be read. Knows no kernel.
+The cache is beside the source, or in the user's own cache if that folder is not writable or holds files of another user
+that are not readable.
 """
 
 from __future__ import annotations

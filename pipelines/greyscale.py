@@ -50,7 +50,7 @@ def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int 
 
 
 def _significant_bits(png: bytes) -> int | None:
-    """Return the sBIT chunk of a greyscale PNG, which stands before its pixels: 1 to 16."""
+    """Return the significant bits, 1 to 16, that the sBIT chunk of a greyscale PNG declares; it precedes the pixels."""
     place = 8
     while (kind := png[place + 4 : place + 8]) and kind != b"IDAT":
         if kind == b"sBIT":

@@ -118,7 +118,7 @@ class Loader:
         self.source.check_unchanged()
 
     def __iter__(self) -> Iteration[Batch]:
-        """Iterate over the rest of the epoch that `state` stands in.
+        """Iterate over the rest of the current epoch, from `state` on.
 
         There is one set of buffers: an iterator made before raises RuntimeError when it is used again, unless it had
         no batch left.

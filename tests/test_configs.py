@@ -383,8 +383,8 @@ def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(
     assert load_config(write("output: ~/runs")).output == f"{tmp_path}/runs"
     for override in paths:
         unknown = override.replace("~", "~nobody-of-this-name")
-        assert "begins with ~, but there is no such user; write ./~" in error_of(write(), unknown)
-    assert "'~nobody-of-this-name/x.yaml' begins with ~" in error_of("~nobody-of-this-name/x.yaml")  # type: ignore[arg-type]
+        assert "starts with ~, but there is no such user; write ./~" in error_of(write(), unknown)
+    assert "'~nobody-of-this-name/x.yaml' starts with ~" in error_of("~nobody-of-this-name/x.yaml")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

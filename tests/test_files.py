@@ -59,7 +59,7 @@ def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: p
     ):
         arguments = vars(parse(line.split()))
         assert {name: arguments[name] for name in found} == found
-    with pytest.raises(UserError, match=r"'~nobody-of-this-name' begins with ~, but there is no such user; write \./~"):
+    with pytest.raises(UserError, match=r"'~nobody-of-this-name' starts with ~, but there is no such user; write \./~"):
         ddp.parse_arguments(["--cfg", "x", "--resume", "~nobody-of-this-name"])
 
 

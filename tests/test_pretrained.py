@@ -187,7 +187,7 @@ def test_a_broken_config_json_is_an_error_that_names_it(content: str, tmp_path: 
     path = exported(tmp_path / "export", "lenet")
     path.with_name("config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(
-        UserError, match=r"config\.json, which says how .* (is no mapping|cannot be read|has )"
+        UserError, match=r"config\.json, which says how .* (is not a mapping|cannot be read|has )"
     ) as caught:
         start("lenet", str(path), size=32)
     assert len(str(caught.value)) < 400

@@ -289,7 +289,7 @@ def test_tiny_imagenets_images_without_a_label_and_labels_without_an_image_are_p
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ("val_0.JPEG n3", "val_annotations.txt, line 1: 'n3' is no class folder of train"),
+        ("val_0.JPEG n3", "val_annotations.txt, line 1: 'n3' is not a class folder of train"),
         ("val_0.JPEG n1\nval_0.JPEG n2", "line 2: 'val_0.JPEG' has a second class, 'n2'"),
     ],
 )

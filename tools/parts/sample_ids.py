@@ -1,6 +1,6 @@
 """Match the ids of a contest's sample submission with images.
 
-Ids that are numbers are matched by number, whatever stands around the number and however the sample is sorted. Images
+Ids that are numbers, with any text around them, are matched by number in any order of the sample. Images
 whose file names are known are matched by name.
 """
 

@@ -224,8 +224,8 @@ def _list_annotated(
         name, _, rest = line.partition("\t")
         class_name = rest.partition("\t")[0].strip()
         if class_name not in numbers:
-            raise UserError(f"{path}, line {place}: {class_name!r} is no class folder of train; a line is FILE, CLASS "
-                            "and a box, separated by tabs")  # fmt: skip
+            raise UserError(f"{path}, line {place}: {class_name!r} is not a class folder of train; a line is FILE, "
+                            "CLASS and a box, separated by tabs")  # fmt: skip
         if label_of.setdefault(name, numbers[class_name]) != numbers[class_name]:
             raise UserError(f"{path}, line {place}: {name!r} has a second class, {class_name!r}; keep one of them")
     for name in sorted(sizes.keys() - label_of.keys()):

@@ -94,7 +94,7 @@ class _Array:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of the dict, with the array in place of what stands for it, and text as a list."""
+    """Return a value of the dict with its stand-in replaced by the array, and arrays of text as lists."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
@@ -114,7 +114,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np
 def _scalar(dtype: Any, raw: Any) -> Any:
     """Return the value of a NumPy scalar as an int, float, bool, str or bytes."""
     if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or len(raw) != dtype.type.itemsize:
-        raise pickle.UnpicklingError("a scalar that is no number or text")
+        raise pickle.UnpicklingError("a scalar that is neither a number nor text")
     return np.frombuffer(raw, dtype.type)[0].item()
 
 
@@ -141,7 +141,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._file, self._text_left = file, len(content)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for `module.name`; raises UserError unless NumPy writes it for arrays and scalars."""
+        """Return the stand-in for `module.name`; raises UserError unless NumPy writes it for arrays and scalars."""
         full_name = f"{module}.{name}"
         if full_name == "_codecs.encode":
             return self._encode
@@ -175,7 +175,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _check_items(self, target: Any, keys: list[Any]) -> None:
         if type(target) is not dict or not all(type(key) in (str, bytes) for key in keys):
-            raise pickle.UnpicklingError("keys that are not text, or items of what is no dict")
+            raise pickle.UnpicklingError("keys that are not text, or items of an object other than a dict")
 
     def load_build(self) -> None:
         if type(self.stack[-2]) not in (_Array, _Dtype):
