@@ -29,9 +29,9 @@ test-faults: $(ENVIRONMENT)
 ISAS := AVX2 SSE41
 MODEL_TESTS := models activation speedrun_models pretrained transfer freeze gradients clipping muon optim
 test-isa: $(ENVIRONMENT)
-	$(PY) -m pytest -m campaign tests/test_onednn.py
+	$(PY) -m pytest -m campaign tests/models/test_onednn.py
 	set -e; for isa in $(ISAS); do \
-		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS:%=tests/test_%.py); \
+		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS:%=tests/*/test_%.py); \
 	done
 
 # damaged files of every kind, at random; ZHU_FUZZ_SEED=N repeats a round that failed
@@ -59,7 +59,7 @@ gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(if $(PART),--part $(PART)) $(BENCH)
 
-GPU_TESTS := $(shell grep -l pytest.mark.gpu tests/test_*.py)
+GPU_TESTS := $(shell grep -rl --include=test_*.py pytest.mark.gpu tests)
 
 # correctness on a CUDA GPU; only files with such tests are imported, since others need packages that it may lack. The
 # short benchmarks are left to gpu-bench
@@ -79,5 +79,5 @@ gpu-dry-run: $(ENVIRONMENT)
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"
-	$(VENV)/bin/python -m pipelines.kernels
+	$(VENV)/bin/python -m pipelines.cpu.batch
 	touch $@

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from configs.hints import one_line, show
 from configs.homework_keys import KEYS, Given
+from configs.suggestions import one_line, show
 
 CLASSES = {"cifar10": 10, "medium_imagenet": 200}  # of the data sets that DATA.DATASET names
 # What the homework's code does without a key for it. Torch's optimizers decay every parameter.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from configs.hints import KeyPath, allowed_keys, one_line, show
+from configs.suggestions import KeyPath, allowed_keys, one_line, show
 
 SCHEDULES = {  # by the letters of their names, without an LR at the end
     **{name: name for name in ("cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial")},

@@ -14,15 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs import yaml_text
-from configs.aug_schema import auto_augment_section, color_jitter_section
-from configs.files import path_argument
-from configs.hints import KeyPath, one_line, show
+from configs import yaml
 from configs.homework import translate
 from configs.homework_keys import KEYS, Given, collect
-from configs.notes import warn
-from configs.refusal import describe
 from configs.schema import Config
+from configs.schema.aug import auto_augment_section, color_jitter_section
+from configs.suggestions import KeyPath, one_line, show
+from configs.utils.files import path_argument
+from configs.utils.warnings import warn
+from configs.validation import describe
 
 SUFFIXES = (".yaml", ".yml")  # of bases
 MAX_FILES = 64  # that one config may take together; a few bases of bases could else be millions
@@ -94,13 +94,13 @@ def _cut_warm_up(
 
 def parse_config(text: str, source: str) -> Config:
     """The config that `to_yaml` wrote, as checkpoints hold it; source: where it comes from, for the error."""
-    document = yaml_text.parse(text, source)
+    document = yaml.parse(text, source)
     return _validated(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole config as YAML that loads back to an equal config."""
-    return yaml_text.to_text(config.model_dump(mode="json"))
+    return yaml.to_text(config.model_dump(mode="json"))
 
 
 def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
@@ -117,13 +117,13 @@ def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer
     opened.append(path)
     try:
         with path.open("rb") as file:  # bounded, since a device or a pipe may never end
-            content = file.read(4 * yaml_text.MAX_CHARACTERS + 4)
+            content = file.read(4 * yaml.MAX_CHARACTERS + 4)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise one_line(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
     except ValueError as error:
         raise one_line(f"{place} is not a UTF-8 text file ({error})") from None
-    document = yaml_text.parse(text, str(path))
+    document = yaml.parse(text, str(path))
     own = {} if document.value is None else document.value
     if not isinstance(own, dict):
         raise one_line(f"{path} holds {show(own)}, but a config is a mapping such as `train: {{epochs: 5}}`")
@@ -169,7 +169,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
             raise one_line(f"--opts: the key {show(key)} has more than {MAX_KEYS_DEEP} dots; no setting lies so deep")
         if not key or text is None:
             raise one_line(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
-        yield _layer(_nested(key, yaml_text.parse_value(text, f"--opts: {key}={text}")), "--opts")
+        yield _layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts")
 
 
 def _layer(

@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from configs.errors import UserError
 from configs.schema import ModelConfig
+from configs.utils.errors import UserError
 from models.activation import ACTIVATIONS
 from models.alexnet import AlexNet
-from models.from_timm import build_timm_model
 from models.image_size import check_image_size
 from models.lenet import LeNet
 from models.normalize import Normalize, PixelClassifier
 from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
+from models.timm_models import build_timm_model
 
 __all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available",
            "build_configured", "build_model", "options_of"]  # fmt: skip

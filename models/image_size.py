@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 
 def check_image_size(model: str, height: int, width: int, smallest: int, largest: int | None = None) -> None:

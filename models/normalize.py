@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 
 class Normalize(nn.Module):

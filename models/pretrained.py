@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.hints import show
 from configs.schema import ModelConfig
+from configs.suggestions import show
+from configs.utils.errors import UserError
 from models import PixelClassifier, build_configured, options_of
-from models.from_timm import timm_arguments
+from models.timm_models import timm_arguments
 from models.weights import Taken, head_of, read_weights, take_weights
 from models.weights_config import NAME, WeightsConfig, read_weights_config
 

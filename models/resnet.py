@@ -10,7 +10,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 from models.activation import build_activation
 from models.image_size import check_image_size
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 # Where files of other programs hold the weights, in this order.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")

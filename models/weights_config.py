@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
-from configs.files import read_record
-from configs.hints import show
+from configs.suggestions import show
+from configs.utils.errors import UserError
+from configs.utils.files import read_record
 
 NAME = "config.json"
 

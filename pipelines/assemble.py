@@ -11,22 +11,17 @@ import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from configs.errors import UserError
 from configs.schema import DataConfig
-from pipelines import cpu_graph, graph
-from pipelines.background import Buffering, Plan
-from pipelines.bad_samples import BadSamples
-from pipelines.gather import (
-    DevicePixels,
-    HostPixels,
-    Slots,
-    Source,
-    resident_fits,
-)
-from pipelines.jpegs import HostJpegs, MappedFiles
-from pipelines.loader import HANDED_OUT, IN_FLIGHT, Loader
-from pipelines.runner import FileCheck, GraphRunner, PlainRunner, Runner
-from pipelines.shards import Split
+from configs.utils.errors import UserError
+from pipelines.cpu import graph as cpu_graph
+from pipelines.gpu import dali_graph
+from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles
+from pipelines.loader.loader import HANDED_OUT, IN_FLIGHT, Loader
+from pipelines.loader.prefetch import Buffering, Plan
+from pipelines.loader.runner import FileCheck, GraphRunner, PlainRunner, Runner
+from pipelines.loader.sources import DevicePixels, HostPixels, Slots, Source, resident_fits
+from pipelines.storage.split import Split
 
 MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
 MAX_GROUP = 8  # batches gathered at once where they are small …
@@ -37,7 +32,7 @@ GROUP_BYTES = 2**24  # … up to so many bytes
 class Graphs:
     """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
 
-    dali: Callable[[graph.Stored, graph.Machine], Pipeline]
+    dali: Callable[[dali_graph.Stored, dali_graph.Machine], Pipeline]
     cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
     crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
     reflects: bool = False  # what crops show outside of the image
@@ -80,8 +75,8 @@ def assemble(
     else:
         gatherers = min(MAX_COPIERS, threads) if way.by_dali or way.untouched else threads
     buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
-    stored = graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
-    machine = graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
+    stored = dali_graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
+    machine = dali_graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
         if way.by_dali and split.encoding != "npy":
@@ -105,9 +100,9 @@ def assemble(
     )
 
 
-def _mapped_files(split: Split, stored: graph.Stored, machine: graph.Machine) -> MappedFiles:
+def _mapped_files(split: Split, stored: dali_graph.Stored, machine: dali_graph.Machine) -> MappedFiles:
     alone = replace(machine, batch_size=1)
-    return MappedFiles(split, FileCheck(lambda: graph.decoding_graph(stored, alone)).decodes)
+    return MappedFiles(split, FileCheck(lambda: dali_graph.decoding_graph(stored, alone)).decodes)
 
 
 def _source(
@@ -125,7 +120,7 @@ def _source(
     if raw and way.resident and on_gpu:
         if way.by_dali or way.untouched:
             return DevicePixels(pixels(), shape, slot_size, count, waits=way.by_dali)
-        from pipelines.device_kernels import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
+        from pipelines.gpu.triton_crop_flip import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
 
         padding_mode = "reflect" if graphs.reflects else "black"
         return DeviceAugment(pixels(), shape, gathered[0], slot_size, count, padding_mode)

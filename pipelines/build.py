@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from configs.errors import UserError
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from configs.stages import section_at, stage_begins
-from pipelines import bad_samples, cpu_graph, graph, mixing, order, policies
+from configs.utils.errors import UserError
+from pipelines import order
 from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
-from pipelines.background import Plan
-from pipelines.gather import load_resident
-from pipelines.loader import Loader
-from pipelines.read_ahead import ReadAhead
-from pipelines.shards import Split, open_split
-from pipelines.staged import StagedLoader
-from pipelines.train_draws import Drawn
+from pipelines.augment import mixup, policies
+from pipelines.augment.sampler import Drawn
+from pipelines.cpu import graph as cpu_graph
+from pipelines.gpu import dali_graph as graph
+from pipelines.loader import bad_samples
+from pipelines.loader.epoch_order import ReadAhead
+from pipelines.loader.loader import Loader
+from pipelines.loader.prefetch import Plan
+from pipelines.loader.sources import load_resident
+from pipelines.loader.train_loader import StagedLoader
+from pipelines.storage.split import Split, open_split
 
 
 def build_train_loader(
@@ -41,7 +45,7 @@ def build_train_loader(
     image and batch size from epoch to epoch.
     """
     aug = aug or AugConfig()
-    mixing.check_mixing(data, aug.mix)
+    mixup.check_mixing(data, aug.mix)
     skips = data.on_bad_sample == "skip"
     split = open_split(data.path, data.train_split, verify=data.verify, tolerates_content=skips)
     where = _device(device)
@@ -52,10 +56,10 @@ def build_train_loader(
     bad = bad_samples.in_training(split, data)
 
     def mix(epoch: int, step: int, samples: int, size: int) -> np.ndarray:
-        return mixing.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
+        return mixup.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
                                 accumulation_steps=accumulation_steps)  # fmt: skip
 
-    if mixing.is_on(aug.mix):
+    if mixup.is_on(aug.mix):
         mix(0, 0, 2, 1)  # imports now what it needs, and not within the first epoch
 
     def build(section: DataConfig) -> Loader:
@@ -88,7 +92,7 @@ def build_train_loader(
         graphs = Graphs(dali_graph, on_cpu, crops_and_flips=stays and not paints, reflects=reflects)
         way = choose_way(resident, split, where, graphs)
         drawn = Drawn(aug, split, programs, seed, size, way.by_dali)
-        mixes = mix if mixing.is_on(aug.mix) else None
+        mixes = mix if mixup.is_on(aug.mix) else None
         plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of, mix=mixes)
         return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size,
                         bad)  # fmt: skip

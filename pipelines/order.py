@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines import kernels
-from pipelines.draws import hash64, stream
+from pipelines.cpu import batch
+from pipelines.rng import hash64, stream
 
 
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
     ordered = np.empty_like(keys)
-    kernels.sort_hashes(keys, ordered)
+    batch.sort_hashes(keys, ordered)
     return (ordered & mask).astype(np.int64)
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import own_cache  # noqa: F401 (before anything that copies the environment)
 import pytest
 import torch
-from driver_fixtures import FAULT_LOG, IS_STAND_IN, faults, skip_checks_of_values
-from memory_source import tiny_source, write
-from train_fixtures import DIGITS, Run, run_script
 
-from configs.errors import run_main
+from configs.utils.errors import run_main
+from helpers import own_cache  # noqa: F401 (before anything that copies the environment)
+from helpers.driver import FAULT_LOG, IS_STAND_IN, faults, skip_checks_of_values
+from helpers.memory_source import tiny_source, write
+from helpers.training import DIGITS, Run, run_script
 from tools import convert
 from train import ddp
 

@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from train_fixtures import ROOT
+
+from helpers.training import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHOWN = (ROOT / "README.md", ROOT / "docs" / "homework.md")  # what users type is told there

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers.imports import ROOT, imported_by
+
 MAY_IMPORT = {
     "configs": {"configs"},
     "pipelines": {"pipelines", "configs"},
@@ -19,26 +20,12 @@ MAY_IMPORT = {
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
 ONLY_IN = {
-    "nvidia": ("pipelines/*", "tools/benchmarks/dali_checks.py", "tools/benchmarks/peers/from_dali.py"),
-    "numba": ("pipelines/*kernels*.py", "pipelines/vector_*.py"),
-    "torch.distributed": ("train/dist.py",),
+    "nvidia": ("pipelines/*", "tools/benchmarks/suites/dali_checks.py", "tools/benchmarks/peers/dali_loader.py"),
+    "numba": ("pipelines/cpu/*",),
+    "torch.distributed": ("train/distributed/process_group.py",),
     "h5py": ("tools/*",),
 }
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
-
-
-def imported_by(source: Path) -> set[str]:
-    """Every module that a file imports anywhere, `from a import b` as a.b, and torch.distributed where it is used."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / source).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
-            found.add("torch.distributed")
-    return found
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
@@ -54,7 +41,7 @@ def test_imports_go_one_way_and_libraries_stay_where_they_belong(source: Path) -
 
 def test_the_fences_see_every_package() -> None:
     assert {source.parts[0] for source in SOURCES} == MAY_IMPORT.keys()
-    assert "nvidia.dali.fn" in imported_by(Path("pipelines/graph.py"))
+    assert "nvidia.dali.fn" in imported_by(Path("pipelines/gpu/dali_graph.py"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from driver_fixtures import IS_STAND_IN
-from train_fixtures import ROOT, broken_after, strict_lines
 
-from configs.errors import run_main
 from configs.schema import AugConfig, DataConfig
+from configs.utils.errors import run_main
+from helpers.driver import IS_STAND_IN
+from helpers.training import ROOT, broken_after, strict_lines
 from pipelines import build_train_loader
 from tools import convert, export, find_lr, predict, show, speedrun, summary
 from train import ddp
@@ -176,7 +176,7 @@ def script(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_trains_a_compiled_and_captured_step_without_warnings(digits: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "tests/driver_fixtures.py")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "tests/helpers/driver.py")
     compiled = ("train.cuda_graph=on", "train.compile=default")
     done = script(sys.executable, *launcher, "train/ddp.py", *arguments(digits, tmp_path, *compiled))
     assert done.returncode == 0, done.stderr

@@ -32,31 +32,19 @@ from typing import Any
 
 import torch
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument, path_text
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from configs.stages import config_at
-from pipelines.shards import open_split
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument, path_text
+from pipelines.storage.split import open_split
 from tools import report
-from tools.benchmarks import (
-    augmentations,
-    datasets,
-    gpu,
-    groups,
-    limits,
-    peers,
-    profile_stage,
-    ramp_stage,
-    record,
-    results,
-    scale,
-    stage_changes,
-    suite,
-    tables,
-)
-from tools.benchmarks.turns import Contestant, apart, measure
-from train.dist import Ranks
+from tools.benchmarks import peers
+from tools.benchmarks.engine import datasets, results, roofline
+from tools.benchmarks.engine.interleaved import Contestant, apart, measure
+from tools.benchmarks.suites import augmentations, gpu, groups, progressive, record, scale, suite, tables
+from tools.perf import batch_size_command, step_command
+from train.distributed.process_group import Ranks
 
 STAGES = {
     "loader": "reading, and reading with the config's augmentation, on every device",
@@ -71,7 +59,7 @@ STAGES = {
     "scale": "cost per sample and memory at 10 thousand, 100 thousand and 1.5 million samples",
     "all": "the whole run for this machine, a GPU's parts where there is one; --report writes the documents",
 }
-OWN_MAIN = {"ramp": ramp_stage, "profile": profile_stage}  # with arguments, results and pictures of their own
+OWN_MAIN = {"ramp": batch_size_command, "profile": step_command}  # with arguments, results and pictures of their own
 CROP_SIDE = {96: 64}  # what augmentation ends with where there is no config to say so
 
 
@@ -204,7 +192,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
             )
     data = arguments.data.resolve() if on_gpu else scratch  # programs that are started run in the project's folder
     _make(data, lambda path: path.mkdir(parents=True, exist_ok=True))
-    limits.check_scratch(data, (12 if on_gpu else 3) * 2**30, "--data" if on_gpu else "--scratch")
+    roofline.check_scratch(data, (12 if on_gpu else 3) * 2**30, "--data" if on_gpu else "--scratch")
     names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
     settings = suite.Settings(
         device="cuda" if on_gpu else "cpu",
@@ -240,14 +228,14 @@ def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         config = _config(arguments)
         if len(config.data.stages) < 2:
             raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
-        entry = stage_changes.group(config, Ranks(), arguments.rounds)
+        entry = progressive.group(config, Ranks(), arguments.rounds)
         return _run_of([entry], [], begin)
     if arguments.stage == "scale":
         return _run_of([scale.group(scratch, arguments.seconds)], [], begin)
     chosen = [] if arguments.stage == "limits" else stage_groups(arguments, device, scratch)
-    contestant = Contestant("limits", limits.limits, (device, scratch))
+    contestant = Contestant("limits", roofline.limits, (device, scratch))
     outcomes = measure([contestant], arguments.seconds, min(3, arguments.rounds))
-    found = limits.limits_of(outcomes)
+    found = roofline.limits_of(outcomes)
     entries: list[dict[str, Any]] = []
     if arguments.stage == "limits":
         entries.append({"title": "Limits of the machine", "stage": "limits", "rows": groups.limit_rows(outcomes)})

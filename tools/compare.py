@@ -14,12 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument
-from tools.parts import tables
-from tools.parts.overlay import overlay
-from tools.parts.run_records import curve_rows, find_runs, labels, read_run, table
-from train import figures
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument
+from tools.common import tables
+from tools.runs.curve_plot import overlay
+from tools.runs.records import curve_rows, find_runs, labels, read_run, table
+from train.reporting import figures
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -7,7 +7,7 @@
     python tools/convert.py verify data/cifar10
 
 An interrupted conversion goes on when the same command is run again, and ends with the same bytes.
-Owns the command line; `tools/sources` reads, `pipelines/shard_writer.py` writes.
+Owns the command line; `tools/sources` reads, `pipelines/convert/writer.py` writes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, printable, run_main
-from configs.files import path_argument
-from pipelines import shards
-from pipelines.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
-from pipelines.shard_writer import write_dataset
-from pipelines.source import Options, Source
-from pipelines.verify import verify as find_problems
+from configs.utils.errors import UserError, printable, run_main
+from configs.utils.files import path_argument
+from pipelines.convert.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
+from pipelines.convert.source import Options, Source
+from pipelines.convert.writer import write_dataset
+from pipelines.storage import split as shards
+from pipelines.storage.verify import verify as find_problems
 
 MIB = 2**20
 SHOWN_DEFECTS = 3

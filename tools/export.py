@@ -44,15 +44,15 @@ from typing import Any
 
 import torch
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument, path_text
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument, path_text
 from models import PixelClassifier, options_of
-from tools.parts.export_check import CPU, Expected, compare, expected_logits
-from tools.parts.export_formats import FORMATS, Exportable, snippet
-from tools.parts.tables import Row, make_folder, markdown, write_text
-from tools.parts.trained import Trained, load_trained
-from train import dist
-from train.dist import Ranks
+from tools.common.tables import Row, make_folder, markdown, write_text
+from tools.inference.export_check import CPU, Expected, compare, expected_logits
+from tools.inference.export_formats import FORMATS, Exportable, snippet
+from tools.inference.trained_model import Trained, load_trained
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
 
 ROUNDING = 1e-6  # of the largest logit: what float32 leaves open after many layers
 PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")

@@ -25,30 +25,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument
 from pipelines import build_train_loader
-from pipelines.loader import Loader
-from pipelines.mixing import is_on
-from pipelines.shards import load_dataset
-from tools.parts.lr_curve import Curve, Suggestion, end_of, smooth, suggest
-from tools.parts.tables import make_folder, write_csv, write_text
-from train import dist, figures
-from train.assemble import build_all, check_classes
-from train.cpu_threads import limit_threads
-from train.dist import Ranks
-from train.facts import global_batch
-from train.freeze import set_training_mode
-from train.loop import Training, follow_weights, run_step, timeline_of, train_whitening_bias, trainings_of
-from train.optim import set_learning_rate
-from train.proxy import check_proxy
-from train.schedule import OWN_RATES, lr_factor, scaled
-from train.throughput import endless
-from train.warm_up import warm_up
-from train.whitening import whiten, whitening_images
+from pipelines.augment.mixup import is_on
+from pipelines.loader.loader import Loader
+from pipelines.storage.split import load_dataset
+from tools.common.tables import make_folder, write_csv, write_text
+from tools.runs.lr_range import Curve, Suggestion, end_of, smooth, suggest
+from train.build import build_all, check_classes
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.cpu_threads import limit_threads
+from train.engine.epoch import Training, follow_weights, run_step, timeline_of, train_whitening_bias, trainings_of
+from train.engine.hard_samples import check_proxy
+from train.engine.throughput import endless
+from train.engine.warm_up import warm_up
+from train.engine.whitening import whiten, whitening_images
+from train.optim.factory import set_learning_rate
+from train.optim.freeze import set_training_mode
+from train.optim.schedule import OWN_RATES, lr_factor, scaled
+from train.reporting import figures
+from train.reporting.run_info import global_batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -36,16 +36,16 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument, path_text
-from tools.parts import submission
-from tools.parts.ensemble import best_classes, predict
-from tools.parts.image_sets import ImageSet, data_folder, open_images, picture_folder
-from tools.parts.tables import make_folder, write_text
-from tools.parts.trained import Trained, check_same_classes, load_trained
-from train import dist
-from train.dist import Ranks
-from train.loop import Evaluation
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument, path_text
+from tools.common.tables import make_folder, write_text
+from tools.inference import submission
+from tools.inference.ensemble import best_classes, predict
+from tools.inference.image_sets import ImageSet, data_folder, open_images, picture_folder
+from tools.inference.trained_model import Trained, check_same_classes, load_trained
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.epoch import Evaluation
 
 SHOWN = 5
 METRICS = ("loss", "top1", "top5")

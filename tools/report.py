@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument
-from tools.benchmarks import record, results
-from tools.benchmarks.tables import headline, markdown, of_run, parts
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument
+from tools.benchmarks.engine import results
+from tools.benchmarks.suites import record
+from tools.benchmarks.suites.tables import headline, markdown, of_run, parts
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -91,11 +92,11 @@ def slug(run: Run) -> str:
 
 def document(run: Run, folder: Path) -> list[Path]:
     """Write DEVICE.md and, where there are figures, DEVICE.png."""
-    from tools.benchmarks import chart  # here: matplotlib takes a while
+    from tools.benchmarks.engine import charts  # here: matplotlib takes a while
 
     name = slug(run)
     failed = results.failures(run["groups"])
-    picture = chart.draw(run, folder / f"{name}.png")
+    picture = charts.draw(run, folder / f"{name}.png")
     how = (
         parts(run) if len({part["command"] for part in run.get("parts", {}).values()}) > 1 else f"    {run['command']}"
     )

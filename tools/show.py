@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument, path_text
 from configs.load import load_config
-from tools.parts.show_data import show_data
-from tools.parts.show_predictions import show_predictions
-from tools.parts.show_samples import show_samples
-from train.dist import Ranks
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument, path_text
+from tools.visualize.dataset import show_data
+from tools.visualize.predictions import show_predictions
+from tools.visualize.samples import show_samples
+from train.distributed.process_group import Ranks
 
 # What each kind of picture takes beside what it is named after, --count and --out.
 TAKES = {

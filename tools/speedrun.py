@@ -26,28 +26,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument
 from configs.load import load_config
 from configs.schema import Config
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader import Loader
-from pipelines.mixing import is_on
-from pipelines.shards import load_dataset
-from pipelines.staged import TrainLoader
-from tools.parts.tables import write_text
-from train import dist
-from train.assemble import build_all, check_classes
-from train.clock import Clock
-from train.cpu_threads import limit_threads
-from train.dist import Ranks
-from train.ema import counted_weights
-from train.facts import device_name
-from train.loop import Training, evaluate, train_epoch
-from train.meter import memory
-from train.proxy import check_proxy
-from train.warm_up import check_sizes, warm_up
-from train.whitening import start_anew, whiten, whitening_images
+from pipelines.augment.mixup import is_on
+from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
+from pipelines.storage.split import load_dataset
+from tools.common.tables import write_text
+from train.build import build_all, check_classes
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.clock import Clock
+from train.engine.cpu_threads import limit_threads
+from train.engine.epoch import Training, evaluate, train_epoch
+from train.engine.hard_samples import check_proxy
+from train.engine.meter import memory
+from train.engine.warm_up import check_sizes, warm_up
+from train.engine.whitening import start_anew, whiten, whitening_images
+from train.optim.ema import counted_weights
+from train.reporting.run_info import device_name
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

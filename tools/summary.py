@@ -32,23 +32,25 @@ from torch._subclasses.fake_tensor import (
 )
 from tqdm import tqdm
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument, path_text
 from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument, path_text
 from models import available, build_configured
-from pipelines.shards import load_dataset
-from tools.parts.costs import Costs, count_costs, free_device_memory, measure_memory
-from tools.parts.summary_report import Subject, layer_rows, layers_table, picture, report, row_of
-from tools.parts.tables import Row, make_folder, write_csv
-from train import checkpoint, dist, figures
-from train.assemble import to_device
-from train.checkpoint import BEST, LAST, PREVIOUS
-from train.content import check_holds
-from train.dist import Ranks
-from train.freeze import freeze
-from train.loop import amp_dtype
-from train.run_folder import find_checkpoints
+from pipelines.storage.split import load_dataset
+from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
+from tools.common.tables import Row, make_folder, write_csv
+from tools.perf.cost_report import Subject, layer_rows, layers_table, picture, report, row_of
+from train.build import to_device
+from train.checkpoint import store
+from train.checkpoint.run_dir import find_checkpoints
+from train.checkpoint.state import check_holds
+from train.checkpoint.store import BEST, LAST, PREVIOUS
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.epoch import amp_dtype
+from train.optim.freeze import freeze
+from train.reporting import figures
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STORED_SIZE = 32  # of the data sets whose configs give no data.image_size: CIFAR-10 and the digits
@@ -148,7 +150,7 @@ def config_of(path: Path, options: argparse.Namespace) -> tuple[Config, int, int
             shape = facts["image_shape"]
             facts = {"classes": facts["classes"], "image_size": shape[0] if shape else None}
     else:
-        path, content = checkpoint.load_newest(find_checkpoints(path))
+        path, content = store.load_newest(find_checkpoints(path))
         check_holds(content, ("config",), path)
         config = parse_config(content["config"], f"the config in {path}")
         facts = content.get("dataset", {})

@@ -24,14 +24,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.errors import UserError, run_main
-from configs.files import path_argument
 from configs.load import load_config
-from pipelines.shards import load_dataset
-from tools.parts import sweep_report, tables
-from tools.parts.sweep_points import Point, points
-from tools.parts.sweep_report import Sweep
-from tools.parts.sweep_runs import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
+from configs.utils.errors import UserError, run_main
+from configs.utils.files import path_argument
+from pipelines.storage.split import load_dataset
+from tools.common import tables
+from tools.runs import sweep_report
+from tools.runs.sweep_points import Point, points
+from tools.runs.sweep_report import Sweep
+from tools.runs.sweep_runner import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

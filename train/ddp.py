@@ -13,38 +13,39 @@ from functools import partial
 from math import isnan
 from typing import Any
 
-from configs.errors import UserError
-from configs.files import path_text
 from configs.load import load_config, to_yaml
 from configs.schema import Config
+from configs.utils.errors import UserError
+from configs.utils.files import path_text
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.mixing import check_mixing, is_on
-from pipelines.shards import load_dataset
-from pipelines.staged import TrainLoader
-from train import dist, restart
-from train.assemble import build_all, check_classes
-from train.clock import Clock
-from train.cpu_threads import limit_threads
-from train.dist import Ranks
-from train.ema import average_counts, counted_weights
+from pipelines.augment.mixup import check_mixing, is_on
+from pipelines.loader.train_loader import TrainLoader
+from pipelines.storage.split import load_dataset
+from train.build import build_all, check_classes
+from train.checkpoint import relaunch
+from train.checkpoint.compatibility import check_same_run, stream_of
+from train.checkpoint.finetune import without_start
+from train.checkpoint.run_dir import as_held, find_run, held, is_checkpoint, make_folder
+from train.checkpoint.writer import Saving
+from train.distributed import process_group as dist
+from train.distributed.launcher import run_ranks
+from train.distributed.process_group import Ranks
+from train.distributed.signals import Stopped, listening
+from train.engine.clock import Clock
+from train.engine.cpu_threads import limit_threads
+from train.engine.epoch import Training, evaluate, timeline_of
+from train.engine.hard_samples import check_proxy
+from train.engine.throughput import measure_images_per_s
+from train.engine.warm_up import check_sizes, warm_up
+from train.engine.whitening import whiten, whitening_images
 from train.evaluation import build_evaluated
-from train.facts import dataset_facts, describe, facts_of, unreached_stages
-from train.fit import Run, fit, go_on, load_newest_together
-from train.identity import check_same_run, stream_of
-from train.log import RunLog
-from train.loop import Training, evaluate, timeline_of
-from train.optim import with_used_settings
-from train.proxy import check_proxy
-from train.rank_errors import run_ranks
-from train.run_folder import as_held, find_run, held, is_checkpoint, make_folder
-from train.saving import Saving
-from train.schedule import remarks
-from train.showcase import show_predictions, show_samples
-from train.signals import Stopped, listening
-from train.throughput import measure_images_per_s
-from train.transfer import without_start
-from train.warm_up import check_sizes, warm_up
-from train.whitening import whiten, whitening_images
+from train.optim.ema import average_counts, counted_weights
+from train.optim.factory import with_used_settings
+from train.optim.schedule import remarks
+from train.reporting.run_info import dataset_facts, describe, facts_of, unreached_stages
+from train.reporting.run_log import RunLog
+from train.reporting.sample_images import show_predictions, show_samples
+from train.trainer import Run, fit, go_on, load_newest_together
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -100,8 +101,8 @@ def main() -> int:
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
         trains = not (evaluates_only or arguments.throughput)
-        launch = restart.agents() if trains else []
-        in_use, resume = dist.from_first_rank(lambda: restart.find_folder(config, resume, launch))
+        launch = relaunch.agents() if trains else []
+        in_use, resume = dist.from_first_rank(lambda: relaunch.find_folder(config, resume, launch))
         folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
         folder = in_use or folder
         is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
@@ -147,7 +148,7 @@ def main() -> int:
         if folder is None:
             folder = dist.from_first_rank(lambda: make_folder(config))
             until_the_end.enter_context(held(folder))
-        dist.from_first_rank(lambda: restart.note(folder, launch))
+        dist.from_first_rank(lambda: relaunch.note(folder, launch))
         about: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from configs.notes import warn
 from configs.schema import Config
+from configs.utils.errors import UserError
+from configs.utils.warnings import warn
 from models import build_configured
 from models.weights import head_of, read_weights, take_weights
-from train import checkpoint
-from train.assemble import build_all
-from train.fit import load_newest_together
-from train.loop import Training
-from train.transfer import as_trained, for_inference
+from train.build import build_all
+from train.checkpoint import store
+from train.checkpoint.finetune import as_trained, for_inference
+from train.engine.epoch import Training
+from train.trainer import load_newest_together
 
 # Mean and standard deviation by which the homework normalises, for pixels from 0 to 1. It divides the pixels of
 # MediumImageNet by 256, not by 255, before it subtracts ImageNet's mean.
@@ -38,14 +38,14 @@ def build_evaluated(
     no config: the model is that of `config`, with as many outputs as the weights have, and pixels are normalised as in
     the homework. Raises UserError where there is no checkpoint, or where it does not fit the model or the data set.
     """
-    if len(candidates) == 1 and checkpoint.is_foreign(candidates[0]):
+    if len(candidates) == 1 and store.is_foreign(candidates[0]):
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
     if not candidates:
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
     source, content = load_newest_together(candidates)
     trained = as_trained(config, content, dataset["classes"], source)
     training = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
-    is_average = checkpoint.restore_weights(training, content, source, config.eval.weights)
+    is_average = store.restore_weights(training, content, source, config.eval.weights)
     return training, f"{source}{' (moving average)' if is_average else ''}"
 
 

@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from chance_fixtures import chance as chance
-from loader_fixtures import train
-from shard_fixtures import converted_digits, shards_of
-from train_fixtures import CLEAN, DIGITS, command_line, run_here
 
-from configs import notes
-from configs.errors import UserError
-from pipelines.loader import Batch, Loader
-from train import checkpoint
+from configs.utils import warnings
+from configs.utils.errors import UserError
+from helpers.chance import chance as chance
+from helpers.loaders import train
+from helpers.shards import converted_digits, shards_of
+from helpers.training import CLEAN, DIGITS, command_line, run_here
+from pipelines.loader.loader import Batch, Loader
+from train.checkpoint import store
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
-    notes.warn.cache_clear()
+    warnings.warn.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def check_run_under_change(source: Path, tmp_path: Path, split: str, change: Any
 
 def check_that_nothing_changed_was_saved(source: Path, tmp_path: Path) -> None:
     """The last checkpoint is that of a run on sound shards which stops at the same place."""
-    ours = checkpoint.load(tmp_path / "out" / "digits_lenet" / "last.pt")
+    ours = store.load(tmp_path / "out" / "digits_lenet" / "last.pt")
     arguments = ["--cfg", DIGITS, "--data-path", source, "--output", tmp_path / "sound", "--opts", *OPTS]
     run_here(*arguments, f"train.epochs={LONG}", stop_at=ours["position"])
-    stopped = [checkpoint.load(file) for file in (tmp_path / "sound" / "digits_lenet").glob("*.pt")]
+    stopped = [store.load(file) for file in (tmp_path / "sound" / "digits_lenet").glob("*.pt")]
     theirs = next(content for content in stopped if content["position"] == ours["position"])  # last.pt or best.pt
     assert all(torch.equal(values, theirs["model"][name]) for name, values in ours["model"].items())
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chance_fixtures import seeded
-from recorded_run_fixtures import (
+
+from configs.utils.warnings import warn
+from helpers.chance import seeded
+from helpers.recorded_runs import (
     differences,
     exit_code,
     kill_when,
@@ -24,11 +26,9 @@ from recorded_run_fixtures import (
     start_ranks,
     wait_until,
 )
-from train_fixtures import DIGITS
-
-from configs.notes import warn
+from helpers.training import DIGITS
 from tools import convert
-from train import checkpoint
+from train.checkpoint import store
 
 Call = Callable[..., tuple[int, str, str]]
 STEPS_PER_EPOCH = 44  # 1,437 samples in global batches of 32
@@ -161,14 +161,14 @@ def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.Captu
     places = seeded()
     last, previous = (tmp_path / name for name in ("last.pt", "previous.pt"))
     whole, before = (run_folder / "last.pt").read_bytes(), {"epoch": 1, "step": 40}
-    checkpoint.write(previous, checkpoint.load(run_folder / "last.pt") | {"position": before})
+    store.write(previous, store.load(run_folder / "last.pt") | {"position": before})
     for _ in range(flips):
         place, bit = places.randrange(len(whole)), places.randrange(8)
         damaged = bytearray(whole)
         damaged[place] ^= 1 << bit
         last.write_bytes(damaged)
         warn.cache_clear()  # what was said once is not said again
-        path, content = checkpoint.load_newest([last, previous])
+        path, content = store.load_newest([last, previous])
         assert (path, content["position"]) == (previous, before), f"bit {bit} of byte {place}"
         message = capsys.readouterr().err
         assert message.startswith(f"warning: checkpoint {last} cannot be read ("), f"bit {bit} of byte {place}"
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
     earlier = (interrupted / "last.pt").read_bytes()
     position = saved_position(interrupted)
     assert kill_when(lambda: saved_position(interrupted) > (1, 3), start(command, notes, step_s=0.03))
-    checkpoint.settle(interrupted)
+    store.settle(interrupted)
     (interrupted / "previous.pt").write_bytes(earlier)
     with (interrupted / "last.pt").open("r+b") as file:
         file.seek(20_000)
@@ -275,14 +275,14 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
     assert f" ({reason}); the earlier last.pt " in errors[0]
     assert errors[0].endswith("then --resume auto goes on")
     for path in folder.glob("*.pt"):
-        checkpoint.load(path)
+        store.load(path)
 
 
 def test_a_quota_ends_a_run_with_a_sentence_and_it_goes_on_later(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
-    checkpoint.settle(interrupted)  # as the next run does; the kill may have come within a save
+    store.settle(interrupted)  # as the next run does; the kill may have come within a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
     code = run(command, notes, largest=300_000)  # bytes, a third of a checkpoint
     assert_ended_by("File too large", code, interrupted, notes)

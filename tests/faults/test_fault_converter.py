@@ -17,8 +17,10 @@ from typing import Any
 
 import h5py
 import pytest
-from chance_fixtures import seeded
-from converter_fixtures import (
+
+from configs.utils.errors import UserError
+from helpers.chance import seeded
+from helpers.converter import (
     Contents,
     Conversion,
     contents,
@@ -31,11 +33,9 @@ from converter_fixtures import (
     wait_for,
     workers_of,
 )
-from memory_source import tiny_source, write
-from train_fixtures import heed_ctrl_c
-
-from configs.errors import UserError
-from pipelines import shard_writer, spool
+from helpers.memory_source import tiny_source, write
+from helpers.training import heed_ctrl_c
+from pipelines.convert import shuffle, writer
 from tools import convert
 
 ENCODINGS = ("npy", "jpeg")
@@ -282,8 +282,8 @@ def test_a_source_that_changes_between_kill_and_rerun_is_refused(encoding: str, 
 
 
 def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = spool._collect
-    monkeypatch.setattr(spool, "_collect", lambda plan, shard: list(collect(plan, shard))[1:])
+    collect = shuffle._collect
+    monkeypatch.setattr(shuffle, "_collect", lambda plan, shard: list(collect(plan, shard))[1:])
     with pytest.raises(UserError, match=r"106 samples written and 0 quarantined are not the 107 rows"):
         write(tiny_source("npy"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -300,11 +300,11 @@ def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
     def stop(*_: object) -> int:
         raise OSError(errno.EIO, "stopped")
 
-    gather = shard_writer.gather
-    monkeypatch.setattr(shard_writer, "gather", stop)
+    gather = writer.gather
+    monkeypatch.setattr(writer, "gather", stop)
     with pytest.raises(OSError, match="stopped"):
         write(tiny_source("npy"), tmp_path / "out")
-    monkeypatch.setattr(shard_writer, "gather", gather)
+    monkeypatch.setattr(writer, "gather", gather)
     file = tmp_path / "out" / ".spool" / name
     for damaged in sorted(file.parent.glob(file.name)):
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
@@ -329,7 +329,7 @@ def test_everything_that_dataset_json_names_is_on_disk_before_it(
 ) -> None:
     """The folder is flushed after the last rename and before that of dataset.json, and once more after it."""
     events: list[str] = []
-    rename, sync = Path.rename, spool.sync_folder
+    rename, sync = Path.rename, shuffle.sync_folder
 
     def note_rename(file: Path, target: Path) -> Path:
         if target.parent == tmp_path / "out":
@@ -342,8 +342,8 @@ def test_everything_that_dataset_json_names_is_on_disk_before_it(
         sync(folder)
 
     monkeypatch.setattr(Path, "rename", note_rename)
-    monkeypatch.setattr(spool, "sync_folder", note_sync)
-    monkeypatch.setattr(shard_writer, "sync_folder", note_sync)
+    monkeypatch.setattr(shuffle, "sync_folder", note_sync)
+    monkeypatch.setattr(writer, "sync_folder", note_sync)
     write(tiny_source("npy"), tmp_path / "out")
     assert events[-3:] == ["sync", "dataset.json", "sync"]
     shards = [place for place, name in enumerate(events) if name.endswith(".tar")]

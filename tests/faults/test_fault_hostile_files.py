@@ -1,5 +1,5 @@
 """Malicious files through the commands that users type: no code of theirs runs, nothing outside of them is read or
-written, memory and time stay bounded, and each gets one sentence. See hostile_fixtures for how each is made.
+written, memory and time stay bounded, and each gets one sentence. See helpers/hostile.py for how each is made.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fault_fixtures import forged
-from hostile_fixtures import (
+
+from configs.utils.errors import run_main
+from helpers.cifar_files import write_cifar10
+from helpers.faults import forged
+from helpers.hostile import (
     HDF5_IMAGES,
     IMAGES,
     SECRET,
@@ -37,10 +40,7 @@ from hostile_fixtures import (
     many_tags_tiff,
     pickles,
 )
-from test_source_cifar import write_cifar10
-from train_fixtures import CLEAN, DIGITS
-
-from configs.errors import run_main
+from helpers.training import CLEAN, DIGITS
 from tools import convert
 from tools.sources import cifar
 
@@ -250,7 +250,7 @@ def test_pipes_sockets_and_devices_are_passed_over_without_waiting(scene: Scene)
 
 
 def test_a_file_that_becomes_a_pipe_while_converting_is_not_waited_for(scene: Scene) -> None:
-    from configs.errors import UserError
+    from configs.utils.errors import UserError
     from tools.sources.imagefolder import open_imagefolder
 
     source = photos(scene.folder / "photos")

@@ -6,18 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from chance_fixtures import seeded
-from launch_fixtures import (
-    NAME,
-    Launch,
-    arguments,
-    assert_same_weights,
-    run_unbroken,
-    saved_steps,
-    wait_until,
-)
-from train_fixtures import free_port
 
+from helpers.chance import seeded
+from helpers.launches import NAME, Launch, arguments, assert_same_weights, run_unbroken, saved_steps, wait_until
+from helpers.training import free_port
 from tools import convert
 
 EPOCHS = 3

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from fault_fixtures import command_with, content, digits_in, run_arguments, run_to_its_end
-from train_fixtures import strict_lines
+
+from helpers.faults import command_with, content, digits_in, run_arguments, run_to_its_end
+from helpers.training import strict_lines
 
 NAN_AT = 36  # an update, counted from 0: step 37, which is looked at after step 40
 

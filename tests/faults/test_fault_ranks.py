@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chance_fixtures import seeded
-from launch_fixtures import (
+
+from helpers.chance import seeded
+from helpers.launches import (
     NAME,
     Launch,
     arguments,
@@ -19,7 +20,6 @@ from launch_fixtures import (
     saved_steps,
     wait_until,
 )
-
 from tools import convert
 
 EPOCHS = 3

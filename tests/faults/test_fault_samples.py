@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from chance_fixtures import seeded
-from damage_fixtures import damage_in_turn
-from memory_source import MemoryRows, memory_source, write
-from train_fixtures import CLEAN, DIGITS, command_line, run_here, run_script, strict_lines
 
-from configs import notes
-from pipelines.shards import open_split
-from train import checkpoint
+from configs.utils import warnings
+from helpers.chance import seeded
+from helpers.damage import damage_in_turn
+from helpers.memory_source import MemoryRows, memory_source, write
+from helpers.training import CLEAN, DIGITS, command_line, run_here, run_script, strict_lines
+from pipelines.storage.split import open_split
+from train.checkpoint import store
 
 BAD = (7, 8, 60, 200)
 EPOCHS, STEPS = 4, 15  # 240 samples in global batches of 16
@@ -34,7 +34,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
-    notes.warn.cache_clear()
+    warnings.warn.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def curve(folder: Path) -> list[list[float]]:
 
 
 def model(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = checkpoint.load(folder / "last.pt")["model"]
+    weights: dict[str, torch.Tensor] = store.load(folder / "last.pt")["model"]
     return weights
 
 
@@ -95,7 +95,7 @@ def test_skip_completes_and_reports_each_sample_and_their_number_after_every_epo
     assert [line["epoch"] for line in strict_lines(unbroken / "metrics.jsonl") if "val_loss" in line] == [
         *range(EPOCHS)
     ]
-    assert checkpoint.load(unbroken / "last.pt")["position"] == {"epoch": EPOCHS, "step": 0}
+    assert store.load(unbroken / "last.pt")["position"] == {"epoch": EPOCHS, "step": 0}
 
 
 @pytest.mark.parametrize("others", [["data.threads=2"], ["data.threads=2", "data.prefetch=12"]], ids=str)

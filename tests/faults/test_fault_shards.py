@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chance_fixtures import chance as chance
-from memory_source import MemoryRows, marked_image, memory_source, write
-from shard_fixtures import converted_digits, shards_of
-from test_shards import flip_byte
-from train_fixtures import DIGITS, run_script
 
-from configs import notes
-from configs.errors import UserError
-from pipelines.shards import open_split
-from pipelines.verify import verify
+from configs.utils import warnings
+from configs.utils.errors import UserError
+from helpers.chance import chance as chance
+from helpers.edits import flip_byte
+from helpers.memory_source import MemoryRows, marked_image, memory_source, write
+from helpers.shards import converted_digits, shards_of
+from helpers.training import DIGITS, run_script
+from pipelines.storage.split import open_split
+from pipelines.storage.verify import verify
 
 QUICK, MANY = 8, 100
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
@@ -29,7 +29,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
-    notes.warn.cache_clear()
+    warnings.warn.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from chance_fixtures import seeded
-from fault_fixtures import (
+
+from helpers.chance import seeded
+from helpers.faults import (
     STEPS,
     assert_same_run,
     command_with,
@@ -26,7 +27,7 @@ from fault_fixtures import (
     start,
     wait_for,
 )
-from train_fixtures import CLEAN, heed_ctrl_c
+from helpers.training import CLEAN, heed_ctrl_c
 
 EXIT_S = 60
 

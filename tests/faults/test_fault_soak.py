@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_fixtures import command_with, run_to_its_end
-from train_fixtures import DIGITS, ROOT, strict_lines
 
+from helpers.faults import command_with, run_to_its_end
+from helpers.training import DIGITS, ROOT, strict_lines
 from tools import convert
 
 EPOCHS, MORE = 10, 1.05  # memory after the last epoch against that after the second

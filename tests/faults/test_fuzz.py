@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fuzz_fixtures as kinds
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from configs.errors import UserError, printable
-from pipelines import memory_limit
+import helpers.fuzz as kinds
+from configs.utils.errors import UserError, printable
+from pipelines.convert import memory_limit
 
 EXAMPLE_SECONDS = 20  # of one example, on a busy machine
 EXAMPLE_BYTES = 1 << 30

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
-from pipelines.source import Source, SplitSource
+from configs.utils.errors import UserError
+from pipelines.convert.source import Source, SplitSource
 from tools.sources.safe_unpickler import load_pickle
 from tools.sources.tar_gz import read_members
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from pipelines.source import Source, SplitSource
+from pipelines.convert.source import Source, SplitSource
 
 SIZE = 32  # pixels; the side that LeNet and CIFAR's models expect
 VAL_FRACTION = 0.2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 SITE = "https://www.cs.toronto.edu/~kriz/"
 CHUNK_BYTES = 1 << 20

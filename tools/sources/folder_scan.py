@@ -8,7 +8,7 @@ import stat
 import sys
 from pathlib import Path
 
-from configs.errors import UserError, printable
+from configs.utils.errors import UserError, printable
 
 # Those of the formats that pipelines.encode decodes. Not .pfm: its values have no declared range.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",

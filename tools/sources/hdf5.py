@@ -18,9 +18,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from configs.errors import UserError
-from pipelines import memory_limit
-from pipelines.source import Source, SplitSource
+from configs.utils.errors import UserError
+from pipelines.convert import memory_limit
+from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 

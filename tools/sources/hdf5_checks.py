@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 MAX_CHUNK_BYTES = 512 << 20  # of pixels; a worker holds a chunk of each data set in memory
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError, readable
-from pipelines.source import Source, SplitSource
+from configs.utils.errors import UserError, readable
+from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, joined, note, read_regular
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from configs.errors import UserError
-from pipelines import memory_limit
+from configs.utils.errors import UserError
+from pipelines.convert import memory_limit
 
 LOADING_BYTES = 256 << 20  # for labels, file names and the unpickler itself
 COPIES = 3  # of the pixels, which protocol 2 of Python 3 decodes from UTF-8 and encodes as Latin-1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from configs.errors import UserError
+from configs.utils.errors import UserError
 
 BLOCK = 512
 CHUNK_BYTES = 1 << 20

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from tools.benchmarks.engine.interleaved import Stream
 from tools.benchmarks.peers.source import Batches, PeerSource
-from tools.benchmarks.turns import Stream
 
 __all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "loading", "missing"]
 

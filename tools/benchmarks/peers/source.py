@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from configs.schema import AugConfig
-from pipelines.shards import Split, open_split
-from tools.benchmarks.datasets import QUALITY, SPLIT, remake
+from pipelines.storage.split import Split, open_split
+from tools.benchmarks.engine.datasets import QUALITY, SPLIT, remake
 
 Batches = Iterator[tuple[Any, Any]]
 

@@ -1,0 +1,62 @@
+"""All settings as a markdown table, in the words that a config file uses; `python -m configs.schema` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from configs.schema.section import Section, is_section, items_of, settings_of
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def documentation(config: type[Section]) -> str:
+    """A row per setting; one that is a list of sections is followed by the keys of these."""
+    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    for key, field in _rows(config):
+        meaning = " ".join((field.description or "").split())  # a line break would end the row
+        cells = (f"`{key}`", _allowed(field), _default(field), meaning)
+        rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _rows(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
+    for key, field in settings_of(config):
+        yield key, field
+        if (items := items_of(field)) is not None:
+            yield from settings_of(items, f"{key}[].")
+
+
+def _allowed(field: FieldInfo) -> str:
+    bounds = []
+    for limit in field.metadata:
+        bounds += [f"{sign} {getattr(limit, name)}" for name, sign in SIGNS.items() if hasattr(limit, name)]
+        bounds += ["not empty"] * hasattr(limit, "min_length")
+    return ", ".join([words(field.annotation), *bounds])
+
+
+def words(kind: Any) -> str:
+    """What a value of this type is called."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(parts)
+    if origin in (Union, UnionType):
+        names = [words(part) for part in parts if part is not NoneType]
+        return " or ".join([*names, *["null"] * (NoneType in parts)])
+    if origin is tuple:
+        return f"list of {words(parts[0])}" if parts[-1] is Ellipsis else f"[{', '.join(map(words, parts))}]"
+    if origin is dict:
+        return "mapping" if parts[1] is Any else f"mapping to {words(parts[1])}"
+    return "section" if issubclass(kind, Section) else str(kind.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if is_section(field):
+        return ""
+    if field.is_required():
+        return "required"
+    return field.default if isinstance(field.default, str) else json.dumps(field.default)

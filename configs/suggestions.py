@@ -1,0 +1,43 @@
+"""Words for errors about settings: a value in one line, the keys that were perhaps meant. Knows no setting, no file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from configs.schema.section import Section
+from configs.utils.errors import UserError
+
+KeyPath = tuple[str, ...]
+
+
+def one_line(message: str) -> UserError:
+    """An error of one line, whatever the file held."""
+    return UserError(" ".join(message.split()))
+
+
+def show(value: Any) -> str:
+    """Return the value as YAML would write it in one line, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def allowed_keys(key_path: KeyPath, known: Sequence[str]) -> str:
+    """For a key that is not among the `known` dotted ones: the closest of them and all keys of its section."""
+    *parents, leaf = key_path
+    prefix = "".join(f"{parent}." for parent in parents)
+    siblings = {
+        key.removeprefix(prefix).lower(): key.removeprefix(prefix)
+        for key in known
+        if key.startswith(prefix) and "." not in key[len(prefix) :]
+    }
+    elsewhere = [key for key in known if leaf and key.lower().endswith(f".{leaf.lower()}")]
+    close = [prefix + siblings[key] for key in difflib.get_close_matches(leaf.lower(), siblings, n=2)]
+    guess = f"did you mean {' or '.join(dict.fromkeys(elsewhere + close))}? " if elsewhere or close else ""
+    if ":" in leaf:
+        guess = "write a space after a colon; "
+    elif "." in leaf:
+        guess = "a file nests sections instead of dots; "
+    return f"{guess}allowed in {prefix.rstrip('.') or 'the config'}: {', '.join(siblings.values())}"

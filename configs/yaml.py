@@ -1,0 +1,169 @@
+"""YAML text to plain values, and back.
+
+Owns the YAML rules: the core types of YAML 1.2, None for null, and pairs in parentheses; no aliases and no tags; a key
+given twice is an error, except in and below top-level keys in capitals, as the homework writes them, where the last one
+counts. Knows no setting.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from configs.suggestions import KeyPath, one_line, show
+
+
+@dataclass
+class Document:
+    """What one YAML text holds."""
+
+    value: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)  # of each key, counted from 1
+    repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)  # key, line, line before; the last counts
+
+
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+MAX_CHARACTERS = 1 << 18  # of a document; the largest of ours has 5,000. Parsing this many takes some five seconds
+MAX_DEPTH = 50  # of values within values
+_INT = r"[-+]?[0-9]+"
+_NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
+_CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
+    "tag:yaml.org,2002:null": r"~|null|Null|NULL|None|",  # None: as Python and W&B write it
+    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
+    "tag:yaml.org,2002:int": _INT,
+    "tag:yaml.org,2002:float": _NUMBER,
+    _NUMBERS_TAG: rf"\(\s*{_NUMBER}(?:\s*,\s*{_NUMBER})*(?:\s*,)?\s*\)",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's own attribute; drops its YAML 1.1 types)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        problem = "nested too deeply" if self._depth > MAX_DEPTH else None
+        if self.check_event(yaml.AliasEvent):  # also keeps out recursive and exponentially growing documents
+            problem = "aliases are not supported; use base: for shared parts"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _ValueLoader(_Loader):
+    """Refuses comments, which would cut a value of the command line short."""
+
+    def scan_to_next_token(self) -> None:
+        begin = self.pointer
+        super().scan_to_next_token()
+        if "#" in self.buffer[begin : self.pointer]:
+            raise yaml.MarkedYAMLError(problem="# begins no comment here; put the text that holds it in quotes")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string that would be another type in YAML 1.1 or 1.2."""
+
+
+for _tag, _pattern in _CORE_TYPES.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
+    _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def to_text(values: Any) -> str:
+    """Plain values as YAML, in their order."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def parse(text: str, source: str) -> Document:
+    """Parse one YAML document; the error, one `UserError`, names the source and the line."""
+    return _parse(_Loader, text, source, line_numbers=True)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """Parse one value of the command line, in which `#` begins no comment and `&` no anchor.
+
+    Raises UserError that names the source, for an empty value and for invalid YAML.
+    """
+    text = text.strip()
+    if not text:
+        raise one_line(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
+    if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # no anchor, number or null, but text
+        text = "'" + text.replace("'", "''") + "'"
+    value = _parse(_ValueLoader, text, source, line_numbers=False).value
+    if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # such as ---
+        return text
+    return value
+
+
+def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
+    if len(text) > MAX_CHARACTERS:
+        raise one_line(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
+    document = Document()
+    try:
+        node = loader(text).get_single_node()
+        document.value = None if node is None else _construct(node, (), document)
+        return document
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise one_line(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}:{mark.line + 1}" if mark and line_numbers else source
+        raise one_line(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+    except RecursionError:
+        raise one_line(f"{source}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on bad escapes
+        raise one_line(f"{source} is not valid YAML ({error})") from None
+
+
+def _construct(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        return _construct_mapping(node, path, document)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        return [_construct(item, path, Document()) for item in node.value]
+    if isinstance(node, yaml.ScalarNode) and re.fullmatch(_CORE_TYPES.get(node.tag, "(?s:.*)"), node.value):
+        text = node.value
+        if kind in ("null", "str"):
+            return None if kind == "null" else text
+        if kind in ("int", "float"):
+            return _number(text, node)
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == _NUMBERS_TAG:
+            return [_number(item, node) for item in re.findall(_NUMBER, text)]
+    raise yaml.MarkedYAMLError(problem=f"tag {node.tag} is not allowed here", problem_mark=node.start_mark)
+
+
+def _number(text: str, node: yaml.Node) -> int | float:
+    if not re.fullmatch(_INT, text):
+        return float(text)
+    if abs(number := int(text)) >= 1 << 64:  # nothing is counted so far, and what computes with it could overflow
+        raise yaml.MarkedYAMLError(problem=f"the number {text[:20]}… is too large", problem_mark=node.start_mark)
+    return number
+
+
+def _construct_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    lines = document.lines
+    for key_node, value_node in node.value:
+        key, line = _construct(key_node, (), Document()), key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"key {show(key)} must be text", problem_mark=key_node.start_mark)
+        key_path = (*path, key)
+        if key in values:
+            if not key_path[0].isupper():
+                problem = f"key {'.'.join(key_path)} is given twice (first in line {lines[key_path]}); keep one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            document.repeated.append((key_path, line, lines[key_path]))
+        lines[key_path] = line
+        values[key] = _construct(value_node, key_path, document)
+    return values

@@ -1,0 +1,172 @@
+"""RandAugment as timm defines it: the operations, their values by magnitude, and what is drawn for each layer.
+
+Source: timm.data.auto_augment; `configs.rand_augment` reads its strings. One difference: shifts are rounded to whole
+pixels, since TRANSLATE knows no others, where timm interpolates. Knows no images and no DALI.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.schema.rand_augment import RandAugmentSpec, parse_rand_augment
+from pipelines.augment.ops import Op
+from pipelines.rng import normal, uniform
+
+SCALE = 10.0  # the magnitude at which an operation has its full span
+LARGEST_SIGMA = 2.0  # of BLUR, pixels
+_DRAWN = 0  # a sign that is drawn
+
+
+class Formula(NamedTuple):
+    """value = base + sign * span * magnitude / SCALE, kept within lowest and highest."""
+
+    op: Op
+    base: float = 0.0
+    sign: int = _DRAWN
+    span: float = 0.0
+    lowest: float = -math.inf
+    highest: float = math.inf
+    whole: bool = False  # span * magnitude / SCALE is truncated to a whole number
+
+
+_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # their span is a share of the image's side
+_WITHOUT_VALUE = tuple(Formula(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT))
+_GEOMETRY = (
+    Formula(Op.ROTATE, span=30.0),
+    Formula(Op.SHEAR_X, span=0.3),
+    Formula(Op.SHEAR_Y, span=0.3),
+    Formula(Op.TRANSLATE_X, span=0.45),
+    Formula(Op.TRANSLATE_Y, span=0.45),
+)
+_ENHANCEMENTS = (Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS)
+_SOLARIZE_ADD = Formula(Op.SOLARIZE_ADD, sign=1, span=110.0, highest=128.0, whole=True)
+_PLAIN = (
+    *_WITHOUT_VALUE,
+    *_GEOMETRY,
+    Formula(Op.POSTERIZE, sign=1, span=4.0, highest=8.0, whole=True),
+    Formula(Op.SOLARIZE, sign=1, span=256.0, highest=256.0, whole=True),
+    _SOLARIZE_ADD,
+    *(Formula(op, base=0.1, sign=1, span=1.8) for op in _ENHANCEMENTS),
+)
+_SOLARIZE = Formula(Op.SOLARIZE, base=256.0, sign=-1, span=256.0, lowest=0.0, whole=True)
+_INCREASING = (
+    *_WITHOUT_VALUE,
+    *_GEOMETRY,
+    Formula(Op.POSTERIZE, base=4.0, sign=-1, span=4.0, lowest=0.0, whole=True),
+    _SOLARIZE,
+    _SOLARIZE_ADD,
+    *(Formula(op, base=1.0, span=0.9, lowest=0.1) for op in _ENHANCEMENTS),
+)
+_THREE = (  # 3-Augment of arXiv:2204.07118, where a magnitude of 0 already takes half of the colour
+    _SOLARIZE,
+    Formula(Op.COLOR, base=0.5, sign=-1, span=0.5, lowest=0.0),
+    Formula(Op.BLUR, base=0.1, sign=1, span=1.9, highest=LARGEST_SIGMA),
+)
+_WEIGHTS = {
+    Op.ROTATE: 3.0, Op.SHEAR_X: 2.0, Op.SHEAR_Y: 2.0, Op.TRANSLATE_X: 1.0, Op.TRANSLATE_Y: 1.0, Op.COLOR: 0.25,
+    Op.SHARPNESS: 0.25, Op.AUTO_CONTRAST: 0.25, Op.SOLARIZE: 0.05, Op.SOLARIZE_ADD: 0.05, Op.CONTRAST: 0.05,
+    Op.BRIGHTNESS: 0.05, Op.EQUALIZE: 0.05, Op.POSTERIZE: 0.05, Op.INVERT: 0.05,
+}  # fmt: skip
+_WEIGHTS_BESIDE_THREE = {
+    Op.ROTATE: 3.0, Op.SHEAR_X: 2.0, Op.SHEAR_Y: 2.0, Op.POSTERIZE: 1.0, Op.AUTO_CONTRAST: 1.0, Op.COLOR: 1.0,
+    Op.SHARPNESS: 1.0, Op.CONTRAST: 1.0, Op.BRIGHTNESS: 1.0, Op.EQUALIZE: 1.0, Op.INVERT: 1.0,
+}  # fmt: skip
+
+
+class Space(NamedTuple):
+    """What a layer chooses from: arrays [formulas], one row of `Formula` each."""
+
+    ops: np.ndarray  # int32
+    base: np.ndarray
+    sign: np.ndarray
+    span: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    whole: np.ndarray  # bool
+    shift: np.ndarray  # bool: whether it is one of _SHIFTS
+    weights: np.ndarray | None  # None: all are equally likely, and a sample may meet one twice
+
+
+@lru_cache
+def space(increasing: bool, operations: str | None) -> Space:
+    """The space of a string's parts inc and t."""
+    weights: list[float] | None = None
+    if operations == "weights":
+        formulas = _INCREASING
+        weights = [_WEIGHTS[formula.op] for formula in formulas]
+    elif operations == "3aw":
+        others = tuple(formula for formula in _INCREASING if formula.op in _WEIGHTS_BESIDE_THREE)
+        formulas = (*_THREE, *others)
+        weights = [6.0] * len(_THREE) + [_WEIGHTS_BESIDE_THREE[formula.op] for formula in others]
+    elif operations == "3a":
+        formulas = _THREE
+    else:
+        formulas = _INCREASING if increasing else _PLAIN
+    ops, base, sign, span, lowest, highest, whole = (np.array(column) for column in zip(*formulas, strict=True))
+    shift = np.isin(ops, list(_SHIFTS))
+    return Space(
+        ops.astype(np.int32), base, sign, span, lowest, highest, whole, shift,
+        None if weights is None else np.array(weights),
+    )  # fmt: skip
+
+
+@lru_cache
+def parse(policy: str) -> tuple[RandAugmentSpec, Space]:
+    spec = parse_rand_augment(policy)
+    return spec, space(spec.increasing, spec.operations)
+
+
+def values_at(
+    space: Space, choices: np.ndarray, magnitudes: np.ndarray | float, negative: np.ndarray, size: int
+) -> np.ndarray:
+    """Values of the formulas `choices` [B] at magnitudes [B], on images of side `size`: float64 [B].
+
+    `negative`, bool [B], is the sign where it is drawn.
+    """
+    shift = space.shift[choices]
+    change = magnitudes / SCALE * space.span[choices]
+    change = np.where(space.whole[choices], np.trunc(change), change)
+    change = np.where(shift, np.rint(change * size), change)
+    sign = space.sign[choices]
+    sign = np.where(sign == _DRAWN, 1 - 2 * negative, sign)
+    return np.clip(space.base[choices] + sign * change, space.lowest[choices], space.highest[choices])
+
+
+def draw_layers(
+    policy: str, samples: np.ndarray, seed: int, epoch: int, size: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each layer of the string `policy`, operations int32 [B] and values float64 [B]; see `pipelines.ops`."""
+    spec, choice = parse(policy)
+    chosen = None if choice.weights is None else _without_replacement(choice.weights, samples, seed, epoch)
+    layers = []
+    for layer in range(spec.layers):
+        drawn = uniform(samples, seed, epoch, f"auto-{layer}", 3)
+        choices = (drawn[:, 0] * len(choice.ops)).astype(np.int64) if chosen is None else chosen[:, layer]
+        magnitudes = _magnitudes(spec, samples, seed, epoch, f"auto-{layer}-magnitude")
+        values = values_at(choice, choices, magnitudes, drawn[:, 2] < 0.5, size)
+        applied = drawn[:, 1] < spec.probability
+        layers.append((np.where(applied, choice.ops[choices], Op.IDENTITY), np.where(applied, values, 0.0)))
+    return layers
+
+
+def _magnitudes(spec: RandAugmentSpec, samples: np.ndarray, seed: int, epoch: int, purpose: str) -> np.ndarray | float:
+    magnitudes: np.ndarray | float = spec.magnitude
+    if spec.deviation == math.inf:
+        magnitudes = uniform(samples, seed, epoch, purpose, 1)[:, 0] * spec.magnitude
+    elif spec.deviation > 0:
+        magnitudes = spec.magnitude + spec.deviation * normal(samples, seed, epoch, purpose, 1)[:, 0]
+    return np.clip(magnitudes, 0.0, spec.largest or SCALE)  # timm takes mmax0 for no mmax at all
+
+
+def _without_replacement(weights: np.ndarray, samples: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """All numbers of formulas in the order in which they are chosen, int64 [B, formulas].
+
+    Exponential waiting times at rates `weights` end in the order of weighted draws without replacement.
+    Source: Efraimidis and Spirakis, "Weighted Random Sampling with a Reservoir", 2006.
+    """
+    waiting = -np.log1p(-uniform(samples, seed, epoch, "auto-choice", len(weights))) / weights
+    return np.argsort(waiting, axis=1)

@@ -1,0 +1,285 @@
+"""The two passes that turn a split's rows into shards, and the spool between them. See `shard_writer`.
+
+Pass 1, `scatter`: a block of source rows is encoded, sorted by destination and written to spool files. Pass 2,
+`gather`: the pieces of one shard are collected and its tar is written. Both run in worker processes; a pass over a
+block or a shard is done when its table stands under its final name, so it can be repeated after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.utils.errors import UserError
+from pipelines.convert.encode import Defect, Encoded, encode
+from pipelines.convert.source import Options, SplitSource
+from pipelines.order import permutation
+from pipelines.storage import split as shards
+from pipelines.storage import tar_format
+
+GROUPS = 16  # the spool of a split is deleted in so many parts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
+
+    dataset: str
+    split: str
+    classes: int
+    options: Options
+    image_shape: tuple[int, int, int] | None
+    payload_bytes: int  # of one sample; an estimate for JPEG
+    rows: int
+    block_rows: int
+    shard_rows: int
+    shuffled: bool
+    spool: Path
+    out: Path
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def group_shards(self) -> int:
+        return -(-self.shard_count // GROUPS)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shard_count // self.group_shards)
+
+    def block_table(self, block: int) -> Path:
+        return self.spool / f"block-{block:06d}.npz"
+
+    def block_group(self, block: int, group: int) -> Path:
+        return self.spool / f"block-{block:06d}.group-{group:02d}.bin"
+
+    def shard_table(self, shard: int) -> Path:
+        return self.spool / f"shard-{shard:06d}.npz"
+
+    def shard_file(self, shard: int) -> Path:
+        return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
+
+    def block_size(self, block: int) -> int:
+        """Rows of one block; the last may be smaller."""
+        return min(self.block_rows, self.rows - block * self.block_rows)
+
+    def shard_size(self, shard: int) -> int:
+        """Rows of one shard before any is quarantined."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
+    def shards_of(self, group: int) -> set[int]:
+        start = group * self.group_shards
+        return set(range(start, min(start + self.group_shards, self.shard_count)))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What each worker process holds of one split."""
+
+    plan: Plan
+    rows: SplitSource
+
+
+def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
+    """Pass 1 for one block: encode its rows, write them to the spool sorted by destination, then the block's table."""
+    plan, rows, block = workers[task[0]].plan, workers[task[0]].rows, task[1]
+    start = block * plan.block_rows
+    stop = start + plan.block_size(block)
+    positions = _positions(plan.rows, plan.options.seed, plan.shuffled)[start:stop]
+    payloads: list[Encoded | None] = []
+    defects: list[tuple[int, str]] = []
+    sums = np.zeros((2, 3), np.int64)
+    reencoded: Counter[str] = Counter()
+    for row, sample in enumerate(rows.read(start, stop), start):
+        try:
+            encoded = encode(sample, plan.options.encoding)
+        except Defect as defect:
+            if plan.options.strict:
+                raise UserError(
+                    f"{rows.describe(row)}: {defect}; mend or remove it or leave out --strict, and delete {plan.out}"
+                ) from None
+            defects.append((row, str(defect)))
+            payloads.append(None)
+            continue
+        _check_shape(plan, rows, row, encoded)
+        sums += encoded.sums
+        if encoded.reencoded is not None:
+            reencoded[encoded.reencoded] += 1
+        payloads.append(encoded)
+    if len(payloads) != stop - start:
+        raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows where {stop - start} were due")
+    order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
+    kept = [payload for i in order if (payload := payloads[i]) is not None]
+    group_of = positions[order] // plan.shard_rows // plan.group_shards
+    for group in range(plan.groups):
+        chosen = np.flatnonzero(group_of == group)
+        commit_pieces(plan.block_group(block, group), [kept[i].payload for i in chosen], plan.spool)
+    table = {
+        "row": np.array([start + i for i in order], np.int64),
+        "position": positions[order].astype(np.int64),
+        "size": np.array([len(sample.payload) for sample in kept], np.int64),
+        "height": np.array([sample.height for sample in kept], np.int32),
+        "width": np.array([sample.width for sample in kept], np.int32),
+        "sums": sums,
+        "defect_row": np.array([row for row, _ in defects], np.int64),
+        "defect_reason": np.array([reason for _, reason in defects], dtype=str),
+        "reencoded_reason": np.array([*reencoded], dtype=str),
+        "reencoded_count": np.array([*reencoded.values()], np.int64),
+    }
+    sync_folder(plan.spool)  # a table on disk says that all of its block is on disk, also after a power cut
+    commit_npz(plan.block_table(block), table)
+    return block
+
+
+def _check_shape(plan: Plan, rows: SplitSource, row: int, encoded: Encoded) -> None:
+    if plan.image_shape is not None and (encoded.height, encoded.width) != plan.image_shape[:2]:
+        raise UserError(
+            f"{rows.describe(row)} has {encoded.height} x {encoded.width} pixels and others "
+            f"{plan.image_shape[0]} x {plan.image_shape[1]}, but npy stores one shape; "
+            f"delete {plan.out}, then give --size N or --encoding jpeg"
+        )
+
+
+def gather(workers: dict[str, Worker], task: tuple[str, int]) -> int:
+    """Pass 2 for one shard: collect its samples from every block, write tar and index, then the shard's table."""
+    plan, labels, shard = workers[task[0]].plan, workers[task[0]].rows.labels, task[1]
+    samples = sorted(_collect(plan, shard), key=lambda sample: sample[0])
+    extension = shards.EXTENSIONS[plan.options.encoding.name]
+    head = tar_format.npy_header(plan.image_shape) if plan.image_shape else b""
+    writers: dict[int, tar_format.MemberWriter] = {}
+    label_size = None if labels is None else len(tar_format.label_text(0, plan.classes))
+    label_writer = tar_format.MemberWriter("cls", label_size or 0)
+    digest, offset, lines = hashlib.sha256(), 0, []
+    columns: dict[str, list[int]] = {name: [] for name in ("offset", "size", "label", "height", "width")}
+    temporary = plan.spool / f"shard-{shard:06d}.{os.getpid()}.tar"
+    with temporary.open("wb", buffering=2**20) as file:
+
+        def put(pieces: list[bytes | memoryview]) -> None:
+            nonlocal offset
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                offset += len(piece)
+
+        for _, row, payload, height, width in samples:
+            key, size = tar_format.key_of(row), len(head) + len(payload)
+            label = -1 if labels is None else int(labels[row])
+            values = (offset + tar_format.BLOCK, size, label, height, width)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+            lines.append(tar_format.index_line(key, extension, offset + tar_format.BLOCK, size, label_size))
+            if size not in writers:
+                writers[size] = tar_format.MemberWriter(extension, size)
+            put(writers[size].member(key, head, payload))
+            if labels is not None:
+                put(label_writer.member(key, tar_format.label_text(label, plan.classes)))
+        put([tar_format.END_OF_ARCHIVE])
+        file.flush()
+        os.fsync(file.fileno())
+    index = f"{tar_format.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
+    commit(plan.shard_file(shard).with_suffix(".idx"), index.encode(), plan.spool)
+    temporary.rename(plan.shard_file(shard))
+    sync_folder(plan.out)
+    arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
+    commit_npz(plan.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
+    return shard
+
+
+def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
+    """(position, row, payload, height, width) of the shard's samples, block by block: one contiguous read a block."""
+    group = shard // plan.group_shards
+    for block in range(plan.blocks):
+        table = load(plan.block_table(block))
+        shard_of = table["position"] // plan.shard_rows
+        in_group = shard_of // plan.group_shards == group
+        chosen = np.flatnonzero(shard_of == shard)
+        if not len(chosen):
+            continue
+        begin = int(table["size"][in_group & (shard_of < shard)].sum())
+        with plan.block_group(block, group).open("rb") as file:
+            file.seek(begin)
+            content = memoryview(file.read(int(table["size"][chosen].sum())))
+        if len(content) < table["size"][chosen].sum():
+            raise UserError(f"{file.name} was cut short; {damaged(plan.spool)}")
+        ends = np.cumsum(table["size"][chosen]).tolist()
+        for i, end in zip(chosen.tolist(), ends, strict=True):
+            payload = content[end - int(table["size"][i]) : end]
+            yield (
+                int(table["position"][i]),
+                int(table["row"][i]),
+                payload,
+                int(table["height"][i]),
+                int(table["width"][i]),
+            )
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{file} cannot be read; {damaged(file.parent)}") from None
+
+
+def damaged(spool: Path) -> str:
+    """The end of an error's sentence: what a kill leaves is whole, so a disk or somebody else has changed it."""
+    return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
+
+
+def commit_npz(file: Path, arrays: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    commit(file, buffer.getvalue(), file.parent)
+
+
+def commit(file: Path, content: bytes, spool: Path) -> None:
+    commit_pieces(file, [content], spool)
+
+
+def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
+    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
+
+    What a kill leaves of the temporary file lies in the spool, and the next run deletes it.
+    """
+    temporary = spool / f"{file.name}.{os.getpid()}.tmp"
+    with temporary.open("wb", buffering=2**20) as opened:
+        for piece in pieces:
+            opened.write(piece)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.rename(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: a rename alone may be undone by a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=1)
+def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
+    """int64 [rows]: where each source row goes in the stored order."""
+    if not shuffled:
+        return np.arange(rows)
+    positions = np.empty(rows, np.int64)
+    positions[permutation(rows, seed, epoch=0)] = np.arange(rows)
+    return positions

@@ -1,0 +1,122 @@
+"""A pool of worker processes that each hold one shared object, take tasks in order and die with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from configs.utils.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_shared: Any = None
+_PR_SET_PDEATHSIG = 1
+
+
+def _start(shared: str, parent: int) -> None:
+    global _shared
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
+    if os.getppid() != parent:
+        os._exit(1)
+    with open(shared, "rb") as file:
+        _shared = pickle.load(file)  # of this program's own memory
+
+
+def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    return function(_shared, task)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come at its end, where what it makes must not be left half made.
+
+    Handlers are replaced, since a mask would be of this thread alone, and Python handles what any thread is sent.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None: not set from Python
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came in dict.fromkeys(held):
+            signal.raise_signal(came)
+
+
+class Pool:
+    """`imap` runs `function(shared, task)` for each task in `workers` processes, or in this one when `workers` is 1."""
+
+    def __init__(self, workers: int, shared: Any) -> None:
+        self._shared = shared
+        self._workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+        self._memory = -1  # descriptor of the pickled shared object, once workers are started
+        self._others: set[multiprocessing.process.BaseProcess] = set()
+
+    def __enter__(self) -> Pool:
+        self._others = set(multiprocessing.active_children())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nobody wants what may be under way. No worker is asked to end: one that was killed may hold their queue."""
+        if self._executor is None:
+            return
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
+        self._executor.shutdown(cancel_futures=True)
+        os.close(self._memory)
+
+    def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in the order of tasks; at most two tasks per worker are under way, so reading stays sequential."""
+        if self._workers == 1:
+            for task in tasks:
+                yield function(self._shared, task)
+            return
+        pending: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                pending.append(self._submit(function, task))
+                if len(pending) >= 2 * self._workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); use fewer --workers, then run the same command again: "
+                "it goes on where it stopped"
+            ) from None
+
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
+        """May start a worker, which inherits that signals are held: sent to a whole group, they are the parent's."""
+        executor = self._start_executor()
+        with signals_held():
+            return executor.submit(_call, function, task)
+
+    def _start_executor(self) -> ProcessPoolExecutor:
+        """Started with the first task, so that a pass with nothing to do costs no process."""
+        if self._executor is None:
+            # Python would send it through a pipe, and wait forever for a worker that is killed before it has read all
+            self._memory = os.memfd_create("shared")
+            with open(self._memory, "wb", closefd=False) as file:
+                pickle.dump(self._shared, file)
+            arguments = (f"/proc/{os.getpid()}/fd/{self._memory}", os.getpid())
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self._workers, context, _start, arguments)
+        return self._executor

@@ -1,0 +1,356 @@
+"""Writing side of the format: a source of samples becomes shards, in parallel, resumable, in bounded memory.
+
+Two passes, both sequential on disk, because train is shuffled globally while a source larger than memory may only be
+read from front to back. Pass 1 (scatter): workers take blocks of source rows in order, encode them, sort them by
+destination and write them to spool files. Pass 2 (gather): workers collect the pieces of one shard each and write its
+tar. Where a sample goes depends on seed, split and row alone, so neither workers nor kills change a byte of the result.
+The spool lies in OUT/.spool and is deleted group by group while shards appear: the peak is about 1.1 times the result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.utils.errors import UserError, printable
+from configs.utils.files import read_record
+from pipelines.convert.encode import Defect, Encoded, Encoding, encode
+from pipelines.convert.shuffle import Plan, Worker, commit, damaged, gather, load, scatter, sync_folder
+from pipelines.convert.source import Options, Source, SplitSource
+from pipelines.convert.worker_pool import Pool, signals_held
+from pipelines.storage import hash_cache, tar_format
+from pipelines.storage import split as shards
+
+BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
+SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
+RULES = 2  # version of what becomes of a file: a conversion is finished by the rules that it began with
+PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
+
+
+def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
+    """Convert `source` into `out`; returns the content of dataset.json. Progress goes to stderr.
+
+    Raises UserError for a folder that holds something else, too little disk, a defective sample with `strict`, and
+    images of several shapes in npy. Interrupted at any instant, a second call finishes with identical bytes.
+    """
+    _check_classes(source)
+    request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
+    if (out / "dataset.json").exists():
+        dataset = shards.load_dataset(out)
+        if {key: dataset.get(key) for key in request} == request:
+            print(f"{out} already holds this data set: nothing to do", file=sys.stderr)
+            shutil.rmtree(out / ".spool", ignore_errors=True)
+            return dataset
+        raise UserError(f"{out} already holds the data set {dataset['name']!r}, converted from another source or with "
+                        "other options; choose another --out or delete the folder")  # fmt: skip
+    plans = {split: _plan(source, split, options, name, out) for split in source.splits}
+    _check_shapes(plans)
+    _check_disk(plans, out)
+    with _claim(out, {**request, "state": source.state, "rules": RULES}) as spool:
+        written: dict[str, _Written] = {}
+        if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
+            workers = 1
+        with Pool(workers, {split: Worker(plans[split], source.splits[split]) for split in plans}) as pool:
+            # train is last: it is the largest, and its spool then shares the disk with finished shards only
+            for split in sorted(plans, key=lambda split: split == "train"):
+                written[split] = _write_split(source, plans[split], pool)
+        mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
+        shapes = set().union(*(part.shapes for part in written.values()))
+        dataset = {
+            "format": shards.FORMAT,
+            "version": shards.VERSION,
+            **request,
+            "classes": list(source.classes),
+            "encoding": options.encoding.name,
+            "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
+            "mean": mean,
+            "std": std,
+            "splits": {split: written[split].entry for split in source.splits},
+            "unordered": list(source.unordered),
+        }
+        if options.encoding.name == "jpeg":  # beside the splits, whose entries say what the samples are
+            dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
+        info = {
+            split: {
+                "name": split,
+                "num_samples": entry["samples"],
+                "filenames": [shard["file"] for shard in entry["shards"]],
+                "shard_lengths": [shard["samples"] for shard in entry["shards"]],
+            }
+            for split, entry in dataset["splits"].items()
+        }
+        commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+        sync_folder(out)  # everything that dataset.json names stands before it does
+        commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
+        sync_folder(out)
+        shutil.rmtree(spool)
+    hash_cache.remember(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
+    return json.loads(json.dumps(dataset))
+
+
+def _check_classes(source: Source) -> None:
+    """Names of classes are shown in terminals, tables and pictures."""
+    for name in source.classes:
+        if printable(name) != name:
+            raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
+
+
+def _source_entry(source: Source) -> dict[str, str]:
+    return {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
+
+
+@contextmanager
+def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
+    """The spool folder of this very conversion, locked; refuses an `out` that holds anything else."""
+    spool = out / ".spool"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
+        raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
+    if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
+        raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    with (spool / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is converting into {out}; wait for it or stop it") from None
+        if (out / "dataset.json").exists():
+            raise UserError(
+                f"another process has just finished converting into {out}; run the command again to compare"
+            )
+        record = spool / "request.json"
+        if record.exists() and _request_in(record) != request:
+            raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
+                            "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
+            left.unlink(missing_ok=True)
+        commit(record, json.dumps(request).encode(), spool)
+        yield spool
+
+
+def _request_in(record: Path) -> Any:
+    """What an unfinished conversion was asked for."""
+    try:
+        return json.loads(read_record(record))
+    except OSError as error:
+        raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _plan(source: Source, split: str, options: Options, name: str, out: Path) -> Plan:
+    rows = source.splits[split]
+    encoding = options.encoding
+    if len(rows) == 0:
+        raise UserError(f"split {split!r} of {source.name} has no rows; remove the split or fill it")
+    labelled = rows.labels is not None
+    if rows.labels is not None:
+        _check_labels(rows.labels, len(rows), len(source.classes), split)
+    probed = _probe(rows, encoding, source.name, split)
+    shape = None
+    if encoding.name == "npy":
+        shape = (probed[0].height, probed[0].width, 3)
+        payload = len(probed[0].payload)
+        size = payload + len(tar_format.npy_header(shape))
+    else:
+        payload = size = max(1, sum(len(sample.payload) for sample in probed) // len(probed))
+    stride = shards.sample_stride(size, labelled, len(source.classes))
+    held = max(rows.bytes_per_row, payload) + 256
+    return Plan(
+        dataset=name,
+        split=split,
+        classes=len(source.classes),
+        options=options,
+        image_shape=shape,
+        payload_bytes=payload,
+        rows=len(rows),
+        block_rows=max(1, min(BLOCK_BYTES // held, max(256, -(-len(rows) // 16)))),
+        shard_rows=max(1, options.shard_mib * 2**20 // stride),
+        shuffled=split == "train",
+        spool=out / ".spool" / split,
+        out=out,
+    )
+
+
+def _check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> None:
+    if len(labels) != rows:
+        raise UserError(f"split {split!r} has {len(labels)} labels for {rows} images; give one to each")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but there are {classes} classes; "
+            f"use labels of 0..{classes - 1}"
+        )
+
+
+def _check_shapes(plans: dict[str, Plan]) -> None:
+    """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
+    shapes = {split: f"{split!r} of {plan.image_shape[0]} x {plan.image_shape[1]}" for split, plan in plans.items()
+              if plan.image_shape}  # fmt: skip
+    if len({plan.image_shape for plan in plans.values()}) > 1:
+        raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
+                        "give --size N or --encoding jpeg")  # fmt: skip
+
+
+def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
+    """A few evenly spaced samples, encoded: what shape and size to expect."""
+    wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
+    found: list[Encoded] = []
+    for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():
+        try:
+            found += [encode(sample, encoding) for sample in rows.read(start, start + 1)]
+        except Defect:
+            continue
+        if len(found) >= wanted:
+            break
+    if not found:
+        raise UserError(f"no image of split {split!r} of {source} could be decoded; check that it is what it should be")
+    return found
+
+
+def _check_disk(plans: dict[str, Plan], out: Path) -> None:
+    """Refuse before the first byte when the result and its spool cannot fit."""
+    need = 64 * 2**20
+    for plan in plans.values():
+        need += plan.rows * (plan.payload_bytes + 4 * tar_format.BLOCK)
+    spool = max(plan.rows * plan.payload_bytes // plan.groups for plan in plans.values())
+    present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if need + spool - present > free:
+        raise UserError(
+            f"{out} has {free / 2**20:,.0f} MiB free, the conversion needs about "
+            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another --out"
+        )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a finished split adds to dataset.json."""
+
+    entry: dict[str, Any]
+    sums: np.ndarray  # int64 [2, 3], see Encoded
+    pixels: int
+    shapes: set[tuple[int, int]]
+    fresh: dict[str, str]  # sha256 of the shards that this process has written, by file name
+    reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
+
+
+def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
+    """Both passes over one split."""
+    plan.spool.mkdir(exist_ok=True)
+    rows = source.splits[plan.split]
+    labels = rows.labels
+    blocks = [block for block in range(plan.blocks) if not plan.block_table(block).exists()]
+    with _bar(plan, "read") as bar:
+        bar.update(plan.rows - sum(plan.block_size(block) for block in blocks))
+        for block in pool.imap(scatter, [(plan.split, block) for block in blocks]):
+            bar.update(plan.block_size(block))
+    tables = [load(plan.block_table(block)) for block in range(plan.blocks)]
+    with _bar(plan, "write") as bar:
+        left = [plan.shards_of(group) for group in range(plan.groups)]
+        missing = []
+        for shard in range(plan.shard_count):
+            files = (plan.shard_table(shard), plan.shard_file(shard), plan.shard_file(shard).with_suffix(".idx"))
+            if all(file.exists() for file in files):
+                bar.update(plan.shard_size(shard))
+                _forget(plan, left, shard)
+            else:
+                missing.append(shard)
+        for shard in pool.imap(gather, [(plan.split, shard) for shard in missing]):
+            bar.update(plan.shard_size(shard))
+            _forget(plan, left, shard)
+    written = [load(plan.shard_table(shard)) for shard in range(plan.shard_count)]
+    quarantined = [
+        {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
+        for table in tables
+        for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
+    ]
+    samples = sum(len(table["offset"]) for table in written)
+    if samples == 0:
+        raise UserError(
+            f"split {plan.split!r}: none of {plan.rows} images could be decoded ({quarantined[0]['reason']})"
+        )
+    if samples + len(quarantined) != plan.rows:
+        raise UserError(
+            f"split {plan.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
+            f"{plan.rows:,} rows of the source; {damaged(plan.spool)}"
+        )
+    columns = {
+        name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"
+    }
+    columns["shard"] = np.repeat(np.arange(plan.shard_count), [len(table["offset"]) for table in written])
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    np.savez(buffer, **arrays)
+    index_file = plan.out / f"{plan.split}.index.npz"
+    commit(index_file, buffer.getvalue(), plan.spool)
+    entry = {
+        "samples": samples,
+        "labelled": labels is not None,
+        "source_rows": plan.rows,
+        "shuffled": plan.shuffled,
+        "quarantined": quarantined,
+        "index": {
+            "file": index_file.name,
+            "bytes": len(buffer.getvalue()),
+            "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        },
+        "shards": [
+            {
+                "file": plan.shard_file(shard).name,
+                "samples": len(table["offset"]),
+                "bytes": int(table["bytes"]),
+                "sha256": str(table["sha256"]),
+            }
+            for shard, table in enumerate(written)
+        ],
+    }
+    fresh = {plan.shard_file(shard).name: str(written[shard]["sha256"]) for shard in missing}
+    heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
+    sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
+    sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
+    reencoded: Counter[str] = Counter()
+    for table in tables:
+        reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
+        reencoded.update(dict(zip(reasons, counts, strict=True)))
+    shapes = {(int(h), int(w)) for h, w in sides}
+    return _Written(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
+
+
+def _bar(plan: Plan, label: str) -> tqdm:
+    with signals_held():  # a bar that is not whole complains when it goes
+        return tqdm(total=plan.rows, desc=f"{plan.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5)
+
+
+def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:
+    """Count a shard as written; the spool of its group goes when it was the group's last."""
+    group = shard // plan.group_shards
+    left[group].discard(shard)
+    if not left[group]:
+        sync_folder(plan.spool)  # the tables that say so stand before the pieces go
+        for block in range(plan.blocks):
+            plan.block_group(block, group).unlink(missing_ok=True)
+
+
+def _mean_std(written: _Written) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation over all pixels of a split, in units of 0..1."""
+    mean = written.sums[0] / written.pixels
+    variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
+    std = np.maximum(np.sqrt(variance), 1.0)  # a constant channel must not divide by zero
+    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

@@ -1,0 +1,265 @@
+"""Loops over the pixels of a batch, compiled by Numba: copy, crop and flip, resize. They know arrays and nothing else.
+
+Each reads images straight from where they lie in one flat array and writes one batch, in one thread, without the GIL:
+the loader's threads take turns by batch. The pixels are those of the DALI operators in `graph`. `python -m
+pipelines.kernels` compiles them all, so that no first batch waits for it.
+
+Common arguments: content: uint8 [bytes]; begins: int64 [B], where in it each image's first pixel lies, height x width x
+3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. Nothing is checked: `pipelines.shards` has done so.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import float32, int32, uint8
+
+from pipelines.cpu.jit import kernel
+from pipelines.cpu.vector_floats import mix_pixels, mix_three_pixels, mix_two_pixels
+from pipelines.cpu.vector_ops import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
+
+AHEAD = 2**14  # bytes between what is asked for from memory and what is copied
+HALF = float32(0.5)
+
+
+@kernel
+def copy(content: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
+    """out[i] = the out[i].size bytes at begins[i]; fastest where each of them lies on whole cache lines."""
+    target = out.reshape(-1)
+    size = target.size // max(len(begins), 1)
+    last, samples_ahead = len(begins) - 1, max(1, AHEAD // size)
+    whole_lines = size % LINE == 0 and target.ctypes.data % LINE == 0
+    for sample in range(len(begins)):
+        begin, at = begins[sample], sample * size
+        if not whole_lines:
+            copy_bytes(target, at, content, begin, size)
+            continue
+        # Scattered samples wait for memory. The inner cache has few requests under way, the outer one many more.
+        ahead = begins[min(sample + samples_ahead, last)]
+        for offset in range(0, size, LINE):
+            prefetch(content, ahead + offset)
+            stream_line(target, at + offset, content, begin + offset)
+
+
+@kernel
+def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
+    """out = sorted keys (uint64 [n]) in linear time, for keys spread evenly over all of uint64, as hashes are."""
+    bits = 1
+    while (1 << bits) < len(keys):
+        bits += 1
+    shift = np.uint64(64 - bits)
+    ends = np.zeros((1 << bits) + 1, np.int64)
+    for i in range(len(keys)):
+        ends[(keys[i] >> shift) + np.uint64(1)] += 1
+    for bucket in range(1 << bits):
+        ends[bucket + 1] += ends[bucket]
+    for i in range(len(keys)):  # ends[bucket], so far its begin, moves on to its end
+        at = keys[i] >> shift
+        out[ends[at]] = keys[i]
+        ends[at] += 1
+    for i in range(1, len(keys)):  # the few keys that share a bucket are sorted by insertion
+        key, place = out[i], i
+        while place > 0 and out[place - 1] > key:
+            out[place] = out[place - 1]
+            place -= 1
+        out[place] = key
+
+
+@kernel
+def crop_flip(
+    content: np.ndarray,
+    begins: np.ndarray,
+    height: int,
+    width: int,
+    offsets: np.ndarray,
+    flips: np.ndarray,
+    reflect: bool,
+    out: np.ndarray,
+) -> None:
+    """The size x size pixels at offsets (y, x; int32 [B, 2]), mirrored where flips (int32 [B]) is not 0.
+
+    Outside of the image they are black, or with `reflect` its reflection, for which offsets must stay below its sides.
+    """
+    size = out.shape[1]
+    target = out.reshape(-1)
+    for sample in range(len(begins)):
+        top, left = offsets[sample, 0], offsets[sample, 1]
+        mirrored = flips[sample] != 0
+        first, last = max(-left, 0), min(width - left, size)  # columns of the crop that the image covers
+        count = max(last - first, 0)
+        blank = size - last if mirrored else first  # columns of the target before them
+        for y in range(size):
+            row = (sample * size + y) * size * 3
+            source_y = _reflected(y + top, height) if reflect else y + top
+            if source_y < 0 or source_y >= height or (count == 0 and not reflect):
+                for i in range(row, row + size * 3):
+                    target[i] = 0
+                continue
+            source_row = begins[sample] + source_y * width * 3
+            for i in range(size - count):
+                x = i if i < blank else i + count
+                if reflect:
+                    column = _reflected(left + (size - 1 - x if mirrored else x), width)
+                    copy_bytes(target, row + x * 3, content, source_row + column * 3, 3)
+                else:
+                    target[row + x * 3] = target[row + x * 3 + 1] = target[row + x * 3 + 2] = 0
+            at = row + blank * 3
+            begin = source_row + (left + first) * 3
+            if not mirrored:
+                copy_bytes(target, at, content, begin, count * 3)
+                continue
+            done = 0
+            while done + PIXELS <= count:
+                mirror_pixels(target, at + done * 3, content, begin + (count - PIXELS - done) * 3)
+                done += PIXELS
+            while done < count:
+                copy_bytes(target, at + done * 3, content, begin + (count - 1 - done) * 3, 3)
+                done += 1
+
+
+@kernel
+def _reflected(position: int, length: int) -> int:
+    """The pixel that stands for one up to length - 1 pixels outside, without repeating the edge."""
+    if position < 0:
+        return -position
+    return position if position < length else 2 * (length - 1) - position
+
+
+@kernel
+def resize(
+    content: np.ndarray,
+    begins: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    cubic: bool,
+    antialias: bool,
+    out: np.ndarray,
+) -> None:
+    """The regions from starts to ends (y, x in pixels; float32 [B, 2]) as size x size images.
+
+    A region whose end lies left of its start comes out mirrored. heights, widths: int64 [B]. The filter is a triangle,
+    or with `cubic` Catmull-Rom's, with `antialias` as wide as the scale where it reduces; edge pixels repeat outside of
+    the image. The vertical pass keeps float32, so that each pixel is rounded once.
+    """
+    size = out.shape[1]
+    reach = 2 if cubic else 1
+    room = 0
+    taps = 0
+    for sample in range(len(begins)):
+        for axis in range(2):
+            scale = abs(ends[sample, axis] - starts[sample, axis]) / size
+            radius = reach * (max(scale, 1.0) if antialias else 1.0)
+            taps = max(taps, int(2 * radius) + 2)
+        room = max(room, widths[sample])
+    index = np.empty((2, size), np.int64)
+    weights = np.empty((2, size, taps), np.float32)
+    flat_weights = weights.reshape(-1)
+    columns = size * taps  # where the weights of the columns begin
+    line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # of one row, with repeated edges
+    target = out.reshape(-1)
+    for sample in range(len(begins)):
+        height, width = heights[sample], widths[sample]
+        rows_taps = _filter(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
+        column_taps = _filter(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
+        mirrored = ends[sample, 1] < starts[sample, 1]
+        low, high = index[1, 0], index[1, size - 1] + column_taps
+        left, right = min(max(low, 0), width - 1), max(min(high, width), 1)
+        count = (right - left) * 3
+        inner = line[(left - low) * 3 : (left - low) * 3 + count]
+        for x in range(size):
+            index[1, x] = (index[1, x] - low) * 3
+        image = content[begins[sample] : begins[sample] + height * width * 3]
+        for y in range(size):
+            above = min(max(index[0, y], 0), height - 1)
+            below = min(max(index[0, y] + 1, 0), height - 1)
+            first = image[(above * width + left) * 3 : (above * width + right) * 3]
+            second = image[(below * width + left) * 3 : (below * width + right) * 3]
+            weight, other = weights[0, y, 0], weights[0, y, 1]
+            for i in range(count):
+                inner[i] = weight * float32(first[i]) + other * float32(second[i])
+            for tap in range(2, rows_taps):
+                weight = weights[0, y, tap]
+                if weight != 0:
+                    row = min(max(index[0, y] + tap, 0), height - 1)
+                    more = image[(row * width + left) * 3 : (row * width + right) * 3]
+                    for i in range(count):
+                        inner[i] += weight * float32(more[i])
+            for i in range((left - low) * 3):
+                line[i] = inner[i % 3]
+            for i in range((right - low) * 3, (high - low) * 3):
+                line[i] = inner[count - 3 + i % 3]
+
+            at = (sample * size + y) * size * 3
+            if column_taps == 2:
+                for x in range(size - 1):
+                    column = size - 1 - x if mirrored else x
+                    mix_two_pixels(target, at + 3 * x, line, index[1, column], flat_weights, columns + column * taps)
+            elif column_taps == 3:
+                for x in range(size - 1):
+                    column = size - 1 - x if mirrored else x
+                    mix_three_pixels(target, at + 3 * x, line, index[1, column], flat_weights, columns + column * taps)
+            else:
+                for x in range(size - 1):
+                    column = size - 1 - x if mirrored else x
+                    of_column = columns + column * taps
+                    mix_pixels(target, at + 3 * x, line, index[1, column], flat_weights, of_column, column_taps)
+            column = 0 if mirrored else size - 1  # without the fourth lane, which would reach into the next row
+            for channel in range(3):
+                total = HALF
+                for tap in range(column_taps):
+                    total += weights[1, column, tap] * line[index[1, column] + 3 * tap + channel]
+                target[at + 3 * size - 3 + channel] = uint8(int32(min(max(total, float32(0)), float32(255))))
+
+
+@kernel
+def _filter(start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray) -> int:
+    """The first source pixel (index [size]) and the weights [size, taps] of each target pixel; returns taps."""
+    size = len(index)
+    scale = abs(end - start) / float32(size)
+    stretch = max(scale, float32(1)) if antialias else float32(1)
+    taps = math.ceil(2 * reach * stretch)
+    origin = min(start, end) + HALF * scale - HALF - reach * stretch
+    for i in range(size):
+        edge = float32(i) * scale + origin
+        left = math.ceil(edge)
+        index[i] = int(left)
+        total = float32(0)
+        for tap in range(taps):
+            x = abs((float32(left + tap) - edge) / stretch - float32(reach))
+            if reach == 1:
+                weight = max(float32(1) - x, float32(0))
+            elif x < 1:
+                weight = (float32(1.5) * x - float32(2.5)) * x * x + float32(1)
+            elif x < 2:
+                weight = ((float32(2.5) - HALF * x) * x - float32(4)) * x + float32(2)
+            else:
+                weight = float32(0)
+            weights[i, tap] = weight
+            total += weight
+        for tap in range(taps):
+            weights[i, tap] /= total
+    return taps
+
+
+def compile_all() -> None:
+    """Call every kernel once on one black pixel, with the types that the loader passes."""
+    from pipelines.cpu import jpeg_headers, programs, sigbus_handler
+
+    assert sigbus_handler.handler.address  # which importing compiles
+    content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
+    begins = sides = np.zeros(1, np.int64)
+    offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
+    copy(content, begins, out)
+    crop_flip(content, begins, 1, 1, offset, flip, False, out)
+    resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, True, out)
+    sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
+    sizes = np.zeros(1, np.int32)
+    jpeg_headers.find_unlike(content, begins, sizes, sizes, sizes, np.empty(1, bool))
+    programs.compile_all()
+
+
+if __name__ == "__main__":
+    compile_all()

@@ -1,0 +1,56 @@
+"""A loop over the headers of JPEG files, compiled by Numba. It knows arrays and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.cpu.jit import kernel
+from pipelines.jpeg_format import NO_FRAMES, SOF0, SOF15, SOI, SOS
+
+
+@kernel
+def find_unlike(
+    content: np.ndarray,
+    begins: np.ndarray,
+    sizes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """out[i] (bool [B]) = a JPEG's header cannot be parsed, or has other sides than heights[i] x widths[i] pixels.
+
+    content: uint8 [bytes]; begins and sizes: [B], of the files in it. As nvImageCodec's parser reads them: up to the
+    first scan, each segment begins where the one before ends, with any number of fill bytes between them.
+    """
+    for sample in range(len(begins)):
+        begin = np.int64(begins[sample])
+        out[sample] = not _is_as_said(content, begin, begin + sizes[sample], heights[sample], widths[sample])
+
+
+@kernel
+def _is_as_said(content: np.ndarray, place: int, end: int, height: int, width: int) -> bool:
+    if end - place < 4 or content[place] != 0xFF or content[place + 1] != SOI:
+        return False
+    place += 2
+    has_frame = False
+    while place + 4 <= end and content[place] == 0xFF:
+        while place + 3 < end and content[place] == 0xFF:
+            place += 1
+        marker = content[place]
+        if marker == 0 or marker == 0xFF:
+            return False
+        if marker == SOS:
+            return has_frame
+        length = (np.int64(content[place + 1]) << 8) + content[place + 2]
+        if length < 2 or place + 1 + length > end:
+            return False
+        if SOF0 <= marker <= SOF15 and marker not in NO_FRAMES:
+            if length < 8:
+                return False
+            rows = (np.int64(content[place + 4]) << 8) + content[place + 5]
+            columns = (np.int64(content[place + 6]) << 8) + content[place + 7]
+            if rows != height or columns != width:
+                return False
+            has_frame = True
+        place += 1 + length
+    return False

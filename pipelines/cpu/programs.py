@@ -1,0 +1,105 @@
+"""Runs augmentation programs (see `ops`) on the CPU, and paints rectangles: in place, one image after another.
+
+An image's operations follow each other while it lies in the cache, and its pixels depend on nothing but its own
+program: not on the batch, the thread or the processor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipelines.augment.ops import Op
+from pipelines.cpu import color as color
+from pipelines.cpu.filters import blur, sharpness
+from pipelines.cpu.geometry import move
+from pipelines.cpu.jit import kernel
+from pipelines.cpu.vector_floats import LANES
+from pipelines.cpu.vector_ops import copy_bytes
+
+IDENTITY, ROTATE, BRIGHTNESS, COLOR, CONTRAST = (
+    int(op) for op in (Op.IDENTITY, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST)
+)
+SHARPNESS, POSTERIZE, SOLARIZE, SOLARIZE_ADD = (
+    int(op) for op in (Op.SHARPNESS, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD)
+)
+AUTO_CONTRAST, EQUALIZE, INVERT, HUE, GRAYSCALE, BLUR = (
+    int(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT, Op.HUE, Op.GRAYSCALE, Op.BLUR)
+)
+
+
+@kernel
+def apply_programs(
+    images: np.ndarray, ops: np.ndarray, values: np.ndarray, bilinear: bool, fill: np.ndarray, radius: int
+) -> None:
+    """Run each image's program: ops, int32 [B, slots], with their values, float32 [B, slots].
+
+    images: uint8 [B, size, size, 3], contiguous; bilinear, fill (uint8 [3]) and radius are those of `ops.Programs`.
+    """
+    side = images.shape[1]
+    scratch = np.empty((side + 2 + 2 * radius) * (side + 2) * 3 + LANES, np.uint8)
+    planes = np.empty((3, color.BLOCK), np.uint8)
+    for sample in range(len(images)):
+        image = images[sample].reshape(-1)
+        for slot in range(ops.shape[1]):
+            op, value = ops[sample, slot], values[sample, slot]
+            if op == IDENTITY:
+                continue
+            if op <= ROTATE:  # the geometric ones
+                move(image, side, op, value, bilinear, fill, scratch)
+            elif op == BRIGHTNESS:
+                color.brightness(image, value)
+            elif op == COLOR:
+                color.saturation(image, value, planes)
+            elif op == CONTRAST:
+                color.contrast(image, value, planes)
+            elif op == SHARPNESS:
+                sharpness(image, side, value, scratch)
+            elif op == POSTERIZE:
+                color.posterize(image, int(value))
+            elif op == SOLARIZE:
+                color.solarize(image, math.ceil(value))
+            elif op == SOLARIZE_ADD:
+                color.solarize_add(image, int(value))
+            elif op == AUTO_CONTRAST:
+                color.auto_contrast(image, side)
+            elif op == EQUALIZE:
+                color.equalize(image)
+            elif op == INVERT:
+                color.invert(image)
+            elif op == HUE:
+                color.hue(image, value, planes)
+            elif op == GRAYSCALE:
+                color.grayscale(image, planes)
+            elif op == BLUR:
+                blur(image, side, value, radius, scratch)
+
+
+@kernel
+def paint(images: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> None:
+    """Fill one rectangle of each image with one colour.
+
+    images: uint8 [B, size, size, 3], contiguous; boxes: int32 [B, 4], top, left, height (0: none) and width in pixels,
+    cut off at the image's edges; colors: uint8 [B, 3].
+    """
+    size = images.shape[1]
+    target, palette = images.reshape(-1), colors.reshape(-1)
+    for sample in range(len(images)):
+        top, left = max(boxes[sample, 0], 0), max(boxes[sample, 1], 0)
+        bottom = min(boxes[sample, 0] + boxes[sample, 2], size)
+        right = min(boxes[sample, 1] + boxes[sample, 3], size)
+        if bottom <= top or right <= left:
+            continue
+        first = ((sample * size + top) * size + left) * 3
+        for x in range(right - left):
+            copy_bytes(target, first + x * 3, palette, sample * 3, 3)
+        for y in range(1, bottom - top):
+            copy_bytes(target, first + y * size * 3, target, first, (right - left) * 3)
+
+
+def compile_all() -> None:
+    """Compile both with the types that `cpu_graph` passes, on one black pixel."""
+    image, color_ = np.zeros((1, 1, 1, 3), np.uint8), np.zeros((1, 3), np.uint8)
+    apply_programs(image, np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), False, color_[0], 1)
+    paint(image, np.zeros((1, 4), np.int32), color_)

@@ -1,0 +1,214 @@
+"""The few instructions for float32 that the kernels need and Numba does not emit on its own: lanes, and fused sums.
+
+Each is LLVM IR, so it compiles for any processor; none checks a bound. Sums of products are fused (rounded once) only
+where a function says so, never by the compiler, so that every processor gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipelines.cpu.vector_ops import address
+
+LANES = 32  # values that `blur_down` and `blur_across` work out at once
+
+_I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+_FOUR = ir.VectorType(_FLOAT, 4)
+_HALVES = ir.Constant(_FOUR, [0.5] * 4)
+_INDEX = types.intp
+
+
+def _four(builder: Any, pointer: Any, weight: Any) -> Any:
+    """Four floats times one."""
+    undefined = ir.Constant(_FOUR, ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(_I32, 4), [0] * 4)
+    lanes = builder.shuffle_vector(builder.insert_element(undefined, weight, _I32(0)), undefined, zeros)
+    return builder.fmul(builder.load(pointer, align=4), lanes)
+
+
+def _to_levels(builder: Any, total: Any) -> Any:
+    return builder.trunc(builder.fptosi(total, ir.VectorType(_I32, 4)), ir.VectorType(_I8, 4))
+
+
+@intrinsic
+def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any, taps: Any) -> Any:
+    """target[at : at + 3] = round(sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3]), within 0..255.
+
+    target: uint8, line and weights: float32, all flat. Four lanes: line is read one float past the last pixel, and
+    target[at + 3] is overwritten.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        def limited(value: Any, limit: float, comparison: str) -> Any:
+            bound = ir.Constant(_FOUR, [limit] * 4)
+            return builder.select(builder.fcmp_ordered(comparison, value, bound), value, bound)
+
+        total = cgutils.alloca_once_value(builder, _HALVES)
+        with cgutils.for_range(builder, args[6]) as loop:
+            tap = builder.add(args[5], loop.index)
+            weight = builder.load(address(context, builder, signature, args, 4, tap, _FLOAT), align=4)
+            at_tap = builder.add(args[3], builder.mul(loop.index, loop.index.type(3)))
+            product = _four(builder, address(context, builder, signature, args, 2, at_tap, _FOUR), weight)
+            builder.store(builder.fadd(builder.load(total), product), total)
+        levels = _to_levels(builder, limited(limited(builder.load(total), 0.0, ">"), 255.0, "<"))
+        builder.store(levels, address(context, builder, signature, args, 0, args[1], levels.type), align=1)
+
+    return types.void(target, _INDEX, line, _INDEX, weights, _INDEX, _INDEX), generate
+
+
+def _mix_of(taps: int) -> Any:
+    @intrinsic
+    def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
+        """`mix_pixels` of a fixed number of taps with weights from 0 to 1 that sum up to 1."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+            total = _HALVES
+            for k in range(taps):
+                tap = builder.add(args[5], args[5].type(k))
+                weight = builder.load(address(context, builder, signature, args, 4, tap, _FLOAT), align=4)
+                at_tap = builder.add(args[3], args[3].type(3 * k))
+                product = _four(builder, address(context, builder, signature, args, 2, at_tap, _FOUR), weight)
+                total = builder.fadd(total, product)
+            levels = _to_levels(builder, total)
+            builder.store(levels, address(context, builder, signature, args, 0, args[1], levels.type), align=1)
+
+        return types.void(target, _INDEX, line, _INDEX, weights, _INDEX), generate
+
+    return mix
+
+
+mix_two_pixels, mix_three_pixels = _mix_of(2), _mix_of(3)
+
+
+@intrinsic
+def fused(typing: Any, first: Any, second: Any, added: Any) -> Any:
+    """first * second + added in float32, rounded once; one instruction where the processor has it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+def _widened(builder: Any, levels: Any, kind: Any) -> Any:
+    return builder.zext(levels, ir.VectorType(kind, levels.type.count))
+
+
+def _fused(builder: Any, first: Any, second: Any, added: Any) -> Any:
+    """first * second + added for vectors of floats, rounded once."""
+    kind = first.type
+    function = ir.FunctionType(kind, [kind] * 3)
+    name = f"llvm.fma.v{kind.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [first, second, added])
+
+
+def _splat(builder: Any, value: Any, count: int) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(_I32, count), [0] * count)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, zeros)
+
+
+def _rounded(builder: Any, values: Any) -> Any:
+    """Floats from 0 to 255 as uint8, halves to even: beside 2 ** 23 nothing but a whole number has room."""
+    count = values.type.count
+    moved = builder.fadd(values, ir.Constant(values.type, [2.0**23] * count))
+    return builder.trunc(builder.bitcast(moved, ir.VectorType(_I32, count)), ir.VectorType(_I8, count))
+
+
+@intrinsic
+def mix_four_pixels(
+    typing: Any, target: Any, at: Any, source: Any, upper: Any, lower: Any, right_share: Any, lower_share: Any
+) -> Any:
+    """target[at : at + 3] = the mean of the pixels at upper, upper + 3, lower and lower + 3 of source, weighted.
+
+    target, source: uint8, flat; shares: float32 from 0 to 1. target[at + 3] is overwritten.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        four = ir.VectorType(_I8, 4)
+
+        def pixel(at: Any) -> Any:
+            levels = builder.load(address(context, builder, signature, args, 2, at, four), align=1)
+            return builder.uitofp(_widened(builder, levels, _I32), _FOUR)
+
+        def between(first: Any, second: Any, share: Any) -> Any:
+            return _fused(builder, builder.fsub(second, first), share, first)
+
+        right, below = _splat(builder, args[5], 4), _splat(builder, args[6], 4)
+        three = args[3].type(3)
+        top = between(pixel(args[3]), pixel(builder.add(args[3], three)), right)
+        bottom = between(pixel(args[4]), pixel(builder.add(args[4], three)), right)
+        levels = _rounded(builder, between(top, bottom, below))
+        builder.store(levels, address(context, builder, signature, args, 0, args[1], four), align=1)
+
+    share = types.float32
+    return types.void(target, _INDEX, source, _INDEX, _INDEX, share, share), generate
+
+
+def _symmetric(builder: Any, weight: Any, value: Any, pair: Any, reach: Any) -> Any:
+    """weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k), for vectors of LANES floats."""
+    total = cgutils.alloca_once_value(builder, builder.fmul(value, _splat(builder, weight(reach.type(0)), LANES)))
+    with cgutils.for_range(builder, reach) as loop:
+        tap = builder.add(loop.index, loop.index.type(1))
+        builder.store(_fused(builder, pair(tap), _splat(builder, weight(tap), LANES), builder.load(total)), total)
+    return builder.load(total)
+
+
+@intrinsic
+def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: Any, weights: Any, reach: Any) -> Any:
+    """line[at + i] = sum over k from -reach to reach of weights[abs(k)] * source[begin + k * stride + i], i < LANES.
+
+    line, weights: float32; source: uint8.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        bytes_, floats = ir.VectorType(_I8, LANES), ir.VectorType(_FLOAT, LANES)
+
+        def weight(tap: Any) -> Any:
+            return builder.load(address(context, builder, signature, args, 5, tap, _FLOAT), align=4)
+
+        def levels(at: Any) -> Any:
+            return builder.load(address(context, builder, signature, args, 2, at, bytes_), align=1)
+
+        def pair(tap: Any) -> Any:
+            away = builder.mul(tap, args[4])
+            before = _widened(builder, levels(builder.sub(args[3], away)), ir.IntType(16))
+            after = _widened(builder, levels(builder.add(args[3], away)), ir.IntType(16))
+            return builder.sitofp(_widened(builder, builder.add(before, after), _I32), floats)
+
+        middle = builder.sitofp(_widened(builder, levels(args[3]), _I32), floats)
+        total = _symmetric(builder, weight, middle, pair, args[6])
+        builder.store(total, address(context, builder, signature, args, 0, args[1], floats), align=4)
+
+    return types.void(line, _INDEX, source, _INDEX, _INDEX, weights, _INDEX), generate
+
+
+@intrinsic
+def blur_across(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, reach: Any) -> Any:
+    """target[at + i] = sum over k from -reach to reach of weights[abs(k)] * line[begin + 3 * k + i] for i < LANES.
+
+    target: uint8, rounded; line, weights: float32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        floats = ir.VectorType(_FLOAT, LANES)
+
+        def weight(tap: Any) -> Any:
+            return builder.load(address(context, builder, signature, args, 4, tap, _FLOAT), align=4)
+
+        def values(at: Any) -> Any:
+            return builder.load(address(context, builder, signature, args, 2, at, floats), align=4)
+
+        def pair(tap: Any) -> Any:
+            away = builder.mul(tap, tap.type(3))
+            return builder.fadd(values(builder.sub(args[3], away)), values(builder.add(args[3], away)))
+
+        levels = _rounded(builder, _symmetric(builder, weight, values(args[3]), pair, args[5]))
+        builder.store(levels, address(context, builder, signature, args, 0, args[1], levels.type), align=1)
+
+    return types.void(target, _INDEX, line, _INDEX, weights, _INDEX), generate

@@ -1,0 +1,163 @@
+"""dataset.json: what a data set holds, checked when it is read, so that nobody else needs to check. Knows no shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from configs.utils.errors import UserError, printable, readable
+from pipelines.storage.convert_hint import how_to_convert
+
+FORMAT, VERSION = "model-zhu-shards", 1
+EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
+RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
+MAX_BYTES = 2**25  # some 200,000 shards; what JSON grows to in memory is up to 20 times that
+MAX_SIDE = 2**16  # pixels
+MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
+
+
+def refuse_link_out(file: Path) -> None:
+    """Raise for a file of the data set that lies elsewhere."""
+    real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
+    if not real.is_relative_to(os.path.realpath(file.parent)):
+        raise UserError(
+            f"{file} is a link to {real}, outside of the data set; put the file itself there, or link the whole folder"
+        )
+
+
+def load_dataset(folder: str | Path) -> dict[str, Any]:
+    """The content of dataset.json, checked for what this version needs."""
+    path = Path(folder) / "dataset.json"
+    with readable(path):
+        if not path.parent.exists():
+            raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
+        if not path.is_file():
+            reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
+            raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
+        refuse_link_out(path)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    try:
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        dataset = json.loads(content)
+        if dataset["format"] != FORMAT:
+            raise ValueError(f"format {_shown(dataset['format'])}")
+        if (version := dataset["version"]) == VERSION:
+            _check(dataset)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged or of another program ({type(error).__name__}: {error}); "
+            "convert the source with tools/convert.py first"
+        ) from None
+    if version != VERSION:
+        raise UserError(
+            f"{path} has format version {_shown(version)}, this program reads {VERSION}; convert the source again"
+        )
+    return dataset  # type: ignore[no-any-return]
+
+
+def in_source_order(dataset: dict[str, Any], split: str) -> bool:
+    """Whether a split's samples are stored in the order of the source's rows, as predictions for a contest need them.
+
+    Data sets converted before this was recorded have a shuffled train split and no other.
+    """
+    return not dataset["splits"][split].get("shuffled", split == "train")
+
+
+def fingerprint(dataset: dict[str, Any]) -> str:
+    """sha256 over what the samples are: two data sets with one fingerprint give a training run the same stream."""
+    content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_DATASET_FIELDS: dict[str, type] = {
+    "name": str,
+    "classes": list,
+    "encoding": str,
+    "mean": list,
+    "std": list,
+    "splits": dict,
+}
+_SPLIT_FIELDS: dict[str, type] = {
+    "samples": int,
+    "labelled": bool,
+    "source_rows": int,
+    "quarantined": list,
+    "index": dict,
+    "shards": list,
+}
+_FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
+
+
+def _check(dataset: dict[str, Any]) -> None:
+    """Raise for anything that the code relies on and that is not there."""
+    _check_fields(dataset, _DATASET_FIELDS)
+    if not all(type(name) is str for name in dataset["classes"]):
+        raise TypeError("classes are not all text")
+    for text in (dataset["name"], *dataset["classes"], *dataset["splits"]):
+        if printable(text) != text:
+            raise ValueError(f"{_shown(text)} holds control characters")
+    shape = dataset["image_shape"]
+    if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
+        raise ValueError(f"encoding {_shown(dataset['encoding'])} with image shape {_shown(shape)}")
+    if shape is not None and not (
+        type(shape) is list
+        and all(type(side) is int for side in shape)
+        and [0 < side < MAX_SIDE for side in shape[:2]] == [True, True]
+        and shape[2:] == [3]
+    ):
+        raise ValueError(f"image_shape is {_shown(shape)}")
+    for name in ("mean", "std"):
+        values = dataset[name]
+        if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+            raise ValueError(f"{name} is {_shown(values)}, not three numbers from 0 to 1")
+    if min(dataset["std"]) == 0:
+        raise ValueError("std is 0, which must not divide")
+    for name, split in dataset["splits"].items():
+        _check_split(name, split)
+    if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent likewise
+        raise TypeError(f"unordered is {_shown(dataset['unordered'])}")
+    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in data sets of earlier versions
+        _check_fields(reasons, dict.fromkeys(reasons, int))
+    files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]
+    if repeated := [file for file, count in Counter(files).items() if count > 1]:
+        raise ValueError(f"{_shown(repeated[0])} is listed twice")
+
+
+def _check_split(name: str, split: dict[str, Any]) -> None:
+    _check_fields(split, _SPLIT_FIELDS)
+    for shard in split["shards"]:
+        _check_fields(shard, {**_FILE_FIELDS, "samples": int})
+    _check_fields(split["index"], _FILE_FIELDS)
+    for entry in (split["index"], *split["shards"]):
+        file = entry["file"]
+        if Path(file).name != file or file in ("", "..") or "\0" in file:
+            raise ValueError(f"{_shown(file)} is not a plain file name")
+    in_shards = sum(shard["samples"] for shard in split["shards"])
+    if in_shards != split["samples"]:
+        raise ValueError(f"split {_shown(name)} has {split['samples']} samples, but its shards {in_shards}")
+    if split["samples"] + len(split["quarantined"]) != split["source_rows"]:
+        raise ValueError(
+            f"split {_shown(name)}: {split['samples']} samples and {len(split['quarantined'])} quarantined ones "
+            f"do not make up the {split['source_rows']} rows of the source"
+        )
+
+
+def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
+    for name, kind in fields.items():
+        value = entry[name]
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
+            raise TypeError(f"{name} is {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """For an error message, which stays one readable line whatever the file holds."""
+    if isinstance(value, int) and value.bit_length() > 200:  # which takes long to write in decimal
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

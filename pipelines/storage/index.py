@@ -1,0 +1,123 @@
+"""SPLIT.index.npz: where each sample of a split lies, checked so that no address leads out of its shard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.utils.errors import UserError, readable
+from pipelines.storage import tar_format
+from pipelines.storage.dataset import MAX_SIDE, RECONVERT, refuse_link_out
+
+INDEX_COLUMNS = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int32,
+    "label": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+}
+_UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile)
+
+
+def sample_stride(size: int, labelled: bool, classes: int) -> int:
+    """Bytes from one sample to the next in a shard whose image members hold `size` bytes each."""
+    stride = tar_format.BLOCK + tar_format.padded(size)
+    return stride + tar_format.BLOCK + tar_format.padded(len(tar_format.label_text(0, classes))) if labelled else stride
+
+
+def check_size(file: Path, expected: int) -> None:
+    """Raise for a file of the data set that is missing, of another size, or elsewhere."""
+    with readable(file):
+        refuse_link_out(file)
+        if not file.is_file():
+            raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
+        size = file.stat().st_size
+    if size != expected:
+        raise UserError(f"{file} has {size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}")
+
+
+def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
+    """The columns of a split's index, each [samples]; every sample lies inside of its shard."""
+    entry = dataset["splits"][name]
+    file, samples = folder / entry["index"]["file"], entry["samples"]
+    check_size(file, entry["index"]["bytes"])
+    if entry["index"]["bytes"] > 64 * samples + 2**16:
+        raise UserError(f"{file} has {entry['index']['bytes']:,} bytes, too many for {samples} samples; {RECONVERT}")
+    with readable(file):
+        content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
+        raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
+    try:
+        index = _columns(content)
+    except _UNREADABLE as error:
+        raise UserError(f"{file} cannot be read ({error}); {RECONVERT}") from None
+    lengths = {name: len(column) for name, column in index.items()}
+    if set(lengths.values()) != {samples}:
+        raise UserError(f"{file} has {lengths} rows where dataset.json says {samples}; {RECONVERT}")
+    if samples == 0:
+        raise UserError(f"{file} lists no samples; {RECONVERT}")
+    _check_places(file, index, entry)
+    if entry["labelled"] and not 0 <= index["label"].min() <= index["label"].max() < len(dataset["classes"]):
+        raise UserError(
+            f"{file} holds labels from {index['label'].min()} to {index['label'].max()}, "
+            f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
+        )
+    if dataset["encoding"] == "npy":
+        _check_stride(file, index, dataset["image_shape"], entry["labelled"], len(dataset["classes"]))
+    return index
+
+
+def _columns(content: bytes) -> dict[str, np.ndarray]:
+    """What np.load gives, but without room for what a file only claims to hold."""
+    index = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name, dtype in INDEX_COLUMNS.items():
+            member = archive.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(content):
+                raise ValueError(f"column {name!r} is compressed")
+            stored = bytearray(archive.read(member))
+            stream = io.BytesIO(stored[:4096])
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError(f"column {name!r} is of another version of .npy")
+            shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+            if kind.kind != "i":
+                raise ValueError(f"column {name!r} holds {kind}")
+            values = np.frombuffer(stored, kind, offset=stream.tell())
+            if shape != values.shape:
+                raise ValueError(f"column {name!r} is cut short")
+            index[name] = values.astype(dtype, copy=False)
+    return index
+
+
+def _check_places(file: Path, index: dict[str, np.ndarray], entry: dict[str, Any]) -> None:
+    shards, expected = entry["shards"], [shard["samples"] for shard in entry["shards"]]
+    in_range = index["shard"].min() >= 0 and index["shard"].max() < len(shards)
+    if not in_range or np.bincount(index["shard"], minlength=len(shards)).tolist() != expected:
+        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {RECONVERT}")
+    sizes = np.array([shard["bytes"] for shard in shards], np.int64)[index["shard"]]
+    bad = (index["offset"] < tar_format.BLOCK) | (index["size"] < 0) | (index["offset"] > sizes - index["size"])
+    if bad.any():
+        raise UserError(f"{file} places sample {int(np.argmax(bad))} outside of its shard; {RECONVERT}")
+    for side in ("height", "width"):
+        if index[side].min() < 1 or index[side].max() >= MAX_SIDE:
+            raise UserError(
+                f"{file} gives images a {side} from {index[side].min()} to {index[side].max()} pixels; {RECONVERT}"
+            )
+
+
+def _check_stride(file: Path, index: dict[str, np.ndarray], shape: list[int], labelled: bool, classes: int) -> None:
+    size = len(tar_format.npy_header(tuple(shape))) + math.prod(shape)
+    stride = sample_stride(size, labelled, classes)
+    if (index["size"] != size).any() or ((index["offset"] - tar_format.BLOCK) % stride).any():
+        raise UserError(
+            f"{file} does not place images of the shape {shape} that dataset.json gives "
+            f"at the constant stride of npy shards; {RECONVERT}"
+        )

@@ -1,0 +1,76 @@
+"""Maps a split's shards into one range of addresses, guarded against files that are cut short. Knows no format."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.utils.errors import UserError, readable
+from pipelines.storage.hash_cache import Stamp
+
+MAX_ADDRESSES = 2**46  # bytes; half of what a process has
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_PROT_READ = 1
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000
+
+
+class Mapped(NamedTuple):
+    """Files that lie one behind another at slots of equal size."""
+
+    content: np.ndarray  # uint8 [files * slot]
+    lost: np.ndarray  # int64 [files]: not 0 where reading a file failed, then the address (see `bus_guard`)
+    stamps: list[Stamp]  # of the files when they were mapped
+
+
+def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> Mapped:
+    """Map the files read-only at address 0, slot, 2 * slot … of one reserved range.
+
+    Python's own mmap cannot choose addresses; with them, a batch over any number of shards is one index_select.
+    """
+    from pipelines.storage import sigbus  # imports Numba, which converting does without
+
+    total = slot * len(files)
+    if total > MAX_ADDRESSES:
+        raise UserError(f"cannot map {total:,} bytes of {files[0].parent}; at most {MAX_ADDRESSES:,} can be addressed")
+
+    def map_at(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+        result = _libc.mmap(address, size, protection, flags, descriptor, 0)
+        if result in (None, ctypes.c_void_p(-1).value):
+            number = ctypes.get_errno()
+            raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
+        return result
+
+    # Zeros between the files, not forbidden: whoever prints the whole array reads its ends.
+    base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    buffer = (ctypes.c_ubyte * total).from_address(base)
+    begins = base + np.arange(len(files), dtype=np.int64) * slot
+    ends = begins - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
+    guarded, lost = sigbus.guard(np.stack([begins, ends], axis=1))
+
+    def let_go() -> None:
+        sigbus.release(guarded)
+        _libc.munmap(base, total)
+
+    weakref.finalize(buffer, let_go).atexit = False  # a gathering thread may still read at exit
+    stamps = []
+    for begin, file, size in zip(begins.tolist(), files, sizes, strict=True):
+        with readable(file), file.open("rb") as opened:
+            map_at(begin, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
+            stamps.append(Stamp.of(os.fstat(opened.fileno())))
+    return Mapped(np.frombuffer(memoryview(buffer), np.uint8), lost, stamps)
+
+
+def advise(content: np.ndarray, begin: int, size: int, advice: int) -> None:
+    """Give the kernel `advice` (mmap.MADV_WILLNEED …) on part of mapped content; a hint, so failures are ignored."""
+    _libc.madvise(content.ctypes.data + begin, size, advice)

@@ -1,0 +1,87 @@
+"""Mapped files may be cut short while they are read, or lie on a disk that fails: noted here, where it would kill.
+
+The system answers such a read with SIGBUS, which ends a process without a word. A handler, see `bus_guard_kernels`,
+puts zeros where the file is gone and notes which file it was; who reads looks at the note before the bytes are used.
+A SIGBUS of any other memory goes to the handler that was there before. Knows addresses, no files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+import threading
+from collections import defaultdict
+
+import numpy as np
+
+from pipelines.cpu import sigbus_handler as layout
+
+MAX_ROWS = 2**20  # mapped files of a process; memory is taken as they come
+_SA_SIGINFO, _SA_ONSTACK, _SA_RESTART = 4, 0x08000000, 0x10000000
+
+
+class _Action(ctypes.Structure):
+    """struct sigaction of the C library."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_lock = threading.Lock()
+_before = _Action()  # what the signal did until now; the handler reads it for as long as the process lives
+_table = np.empty(0, np.int64)
+_free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> first rows of groups that were given back
+
+
+def guard(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Watch over ranges of addresses, int64 [files, 2] (begin, end), whole pages each; the first call installs.
+
+    Returns what `release` wants, and int64 [files]: 0, or the address at which reading a file failed.
+    """
+    with _lock:
+        if not len(_table):
+            _install()
+        if _free[len(ranges)]:
+            first = _free[len(ranges)].pop()
+        else:
+            first = int(_table[layout.ROWS])
+            if first + len(ranges) > MAX_ROWS:
+                raise ValueError(f"more than {MAX_ROWS:,} mapped files")
+        rows = _rows(first, len(ranges))
+        rows[:, layout.LOST] = 0
+        rows[:, layout.END] = ranges[:, 1]
+        rows[:, layout.BEGIN] = ranges[:, 0]
+        _table[layout.ROWS] = max(int(_table[layout.ROWS]), first + len(ranges))
+    return rows, rows[:, layout.LOST]
+
+
+def release(rows: np.ndarray) -> None:
+    """No longer watch over rows that `guard` returned; before the memory is given back."""
+    rows[:, layout.BEGIN] = rows[:, layout.END] = 0
+    first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
+    _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `guard`, under its lock
+
+
+def _rows(first: int, count: int) -> np.ndarray:
+    begin = layout.FIRST_ROW + first * layout.COLUMNS
+    return _table[begin : begin + count * layout.COLUMNS].reshape(count, layout.COLUMNS)
+
+
+def _install() -> None:
+    global _table
+    size = 8 * (layout.FIRST_ROW + layout.COLUMNS * MAX_ROWS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork has its own
+    table = np.frombuffer(memory, np.int64)
+    table[layout.PAGE], table[layout.PREVIOUS] = mmap.PAGESIZE, ctypes.addressof(_before)
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    prototype(layout.handler.address)(layout.TAKE_TABLE, table.ctypes.data, None)
+    action = _Action(handler=layout.handler.address, flags=_SA_SIGINFO | _SA_ONSTACK | _SA_RESTART)
+    if _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before)):
+        raise OSError(ctypes.get_errno(), "cannot handle SIGBUS")
+    _table = table

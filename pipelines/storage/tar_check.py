@@ -1,0 +1,170 @@
+"""Compares what lies in a mapped shard with the index, and names what does not fit; knows opened splits, no files.
+
+Headers and labels are compared many at once, images one by one: who only wants to know whether a shard is sound asks
+for its sha256 instead.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import simplejpeg
+
+from pipelines import jpeg_format
+from pipelines.convert.encode import MAX_PIXELS
+from pipelines.storage import tar_format
+from pipelines.storage.dataset import EXTENSIONS
+from pipelines.storage.jpeg_check import CANNOT, file_of, header_defect, pillow_pixels, sides_of
+
+if TYPE_CHECKING:
+    from pipelines.storage.split import Split
+
+CHUNK = 4096  # samples compared at once: 2 MiB of headers
+SHOWN = 3  # samples
+
+
+class Damage(NamedTuple):
+    """Why a shard is not what it was when it was written."""
+
+    text: str
+    in_content_only: bool  # headers, keys and labels are right, so every sample is still found where it was
+
+
+def damage(split: Split, number: int, sha256: str) -> Damage:
+    """What is wrong with shard `number`, whose content has this sha256, as far as it can be told."""
+    entries = split.dataset["splits"][split.name]["shards"]
+    for name, other in split.dataset["splits"].items():
+        for entry in other["shards"]:
+            if entry["sha256"] == sha256 and entry is not entries[number]:
+                return Damage(f"it holds what belongs into {entry['file']} of split {name!r}", False)
+    chosen = np.flatnonzero(split.shard == number)
+    if problem := layout_problem(split, number, chosen):
+        return Damage(problem, False)
+    found = []
+    for sample in chosen.tolist():
+        if problem := image_problem(split, sample):
+            found.append(f"{split.describe(sample)} {problem}")
+        if len(found) == SHOWN:
+            break
+    if found:
+        return Damage(" and ".join(found), True)
+    return Damage("headers, labels and sizes are right, so the bytes of images differ", True)
+
+
+def layout_problem(split: Split, number: int, chosen: np.ndarray) -> str | None:
+    """The first thing in a shard's tar that is not as the index says: places, headers, keys, labels, the end.
+
+    chosen: int64 [N], the shard's samples.
+    """
+    begin = number * split.slot_bytes
+    content = split.content[begin : begin + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
+    width = len(tar_format.label_text(0, len(split.classes)))
+    label_bytes = 0 if split.labels is None else tar_format.BLOCK + tar_format.padded(width)
+    sizes = split.size[chosen].astype(np.int64)
+    offsets = split.address[chosen] - begin
+    strides = tar_format.BLOCK + -(-sizes // tar_format.BLOCK) * tar_format.BLOCK + label_bytes
+    expected = np.cumsum(strides) - strides + tar_format.BLOCK
+    if (wrong := offsets != expected).any():
+        return f"the index places {split.describe(int(chosen[np.argmax(wrong)]))} where no member can begin"
+    end = int(strides.sum())
+    if len(content) != end + len(tar_format.END_OF_ARCHIVE) or content[end:].any():
+        return "it does not end where the index says"
+    keys = np.empty((len(chosen), tar_format.KEY_DIGITS), np.uint8)
+    for start in range(0, len(chosen), CHUNK):
+        some = slice(start, start + CHUNK)
+        keys[some] = content[(offsets[some] - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
+        problem = _header_problem(split, chosen[some], content, offsets[some], keys[some])
+        if problem is None and split.labels is not None:
+            labels = offsets[some] - tar_format.BLOCK + strides[some] - label_bytes
+            problem = _label_problem(split, chosen[some], content, labels, keys[some], width)
+        if problem:
+            return problem
+    return _key_problem(split, chosen, keys)
+
+
+def _header_problem(
+    split: Split, samples: np.ndarray, content: np.ndarray, offsets: np.ndarray, keys: np.ndarray
+) -> str | None:
+    extension = EXTENSIONS[split.encoding]
+    found = content[(offsets - tar_format.BLOCK)[:, None] + np.arange(tar_format.BLOCK)]
+    wrong = (found != tar_format.headers(keys, extension, split.size[samples].astype(np.int64))).any(axis=1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        return f"{_member(found[row])} where the index places {split.describe(int(samples[row]))}"
+    return None
+
+
+def _label_problem(
+    split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
+) -> str | None:
+    """headers: int64 [N], where those of the label members begin."""
+    assert split.labels is not None
+    found = content[headers[:, None] + np.arange(tar_format.BLOCK + width)]
+    digits = split.labels[samples][:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")
+    expected = tar_format.headers(keys, "cls", np.full(len(samples), width))
+    if (wrong := (found[:, : tar_format.BLOCK] != expected).any(axis=1)).any():
+        row = int(np.argmax(wrong))
+        return f"{_member(found[row, : tar_format.BLOCK])} as the label of {split.describe(int(samples[row]))}"
+    if (wrong := (found[:, tar_format.BLOCK :] != digits).any(axis=1)).any():
+        row = int(np.argmax(wrong))
+        sample = int(samples[row])
+        label = found[row, tar_format.BLOCK :].tobytes()
+        return f"it gives {label!r} as the label of {split.describe(sample)}, the index says {split.labels[sample]}"
+    return None
+
+
+def _key_problem(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
+    """keys: uint8 [N, KEY_DIGITS]; they are rows of the source, so none comes twice."""
+    digits = keys - np.uint8(ord("0"))
+    rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
+    wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
+    wrong[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
+    if wrong.any():
+        sample = int(samples[np.argmax(wrong)])
+        return f"{split.describe(sample)} has a key that no row of the source has, or another sample as well"
+    return None
+
+
+def _member(header: np.ndarray) -> str:
+    """Says what a header is of."""
+    try:
+        member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
+    except tarfile.TarError as error:
+        return f"it holds a damaged tar header ({error})"
+    return f"it holds a header of {member.name!r} with {member.size:,} bytes"
+
+
+def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None:
+    """Return what is wrong with a stored image.
+
+    decodes: decode a JPEG, as the bytes may have changed; else only check that every decoder can.
+    """
+    file, sides = file_of(split, sample), sides_of(split, sample)
+    if split.encoding == "npy":
+        shape = split.image_shape
+        if shape is None or not file.tobytes().startswith(tar_format.npy_header(shape)):
+            return "is no .npy file of the data set's shape"
+        if shape[:2] != sides:
+            return f"has {shape[0]:,} x {shape[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
+        return None
+    if (wrong := header_defect(file, sides)) is not None:
+        return wrong
+    if not decodes:
+        reason = jpeg_format.inspect(file.tobytes())[1]
+        return None if reason is None else f"is a JPEG {reason}, which not every decoder reads"
+    if sides[0] * sides[1] <= MAX_PIXELS:
+        try:
+            simplejpeg.decode_jpeg(file)
+        except ValueError:
+            return CANNOT if pillow_pixels(file, sides) is None else None
+    return None
+
+
+def keys_of(split: Split, chosen: np.ndarray) -> Iterator[str]:
+    """The keys in a shard whose layout is sound."""
+    for sample in chosen.tolist():
+        begin = int(split.address[sample]) - tar_format.BLOCK
+        yield split.content[begin : begin + tar_format.KEY_DIGITS].tobytes().decode("ascii")

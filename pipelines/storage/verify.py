@@ -1,0 +1,126 @@
+"""Proves that a data set is what dataset.json says: every sha256, and index against tar, member by member."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.utils.errors import UserError
+from pipelines.storage import hash_cache, tar_check, tar_format
+from pipelines.storage import split as shards
+from pipelines.storage.dataset import MAX_BYTES
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Problems found, one sentence each, in reading order; empty when the data set is sound."""
+    folder = Path(folder)
+    dataset = shards.load_dataset(folder)
+    total = sum(shard["bytes"] for split in dataset["splits"].values() for shard in split["shards"])
+    problems: list[str] = []
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
+        for name, entry in dataset["splits"].items():
+            problems += _verify_split(folder, dataset, name, entry, bar)
+    return problems + _verify_info(folder, dataset)
+
+
+def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[str, Any], bar: tqdm) -> list[str]:
+    found, problems = _contents(folder, entry["shards"], bar)
+    record = hash_cache.Record(folder, dataset)
+    for content, shard in zip(found, entry["shards"], strict=True):
+        if content is not None:
+            record.add(shard["file"], content)
+    record.save()
+    try:
+        split = shards.open_split(folder, name, verify="off")
+    except UserError as error:
+        return problems or [str(error).removesuffix(f"; {shards.RECONVERT}")]
+    for number, (content, shard) in enumerate(zip(found, entry["shards"], strict=True)):
+        if content is None:  # a problem already
+            continue
+        if content.sha256 == shard["sha256"]:
+            problem = _members_problem(split, number)
+        else:
+            text = tar_check.damage(split, number, content.sha256).text
+            problem = f"{shard['file']} does not have the sha256 that dataset.json gives: {text}"
+        problems += [problem] if problem else []
+    return problems
+
+
+def _contents(
+    folder: Path, entries: list[dict[str, Any]], bar: tqdm
+) -> tuple[list[hash_cache.Content | None], list[str]]:
+    """What each shard holds, None where that cannot be told, and the problems that there are without looking inside."""
+    found: list[hash_cache.Content | None] = [None] * len(entries)
+    problems = {}
+    for number, entry in enumerate(entries):
+        file = folder / entry["file"]
+        try:
+            if not file.is_file():
+                problems[number] = f"{file.name} is missing"
+            elif (size := file.stat().st_size) != entry["bytes"]:
+                problems[number] = f"{file.name} has {size:,} bytes where dataset.json says {entry['bytes']:,}"
+        except OSError as error:
+            problems[number] = f"{file.name} {_reason(error)}"
+    sized = [number for number in range(len(entries)) if number not in problems]
+    for place, content in hash_cache.hash_files([folder / entries[number]["file"] for number in sized], bar):
+        number = sized[place]
+        if isinstance(content, OSError):
+            problems[number] = f"{entries[number]['file']} {_reason(content)}"
+        else:
+            found[number] = content
+    return found, [problems[number] for number in sorted(problems)]
+
+
+def _members_problem(split: shards.Split, number: int) -> str | None:
+    """Compare one tar's members with the index: names, order, offsets, sizes and labels, and DALI's .idx beside it."""
+    file, chosen = split.files[number], np.flatnonzero(split.shard == number)
+    if problem := tar_check.layout_problem(split, number, chosen):
+        return f"{file.name}: {problem}"
+    for sample in chosen.tolist():
+        if problem := tar_check.image_problem(split, sample, decodes=False):
+            return f"{file.name}: {split.describe(sample)} {problem}"
+    beside = file.with_suffix(".idx")
+    expected = _index_text(split, number, chosen).encode()
+    try:
+        return None if _begin(beside, len(expected) + 1) == expected else f"{beside.name} disagrees with {file.name}"
+    except OSError as error:
+        return f"{beside.name} {_reason(error)}"
+
+
+def _begin(file: Path, most: int) -> bytes:
+    """Up to `most` bytes of a plain file; raises FileNotFoundError for a pipe, which might never end."""
+    if not file.is_file():
+        raise FileNotFoundError
+    with file.open("rb") as opened:
+        return opened.read(most)
+
+
+def _reason(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+
+
+def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
+    """DALI's index of a shard whose members are as the index says."""
+    extension = shards.EXTENSIONS[split.encoding]
+    label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
+    offsets = split.address[chosen] - number * split.slot_bytes
+    rows = zip(tar_check.keys_of(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)
+    lines = [tar_format.index_line(key, extension, offset, size, label_size) for key, offset, size in rows]
+    return "".join([f"{tar_format.INDEX_VERSION} {len(chosen)}\n", *lines])
+
+
+def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
+    try:
+        splits = json.loads(_begin(folder / "_info.json", MAX_BYTES))["splits"]
+        lengths = {name: split["shard_lengths"] for name, split in splits.items()}
+    except OSError as error:
+        return [f"_info.json {_reason(error)}"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"_info.json cannot be read ({error})"]
+    expected = {name: [s["samples"] for s in entry["shards"]] for name, entry in dataset["splits"].items()}
+    return [] if lengths == expected else ["_info.json disagrees with dataset.json"]

@@ -1,0 +1,68 @@
+"""Files that may be a stranger's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.utils import files
+from configs.utils.errors import UserError
+from configs.utils.files import open_plain, read_record
+from tools import convert, export, predict, sweep
+from train import ddp
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"l\xc3\xa4nge\n")
+    with open_plain(tmp_path / "file") as file:
+        assert file.read() == b"l\xc3\xa4nge\n"
+    assert read_record(tmp_path / "file") == "länge\n"
+
+
+def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "pipe", "it is no file"),
+        (Path("/dev/zero"), "it is no file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "missing", "No such file"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            open_plain(path)
+    opened = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
+              if os.path.lexists(f"/proc/self/fd/{number}")]  # fmt: skip
+    assert not {str(tmp_path), str(tmp_path / "pipe"), "/dev/zero"} & set(opened)
+
+
+def test_a_record_is_limited_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 10)
+    (tmp_path / "file").write_bytes(b"x" * 11)
+    with pytest.raises(OSError, match="it has more than 10 bytes"):
+        read_record(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="invalid start byte"):
+        read_record(tmp_path / "file")
+    assert read_record(tmp_path / "file", "replace") == "\ufffd"
+
+
+def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    a, b, c = (Path("/home/me") / letter for letter in "abc")
+    for parse, line, found in (
+        (ddp.parse_arguments, "--cfg x --resume ~/a", {"resume": str(a)}),
+        (export.parse_arguments, "--checkpoint ~/a --data-path ~/b", {"checkpoint": a, "data_path": str(b)}),
+        (predict.parse_arguments, "--checkpoint ~/a ~/b --split ~/c", {"checkpoint": [a, b], "split": str(c)}),
+        (sweep.parse_arguments, "--cfg ~/a seed=1,2 --out ~/b", {"cfg": a, "out": b}),
+        (convert.build_parser().parse_args, "hdf5 --source ~/a --out ~/b", {"source": a, "out": b}),
+    ):
+        arguments = vars(parse(line.split()))
+        assert {name: arguments[name] for name in found} == found
+    with pytest.raises(UserError, match=r"'~nobody-of-this-name' starts with ~, but there is no such user; write \./~"):
+        ddp.parse_arguments(["--cfg", "x", "--resume", "~nobody-of-this-name"])
+
+
+def test_no_command_takes_a_path_without_its_tilde() -> None:
+    for source in (Path(__file__).parents[3] / "tools").rglob("*.py"):
+        assert "type=Path" not in source.read_text(), source

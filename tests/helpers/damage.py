@@ -1,0 +1,109 @@
+"""Damage to the JPEGs of a converted data set, in place, and what training on it should look like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.loader.loader import Loader
+from pipelines.storage.split import Split, open_split
+
+
+def segments(file: bytes) -> list[tuple[int, int]]:
+    """(marker, where it begins) of a JPEG's segments up to the first scan."""
+    found, place = [], 2
+    while True:
+        found.append((file[place + 1], place))
+        if file[place + 1] == 0xDA:
+            return found
+        place += 2 + int.from_bytes(file[place + 2 : place + 4], "big")
+
+
+def without_scan(file: bytes) -> bytes:
+    """The header as it was, zeros for all that is compressed."""
+    scan = segments(file)[-1][1]
+    begin = scan + 2 + int.from_bytes(file[scan + 2 : scan + 4], "big")
+    return file[:begin].ljust(len(file), b"\0")
+
+
+def claiming(height: int, width: int) -> Callable[[bytes], bytes]:
+    """Other sides in the header."""
+
+    def change(file: bytes) -> bytes:
+        frame = next(place for marker, place in segments(file) if marker in (0xC0, 0xC1, 0xC2))
+        return file[: frame + 5] + struct.pack(">HH", height, width) + file[frame + 9 :]
+
+    return change
+
+
+def broken_in_the_middle(file: bytes) -> bytes:
+    """Pillow refuses it, DALI and a decoder that tolerates warnings make grey blocks of it."""
+    middle = len(file) // 2
+    return file[:middle] + b"\xff" * 30 + file[middle + 30 :]
+
+
+def stray_bytes(file: bytes) -> bytes:
+    """Make the last four bytes of the first segment bytes between segments, which libjpeg skips and DALI refuses."""
+    _, place = segments(file)[0]
+    length = int.from_bytes(file[place + 2 : place + 4], "big")
+    return file[: place + 2] + struct.pack(">H", length - 4) + file[place + 4 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "zeroed scan": without_scan,
+    "garbage": lambda file: np.random.default_rng(len(file)).bytes(len(file)),
+    "emptied": lambda file: bytes(len(file)),
+    "claims 65,000 x 65,000": claiming(65_000, 65_000),
+}
+
+
+def damage(folder: Path, sample: int, change: Callable[[bytes], bytes], split: str = "train") -> str:
+    """Change a stored JPEG's bytes, not their number, as if the source had been so; returns how errors describe it."""
+    opened = open_split(folder, split, verify="off")
+    begin, size = int(opened.address[sample]), int(opened.size[sample])
+    content = change(opened.content[begin : begin + size].tobytes())
+    assert len(content) == size
+    with opened.files[opened.shard[sample]].open("r+b") as file:
+        file.seek(begin - int(opened.shard[sample]) * opened.slot_bytes)
+        file.write(content)
+    adopt(folder)
+    return opened.describe(sample)
+
+
+def adopt(folder: Path) -> None:
+    """Make dataset.json agree with the shards as they are."""
+    path = folder / "dataset.json"
+    dataset = json.loads(path.read_text())
+    for split in dataset["splits"].values():
+        for shard in split["shards"]:
+            shard["sha256"] = hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
+    path.write_text(json.dumps(dataset))
+
+
+def damage_in_turn(folder: Path, samples: Collection[int]) -> list[str]:
+    """Each sample in another of the ways of DAMAGE; returns their descriptions."""
+    ways = list(DAMAGE.values())
+    return [damage(folder, sample, ways[number % len(ways)]) for number, sample in enumerate(samples)]
+
+
+def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
+    """Who stands at each sample's place, in the plainest way: int64 [samples]."""
+    places = []
+    for sample in range(samples):
+        while sample in bad:
+            sample = (sample + 1) % samples
+        places.append(sample)
+    return np.array(places)
+
+
+def substituted(loader: Loader, split: Split, bad: Collection[int]) -> Loader:
+    """A loader of sound data that asks for the substitutes itself."""
+    places, indices = substitutes(len(split), bad), loader.plan.indices
+    loader.plan = replace(loader.plan, indices=lambda epoch, step: places[indices(epoch, step)])
+    return loader

@@ -1,0 +1,19 @@
+"""What the tests of faults in shards share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.storage.split import load_dataset
+from tools import convert
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """Of the train split."""
+    return [folder / shard["file"] for shard in load_dataset(folder)["splits"]["train"]["shards"]]
+
+
+def converted_digits(folder: Path, encoding: str) -> Path:
+    """scikit-learn's digits, a shard per split."""
+    convert.main(["digits", "--encoding", encoding, "--out", str(folder / "digits")])
+    return folder / "digits"

@@ -1,0 +1,220 @@
+"""What the tests of train/ share: whole runs, small trainings, and groups of several processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from configs.schema import OptimizerConfig, TrainConfig
+from models import build_model
+from pipelines.loader.loader import Batch
+from train import ddp
+from train.checkpoint.writer import Saving
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.epoch import Training, build_training
+from train.optim.factory import build_optimizer
+from train.reporting.run_log import RunLog
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+DIGITS = ROOT / "configs" / "digits_lenet.yaml"
+# One thread, so that many tests share few cores; no GPU, no W&B login and no settings of an outer torchrun.
+CLEAN = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TORCHELASTIC_"))},
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def heed_ctrl_c() -> None:
+    """A preexec_fn: who starts the tests in the background may ignore SIGINT, or SIGHUP as nohup does, which every
+    child would inherit."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and its data set."""
+
+    folder: Path  # best.pt, last.pt, config.yaml, metrics.jsonl …
+    data: Path  # the converted digits: splits train and val
+
+
+@contextmanager
+def alone() -> Iterator[torch.device]:
+    """A process group of this process alone, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with dist.process_group(Ranks()) as device:
+            yield device
+
+
+def command_line(*arguments: str | Path, processes: int = 0) -> list[str]:
+    """`python train/ddp.py …`; with a number of processes, by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, str(ROOT / "train" / "ddp.py"), *map(str, arguments)]
+
+
+def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    command = command_line(*arguments, processes=processes)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=CLEAN)
+
+
+@contextmanager
+def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
+    """Runs in this process call look(name, position) once a checkpoint stands, for each of the names it goes by."""
+    save = Saving.save
+
+    def save_and_look(saving: Saving, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
+        save(saving, names, position, *parts)
+        saving.wait()
+        for name in names:
+            look(name, dict(position))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saving, "save", save_and_look)
+        yield
+
+
+@contextmanager
+def broken_after(is_enough: Callable[[str, dict[str, int]], bool]) -> Iterator[None]:
+    """A run inside, in this process, ends with the first checkpoint of which is_enough(name, position) holds."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(name: str, position: dict[str, int]) -> None:
+        if is_enough(name, position):
+            raise Stop
+
+    with after_each_save(stop), pytest.raises(Stop):
+        yield
+
+
+def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> None:
+    """train/ddp.py in this process, on the CPU, without curves.png, which would take most of the time of a short run.
+
+    stop_at: the position of the checkpoint after which the run is broken.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(RunLog, "draw", lambda _: None)
+        patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
+        with nullcontext() if stop_at is None else broken_after(lambda _, position: position == stop_at):
+            ddp.main()
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A longer file of this process cannot be written, as with a quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, read by a parser that knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class SmallNet(nn.Module):
+    """Dropout and batch norm, so that the generator's state and train or eval mode show in the results."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, kernel_size=4, stride=4)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4 * 8 * 8, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(self.norm(self.stem(images.to(self.stem.weight.dtype) / 255)))
+        logits: torch.Tensor = self.head(self.dropout(features.flatten(1)))
+        return logits
+
+
+def lenet(seed: int = 0, classes: int = 10) -> nn.Module:
+    """LeNet for raw pixels, float32."""
+    torch.manual_seed(seed)
+    return build_model("lenet", classes, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+
+
+def small_net(num_classes: int = 12, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return SmallNet(num_classes)
+
+
+def training_of(
+    network: nn.Module, optimizer: dict[str, Any] | None = None, *, mixes: bool = False, **settings: Any
+) -> Training:
+    """`network` wrapped for training on the CPU with these fields of the `train` section."""
+    config = TrainConfig(optimizer=OptimizerConfig(**(optimizer or {})), **settings)
+    built = build_optimizer(network, config.optimizer, config.lr)
+    return build_training(network, built, config, CPU, mixes=mixes)
+
+
+def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:
+    """Noise of 32x32 with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (samples, 32, 32, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+    return Batch(images, torch.randint(0, classes, (samples,), generator=generator))
+
+
+def gradients_at_each_step(training: Training) -> list[list[torch.Tensor]]:
+    """A list that gets the gradients of every optimizer step, as the optimizer finds them."""
+    seen: list[list[torch.Tensor]] = []
+
+    def note(*_: Any) -> None:
+        seen.append([p.grad.clone() for p in training.network.parameters() if p.grad is not None])
+
+    training.optimizer.register_step_pre_hook(note)
+    return seen
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(ranks, *arguments) in a gloo group of `world_size` processes; returns what each rank returned."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.training", "pipelines.build", "torch._dynamo"])  # once, for all groups
+    port = free_port()
+    with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+        futures = [pool.submit(_member, rank, world_size, port, function, arguments) for rank in range(world_size)]
+        return [future.result(timeout=300) for future in futures]
+
+
+def _member(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    ranks = Ranks(rank, rank, world_size, world_size)
+    with dist.process_group(ranks):
+        return function(ranks, *arguments)

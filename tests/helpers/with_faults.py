@@ -1,0 +1,84 @@
+"""train/ddp.py with a fault built in: with_faults.py '{"nan_at": [37], "rank": 1}' --cfg …
+
+nan_at: optimizer updates, counted from 0, whose loss is nan, on all ranks or on `rank` alone; times: how often each of
+them is (default: always). pause_at: updates that wait for a second first; evaluation_s: how long each batch of an
+evaluation takes longer; evaluates: a file that is made when the first one begins. census: a file that gets a line at
+the end of each epoch: memory (MiB), threads, descriptors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from train import ddp, trainer
+from train.checkpoint.writer import Saving
+from train.distributed.launcher import run_ranks
+from train.engine import epoch as loop
+from train.engine.epoch import Training
+from train.reporting.run_log import RunLog
+
+ROOT = Path(__file__).parents[2]
+
+
+def build_in(faults: dict[str, Any]) -> None:
+    run_step, loss_and_hits, done = loop.run_step, loop.loss_and_hits, Counter[int]()
+    is_here = faults.get("rank") in (None, int(os.environ.get("RANK", "0")))
+
+    def faulty(training: Training, batch: Any, number: int, *, updates: bool) -> None:
+        sound = training.loss_and_counts
+        if number in faults.get("pause_at", []):
+            time.sleep(1)
+        if is_here and number in faults.get("nan_at", []) and done[number] < faults.get("times", 10**9):
+            done[number] += 1
+
+            def not_a_number(*parts: Any) -> Any:
+                loss, counts = sound(*parts)
+                return loss * float("nan"), counts * counts.new_tensor([float("nan"), 1, 1])
+
+            training.loss_and_counts = not_a_number
+        run_step(training, batch, number, updates=updates)
+        training.loss_and_counts = sound
+
+    def slow(*parts: Any) -> Any:
+        time.sleep(faults.get("evaluation_s", 0))
+        return loss_and_hits(*parts)
+
+    def told(*parts: Any) -> Any:
+        if "evaluates" in faults:
+            Path(faults["evaluates"]).touch()
+        return evaluate(*parts)
+
+    def counted(log: RunLog, metrics: dict[str, Any]) -> None:
+        epoch(log, metrics)
+        if "census" in faults:
+            savings[-1].wait()  # whose files would be counted
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            line = {
+                "memory_mib": int(status["VmRSS"].split()[0]) / 1024,
+                "threads": int(status["Threads"]),
+                "descriptors": len(os.listdir("/proc/self/fd")),
+            }
+            with Path(faults["census"]).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def known(saving: Saving) -> Saving:
+        savings.append(saving)
+        return saving
+
+    savings: list[Saving] = []
+    Saving.__enter__ = known  # type: ignore[method-assign]
+    epoch, evaluate = RunLog.epoch, trainer.evaluate
+    trainer.evaluate = told
+    loop.run_step, loop.loss_and_hits, RunLog.epoch = faulty, slow, counted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    build_in(json.loads(sys.argv[1]))
+    sys.argv = [str(ROOT / "train" / "ddp.py"), *sys.argv[2:]]
+    run_ranks(ddp.main)

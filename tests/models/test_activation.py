@@ -1,0 +1,185 @@
+"""Activations, dropout and widths of the built-in models: each is used, and without them models are as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.schema import ModelConfig
+from configs.utils.errors import UserError
+from models import build_model
+from models.activation import ACTIVATIONS, build_activation, gain_of
+
+FUNCTIONS = {
+    "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid, "hardswish": F.hardswish, "mish": F.mish,
+}  # fmt: skip
+SPEEDRUNS = ("speedrun94", "speedrun95", "speedrun96", "speedrun96_proxy")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_the_names_of_activations_are_those_of_the_settings() -> None:
+    literal, _ = get_args(ModelConfig.model_fields["activation"].annotation)
+    assert set(ACTIVATIONS) == set(get_args(literal)) == set(FUNCTIONS)
+
+
+def drawn_as_before(name: str) -> dict[str, Tensor]:
+    """The initial state of a model as it was drawn before it had an activation, a drop rate or a width.
+
+    LeNet and ResNet-18 layer by layer in the order of their construction; AlexNet is torchvision's.
+    """
+    if name == "alexnet":
+        return torchvision.models.alexnet(num_classes=10).state_dict()
+    layers: dict[str, nn.Module]
+    if name == "lenet":
+        layers = {"conv1": nn.Conv2d(3, 6, 5), "conv2": nn.Conv2d(6, 16, 5), "fc1": nn.Linear(576, 120),
+                  "fc2": nn.Linear(120, 84), "fc3": nn.Linear(84, 10)}  # fmt: skip
+        for layer, module in layers.items():
+            nn.init.xavier_uniform_(module.weight, gain=1.0 if layer == "fc3" else 4.0)
+            nn.init.zeros_(module.bias)
+    else:
+        layers = {"conv1": nn.Conv2d(3, 64, 3, bias=False), "bn1": nn.BatchNorm2d(64)}
+        before = 64
+        for stage, width in enumerate((64, 128, 256, 512), 1):
+            for block in range(2):
+                inside = {"conv1": nn.Conv2d(before, width, 3, bias=False), "bn1": nn.BatchNorm2d(width),
+                          "conv2": nn.Conv2d(width, width, 3, bias=False), "bn2": nn.BatchNorm2d(width)}  # fmt: skip
+                if before != width:
+                    inside |= {"downsample.0": nn.Conv2d(before, width, 1, bias=False),
+                               "downsample.1": nn.BatchNorm2d(width)}  # fmt: skip
+                layers |= {f"layer{stage}.{block}.{layer}": module for layer, module in inside.items()}
+                before = width
+        layers["fc"] = nn.Linear(512, 10)
+        for module in layers.values():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return {f"{layer}.{key}": value for layer, module in layers.items() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["lenet", "alexnet", "resnet18"])
+def test_by_default_models_are_drawn_bitwise_as_before_they_had_options(name: str) -> None:
+    ours = build_model(name, 10).state_dict()
+    torch.manual_seed(0)
+    before = drawn_as_before(name)
+    assert list(ours) == list(before)
+    assert [key for key in before if not torch.equal(ours[key], before[key])] == []
+
+
+def plain_forward(network: nn.Module, name: str, activation: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The logits of a network's layers with this activation between them, in evaluation."""
+    if name == "alexnet":
+        layers = [*network.features, network.avgpool, nn.Flatten(), *network.classifier]
+        for layer in layers:
+            kept = isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.Linear, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout))
+            images = layer(images) if kept else activation(images)
+        return images
+    if name == "lenet":
+        for layer in (network.conv1, network.conv2):
+            images = network.pool(activation(layer(images)))
+        return network.fc3(activation(network.fc2(activation(network.fc1(images.flatten(1))))))
+    images = activation(network.bn1(network.conv1(images)))
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        for block in stage:
+            convs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+            convs += [(block.conv3, block.bn3)] if hasattr(block, "conv3") else []
+            residual = images
+            for number, (conv, norm) in enumerate(convs):
+                residual = norm(conv(residual if number == 0 else activation(residual)))
+            images = activation(residual + block.downsample(images))
+    return network.fc(images.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "resnet50"])
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_every_activation_stands_between_all_layers(name: str, activation: str) -> None:
+    options = {} if name == "lenet" else {"width": 4}
+    network = build_model(name, 10, activation=activation, **options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), plain_forward(network, name, FUNCTIONS[activation], images))
+
+
+def test_alexnets_activation_stands_between_all_layers() -> None:
+    network = build_model("alexnet", 10, activation="mish").eval()
+    images = torch.randn(1, 3, 63, 63)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), plain_forward(network, "alexnet", F.mish, images))
+    assert sum(isinstance(module, nn.Mish) for module in network.modules()) == 7
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_activations_in_place_give_the_gradients_of_the_plain_function(activation: str) -> None:
+    inputs = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    gradients = []
+    for function in (build_activation(activation), FUNCTIONS[activation]):
+        leaf = inputs.clone().requires_grad_()
+        function(leaf * 1).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("activation", [name for name in FUNCTIONS if name != "sigmoid"])
+def test_the_gain_keeps_the_mean_square_of_normal_signals(activation: str) -> None:
+    signals = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
+    assert (gain_of(activation) * FUNCTIONS[activation](signals)).square().mean() == pytest.approx(1, abs=0.01)
+
+
+def test_the_gain_of_relu_is_torchs_and_lenets_first_layers_have_their_activations() -> None:
+    assert gain_of("relu") == pytest.approx(nn.init.calculate_gain("relu"))
+    bound = (6 / (3 * 25 + 6 * 25)) ** 0.5  # Xavier's
+    for activation in ("relu", "mish"):
+        largest = build_model("lenet", 10, activation=activation).conv1.weight.abs().max().item()
+        assert largest == pytest.approx(gain_of(activation) * bound, rel=0.02)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_lenet_starts_with_logits_that_differ_between_images_whatever_its_activation(activation: str) -> None:
+    network = build_model("lenet", 10, activation=activation)
+    assert network(torch.randn(256, 3, 32, 32)).std(dim=0).mean() > 0.01
+
+
+@pytest.mark.parametrize(("name", "layer"), [("lenet", "fc2"), ("lenet", "fc3"), ("resnet18", "fc")])
+def test_dropout_empties_its_share_of_a_layers_input_in_training_only(name: str, layer: str) -> None:
+    network = build_model(name, 10, drop_rate=0.4)
+    seen: list[Tensor] = []
+    network.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network.train()(torch.randn(64, 3, 32, 32))
+        network.eval()(torch.randn(64, 3, 32, 32))
+    assert (seen[0] == 0).float().mean() == pytest.approx(0.4, abs=0.03)
+    assert (seen[1] == 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_narrow_resnet_is_the_wide_one_with_every_width_divided(name: str) -> None:
+    with torch.device("meta"):
+        wide, narrow = build_model(name, 10).state_dict(), build_model(name, 10, width=16).state_dict()
+    assert list(narrow) == list(wide)
+    fixed = {3, 10}  # colours and classes
+    for key, tensor in wide.items():
+        divided = [size if size in fixed or position > 1 else size // 4 for position, size in enumerate(tensor.shape)]
+        assert list(narrow[key].shape) == divided, key
+
+
+def test_resnet18_of_width_16_has_701_466_parameters_with_10_classes() -> None:
+    stages = sum(9 * (2 * w * w + w * before + w * w) + 8 * w + (w * before + 2 * w if w != before else 0)
+                 for before, w in ((16, 16), (16, 32), (32, 64), (64, 128)))  # fmt: skip
+    assert 3 * 9 * 16 + 2 * 16 + stages + 128 * 10 + 10 == 701_466
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model("resnet18", 10, width=16).parameters()) == 701_466
+
+
+def test_an_activation_is_refused_where_a_model_is_made_for_its_own() -> None:
+    for name in SPEEDRUNS:
+        with pytest.raises(UserError, match=f"activation=gelu cannot be applied: model '{name}' is made for its own"):
+            build_model(name, 10, activation="gelu")

@@ -1,0 +1,102 @@
+"""Precisions that a CPU emulates, and the warning about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from configs.utils.warnings import warn
+from helpers.training import CPU, alone, training_of
+from models.cpu_precision import bf16_is_native, slow_precision
+from train.engine.epoch import amp_dtype
+
+X86 = {"architecture": "x86_64"}
+BF16 = {**X86, "avx512_bf16": True}
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let torch find these features, and oneDNN say whether it supports bf16 and fp16 at all."""
+
+    def make(features: dict[str, Any], *, bf16: bool = True, fp16: bool = False, limit: str = "") -> None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fp16)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "is_native"),
+    [
+        (BF16, {}, True),
+        (BF16, {"limit": "AVX512_CORE_BF16"}, True),
+        (BF16, {"limit": "AVX512_CORE_AMX"}, True),
+        (BF16, {"limit": "AVX512_CORE"}, False),
+        (BF16, {"limit": "avx512_core_vnni"}, False),
+        (BF16, {"limit": "AVX2", "bf16": False}, False),  # oneDNN knows of its limit
+        ({**X86, "avx512_f": True, "avx512_bf16": False}, {}, False),
+        ({**X86, "avx2": True, "avx_ne_convert": True}, {"bf16": False}, False),
+        ({"architecture": "aarch64"}, {"bf16": True}, True),
+        ({"architecture": "aarch64"}, {"bf16": False}, False),
+    ],
+)
+def test_bf16_is_native_where_the_cpu_has_its_instructions_and_onednn_may_use_them(
+    features: dict[str, Any], options: dict[str, Any], is_native: bool, cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu(features, **options)
+    assert bf16_is_native() == is_native
+    assert (slow_precision(torch.bfloat16) is None) == is_native
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not bf16_is_native()
+
+
+def test_torch_answers_these_questions_of_this_cpu() -> None:
+    assert isinstance(bf16_is_native(), bool)
+    assert torch.cpu.get_capabilities()["architecture"]
+
+
+def test_fp16_is_slow_in_training_on_every_cpu_and_in_evaluation_on_those_without_it(cpu: Any) -> None:
+    cpu(BF16, fp16=True)
+    assert slow_precision(torch.float16) is not None
+    assert slow_precision(torch.float16, trains=False) is None
+    cpu(BF16, fp16=False)
+    assert slow_precision(torch.float16, trains=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("amp", "features", "warning"),
+    [
+        (
+            "bf16",
+            X86,
+            "train.amp=bf16 takes 2 to 1,000 times as long as float32 here, since this CPU has no bf16 instr",
+        ),
+        (
+            "fp16",
+            BF16,
+            "train.amp=fp16 takes 2 to 1,000 times as long as float32 here, since oneDNN has no fast fp16 ke",
+        ),
+        ("bf16", BF16, ""),
+        ("auto", X86, ""),
+        ("off", X86, ""),
+    ],
+)
+def test_training_with_an_emulated_precision_warns_and_auto_never_chooses_one(
+    amp: str, features: dict[str, Any], warning: str, cpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu(features)
+    warn.cache_clear()
+    with alone():
+        training_of(nn.Linear(2, 2), amp=amp)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {warning}") if warning else said == ""
+    for auto in (X86, BF16):
+        cpu(auto)
+        assert amp_dtype("auto", CPU) is None

@@ -1,0 +1,31 @@
+"""The bound on memory around a call."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+
+from pipelines.convert import memory_limit
+
+MIB = 1 << 20
+
+
+def test_what_fits_is_allocated_and_what_does_not_is_refused() -> None:
+    with memory_limit.at_most(256 * MIB):
+        assert len(bytearray(64 * MIB)) == 64 * MIB
+        with pytest.raises(MemoryError):
+            bytearray(512 * MIB)
+
+
+def test_the_limit_goes_with_its_call_also_after_an_error() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ZeroDivisionError), memory_limit.at_most(256 * MIB):
+        raise ZeroDivisionError
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert len(bytearray(512 * MIB)) == 512 * MIB
+
+
+def test_an_inner_limit_never_widens_the_outer_one() -> None:
+    with memory_limit.at_most(128 * MIB), memory_limit.at_most(2048 * MIB), pytest.raises(MemoryError):
+        bytearray(512 * MIB)

@@ -1,0 +1,63 @@
+"""Unusual files are kept, encoded again, or quarantined with a reason, and every decoder reads what is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.schema import AugConfig
+from helpers.loaders import copies, train
+from helpers.odd_files import HEIGHT, WIDTH, defective_files, kept_files, pixels, reencoded_files
+from pipelines import build
+from pipelines.assemble import Way
+from pipelines.storage.jpeg_check import file_of
+from pipelines.storage.split import open_split
+from tools import convert
+
+KEPT, REENCODED, DEFECTIVE = kept_files(), reencoded_files(), defective_files()
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted folder; its val split holds the files that are kept."""
+    folder = tmp_path_factory.mktemp("odd")
+    for split, files in (("train", {**KEPT, **REENCODED, **DEFECTIVE}), ("val", KEPT)):
+        (folder / "source" / split / "all").mkdir(parents=True)
+        for name, content in files.items():
+            (folder / "source" / split / "all" / name).write_bytes(content)
+    convert.main(
+        ["imagefolder", "--source", str(folder / "source"), "--out", str(folder / "out"), "--encoding", "jpeg"]
+    )
+    return folder / "out"
+
+
+def test_every_file_is_kept_or_encoded_again_or_quarantined_with_a_reason(odd: Path) -> None:
+    assert len(KEPT) + len(REENCODED) + len(DEFECTIVE) >= 60
+    dataset = json.loads((odd / "dataset.json").read_text())
+    entry = dataset["splits"]["train"]
+    assert {Path(defect["name"]).name for defect in entry["quarantined"]} == set(DEFECTIVE)
+    assert all(defect["reason"] for defect in entry["quarantined"])
+    assert entry["samples"] == len(KEPT) + len(REENCODED)
+    assert sum(dataset["reencoded"]["train"].values()) == len(REENCODED)
+    split = open_split(odd, "val")
+    assert {file_of(split, sample).tobytes() for sample in range(len(split))} == set(KEPT.values())
+    convert.main(["verify", str(odd)])
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+@pytest.mark.parametrize("by_dali", [False, True], ids=["kernels", "DALI"])
+def test_every_stored_file_is_read(by_dali: bool, choice: Any, odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_dali:
+        monkeypatch.setattr(build, "choose_way", lambda *_: Way(resident=False, by_dali=True, untouched=False))
+    aug = AugConfig(crop="random-resized", scale=(1.0, 1.0), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT), flip=0)
+    loader = train(odd, 8, aug, image_size=WIDTH, on_bad_sample=choice)
+    batches = copies(loader)
+    assert loader.bad.found == []
+    assert len(batches) == (len(KEPT) + len(REENCODED)) // 8
+    images = np.concatenate([batch.images.numpy() for batch in batches])
+    means = images.reshape(len(images), -1).mean(axis=1)
+    assert means.min() > 0.3 * pixels().mean()  # no image is black

@@ -1,0 +1,96 @@
+"""The fused kernel of device placement against NumPy, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import AugConfig, DataConfig
+from pipelines import build_train_loader
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[3]
+PADDING = 4
+
+
+def reference(
+    images: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], size: int, padding_mode: str
+) -> np.ndarray:
+    """Pad, crop and mirror one image after the other; images uint8 [N, H, W, 3] -> uint8 [B, size, size, 3]."""
+    out = np.zeros((len(indices), size, size, 3), np.uint8)
+    for number, index in enumerate(indices):
+        top, left = draws["offset"][number] if "offset" in draws else (0, 0)
+        mode: Any = {"black": "constant", "reflect": "reflect"}[padding_mode]
+        padded = np.pad(images[index], ((PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode=mode)
+        crop = padded[PADDING + top : PADDING + top + size, PADDING + left : PADDING + left + size]
+        out[number] = crop[:, ::-1] if "flip" in draws and draws["flip"][number] else crop
+    return out
+
+
+def drawn(samples: int, *names: str) -> dict[str, np.ndarray]:
+    """Offsets in -PADDING..PADDING, both ends among them, and flips."""
+    random = np.random.default_rng(0)
+    offsets = random.integers(-PADDING, PADDING, (samples, 2), dtype=np.int32, endpoint=True)
+    offsets[0], offsets[-1] = (-PADDING, PADDING), (PADDING, -PADDING)
+    all_draws = {"offset": offsets, "flip": random.integers(0, 2, samples, dtype=np.int32)}
+    return {name: all_draws[name] for name in names}
+
+
+def compare(device: str) -> None:
+    """Every kind of call against the reference; run in a process of its own, since Triton reads its mode once."""
+    from pipelines.gpu.triton_crop_flip import DeviceAugment
+
+    random = np.random.default_rng(1)
+    for shape, size in (((32, 32, 3), 32), ((9, 11, 3), 9), ((8, 8, 3), 6)):
+        images = random.integers(0, 256, (7, *shape), dtype=np.uint8)
+        pixels = torch.from_numpy(images.reshape(7, -1)).to(device)
+        for padding_mode in ("black", "reflect"):
+            augment = DeviceAugment(pixels, shape, size, batch_size=6, slots=2, padding_mode=padding_mode)
+            for names in ((), ("flip",), ("offset",), ("offset", "flip")):
+                for slot, samples in ((0, 6), (1, 5)):  # a full batch and a smaller one
+                    indices = random.integers(0, 7, samples)
+                    draws = drawn(samples, *names)
+                    ours = augment.fill(slot, indices, draws)
+                    assert ours.shape == (samples, size, size, 3)
+                    expected = reference(images, indices, draws, size, padding_mode)
+                    np.testing.assert_array_equal(ours.cpu().numpy(), expected, str((shape, size, padding_mode, names)))
+
+
+def test_the_kernel_gathers_crops_and_flips_as_numpy_does() -> None:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}",
+    }
+    program = "from test_triton_crop_flip import compare; compare('cpu')"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_the_kernel_on_a_gpu_gathers_crops_and_flips_as_numpy_does() -> None:
+    compare("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
+@pytest.mark.parametrize("crop", ["none", "pad"])
+def test_the_kernel_gives_the_bytes_of_the_dali_graph_and_of_the_cpu(
+    crop: Any, padding_mode: Any, npy_data: Path
+) -> None:
+    aug = AugConfig(crop=crop, padding=PADDING, padding_mode=padding_mode, flip=0.5)
+
+    def batches(device: str, placement: Any) -> list[torch.Tensor]:
+        section = DataConfig(path=str(npy_data), batch_size=64, placement=placement)
+        return [batch.images.cpu() for batch in build_train_loader(section, aug, seed=5, device=device)]
+
+    for ours, dali, cpu in zip(batches("cuda", "device"), batches("cuda", "host"), batches("cpu", "host"), strict=True):
+        assert torch.equal(ours, dali)
+        assert torch.equal(ours, cpu)

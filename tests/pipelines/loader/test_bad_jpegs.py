@@ -1,0 +1,257 @@
+"""Loaders on JPEGs that cannot be decoded: the stream with substitutes is that of sound data, however it is read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFile
+
+from configs.schema import AugConfig, ColorJitterConfig, MixConfig
+from configs.utils import warnings
+from configs.utils.errors import UserError
+from helpers.backends import use_dali
+from helpers.damage import (
+    DAMAGE,
+    broken_in_the_middle,
+    claiming,
+    damage,
+    damage_in_turn,
+    stray_bytes,
+    substituted,
+    substitutes,
+)
+from helpers.loaders import assert_same, copies, data_of, evaluation, merged, train
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_defect
+from pipelines.loader.loader import Batch, Loader, MixedBatch
+from pipelines.loader.runner import GraphRunner
+from pipelines.loader.sources import Slots
+from pipelines.loader.train_loader import StagedLoader
+from pipelines.storage.split import open_split
+
+BAD = (17, 18, 19, 250, 519)  # three in a row, and the last one, for which the first stands in
+AUG = AugConfig(crop="random-resized", flip=0.5, color_jitter=ColorJitterConfig(brightness=0.4))
+SKIP = {"image_size": 24, "on_bad_sample": "skip"}
+READ = pytest.mark.parametrize(
+    "others",
+    [{}, {"threads": 2, "prefetch": 9}, {"order": "sequential-window", "window_shards": 1}],
+    ids=["", "threads", "window"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _unsaid() -> None:
+    warnings.warn.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def damaged(jpeg_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """jpeg_data with BAD samples, each damaged in another way; read only."""
+    folder = Path(shutil.copytree(jpeg_data, tmp_path_factory.mktemp("damaged") / "tiny"))
+    damage_in_turn(folder, BAD)
+    return folder
+
+
+def expected_of(folder: Path, *arguments: Any, **options: Any) -> Loader:
+    """The loader of sound data with substitutes."""
+    return substituted(train(folder, *arguments, image_size=24, **options), open_split(folder, "train"), BAD)
+
+
+@pytest.fixture(params=["kernels", "DALI"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By which way samples come."""
+    if request.param == "DALI":
+        use_dali(monkeypatch)
+    return str(request.param)
+
+
+@READ
+def test_substitutes_come_with_their_own_labels_and_draws_in_whole_epochs(
+    others: dict[str, Any], way: str, damaged: Path, jpeg_data: Path
+) -> None:
+    loader = train(damaged, 48, AUG, **SKIP, **others)
+    expected = expected_of(jpeg_data, 48, AUG, **others)
+    for _ in range(2):
+        assert_same(copies(loader), copies(expected))
+    places = substitutes(520, BAD)
+    assert sorted(loader.bad.found) == [(sample, places[sample]) for sample in BAD]
+
+
+def test_the_stream_is_the_same_at_every_world_size_and_after_a_restart(
+    way: str, damaged: Path, jpeg_data: Path
+) -> None:
+    expected = copies(expected_of(jpeg_data, 48, AUG))
+    for world_size in (2, 3):
+        parts = []
+        for rank in range(world_size):
+            loader = train(damaged, 48 // world_size, AUG, rank, world_size, **SKIP)
+            loader.state = {"epoch": 0, "step": 4}
+            parts.append(copies(loader))
+        assert_same(merged(parts), expected[4:])
+
+
+def test_neighbours_are_mixed_as_ever(damaged: Path, jpeg_data: Path) -> None:
+    aug = AugConfig(crop="random-resized", mix=MixConfig(mixup=0.8, cutmix=1.0))
+    seen = [
+        (one.images.clone(), one.labels.clone(), one.mix.clone()) for one in _mixed(train(damaged, 20, aug, **SKIP))
+    ]
+    expected = [
+        (one.images.clone(), one.labels.clone(), one.mix.clone()) for one in _mixed(expected_of(jpeg_data, 20, aug))
+    ]
+    assert len(seen) == len(expected)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _mixed(loader: Loader) -> Any:
+    for batch in loader:
+        assert isinstance(batch, MixedBatch)
+        yield batch
+
+
+def test_stages_share_what_they_have_found(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = data_of(damaged, 40, **SKIP, stages=[{"epoch": 1, "image_size": 32}])
+    loader = build_train_loader(data, device="cpu", seed=3)
+    assert isinstance(loader, StagedLoader)
+    assert len({id(stage.bad) for stage in (*loader.stages, loader)}) == 1
+    assert [len(copies(iter(loader))) for _ in range(2)] == [13, 13]
+    assert len(loader.bad.found) == len(BAD)
+    assert len(capsys.readouterr().err.splitlines()) == len(BAD)
+
+
+def test_one_sample_more_than_the_budget_ends_the_epoch(way: str, damaged: Path) -> None:
+    assert len(copies(train(damaged, 48, AUG, **SKIP, max_bad_samples=5))) == 10
+    with pytest.raises(UserError, match=r"5 samples of split 'train' .* data\.max_bad_samples=4"):
+        copies(train(damaged, 48, AUG, **SKIP, max_bad_samples=4))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stop_names_the_first_of_the_stream(threads: int, way: str, damaged: Path) -> None:
+    loader = train(damaged, 16, AUG, image_size=24, threads=threads)
+    stream = np.concatenate([loader.plan.indices(0, step) for step in range(len(loader))])
+    first = next(sample for sample in stream if sample in BAD)
+    with pytest.raises(UserError) as error:
+        copies(loader)
+    assert str(error.value).startswith(loader.split.describe(first))
+
+
+@pytest.mark.parametrize(("kind", "choice"), [*((kind, "skip") for kind in DAMAGE), ("zeroed scan", "stop")])
+def test_an_evaluation_ends_with_the_name_also_where_training_would_skip(
+    kind: str, choice: str, way: str, jpeg_copy: Path
+) -> None:
+    where = damage(jpeg_copy, 30, DAMAGE[kind], "val")
+    with pytest.raises(UserError) as error:
+        copies(evaluation(jpeg_copy, image_size=24, on_bad_sample=choice))
+    assert str(error.value).startswith(where)
+    assert ("an evaluation can do without none" in str(error.value)) == (choice == "skip")
+
+
+def test_a_header_that_claims_another_size_is_refused_before_anything_is_decoded(
+    jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (loaded.append(image.size), load(image))[1])
+    decoded: list[np.ndarray] = []
+    split = open_split(jpeg_copy, "train")
+    sides = int(split.heights[7]), int(split.widths[7])
+    for claimed in ((65_000, 65_000), (sides[1], sides[0]), (sides[0], sides[1] - 1), (20_000, 3)):
+        damage(jpeg_copy, 7, claiming(*claimed))
+        on_cpu = HostJpegs(split, Slots(1, 1, (24, 24, 3)))
+        for_dali = MappedFiles(split, lambda file: bool(decoded.append(file)))
+        wrong = f"has {claimed[0]:,} x {claimed[1]:,} pixels where the index says {sides[0]} x {sides[1]}"
+        assert on_cpu.defect(7) == for_dali.defect(7) == wrong
+    assert loaded == decoded == []
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch such a file may end the process."""
+    use_dali(monkeypatch)
+    loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
+    sides = set(zip(split.heights.tolist(), split.widths.tolist(), strict=True))
+    submit = GraphRunner.submit
+
+    def checked(self: GraphRunner, images: Any, *rest: Any) -> None:
+        assert all(any(header_defect(file, one) is None for one in sides) for file in images)
+        submit(self, images, *rest)
+
+    monkeypatch.setattr(GraphRunner, "submit", checked)
+    with pytest.raises(UserError) if choice == "stop" else nullcontext():
+        assert len(copies(loader)) == 10
+
+
+@pytest.mark.parametrize("batch_size", [520, 40])
+def test_what_dali_decodes_and_pillow_does_not_is_replaced_in_no_batch(
+    batch_size: int, jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would else depend on the other samples of its batch."""
+    use_dali(monkeypatch)
+    damage(jpeg_copy, 5, broken_in_the_middle)
+    expected = labels_of(copies(train(jpeg_copy, batch_size, AUG, **SKIP)))
+    damage(jpeg_copy, 9, DAMAGE["zeroed scan"])
+    loader = train(jpeg_copy, batch_size, AUG, **SKIP)
+    labels = labels_of(copies(loader))
+    assert loader.bad.found == [(9, 10)]
+    assert loader.source.defect(5) is None
+    stream = np.concatenate([loader.plan.indices(0, step) for step in range(len(loader))])
+    assert [place for place, _ in enumerate(stream) if labels[place] != expected[place]] == np.flatnonzero(
+        stream == 9
+    ).tolist()
+
+
+def test_what_pillow_decodes_and_dali_does_not_is_named_or_replaced_where_dali_reads(
+    jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = damage(jpeg_copy, 5, stray_bytes)
+    assert len(copies(train(jpeg_copy, 40, AUG, image_size=24))) == 13  # by the CPU's kernels
+    use_dali(monkeypatch)
+    for read in (train(jpeg_copy, 40, AUG, image_size=24), evaluation(jpeg_copy, 40, split="train", image_size=24)):
+        with pytest.raises(UserError, match=re.escape(f"{where} cannot be decoded: the data set is damaged")):
+            copies(read)
+    loader = train(jpeg_copy, 40, AUG, **SKIP)
+    assert len(copies(loader)) == 13
+    assert loader.bad.found == [(5, 6)]
+
+
+def labels_of(batches: list[Batch]) -> list[int]:
+    return [label for batch in batches for label in batch.labels.tolist()]
+
+
+def test_an_error_of_dali_without_a_bad_sample_stays_that_error(
+    jpeg_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dali(monkeypatch)
+    loader = train(jpeg_data, 48, **SKIP)
+
+    def fail() -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loader._runner, "result", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        copies(loader)
+
+
+def test_batches_that_the_user_holds_outlive_a_graph_that_failed(
+    damaged: Path, jpeg_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dali(monkeypatch)
+    assert_same(list(train(damaged, 26, AUG, **SKIP)), copies(expected_of(jpeg_data, 26, AUG)))
+
+
+def test_images_that_are_looked_at_and_not_counted_may_have_substitutes(
+    way: str, damaged: Path, jpeg_data: Path
+) -> None:
+    data = data_of(damaged, 40, **SKIP)
+    seen = copies(build_eval_loader(data, split="train", device="cpu", replaces=True))
+    sound = copies(
+        substituted(evaluation(jpeg_data, 40, split="train", image_size=24), open_split(jpeg_data, "train"), BAD)
+    )
+    assert_same(seen, sound)

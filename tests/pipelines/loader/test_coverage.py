@@ -1,0 +1,41 @@
+"""The checksum of samples: whatever the order and however they are cut into batches, and different for any others."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.loader.coverage import NOTHING, Tally, tallies_of, tally_of_split
+
+
+def plain_checksum(samples: list[int]) -> int:
+    """splitmix64, one sample after the other, in whole numbers without an end."""
+    total, mask = 0, 2**64 - 1
+    for sample in samples:
+        value = (sample + 0x9E3779B97F4A7C15) & mask
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & mask
+        total += value ^ (value >> 31)
+    return total % 2**64
+
+
+@given(st.permutations(range(40)), st.integers(1, 45))
+def test_order_and_batches_do_not_matter(order: list[int], batch_size: int) -> None:
+    batches = [order[begin : begin + batch_size] for begin in range(0, 40, batch_size)]
+    tallies = tallies_of(np.array(order), batch_size)
+    assert tallies == [Tally(len(batch), plain_checksum(batch)) for batch in batches]
+    assert reduce(add, tallies, NOTHING) == tally_of_split(40) == Tally(40, plain_checksum(order))
+
+
+@given(st.integers(2, 3000), st.data())
+def test_a_sample_twice_in_the_place_of_another_shows(samples: int, data: st.DataObject) -> None:
+    place, other = data.draw(st.lists(st.integers(0, samples - 1), min_size=2, max_size=2, unique=True))
+    indices = np.arange(samples)
+    indices[place] = other
+    (tally,) = tallies_of(indices, samples)
+    assert tally.samples == samples
+    assert tally != tally_of_split(samples)

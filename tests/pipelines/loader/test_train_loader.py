@@ -1,0 +1,144 @@
+"""Loaders of stages: sizes change as scheduled, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import AugConfig, DataConfig, EvalConfig
+from configs.stages import section_at
+from configs.utils.errors import UserError
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.loader.train_loader import StagedLoader, TrainLoader
+
+SEED = 4
+AUG = AugConfig(crop="random-resized", flip=0.5, flip_mode="alternating", auto="randaugment")  # type: ignore[arg-type]
+STAGES = [{"epoch": 1, "image_size": 24}, {"epoch": 3, "image_size": 40, "batch_size": 16}]
+
+
+def train(
+    folder: Path, stages: list[dict[str, int]], aug: AugConfig = AUG, rank: int = 0, world_size: int = 1, **options: Any
+) -> TrainLoader:
+    data = DataConfig(path=str(folder), stages=stages, threads=1, **{"batch_size": 32, **options})  # type: ignore[arg-type]
+    return build_train_loader(data, aug, seed=SEED, device="cpu", rank=rank, world_size=world_size)
+
+
+def epoch_of(loader: TrainLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and labels of the rest of an epoch."""
+    batches = [(images.clone(), labels.clone()) for images, labels in loader]
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_sizes_and_lengths_change_with_the_epoch_and_evaluation_keeps_its_own(npy_data: Path) -> None:
+    loader = train(npy_data, STAGES)
+    seen = []
+    for epoch in range(5):
+        assert loader.state == {"epoch": epoch, "step": 0}
+        length, size, batch = len(loader), loader.image_size, loader.plan.batch_size
+        shapes = {tuple(images.shape) for images, _ in loader}
+        assert shapes == {(batch, 3, size, size)}
+        seen.append((length, size, batch))
+    assert seen == [(21, 32, 32), (21, 24, 32), (21, 24, 32), (43, 40, 16), (43, 40, 16)]
+    evaluation = build_eval_loader(
+        DataConfig(path=str(npy_data), stages=STAGES, batch_size=32),  # type: ignore[arg-type]
+        EvalConfig(image_size=36),
+        device="cpu",
+    )
+    assert {images.shape[2] for images, _ in evaluation} == {36}
+
+
+def test_order_and_draws_are_those_of_the_same_epoch_without_stages(npy_data: Path) -> None:
+    staged = train(npy_data, STAGES)
+    for epoch in (0, 2, 3):
+        plain = train(npy_data, [], image_size=staged.at(epoch).image_size, batch_size=staged.at(epoch).plan.batch_size)
+        staged.state = plain.state = {"epoch": epoch, "step": 0}
+        for ours, theirs in zip(epoch_of(staged), epoch_of(plain), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_two_ranks_with_half_the_batch_share_the_batches_of_one(npy_data: Path) -> None:
+    halved = [{key: size // 2 if key == "batch_size" else size for key, size in stage.items()} for stage in STAGES]
+    whole = train(npy_data, STAGES)
+    ranks = [train(npy_data, halved, batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
+    for _ in range(4):
+        images, labels = epoch_of(whole)
+        halves = [epoch_of(loader) for loader in ranks]
+        size = ranks[0].at(ranks[0].state["epoch"] - 1).plan.batch_size
+        for parts, expected in zip(zip(*halves, strict=True), (images, labels), strict=True):
+            pieces = [part.unflatten(0, (-1, size)) for part in parts]  # [batches, samples of a rank, ...]
+            assert torch.equal(torch.cat(pieces, dim=1).flatten(0, 1), expected)
+
+
+def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
+    whole = train(npy_data, STAGES)
+    for epoch in (0, 1, 3):
+        whole.state = {"epoch": epoch, "step": 0}
+        images, labels = epoch_of(whole)
+        resumed = train(npy_data, STAGES)
+        resumed.state = {"epoch": epoch, "step": 5}
+        size = resumed.plan.batch_size
+        again, again_labels = epoch_of(resumed)
+        assert torch.equal(again, images[5 * size :])
+        assert torch.equal(again_labels, labels[5 * size :])
+        assert resumed.state == {"epoch": epoch + 1, "step": 0}
+
+
+def test_an_iterator_raises_when_another_stage_has_one_since_or_the_state_went_there(npy_data: Path) -> None:
+    for goes_on in (lambda loader: None, lambda loader: next(iter(loader))):
+        loader = train(npy_data, STAGES)
+        first = iter(loader)
+        next(first)
+        loader.state = {"epoch": 1, "step": 0}
+        goes_on(loader)
+        with pytest.raises(RuntimeError, match="one iterator at a time"):
+            next(first)
+
+
+def test_the_section_of_an_epoch_has_its_sizes_and_no_stages() -> None:
+    data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
+    sections = [section_at(data, epoch) for epoch in range(5)]
+    sizes = [(section.image_size, section.batch_size, section.stages) for section in sections]
+    assert sizes == [(48, 32, ()), (24, 32, ()), (24, 32, ()), (40, 16, ()), (40, 16, ())]
+
+
+def test_the_waiting_time_is_that_of_all_stages(npy_data: Path) -> None:
+    loader = train(npy_data, [{"epoch": 0, "image_size": 24}, {"epoch": 1, "image_size": 32}])
+    assert isinstance(loader, StagedLoader)
+    epoch_of(loader)
+    first = loader.wait_s
+    epoch_of(loader)
+    assert loader.wait_s == sum(stage.wait_s for stage in loader.stages) > first > 0
+
+
+def test_stages_of_one_size_share_the_pixels_in_memory(npy_data: Path) -> None:
+    loader = train(npy_data, STAGES, AugConfig(flip=0.5), placement="device")
+    contents = [stage.source._content for stage in loader.stages]  # type: ignore[attr-defined]
+    assert len(contents) == 3
+    assert all(np.shares_memory(contents[0], content) for content in contents)
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) -> None:
+    with pytest.raises(UserError, match=r"aug\.cutout=30 exceeds images of 24 pixels"):
+        train(npy_data, STAGES, AugConfig(cutout=30))
+    with pytest.raises(UserError, match=r"data\.batch_size=5000 exceeds the 700 samples"):
+        train(npy_data, [{"epoch": 2, "batch_size": 5000}])
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_on_a_gpu_stages_with_and_without_dali_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
+    """The stored size needs no DALI where pixels are resident; the other stages do, and share the pixels."""
+    data = DataConfig(path=str(npy_data), stages=STAGES, batch_size=32, threads=1, placement=placement)  # type: ignore[arg-type]
+    aug = AugConfig(crop="pad", padding=2, flip=0.5)
+    on_gpu, on_cpu = (build_train_loader(data, aug, seed=SEED, device=device) for device in ("cuda", "cpu"))
+    for epoch in range(4):
+        images, labels = epoch_of(on_gpu)
+        expected, expected_labels = epoch_of(on_cpu)
+        assert torch.equal(labels.cpu(), expected_labels)
+        assert (images.cpu().int() - expected.int()).abs().max() <= (0 if epoch == 0 else 2)

@@ -1,0 +1,48 @@
+"""Whoever names a source in place of a converted data set is told the command that converts it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipelines.storage.convert_hint import how_to_convert
+from tools import convert
+
+
+@pytest.mark.parametrize(
+    ("files", "folder", "options"),
+    [
+        (["a b/large.h5"], "a b", {"command": "hdf5", "source": Path("a b/large.h5"), "out": Path("data/large")}),
+        (["x.HDF5"], "x.HDF5", {"command": "hdf5", "source": Path("x.HDF5"), "out": Path("data/x")}),
+        (["raw/cifar-10-batches-py/test_batch"], "raw", {"command": "cifar10", "source": Path("raw")}),
+        (["cifar-100-python/train"], "cifar-100-python", {"command": "cifar100", "out": Path("data/cifar100")}),
+        (["raw/cifar-10-python.tar.gz"], "raw", {"command": "cifar10", "out": Path("data/cifar10")}),
+        (["photos/train/cat/1.jpg"], "photos", {"command": "imagefolder", "source": Path("photos")}),
+        (["photos/Training/cat/1.jpg"], "photos", {"command": "imagefolder", "source": Path("photos")}),
+        ([], "some/cifar10", {"command": "cifar10", "download": True, "out": Path("some/cifar10")}),
+        ([], "cifar100", {"command": "cifar100", "download": True, "out": Path("cifar100")}),
+        ([], "data/digits", {"command": "digits", "out": Path("data/digits")}),
+        ([], "data/medium-imagenet-96", {"command": "hdf5", "out": Path("data/medium-imagenet-96")}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_command_is_one_that_convert_takes(
+    files: list[str], folder: str, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    sentence = how_to_convert(folder)
+    command, _, use = sentence.removeprefix("convert it first: python tools/convert.py ").partition(", and give ")
+    parsed = vars(convert.build_parser().parse_args(shlex.split(command)))
+    assert {key: parsed[key] for key in options} == options
+    assert use == ("" if str(parsed["out"]) == folder else f"{parsed['out']} as the data set")
+
+
+def test_what_is_not_known_gets_no_guess(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
+        assert how_to_convert(path) == "convert the source with tools/convert.py first"

@@ -1,0 +1,214 @@
+"""Shards that change under a loader: bytes that are not what they were are never handed on for long, nor saved."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.utils import warnings as notes
+from configs.utils.errors import UserError
+from helpers.backends import use_dali
+from helpers.loaders import copies, train
+from pipelines.loader.loader import Loader
+from pipelines.storage import monitor
+from pipelines.storage.split import open_split
+
+BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
+NAME = "tiny-train-000001.tar"
+
+
+@pytest.fixture(autouse=True)
+def _unsaid() -> None:
+    notes.warn.cache_clear()
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, 4096)
+
+
+def extend(file: Path) -> None:
+    os.truncate(file, file.stat().st_size + 512)
+
+
+def overwrite(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(100_000)
+        opened.write(b"\xff" * 20_000)
+
+
+def touch(file: Path) -> None:
+    os.utime(file)
+
+
+def rewrite(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.write(file.read_bytes())
+
+
+def replace(file: Path) -> None:
+    other = file.with_suffix(".other")
+    other.write_bytes(bytes(file.stat().st_size))
+    other.rename(file)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def remove_all(file: Path) -> None:
+    shutil.rmtree(file.parent)
+
+
+ENDS = {truncate: "was truncated", extend: "was extended from", overwrite: "was overwritten with other bytes"}
+GOES_ON = {touch: None, rewrite: None, replace: "was replaced by another file", remove: "cannot be found any more"}
+Change = Callable[[Path], None]
+
+
+def by_name(changes: dict[Change, str | None]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("change", "says"), changes.items(), ids=[change.__name__ for change in changes])
+
+
+def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[Loader, Path]:
+    """One that reads from the map, and its second shard."""
+    folder: Path = request.getfixturevalue(f"{encoding}_copy")
+    return train(folder, 16, image_size=32, placement="host"), folder / NAME
+
+
+@BOTH
+@by_name(ENDS)
+def test_a_loader_ends_with_the_name_of_a_shard_that_was_changed(
+    change: Change, says: str, encoding: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "EVERY_S", 0.0)
+    monkeypatch.setattr(monitor, "SHARE", math.inf)
+    loader, file = loader_of(encoding, request)
+    batches = iter(loader)
+    next(batches)
+    change(file)
+    with pytest.raises(UserError, match=rf"{NAME} {says}"):
+        copies(batches)
+    with pytest.raises(UserError, match=rf"{NAME} {says}"):  # and does not forget it
+        loader.check_unchanged()
+
+
+@BOTH
+@by_name(GOES_ON)
+def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
+    change: Change,
+    says: str | None,
+    encoding: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(monitor, "EVERY_S", 0.0)
+    monkeypatch.setattr(monitor, "SHARE", math.inf)
+    loader, file = loader_of(encoding, request)
+    expected = [batch.images.sum() for batch in copies(loader)]
+    loader.state = {"epoch": 0, "step": 0}
+    time.sleep(0.02)
+    change(file)
+    assert [batch.images.sum() for batch in copies(loader)] == expected
+    loader.check_unchanged()
+    said = capsys.readouterr().err.splitlines()
+    warnings = [line for line in said if line.startswith("warning: ")]
+    assert len(warnings) == (says is not None)
+    assert says is None or f"{NAME} of split 'train' {says}" in warnings[0]
+
+
+@pytest.mark.parametrize("way", ["kernels", "DALI"])
+@BOTH
+def test_a_shard_that_was_cut_short_is_noticed_by_the_first_batch_that_reads_there(
+    encoding: str, way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "EVERY_S", math.inf)
+    if way == "DALI":
+        use_dali(monkeypatch)
+    loader, file = loader_of(encoding, request)
+    truncate(file)
+    with pytest.raises(UserError, match=rf"{NAME} was truncated to 4,096 of [\d,]+ bytes while it was in use"):
+        copies(loader)
+
+
+def test_a_whole_data_set_that_was_removed_is_read_to_the_end(
+    jpeg_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = train(jpeg_copy, 16, image_size=32)
+    remove_all(jpeg_copy / NAME)
+    assert len(copies(loader)) == len(loader)
+    loader.check_unchanged()
+    assert "cannot be found any more (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_removed_file_that_came_back_is_another_one(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = open_split(npy_copy, "train")
+    content = split.files[1].read_bytes()
+    split.files[1].unlink()
+    split.check_unchanged()
+    split.files[1].write_bytes(content)
+    split.check_unchanged()
+    split.check_unchanged()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert ["any more" in line for line in said] == [True, False]
+    assert "was replaced" in said[1]
+
+
+def test_files_are_looked_at_now_and_then_and_not_for_every_batch(
+    npy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    stat, now = Path.stat, [1000.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    split = open_split(npy_copy, "train")
+    monkeypatch.setattr(Path, "stat", lambda path, **options: (looked.append(path), stat(path, **options))[1])
+    for now[0], looks in ((1000.4, 0), (1000.6, 1), (1001.0, 1), (1001.2, 2)):
+        for _ in range(10):
+            split.watch.look()
+        assert looked == looks * list(split.files)
+    split.check_unchanged()
+    assert looked == 3 * list(split.files)
+
+
+def test_a_split_that_lies_in_memory_does_not_care_any_more(npy_copy: Path) -> None:
+    loader = train(npy_copy, 16, placement="device")
+    expected = copies(loader)
+    truncate(npy_copy / NAME)
+    loader.state = {"epoch": 0, "step": 0}
+    assert all((a.images == b.images).all() for a, b in zip(copies(loader), expected, strict=True))
+    loader.check_unchanged()
+
+
+def test_a_split_that_changes_while_it_is_read_into_memory_is_refused(
+    npy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixel_rows = type(open_split(npy_copy, "train")).pixel_rows
+
+    def changed(split: object) -> object:
+        truncate(npy_copy / NAME)
+        return pixel_rows(split)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipelines.storage.split.Split.pixel_rows", changed)
+    with pytest.raises(UserError, match=rf"{NAME} was truncated"):
+        train(npy_copy, 16, placement="device")
+
+
+def test_a_shard_that_changes_between_verifying_and_mapping_is_refused(
+    npy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.storage import split as shards
+
+    map_files = shards.map_files
+
+    def changed(*arguments: object) -> object:
+        replace(npy_copy / NAME)
+        return map_files(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "map_files", changed)
+    with pytest.raises(UserError, match=rf"{NAME} was changed while it was being opened"):
+        open_split(npy_copy, "train")

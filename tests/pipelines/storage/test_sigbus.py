@@ -1,0 +1,149 @@
+"""Reading a mapped file that was cut short gives zeros and a note; any other SIGBUS kills as it always did."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba import cfunc, types
+
+from pipelines.cpu import batch, sigbus_handler
+from pipelines.storage import sigbus
+from pipelines.storage.memory_map import Mapped, map_files
+
+ROOT = Path(__file__).parents[3]
+SIZE, SLOT = 300_000, 2**20
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, ...]:
+    """Three files of ones."""
+    paths = tuple(tmp_path / f"{number}.tar" for number in range(3))
+    for path in paths:
+        path.write_bytes(b"\1" * SIZE)
+    return paths
+
+
+def opened(files: tuple[Path, ...]) -> Mapped:
+    return map_files(files, [SIZE] * len(files), SLOT)
+
+
+def test_what_is_gone_reads_as_zeros_and_the_file_is_noted(files: tuple[Path, ...]) -> None:
+    mapped = opened(files)
+    assert mapped.content.sum() == 3 * SIZE
+    os.truncate(files[1], 5000)
+    assert mapped.content.sum() == 2 * SIZE + 5000
+    assert mapped.lost.nonzero()[0].tolist() == [1]
+    assert mapped.lost[1] - mapped.content.ctypes.data - SLOT == 8192  # the first page without a byte of the file
+
+
+def test_what_stays_is_still_read_from_the_file(files: tuple[Path, ...]) -> None:
+    mapped = opened(files)
+    os.truncate(files[0], SIZE // 2)
+    for place in range(SIZE - 1, 0, -4096):  # from the end: every page is another fault
+        assert mapped.content[place] == (place < SIZE // 2)
+    assert mapped.content[: SIZE // 2].all()
+
+
+def test_kernels_torch_and_many_threads_survive(files: tuple[Path, ...]) -> None:
+    mapped = opened(files)
+    out = np.full((64, 32, 32, 3), 7, np.uint8)
+    begins = np.random.default_rng(0).integers(100_000, SIZE - 4000, 64)
+    for file in files:
+        os.truncate(file, 50_000)
+
+    def read(number: int) -> None:
+        if number % 2:
+            batch.copy(mapped.content[number % 3 * SLOT :], begins, out)
+        else:
+            rows = torch.from_numpy(mapped.content)[: 3 * SLOT].view(-1, 4096)
+            assert rows.index_select(0, torch.arange(16, 70)).sum() == 0
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not out.any()
+    assert mapped.lost.all()
+
+
+def test_addresses_that_were_given_back_are_no_longer_watched_and_their_rows_are_used_again() -> None:
+    first, _ = sigbus.guard(np.array([[4096, 8192]] * 5))
+    place = first.ctypes.data
+    sigbus.release(first)
+    assert not first[:, [sigbus_handler.BEGIN, sigbus_handler.END]].any()
+    again, lost = sigbus.guard(np.array([[4096, 8192]] * 5))
+    assert again.ctypes.data == place
+    assert not lost.any()
+    sigbus.release(again)
+
+
+def test_a_closed_split_gives_its_rows_back(files: tuple[Path, ...]) -> None:
+    used = []
+    for _ in range(3):
+        mapped = opened(files)
+        used.append(mapped.lost.ctypes.data)
+        del mapped
+    assert len(set(used)) == 1
+
+
+def test_the_handler_calls_nothing_that_is_not_allowed_in_one() -> None:
+    pointer = types.CPointer(types.int64)
+    compiled = cfunc(types.void(types.int32, pointer, pointer))(sigbus_handler._handle).inspect_llvm()
+    called = set(re.findall(r"\bcall [^@\n]*@([\w.]+)\(", compiled))
+    assert {"mmap", "sigaction", "raise"} <= called
+    own = {name for name in called if "_handle" in name or name.startswith("llvm.")}
+    assert called - own == {"mmap", "sigaction", "raise"}
+
+
+PROGRAM = """
+import ctypes, mmap, os, sys
+from pathlib import Path
+import numpy as np
+from pipelines.mapping import map_files
+path, way = Path(sys.argv[1]), sys.argv[2]
+mapped = map_files((path,), [300_000], 2**20)
+opened = path.open("rb")
+other = mmap.mmap(opened.fileno(), 300_000, prot=mmap.PROT_READ)
+os.truncate(path, 5000)
+assert mapped.content.sum() == 5000
+if way == "other map":
+    other[200_000]
+elif way == "sent":
+    os.kill(os.getpid(), 7)
+elif way == "fork":
+    again = map_files((path,), [5000], 2**20)
+    os.truncate(path, 0)
+    child = os.fork()
+    assert again.content.sum() == 0 and again.lost.all()
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+print("alive")
+"""
+
+
+def run(file: Path, way: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", PROGRAM, str(file), way]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_fork_has_a_note_of_its_own(files: tuple[Path, ...]) -> None:
+    result = run(files[0], "fork")
+    assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
+
+
+@pytest.mark.parametrize("way", ["other map", "sent"])
+def test_another_bus_error_kills_as_it_always_did(way: str, files: tuple[Path, ...]) -> None:
+    result = run(files[0], way, "-X", "faulthandler")
+    assert (result.returncode, result.stdout) == (-signal.SIGBUS, "")
+    assert "Fatal Python error: Bus error" in result.stderr  # by the handler that was there before ours

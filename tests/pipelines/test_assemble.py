@@ -1,0 +1,74 @@
+"""What configs ask for can be put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.schema import Config
+from helpers.training import CPU, ROOT, alone
+from models import build_configured
+from pipelines.augment.mixup import check_mixing, is_on
+from train.build import build_all
+from train.engine.hard_samples import check_proxy
+from train.optim.factory import build_optimizer
+from train.optim.freeze import freeze
+from train.optim.param_groups import parameter_groups
+from train.optim.schedule import Timeline, learning_rate, scaled
+
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
+CLASSES = {"cifar10": 10, "digits": 10}  # 200 else
+STORED = {"cifar10": 32, "digits": 32, "medium-imagenet-96": 96}
+PIXELS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def sizes_of(config: Config) -> list[int]:
+    """The side of the images that the model is built for, then those that it is trained at."""
+    size = config.data.image_size or STORED[Path(config.data.path).name]
+    return [config.eval.image_size or size, *(stage.image_size or size for stage in config.data.stages), size]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_parts_of_a_shipped_config_fit_together(path: Path) -> None:
+    config = load_config(path)
+    train, sizes = config.train, sizes_of(config)
+    check_proxy(train, 1, is_on(config.aug.mix))
+    check_mixing(config.data, config.aug.mix)
+    classes = CLASSES.get(Path(config.data.path).name, 200)
+    # shapes only, where that can be: autocast, which is a part of the speedruns' networks, knows no meta device
+    with torch.device("cpu" if config.model.name.startswith("speedrun") else "meta"):
+        model = build_configured(config.model, classes, image_size=sizes[0], **PIXELS).eval()
+        for size in sizes:
+            assert model.network(torch.empty(1, 3, size, size)).shape == (1, classes)
+    if config.model.freeze:
+        freeze(model, config.model.freeze)
+    groups = parameter_groups(model, train.optimizer, train.lr)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    plain = train.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
+    build_optimizer(torch.nn.Conv2d(3, 4, 3), plain, train.lr)
+    timeline = Timeline.even(train.epochs, 50)
+    rates = [learning_rate(update, timeline, train) for update in range(timeline.total)]
+    assert max(rates) == pytest.approx(train.lr, rel=0.05)
+
+
+def test_a_training_has_what_its_config_asks_for_and_rates_of_its_global_batch() -> None:
+    options = ["train.ema.decay=0.9", "train.lookahead.every_steps=2", "train.proxy.model=lenet", "aug.mix.mixup=0",
+               "model.freeze=[conv1.*]", "train.lr_batch_size=32"]  # fmt: skip
+    config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)
+    dataset = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
+    with alone():
+        training = build_all(config, dataset, 10, 32, CPU)
+        plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 10, 32, CPU)
+    assert training.config == scaled(config.train, 64)
+    assert {group["lr"] for group in training.optimizer.param_groups} == {2 * config.train.lr}
+    assert training.ema is not None
+    assert training.lookahead is not None
+    assert training.proxy is not None
+    assert training.notes == ("frozen: 2 of 10 tensors, 456 of 83,126 parameters",)
+    assert (plain.ema, plain.lookahead, plain.proxy, plain.notes) == (None, None, None, ())
+    for ours, theirs in zip(training.network.parameters(), plain.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # what stands beside the network draws after it

@@ -1,0 +1,69 @@
+"""tools/benchmarks/suites/augmentations.py: each kind on its own, ours and torchvision's, on data sets of all sorts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.benchmarks.engine.interleaved import Outcome
+from tools.benchmarks.engine.roofline import Limits
+from tools.benchmarks.suites import augmentations
+from tools.benchmarks.suites.augmentations import KINDS, PEER
+
+BATCH, SIDE = 16, 24
+
+
+def made(folder: Path, scratch: Path | None) -> augmentations.Group:
+    return augmentations.group(folder, batch_size=BATCH, device="cpu", scratch=scratch, workers=0)
+
+
+@pytest.mark.parametrize("encoding", ["npy", "jpeg"])
+def test_every_contestant_gives_batches_of_one_shape(
+    encoding: str, npy_data: Path, jpeg_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augmentations, "SIDE", SIDE)
+    group = made({"npy": npy_data, "jpeg": jpeg_data}[encoding], tmp_path)
+    size = {"npy": 32, "jpeg": SIDE}[encoding]
+    assert group.facts["image_size"] == size
+    assert sum(facts["ours"] for facts in group.rows) == len(KINDS)
+    assert sum(not facts["ours"] for facts in group.rows) == len(KINDS) - 2  # all but timm's RandAugment and cutout
+    for contestant in group.contestants:
+        with contestant.build(*contestant.arguments) as streams:
+            images = next(streams[""].batches)[0]
+        assert tuple(images.shape) == (BATCH, 3, size, size), contestant.name
+        assert images.dtype == torch.uint8
+
+
+def test_without_a_scratch_folder_there_are_no_peers(npy_data: Path) -> None:
+    assert all(facts["ours"] for facts in made(npy_data, None).rows)
+
+
+def measured(group: augmentations.Group, rates: dict[str, float | str]) -> list[dict[str, Any]]:
+    """The rows of a run in which contestants reached these rates, or failed with these words."""
+    outcomes = []
+    for contestant in group.contestants:
+        reached = rates.get(contestant.name, 1000.0)
+        failed = isinstance(reached, str)
+        outcomes.append(
+            Outcome(contestant.name, "", [] if failed else [float(reached)], error=reached if failed else None)
+        )
+    return group.entry(outcomes, Limits())["rows"]
+
+
+def test_the_table_has_shares_of_the_flip_alone_and_ratios_to_torchvision(npy_data: Path, tmp_path: Path) -> None:
+    rates: dict[str, float | str] = {
+        "Model Zhu, flip alone": 4000.0,
+        f"{PEER}, flip alone": 500.0,
+        "Model Zhu, cutout": 3000.0,
+        f"{PEER}, RandAugment": "OSError: a long | sentence",
+    }
+    table = augmentations.table(measured(made(npy_data, tmp_path), rates))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    lines = {name: others for name, *others in cells}
+    assert lines["augmentation"] == ["ours, images/s", "of flip alone", PEER, "ours / this"]
+    assert lines["flip alone"] == ["4,000", "1.00", "500", "8.0"]
+    assert lines["cutout"] == ["3,000", "0.75", "", ""]
+    assert lines["RandAugment"] == ["1,000", "0.25", "failed", ""]

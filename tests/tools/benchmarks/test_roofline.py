@@ -1,0 +1,56 @@
+"""tools/benchmarks/engine/roofline.py: bounds are measured, positive, and above what they bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import ModelConfig
+from pipelines.storage.split import open_split
+from tools.benchmarks.engine import roofline
+from tools.benchmarks.engine.interleaved import Contestant, measure
+from tools.benchmarks.suites import groups
+
+
+def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = measure([Contestant("limits", roofline.limits, ("cpu", tmp_path))], 0.05, 1)
+    found = roofline.limits_of(outcomes)
+    assert set(found) == {roofline.MEMORY, roofline.ARITHMETIC, roofline.DISK}
+    assert all(value > 0 for value in found.values())
+    assert not list(tmp_path.iterdir())
+    assert all("value" in row for row in groups.limit_rows(outcomes))
+
+
+def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
+    size = open_split(npy_data, "train").image_shape
+    group = groups.loading([npy_data], None, size=(size or (0,))[0], batch_size=128, device="cpu")
+    ours, *bounds = group.run({}, 0.1, 3, None)["rows"]
+    fastest = max(row["images_per_s"] for row in bounds)
+    assert 0 < ours["share"] <= 1.2
+    assert ours["bound"]["images_per_s"] == pytest.approx(fastest, rel=1e-3)
+
+
+# forward multiply-adds, from the homework's own counts; backward costs twice as much, less the first layer's input
+@pytest.mark.parametrize(("name", "size", "multiply_adds"), [("lenet", 32, 0.886e6), ("resnet18", 32, 555.4e6)])
+def test_training_flops_are_three_forward_passes_at_2_per_multiply_add(
+    name: str, size: int, multiply_adds: float
+) -> None:
+    passes = roofline.training_flops(ModelConfig(name=name), 10, size) / (2 * multiply_adds)
+    assert 2.4 < passes <= 3.01
+
+
+def test_the_tightest_bound_is_the_one_that_is_named() -> None:
+    found = {roofline.PINNED: 50e9, roofline.MEMORY: 100e9, roofline.DEVICE_MEMORY: 2000e9}
+    sizes = {"stored_bytes": 1000, "output_bytes": 2000}
+    host = roofline.loading_bounds(found, placement="host", device="cuda", **sizes)
+    assert host == {roofline.PINNED: 50e6, roofline.MEMORY: 100e6}
+    assert roofline.loading_bounds(found, placement="device", device="cuda", **sizes) == {roofline.DEVICE_MEMORY: 1e9}
+    row = {"images_per_s": 45e6}
+    groups.add_bound(row, host, otherwise="the cores")
+    assert (row["bound"], row["share"], row["binds"]) == (
+        {"name": roofline.PINNED, "images_per_s": 50e6}, 0.9, roofline.PINNED,
+    )  # fmt: skip
+    row = {"images_per_s": 5e6}
+    groups.add_bound(row, host, otherwise="the cores")
+    assert row["binds"] == "the cores"

@@ -1,0 +1,329 @@
+"""Image folders: order, classes, sub-folders, links, what is passed over, Tiny ImageNet's layout, unlabelled images."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs.utils.errors import UserError
+from helpers.sources import labels_of
+from pipelines.convert.encode import FORMATS
+from tools.sources.folder_scan import EXTENSIONS
+from tools.sources.imagefolder import open_imagefolder, open_pictures
+
+TORCHVISION = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # its IMG_EXTENSIONS
+
+
+def write_files(root: Path, *names: str) -> Path:
+    """Files whose content is their own name: the source hands bytes on and decodes nothing."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def contents(root: Path, split: str) -> list[str]:
+    rows = open_imagefolder(root).splits[split]
+    read = list(rows.read(0, len(rows)))
+    assert [rows.describe(row).encode() for row in range(len(rows))] == read
+    return [bytes(content).decode() for content in read]
+
+
+def test_rows_are_sorted_by_class_then_name_whatever_the_extension(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/b/2.PNG", "train/b/10.jpg", "train/a/z.JPEG", "train/a/b.webp", "val/b/1.bmp")
+    source = open_imagefolder(tmp_path)
+    assert source.classes == ("a", "b")
+    assert contents(tmp_path, "train") == ["train/a/b.webp", "train/a/z.JPEG", "train/b/10.jpg", "train/b/2.PNG"]
+    assert labels_of(source, "train") == [0, 0, 1, 1]
+    assert contents(tmp_path, "val") == ["val/b/1.bmp"]
+    assert labels_of(source, "val") == [1]
+    assert (source.kind, source.name) == ("imagefolder", tmp_path.name)
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [(name, split) for split, names in {"train": ["train", "Training"], "test": ["TEST", "testing"],
+                                        "val": ["val", "Valid", "VALIDATION", "dev"]}.items() for name in names],
+)  # fmt: skip
+def test_splits_have_their_usual_names_in_any_case(tmp_path: Path, folder: str, split: str) -> None:
+    write_files(tmp_path, f"{folder}/a/2.jpg", *(["train/a/1.jpg"] if split != "train" else []))
+    assert contents(tmp_path, split) == [f"{folder}/a/2.jpg"]
+
+
+def test_every_extension_that_torchvision_and_the_decoder_know_is_read(tmp_path: Path) -> None:
+    Image.init()
+    decoded = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+    assert set(EXTENSIONS) == decoded - {".pfm"}
+    assert set(EXTENSIONS) >= TORCHVISION
+    names = [f"1{suffix.upper()}" for suffix in EXTENSIONS]
+    write_files(tmp_path, *(f"train/a/{name}" for name in names))
+    pictures = open_pictures(tmp_path, "pictures", ("a",)).splits["pictures"]
+    assert len(open_imagefolder(tmp_path).splits["train"]) == len(pictures) == len(names)
+
+
+def test_images_in_sub_folders_of_a_class_are_its_images_sorted_by_path(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/b/images/1.jpg", "train/a/z.jpg", "train/a/m/n/2.jpg", "train/a/a.jpg")
+    (tmp_path / "train/a/m/back").symlink_to(tmp_path / "train/a", target_is_directory=True)  # a circle
+    expected = ["train/a/a.jpg", "train/a/m/n/2.jpg", "train/a/z.jpg", "train/b/images/1.jpg"]
+    assert contents(tmp_path, "train") == expected
+    assert labels_of(open_imagefolder(tmp_path), "train") == [0, 0, 0, 1]
+
+
+def test_a_slice_of_rows_survives_the_way_to_a_worker(tmp_path: Path) -> None:
+    rows = open_imagefolder(write_files(tmp_path, *(f"train/a/{i}.jpg" for i in range(5)))).splits["train"]
+    assert list(pickle.loads(pickle.dumps(rows)).read(1, 3)) == [b"train/a/1.jpg", b"train/a/2.jpg"]
+    assert rows.bytes_per_row == len("train/a/1.jpg")
+
+
+def test_names_in_any_script_are_read(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/猫/ü é.jpg")
+    assert contents(tmp_path, "train") == ["train/猫/ü é.jpg"]
+
+
+def test_file_names_that_are_not_utf8_are_read_and_described(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/a/1.jpg")
+    (tmp_path / "train/a" / os.fsdecode(b"\xff.jpg")).write_bytes(b"content")
+    rows = open_imagefolder(tmp_path).splits["train"]
+    assert list(rows.read(1, 2)) == [b"content"]
+    assert rows.describe(1) == "train/a/\ufffd.jpg"
+
+
+def test_an_empty_file_is_handed_on_as_empty_bytes(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/a/1.jpg")
+    (tmp_path / "train/a/2.jpg").touch()
+    assert list(open_imagefolder(tmp_path).splits["train"].read(1, 2)) == [b""]
+
+
+def test_flat_test_images_are_a_split_without_labels(tmp_path: Path) -> None:
+    source = open_imagefolder(write_files(tmp_path, "train/a/1.jpg", "test/2.jpg", "test/10.jpg"))
+    assert contents(tmp_path, "test") == ["test/10.jpg", "test/2.jpg"]
+    assert source.splits["test"].labels is None
+
+
+def test_test_images_in_class_folders_have_labels(tmp_path: Path) -> None:
+    source = open_imagefolder(write_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/b/2.jpg"))
+    assert labels_of(source, "test") == [1]
+
+
+def test_a_class_may_have_no_images_which_is_noted_in_every_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "train/b/1.jpg", "val/a/1.jpg", "test/a/1.jpg", "test/b/1.jpg")
+    (tmp_path / "train/a").mkdir()
+    source = open_imagefolder(tmp_path)
+    assert (source.classes, labels_of(source, "train")) == (("a", "b"), [1])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "note: train has no images of 1 of 2 classes: a",
+        "note: val has no images of 1 of 2 classes: b",
+    ]
+
+
+def test_what_is_passed_over_is_counted_by_extension_and_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "train/a/1.jpg", "train/a/x.txt", "train/a/deeper/y.TXT", "train/flat.jpg", "README.md",
+                "train/a/.hidden.jpg", "train/.ipynb_checkpoints/1.jpg", "loose.jpg", "train/a/LICENSE")  # fmt: skip
+    os.mkfifo(tmp_path / "train/a/pipe.jpg")
+    (tmp_path / "train/a/gone.jpg").symlink_to("nothing.jpg")
+    assert contents(tmp_path, "train") == ["train/a/1.jpg"]
+    assert capsys.readouterr().err == (
+        "note: passed over 10 entries: 2 .jpg, outside of the class folders (loose.jpg …); 2 .txt, no image "
+        "(train/a/x.txt …); 1 .jpg, hidden (train/a/.hidden.jpg); 1 .jpg, link that leads nowhere "
+        "(train/a/gone.jpg); 1 .jpg, no regular file (train/a/pipe.jpg); 1 .md, no image (README.md); 1 folder, hidden "
+        "(train/.ipynb_checkpoints); 1 without extension, no image (train/a/LICENSE)\n"
+    )
+
+
+def test_litter_of_archives_and_file_managers_is_ignored_quietly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "train/a/1.jpg", "__MACOSX/train/a/._1.jpg", "train/a/._1.jpg", "train/.DS_Store",
+                "train/a/Thumbs.db", "train/a/__MACOSX/2.jpg", "Desktop.ini")  # fmt: skip
+    for rows in (open_imagefolder(tmp_path).splits["train"], open_pictures(tmp_path, "p", ("a",)).splits["p"]):
+        assert [rows.describe(row) for row in range(len(rows))] == ["train/a/1.jpg"]
+    assert capsys.readouterr().err == ""
+
+
+def test_every_other_folder_beside_the_splits_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_imagefolder(write_files(tmp_path, "train/a/1.jpg", "extra/a/1.jpg", "vall/a/1.jpg", "__MACOSX/a/1.jpg"))
+    assert "has folders that mean no split and are not read: extra, vall; splits are" in capsys.readouterr().err
+
+
+def test_links_out_of_the_source_are_refused_by_name(tmp_path: Path) -> None:
+    outside = write_files(tmp_path / "outside", "secret.jpg", "class/1.jpg")
+    for link, target in (("train/a/9.jpg", "secret.jpg"), ("train/b", "class"), ("val", "")):
+        root = write_files(tmp_path / "root", "train/a/1.jpg")
+        (root / link).symlink_to(outside / target)
+        with pytest.raises(UserError, match=f"symbolic link .*{link} leads out of the source folder"):
+            open_imagefolder(root)
+        shutil.rmtree(root)
+
+
+def test_links_within_the_source_are_followed_and_broken_ones_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_files(tmp_path / "root", "train/a/1.jpg")
+    (root / "train/a/2.jpg").symlink_to("1.jpg")
+    (tmp_path / "alias").symlink_to(root)
+    for path in (root, tmp_path / "alias"):
+        assert list(open_imagefolder(path).splits["train"].read(0, 2)) == [b"train/a/1.jpg"] * 2
+    assert capsys.readouterr().err == ""
+    (root / "train/a/3.jpg").symlink_to("3.jpg")  # a circle
+    (root / "train/a/4.jpg").symlink_to("nothing")
+    for open_source in (open_imagefolder, lambda root: open_pictures(root, "train", ("a",))):
+        assert len(open_source(root).splits["train"]) == 2
+        assert "passed over 2 entries: 2 .jpg, link that leads nowhere (train/a/3.jpg …)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has no folder 'train'"),
+        (["a/1.jpg", "b/1.jpg"], r"has no folder 'train' \(it has a, b\); the layout is"),
+        (["train/a/1.txt"], "train holds no images"),
+        (["train/a/1.txt", "train/1.jpg"], "holds no images .*passed over: 1 .jpg, outside .*; 1 .txt, no image"),
+        (["train/a/1.jpg", "val/a/1.txt"], "val holds no images"),
+        (["train/a/1.jpg", "val/b/1.jpg", "val/c/1.jpg"], "2 class folders that train lacks, such as 'b'"),
+        (["train/a/1.jpg", "val/a/1.jpg", "Valid/a/1.jpg"], "has Valid and val, which all mean split 'val'"),
+        (["train/a/1.jpg", "val/images/1.jpg"], "no .*val_annotations.txt that names their classes"),
+        (["train/a/1.jpg", "test/1.jpg", "test/a/1.jpg"], "image files beside the folders a"),
+    ],
+)
+def test_another_layout_is_refused_with_what_was_found(tmp_path: Path, files: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_imagefolder(write_files(tmp_path, *files))
+
+
+def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; the layout is"):
+        open_imagefolder(tmp_path / "missing")
+    write_files(tmp_path, "file")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        open_imagefolder(tmp_path / "file")
+
+
+def test_a_file_that_vanishes_while_reading_is_named(tmp_path: Path) -> None:
+    rows = open_imagefolder(write_files(tmp_path, "train/a/1.jpg")).splits["train"]
+    (tmp_path / "train/a/1.jpg").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*1.jpg \(No such file"):
+        list(rows.read(0, 1))
+
+
+def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_the_place(tmp_path: Path) -> None:
+    one = write_files(tmp_path / "one", "train/a/1.jpg", "val/a/1.jpg")
+    moved = write_files(tmp_path / "moved", "train/a/1.jpg", "val/a/1.jpg")
+    fingerprint = open_imagefolder(one).fingerprint
+    assert open_imagefolder(moved).fingerprint == fingerprint
+    (moved / "val/a/1.jpg").write_text("longer than before")
+    assert open_imagefolder(moved).fingerprint != fingerprint
+    write_files(one, "train/b/1.jpg")
+    assert open_imagefolder(one).fingerprint != fingerprint
+
+
+def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "b.jpg", "a/2.PNG", "a/10.jpg", "a/deep/er/1.webp", "a/notes.txt", ".hidden/3.jpg")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a circle
+    source = open_pictures(tmp_path, "pictures", ("x", "y"))
+    rows = source.splits["pictures"]
+    names = ["a/10.jpg", "a/2.PNG", "a/deep/er/1.webp", "b.jpg"]
+    assert [rows.describe(row) for row in range(len(rows))] == names
+    assert list(rows.read(0, 4)) == [name.encode() for name in names]
+    assert (rows.labels, source.classes) == (None, ("x", "y"))
+    assert (
+        "passed over 3 entries: 1 .txt, no image (a/notes.txt); 1 folder, hidden (.hidden); 1 folder, link to a "
+        in (capsys.readouterr().err)
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no images"):
+        open_pictures(tmp_path / "empty", "pictures", ("x",))
+
+
+def tiny_imagenet(root: Path, annotations: str) -> Path:
+    """Files of the layout as published; annotations: lines of FILE CLASS, to which a box is added."""
+    write_files(root, "wnids.txt", "words.txt", "train/n2/n2_boxes.txt", "train/n1/n1_boxes.txt",
+                *(f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2) for place in range(3)),
+                *(f"{name}/images/{name}_{place}.JPEG" for name in ("val", "test") for place in range(3)))  # fmt: skip
+    lines = [line.split() for line in annotations.splitlines()]
+    (root / "val/val_annotations.txt").write_text("".join(f"{name}\t{label}\t0\t32\t44\t62\n" for name, label in lines))
+    return root
+
+
+def test_tiny_imagenet_is_read_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tiny_imagenet(tmp_path, "val_0.JPEG n2\nval_1.JPEG n1\nval_2.JPEG n2")
+    source = open_imagefolder(root)
+    assert source.classes == ("n1", "n2")
+    assert contents(root, "train") == [f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2)
+                                       for place in range(3)]  # fmt: skip
+    assert labels_of(source, "train") == [0, 0, 0, 1, 1, 1]
+    assert contents(root, "val") == [f"val/images/val_{place}.JPEG" for place in (1, 0, 2)]
+    assert labels_of(source, "val") == [0, 1, 1]
+    assert contents(root, "test") == [f"test/images/test_{place}.JPEG" for place in range(3)]
+    assert source.splits["test"].labels is None
+    assert capsys.readouterr().err.splitlines()[0] == "note: passed over 4 entries: 4 .txt, no image (wnids.txt …)"
+
+
+def test_tiny_imagenets_labels_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    one, other = "val_0.JPEG n1\nval_1.JPEG n2\nval_2.JPEG n2", "val_0.JPEG n1\nval_1.JPEG n1\nval_2.JPEG n2"
+    first = open_imagefolder(tiny_imagenet(tmp_path, one)).fingerprint
+    assert open_imagefolder(tiny_imagenet(tmp_path, other)).fingerprint != first
+
+
+def test_tiny_imagenets_images_without_a_label_and_labels_without_an_image_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tiny_imagenet(tmp_path, "val_0.JPEG n2\nval_9.JPEG n1")
+    assert contents(root, "val") == ["val/images/val_0.JPEG"]
+    said = capsys.readouterr().err
+    assert "2 .jpeg, not named in val_annotations.txt (val/images/val_1.JPEG …)" in said
+    assert "1 .jpeg, named in val_annotations.txt, but missing (val/images/val_9.JPEG)" in said
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ("val_0.JPEG n3", "val_annotations.txt, line 1: 'n3' is not a class folder of train"),
+        ("val_0.JPEG n1\nval_0.JPEG n2", "line 2: 'val_0.JPEG' has a second class, 'n2'"),
+    ],
+)
+def test_wrong_annotations_are_refused_by_line(tmp_path: Path, annotations: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_imagefolder(tiny_imagenet(tmp_path, annotations))
+
+
+def test_annotations_are_not_read_through_a_link_out_of_the_source(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "root", "val_0.JPEG n1")
+    (root / "val/val_annotations.txt").rename(tmp_path / "outside.txt")
+    (root / "val/val_annotations.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(UserError, match="leads out of the source folder"):
+        open_imagefolder(root)
+
+
+def test_a_class_called_images_stays_a_class(tmp_path: Path) -> None:
+    source = open_imagefolder(write_files(tmp_path, "train/images/1.jpg", "val/images/1.jpg", "test/images/1.jpg"))
+    assert [labels_of(source, split) for split in ("train", "val", "test")] == [[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (["1.jpg", "2.jpg", "10.jpg"], True),
+        (["01.jpg", "02.jpg", "10.jpg"], False),
+        (["a1.jpg", "a2.jpg", "a10.jpg"], True),
+        (["a01.jpg", "a02.jpg", "a10.jpg"], False),
+        (["b1.jpg", "a2.jpg", "a10.jpg"], False),
+    ],
+)
+def test_numbered_test_images_out_of_their_numbers_order_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], noted: bool
+) -> None:
+    write_files(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/a/10.jpg", *(f"test/{name}" for name in names))
+    open_imagefolder(tmp_path)
+    assert ("leading zeros" in (said := capsys.readouterr().err)) == noted, said

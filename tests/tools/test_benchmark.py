@@ -1,0 +1,573 @@
+"""tools/benchmark.py: that it measures the real loader and step, in turns, and survives what fails. No figure is
+asserted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import helpers.benchmarks as fixtures
+from configs.load import load_config
+from configs.schema import AugConfig, EraseConfig
+from configs.utils.errors import UserError
+from tools import benchmark, convert
+from tools.benchmarks.engine import ours, results, roofline
+from tools.benchmarks.engine.interleaved import TIME_OVER, Contestant, Outcome, apart, measure
+from tools.benchmarks.peers import PeerSource
+from tools.benchmarks.suites import gpu, groups, programs, progressive, suite
+from tools.benchmarks.suites.groups import Group, Table
+from tools.benchmarks.suites.programs import Program
+from tools.benchmarks.suites.record import Record, start
+from tools.benchmarks.suites.suite import Part, Settings
+from tools.perf import batch_size_search
+from tools.perf.batch_size_search import Size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark") / "digits"
+    convert.main(["digits", "--out", str(folder)])
+    return folder
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/benchmark.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def settings_in(folder: Path, **settings: Any) -> Settings:
+    return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
+
+
+def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
+    return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
+
+
+def part_of(*tables: Table, name: str = "one") -> Part:
+    return Part(name, ("dali",), lambda _: iter(tables), is_bounded=False)
+
+
+def table_of(title: str, *rows: results.Row) -> Table:
+    return Table(title, "dali", ("value",), lambda found: iter(rows))
+
+
+def value(number: int) -> results.Row:
+    return {"name": "x", "ours": True, "error": None, "value": number}
+
+
+def titles_and_values(file: Path) -> list[tuple[str, int | None]]:
+    return [(one["title"], one["rows"][0].get("value")) for one in json.loads(file.read_text())["groups"]]
+
+
+def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "run.json"
+    quick = ("--seconds", 0.02, "--rounds", 1, "--batch-size", 32, "--scratch", tmp_path)
+    result = run("loader", "--data-path", digits, *quick, "--json", file)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(file.read_text())
+    assert {"device", "cores", "versions", "date"} <= set(content["environment"])
+    assert [group["stage"] for group in content["groups"]] == ["reading", "loading"]
+    for group in content["groups"]:
+        ours, *bounds = group["rows"]
+        bound = max(bounds, key=lambda row: row["images_per_s"])
+        assert ours["name"] == "Model Zhu"
+        assert ours["images_per_s"] > 0
+        assert ours["share"] == pytest.approx(ours["images_per_s"] / bound["images_per_s"], rel=0.01)
+        assert group["title"] in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["new folder"]  # nothing is left in the scratch folder
+
+
+def test_titles_name_all_that_the_loader_does() -> None:
+    assert groups.describe(AugConfig(crop="pad", flip=0.5)) == "pad and crop, flip"
+    assert groups.describe(AugConfig(flip=0)) == "no augmentation"
+    aug = AugConfig(auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, grayscale=0.1, erase=EraseConfig(probability=0.25))  # type: ignore[arg-type]
+    assert groups.describe(aug) == "flip, rand-m9-mstd0.5-inc1, colour jitter, greyscale, erasing"
+
+
+def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path: Path) -> None:
+    more = ["aug.auto=rand-m9-mstd0.5-inc1", "aug.mix.mixup=0.2", "aug.cutout=3", "aug.crop=pad", "aug.padding=2"]
+    arguments = ["peers", "--cfg", "configs/digits_lenet.yaml", "--data-path", str(digits), "--opts", *more]
+    reading, loading, training = benchmark.stage_groups(benchmark.parse_arguments(arguments), "cpu", tmp_path)
+    expected = AugConfig(crop="pad", padding=2, flip=0.0)
+    assert reading.stage == "reading"
+    assert loading.title.endswith("pad and crop")
+    assert training.contestants[0].arguments[0].aug == expected
+    sources = [argument for group in (loading, training) for contestant in group.contestants
+               for argument in contestant.arguments if isinstance(argument, PeerSource)]  # fmt: skip
+    assert len(sources) >= 4
+    assert {source.aug for source in sources} == {expected}
+
+
+def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
+    result = run("train", *config, "--seconds", 0.05, "--rounds", 2, "--json", file)
+    assert result.returncode == 0, result.stderr
+    ((resident, end_to_end),) = [group["rows"] for group in json.loads(file.read_text())["groups"]]
+    assert end_to_end["of_resident"] == pytest.approx(end_to_end["images_per_s"] / resident["images_per_s"], rel=1e-3)
+    assert end_to_end["bound"]["name"] == "matrix multiplication"
+
+
+def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    stages = "data.stages=[{epoch: 0, image_size: 32}, {epoch: 4, image_size: 34, batch_size: 32}]"
+    config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits, "--opts", stages)
+    result = run("stages", *config, "--rounds", 2, "--json", file)
+    assert result.returncode == 0, result.stderr
+    (group,) = json.loads(file.read_text())["groups"]
+    assert [(row["name"], row["changes"]) for row in group["rows"]] == [("32x32, batch 64", 2), ("34x34, batch 32", 2)]
+    assert all(row["ratio"] > 0 and row["images_per_s"] > 0 for row in group["rows"])
+    assert group["title"] == progressive.title(load_config("configs/digits_lenet.yaml"))
+    assert "images/s after a change" in result.stdout
+    without = run("stages", "--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
+    assert without.returncode == 2
+    assert "fewer than two stages" in without.stderr
+
+
+def test_nothing_to_measure_is_a_user_error_and_leaves_no_file(tmp_path: Path) -> None:
+    result = run("loader", "--json", tmp_path / "run.json")
+    assert not list(tmp_path.iterdir())
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nothing to measure")
+    assert "Traceback" not in result.stderr
+
+
+def test_what_fails_crashes_or_dies_costs_only_its_own_row() -> None:
+    contestants = [
+        Contestant("first", fixtures.steady),
+        Contestant("unbuildable", fixtures.cannot_be_built),
+        Contestant("half", fixtures.half_broken),
+        Contestant("dies in warm-up", fixtures.dies, (1,)),
+        Contestant("dies in a round", fixtures.dies, (20,)),
+        Contestant("last", fixtures.steady),
+    ]
+    outcomes = {(o.contestant, o.stream): o for o in measure(contestants, seconds=0.02, rounds=2)}
+    assert outcomes["unbuildable", ""].error == "RuntimeError: no such library"
+    assert outcomes["half", "broken"].error == "MemoryError: out of memory"
+    for name in ("dies in warm-up", "dies in a round"):
+        assert "SIGKILL" in str(outcomes[name, ""].error)
+    for key in (("first", ""), ("half", "good"), ("last", "")):
+        assert outcomes[key].error is None
+        assert len(outcomes[key].rates) == 2
+        assert 0 < outcomes[key].rate < fixtures.UNITS / 0.001
+
+
+def test_each_contestant_has_a_process_of_its_own_which_rests_outside_of_its_turns(tmp_path: Path) -> None:
+    file = tmp_path / "ticks"
+    contestants = [
+        Contestant("eager", fixtures.counts_in_a_thread, (str(file),)),
+        Contestant("slow", fixtures.steady, (0.01,)),
+    ]
+    outcomes = measure(contestants, seconds=0.3, rounds=2)
+    ticks = file.stat().st_size  # warm-up and two rounds of 0.3 s, but not the other's turns
+    time.sleep(0.05)
+    assert file.stat().st_size == ticks
+    assert ticks < 1300
+    assert len({outcome.facts["pid"] for outcome in outcomes}) == 2
+
+
+def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+
+    def broken() -> Iterator[Group]:
+        yield Group("good", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
+        raise OSError("no space left")
+
+    record = empty_record()
+    suite.run_all([Part("whole part", ("loading",), lambda _: broken(), is_bounded=False)], settings, record)
+    good, failed = record.tables()
+    assert good["rows"][0]["images_per_s"] > 0
+    assert failed["rows"][0]["error"] == "OSError: no space left"
+    assert results.failures(record.tables()) == ["whole part: whole part: OSError: no space left"]
+
+
+def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwanted_ones_are_left_out(
+    tmp_path: Path,
+) -> None:
+    settings = settings_in(tmp_path, deadline=time.monotonic() - 1, only=("scale",))
+    parts = suite.choose(suite.CPU_PARTS, [], settings.only)
+    assert [part.name for part in parts] == ["scale"]
+    record = empty_record()
+    suite.run_all(parts, settings, record)
+    limits_entry, entry = record.tables()
+    assert [row["note"] for row in limits_entry["rows"]] == [TIME_OVER]
+    assert entry["rows"][0]["note"] == TIME_OVER
+    assert results.failures(record.tables()) == []
+
+
+def test_only_unwanted_parts_after_the_deadline_is_exit_code_0(digits: Path, tmp_path: Path) -> None:
+    late = ("--minutes", 1e-9, "--only", "stages", "--seconds", 0.01, "--rounds", 1, "--json", tmp_path / "run.json")
+    result = run("all", "--small", digits, *late)
+    assert result.returncode == 0, result.stderr
+    groups = json.loads((tmp_path / "run.json").read_text())["groups"]
+    assert {group["part"] for group in groups} == {"limits", "stages"}
+    assert "failed" not in result.stderr
+
+
+def test_an_unknown_part_is_a_user_error() -> None:
+    result = run("all", "--part", "nonsense")
+    assert result.returncode == 2
+    assert "--part nonsense is not one of 32x32, LeNet" in result.stderr
+    with pytest.raises(UserError, match="--only ramp leaves no part to measure; choose from augment, loading"):
+        suite.choose(suite.CPU_PARTS, [], ["ramp"])
+
+
+def test_every_part_of_the_run_on_a_gpu_can_be_made(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    monkeypatch.setattr(gpu, "worthwhile", lambda *_: iter([Size(256, [1000.0]), Size(512, error="out of memory")]))
+    monkeypatch.setattr(programs, "profile", lambda *_, **__: iter([{"name": "step", "ours": True, "error": None}]))
+    titles = []
+    for part in gpu.PARTS:
+        for one in part.make(settings):
+            titles.append((part.name, one.title))
+            assert one.stage in part.stages, one.title
+            if isinstance(one, Group):
+                assert len(one.contestants) == len(one.rows) >= 1, one.title
+                assert len({contestant.name for contestant in one.contestants}) == len(one.contestants), one.title
+            elif one.stage in ("ramp", "profile"):
+                assert not results.failures([one.run({roofline.ARITHMETIC: 1e12}, 0.01, 1, None)])
+    assert len(set(titles)) == len(titles)
+    trained = ("timm/resnet50 224x224", "ResNet-18 224x224", "ResNet-50 96x96", "ResNet-18 96x96", "ResNet-18 32x32",
+               "LeNet 32x32", "AlexNet 70x70")  # fmt: skip
+    for title in (
+        *trained,
+        *(f"{size}x{size} raw" for size in (32, 96, 224)),
+        "JPEG 224x224 decoded",
+        "Speedrun to 94",
+    ):
+        assert any(title in found for _, found in titles), title
+    assert [part.name for part in gpu.PARTS][:7] == [
+        "training", "speedrun", "loaders", "decoding", "resnet50", "accuracy", "dali"
+    ]  # fmt: skip
+
+
+def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    _, profile, training = gpu.resnet50(settings)  # the first table is not run, as with --only
+    assert (profile.stage, training.stage) == ("profile", "training")
+    assert isinstance(training, Group)
+    assert training.contestants[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
+
+
+def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name another folder with --data"):
+        roofline.check_scratch(tmp_path, 2**60, "--data")
+    made = tmp_path / "digits-96"
+    made.mkdir()
+    (made / "dataset.json").touch()
+    with (made / "shard").open("wb") as file:
+        file.truncate(2**40)
+    roofline.check_scratch(tmp_path, 2**40, "--data")
+
+
+def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
+    made = gpu.images_of(settings, 224, "jpeg")
+    assert made.parent == tmp_path
+    times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    assert gpu.images_of(settings, 224, "jpeg") == made
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
+
+
+def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64, part_s=170.0,
+                           deadline=time.monotonic() + 5)  # fmt: skip
+    with pytest.raises(TimeoutError):
+        gpu.images_of(settings, 224)
+
+
+def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_part_adds_to_them(
+    tmp_path: Path,
+) -> None:
+    """A kill in the midst of the second table of the second part, whose first row had been measured."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from test_benchmark import empty_record, settings_in\n"
+        "from tools.benchmarks import suite\n"
+        "from tools.benchmarks.groups import Table\n"
+        "from tools.benchmarks.suite import Part\n"
+        "folder = Path(sys.argv[1])\n"
+        "def rows(*names):\n"
+        "    def make(found):\n"
+        "        for name in names:\n"
+        "            if name == 'hangs':\n"
+        "                print('hangs', flush=True)\n"
+        "                time.sleep(600)\n"
+        "            yield {'name': name, 'ours': True, 'error': None, 'value': 1}\n"
+        "    return make\n"
+        "def part(name, *tables):\n"
+        "    made = [Table(title, 'dali', ('value',), rows(*names)) for title, names in tables]\n"
+        "    return Part(name, ('dali',), lambda settings: iter(made), is_bounded=False)\n"
+        "parts = [part('one', ('a', ['x', 'y'])), part('two', ('b', ['x']), ('c', ['x', 'hangs']))]\n"
+        "suite.run_all(parts, settings_in(folder), empty_record(folder / 'run.json'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    assert process.stdout is not None
+    printed = list(itertools.takewhile(lambda line: line != "hangs\n", process.stdout))
+    process.kill()
+    process.wait()
+    assert "### b\n" in printed  # tables are printed as they come
+    left = json.loads((tmp_path / "run.json").read_text())
+    assert {name: part["is_complete"] for name, part in left["parts"].items()} == {"one": True, "two": False}
+    assert [(one["title"], [row["name"] for row in one["rows"]]) for one in left["groups"]] == [
+        ("a", ["x", "y"]), ("b", ["x"]), ("c", ["x"])
+    ]  # fmt: skip
+
+    record = empty_record(tmp_path / "run.json", earlier=left)
+    row = {"name": "z", "ours": True, "error": None, "value": 2}
+    table = Table("d", "dali", ("value",), lambda found: iter([row]))
+    suite.run_all([Part("three", ("dali",), lambda _: iter([table]), False)], settings_in(tmp_path), record)
+    both = json.loads((tmp_path / "run.json").read_text())
+    assert [one["title"] for one in both["groups"]] == ["a", "b", "c", "d"]
+    assert list(both["parts"]) == ["one", "two", "three"]
+    assert [one["title"] for one in record.tables()] == ["d"]
+
+
+def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tmp_path: Path) -> None:
+    def part(*tables: tuple[str, str | None]) -> Part:
+        made = [Table(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
+        return Part("one", ("dali",), lambda _: iter(made), is_bounded=False)
+
+    def row(note: str | None) -> dict[str, Any]:
+        return {"name": "x", "ours": True, "error": None, "date": len(made)} | ({"note": note} if note else {})
+
+    made: list[int] = []
+    first = empty_record(tmp_path / "run.json")
+    suite.run_all([part(("a", None), ("b", None), ("gone", None))], settings_in(tmp_path), first)
+    made.append(1)
+    second = empty_record(tmp_path / "run.json", earlier=first.run)
+    suite.run_all([part(("a", None), ("b", TIME_OVER))], settings_in(tmp_path), second)
+    content = json.loads((tmp_path / "run.json").read_text())
+    kept = [("a", 1), ("b", 0), ("gone", 0)]
+    assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == kept
+    third = empty_record(tmp_path / "run.json", earlier=second.run)
+    suite.run_all([part(("a", None), ("b", None))], settings_in(tmp_path), third)
+    assert [one["title"] for one in third.run["groups"]] == ["a", "b"]
+
+
+def test_a_table_measured_as_a_whole_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
+    (changes,) = suite.changes(settings_in(tmp_path, small=digits))
+    assert changes.title == "changes of image and batch size, lenet"
+    (cost,) = suite.cost_per_sample(settings_in(tmp_path))
+    assert cost.title == "Cost per sample by size of the data set, 96x96 raw"
+
+
+def test_a_part_that_is_not_complete_removes_no_earlier_table(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+
+    def measure_again(part: Part, only: tuple[str, ...] = ()) -> tuple[list[tuple[str, int | None]], bool]:
+        record = empty_record(file, earlier=json.loads(file.read_text()) if file.exists() else None)
+        suite.run_all([part], settings_in(tmp_path, only=only), record)
+        return titles_and_values(file), record.run["parts"]["one"]["is_complete"]
+
+    def ends_with(error: Exception) -> Part:
+        def make(settings: Settings) -> Iterator[Table]:
+            yield table_of("a", value(2))
+            raise error
+
+        return Part("one", ("dali",), make, is_bounded=False)
+
+    assert measure_again(part_of(table_of("a", value(1)), table_of("b", value(1)))) == ([("a", 1), ("b", 1)], True)
+    left_out = Table("b", "profile", ("value",), lambda found: iter([value(2)]))
+    assert measure_again(part_of(table_of("a", value(2)), left_out), only=("dali",)) == ([("a", 2), ("b", 1)], False)
+    remains = ("one, what remains", None)
+    assert measure_again(ends_with(TimeoutError())) == ([("a", 2), ("b", 1), remains], False)
+    assert measure_again(ends_with(OSError("full"))) == ([("a", 2), ("b", 1), remains, ("one", None)], False)
+    assert measure_again(part_of(table_of("a", value(3)))) == ([("a", 3)], True)
+
+
+def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(found: roofline.Limits) -> Iterator[results.Row]:
+        program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], tmp_path / "log", None)
+        return (program.row("crashes", {}) for _ in program.run())
+
+    monkeypatch.setattr(suite, "CPU_PARTS", (part_of(Table("a", "dali", ("value",), rows)),))
+    monkeypatch.setattr(gpu, "PARTS", suite.CPU_PARTS)
+    file = tmp_path / "run.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "all", "--json", str(file), "--data", str(tmp_path / "data")])
+    assert benchmark.main() == 1
+    ((row,),) = [group["rows"] for group in json.loads(file.read_text())["groups"]]
+    assert row["error"] == "exit code 1: no such set"
+
+
+def test_a_failure_is_reported_where_the_earlier_table_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    first = empty_record(file)
+    suite.run_all([part_of(table_of("a", value(1)))], settings_in(tmp_path), first)
+    second = empty_record(file, earlier=first.run)
+    rows = (results.skipped("x", results.RUNNING), results.skipped("x", results.RUNNING), results.failed("x", "crash"))
+    suite.run_all([part_of(table_of("a", *rows))], settings_in(tmp_path), second)
+    assert titles_and_values(file) == [("a", 1)]
+    assert results.failures(second.tables()) == ["a: x: crash"]
+
+
+def test_the_figures_of_a_program_that_still_runs_are_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    seen = []
+
+    def rows(found: roofline.Limits) -> Iterator[results.Row]:
+        for figures in ({}, {"value": 1}, {"value": 2}):
+            yield results.skipped("x", results.RUNNING) | figures
+            seen.append(titles_and_values(file))  # what a kill would leave
+
+    suite.run_all([part_of(Table("a", "dali", ("value",), rows))], settings_in(tmp_path), empty_record(file))
+    assert seen == [[("a", None)], [("a", 1)], [("a", 2)]]
+
+
+def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
+    def rows(found: roofline.Limits) -> Iterator[results.Row]:
+        yield value(1)
+        apart(time.sleep, 60, deadline=time.monotonic())
+
+    def whole() -> groups.Entry:
+        apart(time.sleep, 60, deadline=time.monotonic())
+        raise AssertionError
+
+    for part in (
+        part_of(Table("a", "dali", ("value",), rows)),
+        Part("one", ("stages",), lambda _: iter([groups.Whole("a", "stages", whole)]), is_bounded=False),
+    ):
+        record = empty_record()
+        suite.run_all([part], settings_in(tmp_path), record)
+        assert record.tables()[-1]["rows"][-1]["note"] == TIME_OVER
+        assert results.failures(record.tables()) == []
+        assert not record.run["parts"]["one"]["is_complete"]
+
+
+def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
+    kept: list[int] = []
+    group = Group("a", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
+    group.run({}, 0.02, 3, None, lambda entry: kept.append(len(entry["rows"])))
+    assert kept == [1, 1, 1]
+
+
+def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> None:
+    found = {"memory copy": 6e9, "matrix multiplication": 2e12}
+    rows = groups.limit_rows([Outcome("limits", name, [rate]) for name, rate in found.items()])
+    record = empty_record()
+    with record.part(suite.LIMITS):
+        record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
+        record.complete()
+    assert suite.measured_limits(settings_in(tmp_path), record) == pytest.approx(found)
+    late = settings_in(tmp_path, deadline=time.monotonic() - 1)
+    record.run["parts"][suite.LIMITS]["date"] = "2026-11-22"
+    assert suite.measured_limits(late, record) == {}  # of another day: measured again, but there was no time
+    record.run["parts"][suite.LIMITS]["date"] = "2026-11-23"
+    assert suite.measured_limits(late, record) == {}  # some are missing for time: measured again
+
+
+def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
+
+    def reaches(**rates: float) -> tuple[int, list[int]]:
+        def one(contestants: list[Contestant], *_: object, **__: object) -> list[Outcome]:
+            rate = rates.get(contestants[0].name.replace(" ", "_"))
+            error = None if rate else "OutOfMemoryError: too large"
+            return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]
+
+        monkeypatch.setattr(batch_size_search, "measure", one)
+        sizes = list(batch_size_search.worthwhile(config, 0.01, 1, None))
+        best = max((size for size in sizes if size.fits), key=lambda size: size.rate, default=None)
+        return best.batch if best else 0, [size.batch for size in sizes]
+
+    assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, [256, 512, 1024])
+    assert reaches(batch_256=100, batch_512=180) == (512, [256, 512, 1024])  # the third does not fit
+    assert reaches() == (0, [256])
+
+
+def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits: Path, tmp_path: Path) -> None:
+    config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
+    variants = {"host": {"placement": "host"}, "missing": {"path": str(tmp_path / "missing")}}
+    resident, host, missing = measure([Contestant("ours", ours.training, (config, variants))], 0.05, 1)
+    assert resident.rate > 0
+    assert host.rate > 0
+    assert host.facts["batch_size"] == config.data.batch_size
+    assert "does not exist" in str(missing.error)
+
+
+def test_after_the_deadline_nothing_new_is_started() -> None:
+    (outcome,) = measure([Contestant("late", fixtures.steady)], 0.02, 1, deadline=time.monotonic() - 1)
+    assert outcome.error == TIME_OVER
+
+
+def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure() -> None:
+    begin = time.monotonic()
+    outcomes = measure([Contestant("slow", fixtures.sleeps)], 0.02, 1, deadline=begin + 2)
+    assert time.monotonic() - begin < 10
+    row = results.row(outcomes[0], ours=True)
+    assert (row["error"], row["note"]) == (None, TIME_OVER)
+
+
+def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> None:
+    assert apart(int, "7") == 7
+    with pytest.raises(TimeoutError):
+        apart(int, "7", deadline=time.monotonic() - 1)
+    with pytest.raises(RuntimeError, match="invalid literal"):
+        apart(int, "seven")
+
+
+def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
+    file, log = tmp_path / "count", tmp_path / "log"
+    script = f"import time\nfor n in range(10**6): open({str(file)!r}, 'w').write(str(n)); time.sleep(0.01)"
+    program = Program([sys.executable, "-c", script], log, time.monotonic() + 3)
+    rows = [program.row("counts", {"n": 1} if file.exists() else {}) for _ in program.run()]
+    assert {row.get("note") for row in rows[:-1]} == {results.RUNNING}
+    assert rows[-1]["note"] == results.STOPPED
+    assert not results.failures([{"title": "", "rows": rows}])
+    count = file.read_text()
+    time.sleep(0.1)
+    assert file.read_text() == count
+    program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], log, None)
+    assert [program.row("fails", {}) for _ in program.run()][-1]["error"] == "exit code 1: no such set"
+
+
+def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missing(digits: Path, tmp_path: Path) -> None:
+    (missing,) = programs.reference(None, digits, 2, tmp_path, {}, None)
+    assert not missing["error"]
+    assert "--reference FOLDER" in missing["note"]
+    (missing,) = programs.reference(tmp_path, digits, 2, tmp_path, {}, None)
+    assert "does not exist" in missing["note"]
+    (tmp_path / programs.REFERENCE).write_text(
+        "import torch, time\n"
+        "data = torch.load('cifar10/train.pt')\n"
+        "assert data['images'].shape[1:] == (32, 32, 3) and len(data['labels']) == len(data['images'])\n"
+        "for run in ('warmup', *range(200)):\n"
+        "    print('|  %6s  |     0  |     0.7  |   0.6  |       |       0.5  |' % run)\n"
+        "    print('|          |  eval  |     0.9  |   0.93  |   0.94  |     2.5  |')\n"
+        "    time.sleep(0.2)\n"
+    )
+    *_, row = programs.reference(tmp_path, digits, 2, tmp_path / "out", {"time_s_mean": 2.0}, None)
+    assert (row["runs"], row["top1_mean"], row["time_s_mean"], row["ratio"]) == (2, 0.94, 2.5, 1.25)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["reference"]  # no file in a set named cifar10
+
+
+def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target() -> None:
+    lines = [{"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
+             for n, top1 in enumerate((0.5, None, 0.8, 0.7))]  # fmt: skip
+    found = programs.reached(lines, 0.75)
+    assert (found["top1"], found["epochs"], found["epochs_per_s"], found["target_reached_s"]) == (0.8, 4, 0.5, 6.0)
+    assert programs.reached(lines, 0.9)["target_reached_s"] is None
+    assert programs.reached([], 0.9) == {}
+    lines[1] |= {"epoch_time_s": None, "images_per_s": None}  # of an epoch that was begun by an older version
+    found = programs.reached(lines, 0.75)
+    assert (found["images_per_s"], found["training_s"], found["target_reached_s"]) == (100.0, None, None)

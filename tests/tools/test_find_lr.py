@@ -1,0 +1,179 @@
+"""The learning-rate range test: what it suggests for a curve, and that its updates are the training's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.utils.errors import UserError
+from helpers.training import DIGITS, Run, alone, random_batch, training_of
+from helpers.training import lenet as lenet_of
+from pipelines.loader.loader import Batch
+from pipelines.loader.prefetch import Plan
+from tools import find_lr
+from tools.find_lr import options_for, range_test
+from tools.runs.lr_range import DELAY, Curve, end_of, smooth, suggest
+from train.optim.schedule import scaled
+
+RATES = np.geomspace(1e-6, 10, 150)
+
+
+def curve_of(losses: np.ndarray) -> Curve:
+    rates = RATES[: len(losses)]
+    return Curve(rates, losses, smooth(list(losses), rates))
+
+
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.03, len(RATES))
+
+
+def descent(at: float) -> np.ndarray:
+    """From 2.3 to 0.5, most steeply at the rate `at`, over about a decade; from 1 on the loss rises."""
+    decades = np.log10(RATES)
+    fall = 1.8 / (1 + np.exp(-6 * (decades - np.log10(at))))
+    return 2.3 - fall + np.clip(decades, 0, None) ** 2 * 5
+
+
+@pytest.mark.parametrize("at", [1e-4, 3e-3, 0.05])
+def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
+    suggestion = suggest(curve_of(descent(at) + noise()))
+    assert suggestion.lr is not None
+    assert at / 1.5 < suggestion.lr < at * 3  # the smoothed loss lags a quarter of a decade behind
+    assert suggestion.lr_at_minimum is not None
+    assert suggestion.lr < suggestion.lr_at_minimum
+    assert suggestion.tenth_of_minimum == suggestion.lr_at_minimum / 10
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [2.3 + noise(), 2.3 + noise() + np.linspace(0, 3, len(RATES)), np.full(150, np.nan), np.full(150, np.inf),
+     np.array([2.3, 2.2, 2.1])],
+    ids=["flat", "rising", "nan", "infinite", "too short"],
+)  # fmt: skip
+def test_a_curve_without_a_clear_descent_gives_no_suggestion(losses: np.ndarray) -> None:
+    suggestion = suggest(curve_of(losses))
+    assert (suggestion.lr, suggestion.tenth_of_minimum) == (None, None)
+    assert suggestion.reason
+
+
+def test_losses_that_are_not_finite_at_the_end_do_not_hide_the_descent() -> None:
+    losses = descent(1e-3) + noise()
+    whole = suggest(curve_of(losses))
+    assert whole.lr is not None
+    losses[-10:] = np.nan
+    assert suggest(curve_of(losses)) == whole
+
+
+def test_smoothing_is_corrected_for_its_start_and_lags_by_a_share_of_a_decade() -> None:
+    for count in (50, 500):
+        rates = np.geomspace(1e-6, 10, count)
+        assert smooth([2.0] * count, rates) == pytest.approx(2.0)
+        decades = np.log10(rates)
+        assert decades[-1] - smooth(list(decades), rates)[-1] == pytest.approx(DELAY, rel=1e-3)
+
+
+def test_the_end_is_the_first_loss_out_of_bounds() -> None:
+    assert end_of(np.array([3.0, 2.0, 1.0, 3.9, 4.1, 1.0])) == 4
+    assert end_of(np.array([3.0, 2.0, np.nan, 1.0])) == 2
+    assert end_of(np.array([3.0, np.inf, 1.0])) == 1
+    assert end_of(np.array([3.0, 2.0, 7.9])) is None
+
+
+class Repeated:
+    """A loader of one batch, twice per epoch, in the same size at every epoch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self.stages = (self,)
+        self.plan = Plan(2 * len(batch.labels), len(batch.labels), lambda epoch, step: np.zeros(0))
+
+    def at(self, epoch: int) -> Repeated:
+        return self
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter([self._batch, self._batch])
+
+
+def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
+    batch, rates = random_batch(16), np.geomspace(1e-3, 1e-2, 23)
+    with alone():
+        tested = training_of(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
+        curve = range_test(tested, Repeated(batch), rates)  # type: ignore[arg-type]
+        by_hand = training_of(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
+        losses = []
+        for lr in rates:
+            for group in by_hand.optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            by_hand.sums.zero_()
+            for last in (False, True):
+                by_hand.step(by_hand, batch, update=last)
+            losses.append(float(by_hand.sums[0] / by_hand.sums[2]))
+    assert {group["lr_scale"] for group in by_hand.optimizer.param_groups} == {1.0, 2.0}
+    assert curve.loss == pytest.approx(losses)
+    for ours, theirs in zip(tested.network.parameters(), by_hand.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_test_stops_when_the_loss_diverges() -> None:
+    with alone():
+        training = training_of(lenet_of(), lr=1e-3)
+        curve = range_test(training, Repeated(random_batch(16)), np.geomspace(1e-2, 1e6, 200))  # type: ignore[arg-type]
+    assert len(curve.loss) == len(curve.lr) < 200
+    assert end_of(curve.smoothed) == len(curve.lr) - 1
+
+
+def test_rates_of_their_own_move_along_with_the_suggestion() -> None:
+    overrides = ["train.optimizer.bias_lr=0.06", "train.min_lr=6e-5"]
+    config = load_config(DIGITS, overrides)
+    options = options_for(config, 0.012)
+    assert options == "train.lr=0.012 train.min_lr=0.00012 train.optimizer.bias_lr=0.12"
+    assert load_config(DIGITS, [*overrides, *options.split()]).train.lr == 0.012
+
+
+def test_with_a_batch_that_rates_are_for_the_suggestion_is_for_that_batch() -> None:
+    overrides = ["train.lr_batch_size=256", "train.min_lr=6e-5", "data.batch_size=64", "train.accumulation_steps=2"]
+    options = options_for(load_config(DIGITS, overrides), 0.012)  # tested at half of that batch
+    assert options == "train.lr=0.024 train.min_lr=0.00024"
+    config = load_config(DIGITS, [*overrides, *options.split()])
+    assert scaled(config.train, 128).lr == 0.012
+
+
+def test_digits_get_a_rate_near_the_one_of_their_config(
+    digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "found"
+    find_lr.main(["--cfg", str(DIGITS), "--data-path", str(digits_run.data), "--out", str(out)])
+    facts = json.loads((out / "find_lr.json").read_text())
+    assert 6e-4 <= facts["suggestion"]["lr"] <= 6e-2
+    assert facts["diverged"]
+    assert facts["updates"] < find_lr.FEWEST
+    assert f"--opts train.lr={facts['suggestion']['lr']:.2g}" in capsys.readouterr().out
+    with (out / "find_lr.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == facts["updates"]
+    assert any(float(row["lr"]) == facts["suggestion"]["lr"] for row in rows)
+    assert (out / "find_lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["--from", "1", "--to", "0.1"], "ascending"), (["--from", "0"], "positive"), (["--steps", "3"], "at least 20")],
+)
+def test_senseless_ranges_are_refused(arguments: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        find_lr.main(["--cfg", str(DIGITS), *arguments])
+
+
+def test_a_run_folder_is_not_written_into(digits_run: Run) -> None:
+    with pytest.raises(UserError, match="folder of a run"):
+        find_lr.main(["--cfg", str(DIGITS), "--data-path", str(digits_run.data), "--out", str(digits_run.folder)])

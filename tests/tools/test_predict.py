@@ -1,0 +1,433 @@
+"""Predictions are those of evaluation, each with its own row; a submission is complete and in order, or refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.load import load_config, to_yaml
+from configs.utils.errors import UserError
+from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, write
+from helpers.training import DIGITS, Run, alone
+from pipelines import build_eval_loader
+from pipelines.convert.encode import Encoding
+from pipelines.storage.split import load_dataset, open_split
+from tools import convert, predict
+from tools.inference import ensemble
+from tools.inference.image_sets import conversion_of
+from tools.inference.trained_model import load_trained
+from train import ddp
+from train.build import build_all
+from train.checkpoint import store
+from train.engine.epoch import evaluate, predictions
+from train.reporting.run_info import dataset_facts
+
+TEST_ROWS = 41  # of npy_data
+
+
+def run(*arguments: Any, main: Callable[[], None] = predict.main) -> None:
+    """The command line, in this process and on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        main()
+
+
+def make_checkpoint(folder: Path, data: Path, seed: int = 0, image_size: int = 32, **settings: Any) -> Path:
+    """A run folder with an untrained LeNet, which tells noise from noise well enough."""
+    settings = {"data.path": str(data), "data.image_size": image_size, "seed": seed, **settings}
+    config, dataset = load_config(DIGITS, **settings), load_dataset(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone() as device:
+        training = build_all(config, dataset, len(dataset["classes"]), image_size, device)
+        about = {"config": to_yaml(config), "dataset": dataset_facts(dataset, image_size), "stream": {}}
+        position = {"epoch": 0, "step": 0}
+        store.save(folder / "last.pt", training, training.sums, position=position, progress={}, **about)
+    return folder
+
+
+@pytest.fixture
+def model(npy_data: Path, tmp_path: Path) -> Path:
+    """A run on the tiny data set, whose test split has no labels."""
+    return make_checkpoint(tmp_path / "run", npy_data)
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def table(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
+    """The model applied to pixels [H, W, 3] one by one, without loader and batches."""
+    with alone() as device, torch.inference_mode():
+        network = load_trained(run_folder, device).training.network
+        batches = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
+        return torch.cat([network(batch) for batch in batches]).numpy()
+
+
+@pytest.mark.parametrize("tta", [None, "flip-translate"])
+@pytest.mark.parametrize("batch_size", [None, 100])
+def test_a_checkpoints_figures_are_those_of_evaluate_to_the_last_digit(
+    digits_run: Run, tmp_path: Path, tta: str | None, batch_size: int | None
+) -> None:
+    with alone() as device:
+        trained = load_trained(digits_run.folder, device)
+        settings = trained.config.eval.model_copy(update={"batch_size": batch_size})
+        loader = build_eval_loader(trained.config.data, settings, device=device)
+        result = evaluate(trained.training, loader, 360, tta or "none")
+    options = (["--tta", tta] if tta else []) + (["--batch-size", batch_size] if batch_size else [])
+    run("--checkpoint", digits_run.folder, "--split", "val", "--out", tmp_path, *options)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = [metrics[key] for key in ("loss", "top1", "top5", "samples", "tta")]
+    assert found == [result.loss, result.top1, result.top5, 360, tta or "none"]
+    best = arrays(tmp_path)["logits"].argmax(1)
+    assert (best == arrays(tmp_path)["labels"]).mean() == result.top1
+
+
+def test_the_printed_figures_are_those_of_the_entry_points_eval(
+    digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--checkpoint", digits_run.folder, "--split", "val", "--out", tmp_path)
+    predicted = capsys.readouterr().out.splitlines()
+    best = digits_run.folder / "best.pt"
+    run("--cfg", digits_run.folder / "config.yaml", "--resume", best, "--eval", main=ddp.main)
+    assert capsys.readouterr().out.splitlines()[-1] == predicted[0]
+    assert predicted[0].startswith(f"{best}: val loss ")
+
+
+def test_a_test_splits_submission_has_every_row_of_the_source_in_its_order(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--checkpoint", model, "--split", "test", "--batch-size", 16)
+    out = model / "predictions-test"
+    expected = logits_of(model, [marked_image(row) for row in range(TEST_ROWS)])
+    np.testing.assert_allclose(arrays(out)["logits"], expected, atol=1e-5)
+    header, *rows = table(out / "submission.csv")
+    assert header == ["Id", "Category"]
+    assert [int(id_) for id_, _ in rows] == list(range(1, TEST_ROWS + 1))
+    assert [int(category) for _, category in rows] == expected.argmax(1).tolist()
+    assert len(set(expected.argmax(1).tolist())) > 1, "one class for all would hide a shift of rows"
+    assert (arrays(out)["labels"] == -1).all()
+    assert json.loads((out / "metrics.json").read_text())["top1"] is None
+    assert "checked 41 rows" in capsys.readouterr().out
+
+
+def test_table_and_arrays_agree(npy_data: Path, model: Path, tmp_path: Path) -> None:
+    run("--checkpoint", model, "--split", "train", "--out", tmp_path, "--top-k", 3)
+    content, (header, *rows) = arrays(tmp_path), table(tmp_path / "predictions.csv")
+    assert header[4:] == [f"{what}_{place}" for place in (1, 2, 3) for what in ("class", "probability")]
+    probabilities = torch.from_numpy(content["logits"]).softmax(1).numpy()
+    split = open_split(npy_data, "train")
+    assert len(rows) == len(split)
+    for sample in range(0, len(rows), 50):
+        row, file, label, number, *best = rows[sample]
+        order = (-probabilities[sample]).argsort()[:3]
+        assert int(row) == content["rows"][sample] == split.source_rows()[sample]
+        assert int(number) == order[0]
+        assert best[::2] == content["classes"][order].tolist()
+        assert content["top_classes"][sample].tolist() == order.tolist()
+        assert content["top_probabilities"][sample] == pytest.approx(probabilities[sample][order], rel=1e-5)
+        assert [float(text) for text in best[1::2]] == pytest.approx(probabilities[sample][order], rel=1e-4)
+        assert (file, label) == ("", content["classes"][content["labels"][sample]])
+    assert (content["labels"] == content["rows"] * 7 % 12).all()  # as memory_source labels its rows
+
+
+def sample_file(path: Path, ids: list[Any], header: str = "image,class") -> Path:
+    path.write_text("\n".join([header, *(f"{id_},0" for id_ in ids)]) + "\n")
+    return path
+
+
+def test_a_sample_decides_columns_and_ids(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"test/{number:05d}.png" for number in range(100, 100 + TEST_ROWS)]
+    for ids, said in ((range(TEST_ROWS), "ascending"), (names, "in the order of the sample, taken as that of rows")):
+        sample = sample_file(tmp_path / "sample.csv", list(ids))
+        run("--checkpoint", model, "--split", "test", "--sample-submission", sample, "--out", tmp_path)
+        assert said in capsys.readouterr().out
+        header, *rows = table(tmp_path / "submission.csv")
+        assert header == ["image", "class"]
+        assert [id_ for id_, _ in rows] == [str(id_) for id_ in ids]
+        assert [int(category) for _, category in rows] == arrays(tmp_path)["logits"].argmax(1).tolist()
+
+
+def test_ids_that_are_numbers_are_matched_by_number_in_any_order(model: Path, tmp_path: Path) -> None:
+    numbers = sorted(range(1, TEST_ROWS + 1), key=str)
+    names = [f"test/v2_{number}.png" for number in numbers]
+    sample = sample_file(tmp_path / "sample.csv", names)
+    run("--checkpoint", model, "--split", "test", "--sample-submission", sample, "--out", tmp_path, "--id-start", 1)
+    best = arrays(tmp_path)["logits"].argmax(1)
+    assert table(tmp_path / "submission.csv")[1:] == [
+        [name, str(best[number - 1])] for name, number in zip(names, numbers, strict=True)
+    ]
+
+
+def test_pictures_are_matched_with_a_sample_by_their_names(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(1, 13):
+        Image.fromarray(marked_image(number)).save(folder / f"img_{number}.png")
+    command = ["--checkpoint", model, "--split", folder, "--submission", tmp_path / "mine.csv", "--out", tmp_path]
+    with pytest.raises(
+        UserError, match=r"numbered, but sorted by path .* \(img_1, img_10, img_11 …\); give a --sample"
+    ):
+        run(*command)
+    sample = sample_file(tmp_path / "sample.csv", [f"img_{number}.png" for number in range(12, 0, -1)])
+    run(*command, "--sample-submission", sample)
+    expected = logits_of(model, [marked_image(number) for number in range(12, 0, -1)]).argmax(1)
+    assert [int(category) for _, category in table(tmp_path / "mine.csv")[1:]] == expected.tolist()
+
+
+def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "deeper" / "mine.csv"
+    run("--checkpoint", model, "--split", "val", "--submission", file, "--id-start", 0, "--id-column", "ID",
+        "--category-column", "Label")  # fmt: skip
+    header, *rows = table(file)
+    assert (header, rows[0][0], rows[-1][0]) == (["ID", "Label"], "0", "106")
+    run("--checkpoint", model, "--split", "test", "--submission", "none")
+    assert not (model / "predictions-test/submission.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "train", "--submission", "x.csv"], "'train' is stored shuffled"),
+        (["--split", "val", "--id-start", "0"], "--id-start belongs to a submission"),
+        (["--split", "valid"], r"neither a split of .* \(it has train, val, test\) nor a folder"),
+        (["--split", "test", "--fill", "12"], r"--fill=12 is no class number; use 0..11"),
+        (["--split", "test", "--top-k", "0"], "--top-k=0 is not a positive"),
+        (["--split", "test", "--out", "file"], "cannot write into file"),
+        (["--split", "test", "--data-path", "nowhere"], "'nowhere' does not exist.*--data-path"),
+        (["--split", "test", "--submission", "."], "--submission . is a folder"),
+        (["--split", "file"], "neither a split"),
+        (["--split", "test", "--sample-submission", "short"], "40 rows below its header image,class for 41 images"),
+        (["--split", "test", "--sample-submission", "zero", "--id-start", "1"], "start at 0; leave one out"),
+        (["--split", "test", "--sample-submission", "names", "--id-start", "1"], "do not count from 0 or 1"),
+        (["--split", "test", "--sample-submission", "zero", "--id-column", "Id"], "has 'image' there"),
+        (["--split", "test", "--sample-submission", "gap"], "neither from 0 or 1 without a gap nor in ascending order"),
+        (["--split", "test", "--sample-submission", "twice"], "has the id '7' twice"),
+        (["--split", "test", "--sample-submission", "wide"], "must have two columns.*but its row 1 is 'a,b,c'"),
+        (["--split", "test", "--sample-submission", "file"], "must have two columns.*it is empty"),
+        (["--split", "test", "--sample-submission", "missing"], "cannot be read"),
+        (["--split", "test", "--sample-submission", "zero", "--submission", "zero"], "is the sample submission itself"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_prediction(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("predicted"))
+    numbers = list(range(1, TEST_ROWS + 1))
+    Path("file").touch()
+    sample_file(Path("short"), numbers[:-1])
+    sample_file(Path("zero"), list(range(TEST_ROWS)))
+    sample_file(Path("names"), [f"img{number + 100}" for number in numbers])
+    sample_file(Path("gap"), [42, *numbers[:-1]])
+    sample_file(Path("twice"), [*numbers[:-1], 7])
+    sample_file(Path("wide"), numbers, header="a,b,c")
+    zero = Path("zero").read_text()
+    with pytest.raises(UserError, match=message):
+        run("--checkpoint", model, *options)
+    assert Path("zero").read_text() == zero
+
+
+def test_other_classes_than_the_data_sets_or_another_checkpoints_are_refused(model: Path, digits_run: Run) -> None:
+    with pytest.raises(UserError, match="differ in their classes"):
+        run("--checkpoint", model, "--split", "val", "--data-path", digits_run.data)
+    with pytest.raises(UserError, match=r"last\.pt and checkpoint .*best\.pt differ in their classes"):
+        run("--checkpoint", model, digits_run.folder, "--split", "val")
+
+
+@pytest.fixture
+def holey(tmp_path: Path) -> Path:
+    """JPEG data whose test rows 2 and 5 of 9 are no images."""
+    files: list[np.ndarray | bytes] = [jpeg_file(row) for row in range(9)]
+    files[2] = files[5] = b"no image"
+    test = MemoryRows(files, labelled=False)
+    write(
+        memory_source(train=MemoryRows(12, files=True), val=MemoryRows(9, files=True), test=test),
+        tmp_path / "d",
+        "jpeg",
+    )
+    return tmp_path / "d"
+
+
+def test_a_hole_in_the_test_split_is_refused_by_row_or_filled_and_shifts_nothing(holey: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "run", holey)
+    with pytest.raises(UserError, match=r"2 of 9 images cannot be read.*row 2 \(row\[2\]: cannot be .*row 5 .*--fill"):
+        run("--checkpoint", model, "--split", "test")
+    run("--checkpoint", model, "--split", "test", "--fill", 11)
+    run("--checkpoint", model, "--split", "val")  # the same files, all whole
+    out, whole = arrays(model / "predictions-test"), arrays(model / "predictions-val")
+    kept = [0, 1, 3, 4, 6, 7, 8]
+    assert out["rows"].tolist() == kept
+    assert [int(line[0]) for line in table(model / "predictions-test/predictions.csv")[1:]] == kept
+    np.testing.assert_allclose(out["logits"], whole["logits"][kept], atol=1e-5)  # val's broken rows are noise
+    categories = whole["logits"].argmax(1)
+    categories[[2, 5]] = 11
+    rows = table(model / "predictions-test/submission.csv")[1:]
+    assert rows == [[str(row + 1), str(category)] for row, category in enumerate(categories)]
+    unreadable = json.loads((model / "predictions-test/metrics.json").read_text())["unreadable"]
+    assert [entry["row"] for entry in unreadable] == [2, 5]
+
+
+def test_pictures_of_a_raw_split_are_predicted_as_the_split_is(digits_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    split = open_split(digits_run.data, "val")
+    pixels, places = split.pixel_rows()
+    for sample in range(30):
+        (folder / f"{sample % 3}").mkdir(parents=True, exist_ok=True)
+        image = pixels[places[sample]].reshape(32, 32, 3)
+        Image.fromarray(image).save(folder / f"{sample % 3}" / f"{sample:02d}.png")
+    run("--checkpoint", digits_run.folder, "--split", folder, "--out", tmp_path / "own")
+    run("--checkpoint", digits_run.folder, "--split", "val", "--out", tmp_path / "val")
+    order = sorted(range(30), key=lambda sample: (sample % 3, sample))
+    np.testing.assert_allclose(arrays(tmp_path / "own")["logits"], arrays(tmp_path / "val")["logits"][order], atol=1e-5)
+    rows = table(tmp_path / "own/predictions.csv")[1:]
+    assert [row[1] for row in rows] == [f"{sample % 3}/{sample:02d}.png" for sample in order]
+    assert sorted(file.name for file in (tmp_path / "own").iterdir()) == [
+        "metrics.json", "predictions.csv", "predictions.npz"]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [(), ("--encoding", "npy", "--size", "40")])
+def test_pictures_of_any_format_are_predicted_as_if_they_had_been_converted(
+    tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    for row in range(12):
+        for name in (f"train/{'ab'[row % 2]}/{row}.jpg", f"val/{'ab'[row % 2]}/{row}.jpg"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(jpeg_file(row))
+    (root / "test").mkdir()
+    for row in range(12, 20):
+        image = Image.open(io.BytesIO(jpeg_file(row)))
+        image.save(root / "test" / f"{row}.png") if row % 2 else (root / f"test/{row}.jpg").write_bytes(jpeg_file(row))
+    (root / "test" / "15.png").write_bytes(b"broken")
+    convert.main(["imagefolder", "--source", str(root), "--out", str(tmp_path / "data"), *options])
+    model = make_checkpoint(tmp_path / "run", tmp_path / "data", **{"eval.crop_fraction": 0.9})
+    run("--checkpoint", model, "--split", root / "test")
+    assert "no prediction for row 3, 15.png: cannot be decoded" in capsys.readouterr().err
+    run("--checkpoint", model, "--split", "test", "--submission", "none")
+    own, split = arrays(model / "pictures-test"), arrays(model / "predictions-test")
+    assert (own["logits"] == split["logits"]).all()
+    assert own["rows"].tolist() == split["rows"].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    files = [row[1] for row in table(model / "pictures-test/predictions.csv")[1:]]
+    assert files == ["12.jpg", "13.png", "14.jpg", "16.jpg", "17.png", "18.jpg", "19.png"]
+
+
+def test_links_that_lead_nowhere_and_litter_among_pictures_are_passed_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "__MACOSX").mkdir(parents=True)
+    for name in ("1.png", "2.PGM", "._1.png", "__MACOSX/1.png"):
+        Image.fromarray(marked_image(3)).convert("L").save(folder / name, "PPM" if name == "2.PGM" else "PNG")
+    (folder / "3.png").symlink_to("nothing.png")
+    run("--checkpoint", model, "--split", folder, "--out", tmp_path / "out")
+    assert [row[1] for row in table(tmp_path / "out/predictions.csv")[1:]] == ["1.png", "2.PGM"]
+    assert "note: passed over 1 entry: 1 .png, link that leads nowhere (3.png)" in capsys.readouterr().err
+
+
+def test_a_split_comes_before_a_folder_of_its_name_and_a_data_set_is_no_folder_of_pictures(
+    npy_data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test").mkdir()
+    for name in ("10.png", "9.png"):
+        Image.fromarray(marked_image(3)).save(tmp_path / "test" / name)
+    run("--checkpoint", model, "--split", "test", "--out", "split")
+    run("--checkpoint", model, "--split", "./test", "--out", "own")
+    assert len(arrays(tmp_path / "split")["rows"]) == TEST_ROWS
+    assert arrays(tmp_path / "own")["logits"] == pytest.approx(arrays(tmp_path / "split")["logits"][[3, 3]], abs=1e-5)
+    with pytest.raises(UserError, match=r"not in the order of their numbers \(10, 9 …\)"):
+        run("--checkpoint", model, "--split", "./test", "--submission", "x.csv")
+    with pytest.raises(UserError, match=re.escape(f"give --data-path {npy_data} and one of its splits")):
+        run("--checkpoint", model, "--split", npy_data)
+
+
+def test_several_checkpoints_are_averaged_in_probability_each_at_its_own_size(npy_data: Path, tmp_path: Path) -> None:
+    models = [
+        make_checkpoint(tmp_path / "a", npy_data),
+        make_checkpoint(tmp_path / "b", npy_data, seed=1, image_size=34, **{"eval.tta": "flip", "data.batch_size": 30}),
+    ]
+    for name, chosen in (("a", models[:1]), ("b", models[1:]), ("both", models)):
+        run("--checkpoint", *chosen, "--split", "val", "--out", tmp_path / "out" / name)
+    one, other, both = (torch.from_numpy(arrays(tmp_path / "out" / name)["logits"]) for name in ("a", "b", "both"))
+    mean = (one.double().softmax(1) + other.double().softmax(1)) / 2
+    torch.testing.assert_close(both.double(), mean.log(), atol=1e-5, rtol=0)
+    labels = torch.from_numpy(arrays(tmp_path / "out/both")["labels"])
+    metrics = json.loads((tmp_path / "out/both/metrics.json").read_text())
+    assert metrics["loss"] == pytest.approx(-mean[torch.arange(107), labels].log().mean().item(), abs=1e-5)
+    assert metrics["top1"] == (mean.argmax(1) == labels).double().mean().item()
+    assert [entry["tta"] for entry in metrics["checkpoints"]] == ["none", "flip"]
+    with alone() as device:
+        trained = load_trained(models[1], device)
+        loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
+        alone_b = evaluate(trained.training, loader, 107, "flip")
+    assert loader.image_size == 34
+    assert metrics["checkpoints"][1]["loss"] == alone_b.loss
+
+
+def test_checkpoints_of_two_data_sets_are_averaged_only_over_the_same_images(npy_data: Path, tmp_path: Path) -> None:
+    splits = {"train": MemoryRows(20), "val": MemoryRows(107), "test": MemoryRows(TEST_ROWS, labelled=False)}
+    write(memory_source(**splits), tmp_path / "same", "npy")
+    write(memory_source(**{**splits, "val": MemoryRows(106)}), tmp_path / "other", "npy")
+    first = make_checkpoint(tmp_path / "a", npy_data)
+    second, third = (make_checkpoint(tmp_path / f"run-{name}", tmp_path / name) for name in ("same", "other"))
+    run("--checkpoint", first, second, "--split", "val", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="holds other images"):
+        run("--checkpoint", first, third, "--split", "val", "--out", tmp_path / "out")
+
+
+def test_logits_that_are_not_finite_are_refused_by_image(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number, (logits, labels) in enumerate(predictions(*arguments)):
+            spoilt = logits.clone()
+            if number == 1:
+                spoilt[6, 3] = float("inf")
+            yield spoilt, labels
+
+    monkeypatch.setattr(ensemble, "predictions", diverged)
+    with pytest.raises(UserError, match="not finite for row 70 of split 'val': its weights"):
+        run("--checkpoint", model, "--split", "val", "--batch-size", 64)
+    assert not (model / "predictions-val/predictions.npz").exists()
+
+
+def test_pictures_are_stored_as_the_data_set_was(npy_data: Path, model: Path) -> None:
+    with alone() as device:
+        trained = load_trained(model, device)
+    assert conversion_of(trained) == Encoding("npy", size=32), "raw pixels of one size, as they came"
+    assert trained.conversion is not None
+    jpeg = {**trained.conversion, "name": "jpeg", "quality": 80}
+    assert conversion_of(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
+    assert conversion_of(replace(trained, conversion={**trained.conversion, "size": 48})) == Encoding("npy", size=48)
+    assert conversion_of(replace(trained, stored_shape=(32, 40, 3))) == Encoding("jpeg"), "no square to crop to"
+    assert conversion_of(replace(trained, conversion=None)) == Encoding("jpeg")
+
+
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(model: Path) -> None:
+    script = [sys.executable, str(Path(predict.__file__))]
+    root = Path(predict.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    bad = subprocess.run([*script, "--checkpoint", str(model), "--split", "x"], capture_output=True, text=True,
+                         env=environment, check=False)  # fmt: skip
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: --split 'x' is neither")
+    assert len(bad.stderr.splitlines()) == 1

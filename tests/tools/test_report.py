@@ -1,0 +1,80 @@
+"""tools/report.py: the documents and README's table are what the JSON files give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.utils.errors import UserError
+from helpers.benchmarks import a_run
+from tools import report
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    return path
+
+
+def call(folder: Path, readme: Path, *flags: str) -> int:
+    return report.main(["--folder", str(folder), "--readme", str(readme), *flags])
+
+
+def test_the_readme_s_table_is_what_the_json_files_give() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_a_run_survives_the_round_trip_and_its_documents_name_figures_failures_and_versions(tmp_path: Path) -> None:
+    run = a_run()
+    json_file, document, picture = report.write(run, tmp_path)
+    assert report.load_runs(tmp_path) == {"Test": run}
+    assert json_file.name == "Test.json"
+    text = document.read_text()
+    for part in (
+        "2,000,000",
+        "OSError: no / space",
+        "torch 2.15",
+        "python tools/benchmark.py all",
+        "2 cores",
+        "0.983",
+        picture.name,
+    ):
+        assert part in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_fails_until_the_table_is_made_anew(
+    tmp_path: Path, readme: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    report.write(a_run(), folder)
+    assert call(folder, readme, "--check") == 1
+    assert "run python tools/report.py" in capsys.readouterr().err
+    assert call(folder, readme) == 0
+    assert call(folder, readme, "--check") == 0
+    text = readme.read_text()
+    assert text.startswith("# Title")
+    assert text.endswith("rest\n")
+    assert "| 32x32 raw, reading alone | 2,000,000 | 2 | 50% of one copy of the bytes |" in " ".join(text.split())
+    assert "No figure from a GPU yet" in text
+    report.write(a_run("NVIDIA H200", gpu_memory_gib=140), folder)
+    assert call(folder, readme, "--check") == 1
+    assert call(folder, readme) == 0
+    assert "No figure from a GPU yet" not in readme.read_text()
+
+
+def test_a_readme_without_its_markers_is_a_user_error(tmp_path: Path, readme: Path) -> None:
+    readme.write_text("# Title\n")
+    with pytest.raises(UserError, match="put them back"):
+        call(tmp_path, readme)
+
+
+def test_files_of_other_formats_are_left_alone_and_broken_ones_are_named(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("[]")
+    assert report.load_runs(tmp_path) == {}
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json is not JSON"):
+        report.load_runs(tmp_path)

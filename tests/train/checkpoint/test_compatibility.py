@@ -1,0 +1,242 @@
+"""What a resumed run must agree in with its checkpoint, and what it may change."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from configs.load import load_config, to_yaml
+from configs.schema import Config, is_section, walk
+from configs.utils.errors import UserError
+from helpers.training import DIGITS
+from pipelines.storage.split import fingerprint
+from train.checkpoint.compatibility import check_same_run, identity, stream_of
+from train.optim.factory import with_used_settings
+
+PATH = Path("last.pt")
+STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
+PLATEAU = ("train.schedule=plateau",)
+# What results do not follow from, or not to the last digit; schedule plateau watches some of it.
+AFTER_A_FAULT = {"train.on_nonfinite"}
+BOOKKEEPING = {"name", "output", "resume", "eval.only", "model.num_classes"}
+WATCHED = {"train.eval_every_epochs"}
+SPEED = {
+    "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
+    "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
+}  # fmt: skip
+DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # without which they change nothing
+IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
+IN_DATA_SET = {"data.path"}
+
+
+def config_of(*options: str) -> Config:
+    return load_config(DIGITS, options)
+
+
+def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label: str = "ten") -> dict[str, Any]:
+    """A dataset.json whose train split lies in so many shards."""
+    files = [
+        {"file": f"{number}.tar", "samples": samples // shards, "bytes": 9, "sha256": label} for number in range(shards)
+    ]
+    split = {"samples": samples, "shards": files}
+    return {"name": name, "classes": [label], "encoding": "npy", "image_shape": [8, 8, 3], "splits": {"train": split}}
+
+
+def checkpoint_of(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    position = {"epoch": 1, "step": 0}
+    return {"config": to_yaml(config), "stream": stream, "position": position, "progress": {"best_top1": 0.5}}
+
+
+def check(then: Config, now: Config, text: str | None = None, passes: tuple[int, int] = (1, 1)) -> None:
+    """Go on with `now` from a checkpoint of `then`, whose config is `text`."""
+    data_set = data_set_of()
+    content = checkpoint_of(then, stream_of(then, data_set, passes[0])) | ({"config": text} if text else {})
+    check_same_run(content, now, stream_of(now, data_set, passes[1]), PATH)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (["seed=7"], "seed: 0 then, 7 now"),
+        (["data.batch_size=16"], "global batch: 64 then, 16 now"),
+        (["data.interpolation=bicubic"], 'data.interpolation: "bilinear" then, "bicubic" now'),
+        (["data.stages=[{epoch: 3, image_size: 40}]"], "global batch): [] then, [[3, 40, 64]] now"),
+        (["aug.erase.probability=0.5"], "aug.erase.probability: 0.0 then, 0.5 now"),
+        (["aug.auto=randaugment"], 'aug.auto.policy: "none" then, "randaugment" now'),
+        (["model.activation=relu"], 'model.activation: null then, "relu" now'),
+        (["train.schedule_options.rate=0.2"], "train.schedule_options.rate: 0.1 then, 0.2 now"),
+        (["train.ema.decay=0.9"], "train.ema.decay: null then, 0.9 now"),
+        (["train.clip_grad_value=1"], "train.clip_grad_value: null then, 1.0 now"),
+        (["train.lr_batch_size=64"], "train.lr_batch_size: null then, 64 now"),
+        (["train.loss=bce"], 'train.loss: "cross-entropy" then, "bce" now'),
+        (["data.val_split=train"], 'data.val_split: "val" then, "train" now'),
+        (["eval.crop_fraction=0.6"], "eval.crop_fraction: 1.0 then, 0.6 now"),
+        (["train.optimizer.layer_decay=0.7"], "train.optimizer.layer_decay: null then, 0.7 now"),
+    ],
+)
+def test_another_setting_is_refused_by_its_name_with_both_values(options: list[str], difference: str) -> None:
+    with pytest.raises(UserError, match=re.escape(difference)) as error:
+        check(config_of(), config_of(*options))
+    assert str(error.value).count(" then, ") == 1
+    assert str(error.value).startswith("cannot resume from last.pt, since settings differ (")
+
+
+@pytest.mark.parametrize(
+    ("now", "differences"),
+    [
+        (
+            data_set_of(shards=4),
+            ["data set: shards of split train: 1 then, 4 now", "data set: shard list of split train: "],
+        ),
+        (data_set_of(samples=20), ["data set: samples of split train: 40 then, 20 now", "data set: shard list of "]),
+        (data_set_of(label="other"), ["data set: classes by name: ", "data set: shard list of split train: "]),
+        (data_set_of(name="mnist", shards=2), ['data set: name: "digits" then, "mnist" now', "data set: shards of "]),
+    ],
+)
+def test_another_data_set_is_refused_and_what_differs_is_named(now: dict[str, Any], differences: list[str]) -> None:
+    config, then = config_of(), data_set_of()
+    content = checkpoint_of(config, stream_of(config, then, 1))
+    with pytest.raises(UserError, match=r"since settings differ \(data set: ") as error:
+        check_same_run(content, config, stream_of(config, now, 1), PATH)
+    for difference in differences:
+        assert difference in str(error.value)
+    assert fingerprint(then) not in str(error.value)
+
+
+def test_a_data_set_of_another_name_alone_is_the_same() -> None:
+    config = config_of()
+    content = checkpoint_of(config, stream_of(config, data_set_of(), 1))
+    check_same_run(content, config, stream_of(config, data_set_of(name="copy"), 1), PATH)
+
+
+def test_a_checkpoint_of_an_older_version_is_compared_by_the_fingerprint_alone() -> None:
+    config = config_of()
+    stream = {"data set": fingerprint(data_set_of()), "global batch": 64}
+    content = checkpoint_of(config, stream)
+    check_same_run(content, config, stream_of(config, data_set_of(), 1), PATH)
+    other = data_set_of(shards=2)
+    with pytest.raises(
+        UserError, match=f'\\(data set: "{fingerprint(data_set_of())}" then, "{fingerprint(other)}" now'
+    ):
+        check_same_run(content, config, stream_of(config, other, 1), PATH)
+
+
+@pytest.mark.parametrize("part", ["config", "stream", "position", "progress"])
+def test_a_checkpoint_that_does_not_say_what_its_run_followed_from_is_refused(part: str) -> None:
+    config = config_of()
+    stream = stream_of(config, data_set_of(), 1)
+    content = checkpoint_of(config, stream)
+    del content[part]
+    with pytest.raises(UserError, match=f"last.pt holds no {part}, as those of"):
+        check_same_run(content, config, stream, PATH)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        {"stream": {}}, {"stream": {"data set": 3, "global batch": 64}}, {"progress": {}},
+        {"stream": {"data set": "a", "global batch": 0}}, {"stream": {"data set": "a", "global batch": "64"}},
+        {"stream": {"data set": "a", "global batch": 64, "data set in detail": []}},
+        {"progress": {"best_top1": "high"}}, {"config": "train: 3"}, {"config": "[" * 999},
+    ],
+)  # fmt: skip
+def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> None:
+    config = config_of()
+    stream = stream_of(config, data_set_of(), 1)
+    with pytest.raises(UserError, match=r"last\.pt") as error:
+        check_same_run(checkpoint_of(config, stream) | crafted, config, stream, PATH)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
+    config = config_of(*PLATEAU)
+    named = {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))}
+    settings = {key for key, field in walk() if not is_section(field)}
+    others = (
+        {key for key in settings if key.startswith("log.")}
+        | BOOKKEEPING
+        | SPEED
+        | IN_GLOBAL_BATCH
+        | IN_DATA_SET
+        | DAMAGE
+        | AFTER_A_FAULT
+    )
+    assert settings - named == others
+    assert named - settings == {"data", "global"}  # what is no setting: the data set, the global batch
+    config = config_of()
+    assert named - {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))} == WATCHED
+
+
+def test_what_changes_no_result_may_change() -> None:
+    faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "train.eval_every_epochs=2",
+              "data.prefetch=1", "data.on_bad_sample=skip", "data.max_bad_samples=9"]  # fmt: skip
+    check(config_of(), config_of(*faster))
+    with pytest.raises(UserError, match=r"train\.eval_every_epochs: 1 then, 2 now\)"):
+        check(config_of(*PLATEAU), config_of(*PLATEAU, *faster))
+    by_train_loss = (*PLATEAU, "train.schedule_options.metric=train_loss")
+    check(config_of(*by_train_loss), config_of(*by_train_loss, *faster))
+
+
+def test_it_is_the_weights_that_count_which_must_stay() -> None:
+    check(config_of(), config_of("eval.weights=raw"))
+    average = ("train.ema.decay=0.9",)
+    check(config_of(*average), config_of(*average, "eval.weights=ema"))
+    with pytest.raises(UserError, match=r'eval\.weights: "auto" then, "raw" now'):
+        check(config_of(*average), config_of(*average, "eval.weights=raw"))
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(32, 2), (16, 4)])
+def test_a_global_batch_may_be_cut_otherwise_in_all_stages(batch: int, passes: int) -> None:
+    then = config_of("data.batch_size=64", STAGES.format(32))
+    cut = config_of(f"data.batch_size={batch}", STAGES.format(batch // 2))
+    check(then, cut, passes=(1, passes))
+    with pytest.raises(UserError, match=r"\[\[1, null, 32\], \[2, 24, 64\]\] then, \[\[1, null, 16\], \[2, 24, 64\]\]"):
+        check(then, config_of("data.batch_size=64", STAGES.format(16)))
+
+
+def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -> None:
+    def without(values: dict[str, Any], *keys: str) -> str:
+        for key in keys:
+            section, name = values, key
+            while "." in name:
+                first, name = name.split(".", 1)
+                section = section[first]
+            del section[name]
+        return str(yaml.safe_dump(values))
+
+    config = config_of()
+    newer = ("data.stages", "aug.mix", "aug.color_jitter.probability", "model.freeze", "train.ema", "eval.weights")
+    text = without(config.model_dump(mode="json"), *newer)
+    check(config, config, text)
+    with pytest.raises(UserError, match=r"\(train\.ema\.decay: null then, 0\.5 now\)"):
+        check(config, config_of("train.ema.decay=0.5"), text)
+
+
+def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optimizer_used_still_resumes() -> None:
+    """It wrote its own defaults, and the optimizer ran with timm's."""
+    lion = "train.optimizer.name=lion"
+    old = config_of(
+        lion, "train.optimizer.betas=[0.9, 0.999]", "train.optimizer.eps=1e-8", "train.optimizer.nesterov=true"
+    )
+    content = checkpoint_of(old, stream_of(old, data_set_of(), 1))
+    content["optimizer"] = {"param_groups": [{"betas": (0.9, 0.99), "lr": 1e-3}], "state": {}}
+    for now in (config_of(lion), old):
+        check_same_run(content, with_used_settings(now), content["stream"], PATH)
+    for betas in ("[0.9, 0.98]", "[0.8, 0.99]"):
+        with pytest.raises(
+            UserError, match=r"\(train\.optimizer\.betas: \[0\.9, 0\.99\] then, \[0\.[89], 0\.9[89]\] now"
+        ):
+            check_same_run(content, config_of(lion, f"train.optimizer.betas={betas}"), content["stream"], PATH)
+
+
+def test_a_changed_setting_of_timms_optimizer_is_refused() -> None:
+    then, now = (
+        with_used_settings(config_of("train.optimizer.name=lamb", *more)) for more in ([], ["train.optimizer.eps=1e-8"])
+    )
+    with pytest.raises(UserError, match=r"\(train\.optimizer\.eps: 1e-06 then, 1e-08 now\)"):
+        check(then, now)

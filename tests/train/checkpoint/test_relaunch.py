@@ -1,0 +1,111 @@
+"""Which folder a launch goes on in when torchrun has started its ranks again, and how a launch is known."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from configs.schema import Config
+from configs.utils.errors import UserError
+from helpers.training import DIGITS, alone
+from train.checkpoint import relaunch
+
+OURS, THEIRS = ["machine 1 boot 7 100", "machine 2 boot 9 200"], ["machine 1 boot 8 101"]
+
+
+def config_of(output: Path) -> Config:
+    return load_config(DIGITS, ["name=run"], output=str(output))
+
+
+def folder_of(output: Path, name: str, launch: list[str], *checkpoints: str) -> Path:
+    (output / name).mkdir(parents=True)
+    for checkpoint in checkpoints:
+        (output / name / checkpoint).touch()
+    return relaunch.note(output / name, launch)
+
+
+@pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
+def test_a_first_start_does_as_it_was_told_whatever_other_launches_left(resume: str | None, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert relaunch.find_folder(config, resume, OURS) == (None, resume)
+    folder_of(tmp_path, "run", THEIRS, "last.pt")
+    folder_of(tmp_path, "run-2", [], "last.pt")
+    assert relaunch.find_folder(config, resume, OURS) == (None, resume)
+    assert relaunch.find_folder(config, resume, []) == (None, resume)
+
+
+@pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
+@pytest.mark.parametrize("checkpoint", ["last.pt", "previous.pt", "best.pt"])
+def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
+    resume: str | None, checkpoint: str, tmp_path: Path
+) -> None:
+    folder_of(tmp_path, "run", THEIRS, "last.pt")
+    used = folder_of(tmp_path, "run-7", OURS, checkpoint)
+    folder_of(tmp_path, "run-8", THEIRS, "last.pt")
+    assert relaunch.find_folder(config_of(tmp_path), resume, OURS) == (used, str(used))
+
+
+@pytest.mark.parametrize(
+    ("resume", "then"), [(None, None), ("auto", None), ("/elsewhere/best.pt", "/elsewhere/best.pt")]
+)
+def test_without_a_checkpoint_the_run_begins_anew_in_its_folder(
+    resume: str | None, then: str | None, tmp_path: Path
+) -> None:
+    used = folder_of(tmp_path, "run", OURS)
+    folder_of(tmp_path, "run-2", THEIRS, "last.pt")  # which --resume auto would take
+    assert relaunch.find_folder(config_of(tmp_path), resume, OURS) == (used, then)
+
+
+def test_a_launch_is_the_same_as_long_as_one_of_its_machines_stays(tmp_path: Path) -> None:
+    used = folder_of(tmp_path, "run", OURS, "last.pt")
+    survivors = [OURS[1], "machine 3 boot 4 300"]
+    assert relaunch.find_folder(config_of(tmp_path), None, survivors) == (used, str(used))
+    relaunch.note(used, survivors)
+    assert relaunch.find_folder(config_of(tmp_path), None, survivors[1:]) == (used, str(used))
+    assert relaunch.find_folder(config_of(tmp_path), None, OURS[:1]) == (None, None)
+
+
+def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: Path) -> None:
+    elsewhere = folder_of(tmp_path, "moved", OURS, "last.pt")
+    config = config_of(tmp_path / "output")
+    assert relaunch.find_folder(config, str(elsewhere), OURS) == (elsewhere, str(elsewhere))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 200_000, '{"agents": 3}', '{"agents": [{}]}', '{"agent": ["machine 1 boot 7 100"]}']
+)
+def test_a_note_that_cannot_be_read_is_nobodys(text: str, tmp_path: Path) -> None:
+    used = folder_of(tmp_path, "run", OURS, "last.pt")
+    (used / relaunch.NOTE).write_text(text)
+    assert relaunch.find_folder(config_of(tmp_path), None, OURS) == (None, None)
+
+
+def test_a_note_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*launch\.json \(No such file or directory\); give"):
+        relaunch.note(tmp_path / "gone", OURS)
+
+
+def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        known = {relaunch._agent(pid) for pid in (os.getpid(), other.pid, os.getppid())}
+        assert relaunch._agent(other.pid) in known
+        other.kill()
+    assert len(known) == 3
+    _, boot, pid, started = relaunch._agent(os.getpid()).rsplit(" ", 3)
+    assert (len(boot), int(pid), int(started) > 0) == (36, os.getpid(), True)
+
+
+def test_without_torchrun_nothing_is_noted_and_with_it_the_launch_is_its_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert relaunch.agents() == []
+    assert relaunch.note(tmp_path, []) == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with alone():
+        assert relaunch.agents() == [relaunch._agent(os.getppid())]

@@ -1,0 +1,123 @@
+"""Checkpoints are written beside training: what they hold, what training waits for, and what an error does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.utils.errors import UserError
+from helpers.training import alone, random_batch, small_net, training_of
+from train.checkpoint import store
+from train.checkpoint.writer import Saving
+from train.engine.epoch import Training, train_step
+
+POSITION = {"epoch": 0, "step": 1}
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+@pytest.fixture
+def training() -> Training:
+    training = training_of(small_net())
+    train_step(training, random_batch(8, classes=12))
+    return training
+
+
+def save(saving: Saving, training: Training, *names: str, steps: int = 1) -> None:
+    saving.save(names or ("last.pt",), POSITION, training.sums, steps)
+
+
+class Held:
+    """Stands in for checkpoint.write, and waits for a permission."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written: list[dict[str, Any]] = []
+        self.may_write, self._write = threading.Event(), store.write
+        monkeypatch.setattr(store, "write", self)
+
+    def __call__(self, path: Path, content: dict[str, Any]) -> None:
+        assert self.may_write.wait(timeout=60)
+        self._write(path, content)
+        self.written.append(content)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_there_before(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    before = {name: value.clone() for name, value in training.network.state_dict().items()}
+    with Saving(tmp_path, training, {"config": "a"}) as saving:
+        save(saving, training, "best.pt")
+        assert held.written == []  # and yet we are here
+        for seed in range(3):
+            train_step(training, random_batch(8, seed=seed, classes=12))
+        held.may_write.set()
+        saving.wait()
+    content = store.load(tmp_path / "best.pt")
+    assert (content["config"], content["position"]) == ("a", POSITION)
+    assert all(torch.equal(content["model"][name], value) for name, value in before.items())
+    assert not torch.equal(training.network.state_dict()["head.weight"], before["head.weight"])
+
+
+def test_one_checkpoint_is_written_at_a_time(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    with Saving(tmp_path, training, {}) as saving:
+        save(saving, training, "best.pt")
+        threading.Timer(0.1, held.may_write.set).start()
+        save(saving, training, "best.pt")
+        assert len(held.written) >= 1  # the first stands before the second begins
+    assert len(held.written) == 2
+
+
+def test_the_one_before_is_kept_and_best_is_another_file(training: Training, tmp_path: Path) -> None:
+    with Saving(tmp_path, training, {}) as saving:
+        for number in range(3):
+            saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, training.sums, number)
+    positions = {path.name: store.load(path)["position"]["epoch"] for path in tmp_path.iterdir()}
+    assert positions == {"last.pt": 2, "previous.pt": 1, "best.pt": 2}
+    assert (saving.newest, saving.steps) == (tmp_path / "last.pt", 2)
+
+
+@pytest.mark.parametrize("through", ["check", "wait", "save"])
+def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
+    through: str, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, _: Any) -> None:
+        raise UserError(f"cannot write {path}")
+
+    with monkeypatch.context() as patch, Saving(tmp_path, training, {}) as saving:
+        patch.setattr(store, "write", fail)
+        save(saving, training, "best.pt")
+        assert saving._written is not None
+        saving._written.exception(timeout=60)  # until it has failed
+        with pytest.raises(UserError, match="cannot write"):
+            save(saving, training) if through == "save" else getattr(saving, through)()
+        saving.check()
+        saving.wait()
+
+
+def test_leaving_lets_a_write_under_way_end(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+
+    def save_and_fail() -> None:
+        with Saving(tmp_path, training, {}) as saving:
+            save(saving, training)
+            threading.Timer(0.1, held.may_write.set).start()
+            raise KeyError  # whatever ends a run
+
+    with pytest.raises(KeyError):
+        save_and_fail()
+    assert store.load(tmp_path / "last.pt")["position"] == POSITION

@@ -1,0 +1,186 @@
+"""Connections among ranks, as threads of one process: who failed first, who is gone, and who is not one of them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import pytest
+
+from configs.utils.errors import UserError
+from train.distributed.failure_channel import ADDRESS_KEY, Failure, Lifeline, connect
+from train.distributed.process_group import Ranks
+
+HERE = "127.0.0.1"
+
+
+class Dictionary:
+    """A store."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+def ranks(rank: int, world_size: int) -> Ranks:
+    return Ranks(rank, rank, world_size, world_size)
+
+
+class Group:
+    """A lifeline for each rank, and the failures that each was called for."""
+
+    def __init__(self, world_size: int, store: Dictionary) -> None:
+        self.called: list[list[Failure]] = [[] for _ in range(world_size)]
+        self.lines = [
+            connect(ranks(rank, world_size), store, HERE, self.called[rank].append, timeout_s=10)
+            for rank in range(world_size)
+        ]
+        self.lines[0].all_are_told(10)
+
+
+@contextmanager
+def group(world_size: int, store: Dictionary | None = None) -> Iterator[Group]:
+    with ExitStack() as stack:
+        made = Group(world_size, store or Dictionary())
+        for line in made.lines:
+            stack.callback(line.leave)
+        yield made
+
+
+def die(line: Lifeline) -> None:
+    """As the system does for a killed process."""
+    connection = line._peer.connection  # type: ignore[attr-defined]
+    connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_ranks_learn_of_a_failure_and_only_the_others_are_called(rank: int) -> None:
+    with group(4) as made:
+        failure = Failure(rank, "no shard 7", is_user_error=True)
+        assert made.lines[rank].tell(failure) == failure
+        assert [line.first_failure(5) for line in made.lines] == [failure] * 4
+        for other in set(range(4)) - {rank}:
+            wait_for(lambda other=other: made.called[other])
+        assert made.called == [[] if at == rank else [failure] for at in range(4)]
+
+
+def wait_for(holds: object) -> None:
+    for _ in range(500):
+        if holds():  # type: ignore[operator]
+            return
+        threading.Event().wait(0.01)
+
+
+def test_all_agree_on_one_first_failure_whoever_fails_at_the_same_time() -> None:
+    with group(6) as made:
+        answers: list[Failure] = []
+        begin = threading.Barrier(6)
+
+        def fail(rank: int) -> None:
+            begin.wait()
+            answers.append(made.lines[rank].tell(Failure(rank, f"error {rank}")))
+
+        threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(answers) == 6
+        assert len({answer.rank for answer in answers}) == 1
+        assert len({line.first_failure(5) for line in made.lines}) == 1
+
+
+def test_a_rank_that_dies_is_named_to_all_others_and_one_that_leaves_is_not_missed() -> None:
+    with group(4) as made:
+        made.lines[1].leave()
+        assert made.lines[0].first_failure(0.2) is None
+        die(made.lines[3])
+        for at in (0, 2):
+            failure = made.lines[at].first_failure(5)
+            assert failure is not None
+            assert (failure.rank, failure.is_lost) == (3, True)
+        assert made.called[1] == []
+
+
+def test_a_first_rank_that_dies_is_noticed_and_one_that_leaves_is_not_missed() -> None:
+    with group(3) as made:
+        made.lines[0].leave()
+        assert [line.first_failure(0.2) for line in made.lines] == [None] * 3
+    with group(3) as made:
+        with made.lines[0]._lock:  # dead, it says nothing to anybody
+            for peer in made.lines[0]._peers:  # type: ignore[attr-defined]
+                peer.connection.shutdown(socket.SHUT_RDWR)
+        failures = [made.lines[at].first_failure(5) for at in (1, 2)]
+        assert [(failure.rank, failure.is_lost) for failure in failures if failure] == [(0, True)] * 2
+
+
+def test_a_rank_that_comes_after_the_failure_is_told_at_once() -> None:
+    store, called = Dictionary(), []
+    first = connect(ranks(0, 3), store, HERE, called.append, timeout_s=10)
+    failure = first.tell(Failure(0, "no config"))
+    assert first.missing() == [1, 2]
+    late = connect(ranks(2, 3), store, HERE, called.append, timeout_s=10)
+    wait_for(lambda: first.missing() == [1])
+    assert (first.missing(), late.missing()) == ([1], [])
+    assert late.first_failure(5) == failure
+    for line in (late, first):
+        line.leave()
+
+
+def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
+    """torchrun keeps the store when it starts ranks again: what it holds may lead nowhere, or to another program."""
+    store = Dictionary()
+    with socket.create_server((HERE, 0)) as stranger:
+        gone = stranger.getsockname()[1]
+    store.set(ADDRESS_KEY, f"{gone} earlier")
+    with socket.create_server((HERE, 0)) as stranger:
+        found: list[Lifeline] = []
+        thread = threading.Thread(
+            target=lambda: found.append(connect(ranks(1, 2), store, HERE, lambda _: None, timeout_s=20))
+        )
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        store.set(ADDRESS_KEY, f"{stranger.getsockname()[1]} earlier")
+        connection, _ = stranger.accept()
+        connection.sendall(b"HTTP/1.1 400 Bad Request\n")
+        first = connect(ranks(0, 2), store, HERE, lambda _: None, timeout_s=10)
+        thread.join(20)
+        connection.close()
+    assert found[0].word == first.word != "earlier"
+    for line in (*found, first):
+        line.leave()
+
+
+def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> None:
+    with group(2) as made:
+        port = made.lines[0].port  # type: ignore[attr-defined]
+        for sent in (
+            b"",
+            b"GET / HTTP/1.1\n\n",
+            b'{"word": "guess", "rank": 1}\n{"failure": {"rank": 1}}\n',
+            b"x" * 300_000,
+        ):
+            with suppress(ConnectionError), socket.create_connection((HERE, port)) as stranger:
+                stranger.sendall(sent)
+        assert made.lines[0].first_failure(0.3) is None
+        failure = Failure(1, "a real one")
+        assert made.lines[1].tell(failure) == failure
+
+
+def test_a_first_rank_that_never_comes_is_an_error_that_says_where_it_was_looked_for() -> None:
+    with pytest.raises(
+        UserError, match=r"rank 0 did not answer at 127\.0\.0\.1 within 0 s; see whether it was started"
+    ):
+        connect(ranks(1, 2), Dictionary(), HERE, lambda _: None, timeout_s=0.1)

@@ -1,0 +1,270 @@
+"""One bad rank, all ranks know: exit codes and what is printed, in groups of real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs.utils.errors import UserError
+from helpers.ranks import end_of
+from helpers.training import CLEAN, ROOT, free_port
+from train.distributed import launcher
+from train.distributed import process_group as dist
+from train.distributed.launcher import run_ranks
+from train.distributed.process_group import Ranks
+
+
+def sums_for_ever() -> None:
+    while True:
+        dist.sum_over_ranks(torch.ones(1))
+
+
+def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> None:
+    """One rank raises, the others wait for it: in a collective, or to make the group."""
+    if not in_group:
+        launcher.PATIENCE_S = 3.0  # of this process
+        if ranks.rank == rank:
+            raise error
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        if ranks.rank == rank:
+            raise error
+        sums_for_ever()
+
+
+@pytest.mark.parametrize(("rank", "in_group"), [(2, True), (0, True), (1, False)])
+def test_a_user_error_on_one_rank_is_shown_first_and_ends_all(rank: int, in_group: bool, tmp_path: Path) -> None:
+    ended = end_of(3, one_raises, tmp_path, rank, UserError("shard 7 is short"), in_group)
+    assert [ended.codes[rank], *sorted(set(ended.codes))] == [2, 1, 2]
+    assert ended.lines[0] == f"error: shard 7 is short (rank {rank})"
+    others = [other for other in range(3) if other != rank]
+    stopped = [f"rank {other} stopped, since rank {rank} failed: shard 7 is short" for other in others]
+    assert sorted(ended.lines[1:]) == stopped
+
+
+def test_any_other_error_is_shown_with_its_traceback_on_its_rank_alone(tmp_path: Path) -> None:
+    ended = end_of(3, one_raises, tmp_path, 1, ZeroDivisionError("of images by nothing"), True)
+    assert ended.codes == [1, 1, 1]
+    assert ended.lines[:2] == ["rank 1 failed:", "Traceback (most recent call last):"]
+    assert ended.printed.count("Traceback") == 1
+    assert ended.lines[-3] == "ZeroDivisionError: of images by nothing"
+    why = "stopped, since rank 1 failed: ZeroDivisionError: of images by nothing"
+    assert sorted(ended.lines[-2:]) == [f"rank 0 {why}", f"rank 2 {why}"]
+
+
+def all_raise(ranks: Ranks, differ: bool) -> None:
+    launcher.AFTER_S = 2.0  # of this process
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        raise UserError(f"the loss is not finite{f' on {ranks.rank}' if differ else ''}")
+
+
+def test_what_all_ranks_find_is_printed_once(tmp_path: Path) -> None:
+    ended = end_of(3, all_raise, tmp_path, False)
+    assert ended.codes == [2, 2, 2]
+    assert len(ended.lines) == 1
+    assert ended.lines[0].startswith("error: the loss is not finite (rank ")
+
+
+def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
+    ended = end_of(2, all_raise, tmp_path, True)
+    assert sorted(ended.codes) == [1, 2]
+    first = ended.codes.index(2)
+    assert ended.lines == [
+        f"error: the loss is not finite on {first} (rank {first})",
+        f"rank {1 - first} failed as well: the loss is not finite on {1 - first}",
+        f"rank {1 - first} stopped, since rank {first} failed: the loss is not finite on {first}",
+    ]
+
+
+def one_is_killed(ranks: Ranks, rank: int, busy_s: float) -> None:
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        if ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(busy_s)
+        sums_for_ever()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None:
+    ended = end_of(3, one_is_killed, tmp_path, rank, 0.0)
+    assert [ended.codes[rank], *sorted(set(ended.codes))] == [-9, -9, 1]
+    assert ended.lines[0].startswith(f"rank {rank} ended without a word, as a process does that was killed (out of mem")
+    assert "go on with --resume auto" in ended.lines[0]
+    stopped = [f"rank {other} stopped, since rank {rank} ended without a word" for other in range(3) if other != rank]
+    assert sorted(ended.lines[1:]) == stopped
+
+
+def test_a_rank_that_waits_for_nobody_is_stopped_as_well(tmp_path: Path) -> None:
+    ended = end_of(2, with_little_patience, tmp_path)
+    assert ended.codes == [-9, 1]
+    assert ended.lines[-1] == "rank 1 stopped, since rank 0 ended without a word"
+
+
+def with_little_patience(ranks: Ranks) -> None:
+    launcher.PATIENCE_S = 0.5  # of this process
+    one_is_killed(ranks, 0, 1000)
+
+
+def one_is_stopped(ranks: Ranks) -> None:
+    """The group gives up a rank that neither comes nor ends."""
+    dist.GROUP_TIMEOUT = timedelta(seconds=6)  # of this process
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        sums_for_ever()
+
+
+def test_a_stopped_rank_is_waited_for_no_longer_than_the_group_says(tmp_path: Path) -> None:
+    ended = end_of(3, one_is_stopped, tmp_path, stopped=1)
+    assert ended.codes == [1, -9, 1]
+    assert "waited 0.1 minutes for another rank, which is stopped or hangs; go on with --resume auto" in ended.lines[0]
+    assert len(ended.lines) == 2
+
+
+def exits(ranks: Ranks, code: int) -> int:
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        if ranks.rank == 0:
+            time.sleep(0.5)  # the others have left by then, and none of them is missed
+        if code == 143:
+            sys.exit(code)
+        return code
+
+
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_ranks_that_end_together_end_with_their_own_code_and_say_nothing(code: int, tmp_path: Path) -> None:
+    ended = end_of(3, exits, tmp_path, code)
+    assert ended.codes == [code] * 3
+    assert ended.printed == ""
+
+
+def test_the_first_rank_may_leave_before_the_others(tmp_path: Path) -> None:
+    ended = end_of(2, last_rank_is_slow, tmp_path)
+    assert (ended.codes, ended.printed) == ([0, 0], "")
+
+
+def last_rank_is_slow(ranks: Ranks) -> None:
+    with dist.process_group(ranks):
+        dist.sum_over_ranks(torch.ones(1))
+        time.sleep(ranks.rank)
+
+
+def test_torchruns_report_gets_the_error_and_puts_the_cause_before_its_consequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    before = int(time.time())
+
+    def fail() -> int:
+        raise UserError("no such file")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_ranks(fail)
+    assert stopped.value.code == 2
+    cause = json.loads((tmp_path / "error.json").read_text())
+    assert cause["message"] == "no such file"
+    launcher._tell_torchrun("stopped", is_consequence=True)
+    assert json.loads((tmp_path / "error.json").read_text())["timestamp"] > cause["timestamp"] >= before
+
+
+def test_without_a_rank_0_the_others_say_where_they_looked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "GROUP_TIMEOUT", timedelta(seconds=1))
+    names = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    for name, value in {**names, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    codes = []
+    monkeypatch.setattr(launcher, "_exit", lambda code: (codes.append(code), sys.exit(code)))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        run_ranks(lambda: pytest.fail("main was called"))
+    assert codes == [2]
+    assert "rank 1 of 2 found no rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1 (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "missing", "who"),
+    [(0, [2, 5], "rank 2, 5"), (0, None, "others"), (1, None, "others"), (0, [], None), (2, None, None)],
+)
+def test_ranks_that_do_not_come_are_named(
+    rank: int,
+    missing: list[int] | None,
+    who: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launcher, "MISSED_S", 0.1)
+    ending = launcher._Ending(Ranks(rank, rank, 6, 6))
+    if missing is not None:
+        monkeypatch.setattr(ending, "_lifeline", SimpleNamespace(missing=lambda: missing))
+    ending._name_missing(600.0)
+    said = f"warning: rank {rank} has waited 0 s for {who} to come (killed in starting, or slow?), and waits for up to "
+    assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
+
+
+LATE = """
+import os, time
+from train import dist, rank_errors
+
+def main():
+    with dist.process_group(dist.Ranks.from_environment()):
+        dist.from_all_ranks(0)
+
+rank_errors.MISSED_S = 1.0
+time.sleep(4 * int(os.environ["RANK"]))
+rank_errors.run_ranks(main)
+"""
+
+
+def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
+    """All of it: the thread that warns, while torch waits for all ranks, and a run that goes on well."""
+    port = free_port()
+    common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LATE], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert "warning: rank 0 has waited 1 s for others to come" in errors[0]
+
+
+def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"WORLD_SIZE=4 is set without RANK and LOCAL_RANK and LOCAL_WORLD_SIZE"):
+        Ranks.from_environment()
+
+
+def test_ranks_that_torchrun_has_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else rank 0, which failed while others were starting, would wait for those that torchrun stopped meanwhile."""
+
+    class Nobody:
+        def all_are_told(self, timeout_s: float) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    monkeypatch.setattr(launcher, "STARTING_S", 1000.0)
+    ending = launcher._Ending(Ranks(0, 0, 2, 2))
+    monkeypatch.setattr(ending, "_lifeline", Nobody())
+    before = signal.signal(signal.SIGTERM, ending._hurry)
+    try:
+        ending._wait_for_others()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,108 @@
+"""The flag that signals set, in this process; whole runs are in tests/faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from configs.utils.errors import UserError
+from train.distributed import signals
+from train.distributed.signals import SIGNALS, Stopped, end_with_torchrun, is_orphan, listening
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Who starts the tests may have SIGINT or SIGHUP ignored, and what is ignored stays so."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
+    with listening() as asked:
+        assert asked.signal == 0
+        os.kill(os.getpid(), number)
+        assert asked.signal == number
+
+
+def test_the_first_signal_counts() -> None:
+    with listening() as asked:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert asked.signal == signal.SIGUSR1
+
+
+def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as asked:
+        for _ in range(2):  # as the terminal and torchrun send it, both at once
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal == signal.SIGINT
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * signals.AGAIN_S)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with listening() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
+    seen: list[int] = []
+
+    def listen() -> None:
+        with listening() as asked:
+            seen.append(asked.signal)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_torchrun_that_is_the_first(
+    tmp_path: Path,
+) -> None:
+    for parent, command in ((1, "/sbin/init"), (7, "python3\0-m\0torch.distributed.run"), (8, "bash\0job.sh")):
+        (tmp_path / str(parent)).mkdir()
+        (tmp_path / str(parent) / "cmdline").write_text(command)
+        (tmp_path / str(parent) / "comm").write_text(command.split("/")[-1].split("\0")[0] + "\n")
+    assert [is_orphan(parent, tmp_path) for parent in (1, 7, 8)] == [True, False, False]
+    (tmp_path / "1" / "cmdline").write_text("/usr/bin/python3\0/usr/local/bin/torchrun\0train/ddp.py")
+    assert not is_orphan(1, tmp_path)
+    (tmp_path / "8" / "comm").write_text("systemd\n")
+    assert is_orphan(8, tmp_path)
+    assert is_orphan(1, tmp_path / "hidden")
+
+
+def test_a_rank_whose_torchrun_is_gone_already_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "is_orphan", lambda parent: True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    end_with_torchrun()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    with pytest.raises(UserError, match="torchrun, which started this rank, was killed before the rank was ready"):
+        end_with_torchrun()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
+def test_exit_codes_are_those_of_shells(number: signal.Signals, code: int) -> None:
+    assert Stopped(number).exit_code == code
+    assert str(Stopped(number)) == f"stopped by {number.name}"

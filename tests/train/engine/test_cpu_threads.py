@@ -1,0 +1,129 @@
+"""Threads on the CPU: fewer beside busy processes, the same again after a resume, and what OMP_NUM_THREADS says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.utils import warnings
+from helpers.training import CPU, alone, small_net, training_of
+from train.checkpoint import store
+from train.checkpoint.state import malformed
+from train.engine import cpu_threads
+
+
+@pytest.fixture(autouse=True)
+def _four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on four cores, whose number nothing fixes."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    warnings.warn.cache_clear()
+    torch.set_num_threads(4)
+    with alone():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("busy", "threads"), [(0, 4), (0.4, 4), (1, 3), (2, 2), (3, 1), (4, 1), (1.6, 2)])
+def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
+    busy: float, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: busy)
+    cpu_threads.limit_threads(CPU)
+    assert torch.get_num_threads() == threads
+    note = f"other processes keep {busy:.1f} of 4 cores busy, so that {threads} of 4 threads compute"
+    assert (note in capsys.readouterr().err) == (threads < 4)
+
+
+def test_threads_that_are_fewer_than_the_cores_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 2)
+    torch.set_num_threads(2)  # of four cores, as a job may have them
+    cpu_threads.limit_threads(CPU)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    cpu_threads.limit_threads(CPU)
+    cpu_threads.restore(1)
+    assert torch.get_num_threads() == 4
+
+
+def test_a_run_on_a_gpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
+    cpu_threads.limit_threads(torch.device("cuda"))
+    assert torch.get_num_threads() == 4
+
+
+def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 3.0)
+    first = training_of(small_net())
+    cpu_threads.limit_threads(CPU)
+    capsys.readouterr()
+    store.save(tmp_path / "last.pt", first, first.sums)
+    torch.set_num_threads(4)
+    content = store.load(tmp_path / "last.pt")
+    assert malformed(content) is None
+    store.restore(first, content, tmp_path / "last.pt")
+    assert torch.get_num_threads() == 1
+    del content["threads"]  # as in a checkpoint of an earlier version
+    store.restore(first, content, tmp_path / "last.pt")
+    assert torch.get_num_threads() == 1
+    assert "keep" not in capsys.readouterr().err
+    cpu_threads.restore(2)
+    assert "3.0 of 4 cores busy, and 2 threads compute, as when the run began" in capsys.readouterr().err
+    cpu_threads.restore(64)  # of a larger machine
+    assert torch.get_num_threads() == 4
+    assert malformed({**content, "threads": "4"}) == "threads"
+
+
+def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cores 0 to 3 of eight: one idle, one half busy, one busy, one that waits for a disk; other cores do not count."""
+    core = [[10, 0, 0, 100, 0, 0, 0, 50, 9, 9] for _ in range(4)]
+    changes = ((3, 10), (0, 5), (3, 5), (1, 8), (4, 10))  # column and clock ticks: idle, user, idle, nice, iowait
+
+    def read(*_: object, **__: object) -> str:
+        for number, (column, ticks) in zip((0, 1, 1, 2, 3), changes, strict=True):
+            core[number][column] += ticks
+            core[number][7] += 3  # stolen
+        lines = [f"cpu{number} {' '.join(map(str, values))}" for number, values in enumerate(core)]
+        return "\n".join(["cpu 1 2 3 4 5 6 7", *lines, f"cpu7 {core[2][1] * 9} 0 0 0 0 0 0", "intr 1"])
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert cpu_threads.busy_cores() == 1.5
+
+
+def test_processes_that_compute_make_cores_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    count = len(os.sched_getaffinity(0))
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        deadline = time.monotonic() + 60
+        while cpu_threads.busy_cores() < 0.9 * count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert cpu_threads.busy_cores() >= 0.5 * count
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
+
+
+def test_where_the_system_does_not_tell_all_threads_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", missing)
+        assert cpu_threads.busy_cores() == 0

@@ -1,0 +1,143 @@
+"""Losses and counts of a step against timm's losses, with and without mixing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from configs.schema import MixConfig, TrainConfig
+from helpers.training import lenet, random_batch
+from pipelines.augment.mixup import mix_table
+from pipelines.loader.loader import Batch, MixedBatch
+from train.engine.losses import build_loss
+from train.engine.mixing import mixed_images, neighbours
+
+SAMPLES, CLASSES = 16, 10
+SETTINGS = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+
+
+def mixed_batch(step: int = 0) -> MixedBatch:
+    table = mix_table(MixConfig(mixup=1.0, cutmix=1.0, mode="elem", probability=0.9), 0, 0, step, SAMPLES, 32)
+    return MixedBatch(*random_batch(SAMPLES, seed=step), torch.from_numpy(table))
+
+
+def timms_targets(batch: MixedBatch, smoothing: float) -> torch.Tensor:
+    """mixup_target pairs sample i with sample B - 1 - i; a batch of two is paired as ours."""
+    rows = []
+    for i in range(SAMPLES):
+        pair = batch.labels[[i, i ^ 1]]
+        rows.append(mixup_target(pair, CLASSES, float(batch.mix[i, 0]), smoothing)[0])
+    return torch.stack(rows)
+
+
+def assert_same_loss(loss: torch.Tensor, model: nn.Module, expected: torch.Tensor, reference: nn.Module) -> None:
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    theirs = torch.autograd.grad(expected, list(reference.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@SETTINGS
+def test_mixed_cross_entropy_is_timms_with_soft_targets(smoothing: float) -> None:
+    batch, model, reference = mixed_batch(), lenet(), lenet()
+    loss, _ = build_loss(TrainConfig(), mixes=True)(model, batch, smoothing)
+    logits = reference(mixed_images(batch.images, batch.mix))
+    assert_same_loss(loss, model, SoftTargetCrossEntropy()(logits, timms_targets(batch, smoothing)), reference)
+
+
+@SETTINGS
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_mixed_binary_cross_entropy_is_timms(smoothing: float, threshold: float | None) -> None:
+    batch, model, reference = mixed_batch(), lenet(), lenet()
+    loss, _ = build_loss(TrainConfig(loss="bce", bce_threshold=threshold), mixes=True)(model, batch, smoothing)
+    logits = reference(mixed_images(batch.images, batch.mix))
+    timms = BinaryCrossEntropy(target_threshold=threshold)
+    assert_same_loss(loss, model, timms(logits, timms_targets(batch, smoothing)), reference)
+
+
+@SETTINGS
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_binary_cross_entropy_of_plain_labels_is_timms(smoothing: float, threshold: float | None) -> None:
+    batch, model, reference = random_batch(SAMPLES), lenet(), lenet()
+    loss, counts = build_loss(TrainConfig(loss="bce", bce_threshold=threshold), mixes=False)(model, batch, smoothing)
+    logits = reference(batch.images)
+    assert_same_loss(loss, model, BinaryCrossEntropy(smoothing, threshold)(logits, batch.labels), reference)
+    assert int(counts[1]) == int((logits.argmax(1) == batch.labels).sum())
+
+
+def test_a_target_counts_only_above_the_threshold_and_not_at_it() -> None:
+    images, labels = random_batch(2)
+    labels[:] = torch.tensor([3, 4])
+    batch = MixedBatch(images, labels, torch.tensor([[0.25, 0, 0, 0, 0]] * 2))
+    model = lenet()
+    loss, _ = build_loss(TrainConfig(loss="bce", bce_threshold=0.25), mixes=True)(model, batch, 0.0)
+    targets = F.one_hot(torch.tensor([4, 3]), CLASSES).float()  # three quarters of the neighbour
+    expected = F.binary_cross_entropy_with_logits(model(mixed_images(images, batch.mix)), targets)
+    torch.testing.assert_close(loss, expected)
+
+
+@SETTINGS
+def test_cross_entropy_of_plain_labels_is_bitwise_torchs_and_timms_but_for_rounding(smoothing: float) -> None:
+    batch, model = random_batch(SAMPLES), lenet()
+    loss, counts = build_loss(TrainConfig(), mixes=False)(model, batch, smoothing)
+    logits = model(batch.images)
+    assert torch.equal(loss, F.cross_entropy(logits, batch.labels, label_smoothing=smoothing))
+    torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(smoothing)(logits, batch.labels))
+    hits = int((logits.argmax(1) == batch.labels).sum())
+    assert counts.tolist() == [SAMPLES * loss.double().item(), hits, SAMPLES]
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "bce"}], ids=["cross-entropy", "bce"])
+def test_a_prediction_counts_by_the_shares_of_the_labels_that_it_hits(settings: dict[str, Any]) -> None:
+    class Says(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(torch.tensor([0, 0, 2, 0, 5, 5]), CLASSES).float()
+
+    images, _ = random_batch(6)
+    labels = torch.tensor([0, 1, 0, 2, 5, 5])
+    mix = torch.zeros(6, 5)
+    mix[:, 0] = torch.tensor([0.7, 0.6, 0.9, 1.0, 0.3, 0.3])
+    _, counts = build_loss(TrainConfig(**settings), mixes=True)(Says(), MixedBatch(images, labels, mix), 0.0)
+    assert counts[1].item() == pytest.approx(0.7 + 0.4 + 0.1 + 0.0 + 1.0 + 1.0)
+    assert counts[2].item() == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "bce", "bce_threshold": 0.2}], ids=["cross-entropy", "bce"])
+def test_one_graph_serves_all_batches_and_gives_the_loss_of_plain_kernels(settings: dict[str, Any]) -> None:
+    loss = build_loss(TrainConfig(**settings), mixes=True)
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    model, kinds = lenet(), set()
+    for step in range(3):
+        batch = mixed_batch(step)
+        for ours, theirs in zip(compiled(model, batch, 0.1), loss(model, batch, 0.1), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        kinds |= set(np.sign(batch.mix.numpy()[:, 2]).tolist())
+    assert kinds == {0.0, 1.0}  # with and without boxes
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_bf16_logits_are_widened_before_the_loss() -> None:
+    batch, model = mixed_batch(), lenet()
+    loss = build_loss(TrainConfig(loss="bce"), mixes=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(mixed_images(batch.images, batch.mix))
+        found, _ = loss(model, batch, 0.0)
+    assert logits.dtype == torch.bfloat16
+    expected = BinaryCrossEntropy()(logits.float(), timms_targets(batch, 0.0))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_neighbours_are_the_other_of_each_pair() -> None:
+    assert neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert isinstance(mixed_batch(), Batch)

@@ -1,0 +1,592 @@
+"""Warm-up leaves no trace, and steps captured as CUDA graphs are the plain steps.
+
+On the CPU, graphs are played back by calling train_step again on the buffers that were captured: all but CUDA itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, StageConfig, TrainConfig
+from configs.utils.errors import UserError
+from helpers.training import CPU, SmallNet, alone, random_batch, small_net, training_of
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.augment.mixup import mix_table
+from pipelines.loader.loader import Batch, Loader, MixedBatch
+from pipelines.loader.train_loader import TrainLoader
+from train.checkpoint import store
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine import epoch as loop
+from train.engine import warm_up
+from train.engine.epoch import Training, build_training, evaluate, follow_weights, train_epoch, train_step
+from train.engine.mixing import unmixed
+from train.optim.ema import build_ema
+from train.optim.factory import build_optimizer, set_learning_rate
+from train.optim.schedule import Timeline
+
+SGD = {"name": "sgd"}
+BATCH = 50
+MIX = MixConfig(mixup=0.4, cutmix=1.0, mode="elem", probability=0.9)
+LR = 2.0**-6  # the same as a number and as a float32 on the device
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+on_the_cpu = pytest.mark.usefixtures("_process_group")
+
+
+class FakeGraph:
+    """A CUDA graph that holds calls of train_step instead of kernels."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Training, Batch, bool]] = []
+
+    def replay(self) -> None:
+        for training, batch, update in self.calls:
+            train_step(training, batch, update=update)
+
+
+@pytest.fixture
+def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
+    @contextmanager
+    def capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
+        FakeGraph.capturing = graph
+        yield
+        FakeGraph.capturing = None
+
+    @contextmanager
+    def stream(_: Training) -> Iterator[object]:
+        yield object()
+
+    def step(training: Training, batch: Batch, *, update: bool = True) -> None:
+        if FakeGraph.capturing is None:
+            train_step(training, batch, update=update)
+        else:
+            FakeGraph.capturing.calls.append((training, batch, update))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(warm_up, "side_stream", stream)
+    monkeypatch.setattr(warm_up, "train_step", step)
+    monkeypatch.setattr(loop, "captures_graphs", lambda config, *_: config.cuda_graph != "off")
+
+
+def state_of(training: Training) -> dict[str, Any]:
+    return {
+        "network": training.network.state_dict(),
+        "optimizer": [dict(state) for state in training.optimizer.state.values()],
+        "scaler": training.scaler.state_dict(),
+        "sums": training.sums,
+        "generator": torch.get_rng_state(),
+    }
+
+
+def assert_equal_trees(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def plain_steps(training: Training, count: int, first: int = 0) -> None:
+    """As train_epoch does, with dropout seeded for each batch."""
+    accumulation = training.config.accumulation_steps
+    for step in range(first, first + count):
+        torch.manual_seed(step)
+        batch = random_batch(8, seed=step)
+        if training.mixes:
+            batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
+        training.step(training, batch, update=(step + 1) % accumulation == 0)
+
+
+KINDS: dict[str, Settings] = {
+    "adamw": {},
+    "sgd": {"optimizer": SGD},
+    "adam": {"optimizer": {"name": "adam"}},
+    "plain sgd": {"optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": False}},
+    "clipped": {"clip_grad_norm": 0.1},
+    "clipped by value": {"clip_grad_value": 1e-3},
+    "clipped adaptively": {"clip_grad_adaptive": 0.01},
+    "accumulated": {"accumulation_steps": 3},
+    "accumulated sgd": {"accumulation_steps": 2, "optimizer": SGD},
+    "mixed": {"mixes": True, "accumulation_steps": 2},
+    "mixed bce": {"mixes": True, "loss": "bce"},
+}
+
+
+# Warm-up
+
+
+@on_the_cpu
+@pytest.mark.parametrize("steps", [0, 6], ids=["a new run", "a resumed run"])
+@pytest.mark.parametrize("settings", [*KINDS.values(), {"amp": "fp16"}], ids=[*KINDS, "fp16"])
+def test_warm_up_changes_neither_state_nor_what_the_next_steps_make_of_it(settings: Settings, steps: int) -> None:
+    warm, cold = training_of(small_net(), **settings), training_of(small_net(), **settings)
+    for training in (warm, cold):
+        plain_steps(training, steps)
+    before = copy.deepcopy(state_of(warm))
+    warm_up.prepare(warm, warm_up.blank_batch(8, 32, CPU))
+    after = state_of(warm)
+    made = after.pop("optimizer")[len(before["optimizer"]) :]
+    assert all(not value.any() for state in made for value in state.values() if value is not None)
+    assert_equal_trees(after, {key: value for key, value in before.items() if key != "optimizer"})
+    for training in (warm, cold):
+        plain_steps(training, 6, first=steps)
+    assert_equal_trees(state_of(warm), state_of(cold))
+
+
+@on_the_cpu
+def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> None:
+    training = training_of(small_net())
+    calls: list[int] = []
+    training.network.register_forward_hook(lambda *_: calls.append(1))
+    loader = build_train_loader(DataConfig(path=str(npy_data)), seed=3, device=CPU)
+    warm_up.warm_up(training, loader)
+    assert calls == []
+    assert training.step is train_step
+
+
+@on_the_cpu
+def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_shapes(npy_data: Path) -> None:
+    training = training_of(small_net())
+    training.prepares = True  # as with train.compile, but without the minute that it takes
+    shapes: set[tuple[bool, tuple[int, ...]]] = set()
+    training.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
+    section = DataConfig(path=str(npy_data), batch_size=BATCH)
+    warm_up.warm_up(
+        training,
+        build_train_loader(section, seed=3, device=CPU),
+        build_eval_loader(section, EvalConfig(batch_size=16), device=CPU),
+    )
+    assert shapes == {(True, (BATCH, 3, 32, 32)), (False, (16, 3, 32, 32))}
+    assert training.network.training
+
+
+@on_the_cpu
+def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend="eager"))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for classes in range(10, 20):
+        train_step(training_of(small_net(classes), compile="default"), random_batch(2))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
+# Captured steps, played back on the CPU
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings: Settings) -> None:
+    captured, plain = (training_of(small_net(), lr=LR, cuda_graph=graph, **settings) for graph in ("on", "off"))
+    warm_up.prepare(captured, warm_up.blank_batch(8, 32, CPU))
+    assert isinstance(captured.step, warm_up.CapturedStep)
+    for first, lr in ((0, LR), (6, LR / 4)):
+        for training in (captured, plain):
+            set_learning_rate(training.optimizer, lr)
+            plain_steps(training, 6, first)
+    assert_equal_trees(state_of(captured), state_of(plain))
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+def test_between_updates_gradients_stay_where_captured_graphs_add_to_them() -> None:
+    training = training_of(small_net(), accumulation_steps=2, cuda_graph="on")
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+
+    def addresses() -> list[int]:
+        return [p.grad.data_ptr() for p in training.network.parameters() if p.grad is not None]
+
+    before = addresses()
+    plain_steps(training, 4)
+    assert addresses() == before != []
+
+
+def staged_steps(training: Training, count: int, shapes: list[tuple[int, int]]) -> None:
+    """Updates on noise of (samples, image size), one shape after the other."""
+    accumulation = training.config.accumulation_steps
+    for step in range(count):
+        torch.manual_seed(step)
+        samples, size = shapes[step * len(shapes) // count]
+        batch = resized(random_batch(samples, seed=step), size)
+        if training.mixes:
+            batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
+        training.step(training, batch, update=(step + 1) % accumulation == 0)
+
+
+def resized(batch: Batch, size: int) -> Batch:
+    images = nn.functional.interpolate(batch.images.float(), size).to(torch.uint8)
+    return Batch(images.contiguous(memory_format=torch.channels_last), batch.labels)
+
+
+class PoolingNet(SmallNet):
+    """For images of any size."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.adaptive_avg_pool2d(images.float(), 32))
+
+
+SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the last one anew
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: Settings) -> None:
+    def new(graph: str) -> Training:
+        torch.manual_seed(0)
+        return training_of(PoolingNet(12), lr=LR, cuda_graph=graph, **settings)
+
+    captured, plain = new("on"), new("off")
+    before = copy.deepcopy(captured.network.state_dict())
+    warm_up.prepare(captured, *(warm_up.blank_batch(*shape, CPU) for shape in dict.fromkeys(SHAPES)))
+    assert_equal_trees(captured.network.state_dict(), before)
+    for training in (captured, plain):
+        staged_steps(training, 24, SHAPES)
+    assert_equal_trees(state_of(captured), state_of(plain))
+    with pytest.raises(ValueError, match=r"captured for \(8, 3, 32, 32\), \(4, 3, 48, 48\), \(8, 3, 16, 16\)"):
+        captured.step(captured, resized(random_batch(4), 16))
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
+    training = training_of(small_net(), cuda_graph="on")
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) cannot take part in a step captured for \(8, 3, 32, 32\)"):
+        training.step(training, random_batch(1))
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+@pytest.mark.parametrize(("then", "now"), [("on", "off"), ("off", "on"), ("on", "on")])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": SGD}, {"optimizer": {"name": "adam"}}],
+                         ids=["adamw", "sgd", "adam"])  # fmt: skip
+def test_checkpoints_move_between_runs_with_and_without_graphs(
+    then: str, now: str, settings: Settings, tmp_path: Path
+) -> None:
+    def new(graph: str) -> Training:
+        training = training_of(small_net(), lr=LR, cuda_graph=graph, **settings)
+        warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+        return training
+
+    saved = new(then)
+    plain_steps(saved, 3)
+    store.save(tmp_path / "last.pt", saved, saved.sums)
+    content = store.load(tmp_path / "last.pt")
+    assert all(group["lr"] == LR and group.get("capturable") in (None, False)
+               for group in content["optimizer"]["param_groups"])  # fmt: skip
+    going_on = new(now)
+    store.restore(going_on, content, tmp_path / "last.pt")
+    assert going_on.step is train_step  # what was captured knew other tensors
+    warm_up.prepare(going_on, warm_up.blank_batch(8, 32, CPU))
+    for training in (saved, going_on):
+        plain_steps(training, 3, first=3)
+    assert_equal_trees(state_of(saved), state_of(going_on))
+
+
+@on_the_cpu
+def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"^train\.cuda_graph=on is not possible, since the device is a cpu; use auto"):
+        training_of(small_net(), cuda_graph="on")
+    assert not training_of(small_net(), cuda_graph="auto").captures
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("settings", "amp", "reason"),
+    [
+        ({}, torch.float16, "fp16 looks at"),
+        ({"compile": "reduce-overhead"}, None, "reduce-overhead makes graphs"),
+        ({"optimizer": {"name": "lamb"}}, None, r"optimizer lamb is not one .* \(muon, adamw, adam, sgd, rmsprop\)"),
+        ({"optimizer": {"name": "sgd", "options": {"foreach": True}}}, None, r"choose an implementation \(foreach\)"),
+        ({"optimizer": {"name": "sgd", "options": {"dampening": 0.5}}}, None, "have a dampening"),
+    ],
+)
+def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
+    settings: Settings, amp: torch.dtype | None, reason: str
+) -> None:
+    gpu = torch.device("cuda", 0)
+    assert loop.captures_graphs(TrainConfig(), gpu, torch.bfloat16)
+    assert not loop.captures_graphs(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
+    assert not loop.captures_graphs(TrainConfig(**settings), gpu, amp)
+    with pytest.raises(UserError, match=reason):
+        loop.captures_graphs(TrainConfig(cuda_graph="on", **settings), gpu, amp)
+
+
+@on_the_cpu
+def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    gpu = torch.device("cuda", 0)
+    assert not loop.captures_graphs(TrainConfig(), gpu, None)
+    with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
+        loop.captures_graphs(TrainConfig(cuda_graph="on"), gpu, None)
+
+
+# On a GPU. Deterministic kernels, and SGD, which does not blow rounding errors up as Adam's division by a small root of
+# squares does. What is left between graphs and no graphs is the rounding of cuDNN's choice among deterministic kernels.
+
+CLOSE: Settings = {"rtol": 1e-4, "atol": 1e-5}
+SMOOTH_RMSPROP: Settings = {"name": "rmsprop", "eps": 1.0}  # no division by small roots either
+GPU_KINDS: dict[str, Settings] = {
+    "float32": {"amp": "off"},
+    "bf16": {"amp": "bf16"},
+    "clipped": {"amp": "off", "clip_grad_norm": 0.1},
+    "clipped by value": {"amp": "off", "clip_grad_value": 1e-3},
+    "clipped adaptively": {"amp": "off", "clip_grad_adaptive": 0.01},
+    "accumulated": {"amp": "off", "accumulation_steps": 3},
+    "compiled": {"amp": "off", "compile": "default"},
+    "mixed": {"amp": "off", "mixes": True},
+    "mixed and compiled": {"amp": "off", "mixes": True, "loss": "bce", "compile": "default"},
+    "rmsprop": {"amp": "off", "optimizer": SMOOTH_RMSPROP},
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with dist.process_group(Ranks()) as device:
+        yield device
+
+
+def on_gpu(device: torch.device, network: nn.Module | None = None, *, mixes: bool = False, **settings: Any) -> Training:
+    network = (network or small_net()).to(device).to(memory_format=torch.channels_last)
+    config = TrainConfig.model_validate({"compile": "off", "lr": LR, "epochs": 2, "optimizer": SGD, **settings})
+    built = build_optimizer(network, config.optimizer, config.lr)
+    return build_training(network, built, config, device, mixes=mixes)
+
+
+def gpu_loaders(
+    data: Path,
+    device: torch.device,
+    accumulation_steps: int = 1,
+    mix: MixConfig | None = None,
+    stages: tuple[StageConfig, ...] = (),
+) -> tuple[TrainLoader, Loader]:
+    section = DataConfig(path=str(data), batch_size=BATCH, stages=stages)
+    aug = AugConfig(crop="pad", flip=0.5, mix=mix or MixConfig())
+    train = build_train_loader(section, aug, seed=3, device=device, accumulation_steps=accumulation_steps)
+    return train, build_eval_loader(section, EvalConfig(batch_size=16), device=device)
+
+
+def train_epochs(
+    training: Training, loader: TrainLoader, seed: int = 0, after_update: Callable[[int, float], None] = lambda *_: None
+) -> dict[str, torch.Tensor]:
+    while loader.state["epoch"] < 2:
+        train_epoch(training, loader, seed=seed, rank=0, after_update=after_update)
+    return {**training.network.state_dict(), "sums": training.sums}
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("settings", GPU_KINDS.values(), ids=GPU_KINDS)
+def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
+    settings: Settings, npy_data: Path, gpu: torch.device
+) -> None:
+    results = {}
+    for graph in ("on", "off"):
+        training = on_gpu(gpu, cuda_graph=graph, **settings)
+        mix = MIX if training.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix)
+        warm_up.warm_up(training, loader)
+        assert isinstance(training.step, warm_up.CapturedStep) == (graph == "on")
+        results[graph] = train_epochs(training, loader)
+    torch.testing.assert_close(results["on"], results["off"], **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("kind", ["float32", "accumulated", "compiled", "mixed"])
+def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
+    kind: str, npy_data: Path, gpu: torch.device
+) -> None:
+    stages = (StageConfig(epoch=0, image_size=24), StageConfig(epoch=1, image_size=40, batch_size=20))
+    results = {}
+    for graph in ("on", "off"):
+        torch.manual_seed(0)
+        training = on_gpu(gpu, PoolingNet(12), cuda_graph=graph, **GPU_KINDS[kind])
+        mix = MIX if training.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix, stages)
+        warm_up.warm_up(training, loader)
+        results[graph] = train_epochs(training, loader)
+    torch.testing.assert_close(results["on"], results["off"], **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.device) -> None:
+    training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
+    training.step(training, batch)
+    before = copy.deepcopy(training.network.state_dict())
+    weight.data[0, 0] = float("inf")
+    training.step(training, batch)
+    weight.data[0, 0] = before["head.weight"][0, 0]
+    before["norm.num_batches_tracked"] += 1  # counts what was seen
+    assert_equal_trees(training.network.state_dict(), before)
+    assert training.guard is not None
+    assert float(training.guard.left_out) == 1
+    training.step(training, batch)
+    assert not torch.equal(weight, before["head.weight"])
+    assert training.network.state_dict()["norm.running_mean"].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> None:
+    training = on_gpu(gpu)
+    loaders = gpu_loaders(npy_data, gpu)
+    before = copy.deepcopy((training.network.state_dict(), training.sums, torch.cuda.get_rng_state(gpu)))
+    warm_up.warm_up(training, *loaders)
+    assert_equal_trees((training.network.state_dict(), training.sums, torch.cuda.get_rng_state(gpu)), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_dropout_of_a_captured_step_is_a_pure_function_of_the_seed(npy_data: Path, gpu: torch.device) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        training = on_gpu(gpu)
+        loader, _ = gpu_loaders(npy_data, gpu)
+        warm_up.warm_up(training, loader)
+        torch.cuda.manual_seed(seed + 100)
+        head: torch.Tensor = train_epochs(training, loader, seed)["head.weight"]
+        return head
+
+    first = weights(0)
+    torch.testing.assert_close(weights(0), first, **CLOSE)
+    assert not torch.allclose(weights(1), first, **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_dropout_masks_of_a_replay_are_those_of_plain_kernels_with_the_same_seed(gpu: torch.device) -> None:
+    class Masked(SmallNet):
+        """Its weights become the masks, so that a step shows them."""
+
+        def __init__(self) -> None:
+            super().__init__(10)
+            self.register_buffer("mask", torch.zeros(8, 256))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.mask.copy_(self.dropout(torch.ones_like(self.mask)))
+            return super().forward(images)
+
+    training = on_gpu(gpu, Masked())
+    batch = Batch(*(part.to(gpu) for part in random_batch(8)))
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    masks = []
+    for step in (training.step, train_step, training.step):
+        for seed in (1, 2):
+            torch.cuda.manual_seed(seed)
+            step(training, batch)
+            masks.append(training.network.mask.clone())  # type: ignore[operator, union-attr]
+    assert torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[1], masks[3])
+    assert torch.equal(masks[0], masks[4])
+    assert not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: torch.device) -> None:
+    def weights(evaluates: bool) -> dict[str, torch.Tensor]:
+        training = on_gpu(gpu)
+        loader, val_loader = gpu_loaders(npy_data, gpu)
+        warm_up.warm_up(training, loader, val_loader)
+
+        def after_update(*_: Any) -> None:
+            if evaluates:
+                evaluate(training, val_loader, 107)
+                training.forward.train()  # as train_epoch does at its start
+
+        return train_epochs(training, loader, after_update=after_update)
+
+    torch.testing.assert_close(weights(True), weights(False), **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("optimizer", [SGD, SMOOTH_RMSPROP], ids=["sgd", "rmsprop"])
+@pytest.mark.parametrize(("then", "now"), [("on", "on"), ("on", "off"), ("off", "on")])
+def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
+    then: str, now: str, optimizer: Settings, npy_data: Path, tmp_path: Path, gpu: torch.device
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def new(graph: str) -> tuple[Training, TrainLoader]:
+        return on_gpu(gpu, cuda_graph=graph, optimizer=optimizer), gpu_loaders(npy_data, gpu)[0]
+
+    training, loader = new("on")
+    warm_up.warm_up(training, loader)
+    whole = train_epochs(training, loader)
+
+    training, loader = new(then)
+    warm_up.warm_up(training, loader)
+
+    def save_and_break(update: int, lr: float) -> None:
+        if update == 9:
+            store.save(tmp_path / "last.pt", training, training.sums, state=loader.state)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_epochs(training, loader, after_update=save_and_break)
+    content = store.load(tmp_path / "last.pt")
+    training, loader = new(now)
+    store.restore(training, content, tmp_path / "last.pt")
+    warm_up.warm_up(training, loader)
+    loader.state = content["state"]
+    torch.testing.assert_close(train_epochs(training, loader), whole, **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixes", [False, True], ids=["plain", "mixed"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "muon"])
+@pytest.mark.parametrize("clipping", ["clip_grad_norm", "clip_grad_value", "clip_grad_adaptive"])
+def test_captured_steps_and_averages_never_wait_for_the_gpu(
+    name: str, clipping: str, mixes: bool, gpu: torch.device
+) -> None:
+    settings: Settings = {clipping: 1.0, "accumulation_steps": 2, "ema": {"decay": 0.9}, "optimizer": {"name": name}}
+    settings["mixes"] = mixes
+    training = on_gpu(gpu, **settings)
+    training.ema = build_ema(training.network, training.config.ema)
+    batch = Batch(*(part.to(gpu) for part in random_batch(8)))
+    batch = unmixed(batch) if mixes else batch
+    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(4):
+            set_learning_rate(training.optimizer, 0.1 / (step + 1))
+            torch.cuda.default_generators[gpu.index].manual_seed(step)
+            training.step(training, batch, update=step % 2 == 1)
+            if step % 2 == 1:
+                follow_weights(training, step // 2, Timeline.even(2, 50))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_model_that_reads_its_results_on_the_host_is_refused_with_the_way_out(
+    gpu: torch.device, failed_capture: None
+) -> None:
+    class Reading(SmallNet):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)
+            return logits * float(logits.max())
+
+    training = on_gpu(gpu, Reading(10))
+    with pytest.raises(UserError, match=r"cannot be captured as a CUDA graph .*; set train\.cuda_graph=off"):
+        warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))

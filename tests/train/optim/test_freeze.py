@@ -1,0 +1,198 @@
+"""Frozen parameters, and the norms that stand still with them: in a step, in an epoch, on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.utils.errors import UserError
+from helpers.training import CPU, alone, on_ranks, random_batch, training_of
+from models import build_model
+from train.distributed.process_group import Ranks
+from train.engine import epoch as loop
+from train.engine import warm_up
+from train.engine.epoch import train_step, train_whitening_bias
+from train.optim.freeze import freeze, set_training_mode
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet18", 10, width=16, mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+# Patterns
+
+
+def test_patterns_match_whole_names_with_or_without_the_prefix() -> None:
+    names = set(dict(resnet().named_parameters()))
+    for patterns, expected in (
+        (["layer1.*"], {name for name in names if name.startswith("network.layer1.")}),
+        (["network.layer1.*"], {name for name in names if name.startswith("network.layer1.")}),
+        (["*.bn?.bias", "conv1.weight"],
+         {name for name in names if ".bn" in name and name.endswith("bias")} - {"network.bn1.bias"}
+         | {"network.conv1.weight"}),
+        (["[!f]*"], {name for name in names if not name.startswith("network.fc")}),
+    ):  # fmt: skip
+        model = resnet()
+        freeze(model, patterns)
+        assert frozen_names(model) == expected
+
+
+def test_what_is_frozen_is_said_in_numbers() -> None:
+    model = build_model("lenet", 10, mean=[0.5] * 3, std=[0.25] * 3)
+    assert freeze(model, ["conv?.*"]) == "frozen: 4 of 10 tensors, 2,872 of 83,126 parameters"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (
+            ["layer1.*", "layer9.*"],
+            r"freeze=\['layer1.\*', 'layer9.\*'\]: 'layer9.\*' matches no parameter; close names",
+        ),
+        (["layer1"], r"'layer1' matches no parameter; did you mean layer1.\*\?"),
+        (["conv1.wieght"], "close names: conv1.weight"),
+        (["Conv1.*"], "matches no parameter"),
+        (["*"], "leaves no parameter to train"),
+        (["fc.*", "[!f]*"], "leaves no parameter to train"),
+    ],
+)
+def test_patterns_that_match_nothing_or_all_are_refused(patterns: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        freeze(resnet(), patterns)
+    assert "\n" not in str(caught.value)
+
+
+# Training
+
+
+def test_only_norms_that_are_frozen_whole_stay_in_evaluation() -> None:
+    model = resnet()
+    freeze(model, ["layer1.*", "layer2.0.bn1.weight"])
+    model.eval()
+    set_training_mode(model)
+    still = {name for name, module in model.named_modules() if not module.training}
+    assert still == {f"network.layer1.{block}.bn{number}" for block in (0, 1) for number in (1, 2)}
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_norms_without_parameters_and_those_of_the_speedrun_networks_go_on_learning() -> None:
+    for model in (nn.Sequential(nn.BatchNorm2d(3, affine=False)), build_model("speedrun96_proxy", 10)):
+        set_training_mode(model)
+        assert all(module.training for module in model.modules())
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
+    model = resnet()
+    freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
+    training = training_of(model, {"name": optimizer}, clip_grad_norm=1.0)
+    before = copy_of(model)
+    set_training_mode(training.forward)
+    for seed in range(2):
+        train_step(training, random_batch(8, seed))
+    untouched = {name for name in before if name.removeprefix("network.").startswith(("conv1.", "bn1.", "layer1."))}
+    assert untouched | {"normalize.mean", "normalize.std"} == set(before) - changed(model, before)
+    assert any("running_mean" in name for name in untouched)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name in untouched)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_warm_up_leaves_frozen_norms_in_evaluation() -> None:
+    model = resnet()
+    freeze(model, ["layer1.*"])
+    training = training_of(model)
+    before = copy_of(model)
+    warm_up.prepare(training, random_batch(4))
+    assert changed(model, before) == set()
+    assert not model.network.layer1[0].bn1.training
+    assert model.network.layer2[0].bn1.training
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_a_frozen_whitening_bias_stays_frozen_in_the_epochs_that_train_it() -> None:
+    for patterns, trained in ((["whitening.bias"], False), ((), True)):
+        model = build_model("speedrun96_proxy", 10, mean=[0.5] * 3, std=[0.25] * 3)
+        freeze(model, patterns)
+        training = training_of(model, whiten_bias_epochs=1)
+        train_whitening_bias(training, 0)
+        assert model.network.whitening.bias.requires_grad is trained
+
+
+def test_no_part_of_the_project_puts_a_whole_training_into_training_mode_by_itself() -> None:
+    from helpers.training import ROOT
+
+    for package in ("train", "tools"):
+        for source in (ROOT / package).rglob("*.py"):
+            assert "forward.train()" not in source.read_text(), source
+
+
+def _steps(ranks: Ranks) -> tuple[set[str], dict[str, Tensor]]:
+    model = resnet()
+    freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
+    before = copy_of(model)
+    training = training_of(model)
+    set_training_mode(training.forward)
+    for seed in range(2):
+        train_step(training, random_batch(4, 10 * seed + ranks.rank))
+    return changed(model, before), {name: one.detach() for name, one in model.named_parameters()}
+
+
+def test_frozen_parameters_and_norms_stand_still_on_two_ranks() -> None:
+    (names, first), (other_names, second) = on_ranks(2, _steps)
+    frozen = ("network.conv1.", "network.bn1.", "network.layer1.", "normalize.")
+    assert names == other_names
+    assert not any(name.startswith(frozen) for name in names)
+    assert {name for name in first if not name.startswith(frozen)} <= names
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_an_epoch_leaves_frozen_norms_in_evaluation_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resnet()
+    freeze(model, ["layer1.*"])
+    training = training_of(model)
+
+    class Empty:
+        state: Any = {"epoch": 0, "step": 0}  # noqa: RUF012
+        wait_s = 0.0
+        stages = (None,)
+
+        def at(self, epoch: int) -> Any:
+            return self
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Iterator[Any]:
+            yield random_batch(4)
+
+    model.eval()
+    loop.train_epoch(training, Empty(), seed=0, rank=0, after_update=lambda *_: None)  # type: ignore[arg-type]
+    assert not model.network.layer1[0].bn1.training
+    assert model.network.layer1.training
+    assert training.device == CPU

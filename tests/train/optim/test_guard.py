@@ -1,0 +1,133 @@
+"""Updates that are left out: as if their batch had not been there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import OptimizerConfig, TrainConfig
+from configs.utils.errors import UserError
+from helpers.training import alone, random_batch, small_net, training_of
+from pipelines.loader.loader import Batch
+from train.engine import epoch
+from train.engine.epoch import Training, train_step
+from train.optim.largest import largest
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "sgd"}, {"name": "adamw"}, {"name": "adam"}, {"name": "rmsprop"}, {"name": "muon"}, {"name": "lamb"},
+]  # fmt: skip
+BY_NAME = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["name"])
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+def guarded(optimizer: dict[str, Any] | None = None, **settings: Any) -> Training:
+    return training_of(small_net(), optimizer, on_nonfinite="skip", **settings)
+
+
+def bad_step(training: Training, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
+    """A step whose first layer gives `value` in one place, so that the loss and batch norm's statistics follow it."""
+
+    def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[0, 0, 0, 0] = value
+        return output
+
+    handle = training.network.stem.register_forward_hook(spoil)  # type: ignore[operator,union-attr]
+    train_step(training, batch, update=update)
+    handle.remove()
+
+
+def state_of(training: Training) -> dict[str, torch.Tensor]:
+    counts = {"num_batches_tracked"}  # counts the batches that were seen
+    state = training.network.state_dict()
+    return {name: value.clone() for name, value in state.items() if name.split(".")[-1] not in counts}
+
+
+@BY_NAME
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 0.1}], ids=str)
+def test_a_bad_update_leaves_no_trace(optimizer: dict[str, Any], settings: dict[str, Any]) -> None:
+    training, other = guarded(optimizer, **settings), guarded(optimizer, **settings)
+    batches = [random_batch(8, seed=seed, classes=12) for seed in range(4)]
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        train_step(training, batch)
+        torch.manual_seed(number)
+        train_step(other, batch)
+        if number == 1:
+            before = state_of(training)
+            bad_step(training, random_batch(8, seed=9, classes=12))
+            assert all(torch.equal(value, before[name]) for name, value in state_of(training).items())
+    ours, theirs = state_of(training), state_of(other)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert torch.equal(training.sums, other.sums)
+    assert training.guard is not None
+    assert float(training.guard.left_out) == 1
+
+
+@BY_NAME
+def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any]) -> None:
+    ours, plain = guarded(optimizer), training_of(small_net(), optimizer)
+    for seed in range(3):
+        for training in (ours, plain):
+            torch.manual_seed(seed)
+            train_step(training, random_batch(8, seed=seed, classes=12))
+    pairs = zip(ours.network.state_dict().values(), plain.network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(ours.sums, plain.sums)
+
+
+def test_without_a_guard_the_same_batch_spoils_weights_and_statistics() -> None:
+    training = training_of(small_net())
+    bad_step(training, random_batch(8, classes=12))
+    assert not training.network.state_dict()["norm.running_mean"].isfinite().all()
+    assert not training.network.state_dict()["head.weight"].isfinite().all()
+
+
+def test_an_accumulated_update_with_one_bad_pass_is_left_out_whole() -> None:
+    training = guarded(accumulation_steps=2)
+    before = state_of(training)
+    bad_step(training, random_batch(8, classes=12), update=False)
+    train_step(training, random_batch(8, seed=1, classes=12))
+    assert all(torch.equal(value, before[name]) for name, value in state_of(training).items())
+    assert float(training.sums[2]) == 8  # of the good pass alone
+
+
+def test_fp16_leaves_out_what_its_scaler_does() -> None:
+    training = guarded(amp="fp16")
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**60})
+    before = state_of(training)
+    train_step(training, random_batch(8, classes=12))
+    assert torch.equal(state_of(training)["head.weight"], before["head.weight"])
+    assert training.guard is not None
+    assert float(training.guard.left_out) == 1
+
+
+def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
+    gpu = torch.device("cuda")
+    for name, captures in (("adamw", True), ("sgd", True), ("muon", False), ("rmsprop", False)):
+        config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))
+        assert epoch.captures_graphs(config, gpu, torch.bfloat16) == captures
+        if not captures:
+            with pytest.raises(UserError, match=f"looks at the gradients of {name} on the host"):
+                epoch.captures_graphs(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [([[1.0, -3.0], [2.0]], 3.0), ([[], [2.0]], 2.0), ([[1.0], [float("inf")]], float("inf")),
+     ([[1.0, -float("inf")]], float("inf"))],
+)  # fmt: skip
+def test_the_largest_of_all_elements_is_found(tensors: list[list[float]], expected: float) -> None:
+    assert float(largest([torch.tensor(values) for values in tensors])) == expected
+
+
+def test_the_largest_is_nan_where_one_element_is() -> None:
+    assert largest([torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])]).isnan()

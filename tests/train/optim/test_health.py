@@ -1,0 +1,92 @@
+"""What is not finite is found on all ranks at the same update, and named by its steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.schema.train import ProxyConfig
+from helpers.training import alone, on_ranks, random_batch, small_net, training_of
+from train.distributed.process_group import Ranks
+from train.engine.epoch import Training, train_step
+from train.engine.hard_samples import Proxy
+from train.optim.health import Health, NotFinite
+
+STATE = "the weights or the optimizer's state are"
+
+
+def stepped() -> Training:
+    training = training_of(small_net())
+    train_step(training, random_batch(8, classes=12))
+    return training
+
+
+def test_sound_sums_are_given_as_they_are() -> None:
+    with alone():
+        training = stepped()
+        assert torch.equal(Health(training).sums(1), training.sums)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("what", ["loss", "weights", "statistics", "momentum"])
+def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> None:
+    with alone():
+        training = stepped()
+        health = Health(training)
+        health.sums(10)
+        place = {
+            "loss": training.sums,
+            "weights": training.network.get_parameter("head.weight").data.view(-1),
+            "statistics": training.network.get_buffer("norm.running_var"),
+            "momentum": next(iter(training.optimizer.state.values()))["exp_avg"].view(-1),
+        }[what]
+        place[0] = value
+        with pytest.raises(NotFinite) as found:
+            health.sums(20)
+        assert found.value.what == ("the loss is" if what == "loss" else STATE)
+        assert found.value.steps == "steps 11 to 20"
+
+
+@pytest.mark.parametrize("what", ["weights", "momentum"])
+def test_what_a_proxy_goes_on_from_is_looked_at_as_well(what: str) -> None:
+    with alone():
+        training = stepped()
+        training.proxy = Proxy(stepped(), ProxyConfig(model="lenet"))
+        health, proxys = Health(training), training.proxy.training
+        health.sums(1)
+        place = {
+            "weights": next(proxys.network.parameters()).data,
+            "momentum": next(iter(proxys.optimizer.state.values()))["exp_avg"],
+        }[what]
+        place.view(-1)[0] = float("inf")
+        with pytest.raises(NotFinite, match=STATE):
+            health.sums(2)
+
+
+@pytest.mark.parametrize(("begin", "done", "steps"), [(0, 1, "step 1"), (7, 8, "step 8"), (7, 9, "steps 8 to 9")])
+def test_steps_are_those_since_it_was_last_known_to_be_good(begin: int, done: int, steps: str) -> None:
+    with alone():
+        training = stepped()
+        health = Health(training)
+        health.begin(begin)
+        training.sums[0] = float("nan")
+        with pytest.raises(NotFinite) as found:
+            health.sums(done)
+        assert found.value.steps == steps
+
+
+def found_on(ranks: Ranks, bad_rank: int, what: str) -> str:
+    training = stepped()
+    if ranks.rank == bad_rank:
+        (training.sums if what == "loss" else training.network.get_buffer("norm.running_mean"))[0] = float("inf")
+    try:
+        Health(training).sums(5)
+    except NotFinite as found:
+        return f"{found.what} {found.steps}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("what", ["loss", "statistics"])
+def test_what_one_rank_has_all_ranks_are_told(what: str) -> None:
+    expected = "the loss is steps 1 to 5" if what == "loss" else f"{STATE} steps 1 to 5"
+    assert on_ranks(2, found_on, 1, what) == [expected] * 2

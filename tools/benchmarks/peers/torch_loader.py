@@ -1,0 +1,201 @@
+"""torch's DataLoader with torchvision's transforms: the current ones (v2), and as the homework has them (v1)."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from configs.schema import AugConfig
+from pipelines.augment.ops import blur_radius
+from pipelines.storage.split import Split, open_split
+from tools.benchmarks.engine.datasets import SPLIT
+from tools.benchmarks.peers.source import Batches, PeerSource, endless, picture
+
+HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, whatever the number of cores
+LARGEST_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and its larger images from HDF5
+
+
+class Pictures(torch.utils.data.Dataset):
+    """(transform(PIL image), label) per sample; opens the files in the worker that reads them."""
+
+    def __init__(self, folder: Path, transform: Any) -> None:
+        self.folder, self.transform = folder, transform
+        split = open_split(folder, SPLIT)
+        self.samples = len(split)
+        self.targets = [0] * len(split) if split.labels is None else split.labels.tolist()
+        self.split: Split | None = None
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if self.split is None:
+            self.split = open_split(self.folder, SPLIT)
+        return self.transform(picture(self.split, index)), self.targets[index]
+
+
+class PickledImages(torch.utils.data.Dataset):
+    """All images in memory from a pickle, made a PIL image when asked for, as torchvision's CIFAR10."""
+
+    def __init__(self, path: Path, transform: Any) -> None:
+        content = pickle.loads(path.read_bytes())  # written by `homework_dataset` just before
+        self.images, self.labels, self.transform = content["data"], content["labels"], transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class Hdf5Rows(torch.utils.data.Dataset):
+    """One row of an open HDF5 file per sample, channel first, as the homework's loader for MediumImageNet reads."""
+
+    def __init__(self, path: Path, samples: int, transform: Any) -> None:
+        self.path, self.samples, self.transform = path, samples, transform
+        self.file: h5py.File | None = None
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if self.file is None:
+            self.file = h5py.File(self.path, "r")
+        return self.transform(torch.from_numpy(self.file["images-train"][index])), int(self.file["labels-train"][index])
+
+
+def torchvision_v2(source: PeerSource) -> Batches:
+    """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
+    epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
+    steps = [*crop_and_flip(v2, source), *_colors(source.aug), v2.PILToTensor()]
+    steps += _erasing(source.aug)
+    return endless(data_loader(Pictures(source.folder, v2.Compose(steps)), source, source.workers), source.device)
+
+
+def homework(source: PeerSource) -> Batches:
+    """The homework's DataLoader: float32 [B, 3, H, W], normalised on the CPU by torchvision's v1 transforms; 8 workers
+    as its config says, started anew for every epoch, pinned memory on a GPU, copies that block. Reading alone: without
+    a transform."""
+    return _homework_batches(source)
+
+
+def _homework_batches(source: PeerSource) -> Batches:
+    loader = homework_loader(source)
+    while True:
+        for images, labels in loader:
+            yield images.to(source.device), labels.to(source.device)
+
+
+def homework_loader(source: PeerSource) -> torch.utils.data.DataLoader:
+    """Its DataLoader, from which its loop takes batches on the host."""
+    return data_loader(homework_dataset(source), source, HOMEWORK_WORKERS, keep=False)
+
+
+def homework_dataset(source: PeerSource) -> torch.utils.data.Dataset:
+    """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided
+    by 256."""
+    mean, std = source.stats
+    after = [] if source.aug is None else [*crop_and_flip(v1, source), v1.Normalize(mean, std)]
+    if source.split.heights.max() <= LARGEST_PICKLED_SIDE:
+        path = source.file(".pickle")
+        if not path.exists():
+            images = np.stack([source.pixels(index) for index in range(len(source.split))])
+            path.write_bytes(pickle.dumps({"data": images, "labels": source.labels.tolist()}, protocol=4))
+        return PickledImages(path, v1.Compose([v1.PILToTensor() if source.aug is None else v1.ToTensor(), *after]))
+    path = source.file(".hdf5")
+    if not path.exists():
+        with h5py.File(path, "w") as file:
+            height, width = int(source.split.heights[0]), int(source.split.widths[0])
+            images = file.create_dataset("images-train", (len(source.split), 3, height, width), np.uint8)
+            for index in range(len(source.split)):
+                images[index] = source.pixels(index).transpose(2, 0, 1)
+            file["labels-train"] = source.labels
+    to_float = [] if source.aug is None else [v1.Lambda(_divided_by_256)]
+    return Hdf5Rows(path, len(source.split), v1.Compose([*to_float, *after]))
+
+
+def _divided_by_256(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float() / 256
+
+
+def data_loader(
+    dataset: torch.utils.data.Dataset, source: PeerSource, workers: int, keep: bool = True
+) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=source.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=source.on_gpu,
+        drop_last=True,
+        persistent_workers=keep and workers > 0,
+    )
+
+
+def crop_and_flip(transforms: Any, source: PeerSource) -> list[Any]:
+    """The same augmentation from either generation of torchvision's transforms."""
+    aug, size = source.aug, source.image_size
+    if aug is None:
+        return []
+    steps: list[Any] = []
+    if aug.crop == "pad":
+        if source.split.image_shape != (size, size, 3):
+            steps += [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)]
+        steps.append(transforms.RandomCrop(size, padding=aug.padding))
+    elif aug.crop == "random-resized":
+        steps.append(transforms.RandomResizedCrop(size, scale=aug.scale, ratio=aug.ratio, antialias=True))
+    else:
+        steps.append(transforms.Resize((size, size), antialias=True))
+    return [*steps, transforms.RandomHorizontalFlip(aug.flip)] if aug.flip > 0 else steps
+
+
+def _colors(aug: AugConfig | None) -> list[Any]:
+    """What comes after the flip, on PIL images, which torchvision treats faster than tensors one by one."""
+    if aug is None:
+        return []
+    steps: list[Any] = []
+    auto, jitter = aug.auto, aug.color_jitter
+    if auto.policy == "randaugment":
+        steps.append(v2.RandAugment(auto.num_ops, auto.magnitude, auto.bins))
+    elif auto.policy == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(auto.bins))
+    elif auto.policy.startswith("autoaugment-"):
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(auto.policy.removeprefix("autoaugment-"))))
+    elif auto.policy != "none":
+        raise ValueError(f"torchvision has no policy {auto.policy}")
+    if any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)):
+        steps.append(v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue))
+    if aug.grayscale > 0:
+        steps.append(v2.RandomGrayscale(aug.grayscale))
+    if aug.blur.probability > 0:
+        kernel = 2 * blur_radius(aug.blur.sigma[1]) + 1
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, aug.blur.sigma)], aug.blur.probability))
+    return steps
+
+
+def _erasing(aug: AugConfig | None) -> list[Any]:
+    """What only takes tensors."""
+    if aug is None or aug.erase.probability == 0:
+        return []
+    return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
+
+
+def float_transform(source: PeerSource) -> Any:
+    """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
+    mean, std = source.stats
+    steps = [
+        *crop_and_flip(v2, source),
+        *_colors(source.aug),
+        v2.PILToTensor(),
+        *_erasing(source.aug),
+        v2.ToDtype(torch.float32, scale=True),
+    ]
+    return v2.Compose([*steps, v2.Normalize(mean, std)])

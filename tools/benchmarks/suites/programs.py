@@ -1,0 +1,242 @@
+"""Run programs and make rows of their results: speedruns, the published script, runs to an accuracy, the profile.
+
+The output of a program is read while it runs, so that the results so far are kept if it is cut off. It is stopped at
+the deadline.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import to_yaml
+from configs.schema import Config
+from pipelines.storage.split import open_split
+from tools.benchmarks.engine import datasets
+from tools.benchmarks.engine.interleaved import TIME_OVER
+from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed, skipped
+from tools.runs.records import results, training_time_s
+from train.reporting.run_log import counted, read_metrics
+
+ROOT = Path(__file__).parents[2]
+POLL_S = 0.5  # between two reads of what a program has written
+TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+PR_SET_PDEATHSIG = 1
+SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", "memory_gib",
+                    "device_memory_gib")  # fmt: skip
+SPEEDRUN_COLUMNS = ("runs", *SPEEDRUN_FIGURES, "ratio")
+ACCURACY_COLUMNS = ("top1", "target", "epochs", "epochs_per_s", "images_per_s", "training_s", "target_reached_s",
+                    "memory_gib", "device_memory_gib")  # fmt: skip
+PROFILE_COLUMNS = ("ms", "share", "images_per_s", "mfu", "mfu_of_data_sheet")
+REFERENCE = "airbench94_muon.py"
+_libc = ctypes.CDLL(None)
+
+
+class Program:
+    """A program that runs in a process group of its own.
+
+    When the generator of `run` is closed or ends, the whole group is killed. When this process is killed, the kernel
+    kills the program, but not the processes that the program has started.
+    """
+
+    def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
+        self._command, self._log, self._deadline, self._folder = command, log, deadline, folder
+        self.is_late = False
+
+    def run(self) -> Iterator[None]:
+        """Run the program; yield every POLL_S seconds and once after its end. Closing the generator stops it."""
+
+        def end_with_parent() -> None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder,
+                start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+        try:
+            while self._process.poll() is None:
+                self.is_late = self._deadline is not None and time.monotonic() > self._deadline
+                if self.is_late:
+                    break
+                yield
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(POLL_S)
+        finally:
+            self._stop()
+        yield
+
+    def _stop(self) -> None:
+        """Send SIGTERM, on which training saves a checkpoint, then SIGKILL to the whole process group."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(TERMINATE_S)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    @property
+    def error(self) -> str | None:
+        """Return why the program failed; None if it runs, was stopped at the deadline or ended without a failure."""
+        code = self._process.poll()
+        if code in (None, 0) or self.is_late:
+            return None
+        lines = [
+            line.strip()
+            for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
+        return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
+
+    def row(self, name: str, figures: Row, **facts: Any) -> Row:
+        """Return a row of the figures so far, with the reason if the program has not ended successfully."""
+        if self.error is not None:
+            return failed(name, self.error, **facts) | figures
+        if self.is_late:
+            return skipped(name, STOPPED if figures else TIME_OVER, **facts) | figures
+        if self._process.poll() is None:
+            return skipped(name, RUNNING, **facts) | figures
+        return {"name": name, "ours": True, "error": None, **facts, **figures}
+
+
+def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
+    """Run tools/speedrun.py on a config; the row holds its JSON as `result`."""
+    output = scratch / f"{name}.json"
+    command = [sys.executable, str(ROOT / "tools" / "speedrun.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
+               "--data-path", str(data), "--runs", str(seeds), "--json", str(output)]  # fmt: skip
+    program = Program(command, scratch / f"{name}.log", deadline)
+    for _ in program.run():
+        figures: Row = {}
+        with suppress(OSError):
+            result = json.loads(output.read_text(encoding="utf-8"))
+            figures = {"runs": len(result["runs"]), "result": result}
+            figures |= {key: float(f"{result[key]:.5g}") for key in SPEEDRUN_FIGURES if key in result}
+        yield program.row(name, figures)
+
+
+def reference(
+    checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
+) -> Iterator[Row]:
+    """Run airbench94_muon.py as published, on the same pixels; stop it after `seeds` runs.
+
+    folder: its subfolder reference/ holds the images in the script's format, which are written once, and the log.
+    ours: the row to compare with.
+    """
+    folder = folder / "reference"
+    script = None if checkout is None else checkout.resolve() / REFERENCE
+    if script is None or not script.is_file():
+        where = "--reference FOLDER" if script is None else f"{script}, which does not exist,"
+        yield skipped(REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False)
+        return
+    for split, name in (("train", "train"), ("val", "test")):
+        write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
+    log = folder / "reference.log"
+    program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
+    for _ in program.run():
+        runs = reference_runs(log.read_text(encoding="utf-8", errors="replace"))[:seeds]
+        figures: Row = {}
+        if runs:
+            for key, values in zip(("top1", "time_s"), zip(*runs, strict=True), strict=True):
+                figures[f"{key}_mean"] = float(f"{statistics.fmean(values):.5g}")
+                figures[f"{key}_std"] = float(f"{statistics.stdev(values) if len(values) > 1 else 0.0:.5g}")
+            figures["runs"] = len(runs)
+            if ours.get("time_s_mean"):
+                figures["ratio"] = float(f"{figures['time_s_mean'] / ours['time_s_mean']:.3g}")
+        if len(runs) == seeds:  # the script itself goes on to 200
+            yield {"name": REFERENCE, "ours": False, "error": None, **figures}
+            return
+        yield program.row(REFERENCE, figures, ours=False)
+
+
+def write_reference_data(data: Path, split: str, path: Path) -> None:
+    """Write a split as the reference's loader reads it: images uint8 [N, 32, 32, 3], labels int64 [N], classes."""
+    if path.is_file():
+        return
+    opened = open_split(data, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    images = torch.from_numpy(datasets.pixels_of(opened).copy())
+    content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
+    torch.save(content, temporary)
+    temporary.replace(path)  # a kill leaves no incomplete file
+
+
+def reference_runs(text: str) -> list[tuple[float, float]]:
+    """Return accuracy with test-time augmentation and seconds of each run in the script's table, warm-up excluded."""
+    runs = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 6 and cells[1] == "eval":
+            runs.append((float(cells[4]), float(cells[5])))
+    return runs[1:]
+
+
+def training_to(
+    name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
+) -> Iterator[Row]:
+    """Run train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
+    output = scratch / "accuracy"
+    command = [sys.executable, str(ROOT / "train" / "ddp.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
+               "--data-path", str(data), "--output", str(output)]  # fmt: skip
+    command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
+    program = Program(command, scratch / f"{name}.log", deadline)
+    for _ in program.run():
+        yield program.row(name, reached(read_metrics(output / name), target), target=target)
+
+
+def reached(metrics: list[dict[str, Any]], target: float) -> Row:
+    """Return the figures of a run's epochs so far; none before the first epoch has ended."""
+    if not metrics:
+        return {}
+    found = results(metrics)
+    time_s = found["training_time_s"]
+    accuracies = [counted(line, "auto") for line in metrics]
+    first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)
+    figures: Row = {
+        "top1": found["best_val_top1"],
+        "epochs": len(metrics),
+        "epochs_per_s": len(metrics) / time_s if time_s else None,
+        "images_per_s": found["images_per_s"],
+        "training_s": time_s,
+        "target_reached_s": training_time_s(metrics[:first]) if first is not None else None,
+    }
+    figures |= {key: metrics[-1][key] for key in ("memory_gib", "device_memory_gib") if key in metrics[-1]}
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
+    """Run tools/benchmark.py profile on a config; yield a row for each phase of the step and for the whole step."""
+    out, file = scratch / "profile", scratch / "profile.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",
+               str(steps), "--seconds", str(seconds), "--out", str(out)]  # fmt: skip
+    program = Program(command, scratch / "profile.log", deadline)
+    for _ in program.run():
+        pass
+    content = (
+        json.loads((out / "profile.json").read_text(encoding="utf-8")) if (out / "profile.json").exists() else None
+    )
+    if content is None:
+        yield program.row("step", {})
+        return
+    for each in content["phases"]:
+        yield {"name": each["phase"], "ours": True, "error": None, "ms": each["ms"], "share": each["share"]}
+    rates, use = content["images_per_s"], content["arithmetic"] or {}
+    for which, rate in rates.items():
+        mine = which == ("captured" if "captured" in rates else "uncaptured")
+        figures = {key: use.get(key) for key in ("mfu", "mfu_of_data_sheet")} if mine else {}
+        step = {"name": f"step, {which}", "ours": True, "error": None, "ms": content["unprofiled_step_ms"][which]}
+        yield step | {"images_per_s": rate, **figures, "result": content}

@@ -1,0 +1,84 @@
+"""Whether a change of data.stages costs anything: the epoch after each change beside the next one of the same stage."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from configs.schema import Config, StageConfig
+from pipelines import build_train_loader
+from pipelines.storage.split import load_dataset
+from train.build import build_all
+from train.checkpoint.finetune import without_start
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.epoch import train_epoch
+from train.engine.warm_up import warm_up
+
+STEADY = "of the next epoch"
+
+
+def group(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
+    """The entry of a run's record. Rounds of two epochs per stage, so that every round changes each stage once.
+
+    The real loader, step and epoch; the first round warms up and is left out. ratio: the median over the rounds of the
+    rate in the epoch after a change divided by that of the following epoch.
+    """
+    sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
+    epochs = 2 * len(sizes) * (rounds + 1)
+    stages = tuple(
+        StageConfig(epoch=epoch, image_size=size.image_size, batch_size=size.batch_size)
+        for epoch, size in zip(range(0, epochs, 2), sizes * (rounds + 1), strict=True)
+    )
+    data = config.data.model_copy(update={"stages": stages})
+    train = config.train.model_copy(update={"epochs": epochs})
+    config = without_start(config.model_copy(update={"data": data, "train": train}))
+    dataset = load_dataset(config.data.path)
+    rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    with dist.process_group(ranks) as device:
+        loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
+                                    accumulation_steps=train.accumulation_steps)  # fmt: skip
+        largest = max(stage.image_size for stage in loader.stages)
+        training = build_all(config, dataset, len(dataset["classes"]), largest, device)
+        warm_up(training, loader)
+        for epoch in range(0, epochs, 2):
+            shape = (loader.image_size, loader.plan.batch_size)
+            pair = []
+            for _ in range(2):
+                times = train_epoch(training, loader, seed=config.seed, rank=0, after_update=lambda *_: None)
+                pair.append(times.batches * shape[1] / times.time_s)
+            if epoch >= 2 * len(sizes):
+                rates.setdefault(shape, []).append((pair[0], pair[1]))
+    rows = [
+        {
+            "name": f"{size}x{size}, batch {batch}",
+            "ours": True,
+            "error": None,
+            "device": device.type,
+            "images_per_s": round(statistics.median(steady for _, steady in pairs), 1),
+            "after_change": round(statistics.median(first for first, _ in pairs), 1),
+            "ratio": round(statistics.median(first / steady for first, steady in pairs), 4),
+            "changes": len(pairs),
+        }
+        for (size, batch), pairs in rates.items()
+    ]
+    return {"title": title(config), "stage": "stages", "rows": rows}
+
+
+def title(config: Config) -> str:
+    """Return the title of the entry for a config."""
+    return f"changes of image and batch size, {config.model.name}"
+
+
+HEADER = ("stage", "images/s after a change", STEADY, "ratio", "changes")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Of one row, under HEADER."""
+    return (
+        row["name"],
+        f"{row['after_change']:,.0f}",
+        f"{row['images_per_s']:,.0f}",
+        f"{row['ratio']:.3f}",
+        str(row["changes"]),
+    )

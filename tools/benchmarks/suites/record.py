@@ -1,0 +1,109 @@
+"""Record a run in JSON files, which are replaced as a whole after every row.
+
+The rows measured before a kill are kept.
+
+format, version, command, environment, duration_s, missing_peers
+parts: {name: {command, date, versions, duration_s, is_complete}}
+groups: tables with the name of their part; see results for rows
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.engine import results
+from tools.benchmarks.suites.groups import Entry
+from tools.common.tables import write_text
+
+Run = dict[str, Any]
+
+
+def command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
+def start(environment: dict[str, Any], missing: list[str]) -> Run:
+    """Return a run without tables."""
+    return {
+        "format": results.FORMAT,
+        "version": results.VERSION,
+        "command": command(),
+        "duration_s": 0.0,
+        "environment": environment,
+        "missing_peers": missing,
+        "parts": {},
+        "groups": [],
+    }
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Write the file under a temporary name and rename it."""
+    write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+
+class Record:
+    """A run and the JSON files that hold it.
+
+    files: written after every table. earlier: a run on the same device, whose tables of other parts are kept.
+    """
+
+    def __init__(self, run: Run, files: Sequence[Path], earlier: Run | None = None) -> None:
+        self.run, self._files = run, files
+        self._own: dict[tuple[str, str], Entry] = {}  # what this run has put, by part and title
+        self._in_place: set[tuple[str, str]] = set()  # those of them that are in `run`
+        if earlier is not None:
+            run["parts"], run["groups"] = dict(earlier.get("parts", {})), list(earlier["groups"])
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Assign the tables put in this context to a part and record its duration at the end.
+
+        The part is incomplete unless `complete` is called in the context.
+        """
+        begin = time.monotonic()
+        environment = self.run["environment"]
+        about = {"command": command(), "date": environment["date"], "versions": environment["versions"]}
+        self.run["parts"][name] = about | {"duration_s": 0.0, "is_complete": False}
+        self._part = name
+        yield
+        self.run["parts"][name]["duration_s"] = round(time.monotonic() - begin, 1)
+        self.run["duration_s"] = round(sum(one["duration_s"] for one in self.run["parts"].values()), 1)
+        self._write()
+
+    def complete(self) -> None:
+        """Mark the part as complete and remove its tables of earlier runs that this run has not put."""
+        groups = self.run["groups"]
+        self.run["groups"] = [one for one in groups if one.get("part") != self._part or _key(one) in self._own]
+        self.run["parts"][self._part]["is_complete"] = True
+
+    def put(self, entry: Entry) -> None:
+        """Add a table to the part, or replace the table of the same title.
+
+        A table of an earlier run is replaced only by one that has a measured row.
+        """
+        entry = {"part": self._part, **entry}
+        groups, key = self.run["groups"], _key(entry)
+        self._own[key] = entry
+        place = next((number for number, one in enumerate(groups) if _key(one) == key), len(groups))
+        if place == len(groups) or key in self._in_place or any(map(results.is_measured, entry["rows"])):
+            groups[place : place + 1] = [entry]
+            self._in_place.add(key)
+        self._write()
+
+    def tables(self) -> list[Entry]:
+        """Return the tables that this run has put, including those that did not replace an earlier one."""
+        return list(self._own.values())
+
+    def _write(self) -> None:
+        for path in self._files:
+            write_json(self.run, path)
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    return (entry.get("part", ""), entry["title"])

@@ -1,0 +1,184 @@
+"""Whether a sample costs the same however many there are: made indices over sparse shard files, the real loader.
+
+Every size runs in a process of its own, since its memory is measured. Every size times equally many samples, which were
+read into the page cache before: what remains is the cost of order, draws and gather, not that of a disk.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.schema import DataConfig
+from pipelines import build_train_loader, order, rng
+from pipelines.storage import split as shards
+from pipelines.storage import tar_format
+from tools.benchmarks.engine import ours
+from tools.benchmarks.engine.interleaved import Contestant, Stream, measure
+
+SIZES = (10_000, 100_000, 1_500_000)
+SIDE = 96  # pixels, MediumImageNet's
+CLASSES = 200
+SHARD_BYTES = 512 * 2**20
+BATCH_SIZE = 512
+BATCHES = 19  # timed, of the 19 that 10,000 samples have
+AHEAD = 20  # batches that the loader may prepare beyond them
+
+
+def group(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
+    """One row per size: microseconds per sample, memory, and the time from opening to the first batch."""
+    rows = []
+    for samples in sizes:
+        (outcome,) = measure([Contestant(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
+        rows.append(
+            {"name": outcome.contestant, "ours": True, "samples": samples, "error": outcome.error, **outcome.facts}
+        )
+    return {"title": title(side), "stage": "scale", "rows": rows}
+
+
+def title(side: int = SIDE) -> str:
+    """Return the title of the entry for images of this size."""
+    return f"Cost per sample by size of the data set, {side}x{side} raw"
+
+
+@contextmanager
+def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Stream]]:
+    """Measures everything while it is built, in this fresh process; the stream only carries the facts."""
+    folder = scratch / f"scale-{samples}"
+    make_sparse_set(folder, samples, side)
+    torch.set_num_threads(1)
+    read_into_cache(folder, order.permutation(samples, 0, 0)[: (BATCHES + AHEAD) * BATCH_SIZE])
+    gc.collect()
+    before = private_bytes()
+    begin = time.perf_counter()
+    data = DataConfig(path=str(folder), batch_size=BATCH_SIZE, image_size=side, placement="host", verify="off")
+    loader = build_train_loader(data, ours.PLAIN, device="cpu")
+    batches = iter(loader)
+    next(batches)
+    first_batch_s = time.perf_counter() - begin
+    gc.collect()
+    memory = private_bytes() - before
+
+    def epoch_part() -> float:
+        """Microseconds per sample of the loader over the same first batches of epoch 0."""
+        loader.state = {"epoch": 0, "step": 0}
+        remaining = iter(loader)
+        next(remaining)
+        start = time.perf_counter()
+        count = min(BATCHES, len(loader)) - 1
+        for _ in range(count):
+            next(remaining)
+        return (time.perf_counter() - start) * 1e6 / (count * BATCH_SIZE)
+
+    epoch_part()  # maps the pages
+    indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
+    facts: dict[str, Any] = {
+        "loader_us": _best(epoch_part, seconds),
+        "order_us": _best(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)) / samples, seconds),
+        "draws_us": _best(lambda: _microseconds(lambda: _draws(indices)) / len(indices), seconds),
+        "first_batch_s": first_batch_s,
+        "memory_mib": memory / 2**20,
+        "memory_bytes_per_sample": memory / samples,
+    }
+    facts["total_us"] = facts["loader_us"] + facts["order_us"] + facts["draws_us"]
+    rounded = {name: float(f"{value:.4g}") for name, value in facts.items()}
+    yield {"": Stream(iter(lambda: time.sleep(1e-4), 0), 1, lambda: rounded)}
+
+
+def _draws(indices: np.ndarray) -> None:
+    rng.flips(indices, 0, 0, 0.5)
+    rng.pad_crop_offsets(indices, 0, 0, 4)
+
+
+def _microseconds(work: Any) -> float:
+    begin = time.perf_counter()
+    work()
+    return (time.perf_counter() - begin) * 1e6
+
+
+def _best(value: Any, seconds: float) -> float:
+    """The smallest of the values had within `seconds`: a noisy machine only ever adds to it."""
+    found = [value()]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(found) < 3:
+        found.append(value())
+    return min(found)
+
+
+def private_bytes() -> int:
+    """Memory of this process alone, without mapped files, which all ranks share."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
+
+
+def read_into_cache(folder: Path, samples: np.ndarray) -> None:
+    """Exactly these samples: a page fault on the map would read megabytes around each of them."""
+    split = shards.open_split(folder, "train", verify="off")
+    for number in np.unique(split.shard[samples]).tolist():
+        inside = samples[split.shard[samples] == number]
+        offsets = split.address[inside] - number * split.slot_bytes
+        with split.files[number].open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for offset, size in zip(offsets.tolist(), split.size[inside].tolist(), strict=True):
+                os.pread(file.fileno(), size, offset)
+
+
+def make_sparse_set(folder: Path, samples: int, side: int) -> None:
+    """A data set whose index is real and whose shards are holes: black images in the layout of npy shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (side, side, 3)
+    size = len(tar_format.npy_header(shape)) + side * side * 3
+    stride = shards.sample_stride(size, True, CLASSES)
+    per_shard = SHARD_BYTES // stride
+    rows = np.arange(samples)
+    number = rows // per_shard
+    columns = {
+        "shard": number,
+        "offset": rows % per_shard * stride + tar_format.BLOCK,
+        "size": np.full(samples, size),
+        "label": rows % CLASSES,
+        "height": np.full(samples, side),
+        "width": np.full(samples, side),
+    }
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    np.savez(buffer, **arrays)
+    (folder / "train.index.npz").write_bytes(buffer.getvalue())
+    files = []
+    for shard, count in enumerate(np.bincount(number).tolist()):
+        length = count * stride + len(tar_format.END_OF_ARCHIVE)
+        with (folder / f"scale-{shard:06d}.tar").open("wb") as file:
+            file.truncate(length)
+        files.append({"file": f"scale-{shard:06d}.tar", "samples": count, "bytes": length, "sha256": "0" * 64})
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    split = {
+        "samples": samples,
+        "labelled": True,
+        "source_rows": samples,
+        "quarantined": [],
+        "index": {"file": "train.index.npz", "bytes": len(buffer.getvalue()), "sha256": digest},
+        "shards": files,
+    }
+    content = {
+        "format": shards.FORMAT,
+        "version": shards.VERSION,
+        "name": "scale",
+        "classes": [str(number) for number in range(CLASSES)],
+        "encoding": "npy",
+        "image_shape": list(shape),
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "splits": {"train": split},
+    }
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")

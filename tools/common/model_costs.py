@@ -1,0 +1,137 @@
+"""What one training step of a model costs: parameters, FLOPs, memory. Knows tensors, not configs' files or tables.
+
+Counted on fake tensors, which have shapes and strides but no memory, so that any batch size can be asked for on any
+machine; measured on a GPU. FLOPs are 2 per multiply-add and those of convolutions, matrix products and attention, as
+torch.utils.flop_counter counts them: pooling, norms and activations are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import TrainConfig
+from tools.common.forward_tracer import Layer, Tracer, WeightCasts, bytes_of, not_called
+from train.engine.epoch import build_training, run_step
+from train.engine.losses import build_loss
+from train.engine.warm_up import blank_batch
+from train.optim.ema import build_ema
+from train.optim.factory import build_optimizer
+from train.optim.freeze import set_training_mode
+from train.optim.lookahead import build_lookahead
+
+MEASURED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sums over `layers` where those have the quantity; FLOPs and bytes of a step with the whole batch."""
+
+    parameters: int
+    trainable: int
+    forward_flops: int
+    training_flops: int  # forward and backward
+    weight_bytes: int  # parameters, buffers, and the copies of weights that autocast makes for the step
+    gradient_bytes: int
+    optimizer_bytes: int  # with the copies of the weights that Lookahead and the moving average keep
+    activation_bytes: int  # what the forward pass, loss included, keeps for the backward pass
+    layers: tuple[Layer, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """All kinds at once. No more is held at a time, but for temporary buffers: gradients come as activations go."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def count_costs(
+    network: nn.Module,
+    config: TrainConfig,
+    *,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> Costs:
+    """Of a training step of `network`, which takes uint8 and lies on `device` in its memory format. Computes nothing.
+
+    The proxy of train.proxy is not counted. What torch raises for a model that looks at values comes through.
+    """
+    with FakeCopyMode(mode := FakeTensorMode()):
+        network = copy.deepcopy(network)
+    set_training_mode(network)
+    tensors = [*network.parameters(), *network.buffers()]
+    weight_bytes = bytes_of(tensors)
+    with mode:
+        batch = blank_batch(batch_size, image_size, device)
+        optimizer = build_optimizer(network, config.optimizer, config.lr)
+        lookahead = build_lookahead(network, config.lookahead)
+        casts = WeightCasts(network)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
+        tracer = Tracer(counter, casts, tensors)
+        with counter, casts:
+            with tracer.watch(network), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                loss, _ = build_loss(config, mixes=False)(network, batch, config.label_smoothing)
+            forward_flops = counter.get_total_flops()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+        slow = list(lookahead.slow.values()) if lookahead is not None else []
+        average = tensors if config.ema.decay is not None else []
+    layers = (*tracer.layers, *not_called(network, tracer))
+    return Costs(
+        parameters=sum(p.numel() for p in network.parameters()),
+        trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        forward_flops=forward_flops,
+        training_flops=counter.get_total_flops(),
+        weight_bytes=weight_bytes + casts.bytes,
+        gradient_bytes=bytes_of([p.grad for p in network.parameters() if p.grad is not None]),
+        optimizer_bytes=bytes_of(state + slow) + bytes_of(average),
+        activation_bytes=sum(layer.saved_bytes for layer in layers),
+        layers=layers,
+    )
+
+
+def measure_memory(
+    network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
+) -> int:
+    """Most bytes that were allocated on the GPU at a time during real training steps of `network`, which lies there.
+
+    Uncompiled, so that it can be compared with what is counted. The first step, in which cuDNN tries its algorithms, is
+    not looked at. Everything else on the device counts as well: `free_device_memory` before.
+    """
+    eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
+    training = build_training(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
+    training.lookahead = build_lookahead(network, eager.lookahead)
+    training.ema = build_ema(network, eager.ema)
+    set_training_mode(training.forward)
+    batch = blank_batch(batch_size, image_size, device)
+    for number in range(1 + MEASURED_STEPS):
+        if number == 1:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        run_step(training, batch, number, updates=True)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def free_device_memory() -> None:
+    """Give back what dead models held, cycles included."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
+    """Of a convolution's backward pass: as many as forward for each gradient, also with groups, which torch's own
+    formula counts as one."""
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = arguments[:8]
+    positions = math.prod((x_shape if transposed else grad_shape)[2:])
+    forward = 2 * int(x_shape[0]) * positions * math.prod(w_shape)
+    return forward * sum(wanted[:2])

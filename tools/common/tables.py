@@ -1,0 +1,90 @@
+"""Tables for people (markdown, aligned) and for programs (CSV), from rows that are plain dicts. Knows no tool."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.utils.errors import UserError
+
+Row = dict[str, Any]
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Every key of any row, in the order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of all columns, numbers to the right; floats with four digits, None and what is missing empty."""
+    columns = columns_of(rows)
+    numbers = [
+        number
+        for number, column in enumerate(columns)
+        if all(isinstance(value := row.get(column), int | float | None) and not isinstance(value, bool) for row in rows)
+    ]
+    return aligned(columns, [[_cell(row.get(column)) for column in columns] for row in rows], right=numbers)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
+    """A markdown table of cells that are text, padded for readers of the source; right: columns to align there."""
+    lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
+
+    def line_of(line: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join(
+        "-" * (width + 1) + ":" if number in right else "-" * (width + 2) for number, width in enumerate(widths)
+    )
+    return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Every column of every row, None and what is missing empty; the file is whole or not there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
+
+
+def make_folder(path: Path) -> Path:
+    """The folder for a tool's results, made before the work so that nothing is lost after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror}; give another --out") from None
+    return path
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return " ".join(str(value).split())

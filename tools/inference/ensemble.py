@@ -1,0 +1,92 @@
+"""What one checkpoint predicts for a set of images, or several on average. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.utils.errors import UserError
+from pipelines import build_eval_loader
+from tools.inference.image_sets import ImageSet
+from tools.inference.trained_model import Trained
+from train.engine.accounting import check_each_once
+from train.engine.epoch import Evaluation, loss_and_hits, predictions
+
+CHUNK = 4096  # images that are looked at at once, so that no copy of all logits is made
+
+
+def predict(
+    models: Sequence[Trained], images: ImageSet, tta: str | None, batch_size: int | None
+) -> tuple[np.ndarray, list[Evaluation], Evaluation | None]:
+    """Logits float32 [N, C] on the host, each model's evaluation, and that of all together; none without labels.
+
+    One model's logits stay as they are. Those of several are the log of the mean of their probabilities, summed up in
+    logarithms, so that no probability becomes 0.
+    """
+    several = len(models) > 1
+    logits = np.empty((len(images), len(models[0].classes)), np.float32)
+    each: list[Evaluation] = []
+    with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
+        for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
+            sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
+            begin = 0
+            for batch, labels in batches(model, folder, images.split, tta, batch_size):
+                sums += loss_and_hits(batch, labels)  # as `train.loop.evaluate` does, to the last digit
+                values = (batch.log_softmax(1) if several else batch).cpu().numpy()  # waits for the device
+                check_finite(values, model, images, begin)
+                part = logits[begin : begin + len(values)]
+                part[:] = values if number == 0 else np.logaddexp(part, values)
+                begin += len(values)
+                bar.update(len(values))
+            if begin != len(images):
+                raise RuntimeError(f"predicted {begin} of {len(images)} images")
+            each += evaluations(sums, images)
+    if not several:
+        return logits, each, each[0] if each else None
+    logits -= np.float32(np.log(len(models)))
+    return logits, each, mean_evaluation(logits, images)
+
+
+def batches(
+    model: Trained, folder: Path, split: str, tta: str | None, batch_size: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels as evaluation has them, of another split or data set; ends with the loader's memory freed."""
+    settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
+    loader = build_eval_loader(model.data_in(folder), settings, split=split, device=model.training.device)
+    yield from predictions(model.training, loader, tta or model.config.eval.tta)
+    check_each_once(loader)
+
+
+def check_finite(logits: np.ndarray, model: Trained, images: ImageSet, begin: int) -> None:
+    """Refuse logits [B, C] of the images from `begin` on that would be taken for a prediction."""
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
+        raise UserError(f"{model.path} gives logits that are not finite for {images.describe(begin + int(bad[0]))}"
+                        f"{more}: its weights have diverged or overflow; take another checkpoint")  # fmt: skip
+
+
+def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
+    """The means that these sums of `loss_and_hits` stand for; none where there are no labels."""
+    loss, top1, top5, count = sums.tolist()
+    return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
+
+
+def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
+    if images.labels is None:
+        return None
+    parts = zip(torch.from_numpy(logits).split(CHUNK), torch.from_numpy(images.labels).split(CHUNK), strict=True)
+    return evaluations(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)), images)[0]
+
+
+def best_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers int64 [N, count] and probabilities float32 [N, count] of the likeliest classes, best first."""
+    parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK)]
+    numbers = torch.cat([best.indices for best, _ in parts])
+    probabilities = torch.cat([(best.values - total).exp() for best, total in parts])
+    return numbers.numpy(), probabilities.numpy()

@@ -1,0 +1,88 @@
+"""What an exported model must give: the checkpoint's own logits on real images, in batches of several sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.utils.errors import UserError
+from pipelines import build_eval_loader
+from tools.inference.export_formats import Predict
+from tools.inference.trained_model import Trained
+
+BATCH_SIZES = (1, 7, 64)  # one image, an odd number and a usual one: whatever was made a constant shows
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every format is compared with."""
+
+    images: Tensor  # uint8 [N, 3, H, W]
+    logits: Tensor  # float32 [N, classes], of the checkpoint's model
+    kind: str  # of images: the split's name, or random pixels
+    source: str  # the same with the data set's folder
+
+    @property
+    def largest(self) -> float:
+        """The largest logit's magnitude."""
+        return float(self.logits.abs().max())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    max_difference: float  # of all logits
+    same_top1: int  # images whose highest logit is the same class's
+
+
+def expected_logits(trained: Trained, data_path: str | None, samples: int) -> Expected:
+    """The first images of the validation split, or random ones where no data_path is given and the run's is gone."""
+    path = data_path or trained.config.data.path
+    if data_path is not None or (Path(path) / "dataset.json").is_file():
+        images = first_images(trained, path, samples)
+        kind = trained.config.data.val_split
+        source = f"{len(images)} images of split {kind!r} of {path}"
+    else:
+        size = (samples, 3, trained.image_size, trained.image_size)
+        images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        kind = "random pixels"
+        source = f"{samples} images of random pixels, since no data set lies in {path} (--data-path names another)"
+    with torch.inference_mode():
+        logits = torch.cat([trained.training.network(batch) for batch in images.split(64)])
+    if not logits.isfinite().all():
+        raise UserError(f"{trained.path} gives logits that are no finite numbers (a diverged run?); take another one")
+    return Expected(images, logits.float(), kind, source)
+
+
+def first_images(trained: Trained, path: str, samples: int) -> Tensor:
+    data = trained.data_in(path).model_copy(update={"placement": "auto", "batch_size": 64})
+    evaluation = trained.config.eval.model_copy(update={"batch_size": None})
+    parts: list[Tensor] = []
+    for images, _ in build_eval_loader(data, evaluation, device=CPU):
+        parts.append(images.clone())  # the loader fills its buffers anew
+        if sum(map(len, parts)) >= samples:
+            break
+    return torch.cat(parts)[:samples]
+
+
+def compare(predict: Predict, expected: Expected) -> Comparison:
+    """Run batches of all BATCH_SIZES in turn, with the strides of a stack of images and those of the loader's."""
+    parts: list[Tensor] = []
+    begin, sizes = 0, cycle(BATCH_SIZES)
+    while begin < len(expected.images):
+        strides = torch.channels_last if len(parts) % 2 else torch.contiguous_format
+        batch = expected.images[begin : begin + next(sizes)].contiguous(memory_format=strides)
+        with torch.inference_mode():
+            parts.append(predict(batch))
+        begin += len(batch)
+    logits = torch.cat(parts)
+    if logits.shape != expected.logits.shape or logits.dtype != torch.float32:
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not float32 {list(expected.logits.shape)}")
+    return Comparison(
+        max_difference=float((logits - expected.logits).abs().max()),
+        same_top1=int((logits.argmax(1) == expected.logits.argmax(1)).sum()),
+    )

@@ -1,0 +1,137 @@
+"""The file that a contest takes: an Id and a class number for every row of a split. Knows no model.
+
+`plan` decides all of it before any prediction is made, and refuses what would shift an Id; `write` checks and writes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.utils.errors import UserError
+from tools.common.tables import write_text
+from tools.inference.image_sets import ImageSet
+from tools.inference.sample_ids import IN_ORDER, check_order_of_files, match
+
+ID, CATEGORY = "Id", "Category"
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Form:
+    """Everything of a submission but the predictions."""
+
+    id_column: str
+    category_column: str
+    ids: tuple[str, ...]  # in the order of the file
+    rows: tuple[int, ...]  # source row of each id
+    order: str  # of the ids and how they were matched, for the user
+    fill: int  # class of the rows that have no prediction
+
+
+def plan(
+    images: ImageSet,
+    classes: int,
+    *,
+    sample: Path | None = None,
+    id_start: int | None = None,
+    id_column: str | None = None,
+    category_column: str | None = None,
+    fill: int | None = None,
+) -> Form:
+    """The form for these images; `sample` is the contest's own example, which decides columns and ids."""
+    _check_rows(images)
+    if images.is_unordered:
+        raise UserError(
+            f"the images of split {images.split!r} are numbered files, stored in the order of their names and not of "
+            "their numbers, so that no row of a submission is certain; give the folder with these very images as "
+            "--split, whose names are compared with the ids of a --sample-submission, or rename the images with "
+            "leading zeros and convert them again"
+        )
+    if fill is not None and not 0 <= fill < classes:
+        raise UserError(f"--fill={fill} is no class number; use 0..{classes - 1}")
+    if images.unreadable and fill is None:
+        named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:SHOWN]]
+        more = f" and {len(images.unreadable) - SHOWN} more" if len(images.unreadable) > SHOWN else ""
+        raise UserError(f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no "
+                        f"prediction: {'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or do "
+                        "without a submission with --submission none")  # fmt: skip
+    if sample is None:
+        check_order_of_files(images.files or ())
+        start, rows = 1 if id_start is None else id_start, tuple(range(images.source_rows))
+        counted = tuple(str(start + row) for row in rows)
+        return Form(id_column or ID, category_column or CATEGORY, counted, rows, IN_ORDER, fill or 0)
+    columns, ids = read_sample(sample)
+    if len(ids) != images.source_rows:
+        raise UserError(f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
+                        f"{images.source_rows:,} images; take the sample of this very split")  # fmt: skip
+    for option, given, found in zip(
+        ("--id-column", "--category-column"), (id_column, category_column), columns, strict=True
+    ):
+        if given not in (None, found):
+            raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; leave one out")
+    matched = match(ids, images, sample)
+    if id_start is not None and id_start != matched.first:
+        found = f"do not count from 0 or 1 ({', '.join(ids[:3])} …)"
+        if matched.first is not None:
+            found = f"start at {matched.first}"
+        raise UserError(f"--id-start={id_start}, but the ids of sample submission {sample} {found}; leave one out")
+    return Form(columns[0], columns[1], tuple(ids), matched.rows, matched.order, fill or 0)
+
+
+def write(path: Path, form: Form, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
+    """Write the predicted class number of each image [N]; returns the sentence that says what was checked."""
+    categories = np.full(images.source_rows, form.fill, np.int64)
+    categories[images.rows] = predicted
+    if len(set(form.ids)) != len(categories) or sorted(form.rows) != list(range(len(categories))):
+        raise RuntimeError(f"{len(form.ids)} ids, {len(set(form.ids))} different ones, for {len(categories)} images")
+    low, high = int(categories.min()), int(categories.max())
+    if not 0 <= low <= high < classes:
+        raise RuntimeError(f"predicted classes {low} to {high} of {classes}")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([form.id_column, form.category_column])
+    writer.writerows(zip(form.ids, categories[list(form.rows)].tolist(), strict=True))
+    write_text(path, text.getvalue())
+    filled = f", {len(images.unreadable)} of them filled with {form.fill}" if images.unreadable else ""
+    return (
+        f"{path}: checked {len(form.ids):,} rows, one per image; {form.id_column} {form.ids[0]} to {form.ids[-1]}, "
+        f"{form.order}; {form.category_column} {low} to {high}, within 0 to {classes - 1}, "
+        f"{len(np.unique(categories)):,} of {classes:,} classes{filled}"
+    )
+
+
+def read_sample(path: Path) -> tuple[tuple[str, str], list[str]]:
+    """The two columns of a contest's example and its ids, as they are written there."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"sample submission {path} cannot be read ({reason}); give a CSV file") from None
+    bad = next((number for number, line in enumerate(lines) if len(line) != 2), None)
+    if not lines or bad is not None:
+        found = f"its row {bad + 1} is {','.join(lines[bad])[:80]!r}" if bad is not None else "it is empty"
+        raise UserError(f"sample submission {path} must have two columns, such as {ID},{CATEGORY}, but {found}")
+    ids = [line[0] for line in lines[1:]]
+    seen: set[str] = set()
+    twice = next((text for text in ids if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        raise UserError(f"sample submission {path} has the id {twice!r} twice; take an unchanged one")
+    return (lines[0][0], lines[0][1]), ids
+
+
+def _check_rows(images: ImageSet) -> None:
+    """Refuse images of which it is not certain that they are the source's rows in their order."""
+    if not images.in_source_order:
+        raise UserError(f"split {images.split!r} is stored shuffled, so that its images have no order for a "
+                        "submission; take another split, such as test")  # fmt: skip
+    unreadable = np.array([entry["row"] for entry in images.unreadable], np.int64)
+    rows = np.sort(np.concatenate([images.rows, unreadable]))
+    if not np.array_equal(rows, np.arange(images.source_rows)) or (np.diff(images.rows) <= 0).any():
+        raise UserError(f"split {images.split!r} in {images.folders[0]} does not hold each row of its source once and "
+                        "in order; convert the source again")  # fmt: skip

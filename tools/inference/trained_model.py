@@ -1,0 +1,113 @@
+"""A trained model from its checkpoint, for all tools that use one. The data set's folder is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import parse_config
+from configs.schema import Config, DataConfig
+from configs.utils.errors import UserError
+from train.build import build_all
+from train.checkpoint import store
+from train.checkpoint.finetune import for_inference, without_start
+from train.checkpoint.run_dir import find_checkpoints
+from train.checkpoint.state import check_holds
+from train.engine.epoch import Training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that takes raw pixels; `training.network` is it, `training` what `train.loop.predictions` runs."""
+
+    path: Path  # the checkpoint
+    is_average: bool  # its weights are the run's moving average
+    config: Config
+    name: str  # of the data set it was trained on
+    classes: tuple[str, ...]
+    image_size: int  # height and width that it was trained at, pixels
+    training: Training
+    epochs: int  # whole ones that it was trained for
+    conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
+    stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded
+
+    @property
+    def title(self) -> str:
+        """The checkpoint, and which of its weights."""
+        return f"{self.path} (moving average)" if self.is_average else str(self.path)
+
+    def data_in(self, folder: str | Path) -> DataConfig:
+        """Its data section for evaluation, of the data set in this folder."""
+        return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
+
+
+def load_trained(path: Path, device: torch.device, *, compiled: bool = False) -> Trained:
+    """The model of a run folder or checkpoint, for evaluation, with the weights that its eval.weights names. Needs a
+    process group.
+
+    compiled: as its run would compile it here, so that logits are those of its own evaluations to the last digit.
+
+    Raises UserError for what is no checkpoint, or one of a version that did not record its data set.
+    """
+    path, content = store.load_newest(find_checkpoints(path))
+    facts: dict[str, Any] | None = content.get("dataset")
+    if facts is None:
+        raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
+    check_holds(content, ("model", "config", "position"), path)
+    _check_facts(facts, path)
+    config = parse_config(content["config"], f"the config in {path}")
+    train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
+    config = without_start(config.model_copy(update={"train": train}))
+    training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False)
+    is_average = store.restore_weights(training, content, path, config.eval.weights)
+    training.network.eval()
+    position = content["position"]
+    return Trained(
+        path=path,
+        is_average=is_average,
+        config=config,
+        name=facts["name"],
+        classes=tuple(facts["classes"]),
+        image_size=facts["image_size"],
+        training=training,
+        epochs=position["epoch"],
+        conversion=facts.get("conversion"),
+        stored_shape=tuple(facts["image_shape"]) if facts.get("image_shape") else None,
+    )
+
+
+def _check_facts(facts: dict[str, Any], path: Path) -> None:
+    """Refuse what no version recorded of a data set."""
+    check_holds(facts, ("name", "classes", "mean", "std", "image_size"), path)
+    is_text = {"name": isinstance(facts["name"], str), "classes": _are(str, facts["classes"])}
+    are_numbers = {name: _are((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
+    is_size = {"image_size": type(facts["image_size"]) is int and facts["image_size"] > 0}
+    if wrong := [name for name, is_right in (is_text | are_numbers | is_size).items() if not is_right]:
+        raise UserError(f"checkpoint {path} cannot be read (its dataset's {wrong[0]!r} is {facts[wrong[0]]!r:.60}); "
+                        "take another one")  # fmt: skip
+
+
+def _are(kind: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(isinstance(value, kind) for value in values)
+
+
+def check_same_classes(trained: Trained, classes: tuple[str, ...], what: str) -> None:
+    """Raise UserError unless `what` (a data set, another checkpoint) has the checkpoint's classes in its order."""
+    if trained.classes == classes:
+        return
+    numbers = f"{len(trained.classes)} and {len(classes)}"
+    different = next(
+        (i for i, pair in enumerate(zip(trained.classes, classes, strict=False)) if pair[0] != pair[1]), None
+    )
+    where = (
+        f"number {different} is {trained.classes[different]!r} and {classes[different]!r}"
+        if different is not None
+        else "the others agree"
+    )
+    raise UserError(
+        f"{trained.path} and {what} differ in their classes ({numbers} of them; {where}); "
+        "take a checkpoint that was trained on these classes"
+    )

@@ -1,0 +1,216 @@
+"""What tools/summary.py says: rows, tables, ratios in words and the picture. Knows figures, not how they are had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from configs.schema import ModelConfig, TrainConfig
+from tools.common.model_costs import Costs
+from tools.common.tables import Row, markdown
+from train.reporting import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB, MEGA = 2**20, 1e6
+KINDS = ("weights", "gradients", "optimizer", "activations")  # the row has NAME_bytes of each
+COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
+TOTAL = "total"
+SPAN_FOR_LOG = 30  # from which ratio of the largest to the smallest on an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model as it is to be trained."""
+
+    label: str
+    settings: ModelConfig
+    image_size: int
+    classes: int
+    batch_size: int
+    train: TrainConfig
+
+    @property
+    def model(self) -> str:
+        return self.settings.name
+
+
+def row_of(subject: Subject, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
+    """A line of summary.csv: whole numbers; FLOPs of one image, bytes at the batch size."""
+    batch = subject.batch_size
+    return {
+        "model": subject.label,
+        "architecture": subject.model,
+        "image_size": subject.image_size,
+        "classes": subject.classes,
+        "parameters": costs.parameters,
+        "trainable": costs.trainable,
+        "multiply_adds": round(costs.forward_flops / (2 * batch)),
+        "forward_flops": round(costs.forward_flops / batch),
+        "training_flops": round(costs.training_flops / batch),
+        "batch_size": batch,
+        "optimizer": subject.train.optimizer.name,
+        "precision": str(amp or torch.float32).removeprefix("torch."),
+        "weights_bytes": costs.weight_bytes,
+        "gradients_bytes": costs.gradient_bytes,
+        "optimizer_bytes": costs.optimizer_bytes,
+        "activations_bytes": costs.activation_bytes,
+        "sum_bytes": costs.memory_bytes,
+        "training_bytes": costs.memory_bytes if measured_bytes is None else measured_bytes,
+        "memory": "estimated" if measured_bytes is None else "measured",
+    }
+
+
+def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
+    """A line of layers-NAME.csv for each layer in the order of execution, and their total."""
+    rows: list[Row] = []
+    for layer in costs.layers:
+        rows.append({
+            "layer": layer.name.removeprefix("network.") or "(model)",
+            "type": layer.type,
+            "output_shape": "x".join(map(str, layer.output_shape)) if layer.output_shape else None,
+            "parameters": layer.parameters,
+            "forward_flops": round(layer.flops / batch_size),
+            "activations_bytes": layer.saved_bytes,
+        })  # fmt: skip
+    sums = {key: sum(row[key] for row in rows) for key in ("parameters", "forward_flops", "activations_bytes")}
+    return [*rows, {"layer": TOTAL, "type": "", "output_shape": None, **sums}]
+
+
+def layers_table(rows: list[Row]) -> str:
+    table = [
+        {
+            "layer": row["layer"],
+            "type": row["type"],
+            "output shape": row["output_shape"],
+            "parameters": row["parameters"],
+            "MFLOP per image": row["forward_flops"] / MEGA,
+            "kept for backward, MiB": row["activations_bytes"] / MIB,
+        }
+        for row in rows
+    ]
+    return markdown(table)
+
+
+def report(rows: list[Row]) -> str:
+    """Both tables, the ratios, and what the figures mean."""
+    sizes = [
+        {
+            "model": row["model"],
+            "image size": row["image_size"],
+            "classes": row["classes"],
+            "parameters": row["parameters"],
+            "trainable": row["trainable"],
+            "multiply-adds, M": row["multiply_adds"] / MEGA,
+            "forward, MFLOP": row["forward_flops"] / MEGA,
+            "training, MFLOP": row["training_flops"] / MEGA,
+        }
+        for row in rows
+    ]
+    memory = [
+        {
+            "model": row["model"],
+            "batch": row["batch_size"],
+            "optimizer": row["optimizer"],
+            "precision": row["precision"],
+            **{f"{_words(kind)}, MiB": row[f"{kind}_bytes"] / MIB for kind in KINDS},
+            "training memory, MiB": row["training_bytes"] / MIB,
+            "which is": row["memory"],
+        }
+        for row in rows
+    ]
+    how = {
+        "estimated": "estimated is the sum of the four, without temporary buffers and libraries' workspaces",
+        "measured": "measured is the most that was allocated during two uncompiled steps, temporary buffers included; "
+        "gradients come as activations go, so it may be less than the sum of the four",
+    }
+    notes = [
+        "FLOPs are those of one image, 2 per multiply-add, of convolutions, matrix products and attention; training is "
+        "forward and backward. Activations are what the forward pass keeps for the backward pass; "
+        + "; ".join(how[kind] for kind in sorted({row["memory"] for row in rows})) + "."
+    ]  # fmt: skip
+    return "\n\n".join([markdown(sizes), markdown(memory), *ratios(rows), *notes])
+
+
+def ratios(rows: list[Row]) -> list[str]:
+    """One paragraph: a sentence for each model about how it compares with the one of the fewest parameters."""
+    smallest = min(rows, key=lambda row: row["parameters"])
+    sentences = []
+    for row in rows:
+        if row is smallest:
+            continue
+        times = [
+            f"{_times(row[key] / smallest[key])} the {what}"
+            for key, what in (("parameters", "parameters"), ("forward_flops", "FLOPs"),
+                              ("training_bytes", "training memory"))
+            if smallest[key]
+        ]  # fmt: skip
+        sentences.append(f"{row['model']} has {', '.join(times[:-1])} and {times[-1]} of {smallest['model']}.")
+    return ["\n".join(sentences)] if sentences else []
+
+
+def picture(rows: list[Row]) -> Figure:
+    """Parameters, FLOPs and memory of each model as bars, and what the memory is made of.
+
+    The shares are an axis of their own, since a stack on a logarithmic axis shows no shares.
+    """
+    figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
+    labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]
+    for axis in axes:
+        axis.set_yticks(range(len(rows)), labels, fontsize=9, parse_math=False)
+        axis.invert_yaxis()
+    _bars(axes[0], [row["parameters"] / MEGA for row in rows], "parameters, millions")
+    _bars(axes[1], [row["forward_flops"] / MEGA for row in rows], "forward pass of one image, MFLOP")
+    batches = sorted({row["batch_size"] for row in rows})
+    how = " and ".join(sorted({row["memory"] for row in rows}))
+    where = f"batch {', '.join(map(str, batches))}, {how}"
+    _bars(axes[2], [row["training_bytes"] / MIB for row in rows], f"training memory, MiB ({where})")
+    left = [0.0] * len(rows)
+    for kind, color in zip(KINDS, COLORS, strict=True):
+        shares = [100 * row[f"{kind}_bytes"] / row["sum_bytes"] for row in rows]
+        axes[3].barh(range(len(rows)), shares, left=left, color=color, label=_words(kind))
+        for place, (start, share) in enumerate(zip(left, shares, strict=True)):
+            if share >= 8:
+                axes[3].text(
+                    start + share / 2, place, f"{share:.0f} %", ha="center", va="center", fontsize=8, color="w"
+                )
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes[3].set_xlim(0, 100)
+    axes[3].set_xlabel("share of the four kinds of memory, %")
+    axes[3].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.suptitle("Models side by side")
+    return figure
+
+
+def _bars(axis: Axes, values: list[float], label: str) -> None:
+    axis.barh(range(len(values)), values, color=COLORS[0])
+    axis.set_xlabel(label)
+    smallest, largest = min(values), max(values)
+    if smallest > 0 and largest / smallest >= SPAN_FOR_LOG:
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{label}, logarithmic")
+        axis.set_xlim(smallest / 5, largest * 8)  # the bars begin somewhere, and the figures behind them fit
+    else:
+        axis.set_xlim(0, largest * 1.2 or 1)
+    for place, value in enumerate(values):
+        axis.annotate(
+            _number(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def _words(kind: str) -> str:
+    return "optimizer state" if kind == "optimizer" else kind
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

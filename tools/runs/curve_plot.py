@@ -1,0 +1,146 @@
+"""The curves of several runs over one another: four panels, one legend. Knows run records, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tools.runs.records import RunRecord, results
+from train.reporting import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = (
+    ("train_loss", "train loss"),
+    ("val_loss", f"validation loss ({figures.VALIDATION_LOSS})"),
+    ("train_top1", "train top-1 accuracy"),
+    ("val_top1", "validation top-1 accuracy"),
+)
+OTHERS = "others"
+AVERAGE = "validation of a moving average"
+TITLE_LENGTH = 70  # characters that a panel's title has room for
+COLOURS = 12  # so many runs can be told apart; of more, the best ones are coloured
+LOG_SPAN = 5  # a loss that spans a larger factor is drawn on a log axis
+DIVERGED = 10  # losses beyond this multiple of what an ordinary run starts from are cut off
+Points = list[tuple[int, float]]  # epoch, value
+
+
+def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
+    """Four panels, one colour per run, one legend below them; validation of moving averages in dots."""
+    colours = _colours(records)
+    rows = math.ceil(min(len(records), COLOURS + 1) / _legend_columns(names))
+    figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
+    handles: dict[str, Any] = {}
+    dotted: list[Any] = []
+    losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
+    for axis, (quantity, label) in zip(axes, PANELS, strict=True):
+        curves = [_points(record, quantity) for record in records]
+        averages = [_points(record, f"ema_{quantity}") for record in records]
+        for average, colour in zip(averages, colours, strict=True):
+            if average and colour is not None:
+                dotted += axis.plot(*zip(*average, strict=True), color=colour, zorder=2, linestyle=":")
+        for curve, record, name, colour in zip(curves, records, names, colours, strict=True):
+            is_coloured = colour is not None
+            so_far = f" ({record.epochs_trained} of {record.config.train.epochs} epochs)"
+            (line,) = axis.plot(
+                *zip(*curve, strict=True) if curve else ([], []),
+                color=colour if is_coloured else "0.8",
+                zorder=2 if is_coloured else 1,
+                linewidth=1.6 if is_coloured else 0.8,
+                marker="." if len(curve) <= 30 else None,
+                linestyle="-" if record.is_finished else "--",
+            )
+            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS, line)
+        if quantity.endswith("loss"):
+            _set_loss_axis(axis, curves, names, averages)
+        axis.set_xlabel("epochs trained")
+        axis.set_ylabel(f"{label} ({losses})" if quantity == "train_loss" else label)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, parse_math=False)
+    if OTHERS in handles:
+        handles[OTHERS] = handles.pop(OTHERS)  # to the end
+    if dotted:
+        handles[AVERAGE] = dotted[0]
+    options: dict[str, Any] = {"loc": "outside lower center", "ncols": _legend_columns(names), "fontsize": 9}
+    figures.add_legend(figure, list(handles.values()), list(handles), **options)
+    return figure
+
+
+def _points(record: RunRecord, quantity: str) -> Points:
+    """nan where the loss was no finite number, which leaves a gap; nothing for epochs without an evaluation."""
+    split = quantity.rpartition("_")[0]
+    return [
+        (line["epoch"] + 1, math.nan if line[quantity] is None else line[quantity])
+        for line in record.metrics
+        if line.get(f"{split}_top1") is not None
+    ]
+
+
+def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str], averages: Sequence[Points]) -> None:
+    """A range that shows the runs that learn and their averages, and a title that says which runs it leaves out."""
+    finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
+    low, high = loss_range(finite)
+    left_out = {
+        reason: [name for curve, name in zip(curves, names, strict=True) if any(is_out(value) for _, value in curve)]
+        for reason, is_out in (
+            ("nan or infinite", lambda value: not math.isfinite(value)),
+            (f"above {high:.3g}", lambda value: math.isfinite(value) and value > high),
+        )
+    }
+    by_name = [f"{reason}: {', '.join(runs)}" for reason, runs in left_out.items() if runs]
+    by_number = [f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs]
+    if by_name:
+        notes = by_name if len("; ".join(by_name)) <= TITLE_LENGTH else by_number
+        axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8, parse_math=False)
+    if low > 0 and high / low > LOG_SPAN:
+        axis.set_yscale("log")
+        axis.set_yticks(_log_ticks(low, high), map("{:g}".format, _log_ticks(low, high)))
+        axis.set_yticks([], minor=True)
+        axis.set_ylim(low / 1.1, high * 1.1)
+    elif high > low:
+        margin = 0.05 * (high - low)
+        axis.set_ylim(low - margin, high + margin)
+
+
+def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Smallest and largest loss to show; losses: the finite ones of each run.
+
+    What is ordinary is the largest loss of the best-behaved run, and no less than 1, since a run may start from trained
+    weights. Other runs may reach DIVERGED times that; what lies beyond would flatten all the rest.
+    """
+    values = [value for run in losses for value in run]
+    if not values:
+        return 0.0, 1.0
+    limit = DIVERGED * max(1.0, min(max(run) for run in losses if run))
+    return min(values), max([value for value in values if value <= limit], default=max(values))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10 … in between, of more than three decades the powers of ten alone."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+    return [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
+
+
+def _colours(records: Sequence[RunRecord]) -> list[Any]:
+    """One per run; None for all but the best where there are too many to tell apart."""
+    import matplotlib
+
+    colours: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
+    if len(records) <= COLOURS:
+        return colours[: len(records)]
+    best = [results(record.metrics, record.config.eval.weights)["best_val_top1"] or 0.0 for record in records]
+    ranking = sorted(range(len(records)), key=lambda number: -best[number])
+    places = {number: place for place, number in enumerate(ranking[:COLOURS])}
+    return [colours[places[number]] if number in places else None for number in range(len(records))]
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as fit side by side in the width of the figure."""
+    widest = max(map(len, names)) + 18  # room for the progress of an unfinished run
+    return max(1, min(4, len(names), 150 // widest))

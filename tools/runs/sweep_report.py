@@ -1,0 +1,135 @@
+"""Write what is known of a sweep so far: the table, sweep.csv, sweep.json and two pictures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configs.schema import Config
+from configs.utils.files import read_record
+from tools.common import tables
+from tools.common.tables import Row
+from tools.runs.curve_plot import overlay
+from tools.runs.records import RunRecord, curve_rows, differing, flat, global_batch, show, table
+from tools.runs.sweep_plots import values_figure
+from tools.runs.sweep_points import Point
+from tools.runs.sweep_runner import folder_of
+from train.reporting import figures
+from train.reporting.run_log import read_metrics
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep and where they lie."""
+
+    folder: Path
+    points: list[Point]
+    processes: int  # of each run
+    command: list[str]  # of train/ddp.py on one of them, without --opts
+    opts: list[str]  # overrides of all of them
+    errors: dict[str, str] = field(default_factory=dict)  # one line by the name of each run that failed
+
+
+def records_of(sweep: Sweep) -> list[RunRecord]:
+    """What there is of each point, also of those without a folder yet."""
+    records = []
+    for point in sweep.points:
+        folder, config = folder_of(point), point.config
+        batch = config.data.batch_size * config.train.accumulation_steps * sweep.processes
+        records.append(RunRecord(folder, config, read_metrics(folder), global_batch(folder) or batch))
+    return records
+
+
+def rows_of(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
+    """A row per point, whatever has become of it."""
+    rows = table(records, [point.name for point in sweep.points])
+    for row, record in zip(rows, records, strict=True):
+        del row["time_ratio"]  # no point is the one to compare with
+        if row["run"] in sweep.errors:
+            row["status"] = f"failed at epoch {record.epochs_trained} of {record.config.train.epochs}"
+            row["error"] = sweep.errors[row["run"]]
+        elif not record.folder.exists():
+            row["status"] = "not started"
+    return rows
+
+
+def best_of(rows: Sequence[Row]) -> int | None:
+    """The number of the finished run with the highest validation accuracy."""
+    finished = [n for n, row in enumerate(rows) if row["status"] == "finished" and row["best_val_top1"] is not None]
+    return max(finished, key=lambda number: float(rows[number]["best_val_top1"]), default=None)
+
+
+def write_tables(sweep: Sweep) -> list[Row]:
+    """sweep.csv, curves.csv and sweep.json; returns the rows of the first."""
+    records = records_of(sweep)
+    rows = rows_of(sweep, records)
+    tables.write_csv(sweep.folder / "sweep.csv", rows)
+    tables.write_csv(sweep.folder / "curves.csv", curve_rows(records, [point.name for point in sweep.points]))
+    runs = [{"settings": list(point.settings), **row} for point, row in zip(sweep.points, rows, strict=True)]
+    best = best_of(rows)
+    content = {"command": sweep.command, "opts": sweep.opts, "runs": runs, "best": None if best is None else runs[best]}
+    tables.write_text(sweep.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+    return rows
+
+
+def replaced_runs(sweep: Sweep) -> list[str]:
+    """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
+    points = {point.name for point in sweep.points}
+    try:
+        runs = json.loads(read_record(sweep.folder / "sweep.json"))["runs"]
+        return [run["run"] for run in runs if run["run"] not in points]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a file of another program
+        return []
+
+
+def finish(sweep: Sweep) -> None:
+    """Tables, pictures, and on the console the table and the setting to go on with."""
+    rows = write_tables(sweep)
+    pictures = draw(sweep, rows)
+    print(tables.markdown(rows))
+    if (best := best_of(rows)) is not None:
+        point = sweep.points[best]
+        opts = [*sweep.opts, *point.settings]
+        command = shlex.join([*sweep.command, *(["--opts", *opts] if opts else [])])
+        print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
+        for hint in beyond([one.config for one in sweep.points], best):
+            print(hint)
+    print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *pictures])}", flush=True)
+
+
+def beyond(configs: Sequence[Config], best: int) -> list[str]:
+    """A sentence for each number whose best value is the smallest or the largest of at least three."""
+    settings = [flat(config) for config in configs]
+    hints = []
+    for key in differing(configs):
+        values = sorted({one[key] for one in settings if type(one[key]) in (int, float)})
+        if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
+            which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
+            hints.append(f"{key}={show(value)} is the {which} that was tried; {others} ones may be better")
+    return hints
+
+
+def draw(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """Draw sweep.png and, where numbers or variants were tried, sweep_values.png; return their names.
+
+    Pictures of an earlier sweep are removed, since the tables beside them no longer hold their figures.
+    """
+    for name in ("sweep.png", "sweep_values.png"):
+        (sweep.folder / name).unlink(missing_ok=True)
+    records = records_of(sweep)
+    begun = [number for number, record in enumerate(records) if record.metrics]
+    if not begun:
+        return []
+    names = [sweep.points[number].label for number in begun]
+    title = f"{sweep.folder.name}: {len(begun)} of {len(sweep.points)} runs"
+    figures.save(overlay([records[number] for number in begun], names, title), sweep.folder / "sweep.png")
+    finished = [number for number in begun if rows[number]["status"] == "finished"]
+    points, results = [sweep.points[number] for number in finished], [rows[number] for number in finished]
+    figure = values_figure(points, results, sweep.folder.name)
+    if figure is None:
+        return ["sweep.png"]
+    figures.save(figure, sweep.folder / "sweep_values.png")
+    return ["sweep.png", "sweep_values.png"]

@@ -1,0 +1,245 @@
+"""The processes of a sweep: which run starts where, what became of it, and that none outlives the sweep.
+
+Knows points and folders, but neither tables nor pictures. One thread: the kernel ends a child with the *thread* that
+started it (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from configs.load import to_yaml
+from configs.utils.errors import UserError
+from tools.common.tables import write_text
+from tools.runs.records import identity, read_run, show
+from tools.runs.sweep_points import Point
+from train.checkpoint.run_dir import find_run
+
+SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
+LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
+END_S = 30.0  # between SIGTERM and SIGKILL, as torchrun gives its processes
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+LAUNCHED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+                        "MASTER_PORT")  # fmt: skip
+_libc = ctypes.CDLL(None)  # looked up before any fork
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one run at a time goes on."""
+
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; empty: the CPU
+    processes: int = 1
+    threads: int | None = None  # per process; None: as many as the machine has
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended."""
+
+    point: Point
+    error: str | None  # one line; None: it finished
+    time_s: float
+
+
+@dataclass
+class _Child:
+    point: Point
+    slot: Slot
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    log_begin: int  # bytes of earlier attempts
+    started_at: float
+
+
+def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[Slot]:
+    """GPUs in groups; without any, one run on the CPU. `parallel` runs share out the groups, or the CPU's cores."""
+    for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
+        if number < 1:
+            raise UserError(f"--{name} {number} is not a positive whole number; use 1 or more")
+    if gpus_per_run > max(1, len(gpus)):
+        raise UserError(f"--gpus-per-run {gpus_per_run} exceeds the {len(gpus)} GPUs that are visible; use less")
+    starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
+    groups = [tuple(gpus[start : start + gpus_per_run]) for start in starts] or [()]
+    count = len(groups) if parallel is None else parallel
+    cores = len(os.sched_getaffinity(0))
+    threads = None if count == 1 else max(1, cores // (count * gpus_per_run))
+    return [Slot(groups[number % len(groups)], gpus_per_run, threads) for number in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and listed.strip() in ("", "-1"):
+        return []
+    import torch  # takes seconds
+
+    count = torch.cuda.device_count()
+    return [name.strip() for name in listed.split(",")][:count] if listed else [str(n) for n in range(count)]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """The folder is this sweep's alone; gives the lock, which children inherit: it ends with the last of them."""
+    with (folder / ".lock").open("wb") as file:
+        give_up_at = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up_at:
+                    raise UserError(
+                        f"another sweep is at work in {folder}; wait for its end, or give another --out"
+                    ) from None
+                time.sleep(POLL_S)
+        yield file.fileno()
+
+
+def is_finished(point: Point) -> bool:
+    """Whether the run needs no process any more. Raises UserError where its folder holds another run."""
+    folder = folder_of(point)
+    latest = find_run(point.config, "auto")[0]  # which the run would go on in
+    if latest not in (None, folder):
+        raise UserError(f"{latest} would be taken for the latest run of {folder}; move it away, or give another --out")
+    config_file, last = folder / "config.yaml", folder / "last.pt"
+    if not config_file.is_file() or config_file.stat().st_size == 0:  # killed before it began
+        return False
+    run = read_run(folder)
+    there, here = identity(run.config), identity(point.config)
+    if different := [
+        f"{key}: {show(there[key])} there, {show(here[key])} here" for key in here if here[key] != there[key]
+    ]:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(different[:3])}{more}); "
+            "give another --out, or move that folder away"
+        )
+    # the last epoch is logged before its checkpoint is written
+    return run.is_finished and last.is_file() and last.stat().st_mtime >= (folder / "metrics.jsonl").stat().st_mtime
+
+
+def folder_of(point: Point) -> Path:
+    return Path(point.config.output) / point.name
+
+
+def log_of(point: Point) -> Path:
+    """What the run's processes print."""
+    return Path(point.config.output) / f"{point.name}.log"
+
+
+def run_all(points: Sequence[Point], slots: Sequence[Slot], lock: int, done: Callable[[Outcome], None]) -> None:
+    """Each point in a process of its own, as many at a time as there are slots; `done` is called as each one ends.
+
+    Whatever ends this call, a signal too, ends the processes first; a signal becomes KeyboardInterrupt.
+    """
+    waiting, free, children = list(points), list(slots), list[_Child]()
+    with _signals_noted() as signals:
+        try:
+            while waiting or children:
+                while waiting and free and not signals:
+                    children.append(_start(waiting.pop(0), free.pop(0), lock))
+                time.sleep(POLL_S)
+                if signals:
+                    raise KeyboardInterrupt
+                for child in [child for child in children if child.process.poll() is not None]:
+                    children.remove(child)
+                    free.append(child.slot)
+                    child.log.close()
+                    done(Outcome(child.point, _error(child), time.monotonic() - child.started_at))
+        finally:
+            _end(children)
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Ctrl-C, a scheduler's SIGTERM and a closed terminal add to a list, instead of raising wherever the code stands:
+    from within a fork Python drops exceptions. What is ignored (nohup) stays so."""
+    noted: list[int] = []
+    names = [
+        name for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN
+    ]
+    handlers = {name: signal.signal(name, lambda number, _: noted.append(number)) for name in names}
+    try:
+        yield noted
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def command_line(point: Point, slot: Slot) -> list[str]:
+    """train/ddp.py on the config as it was checked, whatever has become of the files it came from."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
+    config_file = Path(point.config.output) / f"{point.name}.yaml"
+    return [sys.executable, *(launcher if slot.processes > 1 else []), str(SCRIPT), "--cfg", str(config_file),
+            "--resume", "auto"]  # fmt: skip
+
+
+def _start(point: Point, slot: Slot, lock: int) -> _Child:
+    config = point.config
+    if slot.threads is not None and config.data.threads is None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"threads": slot.threads})})
+    write_text(Path(config.output) / f"{point.name}.yaml", to_yaml(config))
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHED_BY_TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
+    if slot.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
+    if slot.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(slot.threads)
+    log = log_of(point).open("ab")
+    log_begin = log.tell()  # the child moves the same position
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's handler would swallow it until exec
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun passes it on to its processes
+        if os.getppid() != parent:  # it died before this line
+            os._exit(1)
+
+    process = subprocess.Popen(
+        command_line(point, slot), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        pass_fds=(lock,), start_new_session=True, preexec_fn=die_with_parent,  # a session: Ctrl-C is for the sweep
+    )  # fmt: skip
+    return _Child(point, slot, process, log, log_begin, time.monotonic())
+
+
+def _error(child: _Child) -> str | None:
+    """The line that says why it failed: the last that names an error, else the last one."""
+    code = child.process.returncode
+    if code == 0:
+        return None
+    with log_of(child.point).open("rb") as file:
+        file.seek(child.log_begin)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if re.match(r"(\[rank\d+\]: *)?(error: |[\w.]*(Error|Exception)\b)", line)]
+    end = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    return f"{end}: {(telling or lines or ['it printed nothing'])[-1]}"
+
+
+def _end(children: Sequence[_Child]) -> None:
+    for child in children:
+        child.process.terminate()
+    give_up_at = time.monotonic() + END_S
+    for child in children:
+        try:
+            child.process.wait(max(0.0, give_up_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.process.pid, signal.SIGKILL)
+            child.process.wait()
+        child.log.close()

@@ -1,0 +1,93 @@
+"""A converted data set: samples per class of every labelled split, sizes, and an image of each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.schema import DataConfig, EvalConfig
+from configs.utils.errors import UserError
+from pipelines.storage.split import Split, load_dataset, open_split
+from tools.common.tables import Row, make_folder, markdown, write_csv
+from tools.visualize.subset import images_of
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.reporting import figures, image_grids
+
+EXAMPLE_SIDE = 96  # pixels, where stored images have several shapes
+
+
+def show_data(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
+    """class-counts and examples, each a PNG and a CSV; prints a line per split."""
+    dataset = load_dataset(path)
+    splits = {name: open_split(path, name) for name in dataset["splits"]}
+    counts = {name: class_counts(split) for name, split in splits.items() if split.labels is not None}
+    if not counts:
+        raise UserError(f"no split of {path} has labels ({', '.join(splits)}); there are no classes to show")
+    classes = tuple(dataset["classes"])
+    folder = make_folder(out or Path("output") / "show" / dataset["name"])
+    title = f"{dataset['name']}: {len(classes)} classes"
+    figures.save(figures.class_counts(counts, classes, title), folder / "class-counts.png")
+    write_csv(folder / "class-counts.csv", [
+        {"label": label, "class": name, **{f"{split} samples": int(each[label]) for split, each in counts.items()}}
+        for label, name in enumerate(classes)
+    ])  # fmt: skip
+
+    name = "train" if "train" in counts else next(iter(counts))
+    samples = examples(splits[name], count, seed)
+    shape = splits[name].image_shape
+    side = shape[0] if shape is not None and shape[0] == shape[1] else EXAMPLE_SIDE
+    with dist.process_group(ranks) as device:
+        images = images_of(DataConfig(path=path, image_size=side), EvalConfig(), name, samples, device)
+    labels = splits[name].labels
+    assert labels is not None
+    grid = image_grids.sample_grid(images, torch.from_numpy(labels[samples]), classes, f"{title}, examples of {name}")
+    figures.save(grid, folder / "examples.png")
+    write_csv(folder / "examples.csv", [
+        {"sample": sample, "label": label, "class": classes[label]}
+        for sample, label in zip(samples.tolist(), labels[samples].tolist(), strict=True)
+    ])  # fmt: skip
+    print(f"{title}, stored as {dataset['encoding']}")
+    print(markdown([summary(split, counts.get(name)) for name, split in splits.items()]))
+    print(f"pictures and their figures lie in {folder}")
+
+
+def class_counts(split: Split) -> np.ndarray:
+    """int64 [classes]: samples of each."""
+    assert split.labels is not None
+    return np.bincount(split.labels, minlength=len(split.classes))
+
+
+def summary(split: Split, counts: np.ndarray | None) -> Row:
+    """Samples, sizes in pixels and, where there are labels, samples per class."""
+    row: Row = {
+        "split": split.name,
+        "samples": len(split),
+        "height": _range(split.heights),
+        "width": _range(split.widths),
+        "samples per class: least": None,
+        "median": None,
+        "most": None,
+    }
+    if counts is not None:
+        row["samples per class: least"] = int(counts.min())
+        median = float(np.median(counts))
+        row["median"] = int(median) if median.is_integer() else median
+        row["most"] = int(counts.max())
+    return row
+
+
+def examples(split: Split, count: int, seed: int) -> np.ndarray:
+    """A random sample of each class, in the order of the classes; of `count` random ones where there are more."""
+    assert split.labels is not None
+    generator = np.random.default_rng(seed)
+    present = np.unique(split.labels)
+    chosen = np.sort(generator.choice(present, min(count, len(present)), replace=False))
+    return np.array([generator.choice(np.flatnonzero(split.labels == label)) for label in chosen])
+
+
+def _range(sides: np.ndarray) -> str:
+    low, high = int(sides.min()), int(sides.max())
+    return f"{low}" if low == high else f"{low} to {high}"

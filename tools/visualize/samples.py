@@ -1,0 +1,117 @@
+"""Training samples of a config, as one process trains on them, beside what they were made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from configs.schema import Config
+from pipelines import build_train_loader
+from pipelines.augment.mixup import is_on
+from pipelines.storage.split import open_split
+from tools.common.tables import make_folder, write_csv
+from tools.visualize.subset import choose, images_of
+from train.distributed import process_group as dist
+from train.distributed.process_group import Ranks
+from train.engine.mixing import Seen, as_seen
+from train.reporting import figures, image_grids
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 10  # samples side by side
+
+
+def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
+    """samples.png and samples.csv: the first samples of the first of `epochs`, as each of the epochs augments them."""
+    with dist.process_group(ranks) as device:
+        samples, rows = augmented(config, epochs, count, device)
+        original = images_of(config.data, config.eval, config.data.train_split, samples, device)
+    split = open_split(config.data.path, config.data.train_split)
+    labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
+    names = [image_grids.class_name(label, split.classes) for label in labels.tolist()]
+    folder = make_folder(out or Path(config.output) / "show" / str(config.name))
+    table: list[dict[str, Any]] = [
+        {"position": position, "sample": sample, "label": label, "class": name}
+        for position, (sample, label, name) in enumerate(zip(samples.tolist(), labels.tolist(), names, strict=True))
+    ]
+    mixtures = []
+    if is_on(config.aug.mix):
+        mixtures = [image_grids.mixed_names(row, split.classes) for row in rows]
+        for epoch, mixture in zip(epochs, mixtures, strict=True):
+            for line, name in zip(table, mixture, strict=True):
+                line[f"epoch {epoch}"] = name
+    shown = [original, *(row.images for row in rows)]
+    largest = max(images.shape[2] for images in shown)  # stages and evaluation have sizes of their own
+    original, *images = (one if one.shape[2] == largest else enlarged(one, largest) for one in shown)
+    figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
+    write_csv(folder / "samples.csv", table)
+    print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
+          f"{folder / 'samples.png'} and .csv")  # fmt: skip
+
+
+def augmented(config: Config, epochs: Sequence[int], count: int, device: torch.device) -> tuple[np.ndarray, list[Seen]]:
+    """The first samples of the first batch of `epochs[0]`, int64 [N], and them as each epoch shows them, on the host.
+
+    In other epochs these samples have other neighbours; here they are mixed with those of `epochs[0]`.
+    """
+    data = config.data.model_copy(update={"placement": "host"})  # the same pixels, without a copy of the whole split
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
+                                accumulation_steps=config.train.accumulation_steps)  # fmt: skip
+    samples = loader.at(epochs[0]).plan.indices(epochs[0], 0)[: count + count % 2]  # whole pairs, as they are mixed
+    rows = []
+    for epoch in epochs:
+        # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
+        stage = choose(loader.at(epoch), samples)
+        stage.state = {"epoch": epoch, "step": 0}
+        seen = [Seen(*(part.cpu() for part in as_seen(batch))) for batch in stage]
+        rows.append(Seen(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
+    return samples[:count], rows
+
+
+def enlarged(images: Tensor, side: int) -> Tensor:
+    """uint8 [N, 3, side, side], each pixel as it is, repeated."""
+    return functional.interpolate(images, (side, side), mode="nearest-exact")
+
+
+def sample_figure(
+    original: Tensor,
+    rows: Sequence[Tensor],
+    epochs: Sequence[int],
+    names: Sequence[str],
+    title: str,
+    mixtures: Sequence[Sequence[str]] = (),
+) -> Figure:
+    """Blocks of samples side by side: a row of the unaugmented images with their classes, then a row per epoch.
+
+    mixtures: per epoch and sample, what it was mixed of.
+    """
+    columns = min(COLUMNS, len(names))
+    blocks = math.ceil(len(names) / columns)
+    missing = blocks * columns - len(names)  # in the last block
+
+    def arranged(images: Tensor) -> np.ndarray:
+        shown = image_grids.pixels(images)
+        blank = np.full((missing, *shown.shape[1:]), 255, np.uint8)
+        return np.concatenate([shown, blank]).reshape(blocks, 1, columns, *shown.shape[1:])
+
+    images = np.concatenate([arranged(one) for one in (original, *rows)], axis=1)
+    captions = [[image_grids.wrapped(name) for name in names]] + [[f"epoch {epoch}"] * len(names) for epoch in epochs]
+    for row, mixture in enumerate(mixtures, 1):
+        mixed = [image_grids.wrapped(name, lines=image_grids.MIXED_LINES) for name in mixture]
+        captions[row] = [f"{epoch}\n{name}" for epoch, name in zip(captions[row], mixed, strict=True)]
+    table = np.array([[*line, *[""] * missing] for line in captions], dtype=object)
+    table = table.reshape(len(captions), blocks, columns).swapaxes(0, 1)
+    return figures.image_grid(
+        images.reshape(-1, *images.shape[3:]),
+        table.reshape(-1).tolist(),
+        title=f"{title}: samples without augmentation, and as they are trained on",
+        columns=columns,
+    )

@@ -1,0 +1,94 @@
+"""Puts a training together from a config and what a data set says of itself; every command that runs a model does so.
+
+Knows all parts of a training and none of its steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import Config, ModelConfig
+from configs.utils.errors import UserError
+from models import build_configured
+from models.pretrained import build_pretrained
+from pipelines.augment.mixup import is_on
+from train.checkpoint.finetune import load_finetune
+from train.distributed import process_group
+from train.engine.epoch import Training, build_training, trainings_of
+from train.engine.hard_samples import build_proxy
+from train.optim.ema import build_ema
+from train.optim.factory import build_optimizer
+from train.optim.freeze import freeze
+from train.optim.lookahead import build_lookahead
+from train.optim.schedule import scaled
+from train.reporting.run_info import global_batch
+
+
+def build_all(
+    config: Config,
+    dataset: dict[str, Any],
+    classes: int,
+    image_size: int,
+    device: torch.device,
+    *,
+    trains: bool = True,
+) -> Training:
+    """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
+
+    Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
+    `without_start(config)`; one that is only evaluated from `for_inference(config)`, without `trains`.
+    """
+    train = scaled(config.train, global_batch(config, process_group.world_size()))
+    model, notes = config.model, []
+    shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
+
+    def on_device(network: nn.Module) -> nn.Module:
+        return to_device(network, device, train.channels_last)
+
+    torch.manual_seed(config.seed)
+    if model.pretrained is False:
+        network = on_device(build_configured(model, classes, **shape))
+    else:
+        pretrained, note = build_pretrained(model, classes, **shape, classes=dataset["classes"])
+        network, notes = on_device(pretrained), [note]
+    if model.finetune is not None:
+        notes.append(load_finetune(network, model.finetune, dataset["classes"], model))
+    if model.freeze:
+        notes.append(freeze(network, model.freeze))
+    optimizer = build_optimizer(network, train.optimizer, train.lr)
+    training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix), trains=trains)
+    training.is_drawn = model.pretrained is False and model.finetune is None
+    training.lookahead = build_lookahead(network, train.lookahead)
+    training.ema = build_ema(network, train.ema)
+    training.proxy = build_proxy(
+        train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
+    )
+    parts = trainings_of(training)
+    training.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))
+    return training
+
+
+def check_classes(config: Config, dataset: dict[str, Any]) -> int:
+    """The model's number of outputs, which is the data set's number of classes."""
+    classes = len(dataset["classes"])
+    wanted = config.model.num_classes
+    if wanted is not None and wanted != classes:
+        raise UserError(
+            f"model.num_classes={wanted}, but the data set in {config.data.path} has {classes} classes; "
+            f"set it to {classes} or leave it out"
+        )
+    for split in (config.data.train_split, config.data.val_split):
+        entry = dataset["splits"].get(split)
+        if entry is None or not entry["labelled"]:
+            fit_for_use = [name for name, other in dataset["splits"].items() if other["labelled"]]
+            missing = "does not exist" if entry is None else "has no labels"
+            raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {fit_for_use}")
+    return classes
+
+
+def to_device(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if channels_last else network

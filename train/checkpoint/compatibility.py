@@ -1,0 +1,181 @@
+"""What the results of a run follow from: a run that is resumed must agree with its checkpoint in all of it.
+
+Knows settings and what a checkpoint says of its run, and nothing of loaders and networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.load import parse_config
+from configs.schema import Config, DataConfig, Section
+from configs.schema.train import BUILT_IN, DEFAULTS
+from configs.stages import section_at
+from configs.utils.errors import UserError
+from pipelines.storage.split import fingerprint
+from train.checkpoint.state import check_holds
+
+# Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
+# which a resumed run may change.
+FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
+        "eval_every_epochs", "on_nonfinite")  # fmt: skip
+EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what best.pt is chosen by, beside the weights
+
+
+def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the config; dataset: its dataset.json.
+
+    passes: forward passes of an optimizer update, over all ranks.
+    """
+    return {
+        "data set": fingerprint(dataset),
+        "global batch": config.data.batch_size * passes,
+        "data set in detail": _details(dataset),
+    }
+
+
+def _details(dataset: dict[str, Any]) -> dict[str, Any]:
+    """What data sets of different fingerprints differ in, for errors."""
+    details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
+    details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
+    for name, split in dataset["splits"].items():
+        details |= {
+            f"samples of split {name}": split["samples"],
+            f"shards of split {name}": len(split["shards"]),
+            f"shard list of split {name}": _digest(split["shards"]),
+        }
+    return details
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
+    """Samples, augmentation, model, schedule, optimizer and evaluation by names for errors; stream: of `stream_of`."""
+    data, train = config.data, config.train
+    passes = stream["global batch"] // data.batch_size
+    return {
+        "data set": stream["data set"],
+        "seed": config.seed,
+        "global batch": stream["global batch"],
+        "data.train_split": data.train_split,
+        "data.order": data.order,
+        "data.window_shards": data.window_shards if data.order == "sequential-window" else None,
+        "data.image_size": data.image_size,
+        "data.interpolation": data.interpolation,
+        "data.antialias": data.antialias,
+        "data.stages (epoch, image size, global batch)": stages_of(data, passes),
+        **flat_settings("aug", config.aug),
+        **{
+            f"model.{key}": value
+            for key, value in config.model.model_dump(mode="json").items()
+            if key != "num_classes"  # a check that the data set has as many
+        },
+        **flat_settings("train", train, without=FREE),
+        "data.val_split": data.val_split,
+        **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION},
+        "eval.weights": "raw"
+        if train.ema.decay is not None and config.eval.weights == "raw"
+        else "auto",  # as it counts
+        **(watched(config) if train.schedule == "plateau" else {}),
+    }
+
+
+def stages_of(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
+    """(first epoch, image size, global batch), which do not depend on how that batch is cut into ranks and passes."""
+    sections = {stage.epoch: section_at(data, stage.epoch) for stage in data.stages}
+    return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
+
+
+def watched(config: Config) -> dict[str, Any]:
+    """What schedule plateau follows from beside: when the metric that it watches is known."""
+    if config.train.schedule_options.metric == "train_loss":
+        return {}
+    return {"train.eval_every_epochs": config.train.eval_every_epochs}
+
+
+def flat_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The section's settings by dotted keys, those of sections inside as well, but for some."""
+    flat: dict[str, Any] = {}
+    for key, value in section.model_dump(mode="json").items():
+        inner = getattr(section, key)
+        if isinstance(inner, Section):
+            flat |= flat_settings(f"{name}.{key}", inner)
+        elif key not in without:
+            flat[f"{name}.{key}"] = value
+    return flat
+
+
+def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with other samples or another optimizer than those the checkpoint in `path` comes from.
+
+    Settings that the version which wrote it did not have count as what they are by default.
+    """
+    check_holds(content, ("config", "stream", "position", "progress"), path)
+    if not _is_stream(content["stream"]) or not isinstance(content["progress"].get("best_top1"), int | float):
+        raise UserError(f"checkpoint {path} does not say what its run followed from, as those of train/ddp.py do; "
+                        "take another one")  # fmt: skip
+    before = parse_config(content["config"], f"the config in {path}")
+    then, now = identity(before, content["stream"]), identity(config, stream)
+    then |= _used_by_timm(content, then, now)
+    if then["data set"] != now["data set"]:
+        then, now = then | _named(content["stream"], stream), now | _named(stream, content["stream"])
+    changed = [
+        f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now"
+        for key in {**now, **then}
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
+            f"restore them{_same_global_batch(config, then['global batch'], now['global batch'])} or start a new run "
+            "without --resume"
+        )
+
+
+def _used_by_timm(content: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what the checkpoint's optimizer, if it is timm's, used where the two configs differ.
+
+    Older versions recorded their own defaults, and ran timm's optimizers with timm's.
+    """
+    try:
+        group = content["optimizer"]["param_groups"][0]
+    except (KeyError, IndexError, TypeError):  # loading it says what is wrong
+        return {}
+    if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN:
+        return {}
+    keys = {f"train.optimizer.{key}": key for key in DEFAULTS}
+    different = {key: name for key, name in keys.items() if then[key] != now[key]}
+    used = {key: group.get(name, now[key]) for key, name in different.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in used.items()}
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it, in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_stream(stream: dict[str, Any]) -> bool:
+    """Of any version: the first ones gave no details."""
+    batch, details = stream.get("global batch"), stream.get("data set in detail", {})
+    return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
+
+
+def _named(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The details of a stream's data set in place of its fingerprint, where both know them and they differ."""
+    details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
+    if not details or not others or details == others:
+        return {}
+    return {"data set": None, **{f"data set: {key}": value for key, value in details.items()}}
+
+
+def _same_global_batch(config: Config, then: int, now: int) -> str:
+    """How, with as many ranks as there are now: torchrun may start them again on fewer or more machines."""
+    batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
+    mended = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}
+    ways = [f"{key}={int(value)}" for key, value in mended.items() if value == int(value)]
+    return f", with {' or '.join(ways)} for the global batch," if then != now and ways else ""

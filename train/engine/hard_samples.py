@@ -1,0 +1,95 @@
+"""Chooses the hard samples of each batch by the losses of a small network that is trained beside the model.
+
+The published way trains the small network for the whole run first and notes what it chooses. Batches being a pure
+function of the step, choosing at each step is the same and needs no notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.schema import ProxyConfig, TrainConfig
+from configs.utils.errors import UserError
+from models.speedrun import whitening_of
+from pipelines.loader.loader import Batch
+from train.engine.epoch import Training, build_training
+from train.optim.factory import build_optimizer
+from train.optim.freeze import set_training_mode
+
+
+class Proxy:
+    """training: of the small network, by the same `train` section as the model's; capturable, but for fp16's scaler."""
+
+    def __init__(self, training: Training, config: ProxyConfig) -> None:
+        self.training = training
+        self._config = config
+        self._losses = training.compiled(sample_losses)
+
+    def choose(self, batch: Batch, update: int) -> Batch:
+        """The samples of highest loss, always equally many; every few updates the small network learns from them."""
+        training, learns = self.training, update % self._config.every_steps == 0
+        smoothing = training.config.label_smoothing
+        with torch.set_grad_enabled(learns), training.autocast():
+            losses = self._losses(training.forward, batch, smoothing)
+        hard = losses.detach().topk(kept_samples(len(batch.labels), self._config), sorted=False).indices
+        if learns:
+            training.scaler.scale(losses[hard].mean()).backward()
+            if training.guard is None:
+                training.scaler.step(training.optimizer)
+            else:
+                training.scaler.unscale_(training.optimizer)
+                training.guard.look()
+                training.guard.step(training.scaler)
+            training.scaler.update()
+            training.optimizer.zero_grad(set_to_none=True)
+        images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # stays channels_last
+        return Batch(images, batch.labels.index_select(0, hard))
+
+
+def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """float [B]; a function of its own, so that all of it is compiled."""
+    return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
+
+
+def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device) -> Proxy | None:
+    """build: a model for raw pixels on its device, by its name; the bias of its whitening layer stays as it is."""
+    if config.proxy.model is None:
+        return None
+    network = build(config.proxy.model)
+    if (whitening := whitening_of(network)) is not None:
+        whitening.bias.requires_grad_(False)
+    # the model's layers and names are not the small network's
+    settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
+    optimizer = build_optimizer(network, settings, config.lr)
+    training = build_training(network, optimizer, config, device)
+    set_training_mode(training.forward)
+    return Proxy(training, config.proxy)
+
+
+def kept_samples(batch_size: int, config: ProxyConfig) -> int:
+    return max(1, round(config.keep * batch_size))
+
+
+def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
+    """Raise where the choice would depend on how a global batch is cut up, or not be by the loss of what is trained on.
+
+    mixes: whether samples are mixed with each other.
+    """
+    if config.proxy.model is None:
+        return
+    for what, holds in (("aug.mix mixes them", mixes), (f"train.loss={config.loss}", config.loss != "cross-entropy")):
+        if holds:
+            raise UserError(
+                f"train.proxy.model={config.proxy.model} chooses whole samples by their cross-entropy, but {what}; "
+                "train them with cross-entropy and without aug.mix, or set train.proxy.model to null"
+            )
+    for what, value in (("world_size", world_size), ("train.accumulation_steps", config.accumulation_steps)):
+        if value > 1:
+            raise UserError(
+                f"train.proxy.model={config.proxy.model} chooses among the samples of one forward pass, which are not "
+                f"the global batch with {what}={value}; use 1 or set train.proxy.model to null"
+            )

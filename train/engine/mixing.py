@@ -1,0 +1,58 @@
+"""Mixup and CutMix on the device: what images and labels become by the table of `pipelines.mixing`.
+
+One expression for mixup, CutMix and nothing, without a look at the values: it is compiled into the forward pass, where
+pixels stay floats, and captured with it. Knows no loss and draws nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.augment.mixup import nothing_mixed
+from pipelines.loader.loader import Batch, MixedBatch
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """values [B, ...] of the other sample of each pair 2i, 2i + 1, with the same strides."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def mixed_images(images: Tensor, mix: Tensor) -> Tensor:
+    """Float32 [B, 3, H, W] in 0..255 with the strides of images, uint8 [B, 3, H, W]; mix: float32 [B, 5]."""
+    own, top, bottom, left, right = mix[:, :, None, None].unbind(1)  # each [B, 1, 1]
+    row = torch.arange(images.shape[2], device=images.device)[:, None]
+    column = torch.arange(images.shape[3], device=images.device)
+    is_inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
+    # torch.where would copy its numbers from the host, which waits for the device and cannot be captured
+    outside = own.masked_fill(top < bottom, 1.0)  # a box leaves the rest of the image as it is
+    weight = (outside * ~is_inside)[:, None]
+    pixels = images.float()
+    return torch.lerp(neighbours(pixels), pixels, weight)
+
+
+def unmixed(batch: Batch) -> MixedBatch:
+    """The batch for a step that mixes, but with shares of 1."""
+    table = torch.from_numpy(nothing_mixed(len(batch.labels)))
+    return MixedBatch(batch.images, batch.labels, table.to(batch.images.device))
+
+
+class Seen(NamedTuple):
+    """A batch as the model sees it, for pictures: images uint8 [B, 3, H, W], rounded; labels and the labels that are
+    mixed in, int64 [B]; shares of the former, float32 [B]."""
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor
+    shares: Tensor
+
+
+def as_seen(batch: Batch) -> Seen:
+    """Copies, which stay when the loader reuses its buffers."""
+    if not isinstance(batch, MixedBatch):
+        labels = batch.labels.clone()
+        return Seen(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))
+    images = mixed_images(batch.images, batch.mix).round().to(torch.uint8)
+    return Seen(images, batch.labels.clone(), neighbours(batch.labels), batch.mix[:, 0].clone())

@@ -1,0 +1,60 @@
+"""Training images/s of a config, as --throughput prints and tools/benchmark.py tabulates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from pipelines.loader.loader import Batch, Loader
+from train.distributed import process_group
+from train.engine.epoch import Training, run_step
+from train.engine.warm_up import warm_up
+from train.optim.freeze import set_training_mode
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Batches of epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def whole_step(training: Training, batch: Batch, number: int, *, updates: bool) -> None:
+    """The step and, after an update, the moving average's; number: of the step, from 1."""
+    run_step(training, batch, number, updates=updates)
+    if updates and training.ema is not None:
+        training.ema.follow(number)
+
+
+def measure_images_per_s(
+    training: Training, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
+) -> float:
+    """Images/s of all ranks over about `seconds` of training, after a warm-up (compilation, caches, clocks).
+
+    Steps are run in groups that take about a second, and the device is waited for between groups only.
+    """
+    warm_up(training, loader)
+    set_training_mode(training.forward)
+    batches = endless(loader)
+    batch_size = 0
+
+    def run(steps: int) -> float:
+        nonlocal batch_size
+        begin = time.perf_counter()
+        for step in range(1, steps + 1):
+            batch = next(batches)
+            batch_size = len(batch.labels)
+            whole_step(training, batch, step, updates=step % training.config.accumulation_steps == 0)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        return time.perf_counter() - begin
+
+    run(warmup_steps)
+    warm_s = run(warmup_steps)
+    steps = process_group.from_first_rank(
+        lambda: max(1, int(warmup_steps / warm_s))
+    )  # equal, or ranks would wait for ever
+    groups = max(3, round(seconds))
+    times = sorted(run(steps) for _ in range(groups))
+    return steps * batch_size * world_size / times[len(times) // 2]

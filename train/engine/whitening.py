@@ -1,0 +1,78 @@
+"""Fits whitening first layers to training images, and starts a training anew in place, as speedruns repeat one."""
+
+from __future__ import annotations
+
+import copy
+import time
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from configs.schema import DataConfig, EvalConfig
+from models.speedrun import fit_whitening, whitening_of
+from pipelines import build_eval_loader
+from train.distributed import process_group
+from train.engine.epoch import Training, trainings_of
+
+WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
+
+
+def start_anew(training: Training, fresh: Training) -> None:
+    """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
+    for one, other in zip(trainings_of(training), trainings_of(fresh), strict=True):
+        one.network.load_state_dict(other.network.state_dict())
+        one.sums.zero_()
+        one.scaler.load_state_dict(other.scaler.state_dict())
+        if not one.captures:
+            one.optimizer.load_state_dict(other.optimizer.state_dict())
+            continue
+        for state in one.optimizer.state.values():  # in place, where graphs know it
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+    start_copies(training)
+
+
+def start_copies(training: Training) -> None:
+    """What keeps copies of the weights begins at those that there are now."""
+    if training.lookahead is not None:
+        training.lookahead.start()
+    if training.ema is not None:
+        training.ema.start()
+
+
+def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
+    """The first train images as they are evaluated, uint8 [N, 3, H, W]; None where no layer is to be whitened.
+
+    On a GPU the whitening is computed once and dropped: loading cuSOLVER, which the first eigendecomposition of a
+    process does, then takes no time of the first `whiten`, which is part of a speedrun's clock.
+    """
+    if all(whitening_of(one.network) is None for one in trainings_of(training)):
+        return None
+    section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
+    evaluation = EvalConfig(batch_size=WHITENING_BATCH)
+    loader = build_eval_loader(section, evaluation, split=data.train_split, device=training.device,
+                               replaces=True)  # fmt: skip
+    images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
+    if training.device.type == "cuda":
+        for one in trainings_of(training):
+            if (whitening := whitening_of(one.network)) is not None:
+                copy.deepcopy(whitening).fit(one.network.get_submodule("normalize")(images))
+        torch.cuda.synchronize(training.device)
+    return images
+
+
+def whiten(training: Training, images: Tensor | None) -> float:
+    """Whiten the first layers, equally on all ranks, but for one that came with trained weights, which expect it as it
+    was; returns the time it took in seconds."""
+    begin = time.perf_counter()
+    if images is not None:
+        for one in trainings_of(training):
+            if one.is_drawn:
+                fit_whitening(one.network, images)
+            process_group.equalize_buffers(one.network)
+        start_copies(training)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+    return time.perf_counter() - begin

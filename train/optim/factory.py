@@ -1,0 +1,186 @@
+"""The optimizer by its name, and what is done to one from outside. Which parameters are special is known elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import Config, OptimizerConfig
+from configs.schema.train import BUILT_IN, DEFAULTS
+from configs.utils.errors import UserError
+from train.optim.muon import Muon
+from train.optim.param_groups import parameter_groups
+
+# Class, the settings that it takes, and the implementation with the fewest kernels.
+TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
+    "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
+    "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
+    "sgd": (torch.optim.SGD, ("momentum", "nesterov"), {"fused": True}),
+    "rmsprop": (torch.optim.RMSprop, ("momentum", "eps"), {"foreach": True}),
+}
+CAPTURABLE = ("muon", *TORCH)  # all state on the device, and zero before the first step
+IMPLEMENTATIONS = {"foreach", "fused"}
+OURS = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}  # no options: other settings say it
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Torch's fused optimizers, our Muon, or any of timm's; see `parameter_groups` for the groups.
+
+    Raises UserError for a name or an option that does not exist.
+    """
+    groups = parameter_groups(model, config, lr)
+    if config.name == "muon":
+        if config.options:
+            raise UserError(
+                f"train.optimizer.options={config.options} cannot be used: muon has settings of its own in "
+                "train.optimizer; leave it out, or take timm/muon, which has options"
+            )
+        return Muon(
+            groups,
+            lr,
+            momentum=config.momentum,
+            nesterov=bool(config.nesterov),
+            steps=config.newton_schulz_steps,
+            normalize=config.normalize_filters,
+            sgd_momentum=config.sgd_momentum,
+        )
+    if config.name not in TORCH:
+        return _build_timm_optimizer(groups, config, lr)
+    kind, settings, implementation = TORCH[config.name]
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in settings}
+    if not IMPLEMENTATIONS & config.options.keys():
+        arguments |= implementation
+    arguments |= _checked_options(config, kind)
+    try:
+        return kind(groups, lr=lr, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refused(config, error) from None
+
+
+def with_used_settings(config: Config) -> Config:
+    """Replace null by what timm's optimizer uses by itself, so that the config of a run records it.
+
+    Raises UserError as `build_optimizer` does.
+    """
+    asked = config.train.optimizer
+    if asked.name in BUILT_IN:
+        return config
+    group = _build_timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], asked, config.train.lr).param_groups[
+        0
+    ]
+    missing = [key for key in DEFAULTS if getattr(asked, key) is None and key not in asked.options]
+    used = asked.model_copy(update={key: group[key] for key in missing if key in group})
+    return config.model_copy(update={"train": config.train.model_copy(update={"optimizer": used})})
+
+
+def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Pass on what the config says; what it leaves out differs between methods and is timm's own."""
+    import timm.optim  # seconds, which most runs do without
+
+    name = config.name.removeprefix("timm/")
+    names = [str(known) for known in timm.optim.list_optimizers()]
+    if name.startswith("lookahead_"):
+        raise UserError(
+            f"train.optimizer.name={config.name} wraps an optimizer in Lookahead, which is a setting here; "
+            f"use train.optimizer.name={name.removeprefix('lookahead_')} train.lookahead.every_steps=6"
+        )
+    if name not in names:
+        near = difflib.get_close_matches(name, sorted({*TORCH, "muon", *names}), n=3)
+        raise UserError(
+            f"train.optimizer.name={config.name} is unknown; use adamw, sgd, adam, rmsprop, muon or an optimizer of "
+            f"timm (timm.optim.list_optimizers() lists them), such as {', '.join(near or ['lamb', 'lion', 'nadamw'])}"
+        )
+    info = timm.optim.get_optimizer_info(name)
+    if info.second_order:
+        raise UserError(
+            f"train.optimizer.name={config.name} needs second derivatives, which the training step does not compute; "
+            "take one of first order, such as lamb or adamw"
+        )
+    try:
+        kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"train.optimizer.name={config.name} is not to be had here ({error}); install that, or take another"
+        ) from None
+    arguments: dict[str, Any] = {"momentum": config.momentum} if info.has_momentum else {}
+    if info.has_betas and config.betas is not None and "betas" not in config.options:
+        if info.num_betas != len(config.betas):
+            raise UserError(
+                f"train.optimizer.betas={list(config.betas)} are not the {info.num_betas} that {config.name} takes; "
+                f"give {info.num_betas}, or leave it out"
+            )
+        arguments["betas"] = config.betas
+    if info.has_eps and config.eps is not None:
+        arguments["eps"] = config.eps
+    if config.nesterov is not None and "nesterov" in inspect.signature(kind).parameters:
+        arguments["nesterov"] = config.nesterov
+    arguments |= _checked_options(config, kind)
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise _refused(config, error) from None
+
+
+def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
+    """train.optimizer.options as arguments of the class; raises UserError for one that it does not take."""
+    taken = [name for name in inspect.signature(kind).parameters if name not in OURS]
+    for name, value in config.options.items():
+        if name not in taken:
+            raise UserError(
+                f"train.optimizer.options.{name}={value!r} is not an option of {config.name}; it has {', '.join(taken)}"
+            )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
+
+
+def _refused(config: OptimizerConfig, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"optimizer {config.name} refuses its settings ({reason}); change train.optimizer.options={config.options} or "
+        "the settings beside it"
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
+    """Give all parameter groups their multiple of one learning rate; group `whitening` that of `whitening_lr`.
+
+    Does not synchronise.
+    """
+    for group in optimizer.param_groups:
+        rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
+        scaled = rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep the learning rates, and Adam's count of steps, on the device, where each replay of a CUDA graph finds them.
+
+    As numbers they would be frozen into the graph. float32, since that is what torch's fused kernels read.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def is_fused(config: OptimizerConfig) -> bool:
+    """Whether it is one of torch's fused optimizers, which can leave out a step without the host."""
+    return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
+
+
+def capture_obstacle(config: OptimizerConfig) -> str | None:
+    """Why a step of this optimizer cannot be replayed as a CUDA graph; None: it can."""
+    if config.name not in CAPTURABLE:
+        return f"optimizer {config.name} is not one that is known to run as a CUDA graph ({', '.join(CAPTURABLE)})"
+    if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):
+        return f"train.optimizer.options choose an implementation ({', '.join(chosen)})"
+    if config.options.get("dampening"):
+        return "train.optimizer.options have a dampening, which the first step leaves out"
+    return None

@@ -1,0 +1,67 @@
+"""Parameters that are not trained, and norms that stand still with them. Knows modules, and nothing of what runs them.
+
+What is frozen is what needs no gradient: there is no list beside the parameters that could disagree with them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from configs.utils.errors import UserError
+
+PREFIX = "network."  # of the parameters of a model with `Normalize` in front; patterns may leave it out
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
+    """Take the parameters that match a pattern out of training; in words how many.
+
+    To be called before the optimizer is built and before the model is wrapped for several ranks. Raises UserError for
+    a pattern that matches nothing, and where nothing would be left to train.
+    """
+    parameters = dict(model.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in parameters if _matches(name, pattern)}
+        if not matching:
+            raise UserError(
+                f"model.freeze={list(patterns)}: {pattern!r} matches no parameter; {_hint(pattern, parameters)}"
+            )
+        frozen |= matching
+    if patterns and not any(parameter.requires_grad for name, parameter in parameters.items() if name not in frozen):
+        raise UserError(f"model.freeze={list(patterns)} leaves no parameter to train; leave out at least the head's")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    numbers = sum(parameters[name].numel() for name in frozen), sum(one.numel() for one in parameters.values())
+    return f"frozen: {len(frozen)} of {len(parameters)} tensors, {numbers[0]:,} of {numbers[1]:,} parameters"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Of both without the prefix, so that [!f]* does not match network.fc.weight."""
+    return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
+
+
+def _hint(pattern: str, names: Iterable[str]) -> str:
+    """What may have been meant."""
+    if any(_matches(name, f"{pattern}.*") for name in names):
+        return f"did you mean {pattern}.*?"
+    plain = [name.removeprefix(PREFIX) for name in names]
+    close = difflib.get_close_matches(pattern.removeprefix(PREFIX), plain, n=3, cutoff=0.3)
+    return f"close names: {', '.join(close)}" if close else f"there are {', '.join(plain[:3])} and so on"
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """model.train(), but for norms all of whose parameters are frozen: their running statistics stand still.
+
+    They normalise by these statistics, in training as in evaluation. To be called instead of train() everywhere.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()

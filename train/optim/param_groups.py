@@ -1,0 +1,126 @@
+"""Which parameters share a weight decay and a learning rate. Knows names and layers of networks, but no optimizer."""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from configs.schema import OptimizerConfig
+from configs.utils.errors import UserError
+from models import PixelClassifier
+from models.speedrun import whitening_of
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
+    """Trained parameters by what is special about them, those with weight decay first.
+
+    A group's `lr_scale` is its peak learning rate divided by `lr`; group `whitening` holds a whitening layer's bias.
+    """
+    whitening = whitening_of(model)
+    undecayed = names_without_decay(model)
+    factors = lr_factors(model, config)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            own_lr = None
+            if parameter.ndim <= 1 and name.rpartition(".")[2] == "bias":
+                own_lr = config.norm_bias_lr if isinstance(module, NORMS) else config.bias_lr
+            elif isinstance(module, nn.Linear):
+                own_lr = config.linear_lr
+            own_scale = 1.0 if own_lr is None else own_lr / lr
+            lr_scale = own_scale * factors.get(name, 1.0)
+            muon = config.name == "muon" and parameter.ndim == 4
+            decays = (parameter.ndim > 1 or config.decay_biases) and not (muon and config.normalize_filters)
+            decays = decays and name not in undecayed
+            group = {
+                # divided, so that a rate of its own leaves a parameter's decay at lr * weight_decay per step; with the
+                # factor of its layer or name the decay shrinks, as in BEiT (arXiv:2106.08254) and timm
+                "weight_decay": config.weight_decay / own_scale if decays else 0.0,
+                "lr": lr * lr_scale,
+                "lr_scale": lr_scale,
+                "muon": muon,
+                "whitening": module is whitening,
+            }
+            key = (not decays, *group.values())
+            groups.setdefault(key, {"params": [], **group})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def network_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The network proper, without what normalises pixels, and the prefix of its parameters' names in the model."""
+    return ("network.", model.network) if isinstance(model, PixelClassifier) else ("", model)
+
+
+def names_without_decay(model: nn.Module) -> set[str]:
+    """Parameters that a model of timm wants without weight decay, such as position embeddings."""
+    prefix, network = network_of(model)
+    listed: Any = getattr(network, "no_weight_decay", set)
+    patterns = listed()
+    names = [name for name, _ in network.named_parameters()]
+    return {prefix + name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """What layer_decay and lr_scales together make of the learning rate, by name; no entry: nothing."""
+    prefix, network = network_of(model)
+    factors: dict[str, float] = {}
+    if config.layer_decay is not None:
+        layers = layers_of(network)
+        top = max(layers.values(), default=0)
+        factors = {prefix + name: config.layer_decay ** (top - layer) for name, layer in layers.items()}
+    names = [name for name, _ in model.named_parameters()]
+    scales: dict[str, float] = {}
+    for pattern, scale in config.lr_scales.items():
+        found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, prefix + pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise UserError(
+                f"train.optimizer.lr_scales has {pattern!r}, but no parameter of this model has such a name; "
+                f"there are names like {', '.join(near)}"
+            )
+        if scale < 0:
+            raise UserError(f"train.optimizer.lr_scales has {scale} for {pattern!r}; use 0 or more")
+        scales |= dict.fromkeys(found, scale)
+    return factors | {name: factors.get(name, 1.0) * scale for name, scale in scales.items()}
+
+
+def layers_of(network: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, from 0 at the input: timm's for its models, else as `layers_in_order` has them."""
+    matcher: Any = getattr(network, "group_matcher", None)
+    if matcher is None:
+        return layers_in_order(network)
+    from timm.models import group_parameters
+
+    layers: dict[str, int] = group_parameters(network, matcher(coarse=False), reverse=True)
+    return layers
+
+
+def layers_in_order(network: nn.Module) -> dict[str, int]:
+    """Stem, stages and head of a network whose modules are registered from input to output.
+
+    A child that holds weights of two or more dimensions begins a layer; one that does not, such as a norm, belongs to
+    the layer before. A sequence of plain modules counts as these.
+    """
+    parts: list[tuple[str, nn.Module]] = []
+    for name, child in network.named_children():
+        is_plain = isinstance(child, nn.Sequential) and all(not list(each.children()) for each in child)
+        parts += [(f"{name}.{inner}", each) for inner, each in child.named_children()] if is_plain else [(name, child)]
+    layer = 0
+    layers = dict.fromkeys((name for name, _ in network.named_parameters(recurse=False)), 0)
+    begun = False  # the layer has weights
+    for path, part in parts:
+        parameters = dict(part.named_parameters(prefix=path))
+        if any(parameter.ndim > 1 for parameter in parameters.values()):
+            layer += begun
+            begun = True
+        layers |= dict.fromkeys(parameters, layer)
+    return layers

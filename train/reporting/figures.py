@@ -1,0 +1,205 @@
+"""Pictures of training: curves, grids of images, confusion matrices. Figures come back unsaved, for files and trackers.
+
+matplotlib is imported inside the functions: it takes half a second, and most of a run does without. No pyplot: it keeps
+figures in global state and may open windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from configs.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+DPI = 120
+RIGHT, WRONG = "#1a7f37", "#c1440e"  # colours of captions
+LABELLED_CLASSES = 250  # up to so many classes a confusion matrix names each of them
+COUNTED_CLASSES = 40  # up to so many classes are drawn one beside the other at full size
+RANKED_BARS, BARS_PER_COLUMN = 200, 50
+NAME_LETTERS = 28  # of a class beside an axis
+VALIDATION_LOSS = "cross-entropy"  # whatever train.loss is
+
+
+def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with rows * columns axes, in reading order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    """Add a legend to a figure or its axes that shows all names as they are.
+
+    matplotlib itself leaves out names with a leading underscore and reads text between dollar signs as a formula.
+    """
+    legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A PNG, whole or not there: the name appears when the file is complete. Raises UserError where it cannot."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(temporary, dpi=DPI, format="png")
+        temporary.rename(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or name another folder") from None
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """The drawn figure: uint8 [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy") -> Figure:
+    """Draw loss and top-1 accuracy against epoch, side by side, of training and validation.
+
+    metrics: lines of metrics.jsonl; validation of a moving average is drawn where there is one. loss: train.loss.
+    """
+    figure, axes = new_figure(1, 2, size=(10, 4))
+    loss_label = f"{loss_name(loss)} loss" if loss_name(loss) == VALIDATION_LOSS else "loss"
+    for axis, quantity, label in ((axes[0], "loss", loss_label), (axes[1], "top1", "top-1 accuracy")):
+        of_train, of_val = ("", "") if label != "loss" else (f", {loss_name(loss)}", f", {VALIDATION_LOSS}")
+        names = {"train": f"train{of_train}", "val": f"validation{of_val}", "ema_val": "validation, moving average"}
+        for split, name in names.items():
+            points = [(line["epoch"] + 1, line.get(f"{split}_{quantity}")) for line in metrics]
+            points = [point for point in points if point[1] is not None]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
+        axis.set_xlabel("epochs trained")
+        axis.set_ylabel(label)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def loss_name(loss: str) -> str:
+    """Return what a value of train.loss is called in pictures."""
+    return {"bce": "binary cross-entropy"}.get(loss, loss)
+
+
+def image_grid(
+    images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 5, colors: Sequence[str] | None = None
+) -> Figure:
+    """Images with a caption above each; images: uint8 [N, H, W, 3], colors: of the captions (RIGHT, WRONG …)."""
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, math.ceil(len(images) / columns))
+    caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # of a few images less than of their title
+    figure, axes = new_figure(rows, columns, size=(width, (1.75 + 0.14 * caption_lines) * rows + 0.5))
+    for axis in axes:
+        axis.set_axis_off()
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes[number].imshow(image, interpolation="nearest")
+        axes[number].set_title(caption, fontsize=8, color=colors[number] if colors else "black", parse_math=False)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Share of each true class (row) that was predicted as each class (column); counts: int [C, C], true by
+    predicted."""
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    many = len(classes) > COUNTED_CLASSES
+    inches = 0.11 if many else 0.45  # per class; a picture of 200 is for zooming in
+    side = min(28.0, max(5.0, inches * len(classes) + 2))
+    figure, (axis,) = new_figure(size=(side + 1, side))
+    image = axis.imshow(shares, norm=_shares_scale(), cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8, aspect=60 if many else 20, pad=0.02)
+    axis.set_xlabel("predicted class", fontsize=14 if many else 10)
+    axis.set_ylabel("true class", fontsize=14 if many else 10)
+    axis.set_title(title, fontsize=16 if many else 11, parse_math=False)
+    if len(classes) <= LABELLED_CLASSES:
+        names = [short(name) for name in classes]
+        style: dict[str, Any] = {"fontsize": 5 if many else 8, "parse_math": False}
+        axis.set_xticks(range(len(classes)), names, rotation=90, **style)
+        axis.set_yticks(range(len(classes)), names, **style)
+    if len(classes) <= 20:
+        for row, column in np.ndindex(*counts.shape):
+            shade = "white" if shares[row, column] > 0.35 else "black"
+            axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=7, color=shade)
+    return figure
+
+
+def _shares_scale() -> Normalize:
+    """Colours by the square root of a share, so that rare confusions show beside the diagonal."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=1)
+
+
+def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
+    """A bar from 0 to 1 for each name, the highest first, in as many columns as it takes."""
+    order = sorted(range(len(names)), key=lambda number: -values[number])
+    if len(order) > RANKED_BARS:
+        half = RANKED_BARS // 2
+        title += f", the {half} highest and the {half} lowest of {len(order)}"
+        order = order[:half] + order[-half:]
+    columns = math.ceil(len(order) / BARS_PER_COLUMN)
+    rows = math.ceil(len(order) / columns)
+    figure, axes = new_figure(1, columns, size=(max(6, 4 * columns), 0.18 * rows + 1.2))
+    for column, axis in enumerate(axes):
+        shown = order[column * rows : (column + 1) * rows]
+        bars = axis.barh(range(len(shown)), [values[number] for number in shown], height=0.7)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axis.set_yticks(range(len(shown)), [short(names[number]) for number in shown], fontsize=7, parse_math=False)
+        axis.set_ylim(rows - 0.4, -0.6)
+        axis.set_xlim(0, 1.12)
+        axis.set_xlabel(quantity)
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Figure:
+    """Samples per class of each split: bars by class, or where there are too many, curves of the sorted numbers."""
+    named = len(classes) <= COUNTED_CLASSES
+    figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
+    drawn: list[Any] = []
+    for number, each in enumerate(counts.values()):
+        if named:
+            width = 0.8 / len(counts)
+            drawn.append(axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width))
+        else:
+            drawn += axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid")
+    if named:
+        axis.set_xticks(range(len(classes)), list(map(short, classes)), rotation=90, fontsize=8, parse_math=False)
+        axis.set_xlabel("class")
+    else:
+        axis.set_xlabel("classes, from the most to the fewest samples")
+    axis.set_ylabel("samples")
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", alpha=0.3)
+    labels = [
+        f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}" for split, each in counts.items()
+    ]
+    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # beside the bars
+    axis.set_title(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def short(name: str) -> str:
+    """A class name that leaves room for the picture beside it."""
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

@@ -1,0 +1,92 @@
+"""What is about to run, as plain values for trackers and checkpoints, and as a line for the console."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Config
+from pipelines.loader.train_loader import TrainLoader
+from train.distributed.process_group import Ranks
+from train.engine.epoch import Training
+from train.optim.schedule import lr_factor
+
+
+def global_batch(config: Config, world_size: int) -> int:
+    """Samples of one optimizer update, over all ranks, where data.stages say nothing else."""
+    return config.data.batch_size * world_size * config.train.accumulation_steps
+
+
+def facts_of(
+    config: Config, dataset: dict[str, Any], training: Training, loader: TrainLoader, ranks: Ranks
+) -> dict[str, Any]:
+    """What follows from the config, the data set and the machine together; loader: of training.
+
+    Sizes are those of the epoch that a new run begins with.
+    """
+    accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
+    stages = {
+        f"from epoch {stage.epoch}": [loader.at(stage.epoch).image_size, loader.at(stage.epoch).plan.batch_size]
+        for stage in config.data.stages
+    }
+    splits = dataset["splits"]
+    return {
+        "dataset": dataset["name"],
+        "classes": len(dataset["classes"]),
+        "train_samples": splits[config.data.train_split]["samples"],
+        "val_samples": splits[config.data.val_split]["samples"],
+        "image_size": first.image_size,
+        "parameters": sum(p.numel() for p in training.network.parameters()),
+        "world_size": ranks.world_size,
+        "global_batch": first.plan.batch_size * ranks.world_size * accumulation,
+        "steps_per_epoch": len(first) // accumulation,
+        **({"stages": stages} if stages else {}),
+        "precision": str(training.amp or torch.float32),
+        "device": device_name(training.device),
+        **({"cpu_threads": torch.get_num_threads()} if training.device.type == "cpu" else {}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """What a checkpoint says of its data set, so that the model can be used without it."""
+    return {
+        **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
+        "conversion": dataset.get("options", {}).get("encoding"),  # so that other pictures can be stored likewise
+        "image_size": image_size,
+    }
+
+
+def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str:
+    """One line on what is about to run."""
+    train = config.train
+    factor = lr_factor(train, facts["global_batch"])
+    threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    rates = f", learning rates x {factor:.4g} ({train.lr_scaling} from train.lr_batch_size={train.lr_batch_size})"
+    return (
+        f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
+        f"({facts['train_samples']:,} train samples), {config.train.epochs} epochs of {facts['steps_per_epoch']} steps "
+        f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}{threads}, "
+        f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
+    )
+
+
+def unreached_stages(config: Config) -> list[str]:
+    """A remark where stages begin after the last epoch."""
+    late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
+    remark = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
+    return [remark] if late else []
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,276 @@
+"""Console, log.txt, metrics.jsonl, curves.png, trackers, all on the first rank; other ranks get a log that is silent.
+
+What trackers are is not known here, only that they fail: then that is said once, and the run goes on without. So it
+does where log.txt cannot be written; metrics.jsonl and config.yaml it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import LogConfig
+from configs.utils import durable
+from configs.utils.errors import UserError
+from configs.utils.files import read_record
+from configs.utils.warnings import warn
+from train.reporting import figures
+from train.reporting.tensorboard_tracker import TensorBoardTracker
+from train.reporting.trackers import Tracker, one_line
+from train.reporting.wandb_tracker import start_wandb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CURVES_EVERY_S = 30.0
+
+
+class _Console(logging.StreamHandler):
+    """A line that cannot be written ends no run, and is no traceback for each line: it is said once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        del record
+        with suppress(OSError):
+            warn(f"lines of the log are lost ({one_line(sys.exc_info()[1] or OSError())})")
+
+
+class _LogFile(_Console, logging.FileHandler):
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before
+            super().close()
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path} ({error.strerror or error}): free space, or move the run's folder and name its new place "
+        "by --output, then --resume auto goes on"
+    )
+
+
+class RunLog:
+    """The records of one run in its folder; `folder` is None on all ranks but the first.
+
+    As a context manager it finishes at the end, as failed where an error ends it.
+    """
+
+    def __init__(self, folder: Path | None, *, others_wait: bool = False, loss: str = "cross-entropy") -> None:
+        """others_wait: on other ranks, which learn of an error only after it has ended this log; loss: train.loss."""
+        self._folder, self._others_wait, self._loss = folder, others_wait, loss
+        self._trackers: list[Tracker] = []
+        self.is_in_a_hurry = False  # as after a signal: the end leaves out what can be had later
+        self._drawn_at = -CURVES_EVERY_S
+        self._logger = logging.getLogger("zhu")
+        self._logger.setLevel(logging.INFO)
+        self._logger.handlers.clear()
+        self._logger.propagate = False
+        if folder is not None:
+            try:
+                handlers = (
+                    _Console(sys.stdout),
+                    _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace"),
+                )
+            except OSError as error:
+                raise _cannot_write(folder / "log.txt", error) from None
+            for handler in handlers:
+                handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+                self._logger.addHandler(handler)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.is_in_a_hurry |= error is not None and self._others_wait
+        self.finish(failed=error is not None)
+
+    @property
+    def is_silent(self) -> bool:
+        return self._folder is None
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether there is anyone to show pictures to."""
+        return bool(self._trackers)
+
+    def say(self, message: str) -> None:
+        self._logger.info(message)
+
+    def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
+        """W&B and TensorBoard as configured; run_config: plain values, nested; step: optimizer steps that are done."""
+        if self._folder is None:
+            return
+        folder = self._folder
+        starts: dict[str, Callable[[], Tracker | None]] = {
+            "W&B": lambda: start_wandb(config.wandb, folder, run_config, self.say),
+            "TensorBoard": lambda: (
+                TensorBoardTracker(folder / "tensorboard", run_config, step) if config.tensorboard else None
+            ),
+        }
+        for title, start in starts.items():
+            try:
+                tracker = start()
+            except Exception as error:
+                self.say(f"{title} is off for this run: {type(error).__name__}: {one_line(error)}")
+            else:
+                self._trackers += [tracker] if tracker is not None else []
+
+    def record(self, config: str, facts: dict[str, Any]) -> None:
+        """config.yaml and facts.json, in place of those of an earlier start."""
+        if self._folder is not None:
+            _replace(self._folder / "config.yaml", config)
+            _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
+
+    def keep_epochs(self, before: int) -> None:
+        """Drop the lines of epochs from `before` on, which a resumed run writes again."""
+        if self._folder is None:
+            return
+        kept = [line for line in read_metrics(self._folder) if line["epoch"] < before]
+        _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def steps(self, values: Mapping[str, float], step: int) -> None:
+        """One line on the console, one point in the trackers' curves against step; step: optimizer steps done."""
+        self.say(f"step {step}: loss {values['step_loss']:.4g}, lr {values['lr']:.4g}, "
+                 f"{values['images_per_s']:,.0f} images/s")  # fmt: skip
+        self._each(lambda tracker: tracker.scalars(values, step))
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, one on the console, one point in the trackers' curves."""
+        if self._folder is None:
+            return
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
+        try:
+            with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint of this epoch is, or a power cut could leave a hole
+        except OSError as error:  # the epoch has no checkpoint yet: a resumed run comes here again
+            raise _cannot_write(self._folder / "metrics.jsonl", error) from None
+        shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
+        self.say(f"epoch {metrics['epoch']}: " + ", ".join(shown))
+        if self.is_tracked:
+            values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+            self._each(lambda tracker: tracker.scalars(values, metrics["step"]))
+            self.summary(best(read_metrics(self._folder)))
+        if time.monotonic() - self._drawn_at >= CURVES_EVERY_S:
+            self.draw()
+
+    def picture(self, key: str, draw: Callable[[], Figure], step: int) -> None:
+        """Show a figure in the trackers; it is drawn only where there are any."""
+        if not self.is_tracked:
+            return
+        try:
+            pixels = figures.pixels_of(draw())
+        except Exception as error:
+            self.say(f"no picture {key} for the trackers: {type(error).__name__}: {one_line(error)}")
+            return
+        self._each(lambda tracker: tracker.picture(key, pixels, step))
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """What the trackers shall know of the whole run."""
+        self._each(lambda tracker: tracker.summary(values))
+
+    def draw(self) -> None:
+        """curves.png from metrics.jsonl."""
+        if self._folder is None or not (metrics := read_metrics(self._folder)):
+            return
+        self._drawn_at = time.monotonic()
+        try:
+            figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
+        except UserError as error:  # a picture is no reason to end a run
+            self.say(str(error))
+
+    def finish(self, *, failed: bool = False) -> None:
+        if not self.is_in_a_hurry:
+            self.draw()
+
+        def finish(tracker: Tracker) -> None:
+            if (message := tracker.finish(failed=failed, in_a_hurry=self.is_in_a_hurry)) is not None:
+                self.say(message)
+
+        self._each(finish)
+        self._trackers.clear()
+        for handler in self._logger.handlers:
+            handler.close()
+
+    def _each(self, use: Callable[[Tracker], None]) -> None:
+        """Use every tracker; one that fails is left out from here on."""
+        for tracker in list(self._trackers):
+            try:
+                use(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.title} stops here, the run goes on ({type(error).__name__}: {one_line(error)}); "
+                         f"{tracker.advice}")  # fmt: skip
+                with suppress(Exception):
+                    tracker.finish(failed=True, in_a_hurry=self.is_in_a_hurry)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises UserError for a file or lines that no run wrote.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = read_record(path, "replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
+    metrics = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("epoch")) is not int or not all(map(_is_metric, line.values())):
+            raise UserError(f"{path}:{number} is no line of a run's metrics, numbers by name; mend or remove it")
+        metrics.append(line)
+    return metrics
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not abs(value) > sys.float_info.max)
+
+
+def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy; those of the
+    moving average as well, where there is one."""
+    found: dict[str, float] = {}
+    for average in ("", "ema_"):
+        loss, accuracy = f"{average}val_loss", f"{average}val_top1"
+        top1 = [(line[accuracy], -line["epoch"]) for line in metrics if line.get(accuracy) is not None]
+        losses = [line[loss] for line in metrics if line.get(loss) is not None]
+        if losses:
+            found[f"best_{loss}"] = min(losses)
+        if top1:
+            found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal ones
+            found[f"best_{average}epoch"] = -negative_epoch
+    return found
+
+
+def counted(line: dict[str, Any], weights: str) -> float | None:
+    """Top-1 accuracy of the weights that count in a line of metrics.jsonl, by eval.weights; None: not evaluated."""
+    key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
+    value: float | None = line.get(key)
+    return value
+
+
+def _replace(path: Path, text: str) -> None:
+    """So that whoever reads it finds the old text or the new one."""
+    try:
+        durable.replace(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for nan and infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
