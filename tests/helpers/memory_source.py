@@ -1,6 +1,6 @@
 """A tiny source of samples in memory. Without torch and DALI, since killed converters in subprocesses import it too.
 
-`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it. KILL_AT n sends SIGKILL to the process
+`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it; KILL_AT n kills the process
 at its n-th flush, rename or removal, the instants between which files change.
 """
 
