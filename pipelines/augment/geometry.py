@@ -1,10 +1,76 @@
-"""Draws which rectangles random erasing paints over, and in which colours. Plain NumPy; knows no images and no DALI."""
+"""Random geometry of the samples of a batch: crop boxes, flips, cutout and erased rectangles."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pipelines.rng import normal, uniform
+
+
+def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
+    """Whether each sample is mirrored: int32 [B] of 0 and 1."""
+    return (uniform(samples, seed, epoch, "flip", 1)[:, 0] < probability).astype(np.int32)
+
+
+def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
+    """Whether each sample is mirrored: drawn once per sample, the opposite in every other epoch: int32 [B] of 0 and 1.
+
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498: two epochs in a row show both
+    an image and its mirror image.
+    """
+    return flips(samples, seed, 0, probability) ^ np.int32(epoch % 2)
+
+
+def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -> np.ndarray:
+    """Top-left corners (y, x) of crops from images padded on all sides: int32 [B, 2] in -padding..padding."""
+    drawn = uniform(samples, seed, epoch, "pad-crop", 2)
+    return (np.floor(drawn * (2 * padding + 1)) - padding).astype(np.int32)
+
+
+def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout: int) -> np.ndarray:
+    """Top-left corners (y, x) of squares of side `cutout` inside images of side `size`: int32 [B, 2]."""
+    drawn = uniform(samples, seed, epoch, "cutout", 2)
+    return np.floor(drawn * (size - cutout + 1)).astype(np.int32)
+
+
+def random_resized_crops(
+    samples: np.ndarray,
+    seed: int,
+    epoch: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Crop boxes (top, left, height, width) in pixels, int32 [B, 4], as torchvision's RandomResizedCrop draws them.
+
+    Ten attempts at an area (share `scale` of the image) and an aspect ratio (log-uniform in `ratio`); the first box
+    that fits is taken, else the largest central box within the ratio bounds.
+    """
+    attempts = 10
+    drawn = uniform(samples, seed, epoch, "random-resized-crop", 2 * attempts + 2)
+    heights, widths = heights.astype(np.float64)[:, None], widths.astype(np.float64)[:, None]
+    area = heights * widths * (scale[0] + drawn[:, :attempts] * (scale[1] - scale[0]))
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(low + drawn[:, attempts : 2 * attempts] * (high - low))
+    box_widths, box_heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (box_widths > 0) & (box_widths <= widths) & (box_heights > 0) & (box_heights <= heights)
+    first = np.argmax(fits, axis=1)[:, None]
+    box_height = np.take_along_axis(box_heights, first, 1)[:, 0]
+    box_width = np.take_along_axis(box_widths, first, 1)[:, 0]
+    heights, widths = heights[:, 0], widths[:, 0]
+    top = np.floor(drawn[:, -2] * (heights - box_height + 1))
+    left = np.floor(drawn[:, -1] * (widths - box_width + 1))
+    if not (found := fits.any(axis=1)).all():
+        whole = widths / heights
+        # torchvision's box of a line of pixels can round to nothing; ours keeps one
+        fallback_width = np.where(whole > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
+        fallback_height = np.where(whole < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
+        box_height = np.where(found, box_height, fallback_height)
+        box_width = np.where(found, box_width, fallback_width)
+        top = np.where(found, top, (heights - fallback_height) // 2)
+        left = np.where(found, left, (widths - fallback_width) // 2)
+    return np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
 
 
 def erase_boxes(

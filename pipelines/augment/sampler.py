@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import AugConfig
-from pipelines import rng
 from pipelines.augment import geometry, policies
 from pipelines.augment.ops import Programs, grey_levels
 from pipelines.gpu import dali_graph
@@ -30,11 +29,11 @@ class Drawn:
 
     def _geometry(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
         aug, split, seed = self.aug, self.split, self.seed
-        draw_flips = rng.alternating_flips if aug.flip_mode == "alternating" else rng.flips
+        draw_flips = geometry.alternating_flips if aug.flip_mode == "alternating" else geometry.flips
         flips = draw_flips(samples, seed, epoch, aug.flip) if aug.flip > 0 else None
         if aug.crop == "random-resized":
             heights, widths = split.heights[samples], split.widths[samples]
-            boxes = rng.random_resized_crops(samples, seed, epoch, heights, widths, aug.scale, aug.ratio)
+            boxes = geometry.random_resized_crops(samples, seed, epoch, heights, widths, aug.scale, aug.ratio)
             start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
             if flips is not None:
                 mirrored = flips == 1
@@ -42,7 +41,7 @@ class Drawn:
             return {"crop_start": start, "crop_end": end}
         feeds: dict[str, np.ndarray] = {}
         if aug.crop == "pad":
-            offsets = rng.pad_crop_offsets(samples, seed, epoch, aug.padding)
+            offsets = geometry.pad_crop_offsets(samples, seed, epoch, aug.padding)
             shifts = self.by_dali and aug.padding_mode == "reflect"
             feeds |= {"shift": dali_graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
         if flips is not None:
@@ -78,5 +77,5 @@ class Drawn:
             else:
                 feeds["erase_box"] = boxes
         if aug.cutout > 0:
-            feeds["cutout"] = rng.cutout_corners(samples, seed, epoch, size, aug.cutout).astype(np.float32)
+            feeds["cutout"] = geometry.cutout_corners(samples, seed, epoch, size, aug.cutout).astype(np.float32)
         return feeds

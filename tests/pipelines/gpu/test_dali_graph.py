@@ -24,7 +24,8 @@ from configs.schema.aug import AutoAugmentConfig, BlurConfig, EraseConfig
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.photos import BATCH, converted, photos
-from pipelines import build_eval_loader, build_train_loader, rng
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.augment import geometry
 from pipelines.augment.ops import Op, Programs
 from pipelines.gpu import dali_graph
 from pipelines.loader.loader import Batch, Loader
@@ -108,7 +109,7 @@ def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def drawn_crops(indices: np.ndarray, split: Split, aug: AugConfig) -> np.ndarray:
     sizes = split.heights[indices], split.widths[indices]
-    return rng.random_resized_crops(indices, SEED, EPOCH, *sizes, aug.scale, aug.ratio)
+    return geometry.random_resized_crops(indices, SEED, EPOCH, *sizes, aug.scale, aug.ratio)
 
 
 def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
@@ -127,8 +128,8 @@ def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
 def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path) -> None:
     loader = train(square, AugConfig(crop="pad", padding=padding, flip=0.5))
     ours, stored, indices = trained_on(loader, square)
-    offsets = rng.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
-    flips = rng.flips(indices, SEED, EPOCH, 0.5)
+    offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
+    flips = geometry.flips(indices, SEED, EPOCH, 0.5)
     assert 0 < flips.sum() < BATCH
     padded = np.pad(stored, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     for image, source, (top, left), flip in zip(ours, padded, offsets, flips, strict=True):
@@ -140,8 +141,8 @@ def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path
 def test_reflected_padding_is_bitwise_torchs(padding: int, square: Path) -> None:
     aug = AugConfig(crop="pad", padding=padding, padding_mode="reflect", flip=0.5, flip_mode="alternating")
     ours, stored, indices = trained_on(train(square, aug), square)
-    offsets = rng.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
-    flips = rng.alternating_flips(indices, SEED, EPOCH, 0.5)
+    offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
+    flips = geometry.alternating_flips(indices, SEED, EPOCH, 0.5)
     for image, source, (top, left), flip in zip(ours, stored, offsets, flips, strict=True):
         wide = torch.from_numpy(source.copy()).permute(2, 0, 1)[None].double()
         padded = torch.nn.functional.pad(wide, (padding,) * 4, mode="reflect")[0].permute(1, 2, 0).numpy()
@@ -174,7 +175,7 @@ def test_reflection_and_cutout_beyond_the_image_are_user_errors(aug: AugConfig, 
 def test_cutout_paints_its_square_in_the_mean_colour_and_nothing_else(square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=0, cutout=20)), square)
     mean = [round(255 * share) for share in load_dataset(square)["mean"]]
-    corners = rng.cutout_corners(indices, SEED, EPOCH, 96, 20)
+    corners = geometry.cutout_corners(indices, SEED, EPOCH, 96, 20)
     for image, source, (top, left) in zip(ours, stored, corners, strict=True):
         expected = source.copy()
         expected[top : top + 20, left : left + 20] = mean
@@ -184,7 +185,7 @@ def test_cutout_paints_its_square_in_the_mean_colour_and_nothing_else(square: Pa
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_flip_alone_is_exact(probability: float, square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=probability)), square)
-    flips = rng.flips(indices, SEED, EPOCH, probability)
+    flips = geometry.flips(indices, SEED, EPOCH, probability)
     for image, source, flip in zip(ours, stored, flips, strict=True):
         np.testing.assert_array_equal(image, source[:, ::-1] if flip else source)
 
@@ -198,7 +199,7 @@ def test_random_resized_crop_is_torchvisions(
     aug = AugConfig(crop="random-resized", scale=scale, flip=0.5)
     ours, stored, indices = trained_on(train(wide, aug, image_size=size, interpolation=interpolation), wide)
     boxes = drawn_crops(indices, open_split(wide, "train"), aug)
-    flips = rng.flips(indices, SEED, EPOCH, 0.5)
+    flips = geometry.flips(indices, SEED, EPOCH, 0.5)
     theirs = []
     for source, box, flip in zip(stored, boxes.tolist(), flips, strict=True):
         crop = resized_crop(source, box, size, interpolation)
@@ -211,7 +212,7 @@ def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixe
     loader = train(mixed, RANDOM_RESIZED, image_size=64)
     indices = loader.plan.indices(EPOCH, 0)
     ours = nhwc(next(iter(loader)))
-    flips = rng.flips(indices, SEED, EPOCH, 0.5)
+    flips = geometry.flips(indices, SEED, EPOCH, 0.5)
     boxes = drawn_crops(indices, split, RANDOM_RESIZED).tolist()
     for image, sample, box, flip in zip(ours, indices, boxes, flips, strict=True):
         begin = int(split.address[sample])
@@ -244,7 +245,7 @@ def test_without_a_crop_training_sees_the_central_square_that_evaluation_sees(in
 def test_a_pad_crop_of_another_size_is_taken_from_the_resized_image(wide: Path) -> None:
     ours, _, indices = trained_on(train(wide, AugConfig(crop="pad", flip=0), image_size=80), wide)
     resized, _, _ = trained_on(train(wide, AugConfig(flip=0), image_size=80), wide)
-    offsets = rng.pad_crop_offsets(indices, SEED, EPOCH, 4) + 4
+    offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, 4) + 4
     padded = np.pad(resized, ((0, 0), (4, 4), (4, 4), (0, 0)))
     for image, source, (top, left) in zip(ours, padded, offsets, strict=True):
         np.testing.assert_array_equal(image, source[top : top + 80, left : left + 80])

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from configs.schema import DataConfig
-from pipelines import build_train_loader, order, rng
+from pipelines import build_train_loader, order
+from pipelines.augment import geometry
 from pipelines.storage import split as shards
 from pipelines.storage import tar_format
 from tools.benchmarks.engine import ours
@@ -97,8 +98,8 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
 
 
 def _draws(indices: np.ndarray) -> None:
-    rng.flips(indices, 0, 0, 0.5)
-    rng.pad_crop_offsets(indices, 0, 0, 4)
+    geometry.flips(indices, 0, 0, 0.5)
+    geometry.pad_crop_offsets(indices, 0, 0, 4)
 
 
 def _microseconds(work: Any) -> float:
