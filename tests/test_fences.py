@@ -68,10 +68,14 @@ def takes_the_locale_s_encoding(call: ast.Call) -> bool:
 @pytest.mark.parametrize(
     "module",
     [
-        "pipelines.shard_writer", "pipelines.verify", "pipelines.shards", "pipelines.policies", "pipelines.erasing",
+        "pipelines.convert.writer",
+        "pipelines.storage.verify",
+        "pipelines.storage.split",
+        "pipelines.augment.policies",
+        "pipelines.augment.geometry",
         "configs.load",
     ],
-)  # fmt: skip
+)
 def test_converting_drawing_and_configuring_need_neither_torch_nor_dali(module: str) -> None:
     script = f"import sys, {module}; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
