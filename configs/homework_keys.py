@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from configs.suggestions import KeyPath, allowed_keys, one_line, show
+from configs.suggestions import KeyPath, format_value, one_line_error, suggest_keys
 
 SCHEDULES = {  # by the letters of their names, without an LR at the end
     **{name: name for name in ("cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial")},
@@ -27,13 +27,13 @@ SCHEDULES = {  # by the letters of their names, without an LR at the end
 }
 
 
-class Given(NamedTuple):
+class HomeworkValue(NamedTuple):
     value: Any
     origin: str  # file and line, or what else says it
 
 
 @dataclass(frozen=True)
-class Key:
+class KeyRule:
     target: str = ""  # our setting; empty: a DALI loader has no use for it
     default: Any = None  # as the homework trains without the key; None: ours holds
     convert: Callable[[Any], Any] = lambda value: value
@@ -71,65 +71,69 @@ def _policy(value: Any) -> Any:
 
 
 KEYS = {
-    "DATA.BATCH_SIZE": Key("data.batch_size", 128),
-    "DATA.DATA_PATH": Key("data.path"),
-    "DATA.DATASET": Key("data.path", "cifar10", _lower),  # where DATA_PATH is empty
-    "DATA.IMG_SIZE": Key("data.image_size", 224),
-    "DATA.INTERPOLATION": Key("data.interpolation", "bilinear", _lower),
-    "DATA.PIN_MEMORY": Key(),
-    "DATA.NUM_WORKERS": Key(),
-    "MODEL.NAME": Key("model.name"),
-    "MODEL.RESUME": Key("resume", convert=_empty_is_null, without="none"),
-    "MODEL.NUM_CLASSES": Key("model.num_classes", without="the data set's"),
-    "MODEL.DROP_RATE": Key("model.drop_rate", without="the model's own"),
-    "MODEL.LABEL_SMOOTHING": Key("train.label_smoothing"),
-    "TRAIN.START_EPOCH": Key("train.first_epoch", 0),
-    "TRAIN.EPOCHS": Key("train.epochs", 300),
-    "TRAIN.WARMUP_EPOCHS": Key("train.warmup_epochs", 0),
-    "TRAIN.LR": Key("train.lr", 5e-4),
-    "TRAIN.MIN_LR": Key("train.min_lr", 0),
-    "TRAIN.WARMUP_LR": Key("train.warmup_lr", 0),
-    "TRAIN.ACCUMULATION_STEPS": Key("train.accumulation_steps", 1),
-    "TRAIN.WEIGHT_DECAY": Key("train.optimizer.weight_decay"),
-    "TRAIN.CLIP_GRAD": Key("train.clip_grad_norm", convert=_zero_is_null),
-    "TRAIN.LR_SCHEDULER.NAME": Key("train.schedule", "cosine", _schedule, null="constant"),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key("train.schedule_options.epochs"),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key("train.schedule_options.rate"),
-    "TRAIN.LR_SCHEDULER.MULTISTEPS": Key("train.schedule_options.milestones"),
-    "TRAIN.OPTIMIZER.NAME": Key("train.optimizer.name", "adamw", _lower),
-    "TRAIN.OPTIMIZER.EPS": Key("train.optimizer.eps", 1e-8, optimizers=("adamw", "adam")),
-    "TRAIN.OPTIMIZER.BETAS": Key("train.optimizer.betas", [0.9, 0.999], optimizers=("adamw", "adam")),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key("train.optimizer.momentum", 0.9, optimizers=("sgd",)),
-    "AUG.COLOR_JITTER": Key("aug.color_jitter", 0.4, null=0.0),
-    "AUG.RAND_AUGMENT": Key("aug.auto", "none", _policy, null="none"),
-    "AUG.MIXUP": Key("aug.mix.mixup"),
-    "AUG.CUTMIX": Key("aug.mix.cutmix"),
-    "AUG.REPROB": Key("aug.erase.probability"),
-    "TEST.CROP": Key("eval.crop_mode", False, _crop_mode),
-    "TEST.SEQUENTIAL": Key(),
-    "TEST.SHUFFLE": Key(),
-    "OUTPUT": Key("output", "output", lambda value: "output" if value == "" else value),
-    "SAVE_FREQ": Key("train.save_every_epochs", 1),
-    "PRINT_FREQ": Key("log.every_steps", 50),
-    "SEED": Key("seed", 0),
-    "EVAL_MODE": Key("eval.only", False),
+    "DATA.BATCH_SIZE": KeyRule("data.batch_size", 128),
+    "DATA.DATA_PATH": KeyRule("data.path"),
+    "DATA.DATASET": KeyRule("data.path", "cifar10", _lower),  # where DATA_PATH is empty
+    "DATA.IMG_SIZE": KeyRule("data.image_size", 224),
+    "DATA.INTERPOLATION": KeyRule("data.interpolation", "bilinear", _lower),
+    "DATA.PIN_MEMORY": KeyRule(),
+    "DATA.NUM_WORKERS": KeyRule(),
+    "MODEL.NAME": KeyRule("model.name"),
+    "MODEL.RESUME": KeyRule("resume", convert=_empty_is_null, without="none"),
+    "MODEL.NUM_CLASSES": KeyRule("model.num_classes", without="the data set's"),
+    "MODEL.DROP_RATE": KeyRule("model.drop_rate", without="the model's own"),
+    "MODEL.LABEL_SMOOTHING": KeyRule("train.label_smoothing"),
+    "TRAIN.START_EPOCH": KeyRule("train.first_epoch", 0),
+    "TRAIN.EPOCHS": KeyRule("train.epochs", 300),
+    "TRAIN.WARMUP_EPOCHS": KeyRule("train.warmup_epochs", 0),
+    "TRAIN.LR": KeyRule("train.lr", 5e-4),
+    "TRAIN.MIN_LR": KeyRule("train.min_lr", 0),
+    "TRAIN.WARMUP_LR": KeyRule("train.warmup_lr", 0),
+    "TRAIN.ACCUMULATION_STEPS": KeyRule("train.accumulation_steps", 1),
+    "TRAIN.WEIGHT_DECAY": KeyRule("train.optimizer.weight_decay"),
+    "TRAIN.CLIP_GRAD": KeyRule("train.clip_grad_norm", convert=_zero_is_null),
+    "TRAIN.LR_SCHEDULER.NAME": KeyRule("train.schedule", "cosine", _schedule, null="constant"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": KeyRule("train.schedule_options.epochs"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": KeyRule("train.schedule_options.rate"),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": KeyRule("train.schedule_options.milestones"),
+    "TRAIN.OPTIMIZER.NAME": KeyRule("train.optimizer.name", "adamw", _lower),
+    "TRAIN.OPTIMIZER.EPS": KeyRule("train.optimizer.eps", 1e-8, optimizers=("adamw", "adam")),
+    "TRAIN.OPTIMIZER.BETAS": KeyRule("train.optimizer.betas", [0.9, 0.999], optimizers=("adamw", "adam")),
+    "TRAIN.OPTIMIZER.MOMENTUM": KeyRule("train.optimizer.momentum", 0.9, optimizers=("sgd",)),
+    "AUG.COLOR_JITTER": KeyRule("aug.color_jitter", 0.4, null=0.0),
+    "AUG.RAND_AUGMENT": KeyRule("aug.auto", "none", _policy, null="none"),
+    "AUG.MIXUP": KeyRule("aug.mix.mixup"),
+    "AUG.CUTMIX": KeyRule("aug.mix.cutmix"),
+    "AUG.REPROB": KeyRule("aug.erase.probability"),
+    "TEST.CROP": KeyRule("eval.crop_mode", False, _crop_mode),
+    "TEST.SEQUENTIAL": KeyRule(),
+    "TEST.SHUFFLE": KeyRule(),
+    "OUTPUT": KeyRule("output", "output", lambda value: "output" if value == "" else value),
+    "SAVE_FREQ": KeyRule("train.save_every_epochs", 1),
+    "PRINT_FREQ": KeyRule("log.every_steps", 50),
+    "SEED": KeyRule("seed", 0),
+    "EVAL_MODE": KeyRule("eval.only", False),
 }
 SECTIONS = list(dict.fromkeys(key.rsplit(".", n)[0] for key in KEYS for n in range(key.count("."), 0, -1)))
 
 
-def collect(values: Mapping[str, Any], origins: Mapping[KeyPath, str], path: KeyPath = ()) -> dict[str, Given]:
+def flatten_keys(
+    values: Mapping[str, Any], origins: Mapping[KeyPath, str], path: KeyPath = ()
+) -> dict[str, HomeworkValue]:
     """The keys in `values`, dotted; raises `UserError` for one that the homework does not have."""
-    found: dict[str, Given] = {}
+    found: dict[str, HomeworkValue] = {}
     for name, value in values.items():
         key_path = (*path, name)
         key, origin = ".".join(key_path), origins[key_path]
         if "." not in name and key in KEYS:
-            found[key] = Given(value, origin)
+            found[key] = HomeworkValue(value, origin)
         elif "." in name or key not in SECTIONS:
-            raise one_line(f"{origin}: {key}={show(value)} is unknown; {allowed_keys(key_path, [*SECTIONS, *KEYS])}")
+            raise one_line_error(
+                f"{origin}: {key}={format_value(value)} is unknown; {suggest_keys(key_path, [*SECTIONS, *KEYS])}"
+            )
         elif isinstance(value, Mapping):
-            found |= collect(value, origins, key_path)
+            found |= flatten_keys(value, origins, key_path)
         elif value is not None:  # a section without keys
-            allowed = allowed_keys((*key_path, ""), [*SECTIONS, *KEYS])
-            raise one_line(f"{origin}: {key}={show(value)} must be a section; {allowed}")
+            allowed = suggest_keys((*key_path, ""), [*SECTIONS, *KEYS])
+            raise one_line_error(f"{origin}: {key}={format_value(value)} must be a section; {allowed}")
     return found

@@ -16,17 +16,17 @@ from pydantic import ValidationError
 
 from configs import yaml
 from configs.homework import translate
-from configs.homework_keys import KEYS, Given, collect
+from configs.homework_keys import KEYS, HomeworkValue, flatten_keys
 from configs.schema import Config
 from configs.schema.aug import auto_augment_section, color_jitter_section
-from configs.suggestions import KeyPath, one_line, show
+from configs.suggestions import KeyPath, format_value, one_line_error
 from configs.utils.files import path_argument
 from configs.utils.warnings import warn
-from configs.validation import describe
+from configs.validation import describe_error
 
 SUFFIXES = (".yaml", ".yml")  # of bases
 MAX_FILES = 64  # that one config may take together; a few bases of bases could else be millions
-MAX_KEYS_DEEP = 50  # of a dotted key
+MAX_KEY_DEPTH = 50  # of a dotted key
 # Sections that one value may stand for.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
@@ -35,11 +35,11 @@ SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): au
 class _Layer:
     """Settings of one source, or of several that are laid over each other."""
 
-    ours: dict[str, Any] = field(default_factory=dict)  # sections and their keys, in lower case
+    settings: dict[str, Any] = field(default_factory=dict)  # sections and their keys, in lower case
     origins: dict[KeyPath, str] = field(default_factory=dict)  # for each of these keys, the file and line
-    theirs: dict[str, Given] = field(default_factory=dict)  # the homework's keys, dotted
+    homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # the homework's keys, dotted
     is_homework: bool = False  # a file has such keys, so that the homework's defaults hold
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: Any) -> Config:
@@ -55,27 +55,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         UserError: anything wrong with the file, a base or a value.
     """
     path = path_argument(str(path))
-    layers = [_read(path, (), []), *_parse_overrides(overrides)]
+    layers = [_read_file(path, (), []), *_parse_overrides(overrides)]
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
-    layer = reduce(_over, layers)
-    values, origins, notes = layer.ours, dict(layer.origins), list(layer.notes)
+    layer = reduce(_overlay, layers)
+    values, origins, warnings = layer.settings, dict(layer.origins), list(layer.warnings)
     labels: dict[KeyPath, str] = {}
-    if layer.theirs or layer.is_homework:
-        translation = translate(layer.theirs, layer.ours, layer.is_homework, str(path))
+    if layer.homework_values or layer.is_homework:
+        translation = translate(layer.homework_values, layer.settings, layer.is_homework, str(path))
         values = {}
         for key, value in translation.values.items():
             values = _merge(values, _nested(key, value))
-        values = _merge(values, layer.ours)
+        values = _merge(values, layer.settings)
         for key, (label, origin) in translation.sources.items():
             key_path = tuple(key.split("."))
             labels[key_path], origins[key_path] = label, origin
-        notes += translation.notes
+        warnings += translation.warnings
     for section in ("data", "model"):
         values.setdefault(section, {})  # so that an error names the missing field and not only the section
     if values.get("name") is None:
         values["name"] = path.stem
-    config = _validated(values, origins, labels, str(path))
-    for note in [*notes, *_cut_warm_up(config, values, origins, labels)]:
+    config = _validate(values, origins, labels, str(path))
+    for note in [*warnings, *_cut_warm_up(config, values, origins, labels)]:
         warn(note)
     return config
 
@@ -95,21 +95,23 @@ def _cut_warm_up(
 def parse_config(text: str, source: str) -> Config:
     """The config that `to_yaml` wrote, as checkpoints hold it; source: where it comes from, for the error."""
     document = yaml.parse(text, source)
-    return _validated(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
+    return _validate(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole config as YAML that loads back to an equal config."""
-    return yaml.to_text(config.model_dump(mode="json"))
+    return yaml.dump(config.model_dump(mode="json"))
 
 
-def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
+def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
     """Read a file and its bases. opened: all files so far; the first is the one that the user named."""
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
-        raise one_line(f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases")
+        raise one_line_error(
+            f"{place} is a cycle ({' -> '.join(map(str, (*including, path)))}); remove one of these bases"
+        )
     if len(opened) >= MAX_FILES:
-        raise one_line(
+        raise one_line_error(
             f"{place} is one file too many: a config has up to {MAX_FILES - 1} bases, those of bases included"
         )
     if including:
@@ -120,28 +122,32 @@ def _read(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer
             content = file.read(4 * yaml.MAX_CHARACTERS + 4)
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise one_line(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise one_line_error(f"{place} cannot be read ({error.strerror}); give the path of a YAML file") from None
     except ValueError as error:
-        raise one_line(f"{place} is not a UTF-8 text file ({error})") from None
+        raise one_line_error(f"{place} is not a UTF-8 text file ({error})") from None
     document = yaml.parse(text, str(path))
     own = {} if document.value is None else document.value
     if not isinstance(own, dict):
-        raise one_line(f"{path} holds {show(own)}, but a config is a mapping such as `train: {{epochs: 5}}`")
+        raise one_line_error(
+            f"{path} holds {format_value(own)}, but a config is a mapping such as `train: {{epochs: 5}}`"
+        )
     bases = []
     for key in ("BASE", "base"):
         names = own.pop(key, None)
         names = [names] if isinstance(names, str) else [] if names is None else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             line = document.lines[(key,)]
-            raise one_line(f"{path}:{line}: {key}={show(names)} must be a file name or a list of file names")
+            raise one_line_error(
+                f"{path}:{line}: {key}={format_value(names)} must be a file name or a list of file names"
+            )
         bases += [name for name in names if name or key == "base"]  # the homework's default is one empty name
     origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
-    notes = tuple(
+    warnings = tuple(
         f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
         for key, line, before in document.repeated
     )
-    files = [_read(path.parent / path_argument(base), (*including, path), opened) for base in bases]
-    return reduce(_over, [*files, _layer(own, origins, notes=notes, is_file=True)])
+    files = [_read_file(path.parent / path_argument(base), (*including, path), opened) for base in bases]
+    return reduce(_overlay, [*files, _layer(own, origins, warnings=warnings, is_file=True)])
 
 
 def _check_base(path: Path, place: str, first: Path) -> None:
@@ -149,15 +155,15 @@ def _check_base(path: Path, place: str, first: Path) -> None:
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))
     if path.suffix not in SUFFIXES:
-        raise one_line(f"{place} is not named as a config; a base ends in {' or '.join(SUFFIXES)}")
+        raise one_line_error(f"{place} is not named as a config; a base ends in {' or '.join(SUFFIXES)}")
     target = path.resolve()
     if target.parent not in beside.parents and not any(target.is_relative_to(folder) for folder in allowed):
-        raise one_line(
+        raise one_line_error(
             f"{place} leads out of {' and '.join(map(str, allowed))}, from where bases may come beside the folders "
             "above the config; copy the file there or start in a folder that holds both"
         )
     if path.exists() and not path.is_file():
-        raise one_line(f"{place} is no plain file; give the path of a YAML file")
+        raise one_line_error(f"{place} is no plain file; give the path of a YAML file")
 
 
 def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
@@ -165,44 +171,48 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
     for item in remaining:
         key, *value = item.split("=", 1)
         text = value[0] if value else next(remaining, None)
-        if key.count(".") > MAX_KEYS_DEEP:
-            raise one_line(f"--opts: the key {show(key)} has more than {MAX_KEYS_DEEP} dots; no setting lies so deep")
+        if key.count(".") > MAX_KEY_DEPTH:
+            raise one_line_error(
+                f"--opts: the key {format_value(key)} has more than {MAX_KEY_DEPTH} dots; no setting lies so deep"
+            )
         if not key or text is None:
-            raise one_line(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
+            raise one_line_error(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
         yield _layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts")
 
 
 def _layer(
-    values: dict[str, Any], origin: str | dict[KeyPath, str], notes: tuple[str, ...] = (), is_file: bool = False
+    values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
     """origin: of all keys, or of each."""
-    theirs = {key: value for key, value in values.items() if key.isupper()}
-    origins = dict.fromkeys(_paths(values), origin) if isinstance(origin, str) else origin
-    ours = {key: value for key, value in values.items() if key not in theirs}
-    return _Layer(ours, origins, collect(theirs, origins), is_file and bool(theirs), notes)
-
-
-def _over(old: _Layer, new: _Layer) -> _Layer:
-    """The layer `new` laid over `old`. Each of the homework's keys also wins over what it means, given before."""
-    ours, origins = old.ours, old.origins
-    for target in {tuple(KEYS[key].target.split(".")) for key in new.theirs}:
-        ours = _without(ours, target)
-        origins = {key: origin for key, origin in origins.items() if key[: len(target)] != target}
+    homework_values = {key: value for key, value in values.items() if key.isupper()}
+    origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin
+    settings = {key: value for key, value in values.items() if key not in homework_values}
     return _Layer(
-        _merge(ours, new.ours),
-        {**origins, **new.origins},
-        {**old.theirs, **new.theirs},
-        old.is_homework or new.is_homework,
-        old.notes + new.notes,
+        settings, origins, flatten_keys(homework_values, origins), is_file and bool(homework_values), warnings
     )
 
 
-def _without(values: Any, key_path: KeyPath) -> Any:
+def _overlay(old: _Layer, new: _Layer) -> _Layer:
+    """The layer `new` laid over `old`. Each of the homework's keys also wins over what it means, given before."""
+    settings, origins = old.settings, old.origins
+    for target in {tuple(KEYS[key].target.split(".")) for key in new.homework_values}:
+        settings = _remove(settings, target)
+        origins = {key: origin for key, origin in origins.items() if key[: len(target)] != target}
+    return _Layer(
+        _merge(settings, new.settings),
+        {**origins, **new.origins},
+        {**old.homework_values, **new.homework_values},
+        old.is_homework or new.is_homework,
+        old.warnings + new.warnings,
+    )
+
+
+def _remove(values: Any, key_path: KeyPath) -> Any:
     first, *rest = key_path
     if not isinstance(values, Mapping) or first not in values:
         return values
     others = {key: value for key, value in values.items() if key != first}
-    return {**others, first: _without(values[first], tuple(rest))} if rest else others
+    return {**others, first: _remove(values[first], tuple(rest))} if rest else others
 
 
 def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
@@ -220,16 +230,16 @@ def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
     return {**old, **{key: _merge(old.get(key), value, (*path, key)) for key, value in new.items()}}
 
 
-def _paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+def _key_paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     if path:
         yield path
     if isinstance(values, Mapping):
         for key, value in values.items():
-            yield from _paths(value, (*path, key))
+            yield from _key_paths(value, (*path, key))
 
 
-def _validated(values: Any, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], source: str) -> Config:
+def _validate(values: Any, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise one_line(describe(error, origins, labels, source)) from None
+        raise one_line_error(describe_error(error, origins, labels, source)) from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from configs.schema import Config, DataConfig
 
 
-def stage_begins(data: DataConfig) -> list[int]:
+def stage_starts(data: DataConfig) -> list[int]:
     """The first epoch of each stretch of epochs with sizes of its own, ascending from 0."""
     return sorted({0, *(stage.epoch for stage in data.stages)})
 
 
-def section_at(data: DataConfig, epoch: int) -> DataConfig:
+def data_at(data: DataConfig, epoch: int) -> DataConfig:
     """The data section of this epoch: with its image and batch size, and without stages."""
     stage = max((stage for stage in data.stages if stage.epoch <= epoch), key=lambda stage: stage.epoch, default=None)
     sizes = {} if stage is None else {"image_size": stage.image_size, "batch_size": stage.batch_size}
@@ -19,4 +19,4 @@ def section_at(data: DataConfig, epoch: int) -> DataConfig:
 
 def config_at(config: Config, epoch: int) -> Config:
     """The config as it is in this epoch, for what looks at training and does not train to the end."""
-    return config.model_copy(update={"data": section_at(config.data, epoch)})
+    return config.model_copy(update={"data": data_at(config.data, epoch)})

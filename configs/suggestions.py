@@ -13,18 +13,18 @@ from configs.utils.errors import UserError
 KeyPath = tuple[str, ...]
 
 
-def one_line(message: str) -> UserError:
+def one_line_error(message: str) -> UserError:
     """An error of one line, whatever the file held."""
     return UserError(" ".join(message.split()))
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return the value as YAML would write it in one line, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def allowed_keys(key_path: KeyPath, known: Sequence[str]) -> str:
+def suggest_keys(key_path: KeyPath, known: Sequence[str]) -> str:
     """For a key that is not among the `known` dotted ones: the closest of them and all keys of its section."""
     *parents, leaf = key_path
     prefix = "".join(f"{parent}." for parent in parents)

@@ -9,13 +9,15 @@ from typing import Any, Union, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.schema import walk
-from configs.schema.documentation import words
-from configs.schema.section import items_of, settings_of
-from configs.suggestions import KeyPath, allowed_keys, show
+from configs.schema import all_settings
+from configs.schema.documentation import type_name
+from configs.schema.section import item_section, section_settings
+from configs.suggestions import KeyPath, format_value, suggest_keys
 
 
-def describe(error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str) -> str:
+def describe_error(
+    error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
+) -> str:
     """The first error, and how many more there are.
 
     origins: of each key, file and line, else path; labels: what the user calls a key, where that is another name.
@@ -28,18 +30,18 @@ def describe(error: ValidationError, origins: Mapping[KeyPath, str], labels: Map
     if field is not None and get_origin(field.annotation) in (Union, UnionType) and rest:
         key_path = key_path[: -len(rest)]  # pydantic complains once for each type of the union
         errors = errors[:1] + [problem for problem in errors if problem["loc"][: len(key_path)] != key_path]
-        first = {**first, "type": "union", "msg": f"Input should be {words(field.annotation)}"}
+        first = {**first, "type": "union", "msg": f"Input should be {type_name(field.annotation)}"}
     known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in origins), ())
     origin = origins.get(known, path)
     dotted = ".".join(key_path)
     if first["type"] == "extra_forbidden":
-        sentence = f"{dotted}={show(first['input'])} is unknown; {_allowed(key_path)}"
+        sentence = f"{dotted}={format_value(first['input'])} is unknown; {_allowed(key_path)}"
     elif first["type"] == "missing":
         sentence = f"{dotted} is missing: {field.description if field else ''}"
     elif known in labels:
-        sentence = f"{labels[known]}={show(first['input'])} ({dotted}) {_requirement(first, key_path, field)}"
+        sentence = f"{labels[known]}={format_value(first['input'])} ({dotted}) {_requirement(first, key_path, field)}"
     else:
-        sentence = f"{dotted}={show(first['input'])} {_requirement(first, key_path, field)}"
+        sentence = f"{dotted}={format_value(first['input'])} {_requirement(first, key_path, field)}"
     more = f" (and {len(errors) - 1} more error{'s' * (len(errors) > 2)})" if len(errors) > 1 else ""
     return f"{origin}: {sentence.rstrip('.')}{more}"
 
@@ -53,16 +55,16 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
     message = message.replace("a valid tuple", "a list, such as [first, second]").replace("dictionary", "mapping")
     message += " or null" * (field is not None and "None" in str(field.annotation))
     if problem["type"] == "string_type" and type(problem["input"]) in (int, float, bool):
-        message += f'; quote it: "{show(problem["input"])}"'
+        message += f'; quote it: "{format_value(problem["input"])}"'
     return message
 
 
 def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
     """The setting that the key belongs to, and what is left of the key: in a mapping, or pydantic's name of a type."""
-    settings = dict(walk())
-    for key, field in walk():
-        if (items := items_of(field)) is not None:
-            settings |= dict(settings_of(items, f"{key}."))
+    settings = dict(all_settings())
+    for key, field in all_settings():
+        if (items := item_section(field)) is not None:
+            settings |= dict(section_settings(items, f"{key}."))
     for end in range(len(key_path), 0, -1):
         if (name := ".".join(key_path[:end])) in settings:
             return settings[name], key_path[end:]
@@ -71,8 +73,8 @@ def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
 
 def _allowed(key_path: KeyPath) -> str:
     """Hints for a key that is none, below a section or in a list of sections."""
-    keys = [key for key, _ in walk()]
+    keys = [key for key, _ in all_settings()]
     field, rest = _setting(key_path)
-    if field is not None and (items := items_of(field)) is not None:
-        keys = [key for key, _ in settings_of(items, ".".join(key_path[: len(key_path) - len(rest)]) + ".")]
-    return allowed_keys(key_path, keys)
+    if field is not None and (items := item_section(field)) is not None:
+        keys = [key for key, _ in section_settings(items, ".".join(key_path[: len(key_path) - len(rest)]) + ".")]
+    return suggest_keys(key_path, keys)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from configs.suggestions import KeyPath, one_line, show
+from configs.suggestions import KeyPath, format_value, one_line_error
 
 
 @dataclass
@@ -77,7 +77,7 @@ for _tag, _pattern in _CORE_TYPES.items():
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
-def to_text(values: Any) -> str:
+def dump(values: Any) -> str:
     """Plain values as YAML, in their order."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
@@ -94,7 +94,7 @@ def parse_value(text: str, source: str) -> Any:
     """
     text = text.strip()
     if not text:
-        raise one_line(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
+        raise one_line_error(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
     if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # no anchor, number or null, but text
         text = "'" + text.replace("'", "''") + "'"
     value = _parse(_ValueLoader, text, source, line_numbers=False).value
@@ -105,7 +105,7 @@ def parse_value(text: str, source: str) -> Any:
 
 def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
     if len(text) > MAX_CHARACTERS:
-        raise one_line(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
+        raise one_line_error(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
     document = Document()
     try:
         node = loader(text).get_single_node()
@@ -113,15 +113,15 @@ def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool)
         return document
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise one_line(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
+        raise one_line_error(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark and line_numbers else source
-        raise one_line(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+        raise one_line_error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except RecursionError:
-        raise one_line(f"{source}: nested too deeply") from None
+        raise one_line_error(f"{source}: nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on bad escapes
-        raise one_line(f"{source} is not valid YAML ({error})") from None
+        raise one_line_error(f"{source} is not valid YAML ({error})") from None
 
 
 def _construct(node: yaml.Node, path: KeyPath, document: Document) -> Any:
@@ -157,7 +157,9 @@ def _construct_mapping(node: yaml.MappingNode, path: KeyPath, document: Document
     for key_node, value_node in node.value:
         key, line = _construct(key_node, (), Document()), key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"key {show(key)} must be text", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"key {format_value(key)} must be text", problem_mark=key_node.start_mark
+            )
         key_path = (*path, key)
         if key in values:
             if not key_path[0].isupper():

@@ -22,8 +22,18 @@ from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resne
 from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
 from models.timm_models import build_timm_model
 
-__all__ = ["AlexNet", "LeNet", "Normalize", "PixelClassifier", "ResNet", "SpeedrunNet", "available",
-           "build_configured", "build_model", "options_of"]  # fmt: skip
+__all__ = [
+    "AlexNet",
+    "LeNet",
+    "Normalize",
+    "PixelClassifier",
+    "ResNet",
+    "SpeedrunNet",
+    "build_from_config",
+    "build_model",
+    "list_models",
+    "model_options",
+]
 
 MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "lenet": LeNet,
@@ -38,7 +48,7 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "speedrun96": speedrun96,
     "speedrun96_proxy": speedrun96_proxy,
 }
-KINDS = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
+TYPE_NAMES = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
 # What model.options must not hold: other settings decide it, or images of three channels and logits do.
 RESERVED = {
     "name", "num_classes", "image_size", "mean", "std", "drop_rate", "activation", "pretrained", "finetune", "freeze",
@@ -46,7 +56,7 @@ RESERVED = {
 }  # fmt: skip
 
 
-def available() -> list[str]:
+def list_models() -> list[str]:
     """The built-in models' names, sorted; `timm/NAME` is accepted beside them for every model of timm."""
     return sorted(MODELS)
 
@@ -84,13 +94,13 @@ def build_model(
     if name.startswith("timm/"):
         network = build_timm_model(name.removeprefix("timm/"), num_classes, image_size=image_size, **settings, **kwargs)
     else:
-        network = build_own_model(name, num_classes, image_size, settings, kwargs)
+        network = build_builtin_model(name, num_classes, image_size, settings, kwargs)
     if mean is None or std is None:
         return network
     return PixelClassifier(Normalize(mean, std), network)
 
 
-def build_configured(
+def build_from_config(
     config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> PixelClassifier:
     """The model that a config's `model` section describes, with weights as torch draws them; see `build_model`.
@@ -105,13 +115,13 @@ def build_configured(
         std=std,
         drop_rate=config.drop_rate,
         activation=config.activation,
-        **options_of(config),
+        **model_options(config),
     )
     assert isinstance(model, PixelClassifier)
     return model
 
 
-def options_of(config: ModelConfig) -> dict[str, Any]:
+def model_options(config: ModelConfig) -> dict[str, Any]:
     """model.options without those that are null, for the model's own. Raises `UserError` for what is set elsewhere."""
     for key in sorted(RESERVED & config.options.keys()):
         raise UserError(
@@ -121,12 +131,14 @@ def options_of(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in config.options.items() if value is not None}
 
 
-def build_own_model(
+def build_builtin_model(
     name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
     """One of `available()`; see `build_model`. settings: drop_rate and activation, None where they are not set."""
     if name not in MODELS:
-        raise UserError(f"model {name!r} is unknown; use one of {', '.join(available())}, or timm/NAME for timm's NAME")
+        raise UserError(
+            f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"
+        )
     constructor = MODELS[name]
     kinds = {name: one.annotation for name, one in inspect.signature(constructor, eval_str=True).parameters.items()}
     if settings["drop_rate"] and "drop_rate" not in kinds:
@@ -143,9 +155,9 @@ def build_own_model(
             raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")
         kind = kinds[argument]
         if type(value) is not kind:
-            raise UserError(f"{argument}={value!r} is not what model {name!r} takes there; use {KINDS[kind]}")
+            raise UserError(f"{argument}={value!r} is not what model {name!r} takes there; use {TYPE_NAMES[kind]}")
     chosen = {setting: value for setting, value in settings.items() if value is not None and setting in kinds}
     network = constructor(num_classes, **chosen, **kwargs)
     if image_size is not None:
-        check_image_size(name, image_size, image_size, network.smallest_image_size, network.largest_image_size)
+        check_image_size(name, image_size, image_size, network.min_image_size, network.max_image_size)
     return network

@@ -31,7 +31,7 @@ def build_activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def gain_of(name: str) -> float:
+def init_gain(name: str) -> float:
     """What Xavier's initial standard deviation is multiplied by where this activation follows.
 
     1 / sqrt(E[f(z)^2]) for a standard normal z, so that signals keep their size from layer to layer: sqrt(2) for relu

@@ -18,8 +18,8 @@ class AlexNet(nn.Module):
     """
 
     # Below 63, the third pooling (3x3) would see a 2x2 map.
-    smallest_image_size = 63
-    largest_image_size: int | None = None
+    min_image_size = 63
+    max_image_size: int | None = None
 
     def __init__(self, num_classes: int, activation: str = "relu", drop_rate: float = 0.5) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        check_image_size("AlexNet", images.shape[2], images.shape[3], self.smallest_image_size)
+        check_image_size("AlexNet", images.shape[2], images.shape[3], self.min_image_size)
         features = self.avgpool(self.features(images))
         logits: Tensor = self.classifier(features.flatten(1))
         return logits

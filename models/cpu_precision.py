@@ -7,7 +7,7 @@ import torch
 from models.onednn import isa_limit
 
 
-def slow_precision(amp: torch.dtype | None, trains: bool = True) -> str | None:
+def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str | None:
     """Return why autocast to this type is slower than float32 on this CPU; None if it is not.
 
     trains: with backward passes. For bf16 these are 2.6 times as slow as float32 with AVX-512 alone and 8 times with

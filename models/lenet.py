@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.activation import build_activation, gain_of
+from models.activation import build_activation, init_gain
 from models.image_size import check_image_size
 
 
@@ -18,8 +18,8 @@ class LeNet(nn.Module):
     """
 
     # Outside of these, the second pooling does not end at 6x6, which fc1's 576 inputs need.
-    smallest_image_size = 32
-    largest_image_size: int | None = 35
+    min_image_size = 32
+    max_image_size: int | None = 35
 
     def __init__(self, num_classes: int, activation: str = "sigmoid", drop_rate: float = 0.0) -> None:
         """drop_rate: of the dropout after fc1 and after fc2."""
@@ -32,7 +32,7 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, num_classes)
         self.drop_rate = drop_rate
-        self.reset_parameters(gain_of(activation))
+        self.reset_parameters(init_gain(activation))
 
     def reset_parameters(self, gain: float) -> None:
         """Xavier uniform with the activation's gain and zero biases (Glorot and Bengio, AISTATS 2010). A sigmoid's is
@@ -46,7 +46,7 @@ class LeNet(nn.Module):
                 nn.init.xavier_uniform_(parameter, gain=1.0 if name == "fc3.weight" else gain)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_image_size("LeNet", images.shape[2], images.shape[3], self.smallest_image_size, self.largest_image_size)
+        check_image_size("LeNet", images.shape[2], images.shape[3], self.min_image_size, self.max_image_size)
         features = self.pool(self.activation(self.conv1(images)))
         features = self.pool(self.activation(self.conv2(features)))
         for layer in (self.fc1, self.fc2):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SHOWN = 3  # layers that the note names
+MAX_NAMES_SHOWN = 3  # layers that the note names
 
 
 def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
@@ -37,7 +37,9 @@ def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
         height, width = module.stride
         module.register_forward_pre_hook(partial(_select_positions, height, width))
         module.stride = (1, 1)
-    names = ", ".join(name for name, _ in affected[:SHOWN]) + (", …" if len(affected) > SHOWN else "")
+    names = ", ".join(name for name, _ in affected[:MAX_NAMES_SHOWN]) + (
+        ", …" if len(affected) > MAX_NAMES_SHOWN else ""
+    )
     return (
         f"stride taken out of {len(affected)} of {len(convs)} convolutions ({names}): oneDNN's backward pass of a "
         f"strided 1x1 convolution with fewer than {channels} input channels corrupts memory on this CPU"

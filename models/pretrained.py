@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from configs.suggestions import show
+from configs.suggestions import format_value
 from configs.utils.errors import UserError
-from models import PixelClassifier, build_configured, options_of
+from models import PixelClassifier, build_from_config, model_options
 from models.timm_models import timm_arguments
-from models.weights import Taken, head_of, read_weights, take_weights
+from models.weights import LoadResult, copy_weights, head_layers, read_weights
 from models.weights_config import NAME, WeightsConfig, read_weights_config
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -34,7 +34,7 @@ def build_pretrained(
     std: list[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
-    """As `models.build_configured`, with the weights that config.pretrained asks for; and in words what was taken.
+    """As `models.build_from_config`, with the weights that config.pretrained asks for; and in words what was taken.
 
     mean, std: the data set's, which hold only where nothing says what the weights want: the config.json beside a file,
     else timm's settings of its model. A head for another number of classes, or for others than `classes`, is new.
@@ -53,21 +53,24 @@ def build_pretrained(
         mean, std, by = list(published.mean), list(published.std), f"timm's for {timm_name}"
     if is_file and (described is None or described.mean is None):
         by += f", since no {NAME} beside the file says what the weights want"
-    model = build_configured(config, num_classes, image_size=image_size, mean=mean, std=std)
+    model = build_from_config(config, num_classes, image_size=image_size, mean=mean, std=std)
     theirs = None if described is None else described.classes
     new_head = theirs is not None and classes is not None and theirs != list(classes)
     if timm_name is None:
-        head = head_of(model.network)
-        taken = take_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
+        head = head_layers(model.network)
+        taken = copy_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
     else:
-        taken = take_through_timm(model.network, config, num_classes, image_size, weights, path, described, new_head)
-    notes = [taken.sentence(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
+        taken = copy_weights_with_timm(
+            model.network, config, num_classes, image_size, weights, path, described, new_head
+        )
+    notes = [taken.summary(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
     if described is not None and described.image_size not in (None, image_size):
         notes.append(f"the weights were trained at {described.image_size} pixels, and images here have {image_size}")
-    here = options_of(config) | ({} if config.activation is None else {"activation": config.activation})
+    here = model_options(config) | ({} if config.activation is None else {"activation": config.activation})
     if described is not None and described.arguments not in (None, here):
         notes.append(
-            f"the weights were trained with the arguments {show(described.arguments)}, and the model here has {here}"
+            f"the weights were trained with the arguments {format_value(described.arguments)}, "
+            f"and the model here has {here}"
         )
     return model, "; ".join(notes)
 
@@ -123,7 +126,7 @@ def published_file(name: str) -> Path:
     )
 
 
-def take_through_timm(
+def copy_weights_with_timm(
     network: nn.Module,
     config: ModelConfig,
     num_classes: int,
@@ -132,7 +135,7 @@ def take_through_timm(
     path: Path,
     described: WeightsConfig | None,
     new_head: bool,
-) -> Taken:
+) -> LoadResult:
     """Load the weights into a model that has as many classes as they have, strictly, and take over what is no head.
 
     timm by itself would change the head and then leave out whatever else does not fit, without a word.
@@ -141,9 +144,9 @@ def take_through_timm(
 
     name = config.name.removeprefix("timm/")
     arguments = timm_arguments(
-        name, num_classes, image_size=image_size, activation=config.activation, **options_of(config)
+        name, num_classes, image_size=image_size, activation=config.activation, **model_options(config)
     )
-    classes = classes_in(weights, published_config(name), None if described is None else described.num_classes)
+    classes = num_classes_in(weights, published_config(name), None if described is None else described.num_classes)
     try:
         with torch.random.fork_rng([]):  # what is drawn here must not change what is drawn after it
             source = timm.create_model(
@@ -159,10 +162,10 @@ def take_through_timm(
             f"weights {path} do not fit model {config.name!r}: {reason[:300]}; take weights of the same architecture "
             "and options"
         ) from None
-    return take_weights(network, source.state_dict(), head_of(network), f"weights {path}", new_head=new_head)
+    return copy_weights(network, source.state_dict(), head_layers(network), f"weights {path}", new_head=new_head)
 
 
-def classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
+def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that a file of weights is for.
 
     Where the head has another name it is `described`, which the file's config.json says, else the published weights'.

@@ -91,8 +91,8 @@ class ResNet(nn.Module):
     """
 
     # From 25, layer4 ends in at least 4x4 positions: what the homework's 4x4 pooling window needs.
-    smallest_image_size = 25
-    largest_image_size: int | None = None
+    min_image_size = 25
+    max_image_size: int | None = None
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.last_norm.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_image_size("ResNet", images.shape[2], images.shape[3], self.smallest_image_size)
+        check_image_size("ResNet", images.shape[2], images.shape[3], self.min_image_size)
         features = self.activation(self.bn1(self.conv1(images)))
         features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
         features = F.dropout(features.mean(dim=(2, 3)), self.drop_rate, self.training)

@@ -92,8 +92,8 @@ class SpeedrunNet(nn.Module):
     """
 
     # Outside of these, group3 does not end at 3x3 to 5x5, of which the last pooling makes one position.
-    smallest_image_size = 25
-    largest_image_size: int | None = 48
+    min_image_size = 25
+    max_image_size: int | None = 48
 
     def __init__(
         self,
@@ -118,9 +118,7 @@ class SpeedrunNet(nn.Module):
             self.head.weight.data /= self.head.weight.data.std()
 
     def forward(self, images: Tensor) -> Tensor:
-        check_image_size(
-            "SpeedrunNet", images.shape[2], images.shape[3], self.smallest_image_size, self.largest_image_size
-        )
+        check_image_size("SpeedrunNet", images.shape[2], images.shape[3], self.min_image_size, self.max_image_size)
         features = self.pool(self.groups(F.gelu(self.whitening(images)))).flatten(1)
         # bfloat16 keeps two or three digits, too few to tell the classes of a doubtful image apart; this layer is small
         with torch.autocast(images.device.type, enabled=False):
@@ -153,10 +151,10 @@ def speedrun96_proxy(num_classes: int) -> SpeedrunNet:
 
 def fit_whitening(model: nn.Module, images: Tensor) -> None:
     """Whitens the first layer for raw pixels, uint8 [N, 3, H, W], of a model with `Normalize` in front."""
-    if (whitening := whitening_of(model)) is not None:
+    if (whitening := find_whitening(model)) is not None:
         whitening.fit(model.get_submodule("normalize")(images))
 
 
-def whitening_of(network: nn.Module) -> Whitening | None:
+def find_whitening(network: nn.Module) -> Whitening | None:
     """The whitening layer of a model of this file, also behind `Normalize`; None of any other model."""
     return next((module for module in network.modules() if isinstance(module, Whitening)), None)

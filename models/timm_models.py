@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from configs.utils.errors import UserError
 
 # Where the smallest size is looked for when image_size fails: every size up to 96, then every 16th.
-SIZES_TRIED = (*range(1, 97), *range(112, 513, 16))
+CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
 def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
@@ -48,13 +48,13 @@ def timm_arguments(
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     if drop_rate is not None:
         arguments["drop_rate"] = drop_rate
-    problem = problem_of(build_shapes_only, name, arguments)
+    problem = caught_error(build_shapes_only, name, arguments)
     if problem:
         raise UserError(
             f"model 'timm/{name}' cannot be built with {arguments}: {problem}; change or leave out that option"
         )
     if activation is not None:
-        arguments["act_layer"] = act_layer_of(name, arguments, activation)
+        arguments["act_layer"] = find_act_layer(name, arguments, activation)
     if image_size is not None:
         if takes_img_size(name, arguments, image_size):
             arguments.setdefault("img_size", image_size)
@@ -62,7 +62,7 @@ def timm_arguments(
     return arguments
 
 
-def act_layer_of(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
+def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
     """The act_layer that stands for this activation: its name, or its class where the model does not look names up.
 
     The name is tried first, since timm writes it into config.json. Raises `UserError` where the model takes neither, or
@@ -82,17 +82,17 @@ def act_layer_of(name: str, arguments: dict[str, Any], activation: str) -> str |
         if not any(isinstance(part, layer) for part in network.modules()):
             raise ValueError("it does not use the act_layer that it takes")
 
-    problem = problem_of(try_out, activation)
+    problem = caught_error(try_out, activation)
     if problem is None:
         return activation
-    if problem_of(try_out, layer) is None:
+    if caught_error(try_out, layer) is None:
         return layer
     raise UserError(f"activation={activation} cannot be applied to model 'timm/{name}': {problem}; leave it out")
 
 
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
     """Whether the constructor has an img_size; timm hides its constructors behind **kwargs, so one asks by trying."""
-    problem = problem_of(build_shapes_only, name, {**arguments, "img_size": image_size})
+    problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem
 
 
@@ -103,30 +103,30 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
     """
     import timm
 
-    problem = problem_of(build_and_run, name, arguments, image_size)
+    problem = caught_error(build_and_run, name, arguments, image_size)
     if problem is None:
         return
     config = timm.get_pretrained_cfg(name)
     made_for = config.input_size[-1] if config else 224
-    if at_its_own := problem_of(build_and_run, name, {**arguments, "img_size": None}, made_for):
+    if at_its_own := caught_error(build_and_run, name, {**arguments, "img_size": None}, made_for):
         plain = {"num_classes": arguments["num_classes"]}
-        if options and problem_of(build_and_run, name, plain, made_for) is None:
+        if options and caught_error(build_and_run, name, plain, made_for) is None:
             raise UserError(f"model 'timm/{name}' does not run with {options}: {at_its_own}; change those options")
         return  # The model does not run on the meta device at all, which says nothing about the size.
-    smallest = smallest_size(name, arguments) or made_for
+    smallest = find_min_size(name, arguments) or made_for
     raise UserError(
         f"image_size {image_size}x{image_size} is not one that timm/{name} takes ({problem}): the smallest is "
         f"{smallest}, and it was made for {made_for}"
     )
 
 
-def smallest_size(name: str, arguments: dict[str, Any]) -> int | None:
+def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
     """The first of SIZES_TRIED that works, trying them all in turn because what divides need not be monotonic."""
     if "img_size" in arguments:
-        sized = ((size, {**arguments, "img_size": size}) for size in SIZES_TRIED)
-        return next((size for size, these in sized if problem_of(build_and_run, name, these, size) is None), None)
+        sized = ((size, {**arguments, "img_size": size}) for size in CANDIDATE_SIZES)
+        return next((size for size, these in sized if caught_error(build_and_run, name, these, size) is None), None)
     network, classes = build_shapes_only(name, arguments), arguments["num_classes"]
-    return next((size for size in SIZES_TRIED if problem_of(run_one_image, network, size, classes) is None), None)
+    return next((size for size in CANDIDATE_SIZES if caught_error(run_one_image, network, size, classes) is None), None)
 
 
 def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -152,7 +152,7 @@ def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None
     run_one_image(build_shapes_only(name, arguments), image_size, arguments["num_classes"])
 
 
-def problem_of(attempt: Callable[..., object], *arguments: object) -> str | None:
+def caught_error(attempt: Callable[..., object], *arguments: object) -> str | None:
     """What `attempt` raised, in one line, or None. Catches all: timm and torch fail in every way on a bad size."""
     try:
         attempt(*arguments)

@@ -21,11 +21,11 @@ from configs.utils.errors import UserError
 # Where files of other programs hold the weights, in this order.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
-SHOWN = 3  # of what does not fit, of each kind
+MAX_NAMES_SHOWN = 3  # of what does not fit, of each kind
 _MARK = object()
 
 
-class Passed:
+class SkippedObject:
     """Stand for a class or function of NumPy that is not loaded."""
 
     def __init__(self, *_: Any) -> None:
@@ -35,7 +35,7 @@ class Passed:
         pass
 
 
-class PassedDict:
+class SkippedDict:
     """Stand for any other class or function that is not loaded: calling it gives a dictionary marked by `_MARK`.
 
     Of exactly this type, since torch lets a pickle put items into no subclass of it.
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} are a checkpoint of this program; name it in model.finetune instead")
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
-    if _is_passed(content) or (isinstance(content, dict) and any(map(_is_passed, content.values()))):
+    if _is_skipped(content) or (isinstance(content, dict) and any(map(_is_skipped, content.values()))):
         raise _refused(path, "holds objects of classes in the place of a state dict, or beside it")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
@@ -83,13 +83,13 @@ def _load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins: list[Any] = [(Passed if name.startswith("numpy.") else PassedDict, name) for name in names]
+        stand_ins: list[Any] = [(SkippedObject if name.startswith("numpy.") else SkippedDict, name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _is_passed(value: Any) -> bool:
-    return isinstance(value, Passed) or (isinstance(value, OrderedDict) and _MARK in value)
+def _is_skipped(value: Any) -> bool:
+    return isinstance(value, SkippedObject) or (isinstance(value, OrderedDict) and _MARK in value)
 
 
 def _refused(path: Path, reason: str) -> UserError:
@@ -105,7 +105,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def head_of(network: nn.Module) -> tuple[str, ...]:
+def head_layers(network: nn.Module) -> tuple[str, ...]:
     """The names of the last classifier layers: one, but for a few models of timm that have two."""
     of_timm: Any = next((module for module in network.modules() if hasattr(module, "get_classifier")), None)
     if of_timm is None:
@@ -116,20 +116,20 @@ def head_of(network: nn.Module) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Taken:
+class LoadResult:
     """What became of a network's tensors."""
 
-    taken: int
-    anew: tuple[str, ...]  # names of those that stay as they were drawn
+    num_loaded: int
+    reinitialized: tuple[str, ...]  # names of those that stay as they were drawn
 
-    def sentence(self, source: object) -> str:
-        new = f"; new: {', '.join(self.anew)}" if self.anew else ""
-        return f"took {self.taken} tensors of {source}{new}"
+    def summary(self, source: object) -> str:
+        new = f"; new: {', '.join(self.reinitialized)}" if self.reinitialized else ""
+        return f"took {self.num_loaded} tensors of {source}{new}"
 
 
-def take_weights(
+def copy_weights(
     network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
-) -> Taken:
+) -> LoadResult:
     """Copy `weights` into the network, whose layers `head` may differ and then stay as they are.
 
     source: what they are, for the error. new_head: leave the head as it is even where the shapes agree. Raises
@@ -166,10 +166,10 @@ def take_weights(
             f"and options{advice}"
         )
     network.load_state_dict(fitting, strict=False)
-    return Taken(len(fitting), tuple(anew))
+    return LoadResult(len(fitting), tuple(anew))
 
 
 def _some(names: list[str]) -> str:
     """Return the first ones, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

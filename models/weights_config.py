@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.suggestions import show
+from configs.suggestions import format_value
 from configs.utils.errors import UserError
 from configs.utils.files import read_record
 
@@ -51,15 +51,15 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
         raise _broken(path, f"has mean={mean} and std={std}, which must be given together, with std above 0")
     size, classes = published.get("input_size"), facts.get("classes")
     if size is not None and not (isinstance(size, list) and len(size) == 3 and all(map(_is_count, size))):
-        raise _broken(path, f"has input_size={show(size)}, which must be [channels, height, width]")
+        raise _broken(path, f"has input_size={format_value(size)}, which must be [channels, height, width]")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise _broken(path, f"has classes={show(classes)}, which must be a list of names")
+        raise _broken(path, f"has classes={format_value(classes)}, which must be a list of names")
     count = content.get("num_classes", published.get("num_classes"))
     if count is not None and not _is_count(count):
-        raise _broken(path, f"has num_classes={show(count)}, which must be a positive whole number")
+        raise _broken(path, f"has num_classes={format_value(count)}, which must be a positive whole number")
     arguments = content.get("model_args")
     if arguments is not None and not isinstance(arguments, dict):
-        raise _broken(path, f"has model_args={show(arguments)}, which must be a mapping")
+        raise _broken(path, f"has model_args={format_value(arguments)}, which must be a mapping")
     return WeightsConfig(path, mean, std, size[1] if size else None, count, classes, arguments)
 
 
@@ -69,7 +69,7 @@ def _three_numbers(path: Path, section: dict[str, Any], key: str) -> list[float]
         return None
     numbers = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
     if not numbers or not all(abs(value) < 1e6 for value in values):
-        raise _broken(path, f"has {key}={show(values)}, which must be three numbers, one per colour")
+        raise _broken(path, f"has {key}={format_value(values)}, which must be three numbers, one per colour")
     return [float(value) for value in values]
 
 

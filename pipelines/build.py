@@ -10,7 +10,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from configs.stages import section_at, stage_begins
+from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from pipelines import order
 from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
@@ -99,8 +99,8 @@ def build_train_loader(
 
     if not data.stages:
         return build(data)
-    begins = stage_begins(data)
-    sections = [section_at(data, epoch) for epoch in begins]
+    begins = stage_starts(data)
+    sections = [data_at(data, epoch) for epoch in begins]
     sizes = [(section.image_size, section.batch_size) for section in sections]  # that come again share a loader
     loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}
     return StagedLoader([loaders[size] for size in sizes], begins)

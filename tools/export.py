@@ -46,7 +46,7 @@ import torch
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from models import PixelClassifier, options_of
+from models import PixelClassifier, model_options
 from tools.common.tables import Row, make_folder, markdown, write_text
 from tools.inference.export_check import CPU, Expected, compare, expected_logits
 from tools.inference.export_formats import FORMATS, Exportable, snippet
@@ -113,7 +113,7 @@ def exportable_of(trained: Trained) -> Exportable:
     return Exportable(
         model=model,
         name=settings.name,
-        arguments={**options_of(settings), **activation},
+        arguments={**model_options(settings), **activation},
         classes=trained.classes,
         image_size=trained.image_size,
         interpolation=trained.config.data.interpolation,

@@ -36,7 +36,7 @@ from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from models import available, build_configured
+from models import build_from_config, list_models
 from pipelines.storage.split import load_dataset
 from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
 from tools.common.tables import Row, make_folder, write_csv
@@ -62,7 +62,7 @@ AMP_NAMES = {"float32": "off", "bf16": "bf16"}
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=path_text, nargs="+", metavar="MODEL",
-                        help=f"{', '.join(available())}, timm/NAME, a config file or a run's folder")  # fmt: skip
+                        help=f"{', '.join(list_models())}, timm/NAME, a config file or a run's folder")  # fmt: skip
     parser.add_argument("--size", type=int, help="height and width in pixels, for all models (default: as "
                         "in this project's configs or the one given; timm: the size it was made for)")  # fmt: skip
     parser.add_argument("--classes", type=int, help=f"outputs (default: the config's, else {CLASSES})")
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
 def subject_of(name: str, options: argparse.Namespace) -> Subject:
     """What the name stands for; options of the command line override what its config says."""
     path = Path(name)
-    if name in available() or name.startswith("timm/"):
+    if name in list_models() or name.startswith("timm/"):
         label, model, train = name, ModelConfig(name=name), TrainConfig()
         size, classes, batch_size = options.size or default_size(name), CLASSES, BATCH_SIZE
     elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
@@ -119,7 +119,7 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
         label, model, train = str(config.name), config.model, config.train
         batch_size = config.data.batch_size
     else:
-        raise UserError(f"{name!r} is no model, config file or run folder; use one of {', '.join(available())}, "
+        raise UserError(f"{name!r} is no model, config file or run folder; use one of {', '.join(list_models())}, "
                         "timm/NAME, or the path of a .yaml file or of a run")  # fmt: skip
     if options.optimizer is not None:
         train = train.model_copy(update={"optimizer": OptimizerConfig(name=options.optimizer)})
@@ -183,7 +183,7 @@ def costs_of(subject: Subject, device: torch.device, amp: torch.dtype | None) ->
     if on_gpu:
         free_device_memory()
         before = torch.cuda.memory_allocated(device)
-    network: nn.Module = build_configured(subject.settings, subject.classes, image_size=subject.image_size,
+    network: nn.Module = build_from_config(subject.settings, subject.classes, image_size=subject.image_size,
                                           mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))  # fmt: skip
     freeze(network, subject.settings.freeze)
     shape: dict[str, Any] = {"batch_size": subject.batch_size, "image_size": subject.image_size, "device": device}

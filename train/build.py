@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.schema import Config, ModelConfig
 from configs.utils.errors import UserError
-from models import build_configured
+from models import build_from_config
 from models.pretrained import build_pretrained
 from pipelines.augment.mixup import is_on
 from train.checkpoint.finetune import load_finetune
@@ -50,7 +50,7 @@ def build_all(
 
     torch.manual_seed(config.seed)
     if model.pretrained is False:
-        network = on_device(build_configured(model, classes, **shape))
+        network = on_device(build_from_config(model, classes, **shape))
     else:
         pretrained, note = build_pretrained(model, classes, **shape, classes=dataset["classes"])
         network, notes = on_device(pretrained), [note]
@@ -64,7 +64,7 @@ def build_all(
     training.lookahead = build_lookahead(network, train.lookahead)
     training.ema = build_ema(network, train.ema)
     training.proxy = build_proxy(
-        train, lambda name: on_device(build_configured(ModelConfig(name=name), classes, **shape)), device
+        train, lambda name: on_device(build_from_config(ModelConfig(name=name), classes, **shape)), device
     )
     parts = trainings_of(training)
     training.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))

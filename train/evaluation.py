@@ -12,8 +12,8 @@ from torch import Tensor
 from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
-from models import build_configured
-from models.weights import head_of, read_weights, take_weights
+from models import build_from_config
+from models.weights import copy_weights, head_layers, read_weights
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import as_trained, for_inference
@@ -64,7 +64,7 @@ def _build_foreign(
     as_there = {**dataset, "mean": mean, "std": std}
     training = build_all(for_inference(config), as_there, outputs, image_size, device, trains=False)
     network: Any = training.network
-    take_weights(network.network, weights, (), f"the weights {path}")
+    copy_weights(network.network, weights, (), f"the weights {path}")
     more = f", of which the data set has the first {classes}" if outputs > classes else ""
     warn(f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{more}, "
          f"and pixels are normalised as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}")  # fmt: skip
@@ -74,8 +74,8 @@ def _build_foreign(
 def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
     """Return the number of outputs that the weights are for; `classes` where they name no last layer of the model."""
     with torch.device("meta"):
-        model = build_configured(config.model, classes, image_size=image_size, mean=OF_CIFAR10[0], std=OF_CIFAR10[1])
-    for layer in head_of(model.network):
+        model = build_from_config(config.model, classes, image_size=image_size, mean=OF_CIFAR10[0], std=OF_CIFAR10[1])
+    for layer in head_layers(model.network):
         if (weight := weights.get(f"{layer}.weight")) is not None and weight.ndim > 0:
             return len(weight)
     return classes

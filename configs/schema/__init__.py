@@ -21,7 +21,7 @@ from configs.schema.aug import BlurConfig as BlurConfig
 from configs.schema.aug import ColorJitterConfig as ColorJitterConfig
 from configs.schema.aug import EraseConfig as EraseConfig
 from configs.schema.aug import MixConfig as MixConfig
-from configs.schema.section import IsPath, Section, Texts, as_tuple, settings_of
+from configs.schema.section import IsPath, Section, Texts, as_tuple, section_settings
 from configs.schema.section import is_section as is_section
 from configs.schema.train import EmaConfig as EmaConfig
 from configs.schema.train import LookaheadConfig as LookaheadConfig
@@ -190,6 +190,6 @@ class Config(Section):
         return name
 
 
-def walk() -> Iterator[tuple[str, FieldInfo]]:
+def all_settings() -> Iterator[tuple[str, FieldInfo]]:
     """Every setting as (dotted key, field), in the order of this file; a section is followed by its fields."""
-    return settings_of(Config)
+    return section_settings(Config)

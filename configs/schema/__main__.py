@@ -1,6 +1,6 @@
 """Print every setting as a markdown table: `python -m configs.schema`."""
 
 from configs.schema import Config
-from configs.schema.documentation import documentation
+from configs.schema.documentation import markdown_table
 
-print(documentation(Config))
+print(markdown_table(Config))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from configs.schema.rand_augment import parse_rand_augment
-from configs.schema.section import Pair, Section, ordered
+from configs.schema.section import Pair, Section, check_range
 
 POLICIES = (
     "none", "randaugment", "trivialaugment", "autoaugment-imagenet", "autoaugment-cifar10", "autoaugment-svhn",
@@ -86,7 +86,7 @@ class BlurConfig(Section):
     @field_validator("sigma")
     @classmethod
     def _ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
-        return ordered(pair)
+        return check_range(pair)
 
 
 class EraseConfig(Section):
@@ -105,7 +105,7 @@ class EraseConfig(Section):
     @field_validator("scale", "ratio")
     @classmethod
     def _ordered(cls, pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        return ordered(pair, at_most_one=info.field_name == "scale")
+        return check_range(pair, at_most_one=info.field_name == "scale")
 
 
 class MixConfig(Section):
@@ -180,4 +180,4 @@ class AugConfig(Section):
     @field_validator("scale", "ratio")
     @classmethod
     def _ordered(cls, pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        return ordered(pair, at_most_one=info.field_name == "scale")
+        return check_range(pair, at_most_one=info.field_name == "scale")

@@ -9,12 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.schema.section import Section, is_section, items_of, settings_of
+from configs.schema.section import Section, is_section, item_section, section_settings
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def documentation(config: type[Section]) -> str:
+def markdown_table(config: type[Section]) -> str:
     """A row per setting; one that is a list of sections is followed by the keys of these."""
     rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
     for key, field in _rows(config):
@@ -25,10 +25,10 @@ def documentation(config: type[Section]) -> str:
 
 
 def _rows(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    for key, field in settings_of(config):
+    for key, field in section_settings(config):
         yield key, field
-        if (items := items_of(field)) is not None:
-            yield from settings_of(items, f"{key}[].")
+        if (items := item_section(field)) is not None:
+            yield from section_settings(items, f"{key}[].")
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -36,21 +36,21 @@ def _allowed(field: FieldInfo) -> str:
     for limit in field.metadata:
         bounds += [f"{sign} {getattr(limit, name)}" for name, sign in SIGNS.items() if hasattr(limit, name)]
         bounds += ["not empty"] * hasattr(limit, "min_length")
-    return ", ".join([words(field.annotation), *bounds])
+    return ", ".join([type_name(field.annotation), *bounds])
 
 
-def words(kind: Any) -> str:
+def type_name(kind: Any) -> str:
     """What a value of this type is called."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(parts)
     if origin in (Union, UnionType):
-        names = [words(part) for part in parts if part is not NoneType]
+        names = [type_name(part) for part in parts if part is not NoneType]
         return " or ".join([*names, *["null"] * (NoneType in parts)])
     if origin is tuple:
-        return f"list of {words(parts[0])}" if parts[-1] is Ellipsis else f"[{', '.join(map(words, parts))}]"
+        return f"list of {type_name(parts[0])}" if parts[-1] is Ellipsis else f"[{', '.join(map(type_name, parts))}]"
     if origin is dict:
-        return "mapping" if parts[1] is Any else f"mapping to {words(parts[1])}"
+        return "mapping" if parts[1] is Any else f"mapping to {type_name(parts[1])}"
     return "section" if issubclass(kind, Section) else str(kind.__name__)
 
 

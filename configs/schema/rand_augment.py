@@ -9,9 +9,9 @@ import math
 import re
 from dataclasses import dataclass
 
-SETS = ("weights", "3a", "3aw")  # of operations; without one, timm's fifteen
+OPERATION_SETS = ("weights", "3a", "3aw")  # of operations; without one, timm's fifteen
 _NUMBER = r"\d+(?:\.\d+)?"
-_SECTION = re.compile(rf"(?:(?P<key>mstd|mmax|inc|m|n|p)(?P<value>{_NUMBER}|inf)|t(?P<set>{'|'.join(SETS)}))")
+_SECTION = re.compile(rf"(?:(?P<key>mstd|mmax|inc|m|n|p)(?P<value>{_NUMBER}|inf)|t(?P<set>{'|'.join(OPERATION_SETS)}))")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def parse_rand_augment(text: str) -> RandAugmentSpec:
         if match is None or key in values:
             raise ValueError(
                 f"has a part {section!r} that is {'given twice' if match else 'unknown'}; allowed are m, n, p, mstd, "
-                f"mmax and inc with a number and t with one of {', '.join(SETS)}, such as rand-m9-n2-mstd0.5-inc1"
+                f"mmax and inc with a number and t with one of {', '.join(OPERATION_SETS)}, such as "
+                "rand-m9-n2-mstd0.5-inc1"
             )
         values[key] = match["value"] or match["set"]
     deviation = float(values.get("mstd", 0))

@@ -39,7 +39,7 @@ Pair = Annotated[tuple[float, float], BeforeValidator(two_numbers)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
-def ordered(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
+def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
     """The pair, if it is a range of positive numbers; else a ValueError."""
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("must be positive and in ascending order")
@@ -53,15 +53,15 @@ def is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
-def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting as (dotted key, field), in the order of the source; a section is followed by its fields."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):
-            yield from settings_of(field.annotation, f"{prefix}{name}.")
+            yield from section_settings(field.annotation, f"{prefix}{name}.")
 
 
-def items_of(field: FieldInfo) -> Any:
+def item_section(field: FieldInfo) -> Any:
     """The kind of section that the field is a list of; None for all other fields."""
     kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
     return kinds[0] if kinds else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from configs.schema import DataConfig, MixConfig
-from configs.stages import section_at, stage_begins
+from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from pipelines.rng import uniform
 
@@ -22,7 +22,7 @@ def is_on(mix: MixConfig) -> bool:
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
     """Raise UserError where a batch would leave a sample without a neighbour."""
-    sizes = [section_at(data, epoch).batch_size for epoch in stage_begins(data)]
+    sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
     if is_on(mix) and odd:
         raise UserError(

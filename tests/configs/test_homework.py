@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs.homework_keys import KEYS, SECTIONS
 from configs.load import load_config, to_yaml
-from configs.schema import Config, walk
+from configs.schema import Config, all_settings
 from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.config_models import Write, writer
@@ -106,7 +106,7 @@ def notes_besides_the_list(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in lines if lists not in line]
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def flat_settings(config: Config) -> dict[str, Any]:
     """Every setting under its dotted key."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,14 +116,14 @@ def settings_of(config: Config) -> dict[str, Any]:
             found |= flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
         return found
 
-    known_keys = [key for key, _ in walk()]
+    known_keys = [key for key, _ in all_settings()]
     return flat(config.model_dump())
 
 
 def changes(config: Config) -> dict[str, Any]:
     """The settings that are not our own defaults."""
-    plain = settings_of(Config.model_validate({"data": {"path": "-"}, "model": {"name": "-"}}))
-    return {key: value for key, value in settings_of(config).items() if value != plain[key]}
+    plain = flat_settings(Config.model_validate({"data": {"path": "-"}, "model": {"name": "-"}}))
+    return {key: value for key, value in flat_settings(config).items() if value != plain[key]}
 
 
 # Meanings
@@ -216,7 +216,7 @@ def test_what_a_file_leaves_out_is_as_the_homework_trains(write: Write) -> None:
 
 
 def test_every_key_means_a_setting_of_ours_or_nothing() -> None:
-    known = {key for key, _ in walk()}
+    known = {key for key, _ in all_settings()}
     assert {key for key, rule in KEYS.items() if rule.target not in known} == {
         "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "TEST.SEQUENTIAL", "TEST.SHUFFLE",
     }  # fmt: skip

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from configs.load import load_config, parse_config, to_yaml
-from configs.schema import Config, is_section, walk
-from configs.schema.documentation import documentation
+from configs.schema import Config, all_settings, is_section
+from configs.schema.documentation import markdown_table
 from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.config_models import Write, writer
@@ -439,7 +439,7 @@ def test_any_text_and_number_survive_to_yaml(
 
 YAML_PIECES = st.sampled_from(
     [*"[]{}:,-?&*!|>%@`'\"#~()\n\t \\0123456789.e+", "\n  ", ": ", "- ", "---", "<<", "!!", "\\U9", "\x85", "\ufeff"]
-    + [key.rsplit(".", 1)[-1] for key, _ in walk()]
+    + [key.rsplit(".", 1)[-1] for key, _ in all_settings()]
     + ["base", "1e3", "true", "null", "(1, 2)"]
 )
 
@@ -463,13 +463,13 @@ def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
 
 
 def test_every_field_is_documented() -> None:
-    assert [key for key, field in walk() if not field.description] == []
-    table = documentation(Config)
-    assert all(f"| `{key}` |" in table for key, _ in walk())
+    assert [key for key, field in all_settings() if not field.description] == []
+    table = markdown_table(Config)
+    assert all(f"| `{key}` |" in table for key, _ in all_settings())
 
 
 def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file() -> None:
-    head, _, *rows = documentation(Config).splitlines()
+    head, _, *rows = markdown_table(Config).splitlines()
     assert {row.count("|") for row in (head, *rows)} == {5}
     cells = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:4]] for row in rows}
     expected = {
@@ -493,7 +493,7 @@ def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file()
 def test_every_field_is_read_somewhere() -> None:
     folders = ("pipelines", "models", "train", "tools")
     sources = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
-    fields = {key: key.rsplit(".", 1)[-1] for key, field in walk() if not is_section(field)}
+    fields = {key: key.rsplit(".", 1)[-1] for key, field in all_settings() if not is_section(field)}
     assert [key for key, name in fields.items() if not re.search(rf"\.{name}\b", sources)] == []
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from configs.load import load_config, to_yaml
-from configs.schema import walk
+from configs.schema import all_settings
 from helpers.cifar_files import official_pickle, pixels_of, write_cifar10
 from helpers.faults import forged
 from helpers.memory_source import MemoryRows, marked_image, memory_source, write
@@ -221,7 +221,7 @@ def read_image(content: bytes) -> None:
 
 # Configs.
 
-KEYS = [key for key, _ in walk()]
+KEYS = [key for key, _ in all_settings()]
 SCALARS = ["1", "0", "-1", "1e-3", "1e400", ".5", "true", "null", "~", "''", "lenet", "adamw", "[1, 2]", "{}", "[]",
            "{a: 1}", "(0.9, 0.99)", "99999999999999999999", "'\\e'", "2147483648", "9223372036854775808", "auto", "off",
            "[{epoch: 0}]"]  # fmt: skip

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
 from models import build_model
-from models.activation import ACTIVATIONS, build_activation, gain_of
+from models.activation import ACTIVATIONS, build_activation, init_gain
 
 FUNCTIONS = {
     "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh,
@@ -131,15 +131,15 @@ def test_activations_in_place_give_the_gradients_of_the_plain_function(activatio
 @pytest.mark.parametrize("activation", [name for name in FUNCTIONS if name != "sigmoid"])
 def test_the_gain_keeps_the_mean_square_of_normal_signals(activation: str) -> None:
     signals = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
-    assert (gain_of(activation) * FUNCTIONS[activation](signals)).square().mean() == pytest.approx(1, abs=0.01)
+    assert (init_gain(activation) * FUNCTIONS[activation](signals)).square().mean() == pytest.approx(1, abs=0.01)
 
 
 def test_the_gain_of_relu_is_torchs_and_lenets_first_layers_have_their_activations() -> None:
-    assert gain_of("relu") == pytest.approx(nn.init.calculate_gain("relu"))
+    assert init_gain("relu") == pytest.approx(nn.init.calculate_gain("relu"))
     bound = (6 / (3 * 25 + 6 * 25)) ** 0.5  # Xavier's
     for activation in ("relu", "mish"):
         largest = build_model("lenet", 10, activation=activation).conv1.weight.abs().max().item()
-        assert largest == pytest.approx(gain_of(activation) * bound, rel=0.02)
+        assert largest == pytest.approx(init_gain(activation) * bound, rel=0.02)
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)

@@ -10,7 +10,7 @@ from torch import nn
 
 from configs.utils.warnings import warn
 from helpers.training import CPU, alone, training_of
-from models.cpu_precision import bf16_is_native, slow_precision
+from models.cpu_precision import bf16_is_native, slow_precision_reason
 from train.engine.epoch import amp_dtype
 
 X86 = {"architecture": "x86_64"}
@@ -52,7 +52,7 @@ def test_bf16_is_native_where_the_cpu_has_its_instructions_and_onednn_may_use_th
 ) -> None:
     cpu(features, **options)
     assert bf16_is_native() == is_native
-    assert (slow_precision(torch.bfloat16) is None) == is_native
+    assert (slow_precision_reason(torch.bfloat16) is None) == is_native
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not bf16_is_native()
 
@@ -64,10 +64,10 @@ def test_torch_answers_these_questions_of_this_cpu() -> None:
 
 def test_fp16_is_slow_in_training_on_every_cpu_and_in_evaluation_on_those_without_it(cpu: Any) -> None:
     cpu(BF16, fp16=True)
-    assert slow_precision(torch.float16) is not None
-    assert slow_precision(torch.float16, trains=False) is None
+    assert slow_precision_reason(torch.float16) is not None
+    assert slow_precision_reason(torch.float16, trains=False) is None
     cpu(BF16, fp16=False)
-    assert slow_precision(torch.float16, trains=False) is not None
+    assert slow_precision_reason(torch.float16, trains=False) is not None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as pixels
 import models
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from models import Normalize, PixelClassifier, build_configured, build_model
+from models import Normalize, PixelClassifier, build_from_config, build_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -289,9 +289,9 @@ def test_alexnet_itself_fails_below_its_smallest_size_even_without_the_check() -
 
 
 def test_available_names_are_sorted_and_each_builds() -> None:
-    assert models.available() == sorted(["lenet", "alexnet", *RESNETS, *SPEEDRUNS])
+    assert models.list_models() == sorted(["lenet", "alexnet", *RESNETS, *SPEEDRUNS])
     with torch.device("meta"):
-        assert all(isinstance(build_model(name, 10), nn.Module) for name in models.available())
+        assert all(isinstance(build_model(name, 10), nn.Module) for name in models.list_models())
 
 
 def test_an_unknown_name_is_an_error_with_the_allowed_names_and_the_way_to_timm() -> None:
@@ -337,7 +337,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def configured(**settings: Any) -> PixelClassifier:
-    return build_configured(ModelConfig(**settings), 7, image_size=32, mean=MEAN, std=STD)
+    return build_from_config(ModelConfig(**settings), 7, image_size=32, mean=MEAN, std=STD)
 
 
 def test_a_model_section_describes_the_whole_architecture() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from models import PixelClassifier, build_configured, build_model
+from models import PixelClassifier, build_from_config, build_model
 from models.pretrained import build_pretrained, published_file
 from tools.inference.export_formats import Exportable, shortest, write_safetensors
 
@@ -59,7 +59,7 @@ def start(name: str, pretrained: bool | str, classes: int = 10, size: int = 64, 
 
 def drawn(name: str, classes: int = 10, size: int = 64, **model: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    network = build_configured(ModelConfig(name=name, **model), classes, image_size=size, mean=MEAN, std=STD)
+    network = build_from_config(ModelConfig(name=name, **model), classes, image_size=size, mean=MEAN, std=STD)
     return network.network.state_dict()
 
 
@@ -125,7 +125,7 @@ def test_images_are_normalised_as_the_weights_want_them(tmp_path: Path) -> None:
 
 def exported(folder: Path, name: str) -> Path:
     """Weights of this project's export, with its config.json beside them."""
-    model = build_configured(ModelConfig(name=name), 10, image_size=32, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7])
+    model = build_from_config(ModelConfig(name=name), 10, image_size=32, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7])
     folder.mkdir()
     names = tuple(f"class {number}" for number in range(10))
     write_safetensors(Exportable(model, name, names, 32, "bilinear", "center", 1.0, {}), folder)

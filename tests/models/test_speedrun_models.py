@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 from models import build_model
-from models.speedrun import SpeedrunNet, Whitening, fit_whitening, identity_conv, whitening_of
+from models.speedrun import SpeedrunNet, Whitening, find_whitening, fit_whitening, identity_conv
 
 NAMES = {"speedrun94": 1_972_504, "speedrun95": 4_606_232, "speedrun96": 9_918_488, "speedrun96_proxy": 146_456}
 
@@ -61,10 +61,10 @@ def test_whitening_reads_raw_pixels_through_the_models_own_normalisation() -> No
     )
     expected = Whitening(zero_bias=True)
     expected.fit(normalised)
-    layer = whitening_of(model)
+    layer = find_whitening(model)
     assert layer is not None
     torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-3, atol=1e-4)
-    assert whitening_of(nn.Linear(2, 2)) is None
+    assert find_whitening(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (4, 9), (9, 4)])

@@ -11,7 +11,7 @@ import torch
 from configs.load import load_config
 from configs.schema import Config
 from helpers.training import CPU, ROOT, alone
-from models import build_configured
+from models import build_from_config
 from pipelines.augment.mixup import check_mixing, is_on
 from train.build import build_all
 from train.engine.hard_samples import check_proxy
@@ -41,7 +41,7 @@ def test_the_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     classes = CLASSES.get(Path(config.data.path).name, 200)
     # shapes only, where that can be: autocast, which is a part of the speedruns' networks, knows no meta device
     with torch.device("cpu" if config.model.name.startswith("speedrun") else "meta"):
-        model = build_configured(config.model, classes, image_size=sizes[0], **PIXELS).eval()
+        model = build_from_config(config.model, classes, image_size=sizes[0], **PIXELS).eval()
         for size in sizes:
             assert model.network(torch.empty(1, 3, size, size)).shape == (1, classes)
     if config.model.freeze:

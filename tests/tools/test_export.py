@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, Run, alone
-from models import Normalize, PixelClassifier, available, build_model
+from models import Normalize, PixelClassifier, build_model, list_models
 from pipelines import build_eval_loader
 from pipelines.storage.split import load_dataset
 from tools import export
@@ -318,7 +318,7 @@ def test_comparison_sees_every_image_once_in_batches_of_all_sizes() -> None:
     assert export_check.compare(predict, export_check.Expected(images, logits, "", "")).max_difference == 500
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", list_models())
 def test_built_in_models_name_the_layers_at_their_ends(name: str) -> None:
     with torch.device("meta"):
         network = build_model(name, 10)

@@ -22,7 +22,7 @@ from configs.utils.errors import UserError
 from helpers.config_models import Write, writer
 from helpers.training import alone, training_of
 from models import build_model
-from models.weights import read_weights, take_weights
+from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
 from pipelines.storage.split import load_dataset
 from tools.inference.trained_model import load_trained
@@ -198,14 +198,14 @@ def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(tmp_path: 
 def test_other_names_are_listed_and_equal_shapes_are_told(tmp_path: Path) -> None:
     network, theirs = lenet_of_200(), {f"net.{n}": t for n, t in enumerate(lenet_of_200().state_dict().values())}
     with pytest.raises(UserError) as caught:
-        take_weights(network, theirs, (), "weights x.pth")
+        copy_weights(network, theirs, (), "weights x.pth")
     assert str(caught.value) == (
         "weights x.pth do not fit the model: missing: conv1.weight, conv1.bias, conv2.weight and 7 more; unexpected: "
         "net.0, net.1, net.2 and 7 more; take weights of the same architecture and options (all shapes agree in their "
         "order: perhaps only names differ, and docs/recipes.md renames them)"
     )
     with pytest.raises(UserError, match=r"same architecture and options$"):
-        take_weights(network, dict(list(theirs.items())[1:]), (), "weights x.pth")
+        copy_weights(network, dict(list(theirs.items())[1:]), (), "weights x.pth")
 
 
 def test_evaluation_refuses_weights_that_do_not_fit_or_have_too_few_outputs(

@@ -17,7 +17,7 @@ from configs.schema import Config
 from configs.utils import warnings
 from helpers.config_models import Write, writer
 from helpers.training import CPU, lenet, strict_lines
-from models import build_configured
+from models import build_from_config
 from pipelines import build_eval_loader, build_train_loader
 from train.optim.factory import build_optimizer
 from train.optim.schedule import Timeline, learning_rate
@@ -208,7 +208,7 @@ def test_the_files_models_are_built_with_the_files_dropout(write: Write) -> None
     for written, rates in ((0.1, {0.1}), (0.0, {0.0}), (None, {0.5})):
         keys = {key: value for key, value in (ALEXNET | {"MODEL.DROP_RATE": written}).items() if value is not None}
         with torch.device("meta"):
-            model = build_configured(
+            model = build_from_config(
                 load_config(write(text_of(keys))).model, 10, image_size=70, mean=[0.5] * 3, std=[0.5] * 3
             )
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == rates

@@ -14,7 +14,7 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from helpers.training import CPU, alone, gradients_at_each_step, on_ranks, random_batch, small_net, training_of
 from helpers.trees import assert_equal_trees
 from models import Normalize, PixelClassifier
-from models.speedrun import SpeedrunNet, whitening_of
+from models.speedrun import SpeedrunNet, find_whitening
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
@@ -51,7 +51,7 @@ def speedrun(recipe: str, seed: int = 0, **settings: Any) -> Training:
     extras = {"lookahead": {"every_steps": 2, "decay": 0.7}, "proxy": {"model": "x", "every_steps": 2}}
     training = training_of(network(seed), SGD, **shared, **extras)
     small = network(seed + 100)
-    whitening_of(small).bias.requires_grad_(False)  # type: ignore[union-attr]
+    find_whitening(small).bias.requires_grad_(False)  # type: ignore[union-attr]
     training.proxy = Proxy(training_of(small, SGD, **shared), training.config.proxy)
     training.proxy.training.forward.train()
     training.lookahead = build_lookahead(training.network, training.config.lookahead)
@@ -171,7 +171,7 @@ def test_a_speedrun_that_breaks_goes_on_to_bitwise_the_same(
 @RECIPES
 def test_the_whitening_bias_moves_in_its_epochs_only_and_costs_no_gradient_later(recipe: str, npy_data: Path) -> None:
     training, loader = speedrun(recipe), loaders(npy_data)[0]
-    layer = whitening_of(training.network)
+    layer = find_whitening(training.network)
     assert layer is not None
     biases = [layer.bias.detach().clone()]
     seen = gradients_at_each_step(training)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import parse_config
-from configs.schema import Config, is_section, walk
+from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
 from configs.utils.files import read_record
 from tools.common.tables import Row
@@ -87,7 +87,7 @@ def flat(config: Config) -> dict[str, Any]:
     """Every setting under its dotted key, without sections."""
     values = config.model_dump(mode="json")
     result = {}
-    for key, field in walk():
+    for key, field in all_settings():
         if not is_section(field):
             value: Any = values
             for part in key.split("."):

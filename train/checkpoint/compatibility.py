@@ -13,7 +13,7 @@ from typing import Any
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
 from configs.schema.train import BUILT_IN, DEFAULTS
-from configs.stages import section_at
+from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines.storage.split import fingerprint
 from train.checkpoint.state import check_holds
@@ -87,7 +87,7 @@ def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 def stages_of(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
     """(first epoch, image size, global batch), which do not depend on how that batch is cut into ranks and passes."""
-    sections = {stage.epoch: section_at(data, stage.epoch) for stage in data.stages}
+    sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 

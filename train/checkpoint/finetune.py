@@ -14,7 +14,7 @@ from torch import nn
 from configs.load import parse_config
 from configs.schema import Config, EmaConfig, LookaheadConfig, ModelConfig, OptimizerConfig, ProxyConfig
 from configs.utils.errors import UserError
-from models.weights import head_of, take_weights
+from models.weights import copy_weights, head_layers
 from train.checkpoint import store
 from train.checkpoint.run_dir import find_checkpoints
 from train.checkpoint.state import check_holds
@@ -83,5 +83,5 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
         weights = average
     theirs = content.get("dataset", {}).get("classes")
     other_classes = theirs is not None and list(theirs) != list(classes)
-    taken = take_weights(model, weights, head_of(model), f"the weights of {path}", new_head=other_classes)
-    return f"fine-tunes: {taken.sentence(path)}"
+    taken = copy_weights(model, weights, head_layers(model), f"the weights of {path}", new_head=other_classes)
+    return f"fine-tunes: {taken.summary(path)}"

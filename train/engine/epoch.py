@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from configs.schema import TrainConfig
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
-from models.cpu_precision import slow_precision
+from models.cpu_precision import slow_precision_reason
 from models.onednn import avoid_narrow_strided_convs
-from models.speedrun import whitening_of
+from models.speedrun import find_whitening
 from pipelines.loader.loader import Batch
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.rng import hash64, stream
@@ -94,7 +94,7 @@ def build_training(
         keep_freed_memory()
     note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
     amp = amp_dtype(config.amp, device)
-    if device.type == "cpu" and (reason := slow_precision(amp, trains)) is not None:
+    if device.type == "cpu" and (reason := slow_precision_reason(amp, trains)) is not None:
         warn(
             f"train.amp={config.amp} takes 2 to 1,000 times as long as float32 here, since {reason}; use train.amp=auto"
         )
@@ -302,7 +302,7 @@ def train_whitening_bias(training: Training, epoch: int) -> None:
     Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP and
     captured graphs expect the same gradients in every step, and keep it.
     """
-    whitening, epochs = whitening_of(training.network), training.config.whiten_bias_epochs
+    whitening, epochs = find_whitening(training.network), training.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, training.optimizer):
         return
     if not training.captures and not process_group.is_data_parallel(training.forward):

@@ -14,7 +14,7 @@ from torch import nn
 
 from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
-from models.speedrun import whitening_of
+from models.speedrun import find_whitening
 from pipelines.loader.loader import Batch
 from train.engine.epoch import Training, build_training
 from train.optim.factory import build_optimizer
@@ -60,7 +60,7 @@ def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: 
     if config.proxy.model is None:
         return None
     network = build(config.proxy.model)
-    if (whitening := whitening_of(network)) is not None:
+    if (whitening := find_whitening(network)) is not None:
         whitening.bias.requires_grad_(False)
     # the model's layers and names are not the small network's
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})

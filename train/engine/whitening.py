@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import DataConfig, EvalConfig
-from models.speedrun import fit_whitening, whitening_of
+from models.speedrun import find_whitening, fit_whitening
 from pipelines import build_eval_loader
 from train.distributed import process_group
 from train.engine.epoch import Training, trainings_of
@@ -48,7 +48,7 @@ def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
     On a GPU the whitening is computed once and dropped: loading cuSOLVER, which the first eigendecomposition of a
     process does, then takes no time of the first `whiten`, which is part of a speedrun's clock.
     """
-    if all(whitening_of(one.network) is None for one in trainings_of(training)):
+    if all(find_whitening(one.network) is None for one in trainings_of(training)):
         return None
     section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
@@ -57,7 +57,7 @@ def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
     images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
     if training.device.type == "cuda":
         for one in trainings_of(training):
-            if (whitening := whitening_of(one.network)) is not None:
+            if (whitening := find_whitening(one.network)) is not None:
                 copy.deepcopy(whitening).fit(one.network.get_submodule("normalize")(images))
         torch.cuda.synchronize(training.device)
     return images

@@ -11,7 +11,7 @@ from torch import nn
 from configs.schema import OptimizerConfig
 from configs.utils.errors import UserError
 from models import PixelClassifier
-from models.speedrun import whitening_of
+from models.speedrun import find_whitening
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
 
     A group's `lr_scale` is its peak learning rate divided by `lr`; group `whitening` holds a whitening layer's bias.
     """
-    whitening = whitening_of(model)
+    whitening = find_whitening(model)
     undecayed = names_without_decay(model)
     factors = lr_factors(model, config)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -17,14 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import (
-    AugConfig,
-    AutoAugmentConfig,
-    BlurConfig,
-    ColorJitterConfig,
-    EraseConfig,
-    EvalConfig,
-)
+from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, EraseConfig, EvalConfig
 from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, damage
 from helpers.loaders import NO_AUG, assert_same, copies, data_of, evaluation, merged, train

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from configs.stages import section_at
+from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.train_loader import StagedLoader, TrainLoader
@@ -101,7 +101,7 @@ def test_an_iterator_raises_when_another_stage_has_one_since_or_the_state_went_t
 
 def test_the_section_of_an_epoch_has_its_sizes_and_no_stages() -> None:
     data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
-    sections = [section_at(data, epoch) for epoch in range(5)]
+    sections = [data_at(data, epoch) for epoch in range(5)]
     sizes = [(section.image_size, section.batch_size, section.stages) for section in sections]
     assert sizes == [(48, 32, ()), (24, 32, ()), (24, 32, ()), (40, 16, ()), (40, 16, ())]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from configs.load import load_config, to_yaml
-from configs.schema import Config, is_section, walk
+from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
 from helpers.training import DIGITS
 from pipelines.storage.split import fingerprint
@@ -156,7 +156,7 @@ def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> Non
 def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
     config = config_of(*PLATEAU)
     named = {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))}
-    settings = {key for key, field in walk() if not is_section(field)}
+    settings = {key for key, field in all_settings() if not is_section(field)}
     others = (
         {key for key in settings if key.startswith("log.")}
         | BOOKKEEPING

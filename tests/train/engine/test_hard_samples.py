@@ -13,7 +13,7 @@ from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
 from helpers.training import CPU, alone, lenet, random_batch, training_of
 from models import build_model
-from models.speedrun import whitening_of
+from models.speedrun import find_whitening
 from train.engine.hard_samples import Proxy, build_proxy, check_proxy
 
 SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
@@ -84,7 +84,7 @@ def test_its_whitening_bias_is_not_trained() -> None:
 
     proxy = build_proxy(TrainConfig(proxy=ProxyConfig(model="speedrun96_proxy")), build, CPU)
     assert proxy is not None
-    whitening = whitening_of(proxy.training.network)
+    whitening = find_whitening(proxy.training.network)
     assert whitening is not None
     assert not whitening.bias.requires_grad
     assert build_proxy(TrainConfig(), build, CPU) is None

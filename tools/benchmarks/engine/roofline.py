@@ -20,7 +20,7 @@ import torch
 
 from configs.schema import ModelConfig, TrainConfig
 from configs.utils.errors import UserError
-from models import build_configured
+from models import build_from_config
 from pipelines.cpu import batch
 from tools.benchmarks.engine.interleaved import Outcome, Stream
 from tools.common.model_costs import count_costs
@@ -153,7 +153,7 @@ def limits_of(outcomes: list[Outcome]) -> Limits:
 
 def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
     """Floating-point operations of forward and backward per image, 2 per multiply-add."""
-    network = build_configured(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    network = build_from_config(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
     return count_costs(network, TrainConfig(), **shape).training_flops / 2  # batch norm refuses one value
 

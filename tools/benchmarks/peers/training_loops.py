@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config
-from models import build_configured
+from models import build_from_config
 from tools.benchmarks.engine.interleaved import Stream
 from tools.benchmarks.peers import Loader, function_of
 from tools.benchmarks.peers.source import PeerSource
@@ -31,7 +31,7 @@ def _network(source: PeerSource, config: Config) -> nn.Module:
     classes = config.model.num_classes or len(source.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
-    model = build_configured(config.model, classes, image_size=source.image_size, mean=half, std=half)
+    model = build_from_config(config.model, classes, image_size=source.image_size, mean=half, std=half)
     return model.network.train()
 
 

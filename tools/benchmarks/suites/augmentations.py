@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.schema import (
-    AugConfig,
-    AutoAugmentConfig,
-    BlurConfig,
-    ColorJitterConfig,
-    DataConfig,
-    EraseConfig,
-)
+from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
 from pipelines.storage.split import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
