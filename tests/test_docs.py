@@ -1,48 +1,94 @@
-"""README and docs: what they link to is there, and what they tell to type is what the commands take."""
+"""The documentation: its links, commands, settings, files and tests exist."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from helpers.training import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHOWN = (ROOT / "README.md", ROOT / "docs" / "homework.md")  # what users type is told there
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"(?:^    |`)((?:python|torchrun [^`]*?)\s(?:tools|train)/\w+\.py[^`\n]*)", re.MULTILINE)
+FOLDERS = ("configs", "models", "pipelines", "train", "tools", "tests", "docs")
+CITED_FILE = re.compile(rf"(?<![\w/.}}-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)(?![\w*{{<…])")
+CITED_TEST = re.compile(r"`(?:[\w/.]+::)?(test_\w+)`")
+CITED_MODULE = re.compile(r"python -m ((?:configs|models|pipelines|train|tools)[\w.]*)")
 
 
 def commands(page: Path) -> list[str]:
-    """Indented lines and code spans that start one of our programs, without comments."""
-    text = page.read_text().replace("\\\n", " ")
+    """Return the indented lines and code spans that start one of our programs, without comments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     return [shlex.join(shlex.split(found, comments=True)) for found in COMMAND.findall(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def arguments_of(command: str) -> tuple[str, list[str]]:
+    """Split a command into the module that it starts and that module's arguments."""
+    words = shlex.split(command)
+    place = next(number for number, word in enumerate(words) if re.match(r"(tools|train)/\w+\.py", word))
+    module = words[place].removesuffix(".py").replace("/", ".")
+    return module, [word for word in words[place + 1 :] if word != "…"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert missing == []
 
 
-@pytest.mark.parametrize("command", list(dict.fromkeys(command for page in SHOWN for command in commands(page))))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_cited_files_and_modules_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"\[[^\]]*\]\([^)]*\)|https?://\S+", "", text)  # links have their own test
+    missing = [path for path in CITED_FILE.findall(text) if not (ROOT / path).exists()]
+    missing += [module for module in CITED_MODULE.findall(text) if importlib.util.find_spec(module) is None]
+    assert missing == [], f"{page.relative_to(ROOT)} cites files that do not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_cited_tests_exist(page: Path) -> None:
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {file.stem for file in files}
+    for file in files:
+        known |= set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    missing = [name for name in CITED_TEST.findall(page.read_text(encoding="utf-8")) if name not in known]
+    assert missing == [], f"{page.relative_to(ROOT)} cites tests that do not exist"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
-    words = shlex.split(command)
-    place = next(number for number, word in enumerate(words) if re.match(r"(tools|train)/\w+\.py", word))
-    module = importlib.import_module(words[place].removesuffix(".py").replace("/", "."))
-    arguments = [word for word in words[place + 1 :] if word != "…"]
+    name, arguments = arguments_of(command)
+    module = importlib.import_module(name)
+    if command == "python tools/report.py":  # whose parser is inside of main
+        return
     parse = module.parse_arguments if hasattr(module, "parse_arguments") else module.build_parser().parse_args
-    parse(arguments)  # else it ends the program
+    parse(arguments)  # ends the program if it refuses them
     configs = [Path(word) for word in arguments if word.startswith("configs/")]
     assert all((ROOT / config).is_file() for config in configs), configs
 
 
-def test_the_commands_are_found() -> None:
-    readme, homework = map(commands, SHOWN)
-    assert len(readme) >= 25
-    assert len(homework) >= 20
-    assert "python tools/convert.py verify data/medium-imagenet-96" in readme  # without its comment
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--opts" in command and "configs/" in command])
+def test_settings_in_commands_are_understood(command: str) -> None:
+    arguments = arguments_of(command)[1]
+    config = arguments[arguments.index("--cfg") + 1]
+    options = arguments[arguments.index("--opts") + 1 :]
+    load_config(ROOT / config, options)
+
+
+def test_commands_are_found() -> None:
+    found = {page.relative_to(ROOT).as_posix(): commands(page) for page in PAGES}
+    assert len(found["README.md"]) >= 14
+    assert len(found["docs/homework.md"]) >= 20
+    assert len(COMMANDS) >= 60
+    assert (
+        "python tools/convert.py verify data/medium-imagenet-96" in found["docs/data-format.md"]
+    )  # without its comment

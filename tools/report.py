@@ -1,4 +1,4 @@
-"""Turns the JSON of a whole run into documents: docs/benchmarks/DEVICE.md and .png, and the table in README.md.
+"""Turns the JSON of a whole run into documents: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
 
 python tools/report.py                    every docs/benchmarks/*.json of this format: documents and README's table anew
 python tools/report.py --check            exit code 1 when README's table is not what the JSON files give
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
-    parser.add_argument("--readme", type=path_argument, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=path_argument, default=ROOT / "docs" / "benchmarks" / "README.md")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, compare README's table with the JSON files"
     )
@@ -60,7 +60,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     path = folder / f"{slug(run)}.json"
     record.write_json(run, path)
     written = [path, *document(run, folder)]
-    readme = ROOT / "README.md"
+    readme = folder / "README.md"
     if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
         readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)), encoding="utf-8")
         written.append(readme)
