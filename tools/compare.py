@@ -17,8 +17,8 @@ from pathlib import Path
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
-from tools.runs.curve_plot import overlay
-from tools.runs.records import curve_rows, find_runs, labels, read_run, table
+from tools.runs.curve_plot import plot_curves
+from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
 from train.reporting import figures
 
 
@@ -37,17 +37,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     records = [read_run(folder) for folder in find_runs(arguments.runs)]
-    names = arguments.labels or labels(records)
+    names = arguments.labels or run_labels(records)
     if len(names) != len(records) or len(set(names)) != len(names):
         listed = ", ".join(str(record.folder) for record in records)
         raise UserError(
             f"--labels gives {len(names)} texts for {len(records)} runs; give a different one to each of {listed}"
         )
     out = tables.make_folder(arguments.out)
-    rows = table(records, names)
+    rows = comparison_rows(records, names)
     tables.write_csv(out / "comparison.csv", rows)
     tables.write_csv(out / "curves.csv", curve_rows(records, names))
-    figures.save(overlay(records, names, f"{len(records)} runs"), out / "comparison.png")
+    figures.save(plot_curves(records, names, f"{len(records)} runs"), out / "comparison.png")
     print(tables.markdown(rows))
     if "batch_per_rank" in rows[0]:
         print("The batch is that of one rank: not every run has recorded the number of its processes.")

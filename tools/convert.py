@@ -33,8 +33,8 @@ from pipelines.storage import split as shards
 from pipelines.storage.verify import verify as find_problems
 
 MIB = 2**20
-SHOWN_DEFECTS = 3
-SHOWN_PROBLEMS = 3
+MAX_SHOWN_DEFECTS = 3
+MAX_SHOWN_PROBLEMS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(verify(args.folder))
         return 0
     try:
-        with sigterm_raised():
+        with raise_on_sigterm():
             return convert(args)
     except Terminated:
         print("terminated: the same command goes on where it stopped", file=sys.stderr)
@@ -65,7 +65,7 @@ def convert(args: argparse.Namespace) -> int:
         reason = error.strerror or str(error)
         raise UserError(f"cannot go on converting into {args.out}: {reason} ({error.filename or 'in writing'}); mend "
                         "that and run the same command again, which goes on where it stopped") from None  # fmt: skip
-    print(summary(dataset, args.out, time.perf_counter() - started))
+    print(format_summary(dataset, args.out, time.perf_counter() - started))
     return 0
 
 
@@ -74,7 +74,7 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def sigterm_raised() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """SIGTERM, as of a scheduler, ends the conversion in good order, as Ctrl-C does."""
 
     def terminate(*_: object) -> None:
@@ -145,7 +145,7 @@ def dataset_name(args: argparse.Namespace) -> str:
     return name
 
 
-def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
+def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
     """What was written, one line per split, with the first few samples that could not be used."""
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]
@@ -160,9 +160,9 @@ def summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in reencoded.items())
             line += f", {sum(reencoded.values()):,} re-encoded ({reasons})"
         lines.append(printable(line))
-        lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:SHOWN_DEFECTS]]
-        if len(defects) > SHOWN_DEFECTS:
-            lines.append(f"    … {len(defects) - SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
+        lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:MAX_SHOWN_DEFECTS]]
+        if len(defects) > MAX_SHOWN_DEFECTS:
+            lines.append(f"    … {len(defects) - MAX_SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
     samples = sum(split["samples"] for split in splits.values())
     classes = _count(len(dataset["classes"]), "class", "classes")
     head = f"{out}: {samples:,} samples of {classes} as {dataset['encoding']}"
@@ -173,8 +173,12 @@ def verify(folder: Path) -> str:
     """One sentence saying that the data set is sound; raises UserError with the first problems where it is not."""
     problems = find_problems(folder)
     if problems:
-        more = f" (and {len(problems) - SHOWN_PROBLEMS:,} more problems)" if len(problems) > SHOWN_PROBLEMS else ""
-        raise UserError(f"{folder} is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; convert the source again")
+        more = (
+            f" (and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems)" if len(problems) > MAX_SHOWN_PROBLEMS else ""
+        )
+        raise UserError(
+            f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; convert the source again"
+        )
     splits = shards.load_dataset(folder)["splits"].values()
     samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
     return printable(f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}")
@@ -257,15 +261,15 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     )
 
 
-def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+def _whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    limits = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
-            number = least - 1
-        if number < least or (most is not None and number > most):
+            number = minimum - 1
+        if number < minimum or (maximum is not None and number > maximum):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
         return number
 

@@ -48,9 +48,9 @@ from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from models import PixelClassifier, model_options
 from tools.common.tables import Row, make_folder, markdown, write_text
-from tools.inference.export_check import CPU, Expected, compare, expected_logits
-from tools.inference.export_formats import FORMATS, Exportable, snippet
-from tools.inference.trained_model import Trained, load_trained
+from tools.inference.export_check import CPU, ExpectedLogits, compare_logits, expected_logits
+from tools.inference.export_formats import FORMATS, Exportable, usage_snippet
+from tools.inference.trained_model import TrainedModel, load_trained_model
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 
@@ -81,9 +81,9 @@ def main() -> int:
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance={arguments.tolerance} is not a number of at least 0; use 1e-4")
     with dist.process_group(Ranks.alone("tools/export.py")):
-        trained = load_trained(arguments.checkpoint, CPU)
+        trained = load_trained_model(arguments.checkpoint, CPU)
     expected = expected_logits(trained, arguments.data_path, arguments.verify_images)
-    exportable = exportable_of(trained)
+    exportable = build_exportable(trained)
     folder = make_folder(arguments.out or trained.path.parent / "export")
 
     print(f"{exportable.name} of {trained.title}: {len(trained.classes)} classes, {trained.image_size} pixels")
@@ -100,11 +100,11 @@ def main() -> int:
         else:
             rows.append(row)
             print(f"{name}: written, largest difference of logits {row['max difference']:.1e}", flush=True)
-    report(exportable, expected, rows, failed, folder)
+    write_report(exportable, expected, rows, failed, folder)
     return 1 if failed else 0
 
 
-def exportable_of(trained: Trained) -> Exportable:
+def build_exportable(trained: TrainedModel) -> Exportable:
     """A float32 copy with plain strides, whatever memory format the run trained in."""
     model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
@@ -128,7 +128,7 @@ def exportable_of(trained: Trained) -> Exportable:
     )
 
 
-def export(name: str, exportable: Exportable, expected: Expected, tolerance: float, folder: Path) -> Row:
+def export(name: str, exportable: Exportable, expected: ExpectedLogits, tolerance: float, folder: Path) -> Row:
     """Write one format aside, compare, and give its files their names; UserError, and no file, where that fails."""
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
@@ -137,22 +137,26 @@ def export(name: str, exportable: Exportable, expected: Expected, tolerance: flo
             with quiet():
                 holds = form.write(exportable, aside)
         except Exception as error:  # exporters fail in every way on what they do not know
-            raise UserError(f"format {name} cannot be exported: {reason(error)}; leave it out with --format") from None
+            raise UserError(
+                f"format {name} cannot be exported: {root_cause(error)}; leave it out with --format"
+            ) from None
         try:
             with quiet():
-                result = compare(form.load(aside), expected)
+                result = compare_logits(form.load(aside), expected)
         except Exception as error:
-            raise UserError(f"format {name} was written but cannot be run: {reason(error)}; nothing is kept") from None
-        allowed = max(tolerance, ROUNDING * expected.largest)
+            raise UserError(
+                f"format {name} was written but cannot be run: {root_cause(error)}; nothing is kept"
+            ) from None
+        allowed = max(tolerance, ROUNDING * expected.max_abs)
         if not result.max_difference <= allowed:  # NaN too
             raise UserError(
                 f"format {name} gives logits that differ by up to {result.max_difference:.2e} from the checkpoint's, "
-                f"whose largest is {expected.largest:.3g}; {allowed:.1e} is allowed, so nothing is kept: raise "
+                f"whose largest is {expected.max_abs:.3g}; {allowed:.1e} is allowed, so nothing is kept: raise "
                 "--tolerance if that is good enough for you"
             )
         files = sorted(aside.iterdir(), key=lambda file: -file.stat().st_size)
         size_mib = sum(file.stat().st_size for file in files) / 2**20
-        move(files, folder)
+        move_files(files, folder)
     return {
         "format": name,
         "file": ", ".join(file.name for file in files),
@@ -164,7 +168,7 @@ def export(name: str, exportable: Exportable, expected: Expected, tolerance: flo
     }
 
 
-def move(files: list[Path], folder: Path) -> None:
+def move_files(files: list[Path], folder: Path) -> None:
     """Into `folder`, readable for whom the folder is: safetensors writes for the owner alone."""
     try:
         for file in files:
@@ -174,15 +178,17 @@ def move(files: list[Path], folder: Path) -> None:
         raise UserError(f"cannot write {folder / file.name}: {error.strerror}; give another --out") from None
 
 
-def report(exportable: Exportable, expected: Expected, rows: list[Row], failed: dict[str, str], folder: Path) -> None:
+def write_report(
+    exportable: Exportable, expected: ExpectedLogits, rows: list[Row], failed: dict[str, str], folder: Path
+) -> None:
     """Print the table and the snippets, and write both to export.json."""
-    snippets = {row["format"]: snippet(row["format"], exportable, folder) for row in rows}
+    snippets = {row["format"]: usage_snippet(row["format"], exportable, folder) for row in rows}
     content: dict[str, Any] = {
-        **exportable.facts,
+        **exportable.metadata,
         "formats": [row | {"use": snippets[row["format"]].splitlines()} for row in rows],
         "failed": failed,
         "verified_on": expected.source,
-        "largest_logit": expected.largest,
+        "largest_logit": expected.max_abs,
         "versions": {package: version(package) for package in PACKAGES},
         "date": date.today().isoformat(),
     }
@@ -194,7 +200,7 @@ def report(exportable: Exportable, expected: Expected, rows: list[Row], failed: 
         print("\n    " + text.replace("\n", "\n    "))
 
 
-def reason(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What an exporter says at the root of its error, without colours and in one line."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -35,7 +35,7 @@ from pipelines.augment.mixup import is_on
 from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset
 from tools.common.tables import make_folder, write_csv, write_text
-from tools.runs.lr_range import Curve, Suggestion, end_of, smooth, suggest
+from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import build_all, check_classes
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
@@ -97,13 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         whiten(training, whitening_images(training, config.data))
         warm_up(training, loader)
         curve = range_test(training, loader, np.geomspace(options.first, options.last, steps))
-    suggestion = suggest(curve)
+    suggestion = suggest_lr(curve)
     write(out, config, curve, suggestion)
     print(report(config, curve, suggestion))
     print(f"curve and figures are in {out}")
 
 
-def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
+def range_test(training: Training, loader: Loader, rates: np.ndarray) -> LossCurve:
     """Train with one rate after another until the loss diverges; `training` is of no use afterwards.
 
     Waits for the device once in READ_EVERY updates.
@@ -127,11 +127,11 @@ def range_test(training: Training, loader: Loader, rates: np.ndarray) -> Curve:
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
             losses.extend(differences[:, 0] / differences[:, 2])
             before, sums = sums[-1], []
-            if (end := end_of(smooth(losses, rates))) is not None:
+            if (end := divergence_index(smooth_losses(losses, rates))) is not None:
                 losses = losses[: end + 1]
                 break
     rates = rates[: len(losses)]
-    return Curve(rates, np.array(losses), smooth(losses, rates))
+    return LossCurve(rates, np.array(losses), smooth_losses(losses, rates))
 
 
 def options_for(config: Config, lr: float) -> str:
@@ -148,8 +148,8 @@ def options_for(config: Config, lr: float) -> str:
     return " ".join([f"train.lr={lr:.2g}", *others])
 
 
-def report(config: Config, curve: Curve, suggestion: Suggestion) -> str:
-    ended = "; the loss diverged there" if end_of(curve.smoothed) is not None else ""
+def report(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
+    ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
     lines = [f"{title(config)}: {len(curve.lr)} updates from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
         lines.append(f"no suggestion: {suggestion.reason}; look at the curve, or try --from, --to and more --steps")
@@ -167,7 +167,7 @@ def title(config: Config) -> str:
     return f"{config.model.name}, {config.train.optimizer.name}, global batch {global_batch(config, 1)}"
 
 
-def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> None:
+def write(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -> None:
     rows = [
         {"update": update, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
         for update, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
@@ -179,7 +179,7 @@ def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> No
         "optimizer": config.train.optimizer.name,
         "global_batch": global_batch(config, 1),
         "updates": len(rows),
-        "diverged": end_of(curve.smoothed) is not None,
+        "diverged": divergence_index(curve.smoothed) is not None,
         "suggestion": {**asdict(suggestion), "tenth_of_minimum": suggestion.tenth_of_minimum},
         "opts": None if suggestion.lr is None else options_for(config, suggestion.lr),
         "source": "arXiv:1506.01186",
@@ -189,7 +189,7 @@ def write(out: Path, config: Config, curve: Curve, suggestion: Suggestion) -> No
     figures.save(picture(config, curve, suggestion), out / "find_lr.png")
 
 
-def picture(config: Config, curve: Curve, suggestion: Suggestion) -> Figure:
+def picture(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
     """Loss over learning rate; losses that left the range of the others are cut off."""
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one update")

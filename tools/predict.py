@@ -40,14 +40,14 @@ from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from tools.common.tables import make_folder, write_text
 from tools.inference import submission
-from tools.inference.ensemble import best_classes, predict
-from tools.inference.image_sets import ImageSet, data_folder, open_images, picture_folder
-from tools.inference.trained_model import Trained, check_same_classes, load_trained
+from tools.inference.ensemble import predict, top_classes
+from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
+from tools.inference.trained_model import TrainedModel, check_same_classes, load_trained_model
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.engine.epoch import Evaluation
 
-SHOWN = 5
+MAX_SHOWN = 5
 METRICS = ("loss", "top1", "top5")
 
 
@@ -75,8 +75,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--sample-submission", type=path_argument, metavar="FILE", help="take columns and ids from this CSV"
     )
     contest.add_argument("--id-start", type=int, choices=[0, 1], help="the first Id (default 1)")
-    contest.add_argument("--id-column", metavar="NAME", help=f"default {submission.ID}")
-    contest.add_argument("--category-column", metavar="NAME", help=f"default {submission.CATEGORY}")
+    contest.add_argument("--id-column", metavar="NAME", help=f"default {submission.ID_COLUMN}")
+    contest.add_argument("--category-column", metavar="NAME", help=f"default {submission.CATEGORY_COLUMN}")
     contest.add_argument("--fill", type=int, metavar="CLASS", help="class number of images that cannot be read")
     return parser.parse_args(arguments)
 
@@ -88,35 +88,41 @@ def main() -> None:
             raise UserError(f"{option}={value} is not a positive whole number; use 1 or more")
     ranks = Ranks.alone("tools/predict.py")
     with dist.process_group(ranks) as device:
-        models = [load_trained(path, device, compiled=True) for path in arguments.checkpoint]
+        models = [load_trained_model(path, device, compiled=True) for path in arguments.checkpoint]
         for other in models[1:]:
             check_same_classes(models[0], other.classes, f"checkpoint {other.path}")
-        pictures = picture_folder(arguments.split, data_folder(models[0], arguments.data_path))
+        pictures = find_picture_folder(arguments.split, dataset_folder(models[0], arguments.data_path))
         out = make_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures))
         with open_images(arguments.split, pictures, models, arguments.data_path, out) as images:
             run(arguments, models, images, out)
 
 
-def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageSet, out: Path) -> None:
+def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: ImageSet, out: Path) -> None:
     """From the opened images to the written files."""
     classes = models[0].classes
     file = submission_file(arguments, images, out)
     form = None
     if file is not None:  # before the work, so that a refusal costs none of it
-        form = submission.plan(images, len(classes), sample=arguments.sample_submission, id_start=arguments.id_start,
-                               id_column=arguments.id_column, category_column=arguments.category_column,
-                               fill=arguments.fill)  # fmt: skip
-    for entry in images.unreadable[:SHOWN]:
+        form = submission.build_form(
+            images,
+            len(classes),
+            sample=arguments.sample_submission,
+            id_start=arguments.id_start,
+            id_column=arguments.id_column,
+            category_column=arguments.category_column,
+            fill=arguments.fill,
+        )
+    for entry in images.unreadable[:MAX_SHOWN]:
         print(f"no prediction for row {entry['row']}, {entry['name']}: {entry['reason']}", file=sys.stderr)
-    if (hidden := len(images.unreadable) - SHOWN) > 0:
+    if (hidden := len(images.unreadable) - MAX_SHOWN) > 0:
         print(f"no prediction for {hidden:,} more, all named in {out / 'metrics.json'}", file=sys.stderr)
 
     logits, each, mean = predict(models, images, arguments.tta, arguments.batch_size)
-    numbers, probabilities = best_classes(logits, min(arguments.top_k, len(classes)))
+    numbers, probabilities = top_classes(logits, min(arguments.top_k, len(classes)))
     best = {"top_classes": numbers, "top_probabilities": probabilities}
     write_arrays(out / "predictions.npz", images, classes, logits=logits, **best)
-    write_text(out / "predictions.csv", table(images, numbers, probabilities, classes))
-    metrics = {"split": arguments.split, **describe(models, images, arguments.tta, each, mean)}
+    write_text(out / "predictions.csv", format_table(images, numbers, probabilities, classes))
+    metrics = {"split": arguments.split, **build_metrics(models, images, arguments.tta, each, mean)}
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if mean is not None:
         for model, result in zip(models, each, strict=True):
@@ -126,7 +132,7 @@ def run(arguments: argparse.Namespace, models: Sequence[Trained], images: ImageS
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
     print(f"{out}: predictions of {len(images):,} images in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
-        print(submission.write(file, form, images, numbers[:, 0], len(classes)))
+        print(submission.write_submission(file, form, images, numbers[:, 0], len(classes)))
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
@@ -166,7 +172,7 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
 
 
-def table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
+def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
     """predictions.csv. Text at once instead of a dict per row, which would take gigabytes for a large split."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -181,8 +187,12 @@ def table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, clas
     return text.getvalue()
 
 
-def describe(
-    models: Sequence[Trained], images: ImageSet, tta: str | None, each: Sequence[Evaluation], mean: Evaluation | None
+def build_metrics(
+    models: Sequence[TrainedModel],
+    images: ImageSet,
+    tta: str | None,
+    each: Sequence[Evaluation],
+    mean: Evaluation | None,
 ) -> dict[str, Any]:
     """metrics.json: what was predicted with what, and how well."""
     checkpoints: list[dict[str, Any]] = []

@@ -19,13 +19,13 @@ import sys
 from configs.load import load_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from tools.visualize.dataset import show_data
+from tools.visualize.dataset import show_dataset
 from tools.visualize.predictions import show_predictions
 from tools.visualize.samples import show_samples
 from train.distributed.process_group import Ranks
 
 # What each kind of picture takes beside what it is named after, --count and --out.
-TAKES = {
+ACCEPTED_OPTIONS = {
     "checkpoint": ("split", "data_path", "seed"),
     "cfg": ("epoch", "opts", "data_path"),
     "data_path": ("seed",),
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:
-    """What is to be shown, one of `TAKES`; raises UserError for what does not go together."""
+    """What is to be shown, one of `ACCEPTED_OPTIONS`; raises UserError for what does not go together."""
     given = [name for name in ("checkpoint", "cfg", "data_path") if getattr(arguments, name) is not None]
     if not given:
         raise UserError(
@@ -67,8 +67,8 @@ def check_arguments(arguments: argparse.Namespace) -> str:
         )
     kind = given[0]
     for name in ("split", "epoch", "opts", "seed"):
-        if getattr(arguments, name) is not None and name not in TAKES[kind]:
-            fitting = " or ".join(_flag(other) for other, takes in TAKES.items() if name in takes)
+        if getattr(arguments, name) is not None and name not in ACCEPTED_OPTIONS[kind]:
+            fitting = " or ".join(_flag(other) for other, takes in ACCEPTED_OPTIONS.items() if name in takes)
             instead = (
                 "; the samples follow from the config's seed: --opts seed=1" if (name, kind) == ("seed", "cfg") else ""
             )
@@ -93,7 +93,7 @@ def main() -> None:
         config = load_config(arguments.cfg, arguments.opts or [], **{"data.path": arguments.data_path})
         show_samples(config, ranks, arguments.epoch or [0], count, out)
     else:
-        show_data(arguments.data_path, ranks, count, seed, out)
+        show_dataset(arguments.data_path, ranks, count, seed, out)
 
 
 def _flag(name: str) -> str:

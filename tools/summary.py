@@ -40,7 +40,7 @@ from models import build_from_config, list_models
 from pipelines.storage.split import load_dataset
 from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
 from tools.common.tables import Row, make_folder, write_csv
-from tools.perf.cost_report import Subject, layer_rows, layers_table, picture, report, row_of
+from tools.perf.cost_report import ModelCase, format_report, layer_rows, layers_table, plot_costs, summary_row
 from train.build import to_device
 from train.checkpoint import store
 from train.checkpoint.run_dir import find_checkpoints
@@ -81,9 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}={value} is not a positive whole number; use 1 or more")
     ranks = Ranks.alone("tools/summary.py")
-    subjects: dict[str, Subject] = {}
+    subjects: dict[str, ModelCase] = {}
     for name in dict.fromkeys(options.models):
-        subject = subject_of(name, options)
+        subject = build_case(name, options)
         label = name if subject.label in subjects else subject.label  # two runs may have one name
         subjects[label] = replace(subject, label=label)
     if options.out is not None:
@@ -93,29 +93,29 @@ def main(arguments: list[str] | None = None) -> None:
     with dist.process_group(ranks) as device:
         for subject in tqdm(subjects.values(), desc="models", leave=False, disable=not sys.stderr.isatty()):
             amp = amp_dtype(subject.train.amp, device)
-            costs, measured = costs_of(subject, device, amp)
-            rows.append(row_of(subject, costs, measured, amp))
+            costs, measured = compute_costs(subject, device, amp)
+            rows.append(summary_row(subject, costs, measured, amp))
             layers[subject.label] = layer_rows(costs, subject.batch_size)
-    print(report(rows))
+    print(format_report(rows))
     for label, table in layers.items() if options.layers else ():
         print(f"\n{label}, layer by layer:\n\n{layers_table(table)}")
     if options.out is None:
         return
     write_csv(options.out / "summary.csv", rows)
-    figures.save(picture(rows), options.out / "summary.png")
+    figures.save(plot_costs(rows), options.out / "summary.png")
     for label, table in layers.items() if options.layers else ():
         write_csv(options.out / f"layers-{label.replace('/', '-')}.csv", table)
     print(f"\ntables and picture are in {options.out}")
 
 
-def subject_of(name: str, options: argparse.Namespace) -> Subject:
+def build_case(name: str, options: argparse.Namespace) -> ModelCase:
     """What the name stands for; options of the command line override what its config says."""
     path = Path(name)
     if name in list_models() or name.startswith("timm/"):
         label, model, train = name, ModelConfig(name=name), TrainConfig()
         size, classes, batch_size = options.size or default_size(name), CLASSES, BATCH_SIZE
     elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
-        config, classes, size = config_of(path, options)
+        config, classes, size = load_model_config(path, options)
         label, model, train = str(config.name), config.model, config.train
         batch_size = config.data.batch_size
     else:
@@ -125,7 +125,7 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
         train = train.model_copy(update={"optimizer": OptimizerConfig(name=options.optimizer)})
     if options.precision is not None:
         train = train.model_copy(update={"amp": AMP_NAMES[options.precision]})
-    return Subject(
+    return ModelCase(
         label=label,
         settings=model,
         image_size=options.size or size,
@@ -135,7 +135,7 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
     )
 
 
-def config_of(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
+def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
     """(config, classes, image size), with what the command line says in place of what the config does.
 
     A folder stands for its checkpoint, or before the first one for its config.yaml; a config may need its data set.
@@ -177,7 +177,7 @@ def default_size(model: str) -> int:
     return min(sizes, default=STORED_SIZE)
 
 
-def costs_of(subject: Subject, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:
+def compute_costs(subject: ModelCase, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:
     """What is counted, and the bytes that are measured: None without a GPU, or where it has too little memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:

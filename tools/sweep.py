@@ -30,9 +30,18 @@ from configs.utils.files import path_argument
 from pipelines.storage.split import load_dataset
 from tools.common import tables
 from tools.runs import sweep_report
-from tools.runs.sweep_points import Point, points
+from tools.runs.sweep_points import Point, build_points
 from tools.runs.sweep_report import Sweep
-from tools.runs.sweep_runner import Outcome, Slot, is_finished, locked, log_of, make_slots, run_all, visible_gpus
+from tools.runs.sweep_runner import (
+    RunOutcome,
+    RunSlot,
+    is_finished,
+    lock_folder,
+    log_path,
+    make_slots,
+    run_points,
+    visible_gpus,
+)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -64,7 +73,7 @@ def main() -> int:
     replacements: dict[str, Any] = {"output": str(folder)}
     if base.log.wandb.project is not None:
         replacements |= {"log.wandb.project": base.log.wandb.project, "log.wandb.group": folder.name}
-    everything = points(
+    everything = build_points(
         arguments.cfg, arguments.axes, arguments.variant, fixed=arguments.opts, draws=arguments.random,
         seed=arguments.seed, **replacements,
     )  # fmt: skip
@@ -74,47 +83,47 @@ def main() -> int:
     command = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus_per_run}", "train/ddp.py"]
     command += ["--cfg", str(arguments.cfg)]
     sweep = Sweep(tables.make_folder(folder), everything, arguments.gpus_per_run, command, arguments.opts)
-    with locked(folder) as lock:
+    with lock_folder(folder) as lock:
         waiting = [point for point in everything if not is_finished(point)]
         before = len(everything) - len(waiting)
         print(f"{len(everything)} runs in {folder}, {before} of them finished before", flush=True)
-        if replaced := sweep_report.replaced_runs(sweep):
+        if replaced := sweep_report.runs_of_another_sweep(sweep):
             others = "; ".join(replaced[:3]) + " …" * (len(replaced) > 3)
             print(f"note: {folder} holds another sweep ({others}), whose runs stay; its tables and pictures are "
                   "replaced, --out FOLDER keeps both", flush=True)  # fmt: skip
         try:
             run(sweep, waiting, slots, lock)
         finally:
-            sweep_report.finish(sweep)
+            sweep_report.write_report(sweep)
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 print(f"to go on from here, give the same command again: {shlex.join(['python', *sys.argv])}")
     return 1 if sweep.errors else 0
 
 
-def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[Slot], lock: int) -> None:
+def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> None:
     """Run what is waiting; the tables are written anew after each run, so that a kill loses none of them."""
     tqdm.monitor_interval = 0  # no second thread while processes are started
     before = len(sweep.points) - len(waiting)
     bar = tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr)
 
-    def done(outcome: Outcome) -> None:
+    def done(outcome: RunOutcome) -> None:
         point = outcome.point
         if outcome.error is not None:
             sweep.errors[point.name] = outcome.error
         rows = sweep_report.write_tables(sweep)
         accuracy = rows[sweep.points.index(point)]["best_val_top1"]
         if outcome.error is not None:
-            what = f"failed, {outcome.error} (all of it: {log_of(point)})"
+            what = f"failed, {outcome.error} (all of it: {log_path(point)})"
         else:
             what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
         with bar.external_write_mode(file=sys.stdout):
             print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
-        if (best := sweep_report.best_of(rows)) is not None:
+        if (best := sweep_report.best_row(rows)) is not None:
             bar.set_postfix_str(f"best {rows[best]['best_val_top1']:.4f} {sweep.points[best].name}", refresh=False)
         bar.update()
 
     try:
-        run_all(waiting, slots, lock, done)
+        run_points(waiting, slots, lock, done)
     finally:
         bar.close()
 

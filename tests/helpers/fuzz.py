@@ -32,7 +32,7 @@ from models.weights import read_weights
 from pipelines.convert.encode import Defect, Encoding, encode
 from pipelines.storage.split import load_dataset, open_split
 from pipelines.storage.verify import verify
-from tools.runs.records import curve_rows, find_runs, labels, read_run, table
+from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
 from tools.sources.cifar import LAYOUTS, _parse_batch, _parse_classes, open_cifar
 from tools.sources.hdf5 import open_hdf5
 from train.checkpoint import store
@@ -403,8 +403,8 @@ def read_run_folder(folder: Path, files: Files) -> Callable[[Files], None]:
         for name, content in {**files, **changed}.items():
             (folder / name).write_bytes(content)
         records = [read_run(path) for path in find_runs([folder])]
-        names = labels(records)
-        table(records, names)
+        names = run_labels(records)
+        comparison_rows(records, names)
         curve_rows(records, names)
 
     return read

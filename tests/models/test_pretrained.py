@@ -17,7 +17,7 @@ from configs.schema import ModelConfig
 from configs.utils.errors import UserError
 from models import PixelClassifier, build_from_config, build_model
 from models.pretrained import build_pretrained, published_file
-from tools.inference.export_formats import Exportable, shortest, write_safetensors
+from tools.inference.export_formats import Exportable, shortest_decimals, write_safetensors
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
@@ -136,14 +136,17 @@ def exported(folder: Path, name: str) -> Path:
 def test_images_are_normalised_as_the_config_json_beside_the_file_says(name: str, tmp_path: Path) -> None:
     path = exported(tmp_path / "export", name)
     model, note = start(name, str(path), size=32)
-    assert (shortest(model.normalize.mean), shortest(model.normalize.std)) == ([0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
+    assert (shortest_decimals(model.normalize.mean), shortest_decimals(model.normalize.std)) == (
+        [0.2, 0.3, 0.4],
+        [0.5, 0.6, 0.7],
+    )
     assert f"normalised with mean [0.2, 0.3, 0.4] and std [0.5, 0.6, 0.7], as {path.parent}/config.json says" in note
     assert "pixels" not in note
     path.with_name("config.json").unlink()
     model, note = start(name, str(path), size=32)
     assumed = MEAN if name == "lenet" else list(timm.get_pretrained_cfg("test_resnet").mean)
     by = "the data set's" if name == "lenet" else "timm's for test_resnet"
-    assert shortest(model.normalize.mean) == assumed
+    assert shortest_decimals(model.normalize.mean) == assumed
     assert f"{by}, since no config.json beside the file says what the weights want" in note
 
 
@@ -152,11 +155,11 @@ def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp
     older = path.with_name("config.json")
     older.write_text('{"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "input_size": [3, 28, 28]}')
     model, note = start("lenet", str(path), size=32)
-    assert shortest(model.normalize.mean) == [0.2, 0.3, 0.4]
+    assert shortest_decimals(model.normalize.mean) == [0.2, 0.3, 0.4]
     assert "the weights were trained at 28 pixels, and images here have 32" in note
     older.write_text('{"model_type": "resnet", "hidden_sizes": [1]}')
     model, note = start("lenet", str(path), size=32)
-    assert shortest(model.normalize.mean) == MEAN
+    assert shortest_decimals(model.normalize.mean) == MEAN
     assert "since no config.json beside the file says what the weights want" in note
 
 

@@ -194,7 +194,7 @@ def test_conversion_counts_what_it_encodes_again(tmp_path: Path) -> None:
     assert dataset["reencoded"] == {"train": train, "val": {}}
     assert list(dataset["reencoded"]["train"]) == list(train)  # most frequent first
     assert json.loads((out / "dataset.json").read_text())["reencoded"] == dataset["reencoded"]
-    text = convert.summary(dataset, out, 1.0)
+    text = convert.format_summary(dataset, out, 1.0)
     assert "19 samples" in text
     assert "1 quarantined, 9 re-encoded (4 JPEG with bytes between segments, 2 JPEG with RGB components" in text
     assert "re-encoded" not in text.splitlines()[-1]

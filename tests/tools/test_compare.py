@@ -18,7 +18,7 @@ from configs.utils.errors import UserError
 from helpers.training import DIGITS, Run
 from tools import compare
 from tools.runs import curve_plot
-from tools.runs.records import curve_rows, find_runs, labels, read_run, table
+from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
 from train.reporting import figures
 
 
@@ -88,7 +88,7 @@ def test_the_table_has_the_settings_that_differ_and_the_results(tmp_path: Path) 
         make_run(tmp_path / "a", "aug.flip=0", "train.optimizer.betas=[0.9,0.95]", batch=256),
         make_run(tmp_path / "b", "aug.flip=0.5", "data.threads=1", lines=[line(0), line(1, epoch_time_s=6.0)]),
     ]
-    first, second = table([read_run(folder) for folder in folders], ["a", "b"])
+    first, second = comparison_rows([read_run(folder) for folder in folders], ["a", "b"])
     assert list(first) == [
         "run", "status", "model", "lr", "optimizer", "weight_decay", "epochs", "global_batch", "aug.flip",
         "train.optimizer.betas", "best_val_top1", "best_epoch", "train_top1", "train_loss", "training_time_s",
@@ -101,7 +101,7 @@ def test_the_table_has_the_settings_that_differ_and_the_results(tmp_path: Path) 
 
 def test_where_a_run_has_not_recorded_its_processes_the_batch_is_that_of_a_rank(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a", batch=None), make_run(tmp_path / "b", "train.accumulation_steps=2")]
-    rows = table([read_run(folder) for folder in folders], ["a", "b"])
+    rows = comparison_rows([read_run(folder) for folder in folders], ["a", "b"])
     assert [row["batch_per_rank"] for row in rows] == [64, 128]
 
 
@@ -124,7 +124,7 @@ def test_labels_show_what_differs(runs: dict[str, list[str]], expected: list[str
         config = load_config(DIGITS, settings, output=str(folder.parent), **named)
         (folder / "config.yaml").write_text(to_yaml(config))
         records.append(read_run(folder))
-    assert labels(records) == expected
+    assert run_labels(records) == expected
 
 
 def test_a_folder_of_runs_stands_for_them_in_natural_order_and_each_counts_once(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path)
         make_run(tmp_path / "none", lines=[]),
     ]
     records = [read_run(folder) for folder in folders]
-    figure = curve_plot.overlay(records, ["good", "bad", "none"], "test")
+    figure = curve_plot.plot_curves(records, ["good", "bad", "none"], "test")
     train_loss, val_loss, _, val_top1 = figure.axes
     assert train_loss.get_ylim()[1] < 4
     assert train_loss.get_title() == "not shown: nan or infinite: bad; above 3: bad"
@@ -163,7 +163,7 @@ def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path)
 def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
     unevaluated = line(1, val_loss=None, val_top1=None, val_top5=None)
     record = read_run(make_run(tmp_path / "run", lines=[line(0), unevaluated, line(2)]))
-    figure = curve_plot.overlay([record], ["run"], "test")
+    figure = curve_plot.plot_curves([record], ["run"], "test")
     assert list(figure.axes[1].lines[0].get_xdata()) == [1, 3]
     assert figure.axes[1].get_title() == ""
 
@@ -171,7 +171,7 @@ def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
 def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     names = ["a$\\b$", "_$x$"]
     records = [read_run(make_run(tmp_path / run, lines=[line(0), line(1, train_loss=None)])) for run in ("a", "b")]
-    figure = curve_plot.overlay(records, names, names[0])
+    figure = curve_plot.plot_curves(records, names, names[0])
     figures.pixels_of(figure)
     assert [text.get_text().removesuffix(" (2 of 3 epochs)") for text in figure.legends[0].get_texts()] == names
     figures.pixels_of(figures.curves(records[0].metrics, names[0]))
@@ -185,7 +185,7 @@ def test_the_train_loss_is_named_by_the_runs_and_validation_s_is_always_cross_en
         ([binary], "train loss (binary cross-entropy)"),
         ([plain, binary], "train loss (cross-entropy or binary cross-entropy)"),
     ):
-        train, val, *_ = curve_plot.overlay(records, ["a", "b"][: len(records)], "test").axes
+        train, val, *_ = curve_plot.plot_curves(records, ["a", "b"][: len(records)], "test").axes
         assert (train.get_ylabel(), val.get_ylabel()) == (expected, "validation loss (cross-entropy)")
 
 
@@ -226,10 +226,10 @@ def test_the_range_of_losses_is_that_of_the_runs_that_learn(
 
 
 def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_path: Path) -> None:
-    count = curve_plot.COLOURS + 3
+    count = curve_plot.MAX_COLORED + 3
     folders = [make_run(tmp_path / f"run{n}", lines=[line(0, val_top1=n / 100)]) for n in range(count)]
     names = [f"run{n}" for n in range(count)]
-    figure = curve_plot.overlay([read_run(folder) for folder in folders], names, "test")
+    figure = curve_plot.plot_curves([read_run(folder) for folder in folders], names, "test")
     legend = [text.get_text().split(" ")[0] for text in figure.legends[0].get_texts()]
     assert legend == [*names[3:], "others"]
 
@@ -263,7 +263,7 @@ def test_validation_of_a_moving_average_is_drawn_in_dots_of_the_runs_colour(tmp_
     both = [line(epoch, ema_val_loss=1.5 - epoch / 2, ema_val_top1=0.25 + epoch / 8) for epoch in range(3)]
     averaged = make_run(tmp_path / "averaged", "train.ema.decay=0.9", lines=both)
     plain = make_run(tmp_path / "plain")
-    figure = curve_plot.overlay([read_run(averaged), read_run(plain)], ["averaged", "plain"], "test")
+    figure = curve_plot.plot_curves([read_run(averaged), read_run(plain)], ["averaged", "plain"], "test")
     dotted = [[drawn for drawn in axis.lines if drawn.get_linestyle() == ":"] for axis in figure.axes]
     assert [len(drawn) for drawn in dotted] == [0, 1, 0, 1]
     assert list(dotted[1][0].get_ydata()) == [1.5, 1.0, 0.5]

@@ -24,8 +24,8 @@ from pipelines import build_eval_loader
 from pipelines.storage.split import load_dataset
 from tools import export
 from tools.inference import export_check
-from tools.inference.export_formats import FORMATS, Exportable, layers_at_the_ends
-from tools.inference.trained_model import load_trained
+from tools.inference.export_formats import FORMATS, Exportable, first_and_last_layers
+from tools.inference.trained_model import load_trained_model
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import without_start
@@ -73,7 +73,7 @@ def lenet_export(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.fixture(scope="module")
 def network(digits_run: Run) -> nn.Module:
     with alone() as device:
-        return load_trained(digits_run.folder, device).training.network
+        return load_trained_model(digits_run.folder, device).training.network
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_model_of_other_activation_and_width_is_exported_with_them(
     config = json.loads((result.folder / "config.json").read_text())
     assert arguments.items() <= config["model_args"].items()
     with alone() as device, torch.no_grad():
-        expected = load_trained(path, device).training.network(digits)
+        expected = load_trained_model(path, device).training.network(digits)
     for name in NAMES:
         assert (result.run_as_printed(name, digits) - expected).abs().max() <= 1e-4
 
@@ -189,7 +189,7 @@ def test_a_timm_model_comes_back_from_its_folder(
     assert "256 images of random pixels" in capsys.readouterr().out
     assert {row["verified on"] for row in result.report["formats"]} == {"random pixels"}
     with alone() as device:
-        network = load_trained(timm_checkpoint, device).training.network
+        network = load_trained_model(timm_checkpoint, device).training.network
     with torch.no_grad():
         expected = network(digits)
     for name in names:
@@ -258,7 +258,7 @@ def test_a_millionth_of_the_largest_logit_is_rounding(
         FORMATS["onnx"], write=lambda *_: "", load=lambda _: lambda images: logits[: len(images)] + differs_by
     )
     monkeypatch.setitem(FORMATS, "onnx", wrong)
-    expected = export_check.Expected(torch.zeros((3, 3, 2, 2), dtype=torch.uint8), logits, "", "")
+    expected = export_check.ExpectedLogits(torch.zeros((3, 3, 2, 2), dtype=torch.uint8), logits, "", "")
     outcome = nullcontext() if fits else pytest.raises(UserError, match="is allowed")
     with outcome:
         export.export("onnx", None, expected, 1e-4, tmp_path)  # type: ignore[arg-type]
@@ -292,7 +292,7 @@ def test_a_network_that_has_no_such_graph_is_one_sentence(
     name: str, network: nn.Module, why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
-    expected = export_check.Expected(images, torch.zeros(9, 10), "random pixels", "9 images")
+    expected = export_check.ExpectedLogits(images, torch.zeros(9, 10), "random pixels", "9 images")
     with pytest.raises(UserError, match=f"^format {name} cannot be exported: .*{why}") as caught:
         export.export(name, exportable(network), expected, 1e-4, tmp_path)
     assert "\n" not in str(caught.value)
@@ -309,27 +309,29 @@ def test_comparison_sees_every_image_once_in_batches_of_all_sizes() -> None:
         return batch.flatten(1).float()
 
     logits = images.flatten(1).float()
-    result = export_check.compare(predict, export_check.Expected(images, logits, "", ""))
+    result = export_check.compare_logits(predict, export_check.ExpectedLogits(images, logits, "", ""))
     assert [len(batch) for batch in seen] == [1, 7, 64, 1, 7, 64, 1, 7, 48]
     assert torch.equal(torch.cat(seen), images[:, 0, 0, 0])
     assert (result.max_difference, result.same_top1) == (0.0, 200)
     logits = logits.clone()
     logits[199, 5] -= 500
-    assert export_check.compare(predict, export_check.Expected(images, logits, "", "")).max_difference == 500
+    assert (
+        export_check.compare_logits(predict, export_check.ExpectedLogits(images, logits, "", "")).max_difference == 500
+    )
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_built_in_models_name_the_layers_at_their_ends(name: str) -> None:
     with torch.device("meta"):
         network = build_model(name, 10)
-    ends = layers_at_the_ends(network.state_dict())
+    ends = first_and_last_layers(network.state_dict())
     assert network.get_submodule(ends["first_conv"]).weight.shape[1] == 3
     assert network.get_submodule(ends["classifier"]).weight.shape == (10, ends["num_features"])
 
 
 def test_a_diverged_run_is_refused(timm_checkpoint: Path, tmp_path: Path) -> None:
     with alone() as device:
-        trained = load_trained(timm_checkpoint, device)
+        trained = load_trained_model(timm_checkpoint, device)
     next(trained.training.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="no finite numbers"):
         export_check.expected_logits(trained, None, 3)

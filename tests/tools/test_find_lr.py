@@ -18,15 +18,15 @@ from pipelines.loader.loader import Batch
 from pipelines.loader.prefetch import Plan
 from tools import find_lr
 from tools.find_lr import options_for, range_test
-from tools.runs.lr_range import DELAY, Curve, end_of, smooth, suggest
+from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
 from train.optim.schedule import scaled
 
 RATES = np.geomspace(1e-6, 10, 150)
 
 
-def curve_of(losses: np.ndarray) -> Curve:
+def curve_of(losses: np.ndarray) -> LossCurve:
     rates = RATES[: len(losses)]
-    return Curve(rates, losses, smooth(list(losses), rates))
+    return LossCurve(rates, losses, smooth_losses(list(losses), rates))
 
 
 def noise() -> np.ndarray:
@@ -42,7 +42,7 @@ def descent(at: float) -> np.ndarray:
 
 @pytest.mark.parametrize("at", [1e-4, 3e-3, 0.05])
 def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
-    suggestion = suggest(curve_of(descent(at) + noise()))
+    suggestion = suggest_lr(curve_of(descent(at) + noise()))
     assert suggestion.lr is not None
     assert at / 1.5 < suggestion.lr < at * 3  # the smoothed loss lags a quarter of a decade behind
     assert suggestion.lr_at_minimum is not None
@@ -57,32 +57,32 @@ def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
     ids=["flat", "rising", "nan", "infinite", "too short"],
 )  # fmt: skip
 def test_a_curve_without_a_clear_descent_gives_no_suggestion(losses: np.ndarray) -> None:
-    suggestion = suggest(curve_of(losses))
+    suggestion = suggest_lr(curve_of(losses))
     assert (suggestion.lr, suggestion.tenth_of_minimum) == (None, None)
     assert suggestion.reason
 
 
 def test_losses_that_are_not_finite_at_the_end_do_not_hide_the_descent() -> None:
     losses = descent(1e-3) + noise()
-    whole = suggest(curve_of(losses))
+    whole = suggest_lr(curve_of(losses))
     assert whole.lr is not None
     losses[-10:] = np.nan
-    assert suggest(curve_of(losses)) == whole
+    assert suggest_lr(curve_of(losses)) == whole
 
 
 def test_smoothing_is_corrected_for_its_start_and_lags_by_a_share_of_a_decade() -> None:
     for count in (50, 500):
         rates = np.geomspace(1e-6, 10, count)
-        assert smooth([2.0] * count, rates) == pytest.approx(2.0)
+        assert smooth_losses([2.0] * count, rates) == pytest.approx(2.0)
         decades = np.log10(rates)
-        assert decades[-1] - smooth(list(decades), rates)[-1] == pytest.approx(DELAY, rel=1e-3)
+        assert decades[-1] - smooth_losses(list(decades), rates)[-1] == pytest.approx(DELAY_DECADES, rel=1e-3)
 
 
 def test_the_end_is_the_first_loss_out_of_bounds() -> None:
-    assert end_of(np.array([3.0, 2.0, 1.0, 3.9, 4.1, 1.0])) == 4
-    assert end_of(np.array([3.0, 2.0, np.nan, 1.0])) == 2
-    assert end_of(np.array([3.0, np.inf, 1.0])) == 1
-    assert end_of(np.array([3.0, 2.0, 7.9])) is None
+    assert divergence_index(np.array([3.0, 2.0, 1.0, 3.9, 4.1, 1.0])) == 4
+    assert divergence_index(np.array([3.0, 2.0, np.nan, 1.0])) == 2
+    assert divergence_index(np.array([3.0, np.inf, 1.0])) == 1
+    assert divergence_index(np.array([3.0, 2.0, 7.9])) is None
 
 
 class Repeated:
@@ -128,7 +128,7 @@ def test_the_test_stops_when_the_loss_diverges() -> None:
         training = training_of(lenet_of(), lr=1e-3)
         curve = range_test(training, Repeated(random_batch(16)), np.geomspace(1e-2, 1e6, 200))  # type: ignore[arg-type]
     assert len(curve.loss) == len(curve.lr) < 200
-    assert end_of(curve.smoothed) == len(curve.lr) - 1
+    assert divergence_index(curve.smoothed) == len(curve.lr) - 1
 
 
 def test_rates_of_their_own_move_along_with_the_suggestion() -> None:

@@ -28,8 +28,8 @@ from pipelines.convert.encode import Encoding
 from pipelines.storage.split import load_dataset, open_split
 from tools import convert, predict
 from tools.inference import ensemble
-from tools.inference.image_sets import conversion_of
-from tools.inference.trained_model import load_trained
+from tools.inference.image_sets import picture_encoding
+from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import store
@@ -79,7 +79,7 @@ def table(path: Path) -> list[list[str]]:
 def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
     """The model applied to pixels [H, W, 3] one by one, without loader and batches."""
     with alone() as device, torch.inference_mode():
-        network = load_trained(run_folder, device).training.network
+        network = load_trained_model(run_folder, device).training.network
         batches = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
         return torch.cat([network(batch) for batch in batches]).numpy()
 
@@ -90,7 +90,7 @@ def test_a_checkpoints_figures_are_those_of_evaluate_to_the_last_digit(
     digits_run: Run, tmp_path: Path, tta: str | None, batch_size: int | None
 ) -> None:
     with alone() as device:
-        trained = load_trained(digits_run.folder, device)
+        trained = load_trained_model(digits_run.folder, device)
         settings = trained.config.eval.model_copy(update={"batch_size": batch_size})
         loader = build_eval_loader(trained.config.data, settings, device=device)
         result = evaluate(trained.training, loader, 360, tta or "none")
@@ -378,7 +378,7 @@ def test_several_checkpoints_are_averaged_in_probability_each_at_its_own_size(np
     assert metrics["top1"] == (mean.argmax(1) == labels).double().mean().item()
     assert [entry["tta"] for entry in metrics["checkpoints"]] == ["none", "flip"]
     with alone() as device:
-        trained = load_trained(models[1], device)
+        trained = load_trained_model(models[1], device)
         loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
         alone_b = evaluate(trained.training, loader, 107, "flip")
     assert loader.image_size == 34
@@ -412,14 +412,14 @@ def test_logits_that_are_not_finite_are_refused_by_image(model: Path, monkeypatc
 
 def test_pictures_are_stored_as_the_data_set_was(npy_data: Path, model: Path) -> None:
     with alone() as device:
-        trained = load_trained(model, device)
-    assert conversion_of(trained) == Encoding("npy", size=32), "raw pixels of one size, as they came"
+        trained = load_trained_model(model, device)
+    assert picture_encoding(trained) == Encoding("npy", size=32), "raw pixels of one size, as they came"
     assert trained.conversion is not None
     jpeg = {**trained.conversion, "name": "jpeg", "quality": 80}
-    assert conversion_of(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
-    assert conversion_of(replace(trained, conversion={**trained.conversion, "size": 48})) == Encoding("npy", size=48)
-    assert conversion_of(replace(trained, stored_shape=(32, 40, 3))) == Encoding("jpeg"), "no square to crop to"
-    assert conversion_of(replace(trained, conversion=None)) == Encoding("jpeg")
+    assert picture_encoding(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
+    assert picture_encoding(replace(trained, conversion={**trained.conversion, "size": 48})) == Encoding("npy", size=48)
+    assert picture_encoding(replace(trained, stored_shape=(32, 40, 3))) == Encoding("jpeg"), "no square to crop to"
+    assert picture_encoding(replace(trained, conversion=None)) == Encoding("jpeg")
 
 
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(model: Path) -> None:

@@ -23,11 +23,11 @@ from pipelines.convert.source import Source
 from pipelines.loader.loader import MixedBatch
 from pipelines.storage.split import open_split
 from tools import show
-from tools.inference.trained_model import load_trained
-from tools.visualize.dataset import examples
+from tools.inference.trained_model import load_trained_model
+from tools.visualize.dataset import class_examples
 from tools.visualize.predictions import confident_mistakes, confused_pairs
-from tools.visualize.samples import augmented, sample_figure
-from tools.visualize.subset import images_of
+from tools.visualize.samples import augmented_samples, sample_figure
+from tools.visualize.subset import load_images
 from train.engine.epoch import evaluate, predictions
 from train.engine.mixing import mixed_images, neighbours
 from train.reporting import figures, image_grids
@@ -61,7 +61,7 @@ class Shown:
     def __init__(self, run: Run, folder: Path, output: str, drawn: dict[str, Figure]) -> None:
         self.folder, self.output, self.drawn = folder, output, drawn
         with alone() as device:
-            trained = load_trained(run.folder, device)
+            trained = load_trained_model(run.folder, device)
             loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
             self.evaluation = evaluate(trained.training, loader, 360)
             pairs = list(predictions(trained.training, loader))
@@ -217,7 +217,7 @@ def test_samples_of_an_epoch_are_the_train_loaders_first_batch(npy_data: Path, t
 
 def test_several_epochs_augment_the_same_samples_as_training_does(npy_data: Path) -> None:
     config = training_config(npy_data)
-    samples, rows = augmented(config, [3, 5, 0], 40, CPU)
+    samples, rows = augmented_samples(config, [3, 5, 0], 40, CPU)
     for epoch, row in zip((3, 5, 0), rows, strict=True):
         loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
         loader.state = {"epoch": epoch, "step": 0}
@@ -279,7 +279,7 @@ def test_chosen_samples_come_in_the_order_asked_for(npy_data: Path) -> None:
     config = training_config(npy_data)
     samples = np.random.default_rng(0).permutation(700)[:300]  # more than one batch
     pixels, row_of = open_split(npy_data, "train").pixel_rows()
-    images = images_of(config.data, config.eval, "train", samples, CPU)
+    images = load_images(config.data, config.eval, "train", samples, CPU)
     assert np.array_equal(image_grids.pixels(images), pixels[row_of[samples]].reshape(-1, 32, 32, 3))
 
 
@@ -307,8 +307,8 @@ def test_class_counts_are_those_of_the_labels(
 def test_examples_are_one_sample_of_each_class(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     assert split.labels is not None
-    assert split.labels[examples(split, 20, seed=0)].tolist() == list(range(12))
-    few = split.labels[examples(split, 5, seed=0)].tolist()
+    assert split.labels[class_examples(split, 20, seed=0)].tolist() == list(range(12))
+    few = split.labels[class_examples(split, 5, seed=0)].tolist()
     assert len(few) == 5
     assert few == sorted(set(few))
 

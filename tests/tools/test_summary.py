@@ -16,7 +16,7 @@ from helpers.training import CPU, Run
 from models import build_model
 from tools import summary
 from tools.common.model_costs import Costs, count_costs
-from tools.perf.cost_report import ratios, row_of
+from tools.perf.cost_report import ratio_sentences, summary_row
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 
@@ -163,13 +163,13 @@ class Floats(nn.Module):
 
 def test_ratios_compare_with_the_smallest_model() -> None:
     options = summary.parse_arguments(["x"])
-    subjects = [summary.subject_of(name, options) for name in ("alexnet", "lenet")]
+    subjects = [summary.build_case(name, options) for name in ("alexnet", "lenet")]
     costs = [costs_of(subject.model, subject.image_size, 128) for subject in subjects]
-    rows = [row_of(subject, one, None, None) for subject, one in zip(subjects, costs, strict=True)]
-    (text,) = ratios(rows)
+    rows = [summary_row(subject, one, None, None) for subject, one in zip(subjects, costs, strict=True)]
+    (text,) = ratio_sentences(rows)
     assert text.startswith("alexnet has 686 times the parameters, 107 times the FLOPs and ")
     assert text.endswith(" times the training memory of lenet.")
-    assert ratios(rows[:1]) == []
+    assert ratio_sentences(rows[:1]) == []
 
 
 def test_models_are_taken_at_the_size_of_this_projects_configs() -> None:
@@ -197,13 +197,13 @@ def test_the_command_writes_tables_and_a_picture(tmp_path: Path, capsys: pytest.
 
 def test_a_run_and_its_config_stand_for_the_model_as_trained(digits_run: Run, tmp_path: Path) -> None:
     options = summary.parse_arguments(["x"])
-    run = summary.subject_of(str(digits_run.folder), options)
+    run = summary.build_case(str(digits_run.folder), options)
     assert (run.label, run.model, run.image_size, run.classes) == ("digits_lenet", "lenet", 32, 10)
     assert (run.batch_size, run.train.lr) == (64, 6e-3)
     config = str(digits_run.folder / "config.yaml")
-    assert summary.subject_of(config, options) == run
+    assert summary.build_case(config, options) == run
     options = summary.parse_arguments(["x", "--batch-size", "7", "--classes", "3", "--size", "35"])
-    changed = summary.subject_of(config, options)
+    changed = summary.build_case(config, options)
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
 
 
@@ -247,8 +247,8 @@ def test_a_config_without_its_data_set_must_be_told_the_classes(tmp_path: Path) 
 
 @pytest.mark.gpu
 def test_a_gpu_measures_at_least_what_stays_allocated() -> None:
-    subject = summary.subject_of("alexnet", summary.parse_arguments(["x"]))
+    subject = summary.build_case("alexnet", summary.parse_arguments(["x"]))
     with dist.process_group(Ranks()) as device:
-        costs, measured = summary.costs_of(subject, device, torch.bfloat16)
+        costs, measured = summary.compute_costs(subject, device, torch.bfloat16)
     assert measured is not None
     assert costs.weight_bytes + costs.optimizer_bytes < measured < 2 * costs.memory_bytes

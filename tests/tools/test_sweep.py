@@ -27,11 +27,11 @@ from configs.utils.errors import UserError
 from helpers.training import CLEAN, DIGITS, ROOT, Run, heed_ctrl_c
 from tools import sweep
 from tools.runs import sweep_report, sweep_runner
-from tools.runs.records import flat
-from tools.runs.sweep_plots import values_figure
-from tools.runs.sweep_points import Point, points, split_outside_brackets
-from tools.runs.sweep_report import Sweep, beyond
-from tools.runs.sweep_runner import Outcome, Slot, make_slots, run_all
+from tools.runs.records import settings_by_key
+from tools.runs.sweep_plots import plot_values
+from tools.runs.sweep_points import Point, build_points, split_outside_brackets
+from tools.runs.sweep_report import Sweep, edge_hints
+from tools.runs.sweep_runner import RunOutcome, RunSlot, make_slots, run_points
 from train.ddp import parse_arguments
 from train.reporting import figures
 from train.reporting.run_log import read_metrics
@@ -41,7 +41,7 @@ WANDB_SWEEP = ROOT / "configs" / "sweeps" / "cifar10_alexnet_lr.yaml"
 
 
 def of(*axes: str, variants: tuple[str, ...] = (), **changes: Any) -> list[Point]:
-    return points(DIGITS, axes, variants, **{"fixed": (), "draws": None, "seed": 0, **changes})
+    return build_points(DIGITS, axes, variants, **{"fixed": (), "draws": None, "seed": 0, **changes})
 
 
 def names(*axes: str, **changes: Any) -> list[str]:
@@ -192,30 +192,30 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return use
 
 
-def run_fakes(folder: Path, slots: list[Slot], *axes: str) -> dict[str, Outcome]:
-    outcomes: list[Outcome] = []
-    with sweep_runner.locked(folder) as lock:
-        run_all(of(*axes, output=str(folder)), slots, lock, outcomes.append)
+def run_fakes(folder: Path, slots: list[RunSlot], *axes: str) -> dict[str, RunOutcome]:
+    outcomes: list[RunOutcome] = []
+    with sweep_runner.lock_folder(folder) as lock:
+        run_points(of(*axes, output=str(folder)), slots, lock, outcomes.append)
     return {outcome.point.name: outcome for outcome in outcomes}
 
 
 def test_a_failed_run_is_told_by_its_error_and_the_others_go_on(tmp_path: Path, fake: Fake) -> None:
     fake("import sys; print('begin'); assert sys.argv[1] != 'seed=1', 'too large\\nfor this GPU'; print('end')")
     (tmp_path / "seed=1.log").write_text("error: of an earlier attempt\n")
-    outcomes = run_fakes(tmp_path, [Slot()], "seed=0,1,2")
+    outcomes = run_fakes(tmp_path, [RunSlot()], "seed=0,1,2")
     assert {name: outcome.error for name, outcome in outcomes.items()} == {
         "seed=0": None, "seed=1": "exit code 1: AssertionError: too large", "seed=2": None,
     }  # fmt: skip
     assert (tmp_path / "seed=2.log").read_text() == "begin\nend\n"
     assert (tmp_path / "seed=1.log").read_text().startswith("error: of an earlier attempt\n")
     fake("import os; os.kill(os.getpid(), 9)")
-    assert run_fakes(tmp_path, [Slot()], "seed=0")["seed=0"].error == "killed by SIGKILL: it printed nothing"
+    assert run_fakes(tmp_path, [RunSlot()], "seed=0")["seed=0"].error == "killed by SIGKILL: it printed nothing"
 
 
 def test_each_group_of_gpus_has_one_run_at_a_time_and_threads_are_shared_out(tmp_path: Path, fake: Fake) -> None:
     fake("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], time.time()); "
          "time.sleep(0.2); print(time.time())")  # fmt: skip
-    slots = [Slot(("0", "1"), 1, threads=3), Slot(("GPU-a",), 1, threads=3)]
+    slots = [RunSlot(("0", "1"), 1, threads=3), RunSlot(("GPU-a",), 1, threads=3)]
     run_fakes(tmp_path, slots, "seed=0,1,2,3,4,5")
     used: dict[str, list[tuple[float, float]]] = {}
     for number in range(6):
@@ -231,10 +231,10 @@ def test_each_group_of_gpus_has_one_run_at_a_time_and_threads_are_shared_out(tmp
 
 def test_gpus_are_shared_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert make_slots(["0", "1", "2", "3", "4"], 2, None) == [Slot(("0", "1"), 2, 2), Slot(("2", "3"), 2, 2)]
-    assert make_slots(["0"], 1, 2) == [Slot(("0",), 1, 4), Slot(("0",), 1, 4)]
-    assert make_slots([], 1, None) == [Slot()]
-    assert make_slots([], 1, 3) == [Slot((), 1, 2)] * 3
+    assert make_slots(["0", "1", "2", "3", "4"], 2, None) == [RunSlot(("0", "1"), 2, 2), RunSlot(("2", "3"), 2, 2)]
+    assert make_slots(["0"], 1, 2) == [RunSlot(("0",), 1, 4), RunSlot(("0",), 1, 4)]
+    assert make_slots([], 1, None) == [RunSlot()]
+    assert make_slots([], 1, 3) == [RunSlot((), 1, 2)] * 3
     with pytest.raises(UserError, match="--gpus-per-run 2 exceeds the 1 GPUs"):
         make_slots(["0"], 2, None)
     with pytest.raises(UserError, match="--parallel 0 is not"):
@@ -244,9 +244,9 @@ def test_gpus_are_shared_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_runner, "LOCK_WAIT_S", 0.1)
     with (
-        sweep_runner.locked(tmp_path),
+        sweep_runner.lock_folder(tmp_path),
         pytest.raises(UserError, match="another sweep is at work in"),
-        sweep_runner.locked(tmp_path),
+        sweep_runner.lock_folder(tmp_path),
     ):
         pass
 
@@ -324,9 +324,8 @@ def test_a_sweep_ends_with_tables_pictures_and_the_best_setting(finished: tuple[
     start = command.index("--cfg")  # what can be pasted is this run again
     pasted = parse_arguments(shlex.split(command[start:]))
     config = load_config(pasted.cfg, pasted.opts)
-    assert flat(config) | {"name": "", "output": ""} == flat(load_config(out / best["run"] / "config.yaml")) | {
-        "name": "", "output": "",
-    }  # fmt: skip
+    recorded = settings_by_key(load_config(out / best["run"] / "config.yaml"))
+    assert settings_by_key(config) | {"name": "", "output": ""} == recorded | {"name": "", "output": ""}
     assert {path.name for path in out.iterdir() if path.suffix in (".png", ".csv", ".json")} == {
         "sweep.png", "sweep_values.png", "sweep.csv", "sweep.json", "curves.csv",
     }  # fmt: skip
@@ -486,10 +485,10 @@ def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
-    assert sweep_report.replaced_runs(Sweep(out, of("train.lr=1e-3,6e-3,1e-2"), 1, [], [])) == []
+    assert sweep_report.runs_of_another_sweep(Sweep(out, of("train.lr=1e-3,6e-3,1e-2"), 1, [], [])) == []
     other = Sweep(out, of("train.lr=6e-3", "aug.flip=0", output=str(out)), 1, [], [])
-    assert sweep_report.replaced_runs(other) == ["lr=0.001", "lr=0.006"]
-    sweep_report.finish(other)
+    assert sweep_report.runs_of_another_sweep(other) == ["lr=0.001", "lr=0.006"]
+    sweep_report.write_report(other)
     assert list(out.glob("*.png")) == []
     assert (out / "lr=0.001" / "best.pt").is_file()
 
@@ -500,7 +499,7 @@ def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one
 def figure_of(*axes: str, variants: tuple[str, ...] = ()) -> Any:
     found = of(*axes, variants=variants)
     table = [{"best_val_top1": 0.1 * n, "training_time_s": 10.0 + n} for n in range(len(found))]
-    return values_figure(found, table, "test")
+    return plot_values(found, table, "test")
 
 
 def test_one_number_gives_lines_two_give_a_map_and_none_gives_nothing() -> None:
@@ -555,7 +554,7 @@ def test_results_that_are_not_known_leave_gaps() -> None:
         table: list[dict[str, Any]] = [{"best_val_top1": 0.5, "training_time_s": None} for _ in found]
         table[-1] = {"best_val_top1": None, "training_time_s": 3.0}
         for results in (table, [dict.fromkeys(one) for one in table]):
-            figure = values_figure(found, results, "test")
+            figure = plot_values(found, results, "test")
             assert figure is not None
             figures.pixels_of(figure)
 
@@ -582,9 +581,9 @@ def drawn(parameters: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def test_a_best_value_at_the_end_of_a_list_is_pointed_out() -> None:
     configs = [point.config for point in of("train.lr=1e-3,3e-3,1e-2", "data.batch_size=32,64")]
-    assert beyond(configs, 0) == ["train.lr=0.001 is the smallest that was tried; smaller ones may be better"]
-    assert beyond(configs, 2) == []
-    assert beyond(configs, 5) == ["train.lr=0.01 is the largest that was tried; larger ones may be better"]
+    assert edge_hints(configs, 0) == ["train.lr=0.001 is the smallest that was tried; smaller ones may be better"]
+    assert edge_hints(configs, 2) == []
+    assert edge_hints(configs, 5) == ["train.lr=0.01 is the largest that was tried; larger ones may be better"]
 
 
 def test_the_wandb_sweep_makes_command_lines_of_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,7 +594,7 @@ def test_the_wandb_sweep_makes_command_lines_of_the_entry_point(monkeypatch: pyt
         assert command[:3] == ["/usr/bin/env", "python", "train/ddp.py"]
         parsed = parse_arguments(command[3:])
         config = load_config(parsed.cfg, parsed.opts, output=parsed.output)
-        settings = flat(config)
+        settings = settings_by_key(config)
         assert {key: settings[key] for key in values} == values
         assert config.log.wandb.project == content["project"]
         assert parsed.resume is None  # it would go on with another agent's run

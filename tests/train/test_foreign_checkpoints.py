@@ -25,7 +25,7 @@ from models import build_model
 from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
 from pipelines.storage.split import load_dataset
-from tools.inference.trained_model import load_trained
+from tools.inference.trained_model import load_trained_model
 from train.checkpoint.finetune import load_finetune
 from train.checkpoint.store import is_foreign, load, load_newest, save
 
@@ -135,7 +135,7 @@ def test_other_commands_refuse_a_homework_checkpoint_with_the_same_advice(tmp_pa
         lambda: load(path),
         lambda: load_newest([path]),
         lambda: load_finetune(lenet_of_200(), str(path), "ab"),
-        lambda: load_trained(path, torch.device("cpu")),
+        lambda: load_trained_model(path, torch.device("cpu")),
     ):
         with pytest.raises(UserError, match=r"written by another program, .*model\.pretrained=.* --eval --resume"):
             read()

@@ -29,12 +29,12 @@ class Layer:
     saved_bytes: int = 0  # kept for the backward pass, and by no earlier layer
 
 
-def bytes_of(tensors: list[Tensor]) -> int:
+def storage_bytes(tensors: list[Tensor]) -> int:
     """Of their storages, each counted once."""
-    return sum({_identity(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _identity(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -43,13 +43,13 @@ class WeightCasts(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._parameters = {_identity(parameter) for parameter in network.parameters()}
+        self._parameters = {_storage_id(parameter) for parameter in network.parameters()}
         self._copies: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and _identity(args[0]) in self._parameters:
-            self._copies[_identity(result)] = result  # kept, so that no other storage gets its identity
+        if func is torch.ops.aten._to_copy.default and _storage_id(args[0]) in self._parameters:
+            self._copies[_storage_id(result)] = result  # kept, so that no other storage gets its identity
         return result
 
     def __contains__(self, identity: int) -> bool:
@@ -57,11 +57,11 @@ class WeightCasts(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        return bytes_of(list(self._copies.values()))
+        return storage_bytes(list(self._copies.values()))
 
 
 @dataclass
-class Tracer:
+class ForwardTracer:
     """Follows a forward pass: which call is running, so that each FLOP and each kept storage has one owner."""
 
     counter: FlopCounterMode
@@ -73,41 +73,41 @@ class Tracer:
     _seen_flops: int = 0
 
     @contextmanager
-    def watch(self, network: nn.Module) -> Iterator[None]:
+    def trace(self, network: nn.Module) -> Iterator[None]:
         """Everything inside is traced; what happens outside of the network is the row `loss`."""
-        self._kept: dict[int, Tensor] = {_identity(tensor): tensor for tensor in self.weights}
+        self._saved: dict[int, Tensor] = {_storage_id(tensor): tensor for tensor in self.weights}
         handles: list[RemovableHandle] = []
         for name, module in network.named_modules():
-            handles.append(module.register_forward_pre_hook(self._entering(name)))
-            handles.append(module.register_forward_hook(self._leaving))
+            handles.append(module.register_forward_pre_hook(self._entry_hook(name)))
+            handles.append(module.register_forward_hook(self._exit_hook))
         loss = Layer(LOSS, "CrossEntropy", ())
         self._stack = [loss]
         try:
-            with saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            with saved_tensors_hooks(self._save_hook, lambda tensor: tensor):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._settle()
+        self._count_flops()
         self.layers.append(loss)
 
-    def _settle(self) -> None:
+    def _count_flops(self) -> None:
         """Book the FLOPs since the last change of the running call to it."""
         total = self.counter.get_total_flops()
         self._stack[-1].flops += total - self._seen_flops
         self._seen_flops = total
 
-    def _entering(self, name: str) -> Any:
+    def _entry_hook(self, name: str) -> Any:
         def enter(module: nn.Module, _: Any) -> None:
-            self._settle()
+            self._count_flops()
             own = [p for p in module.parameters(recurse=False) if p not in self.counted]
             self.counted.update(own)
             self._stack.append(Layer(name, type(module).__name__, parameters=sum(p.numel() for p in own)))
 
         return enter
 
-    def _leaving(self, module: nn.Module, _: Any, output: Any) -> None:
-        self._settle()
+    def _exit_hook(self, module: nn.Module, _: Any, output: Any) -> None:
+        self._count_flops()
         layer = self._stack.pop()
         is_leaf = next(module.children(), None) is None
         layer.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
@@ -115,15 +115,15 @@ class Tracer:
             layer.type += "" if is_leaf else ", own operations"
             self.layers.append(layer)
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in self._kept and identity not in self.casts:
-            self._kept[identity] = tensor
+    def _save_hook(self, tensor: Tensor) -> Tensor:
+        identity = _storage_id(tensor)
+        if identity not in self._saved and identity not in self.casts:
+            self._saved[identity] = tensor
             self._stack[-1].saved_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
-def not_called(network: nn.Module, tracer: Tracer) -> Iterator[Layer]:
+def uncalled_layers(network: nn.Module, tracer: ForwardTracer) -> Iterator[Layer]:
     """Parameters whose module was not called: used by another module, or not at all."""
     for name, module in network.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]

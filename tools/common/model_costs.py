@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
-from tools.common.forward_tracer import Layer, Tracer, WeightCasts, bytes_of, not_called
+from tools.common.forward_tracer import ForwardTracer, Layer, WeightCasts, storage_bytes, uncalled_layers
 from train.engine.epoch import build_training, run_step
 from train.engine.losses import build_loss
 from train.engine.warm_up import blank_batch
@@ -68,16 +68,16 @@ def count_costs(
         network = copy.deepcopy(network)
     set_training_mode(network)
     tensors = [*network.parameters(), *network.buffers()]
-    weight_bytes = bytes_of(tensors)
+    weight_bytes = storage_bytes(tensors)
     with mode:
         batch = blank_batch(batch_size, image_size, device)
         optimizer = build_optimizer(network, config.optimizer, config.lr)
         lookahead = build_lookahead(network, config.lookahead)
         casts = WeightCasts(network)
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
-        tracer = Tracer(counter, casts, tensors)
+        tracer = ForwardTracer(counter, casts, tensors)
         with counter, casts:
-            with tracer.watch(network), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            with tracer.trace(network), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 loss, _ = build_loss(config, mixes=False)(network, batch, config.label_smoothing)
             forward_flops = counter.get_total_flops()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -85,15 +85,15 @@ def count_costs(
         state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
         slow = list(lookahead.slow.values()) if lookahead is not None else []
         average = tensors if config.ema.decay is not None else []
-    layers = (*tracer.layers, *not_called(network, tracer))
+    layers = (*tracer.layers, *uncalled_layers(network, tracer))
     return Costs(
         parameters=sum(p.numel() for p in network.parameters()),
         trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
         forward_flops=forward_flops,
         training_flops=counter.get_total_flops(),
         weight_bytes=weight_bytes + casts.bytes,
-        gradient_bytes=bytes_of([p.grad for p in network.parameters() if p.grad is not None]),
-        optimizer_bytes=bytes_of(state + slow) + bytes_of(average),
+        gradient_bytes=storage_bytes([p.grad for p in network.parameters() if p.grad is not None]),
+        optimizer_bytes=storage_bytes(state + slow) + storage_bytes(average),
         activation_bytes=sum(layer.saved_bytes for layer in layers),
         layers=layers,
     )

@@ -13,23 +13,23 @@ from configs.utils.errors import UserError
 Row = dict[str, Any]
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
+def column_names(rows: Sequence[Row]) -> list[str]:
     """Every key of any row, in the order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table of all columns, numbers to the right; floats with four digits, None and what is missing empty."""
-    columns = columns_of(rows)
+    columns = column_names(rows)
     numbers = [
         number
         for number, column in enumerate(columns)
         if all(isinstance(value := row.get(column), int | float | None) and not isinstance(value, bool) for row in rows)
     ]
-    return aligned(columns, [[_cell(row.get(column)) for column in columns] for row in rows], right=numbers)
+    return aligned_table(columns, [[_cell(row.get(column)) for column in columns] for row in rows], right=numbers)
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
     """A markdown table of cells that are text, padded for readers of the source; right: columns to align there."""
     lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
     widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
@@ -50,7 +50,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Cont
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Every column of every row, None and what is missing empty; the file is whole or not there."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
+    writer = csv.DictWriter(text, column_names(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -13,15 +13,15 @@ from tqdm import tqdm
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader
 from tools.inference.image_sets import ImageSet
-from tools.inference.trained_model import Trained
+from tools.inference.trained_model import TrainedModel
 from train.engine.accounting import check_each_once
 from train.engine.epoch import Evaluation, loss_and_hits, predictions
 
-CHUNK = 4096  # images that are looked at at once, so that no copy of all logits is made
+CHUNK_SIZE = 4096  # images that are looked at at once, so that no copy of all logits is made
 
 
 def predict(
-    models: Sequence[Trained], images: ImageSet, tta: str | None, batch_size: int | None
+    models: Sequence[TrainedModel], images: ImageSet, tta: str | None, batch_size: int | None
 ) -> tuple[np.ndarray, list[Evaluation], Evaluation | None]:
     """Logits float32 [N, C] on the host, each model's evaluation, and that of all together; none without labels.
 
@@ -34,17 +34,17 @@ def predict(
     with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
             sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
-            begin = 0
-            for batch, labels in batches(model, folder, images.split, tta, batch_size):
+            start = 0
+            for batch, labels in predicted_batches(model, folder, images.split, tta, batch_size):
                 sums += loss_and_hits(batch, labels)  # as `train.loop.evaluate` does, to the last digit
                 values = (batch.log_softmax(1) if several else batch).cpu().numpy()  # waits for the device
-                check_finite(values, model, images, begin)
-                part = logits[begin : begin + len(values)]
+                check_finite(values, model, images, start)
+                part = logits[start : start + len(values)]
                 part[:] = values if number == 0 else np.logaddexp(part, values)
-                begin += len(values)
+                start += len(values)
                 bar.update(len(values))
-            if begin != len(images):
-                raise RuntimeError(f"predicted {begin} of {len(images)} images")
+            if start != len(images):
+                raise RuntimeError(f"predicted {start} of {len(images)} images")
             each += evaluations(sums, images)
     if not several:
         return logits, each, each[0] if each else None
@@ -52,22 +52,22 @@ def predict(
     return logits, each, mean_evaluation(logits, images)
 
 
-def batches(
-    model: Trained, folder: Path, split: str, tta: str | None, batch_size: int | None
+def predicted_batches(
+    model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels as evaluation has them, of another split or data set; ends with the loader's memory freed."""
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
-    loader = build_eval_loader(model.data_in(folder), settings, split=split, device=model.training.device)
+    loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.training.device)
     yield from predictions(model.training, loader, tta or model.config.eval.tta)
     check_each_once(loader)
 
 
-def check_finite(logits: np.ndarray, model: Trained, images: ImageSet, begin: int) -> None:
+def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
     """Refuse logits [B, C] of the images from `begin` on that would be taken for a prediction."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
-        raise UserError(f"{model.path} gives logits that are not finite for {images.describe(begin + int(bad[0]))}"
+        raise UserError(f"{model.path} gives logits that are not finite for {images.describe(start + int(bad[0]))}"
                         f"{more}: its weights have diverged or overflow; take another checkpoint")  # fmt: skip
 
 
@@ -80,13 +80,15 @@ def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
 def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
     if images.labels is None:
         return None
-    parts = zip(torch.from_numpy(logits).split(CHUNK), torch.from_numpy(images.labels).split(CHUNK), strict=True)
+    parts = zip(
+        torch.from_numpy(logits).split(CHUNK_SIZE), torch.from_numpy(images.labels).split(CHUNK_SIZE), strict=True
+    )
     return evaluations(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)), images)[0]
 
 
-def best_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers int64 [N, count] and probabilities float32 [N, count] of the likeliest classes, best first."""
-    parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK)]
+    parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK_SIZE)]
     numbers = torch.cat([best.indices for best, _ in parts])
     probabilities = torch.cat([(best.values - total).exp() for best, total in parts])
     return numbers.numpy(), probabilities.numpy()

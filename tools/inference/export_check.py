@@ -11,15 +11,15 @@ from torch import Tensor
 
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader
-from tools.inference.export_formats import Predict
-from tools.inference.trained_model import Trained
+from tools.inference.export_formats import PredictFunction
+from tools.inference.trained_model import TrainedModel
 
 BATCH_SIZES = (1, 7, 64)  # one image, an odd number and a usual one: whatever was made a constant shows
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedLogits:
     """What every format is compared with."""
 
     images: Tensor  # uint8 [N, 3, H, W]
@@ -28,7 +28,7 @@ class Expected:
     source: str  # the same with the data set's folder
 
     @property
-    def largest(self) -> float:
+    def max_abs(self) -> float:
         """The largest logit's magnitude."""
         return float(self.logits.abs().max())
 
@@ -39,7 +39,7 @@ class Comparison:
     same_top1: int  # images whose highest logit is the same class's
 
 
-def expected_logits(trained: Trained, data_path: str | None, samples: int) -> Expected:
+def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) -> ExpectedLogits:
     """The first images of the validation split, or random ones where no data_path is given and the run's is gone."""
     path = data_path or trained.config.data.path
     if data_path is not None or (Path(path) / "dataset.json").is_file():
@@ -55,11 +55,11 @@ def expected_logits(trained: Trained, data_path: str | None, samples: int) -> Ex
         logits = torch.cat([trained.training.network(batch) for batch in images.split(64)])
     if not logits.isfinite().all():
         raise UserError(f"{trained.path} gives logits that are no finite numbers (a diverged run?); take another one")
-    return Expected(images, logits.float(), kind, source)
+    return ExpectedLogits(images, logits.float(), kind, source)
 
 
-def first_images(trained: Trained, path: str, samples: int) -> Tensor:
-    data = trained.data_in(path).model_copy(update={"placement": "auto", "batch_size": 64})
+def first_images(trained: TrainedModel, path: str, samples: int) -> Tensor:
+    data = trained.eval_data_config(path).model_copy(update={"placement": "auto", "batch_size": 64})
     evaluation = trained.config.eval.model_copy(update={"batch_size": None})
     parts: list[Tensor] = []
     for images, _ in build_eval_loader(data, evaluation, device=CPU):
@@ -69,16 +69,16 @@ def first_images(trained: Trained, path: str, samples: int) -> Tensor:
     return torch.cat(parts)[:samples]
 
 
-def compare(predict: Predict, expected: Expected) -> Comparison:
+def compare_logits(predict: PredictFunction, expected: ExpectedLogits) -> Comparison:
     """Run batches of all BATCH_SIZES in turn, with the strides of a stack of images and those of the loader's."""
     parts: list[Tensor] = []
-    begin, sizes = 0, cycle(BATCH_SIZES)
-    while begin < len(expected.images):
+    start, sizes = 0, cycle(BATCH_SIZES)
+    while start < len(expected.images):
         strides = torch.channels_last if len(parts) % 2 else torch.contiguous_format
-        batch = expected.images[begin : begin + next(sizes)].contiguous(memory_format=strides)
+        batch = expected.images[start : start + next(sizes)].contiguous(memory_format=strides)
         with torch.inference_mode():
             parts.append(predict(batch))
-        begin += len(batch)
+        start += len(batch)
     logits = torch.cat(parts)
     if logits.shape != expected.logits.shape or logits.dtype != torch.float32:
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not float32 {list(expected.logits.shape)}")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from models import Normalize, PixelClassifier, build_model
 
-ONE_ONNX_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs a little beside the weights
+MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs a little beside the weights
 
-Predict = Callable[[Tensor], Tensor]
+PredictFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Exportable:
             return torch.export.export(self.model, (example,), dynamic_shapes=batch)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What goes into every format."""
         return {
             "model": self.name,
@@ -57,29 +57,29 @@ class Exportable:
             "interpolation": self.interpolation,
             "crop_mode": self.crop_mode,
             "crop_fraction": self.crop_fraction,
-            "mean": shortest(self.model.normalize.mean),
-            "std": shortest(self.model.normalize.std),
+            "mean": shortest_decimals(self.model.normalize.mean),
+            "std": shortest_decimals(self.model.normalize.std),
             **self.origin,
         }
 
 
-def shortest(numbers: Tensor) -> list[float]:
+def shortest_decimals(numbers: Tensor) -> list[float]:
     """The shortest decimals that give these float32 numbers again: 0.4914 instead of 0.4913999140262604."""
     return [float(str(number)) for number in numbers.numpy()]
 
 
 def write_safetensors(exportable: Exportable, folder: Path) -> str:
     """model.safetensors, with the plain network's names, and config.json as timm lays it out."""
-    network, facts = exportable.model.network, exportable.facts
+    network, metadata = exportable.model.network, exportable.metadata
     preprocessing = {
         "input_size": (3, exportable.image_size, exportable.image_size),
         "interpolation": exportable.interpolation,
         "crop_pct": exportable.crop_fraction,
         "crop_mode": exportable.crop_mode,
-        "mean": tuple(facts["mean"]),
-        "std": tuple(facts["std"]),
+        "mean": tuple(metadata["mean"]),
+        "std": tuple(metadata["std"]),
     }
-    ours = {"label_names": list(exportable.classes), "model_zhu": facts}
+    ours = {"label_names": list(exportable.classes), "model_zhu": metadata}
     if exportable.name.startswith("timm/"):
         from timm.models import save_for_hf
 
@@ -94,7 +94,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
         "architecture": exportable.name,
         "num_classes": len(exportable.classes),
         "model_args": exportable.arguments,
-        **layers_at_the_ends(weights),
+        **first_and_last_layers(weights),
         **ours,
     }
     ends = {"first_conv": config.pop("first_conv"), "classifier": config.pop("classifier")}
@@ -103,7 +103,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
     return "weights, for build_model"
 
 
-def layers_at_the_ends(weights: dict[str, Tensor]) -> dict[str, Any]:
+def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
     """first_conv, classifier and num_features: the first tensor with four dimensions and the last one with two."""
     first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
     classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
@@ -114,18 +114,18 @@ def layers_at_the_ends(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def load_safetensors(folder: Path) -> Predict:
+def load_safetensors(folder: Path) -> PredictFunction:
     """By config.json alone, as a user would."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    facts = config["model_zhu"]
+    metadata = config["model_zhu"]
     network: nn.Module
-    if facts["model"].startswith("timm/"):
+    if metadata["model"].startswith("timm/"):
         import timm
 
         network = timm.create_model(f"local-dir:{folder}", pretrained=True)
     else:
         network = build_model(
-            config["architecture"], config["num_classes"], image_size=facts["image_size"], **config["model_args"]
+            config["architecture"], config["num_classes"], image_size=metadata["image_size"], **config["model_args"]
         )
         network.load_state_dict(load_file(folder / "model.safetensors"))
     normalize = Normalize(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])
@@ -134,13 +134,13 @@ def load_safetensors(folder: Path) -> Predict:
 
 def write_torch(exportable: Exportable, folder: Path) -> str:
     """model.pt2, which needs no code of this project."""
-    facts = {"model_zhu.json": json.dumps(exportable.facts)}
-    torch.export.save(exportable.program, folder / "model.pt2", extra_files=facts)
+    metadata = {"model_zhu.json": json.dumps(exportable.metadata)}
+    torch.export.save(exportable.program, folder / "model.pt2", extra_files=metadata)
     return "graph, from uint8"
 
 
-def load_torch(folder: Path) -> Predict:
-    module: Predict = torch.export.load(folder / "model.pt2").module()
+def load_torch(folder: Path) -> PredictFunction:
+    module: PredictFunction = torch.export.load(folder / "model.pt2").module()
     return module
 
 
@@ -155,14 +155,14 @@ def write_onnx(exportable: Exportable, folder: Path) -> str:
         verbose=False,
     )
     assert program is not None
-    for key, value in exportable.facts.items():
+    for key, value in exportable.metadata.items():
         program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     weights_bytes = sum(tensor.nbytes for tensor in exportable.model.state_dict().values())
-    program.save(folder / "model.onnx", external_data=weights_bytes > ONE_ONNX_FILE_BYTES)
+    program.save(folder / "model.onnx", external_data=weights_bytes > MAX_ONNX_FILE_BYTES)
     return f"graph, from uint8, opset {program.model.opset_imports['']}"
 
 
-def load_onnx(folder: Path) -> Predict:
+def load_onnx(folder: Path) -> PredictFunction:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -173,19 +173,19 @@ def load_onnx(folder: Path) -> Predict:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     write: Callable[[Exportable, Path], str]
-    load: Callable[[Path], Predict]
+    load: Callable[[Path], PredictFunction]
 
 
 FORMATS = {
-    "safetensors": Format(write_safetensors, load_safetensors),
-    "torch": Format(write_torch, load_torch),
-    "onnx": Format(write_onnx, load_onnx),
+    "safetensors": ExportFormat(write_safetensors, load_safetensors),
+    "torch": ExportFormat(write_torch, load_torch),
+    "onnx": ExportFormat(write_onnx, load_onnx),
 }
 
 
-def snippet(name: str, exportable: Exportable, folder: Path) -> str:
+def usage_snippet(name: str, exportable: Exportable, folder: Path) -> str:
     """Python lines that load a format from where it lies and run it on `images`, uint8 [B, 3, H, W]."""
     if name == "torch":
         return (

@@ -21,7 +21,7 @@ from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.split import in_source_order, load_dataset, open_split
-from tools.inference.trained_model import Trained, check_same_classes
+from tools.inference.trained_model import TrainedModel, check_same_classes
 from tools.sources.imagefolder import open_pictures
 
 PICTURES = "pictures"  # the split that pictures are converted to
@@ -51,12 +51,12 @@ class ImageSet:
         return self.files[row] if self.files else f"row {row} of split {self.split!r}"
 
 
-def data_folder(model: Trained, data_path: str | None) -> Path:
+def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
     """The data set that a model reads splits of: the one given, else its own."""
     return Path(data_path or model.config.data.path)
 
 
-def picture_folder(name: str, data: Path) -> Path | None:
+def find_picture_folder(name: str, data: Path) -> Path | None:
     """The folder of pictures that `name` stands for; None where it is a split of the data set, which comes first."""
     folder = Path(name)
     try:
@@ -78,26 +78,26 @@ def picture_folder(name: str, data: Path) -> Path | None:
 
 @contextmanager
 def open_images(
-    split: str, pictures: Path | None, models: Sequence[Trained], data_path: str | None, scratch: Path
+    split: str, pictures: Path | None, models: Sequence[TrainedModel], data_path: str | None, scratch: Path
 ) -> Iterator[ImageSet]:
     """The images of a split, or of a folder of pictures, whose converted form lies in `scratch` while this is open.
 
     Raises UserError where a data set has other classes than its model, or two data sets hold other images.
     """
     if pictures is None:
-        yield images_of_split(split, models, [data_folder(model, data_path) for model in models])
+        yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
         return
     with tempfile.TemporaryDirectory(prefix=".pictures-", dir=scratch) as temporary:
         source = open_pictures(pictures, PICTURES, models[0].classes)
         folders: dict[Encoding, Path] = {}
         for model in models:
-            encoding = conversion_of(model)
+            encoding = picture_encoding(model)
             if encoding not in folders:
                 folders[encoding] = Path(temporary) / str(len(folders))
                 _convert(source, folders[encoding], Options(encoding))
         rows = source.splits[PICTURES]
         files = tuple(rows.describe(row) for row in range(len(rows)))
-        yield images_of_split(PICTURES, models, [folders[conversion_of(model)] for model in models], files)
+        yield load_split(PICTURES, models, [folders[picture_encoding(model)] for model in models], files)
 
 
 def _convert(source: Source, out: Path, options: Options) -> None:
@@ -108,7 +108,7 @@ def _convert(source: Source, out: Path, options: Options) -> None:
                         "give another --out") from None  # fmt: skip
 
 
-def conversion_of(model: Trained) -> Encoding:
+def picture_encoding(model: TrainedModel) -> Encoding:
     """How pictures are stored for a model: as its data set was; where that is not known, as they are.
 
     Raw pixels that came in one size are what pictures are resized to.
@@ -123,8 +123,8 @@ def conversion_of(model: Trained) -> Encoding:
     return Encoding(**{**model.conversion, "size": height}) if height == width else Encoding("jpeg")
 
 
-def images_of_split(
-    name: str, models: Sequence[Trained], folders: Sequence[Path], files: tuple[str, ...] | None = None
+def load_split(
+    name: str, models: Sequence[TrainedModel], folders: Sequence[Path], files: tuple[str, ...] | None = None
 ) -> ImageSet:
     """A split, of which each model reads the data set in its folder; files: of pictures, their paths."""
     opened = {folder: open_split(folder, name) for folder in folders}
@@ -133,7 +133,7 @@ def images_of_split(
     for model, folder in zip(models, folders, strict=True):
         split = opened[folder]
         check_same_classes(model, split.classes, f"the data set {folder}")
-        if not (np.array_equal(rows[folder], rows[folders[0]]) and _equal(split.labels, first.labels)):
+        if not (np.array_equal(rows[folder], rows[folders[0]]) and _same_labels(split.labels, first.labels)):
             raise UserError(f"split {name!r} holds other images in {folder} than in {folders[0]}, so that their "
                             "predictions have no mean; name one data set for all with --data-path")  # fmt: skip
     entry, source = first.dataset["splits"][name], first.dataset.get("source")
@@ -153,7 +153,7 @@ def images_of_split(
     )
 
 
-def _equal(labels: np.ndarray | None, others: np.ndarray | None) -> bool:
+def _same_labels(labels: np.ndarray | None, others: np.ndarray | None) -> bool:
     if labels is None or others is None:
         return labels is others
     return np.array_equal(labels, others)

@@ -16,41 +16,41 @@ from configs.utils.errors import UserError
 from tools.inference.image_sets import ImageSet
 from tools.sources.imagefolder import in_order_of_numbers, numbers_of
 
-IN_ORDER = "each once and ascending"
+ASCENDING = "each once and ascending"
 MAX_DIGITS = 18  # of a number in an id
 
 
 @dataclass(frozen=True)
-class Match:
+class IdMatch:
     rows: tuple[int, ...]  # source row of each id
     order: str  # how that is known, for the user
     first: int | None = None  # 0 or 1 where ids count from there
 
 
-def match(ids: Sequence[str], images: ImageSet, sample: Path) -> Match:
+def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
     """Match unique ids, one per image. Raises UserError where an id may mean more than one image."""
     if images.files is not None:
-        if (found := _by_name(ids, images.files)) is not None:
+        if (found := _match_by_name(ids, images.files)) is not None:
             return found
-        check_order_of_files(images.files)
-    numbers = _count(ids, sample)
+        check_file_order(images.files)
+    numbers = _consecutive_numbers(ids, sample)
     if numbers is None:
-        return _in_order_of_sample(ids, images, sample)
+        return _match_in_sample_order(ids, images, sample)
     first = min(numbers)
     is_ascending = numbers == sorted(numbers)
     are_names = not all(re.fullmatch("[0-9]+", text) for text in ids)
     if images.is_sorted_by_name and (not is_ascending or (are_names and list(ids) != sorted(ids))):
         raise UserError(
             f"the images of split {images.split!r} are in the order of their file names, which is perhaps not that of "
-            f"the numbers in the ids of sample submission {sample} ({_shown(ids)}); give the folder with these very "
+            f"the numbers in the ids of sample submission {sample} ({_preview(ids)}); give the folder with these very "
             "images as --split, whose names are compared with the ids, or rename the images with leading zeros and "
             "convert them again"
         )
-    order = IN_ORDER if is_ascending else "each once, matched to the rows by number"
-    return Match(tuple(number - first for number in numbers), order, first)
+    order = ASCENDING if is_ascending else "each once, matched to the rows by number"
+    return IdMatch(tuple(number - first for number in numbers), order, first)
 
 
-def check_order_of_files(files: Sequence[str]) -> None:
+def check_file_order(files: Sequence[str]) -> None:
     """Raise a UserError for files that differ in numbers, and are not sorted by these."""
     if not in_order_of_numbers(files):
         names = ", ".join(Path(file).stem for file in files[:3])
@@ -60,41 +60,41 @@ def check_order_of_files(files: Sequence[str]) -> None:
         )
 
 
-def _in_order_of_sample(ids: Sequence[str], images: ImageSet, sample: Path) -> Match:
+def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
     """Take the sample's order for that of the rows, where nothing speaks against it."""
     if images.files is not None:
         raise UserError(
-            f"the ids of sample submission {sample} ({_shown(ids)}) are neither numbers nor the names of the pictures "
-            f"({_shown(images.files)}); take the sample of these very pictures"
+            f"the ids of sample submission {sample} ({_preview(ids)}) are neither numbers nor the names of the "
+            f"pictures ({_preview(images.files)}); take the sample of these very pictures"
         )
     numbers = numbers_of(ids)
     if numbers is not None and any(before >= after for before, after in pairwise(numbers)):
         raise UserError(
-            f"the ids of sample submission {sample} are numbered ({_shown(ids)}), but neither from 0 or 1 without a "
+            f"the ids of sample submission {sample} are numbered ({_preview(ids)}), but neither from 0 or 1 without a "
             "gap nor in ascending order, so that it does not say which image has which; take the unchanged sample of "
             "this very split, or sort it in the order of the images"
         )
-    return Match(tuple(range(len(ids))), "each once, in the order of the sample, taken as that of rows")
+    return IdMatch(tuple(range(len(ids))), "each once, in the order of the sample, taken as that of rows")
 
 
-def _by_name(ids: Sequence[str], files: Sequence[str]) -> Match | None:
+def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
     """Match ids that are paths, names, or names without ending, or have the numbers of these; None for all others."""
     names = [Path(file).name for file in files]
     stems = [Path(file).stem for file in files]
     for known, asked in ((files, ids), (names, ids), (stems, ids), (stems, [Path(text).stem for text in ids])):
         rows = {name: row for row, name in enumerate(known)}
         if len(rows) == len(files) and set(asked) == rows.keys():
-            return Match(tuple(rows[name] for name in asked), "each once, matched to the files by name")
+            return IdMatch(tuple(rows[name] for name in asked), "each once, matched to the files by name")
     theirs, ours = numbers_of(ids), numbers_of(stems)
     if theirs is None or ours is None:
         return None
     by_number = {number: row for row, number in enumerate(ours)}
     if len(by_number) != len(files) or set(theirs) != by_number.keys():
         return None
-    return Match(tuple(by_number[number] for number in theirs), "each once, matched to the files by number")
+    return IdMatch(tuple(by_number[number] for number in theirs), "each once, matched to the files by number")
 
 
-def _count(ids: Sequence[str], sample: Path) -> list[int] | None:
+def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
     """Return the number of each id where together they are 0 to N - 1 or 1 to N; None where no number is like that."""
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):
@@ -107,11 +107,11 @@ def _count(ids: Sequence[str], sample: Path) -> list[int] | None:
             counts.append(numbers)
     if len({tuple(number - min(numbers) for number in numbers) for numbers in counts}) > 1:
         raise UserError(
-            f"the ids of sample submission {sample} hold several numbers ({_shown(ids)}), each of which may be that of "
-            "the image; leave the sample out, and give --id-column and --category-column"
+            f"the ids of sample submission {sample} hold several numbers ({_preview(ids)}), each of which may be that "
+            "of the image; leave the sample out, and give --id-column and --category-column"
         )
     return counts[-1] if counts else None
 
 
-def _shown(names: Sequence[str]) -> str:
+def _preview(names: Sequence[str]) -> str:
     return ", ".join(names[:3])[:80] + " …"

@@ -1,6 +1,7 @@
 """The file that a contest takes: an Id and a class number for every row of a split. Knows no model.
 
-`plan` decides all of it before any prediction is made, and refuses what would shift an Id; `write` checks and writes.
+`build_form` decides everything before any prediction is made and refuses anything that would shift an Id;
+`write_submission` checks and writes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy as np
 from configs.utils.errors import UserError
 from tools.common.tables import write_text
 from tools.inference.image_sets import ImageSet
-from tools.inference.sample_ids import IN_ORDER, check_order_of_files, match
+from tools.inference.sample_ids import ASCENDING, check_file_order, match_ids
 
-ID, CATEGORY = "Id", "Category"
-SHOWN = 5
+ID_COLUMN, CATEGORY_COLUMN = "Id", "Category"
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Form:
+class SubmissionForm:
     """Everything of a submission but the predictions."""
 
     id_column: str
@@ -33,7 +34,7 @@ class Form:
     fill: int  # class of the rows that have no prediction
 
 
-def plan(
+def build_form(
     images: ImageSet,
     classes: int,
     *,
@@ -42,7 +43,7 @@ def plan(
     id_column: str | None = None,
     category_column: str | None = None,
     fill: int | None = None,
-) -> Form:
+) -> SubmissionForm:
     """The form for these images; `sample` is the contest's own example, which decides columns and ids."""
     _check_rows(images)
     if images.is_unordered:
@@ -55,17 +56,19 @@ def plan(
     if fill is not None and not 0 <= fill < classes:
         raise UserError(f"--fill={fill} is no class number; use 0..{classes - 1}")
     if images.unreadable and fill is None:
-        named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:SHOWN]]
-        more = f" and {len(images.unreadable) - SHOWN} more" if len(images.unreadable) > SHOWN else ""
+        named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:MAX_SHOWN]]
+        more = f" and {len(images.unreadable) - MAX_SHOWN} more" if len(images.unreadable) > MAX_SHOWN else ""
         raise UserError(f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no "
                         f"prediction: {'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or do "
                         "without a submission with --submission none")  # fmt: skip
     if sample is None:
-        check_order_of_files(images.files or ())
+        check_file_order(images.files or ())
         start, rows = 1 if id_start is None else id_start, tuple(range(images.source_rows))
         counted = tuple(str(start + row) for row in rows)
-        return Form(id_column or ID, category_column or CATEGORY, counted, rows, IN_ORDER, fill or 0)
-    columns, ids = read_sample(sample)
+        return SubmissionForm(
+            id_column or ID_COLUMN, category_column or CATEGORY_COLUMN, counted, rows, ASCENDING, fill or 0
+        )
+    columns, ids = read_sample_submission(sample)
     if len(ids) != images.source_rows:
         raise UserError(f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
                         f"{images.source_rows:,} images; take the sample of this very split")  # fmt: skip
@@ -74,16 +77,16 @@ def plan(
     ):
         if given not in (None, found):
             raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; leave one out")
-    matched = match(ids, images, sample)
+    matched = match_ids(ids, images, sample)
     if id_start is not None and id_start != matched.first:
         found = f"do not count from 0 or 1 ({', '.join(ids[:3])} …)"
         if matched.first is not None:
             found = f"start at {matched.first}"
         raise UserError(f"--id-start={id_start}, but the ids of sample submission {sample} {found}; leave one out")
-    return Form(columns[0], columns[1], tuple(ids), matched.rows, matched.order, fill or 0)
+    return SubmissionForm(columns[0], columns[1], tuple(ids), matched.rows, matched.order, fill or 0)
 
 
-def write(path: Path, form: Form, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
+def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
     """Write the predicted class number of each image [N]; returns the sentence that says what was checked."""
     categories = np.full(images.source_rows, form.fill, np.int64)
     categories[images.rows] = predicted
@@ -105,7 +108,7 @@ def write(path: Path, form: Form, images: ImageSet, predicted: np.ndarray, class
     )
 
 
-def read_sample(path: Path) -> tuple[tuple[str, str], list[str]]:
+def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
     """The two columns of a contest's example and its ids, as they are written there."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -116,7 +119,9 @@ def read_sample(path: Path) -> tuple[tuple[str, str], list[str]]:
     bad = next((number for number, line in enumerate(lines) if len(line) != 2), None)
     if not lines or bad is not None:
         found = f"its row {bad + 1} is {','.join(lines[bad])[:80]!r}" if bad is not None else "it is empty"
-        raise UserError(f"sample submission {path} must have two columns, such as {ID},{CATEGORY}, but {found}")
+        raise UserError(
+            f"sample submission {path} must have two columns, such as {ID_COLUMN},{CATEGORY_COLUMN}, but {found}"
+        )
     ids = [line[0] for line in lines[1:]]
     seen: set[str] = set()
     twice = next((text for text in ids if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]

@@ -20,11 +20,11 @@ from train.engine.epoch import Training
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A model that takes raw pixels; `training.network` is it, `training` what `train.loop.predictions` runs."""
 
     path: Path  # the checkpoint
-    is_average: bool  # its weights are the run's moving average
+    is_ema: bool  # its weights are the run's moving average
     config: Config
     name: str  # of the data set it was trained on
     classes: tuple[str, ...]
@@ -37,14 +37,14 @@ class Trained:
     @property
     def title(self) -> str:
         """The checkpoint, and which of its weights."""
-        return f"{self.path} (moving average)" if self.is_average else str(self.path)
+        return f"{self.path} (moving average)" if self.is_ema else str(self.path)
 
-    def data_in(self, folder: str | Path) -> DataConfig:
+    def eval_data_config(self, folder: str | Path) -> DataConfig:
         """Its data section for evaluation, of the data set in this folder."""
         return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
-def load_trained(path: Path, device: torch.device, *, compiled: bool = False) -> Trained:
+def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:
     """The model of a run folder or checkpoint, for evaluation, with the weights that its eval.weights names. Needs a
     process group.
 
@@ -57,7 +57,7 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     if facts is None:
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
     check_holds(content, ("model", "config", "position"), path)
-    _check_facts(facts, path)
+    _check_dataset(facts, path)
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_start(config.model_copy(update={"train": train}))
@@ -65,9 +65,9 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     is_average = store.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
-    return Trained(
+    return TrainedModel(
         path=path,
-        is_average=is_average,
+        is_ema=is_average,
         config=config,
         name=facts["name"],
         classes=tuple(facts["classes"]),
@@ -79,22 +79,22 @@ def load_trained(path: Path, device: torch.device, *, compiled: bool = False) ->
     )
 
 
-def _check_facts(facts: dict[str, Any], path: Path) -> None:
+def _check_dataset(facts: dict[str, Any], path: Path) -> None:
     """Refuse what no version recorded of a data set."""
     check_holds(facts, ("name", "classes", "mean", "std", "image_size"), path)
-    is_text = {"name": isinstance(facts["name"], str), "classes": _are(str, facts["classes"])}
-    are_numbers = {name: _are((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
+    is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}
+    are_numbers = {name: _is_list_of((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
     is_size = {"image_size": type(facts["image_size"]) is int and facts["image_size"] > 0}
     if wrong := [name for name, is_right in (is_text | are_numbers | is_size).items() if not is_right]:
         raise UserError(f"checkpoint {path} cannot be read (its dataset's {wrong[0]!r} is {facts[wrong[0]]!r:.60}); "
                         "take another one")  # fmt: skip
 
 
-def _are(kind: type | tuple[type, ...], values: Any) -> bool:
+def _is_list_of(kind: type | tuple[type, ...], values: Any) -> bool:
     return isinstance(values, list) and len(values) > 0 and all(isinstance(value, kind) for value in values)
 
 
-def check_same_classes(trained: Trained, classes: tuple[str, ...], what: str) -> None:
+def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: str) -> None:
     """Raise UserError unless `what` (a data set, another checkpoint) has the checkpoint's classes in its order."""
     if trained.classes == classes:
         return

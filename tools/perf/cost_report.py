@@ -20,11 +20,11 @@ MIB, MEGA = 2**20, 1e6
 KINDS = ("weights", "gradients", "optimizer", "activations")  # the row has NAME_bytes of each
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 TOTAL = "total"
-SPAN_FOR_LOG = 30  # from which ratio of the largest to the smallest on an axis is logarithmic
+MIN_LOG_AXIS_RATIO = 30  # from which ratio of the largest to the smallest on an axis is logarithmic
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelCase:
     """One model as it is to be trained."""
 
     label: str
@@ -39,7 +39,7 @@ class Subject:
         return self.settings.name
 
 
-def row_of(subject: Subject, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
+def summary_row(subject: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
     """A line of summary.csv: whole numbers; FLOPs of one image, bytes at the batch size."""
     batch = subject.batch_size
     return {
@@ -96,7 +96,7 @@ def layers_table(rows: list[Row]) -> str:
     return markdown(table)
 
 
-def report(rows: list[Row]) -> str:
+def format_report(rows: list[Row]) -> str:
     """Both tables, the ratios, and what the figures mean."""
     sizes = [
         {
@@ -133,10 +133,10 @@ def report(rows: list[Row]) -> str:
         "forward and backward. Activations are what the forward pass keeps for the backward pass; "
         + "; ".join(how[kind] for kind in sorted({row["memory"] for row in rows})) + "."
     ]  # fmt: skip
-    return "\n\n".join([markdown(sizes), markdown(memory), *ratios(rows), *notes])
+    return "\n\n".join([markdown(sizes), markdown(memory), *ratio_sentences(rows), *notes])
 
 
-def ratios(rows: list[Row]) -> list[str]:
+def ratio_sentences(rows: list[Row]) -> list[str]:
     """One paragraph: a sentence for each model about how it compares with the one of the fewest parameters."""
     smallest = min(rows, key=lambda row: row["parameters"])
     sentences = []
@@ -153,7 +153,7 @@ def ratios(rows: list[Row]) -> list[str]:
     return ["\n".join(sentences)] if sentences else []
 
 
-def picture(rows: list[Row]) -> Figure:
+def plot_costs(rows: list[Row]) -> Figure:
     """Parameters, FLOPs and memory of each model as bars, and what the memory is made of.
 
     The shares are an axis of their own, since a stack on a logarithmic axis shows no shares.
@@ -190,7 +190,7 @@ def _bars(axis: Axes, values: list[float], label: str) -> None:
     axis.barh(range(len(values)), values, color=COLORS[0])
     axis.set_xlabel(label)
     smallest, largest = min(values), max(values)
-    if smallest > 0 and largest / smallest >= SPAN_FOR_LOG:
+    if smallest > 0 and largest / smallest >= MIN_LOG_AXIS_RATIO:
         axis.set_xscale("log")
         axis.set_xlabel(f"{label}, logarithmic")
         axis.set_xlim(smallest / 5, largest * 8)  # the bars begin somewhere, and the figures behind them fit

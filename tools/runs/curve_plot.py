@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tools.runs.records import RunRecord, results
+from tools.runs.records import RunRecord, summarize_metrics
 from train.reporting import figures
 
 if TYPE_CHECKING:
@@ -19,41 +19,41 @@ PANELS = (
     ("train_top1", "train top-1 accuracy"),
     ("val_top1", "validation top-1 accuracy"),
 )
-OTHERS = "others"
-AVERAGE = "validation of a moving average"
-TITLE_LENGTH = 70  # characters that a panel's title has room for
-COLOURS = 12  # so many runs can be told apart; of more, the best ones are coloured
+OTHERS_LABEL = "others"
+EMA_LABEL = "validation of a moving average"
+MAX_TITLE_LENGTH = 70  # characters that a panel's title has room for
+MAX_COLORED = 12  # so many runs can be told apart; of more, the best ones are coloured
 LOG_SPAN = 5  # a loss that spans a larger factor is drawn on a log axis
 DIVERGED = 10  # losses beyond this multiple of what an ordinary run starts from are cut off
-Points = list[tuple[int, float]]  # epoch, value
+CurvePoints = list[tuple[int, float]]  # epoch, value
 
 
-def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
+def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
     """Four panels, one colour per run, one legend below them; validation of moving averages in dots."""
-    colours = _colours(records)
-    rows = math.ceil(min(len(records), COLOURS + 1) / _legend_columns(names))
+    colors = _run_colors(records)
+    rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
     handles: dict[str, Any] = {}
     dotted: list[Any] = []
     losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
-        curves = [_points(record, quantity) for record in records]
-        averages = [_points(record, f"ema_{quantity}") for record in records]
-        for average, colour in zip(averages, colours, strict=True):
-            if average and colour is not None:
-                dotted += axis.plot(*zip(*average, strict=True), color=colour, zorder=2, linestyle=":")
-        for curve, record, name, colour in zip(curves, records, names, colours, strict=True):
-            is_coloured = colour is not None
+        curves = [_curve_points(record, quantity) for record in records]
+        averages = [_curve_points(record, f"ema_{quantity}") for record in records]
+        for average, color in zip(averages, colors, strict=True):
+            if average and color is not None:
+                dotted += axis.plot(*zip(*average, strict=True), color=color, zorder=2, linestyle=":")
+        for curve, record, name, color in zip(curves, records, names, colors, strict=True):
+            is_coloured = color is not None
             so_far = f" ({record.epochs_trained} of {record.config.train.epochs} epochs)"
             (line,) = axis.plot(
                 *zip(*curve, strict=True) if curve else ([], []),
-                color=colour if is_coloured else "0.8",
+                color=color if is_coloured else "0.8",
                 zorder=2 if is_coloured else 1,
                 linewidth=1.6 if is_coloured else 0.8,
                 marker="." if len(curve) <= 30 else None,
                 linestyle="-" if record.is_finished else "--",
             )
-            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS, line)
+            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS_LABEL, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names, averages)
         axis.set_xlabel("epochs trained")
@@ -61,16 +61,16 @@ def overlay(records: Sequence[RunRecord], names: Sequence[str], title: str) -> F
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     figure.suptitle(title, parse_math=False)
-    if OTHERS in handles:
-        handles[OTHERS] = handles.pop(OTHERS)  # to the end
+    if OTHERS_LABEL in handles:
+        handles[OTHERS_LABEL] = handles.pop(OTHERS_LABEL)  # to the end
     if dotted:
-        handles[AVERAGE] = dotted[0]
+        handles[EMA_LABEL] = dotted[0]
     options: dict[str, Any] = {"loc": "outside lower center", "ncols": _legend_columns(names), "fontsize": 9}
     figures.add_legend(figure, list(handles.values()), list(handles), **options)
     return figure
 
 
-def _points(record: RunRecord, quantity: str) -> Points:
+def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
     """nan where the loss was no finite number, which leaves a gap; nothing for epochs without an evaluation."""
     split = quantity.rpartition("_")[0]
     return [
@@ -80,7 +80,9 @@ def _points(record: RunRecord, quantity: str) -> Points:
     ]
 
 
-def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str], averages: Sequence[Points]) -> None:
+def _set_loss_axis(
+    axis: Axes, curves: Sequence[CurvePoints], names: Sequence[str], averages: Sequence[CurvePoints]
+) -> None:
     """A range that shows the runs that learn and their averages, and a title that says which runs it leaves out."""
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
@@ -94,7 +96,7 @@ def _set_loss_axis(axis: Axes, curves: Sequence[Points], names: Sequence[str], a
     by_name = [f"{reason}: {', '.join(runs)}" for reason, runs in left_out.items() if runs]
     by_number = [f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs]
     if by_name:
-        notes = by_name if len("; ".join(by_name)) <= TITLE_LENGTH else by_number
+        notes = by_name if len("; ".join(by_name)) <= MAX_TITLE_LENGTH else by_number
         axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8, parse_math=False)
     if low > 0 and high / low > LOG_SPAN:
         axis.set_yscale("log")
@@ -127,17 +129,17 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
 
 
-def _colours(records: Sequence[RunRecord]) -> list[Any]:
+def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
     """One per run; None for all but the best where there are too many to tell apart."""
     import matplotlib
 
-    colours: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
-    if len(records) <= COLOURS:
-        return colours[: len(records)]
-    best = [results(record.metrics, record.config.eval.weights)["best_val_top1"] or 0.0 for record in records]
+    colors: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
+    if len(records) <= MAX_COLORED:
+        return colors[: len(records)]
+    best = [summarize_metrics(record.metrics, record.config.eval.weights)["best_val_top1"] or 0.0 for record in records]
     ranking = sorted(range(len(records)), key=lambda number: -best[number])
-    places = {number: place for place, number in enumerate(ranking[:COLOURS])}
-    return [colours[places[number]] if number in places else None for number in range(len(records))]
+    places = {number: place for place, number in enumerate(ranking[:MAX_COLORED])}
+    return [colors[places[number]] if number in places else None for number in range(len(records))]
 
 
 def _legend_columns(names: Sequence[str]) -> int:

@@ -22,8 +22,8 @@ from tools.common.tables import Row
 from train.reporting.run_log import counted, read_metrics
 
 # Settings that change no result: what a run is called, where it lies, from where it goes on, how it reports and reads.
-BOOKKEEPING = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
-ALWAYS_SHOWN = {
+NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
+BASE_COLUMNS = {
     "model.name": "model",
     "train.lr": "lr",
     "train.optimizer.name": "optimizer",
@@ -31,8 +31,8 @@ ALWAYS_SHOWN = {
     "train.epochs": "epochs",
 }
 QUANTITIES = ("train_loss", "val_loss", "train_top1", "val_top1")
-AVERAGES = ("ema_val_loss", "ema_val_top1", "ema_val_top5")
-SHORT_NAME, SHORT_SETTINGS = 28, 60  # characters that a legend has room for
+EMA_QUANTITIES = ("ema_val_loss", "ema_val_top1", "ema_val_top5")
+MAX_NAME_LENGTH, MAX_SETTINGS_LENGTH = 28, 60  # characters that a legend has room for
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder; give run folders, or folders that hold them, such as output")
-        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()), key=_natural)
+        inside = [path] if _is_run_folder(path) else sorted(filter(_is_run_folder, path.iterdir()), key=_natural_key)
         if not inside:
             raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor a folder of runs; name one")
         found += inside
@@ -72,10 +72,12 @@ def read_run(folder: Path) -> RunRecord:
         text = read_record(folder / "config.yaml")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
-    return RunRecord(folder, parse_config(text, f"{folder}/config.yaml"), read_metrics(folder), global_batch(folder))
+    return RunRecord(
+        folder, parse_config(text, f"{folder}/config.yaml"), read_metrics(folder), read_global_batch(folder)
+    )
 
 
-def global_batch(folder: Path) -> int | None:
+def read_global_batch(folder: Path) -> int | None:
     """From facts.json, since the world size is in no config: the batch of the run's latest start."""
     try:
         return int(json.loads(read_record(folder / "facts.json"))["global_batch"])
@@ -83,7 +85,7 @@ def global_batch(folder: Path) -> int | None:
         return None
 
 
-def flat(config: Config) -> dict[str, Any]:
+def settings_by_key(config: Config) -> dict[str, Any]:
     """Every setting under its dotted key, without sections."""
     values = config.model_dump(mode="json")
     result = {}
@@ -96,62 +98,64 @@ def flat(config: Config) -> dict[str, Any]:
     return result
 
 
-def identity(config: Config) -> dict[str, Any]:
+def compared_settings(config: Config) -> dict[str, Any]:
     """The settings that the results follow from."""
-    return {key: value for key, value in flat(config).items() if not key.startswith(BOOKKEEPING)}
+    return {key: value for key, value in settings_by_key(config).items() if not key.startswith(NOT_COMPARED)}
 
 
-def differing(configs: Sequence[Config]) -> list[str]:
+def differing_keys(configs: Sequence[Config]) -> list[str]:
     """Dotted keys of the settings in which any two differ, bookkeeping aside."""
-    settings = [identity(config) for config in configs]
+    settings = [compared_settings(config) for config in configs]
     return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings)] if settings else []
 
 
-def labels(records: Sequence[RunRecord]) -> list[str]:
+def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """A short text for each run that tells it from the others: its name, else the settings that differ."""
     names = [record.folder.name or str(record.folder) for record in records]
     # names that only a number tells apart (`lenet`, `lenet-2`) say nothing
     are_telling = len({record.config.name for record in records}) == len(set(names)) == len(records)
-    if are_telling and max(map(len, names), default=0) <= SHORT_NAME:
+    if are_telling and max(map(len, names), default=0) <= MAX_NAME_LENGTH:
         return names
-    keys = differing([record.config for record in records])
-    settings = [", ".join(f"{key}={show(flat(record.config)[key])}" for key in keys) for record in records]
-    if len(set(settings)) == len(records) and max(map(len, settings), default=0) <= SHORT_SETTINGS:
+    keys = differing_keys([record.config for record in records])
+    settings = [
+        ", ".join(f"{key}={format_value(settings_by_key(record.config)[key])}" for key in keys) for record in records
+    ]
+    if len(set(settings)) == len(records) and max(map(len, settings), default=0) <= MAX_SETTINGS_LENGTH:
         return settings
     return names if len(set(names)) == len(records) else [str(record.folder) for record in records]
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as a command line would give it, numbers in their shortest form."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
-        return f"[{','.join(map(show, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
+def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     """One row per run; `time_ratio` is the training time in units of the first run's, where both have finished.
 
     Where any run keeps a moving average, `weights` says whose accuracy counts: the average's (ema) or not (raw).
     """
     configs = [record.config for record in records]
-    columns = [key for key in differing(configs) if key not in ALWAYS_SHOWN]
+    columns = [key for key in differing_keys(configs) if key not in BASE_COLUMNS]
     has_batch = all(record.global_batch is not None for record in records)
     has_averages = any("ema_val_top1" in line for record in records for line in record.metrics)
     rows = []
     for name, record in zip(names, records, strict=True):
-        settings, data, train = flat(record.config), record.config.data, record.config.train
+        settings, data, train = settings_by_key(record.config), record.config.data, record.config.train
         batch = record.global_batch if has_batch else data.batch_size * train.accumulation_steps
         rows.append(
             {
                 "run": name,
                 "status": "finished" if record.is_finished else _progress(record),
-                **{column: settings[key] for key, column in ALWAYS_SHOWN.items()},
+                **{column: settings[key] for key, column in BASE_COLUMNS.items()},
                 "global_batch" if has_batch else "batch_per_rank": batch,
                 **{key: _cell(settings[key]) for key in columns},
-                **({"weights": "ema" if counts_average(record) else "raw"} if has_averages else {}),
-                **results(record.metrics, record.config.eval.weights),
+                **({"weights": "ema" if uses_ema(record) else "raw"} if has_averages else {}),
+                **summarize_metrics(record.metrics, record.config.eval.weights),
             }
         )
     for row, record in zip(rows, records, strict=True):
@@ -162,12 +166,12 @@ def table(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def counts_average(record: RunRecord) -> bool:
+def uses_ema(record: RunRecord) -> bool:
     """Whether the run's best accuracy is its moving average's."""
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
-def results(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
+def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
     """Return the best validation accuracy, the state of training, time, speed and memory; None for what is unknown.
 
     weights: eval.weights, which says whose accuracy counts.
@@ -196,7 +200,7 @@ def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     """Every point of every curve; a loss of nan or infinity is empty, as in metrics.jsonl, and so is the moving average
     of a run that keeps none."""
-    averages = [name for name in AVERAGES if any(name in line for record in records for line in record.metrics)]
+    averages = [name for name in EMA_QUANTITIES if any(name in line for record in records for line in record.metrics)]
     columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [
         {"run": name, "epoch": line["epoch"] + 1, **{column: line.get(column) for column in columns}}
@@ -205,11 +209,11 @@ def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     ]
 
 
-def _is_run(path: Path) -> bool:
+def _is_run_folder(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural_key(path: Path) -> list[Any]:
     """Sorts run-2 before run-10, and lr=1e-05 before lr=0.0001."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
     return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
@@ -225,4 +229,4 @@ def _progress(record: RunRecord) -> str:
 
 
 def _cell(value: Any) -> Any:
-    return show(value) if isinstance(value, list | bool) else value
+    return format_value(value) if isinstance(value, list | bool) else value

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tools.common.tables import Row
-from tools.runs.records import differing, flat, show
+from tools.runs.records import differing_keys, format_value, settings_by_key
 from tools.runs.sweep_points import Point
 from train.reporting import figures
 
@@ -19,49 +19,51 @@ if TYPE_CHECKING:
 
 MEASURES = (("best_val_top1", "best validation top-1 accuracy"), ("training_time_s", "training time in s"))
 LOG_FACTOR = 10  # values that span more are drawn on a log axis
-LINES = 8  # up to so many lines in the picture over a setting's values
-BARS = 40  # up to so many bars in the picture of variants
+MAX_LINES = 8  # up to so many lines in the picture over a setting's values
+MAX_BARS = 40  # up to so many bars in the picture of variants
 
 
-def values_figure(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
+def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
     """Draw the results of finished runs: a bar for each variant, a line or a map over one or two numeric settings.
 
     Where a numeric setting is varied beside variants, each variant is a line. Returns None where there is nothing to
     compare or too much for one picture. rows: of these points; results of None are left out.
     """
-    settings = [flat(point.config) for point in points]
+    settings = [settings_by_key(point.config) for point in points]
     names = list(dict.fromkeys(point.variant for point in points))
     # beside variants, those settings that differ within one of them
     groups = [[point.config for point in points if point.variant == name] for name in names]
-    keys = list(dict.fromkeys(key for group in groups for key in differing(group)))
+    keys = list(dict.fromkeys(key for group in groups for key in differing_keys(group)))
     numeric = [key for key in keys if all(type(one[key]) in (int, float) for one in settings)]
     if names == [""] and len(numeric) == 2 and len(keys) == 2:
-        return _maps(numeric, settings, rows, title)
+        return _map_plot(numeric, settings, rows, title)
     if len(numeric) == 1 and not (names != [""] and keys == ["seed"]):
         others = [key for key in keys if key not in numeric]
         labels = [
-            ", ".join([*filter(None, [point.variant]), *(f"{other}={show(one[other])}" for other in others)])
+            ", ".join([*filter(None, [point.variant]), *(f"{other}={format_value(one[other])}" for other in others)])
             for point, one in zip(points, settings, strict=True)
         ]
-        return _lines(numeric[0], [one[numeric[0]] for one in settings], labels, rows, title)
+        return _line_plot(numeric[0], [one[numeric[0]] for one in settings], labels, rows, title)
     if names in ([], [""]):
         return None
-    return _bars([point.variant if keys in ([], ["seed"]) else point.label for point in points], rows, title)
+    return _bar_plot([point.variant if keys in ([], ["seed"]) else point.label for point in points], rows, title)
 
 
-def _lines(key: str, values: Sequence[float], labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
+def _line_plot(
+    key: str, values: Sequence[float], labels: Sequence[str], rows: Sequence[Row], title: str
+) -> Figure | None:
     """Draw both measures over the values of a setting, a line for each label."""
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
         lines.setdefault(label, []).append((value, row))
-    if len(lines) > LINES:
+    if len(lines) > MAX_LINES:
         return None
     named = [label for label in lines if label]
     figure, axes = figures.new_figure(1, 2, size=(10, 4 + 0.22 * len(named)))
     for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
         for points in lines.values():
             points.sort(key=lambda point: point[0])
-            axis.plot([value for value, _ in points], [_number(row[quantity]) for _, row in points], marker="o")
+            axis.plot([value for value, _ in points], [_nan_if_none(row[quantity]) for _, row in points], marker="o")
         _set_value_axis(axis, values)
         axis.set_xlabel(key)
         axis.set_ylabel(label)
@@ -73,10 +75,10 @@ def _lines(key: str, values: Sequence[float], labels: Sequence[str], rows: Seque
     return figure
 
 
-def _bars(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
+def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
     """Draw a bar for each label, in their order: the median of its runs and, of several, their range."""
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
-    if len(bars) > BARS:
+    if len(bars) > MAX_BARS:
         return None
     figure, axes = figures.new_figure(1, 2, size=(12, 1.6 + 0.4 * len(bars)))
     for axis, (quantity, label), digits in zip(axes, MEASURES, ("{:.4f}", "{:.4g}"), strict=True):
@@ -99,7 +101,7 @@ def _bars(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | No
     return figure
 
 
-def _number(value: float | None) -> float:
+def _nan_if_none(value: float | None) -> float:
     """Return nan for what is not known, which leaves a gap."""
     return math.nan if value is None else value
 
@@ -109,23 +111,23 @@ def _highest(rows: Sequence[Row], quantity: str) -> float:
     return max((row[quantity] for row in rows if row[quantity] is not None), default=0.0) or 1.0
 
 
-def _maps(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
+def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
     """Draw both measures for each pair of values: a grid as a heat map, scattered points as points."""
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
     size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
     figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])))
     for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
-        values = [_number(row[quantity]) for row in rows]
+        values = [_nan_if_none(row[quantity]) for row in rows]
         shown: ScalarMappable
-        colours: dict[str, Any] = {"cmap": "viridis" if quantity == "best_val_top1" else "Greys"}
+        colors: dict[str, Any] = {"cmap": "viridis" if quantity == "best_val_top1" else "Greys"}
         if is_grid:
             cells = [[math.nan] * len(horizontal) for _ in vertical]
             for one, value in zip(settings, values, strict=True):
                 cells[vertical.index(one[keys[1]])][horizontal.index(one[keys[0]])] = value
-            shown = axis.imshow(cells, origin="lower", aspect="auto", **colours)
-            axis.set_xticks(range(len(horizontal)), map(show, horizontal))
-            axis.set_yticks(range(len(vertical)), map(show, vertical))
+            shown = axis.imshow(cells, origin="lower", aspect="auto", **colors)
+            axis.set_xticks(range(len(horizontal)), map(format_value, horizontal))
+            axis.set_yticks(range(len(vertical)), map(format_value, vertical))
             for row, column in ((r, c) for r in range(len(vertical)) for c in range(len(horizontal))):
                 value = cells[row][column]
                 text = "" if math.isnan(value) else f"{value:.4f}" if quantity == "best_val_top1" else f"{value:.3g}"
@@ -133,7 +135,7 @@ def _maps(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequenc
                 axis.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box if text else None)
         else:
             places = [[one[key] for one in settings] for key in keys]
-            shown = axis.scatter(places[0], places[1], s=70, c=values, edgecolors="0.3", linewidths=0.5, **colours)
+            shown = axis.scatter(places[0], places[1], s=70, c=values, edgecolors="0.3", linewidths=0.5, **colors)
             _set_value_axis(axis, places[0])
             if _spans_orders(places[1]):
                 axis.set_yscale("log")
@@ -152,7 +154,7 @@ def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
         axis.set_xscale("log")
         axis.set_xticks([], minor=True)
     if len(tried) <= 8:
-        axis.set_xticks(tried, map(show, tried))
+        axis.set_xticks(tried, map(format_value, tried))
 
 
 def _spans_orders(values: Sequence[float]) -> bool:

@@ -20,17 +20,17 @@ from typing import Any
 from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError
-from tools.runs.records import flat, identity, show
+from tools.runs.records import compared_settings, format_value, settings_by_key
 from train.optim.factory import with_used_settings
 
 RANGE = re.compile(r"(loguniform|uniform)\((.*)\)\s*\Z")
-OWNED = ("name", "output", "log")  # the sweep itself sets these
-NAME_LENGTH = 80
+SWEEP_OWNED = ("name", "output", "log")  # the sweep itself sets these
+MAX_NAME_LENGTH = 80
 Settings = tuple[str, ...]  # KEY=VALUE, as --opts takes them
 
 
 @dataclass(frozen=True)
-class Choice:
+class Axis:
     """One thing that is varied."""
 
     keys: tuple[str, ...]
@@ -50,16 +50,16 @@ class Point:
     variant: str = ""  # its name as given; empty: without variants
 
 
-def points(
+def build_points(
     file: Path, axes: Sequence[str], variants: Sequence[str], *, fixed: Sequence[str], draws: int | None, seed: int,
     **replacements: Any,
 ) -> list[Point]:  # fmt: skip
     """Every point with its config, checked; fixed and replacements: as `load_config` takes them, for all points."""
-    choices = [_axis(text) for text in axes] + ([_variants(variants)] if variants else [])
-    _check_keys(choices, _keys_of(fixed))
-    chosen = _grid(choices) if draws is None else _drawn(choices, draws, seed)
-    return _named(
-        choices, [(point, _load(file, fixed, tuple(itertools.chain(*point)), replacements)) for point in chosen]
+    choices = [_parse_axis(text) for text in axes] + ([_parse_variants(variants)] if variants else [])
+    _check_keys(choices, _override_keys(fixed))
+    chosen = _grid_points(choices) if draws is None else _random_points(choices, draws, seed)
+    return _name_points(
+        choices, [(point, _load_point(file, fixed, tuple(itertools.chain(*point)), replacements)) for point in chosen]
     )
 
 
@@ -82,22 +82,22 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _axis(text: str) -> Choice:
+def _parse_axis(text: str) -> Axis:
     key, sign, values = text.partition("=")
     key = key.strip()
     if not sign or not key:
         raise UserError(f"{text!r} is not KEY=VALUE,VALUE; write for example train.lr=1e-3,3e-3")
     if found := RANGE.match(values.strip()):
-        return Choice((key,), draw=_range(key, found[1], found[2], text))
+        return Axis((key,), draw=_parse_range(key, found[1], found[2], text))
     texts = split_outside_brackets(values, ",")
     if "" in texts:
         raise UserError(f"{text!r} has an empty value; write null for none, or take the comma out")
     if "(" in values and any(RANGE.match(value) for value in texts):
         raise UserError(f"{text!r} mixes a range with other values; give a key either one range or a list")
-    return Choice((key,), options=tuple((f"{key}={value}",) for value in texts))
+    return Axis((key,), options=tuple((f"{key}={value}",) for value in texts))
 
 
-def _range(key: str, kind: str, inside: str, text: str) -> Callable[[float], Settings]:
+def _parse_range(key: str, kind: str, inside: str, text: str) -> Callable[[float], Settings]:
     try:
         low, high = (float(part) for part in inside.split(","))
     except ValueError:
@@ -114,7 +114,7 @@ def _range(key: str, kind: str, inside: str, text: str) -> Callable[[float], Set
     return draw
 
 
-def _variants(texts: Sequence[str]) -> Choice:
+def _parse_variants(texts: Sequence[str]) -> Axis:
     names, options = [], []
     for text in texts:
         name, colon, rest = text.partition(":")
@@ -131,14 +131,14 @@ def _variants(texts: Sequence[str]) -> Choice:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--variant {twice[0]!r} is given twice; give each a name of its own")
     keys = list(dict.fromkeys(setting.partition("=")[0] for settings in options for setting in settings))
-    return Choice(tuple(keys), options=tuple(options), names=tuple(names))
+    return Axis(tuple(keys), options=tuple(options), names=tuple(names))
 
 
-def _check_keys(choices: Sequence[Choice], fixed: Sequence[str]) -> None:
+def _check_keys(choices: Sequence[Axis], fixed: Sequence[str]) -> None:
     """No setting is given by two, also not a section by one and a field of it by another; none is the sweep's own."""
     owners = [(key, choice) for choice in choices for key in choice.keys]
     for key, _ in owners:
-        if key.split(".")[0] in OWNED:
+        if key.split(".")[0] in SWEEP_OWNED:
             raise UserError(f"{key} cannot be varied: the sweep names its runs and their folders itself; take it out")
         if other := next((other for other in fixed if _overlap(key, other)), ""):
             raise UserError(f"{key} is varied, but --opts sets {other} for all runs; take it out of one of them")
@@ -151,7 +151,7 @@ def _overlap(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def _keys_of(overrides: Sequence[str]) -> list[str]:
+def _override_keys(overrides: Sequence[str]) -> list[str]:
     """The keys among the items of --opts, `KEY=VALUE` or `KEY VALUE`."""
     keys, remaining = [], iter(overrides)
     for item in remaining:
@@ -162,13 +162,13 @@ def _keys_of(overrides: Sequence[str]) -> list[str]:
     return keys
 
 
-def _grid(choices: Sequence[Choice]) -> Iterator[tuple[Settings, ...]]:
+def _grid_points(choices: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:
     if ranges := [choice.keys[0] for choice in choices if choice.draw]:
         raise UserError(f"{ranges[0]} is a range, which has no grid; add --random N, or list its values")
     return itertools.product(*(choice.options for choice in choices))
 
 
-def _drawn(choices: Sequence[Choice], draws: int, seed: int) -> list[tuple[Settings, ...]]:
+def _random_points(choices: Sequence[Axis], draws: int, seed: int) -> list[tuple[Settings, ...]]:
     """`draws` different points; only random(), which Python keeps the same in every version, is asked."""
     if draws < 1:
         raise UserError(f"--random {draws} is not a positive whole number; use 1 or more")
@@ -192,7 +192,7 @@ def _drawn(choices: Sequence[Choice], draws: int, seed: int) -> list[tuple[Setti
     raise UserError(f"--random {draws}: only {len(found)} different points were found; use less, or wider ranges")
 
 
-def _load(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
+def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
     try:
         return with_used_settings(load_config(file, [*fixed, *settings], **replacements))  # as the run records it
     except UserError as error:
@@ -200,30 +200,30 @@ def _load(file: Path, fixed: Sequence[str], settings: Settings, replacements: di
         raise UserError(f"the point {' '.join(settings) or 'without settings'}: {text}") from None
 
 
-def _named(choices: Sequence[Choice], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
+def _name_points(choices: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
     """Points under names that do not depend on the order of the command line; raises UserError for the same twice."""
     short = _short_keys([key for choice in choices if not choice.names for key in choice.keys])
     result: list[Point] = []
     seen: dict[str, str] = {}
     for options, config in chosen:
         settings = tuple(itertools.chain(*options))
-        same = json.dumps(identity(config), sort_keys=True)
+        same = json.dumps(compared_settings(config), sort_keys=True)
         if same in seen:
             raise UserError(
                 f"the points {seen[same]!r} and {' '.join(settings)!r} are the same run; take one of them out"
             )
         seen[same] = " ".join(settings)
-        values = flat(config)
+        values = settings_by_key(config)
         pairs = zip(choices, options, strict=True)
         variant = next((one.names[one.options.index(option)] for one, option in pairs if one.names), "")
         parts = [variant]
         for key in sorted(short):
             text = next(text for text in settings if text.startswith(f"{key}=")).partition("=")[2]
-            parts.append(f"{short[key]}={show(values[key]) if key in values else text}")
+            parts.append(f"{short[key]}={format_value(values[key]) if key in values else text}")
         name = re.sub(r"[^\w.,=+\-\[\]]+", "_", ",".join(filter(None, parts)))
-        if len(name) > NAME_LENGTH or name in {point.name for point in result} or name.startswith("."):
+        if len(name) > MAX_NAME_LENGTH or name in {point.name for point in result} or name.startswith("."):
             digest = hashlib.sha256(same.encode()).hexdigest()[:8]
-            name = f"{name[: NAME_LENGTH - 9].lstrip('.')}_{digest}"
+            name = f"{name[: MAX_NAME_LENGTH - 9].lstrip('.')}_{digest}"
         label = ", ".join(filter(None, parts)) if variant else name
         result.append(Point(name, settings, config.model_copy(update={"name": name}), label, variant))
     names = {point.name for point in result}

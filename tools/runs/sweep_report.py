@@ -12,11 +12,19 @@ from configs.schema import Config
 from configs.utils.files import read_record
 from tools.common import tables
 from tools.common.tables import Row
-from tools.runs.curve_plot import overlay
-from tools.runs.records import RunRecord, curve_rows, differing, flat, global_batch, show, table
-from tools.runs.sweep_plots import values_figure
+from tools.runs.curve_plot import plot_curves
+from tools.runs.records import (
+    RunRecord,
+    comparison_rows,
+    curve_rows,
+    differing_keys,
+    format_value,
+    read_global_batch,
+    settings_by_key,
+)
+from tools.runs.sweep_plots import plot_values
 from tools.runs.sweep_points import Point
-from tools.runs.sweep_runner import folder_of
+from tools.runs.sweep_runner import run_folder
 from train.reporting import figures
 from train.reporting.run_log import read_metrics
 
@@ -33,19 +41,19 @@ class Sweep:
     errors: dict[str, str] = field(default_factory=dict)  # one line by the name of each run that failed
 
 
-def records_of(sweep: Sweep) -> list[RunRecord]:
+def read_records(sweep: Sweep) -> list[RunRecord]:
     """What there is of each point, also of those without a folder yet."""
     records = []
     for point in sweep.points:
-        folder, config = folder_of(point), point.config
+        folder, config = run_folder(point), point.config
         batch = config.data.batch_size * config.train.accumulation_steps * sweep.processes
-        records.append(RunRecord(folder, config, read_metrics(folder), global_batch(folder) or batch))
+        records.append(RunRecord(folder, config, read_metrics(folder), read_global_batch(folder) or batch))
     return records
 
 
-def rows_of(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
+def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
     """A row per point, whatever has become of it."""
-    rows = table(records, [point.name for point in sweep.points])
+    rows = comparison_rows(records, [point.name for point in sweep.points])
     for row, record in zip(rows, records, strict=True):
         del row["time_ratio"]  # no point is the one to compare with
         if row["run"] in sweep.errors:
@@ -56,7 +64,7 @@ def rows_of(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
     return rows
 
 
-def best_of(rows: Sequence[Row]) -> int | None:
+def best_row(rows: Sequence[Row]) -> int | None:
     """The number of the finished run with the highest validation accuracy."""
     finished = [n for n, row in enumerate(rows) if row["status"] == "finished" and row["best_val_top1"] is not None]
     return max(finished, key=lambda number: float(rows[number]["best_val_top1"]), default=None)
@@ -64,18 +72,18 @@ def best_of(rows: Sequence[Row]) -> int | None:
 
 def write_tables(sweep: Sweep) -> list[Row]:
     """sweep.csv, curves.csv and sweep.json; returns the rows of the first."""
-    records = records_of(sweep)
-    rows = rows_of(sweep, records)
+    records = read_records(sweep)
+    rows = sweep_rows(sweep, records)
     tables.write_csv(sweep.folder / "sweep.csv", rows)
     tables.write_csv(sweep.folder / "curves.csv", curve_rows(records, [point.name for point in sweep.points]))
     runs = [{"settings": list(point.settings), **row} for point, row in zip(sweep.points, rows, strict=True)]
-    best = best_of(rows)
+    best = best_row(rows)
     content = {"command": sweep.command, "opts": sweep.opts, "runs": runs, "best": None if best is None else runs[best]}
     tables.write_text(sweep.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
     return rows
 
 
-def replaced_runs(sweep: Sweep) -> list[str]:
+def runs_of_another_sweep(sweep: Sweep) -> list[str]:
     """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
     points = {point.name for point in sweep.points}
     try:
@@ -85,50 +93,50 @@ def replaced_runs(sweep: Sweep) -> list[str]:
         return []
 
 
-def finish(sweep: Sweep) -> None:
+def write_report(sweep: Sweep) -> None:
     """Tables, pictures, and on the console the table and the setting to go on with."""
     rows = write_tables(sweep)
-    pictures = draw(sweep, rows)
+    pictures = draw_plots(sweep, rows)
     print(tables.markdown(rows))
-    if (best := best_of(rows)) is not None:
+    if (best := best_row(rows)) is not None:
         point = sweep.points[best]
         opts = [*sweep.opts, *point.settings]
         command = shlex.join([*sweep.command, *(["--opts", *opts] if opts else [])])
         print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
-        for hint in beyond([one.config for one in sweep.points], best):
+        for hint in edge_hints([one.config for one in sweep.points], best):
             print(hint)
     print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *pictures])}", flush=True)
 
 
-def beyond(configs: Sequence[Config], best: int) -> list[str]:
+def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
     """A sentence for each number whose best value is the smallest or the largest of at least three."""
-    settings = [flat(config) for config in configs]
+    settings = [settings_by_key(config) for config in configs]
     hints = []
-    for key in differing(configs):
+    for key in differing_keys(configs):
         values = sorted({one[key] for one in settings if type(one[key]) in (int, float)})
         if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
             which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
-            hints.append(f"{key}={show(value)} is the {which} that was tried; {others} ones may be better")
+            hints.append(f"{key}={format_value(value)} is the {which} that was tried; {others} ones may be better")
     return hints
 
 
-def draw(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """Draw sweep.png and, where numbers or variants were tried, sweep_values.png; return their names.
 
     Pictures of an earlier sweep are removed, since the tables beside them no longer hold their figures.
     """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)
-    records = records_of(sweep)
+    records = read_records(sweep)
     begun = [number for number, record in enumerate(records) if record.metrics]
     if not begun:
         return []
     names = [sweep.points[number].label for number in begun]
     title = f"{sweep.folder.name}: {len(begun)} of {len(sweep.points)} runs"
-    figures.save(overlay([records[number] for number in begun], names, title), sweep.folder / "sweep.png")
+    figures.save(plot_curves([records[number] for number in begun], names, title), sweep.folder / "sweep.png")
     finished = [number for number in begun if rows[number]["status"] == "finished"]
     points, results = [sweep.points[number] for number in finished], [rows[number] for number in finished]
-    figure = values_figure(points, results, sweep.folder.name)
+    figure = plot_values(points, results, sweep.folder.name)
     if figure is None:
         return ["sweep.png"]
     figures.save(figure, sweep.folder / "sweep_values.png")

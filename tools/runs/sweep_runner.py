@@ -23,22 +23,22 @@ from typing import IO
 from configs.load import to_yaml
 from configs.utils.errors import UserError
 from tools.common.tables import write_text
-from tools.runs.records import identity, read_run, show
+from tools.runs.records import compared_settings, format_value, read_run
 from tools.runs.sweep_points import Point
 from train.checkpoint.run_dir import find_run
 
-SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
+TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
-END_S = 30.0  # between SIGTERM and SIGKILL, as torchrun gives its processes
+TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as torchrun gives its processes
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
-LAUNCHED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
                         "MASTER_PORT")  # fmt: skip
 _libc = ctypes.CDLL(None)  # looked up before any fork
 
 
 @dataclass(frozen=True)
-class Slot:
+class RunSlot:
     """Where one run at a time goes on."""
 
     gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; empty: the CPU
@@ -47,7 +47,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run's process ended."""
 
     point: Point
@@ -56,16 +56,16 @@ class Outcome:
 
 
 @dataclass
-class _Child:
+class _RunProcess:
     point: Point
-    slot: Slot
+    slot: RunSlot
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    log_begin: int  # bytes of earlier attempts
+    log_start: int  # bytes of earlier attempts
     started_at: float
 
 
-def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[Slot]:
+def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[RunSlot]:
     """GPUs in groups; without any, one run on the CPU. `parallel` runs share out the groups, or the CPU's cores."""
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:
@@ -77,7 +77,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
     count = len(groups) if parallel is None else parallel
     cores = len(os.sched_getaffinity(0))
     threads = None if count == 1 else max(1, cores // (count * gpus_per_run))
-    return [Slot(groups[number % len(groups)], gpus_per_run, threads) for number in range(count)]
+    return [RunSlot(groups[number % len(groups)], gpus_per_run, threads) for number in range(count)]
 
 
 def visible_gpus() -> list[str]:
@@ -92,7 +92,7 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
+def lock_folder(folder: Path) -> Iterator[int]:
     """The folder is this sweep's alone; gives the lock, which children inherit: it ends with the last of them."""
     with (folder / ".lock").open("wb") as file:
         give_up_at = time.monotonic() + LOCK_WAIT_S
@@ -111,7 +111,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 def is_finished(point: Point) -> bool:
     """Whether the run needs no process any more. Raises UserError where its folder holds another run."""
-    folder = folder_of(point)
+    folder = run_folder(point)
     latest = find_run(point.config, "auto")[0]  # which the run would go on in
     if latest not in (None, folder):
         raise UserError(f"{latest} would be taken for the latest run of {folder}; move it away, or give another --out")
@@ -119,9 +119,11 @@ def is_finished(point: Point) -> bool:
     if not config_file.is_file() or config_file.stat().st_size == 0:  # killed before it began
         return False
     run = read_run(folder)
-    there, here = identity(run.config), identity(point.config)
+    there, here = compared_settings(run.config), compared_settings(point.config)
     if different := [
-        f"{key}: {show(there[key])} there, {show(here[key])} here" for key in here if here[key] != there[key]
+        f"{key}: {format_value(there[key])} there, {format_value(here[key])} here"
+        for key in here
+        if here[key] != there[key]
     ]:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
@@ -132,22 +134,24 @@ def is_finished(point: Point) -> bool:
     return run.is_finished and last.is_file() and last.stat().st_mtime >= (folder / "metrics.jsonl").stat().st_mtime
 
 
-def folder_of(point: Point) -> Path:
+def run_folder(point: Point) -> Path:
     return Path(point.config.output) / point.name
 
 
-def log_of(point: Point) -> Path:
+def log_path(point: Point) -> Path:
     """What the run's processes print."""
     return Path(point.config.output) / f"{point.name}.log"
 
 
-def run_all(points: Sequence[Point], slots: Sequence[Slot], lock: int, done: Callable[[Outcome], None]) -> None:
+def run_points(
+    points: Sequence[Point], slots: Sequence[RunSlot], lock: int, on_done: Callable[[RunOutcome], None]
+) -> None:
     """Each point in a process of its own, as many at a time as there are slots; `done` is called as each one ends.
 
     Whatever ends this call, a signal too, ends the processes first; a signal becomes KeyboardInterrupt.
     """
-    waiting, free, children = list(points), list(slots), list[_Child]()
-    with _signals_noted() as signals:
+    waiting, free, children = list(points), list(slots), list[_RunProcess]()
+    with _catch_signals() as signals:
         try:
             while waiting or children:
                 while waiting and free and not signals:
@@ -159,13 +163,13 @@ def run_all(points: Sequence[Point], slots: Sequence[Slot], lock: int, done: Cal
                     children.remove(child)
                     free.append(child.slot)
                     child.log.close()
-                    done(Outcome(child.point, _error(child), time.monotonic() - child.started_at))
+                    on_done(RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at))
         finally:
-            _end(children)
+            _terminate(children)
 
 
 @contextmanager
-def _signals_noted() -> Iterator[list[int]]:
+def _catch_signals() -> Iterator[list[int]]:
     """Ctrl-C, a scheduler's SIGTERM and a closed terminal add to a list, instead of raising wherever the code stands:
     from within a fork Python drops exceptions. What is ignored (nohup) stays so."""
     noted: list[int] = []
@@ -180,15 +184,15 @@ def _signals_noted() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-def command_line(point: Point, slot: Slot) -> list[str]:
+def command_line(point: Point, slot: RunSlot) -> list[str]:
     """train/ddp.py on the config as it was checked, whatever has become of the files it came from."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
     config_file = Path(point.config.output) / f"{point.name}.yaml"
-    return [sys.executable, *(launcher if slot.processes > 1 else []), str(SCRIPT), "--cfg", str(config_file),
+    return [sys.executable, *(launcher if slot.processes > 1 else []), str(TRAIN_SCRIPT), "--cfg", str(config_file),
             "--resume", "auto"]  # fmt: skip
 
 
-def _start(point: Point, slot: Slot, lock: int) -> _Child:
+def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
     config = point.config
     if slot.threads is not None and config.data.threads is None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"threads": slot.threads})})
@@ -196,14 +200,14 @@ def _start(point: Point, slot: Slot, lock: int) -> _Child:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in LAUNCHED_BY_TORCHRUN and not name.startswith("TORCHELASTIC_")
+        if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     if slot.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
-    log = log_of(point).open("ab")
-    log_begin = log.tell()  # the child moves the same position
+    log = log_path(point).open("ab")
+    log_start = log.tell()  # the child moves the same position
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -216,26 +220,26 @@ def _start(point: Point, slot: Slot, lock: int) -> _Child:
         command_line(point, slot), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
         pass_fds=(lock,), start_new_session=True, preexec_fn=die_with_parent,  # a session: Ctrl-C is for the sweep
     )  # fmt: skip
-    return _Child(point, slot, process, log, log_begin, time.monotonic())
+    return _RunProcess(point, slot, process, log, log_start, time.monotonic())
 
 
-def _error(child: _Child) -> str | None:
+def _failure_line(child: _RunProcess) -> str | None:
     """The line that says why it failed: the last that names an error, else the last one."""
     code = child.process.returncode
     if code == 0:
         return None
-    with log_of(child.point).open("rb") as file:
-        file.seek(child.log_begin)
+    with log_path(child.point).open("rb") as file:
+        file.seek(child.log_start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if re.match(r"(\[rank\d+\]: *)?(error: |[\w.]*(Error|Exception)\b)", line)]
     end = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     return f"{end}: {(telling or lines or ['it printed nothing'])[-1]}"
 
 
-def _end(children: Sequence[_Child]) -> None:
+def _terminate(children: Sequence[_RunProcess]) -> None:
     for child in children:
         child.process.terminate()
-    give_up_at = time.monotonic() + END_S
+    give_up_at = time.monotonic() + TERMINATE_GRACE_S
     for child in children:
         try:
             child.process.wait(max(0.0, give_up_at - time.monotonic()))

@@ -11,7 +11,7 @@ from configs.schema import DataConfig, EvalConfig
 from configs.utils.errors import UserError
 from pipelines.storage.split import Split, load_dataset, open_split
 from tools.common.tables import Row, make_folder, markdown, write_csv
-from tools.visualize.subset import images_of
+from tools.visualize.subset import load_images
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.reporting import figures, image_grids
@@ -19,7 +19,7 @@ from train.reporting import figures, image_grids
 EXAMPLE_SIDE = 96  # pixels, where stored images have several shapes
 
 
-def show_data(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
+def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
     """class-counts and examples, each a PNG and a CSV; prints a line per split."""
     dataset = load_dataset(path)
     splits = {name: open_split(path, name) for name in dataset["splits"]}
@@ -36,11 +36,11 @@ def show_data(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) 
     ])  # fmt: skip
 
     name = "train" if "train" in counts else next(iter(counts))
-    samples = examples(splits[name], count, seed)
+    samples = class_examples(splits[name], count, seed)
     shape = splits[name].image_shape
     side = shape[0] if shape is not None and shape[0] == shape[1] else EXAMPLE_SIDE
     with dist.process_group(ranks) as device:
-        images = images_of(DataConfig(path=path, image_size=side), EvalConfig(), name, samples, device)
+        images = load_images(DataConfig(path=path, image_size=side), EvalConfig(), name, samples, device)
     labels = splits[name].labels
     assert labels is not None
     grid = image_grids.sample_grid(images, torch.from_numpy(labels[samples]), classes, f"{title}, examples of {name}")
@@ -50,7 +50,7 @@ def show_data(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) 
         for sample, label in zip(samples.tolist(), labels[samples].tolist(), strict=True)
     ])  # fmt: skip
     print(f"{title}, stored as {dataset['encoding']}")
-    print(markdown([summary(split, counts.get(name)) for name, split in splits.items()]))
+    print(markdown([split_row(split, counts.get(name)) for name, split in splits.items()]))
     print(f"pictures and their figures lie in {folder}")
 
 
@@ -60,7 +60,7 @@ def class_counts(split: Split) -> np.ndarray:
     return np.bincount(split.labels, minlength=len(split.classes))
 
 
-def summary(split: Split, counts: np.ndarray | None) -> Row:
+def split_row(split: Split, counts: np.ndarray | None) -> Row:
     """Samples, sizes in pixels and, where there are labels, samples per class."""
     row: Row = {
         "split": split.name,
@@ -79,7 +79,7 @@ def summary(split: Split, counts: np.ndarray | None) -> Row:
     return row
 
 
-def examples(split: Split, count: int, seed: int) -> np.ndarray:
+def class_examples(split: Split, count: int, seed: int) -> np.ndarray:
     """A random sample of each class, in the order of the classes; of `count` random ones where there are more."""
     assert split.labels is not None
     generator = np.random.default_rng(seed)

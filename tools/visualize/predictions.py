@@ -12,16 +12,16 @@ from torch import Tensor
 from pipelines.storage.split import load_dataset
 from tools.common.tables import Row, make_folder, markdown, write_csv
 from tools.inference.ensemble import predict
-from tools.inference.image_sets import data_folder, images_of_split
-from tools.inference.trained_model import load_trained
-from tools.visualize.subset import images_of
+from tools.inference.image_sets import dataset_folder, load_split
+from tools.inference.trained_model import load_trained_model
+from tools.visualize.subset import load_images
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.reporting import figures, image_grids
 
-ALL_CLASSES = 20  # up to so many are printed, of more the best and the worst
+MAX_PRINTED_CLASSES = 20  # up to so many are printed, of more the best and the worst
 BEST_AND_WORST = 5
-PAIRS = 10  # printed
+MAX_PRINTED_PAIRS = 10  # printed
 
 
 def show_predictions(
@@ -29,17 +29,19 @@ def show_predictions(
 ) -> None:
     """All pictures of a labelled split, each with its CSV; of a split without labels only predictions."""
     with dist.process_group(ranks) as device:
-        trained = load_trained(checkpoint, device)
+        trained = load_trained_model(checkpoint, device)
         split = split or trained.config.data.val_split
-        path = data_folder(trained, data_path)
-        images = images_of_split(split, [trained], [path])
+        path = dataset_folder(trained, data_path)
+        images = load_split(split, [trained], [path])
         folder = make_folder(out or trained.path.parent / f"show-{split}")
         values, evaluations, _ = predict([trained], images, None, None)
         logits = torch.from_numpy(values)
         labels = torch.full((len(images),), -1) if images.labels is None else torch.from_numpy(images.labels)
         random = np.random.default_rng(seed).permutation(len(labels))[:count]
         worst = confident_mistakes(logits, labels)[:count]
-        pixels = images_of(trained.data_in(path), trained.config.eval, split, np.concatenate([random, worst]), device)
+        pixels = load_images(
+            trained.eval_data_config(path), trained.config.eval, split, np.concatenate([random, worst]), device
+        )
 
     title = f"{trained.config.name}, {split}"
     draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, trained.classes,
@@ -97,7 +99,7 @@ def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple
     picture = figures.ranked_bars([row["f1"] for row in scores], classes, "F1", f"{title}: F1 of each class")
     figures.save(picture, folder / "classes.png")
     shown = scores
-    if len(scores) > ALL_CLASSES:
+    if len(scores) > MAX_PRINTED_CLASSES:
         shown = sorted(scores, key=lambda row: (-row["f1"], -row["recall"]))
         print(f"\n{BEST_AND_WORST} best and {BEST_AND_WORST} worst of {len(scores)} classes:")
         shown = shown[:BEST_AND_WORST] + shown[-BEST_AND_WORST:]
@@ -140,7 +142,7 @@ def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: t
     write_csv(folder / "confused.csv", pairs)
     if pairs:
         print(f"\nmost often confused, of {len(pairs)} pairs:")
-        print(markdown(pairs[:PAIRS]))
+        print(markdown(pairs[:MAX_PRINTED_PAIRS]))
 
 
 def confused_pairs(counts: np.ndarray, classes: tuple[str, ...]) -> list[Row]:

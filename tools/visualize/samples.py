@@ -17,7 +17,7 @@ from pipelines import build_train_loader
 from pipelines.augment.mixup import is_on
 from pipelines.storage.split import open_split
 from tools.common.tables import make_folder, write_csv
-from tools.visualize.subset import choose, images_of
+from tools.visualize.subset import load_images, select_samples
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.engine.mixing import Seen, as_seen
@@ -32,8 +32,8 @@ COLUMNS = 10  # samples side by side
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
     """samples.png and samples.csv: the first samples of the first of `epochs`, as each of the epochs augments them."""
     with dist.process_group(ranks) as device:
-        samples, rows = augmented(config, epochs, count, device)
-        original = images_of(config.data, config.eval, config.data.train_split, samples, device)
+        samples, rows = augmented_samples(config, epochs, count, device)
+        original = load_images(config.data, config.eval, config.data.train_split, samples, device)
     split = open_split(config.data.path, config.data.train_split)
     labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
     names = [image_grids.class_name(label, split.classes) for label in labels.tolist()]
@@ -50,14 +50,16 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
                 line[f"epoch {epoch}"] = name
     shown = [original, *(row.images for row in rows)]
     largest = max(images.shape[2] for images in shown)  # stages and evaluation have sizes of their own
-    original, *images = (one if one.shape[2] == largest else enlarged(one, largest) for one in shown)
+    original, *images = (one if one.shape[2] == largest else enlarge(one, largest) for one in shown)
     figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
     write_csv(folder / "samples.csv", table)
     print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
           f"{folder / 'samples.png'} and .csv")  # fmt: skip
 
 
-def augmented(config: Config, epochs: Sequence[int], count: int, device: torch.device) -> tuple[np.ndarray, list[Seen]]:
+def augmented_samples(
+    config: Config, epochs: Sequence[int], count: int, device: torch.device
+) -> tuple[np.ndarray, list[Seen]]:
     """The first samples of the first batch of `epochs[0]`, int64 [N], and them as each epoch shows them, on the host.
 
     In other epochs these samples have other neighbours; here they are mixed with those of `epochs[0]`.
@@ -69,14 +71,14 @@ def augmented(config: Config, epochs: Sequence[int], count: int, device: torch.d
     rows = []
     for epoch in epochs:
         # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
-        stage = choose(loader.at(epoch), samples)
+        stage = select_samples(loader.at(epoch), samples)
         stage.state = {"epoch": epoch, "step": 0}
         seen = [Seen(*(part.cpu() for part in as_seen(batch))) for batch in stage]
         rows.append(Seen(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
     return samples[:count], rows
 
 
-def enlarged(images: Tensor, side: int) -> Tensor:
+def enlarge(images: Tensor, side: int) -> Tensor:
     """uint8 [N, 3, side, side], each pixel as it is, repeated."""
     return functional.interpolate(images, (side, side), mode="nearest-exact")
 

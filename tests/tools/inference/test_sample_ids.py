@@ -14,7 +14,7 @@ from pipelines.storage.dataset import load_dataset
 from tools import convert
 from tools.inference import submission
 from tools.inference.image_sets import ImageSet
-from tools.inference.sample_ids import match
+from tools.inference.sample_ids import match_ids
 
 SAMPLE = Path("sample.csv")
 
@@ -50,7 +50,7 @@ IN_TEXT_ORDER = sorted(range(1, 101), key=str)  # 1, 10, 100, 11 …
 def test_numbers_are_matched_by_number_and_other_ids_taken_in_their_order(
     ids: list[str], rows: list[int], first: int | None
 ) -> None:
-    found = match(ids, image_set(len(ids)), SAMPLE)
+    found = match_ids(ids, image_set(len(ids)), SAMPLE)
     assert (list(found.rows), found.first) == (rows, first)
 
 
@@ -65,7 +65,7 @@ def test_numbers_are_matched_by_number_and_other_ids_taken_in_their_order(
 )
 def test_numbers_that_leave_it_open_which_image_is_meant_are_refused(ids: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        match(ids, image_set(len(ids)), SAMPLE)
+        match_ids(ids, image_set(len(ids)), SAMPLE)
 
 
 def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_numbers() -> None:
@@ -74,9 +74,9 @@ def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_
     images = image_set(11, is_sorted_by_name=True)
     for ids in (sorted(f"{number}.png" for number in numbers), [f"{number}.png" for number in numbers]):
         with pytest.raises(UserError, match="give the folder with these very images as --split"):
-            match(ids, images, SAMPLE)
+            match_ids(ids, images, SAMPLE)
     for ids in ([f"{number:02d}.png" for number in numbers], [str(number) for number in numbers]):
-        assert match(ids, images, SAMPLE).rows == tuple(range(11))
+        assert match_ids(ids, images, SAMPLE).rows == tuple(range(11))
 
 
 def test_rows_that_are_known_to_come_in_another_order_than_their_numbers_get_no_submission(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_rows_that_are_known_to_come_in_another_order_than_their_numbers_get_no_
     sample.write_text("Id,Category\n" + "".join(f"{number},0\n" for number in range(1, 12)), encoding="utf-8")
     for path in (sample, None):
         with pytest.raises(UserError, match="numbered files, stored in the order of their names"):
-            submission.plan(replace(image_set(11), is_unordered=True), 5, sample=path)
-        assert submission.plan(image_set(11), 5, sample=path).rows == tuple(range(11))
+            submission.build_form(replace(image_set(11), is_unordered=True), 5, sample=path)
+        assert submission.build_form(image_set(11), 5, sample=path).rows == tuple(range(11))
 
 
 def test_a_converted_folder_says_whether_its_rows_follow_their_numbers(tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_pictures_are_matched_by_path_name_stem_or_number() -> None:
         ["2", "1", "10"],
         ["0002", "0001", "0010"],
     ):
-        assert match(asked, image_set(3, files), SAMPLE).rows == (2, 0, 1)
+        assert match_ids(asked, image_set(3, files), SAMPLE).rows == (2, 0, 1)
     with pytest.raises(UserError, match=r"numbered, but sorted by path they are not in the order of their numbers"):
-        match(["1", "2", "3"], image_set(3, files), SAMPLE)
+        match_ids(["1", "2", "3"], image_set(3, files), SAMPLE)
     with pytest.raises(UserError, match=r"neither numbers nor the names of the pictures \(a.png, b.png …\)"):
-        match(["x", "y"], image_set(2, ["a.png", "b.png"]), SAMPLE)
+        match_ids(["x", "y"], image_set(2, ["a.png", "b.png"]), SAMPLE)

@@ -12,7 +12,7 @@ import torch
 from configs.utils.errors import UserError
 from helpers.training import Run, alone
 from pipelines import build_eval_loader
-from tools.inference.trained_model import check_same_classes, load_trained
+from tools.inference.trained_model import check_same_classes, load_trained_model
 from train.checkpoint.run_dir import find_checkpoints
 from train.engine.epoch import evaluate
 
@@ -20,7 +20,7 @@ from train.engine.epoch import evaluate
 def test_the_loaded_model_evaluates_as_the_run_did(digits_run: Run) -> None:
     epochs = [json.loads(line) for line in (digits_run.folder / "metrics.jsonl").read_text().splitlines()]
     with alone() as device:
-        trained = load_trained(digits_run.folder / "last.pt", device)
+        trained = load_trained_model(digits_run.folder / "last.pt", device)
         loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
         result = evaluate(trained.training, loader, 360)
     assert (result.top1, result.top5) == (epochs[-1]["val_top1"], epochs[-1]["val_top5"])
@@ -48,18 +48,18 @@ def test_a_damaged_best_checkpoint_is_named_and_the_last_one_taken(
         file.seek(5000)
         file.write(b"damage")
     with alone() as device:
-        trained = load_trained(tmp_path, device)
+        trained = load_trained_model(tmp_path, device)
         warning = capsys.readouterr().err
         assert trained.path == tmp_path / "last.pt"
         assert warning.startswith(f"warning: checkpoint {tmp_path / 'best.pt'} cannot be read (its checksum is wrong")
         assert warning.endswith(f"{tmp_path / 'last.pt'} is taken instead\n")
         with pytest.raises(UserError, match=r"best\.pt cannot be read .*last\.pt is intact$"):
-            load_trained(tmp_path / "best.pt", device)
+            load_trained_model(tmp_path / "best.pt", device)
 
 
 def test_other_classes_are_named(digits_run: Run) -> None:
     with alone() as device:
-        trained = load_trained(digits_run.folder, device)
+        trained = load_trained_model(digits_run.folder, device)
     check_same_classes(trained, tuple("0123456789"), "x")
     with pytest.raises(UserError, match="number 3 is '3' and 'three'"):
         check_same_classes(trained, ("0", "1", "2", "three", *"456789"), "x")
@@ -70,7 +70,7 @@ def test_other_classes_are_named(digits_run: Run) -> None:
 def test_the_weights_come_back_as_saved(digits_run: Run) -> None:
     content = torch.load(digits_run.folder / "best.pt", weights_only=True)
     with alone() as device:
-        network = load_trained(digits_run.folder, device).training.network
+        network = load_trained_model(digits_run.folder, device).training.network
     assert not network.training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, content["model"][name])

@@ -22,7 +22,7 @@ from helpers.memory_source import CLASSES, MemoryRows, memory_source, write
 from helpers.training import DIGITS, ROOT, alone, broken_after
 from models import build_model
 from pipelines.convert.source import Source
-from tools.inference.trained_model import load_trained
+from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import format, store
@@ -147,7 +147,7 @@ def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path:
     assert str(tmp_path / "gone") in content["config"]
     resaved(content, tmp_path / "last.pt")
     with alone() as device:
-        trained = load_trained(tmp_path / "last.pt", device)
+        trained = load_trained_model(tmp_path / "last.pt", device)
     assert trained.classes == CLASSES[3:8]
     assert differing(trained.training.network.state_dict(), content["model"]) == set()
 
@@ -196,7 +196,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
     assert run(data[5], tmp_path / "run", *options, flags=("--resume", "auto")).code == 0
     assert "top1" in run(data[5], tmp_path / "run", *options, flags=("--resume", "auto", "--eval")).out
     with alone() as device:
-        trained = load_trained(tmp_path / "run", device)
+        trained = load_trained_model(tmp_path / "run", device)
     assert torch.equal(trained.training.network.normalize.mean, weights["normalize.mean"])
     assert run(data[5], tmp_path / "new", *options).err.startswith(f"error: weights {file} do not exist")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tools.benchmarks.engine import process_memory as benchmark_memory
-from tools.runs.records import results
+from tools.runs.records import summarize_metrics
 from train.engine.meter import GIB, memory
 
 
@@ -51,6 +51,6 @@ def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_o
 
 def test_the_result_of_a_run_is_the_largest_memory_of_its_epochs() -> None:
     lines = [{"epoch": 0, "memory_gib": 3.0, "device_memory_gib": 6.0}, {"epoch": 1, "memory_gib": 2.0}]
-    assert results(lines)["device_memory_gib"] == 6.0
-    assert results(lines)["memory_gib"] == 3.0
-    assert "device_memory_gib" not in results(lines[1:])
+    assert summarize_metrics(lines)["device_memory_gib"] == 6.0
+    assert summarize_metrics(lines)["memory_gib"] == 3.0
+    assert "device_memory_gib" not in summarize_metrics(lines[1:])

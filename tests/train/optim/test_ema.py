@@ -15,8 +15,8 @@ from configs.schema import DataConfig, EmaConfig, EvalConfig
 from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, alone, on_ranks, random_batch, run_here, small_net, strict_lines, training_of
 from pipelines import build_eval_loader, build_train_loader
-from tools.inference.trained_model import load_trained
-from tools.runs.records import curve_rows, read_run, table
+from tools.inference.trained_model import load_trained_model
+from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
 from train.engine.epoch import Training, evaluate, train_epoch, train_step
@@ -233,24 +233,24 @@ def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_i
             text = content["config"].replace("weights: auto", f"weights: {weights}")
             path = tmp_path / f"{weights}.pt"
             store.write(path, content | {"config": text})
-            state = load_trained(path, CPU).training.network.state_dict()
+            state = load_trained_model(path, CPU).training.network.state_dict()
             assert all(torch.equal(value, content[part][name]) for name, value in state.items())
-            assert load_trained(path, CPU).config.train.ema.decay == 0.9
+            assert load_trained_model(path, CPU).config.train.ema.decay == 0.9
         old = {key: value for key, value in content.items() if key != "ema"}  # as older versions wrote them
         for weights in ("auto", "ema"):
             path = tmp_path / "old.pt"
             store.write(path, old | {"config": content["config"].replace("weights: auto", f"weights: {weights}")})
             if weights == "auto":
-                state = load_trained(path, CPU).training.network.state_dict()
+                state = load_trained_model(path, CPU).training.network.state_dict()
                 assert all(torch.equal(value, content["model"][name]) for name, value in state.items())
             else:
                 with pytest.raises(UserError, match=r"old\.pt holds no moving average .*; use eval\.weights=auto"):
-                    load_trained(path, CPU)
+                    load_trained_model(path, CPU)
 
 
 def test_comparisons_show_the_average_and_count_it(averaged: Path, digits_run: Any) -> None:
     records = [read_run(averaged), read_run(digits_run.folder)]
-    rows = table(records, ["averaged", "plain"])
+    rows = comparison_rows(records, ["averaged", "plain"])
     assert [row["weights"] for row in rows] == ["ema", "raw"]
     lines = strict_lines(averaged / "metrics.jsonl")
     assert rows[0]["best_val_top1"] == max(line["ema_val_top1"] for line in lines)
@@ -259,7 +259,7 @@ def test_comparisons_show_the_average_and_count_it(averaged: Path, digits_run: A
     )
     points = curve_rows(records, ["averaged", "plain"])
     assert [point["ema_val_loss"] for point in points] == [line["ema_val_loss"] for line in lines] + [None, None]
-    assert "weights" not in table(records[1:], ["plain"])[0]
+    assert "weights" not in comparison_rows(records[1:], ["plain"])[0]
     assert "ema_val_loss" not in curve_rows(records[1:], ["plain"])[0]
 
 

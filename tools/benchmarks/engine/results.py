@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tools.benchmarks.engine.interleaved import TIME_OVER, Outcome
-from tools.common.tables import aligned
+from tools.common.tables import aligned_table
 from train.reporting.run_info import device_name, processor
 
 Row = dict[str, Any]
@@ -140,7 +140,7 @@ def table(rows: list[Row]) -> str:
     lines = [COLUMNS, *(_cells(row) for row in rows)]
     used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
     header, *cells = [[line[number] for number in used] for line in lines]
-    return aligned(header, cells, right=[header.index(name) for name in RIGHT if name in header])
+    return aligned_table(header, cells, right=[header.index(name) for name in RIGHT if name in header])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

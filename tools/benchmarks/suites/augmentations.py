@@ -14,7 +14,7 @@ from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerSource
 from tools.benchmarks.suites.groups import OURS, Group
-from tools.common.tables import aligned
+from tools.common.tables import aligned_table
 
 PEER = "torchvision v2 + DataLoader"
 SIDE = 224  # where stored images have several
@@ -96,7 +96,7 @@ def table(rows: list[Row]) -> str:
             )
         )
     header = ("augmentation", "ours, images/s", f"of {PLAIN}", PEER, "ours / this")
-    return aligned(header, lines, right=range(1, len(header)))
+    return aligned_table(header, lines, right=range(1, len(header)))
 
 
 def _rate(row: Row) -> str:

@@ -27,7 +27,7 @@ from pipelines.storage.split import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import TIME_OVER
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed, skipped
-from tools.runs.records import results, training_time_s
+from tools.runs.records import summarize_metrics, training_time_s
 from train.reporting.run_log import counted, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def reached(metrics: list[dict[str, Any]], target: float) -> Row:
     """Return the figures of a run's epochs so far; none before the first epoch has ended."""
     if not metrics:
         return {}
-    found = results(metrics)
+    found = summarize_metrics(metrics)
     time_s = found["training_time_s"]
     accuracies = [counted(line, "auto") for line in metrics]
     first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)

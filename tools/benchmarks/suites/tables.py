@@ -10,7 +10,7 @@ from tools.benchmarks.engine import results
 from tools.benchmarks.suites import augmentations, progressive
 from tools.benchmarks.suites.groups import Entry
 from tools.common import tables
-from tools.common.tables import aligned
+from tools.common.tables import aligned_table
 
 SCALE = ("samples", "µs/sample", "loader", "order", "draws", "open to first batch, s", "memory, MiB")
 SCALE_FIELDS = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s", "memory_mib")
@@ -105,4 +105,4 @@ def _notes(entry: Entry) -> list[str]:
 
 
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return aligned(header, rows, right=range(1, len(header)))
+    return aligned_table(header, rows, right=range(1, len(header)))
