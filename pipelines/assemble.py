@@ -17,10 +17,10 @@ from pipelines.cpu import graph as cpu_graph
 from pipelines.gpu import dali_graph
 from pipelines.loader.bad_samples import BadSamples
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles
-from pipelines.loader.loader import HANDED_OUT, IN_FLIGHT, Loader
-from pipelines.loader.prefetch import Buffering, Plan
-from pipelines.loader.runner import FileCheck, GraphRunner, PlainRunner, Runner
-from pipelines.loader.sources import DevicePixels, HostPixels, Slots, Source, resident_fits
+from pipelines.loader.loader import CONSUMER_HELD, IN_FLIGHT, Loader
+from pipelines.loader.prefetch import BufferConfig, Plan
+from pipelines.loader.runner import CopyRunner, DaliRunner, DecodeCheck, Runner
+from pipelines.loader.sources import DevicePixels, HostPixels, SampleSource, SlotBuffers, resident_fits
 from pipelines.storage.split import Split
 
 MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
@@ -29,29 +29,29 @@ GROUP_BYTES = 2**24  # … up to so many bytes
 
 
 @dataclass(frozen=True)
-class Graphs:
+class Transforms:
     """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
 
-    dali: Callable[[dali_graph.Stored, dali_graph.Machine], Pipeline]
+    dali: Callable[[dali_graph.ImageSpec, dali_graph.PipelineConfig], Pipeline]
     cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
     crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
     reflects: bool = False  # what crops show outside of the image
 
 
 @dataclass(frozen=True)
-class Way:
+class Backend:
     """How samples come to the device."""
 
     resident: bool  # the whole split lies in the device's memory
-    by_dali: bool  # its graph runs; else a kernel gathers and augments at once
-    untouched: bool  # stored pixels are handed over as they are
+    uses_dali: bool  # its graph runs; else a kernel gathers and augments at once
+    passes_through: bool  # stored pixels are handed over as they are
 
 
-def choose_way(resident: bool, split: Split, device: torch.device, graphs: Graphs) -> Way:
+def choose_backend(resident: bool, split: Split, device: torch.device, graphs: Transforms) -> Backend:
     """The CPU's own kernels do all there; on a GPU DALI does what one copy or one launch cannot do."""
     untouched = split.encoding == "npy" and graphs.cpu is None
     alone = untouched or device.type != "cuda" or (resident and graphs.crops_and_flips)
-    return Way(resident, not alone, untouched)
+    return Backend(resident, not alone, untouched)
 
 
 def assemble(
@@ -60,8 +60,8 @@ def assemble(
     plan: Plan,
     size: int,
     device: torch.device,
-    graphs: Graphs,
-    way: Way,
+    graphs: Transforms,
+    way: Backend,
     pixels: Callable[[], torch.Tensor],
     ranks: int,
     bad: BadSamples,
@@ -69,24 +69,26 @@ def assemble(
     """The loader of a plan. pixels: of a split that is resident, see `load_resident`."""
     on_gpu = device.type == "cuda"
     threads = data.threads or default_threads(ranks)
-    gathered = (split.image_shape or (0, 0, 0)) if way.by_dali or way.untouched else (size, size, 3)
-    if (way.by_dali and split.encoding != "npy") or (way.resident and on_gpu):
+    gathered = (split.image_shape or (0, 0, 0)) if way.uses_dali or way.passes_through else (size, size, 3)
+    if (way.uses_dali and split.encoding != "npy") or (way.resident and on_gpu):
         gatherers = 1  # which lists where encoded images lie, or launches
     else:
-        gatherers = min(MAX_COPIERS, threads) if way.by_dali or way.untouched else threads
+        gatherers = min(MAX_COPIERS, threads) if way.uses_dali or way.passes_through else threads
     buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
-    stored = dali_graph.Stored(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
-    machine = dali_graph.Machine(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
+    stored = dali_graph.ImageSpec(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
+    machine = dali_graph.PipelineConfig(
+        device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load
+    )
     stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-        if way.by_dali and split.encoding != "npy":
-            source: Source = _mapped_files(split, stored, machine)
+        if way.uses_dali and split.encoding != "npy":
+            source: SampleSource = _mapped_files(split, stored, machine)
         else:
             slot_size = plan.batch_size * buffering.group
             source = _source(split, graphs, way, pixels, gathered, slot_size, buffering.slots, device)
-    runner: Runner = PlainRunner(device, stream)
-    if way.by_dali:
-        runner = GraphRunner(lambda: graphs.dali(stored, machine), device)
+    runner: Runner = CopyRunner(device, stream)
+    if way.uses_dali:
+        runner = DaliRunner(lambda: graphs.dali(stored, machine), device)
     return Loader(
         plan,
         source,
@@ -100,33 +102,33 @@ def assemble(
     )
 
 
-def _mapped_files(split: Split, stored: dali_graph.Stored, machine: dali_graph.Machine) -> MappedFiles:
+def _mapped_files(split: Split, stored: dali_graph.ImageSpec, machine: dali_graph.PipelineConfig) -> MappedFiles:
     alone = replace(machine, batch_size=1)
-    return MappedFiles(split, FileCheck(lambda: dali_graph.decoding_graph(stored, alone)).decodes)
+    return MappedFiles(split, DecodeCheck(lambda: dali_graph.decoding_graph(stored, alone)).decodes)
 
 
 def _source(
     split: Split,
-    graphs: Graphs,
-    way: Way,
+    graphs: Transforms,
+    way: Backend,
     pixels: Callable[[], torch.Tensor],
     gathered: tuple[int, int, int],
     slot_size: int,
     count: int,
     device: torch.device,
-) -> Source:
+) -> SampleSource:
     """Where pixels come from: `count` slots of `slot_size` images of the shape `gathered`."""
     on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
     if raw and way.resident and on_gpu:
-        if way.by_dali or way.untouched:
-            return DevicePixels(pixels(), shape, slot_size, count, waits=way.by_dali)
-        from pipelines.gpu.triton_crop_flip import DeviceAugment  # needs Triton, as the GPU builds of torch bring it
+        if way.uses_dali or way.passes_through:
+            return DevicePixels(pixels(), shape, slot_size, count, waits=way.uses_dali)
+        from pipelines.gpu.triton_crop_flip import TritonCropFlip  # needs Triton, as the GPU builds of torch bring it
 
         padding_mode = "reflect" if graphs.reflects else "black"
-        return DeviceAugment(pixels(), shape, gathered[0], slot_size, count, padding_mode)
-    handed_out = not way.by_dali and not on_gpu
-    slots = Slots(count, slot_size, gathered, pinned=on_gpu, handed_out=handed_out)
-    done = None if way.by_dali else graphs.cpu
+        return TritonCropFlip(pixels(), shape, gathered[0], slot_size, count, padding_mode)
+    handed_out = not way.uses_dali and not on_gpu
+    slots = SlotBuffers(count, slot_size, gathered, pinned=on_gpu, handed_out=handed_out)
+    done = None if way.uses_dali else graphs.cpu
     if not raw:
         return HostJpegs(split, slots, done)
     if way.resident:
@@ -135,10 +137,10 @@ def _source(
     return HostPixels(split.content, split.pixel_begins(), shape, slots, done, split.watch)
 
 
-def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> Buffering:
+def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> BufferConfig:
     group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
-    groups = -(-max(data.prefetch, IN_FLIGHT + HANDED_OUT) // group) + 1  # the consumer's, and those that are ready
-    return Buffering((-(-groups // threads) + 2) * threads, threads, group)
+    groups = -(-max(data.prefetch, IN_FLIGHT + CONSUMER_HELD) // group) + 1  # the consumer's, and those that are ready
+    return BufferConfig((-(-groups // threads) + 2) * threads, threads, group)
 
 
 def default_threads(ranks: int) -> int:

@@ -13,9 +13,9 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from pipelines import order
-from pipelines.assemble import Graphs, assemble, choose_way, placed_on_device
+from pipelines.assemble import Transforms, assemble, choose_backend, placed_on_device
 from pipelines.augment import mixup, policies
-from pipelines.augment.sampler import Drawn
+from pipelines.augment.sampler import AugmentationSampler
 from pipelines.cpu import graph as cpu_graph
 from pipelines.gpu import dali_graph as graph
 from pipelines.loader import bad_samples
@@ -51,15 +51,15 @@ def build_train_loader(
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
-    programs = policies.programs_of(aug, tuple(split.dataset["mean"]))
+    programs = policies.build_programs(aug, tuple(split.dataset["mean"]))
     order_of = TrainOrder(data, split, seed)
-    bad = bad_samples.in_training(split, data)
+    bad = bad_samples.for_training(split, data)
 
     def mix(epoch: int, step: int, samples: int, size: int) -> np.ndarray:
         return mixup.mix_table(aug.mix, seed, epoch, step, samples, size, rank=rank, world_size=world_size,
                                 accumulation_steps=accumulation_steps)  # fmt: skip
 
-    if mixup.is_on(aug.mix):
+    if mixup.mixing_enabled(aug.mix):
         mix(0, 0, 2, 1)  # imports now what it needs, and not within the first epoch
 
     def build(section: DataConfig) -> Loader:
@@ -81,7 +81,7 @@ def build_train_loader(
                 order_of.read_ahead(epoch, batch)
             return batch
 
-        def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+        def dali_graph(stored: graph.ImageSpec, machine: graph.PipelineConfig) -> Pipeline:
             return graph.train_graph(stored, machine, aug, size, data.interpolation, data.antialias, programs)
 
         mean = tuple(split.dataset["mean"])
@@ -89,21 +89,21 @@ def build_train_loader(
         stays = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
         paints = programs is not None or aug.erase.probability > 0 or aug.cutout > 0
         reflects = aug.padding_mode == "reflect"
-        graphs = Graphs(dali_graph, on_cpu, crops_and_flips=stays and not paints, reflects=reflects)
-        way = choose_way(resident, split, where, graphs)
-        drawn = Drawn(aug, split, programs, seed, size, way.by_dali)
-        mixes = mix if mixup.is_on(aug.mix) else None
+        graphs = Transforms(dali_graph, on_cpu, crops_and_flips=stays and not paints, reflects=reflects)
+        way = choose_backend(resident, split, where, graphs)
+        drawn = AugmentationSampler(aug, split, programs, seed, size, way.uses_dali)
+        mixes = mix if mixup.mixing_enabled(aug.mix) else None
         plan = Plan(steps * batch_size, batch_size, indices, drawn, order_of, mix=mixes)
         return assemble(split, section, plan, size, where, graphs, way, pixels, local_world_size or world_size,
                         bad)  # fmt: skip
 
     if not data.stages:
         return build(data)
-    begins = stage_starts(data)
-    sections = [data_at(data, epoch) for epoch in begins]
+    starts = stage_starts(data)
+    sections = [data_at(data, epoch) for epoch in starts]
     sizes = [(section.image_size, section.batch_size) for section in sections]  # that come again share a loader
     loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}
-    return StagedLoader([loaders[size] for size in sizes], begins)
+    return StagedLoader([loaders[size] for size in sizes], starts)
 
 
 class TrainOrder:
@@ -167,7 +167,7 @@ def build_eval_loader(
         begin = start + step * batch_size
         return np.arange(begin, min(begin + batch_size, stop))
 
-    def dali_graph(stored: graph.Stored, machine: graph.Machine) -> Pipeline:
+    def dali_graph(stored: graph.ImageSpec, machine: graph.PipelineConfig) -> Pipeline:
         return graph.eval_graph(
             stored, machine, size, evaluation.crop_fraction, data.interpolation, data.antialias, squash
         )
@@ -176,10 +176,10 @@ def build_eval_loader(
     on_cpu = cpu_graph.eval_graph(
         opened.image_shape, size, evaluation.crop_fraction, data.interpolation, data.antialias, squash
     )
-    graphs = Graphs(dali_graph, on_cpu)
-    way = choose_way(placed_on_device(data, opened, where), opened, where, graphs)
+    graphs = Transforms(dali_graph, on_cpu)
+    way = choose_backend(placed_on_device(data, opened, where), opened, where, graphs)
     ranks = local_world_size or world_size
-    bad = bad_samples.in_training(opened, data) if replaces else bad_samples.in_evaluation(opened, data)
+    bad = bad_samples.for_training(opened, data) if replaces else bad_samples.for_evaluation(opened, data)
     return assemble(opened, data, plan, size, where, graphs, way, lambda: load_resident(opened, where), ranks, bad)
 
 

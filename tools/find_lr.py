@@ -31,7 +31,7 @@ from configs.stages import config_at
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines import build_train_loader
-from pipelines.augment.mixup import is_on
+from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset
 from tools.common.tables import make_folder, write_csv, write_text
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
         raise UserError(f"{out} is the folder of a run; give another --out")
     ranks = Ranks.alone("tools/find_lr.py")
-    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
+    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     make_folder(out)

@@ -31,7 +31,7 @@ from configs.schema import Config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.augment.mixup import is_on
+from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.split import load_dataset
@@ -71,7 +71,7 @@ def main() -> None:
             "train.schedule=plateau needs an evaluation after every epoch, which speedruns do without; use another one"
         )
     ranks = Ranks.alone("tools/speedrun.py")
-    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
+    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     val_samples = dataset["splits"][config.data.val_split]["samples"]

@@ -14,7 +14,7 @@ from configs.schema import Config, ModelConfig
 from configs.utils.errors import UserError
 from models import build_from_config
 from models.pretrained import build_pretrained
-from pipelines.augment.mixup import is_on
+from pipelines.augment.mixup import mixing_enabled
 from train.checkpoint.finetune import load_finetune
 from train.distributed import process_group
 from train.engine.epoch import Training, build_training, trainings_of
@@ -59,7 +59,7 @@ def build_all(
     if model.freeze:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, train.optimizer, train.lr)
-    training = build_training(network, optimizer, train, device, mixes=is_on(config.aug.mix), trains=trains)
+    training = build_training(network, optimizer, train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
     training.is_drawn = model.pretrained is False and model.finetune is None
     training.lookahead = build_lookahead(network, train.lookahead)
     training.ema = build_ema(network, train.ema)

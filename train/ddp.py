@@ -18,7 +18,7 @@ from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.files import path_text
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.augment.mixup import check_mixing, is_on
+from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.split import load_dataset
 from train.build import build_all, check_classes
@@ -87,7 +87,7 @@ def main() -> int:
     ranks = Ranks.from_environment()
     if not evaluates_only:
         config = with_used_settings(config)
-        check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
+        check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
     with dist.process_group(ranks) as device, ExitStack() as until_the_end:

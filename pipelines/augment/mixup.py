@@ -15,7 +15,7 @@ from configs.utils.errors import UserError
 from pipelines.rng import uniform
 
 
-def is_on(mix: MixConfig) -> bool:
+def mixing_enabled(mix: MixConfig) -> bool:
     """Whether any sample of any epoch is mixed."""
     return (mix.mixup > 0 or mix.cutmix > 0) and mix.probability > 0 and mix.off_epoch != 0
 
@@ -24,14 +24,14 @@ def check_mixing(data: DataConfig, mix: MixConfig) -> None:
     """Raise UserError where a batch would leave a sample without a neighbour."""
     sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
-    if is_on(mix) and odd:
+    if mixing_enabled(mix) and odd:
         raise UserError(
             f"a batch of {odd[0]} samples (data.batch_size, data.stages) cannot be mixed, since aug.mix pairs "
             "neighbours; use an even number, or set aug.mix.mixup and aug.mix.cutmix to 0"
         )
 
 
-def nothing_mixed(samples: int) -> np.ndarray:
+def identity_table(samples: int) -> np.ndarray:
     """The table of a batch that stays as it is."""
     table = np.zeros((samples, 5), np.float32)
     table[:, 0] = 1.0
@@ -59,17 +59,17 @@ def mix_table(
         and the box that shows the neighbour: top, bottom, left, right, all 0 for mixup and where nothing is mixed.
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
-        return nothing_mixed(samples)
+        return identity_table(samples)
     positions = (step * world_size + rank) * samples + np.arange(samples)  # in the epoch's order
     if mix.mode == "batch":
-        one = drawn_mixes(mix, np.array([step // accumulation_steps]), seed, epoch, size)
+        one = draw_mixes(mix, np.array([step // accumulation_steps]), seed, epoch, size)
         return np.repeat(one, samples, axis=0)
     if mix.mode == "pair":
-        return np.repeat(drawn_mixes(mix, positions[::2] // 2, seed, epoch, size), 2, axis=0)
-    return drawn_mixes(mix, positions, seed, epoch, size)
+        return np.repeat(draw_mixes(mix, positions[::2] // 2, seed, epoch, size), 2, axis=0)
+    return draw_mixes(mix, positions, seed, epoch, size)
 
 
-def drawn_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
+def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
     """The rows of `mix_table` that belong to keys, int64 [N]: numbers of updates, pairs or samples: float32 [N, 5].
 
     The distributions are those of timm's Mixup; its CutMix box has a centre that is uniform over the pixels, the share
@@ -89,7 +89,7 @@ def drawn_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: i
     end = np.clip(center + ((side + 1) // 2)[:, None], 0, size)
     left_over = 1.0 - np.prod(end - start, axis=1) / size**2
 
-    table = nothing_mixed(len(keys))
+    table = identity_table(len(keys))
     table[:, 0] = np.where(is_mixed, np.where(cuts, left_over, share), 1.0)
     boxes = np.stack([start[:, 0], end[:, 0], start[:, 1], end[:, 1]], axis=1)
     table[:, 1:] = np.where((is_mixed & cuts)[:, None], boxes, 0)

@@ -39,7 +39,7 @@ class Op(IntEnum):
 
 
 GEOMETRIC = frozenset({Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE})
-Slots = tuple[frozenset[Op], ...]  # of each slot, the operations that may stand there, IDENTITY aside
+SlotOps = tuple[frozenset[Op], ...]  # of each slot, the operations that may stand there, IDENTITY aside
 
 
 def blur_radius(largest_sigma: float) -> int:
@@ -57,7 +57,7 @@ def grey_levels(mean: Sequence[float]) -> tuple[int, int, int]:
 class Programs:
     """What all programs of a run have in common."""
 
-    slots: Slots
+    slots: SlotOps
     bilinear: bool  # how GEOMETRIC operations resample; else the nearest pixel
     fill: tuple[int, int, int]  # grey levels, red green blue, that they show outside of the image
     radius: int  # of BLUR, see `blur_radius`

@@ -13,19 +13,19 @@ import numpy as np
 
 from configs.schema.aug import POLICIES, AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig
 from pipelines.augment import timm_randaugment, torchvision_tables
-from pipelines.augment.ops import Op, Programs, Slots, blur_radius, grey_levels
+from pipelines.augment.ops import Op, Programs, SlotOps, blur_radius, grey_levels
 from pipelines.rng import uniform
 
 JITTERS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.HUE)
-Draws = list[tuple[np.ndarray, np.ndarray]]  # of each slot, operations [B] and values [B]
+SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # of each slot, operations [B] and values [B]
 
 
-def programs_of(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
+def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
     """What all programs of these settings have in common; None if they ask for none. `mean`: the data set's, 0 to 1."""
     slots = _auto_slots(aug.auto) + _jitter_slots(aug.color_jitter)
     if aug.grayscale > 0:
         slots += (frozenset({Op.GRAYSCALE}),)
-    sigmas = [timm_randaugment.LARGEST_SIGMA] if any(Op.BLUR in slot for slot in slots) else []
+    sigmas = [timm_randaugment.MAX_SIGMA] if any(Op.BLUR in slot for slot in slots) else []
     if aug.blur.probability > 0:
         slots += (frozenset({Op.BLUR}),)
         sigmas.append(aug.blur.sigma[1])
@@ -46,7 +46,7 @@ def draw_programs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Programs of the samples with indices `samples`, int64 [B], that are trained on at `size` x `size` pixels.
 
-    Returns operations, int32 [B, slots], and values, float32 [B, slots], of the slots that `programs_of` names.
+    Returns operations, int32 [B, slots], and values, float32 [B, slots], of the slots that `build_programs` names.
     """
     drawn = _draw_auto(aug.auto, samples, seed, epoch, size)
     drawn += _draw_jitter(aug.color_jitter, samples, seed, epoch)
@@ -61,7 +61,7 @@ def draw_programs(
     return ops, values
 
 
-def _auto_slots(auto: AutoAugmentConfig) -> Slots:
+def _auto_slots(auto: AutoAugmentConfig) -> SlotOps:
     if auto.policy == "none":
         return ()
     if auto.policy.startswith("autoaugment-"):
@@ -74,7 +74,7 @@ def _auto_slots(auto: AutoAugmentConfig) -> Slots:
     return (frozenset(Op(number) for number in space.ops),) * spec.layers
 
 
-def _draw_auto(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> Draws:
+def _draw_auto(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> SlotDraws:
     if auto.policy == "none":
         return []
     if auto.policy == "randaugment":
@@ -86,7 +86,7 @@ def _draw_auto(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: i
     return timm_randaugment.draw_layers(auto.policy, samples, seed, epoch, size)
 
 
-def _draw_rand_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> Draws:
+def _draw_rand_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> SlotDraws:
     space = np.array(torchvision_tables.SPACE)
     table = torchvision_tables.value_table(False, auto.bins, size)[:, auto.magnitude]
     layers = []
@@ -97,7 +97,7 @@ def _draw_rand_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, 
     return layers
 
 
-def _draw_trivial_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> Draws:
+def _draw_trivial_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> SlotDraws:
     space = np.array(torchvision_tables.SPACE)
     table = torchvision_tables.value_table(True, auto.bins, size)
     drawn = uniform(samples, seed, epoch, "auto-0", 3)
@@ -105,7 +105,7 @@ def _draw_trivial_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: in
     return [(space[choices], table[space[choices], bins, negative])]
 
 
-def _draw_auto_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> Draws:
+def _draw_auto_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> SlotDraws:
     policies = torchvision_tables.sub_policies(auto.policy)
     table = torchvision_tables.value_table(False, torchvision_tables.AUTO_AUGMENT_BINS, size)
     chosen = (uniform(samples, seed, epoch, "auto-choice", 1)[:, 0] * len(policies.ops)).astype(np.int64)
@@ -125,12 +125,12 @@ def _strengths(jitter: ColorJitterConfig) -> tuple[float, ...]:
     return jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
 
 
-def _jitter_slots(jitter: ColorJitterConfig) -> Slots:
+def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
     used = frozenset(op for op, strength in zip(JITTERS, _strengths(jitter), strict=True) if strength > 0)
     return (used,) * len(used)
 
 
-def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> Draws:
+def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
     """As torchvision's ColorJitter: uniform factors, applied in an order that is drawn for each sample."""
     strengths = np.array(_strengths(jitter))
     orders = _orders(tuple((strengths > 0).tolist()))
@@ -157,12 +157,12 @@ def _orders(used: tuple[bool, ...]) -> np.ndarray:
     return np.array([[jitter for jitter in order if used[jitter]] for order in orders], np.int64)
 
 
-def _draw_grayscale(probability: float, samples: np.ndarray, seed: int, epoch: int) -> Draws:
+def _draw_grayscale(probability: float, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
     applied = uniform(samples, seed, epoch, "grayscale", 1)[:, 0] < probability
     return [(np.where(applied, Op.GRAYSCALE, Op.IDENTITY), np.zeros(len(samples)))]
 
 
-def _draw_blur(blur: BlurConfig, samples: np.ndarray, seed: int, epoch: int) -> Draws:
+def _draw_blur(blur: BlurConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
     drawn = uniform(samples, seed, epoch, "blur", 2)
     applied = drawn[:, 0] < blur.probability
     sigmas = blur.sigma[0] + drawn[:, 1] * (blur.sigma[1] - blur.sigma[0])

@@ -14,7 +14,7 @@ from pipelines.storage.split import Split
 
 
 @dataclass(frozen=True)
-class Drawn:
+class AugmentationSampler:
     """Called with an epoch and sample indices, gives the graph's inputs beside the images, each [N, ...]."""
 
     aug: AugConfig
@@ -22,7 +22,7 @@ class Drawn:
     programs: Programs | None
     seed: int
     size: int  # of the images that training sees, pixels
-    by_dali: bool  # which takes some inputs in another form
+    uses_dali: bool  # which takes some inputs in another form
 
     def __call__(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
         return self._geometry(epoch, samples) | self._program(epoch, samples) | self._painted(epoch, samples)
@@ -42,7 +42,7 @@ class Drawn:
         feeds: dict[str, np.ndarray] = {}
         if aug.crop == "pad":
             offsets = geometry.pad_crop_offsets(samples, seed, epoch, aug.padding)
-            shifts = self.by_dali and aug.padding_mode == "reflect"
+            shifts = self.uses_dali and aug.padding_mode == "reflect"
             feeds |= {"shift": dali_graph.shifts(offsets, aug.padding)} if shifts else {"offset": offsets}
         if flips is not None:
             feeds["flip"] = flips
@@ -52,7 +52,7 @@ class Drawn:
         if self.programs is None:
             return {}
         ops, values = policies.draw_programs(self.aug, samples, self.seed, epoch, self.size)
-        if self.by_dali:
+        if self.uses_dali:
             return dali_graph.program_inputs(self.programs, ops, values, self.size)
         return {"ops": ops, "values": values}
 
@@ -65,11 +65,11 @@ class Drawn:
             mean, std = self.split.dataset["mean"], self.split.dataset["std"]
             if section.fill == "random":
                 colors = geometry.erase_colors(samples, seed, epoch, mean, std)
-                feeds["erase_color"] = colors.astype(np.float32) if self.by_dali else colors
-            elif not self.by_dali:  # whose graph knows these colours
+                feeds["erase_color"] = colors.astype(np.float32) if self.uses_dali else colors
+            elif not self.uses_dali:  # whose graph knows these colours
                 color = grey_levels(mean) if section.fill == "mean" else (0, 0, 0)
                 feeds["erase_color"] = np.tile(np.array(color, np.uint8), (len(samples), 1))
-            if self.by_dali:
+            if self.uses_dali:
                 feeds |= {
                     "erase_start": boxes[:, :2].astype(np.float32),
                     "erase_shape": boxes[:, 2:].astype(np.float32),

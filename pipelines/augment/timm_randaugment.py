@@ -17,7 +17,7 @@ from pipelines.augment.ops import Op
 from pipelines.rng import normal, uniform
 
 SCALE = 10.0  # the magnitude at which an operation has its full span
-LARGEST_SIGMA = 2.0  # of BLUR, pixels
+MAX_SIGMA = 2.0  # of BLUR, pixels
 _DRAWN = 0  # a sign that is drawn
 
 
@@ -64,7 +64,7 @@ _INCREASING = (
 _THREE = (  # 3-Augment of arXiv:2204.07118, where a magnitude of 0 already takes half of the colour
     _SOLARIZE,
     Formula(Op.COLOR, base=0.5, sign=-1, span=0.5, lowest=0.0),
-    Formula(Op.BLUR, base=0.1, sign=1, span=1.9, highest=LARGEST_SIGMA),
+    Formula(Op.BLUR, base=0.1, sign=1, span=1.9, highest=MAX_SIGMA),
 )
 _WEIGHTS = {
     Op.ROTATE: 3.0, Op.SHEAR_X: 2.0, Op.SHEAR_Y: 2.0, Op.TRANSLATE_X: 1.0, Op.TRANSLATE_Y: 1.0, Op.COLOR: 0.25,
@@ -120,7 +120,7 @@ def parse(policy: str) -> tuple[RandAugmentSpec, Space]:
     return spec, space(spec.increasing, spec.operations)
 
 
-def values_at(
+def op_values(
     space: Space, choices: np.ndarray, magnitudes: np.ndarray | float, negative: np.ndarray, size: int
 ) -> np.ndarray:
     """Values of the formulas `choices` [B] at magnitudes [B], on images of side `size`: float64 [B].
@@ -147,7 +147,7 @@ def draw_layers(
         drawn = uniform(samples, seed, epoch, f"auto-{layer}", 3)
         choices = (drawn[:, 0] * len(choice.ops)).astype(np.int64) if chosen is None else chosen[:, layer]
         magnitudes = _magnitudes(spec, samples, seed, epoch, f"auto-{layer}-magnitude")
-        values = values_at(choice, choices, magnitudes, drawn[:, 2] < 0.5, size)
+        values = op_values(choice, choices, magnitudes, drawn[:, 2] < 0.5, size)
         applied = drawn[:, 1] < spec.probability
         layers.append((np.where(applied, choice.ops[choices], Op.IDENTITY), np.where(applied, values, 0.0)))
     return layers

@@ -4,8 +4,9 @@ Each reads images straight from where they lie in one flat array and writes one 
 the loader's threads take turns by batch. The pixels are those of the DALI operators in `graph`. `python -m
 pipelines.kernels` compiles them all, so that no first batch waits for it.
 
-Common arguments: content: uint8 [bytes]; begins: int64 [B], where in it each image's first pixel lies, height x width x
-3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. Nothing is checked: `pipelines.shards` has done so.
+Common arguments: content: uint8 [bytes]; image_offsets: int64 [B], byte offset in `content` of each image's first
+pixel, height x width x 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. The kernels check no bounds:
+`pipelines.storage.split` has done so.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ import math
 import numpy as np
 from numba import float32, int32, uint8
 
+from pipelines.cpu.byte_intrinsics import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
+from pipelines.cpu.float_intrinsics import mix_pixels, mix_three_pixels, mix_two_pixels
 from pipelines.cpu.jit import kernel
-from pipelines.cpu.vector_floats import mix_pixels, mix_three_pixels, mix_two_pixels
-from pipelines.cpu.vector_ops import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
 
-AHEAD = 2**14  # bytes between what is asked for from memory and what is copied
+PREFETCH_BYTES = 2**14  # bytes between what is asked for from memory and what is copied
 HALF = float32(0.5)
 
 
 @kernel
-def copy(content: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
-    """out[i] = the out[i].size bytes at begins[i]; fastest where each of them lies on whole cache lines."""
+def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
+    """out[i] = the out[i].size bytes at image_offsets[i]; fastest where each of them lies on whole cache lines."""
     target = out.reshape(-1)
-    size = target.size // max(len(begins), 1)
-    last, samples_ahead = len(begins) - 1, max(1, AHEAD // size)
+    size = target.size // max(len(image_offsets), 1)
+    last, samples_ahead = len(image_offsets) - 1, max(1, PREFETCH_BYTES // size)
     whole_lines = size % LINE == 0 and target.ctypes.data % LINE == 0
-    for sample in range(len(begins)):
-        begin, at = begins[sample], sample * size
+    for sample in range(len(image_offsets)):
+        begin, at = image_offsets[sample], sample * size
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
         # Scattered samples wait for memory. The inner cache has few requests under way, the outer one many more.
-        ahead = begins[min(sample + samples_ahead, last)]
+        ahead = image_offsets[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)
             stream_line(target, at + offset, content, begin + offset)
@@ -69,7 +70,7 @@ def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
 @kernel
 def crop_flip(
     content: np.ndarray,
-    begins: np.ndarray,
+    image_offsets: np.ndarray,
     height: int,
     width: int,
     offsets: np.ndarray,
@@ -83,7 +84,7 @@ def crop_flip(
     """
     size = out.shape[1]
     target = out.reshape(-1)
-    for sample in range(len(begins)):
+    for sample in range(len(image_offsets)):
         top, left = offsets[sample, 0], offsets[sample, 1]
         mirrored = flips[sample] != 0
         first, last = max(-left, 0), min(width - left, size)  # columns of the crop that the image covers
@@ -96,7 +97,7 @@ def crop_flip(
                 for i in range(row, row + size * 3):
                     target[i] = 0
                 continue
-            source_row = begins[sample] + source_y * width * 3
+            source_row = image_offsets[sample] + source_y * width * 3
             for i in range(size - count):
                 x = i if i < blank else i + count
                 if reflect:
@@ -129,7 +130,7 @@ def _reflected(position: int, length: int) -> int:
 @kernel
 def resize(
     content: np.ndarray,
-    begins: np.ndarray,
+    image_offsets: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
     starts: np.ndarray,
@@ -148,7 +149,7 @@ def resize(
     reach = 2 if cubic else 1
     room = 0
     taps = 0
-    for sample in range(len(begins)):
+    for sample in range(len(image_offsets)):
         for axis in range(2):
             scale = abs(ends[sample, axis] - starts[sample, axis]) / size
             radius = reach * (max(scale, 1.0) if antialias else 1.0)
@@ -160,7 +161,7 @@ def resize(
     columns = size * taps  # where the weights of the columns begin
     line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # of one row, with repeated edges
     target = out.reshape(-1)
-    for sample in range(len(begins)):
+    for sample in range(len(image_offsets)):
         height, width = heights[sample], widths[sample]
         rows_taps = _filter(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
         column_taps = _filter(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
@@ -171,7 +172,7 @@ def resize(
         inner = line[(left - low) * 3 : (left - low) * 3 + count]
         for x in range(size):
             index[1, x] = (index[1, x] - low) * 3
-        image = content[begins[sample] : begins[sample] + height * width * 3]
+        image = content[image_offsets[sample] : image_offsets[sample] + height * width * 3]
         for y in range(size):
             above = min(max(index[0, y], 0), height - 1)
             below = min(max(index[0, y] + 1, 0), height - 1)
@@ -250,14 +251,14 @@ def compile_all() -> None:
 
     assert sigbus_handler.handler.address  # which importing compiles
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
-    begins = sides = np.zeros(1, np.int64)
+    image_offsets = sides = np.zeros(1, np.int64)
     offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
-    copy(content, begins, out)
-    crop_flip(content, begins, 1, 1, offset, flip, False, out)
-    resize(content, begins, sides + 1, sides + 1, corner, corner + 1, False, True, out)
+    copy(content, image_offsets, out)
+    crop_flip(content, image_offsets, 1, 1, offset, flip, False, out)
+    resize(content, image_offsets, sides + 1, sides + 1, corner, corner + 1, False, True, out)
     sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
     sizes = np.zeros(1, np.int32)
-    jpeg_headers.find_unlike(content, begins, sizes, sizes, sizes, np.empty(1, bool))
+    jpeg_headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
     programs.compile_all()
 
 

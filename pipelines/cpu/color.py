@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, int32, uint8
 
+from pipelines.cpu.byte_intrinsics import PIXELS, join_pixels, split_pixels
+from pipelines.cpu.float_intrinsics import fused
 from pipelines.cpu.jit import kernel
-from pipelines.cpu.vector_floats import fused
-from pipelines.cpu.vector_ops import PIXELS, join_pixels, split_pixels
 
 ZERO, ONE, WHITE = float32(0), float32(1), float32(255)
 RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # shares of grey

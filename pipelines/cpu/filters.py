@@ -10,9 +10,9 @@ import math
 import numpy as np
 from numba import float32, int32, uint8, uint16
 
+from pipelines.cpu.byte_intrinsics import copy_bytes
+from pipelines.cpu.float_intrinsics import LANES, blur_across, blur_down, fused
 from pipelines.cpu.jit import kernel
-from pipelines.cpu.vector_floats import LANES, blur_across, blur_down, fused
-from pipelines.cpu.vector_ops import copy_bytes
 
 ZERO, WHITE = float32(0), float32(255)
 NEGLIGIBLE = 2.0**-18  # a tap's weight: less than a hundredth of a grey level

@@ -13,9 +13,9 @@ import numpy as np
 from numba import float32, int32, uint8
 
 from pipelines.augment.ops import Op
+from pipelines.cpu.byte_intrinsics import copy_bytes, copy_four
+from pipelines.cpu.float_intrinsics import fused, mix_four_pixels
 from pipelines.cpu.jit import kernel
-from pipelines.cpu.vector_floats import fused, mix_four_pixels
-from pipelines.cpu.vector_ops import copy_bytes, copy_four
 
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
@@ -25,7 +25,7 @@ TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 
 
 @kernel
-def move(
+def warp(
     image: np.ndarray, side: int, op: int, value: float, bilinear: bool, fill: np.ndarray, scratch: np.ndarray
 ) -> None:
     """One operation of GEOMETRIC. image: uint8 [side * side * 3], changed in place; fill: uint8 [3], outside of it.

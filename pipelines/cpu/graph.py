@@ -28,7 +28,7 @@ class Images(NamedTuple):
     """The images of a batch in one flat array, each in HWC order."""
 
     content: np.ndarray  # uint8 [bytes]
-    begins: np.ndarray  # int64 [B]
+    offsets: np.ndarray  # int64 [B]
     heights: np.ndarray  # int64 [B]
     widths: np.ndarray
 
@@ -53,7 +53,7 @@ class CpuGraph:
         if len(self.stages) == 1 and not self.changes:
             self.stages[0](images, draws, out)
             return
-        side, count = self.sides[0], len(images.begins)
+        side, count = self.sides[0], len(images.offsets)
         step = max(1, self.CHUNK // (side * side * 3))
         for start in range(0, count, step):
             piece = slice(start, min(start + step, count))
@@ -210,6 +210,6 @@ def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = Fal
         if flips is None:
             flips = np.zeros(count, np.int32)
         height, width = int(images.heights[0]), int(images.widths[0])
-        batch.crop_flip(images.content, images.begins, height, width, offsets, flips, reflects, out)
+        batch.crop_flip(images.content, images.offsets, height, width, offsets, flips, reflects, out)
 
     return stage

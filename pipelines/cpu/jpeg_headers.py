@@ -9,9 +9,9 @@ from pipelines.jpeg_format import NO_FRAMES, SOF0, SOF15, SOI, SOS
 
 
 @kernel
-def find_unlike(
+def find_mismatches(
     content: np.ndarray,
-    begins: np.ndarray,
+    offsets: np.ndarray,
     sizes: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
@@ -19,11 +19,11 @@ def find_unlike(
 ) -> None:
     """out[i] (bool [B]) = a JPEG's header cannot be parsed, or has other sides than heights[i] x widths[i] pixels.
 
-    content: uint8 [bytes]; begins and sizes: [B], of the files in it. As nvImageCodec's parser reads them: up to the
+    content: uint8 [bytes]; offsets and sizes: [B], of the files in it. As nvImageCodec's parser reads them: up to the
     first scan, each segment begins where the one before ends, with any number of fill bytes between them.
     """
-    for sample in range(len(begins)):
-        begin = np.int64(begins[sample])
+    for sample in range(len(offsets)):
+        begin = np.int64(offsets[sample])
         out[sample] = not _is_as_said(content, begin, begin + sizes[sample], heights[sample], widths[sample])
 
 

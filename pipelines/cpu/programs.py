@@ -12,11 +12,11 @@ import numpy as np
 
 from pipelines.augment.ops import Op
 from pipelines.cpu import color as color
+from pipelines.cpu.byte_intrinsics import copy_bytes
 from pipelines.cpu.filters import blur, sharpness
-from pipelines.cpu.geometry import move
+from pipelines.cpu.float_intrinsics import LANES
+from pipelines.cpu.geometry import warp
 from pipelines.cpu.jit import kernel
-from pipelines.cpu.vector_floats import LANES
-from pipelines.cpu.vector_ops import copy_bytes
 
 IDENTITY, ROTATE, BRIGHTNESS, COLOR, CONTRAST = (
     int(op) for op in (Op.IDENTITY, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST)
@@ -47,7 +47,7 @@ def apply_programs(
             if op == IDENTITY:
                 continue
             if op <= ROTATE:  # the geometric ones
-                move(image, side, op, value, bilinear, fill, scratch)
+                warp(image, side, op, value, bilinear, fill, scratch)
             elif op == BRIGHTNESS:
                 color.brightness(image, value)
             elif op == COLOR:

@@ -26,7 +26,7 @@ INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": typ
 
 
 @dataclass(frozen=True)
-class Stored:
+class ImageSpec:
     """What the graph is fed."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
@@ -36,7 +36,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Machine:
+class PipelineConfig:
     """Where and how the graph runs."""
 
     device_id: int | None  # None: the CPU
@@ -46,8 +46,8 @@ class Machine:
 
 
 def train_graph(
-    stored: Stored,
-    machine: Machine,
+    stored: ImageSpec,
+    machine: PipelineConfig,
     aug: AugConfig,
     size: int,
     interpolation: str,
@@ -100,8 +100,8 @@ def train_graph(
 
 
 def eval_graph(
-    stored: Stored,
-    machine: Machine,
+    stored: ImageSpec,
+    machine: PipelineConfig,
     size: int,
     crop_fraction: float,
     interpolation: str,
@@ -121,12 +121,12 @@ def eval_graph(
     return _pipeline(machine, define)
 
 
-def decoding_graph(stored: Stored, machine: Machine) -> Pipeline:
+def decoding_graph(stored: ImageSpec, machine: PipelineConfig) -> Pipeline:
     """Input `images`, decoded as training and evaluation do it, and nothing else."""
     return _pipeline(machine, lambda: _decoded(stored, machine))
 
 
-def _pipeline(machine: Machine, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
+def _pipeline(machine: PipelineConfig, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
     """chooses: operators depend on the sample; DALI then translates the Python code first, which takes a second."""
     # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
     options: dict[str, Any] = {
@@ -157,7 +157,7 @@ def _input(name: str, **options: Any) -> DataNode:
     return fn.external_source(name=name, **options)  # type: ignore[return-value]
 
 
-def _decoded(stored: Stored, machine: Machine) -> DataNode:
+def _decoded(stored: ImageSpec, machine: PipelineConfig) -> DataNode:
     """Pixels on the device; fed buffers are not copied, the loader keeps them alive while DALI reads them."""
     on_gpu = machine.device_id is not None
     if stored.encoding == "jpeg":
@@ -174,7 +174,7 @@ def _decoded(stored: Stored, machine: Machine) -> DataNode:
 
 
 def _central(
-    images: DataNode, stored: Stored, shorter: int, size: int, interpolation: str, antialias: bool
+    images: DataNode, stored: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> DataNode:
     """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
     shape = stored.image_shape
@@ -185,7 +185,7 @@ def _central(
     return images
 
 
-def _squashed(images: DataNode, stored: Stored, size: int, interpolation: str, antialias: bool) -> DataNode:
+def _squashed(images: DataNode, stored: ImageSpec, size: int, interpolation: str, antialias: bool) -> DataNode:
     """Resize both sides to `size`, unless the stored images have that size."""
     if stored.image_shape is not None and stored.image_shape[:2] == (size, size):
         return images

@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
-from pipelines.loader.sources import DeviceInputs, Source
+from pipelines.loader.sources import DeviceInputs, SampleSource
 
 BLOCK_BYTES = 1024  # of the output, per program: three programs for an image of 32x32
 DRAW_ROWS = 4  # per sample: index, offset y, offset x, flip
@@ -87,7 +87,7 @@ def gather_crop_flip(
     return out
 
 
-class DeviceAugment(Source):
+class TritonCropFlip(SampleSource):
     """Batches of a split that lies whole in GPU memory, gathered, cropped and flipped in one launch.
 
     pixels: uint8 [N, H * W * 3] on the GPU; shape: (H, W, 3) of the stored images; size: of the square images it gives.

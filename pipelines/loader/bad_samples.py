@@ -17,9 +17,9 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.split import Split
 
-SHOWN = 3  # samples that an error names
-MEND = "run `tools/convert.py verify` on the data set and convert the source again"
-Defect = Callable[[int], str | None]  # what is wrong with a sample; None: it can be decoded
+MAX_NAMED = 3  # samples that an error names
+REPAIR = "run `tools/convert.py verify` on the data set and convert the source again"
+FindDefect = Callable[[int], str | None]  # what is wrong with a sample; None: it can be decoded
 
 
 class Undecodable(Exception):
@@ -45,7 +45,7 @@ class BadSamples:
         self._lock = Lock()
 
     @property
-    def replaces(self) -> bool:
+    def can_replace(self) -> bool:
         """Whether it does so at all."""
         return self.budget > 0
 
@@ -55,11 +55,11 @@ class BadSamples:
         with self._lock:
             return [] if self._in_place is None else [(bad, int(self._in_place[bad])) for bad in self._found]
 
-    def replaced(self, samples: np.ndarray) -> np.ndarray:
+    def substitute(self, samples: np.ndarray) -> np.ndarray:
         """The samples, int64 [N], with substitutes for those that are known to be bad."""
         return samples if self._in_place is None else self._in_place[samples]
 
-    def add(self, defects: dict[int, str], defect: Defect) -> None:
+    def add(self, defects: dict[int, str], defect: FindDefect) -> None:
         """Take note of bad samples and find their substitutes.
 
         Raises:
@@ -70,9 +70,11 @@ class BadSamples:
                 if sample not in self._found:  # else another thread was first
                     self._add(sample, wrong, defect)
 
-    def _add(self, sample: int, wrong: str, defect: Defect) -> None:
-        if not self.replaces:
-            raise UserError(f"{self.split.describe(sample)} {wrong}: the data set is damaged; {MEND}{self._otherwise}")
+    def _add(self, sample: int, wrong: str, defect: FindDefect) -> None:
+        if not self.can_replace:
+            raise UserError(
+                f"{self.split.describe(sample)} {wrong}: the data set is damaged; {REPAIR}{self._otherwise}"
+            )
         bad: dict[int, str] = {sample: wrong}
         self.check_budget([*self._found, *bad])
         substitute = self._next(sample)
@@ -81,7 +83,7 @@ class BadSamples:
             self.check_budget([*self._found, *bad])
             substitute = self._next(substitute)
         if substitute == sample:
-            raise UserError(f"no sample of split {self.split.name!r} can be decoded; {MEND}")
+            raise UserError(f"no sample of split {self.split.name!r} can be decoded; {REPAIR}")
         in_place = np.arange(len(self.split)) if self._in_place is None else self._in_place.copy()
         for one, its_wrong in bad.items():
             in_place[in_place == one] = substitute  # also where it has stood in for others until now
@@ -103,20 +105,20 @@ class BadSamples:
     def check_budget(self, found: Sequence[int] | np.ndarray) -> None:
         """Raise UserError where so many samples, in the order in which they were found, are too many."""
         if len(found) > self.budget:
-            last = ", ".join(self.split.describe(int(sample)) for sample in found[-SHOWN:])
+            last = ", ".join(self.split.describe(int(sample)) for sample in found[-MAX_NAMED:])
             raise UserError(
                 f"{len(found)} samples of split {self.split.name!r} cannot be decoded, more than "
-                f"data.max_bad_samples={self.budget}, the last of them {last}; {MEND}, or allow more"
+                f"data.max_bad_samples={self.budget}, the last of them {last}; {REPAIR}, or allow more"
             )
 
 
-def in_training(split: Split, data: DataConfig) -> BadSamples:
+def for_training(split: Split, data: DataConfig) -> BadSamples:
     """As data.on_bad_sample says."""
     otherwise = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
     return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, otherwise)
 
 
-def in_evaluation(split: Split, data: DataConfig) -> BadSamples:
+def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
     """None is replaced, since every sample counts exactly once."""
     skips = data.on_bad_sample == "skip"
     otherwise = "; data.on_bad_sample=skip is for training, an evaluation can do without none" if skips else ""

@@ -13,7 +13,7 @@ MODULUS = 2**64
 
 
 @dataclass(frozen=True)
-class Tally:
+class SampleChecksum:
     """samples: their number; checksum: the sum of a hash of each one's index, modulo 2^64.
 
     A sample that comes twice in another one's place shows, but for one time in 2^64.
@@ -22,22 +22,22 @@ class Tally:
     samples: int = 0
     checksum: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.samples + other.samples, (self.checksum + other.checksum) % MODULUS)
+    def __add__(self, other: SampleChecksum) -> SampleChecksum:
+        return SampleChecksum(self.samples + other.samples, (self.checksum + other.checksum) % MODULUS)
 
 
-NOTHING = Tally()
+EMPTY = SampleChecksum()
 
 
-def tallies_of(indices: np.ndarray, batch_size: int) -> list[Tally]:
+def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
     """Of each batch of consecutive samples, int64 [N]; together, since NumPy's calls take most of the time of few."""
-    begins = np.arange(0, len(indices), batch_size)
-    checksums = np.add.reduceat(hash64(indices.view(np.uint64)), begins)
-    sizes = np.minimum(batch_size, len(indices) - begins)
-    return [Tally(*pair) for pair in zip(sizes.tolist(), checksums.tolist(), strict=True)]
+    starts = np.arange(0, len(indices), batch_size)
+    sums = np.add.reduceat(hash64(indices.view(np.uint64)), starts)
+    sizes = np.minimum(batch_size, len(indices) - starts)
+    return [SampleChecksum(*pair) for pair in zip(sizes.tolist(), sums.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=8)  # asked for after every evaluation
-def tally_of_split(samples: int) -> Tally:
+def split_checksum(samples: int) -> SampleChecksum:
     """Of each of range(samples) once."""
-    return tallies_of(np.arange(samples, dtype=np.int64), samples)[0]
+    return checksums(np.arange(samples, dtype=np.int64), samples)[0]

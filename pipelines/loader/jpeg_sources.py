@@ -13,17 +13,17 @@ import torch
 from pipelines.cpu import jpeg_headers
 from pipelines.cpu.graph import CpuGraph, Images
 from pipelines.loader.bad_samples import Undecodable
-from pipelines.loader.sources import Slots, Source
+from pipelines.loader.sources import SampleSource, SlotBuffers
 from pipelines.storage.jpeg_check import CANNOT, file_of, header_defect, pillow_pixels, sides_of
 from pipelines.storage.split import Split
 
 
-class HostJpegs(Source):
+class HostJpegs(SampleSource):
     """jpeg shards, decoded on the CPU into memory that stays in the cache, and from there through a graph."""
 
     CHUNK = 2**20  # bytes of decoded pixels
 
-    def __init__(self, split: Split, slots: Slots, graph: CpuGraph | None = None) -> None:
+    def __init__(self, split: Split, slots: SlotBuffers, graph: CpuGraph | None = None) -> None:
         self._split, self._slots, self._graph, self.watch = split, slots, graph, split.watch
         self._pixels = split.heights.astype(np.int64) * split.widths * 3
         self._scratch: deque[np.ndarray] = deque()
@@ -40,10 +40,10 @@ class HostJpegs(Source):
         scratch = self._taken(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
         for start, stop in pairwise(bounds):
             some = indices[start:stop]
-            begins = self._decode(some, sizes[start:stop], scratch)
+            offsets = self._decode(some, sizes[start:stop], scratch)
             shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
             drawn = {name: values[start:stop] for name, values in draws.items()}
-            self._graph(Images(scratch, begins, *shapes), drawn, out[start:stop])
+            self._graph(Images(scratch, offsets, *shapes), drawn, out[start:stop])
         self._scratch.append(scratch)
         return torch.from_numpy(out)
 
@@ -63,13 +63,13 @@ class HostJpegs(Source):
         return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
 
     def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Write the images one after another into pixels (uint8, flat); returns where each begins.
+        """Write the images one after another into pixels (uint8, flat); returns where each offsets.
 
         sizes: of the decoded images, bytes. The decoder is libjpeg-turbo, as in DALI, and gives the same pixels.
         """
         split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
-        begins = np.cumsum(sizes) - sizes
-        columns = indices, split.address[indices], split.size[indices], begins, sizes
+        offsets = np.cumsum(sizes) - sizes
+        columns = indices, split.address[indices], split.size[indices], offsets, sizes
         shapes = zip(split.heights[indices].tolist(), split.widths[indices].tolist(), strict=True)
         rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
         for index, address, length, begin, size, sides in rows:  # small images feel every operation here
@@ -82,10 +82,10 @@ class HostJpegs(Source):
                     target[:] = decoded.reshape(-1)
             if not is_sound:
                 raise Undecodable({index: header_defect(file_of(split, index), sides) or CANNOT})
-        return begins
+        return offsets
 
 
-class MappedFiles(Source):
+class MappedFiles(SampleSource):
     """jpeg shards: views of the encoded bytes, which the decoder reads straight from the page cache."""
 
     def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
@@ -100,13 +100,13 @@ class MappedFiles(Source):
         Raises Undecodable for headers that DALI cannot parse: in a batch, such a file may end the process, since DALI's
         decoder gives up while its threads still work on the other files (DALI 2.4).
         """
-        begins, sizes = self._address[indices], self._size[indices]
+        offsets, sizes = self._address[indices], self._size[indices]
         is_suspect = np.empty(len(indices), bool)
         sides = self._split.heights[indices], self._split.widths[indices]
-        jpeg_headers.find_unlike(self._content, begins, sizes, *sides, is_suspect)
+        jpeg_headers.find_mismatches(self._content, offsets, sizes, *sides, is_suspect)
         if is_suspect.any():
             self._check(indices, np.flatnonzero(is_suspect))
-        places = zip(begins.tolist(), sizes.tolist(), strict=True)
+        places = zip(offsets.tolist(), sizes.tolist(), strict=True)
         return [self._content[begin : begin + size] for begin, size in places]
 
     def _check(self, indices: np.ndarray, suspects: np.ndarray) -> None:

@@ -19,15 +19,15 @@ import torch
 
 from configs.utils.errors import UserError
 from pipelines.loader.bad_samples import BadSamples
-from pipelines.loader.coverage import NOTHING, Tally
-from pipelines.loader.iteration import Iteration
-from pipelines.loader.prefetch import Buffering, Plan, Prepared, Team
-from pipelines.loader.runner import Result, Runner, nothing_to_wait_for
-from pipelines.loader.sources import Source
+from pipelines.loader.coverage import EMPTY, SampleChecksum
+from pipelines.loader.epoch_iterator import EpochIterator
+from pipelines.loader.prefetch import BufferConfig, HostBatch, Plan, PrefetchThreads
+from pipelines.loader.runner import Result, Runner, no_wait
+from pipelines.loader.sources import SampleSource
 from pipelines.storage.split import Split
 
 IN_FLIGHT = 2  # iterations that DALI works on at once
-HANDED_OUT = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
+CONSUMER_HELD = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
 
 
 class Batch(NamedTuple):
@@ -54,9 +54,9 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        source: Source,
+        source: SampleSource,
         runner: Runner,
-        buffering: Buffering,
+        buffering: BufferConfig,
         bad: BadSamples,
         *,
         labels: np.ndarray | None,
@@ -68,17 +68,17 @@ class Loader:
         self.image_size = image_size  # height and width of the images it gives, pixels
         self.device = device
         self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
-        self.tally: Tally = NOTHING  # in evaluation, what the last iteration has handed over
+        self.seen: SampleChecksum = EMPTY  # in evaluation, what the last iteration has handed over
         self.source = source
         self.bad = bad
         self.labels = labels  # int64 [samples of the split]; None where it has none
         self.buffering = buffering
         self.gather_stream = gather_stream
         # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
-        self.released: list[Callable[[], None]] = [nothing_to_wait_for] * buffering.slots
+        self.slot_waits: list[Callable[[], None]] = [no_wait] * buffering.slots
         self._runner = runner
         # A weak reference to the last iterator: one that the consumer dropped ends at once.
-        self._running: Callable[[], Iteration[Batch] | None] = lambda: None
+        self._running: Callable[[], EpochIterator[Batch] | None] = lambda: None
         self._epoch = self._step = 0
 
     def __len__(self) -> int:
@@ -117,14 +117,14 @@ class Loader:
         """Raise a UserError if a file that batches come from is not what it was: before anything trained is saved."""
         self.source.check_unchanged()
 
-    def __iter__(self) -> Iteration[Batch]:
+    def __iter__(self) -> EpochIterator[Batch]:
         """Iterate over the rest of the current epoch, from `state` on.
 
         There is one set of buffers: an iterator made before raises RuntimeError when it is used again, unless it had
         no batch left.
         """
         self.end_iteration()
-        iteration = Iteration(self._iterate())
+        iteration = EpochIterator(self._iterate())
         self._running = weakref.ref(iteration)
         return iteration
 
@@ -137,27 +137,27 @@ class Loader:
         """Yield each batch, and whether it is the last one."""
         if self.plan.repeats:
             self._epoch = self._step = 0
-            self.tally = NOTHING
+            self.seen = EMPTY
         remaining = len(self) - self._step
-        team = Team(self.plan, self.source, self.labels, self.buffering, self.released, self.bad,
+        team = PrefetchThreads(self.plan, self.source, self.labels, self.buffering, self.slot_waits, self.bad,
                     epoch=self._epoch, first=self._step, stream=self.gather_stream)  # fmt: skip
-        submitted: deque[Prepared] = deque()
-        handed: deque[Prepared] = deque()
+        submitted: deque[HostBatch] = deque()
+        handed: deque[HostBatch] = deque()
         try:
             while remaining:
                 begin = time.perf_counter()
                 while len(submitted) < min(IN_FLIGHT, remaining):
-                    prepared = team.take(block=not submitted)
+                    prepared = team.get(block=not submitted)
                     if prepared is None:
                         break
                     self._submit(prepared, submitted)
-                prepared, (images, labels, self.released[prepared.slot]) = self._result(submitted, team)
+                prepared, (images, labels, self.slot_waits[prepared.slot]) = self._result(submitted, team)
                 handed.append(prepared._replace(images=None))  # else the slot would seem to be held by the user
-                if len(handed) > HANDED_OUT and (oldest := handed.popleft()).is_last:
-                    team.give(oldest.slot)
+                if len(handed) > CONSUMER_HELD and (oldest := handed.popleft()).is_last:
+                    team.release(oldest.slot)
                 batch = self._batch(images, labels)
                 if self.plan.repeats:
-                    self.tally += prepared.tally
+                    self.seen += prepared.checksum
                 remaining -= 1
                 self._step += 1
                 if self._step == len(self):
@@ -169,7 +169,7 @@ class Loader:
         finally:
             for prepared in submitted:  # batches under way when the consumer left
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
-                    *_, self.released[prepared.slot] = self._runner.result()
+                    *_, self.slot_waits[prepared.slot] = self._runner.result()
             team.stop()
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
@@ -182,11 +182,11 @@ class Loader:
             table = table.pin_memory().to(self.device, non_blocking=True)
         return MixedBatch(*batch, table)
 
-    def _submit(self, prepared: Prepared, submitted: deque[Prepared]) -> None:
+    def _submit(self, prepared: HostBatch, submitted: deque[HostBatch]) -> None:
         self._runner.submit(prepared.images, prepared.labels, prepared.draws)
         submitted.append(prepared)
 
-    def _result(self, submitted: deque[Prepared], team: Team) -> tuple[Prepared, Result]:
+    def _result(self, submitted: deque[HostBatch], team: PrefetchThreads) -> tuple[HostBatch, Result]:
         """The oldest of the batches under way, and what became of it.
 
         DALI's error names no sample: those that it could not decode are looked for, and all that was under way is run
@@ -211,9 +211,9 @@ class Loader:
             self._runner.restart()
             submitted.clear()
             for one in under_way:
-                self._submit(team.gathered_again(one), submitted)
+                self._submit(team.regather(one), submitted)
 
-    def _defects(self, prepared: Prepared) -> dict[int, str]:
+    def _defects(self, prepared: HostBatch) -> dict[int, str]:
         """What is wrong with samples of a batch; decodes them one by one, which only an error can afford."""
         found = ((sample, self.source.defect(sample)) for sample in prepared.indices.tolist())
         return {sample: wrong for sample, wrong in found if wrong is not None}

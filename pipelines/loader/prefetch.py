@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from pipelines.loader.bad_samples import BadSamples, Undecodable
-from pipelines.loader.coverage import NOTHING, Tally, tallies_of
-from pipelines.loader.sources import Source, filled
+from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums
+from pipelines.loader.sources import SampleSource, fill_checked
 
 
 def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Buffering:
+class BufferConfig:
     """How many buffers there are, and who fills them."""
 
     slots: int  # each holds a group; a multiple of threads
@@ -53,7 +53,7 @@ class Buffering:
     group: int = 1  # batches
 
 
-class Prepared(NamedTuple):
+class HostBatch(NamedTuple):
     """A batch in its slot."""
 
     images: Any
@@ -62,55 +62,55 @@ class Prepared(NamedTuple):
     draws: dict[str, np.ndarray]
     slot: int
     is_last: bool  # of its slot, which is free again once the consumer has let go of this batch
-    tally: Tally  # of its samples, in evaluation
+    checksum: SampleChecksum  # of its samples, in evaluation
 
 
-class Team:
+class PrefetchThreads:
     """The threads of one iteration: batches `first` … of `epoch`, in order."""
 
     def __init__(
         self,
         plan: Plan,
-        source: Source,
+        source: SampleSource,
         labels: np.ndarray | None,
-        buffering: Buffering,
-        released: list[Callable[[], None]],
+        buffering: BufferConfig,
+        slot_waits: list[Callable[[], None]],
         bad: BadSamples,
         *,
         epoch: int,
         first: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        """released: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
-        self.plan, self.source, self.labels, self.released, self.bad = plan, source, labels, released, bad
+        """slot_waits: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
+        self.plan, self.source, self.labels, self.slot_waits, self.bad = plan, source, labels, slot_waits, bad
         self.epoch, self.stream, self.is_stopping = epoch, stream, False
         groups = _groups(first, plan.steps, buffering.group, ramp=buffering.threads)
         count = buffering.threads
         self._share = buffering.slots // count
         self._threads = [
-            _Gatherer(self, groups[i::count], range(i * self._share, (i + 1) * self._share)) for i in range(count)
+            _GatherThread(self, groups[i::count], range(i * self._share, (i + 1) * self._share)) for i in range(count)
         ]
         self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
-        self._taken = 0  # groups
-        self._group: list[Prepared] = []  # the rest of the one being handed out, last first
+        self._groups_taken = 0  # groups
+        self._group: list[HostBatch] = []  # the rest of the one being handed out, last first
         self._error: BaseException | None = None  # of the thread whose turn it is
 
-    def take(self, block: bool) -> Prepared | None:
+    def get(self, block: bool) -> HostBatch | None:
         """Return the next batch; None when it is not ready and `block` is false.
 
         An error of a thread is raised only with `block`: batches before it may still fail, and come first.
         """
         if not self._group and self._error is None:
             try:
-                group = self._threads[self._taken % len(self._threads)].ready.get(block=block)
+                group = self._threads[self._groups_taken % len(self._threads)].ready.get(block=block)
             except queue.Empty:
                 return None
             if isinstance(group, BaseException):
                 self._error = group
             else:
-                if self._taken == 0:  # not before, since training waits for the first batch
+                if self._groups_taken == 0:  # not before, since training waits for the first batch
                     self._preparer.start()
-                self._taken += 1
+                self._groups_taken += 1
                 self._group = group
         if self._error is not None and not self._group:
             if block:
@@ -118,29 +118,29 @@ class Team:
             return None
         return self._group.pop()
 
-    def give(self, slot: int) -> None:
-        """The slot may be filled again, once `released` says so."""
+    def release(self, slot: int) -> None:
+        """The slot may be filled again, once `slot_waits` says so."""
         self._threads[slot // self._share].free.put(slot)
 
-    def gathered(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def gather(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Fill a slot with samples, int64 [N], or with those that stand in for bad ones.
 
         Returns:
             images, labels int64 [N], who they are int64 [N], and draws: a substitute brings its own.
         """
         while True:
-            indices = self.bad.replaced(wanted)
+            indices = self.bad.substitute(wanted)
             draws = self.plan.draws(self.epoch, indices)
             labels = np.full(len(indices), -1) if self.labels is None else self.labels[indices]
-            self.released[slot]()
+            self.slot_waits[slot]()
             try:
-                return filled(self.source, slot, indices, draws), labels, indices, draws
+                return fill_checked(self.source, slot, indices, draws), labels, indices, draws
             except Undecodable as found:
                 self.bad.add(found.defects, self.source.defect)
 
-    def gathered_again(self, prepared: Prepared) -> Prepared:
+    def regather(self, prepared: HostBatch) -> HostBatch:
         """A batch with substitutes for the samples that have turned out to be bad since."""
-        images, labels, indices, draws = self.gathered(prepared.slot, prepared.indices)
+        images, labels, indices, draws = self.gather(prepared.slot, prepared.indices)
         return prepared._replace(images=images, labels=labels, indices=indices, draws=draws)
 
     def stop(self) -> None:
@@ -167,13 +167,13 @@ def _groups(first: int, steps: int, most: int, ramp: int) -> list[range]:
     return groups
 
 
-class _Gatherer(threading.Thread):
+class _GatherThread(threading.Thread):
     """Fills its slots with its groups."""
 
-    def __init__(self, team: Team, groups: list[range], slots: range) -> None:
+    def __init__(self, team: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)
         self._team, self._groups = team, groups
-        self.ready: queue.SimpleQueue[list[Prepared] | BaseException] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[list[HostBatch] | BaseException] = queue.SimpleQueue()
         self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None asks the thread to end
         for slot in slots:
             self.free.put(slot)
@@ -186,24 +186,24 @@ class _Gatherer(threading.Thread):
                     slot = self.free.get()
                     if slot is None or self._team.is_stopping:
                         return
-                    self.ready.put(self._gathered(steps, slot))
+                    self.ready.put(self._gather_group(steps, slot))
         except BaseException as error:
             self.ready.put(error)
 
-    def _gathered(self, steps: range, slot: int) -> list[Prepared]:
+    def _gather_group(self, steps: range, slot: int) -> list[HostBatch]:
         """A group of batches, last first."""
         plan = self._team.plan
         batches = [plan.indices(self._team.epoch, step) for step in steps]
         wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)
-        images, labels, indices, draws = self._team.gathered(slot, wanted)
+        images, labels, indices, draws = self._team.gather(slot, wanted)
 
-        tallies = tallies_of(indices, plan.batch_size) if plan.repeats else [NOTHING] * len(batches)
+        seen = checksums(indices, plan.batch_size) if plan.repeats else [EMPTY] * len(batches)
         if len(batches) == 1:
-            return [Prepared(images, labels, indices, draws, slot, True, tallies[0])]
+            return [HostBatch(images, labels, indices, draws, slot, True, seen[0])]
         group = []
-        for number, (batch, tally) in enumerate(zip(batches, tallies, strict=True)):
+        for number, (batch, checksum) in enumerate(zip(batches, seen, strict=True)):
             piece = slice(number * plan.batch_size, number * plan.batch_size + len(batch))
             drawn = {name: values[piece] for name, values in draws.items()}
             is_last = number + 1 == len(batches)
-            group.append(Prepared(images[piece], labels[piece], indices[piece], drawn, slot, is_last, tally))
+            group.append(HostBatch(images[piece], labels[piece], indices[piece], drawn, slot, is_last, checksum))
         return group[::-1]

@@ -12,7 +12,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
-from pipelines.loader.sources import sleeping_event
+from pipelines.loader.sources import blocking_event
 
 # images uint8 [B, H, W, 3], labels [B], and a function that blocks until the fed slot may be overwritten
 Result = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
@@ -31,7 +31,7 @@ class Runner(Protocol):
         ...
 
 
-class GraphRunner:
+class DaliRunner:
     """Runs a DALI graph; tensors are handed over without a copy."""
 
     def __init__(self, build: Callable[[], Pipeline], device: torch.device) -> None:
@@ -59,13 +59,13 @@ class GraphRunner:
         labels, fed = self._labels.popleft(), self._fed.popleft()
         if self._device.type != "cuda":
             (images,) = self._pipeline.outputs()
-            return torch.from_dlpack(images.as_tensor()), labels, nothing_to_wait_for
+            return torch.from_dlpack(images.as_tensor()), labels, no_wait
         stream = torch.cuda.current_stream(self._device)
         (images,) = self._pipeline.outputs(cuda_stream=stream)
         if isinstance(fed, torch.Tensor) and fed.is_cuda:
             fed.record_stream(stream)  # which waits for the outputs: the allocator keeps the input until then
         labels = labels.pin_memory().to(self._device, non_blocking=True)
-        return torch.from_dlpack(images.as_tensor()), labels, sleeping_event(stream).synchronize
+        return torch.from_dlpack(images.as_tensor()), labels, blocking_event(stream).synchronize
 
     def restart(self) -> None:
         """With a graph built anew: whether one survives an error is up to the operator that failed."""
@@ -75,7 +75,7 @@ class GraphRunner:
         self._fed.clear()
 
 
-class FileCheck:
+class DecodeCheck:
     """Tells whether a graph whose one input is `images` decodes a file. Several threads may ask."""
 
     def __init__(self, build: Callable[[], Pipeline]) -> None:
@@ -100,7 +100,7 @@ class FileCheck:
         return True
 
 
-class PlainRunner:
+class CopyRunner:
     """Hand over batches that need no graph: stored pixels, or those that a source has already augmented.
 
     Batches in host memory are copied to a GPU on a separate stream, so that the copy overlaps with the model's work on
@@ -122,12 +122,12 @@ class PlainRunner:
         with torch.cuda.stream(self._copy_stream):
             on_device = images.to(self._device, non_blocking=True)  # itself where it is there
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
-            self._ready.append((on_device, labels_on_device, sleeping_event()))
+            self._ready.append((on_device, labels_on_device, blocking_event()))
 
     def result(self) -> Result:
         images, labels, copied = self._ready.popleft()
         if copied is None:
-            return images, labels, nothing_to_wait_for
+            return images, labels, no_wait
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
         for tensor in (images, labels):
@@ -139,5 +139,5 @@ class PlainRunner:
         self._ready.clear()
 
 
-def nothing_to_wait_for() -> None:
+def no_wait() -> None:
     """The slot may be overwritten already."""

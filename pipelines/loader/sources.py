@@ -25,7 +25,7 @@ HUGE_PAGE = 2**21
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Fills a slot with the samples of a batch."""
 
     watch: Watch | None = None  # over the files that are read for every batch; None: all was read at the start
@@ -53,8 +53,8 @@ class Source(Protocol):
             self.watch.check()
 
 
-def filled(
-    source: Source, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]
+def fill_checked(
+    source: SampleSource, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]
 ) -> torch.Tensor | list[np.ndarray]:
     """What `source.fill` gives, if its files are still what they were."""
     try:
@@ -66,7 +66,7 @@ def filled(
     return images
 
 
-class Slots:
+class SlotBuffers:
     """Buffers in host memory: uint8 [batch_size, H, W, 3] each.
 
     pinned: a GPU can copy from them. handed_out: batches go to the user as they are, so a slot that the user still
@@ -112,23 +112,23 @@ class Slots:
         return slot
 
 
-class HostPixels(Source):
+class HostPixels(SampleSource):
     """Raw images in host memory: resident, or the map of all npy shards. A batch is one call of a kernel.
 
-    content: uint8 [bytes]; begins: int64 [samples], where each sample's pixels start; graph: what is done to them on
+    content: uint8 [bytes]; offsets: int64 [samples], where each sample's pixels start; graph: what is done to them on
     the way, None: they are copied.
     """
 
     def __init__(
         self,
         content: np.ndarray,
-        begins: np.ndarray,
+        offsets: np.ndarray,
         shape: tuple[int, int, int],
-        slots: Slots,
+        slots: SlotBuffers,
         graph: CpuGraph | None = None,
         watch: Watch | None = None,
     ) -> None:
-        self._content, self._begins, self._slots, self._graph, self.watch = content, begins, slots, graph, watch
+        self._content, self._offsets, self._slots, self._graph, self.watch = content, offsets, slots, graph, watch
         self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
@@ -136,10 +136,10 @@ class HostPixels(Source):
         count = len(indices)
         out = self._slots(slot, count)
         if self._graph is None:
-            batch.copy(self._content, self._begins[indices], out)
+            batch.copy(self._content, self._offsets[indices], out)
         else:
             sides = self._heights[:count], self._widths[:count]
-            self._graph(Images(self._content, self._begins[indices], *sides), draws, out)
+            self._graph(Images(self._content, self._offsets[indices], *sides), draws, out)
         return torch.from_numpy(out)
 
 
@@ -167,18 +167,18 @@ class DeviceInputs:
         """Copy the slot on the current stream: int64 [*shape] on the device, overwritten by the slot's next copy."""
         on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
         if on_device.is_cuda:
-            self._copied[slot] = sleeping_event()
+            self._copied[slot] = blocking_event()
         return on_device
 
 
-def sleeping_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
     """Record an event on a stream (None: the current one). Waiting for it sleeps; spinning would take a core."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
 
 
-class DevicePixels(Source):
+class DevicePixels(SampleSource):
     """The whole split in GPU memory: a batch is gathered there and never crosses the bus.
 
     pixels: uint8 [N, H * W * 3]; shape: (H, W, 3). Each batch is a new tensor, so that it can be handed over without a
@@ -200,7 +200,7 @@ class DevicePixels(Source):
         self._indices.host(slot)[:samples] = indices
         rows = self._pixels.index_select(0, self._indices.to_device(slot)[:samples])
         if self._waits:
-            sleeping_event().synchronize()
+            blocking_event().synchronize()
         return rows.view(samples, *self._shape)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from pipelines.loader.bad_samples import BadSamples
-from pipelines.loader.iteration import Iteration
+from pipelines.loader.epoch_iterator import EpochIterator
 from pipelines.loader.loader import Batch, Loader
 from pipelines.loader.prefetch import Plan
 
@@ -19,9 +19,9 @@ from pipelines.loader.prefetch import Plan
 class StagedLoader:
     """Like a `Loader` of the epoch that `state` stands in: length, plan and image size are that epoch's."""
 
-    def __init__(self, loaders: Sequence[Loader], begins: Sequence[int]) -> None:
-        """begins: the first epoch of each loader, ascending from 0; a loader may come again later."""
-        self._loaders, self._begins = tuple(loaders), tuple(begins)
+    def __init__(self, loaders: Sequence[Loader], starts: Sequence[int]) -> None:
+        """starts: the first epoch of each loader, ascending from 0; a loader may come again later."""
+        self._loaders, self._starts = tuple(loaders), tuple(starts)
         self._number = 0
 
     def at(self, epoch: int) -> Loader:
@@ -71,7 +71,7 @@ class StagedLoader:
     def __len__(self) -> int:
         return len(self._current())
 
-    def __iter__(self) -> Iteration[Batch]:
+    def __iter__(self) -> EpochIterator[Batch]:
         """See `Loader`; an iterator of another stage ends as well."""
         self.end_iteration()
         return iter(self._current())
@@ -82,7 +82,7 @@ class StagedLoader:
             stage.end_iteration()
 
     def _number_at(self, epoch: int) -> int:
-        return max(number for number, begin in enumerate(self._begins) if begin <= epoch)
+        return max(number for number, begin in enumerate(self._starts) if begin <= epoch)
 
     def _current(self) -> Loader:
         """The loader of the epoch that the last one used has come to."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipelines import build
-from pipelines.assemble import Way
+from pipelines.assemble import Backend
 
 
 def use_dali(patch: pytest.MonkeyPatch) -> None:
     """Let DALI decode, as on a GPU."""
-    patch.setattr(build, "choose_way", lambda *_: Way(resident=False, by_dali=True, untouched=False))
+    patch.setattr(build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False))

@@ -12,7 +12,7 @@ from configs.load import load_config
 from configs.schema import Config
 from helpers.training import CPU, ROOT, alone
 from models import build_from_config
-from pipelines.augment.mixup import check_mixing, is_on
+from pipelines.augment.mixup import check_mixing, mixing_enabled
 from train.build import build_all
 from train.engine.hard_samples import check_proxy
 from train.optim.factory import build_optimizer
@@ -36,7 +36,7 @@ def sizes_of(config: Config) -> list[int]:
 def test_the_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     config = load_config(path)
     train, sizes = config.train, sizes_of(config)
-    check_proxy(train, 1, is_on(config.aug.mix))
+    check_proxy(train, 1, mixing_enabled(config.aug.mix))
     check_mixing(config.data, config.aug.mix)
     classes = CLASSES.get(Path(config.data.path).name, 200)
     # shapes only, where that can be: autocast, which is a part of the speedruns' networks, knows no meta device

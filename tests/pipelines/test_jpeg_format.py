@@ -17,11 +17,11 @@ from helpers.damage import claiming, segments, stray_bytes
 from helpers.loaders import evaluation
 from helpers.memory_source import MemoryRows, jpeg_file, memory_source, write
 from pipelines import build, jpeg_format
-from pipelines.assemble import Way
+from pipelines.assemble import Backend
 from pipelines.convert.encode import Encoding, encode
 from pipelines.cpu import jpeg_headers
 from pipelines.gpu import dali_graph
-from pipelines.loader.runner import FileCheck
+from pipelines.loader.runner import DecodeCheck
 from pipelines.storage.jpeg_check import file_of
 from pipelines.storage.split import open_split
 from pipelines.storage.verify import verify
@@ -102,8 +102,8 @@ def test_other_files_are_encoded_as_a_jpeg_that_all_decode(kind: str) -> None:
 
 
 def by_dali(file: bytes) -> np.ndarray:
-    stored = dali_graph.Stored("jpeg", None, False)
-    pipeline = dali_graph.decoding_graph(stored, dali_graph.Machine(None, 1, 1, 0.0))
+    stored = dali_graph.ImageSpec("jpeg", None, False)
+    pipeline = dali_graph.decoding_graph(stored, dali_graph.PipelineConfig(None, 1, 1, 0.0))
     pipeline.feed_input("images", [np.frombuffer(file, np.uint8)])
     pipeline.schedule_run()
     (images,) = pipeline.outputs()
@@ -162,12 +162,12 @@ def test_a_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
     sizes = np.array([len(saved()), len(file), len(saved())], np.int32)
     sides = np.full((2, 3), np.array(PIXELS.shape[:2])[:, None], np.int32)
     out = np.empty(3, bool)
-    jpeg_headers.find_unlike(content, np.cumsum(sizes) - sizes, sizes, *sides, out)
+    jpeg_headers.find_mismatches(content, np.cumsum(sizes) - sizes, sizes, *sides, out)
     assert out.tolist() == [False, is_unlike, False]
     if kind not in ("another width", "cut behind the header", "empty"):
-        check = FileCheck(
+        check = DecodeCheck(
             lambda: dali_graph.decoding_graph(
-                dali_graph.Stored("jpeg", None, False), dali_graph.Machine(None, 1, 1, 0.0)
+                dali_graph.ImageSpec("jpeg", None, False), dali_graph.PipelineConfig(None, 1, 1, 0.0)
             )
         )
         assert check.decodes(np.frombuffer(file, np.uint8)) == (not is_unlike or kind == "PNG")
@@ -216,7 +216,9 @@ def test_verify_tells_a_jpeg_that_not_every_decoder_reads(tmp_path: Path, monkey
 @pytest.mark.parametrize("by_dali", [False, True], ids=["kernels", "DALI"])
 def test_greyscale_jpegs_are_read_as_rgb(by_dali: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_dali:
-        monkeypatch.setattr(build, "choose_way", lambda *_: Way(resident=False, by_dali=True, untouched=False))
+        monkeypatch.setattr(
+            build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False)
+        )
     write(memory_source(val=MemoryRows([KEPT["greyscale"]] * 2)), tmp_path / "out", "jpeg")
     height, width = PIXELS.shape[:2]
     (batch,) = evaluation(tmp_path / "out", 2, image_size=min(height, width))
@@ -237,7 +239,7 @@ def test_an_error_that_no_file_has_caused_is_not_blamed_on_one() -> None:
             raise RuntimeError("CUDA allocation failed")
 
     built: list[NoMemory] = []
-    check = FileCheck(lambda: built.append(NoMemory()) or built[-1])  # type: ignore[func-returns-value,return-value]
+    check = DecodeCheck(lambda: built.append(NoMemory()) or built[-1])  # type: ignore[func-returns-value,return-value]
     for count in (1, 2):
         with pytest.raises(RuntimeError, match="allocation failed"):
             check.decodes(np.zeros(4, np.uint8))

@@ -30,7 +30,7 @@ from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
 from pipelines import build_train_loader
-from pipelines.augment.mixup import is_on
+from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset
 from tools.benchmarks.engine import gpu_specs, results, roofline
@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
-    check_proxy(config.train, ranks.world_size, is_on(config.aug.mix))
+    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
 
     with dist.process_group(ranks) as device:
         out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from configs.schema import Config
 from pipelines import build_train_loader
-from pipelines.augment.mixup import is_on
+from pipelines.augment.mixup import mixing_enabled
 from pipelines.storage.split import open_split
 from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
@@ -43,7 +43,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
         for position, (sample, label, name) in enumerate(zip(samples.tolist(), labels.tolist(), names, strict=True))
     ]
     mixtures = []
-    if is_on(config.aug.mix):
+    if mixing_enabled(config.aug.mix):
         mixtures = [image_grids.mixed_names(row, split.classes) for row in rows]
         for epoch, mixture in zip(epochs, mixtures, strict=True):
             for line, name in zip(table, mixture, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines.loader.bad_samples import BadSamples
-from pipelines.loader.coverage import MODULUS, Tally, tally_of_split
+from pipelines.loader.coverage import MODULUS, SampleChecksum, split_checksum
 from pipelines.loader.loader import Batch, Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import process_group
@@ -25,9 +25,9 @@ def check_each_once(loader: Iterable[Batch]) -> None:
     if not isinstance(loader, Loader):
         return
     loader.check_unchanged()
-    upper, lower = divmod(loader.tally.checksum, HALF)
-    samples, upper, lower = process_group.sum_over_ranks(torch.tensor([loader.tally.samples, upper, lower])).tolist()
-    found, expected = Tally(samples, (upper * HALF + lower) % MODULUS), tally_of_split(len(loader.split))
+    upper, lower = divmod(loader.seen.checksum, HALF)
+    samples, upper, lower = process_group.sum_over_ranks(torch.tensor([loader.seen.samples, upper, lower])).tolist()
+    found, expected = SampleChecksum(samples, (upper * HALF + lower) % MODULUS), split_checksum(len(loader.split))
     name = loader.split.name
     if found.samples != expected.samples:
         raise RuntimeError(
@@ -59,7 +59,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 
 def found_on_any_rank(bad: BadSamples) -> np.ndarray:
     """int64, ascending. Costs a small reduction as long as there are none."""
-    if not bad.replaces:
+    if not bad.can_replace:
         return np.empty(0, np.int64)
     found = [sample for sample, _ in bad.found]
     if int(process_group.sum_over_ranks(torch.tensor(len(found)))) == 0:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.augment.mixup import nothing_mixed
+from pipelines.augment.mixup import identity_table
 from pipelines.loader.loader import Batch, MixedBatch
 
 
@@ -35,7 +35,7 @@ def mixed_images(images: Tensor, mix: Tensor) -> Tensor:
 
 def unmixed(batch: Batch) -> MixedBatch:
     """The batch for a step that mixes, but with shares of 1."""
-    table = torch.from_numpy(nothing_mixed(len(batch.labels)))
+    table = torch.from_numpy(identity_table(len(batch.labels)))
     return MixedBatch(batch.images, batch.labels, table.to(batch.images.device))
 
 

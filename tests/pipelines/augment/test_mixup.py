@@ -30,7 +30,7 @@ from helpers.training import (
     training_of,
 )
 from pipelines import build_train_loader
-from pipelines.augment.mixup import check_mixing, drawn_mixes, is_on, mix_table
+from pipelines.augment.mixup import check_mixing, draw_mixes, mix_table, mixing_enabled
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.rng import uniform
 from tools import convert
@@ -48,7 +48,7 @@ BOTH = {"mixup": 0.4, "cutmix": 1.0}
 
 
 def many_mixes(size: int = 224, **settings: Any) -> np.ndarray:
-    return drawn_mixes(MixConfig(**settings), np.arange(MANY), SEED, EPOCH, size)
+    return draw_mixes(MixConfig(**settings), np.arange(MANY), SEED, EPOCH, size)
 
 
 def loader_of(data: Path, mix: MixConfig, batch_size: int = 16, **where: Any) -> Loader:
@@ -115,9 +115,9 @@ def test_nothing_mixup_and_cutmix_come_with_their_probabilities(
 
 def test_draws_of_other_seeds_and_epochs_are_others() -> None:
     mix = MixConfig(mixup=1.0)
-    first = drawn_mixes(mix, np.arange(MANY), 0, 0, SIZE)[:, 0]
+    first = draw_mixes(mix, np.arange(MANY), 0, 0, SIZE)[:, 0]
     for seed, epoch in ((1, 0), (0, 1)):
-        other = drawn_mixes(mix, np.arange(MANY), seed, epoch, SIZE)[:, 0]
+        other = draw_mixes(mix, np.arange(MANY), seed, epoch, SIZE)[:, 0]
         assert abs(np.corrcoef(first, other)[0, 1]) < 5 / np.sqrt(MANY)
 
 
@@ -265,7 +265,7 @@ def test_where_nothing_is_ever_mixed_batches_are_plain_and_of_any_size(
     settings: dict[str, Any], npy_data: Path
 ) -> None:
     mix = MixConfig(**settings)
-    assert not is_on(mix)
+    assert not mixing_enabled(mix)
     assert type(next(iter(loader_of(npy_data, mix, batch_size=15)))) is Batch
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from configs.schema.aug import AugConfig
 from helpers.draws import LEAST, MANY, compressed, p_of_counts, p_of_numbers, record_torchvision
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
-from pipelines.augment.policies import draw_programs, programs_of
+from pipelines.augment.policies import build_programs, draw_programs
 
 SIZE = 48
 IMAGE = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
@@ -42,7 +42,7 @@ def programs(samples: Any = None, seed: int = 3, epoch: int = 1, **aug: Any) -> 
 
 
 def facts(**aug: Any) -> Programs:
-    found = programs_of(AugConfig(**aug), MEAN)
+    found = build_programs(AugConfig(**aug), MEAN)
     assert found is not None
     return found
 
@@ -210,7 +210,7 @@ def test_another_layer_leaves_the_draws_of_those_before_it(policy: str) -> None:
     "aug", [{}, {"color_jitter": {**JITTER, "probability": 0.0}}, {"blur": {"probability": 0.0}}, {"auto": "none"}]
 )
 def test_without_augmentation_there_are_no_programs(aug: dict[str, Any]) -> None:
-    assert programs_of(AugConfig(**aug), MEAN) is None
+    assert build_programs(AugConfig(**aug), MEAN) is None
     assert [array.shape for array in programs(**aug)] == [(MANY, 0)] * 2
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
 from helpers.photos import converted, photos
 from pipelines import build, build_train_loader
-from pipelines.assemble import Way
+from pipelines.assemble import Backend
 from pipelines.loader.loader import Loader
 
 BATCH, SIZE, STEPS = 24, 48, 3
@@ -58,8 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
     """One that is put together as on a GPU, with DALI's graph, and the CPU's own."""
     data = DataConfig(path=str(folder), batch_size=BATCH, image_size=SIZE, threads=1)
-    by_dali = Way(resident=False, by_dali=True, untouched=False)
-    with mock.patch.object(build, "choose_way", return_value=by_dali):
+    by_dali = Backend(resident=False, uses_dali=True, passes_through=False)
+    with mock.patch.object(build, "choose_backend", return_value=by_dali):
         dalis = build_train_loader(data, AUGS[name], seed=7, device="cpu")
     return dalis.at(0), build_train_loader(data, AUGS[name], seed=7, device="cpu").at(0)
 

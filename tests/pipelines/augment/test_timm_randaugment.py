@@ -13,7 +13,7 @@ from configs.schema.aug import AugConfig
 from helpers.draws import LEAST, MANY, compressed, p_of_counts, p_of_numbers, record_timm
 from pipelines.augment.ops import Op
 from pipelines.augment.policies import draw_programs
-from pipelines.augment.timm_randaugment import parse, values_at
+from pipelines.augment.timm_randaugment import op_values, parse
 
 SIZE = 64
 SHIFTS = (Op.TRANSLATE_X, Op.TRANSLATE_Y)
@@ -36,7 +36,7 @@ def test_values_are_what_timm_hands_to_pil(spaces: str, negative: bool, monkeypa
             operation.magnitude = magnitude
             theirs += run(RandAugment([operation], 1), SIZE)
         rows = np.arange(len(space.ops))
-        values = values_at(space, rows, magnitude, np.full(len(rows), negative), SIZE)
+        values = op_values(space, rows, magnitude, np.full(len(rows), negative), SIZE)
         ours = [(Op(op), value) for op, value in zip(space.ops.tolist(), values.tolist(), strict=True)]
         # PIL keeps no bits where it is asked for less than none
         theirs = [(op, max(value, 0.0) if op == Op.POSTERIZE else value) for op, value in theirs]

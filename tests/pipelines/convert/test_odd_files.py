@@ -13,7 +13,7 @@ from configs.schema import AugConfig
 from helpers.loaders import copies, train
 from helpers.odd_files import HEIGHT, WIDTH, defective_files, kept_files, pixels, reencoded_files
 from pipelines import build
-from pipelines.assemble import Way
+from pipelines.assemble import Backend
 from pipelines.storage.jpeg_check import file_of
 from pipelines.storage.split import open_split
 from tools import convert
@@ -52,7 +52,9 @@ def test_every_file_is_kept_or_encoded_again_or_quarantined_with_a_reason(odd: P
 @pytest.mark.parametrize("by_dali", [False, True], ids=["kernels", "DALI"])
 def test_every_stored_file_is_read(by_dali: bool, choice: Any, odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_dali:
-        monkeypatch.setattr(build, "choose_way", lambda *_: Way(resident=False, by_dali=True, untouched=False))
+        monkeypatch.setattr(
+            build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False)
+        )
     aug = AugConfig(crop="random-resized", scale=(1.0, 1.0), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT), flip=0)
     loader = train(odd, 8, aug, image_size=WIDTH, on_bad_sample=choice)
     batches = copies(loader)

@@ -30,8 +30,8 @@ from pipelines.cpu.graph import Images
 from pipelines.gpu import dali_graph
 from pipelines.loader.bad_samples import Undecodable
 from pipelines.loader.jpeg_sources import HostJpegs
-from pipelines.loader.runner import GraphRunner
-from pipelines.loader.sources import Slots
+from pipelines.loader.runner import DaliRunner
+from pipelines.loader.sources import SlotBuffers
 from pipelines.storage.split import open_split
 
 BATCH = 24
@@ -76,16 +76,16 @@ def by_cpu(graph_: cpu_graph.CpuGraph | None, pixels: np.ndarray, feeds: dict[st
 
 
 def by_dali(pipeline: Any, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
+    runner = DaliRunner(lambda: pipeline, torch.device("cpu"))
     runner.submit(torch.from_numpy(pixels), np.arange(len(pixels)), feeds)
     return runner.result()[0].numpy().copy()
 
 
-def stored(pixels: np.ndarray) -> dali_graph.Stored:
-    return dali_graph.Stored("npy", pixels.shape[1:], False)
+def stored(pixels: np.ndarray) -> dali_graph.ImageSpec:
+    return dali_graph.ImageSpec("npy", pixels.shape[1:], False)
 
 
-MACHINE = dali_graph.Machine(None, BATCH, 1, 0.0)
+MACHINE = dali_graph.PipelineConfig(None, BATCH, 1, 0.0)
 
 
 def assert_same_but_for_rounding(first: np.ndarray, second: np.ndarray, share: float) -> None:
@@ -148,7 +148,7 @@ def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
         "offset": RANDOM.integers(-9, 10, (100, 2)).astype(np.int32),
         "flip": RANDOM.integers(0, 2, 100).astype(np.int32),
     }
-    machine = dali_graph.Machine(None, 100, 1, 0.0)
+    machine = dali_graph.PipelineConfig(None, 100, 1, 0.0)
     expected = by_dali(dali_graph.train_graph(stored(pixels), machine, aug, 70, "bilinear", True, None), pixels, feeds)
     ours = train_graph(pixels, aug, 70, "bilinear")
     assert ours is not None
@@ -257,7 +257,7 @@ def test_crop_flip_equals_numpy_for_any_offset_size_and_padding(data: st.DataObj
     out = np.full((1, size, size, 3), 77, np.uint8)
     given_ = images_of(pixels)
     offsets, flips = np.array([[y, x]], np.int32), np.array([flip], np.int32)
-    batch.crop_flip(given_.content, given_.begins, height, width, offsets, flips, reflect, out)
+    batch.crop_flip(given_.content, given_.offsets, height, width, offsets, flips, reflect, out)
     pads = [(pad_y, pad_y), (pad_x, pad_x), (0, 0)]
     padded = np.pad(pixels[0], pads, mode="reflect" if reflect else "constant")
     expected = padded[y + pad_y : y + pad_y + size, x + pad_x : x + pad_x + size]
@@ -327,11 +327,11 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
     rows = MemoryRows([*photos(97, 97)])
     write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
     split = open_split(tmp_path / "tiny", "val")
-    ours = HostJpegs(split, Slots(1, BATCH, (97, 97, 3))).fill(0, np.arange(BATCH), {})
+    ours = HostJpegs(split, SlotBuffers(1, BATCH, (97, 97, 3))).fill(0, np.arange(BATCH), {})
     pipeline = dali_graph.eval_graph(
-        dali_graph.Stored("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear", True, False
+        dali_graph.ImageSpec("jpeg", (97, 97, 3), False), MACHINE, 97, 1.0, "bilinear", True, False
     )
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
+    runner = DaliRunner(lambda: pipeline, torch.device("cpu"))
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit(files, np.arange(BATCH), {})
     assert torch.equal(ours, runner.result()[0])
@@ -339,14 +339,14 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
 
 def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
-    ours = HostJpegs(split, Slots(1, BATCH, (64, 64, 3)), central(0.875))
+    ours = HostJpegs(split, SlotBuffers(1, BATCH, (64, 64, 3)), central(0.875))
     ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
     order = RANDOM.permutation(BATCH)
     found = ours.fill(0, order, {}).numpy()
     pipeline = dali_graph.eval_graph(
-        dali_graph.Stored("jpeg", None, False), MACHINE, 64, 0.875, "bilinear", True, False
+        dali_graph.ImageSpec("jpeg", None, False), MACHINE, 64, 0.875, "bilinear", True, False
     )
-    runner = GraphRunner(lambda: pipeline, torch.device("cpu"))
+    runner = DaliRunner(lambda: pipeline, torch.device("cpu"))
     files = [split.content[a : a + s] for a, s in zip(split.address.tolist(), split.size.tolist(), strict=True)]
     runner.submit([files[i] for i in order], np.arange(BATCH), {})
     assert_same_but_for_rounding(found, runner.result()[0].numpy(), share=0.01)
@@ -393,7 +393,7 @@ def test_a_jpeg_cut_short_is_an_error_that_names_the_sample(jpegs: Path) -> None
     split = open_split(jpegs, "val")
     size = split.size.copy()
     size[3] //= 2
-    ours = HostJpegs(replace(split, size=size), Slots(1, 8, (64, 64, 3)), central(1))
+    ours = HostJpegs(replace(split, size=size), SlotBuffers(1, 8, (64, 64, 3)), central(1))
     with pytest.raises(Undecodable, match=r"samples \[3\] cannot be decoded"):
         ours.fill(0, np.arange(8), {})
 

@@ -148,5 +148,5 @@ def test_every_file_that_kernels_are_made_of_is_looked_at() -> None:
         for module in imported_by(file.relative_to(ROOT)):
             for found in {module, module.rpartition(".")[0]} & modules.keys():
                 assert modules[found] in covered(), f"{file.name} imports {module}"
-    names = ("cpu/color.py", "cpu/geometry.py", "cpu/vector_floats.py", "augment/ops.py")
+    names = ("cpu/color.py", "cpu/geometry.py", "cpu/float_intrinsics.py", "augment/ops.py")
     assert {FOLDER / name for name in names} < covered()

@@ -29,7 +29,7 @@ from pipelines.augment import geometry
 from pipelines.augment.ops import Op, Programs
 from pipelines.gpu import dali_graph
 from pipelines.loader.loader import Batch, Loader
-from pipelines.loader.runner import GraphRunner, PlainRunner
+from pipelines.loader.runner import CopyRunner, DaliRunner
 from pipelines.storage.split import Split, load_dataset, open_split
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def drawn_crops(indices: np.ndarray, split: Split, aug: AugConfig) -> np.ndarray
 
 def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
     """One batch through a graph: uint8 [B, H, W, 3]."""
-    runner = GraphRunner(lambda: pipeline, CPU)
+    runner = DaliRunner(lambda: pipeline, CPU)
     runner.submit(images, np.arange(len(images)), feeds)
     outputs, labels, _ = runner.result()
     assert labels.tolist() == list(range(len(images)))
@@ -226,7 +226,7 @@ def test_a_mirrored_region_is_the_flipped_crop_of_the_same_region(interpolation:
     stored = torch.from_numpy(pixels(open_split(wide, "train")).copy())
     boxes = drawn_crops(np.arange(BATCH), open_split(wide, "train"), RANDOM_RESIZED)
     start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
-    kind, machine = dali_graph.Stored("npy", (160, 240, 3), False), dali_graph.Machine(None, BATCH, 1, 0.0)
+    kind, machine = dali_graph.ImageSpec("npy", (160, 240, 3), False), dali_graph.PipelineConfig(None, BATCH, 1, 0.0)
     pipeline = dali_graph.train_graph(kind, machine, RANDOM_RESIZED, 100, interpolation, True, None)
     straight = run(pipeline, stored, crop_start=start, crop_end=end)
     start[:, 1], end[:, 1] = end[:, 1].copy(), start[:, 1].copy()
@@ -253,9 +253,9 @@ def test_a_pad_crop_of_another_size_is_taken_from_the_resized_image(wide: Path) 
 
 def erased(images: np.ndarray, fill: Any, aug: AugConfig | None = None, **feeds: np.ndarray) -> np.ndarray:
     """Square images uint8 [B, side, side, 3] through a training graph that erases and does what else `aug` says."""
-    kind = dali_graph.Stored("npy", images.shape[1:], False, mean=(0.1, 0.5, 0.9))
+    kind = dali_graph.ImageSpec("npy", images.shape[1:], False, mean=(0.1, 0.5, 0.9))
     aug = (aug or AugConfig(flip=0)).model_copy(update={"erase": EraseConfig(probability=0.5, fill=fill)})
-    machine = dali_graph.Machine(None, len(images), 1, 0.0)
+    machine = dali_graph.PipelineConfig(None, len(images), 1, 0.0)
     pipeline = dali_graph.train_graph(kind, machine, aug, images.shape[1], "bilinear", True, None)
     return run(pipeline, torch.from_numpy(images.copy()), **feeds)
 
@@ -297,7 +297,7 @@ def test_programs_run_after_the_flip_and_before_erasing() -> None:
     ops = np.tile(np.array([Op.SHEAR_X, Op.INVERT], np.int32), (3, 1))
     values = np.tile(np.array([0.4, 0], np.float32), (3, 1))
     aug = AugConfig(flip=1, erase=EraseConfig(probability=1, fill="black"))
-    kind, machine = dali_graph.Stored("npy", (96, 96, 3), False), dali_graph.Machine(None, 3, 1, 0.0)
+    kind, machine = dali_graph.ImageSpec("npy", (96, 96, 3), False), dali_graph.PipelineConfig(None, 3, 1, 0.0)
     feeds = dali_graph.program_inputs(programs, ops, values, 96) | {
         "flip": np.ones(3, np.int32),
         "erase_start": np.zeros((3, 2), np.float32),
@@ -321,7 +321,7 @@ def test_random_resized_crop_without_antialias_is_torchvisions(size: int, interp
         [[0, 0, 160, 240], [10, 20, 150, 150], [3, 5, 61, 47], [0, 100, 160, 100], [9, 9, 64, 64], [1, 2, 99, 200]]
     )
     start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
-    kind, machine = dali_graph.Stored("npy", (160, 240, 3), False), dali_graph.Machine(None, 6, 1, 0.0)
+    kind, machine = dali_graph.ImageSpec("npy", (160, 240, 3), False), dali_graph.PipelineConfig(None, 6, 1, 0.0)
     aug = AugConfig(crop="random-resized", flip=0)
     pipeline = dali_graph.train_graph(kind, machine, aug, size, interpolation, False, None)
     ours = run(pipeline, torch.from_numpy(images.copy()), crop_start=start, crop_end=end)
@@ -380,7 +380,7 @@ def test_squashed_evaluation_is_torchvisions_resize_of_both_sides(
     size: int, antialias: bool, interpolation: str
 ) -> None:
     images = np.stack(photos(160, 240, 6))
-    kind, machine = dali_graph.Stored("npy", (160, 240, 3), False), dali_graph.Machine(None, 6, 1, 0.0)
+    kind, machine = dali_graph.ImageSpec("npy", (160, 240, 3), False), dali_graph.PipelineConfig(None, 6, 1, 0.0)
     pipeline = dali_graph.eval_graph(kind, machine, size, 0.875, interpolation, antialias, True)
     ours = run(pipeline, torch.from_numpy(images.copy()))
     mode = MODES[interpolation]
@@ -389,9 +389,9 @@ def test_squashed_evaluation_is_torchvisions_resize_of_both_sides(
 
 
 def test_squashed_evaluation_of_images_of_that_size_is_exact() -> None:
-    images, machine = np.stack(photos(96, 96, 3)), dali_graph.Machine(None, 3, 1, 0.0)
+    images, machine = np.stack(photos(96, 96, 3)), dali_graph.PipelineConfig(None, 3, 1, 0.0)
     pipeline = dali_graph.eval_graph(
-        dali_graph.Stored("npy", (96, 96, 3), False), machine, 96, 0.5, "bilinear", True, True
+        dali_graph.ImageSpec("npy", (96, 96, 3), False), machine, 96, 0.5, "bilinear", True, True
     )
     np.testing.assert_array_equal(run(pipeline, torch.from_numpy(images.copy())), images)
 
@@ -410,9 +410,9 @@ def test_evaluation_of_jpeg_files_of_several_sizes_takes_the_same_square(mixed: 
 
 def decoded(files: list[bytes], side: int) -> np.ndarray:
     """JPEG files of side x side pixels through the evaluation graph, which then only decodes."""
-    machine = dali_graph.Machine(None, len(files), 1, 0.0)
+    machine = dali_graph.PipelineConfig(None, len(files), 1, 0.0)
     pipeline = dali_graph.eval_graph(
-        dali_graph.Stored("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear", True, False
+        dali_graph.ImageSpec("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear", True, False
     )
     return run(pipeline, [np.frombuffer(file, np.uint8) for file in files])
 
@@ -603,7 +603,7 @@ def test_a_batch_that_needs_no_graph_is_the_gathered_tensor() -> None:
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         gathered = torch.zeros((3, 4, 4, 3), dtype=torch.uint8, device=device)
-    runner = PlainRunner(device, stream)
+    runner = CopyRunner(device, stream)
     runner.submit(gathered, np.arange(3), {})
     images, labels, released = runner.result()
     released()

@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import functional as F
 
 from configs.schema import AugConfig
 from helpers.photos import photos
-from pipelines.augment.ops import GEOMETRIC, Op, Programs, Slots, blur_radius
+from pipelines.augment.ops import GEOMETRIC, Op, Programs, SlotOps, blur_radius
 from pipelines.gpu import dali_graph, dali_inputs
-from pipelines.loader.runner import GraphRunner
+from pipelines.loader.runner import DaliRunner
 
 SIDES = pytest.mark.parametrize("side", [32, 96])
 FACTORS = [0.0, 0.1, 0.5, 1.0, 1.3, 1.9]
@@ -47,16 +47,16 @@ EVERY = frozenset(Op) - {Op.IDENTITY}
 COUNT = 8  # photos per value
 
 
-def programs_of(slots: Slots, bilinear: bool = False, fill: tuple[int, int, int] = (120, 30, 200)) -> Programs:
+def programs_of(slots: SlotOps, bilinear: bool = False, fill: tuple[int, int, int] = (120, 30, 200)) -> Programs:
     return Programs(slots, bilinear, fill, blur_radius(2.0))
 
 
 @lru_cache(maxsize=4)
-def built(programs: Programs, side: int, count: int, gpu: bool = False) -> GraphRunner:
-    machine = dali_graph.Machine(0 if gpu else None, count, 2, 0.0)
-    kind = dali_graph.Stored("npy", (side, side, 3), False)
+def built(programs: Programs, side: int, count: int, gpu: bool = False) -> DaliRunner:
+    machine = dali_graph.PipelineConfig(0 if gpu else None, count, 2, 0.0)
+    kind = dali_graph.ImageSpec("npy", (side, side, 3), False)
     pipeline = dali_graph.train_graph(kind, machine, AugConfig(flip=0), side, "bilinear", True, programs)
-    return GraphRunner(lambda: pipeline, torch.device("cuda" if gpu else "cpu"))
+    return DaliRunner(lambda: pipeline, torch.device("cuda" if gpu else "cpu"))
 
 
 def by_dali(
@@ -123,7 +123,7 @@ def each_value(op: Op, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, np.full((len(values), 1), op), values[:, None]
 
 
-def drawn(slots: Slots, count: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn(slots: SlotOps, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Programs with operations and values in turn of what each slot allows, in a different order in each slot."""
     random = np.random.default_rng(1)
     ops, values = np.zeros((count, len(slots)), np.int32), np.zeros((count, len(slots)), np.float32)
@@ -249,7 +249,7 @@ def test_inputs_are_few_and_have_the_types_that_dali_insists_on() -> None:
     ],
     ids=["jitter", "equalize", "blur", "nothing"],
 )
-def test_inputs_that_no_slot_needs_are_left_out_and_not_asked_for(slots: Slots, expected: set[str]) -> None:
+def test_inputs_that_no_slot_needs_are_left_out_and_not_asked_for(slots: SlotOps, expected: set[str]) -> None:
     programs, images = programs_of(slots), np.stack(photos(32, 32, 10))
     ops, values = drawn(slots, 10)
     assert set(dali_graph.program_inputs(programs, ops, values, 32)) == expected

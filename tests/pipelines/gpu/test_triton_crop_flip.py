@@ -45,14 +45,14 @@ def drawn(samples: int, *names: str) -> dict[str, np.ndarray]:
 
 def compare(device: str) -> None:
     """Every kind of call against the reference; run in a process of its own, since Triton reads its mode once."""
-    from pipelines.gpu.triton_crop_flip import DeviceAugment
+    from pipelines.gpu.triton_crop_flip import TritonCropFlip
 
     random = np.random.default_rng(1)
     for shape, size in (((32, 32, 3), 32), ((9, 11, 3), 9), ((8, 8, 3), 6)):
         images = random.integers(0, 256, (7, *shape), dtype=np.uint8)
         pixels = torch.from_numpy(images.reshape(7, -1)).to(device)
         for padding_mode in ("black", "reflect"):
-            augment = DeviceAugment(pixels, shape, size, batch_size=6, slots=2, padding_mode=padding_mode)
+            augment = TritonCropFlip(pixels, shape, size, batch_size=6, slots=2, padding_mode=padding_mode)
             for names in ((), ("flip",), ("offset",), ("offset", "flip")):
                 for slot, samples in ((0, 6), (1, 5)):  # a full batch and a smaller one
                     indices = random.integers(0, 7, samples)

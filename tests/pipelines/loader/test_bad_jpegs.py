@@ -31,8 +31,8 @@ from helpers.loaders import assert_same, copies, data_of, evaluation, merged, tr
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_defect
 from pipelines.loader.loader import Batch, Loader, MixedBatch
-from pipelines.loader.runner import GraphRunner
-from pipelines.loader.sources import Slots
+from pipelines.loader.runner import DaliRunner
+from pipelines.loader.sources import SlotBuffers
 from pipelines.loader.train_loader import StagedLoader
 from pipelines.storage.split import open_split
 
@@ -164,7 +164,7 @@ def test_a_header_that_claims_another_size_is_refused_before_anything_is_decoded
     sides = int(split.heights[7]), int(split.widths[7])
     for claimed in ((65_000, 65_000), (sides[1], sides[0]), (sides[0], sides[1] - 1), (20_000, 3)):
         damage(jpeg_copy, 7, claiming(*claimed))
-        on_cpu = HostJpegs(split, Slots(1, 1, (24, 24, 3)))
+        on_cpu = HostJpegs(split, SlotBuffers(1, 1, (24, 24, 3)))
         for_dali = MappedFiles(split, lambda file: bool(decoded.append(file)))
         wrong = f"has {claimed[0]:,} x {claimed[1]:,} pixels where the index says {sides[0]} x {sides[1]}"
         assert on_cpu.defect(7) == for_dali.defect(7) == wrong
@@ -177,13 +177,13 @@ def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, mon
     use_dali(monkeypatch)
     loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
     sides = set(zip(split.heights.tolist(), split.widths.tolist(), strict=True))
-    submit = GraphRunner.submit
+    submit = DaliRunner.submit
 
-    def checked(self: GraphRunner, images: Any, *rest: Any) -> None:
+    def checked(self: DaliRunner, images: Any, *rest: Any) -> None:
         assert all(any(header_defect(file, one) is None for one in sides) for file in images)
         submit(self, images, *rest)
 
-    monkeypatch.setattr(GraphRunner, "submit", checked)
+    monkeypatch.setattr(DaliRunner, "submit", checked)
     with pytest.raises(UserError) if choice == "stop" else nullcontext():
         assert len(copies(loader)) == 10
 

@@ -15,7 +15,7 @@ from configs.schema import DataConfig
 from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.damage import substitutes
-from pipelines.loader.bad_samples import BadSamples, in_evaluation, in_training
+from pipelines.loader.bad_samples import BadSamples, for_evaluation, for_training
 from pipelines.storage.split import Split, open_split
 
 WRONG = "cannot be decoded"
@@ -33,7 +33,7 @@ def split(jpeg_data: Path) -> Split:
 
 
 def bad_samples(split: Split, budget: int = 16, choice: str = "skip") -> BadSamples:
-    return in_training(split, DataConfig(path="x", on_bad_sample=choice, max_bad_samples=budget))  # type: ignore[arg-type]
+    return for_training(split, DataConfig(path="x", on_bad_sample=choice, max_bad_samples=budget))  # type: ignore[arg-type]
 
 
 def among(bad: set[int]) -> Callable[[int], str | None]:
@@ -50,20 +50,20 @@ def test_whoever_is_met_first_each_bad_sample_gets_the_next_that_is_sound(
     for sample in met:
         table.add({sample: WRONG}, among(set(bad)))
     expected = substitutes(SAMPLES, set(bad))
-    assert np.array_equal(table.replaced(np.arange(SAMPLES)), expected)
+    assert np.array_equal(table.substitute(np.arange(SAMPLES)), expected)
     assert sorted(table.found) == [(sample, expected[sample]) for sample in sorted(bad)]
 
 
 def test_as_long_as_nothing_is_bad_the_indices_are_not_even_copied(split: Split) -> None:
     indices = np.arange(9)
-    assert bad_samples(split).replaced(indices) is indices
+    assert bad_samples(split).substitute(indices) is indices
 
 
 def test_a_substitute_that_turns_bad_is_replaced_wherever_it_stands(split: Split) -> None:
     table = bad_samples(split)
     table.add({4: WRONG}, among({4}))
     table.add({5: WRONG}, among({4, 5}))
-    assert table.replaced(np.array([3, 4, 5, 6])).tolist() == [3, 6, 6, 6]
+    assert table.substitute(np.array([3, 4, 5, 6])).tolist() == [3, 6, 6, 6]
 
 
 def test_each_is_named_once_on_any_rank_with_its_substitute_and_the_budget(
@@ -115,12 +115,12 @@ def test_stop_names_the_first_and_tells_of_skip(split: Split) -> None:
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_an_evaluation_replaces_none(split: Split, choice: str) -> None:
-    table = in_evaluation(split, DataConfig(path="x", on_bad_sample=choice))  # type: ignore[arg-type]
+    table = for_evaluation(split, DataConfig(path="x", on_bad_sample=choice))  # type: ignore[arg-type]
     with pytest.raises(UserError) as error:
         table.add({6: WRONG}, among({6}))
     assert str(error.value).startswith(f"{split.describe(6)} {WRONG}: ")
     assert ("an evaluation can do without none" in str(error.value)) == (choice == "skip")
-    assert not table.replaces
+    assert not table.can_replace
 
 
 def test_threads_that_meet_the_same_samples_agree(split: Split) -> None:
@@ -134,5 +134,5 @@ def test_threads_that_meet_the_same_samples_agree(split: Split) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert np.array_equal(table.replaced(np.arange(SAMPLES)), substitutes(SAMPLES, bad))
+    assert np.array_equal(table.substitute(np.arange(SAMPLES)), substitutes(SAMPLES, bad))
     assert sorted(sample for sample, _ in table.found) == sorted(bad)

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.loader.coverage import NOTHING, Tally, tallies_of, tally_of_split
+from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums, split_checksum
 
 
 def plain_checksum(samples: list[int]) -> int:
@@ -26,9 +26,9 @@ def plain_checksum(samples: list[int]) -> int:
 @given(st.permutations(range(40)), st.integers(1, 45))
 def test_order_and_batches_do_not_matter(order: list[int], batch_size: int) -> None:
     batches = [order[begin : begin + batch_size] for begin in range(0, 40, batch_size)]
-    tallies = tallies_of(np.array(order), batch_size)
-    assert tallies == [Tally(len(batch), plain_checksum(batch)) for batch in batches]
-    assert reduce(add, tallies, NOTHING) == tally_of_split(40) == Tally(40, plain_checksum(order))
+    found = checksums(np.array(order), batch_size)
+    assert found == [SampleChecksum(len(batch), plain_checksum(batch)) for batch in batches]
+    assert reduce(add, found, EMPTY) == split_checksum(40) == SampleChecksum(40, plain_checksum(order))
 
 
 @given(st.integers(2, 3000), st.data())
@@ -36,6 +36,6 @@ def test_a_sample_twice_in_the_place_of_another_shows(samples: int, data: st.Dat
     place, other = data.draw(st.lists(st.integers(0, samples - 1), min_size=2, max_size=2, unique=True))
     indices = np.arange(samples)
     indices[place] = other
-    (tally,) = tallies_of(indices, samples)
-    assert tally.samples == samples
-    assert tally != tally_of_split(samples)
+    (found,) = checksums(indices, samples)
+    assert found.samples == samples
+    assert found != split_checksum(samples)

@@ -23,9 +23,9 @@ from helpers.damage import DAMAGE, damage
 from helpers.loaders import NO_AUG, assert_same, copies, data_of, evaluation, merged, train
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
 from pipelines.loader import sources
-from pipelines.loader.bad_samples import in_training
+from pipelines.loader.bad_samples import for_training
 from pipelines.loader.loader import Batch, Loader
-from pipelines.loader.prefetch import Buffering, Plan
+from pipelines.loader.prefetch import BufferConfig, Plan
 from pipelines.order import window_of_shard
 from pipelines.storage.split import Split, open_split
 
@@ -372,7 +372,7 @@ def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
     assert waited[0] > 0
 
 
-class Recorder(sources.Source):
+class Recorder(sources.SampleSource):
     """Source and runner of an imaginary GPU that reads a slot until it says so; complains of slots filled earlier."""
 
     def __init__(self) -> None:
@@ -401,8 +401,8 @@ def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_o
 ) -> None:
     recorder = Recorder()
     plan = Plan(60, 2, lambda epoch, step: np.arange(2 * step, 2 * step + 2))
-    bad = in_training(open_split(npy_data, "train"), data_of(npy_data))
-    loader = Loader(plan, recorder, recorder, Buffering(8, threads, 1), bad, labels=np.arange(60), image_size=1,
+    bad = for_training(open_split(npy_data, "train"), data_of(npy_data))
+    loader = Loader(plan, recorder, recorder, BufferConfig(8, threads, 1), bad, labels=np.arange(60), image_size=1,
                     device=torch.device("cpu"))  # fmt: skip
     seen = []
     for count in (1, 5, 99, 2, 99, 99):

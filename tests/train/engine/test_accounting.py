@@ -93,7 +93,7 @@ def test_a_sample_that_no_rank_has_is_caught(npy_data: Path, monkeypatch: pytest
 def test_an_iteration_that_was_left_does_not_count_as_the_next(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = evaluation(npy_data, 10)
     next(iter(loader))
-    assert loader.tally.samples == 10
+    assert loader.seen.samples == 10
     check_together([finished(loader)], monkeypatch)
 
 

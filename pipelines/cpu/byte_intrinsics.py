@@ -1,6 +1,6 @@
 """The few instructions for bytes that the kernels need and Numba does not emit on its own: wide moves and shuffles.
 
-Each is LLVM IR, so it compiles for any processor; none checks a bound. Those for floats are in `vector_floats`.
+Each is LLVM IR, so it compiles for any processor; none checks a bound. Those for floats are in `float_intrinsics`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
+_iterations: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
 
 @atexit.register
@@ -22,7 +22,7 @@ def _close_iterations() -> None:
             iteration.close()
 
 
-class Iteration(Iterator[Item], Generic[Item]):
+class EpochIterator(Iterator[Item], Generic[Item]):
     """Iterate over the items of a generator, until the iterator is finished or replaced."""
 
     def __init__(self, items: Generator[tuple[Item, bool]]) -> None:

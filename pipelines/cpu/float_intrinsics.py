@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipelines.cpu.vector_ops import address
+from pipelines.cpu.byte_intrinsics import address
 
 LANES = 32  # values that `blur_down` and `blur_across` work out at once
 
