@@ -40,14 +40,20 @@ from train.build import build_all, check_classes
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import Training, follow_weights, run_step, timeline_of, train_whitening_bias, trainings_of
+from train.engine.epoch import (
+    TrainState,
+    build_timeline,
+    run_step,
+    set_whitening_bias_grad,
+    update_averages,
+)
 from train.engine.hard_samples import check_proxy
-from train.engine.throughput import endless
+from train.engine.throughput import endless_batches
 from train.engine.warm_up import warm_up
 from train.engine.whitening import whiten, whitening_images
 from train.optim.factory import set_learning_rate
 from train.optim.freeze import set_training_mode
-from train.optim.schedule import OWN_RATES, lr_factor, scaled
+from train.optim.schedule import OWN_RATES, lr_factor, scale_learning_rates
 from train.reporting import figures
 from train.reporting.run_info import global_batch
 
@@ -103,25 +109,25 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"curve and figures are in {out}")
 
 
-def range_test(training: Training, loader: Loader, rates: np.ndarray) -> LossCurve:
+def range_test(training: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
     """Train with one rate after another until the loss diverges; `training` is of no use afterwards.
 
     Waits for the device once in READ_EVERY updates.
     """
     set_training_mode(training.forward)
-    train_whitening_bias(training, 0)
+    set_whitening_bias_grad(training, 0)
     losses: list[float] = []
     sums: list[torch.Tensor] = []  # training.sums after each update, on the device
     before = training.sums.clone()
     accumulation = training.config.accumulation_steps
-    timeline = timeline_of(training.config, loader)
-    batches = endless(loader)
+    timeline = build_timeline(training.config, loader)
+    batches = endless_batches(loader)
     for update, lr in enumerate(tqdm(rates, unit="update", leave=False, disable=not sys.stderr.isatty())):
-        for one in trainings_of(training):
+        for one in training.parts():
             set_learning_rate(one.optimizer, float(lr))
         for micro in range(accumulation):
-            run_step(training, next(batches), update, updates=micro == accumulation - 1)
-        follow_weights(training, update, timeline)
+            run_step(training, next(batches), update, optimizer_step=micro == accumulation - 1)
+        update_averages(training, update, timeline)
         sums.append(training.sums.clone())
         if (update + 1) % READ_EVERY == 0 or update + 1 == len(rates):
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
@@ -198,7 +204,7 @@ def picture(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
         axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
         second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
         axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
-    if curve.lr[0] <= (now := scaled(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
+    if curve.lr[0] <= (now := scale_learning_rates(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
         axis.axvline(now, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {now:.2g}")
     finite = curve.loss[np.isfinite(curve.loss)]
     if len(finite):

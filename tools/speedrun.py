@@ -39,14 +39,14 @@ from tools.common.tables import write_text
 from train.build import build_all, check_classes
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.clock import Clock
+from train.engine.clock import RunTimer
 from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import Training, evaluate, train_epoch
+from train.engine.epoch import TrainState, evaluate, train_epoch
 from train.engine.hard_samples import check_proxy
-from train.engine.meter import memory
-from train.engine.warm_up import check_sizes, warm_up
-from train.engine.whitening import start_anew, whiten, whitening_images
-from train.optim.ema import counted_weights
+from train.engine.meter import memory_usage
+from train.engine.warm_up import check_image_sizes, warm_up
+from train.engine.whitening import restart_in_place, whiten, whitening_images
+from train.optim.ema import eval_weights
 from train.reporting.run_info import device_name
 
 
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    clock = Clock()
+    clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     config = load_config(arguments.cfg, arguments.opts, **{"data.path": arguments.data_path})
     if arguments.runs < 1:
@@ -88,10 +88,10 @@ def main() -> None:
                 config.data, config.aug, seed=seed, device=device, accumulation_steps=config.train.accumulation_steps
             )
             if not runs:
-                check_sizes(training, train_loader, val_loader.image_size)
+                check_image_sizes(training, train_loader, val_loader.image_size)
                 warm_up(training, train_loader, val_loader, config.eval.tta)
             seeded = config.model_copy(update={"seed": seed})
-            start_anew(training, build_all(seeded, dataset, classes, val_loader.image_size, device))
+            restart_in_place(training, build_all(seeded, dataset, classes, val_loader.image_size, device))
             runs.append({"seed": seed, **run(seeded, training, images, train_loader, val_loader, val_samples)})
             first_result_s = first_result_s or clock.command_s
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
@@ -108,20 +108,20 @@ def main() -> None:
 
 def run(
     config: Config,
-    training: Training,
+    training: TrainState,
     images: Tensor | None,
     train_loader: TrainLoader,
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:
     """One training from the weights that `training` holds: top1 and time_s."""
-    clock = Clock()
+    clock = RunTimer()
     clock.add(whiten(training, images))
     train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
     for _ in range(config.train.first_epoch, config.train.epochs):
-        times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_update=lambda *_: None)
+        times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
         clock.add(times.time_s)
-    with clock, counted_weights(training, config.eval.weights):
+    with clock, eval_weights(training, config.eval.weights):
         top1 = evaluate(training, val_loader, val_samples, config.eval.tta).top1
     return {"top1": top1, "time_s": clock.training_s}
 
@@ -134,7 +134,7 @@ def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) ->
         figures[f"{name}_mean"] = statistics.fmean(values)
         figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return figures | {
-        **memory(device),
+        **memory_usage(device),
         "device": device_name(device),
         "torch": torch.__version__,
         "dali": version("nvidia-dali-cuda120"),

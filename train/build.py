@@ -17,13 +17,13 @@ from models.pretrained import build_pretrained
 from pipelines.augment.mixup import mixing_enabled
 from train.checkpoint.finetune import load_finetune
 from train.distributed import process_group
-from train.engine.epoch import Training, build_training, trainings_of
+from train.engine.epoch import TrainState, build_state
 from train.engine.hard_samples import build_proxy
 from train.optim.ema import build_ema
 from train.optim.factory import build_optimizer
 from train.optim.freeze import freeze
 from train.optim.lookahead import build_lookahead
-from train.optim.schedule import scaled
+from train.optim.schedule import scale_learning_rates
 from train.reporting.run_info import global_batch
 
 
@@ -35,13 +35,13 @@ def build_all(
     device: torch.device,
     *,
     trains: bool = True,
-) -> Training:
+) -> TrainState:
     """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
 
     Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
     `without_start(config)`; one that is only evaluated from `for_inference(config)`, without `trains`.
     """
-    train = scaled(config.train, global_batch(config, process_group.world_size()))
+    train = scale_learning_rates(config.train, global_batch(config, process_group.world_size()))
     model, notes = config.model, []
     shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
 
@@ -59,16 +59,16 @@ def build_all(
     if model.freeze:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, train.optimizer, train.lr)
-    training = build_training(network, optimizer, train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
-    training.is_drawn = model.pretrained is False and model.finetune is None
-    training.lookahead = build_lookahead(network, train.lookahead)
-    training.ema = build_ema(network, train.ema)
-    training.proxy = build_proxy(
+    state = build_state(network, optimizer, train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
+    state.is_fresh_init = model.pretrained is False and model.finetune is None
+    state.lookahead = build_lookahead(network, train.lookahead)
+    state.ema = build_ema(network, train.ema)
+    state.proxy = build_proxy(
         train, lambda name: on_device(build_from_config(ModelConfig(name=name), classes, **shape)), device
     )
-    parts = trainings_of(training)
-    training.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))
-    return training
+    parts = state.parts()
+    state.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))
+    return state
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:

@@ -31,21 +31,21 @@ from train.distributed import process_group as dist
 from train.distributed.launcher import run_ranks
 from train.distributed.process_group import Ranks
 from train.distributed.signals import Stopped, listening
-from train.engine.clock import Clock
+from train.engine.clock import RunTimer
 from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import Training, evaluate, timeline_of
+from train.engine.epoch import TrainState, build_timeline, evaluate
 from train.engine.hard_samples import check_proxy
 from train.engine.throughput import measure_images_per_s
-from train.engine.warm_up import check_sizes, warm_up
+from train.engine.warm_up import check_image_sizes, warm_up
 from train.engine.whitening import whiten, whitening_images
-from train.evaluation import build_evaluated
-from train.optim.ema import average_counts, counted_weights
-from train.optim.factory import with_used_settings
-from train.optim.schedule import remarks
+from train.evaluation import build_for_evaluation
+from train.optim.ema import eval_weights, uses_ema
+from train.optim.factory import with_timm_defaults
+from train.optim.schedule import config_warnings
 from train.reporting.run_info import dataset_facts, describe, facts_of, unreached_stages
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
-from train.trainer import Run, fit, go_on, load_newest_together
+from train.trainer import Trainer, fit, load_newest_on_all_ranks, restore_run
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    clock = Clock()
+    clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
         "data.batch_size": arguments.batch_size,
@@ -86,7 +86,7 @@ def main() -> int:
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
     if not evaluates_only:
-        config = with_used_settings(config)
+        config = with_timm_defaults(config)
         check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
@@ -111,37 +111,37 @@ def main() -> int:
             is_named = in_use is None and is_checkpoint(resume)
             candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
         if evaluates_only:
-            training, which = build_evaluated(config, dataset, candidates, val_loader.image_size, device)
-            result = evaluate(training, val_loader, val_samples, config.eval.tta)
+            state, which = build_for_evaluation(config, dataset, candidates, val_loader.image_size, device)
+            result = evaluate(state, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
-        source, content = load_newest_together(candidates) if candidates else (None, None)
-        if content is None or "threads" not in content:  # else `restore` takes those that the run began with
+        source, content = load_newest_on_all_ranks(candidates) if candidates else (None, None)
+        if content is None or "threads" not in content:  # else `restore_threads` takes those that the run began with
             limit_threads(device)
 
         stream = stream_of(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:
             check_same_run(content, config, stream, source)
         start = config if content is None else without_start(config)
-        training = build_all(start, dataset, classes, val_loader.image_size, device)
+        state = build_all(start, dataset, classes, val_loader.image_size, device)
         train_loader = build_train_loader(
             config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
         )
-        check_sizes(training, train_loader, val_loader.image_size)
+        check_image_sizes(state, train_loader, val_loader.image_size)
         if arguments.throughput:
-            print_throughput(config, training, train_loader, ranks)
+            print_throughput(config, state, train_loader, ranks)
             return 0
 
-        average_counts(training, config.eval.weights)  # raises where there is none
-        timeline = timeline_of(training.config, train_loader)
+        uses_ema(state, config.eval.weights)  # raises where there is none
+        timeline = build_timeline(state.config, train_loader)
         position = {"epoch": config.train.first_epoch, "step": 0}
         progress: dict[str, Any] = {"best_top1": -1.0}
         if content is None or source is None:
-            clock.add(whiten(training, whitening_images(training, config.data)))
+            clock.add(whiten(state, whitening_images(state, config.data)))
             train_loader.state = position
         else:
-            position, progress = go_on(training, train_loader, timeline, content, source), content["progress"]
+            position, progress = restore_run(state, train_loader, timeline, content, source), content["progress"]
             clock.restore(content)
             content = None  # a second copy of the weights
         done = timeline.first(position["epoch"]) + position["step"]
@@ -156,10 +156,10 @@ def main() -> int:
             "progress": progress,  # changes in training
             "times": clock.times,  # likewise
         }
-        facts = facts_of(config, dataset, training, train_loader, ranks)
+        facts = facts_of(config, dataset, state, train_loader, ranks)
         log_folder, others_wait = folder if ranks.is_first else None, ranks.world_size > 1
         run_log = RunLog(log_folder, others_wait=others_wait, loss=config.train.loss)
-        with run_log as log, Saving(folder, training, about) as saving:
+        with run_log as log, Saving(folder, state, about) as saving:
             log.record(about["config"], facts)
             log.keep_epochs(position["epoch"])
             if source is not None:
@@ -168,7 +168,7 @@ def main() -> int:
             elif resume is not None:
                 log.say(f"a new run, since there is no checkpoint yet to go on from (--resume {resume})")
             log.say(describe(config, facts, device))
-            for note in (*training.notes, *unreached_stages(config), *remarks(config.train, timeline)):
+            for note in (*state.notes, *unreached_stages(config), *config_warnings(config.train, timeline)):
                 log.say(note)
             if position["epoch"] >= config.train.epochs:
                 log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
@@ -176,15 +176,15 @@ def main() -> int:
             log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
 
             def prepare() -> float:
-                return warm_up(training, train_loader, val_loader, config.eval.tta)
+                return warm_up(state, train_loader, val_loader, config.eval.tta)
 
             prepared_s = prepare()
-            if training.prepares:
-                log.say(f"compiled{' and captured' if training.captures else ''} the step in {prepared_s:.1f} s")
+            if state.needs_warmup:
+                log.say(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
             if config.log.images and done == timeline.first(config.train.first_epoch):
                 show_samples(log, train_loader, dataset["classes"])
             begin = time.monotonic()
-            run = Run(config, training, train_loader, val_loader, val_samples, timeline, progress, saving, log, ranks,
+            run = Trainer(config, state, train_loader, val_loader, val_samples, timeline, progress, saving, log, ranks,
                       clock, prepare)  # fmt: skip
             try:
                 with listening() as asked:
@@ -194,7 +194,7 @@ def main() -> int:
                 return stopped.exit_code
             if progress.get("left_out"):
                 log.say(f"updates left out in all: {progress['left_out']} of {timeline.total}")
-            which = " of the moving average" if average_counts(training, config.eval.weights) else ""
+            which = " of the moving average" if uses_ema(state, config.eval.weights) else ""
             log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
             if not isnan(clock.training_s):
@@ -203,18 +203,18 @@ def main() -> int:
             log.say(f"whole command {clock.command_s:.2f} s")
             log.summary({"command_s": clock.command_s})
             if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
-                with counted_weights(training, config.eval.weights):
-                    show_predictions(log, training, val_loader, config, dataset["classes"], step=timeline.total)
+                with eval_weights(state, config.eval.weights):
+                    show_predictions(log, state, val_loader, config, dataset["classes"], step=timeline.total)
     return 0
 
 
-def print_throughput(config: Config, training: Training, train_loader: TrainLoader, ranks: Ranks) -> None:
+def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
     """A line for each stage."""
     for stage in train_loader.stages:
-        throughput = measure_images_per_s(training, stage, ranks.world_size)
+        throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:
             size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
-            where = f"{ranks.world_size} x {training.device.type}"
+            where = f"{ranks.world_size} x {state.device.type}"
             print(f"{config.name}{size}: {throughput:,.0f} images/s in training on {where}")
 
 

@@ -17,21 +17,21 @@ from models.weights import copy_weights, head_layers, read_weights
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import as_trained, for_inference
-from train.engine.epoch import Training
-from train.trainer import load_newest_together
+from train.engine.epoch import TrainState
+from train.trainer import load_newest_on_all_ranks
 
 # Mean and standard deviation by which the homework normalises, for pixels from 0 to 1. It divides the pixels of
 # MediumImageNet by 256, not by 255, before it subtracts ImageNet's mean.
-OF_CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
-OF_OTHERS = (
+CIFAR10_STATS = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+IMAGENET_STATS = (
     [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
     [value * 256 / 255 for value in (0.229, 0.224, 0.225)],
 )
 
 
-def build_evaluated(
+def build_for_evaluation(
     config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
-) -> tuple[Training, str]:
+) -> tuple[TrainState, str]:
     """Return the model that --resume names, with its weights, and in words what it is.
 
     candidates: the checkpoints that may be meant, of which the first intact one counts. A file of another program holds
@@ -42,18 +42,18 @@ def build_evaluated(
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
     if not candidates:
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
-    source, content = load_newest_together(candidates)
+    source, content = load_newest_on_all_ranks(candidates)
     trained = as_trained(config, content, dataset["classes"], source)
-    training = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
-    is_average = store.restore_weights(training, content, source, config.eval.weights)
-    return training, f"{source}{' (moving average)' if is_average else ''}"
+    state = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
+    is_average = store.restore_weights(state, content, source, config.eval.weights)
+    return state, f"{source}{' (moving average)' if is_average else ''}"
 
 
 def _build_foreign(
     config: Config, dataset: dict[str, Any], path: Path, image_size: int, device: torch.device
-) -> Training:
+) -> TrainState:
     weights = read_weights(path)
-    mean, std = OF_CIFAR10 if dataset.get("source", {}).get("kind") == "cifar10" else OF_OTHERS
+    mean, std = CIFAR10_STATS if dataset.get("source", {}).get("kind") == "cifar10" else IMAGENET_STATS
     classes = len(dataset["classes"])
     outputs = _outputs(config, weights, classes, image_size)
     if outputs < classes:
@@ -62,19 +62,21 @@ def _build_foreign(
             "give the data set that they were trained on, or start a run from them with model.pretrained"
         )
     as_there = {**dataset, "mean": mean, "std": std}
-    training = build_all(for_inference(config), as_there, outputs, image_size, device, trains=False)
-    network: Any = training.network
+    state = build_all(for_inference(config), as_there, outputs, image_size, device, trains=False)
+    network: Any = state.network
     copy_weights(network.network, weights, (), f"the weights {path}")
     more = f", of which the data set has the first {classes}" if outputs > classes else ""
     warn(f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{more}, "
          f"and pixels are normalised as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}")  # fmt: skip
-    return training
+    return state
 
 
 def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
     """Return the number of outputs that the weights are for; `classes` where they name no last layer of the model."""
     with torch.device("meta"):
-        model = build_from_config(config.model, classes, image_size=image_size, mean=OF_CIFAR10[0], std=OF_CIFAR10[1])
+        model = build_from_config(
+            config.model, classes, image_size=image_size, mean=CIFAR10_STATS[0], std=CIFAR10_STATS[1]
+        )
     for layer in head_layers(model.network):
         if (weight := weights.get(f"{layer}.weight")) is not None and weight.ndim > 0:
             return len(weight)

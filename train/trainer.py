@@ -30,25 +30,25 @@ from train.distributed.consensus import Agreement
 from train.distributed.process_group import Ranks
 from train.distributed.signals import Asked, Stopped
 from train.engine.accounting import report_bad_samples
-from train.engine.clock import Clock
-from train.engine.epoch import Interrupted, Training, evaluate, train_epoch, trainings_of
-from train.engine.meter import Meter, memory
-from train.optim.ema import average_counts
-from train.optim.health import Health, NotFinite
-from train.optim.schedule import Timeline, learning_rate, watch
+from train.engine.clock import RunTimer
+from train.engine.epoch import EvaluationInterrupted, TrainState, evaluate, train_epoch
+from train.engine.meter import ThroughputMeter, memory_usage
+from train.optim.ema import uses_ema
+from train.optim.health import FiniteCheck, NonFiniteError
+from train.optim.schedule import Timeline, learning_rate, update_plateau
 from train.reporting.run_log import RunLog
 
 RESULTS = ("loss", "top1", "top5")  # of an evaluation, in metrics
-MOST_REWINDS = 5  # in one run; what comes again and again is not chance
-MOST_LEFT_OUT = 10  # updates in a row, without a single good one
+MAX_REWINDS = 5  # in one run; what comes again and again is not chance
+MAX_SKIPPED_STEPS = 10  # updates in a row, without a single good one
 
 
 @dataclass
-class Run:
+class Trainer:
     """The parts of a run, as train/ddp.py puts them together."""
 
     config: Config
-    training: Training
+    state: TrainState
     train_loader: TrainLoader
     val_loader: Loader
     val_samples: int
@@ -57,18 +57,18 @@ class Run:
     saving: Saving
     log: RunLog
     ranks: Ranks
-    clock: Clock
+    clock: RunTimer
     prepare: Callable[[], object]  # compiles and captures the step again after the optimizer's state was loaded
 
 
-def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
+def fit(run: Trainer, position: dict[str, int], asked: Asked) -> None:
     """Epochs from `position` on, with the checkpoints that train.save_every_* ask for.
 
     position: epoch, and steps done in it. Raises Stopped, after a checkpoint, when a signal asks for it.
     """
     config, loader = run.config.train, run.train_loader
     is_due = run.saving.is_due if config.save_every_steps is None else lambda: False
-    health, agreement = Health(run.training), Agreement(lambda: asked.signal, is_due)
+    health, agreement = FiniteCheck(run.state), Agreement(lambda: asked.signal, is_due)
     epoch, step = position["epoch"], position["step"]
     if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
         done = run.timeline.first(epoch) + step
@@ -83,26 +83,26 @@ def fit(run: Run, position: dict[str, int], asked: Asked) -> None:
         health.begin(done)
         agreement.begin(done)
         try:
-            _updates(run, epoch, step, health, agreement)
-            _end_of_epoch(run, epoch, asked, health, agreement)
-        except NotFinite as found:
-            epoch, step = _go_back(run, found)
+            _train_epoch(run, epoch, step, health, agreement)
+            _finish_epoch(run, epoch, asked, health, agreement)
+        except NonFiniteError as found:
+            epoch, step = _rewind(run, found)
         else:
             epoch, step = epoch + 1, 0
     process_group.from_first_rank(run.saving.wait)
 
 
-def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreement) -> None:
+def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agreement: Agreement) -> None:
     """Train the rest of an epoch of which `step` steps are done."""
-    config, training, loader, timeline, log = run.config, run.training, run.train_loader, run.timeline, run.log
+    config, state, loader, timeline, log = run.config, run.state, run.train_loader, run.timeline, run.log
     first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
     bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
                disable=log.is_silent or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
-    meter = Meter(loader)
+    meter = ThroughputMeter(loader)
     loss, _, seen = health.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
-    meter.begin(first + step, loss, seen, images_per_update=_global_batch(run, epoch))
+    meter.begin(first + step, loss, seen, images_per_step=_global_batch(run, epoch))
 
-    def after_update(update: int, lr: float) -> None:
+    def after_step(update: int, lr: float) -> None:
         bar.update()
         done = update + 1
         run.saving.check()
@@ -116,10 +116,10 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
         sums = health.sums(done)  # synchronises, once per log interval
         if logs:
             loss, _, seen = sums.tolist()
-            measured = {**meter.read(done, loss, seen), "lr": lr, **memory(training.device)}
+            measured = {**meter.read(done, loss, seen), "lr": lr, **memory_usage(state.device)}
             bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
             log.steps(measured, done)
-            _report_left_out(run, health, done)
+            _report_skipped(run, health, done)
         if saves:
             run.clock.count(done)
             run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
@@ -128,61 +128,61 @@ def _updates(run: Run, epoch: int, step: int, health: Health, agreement: Agreeme
 
     if step == steps:  # the run had been stopped in the evaluation
         return
-    passed_over = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
-    run.clock.begin(first + step, loader, images_per_update=_global_batch(run, epoch))
+    skip_steps = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
+    run.clock.begin(first + step, loader, images_per_step=_global_batch(run, epoch))
     with bar:
-        train_epoch(training, loader, seed=config.seed, rank=run.ranks.rank, after_update=after_update,
-                    timeline=timeline, decays=_decays(run), passed_over=passed_over)  # fmt: skip
+        train_epoch(state, loader, seed=config.seed, rank=run.ranks.rank, after_step=after_step,
+                    timeline=timeline, decays=_decays(run), skip_steps=skip_steps)  # fmt: skip
     run.clock.count(first + steps)
 
 
-def _global_batch(run: Run, epoch: int) -> int:
+def _global_batch(run: Trainer, epoch: int) -> int:
     """Images of an optimizer update."""
     batch_size = run.train_loader.at(epoch).plan.batch_size
     return batch_size * run.ranks.world_size * run.config.train.accumulation_steps
 
 
-def _decays(run: Run) -> int:
+def _decays(run: Trainer) -> int:
     """Of schedule plateau so far."""
     return int(run.progress.get("plateau", {}).get("decays", 0))
 
 
-def _end_of_epoch(run: Run, epoch: int, asked: Asked, health: Health, agreement: Agreement) -> None:
+def _finish_epoch(run: Trainer, epoch: int, asked: Asked, health: FiniteCheck, agreement: Agreement) -> None:
     """Evaluate, write metrics and checkpoints."""
-    config, training, progress = run.config, run.training, run.progress
+    config, state, progress = run.config, run.state, run.progress
     done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
     run.train_loader.check_unchanged()
     sums = health.sums(done)
     loss, correct, seen = sums.tolist()
-    _report_left_out(run, health, done)
-    weights = ("",) if training.ema is None else ("", "ema_")
+    _report_skipped(run, health, done)
+    weights = ("",) if state.ema is None else ("", "ema_")
     metrics = {
         "epoch": epoch,
         "step": done,
         "train_loss": loss / seen if seen else nan,
         "train_top1": correct / seen if seen else nan,
         **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
-        "lr": learning_rate(done - 1, run.timeline, training.config, _decays(run)),
+        "lr": learning_rate(done - 1, run.timeline, state.config, _decays(run)),
         **run.clock.rates(),
-        **memory(training.device),
+        **memory_usage(state.device),
     }
     improved = False
     if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
         try:
             with run.clock if is_last else nullcontext():
                 results, top1 = _validate(run, asked)
-        except Interrupted:
+        except EvaluationInterrupted:
             run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
             _stop(run, agreement.now(), done)
         metrics |= results
         improved = top1 > progress["best_top1"]
         progress["best_top1"] = max(progress["best_top1"], top1)
     if config.train.schedule == "plateau":
-        progress["plateau"] = watch(progress.get("plateau", {}), metrics, config.train.schedule_options)
+        progress["plateau"] = update_plateau(progress.get("plateau", {}), metrics, config.train.schedule_options)
     run.log.epoch(metrics)
     if (report := report_bad_samples(run.train_loader)) is not None:
         run.log.say(report)
-    training.sums.zero_()
+    state.sums.zero_()
     run.clock.end_epoch()
     names = (BEST,) if improved else ()
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
@@ -191,19 +191,19 @@ def _end_of_epoch(run: Run, epoch: int, asked: Asked, health: Health, agreement:
         run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
 
 
-def _validate(run: Run, asked: Asked) -> tuple[dict[str, float], float]:
+def _validate(run: Trainer, asked: Asked) -> tuple[dict[str, float], float]:
     """Results of the weights, and of their moving average where one is kept; and the accuracy of those that count."""
-    training, tta = run.training, run.config.eval.tta
+    state, tta = run.state, run.config.eval.tta
     what = run.val_loader, run.val_samples, tta, lambda: asked.signal != 0
-    evaluations = {"": evaluate(training, *what)}
-    if training.ema is not None:
-        with training.ema.in_place():
-            evaluations["ema_"] = evaluate(training, *what)
+    evaluations = {"": evaluate(state, *what)}
+    if state.ema is not None:
+        with state.ema.swapped_in():
+            evaluations["ema_"] = evaluate(state, *what)
     results = {f"{which}val_{result}": getattr(one, result) for which, one in evaluations.items() for result in RESULTS}
-    return results, evaluations["ema_" if average_counts(training, run.config.eval.weights) else ""].top1
+    return results, evaluations["ema_" if uses_ema(state, run.config.eval.weights) else ""].top1
 
 
-def _stop(run: Run, signal: int, done: int) -> None:
+def _stop(run: Trainer, signal: int, done: int) -> None:
     """Raise Stopped once the checkpoint stands."""
     process_group.from_first_rank(run.saving.wait)
     stopped = Stopped(signal)
@@ -212,13 +212,13 @@ def _stop(run: Run, signal: int, done: int) -> None:
     raise stopped
 
 
-def _report_left_out(run: Run, health: Health, done: int) -> None:
+def _report_skipped(run: Trainer, health: FiniteCheck, done: int) -> None:
     """What train.on_nonfinite=skip has done since the last report; raises UserError where it helps nothing."""
-    count, since = health.left_out()
+    count, since = health.skipped()
     if count:
         run.progress["left_out"] = run.progress.get("left_out", 0) + count
         run.log.say(f"step {done}: {count} of the last {since} updates left out, since their gradients were not finite")
-    if count == since >= MOST_LEFT_OUT:
+    if count == since >= MAX_SKIPPED_STEPS:
         raise UserError(
             f"the gradients of all updates from step {done - since + 1} to {done} are not finite, and "
             f"train.on_nonfinite=skip left out all of them; {_last_good(run)}; lower train.lr={run.config.train.lr}, "
@@ -226,14 +226,14 @@ def _report_left_out(run: Run, health: Health, done: int) -> None:
         )
 
 
-def _last_good(run: Run) -> str:
+def _last_good(run: Trainer) -> str:
     newest, steps = run.saving.newest, run.saving.steps
     return f"the last good checkpoint is {newest} of step {steps}" if newest else "no checkpoint had been written yet"
 
 
-def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
+def _rewind(run: Trainer, found: NonFiniteError) -> tuple[int, int]:
     """To the last checkpoint, where train.on_nonfinite says so; (epoch, steps done in it) to go on from."""
-    train, passed_over = run.config.train, run.progress.get("passed_over", [])
+    train, skip_steps = run.config.train, run.progress.get("passed_over", [])
     process_group.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
     sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
     if train.on_nonfinite != "rewind":
@@ -242,17 +242,17 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
             f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or "
             f"{goes_on} train.on_nonfinite=rewind, which passes over these steps"
         )
-    if len(passed_over) >= MOST_REWINDS:
+    if len(skip_steps) >= MAX_REWINDS:
         raise UserError(
-            f"{sentence}, and the run has gone back {MOST_REWINDS} times already; lower train.lr={train.lr}, clip "
+            f"{sentence}, and the run has gone back {MAX_REWINDS} times already; lower train.lr={train.lr}, clip "
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
-    source, content = load_newest_together(latest_of(run.saving.folder))
-    position = go_on(run.training, run.train_loader, run.timeline, content, source)
+    source, content = load_newest_on_all_ranks(latest_of(run.saving.folder))
+    position = restore_run(run.state, run.train_loader, run.timeline, content, source)
     run.progress.clear()
     run.progress |= content["progress"]
     run.clock.restore(content)
-    run.progress["passed_over"] = [*passed_over, [found.first, found.last]]
+    run.progress["passed_over"] = [*skip_steps, [found.first, found.last]]
     run.saving.stands(source, run.timeline.first(position["epoch"]) + position["step"])
     run.prepare()
     run.log.keep_epochs(position["epoch"])
@@ -261,7 +261,7 @@ def _go_back(run: Run, found: NotFinite) -> tuple[int, int]:
     return position["epoch"], position["step"]
 
 
-def load_newest_together(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """`checkpoint.load_newest`, the same on all ranks: the first one chooses.
 
     Raises UserError where another rank finds another checkpoint there.
@@ -282,14 +282,14 @@ def load_newest_together(candidates: Sequence[Path]) -> tuple[Path, dict[str, An
     return path, content
 
 
-def go_on(
-    training: Training, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
+def restore_run(
+    state: TrainState, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
 ) -> dict[str, int]:
     """Put all that a step changes, and the loader, where a checkpoint has them; its position."""
-    store.restore(training, content, source)
+    store.restore(state, content, source)
     if not process_group.is_first_rank():
-        training.sums.zero_()  # the checkpoint holds the sums over all ranks
-    for one in trainings_of(training):
+        state.sums.zero_()  # the checkpoint holds the sums over all ranks
+    for one in state.parts():
         if one.guard is not None:
             one.guard.begin()
     position: dict[str, int] = content["position"]
@@ -303,5 +303,5 @@ def go_on(
     if step and step == timeline.updates[epoch]:  # all of the epoch but its evaluation
         loader.state = {"epoch": epoch + 1, "step": 0}
     else:
-        loader.state = {"epoch": epoch, "step": step * training.config.accumulation_steps}
+        loader.state = {"epoch": epoch, "step": step * state.config.accumulation_steps}
     return position

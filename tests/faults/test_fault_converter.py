@@ -34,7 +34,7 @@ from helpers.converter import (
     workers_of,
 )
 from helpers.memory_source import tiny_source, write
-from helpers.training import heed_ctrl_c
+from helpers.training import restore_signal_handlers
 from pipelines.convert import shuffle, writer
 from tools import convert
 
@@ -123,7 +123,7 @@ def test_a_stopped_conversion_says_so_in_one_line_and_goes_on(
 ) -> None:
     """Sent to the whole group, as a terminal and a scheduler do."""
     out = tmp_path / "out"
-    process = start(sources["npy"].command(out), preexec_fn=heed_ctrl_c)
+    process = start(sources["npy"].command(out), preexec_fn=restore_signal_handlers)
     wait_for((out / ".spool" / "val").exists, process)
     os.killpg(process.pid, number)
     error = said(process.communicate(timeout=60)[1])

@@ -27,7 +27,7 @@ from helpers.faults import (
     start,
     wait_for,
 )
-from helpers.training import CLEAN, heed_ctrl_c
+from helpers.training import CLEAN, restore_signal_handlers
 
 EXIT_S = 60
 
@@ -89,7 +89,7 @@ def test_a_terminal_that_goes_ends_the_run_with_a_checkpoint(digits: Path, tmp_p
     ours, terminal = pty.openpty()
 
     def take_it() -> None:
-        heed_ctrl_c()
+        restore_signal_handlers()
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}

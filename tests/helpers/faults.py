@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from helpers.training import CLEAN, DIGITS, ROOT, heed_ctrl_c, strict_lines
+from helpers.training import CLEAN, DIGITS, ROOT, restore_signal_handlers, strict_lines
 from tools import convert
 from train.checkpoint import format
 
@@ -41,7 +41,7 @@ def command_with(faults: dict[str, Any], arguments: list[str | Path], processes:
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**CLEAN, **environment},
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=restore_signal_handlers,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from train import ddp
 from train.checkpoint.writer import Saving
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training, build_training
+from train.engine.epoch import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.reporting.run_log import RunLog
 
@@ -43,7 +43,7 @@ CLEAN = {
 }
 
 
-def heed_ctrl_c() -> None:
+def restore_signal_handlers() -> None:
     """A preexec_fn: who starts the tests in the background may ignore SIGINT, or SIGHUP as nohup does, which every
     child would inherit."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -169,13 +169,13 @@ def small_net(num_classes: int = 12, seed: int = 0) -> nn.Module:
     return SmallNet(num_classes)
 
 
-def training_of(
+def make_state(
     network: nn.Module, optimizer: dict[str, Any] | None = None, *, mixes: bool = False, **settings: Any
-) -> Training:
+) -> TrainState:
     """`network` wrapped for training on the CPU with these fields of the `train` section."""
     config = TrainConfig(optimizer=OptimizerConfig(**(optimizer or {})), **settings)
     built = build_optimizer(network, config.optimizer, config.lr)
-    return build_training(network, built, config, CPU, mixes=mixes)
+    return build_state(network, built, config, CPU, mixes=mixes)
 
 
 def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:
@@ -185,7 +185,7 @@ def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:
     return Batch(images, torch.randint(0, classes, (samples,), generator=generator))
 
 
-def gradients_at_each_step(training: Training) -> list[list[torch.Tensor]]:
+def record_gradients(training: TrainState) -> list[list[torch.Tensor]]:
     """A list that gets the gradients of every optimizer step, as the optimizer finds them."""
     seen: list[list[torch.Tensor]] = []
 

@@ -20,7 +20,7 @@ from train import ddp, trainer
 from train.checkpoint.writer import Saving
 from train.distributed.launcher import run_ranks
 from train.engine import epoch as loop
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 from train.reporting.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def build_in(faults: dict[str, Any]) -> None:
     run_step, loss_and_hits, done = loop.run_step, loop.loss_and_hits, Counter[int]()
     is_here = faults.get("rank") in (None, int(os.environ.get("RANK", "0")))
 
-    def faulty(training: Training, batch: Any, number: int, *, updates: bool) -> None:
+    def faulty(training: TrainState, batch: Any, number: int, *, optimizer_step: bool) -> None:
         sound = training.loss_and_counts
         if number in faults.get("pause_at", []):
             time.sleep(1)
@@ -42,7 +42,7 @@ def build_in(faults: dict[str, Any]) -> None:
                 return loss * float("nan"), counts * counts.new_tensor([float("nan"), 1, 1])
 
             training.loss_and_counts = not_a_number
-        run_step(training, batch, number, updates=updates)
+        run_step(training, batch, number, optimizer_step=optimizer_step)
         training.loss_and_counts = sound
 
     def slow(*parts: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from configs.utils.warnings import warn
-from helpers.training import CPU, alone, training_of
+from helpers.training import CPU, alone, make_state
 from models.cpu_precision import bf16_is_native, slow_precision_reason
 from train.engine.epoch import amp_dtype
 
@@ -94,7 +94,7 @@ def test_training_with_an_emulated_precision_warns_and_auto_never_chooses_one(
     cpu(features)
     warn.cache_clear()
     with alone():
-        training_of(nn.Linear(2, 2), amp=amp)
+        make_state(nn.Linear(2, 2), amp=amp)
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {warning}") if warning else said == ""
     for auto in (X86, BF16):

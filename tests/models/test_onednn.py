@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.load import load_config
-from helpers.training import CLEAN, ROOT, alone, gradients_at_each_step, random_batch, training_of
+from helpers.training import CLEAN, ROOT, alone, make_state, random_batch, record_gradients
 from models import build_model, onednn
 from models.onednn import avoid_narrow_strided_convs, block_channels, is_affected
 from pipelines.loader.loader import Batch
@@ -48,8 +48,8 @@ def print_losses(cases: list[tuple[int, int, int, bool]]) -> None:
         network = narrow(width)
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
-        training = training_of(network, {"name": "sgd"}, lr=1e-3)
-        gradients = gradients_at_each_step(training)
+        training = make_state(network, {"name": "sgd"}, lr=1e-3)
+        gradients = record_gradients(training)
         images, labels = random_batch(samples)
         images = images.repeat_interleave(size // 32, 2).repeat_interleave(size // 32, 3)
         batch = Batch(images.contiguous(memory_format=torch.channels_last), labels)

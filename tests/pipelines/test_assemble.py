@@ -18,7 +18,7 @@ from train.engine.hard_samples import check_proxy
 from train.optim.factory import build_optimizer
 from train.optim.freeze import freeze
 from train.optim.param_groups import parameter_groups
-from train.optim.schedule import Timeline, learning_rate, scaled
+from train.optim.schedule import Timeline, learning_rate, scale_learning_rates
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
 CLASSES = {"cifar10": 10, "digits": 10}  # 200 else
@@ -63,7 +63,7 @@ def test_a_training_has_what_its_config_asks_for_and_rates_of_its_global_batch()
     with alone():
         training = build_all(config, dataset, 10, 32, CPU)
         plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 10, 32, CPU)
-    assert training.config == scaled(config.train, 64)
+    assert training.config == scale_learning_rates(config.train, 64)
     assert {group["lr"] for group in training.optimizer.param_groups} == {2 * config.train.lr}
     assert training.ema is not None
     assert training.lookahead is not None

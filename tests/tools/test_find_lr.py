@@ -12,14 +12,14 @@ import torch
 
 from configs.load import load_config
 from configs.utils.errors import UserError
-from helpers.training import DIGITS, Run, alone, random_batch, training_of
+from helpers.training import DIGITS, Run, alone, make_state, random_batch
 from helpers.training import lenet as lenet_of
 from pipelines.loader.loader import Batch
 from pipelines.loader.prefetch import Plan
 from tools import find_lr
 from tools.find_lr import options_for, range_test
 from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
-from train.optim.schedule import scaled
+from train.optim.schedule import scale_learning_rates
 
 RATES = np.geomspace(1e-6, 10, 150)
 
@@ -106,16 +106,16 @@ class Repeated:
 def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
     batch, rates = random_batch(16), np.geomspace(1e-3, 1e-2, 23)
     with alone():
-        tested = training_of(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
+        tested = make_state(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
         curve = range_test(tested, Repeated(batch), rates)  # type: ignore[arg-type]
-        by_hand = training_of(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
+        by_hand = make_state(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
         losses = []
         for lr in rates:
             for group in by_hand.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             by_hand.sums.zero_()
             for last in (False, True):
-                by_hand.step(by_hand, batch, update=last)
+                by_hand.step(by_hand, batch, optimizer_step=last)
             losses.append(float(by_hand.sums[0] / by_hand.sums[2]))
     assert {group["lr_scale"] for group in by_hand.optimizer.param_groups} == {1.0, 2.0}
     assert curve.loss == pytest.approx(losses)
@@ -125,7 +125,7 @@ def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
 
 def test_the_test_stops_when_the_loss_diverges() -> None:
     with alone():
-        training = training_of(lenet_of(), lr=1e-3)
+        training = make_state(lenet_of(), lr=1e-3)
         curve = range_test(training, Repeated(random_batch(16)), np.geomspace(1e-2, 1e6, 200))  # type: ignore[arg-type]
     assert len(curve.loss) == len(curve.lr) < 200
     assert divergence_index(curve.smoothed) == len(curve.lr) - 1
@@ -144,7 +144,7 @@ def test_with_a_batch_that_rates_are_for_the_suggestion_is_for_that_batch() -> N
     options = options_for(load_config(DIGITS, overrides), 0.012)  # tested at half of that batch
     assert options == "train.lr=0.024 train.min_lr=0.00024"
     config = load_config(DIGITS, [*overrides, *options.split()])
-    assert scaled(config.train, 128).lr == 0.012
+    assert scale_learning_rates(config.train, 128).lr == 0.012
 
 
 def test_digits_get_a_rate_near_the_one_of_their_config(

@@ -29,7 +29,7 @@ from tools.visualize.predictions import confident_mistakes, confused_pairs
 from tools.visualize.samples import augmented_samples, sample_figure
 from tools.visualize.subset import load_images
 from train.engine.epoch import evaluate, predictions
-from train.engine.mixing import mixed_images, neighbours
+from train.engine.mixing import mix_images, swap_pairs
 from train.reporting import figures, image_grids
 
 
@@ -247,14 +247,14 @@ def test_mixed_samples_are_shown_as_the_model_sees_them_with_what_they_are_made_
     loader.state = {"epoch": 3, "step": 0}
     batch = next(iter(loader))
     assert isinstance(batch, MixedBatch)
-    mixed = mixed_images(batch.images, batch.mix).round().to(torch.uint8)[:13]
+    mixed = mix_images(batch.images, batch.mix).round().to(torch.uint8)[:13]
     axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
     ours = [axis for axis in axes if axis.get_title().startswith("epoch 3")]
     assert np.array_equal(np.stack([axis.get_images()[0].get_array() for axis in ours]), image_grids.pixels(mixed))
     rows = table(tmp_path / "samples.csv")
     classes = open_split(npy_data, "train").classes
     for row, axis, label, other, share in zip(
-        rows, ours, batch.labels, neighbours(batch.labels), batch.mix[:, 0], strict=False
+        rows, ours, batch.labels, swap_pairs(batch.labels), batch.mix[:, 0], strict=False
     ):
         parts = f"{classes[label]} {share:.2f} + {classes[other]} {1 - share:.2f}"
         assert row["epoch 3"] == parts

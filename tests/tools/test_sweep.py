@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
-from helpers.training import CLEAN, DIGITS, ROOT, Run, heed_ctrl_c
+from helpers.training import CLEAN, DIGITS, ROOT, Run, restore_signal_handlers
 from tools import sweep
 from tools.runs import sweep_report, sweep_runner
 from tools.runs.records import settings_by_key
@@ -370,7 +370,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(
     shutil.copytree(finished[0] / "lr=0.001", out / "lr=0.001")
     command = arguments(digits_run.data, out, "train.lr=1e-3,6e-3")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN, cwd=ROOT,
-                               preexec_fn=heed_ctrl_c)  # fmt: skip
+                               preexec_fn=restore_signal_handlers)  # fmt: skip
     wait_until(lambda: (out / "lr=0.006.log").exists(), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)

@@ -41,7 +41,7 @@ from train.checkpoint import writer
 from train.checkpoint.run_dir import LOCK
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Evaluation, build_training, train_epoch, train_step
+from train.engine.epoch import Evaluation, build_state, train_epoch, train_step
 from train.engine.throughput import measure_images_per_s
 from train.optim.factory import build_optimizer
 
@@ -515,7 +515,7 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
         network = build_model("resnet18", 10, mean=[0.5] * 3, std=[0.25] * 3)
         network = to_device(network, device, channels_last=True)
         config = TrainConfig(lr=1e-3, amp="auto", compile="default")
-        training = build_training(network, build_optimizer(network, config.optimizer, config.lr), config, device)
+        training = build_state(network, build_optimizer(network, config.optimizer, config.lr), config, device)
         assert training.amp in (torch.bfloat16, torch.float16)
         images, labels = random_batch(64)
         batch = Batch(images.to(device), labels.to(device))

@@ -20,7 +20,7 @@ from torch import nn
 from configs.schema import DataConfig, EvalConfig
 from configs.utils.errors import UserError
 from helpers.config_models import Write, writer
-from helpers.training import alone, training_of
+from helpers.training import alone, make_state
 from models import build_model
 from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
@@ -153,7 +153,7 @@ def test_an_archive_with_a_broken_name_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_of_this_program_is_no_foreign_one(tmp_path: Path) -> None:
     path, state = tmp_path / "last.pt", {"position": {"epoch": 1, "step": 0}, "progress": {}, "stream": {}}
     with alone():
-        training = training_of(lenet_of_200())
+        training = make_state(lenet_of_200())
     save(path, training, training.sums, config="", dataset={}, **state)
     content = path.read_bytes()
     begin = content.rindex(b'\n{"format"')

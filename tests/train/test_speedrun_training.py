@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from helpers.training import CPU, alone, gradients_at_each_step, on_ranks, random_batch, small_net, training_of
+from helpers.training import CPU, alone, make_state, on_ranks, random_batch, record_gradients, small_net
 from helpers.trees import assert_equal_trees
 from models import Normalize, PixelClassifier
 from models.speedrun import SpeedrunNet, find_whitening
@@ -19,10 +19,10 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training, train_epoch, train_step
-from train.engine.hard_samples import Proxy
+from train.engine.epoch import TrainState, train_epoch, train_step
+from train.engine.hard_samples import HardSampleSelector
 from train.engine.warm_up import warm_up
-from train.engine.whitening import start_anew, whiten, whitening_images
+from train.engine.whitening import restart_in_place, whiten, whitening_images
 from train.optim.factory import make_capturable
 from train.optim.lookahead import build_lookahead
 
@@ -43,17 +43,17 @@ def network(seed: int) -> nn.Module:
     return PixelClassifier(Normalize([0.5] * 3, [0.3] * 3), SpeedrunNet(12, (24, 24, 24)))
 
 
-def speedrun(recipe: str, seed: int = 0, **settings: Any) -> Training:
+def speedrun(recipe: str, seed: int = 0, **settings: Any) -> TrainState:
     """Muon alone, or SGD with Lookahead and a proxy; small."""
     shared: dict[str, Any] = {"epochs": EPOCHS, "lr": 0.05, "schedule": "linear", "whiten_bias_epochs": 1, **settings}
     if recipe == "muon":
-        return training_of(network(seed), MUON, **shared, whiten_bias_anneal=True)
+        return make_state(network(seed), MUON, **shared, whiten_bias_anneal=True)
     extras = {"lookahead": {"every_steps": 2, "decay": 0.7}, "proxy": {"model": "x", "every_steps": 2}}
-    training = training_of(network(seed), SGD, **shared, **extras)
+    training = make_state(network(seed), SGD, **shared, **extras)
     small = network(seed + 100)
     find_whitening(small).bias.requires_grad_(False)  # type: ignore[union-attr]
-    training.proxy = Proxy(training_of(small, SGD, **shared), training.config.proxy)
-    training.proxy.training.forward.train()
+    training.proxy = HardSampleSelector(make_state(small, SGD, **shared), training.config.proxy)
+    training.proxy.state.forward.train()
     training.lookahead = build_lookahead(training.network, training.config.lookahead)
     return training
 
@@ -69,14 +69,14 @@ def loaders(data: Path) -> tuple[Loader, Loader]:
     return build_train_loader(section, aug, seed=3, device=CPU), build_eval_loader(section, EvalConfig(), device=CPU)
 
 
-def train(training: Training, loader: Loader, after_update: Callable[[int, float], None] = lambda *_: None) -> None:
+def train(training: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
     while loader.state["epoch"] < EPOCHS:
-        train_epoch(training, loader, seed=0, rank=0, after_update=after_update)
+        train_epoch(training, loader, seed=0, rank=0, after_step=after_step)
 
 
-def everything(training: Training) -> dict[str, Any]:
+def everything(training: TrainState) -> dict[str, Any]:
     """All that must agree of two runs."""
-    trainings = [training] + ([training.proxy.training] if training.proxy is not None else [])
+    trainings = [training] + ([training.proxy.state] if training.proxy is not None else [])
     return {
         "networks": [one.network.state_dict() for one in trainings],
         "optimizers": [one.optimizer.state_dict()["state"] for one in trainings],
@@ -85,7 +85,7 @@ def everything(training: Training) -> dict[str, Any]:
     }
 
 
-def finished(recipe: str, data: Path, seed: int = 0) -> Training:
+def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
     training = speedrun(recipe, seed)
     whiten(training, whitening_images(training, section_of(data)))
     train(training, loaders(data)[0])
@@ -96,7 +96,7 @@ def finished(recipe: str, data: Path, seed: int = 0) -> Training:
 def test_a_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     training, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
     begun = {name: value.clone() for name, value in training.network.state_dict().items()}
-    training.prepares = True  # as where something is compiled
+    training.needs_warmup = True  # as where something is compiled
     warm_up(training, loader, val_loader, "flip-translate")
     assert loader.state == {"epoch": 0, "step": 0}
     assert_equal_trees(training.network.state_dict(), begun)
@@ -108,29 +108,29 @@ def test_a_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
 @RECIPES
 def test_a_second_run_in_the_same_training_equals_a_first_one(recipe: str, npy_data: Path) -> None:
     training = finished(recipe, npy_data, seed=5)
-    start_anew(training, speedrun(recipe))
+    restart_in_place(training, speedrun(recipe))
     whiten(training, whitening_images(training, section_of(npy_data)))
     train(training, loaders(npy_data)[0])
     assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
 
 
 def test_a_second_run_of_an_optimizer_that_counts_in_plain_numbers_equals_a_first_one() -> None:
-    def three_steps(training: Training) -> dict[str, torch.Tensor]:
+    def three_steps(training: TrainState) -> dict[str, torch.Tensor]:
         for number in range(3):
             torch.manual_seed(number)
             train_step(training, random_batch(8, seed=number))
         return training.network.state_dict()
 
-    training, first = (training_of(small_net(seed=seed), {"name": "lamb"}) for seed in (5, 0))
+    training, first = (make_state(small_net(seed=seed), {"name": "lamb"}) for seed in (5, 0))
     three_steps(training)
-    start_anew(training, training_of(small_net(), {"name": "lamb"}))
+    restart_in_place(training, make_state(small_net(), {"name": "lamb"}))
     assert_equal_trees(three_steps(training), three_steps(first))
 
 
 def test_a_checkpoint_holds_learning_rates_as_numbers_also_the_proxys(tmp_path: Path) -> None:
     training = speedrun("sgd")
     assert training.proxy is not None
-    for optimizer in (training.optimizer, training.proxy.training.optimizer):
+    for optimizer in (training.optimizer, training.proxy.state.optimizer):
         make_capturable(optimizer, CPU)
     store.save(tmp_path / "last.pt", training, training.sums)
     content = store.load(tmp_path / "last.pt")
@@ -159,7 +159,7 @@ def test_a_speedrun_that_breaks_goes_on_to_bitwise_the_same(
     with pytest.raises(Interrupted):
         train(training, loader, save_and_break)
     resumed, (loader, val_loader) = speedrun(recipe, seed=9), loaders(npy_data)
-    resumed.prepares = True
+    resumed.needs_warmup = True
     warm_up(resumed, loader, val_loader, "flip")
     content = store.load(path)
     store.restore(resumed, content, path)
@@ -174,9 +174,9 @@ def test_the_whitening_bias_moves_in_its_epochs_only_and_costs_no_gradient_later
     layer = find_whitening(training.network)
     assert layer is not None
     biases = [layer.bias.detach().clone()]
-    seen = gradients_at_each_step(training)
+    seen = record_gradients(training)
     for _ in range(EPOCHS):
-        train_epoch(training, loader, seed=0, rank=0, after_update=lambda *_: None)
+        train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
         if training.lookahead is None:
             biases.append(layer.bias.detach().clone())
     assert len(seen[0]) == len(seen[STEPS - 1]) == len(seen[STEPS]) + 1 == len(seen[-1]) + 1
@@ -193,13 +193,13 @@ def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.forward = lambda x, norm=module: x + norm.bias.view(1, -1, 1, 1)  # type: ignore[method-assign]
-    training = training_of(model, MUON, epochs=2, lr=0.01, schedule="linear", whiten_bias_epochs=1)
+    training = make_state(model, MUON, epochs=2, lr=0.01, schedule="linear", whiten_bias_epochs=1)
     section = section_of(data, 16 // ranks.world_size)
     aug = AugConfig(crop="pad", padding=2, padding_mode="reflect", flip_mode="alternating")
     loader = build_train_loader(section, aug, seed=3, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
     whiten(training, whitening_images(training, section_of(data)))
     for _ in range(2):
-        train_epoch(training, loader, seed=0, rank=ranks.rank, after_update=lambda *_: None)
+        train_epoch(training, loader, seed=0, rank=ranks.rank, after_step=lambda *_: None)
     return [p.detach().clone() for p in training.network.parameters()]
 
 

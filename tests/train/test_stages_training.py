@@ -12,11 +12,11 @@ import torch
 
 from configs.schema import DataConfig
 from configs.utils.errors import UserError
-from helpers.training import DIGITS, Run, alone, run_here, run_script, strict_lines, training_of
+from helpers.training import DIGITS, Run, alone, make_state, run_here, run_script, strict_lines
 from models import build_model
 from pipelines import build_train_loader
 from train.checkpoint import store
-from train.engine.warm_up import check_sizes
+from train.engine.warm_up import check_image_sizes
 
 # Trained on the 360 digits of val, to be quick: 7 updates of 48 samples, or 15 of 24 in epochs 1 and 2.
 UPDATES = [7, 22, 37, 44]  # at the ends of the epochs
@@ -125,11 +125,11 @@ def test_a_timm_model_for_one_size_is_refused_unless_it_is_built_for_more(is_for
     data = DataConfig(path=str(digits_run.data), batch_size=8, image_size=48)
     with alone() as device:
         shape: dict[str, Any] = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-        training = training_of(build_model("timm/test_vit", 10, **shape, dynamic_img_size=is_for_more))
+        training = make_state(build_model("timm/test_vit", 10, **shape, dynamic_img_size=is_for_more))
         loader = build_train_loader(data, device=device)
-        check_sizes(training, loader, built_for=48)  # is not tried
+        check_image_sizes(training, loader, built_for=48)  # is not tried
         if is_for_more:
-            check_sizes(training, loader, built_for=32)
+            check_image_sizes(training, loader, built_for=32)
         else:
             with pytest.raises(UserError, match=r"48 pixels .* \(Input height \(48\) .*dynamic_img_size: true"):
-                check_sizes(training, loader, built_for=32)
+                check_image_sizes(training, loader, built_for=32)

@@ -11,7 +11,7 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.training import alone
 from train import trainer
-from train.optim.health import NotFinite
+from train.optim.health import NonFiniteError
 
 
 def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
@@ -35,7 +35,7 @@ def test_the_checkpoint_that_is_named_stands_and_without_one_no_resume_is_advise
 ) -> None:
     written: list[str] = []
     with alone(), pytest.raises(UserError) as error:
-        trainer._go_back(run_with(newest, steps, written), NotFinite("the loss is", 31, 40))
+        trainer._rewind(run_with(newest, steps, written), NonFiniteError("the loss is", 31, 40))
     assert written == ["stands"]
     assert str(error.value).startswith(f"the loss is not finite in steps 31 to 40; {last_good}; lower train.lr=0.1, ")
     assert str(error.value).endswith(f" or {advice}, which passes over these steps")

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
 from tools.common.forward_tracer import ForwardTracer, Layer, WeightCasts, storage_bytes, uncalled_layers
-from train.engine.epoch import build_training, run_step
+from train.engine.epoch import build_state, run_step
 from train.engine.losses import build_loss
 from train.engine.warm_up import blank_batch
 from train.optim.ema import build_ema
@@ -108,7 +108,7 @@ def measure_memory(
     not looked at. Everything else on the device counts as well: `free_device_memory` before.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
-    training = build_training(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
+    training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
     training.lookahead = build_lookahead(network, eager.lookahead)
     training.ema = build_ema(network, eager.ema)
     set_training_mode(training.forward)
@@ -117,7 +117,7 @@ def measure_memory(
         if number == 1:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        run_step(training, batch, number, updates=True)
+        run_step(training, batch, number, optimizer_step=True)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 

@@ -14,7 +14,7 @@ from configs.utils.errors import UserError
 from pipelines import build_eval_loader
 from tools.inference.image_sets import ImageSet
 from tools.inference.trained_model import TrainedModel
-from train.engine.accounting import check_each_once
+from train.engine.accounting import check_full_coverage
 from train.engine.epoch import Evaluation, loss_and_hits, predictions
 
 CHUNK_SIZE = 4096  # images that are looked at at once, so that no copy of all logits is made
@@ -59,7 +59,7 @@ def predicted_batches(
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.training.device)
     yield from predictions(model.training, loader, tta or model.config.eval.tta)
-    check_each_once(loader)
+    check_full_coverage(loader)
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:

@@ -16,7 +16,7 @@ from train.checkpoint import store
 from train.checkpoint.finetune import for_inference, without_start
 from train.checkpoint.run_dir import find_checkpoints
 from train.checkpoint.state import check_holds
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainedModel:
     name: str  # of the data set it was trained on
     classes: tuple[str, ...]
     image_size: int  # height and width that it was trained at, pixels
-    training: Training
+    training: TrainState
     epochs: int  # whole ones that it was trained for
     conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
     stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded

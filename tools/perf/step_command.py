@@ -42,7 +42,7 @@ from train.build import build_all, check_classes
 from train.checkpoint.finetune import without_start
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training, amp_dtype, captures_graphs
+from train.engine.epoch import TrainState, amp_dtype, uses_cuda_graph
 from train.engine.hard_samples import check_proxy
 from train.engine.throughput import measure_images_per_s
 from train.reporting.figures import save
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     with dist.process_group(ranks) as device:
         out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))
-        kind, captures = device.type, captures_graphs(config.train, device, amp_dtype(config.train.amp, device))
+        kind, captures = device.type, uses_cuda_graph(config.train, device, amp_dtype(config.train.amp, device))
         training, loader = build(without_graph(config), dataset, classes, ranks, device)
         amp, image_size = training.amp, loader.image_size
         rates = {"uncaptured": rate(training, loader, ranks, arguments.seconds)}
@@ -100,7 +100,7 @@ def without_graph(config: Config) -> Config:
 
 def build(
     config: Config, dataset: dict[str, Any], classes: int, ranks: Ranks, device: torch.device
-) -> tuple[Training, Loader]:
+) -> tuple[TrainState, Loader]:
     loader = build_train_loader(
         config.data,
         config.aug,
@@ -114,7 +114,7 @@ def build(
     return build_all(without_start(config), dataset, classes, loader.image_size, device), loader
 
 
-def rate(training: Training, loader: Loader, ranks: Ranks, seconds: float) -> float:
+def rate(training: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
     """Images/s of all ranks, without the profiler."""
     return measure_images_per_s(training, loader, ranks.world_size, warmup_steps=WARM_STEPS, seconds=seconds)
 

@@ -24,8 +24,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from pipelines.loader.loader import Batch, Loader
-from train.engine.epoch import Training, run_step
-from train.engine.throughput import endless
+from train.engine.epoch import TrainState, run_step
+from train.engine.throughput import endless_batches
 from train.optim.freeze import set_training_mode
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, REDUCE, HOST = "data", "forward", "backward", "optimizer", "reduce", "host"
@@ -51,7 +51,7 @@ class Profile:
     operators: list[dict[str, Any]]  # name, ms (its own, per step), calls (per step)
 
 
-def profile(training: Training, loader: Loader, steps: int, trace: Path) -> Profile:
+def profile(training: TrainState, loader: Loader, steps: int, trace: Path) -> Profile:
     """Profile so many steps with data of the loader, and write their Chrome trace (.json.gz).
 
     Other ranks must `go_along` meanwhile.
@@ -59,7 +59,7 @@ def profile(training: Training, loader: Loader, steps: int, trace: Path) -> Prof
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # quiet: else it calls it an error that there is no GPU
     on_gpu = training.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    batches = endless(loader)
+    batches = endless_batches(loader)
     with named_phases(training):
         with torch.profiler.profile(activities=activities):
             _run(training, batches, WARM_STEPS)  # the first use of the profiler takes its time
@@ -75,26 +75,26 @@ def profile(training: Training, loader: Loader, steps: int, trace: Path) -> Prof
     return Profile(steps, total / 1e3 / steps, {name: time / 1e3 / steps for name, time in times.items()}, per_step)
 
 
-def go_along(training: Training, loader: Loader, steps: int) -> None:
+def go_along(training: TrainState, loader: Loader, steps: int) -> None:
     """The steps of another rank that profiles."""
-    batches = endless(loader)
+    batches = endless_batches(loader)
     _run(training, batches, WARM_STEPS)
     _run(training, batches, steps)
 
 
-def _run(training: Training, batches: Iterator[Batch], count: int) -> None:
+def _run(training: TrainState, batches: Iterator[Batch], count: int) -> None:
     """So many steps, and the wait until the device has done them."""
     set_training_mode(training.forward)
     for number in range(1, count + 1):
         with record_function(PREFIX + DATA):
             batch = next(batches)
-        run_step(training, batch, number, updates=number % training.config.accumulation_steps == 0)
+        run_step(training, batch, number, optimizer_step=number % training.config.accumulation_steps == 0)
     if training.device.type == "cuda":
         torch.cuda.synchronize(training.device)
 
 
 @contextmanager
-def named_phases(training: Training) -> Iterator[None]:
+def named_phases(training: TrainState) -> Iterator[None]:
     """Inside, the phases of a step are ranges in a profile. They are put around what the step calls, for this time
     only: the step itself knows nothing of it."""
     inside = False
@@ -123,7 +123,7 @@ def named_phases(training: Training) -> Iterator[None]:
         (training.optimizer, "zero_grad", OPTIMIZER),
     ]
     if training.proxy is not None:
-        places.append((training.proxy, "choose", PROXY))
+        places.append((training.proxy, "select", PROXY))
     with ExitStack() as stack:
         for owner, name, phase in places:
             stack.enter_context(_replaced(owner, name, ranged(getattr(owner, name), phase)))

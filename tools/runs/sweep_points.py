@@ -21,7 +21,7 @@ from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError
 from tools.runs.records import compared_settings, format_value, settings_by_key
-from train.optim.factory import with_used_settings
+from train.optim.factory import with_timm_defaults
 
 RANGE = re.compile(r"(loguniform|uniform)\((.*)\)\s*\Z")
 SWEEP_OWNED = ("name", "output", "log")  # the sweep itself sets these
@@ -194,7 +194,7 @@ def _random_points(choices: Sequence[Axis], draws: int, seed: int) -> list[tuple
 
 def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
     try:
-        return with_used_settings(load_config(file, [*fixed, *settings], **replacements))  # as the run records it
+        return with_timm_defaults(load_config(file, [*fixed, *settings], **replacements))  # as the run records it
     except UserError as error:
         text = str(error).removeprefix("--opts: ")
         raise UserError(f"the point {' '.join(settings) or 'without settings'}: {text}") from None

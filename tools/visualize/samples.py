@@ -20,7 +20,7 @@ from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.mixing import Seen, as_seen
+from train.engine.mixing import RenderedBatch, render_batch
 from train.reporting import figures, image_grids
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
 
 def augmented_samples(
     config: Config, epochs: Sequence[int], count: int, device: torch.device
-) -> tuple[np.ndarray, list[Seen]]:
+) -> tuple[np.ndarray, list[RenderedBatch]]:
     """The first samples of the first batch of `epochs[0]`, int64 [N], and them as each epoch shows them, on the host.
 
     In other epochs these samples have other neighbours; here they are mixed with those of `epochs[0]`.
@@ -73,8 +73,8 @@ def augmented_samples(
         # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
         stage = select_samples(loader.at(epoch), samples)
         stage.state = {"epoch": epoch, "step": 0}
-        seen = [Seen(*(part.cpu() for part in as_seen(batch))) for batch in stage]
-        rows.append(Seen(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
+        seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in stage]
+        rows.append(RenderedBatch(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
     return samples[:count], rows
 
 

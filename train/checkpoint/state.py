@@ -14,7 +14,7 @@ import torch
 
 from configs.utils.errors import UserError
 from train.checkpoint.format import FORMAT
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 
 PARTS: dict[str, type] = {
     "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
@@ -24,7 +24,7 @@ PARTS: dict[str, type] = {
 OF_TENSORS = ("model", "lookahead", "ema")
 
 
-def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
+def content_of(training: TrainState, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
     """Weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them.
 
     The tensors are those that training goes on with.
@@ -36,7 +36,7 @@ def content_of(training: Training, sums: torch.Tensor, **state: Any) -> dict[str
         "threads": torch.get_num_threads(),
         "lookahead": training.lookahead.slow if training.lookahead is not None else {},
         "ema": training.ema.state() if training.ema is not None else {},
-        "proxy": _state_of(training.proxy.training) if training.proxy is not None else {},
+        "proxy": _state_of(training.proxy.state) if training.proxy is not None else {},
         **state,
     }
 
@@ -75,7 +75,7 @@ def _copied(tree: Any, devices: set[torch.device]) -> Any:
     return tree
 
 
-def _state_of(training: Training) -> dict[str, Any]:
+def _state_of(training: TrainState) -> dict[str, Any]:
     """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
     return {
         "model": training.network.state_dict(),

@@ -20,7 +20,7 @@ from configs.utils.warnings import warn
 from train.checkpoint import format
 from train.checkpoint.state import check_holds, content_of, malformed, to_host
 from train.engine import cpu_threads
-from train.engine.epoch import Training, train_step
+from train.engine.epoch import TrainState, train_step
 
 ON_DEVICE = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # of a run; previous: the one before the last
@@ -52,7 +52,7 @@ def settle(folder: Path) -> None:
         durable.remove_unfinished(folder / BEST)
 
 
-def save(path: Path, training: Training, sums: torch.Tensor, **state: Any) -> None:
+def save(path: Path, training: TrainState, sums: torch.Tensor, **state: Any) -> None:
     """Write a checkpoint here and now."""
     write(path, to_host(content_of(training, sums, **state)))
 
@@ -160,14 +160,14 @@ def _read(path: Path) -> dict[str, Any]:
 # Restoring
 
 
-def restore_weights(training: Training, content: dict[str, Any], path: Path, weights: str = "raw") -> bool:
+def restore_weights(training: TrainState, content: dict[str, Any], path: Path, weights: str = "raw") -> bool:
     """Load the model's weights alone; weights: which, as eval.weights says. Returns whether it is the average."""
     average: dict[str, Any] = content.get("ema") or {}  # missing in checkpoints of older versions
     if weights == "ema" and not average:
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
     if training.device.type == "cpu":
-        cpu_threads.restore(content.get("threads", 0))  # missing in checkpoints of older versions
+        cpu_threads.restore_threads(content.get("threads", 0))  # missing in checkpoints of older versions
     try:
         training.network.load_state_dict(average if is_average else content["model"])
     except RuntimeError as error:
@@ -176,7 +176,7 @@ def restore_weights(training: Training, content: dict[str, Any], path: Path, wei
     return is_average
 
 
-def restore(training: Training, content: dict[str, Any], path: Path) -> None:
+def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
     check_holds(content, ("model", "optimizer", "scaler", "sums"), path)
     _restore_one(training, content, path)
@@ -193,7 +193,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         training.ema.restore(average)
     if training.proxy is not None:
         check_holds(content.get("proxy", {}), ("model", "optimizer", "scaler"), path)
-        _restore_one(training.proxy.training, content["proxy"], path)
+        _restore_one(training.proxy.state, content["proxy"], path)
 
 
 def _check_like(part: str, theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], path: Path) -> None:
@@ -214,7 +214,7 @@ def _is_of_timm(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("timm.")
 
 
-def _restore_one(training: Training, content: dict[str, Any], path: Path) -> None:
+def _restore_one(training: TrainState, content: dict[str, Any], path: Path) -> None:
     restore_weights(training, content, path)
     optimizer = training.optimizer
     here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]

@@ -13,7 +13,7 @@ from torch import Tensor
 from train.checkpoint import store
 from train.checkpoint.store import LAST, PREVIOUS
 from train.distributed import process_group
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 
 SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
 
@@ -25,7 +25,7 @@ class Saving:
     error in writing is raised by the next call of anything here.
     """
 
-    def __init__(self, folder: Path, training: Training, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, training: TrainState, about: Mapping[str, Any]) -> None:
         """about: what every checkpoint of this run says of it."""
         self.folder = folder
         self.newest: Path | None = None  # the checkpoint that the run would go on from; None: there is none yet

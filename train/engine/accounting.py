@@ -19,7 +19,7 @@ from train.distributed import process_group
 HALF = 2**32  # a checksum travels in halves, whose sums over ranks fit into 64 bits with a sign
 
 
-def check_each_once(loader: Iterable[Batch]) -> None:
+def check_full_coverage(loader: Iterable[Batch]) -> None:
     """Raise RuntimeError unless the last iteration over an evaluation's loader, finished on all ranks, has handed over
     each sample of the split once. Other batches, such as those that a model is warmed up with, have no samples."""
     if not isinstance(loader, Loader):
@@ -46,7 +46,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
     Raises:
         UserError: where all ranks together have found more than data.max_bad_samples, which each alone has not.
     """
-    samples = found_on_any_rank(loader.bad)
+    samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):
         return None
     loader.bad.check_budget(samples)
@@ -57,7 +57,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
     )
 
 
-def found_on_any_rank(bad: BadSamples) -> np.ndarray:
+def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
     """int64, ascending. Costs a small reduction as long as there are none."""
     if not bad.can_replace:
         return np.empty(0, np.int64)

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.loader.train_loader import TrainLoader
 
 
-class Clock:
+class RunTimer:
     """Measure the times of a run, over all its starts.
 
     `times` is part of every checkpoint. Going back to a checkpoint goes back to its times, so they are those of the
@@ -43,9 +43,9 @@ class Clock:
         if error is None:  # what was interrupted is done again after a resume
             self.add(time.perf_counter() - self._entered_s)
 
-    def begin(self, updates: int, loader: TrainLoader, *, images_per_update: int) -> None:
+    def begin(self, updates: int, loader: TrainLoader, *, images_per_step: int) -> None:
         """Start to count an epoch, or the rest of one; updates: optimizer updates of the run done before."""
-        self._updates, self._loader, self._images_per_update = updates, loader, images_per_update
+        self._updates, self._loader, self._images_per_update = updates, loader, images_per_step
         self._time_s, self._wait_s = time.perf_counter(), loader.wait_s
 
     def count(self, updates: int) -> None:

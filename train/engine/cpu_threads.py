@@ -38,7 +38,7 @@ def limit_threads(device: torch.device) -> None:
         )
 
 
-def restore(threads: int) -> None:
+def restore_threads(threads: int) -> None:
     """Compute with as many threads as the run began with, for bitwise the same weights; at most one for each core.
 
     threads: 0 where that is not known. Warns of fewer free cores.

@@ -25,26 +25,26 @@ from pipelines.loader.loader import Batch
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.rng import hash64, stream
 from train.distributed import process_group
-from train.engine.accounting import check_each_once
+from train.engine.accounting import check_full_coverage
 from train.engine.losses import LossAndCounts, build_loss
 from train.engine.tta import mean_logits
-from train.optim.clipping import clip_gradients, clips
+from train.optim.clipping import clip_gradients, clips_gradients
 from train.optim.ema import Ema
 from train.optim.factory import capture_obstacle, is_fused, make_capturable, set_learning_rate
 from train.optim.freeze import set_training_mode
-from train.optim.guard import Guard
+from train.optim.guard import SkipNonFinite
 from train.optim.lookahead import Lookahead
 from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_learning_rate
 
 if TYPE_CHECKING:
-    from train.engine.hard_samples import Proxy
+    from train.engine.hard_samples import HardSampleSelector
 
-COMPILE_ON_GPU = "default"  # what train.compile=auto means there; the CPU runs uncompiled
-COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
+GPU_COMPILE_MODE = "default"  # what train.compile=auto means there; the CPU runs uncompiled
+MAX_COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
 
 
 @dataclass
-class Training:
+class TrainState:
     """What a step changes, and the functions it runs. `network` holds the weights; `forward` and `infer` are it."""
 
     network: nn.Module
@@ -59,22 +59,26 @@ class Training:
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
     step: Callable[..., None]  # train_step, or it captured; called like it
     compiled: Callable[[Any], Any]  # compiles a function as the settings say, or gives it back
-    prepares: bool  # there is something to compile, tune or capture before the first step
-    captures: bool  # the step shall be replayed as CUDA graphs
-    keeps_gradients: bool  # several graphs add to the gradients of one update, and must find them where they lay
+    needs_warmup: bool  # there is something to compile, tune or capture before the first step
+    uses_cuda_graph: bool  # the step shall be replayed as CUDA graphs
+    static_grads: bool  # several graphs add to the gradients of one update, and must find them where they lay
     mixes: bool = False  # its batches are a MixedBatch
-    guard: Guard | None = None  # leaves out updates that are not finite
+    guard: SkipNonFinite | None = None  # leaves out updates that are not finite
     lookahead: Lookahead | None = None
     ema: Ema | None = None
-    proxy: Proxy | None = None
-    is_drawn: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
+    proxy: HardSampleSelector | None = None
+    is_fresh_init: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
     notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
+
+    def parts(self) -> list[TrainState]:
+        """Return this state and, where there is one, that of the proxy."""
+        return [self] if self.proxy is None else [self, self.proxy.state]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
 
-def build_training(
+def build_state(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -82,7 +86,7 @@ def build_training(
     *,
     mixes: bool = False,
     trains: bool = True,
-) -> Training:
+) -> TrainState:
     """Wrap a network that is on its device (`memory_format` applied) for training.
 
     mixes: with mixup or CutMix. trains: False where only forward passes are made.
@@ -98,12 +102,12 @@ def build_training(
         warn(
             f"train.amp={config.amp} takes 2 to 1,000 times as long as float32 here, since {reason}; use train.amp=auto"
         )
-    mode = config.compile if config.compile != "auto" else (COMPILE_ON_GPU if device.type == "cuda" else "off")
+    mode = config.compile if config.compile != "auto" else (GPU_COMPILE_MODE if device.type == "cuda" else "off")
     if mode != "off":
-        torch._dynamo.config.recompile_limit = COMPILED_MODELS
+        torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
         # As in pipelines.device_kernels; the processes that compile inherit it.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    captures = captures_graphs(config, device, amp)
+    captures = uses_cuda_graph(config, device, amp)
     if captures:
         make_capturable(optimizer, device)
         if mode == "max-autotune":
@@ -114,7 +118,7 @@ def build_training(
         # Each shape has kernels of its own: those for any shape are slower, and there are few.
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
-    return Training(
+    return TrainState(
         network=network,
         forward=parallel,
         loss_and_counts=compiled(build_loss(config, mixes)),
@@ -127,11 +131,11 @@ def build_training(
         sums=torch.zeros(3, dtype=torch.float64, device=device),
         step=train_step,
         compiled=compiled,
-        prepares=device.type == "cuda" or mode != "off",
-        captures=captures,
-        keeps_gradients=captures and config.accumulation_steps > 1,
+        needs_warmup=device.type == "cuda" or mode != "off",
+        uses_cuda_graph=captures,
+        static_grads=captures and config.accumulation_steps > 1,
         mixes=mixes,
-        guard=Guard(network, optimizer) if config.on_nonfinite == "skip" else None,
+        guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
         notes=() if note is None else (note,),
     )
 
@@ -148,11 +152,6 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)
 
 
-def trainings_of(training: Training) -> list[Training]:
-    """The training itself, and its proxy's where it has one."""
-    return [training, training.proxy.training] if training.proxy is not None else [training]
-
-
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type that `train.amp` means on this device; None: float32."""
     if name == "auto":
@@ -162,7 +161,7 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
-def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
+def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
     """Whether the step is replayed as CUDA graphs. Raises UserError where train.cuda_graph=on cannot be had."""
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",
@@ -184,55 +183,55 @@ def captures_graphs(config: TrainConfig, device: torch.device, amp: torch.dtype 
     return config.cuda_graph != "off" and not reasons
 
 
-def train_step(training: Training, batch: Batch, *, update: bool = True) -> None:
-    """Forward and backward of one batch; with `update` also the optimizer's step. Does not synchronise."""
-    config = training.config
-    with nullcontext() if update else process_group.without_reduction(training.forward):
-        with training.autocast():
-            loss, counts = training.loss_and_counts(training.forward, batch, config.label_smoothing)
-        training.scaler.scale(loss / config.accumulation_steps).backward()
-    guard = training.guard
-    training.sums += counts if guard is None else guard.counted(counts)
-    if update:
-        if clips(config) or guard is not None:
-            training.scaler.unscale_(training.optimizer)
+def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
+    """Forward and backward of one batch; with `optimizer_step` also the optimizer's step. Does not synchronise."""
+    config = state.config
+    with nullcontext() if optimizer_step else process_group.without_reduction(state.forward):
+        with state.autocast():
+            loss, counts = state.loss_and_counts(state.forward, batch, config.label_smoothing)
+        state.scaler.scale(loss / config.accumulation_steps).backward()
+    guard = state.guard
+    state.sums += counts if guard is None else guard.mask_counts(counts)
+    if optimizer_step:
+        if clips_gradients(config) or guard is not None:
+            state.scaler.unscale_(state.optimizer)
         if guard is not None:
-            guard.look()
-        if clips(config):
-            clip_gradients(training.network, config)
+            guard.check()
+        if clips_gradients(config):
+            clip_gradients(state.network, config)
         if guard is not None:
-            guard.step(training.scaler)
+            guard.step(state.scaler)
         else:
-            training.scaler.step(training.optimizer)
-        training.scaler.update()
-        training.optimizer.zero_grad(set_to_none=not training.keeps_gradients)
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=not state.static_grads)
 
 
-def run_step(training: Training, batch: Batch, number: int, *, updates: bool) -> None:
-    """The step, captured or not, on the batch or on what the proxy chooses of it; number: of the optimizer update."""
-    if training.proxy is not None:
-        batch = training.proxy.choose(batch, number)
-    training.step(training, batch, update=updates)
+def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
+    """The step, captured or not, on the batch or on what the proxy chooses of it; step: of the run, from 0."""
+    if state.proxy is not None:
+        batch = state.proxy.select(batch, step)
+    state.step(state, batch, optimizer_step=optimizer_step)
 
 
 @dataclass(frozen=True)
 class EpochTimes:
     """Host times of one epoch, or of the rest of it after a resume."""
 
-    batches: int
+    micro_steps: int
     time_s: float
     wait_s: float  # of it, for data
 
 
-def follow_weights(training: Training, update: int, timeline: Timeline) -> None:
+def update_averages(state: TrainState, update: int, timeline: Timeline) -> None:
     """What keeps copies of the weights sees them after optimizer update `update` of the run."""
-    if training.lookahead is not None:
-        training.lookahead.follow(update, timeline.total)
-    if training.ema is not None:
-        training.ema.follow(update + 1 - timeline.first(training.config.first_epoch))
+    if state.lookahead is not None:
+        state.lookahead.update(update, timeline.total)
+    if state.ema is not None:
+        state.ema.update(update + 1 - timeline.first(state.config.first_epoch))
 
 
-def timeline_of(config: TrainConfig, loader: TrainLoader) -> Timeline:
+def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     """Of a run with this loader; config: with learning rates at the global batch, see `schedule.scaled`.
 
     Where stages change the batch size, learning rates follow it as train.lr_scaling says.
@@ -250,15 +249,15 @@ def timeline_of(config: TrainConfig, loader: TrainLoader) -> Timeline:
 
 
 def train_epoch(
-    training: Training,
+    state: TrainState,
     loader: TrainLoader,
     *,
     seed: int,
     rank: int,
-    after_update: Callable[[int, float], None],
+    after_step: Callable[[int, float], None],
     timeline: Timeline | None = None,
     decays: int = 0,
-    passed_over: Collection[int] = (),
+    skip_steps: Collection[int] = (),
 ) -> EpochTimes:
     """Train the rest of the loader's epoch; after_update(update, lr) follows every optimizer update, counted from 0.
 
@@ -267,45 +266,45 @@ def train_epoch(
 
     Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
     """
-    set_training_mode(training.forward)
-    train_whitening_bias(training, loader.state["epoch"])
-    on_gpu = training.device.type == "cuda"
-    accumulation = training.config.accumulation_steps
-    timeline = timeline or timeline_of(training.config, loader)
+    set_training_mode(state.forward)
+    set_whitening_bias_grad(state, loader.state["epoch"])
+    on_gpu = state.device.type == "cuda"
+    accumulation = state.config.accumulation_steps
+    timeline = timeline or build_timeline(state.config, loader)
     epoch, first, steps = loader.state["epoch"], loader.state["step"], len(loader)
     # torch.manual_seed, which seeds all devices, and a hash at every batch would cost 0.15 ms per batch
-    generator = torch.cuda.default_generators[training.device.index] if on_gpu else torch.default_generator
+    generator = torch.cuda.default_generators[state.device.index] if on_gpu else torch.default_generator
     seeds = hash64(np.arange(steps, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
     begin, waited = time.perf_counter(), loader.wait_s
     for step, batch in enumerate(loader, first):
         update, micro = timeline.first(epoch) + step // accumulation, step % accumulation
-        if update in passed_over:
+        if update in skip_steps:
             continue
-        lr = learning_rate(update, timeline, training.config, decays)
-        whitening_lr = whitening_learning_rate(update, timeline, training.config, decays)
-        for one in trainings_of(training):
+        lr = learning_rate(update, timeline, state.config, decays)
+        whitening_lr = whitening_learning_rate(update, timeline, state.config, decays)
+        for one in state.parts():
             set_learning_rate(one.optimizer, lr, whitening_lr)
         generator.manual_seed(int(seeds[step]))
         last = micro == accumulation - 1
-        run_step(training, batch, update, updates=last)
+        run_step(state, batch, update, optimizer_step=last)
         if last:
-            follow_weights(training, update, timeline)
-            after_update(update, lr)
+            update_averages(state, update, timeline)
+            after_step(update, lr)
     if on_gpu:
-        torch.cuda.synchronize(training.device)  # once per epoch, so that its time is its own
+        torch.cuda.synchronize(state.device)  # once per epoch, so that its time is its own
     return EpochTimes(steps - first, time.perf_counter() - begin, loader.wait_s - waited)
 
 
-def train_whitening_bias(training: Training, epoch: int) -> None:
+def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
     """Take the bias of a whitening layer out of the backward pass after `whiten_bias_epochs`.
 
     Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP and
     captured graphs expect the same gradients in every step, and keep it.
     """
-    whitening, epochs = find_whitening(training.network), training.config.whiten_bias_epochs
-    if whitening is None or epochs is None or not is_trained(whitening.bias, training.optimizer):
+    whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
+    if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
         return
-    if not training.captures and not process_group.is_data_parallel(training.forward):
+    if not state.uses_cuda_graph and not process_group.is_data_parallel(state.forward):
         whitening.bias.requires_grad_(epoch < epochs)
 
 
@@ -328,11 +327,11 @@ class Evaluation:
         return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
 
 
-class Interrupted(Exception):
+class EvaluationInterrupted(Exception):
     """An evaluation that was broken off, on all ranks alike."""
 
 
-def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
+def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
     """(logits float32 [B, num_classes], labels int64 [B], -1 where there is none) of each batch, in the loader's order.
 
     tta: test-time augmentation, eval.tta.
@@ -340,20 +339,20 @@ def predictions(training: Training, loader: Iterable[Batch], tta: str = "none") 
     The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling is cut
     off its logits.
     """
-    process_group.equalize_buffers(training.network)
-    training.infer.eval()
+    process_group.equalize_buffers(state.network)
+    state.infer.eval()
     full = 0
     for images, labels in loader:
         full = max(full, len(labels))
         missing = full - len(labels)
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), training.autocast():
-            logits = mean_logits(training.infer, images, tta)
+        with torch.inference_mode(), state.autocast():
+            logits = mean_logits(state.infer, images, tta)
         yield logits[: len(labels)], labels
 
 
 def evaluate(
-    training: Training,
+    state: TrainState,
     loader: Iterable[Batch],
     samples: int,
     tta: str = "none",
@@ -363,16 +362,16 @@ def evaluate(
 
     is_interrupted: asked between batches; once it is true on any rank, all of them raise Interrupted.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=training.device)  # the last: ranks that were interrupted
-    for logits, labels in predictions(training, loader, tta):
+    sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last: ranks that were interrupted
+    for logits, labels in predictions(state, loader, tta):
         if is_interrupted():
             sums[4] = 1
             break
         sums[:4] += loss_and_hits(logits, labels)
     loss_sum, top1, top5, count, interrupted = process_group.sum_over_ranks(sums).tolist()
     if interrupted:
-        raise Interrupted
-    check_each_once(loader)
+        raise EvaluationInterrupted
+    check_full_coverage(loader)
     if int(count) != samples:
         raise RuntimeError(f"evaluation counted {int(count)} samples of a split of {samples}")
     return Evaluation(loss_sum / samples, top1 / samples, top5 / samples, samples)

@@ -16,36 +16,36 @@ from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
 from models.speedrun import find_whitening
 from pipelines.loader.loader import Batch
-from train.engine.epoch import Training, build_training
+from train.engine.epoch import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.optim.freeze import set_training_mode
 
 
-class Proxy:
+class HardSampleSelector:
     """training: of the small network, by the same `train` section as the model's; capturable, but for fp16's scaler."""
 
-    def __init__(self, training: Training, config: ProxyConfig) -> None:
-        self.training = training
+    def __init__(self, state: TrainState, config: ProxyConfig) -> None:
+        self.state = state
         self._config = config
-        self._losses = training.compiled(sample_losses)
+        self._losses = state.compiled(sample_losses)
 
-    def choose(self, batch: Batch, update: int) -> Batch:
+    def select(self, batch: Batch, update: int) -> Batch:
         """The samples of highest loss, always equally many; every few updates the small network learns from them."""
-        training, learns = self.training, update % self._config.every_steps == 0
-        smoothing = training.config.label_smoothing
-        with torch.set_grad_enabled(learns), training.autocast():
-            losses = self._losses(training.forward, batch, smoothing)
+        state, learns = self.state, update % self._config.every_steps == 0
+        smoothing = state.config.label_smoothing
+        with torch.set_grad_enabled(learns), state.autocast():
+            losses = self._losses(state.forward, batch, smoothing)
         hard = losses.detach().topk(kept_samples(len(batch.labels), self._config), sorted=False).indices
         if learns:
-            training.scaler.scale(losses[hard].mean()).backward()
-            if training.guard is None:
-                training.scaler.step(training.optimizer)
+            state.scaler.scale(losses[hard].mean()).backward()
+            if state.guard is None:
+                state.scaler.step(state.optimizer)
             else:
-                training.scaler.unscale_(training.optimizer)
-                training.guard.look()
-                training.guard.step(training.scaler)
-            training.scaler.update()
-            training.optimizer.zero_grad(set_to_none=True)
+                state.scaler.unscale_(state.optimizer)
+                state.guard.check()
+                state.guard.step(state.scaler)
+            state.scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
         images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # stays channels_last
         return Batch(images, batch.labels.index_select(0, hard))
 
@@ -55,7 +55,9 @@ def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> tor
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
-def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device) -> Proxy | None:
+def build_proxy(
+    config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device
+) -> HardSampleSelector | None:
     """build: a model for raw pixels on its device, by its name; the bias of its whitening layer stays as it is."""
     if config.proxy.model is None:
         return None
@@ -65,9 +67,9 @@ def build_proxy(config: TrainConfig, build: Callable[[str], nn.Module], device: 
     # the model's layers and names are not the small network's
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
     optimizer = build_optimizer(network, settings, config.lr)
-    training = build_training(network, optimizer, config, device)
-    set_training_mode(training.forward)
-    return Proxy(training, config.proxy)
+    state = build_state(network, optimizer, config, device)
+    set_training_mode(state.forward)
+    return HardSampleSelector(state, config.proxy)
 
 
 def kept_samples(batch_size: int, config: ProxyConfig) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.schema import TrainConfig
 from pipelines.loader.loader import Batch, MixedBatch
-from train.engine.mixing import mixed_images, neighbours
+from train.engine.mixing import mix_images, swap_pairs
 
 LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
@@ -64,14 +64,14 @@ def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tenso
     """Logits and targets [B, C], in float32 or wider, and the number of correct predictions."""
     images, labels = batch
     mix = batch.mix if isinstance(batch, MixedBatch) else None
-    logits = model(images if mix is None else mixed_images(images, mix))
+    logits = model(images if mix is None else mix_images(images, mix))
     predicted = logits.detach().argmax(1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets, correct = soft_targets(labels, logits.shape[1], label_smoothing, logits.dtype), predicted == labels
     if mix is not None:
         share = mix[:, 0]
-        targets = torch.lerp(neighbours(targets), targets, share[:, None].to(targets.dtype))
-        correct = torch.lerp((predicted == neighbours(labels)).float(), correct.float(), share)
+        targets = torch.lerp(swap_pairs(targets), targets, share[:, None].to(targets.dtype))
+        correct = torch.lerp((predicted == swap_pairs(labels)).float(), correct.float(), share)
     return logits, targets, correct.sum()
 
 

@@ -15,12 +15,12 @@ from pipelines.augment.mixup import identity_table
 from pipelines.loader.loader import Batch, MixedBatch
 
 
-def neighbours(values: Tensor) -> Tensor:
+def swap_pairs(values: Tensor) -> Tensor:
     """values [B, ...] of the other sample of each pair 2i, 2i + 1, with the same strides."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def mixed_images(images: Tensor, mix: Tensor) -> Tensor:
+def mix_images(images: Tensor, mix: Tensor) -> Tensor:
     """Float32 [B, 3, H, W] in 0..255 with the strides of images, uint8 [B, 3, H, W]; mix: float32 [B, 5]."""
     own, top, bottom, left, right = mix[:, :, None, None].unbind(1)  # each [B, 1, 1]
     row = torch.arange(images.shape[2], device=images.device)[:, None]
@@ -30,16 +30,16 @@ def mixed_images(images: Tensor, mix: Tensor) -> Tensor:
     outside = own.masked_fill(top < bottom, 1.0)  # a box leaves the rest of the image as it is
     weight = (outside * ~is_inside)[:, None]
     pixels = images.float()
-    return torch.lerp(neighbours(pixels), pixels, weight)
+    return torch.lerp(swap_pairs(pixels), pixels, weight)
 
 
-def unmixed(batch: Batch) -> MixedBatch:
+def identity_mix(batch: Batch) -> MixedBatch:
     """The batch for a step that mixes, but with shares of 1."""
     table = torch.from_numpy(identity_table(len(batch.labels)))
     return MixedBatch(batch.images, batch.labels, table.to(batch.images.device))
 
 
-class Seen(NamedTuple):
+class RenderedBatch(NamedTuple):
     """A batch as the model sees it, for pictures: images uint8 [B, 3, H, W], rounded; labels and the labels that are
     mixed in, int64 [B]; shares of the former, float32 [B]."""
 
@@ -49,10 +49,10 @@ class Seen(NamedTuple):
     shares: Tensor
 
 
-def as_seen(batch: Batch) -> Seen:
+def render_batch(batch: Batch) -> RenderedBatch:
     """Copies, which stay when the loader reuses its buffers."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
-        return Seen(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))
-    images = mixed_images(batch.images, batch.mix).round().to(torch.uint8)
-    return Seen(images, batch.labels.clone(), neighbours(batch.labels), batch.mix[:, 0].clone())
+        return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))
+    images = mix_images(batch.images, batch.mix).round().to(torch.uint8)
+    return RenderedBatch(images, batch.labels.clone(), swap_pairs(batch.labels), batch.mix[:, 0].clone())

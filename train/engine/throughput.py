@@ -9,34 +9,34 @@ import torch
 
 from pipelines.loader.loader import Batch, Loader
 from train.distributed import process_group
-from train.engine.epoch import Training, run_step
+from train.engine.epoch import TrainState, run_step
 from train.engine.warm_up import warm_up
 from train.optim.freeze import set_training_mode
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
+def endless_batches(loader: Loader) -> Iterator[Batch]:
     """Batches of epoch after epoch."""
     while True:
         yield from loader
 
 
-def whole_step(training: Training, batch: Batch, number: int, *, updates: bool) -> None:
+def full_step(state: TrainState, batch: Batch, number: int, *, optimizer_step: bool) -> None:
     """The step and, after an update, the moving average's; number: of the step, from 1."""
-    run_step(training, batch, number, updates=updates)
-    if updates and training.ema is not None:
-        training.ema.follow(number)
+    run_step(state, batch, number, optimizer_step=optimizer_step)
+    if optimizer_step and state.ema is not None:
+        state.ema.update(number)
 
 
 def measure_images_per_s(
-    training: Training, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
+    state: TrainState, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
 ) -> float:
     """Images/s of all ranks over about `seconds` of training, after a warm-up (compilation, caches, clocks).
 
     Steps are run in groups that take about a second, and the device is waited for between groups only.
     """
-    warm_up(training, loader)
-    set_training_mode(training.forward)
-    batches = endless(loader)
+    warm_up(state, loader)
+    set_training_mode(state.forward)
+    batches = endless_batches(loader)
     batch_size = 0
 
     def run(steps: int) -> float:
@@ -45,9 +45,9 @@ def measure_images_per_s(
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
-            whole_step(training, batch, step, updates=step % training.config.accumulation_steps == 0)
-        if training.device.type == "cuda":
-            torch.cuda.synchronize(training.device)
+            full_step(state, batch, step, optimizer_step=step % state.config.accumulation_steps == 0)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
         return time.perf_counter() - begin
 
     run(warmup_steps)

@@ -18,14 +18,14 @@ from configs.utils.errors import UserError
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import process_group
-from train.engine.epoch import Training, evaluate, train_step, train_whitening_bias, trainings_of
-from train.engine.mixing import unmixed
+from train.engine.epoch import TrainState, evaluate, set_whitening_bias_grad, train_step
+from train.engine.mixing import identity_mix
 from train.optim.freeze import set_training_mode
 
-PASSES = 3  # before a capture: kernels are compiled in the first, tuned up to the second
+WARM_UP_STEPS = 3  # before a capture: kernels are compiled in the first, tuned up to the second
 
 
-def warm_up(training: Training, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
+def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
     """Prepare `training` for the loaders' batches; seconds that it took. One rank that compiles nothing does nothing.
 
     Several ranks need their first backward passes here even then: DDP lays gradients out anew after the first one, and
@@ -35,13 +35,13 @@ def warm_up(training: Training, loader: TrainLoader, val_loader: Loader | None =
     checkpoint.restore does. Raises UserError when the model cannot be captured.
     """
     begin = time.perf_counter()
-    if training.prepares or process_group.is_data_parallel(training.forward):
+    if state.needs_warmup or process_group.is_data_parallel(state.forward):
         if val_loader is not None:
-            prepare_evaluation(training, val_loader, tta)
+            warm_up_evaluation(state, val_loader, tta)
         shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)
-        prepare(training, *(blank_batch(*shape, training.device) for shape in shapes))
-        if training.device.type == "cuda":
-            torch.cuda.synchronize(training.device)
+        warm_up_training(state, *(blank_batch(*shape, state.device) for shape in shapes))
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
     return time.perf_counter() - begin
 
 
@@ -51,18 +51,18 @@ def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), torch.zeros(samples, dtype=torch.int64, device=device))
 
 
-def check_sizes(training: Training, loader: TrainLoader, built_for: int) -> None:
+def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) -> None:
     """Raise UserError where the model does not take the images of training, which is else found in mid-training.
 
     built_for: height and width in pixels that the model was built for, and is evaluated at.
     """
-    training.network.eval()
+    state.network.eval()
     for stage in loader.stages:
         if stage.image_size == built_for:
             continue
         try:
-            with torch.no_grad(), training.autocast():
-                training.network(blank_batch(1, stage.image_size, training.device).images)
+            with torch.no_grad(), state.autocast():
+                state.network(blank_batch(1, stage.image_size, state.device).images)
         except Exception as error:  # models of timm fail in every way
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise UserError(
@@ -73,51 +73,51 @@ def check_sizes(training: Training, loader: TrainLoader, built_for: int) -> None
             ) from None
 
 
-def prepare(training: Training, *batches: Batch) -> None:
+def warm_up_training(state: TrainState, *batches: Batch) -> None:
     """Run all kinds of steps on each of `batches`, undo what they changed, and capture them where that was asked for.
 
     What the first step makes of the optimizer's state must start from zero, as it does in torch's optimizers.
     """
-    set_training_mode(training.forward)
-    updates = [True] if training.config.accumulation_steps == 1 else [False, True]
-    with side_stream(training) as stream, unchanged(training):
-        ready = [_passes(training, unmixed(batch) if training.mixes else batch, updates) for batch in batches]
-        if training.lookahead is not None:
-            training.lookahead.meet(1.0)
+    set_training_mode(state.forward)
+    updates = [True] if state.config.accumulation_steps == 1 else [False, True]
+    with side_stream(state) as stream, preserved_state(state):
+        ready = [_passes(state, identity_mix(batch) if state.mixes else batch, updates) for batch in batches]
+        if state.lookahead is not None:
+            state.lookahead.sync(1.0)
     if stream is not None:
-        training.step = CapturedStep(training, ready, updates, stream)
+        state.step = CapturedStep(state, ready, updates, stream)
 
 
-def _passes(training: Training, batch: Batch, updates: list[bool]) -> Batch:
+def _passes(state: TrainState, batch: Batch, updates: list[bool]) -> Batch:
     """Steps of all kinds; the batch, or what the proxy chooses of it."""
-    if training.proxy is not None:
-        chosen = [training.proxy.choose(batch, number) for number in range(training.config.proxy.every_steps + PASSES)]
+    if state.proxy is not None:
+        chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
         batch = chosen[-1]
-    for epoch in {0, training.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
-        train_whitening_bias(training, epoch)
-        for _ in range(PASSES):
+    for epoch in {0, state.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
+        set_whitening_bias_grad(state, epoch)
+        for _ in range(WARM_UP_STEPS):
             for update in updates:
-                train_step(training, batch, update=update)
+                train_step(state, batch, optimizer_step=update)
     return batch
 
 
-def prepare_evaluation(training: Training, loader: Loader, tta: str = "none") -> None:
+def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
     """Evaluate a blank batch of the loader's size; every rank must come here, also one without samples."""
-    batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, training.device)
-    samples = process_group.sum_over_ranks(torch.tensor(len(batch.labels), device=training.device))
-    evaluate(training, [batch] if len(batch.labels) else [], int(samples), tta)
+    batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
+    samples = process_group.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
+    evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
 
 
 @contextmanager
-def side_stream(training: Training) -> Iterator[torch.cuda.Stream | None]:
+def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
     """A current stream that can be captured, as the default stream cannot; without graphs things stay as they are.
 
     The passes before a capture must run where it will, since libraries keep handles and workspaces per stream.
     """
-    if not training.captures:
+    if not state.uses_cuda_graph:
         yield None
         return
-    stream, current = torch.cuda.Stream(training.device), torch.cuda.current_stream(training.device)
+    stream, current = torch.cuda.Stream(state.device), torch.cuda.current_stream(state.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield stream
@@ -131,9 +131,7 @@ class CapturedStep:
     and offset to the device before each replay. So seeding it before a step works as it does without graphs.
     """
 
-    def __init__(
-        self, training: Training, batches: list[Batch], updates: list[bool], stream: torch.cuda.Stream
-    ) -> None:
+    def __init__(self, state: TrainState, batches: list[Batch], updates: list[bool], stream: torch.cuda.Stream) -> None:
         """batches: one of each shape; they become the graphs' input buffers."""
         self._batches = {batch.images.shape: batch for batch in batches}
         self._graphs = {(shape, update): torch.cuda.CUDAGraph() for shape in self._batches for update in updates}
@@ -142,15 +140,15 @@ class CapturedStep:
             for (shape, update), graph in self._graphs.items():
                 # thread_local: what the loader's and NCCL's threads do meanwhile is no business of this capture
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    train_step(training, self._batches[shape], update=update)
+                    train_step(state, self._batches[shape], optimizer_step=update)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"this model's training step cannot be captured as a CUDA graph ({reason}); set train.cuda_graph=off"
             ) from error
 
-    def __call__(self, training: Training, batch: Batch, *, update: bool = True) -> None:
-        del training  # the graphs know it
+    def __call__(self, state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
+        del state  # the graphs know it
         shape = batch.images.shape
         buffers = self._batches.get(shape)
         if buffers is None:
@@ -161,44 +159,44 @@ class CapturedStep:
         if isinstance(buffers, MixedBatch):
             assert isinstance(batch, MixedBatch)
             buffers.mix.copy_(batch.mix, non_blocking=True)
-        self._graphs[shape, update].replay()
+        self._graphs[shape, optimizer_step].replay()
 
 
 @contextmanager
-def unchanged(training: Training) -> Iterator[None]:
+def preserved_state(state: TrainState) -> Iterator[None]:
     """Undo on leaving all that steps change, in place: captured graphs know tensors by their addresses."""
-    before = {name: tensor.clone() for name, tensor in _tensors(training).items()}
+    before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
     # where no graph knows addresses, whatever an optimizer keeps, such as counts of steps that are plain numbers
-    free = [one.optimizer for one in trainings_of(training) if not one.captures]
+    free = [one.optimizer for one in state.parts() if not one.uses_cuda_graph]
     optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in free]
-    scalers = [(one.scaler, one.scaler.state_dict()) for one in trainings_of(training)]
-    devices = [training.device] if training.device.type == "cuda" else []
+    scalers = [(one.scaler, one.scaler.state_dict()) for one in state.parts()]
+    devices = [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the generators
         yield
     with torch.no_grad():
-        for name, tensor in _tensors(training).items():
+        for name, tensor in _tensors(state).items():
             tensor.copy_(before[name]) if name in before else tensor.zero_()
     for optimizer, kept in optimizers:
         optimizer.load_state_dict(kept)
-    for scaler, state in scalers:
-        scaler.load_state_dict(state)
+    for scaler, scaler_state in scalers:
+        scaler.load_state_dict(scaler_state)
 
 
-def _tensors(training: Training) -> dict[Any, torch.Tensor]:
+def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
     """All that a step changes, by name; the optimizer makes some of it in its first step.
 
     Without a captured graph the optimizer's state is not among it.
     """
     tensors: dict[Any, torch.Tensor] = {}
-    for number, one in enumerate(trainings_of(training)):
+    for number, one in enumerate(state.parts()):
         named = {"sums": one.sums, **dict(one.network.named_parameters()), **dict(one.network.named_buffers())}
         tensors |= {(number, name): tensor for name, tensor in named.items()}
-        for index, values in enumerate(one.optimizer.state.values() if one.captures else ()):
+        for index, values in enumerate(one.optimizer.state.values() if one.uses_cuda_graph else ()):
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     tensors[number, index, name] = value
         if one.guard is not None:
-            tensors |= {(number, "guard", index): tensor for index, tensor in enumerate(one.guard.sound)}
-            tensors[number, "guard", "left out"] = one.guard.left_out
-    slow = training.lookahead.slow if training.lookahead is not None else {}
+            tensors |= {(number, "guard", index): tensor for index, tensor in enumerate(one.guard.last_good_buffers)}
+            tensors[number, "guard", "left out"] = one.guard.skipped
+    slow = state.lookahead.slow if state.lookahead is not None else {}
     return tensors | {("slow", name): tensor for name, tensor in slow.items()}

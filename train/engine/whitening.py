@@ -13,66 +13,66 @@ from configs.schema import DataConfig, EvalConfig
 from models.speedrun import find_whitening, fit_whitening
 from pipelines import build_eval_loader
 from train.distributed import process_group
-from train.engine.epoch import Training, trainings_of
+from train.engine.epoch import TrainState
 
 WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 
 
-def start_anew(training: Training, fresh: Training) -> None:
+def restart_in_place(state: TrainState, fresh: TrainState) -> None:
     """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
-    for one, other in zip(trainings_of(training), trainings_of(fresh), strict=True):
+    for one, other in zip(state.parts(), fresh.parts(), strict=True):
         one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
         one.scaler.load_state_dict(other.scaler.state_dict())
-        if not one.captures:
+        if not one.uses_cuda_graph:
             one.optimizer.load_state_dict(other.optimizer.state_dict())
             continue
-        for state in one.optimizer.state.values():  # in place, where graphs know it
-            for value in state.values():
+        for buffers in one.optimizer.state.values():  # in place, where graphs know it
+            for value in buffers.values():
                 if isinstance(value, Tensor):
                     value.zero_()
-    start_copies(training)
+    reset_averages(state)
 
 
-def start_copies(training: Training) -> None:
+def reset_averages(state: TrainState) -> None:
     """What keeps copies of the weights begins at those that there are now."""
-    if training.lookahead is not None:
-        training.lookahead.start()
-    if training.ema is not None:
-        training.ema.start()
+    if state.lookahead is not None:
+        state.lookahead.start()
+    if state.ema is not None:
+        state.ema.start()
 
 
-def whitening_images(training: Training, data: DataConfig) -> Tensor | None:
+def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
     """The first train images as they are evaluated, uint8 [N, 3, H, W]; None where no layer is to be whitened.
 
     On a GPU the whitening is computed once and dropped: loading cuSOLVER, which the first eigendecomposition of a
     process does, then takes no time of the first `whiten`, which is part of a speedrun's clock.
     """
-    if all(find_whitening(one.network) is None for one in trainings_of(training)):
+    if all(find_whitening(one.network) is None for one in state.parts()):
         return None
     section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
-    loader = build_eval_loader(section, evaluation, split=data.train_split, device=training.device,
+    loader = build_eval_loader(section, evaluation, split=data.train_split, device=state.device,
                                replaces=True)  # fmt: skip
     images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
-    if training.device.type == "cuda":
-        for one in trainings_of(training):
+    if state.device.type == "cuda":
+        for one in state.parts():
             if (whitening := find_whitening(one.network)) is not None:
                 copy.deepcopy(whitening).fit(one.network.get_submodule("normalize")(images))
-        torch.cuda.synchronize(training.device)
+        torch.cuda.synchronize(state.device)
     return images
 
 
-def whiten(training: Training, images: Tensor | None) -> float:
+def whiten(state: TrainState, images: Tensor | None) -> float:
     """Whiten the first layers, equally on all ranks, but for one that came with trained weights, which expect it as it
     was; returns the time it took in seconds."""
     begin = time.perf_counter()
     if images is not None:
-        for one in trainings_of(training):
-            if one.is_drawn:
+        for one in state.parts():
+            if one.is_fresh_init:
                 fit_whitening(one.network, images)
             process_group.equalize_buffers(one.network)
-        start_copies(training)
-        if training.device.type == "cuda":
-            torch.cuda.synchronize(training.device)
+        reset_averages(state)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
     return time.perf_counter() - begin

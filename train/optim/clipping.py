@@ -7,7 +7,7 @@ from torch import nn
 from configs.schema import TrainConfig
 
 
-def clips(config: TrainConfig) -> bool:
+def clips_gradients(config: TrainConfig) -> bool:
     return (config.clip_grad_norm, config.clip_grad_value, config.clip_grad_adaptive) != (None, None, None)
 
 

@@ -17,7 +17,7 @@ from configs.utils.errors import UserError
 from train.distributed import process_group
 
 if TYPE_CHECKING:
-    from train.engine.epoch import Training
+    from train.engine.epoch import TrainState
 
 
 class Ema:
@@ -36,7 +36,7 @@ class Ema:
         """The average begins at the weights as they are now."""
         self._average.set(self._network)
 
-    def follow(self, done: int) -> None:
+    def update(self, done: int) -> None:
         """After `done` optimizer updates of the run: the first update of the average takes the weights as they are.
 
         Does not synchronise, and is no part of a captured graph: the share that is kept depends on `done`.
@@ -46,14 +46,14 @@ class Ema:
 
     def state(self) -> dict[str, Tensor]:
         """Of the same names as the network's."""
-        state: dict[str, Tensor] = self._average.module.state_dict()
-        return state
+        tensors: dict[str, Tensor] = self._average.module.state_dict()
+        return tensors
 
     def restore(self, state: dict[str, Any]) -> None:
         self._average.module.load_state_dict(state)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """The network holds the average inside, on all ranks the first rank's, and its own weights again on leaving.
 
         It keeps its tensors, so that what was compiled for it serves both. Needs memory for a third copy.
@@ -78,16 +78,16 @@ def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
     return Ema(network, config) if config.decay is not None else None
 
 
-def average_counts(training: Training, weights: str) -> bool:
+def uses_ema(state: TrainState, weights: str) -> bool:
     """Whether it is the average whose results count; weights: eval.weights. Raises UserError where there is none."""
-    if weights == "ema" and training.ema is None:
+    if weights == "ema" and state.ema is None:
         raise UserError("eval.weights=ema, but no average is kept; set train.ema.decay, or use eval.weights=auto")
-    return training.ema is not None and weights != "raw"
+    return state.ema is not None and weights != "raw"
 
 
-def counted_weights(training: Training, weights: str) -> AbstractContextManager[None]:
-    """The network holds the weights that count inside; see `average_counts`."""
-    if average_counts(training, weights):
-        assert training.ema is not None
-        return training.ema.in_place()
+def eval_weights(state: TrainState, weights: str) -> AbstractContextManager[None]:
+    """The network holds the weights that count inside; see `uses_ema`."""
+    if uses_ema(state, weights):
+        assert state.ema is not None
+        return state.ema.swapped_in()
     return nullcontext()

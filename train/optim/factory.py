@@ -25,7 +25,14 @@ TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], di
 }
 CAPTURABLE = ("muon", *TORCH)  # all state on the device, and zero before the first step
 IMPLEMENTATIONS = {"foreach", "fused"}
-OURS = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}  # no options: other settings say it
+RESERVED_OPTIONS = {
+    "self",
+    "params",
+    "lr",
+    "weight_decay",
+    "capturable",
+    "differentiable",
+}  # no options: other settings say it
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
@@ -62,7 +69,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
         raise _refused(config, error) from None
 
 
-def with_used_settings(config: Config) -> Config:
+def with_timm_defaults(config: Config) -> Config:
     """Replace null by what timm's optimizer uses by itself, so that the config of a run records it.
 
     Raises UserError as `build_optimizer` does.
@@ -128,7 +135,7 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
 
 def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
     """train.optimizer.options as arguments of the class; raises UserError for one that it does not take."""
-    taken = [name for name in inspect.signature(kind).parameters if name not in OURS]
+    taken = [name for name in inspect.signature(kind).parameters if name not in RESERVED_OPTIONS]
     for name, value in config.options.items():
         if name not in taken:
             raise UserError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.optim.largest import largest
+from train.optim.largest import max_abs
 
 
-class Guard:
+class SkipNonFinite:
     """Of a network that lies on its device, and its optimizer. left_out: float64 [], updates left out so far."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -19,23 +19,23 @@ class Guard:
         self._optimizer = optimizer
         # Statistics of batch norm have seen a bad batch before anyone knows that it is bad.
         self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        self.sound = [buffer.clone() for buffer in self._buffers]
-        self.left_out = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        self.last_good_buffers = [buffer.clone() for buffer in self._buffers]
+        self.skipped = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
         self._is_bad = torch.zeros((), dtype=torch.bool)  # this update
 
     def begin(self) -> None:
         """The buffers as they are now are good."""
-        _copy(self._buffers, self.sound)
+        _copy(self._buffers, self.last_good_buffers)
 
-    def counted(self, counts: Tensor) -> Tensor:
+    def mask_counts(self, counts: Tensor) -> Tensor:
         """A pass's sums, or zeros where its loss is not finite."""
         return torch.where(counts.isfinite().all(), counts, 0.0)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """See whether the update is to be left out. Gradients are the same on all ranks by now, and so is this."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._is_bad = largest(gradients).isfinite().logical_not()
-        self.left_out += self._is_bad
+        self._is_bad = max_abs(gradients).isfinite().logical_not()
+        self.skipped += self._is_bad
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
         """The optimizer's step, unless it is to be left out; after `look`, and after any clipping."""
@@ -48,9 +48,9 @@ class Guard:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         elif not is_bad:  # waits for the device
             optimizer.step()
-        for buffer, sound in zip(self._buffers, self.sound, strict=True):
+        for buffer, sound in zip(self._buffers, self.last_good_buffers, strict=True):
             torch.where(is_bad, sound, buffer, out=sound)
-        _copy(self.sound, self._buffers)
+        _copy(self.last_good_buffers, self._buffers)
 
 
 @torch.no_grad()

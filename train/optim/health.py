@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from train.distributed import process_group
-from train.engine.epoch import Training, trainings_of
-from train.optim.largest import largest
+from train.engine.epoch import TrainState
+from train.optim.largest import max_abs
 
 
-class NotFinite(Exception):
+class NonFiniteError(Exception):
     """Raised on all ranks at the same update. Steps are optimizer updates of the run, counted from 1."""
 
     def __init__(self, what: str, first: int, last: int) -> None:
@@ -29,35 +29,35 @@ class NotFinite(Exception):
         return f"step {self.last}" if self.first == self.last else f"steps {self.first} to {self.last}"
 
 
-class Health:
+class FiniteCheck:
     """Of one training: `done` below is how many optimizer updates of the run are done."""
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
+    def __init__(self, state: TrainState) -> None:
+        self._training = state
         self.begin(0)
 
     def begin(self, done: int) -> None:
         """The run stands after `done` updates, in a state that is known to be good."""
         self._good = self._reported = done
         guard = self._training.guard
-        self._left_out = 0.0 if guard is None else float(guard.left_out)
+        self._left_out = 0.0 if guard is None else float(guard.skipped)
 
     def sums(self, done: int) -> Tensor:
         """The training's sums over all ranks, float64 [3] on the host: loss * samples, correct, samples; synchronises.
 
         Raises NotFinite for the steps since it was last asked.
         """
-        training = self._training
-        own = torch.cat([training.sums, is_finite(training)[None].double()])
+        state = self._training
+        own = torch.cat([state.sums, is_finite(state)[None].double()])
         *sums, finite = process_group.sum_over_ranks(own).tolist()
         total = torch.tensor(sums, dtype=torch.float64)
         what = "the loss is" if not bool(total.isfinite().all()) else "the weights or the optimizer's state are"
         if what == "the loss is" or finite != process_group.world_size():
-            raise NotFinite(what, min(self._good + 1, done), done)
+            raise NonFiniteError(what, min(self._good + 1, done), done)
         self._good = done
         return total
 
-    def left_out(self) -> tuple[int, int]:
+    def skipped(self) -> tuple[int, int]:
         """Updates that train.on_nonfinite=skip left out, of how many, since this was last asked.
 
         To be asked after `sums`, which has waited for the device.
@@ -66,27 +66,27 @@ class Health:
         if guard is None:
             return 0, 0
         before, since = self._left_out, self._reported
-        self._left_out, self._reported = float(guard.left_out), self._good
+        self._left_out, self._reported = float(guard.skipped), self._good
         return int(self._left_out - before), self._good - since
 
 
 @torch.no_grad()
-def is_finite(training: Training) -> Tensor:
+def is_finite(state: TrainState) -> Tensor:
     """Whether all that a step goes on from is finite: weights, floating-point buffers, the optimizer's state, those
     of a proxy, and the model's slow copy: bool [] on the device; does not synchronise."""
-    slow = training.lookahead.slow.values() if training.lookahead is not None else ()
+    slow = state.lookahead.slow.values() if state.lookahead is not None else ()
     tensors = [
         tensor
-        for one in trainings_of(training)
+        for one in state.parts()
         for tensor in (*one.network.state_dict().values(), *_tensors(list(one.optimizer.state.values())))
-        if tensor.is_floating_point() and tensor.device == training.sums.device
+        if tensor.is_floating_point() and tensor.device == state.sums.device
     ]
-    return largest([*tensors, *slow]).isfinite()
+    return max_abs([*tensors, *slow]).isfinite()
 
 
-def _tensors(state: list[Any]) -> Iterator[Tensor]:
+def _tensors(values: list[Any]) -> Iterator[Tensor]:
     """Of an optimizer, whatever form its state has."""
-    for value in state:
+    for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict | list | tuple):

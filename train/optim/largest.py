@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def largest(tensors: list[Tensor]) -> Tensor:
+def max_abs(tensors: list[Tensor]) -> Tensor:
     """The largest absolute value of all elements, float32 []; nan where one is nan. Does not synchronise."""
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], float("inf"))
     return torch.stack([norm.float() for norm in norms]).amax()

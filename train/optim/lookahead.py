@@ -25,23 +25,23 @@ class Lookahead:
         """The slow copy begins at the weights as they are now."""
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
-    def follow(self, update: int, updates: int) -> None:
+    def update(self, update: int, updates: int) -> None:
         """After update `update` (from 0) of `updates`: both copies meet at some; the last leaves the slow one."""
         done = update + 1
         if done % self._every_steps == 0:
-            self.meet(decay(done / updates, self._config))
+            self.sync(kept_share(done / updates, self._config))
         if done == updates:
-            self.meet(1.0)
+            self.sync(1.0)
 
     @torch.no_grad()
-    def meet(self, kept: float) -> None:
+    def sync(self, kept: float) -> None:
         """slow = kept * slow + (1 - kept) * fast, then fast = slow; does not synchronise."""
         fast, slow = list(self._fast.values()), list(self.slow.values())
         torch._foreach_lerp_(slow, fast, 1 - kept)
         torch._foreach_copy_(fast, slow)
 
 
-def decay(progress: float, config: LookaheadConfig) -> float:
+def kept_share(progress: float, config: LookaheadConfig) -> float:
     """The share of the slow copy that a meeting keeps, after the share `progress` of all updates."""
     return config.decay * progress**3
 

@@ -40,7 +40,7 @@ def as_matrices(filters: Iterable[Tensor]) -> Tensor:
     return torch.stack([weight.permute(0, 2, 3, 1).flatten(1) for weight in filters])
 
 
-def gradients_of(parameters: list[Tensor]) -> list[Tensor]:
+def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
@@ -87,12 +87,12 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_add(gradients, averages, alpha=momentum) if nesterov else averages
 
     def _sgd(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
-        gradients = torch._foreach_add(gradients_of(parameters), parameters, alpha=weight_decay)
+        gradients = torch._foreach_add(existing_gradients(parameters), parameters, alpha=weight_decay)
         updates = self._averaged(parameters, list(gradients), self._sgd_momentum, nesterov=self._sgd_momentum > 0)
         torch._foreach_sub_(parameters, torch._foreach_mul(updates, lr))
 
     def _muon(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
-        updates = self._averaged(parameters, gradients_of(parameters), self._momentum, self._nesterov)
+        updates = self._averaged(parameters, existing_gradients(parameters), self._momentum, self._nesterov)
         if self._normalize:
             norms = torch._foreach_norm(parameters)
             torch._foreach_mul_(parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)])

@@ -55,14 +55,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def network_of(model: nn.Module) -> tuple[str, nn.Module]:
+def inner_network(model: nn.Module) -> tuple[str, nn.Module]:
     """The network proper, without what normalises pixels, and the prefix of its parameters' names in the model."""
     return ("network.", model.network) if isinstance(model, PixelClassifier) else ("", model)
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
     """Parameters that a model of timm wants without weight decay, such as position embeddings."""
-    prefix, network = network_of(model)
+    prefix, network = inner_network(model)
     listed: Any = getattr(network, "no_weight_decay", set)
     patterns = listed()
     names = [name for name, _ in network.named_parameters()]
@@ -71,10 +71,10 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """What layer_decay and lr_scales together make of the learning rate, by name; no entry: nothing."""
-    prefix, network = network_of(model)
+    prefix, network = inner_network(model)
     factors: dict[str, float] = {}
     if config.layer_decay is not None:
-        layers = layers_of(network)
+        layers = layer_indices(network)
         top = max(layers.values(), default=0)
         factors = {prefix + name: config.layer_decay ** (top - layer) for name, layer in layers.items()}
     names = [name for name, _ in model.named_parameters()]
@@ -93,18 +93,18 @@ def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     return factors | {name: factors.get(name, 1.0) * scale for name, scale in scales.items()}
 
 
-def layers_of(network: nn.Module) -> dict[str, int]:
-    """The layer of each parameter, from 0 at the input: timm's for its models, else as `layers_in_order` has them."""
+def layer_indices(network: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, from 0 at the input: timm's, else `layers_by_registration`."""
     matcher: Any = getattr(network, "group_matcher", None)
     if matcher is None:
-        return layers_in_order(network)
+        return layers_by_registration(network)
     from timm.models import group_parameters
 
     layers: dict[str, int] = group_parameters(network, matcher(coarse=False), reverse=True)
     return layers
 
 
-def layers_in_order(network: nn.Module) -> dict[str, int]:
+def layers_by_registration(network: nn.Module) -> dict[str, int]:
     """Stem, stages and head of a network whose modules are registered from input to output.
 
     A child that holds weights of two or more dimensions begins a layer; one that does not, such as a norm, belongs to

@@ -16,7 +16,7 @@ from typing import Any
 from configs.schema import ScheduleConfig, TrainConfig
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in the optimizer's section
-LEAST_AVERAGE = 4.0  # time constants of the moving average, after which 2 % of the initial weights are left
+MIN_TIME_CONSTANTS = 4.0  # time constants of the moving average, after which 2 % of the initial weights are left
 ROUNDING = 1e-9  # epochs: positions are quotients of updates, which lie further apart than that
 
 
@@ -151,7 +151,7 @@ class Plateau:
         return Plateau(self.best, 0, self.decays + 1)
 
 
-def watch(state: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
+def update_plateau(state: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
     """The plateau's fields after an epoch with these metrics; epochs without the metric change nothing.
 
     state: its fields before; empty at the start.
@@ -160,7 +160,7 @@ def watch(state: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleCo
     return state if value is None else asdict(Plateau(**state).after(value, options))
 
 
-def remarks(config: TrainConfig, timeline: Timeline) -> list[str]:
+def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
     """What of the settings has no effect, or an unwanted one, in a run of this length."""
     found = []
     options, decay = config.schedule_options, config.ema.decay
@@ -169,7 +169,7 @@ def remarks(config: TrainConfig, timeline: Timeline) -> list[str]:
         found.append(f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
                      "does not reach: the learning rate stays as it is")  # fmt: skip
     averages = timeline.total // config.ema.every_steps
-    if decay is not None and not config.ema.warmup and averages * (1 - decay) < LEAST_AVERAGE:
+    if decay is not None and not config.ema.warmup and averages * (1 - decay) < MIN_TIME_CONSTANTS:
         found.append(
             f"train.ema.decay={decay:g} looks back over {1 / (1 - decay):,.0f} updates, but the run has {averages:,}: "
             "the average keeps much of the initial weights; use a smaller decay or train.ema.warmup=true"
@@ -188,7 +188,7 @@ def lr_factor(config: TrainConfig, global_batch: int) -> float:
     return ratio if config.lr_scaling == "linear" else math.sqrt(ratio)
 
 
-def scaled(config: TrainConfig, global_batch: int) -> TrainConfig:
+def scale_learning_rates(config: TrainConfig, global_batch: int) -> TrainConfig:
     """The config with all its learning rates as they are at this global batch."""
     factor = lr_factor(config, global_batch)
     own = {name: rate * factor for name in OWN_RATES if (rate := getattr(config.optimizer, name)) is not None}

@@ -18,20 +18,20 @@ from train.reporting import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from train.engine.mixing import Seen
+    from train.engine.mixing import RenderedBatch
 
 CAPTION_WIDTH = 23  # letters in a line above an image
 CAPTION_LINES = 2  # for one class
 MIXED_LINES = 2 * CAPTION_LINES
 
 
-def seen_grid(seen: Seen, classes: Sequence[str], title: str) -> Figure:
+def seen_grid(seen: RenderedBatch, classes: Sequence[str], title: str) -> Figure:
     """Images as the model is trained on them, with what they are mixed of."""
     captions = [wrapped(name, lines=MIXED_LINES) for name in mixed_names(seen, classes)]
     return figures.image_grid(pixels(seen.images), captions, title=title)
 
 
-def mixed_names(seen: Seen, classes: Sequence[str]) -> list[str]:
+def mixed_names(seen: RenderedBatch, classes: Sequence[str]) -> list[str]:
     """Such as "cat 0.70 + dog 0.30", or "cat" where nothing is mixed in."""
     names = []
     for label, other, share in zip(seen.labels.tolist(), seen.others.tolist(), seen.shares.tolist(), strict=True):

@@ -11,7 +11,7 @@ import torch
 from configs.schema import Config
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 from train.optim.schedule import lr_factor
 
 
@@ -21,7 +21,7 @@ def global_batch(config: Config, world_size: int) -> int:
 
 
 def facts_of(
-    config: Config, dataset: dict[str, Any], training: Training, loader: TrainLoader, ranks: Ranks
+    config: Config, dataset: dict[str, Any], training: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
     """What follows from the config, the data set and the machine together; loader: of training.
 

@@ -12,9 +12,9 @@ from configs.schema import Config
 from pipelines.loader.loader import Batch, Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import process_group
-from train.engine.accounting import check_each_once
-from train.engine.epoch import Training, predictions
-from train.engine.mixing import Seen, as_seen
+from train.engine.accounting import check_full_coverage
+from train.engine.epoch import TrainState, predictions
+from train.engine.mixing import RenderedBatch, render_batch
 from train.reporting import figures, image_grids
 from train.reporting.run_log import RunLog
 
@@ -28,14 +28,14 @@ def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> No
     state = loader.state
     batches = iter(loader)
     first = next(batches)
-    seen = Seen(*(part[:IMAGES] for part in as_seen(first)))
+    seen = RenderedBatch(*(part[:IMAGES] for part in render_batch(first)))
     del batches, first  # ends the threads that work ahead
     loader.state = state
     log.picture("pictures/train_samples", lambda: image_grids.seen_grid(seen, classes, "train, augmented"), 0)
 
 
 def show_predictions(
-    log: RunLog, training: Training, loader: Loader, config: Config, classes: Sequence[str], *, step: int
+    log: RunLog, training: TrainState, loader: Loader, config: Config, classes: Sequence[str], *, step: int
 ) -> None:
     """A last pass over the validation split, which all ranks must join: confusion over all, images of the first's."""
     counts, shown, logits = look(training, loader, config.eval.tta, len(classes))
@@ -51,7 +51,7 @@ def show_predictions(
     )
 
 
-def look(training: Training, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
+def look(training: TrainState, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
     """Confusion counts over all ranks' pieces, and images, labels and logits of some samples of this rank's piece."""
     samples = loader.plan.samples
     wanted = np.linspace(0, samples - 1, min(IMAGES, samples)).round().astype(int)
@@ -71,7 +71,7 @@ def look(training: Training, loader: Loader, tta: str, classes: int) -> tuple[np
         here = torch.from_numpy(inside).to(training.device)
         kept.append((held[0].images[here], labels[here], logits[here]))
         begin += len(labels)
-    check_each_once(loader)
+    check_full_coverage(loader)
     total = process_group.sum_over_ranks(counts).numpy()
     if not kept:  # more ranks than samples
         nothing = torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)

@@ -23,11 +23,11 @@ from helpers.training import (
     DIGITS,
     alone,
     broken_after,
-    gradients_at_each_step,
     lenet,
+    make_state,
     on_ranks,
     random_batch,
-    training_of,
+    record_gradients,
 )
 from pipelines import build_train_loader
 from pipelines.augment.mixup import check_mixing, draw_mixes, mix_table, mixing_enabled
@@ -38,7 +38,7 @@ from train import ddp
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
 from train.engine.epoch import train_step
-from train.engine.mixing import as_seen, mixed_images, neighbours, unmixed
+from train.engine.mixing import identity_mix, mix_images, render_batch, swap_pairs
 from train.reporting import image_grids
 
 MANY, SEED, EPOCH = 10_000, 5, 3
@@ -59,7 +59,7 @@ def loader_of(data: Path, mix: MixConfig, batch_size: int = 16, **where: Any) ->
 def mixed(batch: Batch) -> tuple[torch.Tensor, ...]:
     """Images as they are trained on, both labels, and the shares."""
     assert isinstance(batch, MixedBatch)
-    return mixed_images(batch.images, batch.mix), batch.labels.clone(), neighbours(batch.labels), batch.mix[:, 0]
+    return mix_images(batch.images, batch.mix), batch.labels.clone(), swap_pairs(batch.labels), batch.mix[:, 0]
 
 
 # Distributions
@@ -164,10 +164,10 @@ def test_batches_are_timms_for_the_same_draws(mode: str, monkeypatch: pytest.Mon
         monkeypatch.undo()
 
         table = torch.from_numpy(mix_table(mix, SEED, EPOCH, step, samples, SIZE))
-        torch.testing.assert_close(mixed_images(batch.images, table)[order], images, rtol=0, atol=1e-3)
+        torch.testing.assert_close(mix_images(batch.images, table)[order], images, rtol=0, atol=1e-3)
         share = table[order, :1]
         own = torch.nn.functional.one_hot(batch.labels[order], 10) * 0.9 + 0.01
-        other = torch.nn.functional.one_hot(neighbours(batch.labels)[order], 10) * 0.9 + 0.01
+        other = torch.nn.functional.one_hot(swap_pairs(batch.labels)[order], 10) * 0.9 + 0.01
         torch.testing.assert_close(share * own + (1 - share) * other, targets, rtol=0, atol=1e-6)
         kinds |= {"none" if row[0] == 1 else "cutmix" if row[2] > row[1] else "mixup" for row in table.tolist()}
     assert kinds == {"none", "cutmix", "mixup"}
@@ -178,10 +178,10 @@ def test_batches_are_timms_for_the_same_draws(mode: str, monkeypatch: pytest.Mon
 
 def test_a_share_of_one_leaves_pixels_as_they_are_and_strides_stay_channels_last() -> None:
     batch = random_batch(8)
-    same = mixed_images(batch.images, unmixed(batch).mix)
+    same = mix_images(batch.images, identity_mix(batch).mix)
     assert torch.equal(same, batch.images.float())
     table = torch.from_numpy(mix_table(MixConfig(**BOTH, mode="elem"), SEED, EPOCH, 0, 8, SIZE))
-    for images in (same, mixed_images(batch.images, table)):
+    for images in (same, mix_images(batch.images, table)):
         assert images.stride() == batch.images.stride()
         assert images.dtype == torch.float32
 
@@ -189,7 +189,7 @@ def test_a_share_of_one_leaves_pixels_as_they_are_and_strides_stay_channels_last
 def test_a_box_shows_the_neighbours_pixels_and_all_else_the_samples_own() -> None:
     batch = random_batch(4)
     table = torch.tensor([[0.5, 0, 32, 0, 16], [1, 0, 0, 0, 0], [1 - 6 / 1024, 30, 32, 29, 32], [0, 0, 32, 0, 32]])
-    images = mixed_images(batch.images, table)
+    images = mix_images(batch.images, table)
     expected = batch.images.float().clone()
     expected[0, :, :, :16] = batch.images[1, :, :, :16]
     expected[2, :, 30:, 29:] = batch.images[3, :, 30:, 29:]
@@ -201,13 +201,13 @@ def test_what_is_shown_is_the_mixed_image_rounded_with_both_names() -> None:
     images, labels = random_batch(4)
     labels[:] = torch.tensor([0, 1, 1, 0])
     table = torch.tensor([[0.7, 0, 0, 0, 0], [0.7, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1 / 3, 0, 32, 0, 16]])
-    seen = as_seen(MixedBatch(images, labels, table))
+    seen = render_batch(MixedBatch(images, labels, table))
     blend = 0.7 * images[0].double() + 0.3 * images[1].double()
     assert (seen.images[0].double() - blend).abs().max() <= 0.5 + 1e-4
     assert torch.equal(seen.images[2], images[2])
     names = image_grids.mixed_names(seen, ["cat", "dog"])
     assert names == ["cat 0.70 + dog 0.30", "dog 0.70 + cat 0.30", "dog", "cat 0.33 + dog 0.67"]
-    plain = as_seen(Batch(images, labels))
+    plain = render_batch(Batch(images, labels))
     assert torch.equal(plain.images, images)
     assert image_grids.mixed_names(plain, ["cat", "dog"]) == ["cat", "dog", "dog", "cat"]
 
@@ -285,11 +285,11 @@ def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[to
     loader = loader_of(data, MixConfig(**BOTH, mode="pair"), size, rank=ranks.rank, world_size=ranks.world_size,
                        accumulation_steps=accumulation_steps)  # fmt: skip
     sgd = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
-    training = training_of(lenet(classes=12).double(), sgd, mixes=True, accumulation_steps=accumulation_steps, lr=0.01)
-    seen = gradients_at_each_step(training)
+    training = make_state(lenet(classes=12).double(), sgd, mixes=True, accumulation_steps=accumulation_steps, lr=0.01)
+    seen = record_gradients(training)
     batches = iter(loader)
     for step in range(3 * accumulation_steps):
-        train_step(training, next(batches), update=(step + 1) % accumulation_steps == 0)
+        train_step(training, next(batches), optimizer_step=(step + 1) % accumulation_steps == 0)
     return seen
 
 

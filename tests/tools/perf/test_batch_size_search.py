@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import helpers.benchmarks as fixtures
 from configs.load import load_config
-from helpers.training import CLEAN, ROOT, Run, heed_ctrl_c
+from helpers.training import CLEAN, ROOT, Run, restore_signal_handlers
 from tools import benchmark
 from tools.benchmarks.engine import charts, process_memory
 from tools.benchmarks.engine.interleaved import Contestant, measure
@@ -353,7 +353,7 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     process = subprocess.Popen(
         command("--model", "lenet", "--seconds", 0.01, "--rounds", 1, "--out", tmp_path), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=restore_signal_handlers,
     )  # fmt: skip
     file = tmp_path / "ramp.csv"
     assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_config
-from helpers.training import CLEAN, ROOT, Run, alone, lenet, random_batch, training_of
+from helpers.training import CLEAN, ROOT, Run, alone, lenet, make_state, random_batch
 from pipelines import build_train_loader
 from pipelines.storage.split import load_dataset
 from tools.benchmarks.engine import gpu_specs
@@ -123,7 +123,7 @@ def test_what_a_phase_calls_is_its_own() -> None:
         torch.ones(3, requires_grad=True).sum().backward()
 
     with alone():
-        training = training_of(lenet())
+        training = make_state(lenet())
     training.loss_and_counts = with_backward  # type: ignore[assignment]
     with step_trace.named_phases(training), torch.profiler.profile() as profiler:
         training.loss_and_counts(training.forward, random_batch(1), 0.0)

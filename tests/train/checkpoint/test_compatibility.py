@@ -15,7 +15,7 @@ from configs.utils.errors import UserError
 from helpers.training import DIGITS
 from pipelines.storage.split import fingerprint
 from train.checkpoint.compatibility import check_same_run, identity, stream_of
-from train.optim.factory import with_used_settings
+from train.optim.factory import with_timm_defaults
 
 PATH = Path("last.pt")
 STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optim
     content = checkpoint_of(old, stream_of(old, data_set_of(), 1))
     content["optimizer"] = {"param_groups": [{"betas": (0.9, 0.99), "lr": 1e-3}], "state": {}}
     for now in (config_of(lion), old):
-        check_same_run(content, with_used_settings(now), content["stream"], PATH)
+        check_same_run(content, with_timm_defaults(now), content["stream"], PATH)
     for betas in ("[0.9, 0.98]", "[0.8, 0.99]"):
         with pytest.raises(
             UserError, match=r"\(train\.optimizer\.betas: \[0\.9, 0\.99\] then, \[0\.[89], 0\.9[89]\] now"
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optim
 
 def test_a_changed_setting_of_timms_optimizer_is_refused() -> None:
     then, now = (
-        with_used_settings(config_of("train.optimizer.name=lamb", *more)) for more in ([], ["train.optimizer.eps=1e-8"])
+        with_timm_defaults(config_of("train.optimizer.name=lamb", *more)) for more in ([], ["train.optimizer.eps=1e-8"])
     )
     with pytest.raises(UserError, match=r"\(train\.optimizer\.eps: 1e-06 then, 1e-08 now\)"):
         check(then, now)

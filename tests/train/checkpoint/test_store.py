@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from configs.utils.errors import UserError
-from helpers.training import alone, file_size_limit, lenet, random_batch, small_net, training_of
+from helpers.training import alone, file_size_limit, lenet, make_state, random_batch, small_net
 from helpers.trees import assert_equal_trees
 from models import build_model
 from train.checkpoint import format, store
-from train.engine.epoch import Training, train_step
+from train.engine.epoch import TrainState, train_step
 from train.optim.factory import set_learning_rate
 
 STATE = {"position": {"epoch": 2, "step": 5}, "progress": {"best_top1": 0.5}, "stream": {"seed": 0}, "config": "a: 1\n"}
@@ -38,8 +38,8 @@ def _process_group(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def stepped_training(**settings: Any) -> Training:
-    training = training_of(lenet(), **settings)
+def stepped_training(**settings: Any) -> TrainState:
+    training = make_state(lenet(), **settings)
     train_step(training, random_batch(8))
     return training
 
@@ -57,7 +57,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
     saved, content = stepped_training(), store.load(intact)
     assert {key: content[key] for key in STATE} == STATE
-    restored = training_of(lenet(seed=1))
+    restored = make_state(lenet(seed=1))
     store.restore(restored, content, intact)
     assert_equal_trees(restored.network.state_dict(), saved.network.state_dict())
     assert_equal_trees(restored.optimizer.state_dict(), saved.optimizer.state_dict())
@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_nothing_but_tensors_numbers_and_strings(intact: Path
 
 
 def test_the_learning_rate_of_the_last_step_comes_back_as_well(tmp_path: Path) -> None:
-    saved, restored = stepped_training(), training_of(lenet(seed=1))
+    saved, restored = stepped_training(), make_state(lenet(seed=1))
     set_learning_rate(saved.optimizer, 1.25e-7)
     store.save(tmp_path / "last.pt", saved, saved.sums, **STATE)
     store.restore(restored, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
@@ -566,7 +566,7 @@ def test_crafted_state_is_one_sentence(crafted: dict[str, Any], intact: Path) ->
         content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7, 7)
         crafted = {}
     with pytest.raises(UserError, match=r"last\.pt does not fit") as error:
-        store.restore(training_of(lenet()), content | crafted, intact)
+        store.restore(make_state(lenet()), content | crafted, intact)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -575,11 +575,11 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_its_name(part: str, intact
     content = store.load(intact)
     del content[part]
     with pytest.raises(UserError, match=rf"last\.pt holds no {part}"):
-        store.restore(training_of(lenet()), content, intact)
+        store.restore(make_state(lenet()), content, intact)
 
 
 def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path) -> None:
-    other = training_of(build_model("lenet", 7, mean=[0.5] * 3, std=[0.5] * 3))
+    other = make_state(build_model("lenet", 7, mean=[0.5] * 3, std=[0.5] * 3))
     with pytest.raises(UserError, match=r"does not fit the model of this config: .*fc3") as error:
         store.restore(other, store.load(intact), intact)
     assert len(str(error.value).splitlines()) == 1
@@ -589,7 +589,7 @@ def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path)
 def test_a_run_may_go_on_in_another_precision(then: str, now: str, tmp_path: Path) -> None:
     saved = stepped_training(amp=then)
     store.save(tmp_path / "last.pt", saved, saved.sums)
-    training = training_of(lenet(seed=1), amp=now)
+    training = make_state(lenet(seed=1), amp=now)
     store.restore(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert_equal_trees(training.network.state_dict(), saved.network.state_dict())
     train_step(training, random_batch(8))
@@ -599,14 +599,14 @@ def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     saved = stepped_training(amp="fp16")
     saved.scaler.update(2.0**7)
     store.save(tmp_path / "last.pt", saved, saved.sums)
-    training = training_of(lenet(), amp="fp16")
+    training = make_state(lenet(), amp="fp16")
     store.restore(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert training.scaler.get_scale() == 2.0**7
 
 
 def test_an_optimizer_with_other_groups_is_refused_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    saved, other = training_of(small_net()), training_of(small_net(), {"layer_decay": 0.5})
+    saved, other = make_state(small_net()), make_state(small_net(), {"layer_decay": 0.5})
     for first, second in ((saved, other), (other, saved)):
         store.save(path, first, first.sums)
         with pytest.raises(UserError, match=r"last\.pt does not fit the optimizer of this config \(.*; start a new"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from configs.utils.errors import UserError
-from helpers.training import alone, random_batch, small_net, training_of
+from helpers.training import alone, make_state, random_batch, small_net
 from train.checkpoint import store
 from train.checkpoint.writer import Saving
-from train.engine.epoch import Training, train_step
+from train.engine.epoch import TrainState, train_step
 
 POSITION = {"epoch": 0, "step": 1}
 
@@ -26,13 +26,13 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture
-def training() -> Training:
-    training = training_of(small_net())
+def training() -> TrainState:
+    training = make_state(small_net())
     train_step(training, random_batch(8, classes=12))
     return training
 
 
-def save(saving: Saving, training: Training, *names: str, steps: int = 1) -> None:
+def save(saving: Saving, training: TrainState, *names: str, steps: int = 1) -> None:
     saving.save(names or ("last.pt",), POSITION, training.sums, steps)
 
 
@@ -51,7 +51,7 @@ class Held:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_there_before(
-    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
@@ -69,7 +69,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
 
 
 def test_one_checkpoint_is_written_at_a_time(
-    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
     with Saving(tmp_path, training, {}) as saving:
@@ -80,7 +80,7 @@ def test_one_checkpoint_is_written_at_a_time(
     assert len(held.written) == 2
 
 
-def test_the_one_before_is_kept_and_best_is_another_file(training: Training, tmp_path: Path) -> None:
+def test_the_one_before_is_kept_and_best_is_another_file(training: TrainState, tmp_path: Path) -> None:
     with Saving(tmp_path, training, {}) as saving:
         for number in range(3):
             saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, training.sums, number)
@@ -91,7 +91,7 @@ def test_the_one_before_is_kept_and_best_is_another_file(training: Training, tmp
 
 @pytest.mark.parametrize("through", ["check", "wait", "save"])
 def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
-    through: str, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    through: str, training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, _: Any) -> None:
         raise UserError(f"cannot write {path}")
@@ -108,7 +108,7 @@ def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
 
 
 def test_leaving_lets_a_write_under_way_end(
-    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
 

@@ -15,11 +15,11 @@ from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, damage
 from helpers.loaders import evaluation, train
 from helpers.memory_source import MemoryRows, memory_source, write
-from helpers.training import alone, on_ranks, random_batch, small_net, training_of
+from helpers.training import alone, make_state, on_ranks, random_batch, small_net
 from pipelines.loader.loader import Loader
 from train.distributed import process_group
 from train.distributed.process_group import Ranks
-from train.engine.accounting import check_each_once, report_bad_samples
+from train.engine.accounting import check_full_coverage, report_bad_samples
 from train.engine.epoch import evaluate
 
 SAMPLES = 107  # of npy_data's val
@@ -45,11 +45,11 @@ def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -
     )
     for loader in loaders:
         with pytest.raises(RuntimeError):  # nobody has counted anything
-            check_each_once(loader)
+            check_full_coverage(loader)
     total = torch.stack(parts).sum(0)
     monkeypatch.setattr(process_group, "sum_over_ranks", lambda _: total)
     for loader in loaders:
-        check_each_once(loader)
+        check_full_coverage(loader)
 
 
 def pieces(folder: Path, world_size: int, batch_size: int = 10) -> list[Loader]:
@@ -114,13 +114,13 @@ def test_evaluation_ends_on_all_ranks_where_one_has_anothers_piece(tmp_path: Pat
 def error_of_evaluation(ranks: Ranks, data: Path) -> str:
     loader = evaluation(data, 16, rank=0, world_size=ranks.world_size)
     with pytest.raises(RuntimeError) as error:
-        evaluate(training_of(small_net()), loader, 106)
+        evaluate(make_state(small_net()), loader, 106)
     return str(error.value)
 
 
 def test_batches_without_a_loader_have_no_samples_to_account_for() -> None:
     with alone():
-        assert evaluate(training_of(small_net()), [random_batch(5)], 5).samples == 5
+        assert evaluate(make_state(small_net()), [random_batch(5)], 5).samples == 5
 
 
 # Bad samples

@@ -81,8 +81,8 @@ def test_a_run_that_goes_back_goes_back_to_the_times_of_its_checkpoint(
 ) -> None:
     run_step: Callable[..., None] = epoch.run_step
 
-    def fail_once(training: Any, batch: Any, number: int, *, updates: bool) -> None:
-        run_step(training, batch, number, updates=updates)
+    def fail_once(training: Any, batch: Any, number: int, *, optimizer_step: bool) -> None:
+        run_step(training, batch, number, optimizer_step=optimizer_step)
         if number == 2 * UPDATES - 2:
             training.sums.fill_(float("nan"))
 
@@ -118,9 +118,9 @@ def test_a_checkpoint_whose_times_are_no_numbers_is_refused(digits_run: Run, tmp
 
 
 def test_the_time_of_a_broken_off_evaluation_is_left_out() -> None:
-    timed = clock.Clock()
-    with pytest.raises(epoch.Interrupted), timed:
-        raise epoch.Interrupted
+    timed = clock.RunTimer()
+    with pytest.raises(epoch.EvaluationInterrupted), timed:
+        raise epoch.EvaluationInterrupted
     assert timed.training_s == 0
     with timed:
         pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs.utils import warnings
-from helpers.training import CPU, alone, small_net, training_of
+from helpers.training import CPU, alone, make_state, small_net
 from train.checkpoint import store
 from train.checkpoint.state import malformed
 from train.engine import cpu_threads
@@ -55,7 +55,7 @@ def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     cpu_threads.limit_threads(CPU)
-    cpu_threads.restore(1)
+    cpu_threads.restore_threads(1)
     assert torch.get_num_threads() == 4
 
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 3.0)
-    first = training_of(small_net())
+    first = make_state(small_net())
     cpu_threads.limit_threads(CPU)
     capsys.readouterr()
     store.save(tmp_path / "last.pt", first, first.sums)
@@ -82,9 +82,9 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     store.restore(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     assert "keep" not in capsys.readouterr().err
-    cpu_threads.restore(2)
+    cpu_threads.restore_threads(2)
     assert "3.0 of 4 cores busy, and 2 threads compute, as when the run began" in capsys.readouterr().err
-    cpu_threads.restore(64)  # of a larger machine
+    cpu_threads.restore_threads(64)  # of a larger machine
     assert torch.get_num_threads() == 4
     assert malformed({**content, "threads": "4"}) == "threads"
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from helpers.training import CPU, alone, gradients_at_each_step, lenet, on_ranks, random_batch, small_net, training_of
+from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_batch, record_gradients, small_net
 from models import build_model
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import Batch, Loader
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Evaluation, Training, amp_dtype, evaluate, train_epoch, train_step
+from train.engine.epoch import Evaluation, TrainState, amp_dtype, evaluate, train_epoch, train_step
 from train.engine.throughput import measure_images_per_s
 from train.optim.schedule import Timeline, learning_rate
 
@@ -57,8 +57,8 @@ def test_gradients_are_scaled_down_to_the_norm_limit_and_left_alone_below_it(sha
     batch = random_batch(16)
     plain = plain_gradients(lenet(), batch)
     limit = share * total_norm(plain)
-    training = training_of(lenet(), clip_grad_norm=limit)
-    seen = gradients_at_each_step(training)
+    training = make_state(lenet(), clip_grad_norm=limit)
+    seen = record_gradients(training)
     train_step(training, batch)
     factor = min(1.0, share)
     for ours, theirs in zip(seen[0], plain, strict=True):
@@ -69,10 +69,10 @@ def test_clipping_sees_the_gradient_of_the_whole_accumulated_step() -> None:
     batches = [random_batch(16, seed=seed) for seed in (1, 2)]
     plain = [(a + b) / 2 for a, b in zip(*(plain_gradients(lenet(), batch) for batch in batches), strict=True)]
     limit = 0.5 * total_norm(plain)
-    training = training_of(lenet(), accumulation_steps=2, clip_grad_norm=limit)
-    seen = gradients_at_each_step(training)
+    training = make_state(lenet(), accumulation_steps=2, clip_grad_norm=limit)
+    seen = record_gradients(training)
     for last, batch in enumerate(batches):
-        train_step(training, batch, update=bool(last))
+        train_step(training, batch, optimizer_step=bool(last))
     assert total_norm(seen[0]) == pytest.approx(limit, rel=1e-4)
     for ours, theirs in zip(seen[0], plain, strict=True):
         torch.testing.assert_close(ours, theirs * 0.5, rtol=1e-4, atol=1e-7)
@@ -80,8 +80,8 @@ def test_clipping_sees_the_gradient_of_the_whole_accumulated_step() -> None:
 
 def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
     batch = random_batch(16)
-    training = training_of(lenet(), label_smoothing=0.3)
-    seen = gradients_at_each_step(training)
+    training = make_state(lenet(), label_smoothing=0.3)
+    seen = record_gradients(training)
     train_step(training, batch)
     model = lenet()
     target = F.one_hot(batch.labels, 10) * 0.7 + 0.03
@@ -92,18 +92,18 @@ def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
 
 
 def test_weights_change_at_the_last_pass_of_an_accumulated_step_only_and_gradients_start_anew() -> None:
-    training = training_of(lenet(), accumulation_steps=3)
+    training = make_state(lenet(), accumulation_steps=3)
     for step in range(2):
         before = copy.deepcopy(training.network.state_dict())
         for micro in range(3):
-            train_step(training, random_batch(4, seed=3 * step + micro), update=micro == 2)
+            train_step(training, random_batch(4, seed=3 * step + micro), optimizer_step=micro == 2)
             same = all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
             assert same == (micro < 2)
         assert all(parameter.grad is None for parameter in training.network.parameters())
 
 
 def test_sums_count_loss_hits_and_samples_of_batches_of_any_size() -> None:
-    training = training_of(lenet(), lr=1e-12, optimizer={"weight_decay": 0.0})  # so small that nothing changes
+    training = make_state(lenet(), lr=1e-12, optimizer={"weight_decay": 0.0})  # so small that nothing changes
     model, expected = lenet(), torch.zeros(3, dtype=torch.float64)
     for seed, size in enumerate((5, 16, 1)):
         batch = random_batch(size, seed=seed)
@@ -115,7 +115,7 @@ def test_sums_count_loss_hits_and_samples_of_batches_of_any_size() -> None:
 
 
 def test_float16_skips_an_update_that_overflows_and_lowers_its_scale() -> None:
-    training = training_of(lenet(), amp="fp16", clip_grad_norm=1.0)
+    training = make_state(lenet(), amp="fp16", clip_grad_norm=1.0)
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**40})
     before = copy.deepcopy(training.network.state_dict())
     train_step(training, random_batch(8))
@@ -127,7 +127,7 @@ def test_float16_clips_the_gradients_without_their_scale() -> None:
     batch = random_batch(8)
     norm = total_norm(plain_gradients(lenet(), batch))
     sgd = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
-    training = training_of(lenet(), amp="fp16", clip_grad_norm=norm / 2, optimizer=sgd, lr=1.0)
+    training = make_state(lenet(), amp="fp16", clip_grad_norm=norm / 2, optimizer=sgd, lr=1.0)
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
     train_step(training, batch)
     pairs = zip(lenet().parameters(), training.network.parameters(), strict=True)
@@ -147,14 +147,14 @@ def test_on_the_cpu_auto_means_float32_and_a_named_type_is_taken(name: str, expe
 
 def test_the_learning_rate_changes_at_every_update_and_not_at_every_pass(npy_data: Path) -> None:
     settings: dict[str, Any] = {"epochs": 2, "lr": 0.1, "warmup_epochs": 1, "accumulation_steps": 3}
-    training = training_of(small_net(), optimizer={"name": "sgd"}, **settings)
+    training = make_state(small_net(), optimizer={"name": "sgd"}, **settings)
     loader = train_loader(npy_data, batch_size=50, accumulation_steps=3)
     assert len(loader) == 12
     used: list[float] = []
     training.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     noted: list[tuple[int, float]] = []
     for _ in range(2):
-        train_epoch(training, loader, seed=0, rank=0, after_update=lambda *update: noted.append(update))
+        train_epoch(training, loader, seed=0, rank=0, after_step=lambda *update: noted.append(update))
     expected = [learning_rate(update, Timeline.even(2, 4), training.config) for update in range(8)]
     assert used == expected
     assert noted == list(enumerate(expected))
@@ -162,9 +162,9 @@ def test_the_learning_rate_changes_at_every_update_and_not_at_every_pass(npy_dat
 
 
 def test_an_epoch_is_a_plain_loop_over_the_loader(npy_data: Path) -> None:
-    training = training_of(build_model("lenet", 12, mean=[0.5] * 3, std=[0.3] * 3), epochs=1, schedule="constant")
+    training = make_state(build_model("lenet", 12, mean=[0.5] * 3, std=[0.3] * 3), epochs=1, schedule="constant")
     model = copy.deepcopy(training.network)
-    times = train_epoch(training, train_loader(npy_data), seed=0, rank=0, after_update=lambda *_: None)
+    times = train_epoch(training, train_loader(npy_data), seed=0, rank=0, after_step=lambda *_: None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.ndim > 1]
     optimizer.add_param_group({"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0})
@@ -174,7 +174,7 @@ def test_an_epoch_is_a_plain_loop_over_the_loader(npy_data: Path) -> None:
         optimizer.step()
     for ours, theirs in zip(training.network.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert times.batches == 7
+    assert times.micro_steps == 7
     assert 0 <= times.wait_s <= times.time_s
 
 
@@ -182,17 +182,17 @@ class Interrupted(Exception):
     pass
 
 
-def train_both_epochs(training: Training, loader: Loader, after_update: Callable[[int, float], None]) -> None:
+def train_both_epochs(training: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
     while loader.state["epoch"] < 2:
-        train_epoch(training, loader, seed=0, rank=0, after_update=after_update)
+        train_epoch(training, loader, seed=0, rank=0, after_step=after_step)
 
 
 def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int = 0, rank: int = 0) -> dict[str, Any]:
     """Weights and statistics after `epochs` without a break."""
-    training = training_of(small_net(), accumulation_steps=accumulation_steps, epochs=2)
+    training = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
     loader = train_loader(data, batch_size=50, accumulation_steps=accumulation_steps)
     for _ in range(epochs):
-        train_epoch(training, loader, seed=seed, rank=rank, after_update=lambda *_: None)
+        train_epoch(training, loader, seed=seed, rank=rank, after_step=lambda *_: None)
     return training.network.state_dict()
 
 
@@ -202,8 +202,8 @@ def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int =
 def test_a_run_with_dropout_that_breaks_at_any_update_goes_on_to_bitwise_the_same_weights(
     accumulation_steps: int, break_at: int, npy_data: Path, tmp_path: Path
 ) -> None:
-    def new() -> tuple[Training, Loader]:
-        training = training_of(small_net(), accumulation_steps=accumulation_steps, epochs=2)
+    def new() -> tuple[TrainState, Loader]:
+        training = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
         return training, train_loader(npy_data, batch_size=50, accumulation_steps=accumulation_steps)
 
     training, loader = new()
@@ -254,7 +254,7 @@ def throughput(ranks: Ranks, data: Path) -> int:
 
     clock = time.perf_counter
     time.perf_counter = lambda: clock() * 20 * (1 + 2 * ranks.rank)  # type: ignore[assignment]
-    training = training_of(small_net())
+    training = make_state(small_net())
     training.network.register_forward_hook(count)
     loader = train_loader(data, batch_size=4)
     measure_images_per_s(training, loader, ranks.world_size, warmup_steps=10, seconds=0.1)
@@ -285,7 +285,7 @@ def gather_statistics(network: nn.Module, rank: int = 0) -> None:
 def evaluation(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, list[int]]:
     """The result, and the sizes of this rank's batches."""
     loader = val_loader(data, ranks, batch_size)
-    training = training_of(small_net(), label_smoothing=0.2)
+    training = make_state(small_net(), label_smoothing=0.2)
     gather_statistics(training.network, ranks.rank)
     return evaluate(training, loader, VAL_SAMPLES), [len(batch.labels) for batch in loader]
 
@@ -338,29 +338,29 @@ def test_ranks_without_any_sample_take_part_in_evaluation(npy_data: Path) -> Non
 def tiny_evaluation(ranks: Ranks, data: Path) -> Evaluation:
     """Of the first two samples, which the last two ranks hold."""
     batches = list(val_loader(data, Ranks(), batch_size=1))[:1] if ranks.rank else []
-    return evaluate(training_of(small_net()), batches, samples=2)  # type: ignore[arg-type]
+    return evaluate(make_state(small_net()), batches, samples=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("claimed", [VAL_SAMPLES - 1, VAL_SAMPLES + 1])
 def test_a_wrong_number_of_samples_is_an_error(claimed: int, npy_data: Path) -> None:
     with pytest.raises(RuntimeError, match=f"counted 107 samples of a split of {claimed}"):
-        evaluate(training_of(small_net()), val_loader(npy_data, Ranks()), claimed)
+        evaluate(make_state(small_net()), val_loader(npy_data, Ranks()), claimed)
 
 
 def test_evaluation_changes_nothing_that_training_uses(npy_data: Path) -> None:
-    training = training_of(small_net())
+    training = make_state(small_net())
     train_step(training, random_batch(8))
     before = copy.deepcopy(training.network.state_dict()), training.sums.clone()
     evaluate(training, val_loader(npy_data, Ranks()), VAL_SAMPLES)
     assert all(torch.equal(before[0][name], value) for name, value in training.network.state_dict().items())
     assert torch.equal(before[1], training.sums)
     loader = train_loader(npy_data)
-    train_epoch(training, loader, seed=0, rank=0, after_update=lambda *_: None)
+    train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
     assert training.network.training  # train_epoch turns dropout on again
 
 
 def test_with_fewer_than_five_classes_every_sample_is_in_the_top_five(npy_data: Path) -> None:
     batches = [Batch(images, labels % 3) for images, labels in val_loader(npy_data, Ranks())]
-    result = evaluate(training_of(small_net(3)), batches, VAL_SAMPLES)  # type: ignore[arg-type]
+    result = evaluate(make_state(small_net(3)), batches, VAL_SAMPLES)  # type: ignore[arg-type]
     assert result.top5 == 1.0
     assert result.top1 < 1.0

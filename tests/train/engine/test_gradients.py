@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.utils.errors import UserError
-from helpers.training import CPU, alone, gradients_at_each_step, lenet, on_ranks, random_batch, small_net, training_of
+from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_batch, record_gradients, small_net
 from pipelines.loader.loader import Batch
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
@@ -30,18 +30,18 @@ def _process_group() -> Iterator[None]:
 
 def gradients(ranks: Ranks, accumulation_steps: int, compiled: bool = False) -> list[list[torch.Tensor]]:
     """Gradients of LeNet in float64 at each of STEPS optimizer steps, by the code that trains."""
-    training = training_of(
+    training = make_state(
         lenet().double(), PLAIN_SGD, accumulation_steps=accumulation_steps, lr=0.1, label_smoothing=0.1
     )
     if compiled:
         training.loss_and_counts = torch.compile(training.loss_and_counts, backend="aot_eager")
-    seen = gradients_at_each_step(training)
+    seen = record_gradients(training)
     pieces = accumulation_steps * ranks.world_size
     for step in range(STEPS):
         images, labels = random_batch(SAMPLES, seed=step)
         for micro in range(accumulation_steps):
             piece = slice(*((micro * ranks.world_size + ranks.rank + i) * SAMPLES // pieces for i in (0, 1)))
-            train_step(training, Batch(images[piece], labels[piece]), update=micro == accumulation_steps - 1)
+            train_step(training, Batch(images[piece], labels[piece]), optimizer_step=micro == accumulation_steps - 1)
     return seen
 
 
@@ -80,10 +80,10 @@ def test_two_processes_give_the_gradients_of_plain_torch(accumulation_steps: int
 
 
 def gradients_within_an_accumulated_step(ranks: Ranks, compiled: bool) -> list[torch.Tensor]:
-    training = training_of(lenet().double(), PLAIN_SGD, accumulation_steps=2)
+    training = make_state(lenet().double(), PLAIN_SGD, accumulation_steps=2)
     if compiled:
         training.loss_and_counts = torch.compile(training.loss_and_counts, backend="aot_eager")
-    train_step(training, random_batch(4, seed=ranks.rank), update=False)
+    train_step(training, random_batch(4, seed=ranks.rank), optimizer_step=False)
     return [parameter.grad.clone() for parameter in training.network.parameters() if parameter.grad is not None]
 
 
@@ -102,7 +102,7 @@ def test_gradients_stay_on_their_rank_until_the_last_pass_of_a_step(compiled: bo
 def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Of a model that began differently on each rank: parameters after two steps, its own statistics, those of all."""
     network = small_net(seed=ranks.rank)
-    training = training_of(network)
+    training = make_state(network)
     mean = network.get_buffer("norm.running_mean")
     for step in range(2):
         mean.fill_(100 * ranks.rank)

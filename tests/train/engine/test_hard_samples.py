@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
-from helpers.training import CPU, alone, lenet, random_batch, training_of
+from helpers.training import CPU, alone, lenet, make_state, random_batch
 from models import build_model
 from models.speedrun import find_whitening
-from train.engine.hard_samples import Proxy, build_proxy, check_proxy
+from train.engine.hard_samples import HardSampleSelector, build_proxy, check_proxy
 
 SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
 
@@ -25,9 +25,9 @@ def _process_group() -> Iterator[None]:
         yield
 
 
-def new_proxy(keep: float = 0.5) -> Proxy:
+def new_proxy(keep: float = 0.5) -> HardSampleSelector:
     config = ProxyConfig(model="lenet", keep=keep, every_steps=4)
-    return Proxy(training_of(lenet(), SGD, lr=0.1, label_smoothing=0.2), config)
+    return HardSampleSelector(make_state(lenet(), SGD, lr=0.1, label_smoothing=0.2), config)
 
 
 def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> None:
@@ -35,13 +35,13 @@ def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> No
     config = TrainConfig.model_validate({"proxy": {"model": "lenet"}, "optimizer": settings})
     proxy = build_proxy(config, lambda _: lenet(), CPU)
     assert proxy is not None
-    assert {group["lr_scale"] for group in proxy.training.optimizer.param_groups} == {1.0}
+    assert {group["lr_scale"] for group in proxy.state.optimizer.param_groups} == {1.0}
 
 
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 8), (0.3, 5), (1.0, 16), (0.01, 1)])
 def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, count: int) -> None:
     batch = random_batch(16)
-    chosen = new_proxy(keep).choose(batch, update=1)
+    chosen = new_proxy(keep).select(batch, update=1)
     losses = F.cross_entropy(lenet()(batch.images), batch.labels, label_smoothing=0.2, reduction="none")
     hardest = set(losses.argsort(descending=True)[:count].tolist())
     found = {
@@ -54,10 +54,10 @@ def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, c
 
 def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> None:
     proxy, batch = new_proxy(), random_batch(16)
-    network = proxy.training.network
+    network = proxy.state.network
     for update in range(6):
         before = copy.deepcopy(network)
-        chosen = proxy.choose(batch, update)
+        chosen = proxy.select(batch, update)
         parameters = list(before.parameters())
         loss = F.cross_entropy(before(chosen.images), chosen.labels, label_smoothing=0.2)
         gradients = torch.autograd.grad(loss, parameters)
@@ -68,12 +68,12 @@ def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> 
 
 def test_an_update_of_it_that_is_not_finite_is_left_out_where_the_models_are() -> None:
     config = ProxyConfig(model="lenet", keep=0.5, every_steps=1)
-    proxy = Proxy(training_of(lenet(), SGD, lr=0.1, on_nonfinite="skip"), config)
-    network, batch = proxy.training.network, random_batch(16)
+    proxy = HardSampleSelector(make_state(lenet(), SGD, lr=0.1, on_nonfinite="skip"), config)
+    network, batch = proxy.state.network, random_batch(16)
     before = copy.deepcopy(network.state_dict())
-    proxy.choose(batch._replace(images=batch.images.float() * float("inf")), update=0)
+    proxy.select(batch._replace(images=batch.images.float() * float("inf")), update=0)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    proxy.choose(batch, update=1)
+    proxy.select(batch, update=1)
     assert not all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
 
@@ -84,7 +84,7 @@ def test_its_whitening_bias_is_not_trained() -> None:
 
     proxy = build_proxy(TrainConfig(proxy=ProxyConfig(model="speedrun96_proxy")), build, CPU)
     assert proxy is not None
-    whitening = find_whitening(proxy.training.network)
+    whitening = find_whitening(proxy.state.network)
     assert whitening is not None
     assert not whitening.bias.requires_grad
     assert build_proxy(TrainConfig(), build, CPU) is None

@@ -17,7 +17,7 @@ from helpers.training import lenet, random_batch
 from pipelines.augment.mixup import mix_table
 from pipelines.loader.loader import Batch, MixedBatch
 from train.engine.losses import build_loss
-from train.engine.mixing import mixed_images, neighbours
+from train.engine.mixing import mix_images, swap_pairs
 
 SAMPLES, CLASSES = 16, 10
 SETTINGS = pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -49,7 +49,7 @@ def assert_same_loss(loss: torch.Tensor, model: nn.Module, expected: torch.Tenso
 def test_mixed_cross_entropy_is_timms_with_soft_targets(smoothing: float) -> None:
     batch, model, reference = mixed_batch(), lenet(), lenet()
     loss, _ = build_loss(TrainConfig(), mixes=True)(model, batch, smoothing)
-    logits = reference(mixed_images(batch.images, batch.mix))
+    logits = reference(mix_images(batch.images, batch.mix))
     assert_same_loss(loss, model, SoftTargetCrossEntropy()(logits, timms_targets(batch, smoothing)), reference)
 
 
@@ -58,7 +58,7 @@ def test_mixed_cross_entropy_is_timms_with_soft_targets(smoothing: float) -> Non
 def test_mixed_binary_cross_entropy_is_timms(smoothing: float, threshold: float | None) -> None:
     batch, model, reference = mixed_batch(), lenet(), lenet()
     loss, _ = build_loss(TrainConfig(loss="bce", bce_threshold=threshold), mixes=True)(model, batch, smoothing)
-    logits = reference(mixed_images(batch.images, batch.mix))
+    logits = reference(mix_images(batch.images, batch.mix))
     timms = BinaryCrossEntropy(target_threshold=threshold)
     assert_same_loss(loss, model, timms(logits, timms_targets(batch, smoothing)), reference)
 
@@ -80,7 +80,7 @@ def test_a_target_counts_only_above_the_threshold_and_not_at_it() -> None:
     model = lenet()
     loss, _ = build_loss(TrainConfig(loss="bce", bce_threshold=0.25), mixes=True)(model, batch, 0.0)
     targets = F.one_hot(torch.tensor([4, 3]), CLASSES).float()  # three quarters of the neighbour
-    expected = F.binary_cross_entropy_with_logits(model(mixed_images(images, batch.mix)), targets)
+    expected = F.binary_cross_entropy_with_logits(model(mix_images(images, batch.mix)), targets)
     torch.testing.assert_close(loss, expected)
 
 
@@ -131,7 +131,7 @@ def test_bf16_logits_are_widened_before_the_loss() -> None:
     batch, model = mixed_batch(), lenet()
     loss = build_loss(TrainConfig(loss="bce"), mixes=True)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(mixed_images(batch.images, batch.mix))
+        logits = model(mix_images(batch.images, batch.mix))
         found, _ = loss(model, batch, 0.0)
     assert logits.dtype == torch.bfloat16
     expected = BinaryCrossEntropy()(logits.float(), timms_targets(batch, 0.0))
@@ -139,5 +139,5 @@ def test_bf16_logits_are_widened_before_the_loss() -> None:
 
 
 def test_neighbours_are_the_other_of_each_pair() -> None:
-    assert neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert swap_pairs(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
     assert isinstance(mixed_batch(), Batch)

@@ -11,7 +11,7 @@ import torch
 
 from tools.benchmarks.engine import process_memory as benchmark_memory
 from tools.runs.records import summarize_metrics
-from train.engine.meter import GIB, memory
+from train.engine.meter import GIB, memory_usage
 
 
 @pytest.fixture
@@ -25,15 +25,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def test_memory_of_a_gpu_is_the_peak_of_torch_s_tensors_and_what_the_device_has_in_use(gpu: torch.device) -> None:
-    assert memory(gpu) == {"memory_gib": 3.0, "device_memory_gib": 6.0}
+    assert memory_usage(gpu) == {"memory_gib": 3.0, "device_memory_gib": 6.0}
 
 
 def test_benchmarks_report_the_same_memory_by_the_same_names(gpu: torch.device) -> None:
-    assert benchmark_memory.facts(gpu) == memory(gpu) | {"reserved_gib": 4.0, "gpu_memory_gib": 80.0}
+    assert benchmark_memory.facts(gpu) == memory_usage(gpu) | {"reserved_gib": 4.0, "gpu_memory_gib": 80.0}
 
 
 def test_memory_of_the_cpu_is_the_resident_set_alone() -> None:
-    (name,) = found = memory(torch.device("cpu"))
+    (name,) = found = memory_usage(torch.device("cpu"))
     assert name == "memory_gib"
     assert 0.05 < found[name] < 64
     assert set(benchmark_memory.facts(torch.device("cpu"))) == {"memory_gib"}
@@ -44,9 +44,9 @@ def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_o
 ) -> None:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**27))  # KiB, as after exec
-    assert memory(torch.device("cpu"))["memory_gib"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+    assert memory_usage(torch.device("cpu"))["memory_gib"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\n")  # a system that does not tell
-    assert memory(torch.device("cpu"))["memory_gib"] == 128
+    assert memory_usage(torch.device("cpu"))["memory_gib"] == 128
 
 
 def test_the_result_of_a_run_is_the_largest_memory_of_its_epochs() -> None:

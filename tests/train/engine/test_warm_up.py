@@ -17,7 +17,7 @@ from torch import nn
 
 from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, StageConfig, TrainConfig
 from configs.utils.errors import UserError
-from helpers.training import CPU, SmallNet, alone, random_batch, small_net, training_of
+from helpers.training import CPU, SmallNet, alone, make_state, random_batch, small_net
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mix_table
 from pipelines.loader.loader import Batch, Loader, MixedBatch
@@ -27,8 +27,8 @@ from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
 from train.engine import epoch as loop
 from train.engine import warm_up
-from train.engine.epoch import Training, build_training, evaluate, follow_weights, train_epoch, train_step
-from train.engine.mixing import unmixed
+from train.engine.epoch import TrainState, build_state, evaluate, train_epoch, train_step, update_averages
+from train.engine.mixing import identity_mix
 from train.optim.ema import build_ema
 from train.optim.factory import build_optimizer, set_learning_rate
 from train.optim.schedule import Timeline
@@ -55,11 +55,11 @@ class FakeGraph:
     capturing: FakeGraph | None = None
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Training, Batch, bool]] = []
+        self.calls: list[tuple[TrainState, Batch, bool]] = []
 
     def replay(self) -> None:
         for training, batch, update in self.calls:
-            train_step(training, batch, update=update)
+            train_step(training, batch, optimizer_step=update)
 
 
 @pytest.fixture
@@ -71,24 +71,24 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
         FakeGraph.capturing = None
 
     @contextmanager
-    def stream(_: Training) -> Iterator[object]:
+    def stream(_: TrainState) -> Iterator[object]:
         yield object()
 
-    def step(training: Training, batch: Batch, *, update: bool = True) -> None:
+    def step(training: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
         if FakeGraph.capturing is None:
-            train_step(training, batch, update=update)
+            train_step(training, batch, optimizer_step=optimizer_step)
         else:
-            FakeGraph.capturing.calls.append((training, batch, update))
+            FakeGraph.capturing.calls.append((training, batch, optimizer_step))
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(warm_up, "side_stream", stream)
     monkeypatch.setattr(warm_up, "train_step", step)
-    monkeypatch.setattr(loop, "captures_graphs", lambda config, *_: config.cuda_graph != "off")
+    monkeypatch.setattr(loop, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
 
 
-def state_of(training: Training) -> dict[str, Any]:
+def state_of(training: TrainState) -> dict[str, Any]:
     return {
         "network": training.network.state_dict(),
         "optimizer": [dict(state) for state in training.optimizer.state.values()],
@@ -102,7 +102,7 @@ def assert_equal_trees(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def plain_steps(training: Training, count: int, first: int = 0) -> None:
+def plain_steps(training: TrainState, count: int, first: int = 0) -> None:
     """As train_epoch does, with dropout seeded for each batch."""
     accumulation = training.config.accumulation_steps
     for step in range(first, first + count):
@@ -110,7 +110,7 @@ def plain_steps(training: Training, count: int, first: int = 0) -> None:
         batch = random_batch(8, seed=step)
         if training.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
-        training.step(training, batch, update=(step + 1) % accumulation == 0)
+        training.step(training, batch, optimizer_step=(step + 1) % accumulation == 0)
 
 
 KINDS: dict[str, Settings] = {
@@ -135,11 +135,11 @@ KINDS: dict[str, Settings] = {
 @pytest.mark.parametrize("steps", [0, 6], ids=["a new run", "a resumed run"])
 @pytest.mark.parametrize("settings", [*KINDS.values(), {"amp": "fp16"}], ids=[*KINDS, "fp16"])
 def test_warm_up_changes_neither_state_nor_what_the_next_steps_make_of_it(settings: Settings, steps: int) -> None:
-    warm, cold = training_of(small_net(), **settings), training_of(small_net(), **settings)
+    warm, cold = make_state(small_net(), **settings), make_state(small_net(), **settings)
     for training in (warm, cold):
         plain_steps(training, steps)
     before = copy.deepcopy(state_of(warm))
-    warm_up.prepare(warm, warm_up.blank_batch(8, 32, CPU))
+    warm_up.warm_up_training(warm, warm_up.blank_batch(8, 32, CPU))
     after = state_of(warm)
     made = after.pop("optimizer")[len(before["optimizer"]) :]
     assert all(not value.any() for state in made for value in state.values() if value is not None)
@@ -151,7 +151,7 @@ def test_warm_up_changes_neither_state_nor_what_the_next_steps_make_of_it(settin
 
 @on_the_cpu
 def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> None:
-    training = training_of(small_net())
+    training = make_state(small_net())
     calls: list[int] = []
     training.network.register_forward_hook(lambda *_: calls.append(1))
     loader = build_train_loader(DataConfig(path=str(npy_data)), seed=3, device=CPU)
@@ -162,8 +162,8 @@ def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> No
 
 @on_the_cpu
 def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_shapes(npy_data: Path) -> None:
-    training = training_of(small_net())
-    training.prepares = True  # as with train.compile, but without the minute that it takes
+    training = make_state(small_net())
+    training.needs_warmup = True  # as with train.compile, but without the minute that it takes
     shapes: set[tuple[bool, tuple[int, ...]]] = set()
     training.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
     section = DataConfig(path=str(npy_data), batch_size=BATCH)
@@ -184,7 +184,7 @@ def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: 
     counters = torch._dynamo.utils.counters
     counters.clear()
     for classes in range(10, 20):
-        train_step(training_of(small_net(classes), compile="default"), random_batch(2))
+        train_step(make_state(small_net(classes), compile="default"), random_batch(2))
     assert counters["stats"]["unique_graphs"] == 10
 
 
@@ -194,8 +194,8 @@ def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: 
 @pytest.mark.usefixtures("_fake_graphs")
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings: Settings) -> None:
-    captured, plain = (training_of(small_net(), lr=LR, cuda_graph=graph, **settings) for graph in ("on", "off"))
-    warm_up.prepare(captured, warm_up.blank_batch(8, 32, CPU))
+    captured, plain = (make_state(small_net(), lr=LR, cuda_graph=graph, **settings) for graph in ("on", "off"))
+    warm_up.warm_up_training(captured, warm_up.blank_batch(8, 32, CPU))
     assert isinstance(captured.step, warm_up.CapturedStep)
     for first, lr in ((0, LR), (6, LR / 4)):
         for training in (captured, plain):
@@ -206,8 +206,8 @@ def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings
 
 @pytest.mark.usefixtures("_fake_graphs")
 def test_between_updates_gradients_stay_where_captured_graphs_add_to_them() -> None:
-    training = training_of(small_net(), accumulation_steps=2, cuda_graph="on")
-    warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+    training = make_state(small_net(), accumulation_steps=2, cuda_graph="on")
+    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
 
     def addresses() -> list[int]:
         return [p.grad.data_ptr() for p in training.network.parameters() if p.grad is not None]
@@ -217,7 +217,7 @@ def test_between_updates_gradients_stay_where_captured_graphs_add_to_them() -> N
     assert addresses() == before != []
 
 
-def staged_steps(training: Training, count: int, shapes: list[tuple[int, int]]) -> None:
+def staged_steps(training: TrainState, count: int, shapes: list[tuple[int, int]]) -> None:
     """Updates on noise of (samples, image size), one shape after the other."""
     accumulation = training.config.accumulation_steps
     for step in range(count):
@@ -226,7 +226,7 @@ def staged_steps(training: Training, count: int, shapes: list[tuple[int, int]]) 
         batch = resized(random_batch(samples, seed=step), size)
         if training.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
-        training.step(training, batch, update=(step + 1) % accumulation == 0)
+        training.step(training, batch, optimizer_step=(step + 1) % accumulation == 0)
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -247,13 +247,13 @@ SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the last one anew
 @pytest.mark.usefixtures("_fake_graphs")
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: Settings) -> None:
-    def new(graph: str) -> Training:
+    def new(graph: str) -> TrainState:
         torch.manual_seed(0)
-        return training_of(PoolingNet(12), lr=LR, cuda_graph=graph, **settings)
+        return make_state(PoolingNet(12), lr=LR, cuda_graph=graph, **settings)
 
     captured, plain = new("on"), new("off")
     before = copy.deepcopy(captured.network.state_dict())
-    warm_up.prepare(captured, *(warm_up.blank_batch(*shape, CPU) for shape in dict.fromkeys(SHAPES)))
+    warm_up.warm_up_training(captured, *(warm_up.blank_batch(*shape, CPU) for shape in dict.fromkeys(SHAPES)))
     assert_equal_trees(captured.network.state_dict(), before)
     for training in (captured, plain):
         staged_steps(training, 24, SHAPES)
@@ -264,8 +264,8 @@ def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: 
 
 @pytest.mark.usefixtures("_fake_graphs")
 def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
-    training = training_of(small_net(), cuda_graph="on")
-    warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+    training = make_state(small_net(), cuda_graph="on")
+    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) cannot take part in a step captured for \(8, 3, 32, 32\)"):
         training.step(training, random_batch(1))
 
@@ -277,9 +277,9 @@ def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
 def test_checkpoints_move_between_runs_with_and_without_graphs(
     then: str, now: str, settings: Settings, tmp_path: Path
 ) -> None:
-    def new(graph: str) -> Training:
-        training = training_of(small_net(), lr=LR, cuda_graph=graph, **settings)
-        warm_up.prepare(training, warm_up.blank_batch(8, 32, CPU))
+    def new(graph: str) -> TrainState:
+        training = make_state(small_net(), lr=LR, cuda_graph=graph, **settings)
+        warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
         return training
 
     saved = new(then)
@@ -291,7 +291,7 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
     going_on = new(now)
     store.restore(going_on, content, tmp_path / "last.pt")
     assert going_on.step is train_step  # what was captured knew other tensors
-    warm_up.prepare(going_on, warm_up.blank_batch(8, 32, CPU))
+    warm_up.warm_up_training(going_on, warm_up.blank_batch(8, 32, CPU))
     for training in (saved, going_on):
         plain_steps(training, 3, first=3)
     assert_equal_trees(state_of(saved), state_of(going_on))
@@ -300,8 +300,8 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
 @on_the_cpu
 def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> None:
     with pytest.raises(UserError, match=r"^train\.cuda_graph=on is not possible, since the device is a cpu; use auto"):
-        training_of(small_net(), cuda_graph="on")
-    assert not training_of(small_net(), cuda_graph="auto").captures
+        make_state(small_net(), cuda_graph="on")
+    assert not make_state(small_net(), cuda_graph="auto").uses_cuda_graph
 
 
 @on_the_cpu
@@ -319,20 +319,20 @@ def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
     settings: Settings, amp: torch.dtype | None, reason: str
 ) -> None:
     gpu = torch.device("cuda", 0)
-    assert loop.captures_graphs(TrainConfig(), gpu, torch.bfloat16)
-    assert not loop.captures_graphs(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
-    assert not loop.captures_graphs(TrainConfig(**settings), gpu, amp)
+    assert loop.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
+    assert not loop.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
+    assert not loop.uses_cuda_graph(TrainConfig(**settings), gpu, amp)
     with pytest.raises(UserError, match=reason):
-        loop.captures_graphs(TrainConfig(cuda_graph="on", **settings), gpu, amp)
+        loop.uses_cuda_graph(TrainConfig(cuda_graph="on", **settings), gpu, amp)
 
 
 @on_the_cpu
 def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     gpu = torch.device("cuda", 0)
-    assert not loop.captures_graphs(TrainConfig(), gpu, None)
+    assert not loop.uses_cuda_graph(TrainConfig(), gpu, None)
     with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
-        loop.captures_graphs(TrainConfig(cuda_graph="on"), gpu, None)
+        loop.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
 
 
 # On a GPU. Deterministic kernels, and SGD, which does not blow rounding errors up as Adam's division by a small root of
@@ -361,11 +361,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         yield device
 
 
-def on_gpu(device: torch.device, network: nn.Module | None = None, *, mixes: bool = False, **settings: Any) -> Training:
+def on_gpu(
+    device: torch.device, network: nn.Module | None = None, *, mixes: bool = False, **settings: Any
+) -> TrainState:
     network = (network or small_net()).to(device).to(memory_format=torch.channels_last)
     config = TrainConfig.model_validate({"compile": "off", "lr": LR, "epochs": 2, "optimizer": SGD, **settings})
     built = build_optimizer(network, config.optimizer, config.lr)
-    return build_training(network, built, config, device, mixes=mixes)
+    return build_state(network, built, config, device, mixes=mixes)
 
 
 def gpu_loaders(
@@ -382,10 +384,10 @@ def gpu_loaders(
 
 
 def train_epochs(
-    training: Training, loader: TrainLoader, seed: int = 0, after_update: Callable[[int, float], None] = lambda *_: None
+    training: TrainState, loader: TrainLoader, seed: int = 0, after_step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
     while loader.state["epoch"] < 2:
-        train_epoch(training, loader, seed=seed, rank=0, after_update=after_update)
+        train_epoch(training, loader, seed=seed, rank=0, after_step=after_step)
     return {**training.network.state_dict(), "sums": training.sums}
 
 
@@ -428,7 +430,7 @@ def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
 @pytest.mark.gpu_values
 def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.device) -> None:
     training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
-    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
     batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
     training.step(training, batch)
     before = copy.deepcopy(training.network.state_dict())
@@ -438,7 +440,7 @@ def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.devi
     before["norm.num_batches_tracked"] += 1  # counts what was seen
     assert_equal_trees(training.network.state_dict(), before)
     assert training.guard is not None
-    assert float(training.guard.left_out) == 1
+    assert float(training.guard.skipped) == 1
     training.step(training, batch)
     assert not torch.equal(weight, before["head.weight"])
     assert training.network.state_dict()["norm.running_mean"].isfinite().all()
@@ -486,7 +488,7 @@ def test_dropout_masks_of_a_replay_are_those_of_plain_kernels_with_the_same_seed
 
     training = on_gpu(gpu, Masked())
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
-    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
     masks = []
     for step in (training.step, train_step, training.step):
         for seed in (1, 2):
@@ -507,12 +509,12 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
         loader, val_loader = gpu_loaders(npy_data, gpu)
         warm_up.warm_up(training, loader, val_loader)
 
-        def after_update(*_: Any) -> None:
+        def after_step(*_: Any) -> None:
             if evaluates:
                 evaluate(training, val_loader, 107)
                 training.forward.train()  # as train_epoch does at its start
 
-        return train_epochs(training, loader, after_update=after_update)
+        return train_epochs(training, loader, after_step=after_step)
 
     torch.testing.assert_close(weights(True), weights(False), **CLOSE)
 
@@ -527,7 +529,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
     class Interrupted(Exception):
         pass
 
-    def new(graph: str) -> tuple[Training, TrainLoader]:
+    def new(graph: str) -> tuple[TrainState, TrainLoader]:
         return on_gpu(gpu, cuda_graph=graph, optimizer=optimizer), gpu_loaders(npy_data, gpu)[0]
 
     training, loader = new("on")
@@ -543,7 +545,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_epochs(training, loader, after_update=save_and_break)
+        train_epochs(training, loader, after_step=save_and_break)
     content = store.load(tmp_path / "last.pt")
     training, loader = new(now)
     store.restore(training, content, tmp_path / "last.pt")
@@ -564,16 +566,16 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
     training = on_gpu(gpu, **settings)
     training.ema = build_ema(training.network, training.config.ema)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
-    batch = unmixed(batch) if mixes else batch
-    warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+    batch = identity_mix(batch) if mixes else batch
+    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(4):
             set_learning_rate(training.optimizer, 0.1 / (step + 1))
             torch.cuda.default_generators[gpu.index].manual_seed(step)
-            training.step(training, batch, update=step % 2 == 1)
+            training.step(training, batch, optimizer_step=step % 2 == 1)
             if step % 2 == 1:
-                follow_weights(training, step // 2, Timeline.even(2, 50))
+                update_averages(training, step // 2, Timeline.even(2, 50))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -589,4 +591,4 @@ def test_a_model_that_reads_its_results_on_the_host_is_refused_with_the_way_out(
 
     training = on_gpu(gpu, Reading(10))
     with pytest.raises(UserError, match=r"cannot be captured as a CUDA graph .*; set train\.cuda_graph=off"):
-        warm_up.prepare(training, warm_up.blank_batch(8, 32, gpu))
+        warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))

@@ -12,7 +12,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from configs.schema import AugConfig, DataConfig
-from helpers.training import CPU, alone, gradients_at_each_step, lenet, random_batch, training_of
+from helpers.training import CPU, alone, lenet, make_state, random_batch, record_gradients
 from pipelines import build_train_loader
 from train.engine.epoch import train_epoch, train_step
 
@@ -25,8 +25,8 @@ def _process_group() -> Iterator[None]:
 
 def gradients(**settings: Any) -> dict[str, Tensor]:
     """Of the first step, as the optimizer finds them."""
-    training = training_of(lenet(), **settings)
-    seen = gradients_at_each_step(training)
+    training = make_state(lenet(), **settings)
+    seen = record_gradients(training)
     train_step(training, random_batch(16))
     names = [name for name, _ in training.network.named_parameters()]
     return dict(zip(names, seen[0], strict=True))
@@ -74,7 +74,7 @@ def test_float16_is_clipped_without_its_scale(settings: dict[str, float]) -> Non
     sgd = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     results = []
     for power in (4, 9):
-        training = training_of(lenet(), amp="fp16", optimizer=sgd, lr=1.0, **settings)
+        training = make_state(lenet(), amp="fp16", optimizer=sgd, lr=1.0, **settings)
         training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**power})
         train_step(training, random_batch(16))
         results.append(training.network.state_dict())
@@ -95,12 +95,12 @@ def test_four_passes_of_64_samples_are_one_of_256(
     weights = []
     for batch_size, passes in ((256, 1), (64, 4)):
         settings: dict[str, Any] = {"epochs": 2, "lr": lr, "accumulation_steps": passes, **clipping}
-        training = training_of(lenet_of_12(), {"name": optimizer}, **settings)
+        training = make_state(lenet_of_12(), {"name": optimizer}, **settings)
         section = DataConfig(path=str(npy_data), batch_size=batch_size)
         aug = AugConfig(crop="pad", flip=0.5)
         loader = build_train_loader(section, aug, seed=3, device=CPU, accumulation_steps=passes)
         for _ in range(2):
-            train_epoch(training, loader, seed=0, rank=0, after_update=lambda *_: None)
+            train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
         assert loader.state == {"epoch": 2, "step": 0}
         assert len(loader) == 2 * passes  # four updates in all
         weights.append(training.network.state_dict())

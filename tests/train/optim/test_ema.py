@@ -13,16 +13,16 @@ from torch import Tensor
 
 from configs.schema import DataConfig, EmaConfig, EvalConfig
 from configs.utils.errors import UserError
-from helpers.training import CPU, DIGITS, alone, on_ranks, random_batch, run_here, small_net, strict_lines, training_of
+from helpers.training import CPU, DIGITS, alone, make_state, on_ranks, random_batch, run_here, small_net, strict_lines
 from pipelines import build_eval_loader, build_train_loader
 from tools.inference.trained_model import load_trained_model
 from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training, evaluate, train_epoch, train_step
-from train.engine.warm_up import blank_batch, prepare
-from train.engine.whitening import start_anew
-from train.optim.ema import Ema, average_counts, build_ema, counted_weights
+from train.engine.epoch import TrainState, evaluate, train_epoch, train_step
+from train.engine.warm_up import blank_batch, warm_up_training
+from train.engine.whitening import restart_in_place
+from train.optim.ema import Ema, build_ema, eval_weights, uses_ema
 from train.reporting.run_log import best
 
 VAL_SAMPLES = 107
@@ -42,8 +42,8 @@ def copy_of(state: State) -> State:
     return {name: value.clone() for name, value in state.items()}
 
 
-def training_with(seed: int = 0, **ema: Any) -> tuple[Training, Ema]:
-    training = training_of(small_net(seed=seed), lr=0.01, ema=EmaConfig(**ema), epochs=2)
+def training_with(seed: int = 0, **ema: Any) -> tuple[TrainState, Ema]:
+    training = make_state(small_net(seed=seed), lr=0.01, ema=EmaConfig(**ema), epochs=2)
     training.ema = build_ema(training.network, training.config.ema)
     assert training.ema is not None
     return training, training.ema
@@ -68,7 +68,7 @@ def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], share
     average = {name: value.double() for name, value in training.network.state_dict().items()}
     for number, share in enumerate(shares):
         train_step(training, random_batch(8, seed=number))
-        ema.follow(number + 1)
+        ema.update(number + 1)
         for name, value in training.network.state_dict().items():
             if share is not None:
                 counts = not value.is_floating_point()  # batch norm's number of batches, which is copied
@@ -83,13 +83,13 @@ def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], share
 def test_an_epoch_counts_from_the_first_update_of_the_run_on(npy_data: Path) -> None:
     averages = []
     for first in (0, 1):
-        training = training_of(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
+        training = make_state(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
         training.ema = build_ema(training.network, training.config.ema)
         loader = build_train_loader(DataConfig(path=str(npy_data), batch_size=350), seed=3, device=CPU)
         loader.state = {"epoch": first, "step": 0}
         seen: list[State] = []
         train_epoch(training, loader, seed=0, rank=0,
-                    after_update=lambda *_, t=training, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip
+                    after_step=lambda *_, t=training, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip
         assert training.ema is not None
         averages.append((training.ema.state(), seen))
     for average, (begun, then) in averages:
@@ -102,12 +102,12 @@ def test_the_network_holds_the_average_inside_and_its_own_weights_again_outside(
     training, ema = training_with(decay=0.5)
     for number in range(3):
         train_step(training, random_batch(8, seed=number))
-        ema.follow(number + 1)
+        ema.update(number + 1)
     own, average = copy_of(training.network.state_dict()), copy_of(ema.state())
     addresses = [value.data_ptr() for value in training.network.state_dict().values()]
 
     def fail_inside() -> None:
-        with ema.in_place():
+        with ema.swapped_in():
             assert all(torch.equal(value, average[name]) for name, value in training.network.state_dict().items())
             raise ZeroDivisionError
 
@@ -122,20 +122,20 @@ def test_the_network_holds_the_average_inside_and_its_own_weights_again_outside(
 def test_a_warm_up_leaves_the_average_alone_and_a_new_start_begins_it_anew() -> None:
     training, ema = training_with(decay=0.5)
     begun = copy_of(ema.state())
-    prepare(training, blank_batch(8, 32, CPU))
+    warm_up_training(training, blank_batch(8, 32, CPU))
     assert all(torch.equal(value, begun[name]) for name, value in ema.state().items())
     fresh, _ = training_with(seed=5, decay=0.5)
-    start_anew(training, fresh)
+    restart_in_place(training, fresh)
     assert all(torch.equal(value, ema.state()[name]) for name, value in fresh.network.state_dict().items())
 
 
 @in_a_group
 def test_which_weights_count_is_said_by_the_setting_and_by_whether_there_is_an_average() -> None:
-    with_one, without = training_with(decay=0.5)[0], training_of(small_net())
-    assert [average_counts(with_one, weights) for weights in ("auto", "ema", "raw")] == [True, True, False]
-    assert [average_counts(without, weights) for weights in ("auto", "raw")] == [False, False]
+    with_one, without = training_with(decay=0.5)[0], make_state(small_net())
+    assert [uses_ema(with_one, weights) for weights in ("auto", "ema", "raw")] == [True, True, False]
+    assert [uses_ema(without, weights) for weights in ("auto", "raw")] == [False, False]
     with pytest.raises(UserError, match=r"eval\.weights=ema, but no average is kept; set train\.ema\.decay"):
-        average_counts(without, "ema")
+        uses_ema(without, "ema")
 
 
 def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
@@ -143,12 +143,12 @@ def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
     training, ema = training_with(decay=0.5)
     for number in range(2):
         training.network(random_batch(8, seed=number).images // (1 + ranks.rank))
-        ema.follow(number + 1)
+        ema.update(number + 1)
     section, evaluation = DataConfig(path=str(data)), EvalConfig(batch_size=16)
     loader = build_eval_loader(section, evaluation, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
     losses = []
     for weights in ("raw", "ema"):
-        with counted_weights(training, weights):
+        with eval_weights(training, weights):
             losses.append(evaluate(training, loader, VAL_SAMPLES).loss)
     return losses[0], losses[1]
 

@@ -14,12 +14,12 @@ from torch import nn
 from configs.load import load_config, parse_config, to_yaml
 from configs.schema import Config, OptimizerConfig
 from configs.utils.errors import UserError
-from helpers.training import CPU, DIGITS, alone, random_batch, small_net, training_of
+from helpers.training import CPU, DIGITS, alone, make_state, random_batch, small_net
 from models import build_model
 from train.checkpoint import store
 from train.engine import warm_up
-from train.engine.epoch import Training, train_step
-from train.optim.factory import build_optimizer, set_learning_rate, with_used_settings
+from train.engine.epoch import TrainState, train_step
+from train.optim.factory import build_optimizer, set_learning_rate, with_timm_defaults
 
 SCALED: dict[str, Any] = {
     "weight_decay": 0.3, "norm_bias_lr": 64.0, "bias_lr": 4.0, "linear_lr": 0.5, "decay_biases": True
@@ -192,19 +192,19 @@ def test_a_config_with_the_used_settings_says_what_the_optimizer_has_and_builds_
         return group, {key: value for key, value in vars(optimizer).items() if isinstance(value, bool | int | float)}
 
     asked = load_config(DIGITS, [f"train.optimizer.name={name}"])
-    used = with_used_settings(asked)
+    used = with_timm_defaults(asked)
     group, attributes = built(asked)
     for key in ("betas", "eps", "nesterov"):
         assert getattr(used.train.optimizer, key) == group.get(key, getattr(asked.train.optimizer, key))
     again = parse_config(to_yaml(used), "config.yaml")
     assert again == used
-    assert with_used_settings(again) == used
+    assert with_timm_defaults(again) == used
     assert built(again) == (group, attributes)
 
 
 def test_the_used_settings_of_lion_and_lamb_are_theirs_unless_the_config_says_otherwise() -> None:
     def used(*settings: str) -> tuple[Any, Any]:
-        optimizer = with_used_settings(load_config(DIGITS, settings)).train.optimizer
+        optimizer = with_timm_defaults(load_config(DIGITS, settings)).train.optimizer
         return optimizer.betas, optimizer.eps
 
     assert used("train.optimizer.name=lion") == ((0.9, 0.99), None)
@@ -219,10 +219,10 @@ def test_the_used_settings_of_lion_and_lamb_are_theirs_unless_the_config_says_ot
 def test_timms_optimizers_step_to_finite_weights_and_go_on_from_a_checkpoint_and_through_a_warm_up(
     name: str, tmp_path: Path
 ) -> None:
-    def new(seed: int) -> Training:
-        return training_of(small_net(10, seed), {"name": f"timm/{name}", "layer_decay": 0.9}, lr=1e-3)
+    def new(seed: int) -> TrainState:
+        return make_state(small_net(10, seed), {"name": f"timm/{name}", "layer_decay": 0.9}, lr=1e-3)
 
-    def steps(training: Training, numbers: range) -> dict[str, torch.Tensor]:
+    def steps(training: TrainState, numbers: range) -> dict[str, torch.Tensor]:
         for number in numbers:
             torch.manual_seed(number)
             train_step(training, random_batch(8, seed=number))
@@ -235,8 +235,8 @@ def test_timms_optimizers_step_to_finite_weights_and_go_on_from_a_checkpoint_and
         assert not torch.equal(after["head.weight"], begun["head.weight"])
         store.save(tmp_path / "last.pt", training, training.sums)
         other = new(1)
-        warm_up.prepare(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
+        warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
         store.restore(other, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
-        warm_up.prepare(other, warm_up.blank_batch(8, 32, CPU))
+        warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))
         expected, found = (steps(one, range(3, 6)) for one in (training, other))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.utils.errors import UserError
-from helpers.training import CPU, alone, on_ranks, random_batch, training_of
+from helpers.training import CPU, alone, make_state, on_ranks, random_batch
 from models import build_model
 from train.distributed.process_group import Ranks
 from train.engine import epoch as loop
 from train.engine import warm_up
-from train.engine.epoch import train_step, train_whitening_bias
+from train.engine.epoch import set_whitening_bias_grad, train_step
 from train.optim.freeze import freeze, set_training_mode
 
 
@@ -110,7 +110,7 @@ def test_norms_without_parameters_and_those_of_the_speedrun_networks_go_on_learn
 def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
     model = resnet()
     freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
-    training = training_of(model, {"name": optimizer}, clip_grad_norm=1.0)
+    training = make_state(model, {"name": optimizer}, clip_grad_norm=1.0)
     before = copy_of(model)
     set_training_mode(training.forward)
     for seed in range(2):
@@ -125,9 +125,9 @@ def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
 def test_warm_up_leaves_frozen_norms_in_evaluation() -> None:
     model = resnet()
     freeze(model, ["layer1.*"])
-    training = training_of(model)
+    training = make_state(model)
     before = copy_of(model)
-    warm_up.prepare(training, random_batch(4))
+    warm_up.warm_up_training(training, random_batch(4))
     assert changed(model, before) == set()
     assert not model.network.layer1[0].bn1.training
     assert model.network.layer2[0].bn1.training
@@ -138,8 +138,8 @@ def test_a_frozen_whitening_bias_stays_frozen_in_the_epochs_that_train_it() -> N
     for patterns, trained in ((["whitening.bias"], False), ((), True)):
         model = build_model("speedrun96_proxy", 10, mean=[0.5] * 3, std=[0.25] * 3)
         freeze(model, patterns)
-        training = training_of(model, whiten_bias_epochs=1)
-        train_whitening_bias(training, 0)
+        training = make_state(model, whiten_bias_epochs=1)
+        set_whitening_bias_grad(training, 0)
         assert model.network.whitening.bias.requires_grad is trained
 
 
@@ -155,7 +155,7 @@ def _steps(ranks: Ranks) -> tuple[set[str], dict[str, Tensor]]:
     model = resnet()
     freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
     before = copy_of(model)
-    training = training_of(model)
+    training = make_state(model)
     set_training_mode(training.forward)
     for seed in range(2):
         train_step(training, random_batch(4, 10 * seed + ranks.rank))
@@ -175,7 +175,7 @@ def test_frozen_parameters_and_norms_stand_still_on_two_ranks() -> None:
 def test_an_epoch_leaves_frozen_norms_in_evaluation_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resnet()
     freeze(model, ["layer1.*"])
-    training = training_of(model)
+    training = make_state(model)
 
     class Empty:
         state: Any = {"epoch": 0, "step": 0}  # noqa: RUF012
@@ -192,7 +192,7 @@ def test_an_epoch_leaves_frozen_norms_in_evaluation_after_an_evaluation(monkeypa
             yield random_batch(4)
 
     model.eval()
-    loop.train_epoch(training, Empty(), seed=0, rank=0, after_update=lambda *_: None)  # type: ignore[arg-type]
+    loop.train_epoch(training, Empty(), seed=0, rank=0, after_step=lambda *_: None)  # type: ignore[arg-type]
     assert not model.network.layer1[0].bn1.training
     assert model.network.layer1.training
     assert training.device == CPU

@@ -10,11 +10,11 @@ import torch
 
 from configs.schema import OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError
-from helpers.training import alone, random_batch, small_net, training_of
+from helpers.training import alone, make_state, random_batch, small_net
 from pipelines.loader.loader import Batch
 from train.engine import epoch
-from train.engine.epoch import Training, train_step
-from train.optim.largest import largest
+from train.engine.epoch import TrainState, train_step
+from train.optim.largest import max_abs
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd"}, {"name": "adamw"}, {"name": "adam"}, {"name": "rmsprop"}, {"name": "muon"}, {"name": "lamb"},
@@ -28,11 +28,11 @@ def _process_group() -> Iterator[None]:
         yield
 
 
-def guarded(optimizer: dict[str, Any] | None = None, **settings: Any) -> Training:
-    return training_of(small_net(), optimizer, on_nonfinite="skip", **settings)
+def guarded(optimizer: dict[str, Any] | None = None, **settings: Any) -> TrainState:
+    return make_state(small_net(), optimizer, on_nonfinite="skip", **settings)
 
 
-def bad_step(training: Training, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
+def bad_step(training: TrainState, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
     """A step whose first layer gives `value` in one place, so that the loss and batch norm's statistics follow it."""
 
     def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -41,11 +41,11 @@ def bad_step(training: Training, batch: Batch, value: float = float("nan"), *, u
         return output
 
     handle = training.network.stem.register_forward_hook(spoil)  # type: ignore[operator,union-attr]
-    train_step(training, batch, update=update)
+    train_step(training, batch, optimizer_step=update)
     handle.remove()
 
 
-def state_of(training: Training) -> dict[str, torch.Tensor]:
+def state_of(training: TrainState) -> dict[str, torch.Tensor]:
     counts = {"num_batches_tracked"}  # counts the batches that were seen
     state = training.network.state_dict()
     return {name: value.clone() for name, value in state.items() if name.split(".")[-1] not in counts}
@@ -69,12 +69,12 @@ def test_a_bad_update_leaves_no_trace(optimizer: dict[str, Any], settings: dict[
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert torch.equal(training.sums, other.sums)
     assert training.guard is not None
-    assert float(training.guard.left_out) == 1
+    assert float(training.guard.skipped) == 1
 
 
 @BY_NAME
 def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any]) -> None:
-    ours, plain = guarded(optimizer), training_of(small_net(), optimizer)
+    ours, plain = guarded(optimizer), make_state(small_net(), optimizer)
     for seed in range(3):
         for training in (ours, plain):
             torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any
 
 
 def test_without_a_guard_the_same_batch_spoils_weights_and_statistics() -> None:
-    training = training_of(small_net())
+    training = make_state(small_net())
     bad_step(training, random_batch(8, classes=12))
     assert not training.network.state_dict()["norm.running_mean"].isfinite().all()
     assert not training.network.state_dict()["head.weight"].isfinite().all()
@@ -107,17 +107,17 @@ def test_fp16_leaves_out_what_its_scaler_does() -> None:
     train_step(training, random_batch(8, classes=12))
     assert torch.equal(state_of(training)["head.weight"], before["head.weight"])
     assert training.guard is not None
-    assert float(training.guard.left_out) == 1
+    assert float(training.guard.skipped) == 1
 
 
 def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
     gpu = torch.device("cuda")
     for name, captures in (("adamw", True), ("sgd", True), ("muon", False), ("rmsprop", False)):
         config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))
-        assert epoch.captures_graphs(config, gpu, torch.bfloat16) == captures
+        assert epoch.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
         if not captures:
             with pytest.raises(UserError, match=f"looks at the gradients of {name} on the host"):
-                epoch.captures_graphs(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
+                epoch.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
      ([[1.0, -float("inf")]], float("inf"))],
 )  # fmt: skip
 def test_the_largest_of_all_elements_is_found(tensors: list[list[float]], expected: float) -> None:
-    assert float(largest([torch.tensor(values) for values in tensors])) == expected
+    assert float(max_abs([torch.tensor(values) for values in tensors])) == expected
 
 
 def test_the_largest_is_nan_where_one_element_is() -> None:
-    assert largest([torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])]).isnan()
+    assert max_abs([torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])]).isnan()

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from configs.schema.train import ProxyConfig
-from helpers.training import alone, on_ranks, random_batch, small_net, training_of
+from helpers.training import alone, make_state, on_ranks, random_batch, small_net
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training, train_step
-from train.engine.hard_samples import Proxy
-from train.optim.health import Health, NotFinite
+from train.engine.epoch import TrainState, train_step
+from train.engine.hard_samples import HardSampleSelector
+from train.optim.health import FiniteCheck, NonFiniteError
 
 STATE = "the weights or the optimizer's state are"
 
 
-def stepped() -> Training:
-    training = training_of(small_net())
+def stepped() -> TrainState:
+    training = make_state(small_net())
     train_step(training, random_batch(8, classes=12))
     return training
 
@@ -24,7 +24,7 @@ def stepped() -> Training:
 def test_sound_sums_are_given_as_they_are() -> None:
     with alone():
         training = stepped()
-        assert torch.equal(Health(training).sums(1), training.sums)
+        assert torch.equal(FiniteCheck(training).sums(1), training.sums)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -32,7 +32,7 @@ def test_sound_sums_are_given_as_they_are() -> None:
 def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> None:
     with alone():
         training = stepped()
-        health = Health(training)
+        health = FiniteCheck(training)
         health.sums(10)
         place = {
             "loss": training.sums,
@@ -41,7 +41,7 @@ def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> 
             "momentum": next(iter(training.optimizer.state.values()))["exp_avg"].view(-1),
         }[what]
         place[0] = value
-        with pytest.raises(NotFinite) as found:
+        with pytest.raises(NonFiniteError) as found:
             health.sums(20)
         assert found.value.what == ("the loss is" if what == "loss" else STATE)
         assert found.value.steps == "steps 11 to 20"
@@ -51,15 +51,15 @@ def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> 
 def test_what_a_proxy_goes_on_from_is_looked_at_as_well(what: str) -> None:
     with alone():
         training = stepped()
-        training.proxy = Proxy(stepped(), ProxyConfig(model="lenet"))
-        health, proxys = Health(training), training.proxy.training
+        training.proxy = HardSampleSelector(stepped(), ProxyConfig(model="lenet"))
+        health, proxys = FiniteCheck(training), training.proxy.state
         health.sums(1)
         place = {
             "weights": next(proxys.network.parameters()).data,
             "momentum": next(iter(proxys.optimizer.state.values()))["exp_avg"],
         }[what]
         place.view(-1)[0] = float("inf")
-        with pytest.raises(NotFinite, match=STATE):
+        with pytest.raises(NonFiniteError, match=STATE):
             health.sums(2)
 
 
@@ -67,10 +67,10 @@ def test_what_a_proxy_goes_on_from_is_looked_at_as_well(what: str) -> None:
 def test_steps_are_those_since_it_was_last_known_to_be_good(begin: int, done: int, steps: str) -> None:
     with alone():
         training = stepped()
-        health = Health(training)
+        health = FiniteCheck(training)
         health.begin(begin)
         training.sums[0] = float("nan")
-        with pytest.raises(NotFinite) as found:
+        with pytest.raises(NonFiniteError) as found:
             health.sums(done)
         assert found.value.steps == steps
 
@@ -80,8 +80,8 @@ def found_on(ranks: Ranks, bad_rank: int, what: str) -> str:
     if ranks.rank == bad_rank:
         (training.sums if what == "loss" else training.network.get_buffer("norm.running_mean"))[0] = float("inf")
     try:
-        Health(training).sums(5)
-    except NotFinite as found:
+        FiniteCheck(training).sums(5)
+    except NonFiniteError as found:
         return f"{found.what} {found.steps}"
     return "nothing"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.schema import LookaheadConfig
-from train.optim.lookahead import Lookahead, build_lookahead, decay
+from train.optim.lookahead import Lookahead, build_lookahead, kept_share
 
 
 def network() -> nn.Module:
@@ -26,7 +26,7 @@ def test_it_equals_its_formula_for_weights_and_statistics_and_ends_with_the_slow
             change = 0.01 * (update + 1) * (number + 1)
             value += change
             ours.state_dict()[name].add_(change)
-        lookahead.follow(update, updates)
+        lookahead.update(update, updates)
         if update in (2, 5, 8):
             kept = 0.8 * ((update + 1) / updates) ** 3
             for name in fast:
@@ -39,7 +39,7 @@ def test_it_equals_its_formula_for_weights_and_statistics_and_ends_with_the_slow
 
 def test_the_decay_grows_with_the_cube_of_the_progress_to_its_setting() -> None:
     config = LookaheadConfig(every_steps=1, decay=0.8)
-    assert [decay(progress, config) for progress in (0, 0.5, 1)] == pytest.approx([0, 0.1, 0.8])
+    assert [kept_share(progress, config) for progress in (0, 0.5, 1)] == pytest.approx([0, 0.1, 0.8])
 
 
 def test_without_a_number_of_steps_there_is_none() -> None:

@@ -12,7 +12,7 @@ from configs.schema import OptimizerConfig
 from configs.utils.errors import UserError
 from models import build_model
 from train.optim.factory import build_optimizer, set_learning_rate
-from train.optim.param_groups import layers_in_order, layers_of, names_without_decay, parameter_groups
+from train.optim.param_groups import layer_indices, layers_by_registration, names_without_decay, parameter_groups
 
 PIXELS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.3] * 3}
 VIT = "timm/test_vit"
@@ -43,7 +43,7 @@ def by_name(model: nn.Module, key: str, lr: float = 1.0, **settings: Any) -> Val
 )  # fmt: skip
 def test_layers_of_our_models_are_stem_stages_and_head(name: str, expected: list[str]) -> None:
     network = build_model(name, 10)
-    layers = layers_of(network)
+    layers = layer_indices(network)
     assert layers.keys() == dict(network.named_parameters()).keys()
     parts: list[set[str]] = [set() for _ in range(max(layers.values()) + 1)]
     for parameter, layer in layers.items():
@@ -54,7 +54,7 @@ def test_layers_of_our_models_are_stem_stages_and_head(name: str, expected: list
 
 def test_a_norm_before_the_first_weights_belongs_to_the_first_layer() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Linear(4, 2))
-    assert layers_in_order(network) == {"0.weight": 0, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1,
+    assert layers_by_registration(network) == {"0.weight": 0, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1,
                                         "3.bias": 1}  # fmt: skip
 
 

@@ -25,11 +25,11 @@ from train.engine.epoch import train_epoch
 from train.optim.schedule import (
     Plateau,
     Timeline,
+    config_warnings,
     learning_rate,
     lr_factor,
-    remarks,
-    scaled,
-    watch,
+    scale_learning_rates,
+    update_plateau,
     whitening_learning_rate,
 )
 
@@ -331,15 +331,15 @@ def test_plateau_decays_where_torchs_reduce_lr_on_plateau_does(metric: Any, mode
     state: dict[str, Any] = {}
     for value in values:
         theirs.step(value)
-        state = watch(state, {metric: value}, options)
+        state = update_plateau(state, {metric: value}, options)
         ours = learning_rate(3, Timeline.even(10, 5), config, state["decays"])
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 def test_an_epoch_without_the_metric_leaves_plateau_as_it_was() -> None:
-    state = watch({}, {"val_loss": 1.0}, ScheduleConfig())
+    state = update_plateau({}, {"val_loss": 1.0}, ScheduleConfig())
     assert state == {"best": 1.0, "bad_epochs": 0, "decays": 0}
-    assert watch(state, {"val_loss": None}, ScheduleConfig()) == state
+    assert update_plateau(state, {"val_loss": None}, ScheduleConfig()) == state
     assert Plateau(**state).after(2.0, ScheduleConfig(patience=0)) == Plateau(1.0, 0, 1)
 
 
@@ -371,12 +371,12 @@ def test_a_run_broken_within_an_epoch_goes_on_with_the_learning_rates_of_the_unb
 ) -> None:
     noted: list[tuple[int, float]] = []
 
-    def train_epoch_noted(*parts: Any, after_update: Any, **options: Any) -> Any:
+    def train_epoch_noted(*parts: Any, after_step: Any, **options: Any) -> Any:
         def note(update: int, lr: float) -> None:
             noted.append((update, lr))
-            after_update(update, lr)
+            after_step(update, lr)
 
-        return train_epoch(*parts, after_update=note, **options)
+        return train_epoch(*parts, after_step=note, **options)
 
     monkeypatch.setattr(trainer, "train_epoch", train_epoch_noted)
     opts = [*RUN, f"train.schedule={kind}", f"train.warmup_epochs={0 if kind == 'one-cycle' else 0.67}"]
@@ -447,15 +447,15 @@ def test_all_learning_rates_grow_with_the_batch_and_nothing_else_does(rule: Any,
     rates = {"lr": 0.1, "min_lr": 0.01, "warmup_lr": 0.02}
     own = {"norm_bias_lr": 0.3, "bias_lr": None, "linear_lr": 0.5, "weight_decay": 0.1}
     config = TrainConfig.model_validate({**rates, "optimizer": own, "lr_batch_size": 64, "lr_scaling": rule})
-    bigger = scaled(config, 256)
+    bigger = scale_learning_rates(config, 256)
     assert lr_factor(config, 256) == factor
     assert {name: getattr(bigger, name) for name in rates} == pytest.approx({n: r * factor for n, r in rates.items()})
     optimizer = bigger.optimizer
     assert (optimizer.norm_bias_lr, optimizer.bias_lr, optimizer.linear_lr) == (0.3 * factor, None, 0.5 * factor)
     assert optimizer.weight_decay == 0.1
-    assert scaled(bigger, 256) == bigger
+    assert scale_learning_rates(bigger, 256) == bigger
     assert bigger.model_copy(update={**rates, "optimizer": config.optimizer, "lr_batch_size": 64}) == config
-    assert scaled(TrainConfig(), 4096) == TrainConfig()
+    assert scale_learning_rates(TrainConfig(), 4096) == TrainConfig()
 
 
 # Remarks
@@ -463,23 +463,23 @@ def test_all_learning_rates_grow_with_the_batch_and_nothing_else_does(rule: Any,
 
 def test_settings_that_have_no_effect_in_so_short_a_run_are_remarked_on() -> None:
     timeline = Timeline.even(10, 100)
-    assert remarks(TrainConfig(epochs=10), timeline) == []
+    assert config_warnings(TrainConfig(epochs=10), timeline) == []
     for late in (
         TrainConfig(epochs=10, schedule="step"),
         TrainConfig(epochs=10, schedule="multistep", schedule_options=ScheduleConfig(milestones=(10.0, 20.0))),
     ):
-        (remark,) = remarks(late, timeline)
+        (remark,) = config_warnings(late, timeline)
         assert "train.epochs=10 does not reach" in remark
         rates = {learning_rate(update, timeline, late) for update in range(timeline.total)}
         assert rates == {late.lr}  # which is why it is remarked on
     early = ScheduleConfig(epochs=3)
-    assert remarks(TrainConfig(epochs=10, schedule="step", schedule_options=early), timeline) == []
+    assert config_warnings(TrainConfig(epochs=10, schedule="step", schedule_options=early), timeline) == []
 
 
 def test_an_average_that_keeps_the_initial_weights_is_remarked_on() -> None:
     timeline = Timeline.even(10, 100)
-    (remark,) = remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999)), timeline)
+    (remark,) = config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999)), timeline)
     assert "looks back over 10,000 updates, but the run has 1,000" in remark
-    assert remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999, warmup=True)), timeline) == []
-    assert remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99)), timeline) == []
-    assert len(remarks(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99, every_steps=10)), timeline)) == 1
+    assert config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999, warmup=True)), timeline) == []
+    assert config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99)), timeline) == []
+    assert len(config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99, every_steps=10)), timeline)) == 1

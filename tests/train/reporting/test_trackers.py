@@ -25,13 +25,13 @@ from wandb.proto import wandb_internal_pb2
 
 from configs.schema import AugConfig, DataConfig, LogConfig, MixConfig, WandbConfig
 from configs.utils.errors import run_main
-from helpers.training import CLEAN, DIGITS, Run, alone, lenet, on_ranks, strict_lines, training_of
+from helpers.training import CLEAN, DIGITS, Run, alone, lenet, make_state, on_ranks, strict_lines
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import MixedBatch
 from train import ddp
 from train.distributed.process_group import Ranks
 from train.engine.epoch import evaluate, predictions
-from train.engine.mixing import mixed_images, neighbours
+from train.engine.mixing import mix_images, swap_pairs
 from train.reporting import figures, wandb_tracker
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import IMAGES, look, show_samples
@@ -460,11 +460,11 @@ def test_samples_of_a_run_with_mixing_are_shown_mixed(npy_data: Path) -> None:
     axes = drawn[0].axes[:IMAGES]
     captions = [
         f"{label} {share:.2f} + {other} {1 - share:.2f}"
-        for label, other, share in zip(batch.labels, neighbours(batch.labels), batch.mix[:, 0], strict=True)
+        for label, other, share in zip(batch.labels, swap_pairs(batch.labels), batch.mix[:, 0], strict=True)
     ]
     assert [axis.get_title() for axis in axes] == captions[:IMAGES]
     shown = np.stack([axis.get_images()[0].get_array() for axis in axes])
-    expected = mixed_images(batch.images, batch.mix)[:IMAGES].permute(0, 2, 3, 1).numpy()
+    expected = mix_images(batch.images, batch.mix)[:IMAGES].permute(0, 2, 3, 1).numpy()
     assert np.abs(shown - expected).max() <= 0.5
 
 
@@ -472,7 +472,7 @@ def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -
     data = DataConfig(path=str(digits_run.data), batch_size=64)
     loader = build_eval_loader(data, device="cpu")
     with alone():
-        training = training_of(lenet())
+        training = make_state(lenet())
         counts, shown, logits = look(training, loader, "none", 10)
         result = evaluate(training, loader, 360)
         all_logits = torch.cat([logits for logits, _ in predictions(training, loader)])
@@ -487,7 +487,7 @@ def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -
 def counts_on(ranks: Ranks, path: str) -> list[int]:
     where = {"device": "cpu", "rank": ranks.rank, "world_size": ranks.world_size}
     loader = build_eval_loader(DataConfig(path=path, batch_size=64), **where)
-    counts, shown, logits = look(training_of(lenet()), loader, "none", 10)
+    counts, shown, logits = look(make_state(lenet()), loader, "none", 10)
     return [int(counts.sum()), len(shown.images), len(logits)]
 
 

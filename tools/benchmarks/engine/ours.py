@@ -19,11 +19,11 @@ from train.build import build_all
 from train.checkpoint.finetune import without_start
 from train.distributed import process_group as dist
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Training
+from train.engine.epoch import TrainState
 from train.engine.meter import GIB, device_memory_bytes
-from train.engine.mixing import unmixed
-from train.engine.throughput import endless, whole_step
-from train.engine.warm_up import blank_batch, prepare, warm_up
+from train.engine.mixing import identity_mix
+from train.engine.throughput import endless_batches, full_step
+from train.engine.warm_up import blank_batch, warm_up, warm_up_training
 from train.optim.freeze import set_training_mode
 
 RESIDENT = "resident batch"
@@ -49,7 +49,7 @@ def loading(
             where = torch.device(device)
             before = device_memory_bytes(where) if device == "cuda" else 0
             loader = build_train_loader(data.model_copy(update=changes), aug, device=device).at(0)
-            for number, batch in enumerate(endless(loader), 1):
+            for number, batch in enumerate(endless_batches(loader), 1):
                 if number == WARM and device == "cuda":
                     facts["loader_memory_gib"] = round((device_memory_bytes(where) - before) / GIB, 4)
                 yield batch
@@ -101,10 +101,10 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
             torch.cuda.reset_peak_memory_stats(device)
         classes = config.model.num_classes or len(dataset["classes"])
         built = build_all(without_start(config), dataset, classes, side, device)
-        if built.prepares:
-            prepare(built, blank_batch(size, side, device))
+        if built.needs_warmup:
+            warm_up_training(built, blank_batch(size, side, device))
         if built.mixes:
-            batch = unmixed(batch)  # what a step costs does not depend on the shares
+            batch = identity_mix(batch)  # what a step costs does not depend on the shares
         set_training_mode(built.forward)
         yield {
             RESIDENT: Stream(
@@ -120,7 +120,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
     data = config.data.model_copy(update={"batch_size": min(count, READ_AT_ONCE), "prefetch": 1})
     loader = build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)
     read: list[Batch] = []
-    for batch in itertools.islice(endless(loader), -(-count // data.batch_size)):
+    for batch in itertools.islice(endless_batches(loader), -(-count // data.batch_size)):
         read.append(Batch(batch.images.clone(), batch.labels.clone()))  # the loader's buffers are reused
     images, labels = (torch.cat(parts)[:count] for parts in zip(*read, strict=True))
     return Batch(images, labels), load_dataset(config.data.path)
@@ -143,7 +143,7 @@ def _noting_memory(items: Iterator[None], device: torch.device, facts: dict[str,
         yield item
 
 
-def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common: dict[str, Any]) -> Stream:
+def _end_to_end(config: Config, changes: dict[str, Any], built: TrainState, common: dict[str, Any]) -> Stream:
     """Built when first asked for an item, so that a placement that does not fit costs only its own row."""
     loaders: list[Loader] = []
     noted = dict(common)
@@ -151,7 +151,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
         loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=built.device).at(0))
-        following = endless(loaders[0])
+        following = endless_batches(loaders[0])
         yield from _steps(built, lambda: next(following))
 
     def facts() -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: Training, common
     return Stream(_noting_memory(batches(), built.device, noted), config.data.batch_size, facts)
 
 
-def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
+def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device).at(0)
@@ -170,8 +170,8 @@ def _build(config: Config, device: torch.device) -> tuple[Training, Loader]:
     return built, loader
 
 
-def _steps(built: Training, next_batch: Callable[[], Batch]) -> Iterator[None]:
+def _steps(built: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """The real training step, once per item."""
     for number in itertools.count(1):
-        whole_step(built, next_batch(), number, updates=True)
+        full_step(built, next_batch(), number, optimizer_step=True)
         yield

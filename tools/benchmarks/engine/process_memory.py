@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from train.engine import meter
-from train.engine.meter import GIB, peak_bytes
+from train.engine.meter import GIB, peak_rss_bytes
 
 SHARE_OF_AVAILABLE = 0.8  # of the memory free at the start, which a run takes where no limit is given
 OVER = "used more than the memory limit"
@@ -55,7 +55,7 @@ def over(limit_bytes: int) -> str:
 
 def watch(limit_bytes: int, process: int) -> str | None:
     """A contestant's `watch`: the sentence that ends it, once it has used more than the limit."""
-    return over(limit_bytes) if peak_bytes(process) > limit_bytes else None
+    return over(limit_bytes) if peak_rss_bytes(process) > limit_bytes else None
 
 
 def available_bytes() -> int:
@@ -81,8 +81,8 @@ def go_first() -> None:
 def facts(device: torch.device) -> dict[str, float]:
     """Return `train.meter.memory` and, on a GPU, the peak reserved by torch's allocator and the GPU's size, in GiB."""
     if device.type != "cuda":
-        return meter.memory(device)
-    return meter.memory(device) | {
+        return meter.memory_usage(device)
+    return meter.memory_usage(device) | {
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
     }

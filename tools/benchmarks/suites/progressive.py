@@ -45,8 +45,8 @@ def group(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
             shape = (loader.image_size, loader.plan.batch_size)
             pair = []
             for _ in range(2):
-                times = train_epoch(training, loader, seed=config.seed, rank=0, after_update=lambda *_: None)
-                pair.append(times.batches * shape[1] / times.time_s)
+                times = train_epoch(training, loader, seed=config.seed, rank=0, after_step=lambda *_: None)
+                pair.append(times.micro_steps * shape[1] / times.time_s)
             if epoch >= 2 * len(sizes):
                 rates.setdefault(shape, []).append((pair[0], pair[1]))
     rows = [

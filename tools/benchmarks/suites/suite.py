@@ -22,7 +22,7 @@ from tools.benchmarks.suites import augmentations, progressive, scale, tables
 from tools.benchmarks.suites.groups import Entry, Measurable, Whole, limit_rows, limits_in, loading, training
 from tools.benchmarks.suites.record import Record
 from train.distributed.process_group import Ranks
-from train.engine.clock import Clock
+from train.engine.clock import RunTimer
 
 ROOT = Path(__file__).parents[2]
 PAD = AugConfig(crop="pad", padding=4, flip=0.5)
@@ -82,7 +82,7 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
 
 def run_all(parts: Sequence[Part], settings: Settings, record: Record) -> None:
     """Measure the parts one after the other. A failure is recorded as a row with an error, and the run continues."""
-    begin = time.monotonic() - Clock().command_s  # what comes before, as the limits, counts towards the first part
+    begin = time.monotonic() - RunTimer().command_s  # what comes before, as the limits, counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
         ends = [settings.deadline, settings.part_s and begin + settings.part_s]
         within = replace(settings, deadline=min((end for end in ends if end is not None), default=None))
