@@ -134,7 +134,7 @@ def _source(
     if way.resident:
         content = pixels().numpy().reshape(-1)
         return HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
-    return HostPixels(split.content, split.pixel_begins(), shape, slots, done, split.watch)
+    return HostPixels(split.content, split.pixel_starts(), shape, slots, done, split.monitor)
 
 
 def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> BufferConfig:

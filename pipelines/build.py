@@ -47,7 +47,7 @@ def build_train_loader(
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
     skips = data.on_bad_sample == "skip"
-    split = open_split(data.path, data.train_split, verify=data.verify, tolerates_content=skips)
+    split = open_split(data.path, data.train_split, verify=data.verify, allow_damaged_images=skips)
     where = _device(device)
     resident = placed_on_device(data, split, where)
     pixels = lru_cache(1)(lambda: load_resident(split, where))  # shared by all stages
@@ -64,7 +64,7 @@ def build_train_loader(
 
     def build(section: DataConfig) -> Loader:
         batch_size = section.batch_size
-        steps = order.steps_per_epoch(len(split), batch_size, world_size, accumulation_steps)
+        steps = order.batches_per_epoch(len(split), batch_size, world_size, accumulation_steps)
         if steps == 0:
             most = len(split) // (world_size * accumulation_steps)
             raise UserError(
@@ -156,7 +156,7 @@ def build_eval_loader(
     """
     evaluation = evaluation or EvalConfig()
     skips = replaces and data.on_bad_sample == "skip"
-    opened = open_split(data.path, split or data.val_split, verify=data.verify, tolerates_content=skips)
+    opened = open_split(data.path, split or data.val_split, verify=data.verify, allow_damaged_images=skips)
     where = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
     squash = evaluation.crop_mode == "squash"

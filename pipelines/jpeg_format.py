@@ -7,7 +7,7 @@ import re
 MAX_SCANS = 100  # each costs as much as the whole image; a progressive JPEG has about ten, a malicious one thousands
 MAX_SEGMENTS = 100_000
 SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-NO_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, among the markers of frames: SOF0 to SOF15
+NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, among the markers of frames: SOF0 to SOF15
 _MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # one that a length follows, or EOI
 
 
@@ -45,7 +45,7 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
             scans += 1
             if scans > MAX_SCANS:
                 return scans, reason
-        elif SOF0 <= marker <= SOF15 and marker not in NO_FRAMES:
+        elif SOF0 <= marker <= SOF15 and marker not in NON_FRAME_MARKERS:
             if frame:
                 reason = reason or "with several frames"
             frame = bytes((marker, *content[begin + 2 : place]))

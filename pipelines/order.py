@@ -30,11 +30,11 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
 
     shard: int [samples], the shard of each sample. A window's shards can be read ahead and forgotten together.
     """
-    window = window_of_shard(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
+    window = shard_windows(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
     return np.lexsort((_keys(len(shard), seed, epoch), window))
 
 
-def window_of_shard(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
+def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [shards]: the window of `window_permutation` that each shard belongs to, counted in reading order."""
     return np.argsort(permutation(shards, seed, epoch)) // window_shards
 
@@ -43,7 +43,7 @@ def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
     return hash64(np.arange(samples, dtype=np.uint64) ^ stream(seed, epoch, "order"))
 
 
-def steps_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
+def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
     """Batches per rank and epoch in training: whole optimizer steps only, the last partial one is dropped."""
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps
 

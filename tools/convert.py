@@ -97,13 +97,13 @@ def open_source(args: argparse.Namespace) -> Source:
 
         return open_digits()
     if args.command in ("cifar10", "cifar100"):
-        from tools.sources.cifar import LAYOUTS, open_cifar
+        from tools.sources.cifar import EDITIONS, open_cifar
 
         source = args.source
         if args.download:
             from tools.sources.download import download
 
-            source = download(LAYOUTS[args.command].archive, LAYOUTS[args.command].md5, source)
+            source = download(EDITIONS[args.command].archive, EDITIONS[args.command].md5, source)
         return open_cifar(args.command, source)
     if args.command == "hdf5":
         from tools.sources.hdf5 import open_hdf5

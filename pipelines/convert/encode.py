@@ -104,7 +104,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     try:
         with warnings.catch_warnings(), memory_limit.at_most(extra_bytes), ExitStack() as captured:
             if content.startswith(TIFF_MAGIC):
-                captured.enter_context(stderr_capture.into(messages))
+                captured.enter_context(stderr_capture.capture_stderr(messages))
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -135,7 +135,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
 def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
     """Return uint8 [H, W, 3]; transparency is dropped."""
     if image.mode == "F" or image.mode.startswith("I"):
-        if (grey := greyscale.eight_bits(image, content)) is None:
+        if (grey := greyscale.to_eight_bits(image, content)) is None:
             raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
         return np.repeat(grey[..., None], 3, axis=2)
     is_wide = ";16" in str(image.tile[:1])  # 16-bit colour, of which Pillow keeps the upper bytes

@@ -17,7 +17,7 @@ from PIL import Image
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
-def eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
+def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
     """Return uint8 [H, W] of an image in a mode I, I;16 or F; None where its range is unknown.
 
     content: the file that `image` was opened from.

@@ -1,7 +1,7 @@
 """The two passes that turn a split's rows into shards, and the spool between them. See `shard_writer`.
 
-Pass 1, `scatter`: a block of source rows is encoded, sorted by destination and written to spool files. Pass 2,
-`gather`: the pieces of one shard are collected and its tar is written. Both run in worker processes; a pass over a
+Pass 1, `partition`: a block of source rows is encoded, sorted by destination and written to spool files. Pass 2,
+`merge`: the pieces of one shard are collected and its tar is written. Both run in worker processes; a pass over a
 block or a shard is done when its table stands under its final name, so it can be repeated after a kill.
 """
 
@@ -31,7 +31,7 @@ GROUPS = 16  # the spool of a split is deleted in so many parts
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitLayout:
     """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
 
     dataset: str
@@ -83,41 +83,41 @@ class Plan:
         """Rows of one shard before any is quarantined."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
-    def shards_of(self, group: int) -> set[int]:
+    def group_shard_numbers(self, group: int) -> set[int]:
         start = group * self.group_shards
         return set(range(start, min(start + self.group_shards, self.shard_count)))
 
 
 @dataclass(frozen=True)
-class Worker:
+class SplitTask:
     """What each worker process holds of one split."""
 
-    plan: Plan
+    layout: SplitLayout
     rows: SplitSource
 
 
-def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
+def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
     """Pass 1 for one block: encode its rows, write them to the spool sorted by destination, then the block's table."""
-    plan, rows, block = workers[task[0]].plan, workers[task[0]].rows, task[1]
-    start = block * plan.block_rows
-    stop = start + plan.block_size(block)
-    positions = _positions(plan.rows, plan.options.seed, plan.shuffled)[start:stop]
+    layout, rows, block = workers[task[0]].layout, workers[task[0]].rows, task[1]
+    start = block * layout.block_rows
+    stop = start + layout.block_size(block)
+    positions = _positions(layout.rows, layout.options.seed, layout.shuffled)[start:stop]
     payloads: list[Encoded | None] = []
     defects: list[tuple[int, str]] = []
     sums = np.zeros((2, 3), np.int64)
     reencoded: Counter[str] = Counter()
     for row, sample in enumerate(rows.read(start, stop), start):
         try:
-            encoded = encode(sample, plan.options.encoding)
+            encoded = encode(sample, layout.options.encoding)
         except Defect as defect:
-            if plan.options.strict:
+            if layout.options.strict:
                 raise UserError(
-                    f"{rows.describe(row)}: {defect}; mend or remove it or leave out --strict, and delete {plan.out}"
+                    f"{rows.describe(row)}: {defect}; mend or remove it or leave out --strict, and delete {layout.out}"
                 ) from None
             defects.append((row, str(defect)))
             payloads.append(None)
             continue
-        _check_shape(plan, rows, row, encoded)
+        _check_shape(layout, rows, row, encoded)
         sums += encoded.sums
         if encoded.reencoded is not None:
             reencoded[encoded.reencoded] += 1
@@ -126,10 +126,10 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
         raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows where {stop - start} were due")
     order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
     kept = [payload for i in order if (payload := payloads[i]) is not None]
-    group_of = positions[order] // plan.shard_rows // plan.group_shards
-    for group in range(plan.groups):
+    group_of = positions[order] // layout.shard_rows // layout.group_shards
+    for group in range(layout.groups):
         chosen = np.flatnonzero(group_of == group)
-        commit_pieces(plan.block_group(block, group), [kept[i].payload for i in chosen], plan.spool)
+        commit_pieces(layout.block_group(block, group), [kept[i].payload for i in chosen], layout.spool)
     table = {
         "row": np.array([start + i for i in order], np.int64),
         "position": positions[order].astype(np.int64),
@@ -142,32 +142,32 @@ def scatter(workers: dict[str, Worker], task: tuple[str, int]) -> int:
         "reencoded_reason": np.array([*reencoded], dtype=str),
         "reencoded_count": np.array([*reencoded.values()], np.int64),
     }
-    sync_folder(plan.spool)  # a table on disk says that all of its block is on disk, also after a power cut
-    commit_npz(plan.block_table(block), table)
+    sync_folder(layout.spool)  # a table on disk says that all of its block is on disk, also after a power cut
+    commit_npz(layout.block_table(block), table)
     return block
 
 
-def _check_shape(plan: Plan, rows: SplitSource, row: int, encoded: Encoded) -> None:
-    if plan.image_shape is not None and (encoded.height, encoded.width) != plan.image_shape[:2]:
+def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Encoded) -> None:
+    if layout.image_shape is not None and (encoded.height, encoded.width) != layout.image_shape[:2]:
         raise UserError(
             f"{rows.describe(row)} has {encoded.height} x {encoded.width} pixels and others "
-            f"{plan.image_shape[0]} x {plan.image_shape[1]}, but npy stores one shape; "
-            f"delete {plan.out}, then give --size N or --encoding jpeg"
+            f"{layout.image_shape[0]} x {layout.image_shape[1]}, but npy stores one shape; "
+            f"delete {layout.out}, then give --size N or --encoding jpeg"
         )
 
 
-def gather(workers: dict[str, Worker], task: tuple[str, int]) -> int:
+def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
     """Pass 2 for one shard: collect its samples from every block, write tar and index, then the shard's table."""
-    plan, labels, shard = workers[task[0]].plan, workers[task[0]].rows.labels, task[1]
-    samples = sorted(_collect(plan, shard), key=lambda sample: sample[0])
-    extension = shards.EXTENSIONS[plan.options.encoding.name]
-    head = tar_format.npy_header(plan.image_shape) if plan.image_shape else b""
+    layout, labels, shard = workers[task[0]].layout, workers[task[0]].rows.labels, task[1]
+    samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
+    extension = shards.EXTENSIONS[layout.options.encoding.name]
+    head = tar_format.npy_header(layout.image_shape) if layout.image_shape else b""
     writers: dict[int, tar_format.MemberWriter] = {}
-    label_size = None if labels is None else len(tar_format.label_text(0, plan.classes))
+    label_size = None if labels is None else len(tar_format.label_text(0, layout.classes))
     label_writer = tar_format.MemberWriter("cls", label_size or 0)
     digest, offset, lines = hashlib.sha256(), 0, []
     columns: dict[str, list[int]] = {name: [] for name in ("offset", "size", "label", "height", "width")}
-    temporary = plan.spool / f"shard-{shard:06d}.{os.getpid()}.tar"
+    temporary = layout.spool / f"shard-{shard:06d}.{os.getpid()}.tar"
     with temporary.open("wb", buffering=2**20) as file:
 
         def put(pieces: list[bytes | memoryview]) -> None:
@@ -188,35 +188,35 @@ def gather(workers: dict[str, Worker], task: tuple[str, int]) -> int:
                 writers[size] = tar_format.MemberWriter(extension, size)
             put(writers[size].member(key, head, payload))
             if labels is not None:
-                put(label_writer.member(key, tar_format.label_text(label, plan.classes)))
+                put(label_writer.member(key, tar_format.label_text(label, layout.classes)))
         put([tar_format.END_OF_ARCHIVE])
         file.flush()
         os.fsync(file.fileno())
     index = f"{tar_format.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
-    commit(plan.shard_file(shard).with_suffix(".idx"), index.encode(), plan.spool)
-    temporary.rename(plan.shard_file(shard))
-    sync_folder(plan.out)
+    commit(layout.shard_file(shard).with_suffix(".idx"), index.encode(), layout.spool)
+    temporary.rename(layout.shard_file(shard))
+    sync_folder(layout.out)
     arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
-    commit_npz(plan.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
+    commit_npz(layout.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
     return shard
 
 
-def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
+def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
     """(position, row, payload, height, width) of the shard's samples, block by block: one contiguous read a block."""
-    group = shard // plan.group_shards
-    for block in range(plan.blocks):
-        table = load(plan.block_table(block))
-        shard_of = table["position"] // plan.shard_rows
-        in_group = shard_of // plan.group_shards == group
+    group = shard // layout.group_shards
+    for block in range(layout.blocks):
+        table = load_table(layout.block_table(block))
+        shard_of = table["position"] // layout.shard_rows
+        in_group = shard_of // layout.group_shards == group
         chosen = np.flatnonzero(shard_of == shard)
         if not len(chosen):
             continue
         begin = int(table["size"][in_group & (shard_of < shard)].sum())
-        with plan.block_group(block, group).open("rb") as file:
+        with layout.block_group(block, group).open("rb") as file:
             file.seek(begin)
             content = memoryview(file.read(int(table["size"][chosen].sum())))
         if len(content) < table["size"][chosen].sum():
-            raise UserError(f"{file.name} was cut short; {damaged(plan.spool)}")
+            raise UserError(f"{file.name} was cut short; {spool_damage_hint(layout.spool)}")
         ends = np.cumsum(table["size"][chosen]).tolist()
         for i, end in zip(chosen.tolist(), ends, strict=True):
             payload = content[end - int(table["size"][i]) : end]
@@ -229,15 +229,15 @@ def _collect(plan: Plan, shard: int) -> Iterator[tuple[int, int, memoryview, int
             )
 
 
-def load(file: Path) -> dict[str, np.ndarray]:
+def load_table(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{file} cannot be read; {damaged(file.parent)}") from None
+        raise UserError(f"{file} cannot be read; {spool_damage_hint(file.parent)}") from None
 
 
-def damaged(spool: Path) -> str:
+def spool_damage_hint(spool: Path) -> str:
     """The end of an error's sentence: what a kill leaves is whole, so a disk or somebody else has changed it."""
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 

@@ -10,7 +10,7 @@ MAX_BYTES = 4096  # that are kept
 
 
 @contextmanager
-def into(lines: list[str]) -> Iterator[None]:
+def capture_stderr(lines: list[str]) -> Iterator[None]:
     """Redirect file descriptor 2 of this process while this is open, and append what was printed to `lines` at its end.
 
     Lines of other threads are captured as well, so wrap short calls only. Costs some 10 µs.

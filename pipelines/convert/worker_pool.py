@@ -23,7 +23,7 @@ _shared: Any = None
 _PR_SET_PDEATHSIG = 1
 
 
-def _start(shared: str, parent: int) -> None:
+def _init_worker(shared: str, parent: int) -> None:
     global _shared
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
     if os.getppid() != parent:
@@ -32,12 +32,12 @@ def _start(shared: str, parent: int) -> None:
         _shared = pickle.load(file)  # of this program's own memory
 
 
-def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
+def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
     return function(_shared, task)
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM come at its end, where what it makes must not be left half made.
 
     Handlers are replaced, since a mask would be of this thread alone, and Python handles what any thread is sent.
@@ -60,7 +60,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(came)
 
 
-class Pool:
+class WorkerPool:
     """`imap` runs `function(shared, task)` for each task in `workers` processes, or in this one when `workers` is 1."""
 
     def __init__(self, workers: int, shared: Any) -> None:
@@ -70,7 +70,7 @@ class Pool:
         self._memory = -1  # descriptor of the pickled shared object, once workers are started
         self._others: set[multiprocessing.process.BaseProcess] = set()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         self._others = set(multiprocessing.active_children())
         return self
 
@@ -106,8 +106,8 @@ class Pool:
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
         """May start a worker, which inherits that signals are held: sent to a whole group, they are the parent's."""
         executor = self._start_executor()
-        with signals_held():
-            return executor.submit(_call, function, task)
+        with defer_signals():
+            return executor.submit(_run_task, function, task)
 
     def _start_executor(self) -> ProcessPoolExecutor:
         """Started with the first task, so that a pass with nothing to do costs no process."""
@@ -118,5 +118,5 @@ class Pool:
                 pickle.dump(self._shared, file)
             arguments = (f"/proc/{os.getpid()}/fd/{self._memory}", os.getpid())
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self._workers, context, _start, arguments)
+            self._executor = ProcessPoolExecutor(self._workers, context, _init_worker, arguments)
         return self._executor

@@ -28,15 +28,24 @@ from tqdm import tqdm
 from configs.utils.errors import UserError, printable
 from configs.utils.files import read_record
 from pipelines.convert.encode import Defect, Encoded, Encoding, encode
-from pipelines.convert.shuffle import Plan, Worker, commit, damaged, gather, load, scatter, sync_folder
+from pipelines.convert.shuffle import (
+    SplitLayout,
+    SplitTask,
+    commit,
+    load_table,
+    merge,
+    partition,
+    spool_damage_hint,
+    sync_folder,
+)
 from pipelines.convert.source import Options, Source, SplitSource
-from pipelines.convert.worker_pool import Pool, signals_held
+from pipelines.convert.worker_pool import WorkerPool, defer_signals
 from pipelines.storage import hash_cache, tar_format
 from pipelines.storage import split as shards
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
 SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
-RULES = 2  # version of what becomes of a file: a conversion is finished by the rules that it began with
+RULES_VERSION = 2  # version of what becomes of a file: a conversion is finished by the rules that it began with
 PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
 
 
@@ -56,17 +65,17 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             return dataset
         raise UserError(f"{out} already holds the data set {dataset['name']!r}, converted from another source or with "
                         "other options; choose another --out or delete the folder")  # fmt: skip
-    plans = {split: _plan(source, split, options, name, out) for split in source.splits}
-    _check_shapes(plans)
-    _check_disk(plans, out)
-    with _claim(out, {**request, "state": source.state, "rules": RULES}) as spool:
-        written: dict[str, _Written] = {}
+    layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
+    _check_shapes(layouts)
+    _check_disk(layouts, out)
+    with _lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
+        written: dict[str, WrittenSplit] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
-        with Pool(workers, {split: Worker(plans[split], source.splits[split]) for split in plans}) as pool:
+        with WorkerPool(workers, {split: SplitTask(layouts[split], source.splits[split]) for split in layouts}) as pool:
             # train is last: it is the largest, and its spool then shares the disk with finished shards only
-            for split in sorted(plans, key=lambda split: split == "train"):
-                written[split] = _write_split(source, plans[split], pool)
+            for split in sorted(layouts, key=lambda split: split == "train"):
+                written[split] = _write_split(source, layouts[split], pool)
         mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
         shapes = set().union(*(part.shapes for part in written.values()))
         dataset = {
@@ -97,7 +106,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
         sync_folder(out)
         shutil.rmtree(spool)
-    hash_cache.remember(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
+    hash_cache.store_hashes(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return json.loads(json.dumps(dataset))
 
 
@@ -113,7 +122,7 @@ def _source_entry(source: Source) -> dict[str, str]:
 
 
 @contextmanager
-def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
+def _lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     """The spool folder of this very conversion, locked; refuses an `out` that holds anything else."""
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
@@ -136,7 +145,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
                 f"another process has just finished converting into {out}; run the command again to compare"
             )
         record = spool / "request.json"
-        if record.exists() and _request_in(record) != request:
+        if record.exists() and _read_request(record) != request:
             raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
                             "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
         for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
@@ -145,7 +154,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Iterator[Path]:
         yield spool
 
 
-def _request_in(record: Path) -> Any:
+def _read_request(record: Path) -> Any:
     """What an unfinished conversion was asked for."""
     try:
         return json.loads(read_record(record))
@@ -155,7 +164,7 @@ def _request_in(record: Path) -> Any:
         return None
 
 
-def _plan(source: Source, split: str, options: Options, name: str, out: Path) -> Plan:
+def _plan_layout(source: Source, split: str, options: Options, name: str, out: Path) -> SplitLayout:
     rows = source.splits[split]
     encoding = options.encoding
     if len(rows) == 0:
@@ -173,7 +182,7 @@ def _plan(source: Source, split: str, options: Options, name: str, out: Path) ->
         payload = size = max(1, sum(len(sample.payload) for sample in probed) // len(probed))
     stride = shards.sample_stride(size, labelled, len(source.classes))
     held = max(rows.bytes_per_row, payload) + 256
-    return Plan(
+    return SplitLayout(
         dataset=name,
         split=split,
         classes=len(source.classes),
@@ -199,11 +208,14 @@ def _check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> No
         )
 
 
-def _check_shapes(plans: dict[str, Plan]) -> None:
+def _check_shapes(layouts: dict[str, SplitLayout]) -> None:
     """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
-    shapes = {split: f"{split!r} of {plan.image_shape[0]} x {plan.image_shape[1]}" for split, plan in plans.items()
-              if plan.image_shape}  # fmt: skip
-    if len({plan.image_shape for plan in plans.values()}) > 1:
+    shapes = {
+        split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
+        for split, layout in layouts.items()
+        if layout.image_shape
+    }
+    if len({layout.image_shape for layout in layouts.values()}) > 1:
         raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
                         "give --size N or --encoding jpeg")  # fmt: skip
 
@@ -224,12 +236,12 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
     return found
 
 
-def _check_disk(plans: dict[str, Plan], out: Path) -> None:
+def _check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
     """Refuse before the first byte when the result and its spool cannot fit."""
     need = 64 * 2**20
-    for plan in plans.values():
-        need += plan.rows * (plan.payload_bytes + 4 * tar_format.BLOCK)
-    spool = max(plan.rows * plan.payload_bytes // plan.groups for plan in plans.values())
+    for layout in layouts.values():
+        need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
+    spool = max(layout.rows * layout.payload_bytes // layout.groups for layout in layouts.values())
     present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if need + spool - present > free:
@@ -240,7 +252,7 @@ def _check_disk(plans: dict[str, Plan], out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Written:
+class WrittenSplit:
     """What a finished split adds to dataset.json."""
 
     entry: dict[str, Any]
@@ -251,31 +263,31 @@ class _Written:
     reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
 
 
-def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
+def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
     """Both passes over one split."""
-    plan.spool.mkdir(exist_ok=True)
-    rows = source.splits[plan.split]
+    layout.spool.mkdir(exist_ok=True)
+    rows = source.splits[layout.split]
     labels = rows.labels
-    blocks = [block for block in range(plan.blocks) if not plan.block_table(block).exists()]
-    with _bar(plan, "read") as bar:
-        bar.update(plan.rows - sum(plan.block_size(block) for block in blocks))
-        for block in pool.imap(scatter, [(plan.split, block) for block in blocks]):
-            bar.update(plan.block_size(block))
-    tables = [load(plan.block_table(block)) for block in range(plan.blocks)]
-    with _bar(plan, "write") as bar:
-        left = [plan.shards_of(group) for group in range(plan.groups)]
+    blocks = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
+    with _progress_bar(layout, "read") as bar:
+        bar.update(layout.rows - sum(layout.block_size(block) for block in blocks))
+        for block in pool.imap(partition, [(layout.split, block) for block in blocks]):
+            bar.update(layout.block_size(block))
+    tables = [load_table(layout.block_table(block)) for block in range(layout.blocks)]
+    with _progress_bar(layout, "write") as bar:
+        left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
         missing = []
-        for shard in range(plan.shard_count):
-            files = (plan.shard_table(shard), plan.shard_file(shard), plan.shard_file(shard).with_suffix(".idx"))
+        for shard in range(layout.shard_count):
+            files = (layout.shard_table(shard), layout.shard_file(shard), layout.shard_file(shard).with_suffix(".idx"))
             if all(file.exists() for file in files):
-                bar.update(plan.shard_size(shard))
-                _forget(plan, left, shard)
+                bar.update(layout.shard_size(shard))
+                _release_spool(layout, left, shard)
             else:
                 missing.append(shard)
-        for shard in pool.imap(gather, [(plan.split, shard) for shard in missing]):
-            bar.update(plan.shard_size(shard))
-            _forget(plan, left, shard)
-    written = [load(plan.shard_table(shard)) for shard in range(plan.shard_count)]
+        for shard in pool.imap(merge, [(layout.split, shard) for shard in missing]):
+            bar.update(layout.shard_size(shard))
+            _release_spool(layout, left, shard)
+    written = [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)]
     quarantined = [
         {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
         for table in tables
@@ -284,27 +296,27 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
     samples = sum(len(table["offset"]) for table in written)
     if samples == 0:
         raise UserError(
-            f"split {plan.split!r}: none of {plan.rows} images could be decoded ({quarantined[0]['reason']})"
+            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
         )
-    if samples + len(quarantined) != plan.rows:
+    if samples + len(quarantined) != layout.rows:
         raise UserError(
-            f"split {plan.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
-            f"{plan.rows:,} rows of the source; {damaged(plan.spool)}"
+            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
+            f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
         )
     columns = {
         name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"
     }
-    columns["shard"] = np.repeat(np.arange(plan.shard_count), [len(table["offset"]) for table in written])
+    columns["shard"] = np.repeat(np.arange(layout.shard_count), [len(table["offset"]) for table in written])
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
-    index_file = plan.out / f"{plan.split}.index.npz"
-    commit(index_file, buffer.getvalue(), plan.spool)
+    index_file = layout.out / f"{layout.split}.index.npz"
+    commit(index_file, buffer.getvalue(), layout.spool)
     entry = {
         "samples": samples,
         "labelled": labels is not None,
-        "source_rows": plan.rows,
-        "shuffled": plan.shuffled,
+        "source_rows": layout.rows,
+        "shuffled": layout.shuffled,
         "quarantined": quarantined,
         "index": {
             "file": index_file.name,
@@ -313,7 +325,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
         },
         "shards": [
             {
-                "file": plan.shard_file(shard).name,
+                "file": layout.shard_file(shard).name,
                 "samples": len(table["offset"]),
                 "bytes": int(table["bytes"]),
                 "sha256": str(table["sha256"]),
@@ -321,7 +333,7 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
             for shard, table in enumerate(written)
         ],
     }
-    fresh = {plan.shard_file(shard).name: str(written[shard]["sha256"]) for shard in missing}
+    fresh = {layout.shard_file(shard).name: str(written[shard]["sha256"]) for shard in missing}
     heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
     sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
     sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
@@ -330,25 +342,27 @@ def _write_split(source: Source, plan: Plan, pool: Pool) -> _Written:
         reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
         reencoded.update(dict(zip(reasons, counts, strict=True)))
     shapes = {(int(h), int(w)) for h, w in sides}
-    return _Written(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
+    return WrittenSplit(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
 
 
-def _bar(plan: Plan, label: str) -> tqdm:
-    with signals_held():  # a bar that is not whole complains when it goes
-        return tqdm(total=plan.rows, desc=f"{plan.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5)
+def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
+    with defer_signals():  # a bar that is not whole complains when it goes
+        return tqdm(
+            total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
+        )
 
 
-def _forget(plan: Plan, left: list[set[int]], shard: int) -> None:
+def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
     """Count a shard as written; the spool of its group goes when it was the group's last."""
-    group = shard // plan.group_shards
+    group = shard // layout.group_shards
     left[group].discard(shard)
     if not left[group]:
-        sync_folder(plan.spool)  # the tables that say so stand before the pieces go
-        for block in range(plan.blocks):
-            plan.block_group(block, group).unlink(missing_ok=True)
+        sync_folder(layout.spool)  # the tables that say so stand before the pieces go
+        for block in range(layout.blocks):
+            layout.block_group(block, group).unlink(missing_ok=True)
 
 
-def _mean_std(written: _Written) -> tuple[list[float], list[float]]:
+def _mean_std(written: WrittenSplit) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation over all pixels of a split, in units of 0..1."""
     mean = written.sums[0] / written.pixels
     variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipelines.cpu.jit import kernel
-from pipelines.jpeg_format import NO_FRAMES, SOF0, SOF15, SOI, SOS
+from pipelines.jpeg_format import NON_FRAME_MARKERS, SOF0, SOF15, SOI, SOS
 
 
 @kernel
@@ -44,7 +44,7 @@ def _is_as_said(content: np.ndarray, place: int, end: int, height: int, width: i
         length = (np.int64(content[place + 1]) << 8) + content[place + 2]
         if length < 2 or place + 1 + length > end:
             return False
-        if SOF0 <= marker <= SOF15 and marker not in NO_FRAMES:
+        if SOF0 <= marker <= SOF15 and marker not in NON_FRAME_MARKERS:
             if length < 8:
                 return False
             rows = (np.int64(content[place + 4]) << 8) + content[place + 5]

@@ -23,7 +23,7 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._reached = (-1, -1)  # epoch and window
         self._windows = lru_cache(maxsize=2)(
-            lambda epoch: order.window_of_shard(len(split.files), window_shards, seed, epoch)
+            lambda epoch: order.shard_windows(len(split.files), window_shards, seed, epoch)
         )
 
     def __call__(self, epoch: int, indices: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from pipelines.cpu import jpeg_headers
 from pipelines.cpu.graph import CpuGraph, Images
 from pipelines.loader.bad_samples import Undecodable
 from pipelines.loader.sources import SampleSource, SlotBuffers
-from pipelines.storage.jpeg_check import CANNOT, file_of, header_defect, pillow_pixels, sides_of
+from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, file_of, header_error, sides_of
 from pipelines.storage.split import Split
 
 
@@ -24,7 +24,7 @@ class HostJpegs(SampleSource):
     CHUNK = 2**20  # bytes of decoded pixels
 
     def __init__(self, split: Split, slots: SlotBuffers, graph: CpuGraph | None = None) -> None:
-        self._split, self._slots, self._graph, self.watch = split, slots, graph, split.watch
+        self._split, self._slots, self._graph, self.monitor = split, slots, graph, split.monitor
         self._pixels = split.heights.astype(np.int64) * split.widths * 3
         self._scratch: deque[np.ndarray] = deque()
 
@@ -77,11 +77,11 @@ class HostJpegs(SampleSource):
             try:  # a header of a size that does not fit into the target is refused before anything is decoded
                 is_sound = decode(content[address : address + length], buffer=target).shape[:2] == sides
             except ValueError:  # also for a warning; Pillow, slower, tells those from an image that is cut short
-                is_sound = (decoded := pillow_pixels(file_of(split, index), sides)) is not None
+                is_sound = (decoded := decode_with_pillow(file_of(split, index), sides)) is not None
                 if decoded is not None:
                     target[:] = decoded.reshape(-1)
             if not is_sound:
-                raise Undecodable({index: header_defect(file_of(split, index), sides) or CANNOT})
+                raise Undecodable({index: header_error(file_of(split, index), sides) or UNDECODABLE})
         return offsets
 
 
@@ -90,7 +90,7 @@ class MappedFiles(SampleSource):
 
     def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
         """decodes: whether DALI can decode a file, which it is given on its own."""
-        self._split, self._decodes, self.watch = split, decodes, split.watch
+        self._split, self._decodes, self.monitor = split, decodes, split.monitor
         self._content, self._address, self._size = split.content, split.address, split.size
         self._sound: set[int] = set()  # suspects that DALI decodes
 
@@ -121,6 +121,6 @@ class MappedFiles(SampleSource):
     def defect(self, sample: int) -> str | None:
         """Return what is wrong with a sample as DALI sees it: it decodes files that Pillow refuses, and the reverse."""
         file, sides = file_of(self._split, sample), sides_of(self._split, sample)
-        if (wrong := header_defect(file, sides)) is not None:
+        if (wrong := header_error(file, sides)) is not None:
             return wrong
-        return None if self._decodes(file) else CANNOT
+        return None if self._decodes(file) else UNDECODABLE

@@ -18,7 +18,7 @@ import torch
 
 from pipelines.cpu import batch
 from pipelines.cpu.graph import CpuGraph, Images
-from pipelines.storage.monitor import Watch
+from pipelines.storage.monitor import ShardMonitor
 from pipelines.storage.split import Split
 
 HUGE_PAGE = 2**21
@@ -28,7 +28,7 @@ RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which r
 class SampleSource(Protocol):
     """Fills a slot with the samples of a batch."""
 
-    watch: Watch | None = None  # over the files that are read for every batch; None: all was read at the start
+    monitor: ShardMonitor | None = None  # over the files that are read for every batch; None: all was read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
         """The samples at `indices` (int64 [B]). In host memory the next fill of the same slot overwrites them.
@@ -44,13 +44,13 @@ class SampleSource(Protocol):
 
     def look(self) -> None:
         """Raise a UserError if a file that was read is known to have changed; cheap enough for every batch."""
-        if self.watch is not None:
-            self.watch.look()
+        if self.monitor is not None:
+            self.monitor.poll()
 
     def check_unchanged(self) -> None:
         """The same, of all files as they are now."""
-        if self.watch is not None:
-            self.watch.check()
+        if self.monitor is not None:
+            self.monitor.check()
 
 
 def fill_checked(
@@ -126,9 +126,9 @@ class HostPixels(SampleSource):
         shape: tuple[int, int, int],
         slots: SlotBuffers,
         graph: CpuGraph | None = None,
-        watch: Watch | None = None,
+        monitor: ShardMonitor | None = None,
     ) -> None:
-        self._content, self._offsets, self._slots, self._graph, self.watch = content, offsets, slots, graph, watch
+        self._content, self._offsets, self._slots, self._graph, self.monitor = content, offsets, slots, graph, monitor
         self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:

@@ -12,7 +12,7 @@ HDF5_SUFFIXES = (".hdf5", ".h5")
 CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # our command, and how its official files begin
 
 
-def how_to_convert(folder: str | Path) -> str:
+def convert_hint(folder: str | Path) -> str:
     """The end of an error's sentence about `folder`, which is no converted data set."""
     path = Path(folder)
     command, source, out = _command(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.utils.errors import UserError, printable, readable
-from pipelines.storage.convert_hint import how_to_convert
+from pipelines.storage.convert_hint import convert_hint
 
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
@@ -20,7 +20,7 @@ MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
 
 
-def refuse_link_out(file: Path) -> None:
+def refuse_external_link(file: Path) -> None:
     """Raise for a file of the data set that lies elsewhere."""
     real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
     if not real.is_relative_to(os.path.realpath(file.parent)):
@@ -34,11 +34,11 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "dataset.json"
     with readable(path):
         if not path.parent.exists():
-            raise UserError(f"data set folder {str(folder)!r} does not exist; {how_to_convert(folder)}")
+            raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
         if not path.is_file():
             reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
-            raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {how_to_convert(folder)}")
-        refuse_link_out(path)
+            raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {convert_hint(folder)}")
+        refuse_external_link(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     try:
@@ -46,7 +46,7 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         dataset = json.loads(content)
         if dataset["format"] != FORMAT:
-            raise ValueError(f"format {_shown(dataset['format'])}")
+            raise ValueError(f"format {_format_value(dataset['format'])}")
         if (version := dataset["version"]) == VERSION:
             _check(dataset)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -56,7 +56,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
         ) from None
     if version != VERSION:
         raise UserError(
-            f"{path} has format version {_shown(version)}, this program reads {VERSION}; convert the source again"
+            f"{path} has format version {_format_value(version)}, this program reads {VERSION}; "
+            "convert the source again"
         )
     return dataset  # type: ignore[no-any-return]
 
@@ -101,32 +102,32 @@ def _check(dataset: dict[str, Any]) -> None:
         raise TypeError("classes are not all text")
     for text in (dataset["name"], *dataset["classes"], *dataset["splits"]):
         if printable(text) != text:
-            raise ValueError(f"{_shown(text)} holds control characters")
+            raise ValueError(f"{_format_value(text)} holds control characters")
     shape = dataset["image_shape"]
     if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
-        raise ValueError(f"encoding {_shown(dataset['encoding'])} with image shape {_shown(shape)}")
+        raise ValueError(f"encoding {_format_value(dataset['encoding'])} with image shape {_format_value(shape)}")
     if shape is not None and not (
         type(shape) is list
         and all(type(side) is int for side in shape)
         and [0 < side < MAX_SIDE for side in shape[:2]] == [True, True]
         and shape[2:] == [3]
     ):
-        raise ValueError(f"image_shape is {_shown(shape)}")
+        raise ValueError(f"image_shape is {_format_value(shape)}")
     for name in ("mean", "std"):
         values = dataset[name]
         if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
-            raise ValueError(f"{name} is {_shown(values)}, not three numbers from 0 to 1")
+            raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
     if min(dataset["std"]) == 0:
         raise ValueError("std is 0, which must not divide")
     for name, split in dataset["splits"].items():
         _check_split(name, split)
     if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent likewise
-        raise TypeError(f"unordered is {_shown(dataset['unordered'])}")
+        raise TypeError(f"unordered is {_format_value(dataset['unordered'])}")
     for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in data sets of earlier versions
         _check_fields(reasons, dict.fromkeys(reasons, int))
     files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
-        raise ValueError(f"{_shown(repeated[0])} is listed twice")
+        raise ValueError(f"{_format_value(repeated[0])} is listed twice")
 
 
 def _check_split(name: str, split: dict[str, Any]) -> None:
@@ -137,13 +138,13 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
     for entry in (split["index"], *split["shards"]):
         file = entry["file"]
         if Path(file).name != file or file in ("", "..") or "\0" in file:
-            raise ValueError(f"{_shown(file)} is not a plain file name")
+            raise ValueError(f"{_format_value(file)} is not a plain file name")
     in_shards = sum(shard["samples"] for shard in split["shards"])
     if in_shards != split["samples"]:
-        raise ValueError(f"split {_shown(name)} has {split['samples']} samples, but its shards {in_shards}")
+        raise ValueError(f"split {_format_value(name)} has {split['samples']} samples, but its shards {in_shards}")
     if split["samples"] + len(split["quarantined"]) != split["source_rows"]:
         raise ValueError(
-            f"split {_shown(name)}: {split['samples']} samples and {len(split['quarantined'])} quarantined ones "
+            f"split {_format_value(name)}: {split['samples']} samples and {len(split['quarantined'])} quarantined ones "
             f"do not make up the {split['source_rows']} rows of the source"
         )
 
@@ -152,10 +153,10 @@ def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
     for name, kind in fields.items():
         value = entry[name]
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
-            raise TypeError(f"{name} is {_shown(value)}")
+            raise TypeError(f"{name} is {_format_value(value)}")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """For an error message, which stays one readable line whatever the file holds."""
     if isinstance(value, int) and value.bit_length() > 200:  # which takes long to write in decimal
         return f"a number of {value.bit_length()} bits"

@@ -25,17 +25,17 @@ from tqdm import tqdm
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 
-ENTRIES = 8  # per file: the nodes of a cluster may share a home, but have copies of the data each
-CHUNK = 2**20
+MAX_ENTRIES = 8  # per file: the nodes of a cluster may share a home, but have copies of the data each
+CHUNK_BYTES = 2**20
 MAX_THREADS = 8
-SETTLED_NS = 20_000_000  # a file system's clock ticks every 10 ms or faster: a later change then shows in its times
-SAVED_EVERY_S = 5.0
-PATIENCE_S = 30.0  # with another process that reads the same shards, and has stopped
-MAX_RECORD_BYTES = 2**27
-WORTH_A_NOTE = 2**34  # bytes
+TIMESTAMP_TICK_NS = 20_000_000  # a file system's clock ticks every 10 ms or faster: later changes show in its times
+SAVE_INTERVAL_S = 5.0
+LOCK_TIMEOUT_S = 30.0  # with another process that reads the same shards, and has stopped
+MAX_CACHE_BYTES = 2**27
+NOTE_BYTES = 2**34  # bytes
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What changes with the content of a file."""
 
     inode: int
@@ -44,96 +44,96 @@ class Stamp(NamedTuple):
     changed_ns: int  # which no program can set
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
+    def from_stat(cls, status: os.stat_result) -> FileStamp:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
-    def of_content(self) -> tuple[int, int, int]:
+    def content_key(self) -> tuple[int, int, int]:
         """Without what also changes with a file's name, links or permissions."""
         return self[:3]
 
 
-class Content(NamedTuple):
+class HashedFile(NamedTuple):
     """What a file held when it had this stamp."""
 
-    stamp: Stamp
+    stamp: FileStamp
     sha256: str
 
 
-def contents_of(folder: Path, dataset: dict[str, Any], split: str) -> list[Content]:
+def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
     """What each shard of a split holds now; those that the record does not know to be as dataset.json says are read.
 
     One process of the machine reads and the others wait for it, so that ranks that start together share its work.
     """
     shards = dataset["splits"][split]["shards"]
-    record = Record(folder, dataset)
-    found = record.sound(shards)
+    record = HashCache(folder, dataset)
+    found = record.lookup(shards)
     if None not in found:
         return [content for content in found if content is not None]
-    with record.turn() as alive:
-        found = record.sound(shards)  # somebody may have read them by now
+    with record.exclusive() as heartbeat:
+        found = record.lookup(shards)  # somebody may have read them by now
         missing = [number for number, content in enumerate(found) if content is None]
         files = [folder / shards[number]["file"] for number in missing]
         total = sum(shards[number]["bytes"] for number in missing)
-        if total >= WORTH_A_NOTE and not sys.stderr.isatty():  # a log shows no bar, and this takes minutes
+        if total >= NOTE_BYTES and not sys.stderr.isatty():  # a log shows no bar, and this takes minutes
             print(f"checking {total / 2**30:,.0f} GiB of split {split!r}, which is done once for each copy of a data "
                   "set (not with data.verify=off)", file=sys.stderr)  # fmt: skip
         saved = time.monotonic()
         try:
             with tqdm(total=total, desc=f"checking {split}", unit="B", unit_scale=True, unit_divisor=1024,
                       file=sys.stderr, delay=1, disable=None, leave=False) as bar:  # fmt: skip
-                for number, content in hash_files(files, bar, alive):
+                for number, content in hash_files(files, bar, heartbeat):
                     if isinstance(content, OSError):
                         raise UserError(f"{files[number]} cannot be read ({content.strerror}); mend that and start "
                                         "again, or set data.verify=off")  # fmt: skip
                     found[missing[number]] = content
                     record.add(files[number].name, content)
-                    if time.monotonic() - saved > SAVED_EVERY_S:
+                    if time.monotonic() - saved > SAVE_INTERVAL_S:
                         record.save()
                         saved = time.monotonic()
         finally:
-            record.save(complains=True)
+            record.save(warn_on_error=True)
     return [content for content in found if content is not None]
 
 
-def remember(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
+def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
     """Put into the record what was just written: the sha256 of files by name."""
-    record = Record(folder, dataset)
-    time.sleep(SETTLED_NS / 1e9)
-    with suppress(OSError), record.turn():
+    record = HashCache(folder, dataset)
+    time.sleep(TIMESTAMP_TICK_NS / 1e9)
+    with suppress(OSError), record.exclusive():
         for name, digest in sha256.items():
-            record.add(name, Content(Stamp.of((folder / name).stat()), digest))
+            record.add(name, HashedFile(FileStamp.from_stat((folder / name).stat()), digest))
         record.save()
 
 
-class Record:
+class HashCache:
     """The file in the user's cache that belongs to a data set's folder. Without a usable cache it is just empty."""
 
     def __init__(self, folder: Path, dataset: dict[str, Any]) -> None:
         self._folder = folder
         self._names = {shard["file"] for split in dataset["splits"].values() for shard in split["shards"]}
-        self._new: dict[str, Content] = {}
+        self._new: dict[str, HashedFile] = {}
         self._path: Path | None = None
         with suppress(OSError, RuntimeError):  # a user without a home, a folder that is not there any more
             name = os.fsencode(folder.resolve())
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
-    def sound(self, shards: list[dict[str, Any]]) -> list[Content | None]:
+    def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
         """For each entry of dataset.json the file's content, where the record says that it is the one given there."""
         known = self._load()
-        found: list[Content | None] = []
+        found: list[HashedFile | None] = []
         for shard in shards:
             content = None
             if entries := known.get(shard["file"]):
                 with suppress(OSError):
-                    content = Content(Stamp.of((self._folder / shard["file"]).stat()), shard["sha256"])
+                    content = HashedFile(FileStamp.from_stat((self._folder / shard["file"]).stat()), shard["sha256"])
             found.append(content if content in (entries or ()) else None)
         return found
 
-    def add(self, name: str, content: Content) -> None:
+    def add(self, name: str, content: HashedFile) -> None:
         self._new[name] = content
 
-    def save(self, complains: bool = False) -> None:
+    def save(self, warn_on_error: bool = False) -> None:
         """Write what was added, beside what others have written meanwhile."""
         if not self._new:
             return
@@ -143,7 +143,7 @@ class Record:
             known = {name: entries for name, entries in self._load().items() if name in self._names}
             for name, content in self._new.items():
                 others = [entry for entry in known.get(name, []) if entry != content]
-                known[name] = [*others, content][-ENTRIES:]
+                known[name] = [*others, content][-MAX_ENTRIES:]
             files = {name: [[*stamp, sha256] for stamp, sha256 in entries] for name, entries in sorted(known.items())}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
@@ -153,28 +153,28 @@ class Record:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            if complains:
+            if warn_on_error:
                 warn(
                     f"which shards have been checked cannot be remembered in {self._path or '~/.cache'} "
                     f"({error.strerror}), so every start reads them whole; set XDG_CACHE_HOME to a folder that can be "
                     "written"
                 )
 
-    def _load(self) -> dict[str, list[Content]]:
+    def _load(self) -> dict[str, list[HashedFile]]:
         """What stands there; a damaged record counts as empty."""
         try:
-            if self._path is None or self._path.stat().st_size > MAX_RECORD_BYTES:
+            if self._path is None or self._path.stat().st_size > MAX_CACHE_BYTES:
                 return {}
             files = json.loads(self._path.read_bytes())["files"]
             known = {}
             for name, entries in files.items():
-                known[name] = [Content(Stamp(*stamp), sha256) for *stamp, sha256 in entries]
+                known[name] = [HashedFile(FileStamp(*stamp), sha256) for *stamp, sha256 in entries]
             return known
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
     @contextmanager
-    def turn(self) -> Iterator[Callable[[], None]]:
+    def exclusive(self) -> Iterator[Callable[[], None]]:
         """Wait until no other process of this machine is in here; gives a function that says that we are still alive.
 
         Never for ever: where locks do not work, and where the other one has stopped, nobody waits.
@@ -188,19 +188,19 @@ class Record:
             yield lambda: None
             return
         with lock:
-            _wait_for(lock.fileno())
+            _acquire(lock.fileno())
 
-            def alive() -> None:
+            def heartbeat() -> None:
                 with suppress(OSError):
                     os.utime(lock.fileno())
 
-            yield alive
+            yield heartbeat
 
 
-def _wait_for(lock: int) -> None:
+def _acquire(lock: int) -> None:
     """Lock an open file; gives up when its owner shows no sign of life."""
     seen, since = -1, time.monotonic()
-    while time.monotonic() - since < PATIENCE_S:
+    while time.monotonic() - since < LOCK_TIMEOUT_S:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -219,8 +219,8 @@ def cache_folder() -> Path:
 
 
 def hash_files(
-    files: list[Path], bar: tqdm, alive: Callable[[], None] = lambda: None
-) -> Iterator[tuple[int, Content | OSError]]:
+    files: list[Path], bar: tqdm, heartbeat: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, HashedFile | OSError]]:
     """The number of each file with its content or why it cannot be read, as they are done; several are read at once.
 
     alive is called about once a second.
@@ -228,7 +228,7 @@ def hash_files(
     read, shown = [0] * len(files), 0
     stop = threading.Event()
 
-    def work(number: int) -> Content | OSError:
+    def work(number: int) -> HashedFile | OSError:
         def count(size: int) -> None:
             read[number] += size
             if stop.is_set():
@@ -245,7 +245,7 @@ def hash_files(
             waiting = {pool.submit(work, number): number for number in range(len(files))}
             while waiting:
                 done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                alive()
+                heartbeat()
                 bar.update(sum(read) - shown)
                 shown = sum(read)
                 for future in sorted(done, key=lambda one: one.exception() is not None):  # what is known is not lost
@@ -255,20 +255,20 @@ def hash_files(
             pool.shutdown(cancel_futures=True)
 
 
-def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> Content:
+def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> HashedFile:
     """The content of a file that nobody changes meanwhile; `count` gets the bytes of each piece that was read."""
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     for _ in range(3):
         with file.open("rb", buffering=0) as opened:
-            before = Stamp.of(os.fstat(opened.fileno()))
+            before = FileStamp.from_stat(os.fstat(opened.fileno()))
             age = time.time_ns() - before.changed_ns
-            if 0 <= age < SETTLED_NS:
-                time.sleep((SETTLED_NS - age) / 1e9)
+            if 0 <= age < TIMESTAMP_TICK_NS:
+                time.sleep((TIMESTAMP_TICK_NS - age) / 1e9)
             digest, left = hashlib.sha256(), before.bytes  # and no more, of a file that grows all the time
-            while left and (size := opened.readinto(buffer[: min(left, CHUNK)])):
+            while left and (size := opened.readinto(buffer[: min(left, CHUNK_BYTES)])):
                 digest.update(buffer[:size])
                 left -= size
                 count(size)
-            if before == Stamp.of(os.fstat(opened.fileno())):
-                return Content(before, digest.hexdigest())
+            if before == FileStamp.from_stat(os.fstat(opened.fileno())):
+                return HashedFile(before, digest.hexdigest())
     raise OSError(0, "it is being changed by another program")

@@ -14,7 +14,7 @@ import numpy as np
 
 from configs.utils.errors import UserError, readable
 from pipelines.storage import tar_format
-from pipelines.storage.dataset import MAX_SIDE, RECONVERT, refuse_link_out
+from pipelines.storage.dataset import MAX_SIDE, RECONVERT, refuse_external_link
 
 INDEX_COLUMNS = {
     "shard": np.int32,
@@ -36,7 +36,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 def check_size(file: Path, expected: int) -> None:
     """Raise for a file of the data set that is missing, of another size, or elsewhere."""
     with readable(file):
-        refuse_link_out(file)
+        refuse_external_link(file)
         if not file.is_file():
             raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
         size = file.stat().st_size
@@ -64,7 +64,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
         raise UserError(f"{file} has {lengths} rows where dataset.json says {samples}; {RECONVERT}")
     if samples == 0:
         raise UserError(f"{file} lists no samples; {RECONVERT}")
-    _check_places(file, index, entry)
+    _check_offsets(file, index, entry)
     if entry["labelled"] and not 0 <= index["label"].min() <= index["label"].max() < len(dataset["classes"]):
         raise UserError(
             f"{file} holds labels from {index['label'].min()} to {index['label'].max()}, "
@@ -97,7 +97,7 @@ def _columns(content: bytes) -> dict[str, np.ndarray]:
     return index
 
 
-def _check_places(file: Path, index: dict[str, np.ndarray], entry: dict[str, Any]) -> None:
+def _check_offsets(file: Path, index: dict[str, np.ndarray], entry: dict[str, Any]) -> None:
     shards, expected = entry["shards"], [shard["samples"] for shard in entry["shards"]]
     in_range = index["shard"].min() >= 0 and index["shard"].max() < len(shards)
     if not in_range or np.bincount(index["shard"], minlength=len(shards)).tolist() != expected:

@@ -16,8 +16,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from pipelines.storage.split import Split
 
-CANNOT = "cannot be decoded"
-Sides = tuple[int, int]  # height, width, pixels
+UNDECODABLE = "cannot be decoded"
+ImageSize = tuple[int, int]  # height, width, pixels
 
 
 def file_of(split: Split, sample: int) -> np.ndarray:
@@ -26,32 +26,32 @@ def file_of(split: Split, sample: int) -> np.ndarray:
     return split.content[begin : begin + int(split.size[sample])]
 
 
-def sides_of(split: Split, sample: int) -> Sides:
+def sides_of(split: Split, sample: int) -> ImageSize:
     """As the index has them."""
     return int(split.heights[sample]), int(split.widths[sample])
 
 
-def header_defect(file: np.ndarray, sides: Sides) -> str | None:
+def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
     """What is wrong with a file whose image should have these sides, as far as its header says; decodes nothing."""
     try:
         claimed = simplejpeg.decode_jpeg_header(file)[:2]
     except ValueError:  # also for a way to store colours that libjpeg-turbo has no name for
         try:
-            with _opened(file) as image:
+            with _open_jpeg(file) as image:
                 claimed = image.height, image.width
         except MemoryError:
             raise
         except Exception:  # Pillow raises many types on damaged bytes
-            return CANNOT
+            return UNDECODABLE
     if claimed == sides:
         return None
     return f"has {claimed[0]:,} x {claimed[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
 
 
-def pillow_pixels(file: np.ndarray, sides: Sides) -> np.ndarray | None:
+def decode_with_pillow(file: np.ndarray, sides: ImageSize) -> np.ndarray | None:
     """uint8 [H, W, 3]; None where Pillow cannot decode it, or it is of other sides, of which it then makes nothing."""
     try:
-        with _opened(file) as image:
+        with _open_jpeg(file) as image:
             return np.asarray(image.convert("RGB")) if (image.height, image.width) == sides else None
     except MemoryError:
         raise
@@ -59,5 +59,5 @@ def pillow_pixels(file: np.ndarray, sides: Sides) -> np.ndarray | None:
         return None
 
 
-def _opened(file: np.ndarray) -> Image.Image:
+def _open_jpeg(file: np.ndarray) -> Image.Image:
     return Image.open(io.BytesIO(file.tobytes()), formats=["JPEG"])

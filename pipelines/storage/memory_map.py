@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.utils.errors import UserError, readable
-from pipelines.storage.hash_cache import Stamp
+from pipelines.storage.hash_cache import FileStamp
 
 MAX_ADDRESSES = 2**46  # bytes; half of what a process has
 
@@ -25,15 +25,15 @@ _PROT_READ = 1
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000
 
 
-class Mapped(NamedTuple):
+class MappedShards(NamedTuple):
     """Files that lie one behind another at slots of equal size."""
 
     content: np.ndarray  # uint8 [files * slot]
-    lost: np.ndarray  # int64 [files]: not 0 where reading a file failed, then the address (see `bus_guard`)
-    stamps: list[Stamp]  # of the files when they were mapped
+    fault_address: np.ndarray  # int64 [files]: not 0 where reading a file failed, then the address (see `bus_guard`)
+    stamps: list[FileStamp]  # of the files when they were mapped
 
 
-def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> Mapped:
+def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
     """Map the files read-only at address 0, slot, 2 * slot … of one reserved range.
 
     Python's own mmap cannot choose addresses; with them, a batch over any number of shards is one index_select.
@@ -54,21 +54,21 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> Mapped:
     # Zeros between the files, not forbidden: whoever prints the whole array reads its ends.
     base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
-    begins = base + np.arange(len(files), dtype=np.int64) * slot
-    ends = begins - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
-    guarded, lost = sigbus.guard(np.stack([begins, ends], axis=1))
+    starts = base + np.arange(len(files), dtype=np.int64) * slot
+    ends = starts - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
+    guarded, fault_address = sigbus.register(np.stack([starts, ends], axis=1))
 
-    def let_go() -> None:
-        sigbus.release(guarded)
+    def unmap() -> None:
+        sigbus.unregister(guarded)
         _libc.munmap(base, total)
 
-    weakref.finalize(buffer, let_go).atexit = False  # a gathering thread may still read at exit
+    weakref.finalize(buffer, unmap).atexit = False  # a gathering thread may still read at exit
     stamps = []
-    for begin, file, size in zip(begins.tolist(), files, sizes, strict=True):
+    for begin, file, size in zip(starts.tolist(), files, sizes, strict=True):
         with readable(file), file.open("rb") as opened:
             map_at(begin, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
-            stamps.append(Stamp.of(os.fstat(opened.fileno())))
-    return Mapped(np.frombuffer(memoryview(buffer), np.uint8), lost, stamps)
+            stamps.append(FileStamp.from_stat(os.fstat(opened.fileno())))
+    return MappedShards(np.frombuffer(memoryview(buffer), np.uint8), fault_address, stamps)
 
 
 def advise(content: np.ndarray, begin: int, size: int, advice: int) -> None:

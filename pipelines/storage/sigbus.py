@@ -39,10 +39,10 @@ _table = np.empty(0, np.int64)
 _free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> first rows of groups that were given back
 
 
-def guard(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Watch over ranges of addresses, int64 [files, 2] (begin, end), whole pages each; the first call installs.
 
-    Returns what `release` wants, and int64 [files]: 0, or the address at which reading a file failed.
+    Returns what `unregister` wants, and int64 [files]: 0, or the address at which reading a file failed.
     """
     with _lock:
         if not len(_table):
@@ -61,11 +61,11 @@ def guard(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, rows[:, layout.LOST]
 
 
-def release(rows: np.ndarray) -> None:
-    """No longer watch over rows that `guard` returned; before the memory is given back."""
+def unregister(rows: np.ndarray) -> None:
+    """No longer watch over rows that `register` returned; before the memory is given back."""
     rows[:, layout.BEGIN] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
-    _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `guard`, under its lock
+    _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock
 
 
 def _rows(first: int, count: int) -> np.ndarray:

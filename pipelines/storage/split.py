@@ -28,7 +28,7 @@ from pipelines.storage.index import INDEX_COLUMNS as INDEX_COLUMNS
 from pipelines.storage.index import check_size, load_index
 from pipelines.storage.index import sample_stride as sample_stride
 from pipelines.storage.memory_map import advise, map_files
-from pipelines.storage.monitor import Watch
+from pipelines.storage.monitor import ShardMonitor
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Split:
     size: np.ndarray  # int32 [samples]: bytes of the content (an .npy header included)
     content: np.ndarray  # uint8: all shards, mapped one behind another at slots of equal size
     slot_bytes: int  # shard k begins at k * slot_bytes of `content`
-    watch: Watch  # over `files`, for as long as `content` is read
+    monitor: ShardMonitor  # over `files`, for as long as `content` is read
 
     def __len__(self) -> int:
         return len(self.address)
@@ -80,7 +80,7 @@ class Split:
         view = np.lib.stride_tricks.as_strided(self.content[first:], (rows, pixels), (stride, 1))
         return view, (self.address - tar_format.BLOCK) // stride
 
-    def pixel_begins(self) -> np.ndarray:
+    def pixel_starts(self) -> np.ndarray:
         """Where in `content` the pixels of each sample of an npy split begin: int64 [samples]."""
         assert self.image_shape is not None
         return self.address + len(tar_format.npy_header(self.image_shape))
@@ -110,7 +110,7 @@ class Split:
 
     def check_unchanged(self) -> None:
         """Raise a UserError if a shard is not what it was when the split was opened: before anything is saved."""
-        self.watch.check()
+        self.monitor.check()
 
 
 def open_split(
@@ -118,7 +118,7 @@ def open_split(
     name: str,
     *,
     verify: Literal["changed", "off"] = "changed",
-    tolerates_content: bool = False,
+    allow_damaged_images: bool = False,
 ) -> Split:
     """Map one split's shards and load its index; nothing is used that is not what dataset.json says.
 
@@ -141,8 +141,8 @@ def open_split(
         unit = int(np.lcm(stride, unit))
     sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
     slot = -(-int(sizes.max()) // unit) * unit
-    contents = hash_cache.contents_of(folder, dataset, name) if verify == "changed" else None
-    content, lost, stamps = map_files(files, sizes.tolist(), slot)
+    contents = hash_cache.shard_hashes(folder, dataset, name) if verify == "changed" else None
+    content, fault_address, stamps = map_files(files, sizes.tolist(), slot)
     expected = [shard["sha256"] for shard in entry["shards"]]
     digests = expected if contents is None else [found.sha256 for found in contents]
     split = Split(
@@ -157,30 +157,30 @@ def open_split(
         size=index["size"],
         content=content,
         slot_bytes=slot,
-        watch=Watch(
+        monitor=ShardMonitor(
             name,
             files,
             digests,
             stamps,
-            lost,
+            fault_address,
             lambda number: content[number * slot : number * slot + int(sizes[number])],
         ),
     )
     for number, (file, stamp) in enumerate(zip(files, stamps, strict=True)):
-        if contents is not None and stamp.of_content != contents[number].stamp.of_content:
+        if contents is not None and stamp.content_key != contents[number].stamp.content_key:
             raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
         if digests[number] != expected[number]:
-            _refuse(split, number, digests[number], tolerates_content)
+            _refuse(split, number, digests[number], allow_damaged_images)
     return split
 
 
-def _refuse(split: Split, number: int, sha256: str, tolerates_content: bool) -> None:
+def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
     """Raise for a shard whose content is not what dataset.json says; warn of one that may be used nevertheless."""
-    damage = tar_check.damage(split, number, sha256)
+    damage = tar_check.diagnose(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
     # A damaged pixel of an npy split cannot be told from a sound one when it is trained on.
     is_usable = damage.in_content_only and split.encoding == "jpeg"
-    if not (tolerates_content and is_usable):
+    if not (allow_damaged_images and is_usable):
         advice = ", or train with substitutes for bad samples: data.on_bad_sample=skip" if is_usable else ""
         raise UserError(f"{named}; {RECONVERT}{advice}")
     warn(f"{named}; the samples that can be decoded are used")

@@ -17,13 +17,13 @@ from pipelines import jpeg_format
 from pipelines.convert.encode import MAX_PIXELS
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import EXTENSIONS
-from pipelines.storage.jpeg_check import CANNOT, file_of, header_defect, pillow_pixels, sides_of
+from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, file_of, header_error, sides_of
 
 if TYPE_CHECKING:
     from pipelines.storage.split import Split
 
-CHUNK = 4096  # samples compared at once: 2 MiB of headers
-SHOWN = 3  # samples
+CHUNK_SAMPLES = 4096  # samples compared at once: 2 MiB of headers
+MAX_LISTED = 3  # samples
 
 
 class Damage(NamedTuple):
@@ -33,7 +33,7 @@ class Damage(NamedTuple):
     in_content_only: bool  # headers, keys and labels are right, so every sample is still found where it was
 
 
-def damage(split: Split, number: int, sha256: str) -> Damage:
+def diagnose(split: Split, number: int, sha256: str) -> Damage:
     """What is wrong with shard `number`, whose content has this sha256, as far as it can be told."""
     entries = split.dataset["splits"][split.name]["shards"]
     for name, other in split.dataset["splits"].items():
@@ -41,20 +41,20 @@ def damage(split: Split, number: int, sha256: str) -> Damage:
             if entry["sha256"] == sha256 and entry is not entries[number]:
                 return Damage(f"it holds what belongs into {entry['file']} of split {name!r}", False)
     chosen = np.flatnonzero(split.shard == number)
-    if problem := layout_problem(split, number, chosen):
+    if problem := layout_error(split, number, chosen):
         return Damage(problem, False)
     found = []
     for sample in chosen.tolist():
-        if problem := image_problem(split, sample):
+        if problem := image_error(split, sample):
             found.append(f"{split.describe(sample)} {problem}")
-        if len(found) == SHOWN:
+        if len(found) == MAX_LISTED:
             break
     if found:
         return Damage(" and ".join(found), True)
     return Damage("headers, labels and sizes are right, so the bytes of images differ", True)
 
 
-def layout_problem(split: Split, number: int, chosen: np.ndarray) -> str | None:
+def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
     """The first thing in a shard's tar that is not as the index says: places, headers, keys, labels, the end.
 
     chosen: int64 [N], the shard's samples.
@@ -73,19 +73,19 @@ def layout_problem(split: Split, number: int, chosen: np.ndarray) -> str | None:
     if len(content) != end + len(tar_format.END_OF_ARCHIVE) or content[end:].any():
         return "it does not end where the index says"
     keys = np.empty((len(chosen), tar_format.KEY_DIGITS), np.uint8)
-    for start in range(0, len(chosen), CHUNK):
-        some = slice(start, start + CHUNK)
+    for start in range(0, len(chosen), CHUNK_SAMPLES):
+        some = slice(start, start + CHUNK_SAMPLES)
         keys[some] = content[(offsets[some] - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
-        problem = _header_problem(split, chosen[some], content, offsets[some], keys[some])
+        problem = _header_error(split, chosen[some], content, offsets[some], keys[some])
         if problem is None and split.labels is not None:
             labels = offsets[some] - tar_format.BLOCK + strides[some] - label_bytes
-            problem = _label_problem(split, chosen[some], content, labels, keys[some], width)
+            problem = _label_error(split, chosen[some], content, labels, keys[some], width)
         if problem:
             return problem
-    return _key_problem(split, chosen, keys)
+    return _key_error(split, chosen, keys)
 
 
-def _header_problem(
+def _header_error(
     split: Split, samples: np.ndarray, content: np.ndarray, offsets: np.ndarray, keys: np.ndarray
 ) -> str | None:
     extension = EXTENSIONS[split.encoding]
@@ -93,11 +93,11 @@ def _header_problem(
     wrong = (found != tar_format.headers(keys, extension, split.size[samples].astype(np.int64))).any(axis=1)
     if wrong.any():
         row = int(np.argmax(wrong))
-        return f"{_member(found[row])} where the index places {split.describe(int(samples[row]))}"
+        return f"{_describe_header(found[row])} where the index places {split.describe(int(samples[row]))}"
     return None
 
 
-def _label_problem(
+def _label_error(
     split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
 ) -> str | None:
     """headers: int64 [N], where those of the label members begin."""
@@ -107,7 +107,7 @@ def _label_problem(
     expected = tar_format.headers(keys, "cls", np.full(len(samples), width))
     if (wrong := (found[:, : tar_format.BLOCK] != expected).any(axis=1)).any():
         row = int(np.argmax(wrong))
-        return f"{_member(found[row, : tar_format.BLOCK])} as the label of {split.describe(int(samples[row]))}"
+        return f"{_describe_header(found[row, : tar_format.BLOCK])} as the label of {split.describe(int(samples[row]))}"
     if (wrong := (found[:, tar_format.BLOCK :] != digits).any(axis=1)).any():
         row = int(np.argmax(wrong))
         sample = int(samples[row])
@@ -116,7 +116,7 @@ def _label_problem(
     return None
 
 
-def _key_problem(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
+def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
     """keys: uint8 [N, KEY_DIGITS]; they are rows of the source, so none comes twice."""
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
@@ -128,7 +128,7 @@ def _key_problem(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | N
     return None
 
 
-def _member(header: np.ndarray) -> str:
+def _describe_header(header: np.ndarray) -> str:
     """Says what a header is of."""
     try:
         member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
@@ -137,7 +137,7 @@ def _member(header: np.ndarray) -> str:
     return f"it holds a header of {member.name!r} with {member.size:,} bytes"
 
 
-def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None:
+def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
     """Return what is wrong with a stored image.
 
     decodes: decode a JPEG, as the bytes may have changed; else only check that every decoder can.
@@ -150,7 +150,7 @@ def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None
         if shape[:2] != sides:
             return f"has {shape[0]:,} x {shape[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
         return None
-    if (wrong := header_defect(file, sides)) is not None:
+    if (wrong := header_error(file, sides)) is not None:
         return wrong
     if not decodes:
         reason = jpeg_format.inspect(file.tobytes())[1]
@@ -159,11 +159,11 @@ def image_problem(split: Split, sample: int, decodes: bool = True) -> str | None
         try:
             simplejpeg.decode_jpeg(file)
         except ValueError:
-            return CANNOT if pillow_pixels(file, sides) is None else None
+            return UNDECODABLE if decode_with_pillow(file, sides) is None else None
     return None
 
 
-def keys_of(split: Split, chosen: np.ndarray) -> Iterator[str]:
+def sample_keys(split: Split, chosen: np.ndarray) -> Iterator[str]:
     """The keys in a shard whose layout is sound."""
     for sample in chosen.tolist():
         begin = int(split.address[sample]) - tar_format.BLOCK

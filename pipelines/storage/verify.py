@@ -29,8 +29,8 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[str, Any], bar: tqdm) -> list[str]:
-    found, problems = _contents(folder, entry["shards"], bar)
-    record = hash_cache.Record(folder, dataset)
+    found, problems = _hash_shards(folder, entry["shards"], bar)
+    record = hash_cache.HashCache(folder, dataset)
     for content, shard in zip(found, entry["shards"], strict=True):
         if content is not None:
             record.add(shard["file"], content)
@@ -43,19 +43,19 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
         if content is None:  # a problem already
             continue
         if content.sha256 == shard["sha256"]:
-            problem = _members_problem(split, number)
+            problem = _members_error(split, number)
         else:
-            text = tar_check.damage(split, number, content.sha256).text
+            text = tar_check.diagnose(split, number, content.sha256).text
             problem = f"{shard['file']} does not have the sha256 that dataset.json gives: {text}"
         problems += [problem] if problem else []
     return problems
 
 
-def _contents(
+def _hash_shards(
     folder: Path, entries: list[dict[str, Any]], bar: tqdm
-) -> tuple[list[hash_cache.Content | None], list[str]]:
+) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
     """What each shard holds, None where that cannot be told, and the problems that there are without looking inside."""
-    found: list[hash_cache.Content | None] = [None] * len(entries)
+    found: list[hash_cache.HashedFile | None] = [None] * len(entries)
     problems = {}
     for number, entry in enumerate(entries):
         file = folder / entry["file"]
@@ -76,23 +76,25 @@ def _contents(
     return found, [problems[number] for number in sorted(problems)]
 
 
-def _members_problem(split: shards.Split, number: int) -> str | None:
+def _members_error(split: shards.Split, number: int) -> str | None:
     """Compare one tar's members with the index: names, order, offsets, sizes and labels, and DALI's .idx beside it."""
     file, chosen = split.files[number], np.flatnonzero(split.shard == number)
-    if problem := tar_check.layout_problem(split, number, chosen):
+    if problem := tar_check.layout_error(split, number, chosen):
         return f"{file.name}: {problem}"
     for sample in chosen.tolist():
-        if problem := tar_check.image_problem(split, sample, decodes=False):
+        if problem := tar_check.image_error(split, sample, decodes=False):
             return f"{file.name}: {split.describe(sample)} {problem}"
     beside = file.with_suffix(".idx")
     expected = _index_text(split, number, chosen).encode()
     try:
-        return None if _begin(beside, len(expected) + 1) == expected else f"{beside.name} disagrees with {file.name}"
+        return (
+            None if _read_start(beside, len(expected) + 1) == expected else f"{beside.name} disagrees with {file.name}"
+        )
     except OSError as error:
         return f"{beside.name} {_reason(error)}"
 
 
-def _begin(file: Path, most: int) -> bytes:
+def _read_start(file: Path, most: int) -> bytes:
     """Up to `most` bytes of a plain file; raises FileNotFoundError for a pipe, which might never end."""
     if not file.is_file():
         raise FileNotFoundError
@@ -109,14 +111,14 @@ def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
     extension = shards.EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes
-    rows = zip(tar_check.keys_of(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)
+    rows = zip(tar_check.sample_keys(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)
     lines = [tar_format.index_line(key, extension, offset, size, label_size) for key, offset, size in rows]
     return "".join([f"{tar_format.INDEX_VERSION} {len(chosen)}\n", *lines])
 
 
 def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
     try:
-        splits = json.loads(_begin(folder / "_info.json", MAX_BYTES))["splits"]
+        splits = json.loads(_read_start(folder / "_info.json", MAX_BYTES))["splits"]
         lengths = {name: split["shard_lengths"] for name, split in splits.items()}
     except OSError as error:
         return [f"_info.json {_reason(error)}"]

@@ -282,8 +282,8 @@ def test_a_source_that_changes_between_kill_and_rerun_is_refused(encoding: str, 
 
 
 def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = shuffle._collect
-    monkeypatch.setattr(shuffle, "_collect", lambda plan, shard: list(collect(plan, shard))[1:])
+    collect = shuffle._shard_samples
+    monkeypatch.setattr(shuffle, "_shard_samples", lambda plan, shard: list(collect(plan, shard))[1:])
     with pytest.raises(UserError, match=r"106 samples written and 0 quarantined are not the 107 rows"):
         write(tiny_source("npy"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -301,10 +301,10 @@ def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
         raise OSError(errno.EIO, "stopped")
 
     gather = writer.gather
-    monkeypatch.setattr(writer, "gather", stop)
+    monkeypatch.setattr(writer, "merge", stop)
     with pytest.raises(OSError, match="stopped"):
         write(tiny_source("npy"), tmp_path / "out")
-    monkeypatch.setattr(writer, "gather", gather)
+    monkeypatch.setattr(writer, "merge", gather)
     file = tmp_path / "out" / ".spool" / name
     for damaged in sorted(file.parent.glob(file.name)):
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])

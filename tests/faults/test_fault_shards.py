@@ -58,7 +58,7 @@ def assert_refused(folder: Path, *names: str) -> str:
     with pytest.raises(UserError) as first:
         open_split(folder, "train")
     with pytest.raises(UserError) as second:
-        open_split(folder, "train", tolerates_content=True)
+        open_split(folder, "train", allow_damaged_images=True)
     for error in (first, second):
         assert any(name in str(error.value) for name in names), error.value
         assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tools.sources.cifar import LAYOUTS
+from tools.sources.cifar import EDITIONS
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
@@ -39,7 +39,7 @@ def pixels_of(rows: int, seed: int) -> np.ndarray:
 def write_cifar10(folder: Path, rows: int = 4, dump: Callable[[dict[str, Any]], bytes] = official_pickle) -> Path:
     folder = folder / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    for number, file in enumerate((*LAYOUTS["cifar10"].train, LAYOUTS["cifar10"].test)):
+    for number, file in enumerate((*EDITIONS["cifar10"].train, EDITIONS["cifar10"].test)):
         labels = [(number + row) % 10 for row in range(rows)]
         (folder / file).write_bytes(dump({"data": pixels_of(rows, number), "labels": labels}))
     (folder / "batches.meta").write_bytes(dump({"label_names": [f"name{label}".encode() for label in range(10)]}))

@@ -33,7 +33,7 @@ from pipelines.convert.encode import Defect, Encoding, encode
 from pipelines.storage.split import load_dataset, open_split
 from pipelines.storage.verify import verify
 from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
-from tools.sources.cifar import LAYOUTS, _parse_batch, _parse_classes, open_cifar
+from tools.sources.cifar import EDITIONS, _parse_batch, _parse_classes, open_cifar
 from tools.sources.hdf5 import open_hdf5
 from train.checkpoint import store
 
@@ -116,11 +116,11 @@ def batch_of_protocol_5(rows: int = 2) -> bytes:
 
 
 def read_batch(content: bytes) -> None:
-    _parse_batch(LAYOUTS["cifar10"], content, "batch")
+    _parse_batch(EDITIONS["cifar10"], content, "batch")
 
 
 def read_names(content: bytes) -> None:
-    _parse_classes(LAYOUTS["cifar10"], content, "names")
+    _parse_classes(EDITIONS["cifar10"], content, "names")
 
 
 _ARGUMENTS = st.binary(max_size=12) | st.sampled_from([

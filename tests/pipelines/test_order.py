@@ -67,7 +67,7 @@ def test_every_position_is_as_likely_for_a_sample() -> None:
 @pytest.mark.parametrize("samples", [107, 10_007])
 def test_the_global_batch_of_a_step_is_the_same_at_every_world_size(samples: int) -> None:
     positions = order.permutation(samples, seed=3, epoch=1)
-    for step in range(order.steps_per_epoch(samples, 24, 1)):
+    for step in range(order.batches_per_epoch(samples, 24, 1)):
         expected = global_batch(positions, step, 24, 1)
         for world_size in (2, 3, 8):
             np.testing.assert_array_equal(global_batch(positions, step, 24 // world_size, world_size), expected)
@@ -79,7 +79,7 @@ def test_an_epoch_has_each_sample_at_most_once_and_drops_less_than_a_global_batc
     samples: int, world_size: int
 ) -> None:
     positions = order.permutation(samples, seed=3, epoch=1)
-    steps = order.steps_per_epoch(samples, 4, world_size)
+    steps = order.batches_per_epoch(samples, 4, world_size)
     seen = np.concatenate([global_batch(positions, step, 4, world_size) for step in range(steps)])
     assert len(np.unique(seen)) == len(seen)
     assert 0 <= samples - len(seen) < 4 * world_size
@@ -89,7 +89,7 @@ def test_an_epoch_has_each_sample_at_most_once_and_drops_less_than_a_global_batc
     samples=st.integers(1, 5000), batch=st.integers(1, 64), world_size=st.integers(1, 9), accumulation=st.integers(1, 5)
 )
 def test_steps_are_whole_optimizer_steps_that_fit(samples: int, batch: int, world_size: int, accumulation: int) -> None:
-    steps = order.steps_per_epoch(samples, batch, world_size, accumulation)
+    steps = order.batches_per_epoch(samples, batch, world_size, accumulation)
     assert steps % accumulation == 0
     assert steps * batch * world_size <= samples < (steps + accumulation) * batch * world_size
 

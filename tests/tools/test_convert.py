@@ -21,7 +21,7 @@ from helpers.cifar_files import write_archive, write_cifar10
 from pipelines.storage.split import open_split
 from tools import convert
 from tools.sources import download
-from tools.sources.cifar import LAYOUTS
+from tools.sources.cifar import EDITIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,9 +137,9 @@ def test_defective_images_are_listed_in_the_summary_and_refused_when_strict(
 def test_cifar_can_be_downloaded_and_converted_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     folder = write_cifar10(site)
-    archive = write_archive(site / LAYOUTS["cifar10"].archive, folder)
+    archive = write_archive(site / EDITIONS["cifar10"].archive, folder)
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(LAYOUTS, "cifar10", dataclasses.replace(LAYOUTS["cifar10"], md5=md5))
+    monkeypatch.setitem(EDITIONS, "cifar10", dataclasses.replace(EDITIONS["cifar10"], md5=md5))
     monkeypatch.setattr(download, "SITE", site.as_uri() + "/")
     monkeypatch.chdir(tmp_path)
     dataset = convert_to(tmp_path / "out", "cifar10", "--download")

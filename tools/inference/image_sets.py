@@ -22,7 +22,7 @@ from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.split import in_source_order, load_dataset, open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
-from tools.sources.imagefolder import open_pictures
+from tools.sources.imagefolder import open_image_files
 
 PICTURES = "pictures"  # the split that pictures are converted to
 MAX_WORKERS = 8  # each imports torch
@@ -88,7 +88,7 @@ def open_images(
         yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
         return
     with tempfile.TemporaryDirectory(prefix=".pictures-", dir=scratch) as temporary:
-        source = open_pictures(pictures, PICTURES, models[0].classes)
+        source = open_image_files(pictures, PICTURES, models[0].classes)
         folders: dict[Encoding, Path] = {}
         for model in models:
             encoding = picture_encoding(model)

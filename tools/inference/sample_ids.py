@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.utils.errors import UserError
 from tools.inference.image_sets import ImageSet
-from tools.sources.imagefolder import in_order_of_numbers, numbers_of
+from tools.sources.imagefolder import is_in_numeric_order, name_numbers
 
 ASCENDING = "each once and ascending"
 MAX_DIGITS = 18  # of a number in an id
@@ -52,7 +52,7 @@ def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
 
 def check_file_order(files: Sequence[str]) -> None:
     """Raise a UserError for files that differ in numbers, and are not sorted by these."""
-    if not in_order_of_numbers(files):
+    if not is_in_numeric_order(files):
         names = ", ".join(Path(file).stem for file in files[:3])
         raise UserError(
             f"the pictures are numbered, but sorted by path they are not in the order of their numbers ({names} …); "
@@ -67,7 +67,7 @@ def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -
             f"the ids of sample submission {sample} ({_preview(ids)}) are neither numbers nor the names of the "
             f"pictures ({_preview(images.files)}); take the sample of these very pictures"
         )
-    numbers = numbers_of(ids)
+    numbers = name_numbers(ids)
     if numbers is not None and any(before >= after for before, after in pairwise(numbers)):
         raise UserError(
             f"the ids of sample submission {sample} are numbered ({_preview(ids)}), but neither from 0 or 1 without a "
@@ -85,7 +85,7 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
         rows = {name: row for row, name in enumerate(known)}
         if len(rows) == len(files) and set(asked) == rows.keys():
             return IdMatch(tuple(rows[name] for name in asked), "each once, matched to the files by name")
-    theirs, ours = numbers_of(ids), numbers_of(stems)
+    theirs, ours = name_numbers(ids), name_numbers(stems)
     if theirs is None or ours is None:
         return None
     by_number = {number: row for row, number in enumerate(ours)}

@@ -26,7 +26,7 @@ MAX_ARCHIVE_BYTES = 1 << 30  # of what it inflates to; the official ones have 18
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarEdition:
     """One edition: its official folder and archive, and the keys of its pickles."""
 
     kind: str
@@ -44,8 +44,8 @@ class Layout:
         return (*self.train, self.test, self.meta)
 
 
-LAYOUTS = {
-    "cifar10": Layout(
+EDITIONS = {
+    "cifar10": CifarEdition(
         kind="cifar10",
         folder="cifar-10-batches-py",
         archive="cifar-10-python.tar.gz",
@@ -56,7 +56,7 @@ LAYOUTS = {
         labels="labels",
         names="label_names",
     ),
-    "cifar100": Layout(
+    "cifar100": CifarEdition(
         kind="cifar100",
         folder="cifar-100-python",
         archive="cifar-100-python.tar.gz",
@@ -75,13 +75,13 @@ class CifarSplit:
 
     def __init__(
         self,
-        layout: Layout,
+        edition: CifarEdition,
         path: Path,
         batches: dict[str, int],
         labels: np.ndarray | None,
         loaded: dict[str, np.ndarray],
     ) -> None:
-        self._layout, self._path = layout, path
+        self._edition, self._path = edition, path
         self._batches = batches  # rows by file name
         self._loaded = {file: loaded[file] for file in batches if file in loaded}  # pixels uint8 [rows, 3072]
         self.labels = labels
@@ -114,7 +114,7 @@ class CifarSplit:
     def _pixels(self, file: str) -> np.ndarray:
         if file not in self._loaded:
             for name, content in _read_files(self._path, (file,)):
-                self._loaded[name], _ = _parse_batch(self._layout, content, f"{self._path}: {name}")
+                self._loaded[name], _ = _parse_batch(self._edition, content, f"{self._path}: {name}")
         if file not in self._loaded or len(self._loaded[file]) != self._batches[file]:
             raise UserError(f"{self._path}: {file} changed while it was converted; start the conversion again")
         return self._loaded[file]
@@ -125,53 +125,54 @@ def open_cifar(kind: str, source: Path) -> Source:
 
     Reads every byte once: labels, the sha256 of each file, and whether an archive is whole.
     """
-    layout = LAYOUTS[kind]
-    path = _locate(layout, source)
+    edition = EDITIONS[kind]
+    path = _locate(edition, source)
     batches: dict[str, tuple[int, np.ndarray]] = {}
     digests: dict[str, str] = {}
     classes: tuple[str, ...] = ()
     loaded: dict[str, np.ndarray] = {}
-    for file, content in _read_files(path, layout.files):
+    for file, content in _read_files(path, edition.files):
         digests[file] = hashlib.sha256(content).hexdigest()
-        if file == layout.meta:
-            classes = _parse_classes(layout, content, f"{path}: {file}")
+        if file == edition.meta:
+            classes = _parse_classes(edition, content, f"{path}: {file}")
         else:
-            pixels, labels = _parse_batch(layout, content, f"{path}: {file}")
+            pixels, labels = _parse_batch(edition, content, f"{path}: {file}")
             batches[file] = (len(pixels), labels)
             if path.is_file():
                 loaded[file] = pixels
-    missing = [file for file in layout.files if file not in digests]
+    missing = [file for file in edition.files if file not in digests]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source holds {', '.join(layout.files)}")
+        raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source holds {', '.join(edition.files)}")
     for file, (_, labels) in batches.items():
         if labels.max() >= len(classes):
             raise UserError(
-                f"{path}: {file} has labels up to {labels.max()}, but {layout.meta} names {len(classes)} classes "
+                f"{path}: {file} has labels up to {labels.max()}, but {edition.meta} names {len(classes)} classes "
                 f"(0 to {len(classes) - 1}); fetch the files again"
             )
-    train = {file: batches[file][0] for file in layout.train}
-    test = {layout.test: batches[layout.test][0]}
-    train_labels = np.concatenate([batches[file][1] for file in layout.train])
+    train = {file: batches[file][0] for file in edition.train}
+    test = {edition.test: batches[edition.test][0]}
+    train_labels = np.concatenate([batches[file][1] for file in edition.train])
     splits: dict[str, SplitSource] = {
-        "train": CifarSplit(layout, path, train, train_labels, loaded),
-        "val": CifarSplit(layout, path, test, batches[layout.test][1], loaded),
-        "test": CifarSplit(layout, path, test, None, loaded),
+        "train": CifarSplit(edition, path, train, train_labels, loaded),
+        "val": CifarSplit(edition, path, test, batches[edition.test][1], loaded),
+        "test": CifarSplit(edition, path, test, None, loaded),
     }
-    fingerprint = hashlib.sha256("\n".join(f"{file} {digests[file]}" for file in layout.files).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join(f"{file} {digests[file]}" for file in edition.files).encode()).hexdigest()
     return Source(kind=kind, name=path.name, classes=classes, fingerprint=fingerprint, splits=splits)
 
 
-def _locate(layout: Layout, source: Path) -> Path:
+def _locate(edition: CifarEdition, source: Path) -> Path:
     if source.is_file():
         return source
-    for folder in (source, source / layout.folder):
-        if any((folder / file).is_file() for file in layout.files):
+    for folder in (source, source / edition.folder):
+        if any((folder / file).is_file() for file in edition.files):
             return folder
-    if (source / layout.archive).is_file():
-        return source / layout.archive
+    if (source / edition.archive).is_file():
+        return source / edition.archive
     raise UserError(
-        f"no {layout.kind} at {str(source)!r}: pass the folder {layout.folder}, which holds {', '.join(layout.files)}, "
-        f"or {layout.archive}, or the folder above either, as --source, or fetch it with --download"
+        f"no {edition.kind} at {str(source)!r}: pass the folder {edition.folder}, which holds "
+        f"{', '.join(edition.files)}, or {edition.archive}, or the folder above either, as --source, or fetch it with "
+        "--download"
     )
 
 
@@ -197,10 +198,10 @@ def _check_file_size(size: int, file: str) -> None:
         raise UserError(f"{file} has {size:,} bytes, but no CIFAR file exceeds {MAX_FILE_BYTES:,}; fetch it again")
 
 
-def _parse_batch(layout: Layout, content: bytes, file: str) -> tuple[np.ndarray, np.ndarray]:
+def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 [rows, 3072] and labels int64 [rows] of one batch."""
     batch = load_pickle(content, file)
-    missing = [key for key in ("data", layout.labels) if key not in batch]
+    missing = [key for key in ("data", edition.labels) if key not in batch]
     if missing:
         raise UserError(
             f"{file} lacks {' and '.join(missing)} (it has {', '.join(batch)[:200]}); is it another edition's?"
@@ -209,18 +210,18 @@ def _parse_batch(layout: Layout, content: bytes, file: str) -> tuple[np.ndarray,
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (ROW_BYTES,):
         found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise UserError(f"{file}: data is {found}; CIFAR's is uint8 (rows, {ROW_BYTES})")
-    labels = batch[layout.labels]
+    labels = batch[edition.labels]
     if isinstance(labels, np.ndarray) and labels.ndim == 1:  # an array of more axes may be empty with a huge shape
         labels = labels.tolist()
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
-        raise UserError(f"{file}: {layout.labels} must be one number for each of the {len(pixels)} images of data")
+        raise UserError(f"{file}: {edition.labels} must be one number for each of the {len(pixels)} images of data")
     if not all(type(number) is int and 0 <= number < 1 << 31 for number in labels):
-        raise UserError(f"{file}: {layout.labels} holds other things than class numbers; fetch the file again")
+        raise UserError(f"{file}: {edition.labels} holds other things than class numbers; fetch the file again")
     return pixels, np.array(labels, np.int64)
 
 
-def _parse_classes(layout: Layout, content: bytes, file: str) -> tuple[str, ...]:
-    names = load_pickle(content, file).get(layout.names)
+def _parse_classes(edition: CifarEdition, content: bytes, file: str) -> tuple[str, ...]:
+    names = load_pickle(content, file).get(edition.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, (bytes, str)) for name in names):
-        raise UserError(f"{file} holds no list {layout.names!r} of class names; fetch the file again")
+        raise UserError(f"{file} holds no list {edition.names!r} of class names; fetch the file again")
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)

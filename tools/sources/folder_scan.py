@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a t
 LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, in any case
 MAX_SUFFIX = 10  # characters of an extension that is named in a note
 MAX_LISTED = 10  # classes that are named in a note
-SHOWN = 8  # groups of passed-over entries that are named in a note
+MAX_LISTED_GROUPS = 8  # groups of passed-over entries that are named in a note
 
 
 class Scan:
@@ -26,7 +26,7 @@ class Scan:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.touched = hashlib.sha256()  # of the times at which the files were changed last
-        self._passed_over: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason): count, first path
+        self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason): count, first path
 
     def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
         """Return the names of subfolders, and of image files with their sizes in bytes, each sorted by name.
@@ -39,8 +39,8 @@ class Scan:
                 for entry in sorted(found, key=lambda entry: entry.name):
                     if is_litter(entry.name):
                         continue
-                    if reason := self._reason_against(entry, expected):
-                        self.pass_over(joined(folder, entry.name), reason, entry.is_dir(follow_symlinks=False))
+                    if reason := self._skip_reason(entry, expected):
+                        self.skip(join_path(folder, entry.name), reason, entry.is_dir(follow_symlinks=False))
                     elif entry.is_dir():
                         folders.append(entry.name)
                     elif entry.name != expected:
@@ -60,41 +60,41 @@ class Scan:
             parent = waiting.pop()
             folders, files = self.entries(parent)
             for name in folders:
-                inner = joined(parent, name)
+                inner = join_path(parent, name)
                 if (self.root / inner).is_symlink():
-                    self.pass_over(inner, "link to a folder", is_folder=True)
+                    self.skip(inner, "link to a folder", is_folder=True)
                 else:
                     waiting.append(inner)
-            found += [(joined(parent, name), size) for name, size in files]
+            found += [(join_path(parent, name), size) for name, size in files]
         return sorted(found)
 
-    def pass_over(self, path: str, reason: str, is_folder: bool = False) -> None:
+    def skip(self, path: str, reason: str, is_folder: bool = False) -> None:
         suffix = Path(path).suffix.lower()
         kind = "folder" if is_folder else suffix or "without extension"
         if len(suffix) > MAX_SUFFIX and not is_folder:
             kind = "with a long extension"
-        count, first = self._passed_over.get((kind, reason), (0, path))
-        self._passed_over[kind, reason] = (count + 1, first)
+        count, first = self._skipped.get((kind, reason), (0, path))
+        self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
         """Return what was passed over: '3 .txt, no image (train/a/x.txt …); 1 .jpg, hidden (train/.x.jpg)', or ''."""
-        groups = sorted(self._passed_over.items(), key=lambda item: (-item[1][0], item[0]))
+        groups = sorted(self._skipped.items(), key=lambda item: (-item[1][0], item[0]))
         texts = [f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
-                 for (kind, reason), (count, first) in groups[:SHOWN]]  # fmt: skip
-        if rest := sum(count for _, (count, _) in groups[SHOWN:]):
+                 for (kind, reason), (count, first) in groups[:MAX_LISTED_GROUPS]]  # fmt: skip
+        if rest := sum(count for _, (count, _) in groups[MAX_LISTED_GROUPS:]):
             texts.append(f"{rest:,} more")
         return "; ".join(texts)
 
-    def note_passed_over(self) -> None:
-        if self._passed_over:
-            total = sum(count for count, _ in self._passed_over.values())
+    def note_skipped(self) -> None:
+        if self._skipped:
+            total = sum(count for count, _ in self._skipped.values())
             note(f"passed over {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
-    def _reason_against(self, entry: os.DirEntry[str], expected: str) -> str:
+    def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
         """Return why an entry is passed over; '' for folders, image files and the expected file."""
         if entry.name.startswith("."):
             return "hidden"
-        if entry.is_symlink() and not self._leads_somewhere(Path(entry.path)):
+        if entry.is_symlink() and not self._has_target(Path(entry.path)):
             return "link that leads nowhere"
         if entry.is_dir():
             return ""
@@ -102,7 +102,7 @@ class Scan:
             return "no image"
         return "" if entry.is_file() else "no regular file"
 
-    def _leads_somewhere(self, link: Path) -> bool:
+    def _has_target(self, link: Path) -> bool:
         """Return whether a link has a target; raise UserError where that lies outside of the root."""
         try:
             target = link.resolve(strict=True)
@@ -124,7 +124,7 @@ class Scan:
         return status.st_size
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular_file(path: Path) -> bytes:
     """Read a file found by a scan.
 
     It may have become something else since: a pipe would never end, a huge file would fill the memory.
@@ -141,7 +141,7 @@ def is_litter(name: str) -> bool:
     return name.startswith("._") or name.lower() in LITTER
 
 
-def joined(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 
 

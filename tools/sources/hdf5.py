@@ -54,13 +54,13 @@ class Hdf5Split:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Images start..stop, uint8 [H, W, 3]; at most `READ_BYTES` of them in memory, or one row of chunks."""
         if self._file is None:
-            with _damage_reported(str(self._path)):
+            with _report_damage(str(self._path)):
                 self._file = _open_file(self._path)
         step = self._rows_per_read
         buffer = np.empty((min(step, stop - start), *self._shape[1:]), np.uint8)
         while start < stop:
             end = min((start // step + 1) * step, stop)
-            with _damage_reported(f"{self._path}: {self._key}[{start}:{end}]", self._chunk_bytes):
+            with _report_damage(f"{self._path}: {self._key}[{start}:{end}]", self._chunk_bytes):
                 self._file[self._key].read_direct(buffer, np.s_[start:end], np.s_[: end - start])
             for row in buffer[: end - start]:
                 yield _channels_last(row) if self._channels_first else row.copy()
@@ -83,7 +83,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     digest = hashlib.sha256()
     splits: dict[str, SplitSource] = {}
     status = path.stat()
-    with _damage_reported(str(path), MAX_CHUNK_BYTES), _open_file(path) as file:
+    with _report_damage(str(path), MAX_CHUNK_BYTES), _open_file(path) as file:
         keys = {str(key) for key in file}
         _check_keys(path, keys)
         for name in ("train", "val", "test"):
@@ -187,7 +187,7 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 
 @contextmanager
-def _damage_reported(what: str, held_bytes: int = 0) -> Iterator[None]:
+def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
     """HDF5's errors as one sentence; on damaged bytes it raises any of these. held_bytes: of the results and chunks."""
     try:
         with memory_limit.at_most(READING_BYTES + 2 * held_bytes):

@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.utils.errors import UserError, readable
 from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, joined, note, read_regular
+from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, join_path, note, read_regular_file
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                  "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
@@ -44,7 +44,7 @@ class ImageFolderSplit:
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
-                yield read_regular(path)
+                yield read_regular_file(path)
             except OSError as error:
                 raise UserError(
                     f"cannot read {path} ({error.strerror}); mend or remove the file and start again"
@@ -85,11 +85,11 @@ def open_imagefolder(root: Path) -> Source:
             digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
         _note_missing_classes(folder, labels, classes)
-        if name != "train" and not in_order_of_numbers([path for path, _ in files]):
+        if name != "train" and not is_in_numeric_order([path for path, _ in files]):
             unordered.append(name)
             if labels is None:
                 _note_order(folder, files)
-    scan.note_passed_over()
+    scan.note_skipped()
     return Source(
         kind="imagefolder",
         name=scan.root.name,
@@ -101,7 +101,7 @@ def open_imagefolder(root: Path) -> Source:
     )
 
 
-def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
+def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
     """All image files in a folder and the folders in it, sorted by path: one split without labels.
 
     classes: those that a model is to choose from.
@@ -111,19 +111,19 @@ def open_pictures(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
     if not files:
         hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
         raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
-    scan.note_passed_over()
+    scan.note_skipped()
     rows = ImageFolderSplit(scan.root, files, None)
     digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
     return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
 
 
-def in_order_of_numbers(paths: Sequence[str]) -> bool:
+def is_in_numeric_order(paths: Sequence[str]) -> bool:
     """Return whether files whose names differ in numbers alone come in the order of these; true of all others."""
-    numbers = numbers_of([Path(path).stem for path in paths])
+    numbers = name_numbers([Path(path).stem for path in paths])
     return numbers is None or numbers == sorted(numbers)
 
 
-def numbers_of(names: Sequence[str]) -> list[tuple[int, ...]] | None:
+def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
     """Return the numbers in names that differ in nothing else (`img_1`, `img_10`); None for all others."""
     parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
@@ -146,7 +146,7 @@ def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
         hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
         raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}){hint}; {LAYOUT}")
     for name, _ in images:
-        scan.pass_over(name, "outside of the class folders")
+        scan.skip(name, "outside of the class folders")
     if others:
         note(f"{root} has folders that mean no split and are not read: {', '.join(others)}; "
              f"splits are {', '.join(SPLIT_FOLDERS)}, in any case")  # fmt: skip
@@ -178,7 +178,7 @@ def _list_split(
     if split != "train" and found == ["images"] and "images" not in numbers and not (split == "test" and flat):
         top, folder = folder, f"{folder}/images"
         for name, _ in flat:
-            scan.pass_over(f"{top}/{name}", "outside of the class folders")
+            scan.skip(f"{top}/{name}", "outside of the class folders")
         found, flat = scan.entries(folder)
         if split == "val" and flat and not found:
             return _list_annotated(scan, top, dict(flat), numbers, digest)
@@ -190,7 +190,7 @@ def _list_split(
             )
         return [(f"{folder}/{name}", size) for name, size in flat], None
     for name, _ in flat:
-        scan.pass_over(f"{folder}/{name}", "outside of the class folders")
+        scan.skip(f"{folder}/{name}", "outside of the class folders")
     unknown = [name for name in found if name not in numbers]
     if unknown:
         raise UserError(
@@ -201,7 +201,7 @@ def _list_split(
     files: Files = []
     labels: list[int] = []
     for class_name in found:
-        images = scan.images(joined(folder, class_name))
+        images = scan.images(join_path(folder, class_name))
         files += images
         labels += [numbers[class_name]] * len(images)
     return files, labels
@@ -216,7 +216,7 @@ def _list_annotated(
         raise UserError(f"{path.parent / 'images'} holds images outside of class folders, and there is no {path} that "
                         f"names their classes; {LAYOUT}")  # fmt: skip
     with readable(path):
-        lines = read_regular(path).decode("utf-8", "replace").splitlines()
+        lines = read_regular_file(path).decode("utf-8", "replace").splitlines()
     label_of: dict[str, int] = {}
     for place, line in enumerate(lines, 1):
         if not line.strip():
@@ -229,9 +229,9 @@ def _list_annotated(
         if label_of.setdefault(name, numbers[class_name]) != numbers[class_name]:
             raise UserError(f"{path}, line {place}: {name!r} has a second class, {class_name!r}; keep one of them")
     for name in sorted(sizes.keys() - label_of.keys()):
-        scan.pass_over(f"{top}/images/{name}", f"not named in {ANNOTATIONS}")
+        scan.skip(f"{top}/images/{name}", f"not named in {ANNOTATIONS}")
     for name in sorted(label_of.keys() - sizes.keys()):
-        scan.pass_over(f"{top}/images/{name}", f"named in {ANNOTATIONS}, but missing")
+        scan.skip(f"{top}/images/{name}", f"named in {ANNOTATIONS}, but missing")
     rows = sorted((label_of[name], name) for name in sizes if name in label_of)
     labels = [label for label, _ in rows]
     digest.update(np.array(labels, "<i8").tobytes())

@@ -33,13 +33,13 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
     """
     try:
         with memory_limit.at_most(LOADING_BYTES + COPIES * len(content)):
-            loaded = _plain(_Unpickler(content, file).load())
+            loaded = _to_plain(_Unpickler(content, file).load())
             if not isinstance(loaded, dict):
                 raise UserError(
                     f"{file} holds a {type(loaded).__name__}, but a CIFAR batch is a dict; fetch the file again"
                 )
             keys = [key.decode() if isinstance(key, bytes) else key for key in loaded]
-            return dict(zip(keys, map(_plain, loaded.values()), strict=True))
+            return dict(zip(keys, map(_to_plain, loaded.values()), strict=True))
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
@@ -93,7 +93,7 @@ class _Array:
         self.content = _array(raw, dtype, shape, "F" if is_fortran is True else "C")
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """Return a value of the dict with its stand-in replaced by the array, and arrays of text as lists."""
     if isinstance(value, _Array):
         value = value.content

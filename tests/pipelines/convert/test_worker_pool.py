@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.utils.errors import UserError
-from pipelines.convert.worker_pool import Pool, signals_held
+from pipelines.convert.worker_pool import WorkerPool, defer_signals
 
 
 def add(shared: np.ndarray, task: int) -> int:
@@ -37,19 +37,19 @@ LARGE = np.full(1 << 20, 7)  # more than a pipe takes at once
 
 def test_results_come_in_the_order_of_tasks_from_a_shared_object_of_any_size() -> None:
     for workers in (1, 2):
-        with Pool(workers, LARGE) as pool:
+        with WorkerPool(workers, LARGE) as pool:
             assert list(pool.imap(add, range(9))) == [7 + task for task in range(9)]
     assert multiprocessing.active_children() == []
 
 
 def test_a_killed_worker_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="a worker process was killed"), Pool(2, LARGE) as pool:
+    with pytest.raises(UserError, match="a worker process was killed"), WorkerPool(2, LARGE) as pool:
         list(pool.imap(end_itself, range(5)))
 
 
 def test_a_worker_killed_while_it_waits_does_not_keep_the_pool() -> None:
     """It may hold the lock of the queue that the others wait for."""
-    with Pool(2, LARGE) as pool:
+    with WorkerPool(2, LARGE) as pool:
         assert len(list(pool.imap(add, range(4)))) == 4
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
     assert multiprocessing.active_children() == []
@@ -57,7 +57,7 @@ def test_a_worker_killed_while_it_waits_does_not_keep_the_pool() -> None:
 
 def test_an_error_does_not_wait_for_what_is_under_way() -> None:
     """The other tasks would take an hour."""
-    with pytest.raises(UserError, match="as planned"), Pool(2, LARGE) as pool:
+    with pytest.raises(UserError, match="as planned"), WorkerPool(2, LARGE) as pool:
         list(pool.imap(fail, [1, 0, 2]))
     assert multiprocessing.active_children() == []
 
@@ -66,7 +66,7 @@ def test_a_held_signal_comes_at_the_end() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
-        with signals_held():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             assert came == []
         assert came == [signal.SIGTERM]

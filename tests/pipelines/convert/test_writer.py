@@ -358,7 +358,7 @@ def test_an_unfinished_data_set_of_a_version_with_other_rules_is_refused(
     """Its blocks may hold files that are no longer kept as they are."""
     out = tmp_path / "out"
     convert(out, "npy", 1, 40).communicate()
-    monkeypatch.setattr(writer, "RULES", writer.RULES + 1)
+    monkeypatch.setattr(writer, "RULES_VERSION", writer.RULES_VERSION + 1)
     with pytest.raises(UserError, match="unfinished conversion"):
         write(tiny_source("npy"), out)
 

@@ -29,7 +29,7 @@ from helpers.damage import (
 )
 from helpers.loaders import assert_same, copies, data_of, evaluation, merged, train
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_defect
+from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_error
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.loader.runner import DaliRunner
 from pipelines.loader.sources import SlotBuffers
@@ -180,7 +180,7 @@ def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, mon
     submit = DaliRunner.submit
 
     def checked(self: DaliRunner, images: Any, *rest: Any) -> None:
-        assert all(any(header_defect(file, one) is None for one in sides) for file in images)
+        assert all(any(header_error(file, one) is None for one in sides) for file in images)
         submit(self, images, *rest)
 
     monkeypatch.setattr(DaliRunner, "submit", checked)

@@ -26,7 +26,7 @@ from pipelines.loader import sources
 from pipelines.loader.bad_samples import for_training
 from pipelines.loader.loader import Batch, Loader
 from pipelines.loader.prefetch import BufferConfig, Plan
-from pipelines.order import window_of_shard
+from pipelines.order import shard_windows
 from pipelines.storage.split import Split, open_split
 
 FLIP = AugConfig(flip=0.5)
@@ -494,7 +494,7 @@ def test_sequential_window_asks_for_each_window_before_it_comes_and_lets_go_of_t
     loader = train(npy_data, 4, order="sequential-window", window_shards=1)
     split = open_split(npy_data, "train")
     count = len(split.files)
-    windows = window_of_shard(count, 1, 3, 0)
+    windows = shard_windows(count, 1, 3, 0)
     reading = [int(np.flatnonzero(windows == window)[0]) for window in range(count)]
     for _ in loader:
         pass

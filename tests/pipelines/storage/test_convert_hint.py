@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage.convert_hint import how_to_convert
+from pipelines.storage.convert_hint import convert_hint
 from tools import convert
 
 
@@ -35,7 +35,7 @@ def test_the_command_is_one_that_convert_takes(
     for file in files:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()
-    sentence = how_to_convert(folder)
+    sentence = convert_hint(folder)
     command, _, use = sentence.removeprefix("convert it first: python tools/convert.py ").partition(", and give ")
     parsed = vars(convert.build_parser().parse_args(shlex.split(command)))
     assert {key: parsed[key] for key in options} == options
@@ -45,4 +45,4 @@ def test_the_command_is_one_that_convert_takes(
 def test_what_is_not_known_gets_no_guess(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
-        assert how_to_convert(path) == "convert the source with tools/convert.py first"
+        assert convert_hint(path) == "convert the source with tools/convert.py first"

@@ -35,7 +35,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     hash_file = hash_cache.hash_file
 
-    def noted(file: Path, *rest: object) -> hash_cache.Content:
+    def noted(file: Path, *rest: object) -> hash_cache.HashedFile:
         names.append(file.name)
         return hash_file(file, *rest)  # type: ignore[arg-type]
 
@@ -160,7 +160,7 @@ def test_entries_do_not_grow_without_bound(npy_copy: Path) -> None:
         os.utime(npy_copy / "tiny-val-000000.tar")
         open_split(npy_copy, "val")
     entries = json.loads(record_of(npy_copy).read_text())["files"]["tiny-val-000000.tar"]
-    assert len(entries) == hash_cache.ENTRIES
+    assert len(entries) == hash_cache.MAX_ENTRIES
     assert list(record_of(npy_copy).parent.glob("*.tmp")) == []
 
 
@@ -231,11 +231,17 @@ def test_verify_off_reads_nothing_and_still_compares_sizes(npy_copy: Path, read:
         open_split(npy_copy, "train", verify="off")
 
 
-OPENS = "import sys; from pipelines.shards import open_split; from pathlib import Path; from pipelines import verified"
+OPENS = """
+import sys
+from pathlib import Path
+
+from pipelines.storage import hash_cache
+from pipelines.storage.split import open_split
+"""
 COUNTS = f"""
 {OPENS}
-read, hash_file = [], verified.hash_file
-verified.hash_file = lambda *a: (read.append(1), hash_file(*a))[1]
+read, hash_file = [], hash_cache.hash_file
+hash_cache.hash_file = lambda *a: (read.append(1), hash_file(*a))[1]
 open_split(Path(sys.argv[1]), "train")
 print(len(read))
 """
@@ -250,10 +256,10 @@ def test_of_processes_that_start_together_one_reads(npy_copy: Path) -> None:
 
 HOLDS = f"""
 {OPENS}
-from pipelines.shards import load_dataset
+from pipelines.storage.dataset import load_dataset
 import time
 folder = Path(sys.argv[1])
-with verified.Record(folder, load_dataset(folder)).turn():
+with hash_cache.HashCache(folder, load_dataset(folder)).exclusive():
     print("mine", flush=True)
     time.sleep(60)
 """
@@ -262,7 +268,7 @@ with verified.Record(folder, load_dataset(folder)).turn():
 def test_nobody_waits_for_a_process_that_has_stopped(
     npy_copy: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hash_cache, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(hash_cache, "LOCK_TIMEOUT_S", 0.3)
     with subprocess.Popen([sys.executable, "-c", HOLDS, npy_copy], stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"mine\n"
@@ -277,7 +283,7 @@ def test_what_was_read_before_an_interruption_is_not_read_again(
     monkeypatch.setattr(hash_cache, "MAX_THREADS", 1)
     hash_file = hash_cache.hash_file
 
-    def interrupted(file: Path, *rest: object) -> hash_cache.Content:
+    def interrupted(file: Path, *rest: object) -> hash_cache.HashedFile:
         if len(read) == 2:
             raise KeyboardInterrupt
         return hash_file(file, *rest)  # type: ignore[arg-type]
@@ -304,7 +310,7 @@ def test_a_file_that_is_written_to_all_the_time_is_refused(npy_copy: Path, monke
 
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(file: Path, *_: object) -> hash_cache.Content:
+    def broken(file: Path, *_: object) -> hash_cache.HashedFile:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(hash_cache, "hash_file", broken)
@@ -323,7 +329,7 @@ def test_a_log_says_what_takes_long(
 ) -> None:
     open_split(npy_copy, "train")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(hash_cache, "WORTH_A_NOTE", 1)
+    monkeypatch.setattr(hash_cache, "NOTE_BYTES", 1)
     open_split(npy_copy, "train")  # known by now
     assert capsys.readouterr().err == ""
     open_split(npy_copy, "val")

@@ -169,7 +169,7 @@ def test_files_are_looked_at_now_and_then_and_not_for_every_batch(
     monkeypatch.setattr(Path, "stat", lambda path, **options: (looked.append(path), stat(path, **options))[1])
     for now[0], looks in ((1000.4, 0), (1000.6, 1), (1001.0, 1), (1001.2, 2)):
         for _ in range(10):
-            split.watch.look()
+            split.monitor.poll()
         assert looked == looks * list(split.files)
     split.check_unchanged()
     assert looked == 3 * list(split.files)

@@ -17,7 +17,7 @@ from numba import cfunc, types
 
 from pipelines.cpu import batch, sigbus_handler
 from pipelines.storage import sigbus
-from pipelines.storage.memory_map import Mapped, map_files
+from pipelines.storage.memory_map import MappedShards, map_files
 
 ROOT = Path(__file__).parents[3]
 SIZE, SLOT = 300_000, 2**20
@@ -32,7 +32,7 @@ def files(tmp_path: Path) -> tuple[Path, ...]:
     return paths
 
 
-def opened(files: tuple[Path, ...]) -> Mapped:
+def opened(files: tuple[Path, ...]) -> MappedShards:
     return map_files(files, [SIZE] * len(files), SLOT)
 
 
@@ -41,8 +41,10 @@ def test_what_is_gone_reads_as_zeros_and_the_file_is_noted(files: tuple[Path, ..
     assert mapped.content.sum() == 3 * SIZE
     os.truncate(files[1], 5000)
     assert mapped.content.sum() == 2 * SIZE + 5000
-    assert mapped.lost.nonzero()[0].tolist() == [1]
-    assert mapped.lost[1] - mapped.content.ctypes.data - SLOT == 8192  # the first page without a byte of the file
+    assert mapped.fault_address.nonzero()[0].tolist() == [1]
+    assert (
+        mapped.fault_address[1] - mapped.content.ctypes.data - SLOT == 8192
+    )  # the first page without a byte of the file
 
 
 def test_what_stays_is_still_read_from_the_file(files: tuple[Path, ...]) -> None:
@@ -73,25 +75,25 @@ def test_kernels_torch_and_many_threads_survive(files: tuple[Path, ...]) -> None
     for thread in threads:
         thread.join()
     assert not out.any()
-    assert mapped.lost.all()
+    assert mapped.fault_address.all()
 
 
 def test_addresses_that_were_given_back_are_no_longer_watched_and_their_rows_are_used_again() -> None:
-    first, _ = sigbus.guard(np.array([[4096, 8192]] * 5))
+    first, _ = sigbus.register(np.array([[4096, 8192]] * 5))
     place = first.ctypes.data
-    sigbus.release(first)
+    sigbus.unregister(first)
     assert not first[:, [sigbus_handler.BEGIN, sigbus_handler.END]].any()
-    again, lost = sigbus.guard(np.array([[4096, 8192]] * 5))
+    again, lost = sigbus.register(np.array([[4096, 8192]] * 5))
     assert again.ctypes.data == place
     assert not lost.any()
-    sigbus.release(again)
+    sigbus.unregister(again)
 
 
 def test_a_closed_split_gives_its_rows_back(files: tuple[Path, ...]) -> None:
     used = []
     for _ in range(3):
         mapped = opened(files)
-        used.append(mapped.lost.ctypes.data)
+        used.append(mapped.fault_address.ctypes.data)
         del mapped
     assert len(set(used)) == 1
 

@@ -613,8 +613,8 @@ def test_opening_a_million_samples_takes_less_than_200_mb(million: Path) -> None
     script = f"""
 import re
 from pathlib import Path
-import pipelines.bus_guard_kernels  # Numba, of which a training has other use
-from pipelines.shards import open_split
+import pipelines.cpu.sigbus_handler  # Numba, of which a training has other use
+from pipelines.storage.split import open_split
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 split = open_split({str(million)!r}, "train", verify="off")

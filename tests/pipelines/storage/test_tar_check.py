@@ -58,15 +58,15 @@ def shard_of(split: Split, sample: int) -> int:
 
 def found_in(folder: Path, sample: int = SAMPLE) -> tar_check.Damage:
     split = open_split(folder, "train", verify="off")
-    return tar_check.damage(split, shard_of(split, sample), "0" * 64)
+    return tar_check.diagnose(split, shard_of(split, sample), "0" * 64)
 
 
 @BOTH
 def test_a_sound_shard_has_no_problem(encoding: str, request: pytest.FixtureRequest) -> None:
     split = open_split(request.getfixturevalue(f"{encoding}_data"), "train")
     for number in range(len(split.files)):
-        assert tar_check.layout_problem(split, number, np.flatnonzero(split.shard == number)) is None
-    assert all(tar_check.image_problem(split, sample) is None for sample in range(len(split)))
+        assert tar_check.layout_error(split, number, np.flatnonzero(split.shard == number)) is None
+    assert all(tar_check.image_error(split, sample) is None for sample in range(len(split)))
 
 
 @BOTH
@@ -133,14 +133,14 @@ def test_something_behind_the_last_sample_is_told(encoding: str, request: pytest
     split = open_split(folder, "train")
     size = split.files[0].stat().st_size
     change(split, size - 100, b"x")
-    found = tar_check.damage(open_split(folder, "train", verify="off"), 0, "0" * 64)
+    found = tar_check.diagnose(open_split(folder, "train", verify="off"), 0, "0" * 64)
     assert found == ("it does not end where the index says", False)
 
 
 def test_a_shard_that_holds_what_belongs_into_another_is_told(npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
     shards = split.dataset["splits"]["train"]["shards"]
-    found = tar_check.damage(split, 1, shards[2]["sha256"])
+    found = tar_check.diagnose(split, 1, shards[2]["sha256"])
     assert found == ("it holds what belongs into tiny-train-000002.tar of split 'train'", False)
 
 
@@ -156,7 +156,7 @@ def test_images_that_cannot_be_decoded_are_told_and_the_rest_is_sound(kind: str,
 def test_no_more_samples_are_named_than_fit_into_a_sentence(jpeg_copy: Path) -> None:
     for sample in range(200, 206):
         damage(jpeg_copy, sample, DAMAGE["emptied"])
-    assert found_in(jpeg_copy, 200).text.count("cannot be decoded") == tar_check.SHOWN
+    assert found_in(jpeg_copy, 200).text.count("cannot be decoded") == tar_check.MAX_LISTED
 
 
 def test_a_damaged_pixel_of_a_jpeg_that_can_be_decoded_is_a_difference_of_content(jpeg_copy: Path) -> None:
@@ -183,14 +183,14 @@ def test_only_jpegs_that_differ_in_content_are_tolerated_and_only_where_that_is_
         file = split.files[shard_of(split, SAMPLE)].name
         with pytest.raises(UserError, match=rf"{file} does not have the sha256 that dataset.json gives"):
             open_split(folder, "train")
-    assert len(open_split(jpeg_copy, "train", tolerates_content=True)) == 520
+    assert len(open_split(jpeg_copy, "train", allow_damaged_images=True)) == 520
     assert f"{file} does not have the sha256" in capsys.readouterr().err
     with pytest.raises(UserError, match="the bytes of images differ; the data set is damaged"):
-        open_split(npy_copy, "train", tolerates_content=True)
+        open_split(npy_copy, "train", allow_damaged_images=True)
     split = open_split(jpeg_copy, "train", verify="off")
     change(split, int(split.address[SAMPLE]) - 512, b"9")
     with pytest.raises(UserError, match="damaged tar header"):
-        open_split(jpeg_copy, "train", tolerates_content=True)
+        open_split(jpeg_copy, "train", allow_damaged_images=True)
 
 
 def test_no_image_is_decoded_that_is_larger_than_a_source_may_have(
@@ -217,5 +217,5 @@ def test_no_image_is_decoded_that_is_larger_than_a_source_may_have(
         raise AssertionError("it was decoded")
 
     monkeypatch.setattr(tar_check.simplejpeg, "decode_jpeg", refuse)
-    monkeypatch.setattr(tar_check, "pillow_pixels", refuse)
-    assert tar_check.image_problem(split, 1) is None
+    monkeypatch.setattr(tar_check, "decode_with_pillow", refuse)
+    assert tar_check.image_error(split, 1) is None

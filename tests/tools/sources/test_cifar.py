@@ -19,7 +19,7 @@ from helpers.cifar_files import official_pickle, pixels_of, write_archive, write
 from helpers.sources import labels_of
 from pipelines.convert.source import Source
 from tools.sources import download
-from tools.sources.cifar import LAYOUTS, _parse_classes, open_cifar
+from tools.sources.cifar import EDITIONS, _parse_classes, open_cifar
 from tools.sources.safe_unpickler import load_pickle
 
 UNPACK = Path(__file__).parents[4] / "shared" / "data" / "unpack.py"
@@ -214,7 +214,7 @@ NAMES = ["cat", "großer Hund"]
 @pytest.mark.parametrize("names", [np.array(NAMES), list(np.array(NAMES)), np.array([name.encode() for name in NAMES])])
 def test_class_names_may_be_numpy_text(names: Any, protocol: int) -> None:
     content = pickle.dumps({"label_names": names}, protocol=protocol)
-    assert _parse_classes(LAYOUTS["cifar10"], content, "meta") == tuple(NAMES)
+    assert _parse_classes(EDITIONS["cifar10"], content, "meta") == tuple(NAMES)
 
 
 def test_a_pickle_may_take_no_more_memory_than_its_size_allows() -> None:
@@ -308,13 +308,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     archive = write_archive(folder / "cifar-10-python.tar.gz", tmp_path / "made" / "cifar-10-batches-py")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(LAYOUTS, "cifar10", dataclasses.replace(LAYOUTS["cifar10"], md5=md5))
+    monkeypatch.setitem(EDITIONS, "cifar10", dataclasses.replace(EDITIONS["cifar10"], md5=md5))
     monkeypatch.setattr(download, "SITE", folder.as_uri() + "/")
     return folder
 
 
 def test_a_download_is_checked_kept_and_not_repeated(site: Path, tmp_path: Path) -> None:
-    layout = LAYOUTS["cifar10"]
+    layout = EDITIONS["cifar10"]
     path = download.download(layout.archive, layout.md5, tmp_path / "raw")
     assert path.read_bytes() == (site / layout.archive).read_bytes()
     assert [file.name for file in path.parent.iterdir()] == [layout.archive]

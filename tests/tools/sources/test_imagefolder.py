@@ -14,7 +14,7 @@ from configs.utils.errors import UserError
 from helpers.sources import labels_of
 from pipelines.convert.encode import FORMATS
 from tools.sources.folder_scan import EXTENSIONS
-from tools.sources.imagefolder import open_imagefolder, open_pictures
+from tools.sources.imagefolder import open_image_files, open_imagefolder
 
 TORCHVISION = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # its IMG_EXTENSIONS
 
@@ -62,7 +62,7 @@ def test_every_extension_that_torchvision_and_the_decoder_know_is_read(tmp_path:
     assert set(EXTENSIONS) >= TORCHVISION
     names = [f"1{suffix.upper()}" for suffix in EXTENSIONS]
     write_files(tmp_path, *(f"train/a/{name}" for name in names))
-    pictures = open_pictures(tmp_path, "pictures", ("a",)).splits["pictures"]
+    pictures = open_image_files(tmp_path, "pictures", ("a",)).splits["pictures"]
     assert len(open_imagefolder(tmp_path).splits["train"]) == len(pictures) == len(names)
 
 
@@ -145,7 +145,7 @@ def test_litter_of_archives_and_file_managers_is_ignored_quietly(
 ) -> None:
     write_files(tmp_path, "train/a/1.jpg", "__MACOSX/train/a/._1.jpg", "train/a/._1.jpg", "train/.DS_Store",
                 "train/a/Thumbs.db", "train/a/__MACOSX/2.jpg", "Desktop.ini")  # fmt: skip
-    for rows in (open_imagefolder(tmp_path).splits["train"], open_pictures(tmp_path, "p", ("a",)).splits["p"]):
+    for rows in (open_imagefolder(tmp_path).splits["train"], open_image_files(tmp_path, "p", ("a",)).splits["p"]):
         assert [rows.describe(row) for row in range(len(rows))] == ["train/a/1.jpg"]
     assert capsys.readouterr().err == ""
 
@@ -176,7 +176,7 @@ def test_links_within_the_source_are_followed_and_broken_ones_passed_over(
     assert capsys.readouterr().err == ""
     (root / "train/a/3.jpg").symlink_to("3.jpg")  # a circle
     (root / "train/a/4.jpg").symlink_to("nothing")
-    for open_source in (open_imagefolder, lambda root: open_pictures(root, "train", ("a",))):
+    for open_source in (open_imagefolder, lambda root: open_image_files(root, "train", ("a",))):
         assert len(open_source(root).splits["train"]) == 2
         assert "passed over 2 entries: 2 .jpg, link that leads nowhere (train/a/3.jpg …)" in capsys.readouterr().err
 
@@ -231,7 +231,7 @@ def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
 ) -> None:
     write_files(tmp_path, "b.jpg", "a/2.PNG", "a/10.jpg", "a/deep/er/1.webp", "a/notes.txt", ".hidden/3.jpg")
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a circle
-    source = open_pictures(tmp_path, "pictures", ("x", "y"))
+    source = open_image_files(tmp_path, "pictures", ("x", "y"))
     rows = source.splits["pictures"]
     names = ["a/10.jpg", "a/2.PNG", "a/deep/er/1.webp", "b.jpg"]
     assert [rows.describe(row) for row in range(len(rows))] == names
@@ -243,7 +243,7 @@ def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
     )
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
-        open_pictures(tmp_path / "empty", "pictures", ("x",))
+        open_image_files(tmp_path / "empty", "pictures", ("x",))
 
 
 def tiny_imagenet(root: Path, annotations: str) -> Path:
