@@ -8,12 +8,23 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.interleaved import Stream
+from tools.benchmarks.suites.record import Record, start
+from tools.benchmarks.suites.suite import Settings
 
 UNITS = 7
+
+
+def settings_in(folder: Path, **settings: Any) -> Settings:
+    return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
+
+
+def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
+    return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import helpers.benchmarks as fixtures
 from configs.load import load_config
 from configs.schema import AugConfig, EraseConfig
 from configs.utils.errors import UserError
+from helpers.benchmarks import empty_record, settings_in
 from tools import benchmark, convert
 from tools.benchmarks.engine import ours, results, roofline
 from tools.benchmarks.engine.interleaved import TIME_OVER, Contestant, Outcome, apart, measure
@@ -26,7 +27,6 @@ from tools.benchmarks.peers import PeerSource
 from tools.benchmarks.suites import gpu, groups, programs, progressive, suite
 from tools.benchmarks.suites.groups import Group, Table
 from tools.benchmarks.suites.programs import Program
-from tools.benchmarks.suites.record import Record, start
 from tools.benchmarks.suites.suite import Part, Settings
 from tools.perf import batch_size_search
 from tools.perf.batch_size_search import Size
@@ -44,14 +44,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/benchmark.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
-def settings_in(folder: Path, **settings: Any) -> Settings:
-    return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
-
-
-def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
-    return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
 
 
 def part_of(*tables: Table, name: str = "one") -> Part:
@@ -297,10 +289,10 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from test_benchmark import empty_record, settings_in\n"
-        "from tools.benchmarks import suite\n"
-        "from tools.benchmarks.groups import Table\n"
-        "from tools.benchmarks.suite import Part\n"
+        "from helpers.benchmarks import empty_record, settings_in\n"
+        "from tools.benchmarks.suites import suite\n"
+        "from tools.benchmarks.suites.groups import Table\n"
+        "from tools.benchmarks.suites.suite import Part\n"
         "folder = Path(sys.argv[1])\n"
         "def rows(*names):\n"
         "    def make(found):\n"

@@ -1,4 +1,4 @@
-"""The pictures of the stages ramp and profile; the bar chart of a whole run is in chart.py."""
+"""The pictures of the stages ramp and profile; the bar chart of a whole run is in benchmarks.engine.charts."""
 
 from __future__ import annotations
 

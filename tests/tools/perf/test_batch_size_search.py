@@ -269,8 +269,8 @@ def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
 RESTRICTED = """
 import os, resource
 from configs.load import load_config
-from tools.benchmarks import ramp
-from train import meter
+from tools.perf import batch_size_search
+from train.engine import meter
 
 def main():
     block = bytearray(2**29)
@@ -282,9 +282,9 @@ def main():
     size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
     resource.setrlimit(resource.RLIMIT_AS, (size + 3 * 2**30,) * 2)  # as `ulimit -v`
     config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
-    subject = ramp.Subject("lenet", config, synthetic=True)
+    subject = batch_size_search.Subject("lenet", config, synthetic=True)
     for batch in (8, 300_000):
-        tried = ramp.attempt(subject, batch, 0.02, 1, None)
+        tried = batch_size_search.attempt(subject, batch, 0.02, 1, None)
         print(batch, tried.fits, tried.is_failure, tried.error, flush=True)
 
 if __name__ == "__main__":
@@ -374,7 +374,7 @@ def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_k
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     script = (
         "from helpers import benchmarks as fixtures\n"
-        "from tools.benchmarks.turns import Contestant, measure\n"
+        "from tools.benchmarks.engine.interleaved import Contestant, measure\n"
         "measure([Contestant('slow', fixtures.steady, (60.0,))], 1.0, 1, show_progress=False)"
     )
     environment = {**CLEAN, **dict([mark.split("=")]), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}

@@ -29,7 +29,10 @@ TIME_OVER = "not measured: the time of the run was over"  # the error of what a 
 GRACE_S = 5.0  # after the deadline, for a round that has begun
 LOOK_S = 0.02  # between two looks of a contestant's watch
 # imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
-PRELOADED, PRELOADED_ON_GPU = ["torch", "torchvision", "pipelines.build", "train.loop"], ["torch", "torchvision"]
+PRELOADED, PRELOADED_ON_GPU = (
+    ["torch", "torchvision", "pipelines.build", "train.engine.epoch"],
+    ["torch", "torchvision"],
+)
 
 
 @dataclass(frozen=True)

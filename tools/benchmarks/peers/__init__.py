@@ -30,16 +30,16 @@ class Loader:
 
 
 LOADERS = {
-    "FFCV": Loader("ffcv", "from_ffcv.ffcv"),
-    "DALI, its own readers": Loader("nvidia.dali", "from_dali.dali"),
-    "torchvision v2 + DataLoader": Loader("torchvision", "from_torch.torchvision_v2"),
-    "webdataset": Loader("webdataset", "from_webdataset.webdataset"),
-    "homework's DataLoader": Loader("torchvision", "from_torch.homework", ("npy",)),
+    "FFCV": Loader("ffcv", "ffcv_loader.ffcv"),
+    "DALI, its own readers": Loader("nvidia.dali", "dali_loader.dali"),
+    "torchvision v2 + DataLoader": Loader("torchvision", "torch_loader.torchvision_v2"),
+    "webdataset": Loader("webdataset", "webdataset_loader.webdataset"),
+    "homework's DataLoader": Loader("torchvision", "torch_loader.homework", ("npy",)),
 }
 LOOPS = {
-    "homework's loop": Loader("torchvision", "loops.homework"),
-    "torchvision + DataLoader": Loader("torchvision", "loops.torchvision_reference"),
-    "timm's loop": Loader("timm", "loops.timm"),
+    "homework's loop": Loader("torchvision", "training_loops.homework"),
+    "torchvision + DataLoader": Loader("torchvision", "training_loops.torchvision_reference"),
+    "timm's loop": Loader("timm", "training_loops.timm"),
 }
 
 

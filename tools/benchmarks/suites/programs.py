@@ -30,7 +30,7 @@ from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed, skipp
 from tools.runs.records import summarize_metrics, training_time_s
 from train.reporting.run_log import counted, read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # between two reads of what a program has written
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1

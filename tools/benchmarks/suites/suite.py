@@ -24,7 +24,7 @@ from tools.benchmarks.suites.record import Record
 from train.distributed.process_group import Ranks
 from train.engine.clock import RunTimer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAD = AugConfig(crop="pad", padding=4, flip=0.5)
 RESIZED = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
 LIMITS = "limits"
