@@ -40,9 +40,9 @@ from configs.utils.files import path_argument, path_text
 from pipelines.storage.split import open_split
 from tools import report
 from tools.benchmarks import peers
-from tools.benchmarks.engine import datasets, results, roofline
-from tools.benchmarks.engine.interleaved import Contestant, apart, measure
-from tools.benchmarks.suites import augmentations, gpu, groups, progressive, record, scale, suite, tables
+from tools.benchmarks.engine import datasets, results, roofline, run_file
+from tools.benchmarks.engine.interleaved import Candidate, measure, run_in_subprocess
+from tools.benchmarks.suites import augmentations, gpu, groups, progressive, scale, suite, tables
 from tools.perf import batch_size_command, step_command
 from train.distributed.process_group import Ranks
 
@@ -68,8 +68,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
     for stage, text in STAGES.items():
         if stage in OWN_MAIN:
-            command = commands.add_parser(stage, help=text, description=OWN_MAIN[stage].__doc__,
-                                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+            command = commands.add_parser(
+                stage,
+                help=text,
+                description=OWN_MAIN[stage].__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
             OWN_MAIN[stage].add_arguments(command)
             continue
         command = commands.add_parser(stage, help=text, description=text)
@@ -92,9 +96,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--source", type=path_argument, help="raw CIFAR-10, where it is not converted")
             command.add_argument("--samples", type=int, help="of the data sets that are made, fewer for a quick try")
             command.add_argument(
-                "--data", type=path_argument, default=Path("output/benchmark-data"), metavar="DIR",
+                "--data",
+                type=path_argument,
+                default=Path("output/benchmark-data"),
+                metavar="DIR",
                 help="on a GPU: keeps the data sets that are made, for the parts to come (default %(default)s)",
-            )  # fmt: skip
+            )
             command.add_argument("--minutes", type=float, help="for all parts; what is not begun by then is left out")
             command.add_argument(
                 "--part",
@@ -149,19 +156,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
         if arguments.stage == "all":
             kept = measure_all(arguments, Path(scratch).resolve())
-            run, entries = kept.run, kept.tables()
+            run, entries = kept.run, kept.added_tables()
         else:
             run = measure_one(arguments, Path(scratch))
             entries = run["groups"]
     if arguments.json:
-        record.write_json(run, arguments.json)
+        run_file.write_json(run, arguments.json)
     if getattr(arguments, "report", None):
         for written in report.write(run, arguments.report):
             print(f"wrote {written}")
-    failed = results.failures(entries)
+    failed = results.failure_lines(entries)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr, flush=True)
-    print(tables.of_entries(entries, run), flush=True)
+    print(tables.tables_markdown(entries, run), flush=True)
     return 1 if failed else 0
 
 
@@ -182,7 +189,7 @@ def _check_writable(file: Path) -> None:
         file.unlink()
 
 
-def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
+def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
     """Measure the parts of this machine; on a GPU the record adds to that of earlier parts in the same file."""
     on_gpu = torch.cuda.is_available()
     for given in (arguments.small, arguments.medium):
@@ -206,13 +213,13 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> record.Record:
     parts = suite.choose(gpu.PARTS if on_gpu else suite.CPU_PARTS, arguments.part, arguments.only)
     missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)]
     # on a GPU in another process, since a CUDA context in this one would take a share of the memory
-    run = record.start(apart(results.environment) if on_gpu else results.environment(), missing)
+    run = run_file.new_run(run_in_subprocess(results.environment) if on_gpu else results.environment(), missing)
     files, earlier = [], None
     if on_gpu and arguments.report is not None:
         files.append(arguments.report / f"{report.slug(run)}.json")
         earlier = report.load_runs(arguments.report).get(report.slug(run))
-    kept = record.Record(run, [*files, *([arguments.json] if arguments.json else [])], earlier)
-    suite.run_all(parts, settings, kept)
+    kept = run_file.RunFile(run, [*files, *([arguments.json] if arguments.json else [])], earlier)
+    suite.run_parts(parts, settings, kept)
     return kept
 
 
@@ -228,42 +235,58 @@ def measure_one(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         config = _config(arguments)
         if len(config.data.stages) < 2:
             raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
-        entry = progressive.group(config, Ranks(), arguments.rounds)
+        entry = progressive.measure_stage_changes(config, Ranks(), arguments.rounds)
         return _run_of([entry], [], begin)
     if arguments.stage == "scale":
-        return _run_of([scale.group(scratch, arguments.seconds)], [], begin)
+        return _run_of([scale.measure_scale(scratch, arguments.seconds)], [], begin)
     chosen = [] if arguments.stage == "limits" else stage_groups(arguments, device, scratch)
-    contestant = Contestant("limits", roofline.limits, (device, scratch))
-    outcomes = measure([contestant], arguments.seconds, min(3, arguments.rounds))
-    found = roofline.limits_of(outcomes)
+    candidate = Candidate("limits", roofline.limit_workloads, (device, scratch))
+    measurements = measure([candidate], arguments.seconds, min(3, arguments.rounds))
+    found = roofline.limits_from(measurements)
     entries: list[dict[str, Any]] = []
     if arguments.stage == "limits":
-        entries.append({"title": "Limits of the machine", "stage": "limits", "rows": groups.limit_rows(outcomes)})
+        entries.append({"title": "Limits of the machine", "stage": "limits", "rows": groups.limit_rows(measurements)})
     entries += [group.run(found, arguments.seconds, arguments.rounds, None) for group in chosen]
     missing = [*peers.missing(peers.LOADERS), *peers.missing(peers.LOOPS)] if arguments.stage == "peers" else []
     return _run_of(entries, missing, begin)
 
 
 def _run_of(entries: list[groups.Entry], missing: list[str], begin: float) -> dict[str, Any]:
-    run = record.start(results.environment(), missing)
+    run = run_file.new_run(results.environment(), missing)
     return run | {"groups": entries, "duration_s": round(time.monotonic() - begin, 1)}
 
 
-def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> list[groups.Group]:
+def stage_groups(arguments: argparse.Namespace, device: str, scratch: Path) -> list[groups.InterleavedTable]:
     config = _config(arguments)
     beside: dict[str, Any] = {}
     if arguments.stage == "peers":
         beside = {"scratch": scratch, "workers": arguments.workers}
         config = config.model_copy(update={"aug": groups.crop_and_flip(config.aug)})
     if arguments.stage == "augment":
-        return [augmentations.group(Path(config.data.path), batch_size=config.data.batch_size, device=device,
-                                    scratch=scratch, workers=arguments.workers)]  # fmt: skip
+        return [
+            augmentations.augmentation_table(
+                Path(config.data.path),
+                batch_size=config.data.batch_size,
+                device=device,
+                scratch=scratch,
+                workers=arguments.workers,
+            )
+        ]
     found = []
     if arguments.stage in ("loader", "peers"):
         folder, stored = Path(config.data.path), data_size(config.data)
         for aug in (None, config.aug):
-            found.append(groups.loading([folder], aug, size=config.data.image_size or stored, data=config.data,
-                                        batch_size=config.data.batch_size, device=device, **beside))  # fmt: skip
+            found.append(
+                groups.loading(
+                    [folder],
+                    aug,
+                    size=config.data.image_size or stored,
+                    data=config.data,
+                    batch_size=config.data.batch_size,
+                    device=device,
+                    **beside,
+                )
+            )
     if arguments.stage in ("model", "train") or (arguments.stage == "peers" and arguments.cfg):
         variants: dict[str, dict[str, Any]] = {} if arguments.stage == "model" else {"end to end": {}}
         found.append(groups.training(config.name or config.model.name, config, variants, device=device, **beside))

@@ -60,8 +60,8 @@ from train.reporting.run_info import global_batch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEWEST, MOST = 100, 300  # updates by default: an epoch within these bounds
-READ_EVERY = 10  # updates between two looks at the device's losses
+MIN_STEPS, MAX_STEPS = 100, 300  # updates by default: an epoch within these bounds
+SYNC_EVERY = 10  # updates between two looks at the device's losses
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -71,7 +71,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
     parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
-    parser.add_argument("--steps", type=int, help=f"updates (default: an epoch, but {FEWEST} to {MOST})")
+    parser.add_argument("--steps", type=int, help=f"updates (default: an epoch, but {MIN_STEPS} to {MAX_STEPS})")
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
     return parser.parse_args(arguments)
 
@@ -98,14 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
         loader = build_train_loader(
             config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation
         ).at(0)
-        steps = options.steps or min(MOST, max(FEWEST, len(loader) // accumulation))
+        steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // accumulation))
         training = build_all(config, dataset, classes, loader.image_size, device)
         whiten(training, whitening_images(training, config.data))
         warm_up(training, loader)
         curve = range_test(training, loader, np.geomspace(options.first, options.last, steps))
     suggestion = suggest_lr(curve)
-    write(out, config, curve, suggestion)
-    print(report(config, curve, suggestion))
+    write_results(out, config, curve, suggestion)
+    print(summary(config, curve, suggestion))
     print(f"curve and figures are in {out}")
 
 
@@ -129,7 +129,7 @@ def range_test(training: TrainState, loader: Loader, rates: np.ndarray) -> LossC
             run_step(training, next(batches), update, optimizer_step=micro == accumulation - 1)
         update_averages(training, update, timeline)
         sums.append(training.sums.clone())
-        if (update + 1) % READ_EVERY == 0 or update + 1 == len(rates):
+        if (update + 1) % SYNC_EVERY == 0 or update + 1 == len(rates):
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
             losses.extend(differences[:, 0] / differences[:, 2])
             before, sums = sums[-1], []
@@ -154,7 +154,7 @@ def options_for(config: Config, lr: float) -> str:
     return " ".join([f"train.lr={lr:.2g}", *others])
 
 
-def report(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
+def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
     ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
     lines = [f"{title(config)}: {len(curve.lr)} updates from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
@@ -173,7 +173,7 @@ def title(config: Config) -> str:
     return f"{config.model.name}, {config.train.optimizer.name}, global batch {global_batch(config, 1)}"
 
 
-def write(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -> None:
+def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -> None:
     rows = [
         {"update": update, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
         for update, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
@@ -192,10 +192,10 @@ def write(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -
     }
     write_csv(out / "find_lr.csv", rows)
     write_text(out / "find_lr.json", json.dumps(facts, indent=2) + "\n")
-    figures.save(picture(config, curve, suggestion), out / "find_lr.png")
+    figures.save(plot(config, curve, suggestion), out / "find_lr.png")
 
 
-def picture(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
+def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
     """Loss over learning rate; losses that left the range of the others are cut off."""
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one update")

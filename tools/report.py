@@ -15,9 +15,8 @@ from typing import Any
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from tools.benchmarks.engine import results
-from tools.benchmarks.suites import record
-from tools.benchmarks.suites.tables import headline, markdown, of_run, parts
+from tools.benchmarks.engine import results, run_file
+from tools.benchmarks.suites.tables import headline, markdown, parts, run_markdown
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def write(run: Run, folder: Path) -> list[Path]:
     """DEVICE.json, .md and .png of a run; and README's table, where the folder is the project's own."""
     path = folder / f"{slug(run)}.json"
-    record.write_json(run, path)
+    run_file.write_json(run, path)
     written = [path, *document(run, folder)]
     readme = folder / "README.md"
     if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
@@ -95,8 +94,8 @@ def document(run: Run, folder: Path) -> list[Path]:
     from tools.benchmarks.engine import charts  # here: matplotlib takes a while
 
     name = slug(run)
-    failed = results.failures(run["groups"])
-    picture = charts.draw(run, folder / f"{name}.png")
+    failed = results.failure_lines(run["groups"])
+    picture = charts.draw_chart(run, folder / f"{name}.png")
     how = (
         parts(run) if len({part["command"] for part in run.get("parts", {}).values()}) > 1 else f"    {run['command']}"
     )
@@ -107,7 +106,7 @@ def document(run: Run, folder: Path) -> list[Path]:
         HOW_TO_READ,
         *([f"![images/s by contestant]({picture.name})"] if picture else []),
         *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
-        of_run(run),
+        run_markdown(run),
     ]
     path = folder / f"{name}.md"
     path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -145,15 +144,24 @@ def _training_summary(run: Run) -> str:
     peers = _peers(groups)
     rows = []
     for group in groups:
-        shares = [row["share"] for row in group["rows"] if row["ours"] and row["name"].endswith("resident batch")
-                  and "share" in row]  # fmt: skip
+        shares = [
+            row["share"]
+            for row in group["rows"]
+            if row["ours"] and row["name"].endswith("resident batch") and "share" in row
+        ]
         for number, row in enumerate(row for row in _measured(group) if "of_resident" in row):
             share = f"{shares[0]:.1%}" if shares else ""
             cells = (f"{row['images_per_s']:,.0f}", f"{row['of_resident']:.3f}", share)
-            rows.append((f"{_title(group, row)}, batch {row['batch_size']}", *cells,
-                         *_ratios(group, peers, number == 0)))  # fmt: skip
-    header = ("training end to end", "ours, images/s", "of the resident batch", "resident, of the arithmetic peak",
-              *(f"ours / {peer}" for peer in peers))  # fmt: skip
+            rows.append(
+                (f"{_title(group, row)}, batch {row['batch_size']}", *cells, *_ratios(group, peers, number == 0))
+            )
+    header = (
+        "training end to end",
+        "ours, images/s",
+        "of the resident batch",
+        "resident, of the arithmetic peak",
+        *(f"ours / {peer}" for peer in peers),
+    )
     return markdown(header, rows) if rows else ""
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.engine import results
-from tools.benchmarks.engine.interleaved import Stream
-from tools.benchmarks.suites.record import Record, start
+from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine.run_file import RunFile, new_run
 from tools.benchmarks.suites.suite import Settings
 
 UNITS = 7
@@ -23,12 +23,12 @@ def settings_in(folder: Path, **settings: Any) -> Settings:
     return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
 
 
-def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> Record:
-    return Record(start({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
+def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> RunFile:
+    return RunFile(new_run({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
 
 
 @contextmanager
-def steady(seconds: float = 0.001) -> Iterator[dict[str, Stream]]:
+def steady(seconds: float = 0.001) -> Iterator[dict[str, Workload]]:
     """Items that take `seconds` each."""
 
     def items() -> Iterator[None]:
@@ -36,36 +36,36 @@ def steady(seconds: float = 0.001) -> Iterator[dict[str, Stream]]:
             time.sleep(seconds)
             yield
 
-    yield {"": Stream(items(), UNITS, lambda: {"pid": os.getpid()})}
+    yield {"": Workload(items(), UNITS, lambda: {"pid": os.getpid()})}
 
 
 @contextmanager
-def sleeps() -> Iterator[dict[str, Stream]]:
+def sleeps() -> Iterator[dict[str, Workload]]:
     """Never gets warm."""
     time.sleep(600)
     yield {}
 
 
 @contextmanager
-def cannot_be_built() -> Iterator[dict[str, Stream]]:
+def cannot_be_built() -> Iterator[dict[str, Workload]]:
     raise RuntimeError("no such\nlibrary")
     yield {}
 
 
 @contextmanager
-def half_broken() -> Iterator[dict[str, Stream]]:
+def half_broken() -> Iterator[dict[str, Workload]]:
     """One stream that fails at its first item, beside a good one."""
 
     def broken() -> Iterator[None]:
         raise MemoryError("out of memory")
         yield
 
-    with steady() as streams:
-        yield {"broken": Stream(broken(), UNITS), "good": streams[""]}
+    with steady() as workloads:
+        yield {"broken": Workload(broken(), UNITS), "good": workloads[""]}
 
 
 @contextmanager
-def dies(after: int) -> Iterator[dict[str, Stream]]:
+def dies(after: int) -> Iterator[dict[str, Workload]]:
     """The whole process is killed at an item."""
 
     def items() -> Iterator[None]:
@@ -74,11 +74,11 @@ def dies(after: int) -> Iterator[dict[str, Stream]]:
             yield
         os.kill(os.getpid(), signal.SIGKILL)
 
-    yield {"": Stream(items(), UNITS)}
+    yield {"": Workload(items(), UNITS)}
 
 
 @contextmanager
-def grows() -> Iterator[dict[str, Stream]]:
+def grows() -> Iterator[dict[str, Workload]]:
     """Takes 512 MiB more with every item."""
 
     def items() -> Iterator[None]:
@@ -88,11 +88,11 @@ def grows() -> Iterator[dict[str, Stream]]:
             time.sleep(0.001)
             yield
 
-    yield {"": Stream(items(), UNITS)}
+    yield {"": Workload(items(), UNITS)}
 
 
 @contextmanager
-def counts_in_a_thread(path: str) -> Iterator[dict[str, Stream]]:
+def counts_in_a_thread(path: str) -> Iterator[dict[str, Workload]]:
     """A busy background thread appends a byte to a file every millisecond, as an eager prefetcher works."""
     import threading
 
@@ -103,8 +103,8 @@ def counts_in_a_thread(path: str) -> Iterator[dict[str, Stream]]:
                 time.sleep(0.001)
 
     threading.Thread(target=work, daemon=True).start()
-    with steady() as streams:
-        yield streams
+    with steady() as workloads:
+        yield workloads
 
 
 DISK = {"name": "disk", "ours": False, "error": None, "unit": "GB/s", "value": 2.0}
@@ -120,16 +120,39 @@ def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
         return {"name": name, "ours": ours, **common, **figures, **facts}
 
     bound = {"bound": {"name": "one copy of the bytes", "images_per_s": 4e6}, "share": 0.5, "binds": "latency"}
-    loading = [row("Model Zhu", 2e6, True, encoding="npy", **bound), row("FFCV", 1e6, encoding="npy", ratio=2.0),
-               results.failed("webdataset", "OSError: no | space") | {"ours": False}]  # fmt: skip
-    training = [row("Model Zhu, resident batch", 6000.0, True, share=0.1, bound=bound["bound"], binds="the step"),
-                row("Model Zhu, end to end", 5900.0, True, of_resident=0.9833),
-                row("timm's loop", 3000.0, ratio=1.97)]  # fmt: skip
-    scale = [{"name": "10,000 samples", "ours": True, "error": None, "samples": 10_000, "total_us": 3.2,
-              "loader_us": 3.0, "order_us": 0.1, "draws_us": 0.1, "first_batch_s": 0.02,
-              "memory_mib": 30.0}]  # fmt: skip
-    facts = {"device": device, "processor": device, "cores": 2, "python": "3.11", "date": "2026-11-23",
-             "versions": {"torch": "2.15"}, **environment}  # fmt: skip
+    loading = [
+        row("Model Zhu", 2e6, True, encoding="npy", **bound),
+        row("FFCV", 1e6, encoding="npy", ratio=2.0),
+        results.failed_row("webdataset", "OSError: no | space") | {"ours": False},
+    ]
+    training = [
+        row("Model Zhu, resident batch", 6000.0, True, share=0.1, bound=bound["bound"], binds="the step"),
+        row("Model Zhu, end to end", 5900.0, True, of_resident=0.9833),
+        row("timm's loop", 3000.0, ratio=1.97),
+    ]
+    scale = [
+        {
+            "name": "10,000 samples",
+            "ours": True,
+            "error": None,
+            "samples": 10_000,
+            "total_us": 3.2,
+            "loader_us": 3.0,
+            "order_us": 0.1,
+            "draws_us": 0.1,
+            "first_batch_s": 0.02,
+            "memory_mib": 30.0,
+        }
+    ]
+    facts = {
+        "device": device,
+        "processor": device,
+        "cores": 2,
+        "python": "3.11",
+        "date": "2026-11-23",
+        "versions": {"torch": "2.15"},
+        **environment,
+    }
     return {
         "format": results.FORMAT,
         "version": results.VERSION,

@@ -22,14 +22,14 @@ from configs.utils.errors import UserError
 from helpers.benchmarks import empty_record, settings_in
 from tools import benchmark, convert
 from tools.benchmarks.engine import ours, results, roofline
-from tools.benchmarks.engine.interleaved import TIME_OVER, Contestant, Outcome, apart, measure
-from tools.benchmarks.peers import PeerSource
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Candidate, Measurement, measure, run_in_subprocess
+from tools.benchmarks.peers import PeerTask
 from tools.benchmarks.suites import gpu, groups, programs, progressive, suite
-from tools.benchmarks.suites.groups import Group, Table
+from tools.benchmarks.suites.groups import InterleavedTable, RowTable
 from tools.benchmarks.suites.programs import Program
 from tools.benchmarks.suites.suite import Part, Settings
 from tools.perf import batch_size_search
-from tools.perf.batch_size_search import Size
+from tools.perf.batch_size_search import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,12 +46,12 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def part_of(*tables: Table, name: str = "one") -> Part:
-    return Part(name, ("dali",), lambda _: iter(tables), is_bounded=False)
+def part_of(*tables: RowTable, name: str = "one") -> Part:
+    return Part(name, ("dali",), lambda _: iter(tables), needs_limits=False)
 
 
-def table_of(title: str, *rows: results.Row) -> Table:
-    return Table(title, "dali", ("value",), lambda found: iter(rows))
+def table_of(title: str, *rows: results.Row) -> RowTable:
+    return RowTable(title, "dali", ("value",), lambda found: iter(rows))
 
 
 def value(number: int) -> results.Row:
@@ -94,9 +94,14 @@ def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path:
     expected = AugConfig(crop="pad", padding=2, flip=0.0)
     assert reading.stage == "reading"
     assert loading.title.endswith("pad and crop")
-    assert training.contestants[0].arguments[0].aug == expected
-    sources = [argument for group in (loading, training) for contestant in group.contestants
-               for argument in contestant.arguments if isinstance(argument, PeerSource)]  # fmt: skip
+    assert training.candidates[0].arguments[0].aug == expected
+    sources = [
+        argument
+        for group in (loading, training)
+        for candidate in group.candidates
+        for argument in candidate.arguments
+        if isinstance(argument, PeerTask)
+    ]
     assert len(sources) >= 4
     assert {source.aug for source in sources} == {expected}
 
@@ -136,52 +141,52 @@ def test_nothing_to_measure_is_a_user_error_and_leaves_no_file(tmp_path: Path) -
 
 
 def test_what_fails_crashes_or_dies_costs_only_its_own_row() -> None:
-    contestants = [
-        Contestant("first", fixtures.steady),
-        Contestant("unbuildable", fixtures.cannot_be_built),
-        Contestant("half", fixtures.half_broken),
-        Contestant("dies in warm-up", fixtures.dies, (1,)),
-        Contestant("dies in a round", fixtures.dies, (20,)),
-        Contestant("last", fixtures.steady),
+    candidates = [
+        Candidate("first", fixtures.steady),
+        Candidate("unbuildable", fixtures.cannot_be_built),
+        Candidate("half", fixtures.half_broken),
+        Candidate("dies in warm-up", fixtures.dies, (1,)),
+        Candidate("dies in a round", fixtures.dies, (20,)),
+        Candidate("last", fixtures.steady),
     ]
-    outcomes = {(o.contestant, o.stream): o for o in measure(contestants, seconds=0.02, rounds=2)}
-    assert outcomes["unbuildable", ""].error == "RuntimeError: no such library"
-    assert outcomes["half", "broken"].error == "MemoryError: out of memory"
+    measurements = {(o.candidate, o.workload): o for o in measure(candidates, seconds=0.02, rounds=2)}
+    assert measurements["unbuildable", ""].error == "RuntimeError: no such library"
+    assert measurements["half", "broken"].error == "MemoryError: out of memory"
     for name in ("dies in warm-up", "dies in a round"):
-        assert "SIGKILL" in str(outcomes[name, ""].error)
+        assert "SIGKILL" in str(measurements[name, ""].error)
     for key in (("first", ""), ("half", "good"), ("last", "")):
-        assert outcomes[key].error is None
-        assert len(outcomes[key].rates) == 2
-        assert 0 < outcomes[key].rate < fixtures.UNITS / 0.001
+        assert measurements[key].error is None
+        assert len(measurements[key].rates) == 2
+        assert 0 < measurements[key].rate < fixtures.UNITS / 0.001
 
 
 def test_each_contestant_has_a_process_of_its_own_which_rests_outside_of_its_turns(tmp_path: Path) -> None:
     file = tmp_path / "ticks"
-    contestants = [
-        Contestant("eager", fixtures.counts_in_a_thread, (str(file),)),
-        Contestant("slow", fixtures.steady, (0.01,)),
+    candidates = [
+        Candidate("eager", fixtures.counts_in_a_thread, (str(file),)),
+        Candidate("slow", fixtures.steady, (0.01,)),
     ]
-    outcomes = measure(contestants, seconds=0.3, rounds=2)
+    measurements = measure(candidates, seconds=0.3, rounds=2)
     ticks = file.stat().st_size  # warm-up and two rounds of 0.3 s, but not the other's turns
     time.sleep(0.05)
     assert file.stat().st_size == ticks
     assert ticks < 1300
-    assert len({outcome.facts["pid"] for outcome in outcomes}) == 2
+    assert len({measurement.details["pid"] for measurement in measurements}) == 2
 
 
 def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
 
-    def broken() -> Iterator[Group]:
-        yield Group("good", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
+    def broken() -> Iterator[InterleavedTable]:
+        yield InterleavedTable("good", "loading", [Candidate("ours", fixtures.steady)], [{"ours": True}])
         raise OSError("no space left")
 
     record = empty_record()
-    suite.run_all([Part("whole part", ("loading",), lambda _: broken(), is_bounded=False)], settings, record)
-    good, failed = record.tables()
+    suite.run_parts([Part("whole part", ("loading",), lambda _: broken(), needs_limits=False)], settings, record)
+    good, failed = record.added_tables()
     assert good["rows"][0]["images_per_s"] > 0
     assert failed["rows"][0]["error"] == "OSError: no space left"
-    assert results.failures(record.tables()) == ["whole part: whole part: OSError: no space left"]
+    assert results.failure_lines(record.added_tables()) == ["whole part: whole part: OSError: no space left"]
 
 
 def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwanted_ones_are_left_out(
@@ -191,11 +196,11 @@ def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwa
     parts = suite.choose(suite.CPU_PARTS, [], settings.only)
     assert [part.name for part in parts] == ["scale"]
     record = empty_record()
-    suite.run_all(parts, settings, record)
-    limits_entry, entry = record.tables()
-    assert [row["note"] for row in limits_entry["rows"]] == [TIME_OVER]
-    assert entry["rows"][0]["note"] == TIME_OVER
-    assert results.failures(record.tables()) == []
+    suite.run_parts(parts, settings, record)
+    limits_entry, entry = record.added_tables()
+    assert [row["note"] for row in limits_entry["rows"]] == [OUT_OF_TIME]
+    assert entry["rows"][0]["note"] == OUT_OF_TIME
+    assert results.failure_lines(record.added_tables()) == []
 
 
 def test_only_unwanted_parts_after_the_deadline_is_exit_code_0(digits: Path, tmp_path: Path) -> None:
@@ -220,21 +225,30 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(
 ) -> None:
     """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
-    monkeypatch.setattr(gpu, "worthwhile", lambda *_: iter([Size(256, [1000.0]), Size(512, error="out of memory")]))
+    monkeypatch.setattr(
+        gpu, "search_fastest", lambda *_: iter([Trial(256, [1000.0]), Trial(512, error="out of memory")])
+    )
     monkeypatch.setattr(programs, "profile", lambda *_, **__: iter([{"name": "step", "ours": True, "error": None}]))
     titles = []
     for part in gpu.PARTS:
-        for one in part.make(settings):
+        for one in part.tables(settings):
             titles.append((part.name, one.title))
             assert one.stage in part.stages, one.title
-            if isinstance(one, Group):
-                assert len(one.contestants) == len(one.rows) >= 1, one.title
-                assert len({contestant.name for contestant in one.contestants}) == len(one.contestants), one.title
+            if isinstance(one, InterleavedTable):
+                assert len(one.candidates) == len(one.rows) >= 1, one.title
+                assert len({candidate.name for candidate in one.candidates}) == len(one.candidates), one.title
             elif one.stage in ("ramp", "profile"):
-                assert not results.failures([one.run({roofline.ARITHMETIC: 1e12}, 0.01, 1, None)])
+                assert not results.failure_lines([one.run({roofline.ARITHMETIC: 1e12}, 0.01, 1, None)])
     assert len(set(titles)) == len(titles)
-    trained = ("timm/resnet50 224x224", "ResNet-18 224x224", "ResNet-50 96x96", "ResNet-18 96x96", "ResNet-18 32x32",
-               "LeNet 32x32", "AlexNet 70x70")  # fmt: skip
+    trained = (
+        "timm/resnet50 224x224",
+        "ResNet-18 224x224",
+        "ResNet-50 96x96",
+        "ResNet-18 96x96",
+        "ResNet-18 32x32",
+        "LeNet 32x32",
+        "AlexNet 70x70",
+    )
     for title in (
         *trained,
         *(f"{size}x{size} raw" for size in (32, 96, 224)),
@@ -243,16 +257,22 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(
     ):
         assert any(title in found for _, found in titles), title
     assert [part.name for part in gpu.PARTS][:7] == [
-        "training", "speedrun", "loaders", "decoding", "resnet50", "accuracy", "dali"
-    ]  # fmt: skip
+        "training",
+        "speedrun",
+        "loaders",
+        "decoding",
+        "resnet50",
+        "accuracy",
+        "dali",
+    ]
 
 
 def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
     _, profile, training = gpu.resnet50(settings)  # the first table is not run, as with --only
     assert (profile.stage, training.stage) == ("profile", "training")
-    assert isinstance(training, Group)
-    assert training.contestants[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
+    assert isinstance(training, InterleavedTable)
+    assert training.candidates[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
 
 
 def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_path: Path) -> None:
@@ -268,18 +288,25 @@ def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_pa
 
 def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
-    made = gpu.images_of(settings, 224, "jpeg")
+    made = gpu.image_dataset(settings, 224, "jpeg")
     assert made.parent == tmp_path
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    assert gpu.images_of(settings, 224, "jpeg") == made
+    assert gpu.image_dataset(settings, 224, "jpeg") == made
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
 
 
 def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64, part_s=170.0,
-                           deadline=time.monotonic() + 5)  # fmt: skip
+    settings = settings_in(
+        tmp_path,
+        device="cuda",
+        small=digits,
+        medium=tmp_path / "missing",
+        samples=64,
+        part_s=170.0,
+        deadline=time.monotonic() + 5,
+    )
     with pytest.raises(TimeoutError):
-        gpu.images_of(settings, 224)
+        gpu.image_dataset(settings, 224)
 
 
 def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_part_adds_to_them(
@@ -291,7 +318,7 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
         "from pathlib import Path\n"
         "from helpers.benchmarks import empty_record, settings_in\n"
         "from tools.benchmarks.suites import suite\n"
-        "from tools.benchmarks.suites.groups import Table\n"
+        "from tools.benchmarks.suites.groups import RowTable\n"
         "from tools.benchmarks.suites.suite import Part\n"
         "folder = Path(sys.argv[1])\n"
         "def rows(*names):\n"
@@ -303,10 +330,10 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
         "            yield {'name': name, 'ours': True, 'error': None, 'value': 1}\n"
         "    return make\n"
         "def part(name, *tables):\n"
-        "    made = [Table(title, 'dali', ('value',), rows(*names)) for title, names in tables]\n"
+        "    made = [RowTable(title, 'dali', ('value',), rows(*names)) for title, names in tables]\n"
         "    return Part(name, ('dali',), lambda settings: iter(made), is_bounded=False)\n"
         "parts = [part('one', ('a', ['x', 'y'])), part('two', ('b', ['x']), ('c', ['x', 'hangs']))]\n"
-        "suite.run_all(parts, settings_in(folder), empty_record(folder / 'run.json'))\n"
+        "suite.run_parts(parts, settings_in(folder), empty_record(folder / 'run.json'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
     process = subprocess.Popen(
@@ -320,43 +347,45 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
     left = json.loads((tmp_path / "run.json").read_text())
     assert {name: part["is_complete"] for name, part in left["parts"].items()} == {"one": True, "two": False}
     assert [(one["title"], [row["name"] for row in one["rows"]]) for one in left["groups"]] == [
-        ("a", ["x", "y"]), ("b", ["x"]), ("c", ["x"])
-    ]  # fmt: skip
+        ("a", ["x", "y"]),
+        ("b", ["x"]),
+        ("c", ["x"]),
+    ]
 
     record = empty_record(tmp_path / "run.json", earlier=left)
     row = {"name": "z", "ours": True, "error": None, "value": 2}
-    table = Table("d", "dali", ("value",), lambda found: iter([row]))
-    suite.run_all([Part("three", ("dali",), lambda _: iter([table]), False)], settings_in(tmp_path), record)
+    table = RowTable("d", "dali", ("value",), lambda found: iter([row]))
+    suite.run_parts([Part("three", ("dali",), lambda _: iter([table]), False)], settings_in(tmp_path), record)
     both = json.loads((tmp_path / "run.json").read_text())
     assert [one["title"] for one in both["groups"]] == ["a", "b", "c", "d"]
     assert list(both["parts"]) == ["one", "two", "three"]
-    assert [one["title"] for one in record.tables()] == ["d"]
+    assert [one["title"] for one in record.added_tables()] == ["d"]
 
 
 def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tmp_path: Path) -> None:
     def part(*tables: tuple[str, str | None]) -> Part:
-        made = [Table(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
-        return Part("one", ("dali",), lambda _: iter(made), is_bounded=False)
+        made = [RowTable(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
+        return Part("one", ("dali",), lambda _: iter(made), needs_limits=False)
 
     def row(note: str | None) -> dict[str, Any]:
         return {"name": "x", "ours": True, "error": None, "date": len(made)} | ({"note": note} if note else {})
 
     made: list[int] = []
     first = empty_record(tmp_path / "run.json")
-    suite.run_all([part(("a", None), ("b", None), ("gone", None))], settings_in(tmp_path), first)
+    suite.run_parts([part(("a", None), ("b", None), ("gone", None))], settings_in(tmp_path), first)
     made.append(1)
     second = empty_record(tmp_path / "run.json", earlier=first.run)
-    suite.run_all([part(("a", None), ("b", TIME_OVER))], settings_in(tmp_path), second)
+    suite.run_parts([part(("a", None), ("b", OUT_OF_TIME))], settings_in(tmp_path), second)
     content = json.loads((tmp_path / "run.json").read_text())
     kept = [("a", 1), ("b", 0), ("gone", 0)]
     assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == kept
     third = empty_record(tmp_path / "run.json", earlier=second.run)
-    suite.run_all([part(("a", None), ("b", None))], settings_in(tmp_path), third)
+    suite.run_parts([part(("a", None), ("b", None))], settings_in(tmp_path), third)
     assert [one["title"] for one in third.run["groups"]] == ["a", "b"]
 
 
 def test_a_table_measured_as_a_whole_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
-    (changes,) = suite.changes(settings_in(tmp_path, small=digits))
+    (changes,) = suite.stage_changes(settings_in(tmp_path, small=digits))
     assert changes.title == "changes of image and batch size, lenet"
     (cost,) = suite.cost_per_sample(settings_in(tmp_path))
     assert cost.title == "Cost per sample by size of the data set, 96x96 raw"
@@ -367,18 +396,18 @@ def test_a_part_that_is_not_complete_removes_no_earlier_table(tmp_path: Path) ->
 
     def measure_again(part: Part, only: tuple[str, ...] = ()) -> tuple[list[tuple[str, int | None]], bool]:
         record = empty_record(file, earlier=json.loads(file.read_text()) if file.exists() else None)
-        suite.run_all([part], settings_in(tmp_path, only=only), record)
+        suite.run_parts([part], settings_in(tmp_path, only=only), record)
         return titles_and_values(file), record.run["parts"]["one"]["is_complete"]
 
     def ends_with(error: Exception) -> Part:
-        def make(settings: Settings) -> Iterator[Table]:
+        def make(settings: Settings) -> Iterator[RowTable]:
             yield table_of("a", value(2))
             raise error
 
-        return Part("one", ("dali",), make, is_bounded=False)
+        return Part("one", ("dali",), make, needs_limits=False)
 
     assert measure_again(part_of(table_of("a", value(1)), table_of("b", value(1)))) == ([("a", 1), ("b", 1)], True)
-    left_out = Table("b", "profile", ("value",), lambda found: iter([value(2)]))
+    left_out = RowTable("b", "profile", ("value",), lambda found: iter([value(2)]))
     assert measure_again(part_of(table_of("a", value(2)), left_out), only=("dali",)) == ([("a", 2), ("b", 1)], False)
     remains = ("one, what remains", None)
     assert measure_again(ends_with(TimeoutError())) == ([("a", 2), ("b", 1), remains], False)
@@ -393,7 +422,7 @@ def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
         program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], tmp_path / "log", None)
         return (program.row("crashes", {}) for _ in program.run())
 
-    monkeypatch.setattr(suite, "CPU_PARTS", (part_of(Table("a", "dali", ("value",), rows)),))
+    monkeypatch.setattr(suite, "CPU_PARTS", (part_of(RowTable("a", "dali", ("value",), rows)),))
     monkeypatch.setattr(gpu, "PARTS", suite.CPU_PARTS)
     file = tmp_path / "run.json"
     monkeypatch.setattr(sys, "argv", ["benchmark", "all", "--json", str(file), "--data", str(tmp_path / "data")])
@@ -405,12 +434,16 @@ def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
 def test_a_failure_is_reported_where_the_earlier_table_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     first = empty_record(file)
-    suite.run_all([part_of(table_of("a", value(1)))], settings_in(tmp_path), first)
+    suite.run_parts([part_of(table_of("a", value(1)))], settings_in(tmp_path), first)
     second = empty_record(file, earlier=first.run)
-    rows = (results.skipped("x", results.RUNNING), results.skipped("x", results.RUNNING), results.failed("x", "crash"))
-    suite.run_all([part_of(table_of("a", *rows))], settings_in(tmp_path), second)
+    rows = (
+        results.skipped_row("x", results.RUNNING),
+        results.skipped_row("x", results.RUNNING),
+        results.failed_row("x", "crash"),
+    )
+    suite.run_parts([part_of(table_of("a", *rows))], settings_in(tmp_path), second)
     assert titles_and_values(file) == [("a", 1)]
-    assert results.failures(second.tables()) == ["a: x: crash"]
+    assert results.failure_lines(second.added_tables()) == ["a: x: crash"]
 
 
 def test_the_figures_of_a_program_that_still_runs_are_in_the_file(tmp_path: Path) -> None:
@@ -419,68 +452,68 @@ def test_the_figures_of_a_program_that_still_runs_are_in_the_file(tmp_path: Path
 
     def rows(found: roofline.Limits) -> Iterator[results.Row]:
         for figures in ({}, {"value": 1}, {"value": 2}):
-            yield results.skipped("x", results.RUNNING) | figures
+            yield results.skipped_row("x", results.RUNNING) | figures
             seen.append(titles_and_values(file))  # what a kill would leave
 
-    suite.run_all([part_of(Table("a", "dali", ("value",), rows))], settings_in(tmp_path), empty_record(file))
+    suite.run_parts([part_of(RowTable("a", "dali", ("value",), rows))], settings_in(tmp_path), empty_record(file))
     assert seen == [[("a", None)], [("a", 1)], [("a", 2)]]
 
 
 def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
     def rows(found: roofline.Limits) -> Iterator[results.Row]:
         yield value(1)
-        apart(time.sleep, 60, deadline=time.monotonic())
+        run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
 
     def whole() -> groups.Entry:
-        apart(time.sleep, 60, deadline=time.monotonic())
+        run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
         raise AssertionError
 
     for part in (
-        part_of(Table("a", "dali", ("value",), rows)),
-        Part("one", ("stages",), lambda _: iter([groups.Whole("a", "stages", whole)]), is_bounded=False),
+        part_of(RowTable("a", "dali", ("value",), rows)),
+        Part("one", ("stages",), lambda _: iter([groups.WholeTable("a", "stages", whole)]), needs_limits=False),
     ):
         record = empty_record()
-        suite.run_all([part], settings_in(tmp_path), record)
-        assert record.tables()[-1]["rows"][-1]["note"] == TIME_OVER
-        assert results.failures(record.tables()) == []
+        suite.run_parts([part], settings_in(tmp_path), record)
+        assert record.added_tables()[-1]["rows"][-1]["note"] == OUT_OF_TIME
+        assert results.failure_lines(record.added_tables()) == []
         assert not record.run["parts"]["one"]["is_complete"]
 
 
 def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
     kept: list[int] = []
-    group = Group("a", "loading", [Contestant("ours", fixtures.steady)], [{"ours": True}])
+    group = InterleavedTable("a", "loading", [Candidate("ours", fixtures.steady)], [{"ours": True}])
     group.run({}, 0.02, 3, None, lambda entry: kept.append(len(entry["rows"])))
     assert kept == [1, 1, 1]
 
 
 def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> None:
     found = {"memory copy": 6e9, "matrix multiplication": 2e12}
-    rows = groups.limit_rows([Outcome("limits", name, [rate]) for name, rate in found.items()])
+    rows = groups.limit_rows([Measurement("limits", name, [rate]) for name, rate in found.items()])
     record = empty_record()
     with record.part(suite.LIMITS):
-        record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
+        record.add({"title": "Limits of the machine", "stage": "limits", "rows": rows})
         record.complete()
-    assert suite.measured_limits(settings_in(tmp_path), record) == pytest.approx(found)
+    assert suite.machine_limits(settings_in(tmp_path), record) == pytest.approx(found)
     late = settings_in(tmp_path, deadline=time.monotonic() - 1)
     record.run["parts"][suite.LIMITS]["date"] = "2026-11-22"
-    assert suite.measured_limits(late, record) == {}  # of another day: measured again, but there was no time
+    assert suite.machine_limits(late, record) == {}  # of another day: measured again, but there was no time
     record.run["parts"][suite.LIMITS]["date"] = "2026-11-23"
-    assert suite.measured_limits(late, record) == {}  # some are missing for time: measured again
+    assert suite.machine_limits(late, record) == {}  # some are missing for time: measured again
 
 
 def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
 
     def reaches(**rates: float) -> tuple[int, list[int]]:
-        def one(contestants: list[Contestant], *_: object, **__: object) -> list[Outcome]:
-            rate = rates.get(contestants[0].name.replace(" ", "_"))
+        def one(candidates: list[Candidate], *_: object, **__: object) -> list[Measurement]:
+            rate = rates.get(candidates[0].name.replace(" ", "_"))
             error = None if rate else "OutOfMemoryError: too large"
-            return [Outcome(contestants[0].name, "", [rate] if rate else [], error=error)]
+            return [Measurement(candidates[0].name, "", [rate] if rate else [], error=error)]
 
         monkeypatch.setattr(batch_size_search, "measure", one)
-        sizes = list(batch_size_search.worthwhile(config, 0.01, 1, None))
+        sizes = list(batch_size_search.search_fastest(config, 0.01, 1, None))
         best = max((size for size in sizes if size.fits), key=lambda size: size.rate, default=None)
-        return best.batch if best else 0, [size.batch for size in sizes]
+        return best.batch_size if best else 0, [size.batch_size for size in sizes]
 
     assert reaches(batch_256=100, batch_512=180, batch_1024=170, batch_2048=900) == (512, [256, 512, 1024])
     assert reaches(batch_256=100, batch_512=180) == (512, [256, 512, 1024])  # the third does not fit
@@ -490,32 +523,32 @@ def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: p
 def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits: Path, tmp_path: Path) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
     variants = {"host": {"placement": "host"}, "missing": {"path": str(tmp_path / "missing")}}
-    resident, host, missing = measure([Contestant("ours", ours.training, (config, variants))], 0.05, 1)
+    resident, host, missing = measure([Candidate("ours", ours.training, (config, variants))], 0.05, 1)
     assert resident.rate > 0
     assert host.rate > 0
-    assert host.facts["batch_size"] == config.data.batch_size
+    assert host.details["batch_size"] == config.data.batch_size
     assert "does not exist" in str(missing.error)
 
 
 def test_after_the_deadline_nothing_new_is_started() -> None:
-    (outcome,) = measure([Contestant("late", fixtures.steady)], 0.02, 1, deadline=time.monotonic() - 1)
-    assert outcome.error == TIME_OVER
+    (measurement,) = measure([Candidate("late", fixtures.steady)], 0.02, 1, deadline=time.monotonic() - 1)
+    assert measurement.error == OUT_OF_TIME
 
 
 def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure() -> None:
     begin = time.monotonic()
-    outcomes = measure([Contestant("slow", fixtures.sleeps)], 0.02, 1, deadline=begin + 2)
+    measurements = measure([Candidate("slow", fixtures.sleeps)], 0.02, 1, deadline=begin + 2)
     assert time.monotonic() - begin < 10
-    row = results.row(outcomes[0], ours=True)
-    assert (row["error"], row["note"]) == (None, TIME_OVER)
+    row = results.measurement_row(measurements[0], ours=True)
+    assert (row["error"], row["note"]) == (None, OUT_OF_TIME)
 
 
 def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> None:
-    assert apart(int, "7") == 7
+    assert run_in_subprocess(int, "7") == 7
     with pytest.raises(TimeoutError):
-        apart(int, "7", deadline=time.monotonic() - 1)
+        run_in_subprocess(int, "7", deadline=time.monotonic() - 1)
     with pytest.raises(RuntimeError, match="invalid literal"):
-        apart(int, "seven")
+        run_in_subprocess(int, "seven")
 
 
 def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
@@ -525,7 +558,7 @@ def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: P
     rows = [program.row("counts", {"n": 1} if file.exists() else {}) for _ in program.run()]
     assert {row.get("note") for row in rows[:-1]} == {results.RUNNING}
     assert rows[-1]["note"] == results.STOPPED
-    assert not results.failures([{"title": "", "rows": rows}])
+    assert not results.failure_lines([{"title": "", "rows": rows}])
     count = file.read_text()
     time.sleep(0.1)
     assert file.read_text() == count
@@ -554,12 +587,14 @@ def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missin
 
 
 def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target() -> None:
-    lines = [{"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
-             for n, top1 in enumerate((0.5, None, 0.8, 0.7))]  # fmt: skip
-    found = programs.reached(lines, 0.75)
+    lines = [
+        {"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
+        for n, top1 in enumerate((0.5, None, 0.8, 0.7))
+    ]
+    found = programs.accuracy_fields(lines, 0.75)
     assert (found["top1"], found["epochs"], found["epochs_per_s"], found["target_reached_s"]) == (0.8, 4, 0.5, 6.0)
-    assert programs.reached(lines, 0.9)["target_reached_s"] is None
-    assert programs.reached([], 0.9) == {}
+    assert programs.accuracy_fields(lines, 0.9)["target_reached_s"] is None
+    assert programs.accuracy_fields([], 0.9) == {}
     lines[1] |= {"epoch_time_s": None, "images_per_s": None}  # of an epoch that was begun by an older version
-    found = programs.reached(lines, 0.75)
+    found = programs.accuracy_fields(lines, 0.75)
     assert (found["images_per_s"], found["training_s"], found["target_reached_s"]) == (100.0, None, None)

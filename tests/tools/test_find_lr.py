@@ -52,10 +52,15 @@ def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
 
 @pytest.mark.parametrize(
     "losses",
-    [2.3 + noise(), 2.3 + noise() + np.linspace(0, 3, len(RATES)), np.full(150, np.nan), np.full(150, np.inf),
-     np.array([2.3, 2.2, 2.1])],
+    [
+        2.3 + noise(),
+        2.3 + noise() + np.linspace(0, 3, len(RATES)),
+        np.full(150, np.nan),
+        np.full(150, np.inf),
+        np.array([2.3, 2.2, 2.1]),
+    ],
     ids=["flat", "rising", "nan", "infinite", "too short"],
-)  # fmt: skip
+)
 def test_a_curve_without_a_clear_descent_gives_no_suggestion(losses: np.ndarray) -> None:
     suggestion = suggest_lr(curve_of(losses))
     assert (suggestion.lr, suggestion.tenth_of_minimum) == (None, None)
@@ -156,7 +161,7 @@ def test_digits_get_a_rate_near_the_one_of_their_config(
     facts = json.loads((out / "find_lr.json").read_text())
     assert 6e-4 <= facts["suggestion"]["lr"] <= 6e-2
     assert facts["diverged"]
-    assert facts["updates"] < find_lr.FEWEST
+    assert facts["updates"] < find_lr.MIN_STEPS
     assert f"--opts train.lr={facts['suggestion']['lr']:.2g}" in capsys.readouterr().out
     with (out / "find_lr.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -14,9 +14,15 @@ from configs.load import load_config
 from helpers.training import CLEAN, ROOT, run_script, strict_lines
 
 SMALL = [
-    "model.name=speedrun96_proxy", "data.train_split=val", "data.batch_size=32", "train.epochs=2",
-    "train.warmup_epochs=0.5", "train.eval_every_epochs=2", "train.save_every_epochs=2", "train.whiten_bias_epochs=1",
-]  # fmt: skip
+    "model.name=speedrun96_proxy",
+    "data.train_split=val",
+    "data.batch_size=32",
+    "train.epochs=2",
+    "train.warmup_epochs=0.5",
+    "train.eval_every_epochs=2",
+    "train.save_every_epochs=2",
+    "train.whiten_bias_epochs=1",
+]
 
 
 def config(percent: int) -> Path:

@@ -18,14 +18,14 @@ import torch
 
 from configs.schema import Config
 from tools.benchmarks.engine import ours, process_memory
-from tools.benchmarks.engine.interleaved import PATIENCE_S, Contestant, Outcome, measure
+from tools.benchmarks.engine.interleaved import WARM_UP_TIMEOUT_S, Candidate, Measurement, measure
 
-SIZES = (256, 512, 1024, 2048)  # that `worthwhile` tries
-GAIN = 1.02  # a doubled batch that gives less is not worth its memory
+SIZES = (256, 512, 1024, 2048)  # that `search_fastest` tries
+MIN_GAIN = 1.02  # a doubled batch that gives less is not worth its memory
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """A model whose batch sizes are tried; limit_bytes: of a GPU's memory or of the process's, None: all there is."""
 
     name: str
@@ -36,17 +36,17 @@ class Subject:
 
 
 @dataclass
-class Size:
+class Trial:
     """What one batch size reached: `rates` where it fits, else `error`, which may be another than its memory's."""
 
-    batch: int
+    batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
     memory_gib: float | None = None  # peak: of torch's tensors on a GPU, resident on the CPU
     reserved_gib: float | None = None  # peak held by torch's allocator, on a GPU
     device_memory_gib: float | None = None  # in use on the GPU altogether
     gpu_memory_gib: float | None = None  # the GPU's whole memory
     error: str | None = None
-    step: str = "doubling"  # or bisection
+    origin: str = "doubling"  # or bisection
     is_repeated: bool = False
 
     @property
@@ -64,42 +64,44 @@ class Size:
         return self.error is not None and not process_memory.is_out_of_memory(self.error)
 
 
-class TimeOver(Exception):
+class OutOfTime(Exception):
     """The time given was over before a size was measured."""
 
 
-def attempt(
-    subject: Subject, batch: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
-) -> Size:
+def run_trial(
+    target: Target, batch: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
+) -> Trial:
     """Train on one batch of this size for some rounds; step_s: about how long a step may take, for patience."""
-    config = with_batch(subject.config, batch)
-    is_watched = subject.limit_bytes is not None and not subject.on_gpu
-    contestant = Contestant(
+    config = with_batch(target.config, batch)
+    is_watched = target.limit_bytes is not None and not target.on_gpu
+    candidate = Candidate(
         f"batch {batch}",
-        partial(ours.resident, synthetic=subject.synthetic, limit_bytes=subject.limit_bytes),
+        partial(ours.resident, synthetic=target.synthetic, limit_bytes=target.limit_bytes),
         (config,),
-        partial(process_memory.watch, subject.limit_bytes) if is_watched and subject.limit_bytes else None,
+        partial(process_memory.check_limit, target.limit_bytes) if is_watched and target.limit_bytes else None,
     )
-    (outcome,) = measure([contestant], seconds, rounds, deadline, PATIENCE_S + 10 * step_s, show_progress=False)
-    if outcome.error is None and not outcome.rates:
-        outcome.error = "not measured"
+    (measurement,) = measure(
+        [candidate], seconds, rounds, deadline, WARM_UP_TIMEOUT_S + 10 * step_s, show_progress=False
+    )
+    if measurement.error is None and not measurement.rates:
+        measurement.error = "not measured"
     is_late = deadline is not None and time.monotonic() > deadline
-    if is_late and outcome.error is not None and not process_memory.is_out_of_memory(outcome.error):
-        raise TimeOver(outcome.error)
-    return _size(batch, outcome, subject.limit_bytes if is_watched else None)
+    if is_late and measurement.error is not None and not process_memory.is_out_of_memory(measurement.error):
+        raise OutOfTime(measurement.error)
+    return _size(batch, measurement, target.limit_bytes if is_watched else None)
 
 
-def _size(batch: int, outcome: Outcome, limit_bytes: int | None) -> Size:
-    size = Size(batch, error=outcome.error)
-    if outcome.error is not None:
+def _size(batch: int, measurement: Measurement, limit_bytes: int | None) -> Trial:
+    size = Trial(batch, error=measurement.error)
+    if measurement.error is not None:
         return size
-    size.rates = outcome.rates
+    size.rates = measurement.rates
     for name in ("memory_gib", "reserved_gib", "device_memory_gib", "gpu_memory_gib"):
-        setattr(size, name, outcome.facts.get(name))
+        setattr(size, name, measurement.details.get(name))
     if (
         limit_bytes is not None and (size.memory_gib or 0) * process_memory.GIB > limit_bytes
     ):  # since the watch last looked
-        size.error = process_memory.over(limit_bytes)
+        size.error = process_memory.limit_error(limit_bytes)
     return size
 
 
@@ -107,7 +109,7 @@ def with_batch(config: Config, batch: int) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch})})
 
 
-def doublings(reach: Callable[[int], Size], first: int, most: int | None) -> Iterator[Size]:
+def doublings(reach: Callable[[int], Trial], first: int, most: int | None) -> Iterator[Trial]:
     """`first`, twice, four times as many, at last `most` itself; ends after the first that does not fit or fails."""
     batch = first if most is None else min(first, most)
     while True:
@@ -118,7 +120,7 @@ def doublings(reach: Callable[[int], Size], first: int, most: int | None) -> Ite
         batch = 2 * batch if most is None else min(2 * batch, most)
 
 
-def bisection(reach: Callable[[int], Size], fits: int, fails: int, tolerance: float) -> Iterator[Size]:
+def bisection(reach: Callable[[int], Trial], fits: int, fails: int, tolerance: float) -> Iterator[Trial]:
     """Sizes between one that fits and one that does not, until these two are within `tolerance` of the smaller.
 
     tolerance 0: until they are neighbours. Ends after an error that is not memory's.
@@ -133,51 +135,51 @@ def bisection(reach: Callable[[int], Size], fits: int, fails: int, tolerance: fl
 
 
 @dataclass
-class Climb:
+class BatchSizeSearch:
     """All sizes tried of one model; `end` says why there are no more, and is empty while they go on."""
 
-    subject: Subject
-    sizes: list[Size] = field(default_factory=list)
+    target: Target
+    trials: list[Trial] = field(default_factory=list)
     end: str = ""  # memory, most, time, error, interrupted
 
     @property
-    def fitting(self) -> list[Size]:
-        return sorted((size for size in self.sizes if size.fits), key=lambda size: size.batch)
+    def fitting(self) -> list[Trial]:
+        return sorted((size for size in self.trials if size.fits), key=lambda size: size.batch_size)
 
     @property
     def largest(self) -> int | None:
-        return self.fitting[-1].batch if self.fitting else None
+        return self.fitting[-1].batch_size if self.fitting else None
 
     @property
-    def settled(self) -> list[Size]:
+    def reliable(self) -> list[Trial]:
         """Return the fitting sizes but those that have one round of bisection alone, where there are others."""
         fitting = self.fitting
-        return [size for size in fitting if size.step == "doubling" or size.is_repeated] or fitting
+        return [size for size in fitting if size.origin == "doubling" or size.is_repeated] or fitting
 
     @property
-    def best(self) -> Size | None:
+    def best(self) -> Trial | None:
         """Return the fastest of the settled sizes by the median of its rounds."""
-        return max(self.settled, key=lambda size: size.rate, default=None)
+        return max(self.reliable, key=lambda size: size.rate, default=None)
 
     @property
     def too_large(self) -> int | None:
         """The smallest batch that did not fit."""
-        return min((size.batch for size in self.sizes if not size.fits and not size.is_failure), default=None)
+        return min((size.batch_size for size in self.trials if not size.fits and not size.is_failure), default=None)
 
     @property
-    def failure(self) -> Size | None:
+    def failure(self) -> Trial | None:
         """The size that ended by an error other than memory's."""
-        return next((size for size in self.sizes if size.is_failure), None)
+        return next((size for size in self.trials if size.is_failure), None)
 
 
-def climb(
-    result: Climb, reach: Callable[[int, str], Size], *, first: int, most: int | None, tolerance: float
-) -> Iterator[Size]:
+def search(
+    result: BatchSizeSearch, reach: Callable[[int, str], Trial], *, first: int, most: int | None, tolerance: float
+) -> Iterator[Trial]:
     """Fill `result` size by size; reach(batch, "doubling", "bisection" or "repeat") may raise TimeOver."""
 
-    def noted(sizes: Iterator[Size]) -> Iterator[Size]:
+    def noted(sizes: Iterator[Trial]) -> Iterator[Trial]:
         for size in sizes:
-            result.sizes.append(size)
+            result.trials.append(size)
             yield size
 
     try:
@@ -185,15 +187,15 @@ def climb(
         if result.largest is not None and result.too_large is not None:
             between = bisection(lambda batch: reach(batch, "bisection"), result.largest, result.too_large, tolerance)
             yield from noted(between)
-    except TimeOver:
+    except OutOfTime:
         result.end = "time"
         return
-    with suppress(TimeOver):  # the search itself is complete
+    with suppress(OutOfTime):  # the search itself is complete
         yield from repeats(result, lambda batch: reach(batch, "repeat"))
     result.end = "error" if result.failure else "memory" if result.too_large is not None else "most"
 
 
-def repeats(result: Climb, reach: Callable[[int], Size]) -> Iterator[Size]:
+def repeats(result: BatchSizeSearch, reach: Callable[[int], Trial]) -> Iterator[Trial]:
     """Measure the largest batch once more, and the fastest until the fastest of all has been repeated.
 
     The rounds are added to those of the first time, but for the one round of bisection: a size that was chosen by its
@@ -204,20 +206,20 @@ def repeats(result: Climb, reach: Callable[[int], Size]) -> Iterator[Size]:
         size = next((one for one in (result.fitting[-1], fastest) if not one.is_repeated), None)
         if size is None:
             return
-        again = reach(size.batch)
+        again = reach(size.batch_size)
         size.is_repeated, size.error = True, again.error
-        size.rates = again.rates if size.step == "bisection" else size.rates + again.rates
+        size.rates = again.rates if size.origin == "bisection" else size.rates + again.rates
         size.memory_gib = max(filter(None, (size.memory_gib, again.memory_gib)), default=None)
         yield size
 
 
-def worthwhile(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Size]:
+def search_fastest(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Trial]:
     """Try SIZES from the smallest on; ends after the first doubling that does not fit, fails or gains too little."""
-    subject = Subject(config.model.name, config, on_gpu=torch.cuda.is_available())
+    target = Target(config.model.name, config, on_gpu=torch.cuda.is_available())
     best_rate = 0.0
-    with suppress(TimeOver):
-        for size in doublings(lambda batch: attempt(subject, batch, seconds, rounds, deadline), SIZES[0], SIZES[-1]):
+    with suppress(OutOfTime):
+        for size in doublings(lambda batch: run_trial(target, batch, seconds, rounds, deadline), SIZES[0], SIZES[-1]):
             yield size
-            if not size.fits or size.rate < GAIN * best_rate:
+            if not size.fits or size.rate < MIN_GAIN * best_rate:
                 return
             best_rate = size.rate

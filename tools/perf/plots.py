@@ -11,34 +11,41 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tools.perf.batch_size_search import Climb
+    from tools.perf.batch_size_search import BatchSizeSearch
 
 COLORS = ("#c1440e", "#1f6f8b", "#6a8532", "#7b4b94", "#b08900", "#8a9ba8")
-PHASE_COLORS = {"data": "#b08900", "host": "#d9dee2", "proxy": "#7b4b94", "forward": "#1f6f8b", "backward": "#c1440e",
-                "reduce": "#333333", "optimizer": "#6a8532"}  # fmt: skip
+PHASE_COLORS = {
+    "data": "#b08900",
+    "host": "#d9dee2",
+    "proxy": "#7b4b94",
+    "forward": "#1f6f8b",
+    "backward": "#c1440e",
+    "reduce": "#333333",
+    "optimizer": "#6a8532",
+}
 LOG_FROM = 20.0  # ratio of the largest to the smallest rate from which its axis is logarithmic
 
 
-def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Figure:
+def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] | None, where: str) -> Figure:
     """Draw images/s and peak memory over the batch size; limit: GiB and what it is called, a dashed line.
 
     A star marks the fastest batch of each model, a diamond the largest that fits.
     """
     figure, (rates, memories) = new_figure(1, 2, size=(13, 5))
-    climbs = [one for one in climbs if one.fitting]
-    lines = [_curve(rates, memories, one, COLORS[number % len(COLORS)]) for number, one in enumerate(climbs)]
-    names = [_legend_text(one) for one in climbs]
-    every_rate = [size.rate for one in climbs for size in one.fitting]
+    searches = [one for one in searches if one.fitting]
+    lines = [_curve(rates, memories, one, COLORS[number % len(COLORS)]) for number, one in enumerate(searches)]
+    names = [_legend_text(one) for one in searches]
+    every_rate = [size.rate for one in searches for size in one.fitting]
     if max(every_rate) > LOG_FROM * min(every_rate):
         rates.set_yscale("log")
     else:
         rates.set_ylim(bottom=0)
-    tallest = max(size.memory_gib or 0.0 for one in climbs for size in one.fitting)
+    tallest = max(size.memory_gib or 0.0 for one in searches for size in one.fitting)
     memories.set_ylim(0, 1.15 * max(tallest, limit[0] if limit is not None else 0.0))
     if limit is not None:
         lines.append(memories.axhline(limit[0], color="#333333", linestyle="--", linewidth=1))
         names.append(f"{limit[1]}, {limit[0]:.3g} GiB")
-    batches = [size.batch for one in climbs for size in one.fitting]
+    batches = [size.batch_size for one in searches for size in one.fitting]
     for axis, label in ((rates, "training images/s, median and range of the rounds"), (memories, "peak memory, GiB")):
         _powers_of_two(axis, min(batches), max(batches))
         axis.set_xlabel("batch size, images")
@@ -50,13 +57,15 @@ def ramp(climbs: list[Climb], limit: tuple[float, str] | None, where: str) -> Fi
     return figure
 
 
-def profile(facts: dict[str, Any]) -> Figure:
+def plot_profile(facts: dict[str, Any]) -> Figure:
     """A step's phases as parts of one bar, the step without the profiler beside it, and the longest operators."""
     figure, (steps, operators) = new_figure(2, 1, size=(11, 6.5))
     begin = 0.0
     bars = {f"profiled, {facts['steps']} steps": facts["step_ms"]}
-    bars |= {f"without profiler{f', {name}' if len(facts['unprofiled_step_ms']) > 1 else ''}": ms
-             for name, ms in facts["unprofiled_step_ms"].items()}  # fmt: skip
+    bars |= {
+        f"without profiler{f', {name}' if len(facts['unprofiled_step_ms']) > 1 else ''}": ms
+        for name, ms in facts["unprofiled_step_ms"].items()
+    }
     for part in facts["phases"]:
         label = f"{part['phase']} {part['ms']:.3g} ms, {part['share']:.0%}"
         steps.barh([0], [part["ms"]], left=begin, color=PHASE_COLORS[part["phase"]], label=label, height=0.6)
@@ -66,8 +75,10 @@ def profile(facts: dict[str, Any]) -> Figure:
     steps.invert_yaxis()
     steps.set_xlabel("ms per step")
     steps.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
-    named = [(each["name"] if len(each["name"]) <= 48 else f"{each['name'][:45]}…", each["ms"])
-             for each in reversed(facts["operators"])]  # fmt: skip
+    named = [
+        (each["name"] if len(each["name"]) <= 48 else f"{each['name'][:45]}…", each["ms"])
+        for each in reversed(facts["operators"])
+    ]
     operators.barh(range(len(named)), [ms for _, ms in named], color=COLORS[1], height=0.7)
     operators.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8, parse_math=False)
     operators.set_xlabel("ms per step, its own time")
@@ -81,29 +92,36 @@ def profile(facts: dict[str, Any]) -> Figure:
     return figure
 
 
-def _legend_text(one: Climb) -> str:
-    fits = f"{one.subject.name}: {'' if one.end == 'memory' else 'at least '}{one.largest:,} images fit"
-    return fits if one.best is None else f"{fits}, {one.best.batch:,} are fastest"
+def _legend_text(one: BatchSizeSearch) -> str:
+    fits = f"{one.target.name}: {'' if one.end == 'memory' else 'at least '}{one.largest:,} images fit"
+    return fits if one.best is None else f"{fits}, {one.best.batch_size:,} are fastest"
 
 
-def _curve(rates: Axes, memories: Axes, one: Climb, color: str) -> Artist:
+def _curve(rates: Axes, memories: Axes, one: BatchSizeSearch, color: str) -> Artist:
     """Draw both panels' lines of one model, through its sizes of several rounds to the largest batch.
 
     Returns the line for the legend.
     """
-    shown = [size for size in one.fitting if size in one.settled or size.batch == one.largest]
-    batches = [size.batch for size in shown]
+    shown = [size for size in one.fitting if size in one.reliable or size.batch_size == one.largest]
+    batches = [size.batch_size for size in shown]
     ranges = [[s.rate - min(s.rates) for s in shown], [max(s.rates) - s.rate for s in shown]]
     style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.5}
     rates.errorbar(batches, [s.rate for s in shown], yerr=ranges, capsize=2, **style)
     (line,) = memories.plot(batches, [s.memory_gib or 0.0 for s in shown], **style)
-    marks = [(memories, shown[-1].batch, shown[-1].memory_gib or 0.0, "D", 8)]
+    marks = [(memories, shown[-1].batch_size, shown[-1].memory_gib or 0.0, "D", 8)]
     if one.best is not None:
-        marks.append((rates, one.best.batch, one.best.rate, "*", 14))
+        marks.append((rates, one.best.batch_size, one.best.rate, "*", 14))
     for axis, batch, height, marker, size in marks:
         axis.plot([batch], [height], marker=marker, markersize=size, color=color, linestyle="none")
-        axis.annotate(f"{batch:,}", (batch, height), textcoords="offset points", xytext=(9, 6), va="center", fontsize=9,
-                      color=color)  # fmt: skip
+        axis.annotate(
+            f"{batch:,}",
+            (batch, height),
+            textcoords="offset points",
+            xytext=(9, 6),
+            va="center",
+            fontsize=9,
+            color=color,
+        )
     return line
 
 

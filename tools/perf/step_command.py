@@ -34,10 +34,10 @@ from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset
 from tools.benchmarks.engine import gpu_specs, results, roofline
-from tools.benchmarks.engine.interleaved import Contestant, measure
+from tools.benchmarks.engine.interleaved import Candidate, measure
 from tools.common.tables import Row, make_folder, markdown, write_csv, write_text
 from tools.perf import plots
-from tools.perf.step_trace import Profile, go_along, profile
+from tools.perf.step_trace import StepProfile, profile_steps, run_alongside
 from train.build import build_all, check_classes
 from train.checkpoint.finetune import without_start
 from train.distributed import process_group as dist
@@ -74,23 +74,27 @@ def main(arguments: argparse.Namespace) -> int:
     with dist.process_group(ranks) as device:
         out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))
         kind, captures = device.type, uses_cuda_graph(config.train, device, amp_dtype(config.train.amp, device))
-        training, loader = build(without_graph(config), dataset, classes, ranks, device)
+        training, loader = build_training(without_graph(config), dataset, classes, ranks, device)
         amp, image_size = training.amp, loader.image_size
-        rates = {"uncaptured": rate(training, loader, ranks, arguments.seconds)}
+        rates = {"uncaptured": measure_rate(training, loader, ranks, arguments.seconds)}
         found = None
         if ranks.is_first:
             hidden = out / f".{TRACE}"  # its ending is what the profiler goes by
-            found = profile(training, loader, arguments.steps, hidden)
+            found = profile_steps(training, loader, arguments.steps, hidden)
             hidden.rename(out / TRACE)
         else:
-            go_along(training, loader, arguments.steps)
+            run_alongside(training, loader, arguments.steps)
         del training, loader
         if captures:
-            rates["captured"] = rate(*build(config, dataset, classes, ranks, device), ranks, arguments.seconds)
+            rates["captured"] = measure_rate(
+                *build_training(config, dataset, classes, ranks, device), ranks, arguments.seconds
+            )
     if found is not None:
         per_device = rates.get("captured", rates["uncaptured"]) / ranks.world_size
-        use = None if config.train.proxy.model else arithmetic(config, classes, image_size, kind, amp, per_device)
-        report(record(config, ranks, amp, found, rates, use), out)
+        use = (
+            None if config.train.proxy.model else flops_utilization(config, classes, image_size, kind, amp, per_device)
+        )
+        write_results(profile_content(config, ranks, amp, found, rates, use), out)
     return 0
 
 
@@ -98,7 +102,7 @@ def without_graph(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": "off"})})
 
 
-def build(
+def build_training(
     config: Config, dataset: dict[str, Any], classes: int, ranks: Ranks, device: torch.device
 ) -> tuple[TrainState, Loader]:
     loader = build_train_loader(
@@ -114,28 +118,28 @@ def build(
     return build_all(without_start(config), dataset, classes, loader.image_size, device), loader
 
 
-def rate(training: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
+def measure_rate(training: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
     """Images/s of all ranks, without the profiler."""
     return measure_images_per_s(training, loader, ranks.world_size, warmup_steps=WARM_STEPS, seconds=seconds)
 
 
-def arithmetic(
+def flops_utilization(
     config: Config, classes: int, image_size: int, kind: str, amp: torch.dtype | None, images_per_s: float
 ) -> dict[str, Any]:
     """Model FLOPs utilisation of one device: operations, and the peaks that they are a share of."""
     flops = roofline.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
-    peak = roofline.limits_of(
-        measure([Contestant("arithmetic", roofline.arithmetic, (kind,))], 0.5, 3, show_progress=False)
+    peak = roofline.limits_from(
+        measure([Candidate("arithmetic", roofline.arithmetic, (kind,))], 0.5, 3, show_progress=False)
     )
     use: dict[str, Any] = {"training_gflop_per_image": flops / 1e9, "reached_tflop_per_s": reached / 1e12}
     if roofline.ARITHMETIC in peak:
         use |= {
             "measured_peak_tflop_per_s": peak[roofline.ARITHMETIC] / 1e12,
-            "measured_peak_precision": dtype_name(roofline.PRODUCT[kind][1]),
+            "measured_peak_precision": dtype_name(roofline.MATMUL[kind][1]),
             "mfu": reached / peak[roofline.ARITHMETIC],
         }
-    sheet = gpu_specs.promised(torch.cuda.get_device_name(), amp or torch.float32) if kind == "cuda" else None
+    sheet = gpu_specs.peak_flops(torch.cuda.get_device_name(), amp or torch.float32) if kind == "cuda" else None
     if sheet is not None:
         use |= {
             "data_sheet": sheet[1],
@@ -149,11 +153,11 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
-def record(
+def profile_content(
     config: Config,
     ranks: Ranks,
     amp: torch.dtype | None,
-    found: Profile,
+    found: StepProfile,
     rates: dict[str, float],
     use: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -177,27 +181,33 @@ def record(
     }
 
 
-def report(facts: dict[str, Any], out: Path) -> None:
+def write_results(facts: dict[str, Any], out: Path) -> None:
     """Write profile.json, .csv and .png, and print what is in them."""
     write_csv(out / "profile.csv", facts["phases"])
     write_text(out / "profile.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    save(plots.profile(facts), out / "profile.png")
-    print(markdown(shown(facts)))
+    save(plots.plot_profile(facts), out / "profile.png")
+    print(markdown(phase_rows(facts)))
     print()
-    operators = [{"ms": each["ms"], "calls": each["calls"], "share": f"{each['ms'] / facts['step_ms']:.1%}",
-                  "operator or kernel, its own time per step": each["name"][:90]}
-                 for each in facts["operators"]]  # fmt: skip
+    operators = [
+        {
+            "ms": each["ms"],
+            "calls": each["calls"],
+            "share": f"{each['ms'] / facts['step_ms']:.1%}",
+            "operator or kernel, its own time per step": each["name"][:90],
+        }
+        for each in facts["operators"]
+    ]
     print(markdown(operators))
-    print("\n" + "\n".join(sentences(facts)))
+    print("\n" + "\n".join(summary_lines(facts)))
     print(f"wrote {', '.join(str(out / name) for name in ('profile.json', 'profile.csv', 'profile.png', TRACE))}")
 
 
-def shown(facts: dict[str, Any]) -> list[Row]:
+def phase_rows(facts: dict[str, Any]) -> list[Row]:
     rows = [{"phase": each["phase"], "ms": each["ms"], "share": f"{each['share']:.1%}"} for each in facts["phases"]]
     return [*rows, {"phase": "step", "ms": facts["step_ms"], "share": "100.0%"}]
 
 
-def sentences(facts: dict[str, Any]) -> list[str]:
+def summary_lines(facts: dict[str, Any]) -> list[str]:
     step, rates, use = facts["unprofiled_step_ms"], facts["images_per_s"], facts["arithmetic"]
     device = facts["environment"]["device"]
     lines = [
@@ -208,7 +218,7 @@ def sentences(facts: dict[str, Any]) -> list[str]:
     ]
     if "captured" in step:
         lines.append(
-            f"Training replays it as a CUDA graph, which cannot be seen into: {step['captured']:.4g} ms "
+            f"TrainState replays it as a CUDA graph, which cannot be seen into: {step['captured']:.4g} ms "
             f"({rates['captured']:,.0f} images/s). Profiled with train.cuda_graph=off."
         )
     if use is None:

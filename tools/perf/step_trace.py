@@ -42,7 +42,7 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Profile:
+class StepProfile:
     """Of `steps` steps: ms per step by phase, which add up to step_ms; the operators or kernels that took most."""
 
     steps: int
@@ -51,16 +51,16 @@ class Profile:
     operators: list[dict[str, Any]]  # name, ms (its own, per step), calls (per step)
 
 
-def profile(training: TrainState, loader: Loader, steps: int, trace: Path) -> Profile:
+def profile_steps(training: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile so many steps with data of the loader, and write their Chrome trace (.json.gz).
 
-    Other ranks must `go_along` meanwhile.
+    Other ranks must `run_alongside` meanwhile.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # quiet: else it calls it an error that there is no GPU
     on_gpu = training.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     batches = endless_batches(loader)
-    with named_phases(training):
+    with annotate_phases(training):
         with torch.profiler.profile(activities=activities):
             _run(training, batches, WARM_STEPS)  # the first use of the profiler takes its time
         with torch.profiler.profile(activities=activities) as profiler, record_function(WINDOW):
@@ -72,10 +72,10 @@ def profile(training: TrainState, loader: Loader, steps: int, trace: Path) -> Pr
     total = sum(times.values())
     operators = top_kernels(events) if on_gpu else top_operators(profiler)
     per_step = [{**each, "ms": each["ms"] / steps, "calls": each["calls"] / steps} for each in operators]
-    return Profile(steps, total / 1e3 / steps, {name: time / 1e3 / steps for name, time in times.items()}, per_step)
+    return StepProfile(steps, total / 1e3 / steps, {name: time / 1e3 / steps for name, time in times.items()}, per_step)
 
 
-def go_along(training: TrainState, loader: Loader, steps: int) -> None:
+def run_alongside(training: TrainState, loader: Loader, steps: int) -> None:
     """The steps of another rank that profiles."""
     batches = endless_batches(loader)
     _run(training, batches, WARM_STEPS)
@@ -94,7 +94,7 @@ def _run(training: TrainState, batches: Iterator[Batch], count: int) -> None:
 
 
 @contextmanager
-def named_phases(training: TrainState) -> Iterator[None]:
+def annotate_phases(training: TrainState) -> Iterator[None]:
     """Inside, the phases of a step are ranges in a profile. They are put around what the step calls, for this time
     only: the step itself knows nothing of it."""
     inside = False
@@ -150,7 +150,7 @@ def phase_times(events: Sequence[Event]) -> dict[str, float]:
             ranges[event["name"].removeprefix(PREFIX)].append(_span(event))
     is_on_gpu = any(event["cat"] in DEVICE_WORK for event in events)
     claims = _device_claims(events, ranges, thread) if is_on_gpu else _host_claims(events, ranges, thread)
-    times = exclusive(claims, _span(window))
+    times = exclusive_times(claims, _span(window))
     return {phase: times.get(phase, 0.0) for phase in PHASES if phase != PROXY or ranges[PROXY]}
 
 
@@ -163,8 +163,10 @@ def _host_claims(
     computed = [_span(event) for event in here]
     reduced = [_span(event) for event in events if "all_reduce" in event["name"] and event["tid"] != thread]
     whole = [(phase, ranges[phase]) for phase in (DATA, PROXY, FORWARD, OPTIMIZER)]
-    within = [(phase, common(spans, ranges[BACKWARD]))
-              for phase, spans in ((REDUCE, asked), (BACKWARD, computed), (REDUCE, reduced))]  # fmt: skip
+    within = [
+        (phase, intersect(spans, ranges[BACKWARD]))
+        for phase, spans in ((REDUCE, asked), (BACKWARD, computed), (REDUCE, reduced))
+    ]
     return [*whole, *within, (BACKWARD, ranges[BACKWARD])]
 
 
@@ -176,10 +178,17 @@ def _device_claims(
     Other threads than these are the loader's.
     """
     ours = {thread} | {event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")}
-    launches = {event["args"]["correlation"]: event for event in events
-                if event["cat"] in LAUNCHES and "correlation" in event.get("args", {})}  # fmt: skip
-    spans = sorted((begin, end, phase) for phase, intervals in ranges.items() if f"{PREFIX}{phase}" != WINDOW
-                   for begin, end in intervals)  # fmt: skip
+    launches = {
+        event["args"]["correlation"]: event
+        for event in events
+        if event["cat"] in LAUNCHES and "correlation" in event.get("args", {})
+    }
+    spans = sorted(
+        (begin, end, phase)
+        for phase, intervals in ranges.items()
+        if f"{PREFIX}{phase}" != WINDOW
+        for begin, end in intervals
+    )
     work: dict[str, list[Interval]] = defaultdict(list)
     for event in events:
         if event["cat"] not in DEVICE_WORK:
@@ -199,19 +208,19 @@ def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
     return spans[position][2] if position >= 0 and moment <= spans[position][1] else HOST
 
 
-def exclusive(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
+def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
     """Time of the window by name: a moment belongs to the first that claims it, what nobody claims to HOST."""
     times: dict[str, float] = defaultdict(float)
     taken: list[Interval] = []
     for name, intervals in claims:
         before = _length(taken)
-        taken = merged([*taken, *common(intervals, [window])])
+        taken = merge([*taken, *intersect(intervals, [window])])
         times[name] += _length(taken) - before
     times[HOST] += window[1] - window[0] - _length(taken)
     return dict(times)
 
 
-def merged(intervals: list[Interval]) -> list[Interval]:
+def merge(intervals: list[Interval]) -> list[Interval]:
     """The same moments as sorted intervals that do not touch."""
     result: list[Interval] = []
     for begin, end in sorted(intervals):
@@ -222,9 +231,9 @@ def merged(intervals: list[Interval]) -> list[Interval]:
     return result
 
 
-def common(left: list[Interval], right: list[Interval]) -> list[Interval]:
+def intersect(left: list[Interval], right: list[Interval]) -> list[Interval]:
     """The moments that lie in both."""
-    result, first, second = [], merged(left), merged(right)
+    result, first, second = [], merge(left), merge(right)
     i = j = 0
     while i < len(first) and j < len(second):
         begin, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.benchmarks.engine.interleaved import Outcome
+from tools.benchmarks.engine.interleaved import Measurement
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites import augmentations
 from tools.benchmarks.suites.augmentations import KINDS, PEER
@@ -17,7 +17,7 @@ BATCH, SIDE = 16, 24
 
 
 def made(folder: Path, scratch: Path | None) -> augmentations.Group:
-    return augmentations.group(folder, batch_size=BATCH, device="cpu", scratch=scratch, workers=0)
+    return augmentations.augmentation_table(folder, batch_size=BATCH, device="cpu", scratch=scratch, workers=0)
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
@@ -27,13 +27,13 @@ def test_every_contestant_gives_batches_of_one_shape(
     monkeypatch.setattr(augmentations, "SIDE", SIDE)
     group = made({"npy": npy_data, "jpeg": jpeg_data}[encoding], tmp_path)
     size = {"npy": 32, "jpeg": SIDE}[encoding]
-    assert group.facts["image_size"] == size
+    assert group.details["image_size"] == size
     assert sum(facts["ours"] for facts in group.rows) == len(KINDS)
     assert sum(not facts["ours"] for facts in group.rows) == len(KINDS) - 2  # all but timm's RandAugment and cutout
-    for contestant in group.contestants:
-        with contestant.build(*contestant.arguments) as streams:
-            images = next(streams[""].batches)[0]
-        assert tuple(images.shape) == (BATCH, 3, size, size), contestant.name
+    for candidate in group.candidates:
+        with candidate.build(*candidate.arguments) as workloads:
+            images = next(workloads[""].items)[0]
+        assert tuple(images.shape) == (BATCH, 3, size, size), candidate.name
         assert images.dtype == torch.uint8
 
 
@@ -43,14 +43,14 @@ def test_without_a_scratch_folder_there_are_no_peers(npy_data: Path) -> None:
 
 def measured(group: augmentations.Group, rates: dict[str, float | str]) -> list[dict[str, Any]]:
     """The rows of a run in which contestants reached these rates, or failed with these words."""
-    outcomes = []
-    for contestant in group.contestants:
-        reached = rates.get(contestant.name, 1000.0)
+    measurements = []
+    for candidate in group.candidates:
+        reached = rates.get(candidate.name, 1000.0)
         failed = isinstance(reached, str)
-        outcomes.append(
-            Outcome(contestant.name, "", [] if failed else [float(reached)], error=reached if failed else None)
+        measurements.append(
+            Measurement(candidate.name, "", [] if failed else [float(reached)], error=reached if failed else None)
         )
-    return group.entry(outcomes, Limits())["rows"]
+    return group.entry(measurements, Limits())["rows"]
 
 
 def test_the_table_has_shares_of_the_flip_alone_and_ratios_to_torchvision(npy_data: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.split import open_split
 from tools.benchmarks import peers
-from tools.benchmarks.engine.datasets import remake
-from tools.benchmarks.peers import PeerSource, torch_loader, training_loops
+from tools.benchmarks.engine.datasets import make_variant
+from tools.benchmarks.peers import PeerTask, torch_loader, training_loops
 
 SAMPLES, BATCH, SIZE = 96, 12, 32
 PAD = AugConfig(crop="pad", padding=4, flip=0.5)
@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows.labels = np.arange(SAMPLES)
     source = Source("memory", "tests", tuple(str(n) for n in range(SAMPLES)), "0" * 64, {"train": rows})
     write_dataset(source, out / "npy", Options(Encoding("npy"), shard_mib=1), 1, "tiny")
-    return {"npy": out / "npy", "jpeg": remake(out / "npy", out / "jpeg", encoding="jpeg")}
+    return {"npy": out / "npy", "jpeg": make_variant(out / "npy", out / "jpeg", encoding="jpeg")}
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,11 @@ def _few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_loader, "HOMEWORK_WORKERS", 1)
 
 
-def batches_of(name: str, source: PeerSource) -> Any:
+def batches_of(name: str, source: PeerTask) -> Any:
     peer = peers.LOADERS[name]
     if name not in peers.available(peers.LOADERS, source.encoding):
         pytest.skip(f"{peer.library} is not installed")
-    return peers.function_of(peer)(source)
+    return peers.load_function(peer)(source)
 
 
 @pytest.mark.parametrize("aug", [PAD, RESIZED], ids=["pad", "random-resized"])
@@ -55,7 +55,7 @@ def test_an_epoch_has_each_sample_at_most_once_in_the_right_shape_and_type(
     folders: dict[str, Path], tmp_path: Path, name: str, encoding: str, aug: AugConfig
 ) -> None:
     size = SIZE if aug.crop == "pad" else 24
-    batches = batches_of(name, PeerSource(folders[encoding], tmp_path, BATCH, 1, size, aug))
+    batches = batches_of(name, PeerTask(folders[encoding], tmp_path, BATCH, 1, size, aug))
     seen = []
     for images, labels in islice(batches, SAMPLES // BATCH):
         tensor = torch.as_tensor(images)
@@ -70,7 +70,7 @@ def test_an_epoch_has_each_sample_at_most_once_in_the_right_shape_and_type(
 
 @pytest.mark.parametrize("name", peers.LOADERS)
 def test_reading_alone_gives_the_very_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    batches = batches_of(name, PeerSource(folders["npy"], tmp_path, BATCH, 1, SIZE))
+    batches = batches_of(name, PeerTask(folders["npy"], tmp_path, BATCH, 1, SIZE))
     split = open_split(folders["npy"], "train")
     view, rows = split.pixel_rows()
     assert split.labels is not None
@@ -87,10 +87,10 @@ def test_a_loop_trains_the_same_model_and_its_loss_stays_finite(
     config = Config(
         data=DataConfig(path=str(folders["npy"]), batch_size=BATCH), aug=PAD, model=ModelConfig(name="lenet")
     )
-    source = PeerSource(folders["npy"], tmp_path, BATCH, 1, SIZE, PAD)
-    with training_loops.training(peers.LOOPS[name], source, config) as streams:
-        assert streams[""].units == BATCH
-        values = [float(value) for value in islice(streams[""].batches, SAMPLES // BATCH + 2)]
+    source = PeerTask(folders["npy"], tmp_path, BATCH, 1, SIZE, PAD)
+    with training_loops.training(peers.LOOPS[name], source, config) as workloads:
+        assert workloads[""].units_per_item == BATCH
+        values = [float(value) for value in islice(workloads[""].items, SAMPLES // BATCH + 2)]
     assert np.isfinite(values).all()
 
 
@@ -101,7 +101,7 @@ def test_a_peer_whose_library_is_missing_is_left_out_and_named(monkeypatch: pyte
 
 
 def test_a_made_set_repeats_its_samples_and_has_the_size_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
-    split = open_split(remake(folders["npy"], tmp_path / "large", size=48, samples=2 * SAMPLES), "train")
+    split = open_split(make_variant(folders["npy"], tmp_path / "large", size=48, samples=2 * SAMPLES), "train")
     assert split.image_shape == (48, 48, 3)
     assert split.labels is not None
     assert np.bincount(split.labels).tolist() == [2] * SAMPLES

@@ -9,17 +9,17 @@ import pytest
 from configs.schema import ModelConfig
 from pipelines.storage.split import open_split
 from tools.benchmarks.engine import roofline
-from tools.benchmarks.engine.interleaved import Contestant, measure
+from tools.benchmarks.engine.interleaved import Candidate, measure
 from tools.benchmarks.suites import groups
 
 
 def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = measure([Contestant("limits", roofline.limits, ("cpu", tmp_path))], 0.05, 1)
-    found = roofline.limits_of(outcomes)
+    measurements = measure([Candidate("limits", roofline.limit_workloads, ("cpu", tmp_path))], 0.05, 1)
+    found = roofline.limits_from(measurements)
     assert set(found) == {roofline.MEMORY, roofline.ARITHMETIC, roofline.DISK}
     assert all(value > 0 for value in found.values())
     assert not list(tmp_path.iterdir())
-    assert all("value" in row for row in groups.limit_rows(outcomes))
+    assert all("value" in row for row in groups.limit_rows(measurements))
 
 
 def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
@@ -49,8 +49,10 @@ def test_the_tightest_bound_is_the_one_that_is_named() -> None:
     row = {"images_per_s": 45e6}
     groups.add_bound(row, host, otherwise="the cores")
     assert (row["bound"], row["share"], row["binds"]) == (
-        {"name": roofline.PINNED, "images_per_s": 50e6}, 0.9, roofline.PINNED,
-    )  # fmt: skip
+        {"name": roofline.PINNED, "images_per_s": 50e6},
+        0.9,
+        roofline.PINNED,
+    )
     row = {"images_per_s": 5e6}
     groups.add_bound(row, host, otherwise="the cores")
     assert row["binds"] == "the cores"

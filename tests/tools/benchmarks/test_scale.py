@@ -19,7 +19,7 @@ def test_a_sparse_set_opens_as_any_other_and_takes_no_room(tmp_path: Path) -> No
 
 
 def test_every_size_has_its_cost_its_memory_and_its_time_to_the_first_batch(tmp_path: Path) -> None:
-    group = scale.group(tmp_path, 0.02, sizes=(10_000, 20_000), side=8)
+    group = scale.measure_scale(tmp_path, 0.02, sizes=(10_000, 20_000), side=8)
     assert [row["samples"] for row in group["rows"]] == [10_000, 20_000]
     for row in group["rows"]:
         assert row["error"] is None

@@ -25,9 +25,9 @@ from configs.load import load_config
 from helpers.training import CLEAN, ROOT, Run, restore_signal_handlers
 from tools import benchmark
 from tools.benchmarks.engine import charts, process_memory
-from tools.benchmarks.engine.interleaved import Contestant, measure
+from tools.benchmarks.engine.interleaved import Candidate, measure
 from tools.perf import batch_size_command, batch_size_search, plots
-from tools.perf.batch_size_search import Climb, Size, Subject, TimeOver
+from tools.perf.batch_size_search import BatchSizeSearch, OutOfTime, Target, Trial
 from train.reporting.figures import pixels_of
 
 ANY_CONFIG: Any = None
@@ -56,35 +56,36 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> bool:
     return holds()
 
 
-def fake(largest: int, *, broken_from: int | None = None, late_from: int | None = None) -> Callable[..., Size]:
+def fake(largest: int, *, broken_from: int | None = None, late_from: int | None = None) -> Callable[..., Trial]:
     """An attempt that runs nothing: up to `largest` images fit."""
 
-    def attempt(subject: Subject, batch: int, *_: object) -> Size:
+    def attempt(target: Target, batch: int, *_: object) -> Trial:
         if late_from is not None and batch >= late_from:
-            raise TimeOver
+            raise OutOfTime
         if broken_from is not None and batch >= broken_from:
-            return Size(batch, error="ValueError: the kernel does not like this size")
+            return Trial(batch, error="ValueError: the kernel does not like this size")
         if batch > largest:
-            return Size(batch, error=process_memory.over(2 * process_memory.GIB))
-        return Size(batch, rates=[100.0 * batch, 90.0 * batch, 110.0 * batch], memory_gib=0.5 + 1.5 * batch / largest)
+            return Trial(batch, error=process_memory.limit_error(2 * process_memory.GIB))
+        return Trial(batch, rates=[100.0 * batch, 90.0 * batch, 110.0 * batch], memory_gib=0.5 + 1.5 * batch / largest)
 
     return attempt
 
 
 def ramp_with(
-    attempt: Callable[..., Size], monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str
+    attempt: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str
 ) -> tuple[int, dict[str, Any]]:
-    """The exit code and ramp.json of a whole stage over `attempt`."""
-    monkeypatch.setattr(batch_size_search, "attempt", attempt)
+    """The exit code and ramp.json of a whole stage over `run_trial`."""
+    monkeypatch.setattr(batch_size_search, "run_trial", attempt)
     parsed = benchmark.parse_arguments(["ramp", "--model", "lenet", "--out", str(out), *arguments])
     return batch_size_command.main(parsed), json.loads((out / "ramp.json").read_text())
 
 
-def climbed(largest: int, first: int, most: int | None, tolerance: float) -> Climb:
-    result = Climb(Subject("fake", ANY_CONFIG))
+def climbed(largest: int, first: int, most: int | None, tolerance: float) -> BatchSizeSearch:
+    result = BatchSizeSearch(Target("fake", ANY_CONFIG))
     reach = fake(largest)
-    for _ in batch_size_search.climb(result, lambda batch, _: reach(result.subject, batch), first=first, most=most,
-                        tolerance=tolerance):  # fmt: skip
+    for _ in batch_size_search.search(
+        result, lambda batch, _: reach(result.target, batch), first=first, most=most, tolerance=tolerance
+    ):
         pass
     return result
 
@@ -94,7 +95,7 @@ def test_the_search_finds_the_largest_batch_that_fits_within_its_tolerance(
     largest: int, first: int, tolerance: float
 ) -> None:
     result = climbed(largest, first, None, tolerance)
-    tried = [size.batch for size in result.sizes]
+    tried = [size.batch_size for size in result.trials]
     assert len(tried) == len(set(tried))
     if first > largest:
         assert (result.largest, tried) == (None, [first])
@@ -113,7 +114,7 @@ def test_the_search_ends_at_the_last_batch_asked_for(largest: int, most: int) ->
     result = climbed(largest, 1, most, 0.0)
     assert result.largest == min(largest, most)
     assert result.end == ("most" if most <= largest else "memory")
-    assert max(size.batch for size in result.sizes) <= most
+    assert max(size.batch_size for size in result.trials) <= most
 
 
 def test_a_limit_ends_the_ramp_with_table_files_and_picture(
@@ -140,16 +141,18 @@ def test_a_lucky_round_makes_no_batch_the_fastest_and_what_is_marked_has_a_range
 ) -> None:
     tried: list[int] = []
 
-    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
+    def attempt(target: Target, batch: int, *rest: object) -> Trial:
         tried.append(batch)
-        size = fake(100)(subject, batch, *rest)
+        size = fake(100)(target, batch, *rest)
         if size.fits:  # the smaller the better, but for one round of bisection at batch 96
             size.rates = [20_000.0] if batch == 96 and tried.count(96) == 1 else [9_000.0 - batch, 9_200.0 - batch]
         return size
 
-    drawn: list[Climb] = []
-    draw = plots.ramp
-    monkeypatch.setattr(plots, "ramp", lambda climbs, *rest: (drawn.extend(climbs), draw(climbs, *rest))[1])
+    drawn: list[BatchSizeSearch] = []
+    draw = plots.plot_batch_sizes
+    monkeypatch.setattr(
+        plots, "plot_batch_sizes", lambda searches, *rest: (drawn.extend(searches), draw(searches, *rest))[1]
+    )
     code, content = ramp_with(attempt, monkeypatch, tmp_path, "--memory-limit", "2", "--exact", "--rounds", "2")
     (found,) = content["models"]
     assert (code, found["largest_batch"]) == (0, 100)
@@ -167,18 +170,27 @@ def test_a_lucky_round_makes_no_batch_the_fastest_and_what_is_marked_has_a_range
 def test_pictures_of_benchmarks_show_names_as_they_are(tmp_path: Path) -> None:
     odd = "_$\\frac$"  # a formula that matplotlib refuses, under a name that it leaves out of legends
     one = climbed(100, 1, None, 0.0)
-    one.subject = Subject(odd, ANY_CONFIG)
-    figure = plots.ramp([one], (2.0, "limit"), odd)
+    one.target = Target(odd, ANY_CONFIG)
+    figure = plots.plot_batch_sizes([one], (2.0, "limit"), odd)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [f"{odd}: 100 images fit, 100 are fastest", "limit, 2 GiB"]
-    facts = {"name": odd, "steps": 1, "step_ms": 2.0, "unprofiled_step_ms": {"step": 1.0, odd: 1.0}, "batch_size": 8,
-             "phases": [{"phase": "data", "ms": 2.0, "share": 1.0}], "operators": [{"name": odd, "ms": 1.0}],
-             "precision": "float32", "ranks": 1, "environment": {"device": odd}}  # fmt: skip
+    facts = {
+        "name": odd,
+        "steps": 1,
+        "step_ms": 2.0,
+        "unprofiled_step_ms": {"step": 1.0, odd: 1.0},
+        "batch_size": 8,
+        "phases": [{"phase": "data", "ms": 2.0, "share": 1.0}],
+        "operators": [{"name": odd, "ms": 1.0}],
+        "precision": "float32",
+        "ranks": 1,
+        "environment": {"device": odd},
+    }
     row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
     run = {"groups": [{"title": odd, "rows": [row]}], "environment": {"device": odd, "cores": 2, "date": "today"}}
-    for each in (figure, plots.profile(facts)):
+    for each in (figure, plots.plot_profile(facts)):
         pixels_of(each)
-    assert charts.draw(run, tmp_path / "chart.png") is not None
+    assert charts.draw_chart(run, tmp_path / "chart.png") is not None
 
 
 def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
@@ -186,9 +198,9 @@ def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
 ) -> None:
     tried: list[int] = []
 
-    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
+    def attempt(target: Target, batch: int, *rest: object) -> Trial:
         tried.append(batch)
-        return fake(99 if tried.count(batch) > 1 else 100)(subject, batch, *rest)
+        return fake(99 if tried.count(batch) > 1 else 100)(target, batch, *rest)
 
     code, content = ramp_with(attempt, monkeypatch, tmp_path, "--memory-limit", "2", "--exact")
     (found,) = content["models"]
@@ -199,8 +211,8 @@ def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
 def test_another_error_than_memory_fails_its_model_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def attempt(subject: Subject, batch: int, *rest: object) -> Size:
-        return fake(100, broken_from=32 if "lenet" in subject.name else None)(subject, batch, *rest)
+    def attempt(target: Target, batch: int, *rest: object) -> Trial:
+        return fake(100, broken_from=32 if "lenet" in target.name else None)(target, batch, *rest)
 
     code, content = ramp_with(attempt, monkeypatch, tmp_path, "--model", "lenet", "resnet18")
     assert code == 1
@@ -238,7 +250,7 @@ def message_of(call: Callable[[], object]) -> str:
 
 
 def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
-    (killed,) = measure([Contestant("dies", fixtures.dies, (1,))], 0.02, 1)
+    (killed,) = measure([Candidate("dies", fixtures.dies, (1,))], 0.02, 1)
     texts = [
         str(killed.error),
         message_of(lambda: torch.empty(2**55, dtype=torch.uint8)),
@@ -247,21 +259,27 @@ def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
         "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB",
         "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "OSError: [Errno 12] Cannot allocate memory",
-        process_memory.over(process_memory.GIB),
+        process_memory.limit_error(process_memory.GIB),
     ]
     for text in texts:
         assert process_memory.is_out_of_memory(text), text
-    for text in ("ValueError: Expected more than 1 value per channel", "the process ended with SIGSEGV",
-                 "no answer within 300 s", "the process ended with exit code 1"):  # fmt: skip
+    for text in (
+        "ValueError: Expected more than 1 value per channel",
+        "the process ended with SIGSEGV",
+        "no answer within 300 s",
+        "the process ended with exit code 1",
+    ):
         assert not process_memory.is_out_of_memory(text), text
 
 
 def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
     limit = 3 * 2**30  # more than what a contestant begins with, less than eleven items of one that grows
-    contestants = [Contestant("grows", fixtures.grows, (), partial(process_memory.watch, limit)),
-                   Contestant("steady", fixtures.steady, (), partial(process_memory.watch, limit))]  # fmt: skip
-    grows, steady = measure(contestants, 0.05, 2)
-    assert grows.error == process_memory.over(limit)
+    candidates = [
+        Candidate("grows", fixtures.grows, (), partial(process_memory.check_limit, limit)),
+        Candidate("steady", fixtures.steady, (), partial(process_memory.check_limit, limit)),
+    ]
+    grows, steady = measure(candidates, 0.05, 2)
+    assert grows.error == process_memory.limit_error(limit)
     assert steady.error is None
     assert len(steady.rates) == 2
 
@@ -276,15 +294,15 @@ def main():
     block = bytearray(2**29)
     del block
     if os.fork() == 0:
-        print("own", meter.peak_bytes() < 2**29 and meter.peak_bytes() > 2**20, flush=True)
+        print("own", meter.peak_rss_bytes() < 2**29 and meter.peak_rss_bytes() > 2**20, flush=True)
         os._exit(0)
     os.wait()
     size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
     resource.setrlimit(resource.RLIMIT_AS, (size + 3 * 2**30,) * 2)  # as `ulimit -v`
     config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
-    subject = batch_size_search.Subject("lenet", config, synthetic=True)
+    target = batch_size_search.Target("lenet", config, synthetic=True)
     for batch in (8, 300_000):
-        tried = batch_size_search.attempt(subject, batch, 0.02, 1, None)
+        tried = batch_size_search.run_trial(target, batch, 0.02, 1, None)
         print(batch, tried.fits, tried.is_failure, tried.error, flush=True)
 
 if __name__ == "__main__":
@@ -314,9 +332,13 @@ def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_proce
     config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits_run.data, "--out", tmp_path)
     quick = ("--seconds", 0.01, "--rounds", 1, "--min-batch", 1500)
     done = subprocess.run(
-        command(*config, *quick, "--memory-limit", 1.3), capture_output=True, text=True, cwd=ROOT, env=environment,
+        command(*config, *quick, "--memory-limit", 1.3),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "ramp.json").read_text())
     (found,) = content["models"]
@@ -326,7 +348,7 @@ def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_proce
     fitting = [row for row in content["sizes"] if row["fits"]]
     assert all(0.1 < row["memory_gib"] <= 1.3 for row in fitting)
     assert {row["error"] for row in content["sizes"] if not row["fits"]} == {
-        process_memory.over(int(1.3 * process_memory.GIB))
+        process_memory.limit_error(int(1.3 * process_memory.GIB))
     }
     assert {path.name for path in tmp_path.iterdir()} == {"ramp.csv", "ramp.json", "ramp.png"}
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
@@ -335,8 +357,8 @@ def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_proce
 @pytest.mark.gpu
 def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
     config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
-    subject = Subject("lenet", config, synthetic=True, on_gpu=True, limit_bytes=process_memory.GIB)
-    small, large = (batch_size_search.attempt(subject, batch, 0.02, 1, None) for batch in (64, 200_000))
+    target = Target("lenet", config, synthetic=True, on_gpu=True, limit_bytes=process_memory.GIB)
+    small, large = (batch_size_search.run_trial(target, batch, 0.02, 1, None) for batch in (64, 200_000))
     assert small.fits
     assert 0 < (small.memory_gib or 0) <= (small.reserved_gib or 0) <= 1
     assert (small.gpu_memory_gib or 0) > (small.device_memory_gib or 0) >= (small.reserved_gib or 0)
@@ -351,10 +373,15 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     environment = {**CLEAN, **dict([mark.split("=")])}
     process = subprocess.Popen(
-        command("--model", "lenet", "--seconds", 0.01, "--rounds", 1, "--out", tmp_path), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True,
+        command("--model", "lenet", "--seconds", 0.01, "--rounds", 1, "--out", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
         preexec_fn=restore_signal_handlers,
-    )  # fmt: skip
+    )
     file = tmp_path / "ramp.csv"
     assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)
     assert len(processes_with(mark)) >= 2  # else nothing would be left anyhow
@@ -374,8 +401,8 @@ def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_k
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     script = (
         "from helpers import benchmarks as fixtures\n"
-        "from tools.benchmarks.engine.interleaved import Contestant, measure\n"
-        "measure([Contestant('slow', fixtures.steady, (60.0,))], 1.0, 1, show_progress=False)"
+        "from tools.benchmarks.engine.interleaved import Candidate, measure\n"
+        "measure([Candidate('slow', fixtures.steady, (60.0,))], 1.0, 1, show_progress=False)"
     )
     environment = {**CLEAN, **dict([mark.split("=")]), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)

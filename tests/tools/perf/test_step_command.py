@@ -38,13 +38,13 @@ def moments(spans: list[tuple[float, float]]) -> set[int]:
 
 @given(intervals, intervals)
 def test_what_two_lists_of_intervals_have_in_common_is_in_both(left: Any, right: Any) -> None:
-    assert moments(step_trace.common(left, right)) == moments(left) & moments(right)
-    assert moments(step_trace.merged(left)) == moments(left)
+    assert moments(step_trace.intersect(left, right)) == moments(left) & moments(right)
+    assert moments(step_trace.merge(left)) == moments(left)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), intervals), max_size=5))
 def test_every_moment_of_the_window_belongs_to_its_first_claim(claims: Any) -> None:
-    times = step_trace.exclusive(claims, (5, 30))
+    times = step_trace.exclusive_times(claims, (5, 30))
     owner = dict.fromkeys(range(5, 30), step_trace.HOST)
     for name, spans in reversed(claims):
         owner.update({moment: name for moment in moments(spans) if 5 <= moment < 30})
@@ -97,7 +97,7 @@ def test_the_phases_of_real_steps_add_up_and_nothing_of_the_profiling_stays(
         loader = build_train_loader(config.data, config.aug, device=device, accumulation_steps=accumulation)
         training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
         loss, own = training.loss_and_counts, set(vars(training.scaler)) | set(vars(training.optimizer))
-        found = step_trace.profile(training, loader, 6, tmp_path / "trace.json.gz")
+        found = step_trace.profile_steps(training, loader, 6, tmp_path / "trace.json.gz")
         assert training.loss_and_counts is loss
         assert set(vars(training.scaler)) | set(vars(training.optimizer)) == own
     assert (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_) == (backward, clip)
@@ -125,7 +125,7 @@ def test_what_a_phase_calls_is_its_own() -> None:
     with alone():
         training = make_state(lenet())
     training.loss_and_counts = with_backward  # type: ignore[assignment]
-    with step_trace.named_phases(training), torch.profiler.profile() as profiler:
+    with step_trace.annotate_phases(training), torch.profiler.profile() as profiler:
         training.loss_and_counts(training.forward, random_batch(1), 0.0)
         torch.ones(3, requires_grad=True).sum().backward()
     ranges = [e.name for e in profiler.events() or () if e.name.startswith(step_trace.PREFIX)]
@@ -142,7 +142,7 @@ def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, t
         loader = build_train_loader(config.data, config.aug, device=device)
         training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
         warm_up(training, loader)
-        found = step_trace.profile(training, loader, 6, tmp_path / "trace.json.gz")
+        found = step_trace.profile_steps(training, loader, 6, tmp_path / "trace.json.gz")
     assert sum(found.phases.values()) == pytest.approx(found.step_ms)
     assert all(found.phases[name] > 0 for name in ("forward", "backward", "optimizer"))
     assert found.phases["reduce"] == 0
@@ -189,5 +189,5 @@ def test_two_ranks_write_one_profile_in_which_they_reduce(digits_run: Run, tmp_p
     ],
 )
 def test_a_data_sheet_is_the_devices_own(device: str, dtype: torch.dtype, teraflops: float | None) -> None:
-    found = gpu_specs.promised(device, dtype)
+    found = gpu_specs.peak_flops(device, dtype)
     assert (found and found[0]) == (teraflops and teraflops * 1e12)

@@ -12,7 +12,7 @@ LOG_FROM = 20.0  # ratio of the largest to the smallest figure of a panel from w
 COLUMNS = 2
 
 
-def draw(run: dict[str, Any], path: Path) -> Path | None:
+def draw_chart(run: dict[str, Any], path: Path) -> Path | None:
     """Write the PNG; None where the run holds no figure to draw."""
     from matplotlib.figure import Figure
 
@@ -39,8 +39,10 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
     rates = [row["images_per_s"] for row in rows]
     is_log = max(rates) / min(rates) >= LOG_FROM
     colors = [OURS if row["ours"] else BOUND if row["name"].startswith("bound") else PEER for row in rows]
-    ranges = [[rate - row["lowest"] for rate, row in zip(rates, rows, strict=True)],
-              [row["highest"] - rate for rate, row in zip(rates, rows, strict=True)]]  # fmt: skip
+    ranges = [
+        [rate - row["lowest"] for rate, row in zip(rates, rows, strict=True)],
+        [row["highest"] - rate for rate, row in zip(rates, rows, strict=True)],
+    ]
     axes.barh(
         range(len(rows)),
         rates,

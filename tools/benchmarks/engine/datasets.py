@@ -21,19 +21,19 @@ QUALITY = 95  # of all JPEG, ours and the peers', at 4:2:0
 SPLIT = "train"
 
 
-def pixels_of(split: Split, start: int = 0, stop: int | None = None) -> np.ndarray:
+def read_pixels(split: Split, start: int = 0, stop: int | None = None) -> np.ndarray:
     """The images of an npy split: uint8 [samples, H, W, 3]."""
     view, rows = split.pixel_rows()
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
-def batch_of(folder: Path, most: int, batches: int = 8) -> int:
+def limited_batch_size(folder: Path, most: int, batches: int = 8) -> int:
     """A batch of `most` images, or of fewer where the data set would not have so many batches."""
     return min(most, len(open_split(folder, SPLIT)) // batches)
 
 
 @dataclass
-class Rows:
+class RepeatedRows:
     """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it
     ends."""
 
@@ -61,7 +61,7 @@ class Rows:
         return f"{self.folder}, row {row}"
 
 
-def remake(
+def make_variant(
     folder: Path, out: Path, *, encoding: str = "npy", size: int | None = None, samples: int | None = None
 ) -> Path:
     """Write the train split of an npy data set once more, as `out`, with a shard for every core at least.
@@ -73,7 +73,7 @@ def remake(
         return out
     dataset: dict[str, Any] = load_dataset(folder)
     samples = samples or dataset["splits"][SPLIT]["samples"]
-    rows = Rows(folder, samples)
+    rows = RepeatedRows(folder, samples)
     source = Source("benchmark", dataset["name"], tuple(dataset["classes"]), fingerprint(dataset), {SPLIT: rows})
     cores = len(os.sched_getaffinity(0))
     side = size or dataset["image_shape"][0]
@@ -83,7 +83,7 @@ def remake(
     return out
 
 
-def small_set(given: Path | None, source: Path | None, scratch: Path) -> Path:
+def small_dataset(given: Path | None, source: Path | None, scratch: Path) -> Path:
     """32x32 images: CIFAR-10 as converted, else converted from `source`, once, else scikit-learn's digits."""
     if given is not None and (given / "dataset.json").is_file():
         return given

@@ -32,7 +32,7 @@ SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
 }
 
 
-def promised(device_name: str, dtype: torch.dtype) -> tuple[float, str] | None:
+def peak_flops(device_name: str, dtype: torch.dtype) -> tuple[float, str] | None:
     """FLOP/s of dense products of this type and the source; None for what no data sheet here gives."""
     fits = [name for name in SHEETS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))]
     if not fits or "Laptop" in device_name:  # which has a smaller chip under the same name

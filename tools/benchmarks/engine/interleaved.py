@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-PATIENCE_S = 300.0  # for one contestant to build, compile and warm up
-TIME_OVER = "not measured: the time of the run was over"  # the error of what a deadline left out or cut off
+WARM_UP_TIMEOUT_S = 300.0  # for one contestant to build, compile and warm up
+OUT_OF_TIME = "not measured: the time of the run was over"  # the error of what a deadline left out or cut off
 GRACE_S = 5.0  # after the deadline, for a round that has begun
-LOOK_S = 0.02  # between two looks of a contestant's watch
+MONITOR_INTERVAL_S = 0.02  # between two looks of a contestant's watch
 # imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
 PRELOADED, PRELOADED_ON_GPU = (
     ["torch", "torchvision", "pipelines.build", "train.engine.epoch"],
@@ -36,36 +36,36 @@ PRELOADED, PRELOADED_ON_GPU = (
 
 
 @dataclass(frozen=True)
-class Stream:
+class Workload:
     """What is timed: an endless iterator, each of whose items stands for `units` images (or bytes, or operations)."""
 
-    batches: Iterator[Any]
-    units: float
-    facts: Callable[[], dict[str, Any]] = dict  # asked for after the last round
-    works_ahead: bool = True  # when its turn begins it may have items ready, which are not counted
+    items: Iterator[Any]
+    units_per_item: float
+    details: Callable[[], dict[str, Any]] = dict  # asked for after the last round
+    prefetches: bool = True  # when its turn begins it may have items ready, which are not counted
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """build(*arguments), called in the contestant's own process, gives its streams by name ('' where it has one).
 
     watch(process id), called every 20 ms while it runs, gives a sentence where the process shall end at once.
     """
 
     name: str
-    build: Callable[..., AbstractContextManager[dict[str, Stream]]]
+    build: Callable[..., AbstractContextManager[dict[str, Workload]]]
     arguments: tuple[Any, ...] = ()
-    watch: Callable[[int], str | None] | None = None
+    monitor: Callable[[int], str | None] | None = None
 
 
 @dataclass
-class Outcome:
+class Measurement:
     """What one stream reached; `error` where it failed, possibly after some rounds."""
 
-    contestant: str
-    stream: str
+    candidate: str
+    workload: str
     rates: list[float] = field(default_factory=list)  # units/s, one per round
-    facts: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -75,81 +75,81 @@ class Outcome:
 
 
 def measure(
-    contestants: list[Contestant],
+    candidates: list[Candidate],
     seconds: float,
     rounds: int,
     deadline: float | None = None,
-    patience_s: float = PATIENCE_S,
+    warm_up_timeout_s: float = WARM_UP_TIMEOUT_S,
     show_progress: bool = True,
-    after_round: Callable[[list[Outcome]], None] = lambda outcomes: None,
-) -> list[Outcome]:
+    after_round: Callable[[list[Measurement]], None] = lambda measurements: None,
+) -> list[Measurement]:
     """Outcomes of all streams in the order of the contestants; rounds last `seconds` each.
 
     deadline, of time.monotonic(): what is not warm by then has the error TIME_OVER; rounds after it are left out.
     patience_s: for one contestant to build and warm up. after_round: called with what has been measured so far.
     """
 
-    def patience(longest: float, grace: float = 0.0) -> tuple[float, str | None]:
+    def timeout(longest: float, grace: float = 0.0) -> tuple[float, str | None]:
         """How long to wait for an answer, and what none means where it is the deadline that ends the wait."""
         left = math.inf if deadline is None else max(1.0, deadline + grace - time.monotonic())
-        return (longest, None) if longest <= left else (left, TIME_OVER)
+        return (longest, None) if longest <= left else (left, OUT_OF_TIME)
 
-    outcomes: list[Outcome] = []
+    measurements: list[Measurement] = []
     with ExitStack() as stack:
-        started: list[tuple[_Process, list[Outcome]]] = []
-        for contestant in tqdm(contestants, desc="warm-up", leave=False, disable=not show_progress):
+        started: list[tuple[_CandidateProcess, list[Measurement]]] = []
+        for candidate in tqdm(candidates, desc="warm-up", leave=False, disable=not show_progress):
             if deadline is not None and time.monotonic() > deadline:
-                outcomes.append(Outcome(contestant.name, "", error=TIME_OVER))
+                measurements.append(Measurement(candidate.name, "", error=OUT_OF_TIME))
                 continue
-            process = stack.enter_context(_Process(contestant, seconds))
-            streams = process.warm_up(*patience(patience_s))
-            outcomes += streams
-            started.append((process, streams))
+            process = stack.enter_context(_CandidateProcess(candidate, seconds))
+            workloads = process.warm_up(*timeout(warm_up_timeout_s))
+            measurements += workloads
+            started.append((process, workloads))
         for number in tqdm(range(rounds), desc="rounds", leave=False, disable=not show_progress):
             if number and deadline is not None and time.monotonic() > deadline:
                 break
-            for process, streams in started:
-                for outcome in streams:
-                    if outcome.error is None:
-                        process.turn(outcome, *patience(max(60 * seconds + 60, patience_s / 5), GRACE_S))
-            after_round(outcomes)
-        for process, streams in started:
-            process.finish(streams)
-    return outcomes
+            for process, workloads in started:
+                for measurement in workloads:
+                    if measurement.error is None:
+                        process.turn(measurement, *timeout(max(60 * seconds + 60, warm_up_timeout_s / 5), GRACE_S))
+            after_round(measurements)
+        for process, workloads in started:
+            process.finish(workloads)
+    return measurements
 
 
-def apart(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
+def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
     """Call a function in a process of its own and return its result.
 
     The calling process stays without a CUDA context. Raises TimeoutError where the deadline ends the call, and
     RuntimeError with the sentence of what failed.
     """
-    contestant = Contestant(getattr(function, "__name__", ""), _called_once, (function, arguments))
-    (outcome,) = measure([contestant], 0.001, 1, deadline, show_progress=False)
-    if outcome.error == TIME_OVER:
-        raise TimeoutError(TIME_OVER)
-    if outcome.error is not None:
-        raise RuntimeError(outcome.error)
-    return outcome.facts["result"]
+    candidate = Candidate(getattr(function, "__name__", ""), _called_once, (function, arguments))
+    (measurement,) = measure([candidate], 0.001, 1, deadline, show_progress=False)
+    if measurement.error == OUT_OF_TIME:
+        raise TimeoutError(OUT_OF_TIME)
+    if measurement.error is not None:
+        raise RuntimeError(measurement.error)
+    return measurement.details["result"]
 
 
 @contextmanager
-def _called_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Stream]]:
+def _called_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Workload]]:
     result = function(*arguments)
-    yield {"": Stream(itertools.repeat(None), 1, lambda: {"result": result}, works_ahead=False)}
+    yield {"": Workload(itertools.repeat(None), 1, lambda: {"result": result}, prefetches=False)}
 
 
-class _Process:
+class _CandidateProcess:
     """One contestant's process, stopped (SIGSTOP, with its workers) whenever it is not its turn."""
 
-    def __init__(self, contestant: Contestant, seconds: float) -> None:
-        self._contestant, self._seconds = contestant, seconds
+    def __init__(self, candidate: Candidate, seconds: float) -> None:
+        self._candidate, self._seconds = candidate, seconds
 
-    def __enter__(self) -> _Process:
+    def __enter__(self) -> _CandidateProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED_ON_GPU if torch.cuda.is_available() else PRELOADED)
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, replace(self._contestant, watch=None), self._seconds)
+        arguments = (theirs, replace(self._candidate, monitor=None), self._seconds)
         self._process = context.Process(target=_serve, args=arguments)
         with _no_interrupt():
             forkserver.ensure_running()
@@ -168,40 +168,40 @@ class _Process:
         self._process.kill()
         self._process.join()
 
-    def warm_up(self, patience: float, silence: str | None) -> list[Outcome]:
-        name = self._contestant.name
-        reply = self._reply(patience, silence)
+    def warm_up(self, timeout: float, timeout_error: str | None) -> list[Measurement]:
+        name = self._candidate.name
+        reply = self._reply(timeout, timeout_error)
         if isinstance(reply, str):
-            return [Outcome(name, "", error=reply)]
+            return [Measurement(name, "", error=reply)]
         self._signal(signal.SIGSTOP)
-        return [Outcome(name, stream, error=error) for stream, error in reply.items()]
+        return [Measurement(name, workload, error=error) for workload, error in reply.items()]
 
-    def turn(self, outcome: Outcome, patience: float, silence: str | None) -> None:
-        result = self._ask(outcome.stream, patience, silence)
+    def turn(self, measurement: Measurement, timeout: float, timeout_error: str | None) -> None:
+        result = self._ask(measurement.workload, timeout, timeout_error)
         if isinstance(result, str):
-            outcome.error = result
+            measurement.error = result
         else:
-            outcome.rates.append(result)
+            measurement.rates.append(result)
 
-    def finish(self, outcomes: list[Outcome]) -> None:
-        facts = self._ask(None, 30.0) if any(outcome.rates for outcome in outcomes) else {}
-        for outcome in outcomes:
-            if isinstance(facts, dict):
-                outcome.facts = facts.get(outcome.stream, {})
+    def finish(self, measurements: list[Measurement]) -> None:
+        details = self._ask(None, 30.0) if any(measurement.rates for measurement in measurements) else {}
+        for measurement in measurements:
+            if isinstance(details, dict):
+                measurement.details = details.get(measurement.workload, {})
 
-    def _ask(self, question: str | None, patience: float, silence: str | None = None) -> Any:
+    def _ask(self, question: str | None, timeout: float, timeout_error: str | None = None) -> Any:
         self._signal(signal.SIGCONT)
         with suppress(OSError):
             self._pipe.send(question)
-        reply = self._reply(patience, silence)
+        reply = self._reply(timeout, timeout_error)
         self._signal(signal.SIGSTOP)
         return reply
 
-    def _reply(self, patience: float, silence: str | None) -> Any:
+    def _reply(self, timeout: float, timeout_error: str | None) -> Any:
         """What the process sends; a sentence where it sends nothing, `silence` if that is given."""
-        end, watch = time.monotonic() + patience, self._contestant.watch
+        end, watch = time.monotonic() + timeout, self._candidate.monitor
         try:
-            while not self._pipe.poll(patience if watch is None else LOOK_S):
+            while not self._pipe.poll(timeout if watch is None else MONITOR_INTERVAL_S):
                 objection = watch(self._process.pid) if watch and self._process.pid else None
                 if objection is not None:
                     self._signal(signal.SIGKILL)
@@ -216,7 +216,7 @@ class _Process:
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             return f"the process ended with {how}"
         self._signal(signal.SIGKILL)
-        return silence or f"no answer within {patience:.0f} s"
+        return timeout_error or f"no answer within {timeout:.0f} s"
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
@@ -234,7 +234,7 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
+def _serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
     """The contestant's process: build, warm up, then answer each stream's name with a rate; None ends it.
 
     Replies: {stream: its error, or None}; then units/s or an error for each name; at last {stream: facts}.
@@ -245,13 +245,17 @@ def _serve(pipe: Connection, contestant: Contestant, seconds: float) -> None:
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
         try:
-            with contestant.build(*contestant.arguments) as streams:
-                steps = {name: _attempt(_calibrate, stream, seconds) for name, stream in streams.items()}
+            with candidate.build(*candidate.arguments) as workloads:
+                steps = {name: _attempt(_calibrate, workload, seconds) for name, workload in workloads.items()}
                 pipe.send({name: count if isinstance(count, str) else None for name, count in steps.items()})
                 while (name := pipe.recv()) is not None:
-                    duration = _attempt(_timed_turn, streams[name], steps[name])
-                    pipe.send(duration if isinstance(duration, str) else steps[name] * streams[name].units / duration)
-                pipe.send({name: stream.facts() for name, stream in streams.items()})
+                    duration = _attempt(_timed_turn, workloads[name], steps[name])
+                    pipe.send(
+                        duration
+                        if isinstance(duration, str)
+                        else steps[name] * workloads[name].units_per_item / duration
+                    )
+                pipe.send({name: workload.details() for name, workload in workloads.items()})
                 pipe.recv()
         except (BrokenPipeError, EOFError):
             raise
@@ -278,21 +282,21 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _calibrate(stream: Stream, seconds: float) -> int:
+def _calibrate(workload: Workload, seconds: float) -> int:
     """Warm up, and find the number of items that take about `seconds`; of slow ones, as few as can be."""
-    least = 2 if stream.works_ahead or _timed(stream.batches, 1) < seconds else 1
+    least = 2 if workload.prefetches or _timed(workload.items, 1) < seconds else 1
     if least == 2:
-        _timed(stream.batches, 3)
+        _timed(workload.items, 3)
     count = least
-    while (duration := _timed(stream.batches, count)) < seconds / 4:
+    while (duration := _timed(workload.items, count)) < seconds / 4:
         count *= 2
     return max(least, round(count * seconds / duration))
 
 
-def _timed_turn(stream: Stream, count: int) -> float:
-    if stream.works_ahead:  # a loader that went idle while others ran has batches ready: they are not counted
-        _timed(stream.batches, 1)
-    return _timed(stream.batches, count)
+def _timed_turn(workload: Workload, count: int) -> float:
+    if workload.prefetches:  # a loader that went idle while others ran has batches ready: they are not counted
+        _timed(workload.items, 1)
+    return _timed(workload.items, count)
 
 
 def _timed(batches: Iterator[Any], count: int) -> float:

@@ -14,7 +14,7 @@ from pipelines import build_train_loader
 from pipelines.loader.loader import Batch, Loader
 from pipelines.storage.split import load_dataset, open_split
 from tools.benchmarks.engine import process_memory
-from tools.benchmarks.engine.interleaved import Stream
+from tools.benchmarks.engine.interleaved import Workload
 from train.build import build_all
 from train.checkpoint.finetune import without_start
 from train.distributed import process_group as dist
@@ -28,39 +28,42 @@ from train.optim.freeze import set_training_mode
 
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
-WARM = 4  # items after which a stream's memory has reached its size
-DISTINCT, READ_AT_ONCE = 2048, 256  # images of a resident batch that differ, and the loader's batch for reading them
+WARM_ITEMS = 4  # items after which a stream's memory has reached its size
+DISTINCT_IMAGES, READ_AT_ONCE = (
+    2048,
+    256,
+)  # images of a resident batch that differ, and the loader's batch for reading them
 
 
 @contextmanager
 def loading(
     data: DataConfig, aug: AugConfig, device: str, variants: dict[str, dict[str, Any]] | None = None
-) -> Iterator[dict[str, Stream]]:
+) -> Iterator[dict[str, Workload]]:
     """The train loader alone; variants: a stream's name and the fields of `data` that it changes.
 
     On a GPU the facts hold the memory that building a loader and its first batches have taken: DALI's pools, the
     buffers, a data set that is resident. The contestant before has been stopped by then, and takes none meanwhile.
     """
 
-    def stream(changes: dict[str, Any]) -> Stream:
-        facts: dict[str, Any] = {}
+    def workload(changes: dict[str, Any]) -> Workload:
+        details: dict[str, Any] = {}
 
         def batches() -> Iterator[Batch]:
             where = torch.device(device)
             before = device_memory_bytes(where) if device == "cuda" else 0
             loader = build_train_loader(data.model_copy(update=changes), aug, device=device).at(0)
             for number, batch in enumerate(endless_batches(loader), 1):
-                if number == WARM and device == "cuda":
-                    facts["loader_memory_gib"] = round((device_memory_bytes(where) - before) / GIB, 4)
+                if number == WARM_ITEMS and device == "cuda":
+                    details["loader_memory_gib"] = round((device_memory_bytes(where) - before) / GIB, 4)
                 yield batch
 
-        return Stream(batches(), data.batch_size, lambda: facts)
+        return Workload(batches(), data.batch_size, lambda: details)
 
-    yield {name: stream(changes) for name, changes in (variants or {"": {}}).items()}
+    yield {name: workload(changes) for name, changes in (variants or {"": {}}).items()}
 
 
 @contextmanager
-def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Stream]]:
+def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
     """The step on one resident batch, and end to end for each variant: its name and the fields of `data` it changes.
 
     All share one compiled network, so their ratio is the loader's doing.
@@ -72,22 +75,22 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         size = config.data.batch_size
         precision = str(built.amp or torch.float32).removeprefix("torch.")
         common: dict[str, Any] = {"batch_size": size, "precision": precision}
-        facts = dict(common)
-        steps = _noting_memory(_steps(built, lambda: resident), device, facts)
-        streams = {RESIDENT: Stream(steps, size, lambda: facts)}
+        details = dict(common)
+        steps = _noting_memory(_steps(built, lambda: resident), device, details)
+        workloads = {RESIDENT: Workload(steps, size, lambda: details)}
         for name, changes in variants.items():
-            streams[name] = _end_to_end(config, changes, built, common)
-        yield streams
+            workloads[name] = _end_to_end(config, changes, built, common)
+        yield workloads
 
 
 @contextmanager
-def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Stream]]:
+def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Workload]]:
     """The step on one resident batch of any size: images of the data set, repeated where they do not suffice.
 
     synthetic: noise instead, of data.image_size; limit_bytes: of a GPU's memory that torch may take. The facts hold the
     peak of the memory used, the loader's, which is gone by then, left out on a GPU.
     """
-    process_memory.go_first()
+    process_memory.prefer_oom_kill()
     with dist.process_group(Ranks()) as device:
         if limit_bytes is not None and device.type == "cuda":
             whole = torch.cuda.get_device_properties(device).total_memory
@@ -107,8 +110,8 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
             batch = identity_mix(batch)  # what a step costs does not depend on the shares
         set_training_mode(built.forward)
         yield {
-            RESIDENT: Stream(
-                _steps(built, lambda: batch), size, lambda: process_memory.facts(device), works_ahead=False
+            RESIDENT: Workload(
+                _steps(built, lambda: batch), size, lambda: process_memory.memory_usage(device), prefetches=False
             )
         }
 
@@ -116,7 +119,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
     """Some images as the config's loader gives them, and what the data set says of itself."""
     samples = len(open_split(config.data.path, config.data.train_split))
-    count = min(config.data.batch_size, samples, DISTINCT)
+    count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_AT_ONCE), "prefetch": 1})
     loader = build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)
     read: list[Batch] = []
@@ -135,15 +138,15 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
-def _noting_memory(items: Iterator[None], device: torch.device, facts: dict[str, Any]) -> Iterator[None]:
-    """Pass the items on; on a GPU note in `facts` the memory once warm, that of earlier streams included."""
+def _noting_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
+    """Pass the items on; on a GPU note in `details` the memory once warm, that of earlier streams included."""
     for number, item in enumerate(items, 1):
-        if number == WARM and device.type == "cuda":
-            facts |= {name: round(gib, 4) for name, gib in process_memory.facts(device).items()}
+        if number == WARM_ITEMS and device.type == "cuda":
+            details |= {name: round(gib, 4) for name, gib in process_memory.memory_usage(device).items()}
         yield item
 
 
-def _end_to_end(config: Config, changes: dict[str, Any], built: TrainState, common: dict[str, Any]) -> Stream:
+def _end_to_end(config: Config, changes: dict[str, Any], built: TrainState, common: dict[str, Any]) -> Workload:
     """Built when first asked for an item, so that a placement that does not fit costs only its own row."""
     loaders: list[Loader] = []
     noted = dict(common)
@@ -154,10 +157,10 @@ def _end_to_end(config: Config, changes: dict[str, Any], built: TrainState, comm
         following = endless_batches(loaders[0])
         yield from _steps(built, lambda: next(following))
 
-    def facts() -> dict[str, Any]:
+    def details() -> dict[str, Any]:
         return noted | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
 
-    return Stream(_noting_memory(batches(), built.device, noted), config.data.batch_size, facts)
+    return Workload(_noting_memory(batches(), built.device, noted), config.data.batch_size, details)
 
 
 def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:

@@ -18,13 +18,24 @@ from train.engine import meter
 from train.engine.meter import GIB, peak_rss_bytes
 
 SHARE_OF_AVAILABLE = 0.8  # of the memory free at the start, which a run takes where no limit is given
-OVER = "used more than the memory limit"
+LIMIT_MESSAGE = "used more than the memory limit"
 # what the allocators of C, C++, Python, torch, CUDA and its libraries say, in lower case
-SAID = (OVER, "out of memory", "outofmemory", "can't allocate memory", "cannot allocate memory", "memoryerror",
-        "bad_alloc", "alloc_failed", "unable to allocate", "failed to allocate", "allocation failed")  # fmt: skip
-KILLED = "SIGKILL"  # by the kernel, which ends what takes the machine's or the container's last memory
+OUT_OF_MEMORY_MESSAGES = (
+    LIMIT_MESSAGE,
+    "out of memory",
+    "outofmemory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "memoryerror",
+    "bad_alloc",
+    "alloc_failed",
+    "unable to allocate",
+    "failed to allocate",
+    "allocation failed",
+)
+KERNEL_KILL = "SIGKILL"  # by the kernel, which ends what takes the machine's or the container's last memory
 # a library that is refused memory which it needs may end its process, or fail to load or to start a thread
-REFUSED = (
+REFUSED_ALLOCATION = (
     "SIGABRT",
     "SIGSEGV",
     "SIGBUS",
@@ -37,9 +48,9 @@ REFUSED = (
 def is_out_of_memory(error: str) -> bool:
     """Whether a contestant's error means that its memory did not suffice."""
     text = error.lower()
-    if any(sentence in text for sentence in SAID) or KILLED in error:
+    if any(sentence in text for sentence in OUT_OF_MEMORY_MESSAGES) or KERNEL_KILL in error:
         return True
-    return is_limited_by_user() and any(sentence in error for sentence in REFUSED)
+    return is_limited_by_user() and any(sentence in error for sentence in REFUSED_ALLOCATION)
 
 
 def is_limited_by_user() -> bool:
@@ -49,13 +60,13 @@ def is_limited_by_user() -> bool:
     )
 
 
-def over(limit_bytes: int) -> str:
-    return f"{OVER} of {limit_bytes / GIB:.3g} GiB"
+def limit_error(limit_bytes: int) -> str:
+    return f"{LIMIT_MESSAGE} of {limit_bytes / GIB:.3g} GiB"
 
 
-def watch(limit_bytes: int, process: int) -> str | None:
-    """A contestant's `watch`: the sentence that ends it, once it has used more than the limit."""
-    return over(limit_bytes) if peak_rss_bytes(process) > limit_bytes else None
+def check_limit(limit_bytes: int, process: int) -> str | None:
+    """A candidate's `monitor`: the sentence that ends it, once it has used more than the limit."""
+    return limit_error(limit_bytes) if peak_rss_bytes(process) > limit_bytes else None
 
 
 def available_bytes() -> int:
@@ -72,13 +83,13 @@ def available_bytes() -> int:
     return max(0, available)
 
 
-def go_first() -> None:
+def prefer_oom_kill() -> None:
     """Of all processes, the kernel shall end this one when memory runs out, and not the one that waits for it."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
-def facts(device: torch.device) -> dict[str, float]:
+def memory_usage(device: torch.device) -> dict[str, float]:
     """Return `train.meter.memory` and, on a GPU, the peak reserved by torch's allocator and the GPU's size, in GiB."""
     if device.type != "cuda":
         return meter.memory_usage(device)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.engine.interleaved import TIME_OVER, Outcome
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
 from tools.common.tables import aligned_table
 from train.reporting.run_info import device_name, processor
 
@@ -39,37 +39,37 @@ PACKAGES = {
 }
 
 
-def row(outcome: Outcome, *, ours: bool = False, **facts: Any) -> Row:
+def measurement_row(measurement: Measurement, *, ours: bool = False, **facts: Any) -> Row:
     """Return a row of the figures of one stream."""
-    name = ", ".join(filter(None, (outcome.contestant, outcome.stream)))
-    result: Row = {"name": name, "ours": ours, **facts, **outcome.facts, "error": outcome.error}
-    if outcome.error in (None, TIME_OVER):
+    name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
+    result: Row = {"name": name, "ours": ours, **facts, **measurement.details, "error": measurement.error}
+    if measurement.error in (None, OUT_OF_TIME):
         result["error"] = None
-        if outcome.rates:
-            result |= rates(outcome.rates)
+        if measurement.rates:
+            result |= rate_fields(measurement.rates)
         else:
-            result["note"] = TIME_OVER
+            result["note"] = OUT_OF_TIME
     return result
 
 
-def rates(rounds: list[float]) -> Row:
+def rate_fields(rounds: list[float]) -> Row:
     """Return the median, the lowest and the highest of the rounds, in images/s."""
     figures = (median(rounds), min(rounds), max(rounds))
     return dict(zip(("images_per_s", "lowest", "highest"), (float(f"{x:.5g}") for x in figures), strict=True))
 
 
-def failed(name: str, error: str, **facts: Any) -> Row:
+def failed_row(name: str, error: str, **facts: Any) -> Row:
     return {"name": name, "ours": True, "error": error, **facts}
 
 
-def skipped(name: str, note: str = TIME_OVER, **facts: Any) -> Row:
+def skipped_row(name: str, note: str = OUT_OF_TIME, **facts: Any) -> Row:
     """Return a row without figures that is no failure, for lack of time or of a peer."""
     return {"name": name, "ours": True, "error": None, "note": note, **facts}
 
 
 def is_measured(row: Row) -> bool:
     """Return whether the row has a figure and its program has ended."""
-    return not row["error"] and row.get("note") not in (TIME_OVER, RUNNING)
+    return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING)
 
 
 def is_complete(row: Row) -> bool:
@@ -77,14 +77,17 @@ def is_complete(row: Row) -> bool:
     return is_measured(row) and row.get("note") != STOPPED
 
 
-def sentence(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Set the ratio, ours / this, of every row of a peer; `ours` is the first of our rows with a figure."""
-    ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
+    ours = next(
+        (row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row),
+        None,
+    )
     for other in rows:
         if ours and not other["ours"] and "images_per_s" in other:
             other["ratio"] = float(f"{ours / other['images_per_s']:.3g}")
@@ -128,15 +131,27 @@ def _importable(module: str) -> bool:
     return find_spec(module) is not None
 
 
-COLUMNS = ("name", "device", "placement", "batch", "images/s", "of resident", "ours / this", "share", "of the bound",
-           "tensors, GiB", "device, GiB", "loader, GiB", "what binds")  # fmt: skip
+COLUMNS = (
+    "name",
+    "device",
+    "placement",
+    "batch",
+    "images/s",
+    "of resident",
+    "ours / this",
+    "share",
+    "of the bound",
+    "tensors, GiB",
+    "device, GiB",
+    "loader, GiB",
+    "what binds",
+)
 RIGHT = ("batch", "images/s", "of resident", "ours / this", "share", *COLUMNS[9:12])
 MEMORY = ("memory_gib", "device_memory_gib", "loader_memory_gib")  # of COLUMNS[9:12]
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, aligned: what a person reads on the console and in docs/benchmarks. Columns without a cell are left
-    out."""
+    """Return the rows as an aligned Markdown table without its empty columns."""
     lines = [COLUMNS, *(_cells(row) for row in rows)]
     used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
     header, *cells = [[line[number] for number in used] for line in lines]
@@ -161,7 +176,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def failures(groups: list[dict[str, Any]]) -> list[str]:
+def failure_lines(groups: list[dict[str, Any]]) -> list[str]:
     """Return a line for each failed row."""
     return [
         f"{group['title']}: {row['name']}: {row['error']}" for group in groups for row in group["rows"] if row["error"]

@@ -22,7 +22,7 @@ from configs.schema import ModelConfig, TrainConfig
 from configs.utils.errors import UserError
 from models import build_from_config
 from pipelines.cpu import batch
-from tools.benchmarks.engine.interleaved import Outcome, Stream
+from tools.benchmarks.engine.interleaved import Measurement, Workload
 from tools.common.model_costs import count_costs
 
 MEMORY = "memory copy"
@@ -35,59 +35,59 @@ Limits = dict[str, float]  # bytes/s, FLOP/s
 
 COPIED_BYTES = 2**28
 OUT_OF_CACHE_BYTES = 2**28
-PRODUCT = {"cuda": (8192, torch.bfloat16), "cpu": (2048, torch.float32)}  # side of the square matrices, and their type
+MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (2048, torch.float32)}  # side of the square matrices, and their type
 DISK_FILE_BYTES = 2**28
 DISK_BLOCK_BYTES = 2**24
 
 
 @contextmanager
-def limits(device: str, scratch: Path) -> Iterator[dict[str, Stream]]:
+def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]:
     """The streams of all limits of this machine; scratch: a folder on the disk that holds the data."""
-    streams = {MEMORY: Stream(batch_copies(COPIED_BYTES, 2, torch.get_num_threads()), COPIED_BYTES)}
+    workloads = {MEMORY: Workload(batch_copies(COPIED_BYTES, 2, torch.get_num_threads()), COPIED_BYTES)}
     if device == "cuda":
         pinned = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
-        streams[PINNED] = Stream(_copies(pinned, torch.empty_like(pinned, device=device)), COPIED_BYTES)
+        workloads[PINNED] = Workload(_copies(pinned, torch.empty_like(pinned, device=device)), COPIED_BYTES)
         source = torch.empty(4 * COPIED_BYTES, dtype=torch.uint8, device=device)
-        streams[DEVICE_MEMORY] = Stream(_copies(source, torch.empty_like(source)), source.numel())
-    streams[ARITHMETIC] = _arithmetic(device)
+        workloads[DEVICE_MEMORY] = Workload(_copies(source, torch.empty_like(source)), source.numel())
+    workloads[ARITHMETIC] = _arithmetic(device)
     file = scratch / "disk-read"
     with file.open("wb") as written:
         for _ in range(DISK_FILE_BYTES // DISK_BLOCK_BYTES):
             written.write(os.urandom(DISK_BLOCK_BYTES))  # zeros might be compressed, or not stored at all
         os.fsync(written.fileno())
-    streams[DISK] = Stream(_disk_reads(file), DISK_BLOCK_BYTES)
-    yield streams
+    workloads[DISK] = Workload(_disk_reads(file), DISK_BLOCK_BYTES)
+    yield workloads
     file.unlink()
 
 
 @contextmanager
-def arithmetic(device: str) -> Iterator[dict[str, Stream]]:
+def arithmetic(device: str) -> Iterator[dict[str, Workload]]:
     """That limit alone."""
     yield {ARITHMETIC: _arithmetic(device)}
 
 
-def _arithmetic(device: str) -> Stream:
-    size, dtype = PRODUCT[device]
-    return Stream(_products(size, dtype, device), 2 * size**3)
+def _arithmetic(device: str) -> Workload:
+    size, dtype = MATMUL[device]
+    return Workload(_products(size, dtype, device), 2 * size**3)
 
 
 @contextmanager
-def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Stream]]:
+def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
     """What handing out a batch of so many bytes costs at the very least: one copy of them from memory."""
-    streams: dict[str, Stream] = {}
+    workloads: dict[str, Workload] = {}
     sources = max(2, OUT_OF_CACHE_BYTES // batch_bytes)
     for threads in sorted({1, torch.get_num_threads()}):  # of which one may be faster where the cores are busy
         name = f"{threads} threads" if threads > 1 else "1 thread"
-        streams[name] = Stream(batch_copies(batch_bytes, sources, threads), images)
-        streams[f"{name}, streaming"] = Stream(streaming_copies(batch_bytes, sources, threads), images)
-    yield streams
+        workloads[name] = Workload(batch_copies(batch_bytes, sources, threads), images)
+        workloads[f"{name}, streaming"] = Workload(streaming_copies(batch_bytes, sources, threads), images)
+    yield workloads
 
 
 @contextmanager
-def pinned_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Stream]]:
+def pinned_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
     """Copies of a batch from pinned memory to the GPU, which a loader that reads from the host cannot outrun."""
     pinned = torch.empty(batch_bytes, dtype=torch.uint8, pin_memory=True)
-    yield {"": Stream(_copies(pinned, torch.empty_like(pinned, device="cuda")), images)}
+    yield {"": Workload(_copies(pinned, torch.empty_like(pinned, device="cuda")), images)}
 
 
 def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor]:
@@ -146,9 +146,13 @@ def _disk_reads(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def limits_of(outcomes: list[Outcome]) -> Limits:
+def limits_from(measurements: list[Measurement]) -> Limits:
     """The medians by name; a limit that could not be measured is left out."""
-    return {outcome.stream: outcome.rate for outcome in outcomes if outcome.error is None and outcome.rates}
+    return {
+        measurement.workload: measurement.rate
+        for measurement in measurements
+        if measurement.error is None and measurement.rates
+    }
 
 
 def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from tools.benchmarks.engine.interleaved import Stream
-from tools.benchmarks.peers.source import Batches, PeerSource
+from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.peers.task import Batches, PeerTask
 
 __all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "loading", "missing"]
 
 
 @dataclass(frozen=True)
-class Loader:
+class PeerSpec:
     """Where a peer's function lies, and what it reads."""
 
     library: str  # that it needs
@@ -30,26 +30,26 @@ class Loader:
 
 
 LOADERS = {
-    "FFCV": Loader("ffcv", "ffcv_loader.ffcv"),
-    "DALI, its own readers": Loader("nvidia.dali", "dali_loader.dali"),
-    "torchvision v2 + DataLoader": Loader("torchvision", "torch_loader.torchvision_v2"),
-    "webdataset": Loader("webdataset", "webdataset_loader.webdataset"),
-    "homework's DataLoader": Loader("torchvision", "torch_loader.homework", ("npy",)),
+    "FFCV": PeerSpec("ffcv", "ffcv_loader.ffcv"),
+    "DALI, its own readers": PeerSpec("nvidia.dali", "dali_loader.dali"),
+    "torchvision v2 + DataLoader": PeerSpec("torchvision", "torch_loader.torchvision_v2"),
+    "webdataset": PeerSpec("webdataset", "webdataset_loader.webdataset"),
+    "homework's DataLoader": PeerSpec("torchvision", "torch_loader.homework", ("npy",)),
 }
 LOOPS = {
-    "homework's loop": Loader("torchvision", "training_loops.homework"),
-    "torchvision + DataLoader": Loader("torchvision", "training_loops.torchvision_reference"),
-    "timm's loop": Loader("timm", "training_loops.timm"),
+    "homework's loop": PeerSpec("torchvision", "training_loops.homework"),
+    "torchvision + DataLoader": PeerSpec("torchvision", "training_loops.torchvision_reference"),
+    "timm's loop": PeerSpec("timm", "training_loops.timm"),
 }
 
 
-def available(table: dict[str, Loader], encoding: str) -> dict[str, Loader]:
+def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
     """Those that read the encoding and whose library is installed; FFCV is built by hand, webdataset is in extra
     `dev`."""
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
 
 
-def missing(table: dict[str, Loader]) -> list[str]:
+def missing(table: dict[str, PeerSpec]) -> list[str]:
     """Those whose library is not installed."""
     return [name for name, peer in table.items() if not _installed(peer.library)]
 
@@ -58,12 +58,12 @@ def _installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def function_of(peer: Loader) -> Any:
+def load_function(peer: PeerSpec) -> Any:
     module, name = peer.function.split(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 @contextmanager
-def loading(peer: Loader, source: PeerSource) -> Iterator[dict[str, Stream]]:
+def loading(peer: PeerSpec, task: PeerTask) -> Iterator[dict[str, Workload]]:
     """The peer's batches, on the device that training would want them on."""
-    yield {"": Stream(function_of(peer)(source), source.batch_size)}
+    yield {"": Workload(load_function(peer)(task), task.batch_size)}

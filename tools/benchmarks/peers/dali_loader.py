@@ -10,27 +10,27 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
-from tools.benchmarks.peers.source import Batches, PeerSource
+from tools.benchmarks.peers.task import Batches, PeerTask
 
 
-def dali(source: PeerSource) -> Batches:
+def dali(task: PeerTask) -> Batches:
     """uint8 [B, H, W, 3]; readers.webdataset with its indices and a shuffle buffer of 1,024, decoders.numpy or
     decoders.image (of a random region for a random-resized crop), a thread per core, 2 batches ahead; on a GPU mixed
     decoding and GPU operators."""
-    files = list(source.split.files)
-    device_id = 0 if source.on_gpu else None
-    pipeline = Pipeline(batch_size=source.batch_size, num_threads=source.workers, device_id=device_id, seed=0)
+    files = list(task.split.files)
+    device_id = 0 if task.on_gpu else None
+    pipeline = Pipeline(batch_size=task.batch_size, num_threads=task.workers, device_id=device_id, seed=0)
     with pipeline:
         images, labels = fn.readers.webdataset(  # type: ignore[misc]
             paths=[str(file) for file in files],
             index_paths=[str(file.with_suffix(".idx")) for file in files],
-            ext=["npy" if source.encoding == "npy" else "jpg", "cls"],
+            ext=["npy" if task.encoding == "npy" else "jpg", "cls"],
             missing_component_behavior="error",
             random_shuffle=True,
             initial_fill=1024,
             name="reader",
         )
-        images = _augmented(images, source)
+        images = _augmented(images, task)
         pipeline.set_outputs(images, labels)
     iterator = DALIGenericIterator(
         pipeline, ["images", "labels"], reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
@@ -46,22 +46,22 @@ def _numbers(digits: torch.Tensor) -> torch.Tensor:
     return ((digits.long() - ord("0")) * places).sum(1)
 
 
-def _augmented(stored: Any, source: PeerSource) -> Any:
-    aug, size = source.aug, source.image_size
+def _augmented(stored: Any, task: PeerTask) -> Any:
+    aug, size = task.aug, task.image_size
     region = aug is not None and aug.crop == "random-resized"
-    if source.encoding == "npy":
+    if task.encoding == "npy":
         images: Any = fn.reshape(fn.decoders.numpy(stored), layout="HWC")
-        images = images.gpu() if source.on_gpu else images
+        images = images.gpu() if task.on_gpu else images
     elif aug is not None and region:
-        where = "mixed" if source.on_gpu else "cpu"
+        where = "mixed" if task.on_gpu else "cpu"
         images = fn.decoders.image_random_crop(
             stored, device=where, random_area=list(aug.scale), random_aspect_ratio=list(aug.ratio)
         )
     else:
-        images = fn.decoders.image(stored, device="mixed" if source.on_gpu else "cpu")
+        images = fn.decoders.image(stored, device="mixed" if task.on_gpu else "cpu")
     if aug is None:
         return images
-    if region and source.encoding == "npy":
+    if region and task.encoding == "npy":
         how: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
         images = fn.random_resized_crop(images, size=[size, size], **how)
     elif region or aug.crop != "pad":

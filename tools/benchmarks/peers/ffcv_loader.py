@@ -9,10 +9,10 @@ import torch
 
 from configs.utils.errors import UserError
 from tools.benchmarks.engine.datasets import QUALITY
-from tools.benchmarks.peers.source import Batches, PeerSource, endless
+from tools.benchmarks.peers.task import Batches, PeerTask, endless
 
 
-def ffcv(source: PeerSource) -> Batches:
+def ffcv(task: PeerTask) -> Batches:
     """uint8 [B, H, W, 3]; write_mode raw, or jpg at the same quality as ours; order RANDOM, os_cache, a worker per
     core, 3 batches ahead (its defaults). Pad-and-crop as in its CIFAR recipe (RandomHorizontalFlip, RandomTranslate)
     without its Cutout; a random-resized crop by RandomResizedCropRGBImageDecoder, as in its ImageNet recipe; on a GPU
@@ -21,18 +21,18 @@ def ffcv(source: PeerSource) -> Batches:
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToDevice, ToTensor
 
-    _write(source)
-    on_device = [ToDevice(torch.device("cuda:0"), non_blocking=True)] if source.on_gpu else []
+    _write(task)
+    on_device = [ToDevice(torch.device("cuda:0"), non_blocking=True)] if task.on_gpu else []
     threads = torch.get_num_threads()  # which its loader lowers for the whole process
     loader = Loader(
-        str(source.file(".beton")),
-        batch_size=source.batch_size,
-        num_workers=source.workers,
+        str(task.file(".beton")),
+        batch_size=task.batch_size,
+        num_workers=task.workers,
         order=OrderOption.RANDOM,
         os_cache=True,
         drop_last=True,
         pipelines={
-            "image": [*_decoded(source), ToTensor(), *on_device],
+            "image": [*_decoded(task), ToTensor(), *on_device],
             "label": [IntDecoder(), ToTensor(), *on_device],
         },
     )
@@ -40,38 +40,36 @@ def ffcv(source: PeerSource) -> Batches:
     return endless(loader, "cpu")
 
 
-def _decoded(source: PeerSource) -> list[Any]:
+def _decoded(task: PeerTask) -> list[Any]:
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
 
-    aug, size = source.aug, source.image_size
+    aug, size = task.aug, task.image_size
     if aug is None:
         return [SimpleRGBImageDecoder()]
     flip = [RandomHorizontalFlip(aug.flip)] if aug.flip > 0 else []
     if aug.crop == "random-resized":
         return [RandomResizedCropRGBImageDecoder((size, size), scale=aug.scale, ratio=aug.ratio), *flip]
-    if source.split.heights.max() != size:
-        raise UserError(
-            f"FFCV has no operator that resizes {source.split.heights.max()} to {size} pixels without a crop"
-        )
+    if task.split.heights.max() != size:
+        raise UserError(f"FFCV has no operator that resizes {task.split.heights.max()} to {size} pixels without a crop")
     return [SimpleRGBImageDecoder(), *flip, *([RandomTranslate(aug.padding)] if aug.crop == "pad" else [])]
 
 
-def _write(source: PeerSource) -> None:
+def _write(task: PeerTask) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    path = source.file(".beton")
+    path = task.file(".beton")
     if path.exists():
         return
 
     class Rows:
         def __len__(self) -> int:
-            return len(source.split)
+            return len(task.split)
 
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-            return np.ascontiguousarray(source.pixels(index)), int(source.labels[index])
+            return np.ascontiguousarray(task.pixels(index)), int(task.labels[index])
 
-    mode = {"write_mode": "raw"} if source.encoding == "npy" else {"write_mode": "jpg", "jpeg_quality": QUALITY}
+    mode = {"write_mode": "raw"} if task.encoding == "npy" else {"write_mode": "jpg", "jpeg_quality": QUALITY}
     writer = DatasetWriter(str(path), {"image": RGBImageField(**mode), "label": IntField()}, num_workers=1)
     writer.from_indexed_dataset(Rows())

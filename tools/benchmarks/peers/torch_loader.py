@@ -17,13 +17,13 @@ from configs.schema import AugConfig
 from pipelines.augment.ops import blur_radius
 from pipelines.storage.split import Split, open_split
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.peers.source import Batches, PeerSource, endless, picture
+from tools.benchmarks.peers.task import Batches, PeerTask, endless, pil_image
 
 HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, whatever the number of cores
 LARGEST_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and its larger images from HDF5
 
 
-class Pictures(torch.utils.data.Dataset):
+class PILDataset(torch.utils.data.Dataset):
     """(transform(PIL image), label) per sample; opens the files in the worker that reads them."""
 
     def __init__(self, folder: Path, transform: Any) -> None:
@@ -39,7 +39,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if self.split is None:
             self.split = open_split(self.folder, SPLIT)
-        return self.transform(picture(self.split, index)), self.targets[index]
+        return self.transform(pil_image(self.split, index)), self.targets[index]
 
 
 class PickledImages(torch.utils.data.Dataset):
@@ -72,54 +72,54 @@ class Hdf5Rows(torch.utils.data.Dataset):
         return self.transform(torch.from_numpy(self.file["images-train"][index])), int(self.file["labels-train"][index])
 
 
-def torchvision_v2(source: PeerSource) -> Batches:
+def torchvision_v2(task: PeerTask) -> Batches:
     """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
     epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
-    steps = [*crop_and_flip(v2, source), *_colors(source.aug), v2.PILToTensor()]
-    steps += _erasing(source.aug)
-    return endless(data_loader(Pictures(source.folder, v2.Compose(steps)), source, source.workers), source.device)
+    steps = [*crop_and_flip(v2, task), *_colors(task.aug), v2.PILToTensor()]
+    steps += _erasing(task.aug)
+    return endless(data_loader(PILDataset(task.folder, v2.Compose(steps)), task, task.workers), task.device)
 
 
-def homework(source: PeerSource) -> Batches:
+def homework(task: PeerTask) -> Batches:
     """The homework's DataLoader: float32 [B, 3, H, W], normalised on the CPU by torchvision's v1 transforms; 8 workers
     as its config says, started anew for every epoch, pinned memory on a GPU, copies that block. Reading alone: without
     a transform."""
-    return _homework_batches(source)
+    return _homework_batches(task)
 
 
-def _homework_batches(source: PeerSource) -> Batches:
-    loader = homework_loader(source)
+def _homework_batches(task: PeerTask) -> Batches:
+    loader = homework_loader(task)
     while True:
         for images, labels in loader:
-            yield images.to(source.device), labels.to(source.device)
+            yield images.to(task.device), labels.to(task.device)
 
 
-def homework_loader(source: PeerSource) -> torch.utils.data.DataLoader:
+def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
     """Its DataLoader, from which its loop takes batches on the host."""
-    return data_loader(homework_dataset(source), source, HOMEWORK_WORKERS, keep=False)
+    return data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
 
 
-def homework_dataset(source: PeerSource) -> torch.utils.data.Dataset:
+def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
     """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided
     by 256."""
-    mean, std = source.stats
-    after = [] if source.aug is None else [*crop_and_flip(v1, source), v1.Normalize(mean, std)]
-    if source.split.heights.max() <= LARGEST_PICKLED_SIDE:
-        path = source.file(".pickle")
+    mean, std = task.stats
+    after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
+    if task.split.heights.max() <= LARGEST_PICKLED_SIDE:
+        path = task.file(".pickle")
         if not path.exists():
-            images = np.stack([source.pixels(index) for index in range(len(source.split))])
-            path.write_bytes(pickle.dumps({"data": images, "labels": source.labels.tolist()}, protocol=4))
-        return PickledImages(path, v1.Compose([v1.PILToTensor() if source.aug is None else v1.ToTensor(), *after]))
-    path = source.file(".hdf5")
+            images = np.stack([task.pixels(index) for index in range(len(task.split))])
+            path.write_bytes(pickle.dumps({"data": images, "labels": task.labels.tolist()}, protocol=4))
+        return PickledImages(path, v1.Compose([v1.PILToTensor() if task.aug is None else v1.ToTensor(), *after]))
+    path = task.file(".hdf5")
     if not path.exists():
         with h5py.File(path, "w") as file:
-            height, width = int(source.split.heights[0]), int(source.split.widths[0])
-            images = file.create_dataset("images-train", (len(source.split), 3, height, width), np.uint8)
-            for index in range(len(source.split)):
-                images[index] = source.pixels(index).transpose(2, 0, 1)
-            file["labels-train"] = source.labels
-    to_float = [] if source.aug is None else [v1.Lambda(_divided_by_256)]
-    return Hdf5Rows(path, len(source.split), v1.Compose([*to_float, *after]))
+            height, width = int(task.split.heights[0]), int(task.split.widths[0])
+            images = file.create_dataset("images-train", (len(task.split), 3, height, width), np.uint8)
+            for index in range(len(task.split)):
+                images[index] = task.pixels(index).transpose(2, 0, 1)
+            file["labels-train"] = task.labels
+    to_float = [] if task.aug is None else [v1.Lambda(_divided_by_256)]
+    return Hdf5Rows(path, len(task.split), v1.Compose([*to_float, *after]))
 
 
 def _divided_by_256(pixels: torch.Tensor) -> torch.Tensor:
@@ -127,27 +127,27 @@ def _divided_by_256(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def data_loader(
-    dataset: torch.utils.data.Dataset, source: PeerSource, workers: int, keep: bool = True
+    dataset: torch.utils.data.Dataset, task: PeerTask, workers: int, keep: bool = True
 ) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
-        batch_size=source.batch_size,
+        batch_size=task.batch_size,
         shuffle=True,
         num_workers=workers,
-        pin_memory=source.on_gpu,
+        pin_memory=task.on_gpu,
         drop_last=True,
         persistent_workers=keep and workers > 0,
     )
 
 
-def crop_and_flip(transforms: Any, source: PeerSource) -> list[Any]:
+def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
     """The same augmentation from either generation of torchvision's transforms."""
-    aug, size = source.aug, source.image_size
+    aug, size = task.aug, task.image_size
     if aug is None:
         return []
     steps: list[Any] = []
     if aug.crop == "pad":
-        if source.split.image_shape != (size, size, 3):
+        if task.split.image_shape != (size, size, 3):
             steps += [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)]
         steps.append(transforms.RandomCrop(size, padding=aug.padding))
     elif aug.crop == "random-resized":
@@ -188,14 +188,14 @@ def _erasing(aug: AugConfig | None) -> list[Any]:
     return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
 
 
-def float_transform(source: PeerSource) -> Any:
+def float_transform(task: PeerTask) -> Any:
     """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
-    mean, std = source.stats
+    mean, std = task.stats
     steps = [
-        *crop_and_flip(v2, source),
-        *_colors(source.aug),
+        *crop_and_flip(v2, task),
+        *_colors(task.aug),
         v2.PILToTensor(),
-        *_erasing(source.aug),
+        *_erasing(task.aug),
         v2.ToDtype(torch.float32, scale=True),
     ]
     return v2.Compose([*steps, v2.Normalize(mean, std)])

@@ -14,36 +14,36 @@ from torch import nn
 
 from configs.schema import Config
 from models import build_from_config
-from tools.benchmarks.engine.interleaved import Stream
-from tools.benchmarks.peers import Loader, function_of
-from tools.benchmarks.peers.source import PeerSource
-from tools.benchmarks.peers.torch_loader import Pictures, data_loader, float_transform, homework_loader
+from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.peers import PeerSpec, load_function
+from tools.benchmarks.peers.task import PeerTask
+from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_transform, homework_loader
 
 
 @contextmanager
-def training(peer: Loader, source: PeerSource, config: Config) -> Iterator[dict[str, Stream]]:
+def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[str, Workload]]:
     """The peer's whole training, end to end."""
-    yield {"": Stream(function_of(peer)(source, config), source.batch_size)}
+    yield {"": Workload(load_function(peer)(task, config), task.batch_size)}
 
 
-def _network(source: PeerSource, config: Config) -> nn.Module:
+def _network(task: PeerTask, config: Config) -> nn.Module:
     """The same model as ours, without our normalisation in front: these loaders give normalised floats."""
-    classes = config.model.num_classes or len(source.split.classes)
+    classes = config.model.num_classes or len(task.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
-    model = build_from_config(config.model, classes, image_size=source.image_size, mean=half, std=half)
+    model = build_from_config(config.model, classes, image_size=task.image_size, mean=half, std=half)
     return model.network.train()
 
 
-def homework(source: PeerSource, config: Config) -> Iterator[float]:
+def homework(task: PeerTask, config: Config) -> Iterator[float]:
     """The homework's main.py: its DataLoader (8 workers, pinned memory on a GPU), images and labels copied to the
     device, float32, NCHW, AdamW with torch's defaults, loss.item() and the number of correct answers read back after
     every step."""
-    device = torch.device(source.device)
-    network = _network(source, config).to(device)
+    device = torch.device(task.device)
+    network = _network(task, config).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
     criterion = nn.CrossEntropyLoss()
-    loader = homework_loader(source)
+    loader = homework_loader(task)
     loss_sum, correct = 0.0, 0
     while True:
         for images, labels in loader:
@@ -58,21 +58,21 @@ def homework(source: PeerSource, config: Config) -> Iterator[float]:
             yield loss_sum
 
 
-def torchvision_reference(source: PeerSource, config: Config) -> Iterator[float]:
+def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
     """torchvision's references/classification: transforms v2 on PIL images, DataLoader with a worker per core and
     pinned memory, non_blocking copies, SGD with momentum, NCHW, cudnn.benchmark; on a GPU --amp (float16 with a
     GradScaler); loss.item() and accuracy read back after every step by its metric logger."""
-    device = torch.device(source.device)
+    device = torch.device(task.device)
     torch.backends.cudnn.benchmark = True
-    network = _network(source, config).to(device)
+    network = _network(task, config).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.train.lr, momentum=0.9, weight_decay=1e-4)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
-    scaler = torch.amp.GradScaler(device.type, enabled=source.on_gpu)
-    loader = data_loader(Pictures(source.folder, float_transform(source)), source, source.workers)
+    scaler = torch.amp.GradScaler(device.type, enabled=task.on_gpu)
+    loader = data_loader(PILDataset(task.folder, float_transform(task)), task, task.workers)
     while True:
         for images, labels in loader:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=torch.float16, enabled=source.on_gpu):
+            with torch.autocast(device.type, dtype=torch.float16, enabled=task.on_gpu):
                 logits = network(images)
                 loss = criterion(logits, labels)
             optimizer.zero_grad()
@@ -84,7 +84,7 @@ def torchvision_reference(source: PeerSource, config: Config) -> Iterator[float]
             yield loss.item() + correct
 
 
-def timm(source: PeerSource, config: Config) -> Iterator[torch.Tensor]:
+def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     """timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem on a GPU (channels_last, float32 on a CPU):
     create_loader with its prefetcher, which collates uint8 and normalises on the device, a worker per core, kept
     between epochs; create_optimizer_v2 with its default sgd; the loss read back every 50 steps; no torch.compile,
@@ -94,18 +94,18 @@ def timm(source: PeerSource, config: Config) -> Iterator[torch.Tensor]:
     from timm.data import create_loader  # type: ignore[attr-defined]
     from timm.optim import create_optimizer_v2
 
-    device, aug, size = torch.device(source.device), source.aug or config.aug, source.image_size
+    device, aug, size = torch.device(task.device), task.aug or config.aug, task.image_size
     torch.backends.cudnn.benchmark = True
-    network = _network(source, config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = _network(task, config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = create_optimizer_v2(network, opt="sgd", lr=config.train.lr, weight_decay=2e-5, momentum=0.9)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
     resized = aug.crop == "random-resized"
-    mean, std = source.stats
-    pictures = Pictures(source.folder, None)
+    mean, std = task.stats
+    pictures = PILDataset(task.folder, None)
     loader = create_loader(
         pictures,  # type: ignore[arg-type]
         input_size=(3, size, size),
-        batch_size=source.batch_size,
+        batch_size=task.batch_size,
         is_training=True,
         scale=aug.scale if resized else (1.0, 1.0),
         ratio=aug.ratio if resized else (1.0, 1.0),
@@ -113,17 +113,17 @@ def timm(source: PeerSource, config: Config) -> Iterator[torch.Tensor]:
         color_jitter=0.0,
         mean=tuple(mean),
         std=tuple(std),
-        num_workers=source.workers,
-        pin_memory=source.on_gpu,
+        num_workers=task.workers,
+        pin_memory=task.on_gpu,
         device=device,
-        persistent_workers=source.workers > 0,
+        persistent_workers=task.workers > 0,
     )
     step = 0
     total = torch.zeros((), device=device)
     while True:
         for images, labels in loader:
             images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=source.on_gpu):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=task.on_gpu):
                 loss = criterion(network(images), labels)
             loss.backward()
             optimizer.step()

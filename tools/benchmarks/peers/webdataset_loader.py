@@ -8,28 +8,28 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from tools.benchmarks.peers.source import Batches, PeerSource, endless
+from tools.benchmarks.peers.task import Batches, PeerTask, endless
 from tools.benchmarks.peers.torch_loader import crop_and_flip
 
 
-def webdataset(source: PeerSource) -> Batches:
+def webdataset(task: PeerTask) -> Batches:
     """uint8 [B, 3, H, W]; shards and a buffer of 1,000 samples shuffled, torchvision's transforms v2 on tensors (npy)
     or PIL images (JPEG), batched in the workers, one per core; pinned memory and non_blocking copies on a GPU."""
     import webdataset as wds
 
-    split = source.shards_for_workers()
+    split = task.shards_for_workers()
     files = [str(file) for file in split.files]
-    raw = source.encoding == "npy"
-    transform = v2.Compose([_Planes() if raw else v2.PILToTensor(), *crop_and_flip(v2, source)])
+    raw = task.encoding == "npy"
+    transform = v2.Compose([_Planes() if raw else v2.PILToTensor(), *crop_and_flip(v2, task)])
     dataset = wds.WebDataset(files, shardshuffle=len(files), nodesplitter=None).shuffle(1000)
     dataset = dataset.decode() if raw else dataset.decode("pil")
     dataset = dataset.to_tuple("npy" if raw else "jpg", "cls").map_tuple(transform, int)
-    dataset = dataset.batched(source.batch_size, collation_fn=torch.utils.data.default_collate, partial=False)
-    workers = min(source.workers, len(files))  # each takes whole shards
+    dataset = dataset.batched(task.batch_size, collation_fn=torch.utils.data.default_collate, partial=False)
+    workers = min(task.workers, len(files))  # each takes whole shards
     loader = wds.WebLoader(
-        dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=source.on_gpu
+        dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=task.on_gpu
     )
-    return endless(loader, source.device)
+    return endless(loader, task.device)
 
 
 class _Planes(torch.nn.Module):

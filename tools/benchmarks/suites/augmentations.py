@@ -9,11 +9,11 @@ from pipelines.storage.split import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.engine.interleaved import Contestant
+from tools.benchmarks.engine.interleaved import Candidate
 from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
-from tools.benchmarks.peers import PeerSource
-from tools.benchmarks.suites.groups import OURS, Group
+from tools.benchmarks.peers import PeerTask
+from tools.benchmarks.suites.groups import OURS, InterleavedTable
 from tools.common.tables import aligned_table
 
 PEER = "torchvision v2 + DataLoader"
@@ -36,30 +36,39 @@ KINDS = {
     "AutoAugment": AugConfig(flip=0.5, auto=AutoAugmentConfig(policy="autoaugment-imagenet")),
     "random erasing 0.25": AugConfig(flip=0.5, erase=EraseConfig(probability=0.25)),
     "cutout": AugConfig(flip=0.5, cutout=8),
-}  # fmt: skip
+}
 
 
-def group(folder: Path, *, batch_size: int, device: str, scratch: Path | None = None, workers: int = 1,
-          placement: str = "auto") -> Group:  # fmt: skip
+def augmentation_table(
+    folder: Path,
+    *,
+    batch_size: int,
+    device: str,
+    scratch: Path | None = None,
+    workers: int = 1,
+    placement: str = "auto",
+) -> InterleavedTable:
     """All KINDS on one data set, at its stored size; with a scratch folder torchvision's beside those that it has."""
     stored = open_split(folder, SPLIT)
     size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
     peer = peers.available(peers.LOADERS, stored.encoding).get(PEER)
-    contestants: list[Contestant] = []
+    candidates: list[Candidate] = []
     rows: list[Row] = []
 
-    def add(kind: str, contestant: Contestant, **facts: object) -> None:
-        contestants.append(contestant)
-        rows.append({"kind": kind, "device": device, "batch_size": batch_size, **facts})
+    def add(kind: str, candidate: Candidate, **details: object) -> None:
+        candidates.append(candidate)
+        rows.append({"kind": kind, "device": device, "batch_size": batch_size, **details})
 
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=size, placement=placement)  # type: ignore[arg-type]
     for kind, aug in KINDS.items():
-        add(kind, Contestant(f"{OURS}, {kind}", ours.loading, (data, aug, device)), ours=True)
+        add(kind, Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), ours=True)
         if scratch is not None and peer is not None and _torchvision_has(aug):
-            source = PeerSource(folder, scratch, batch_size, workers, size, aug, device)
-            add(kind, Contestant(f"{PEER}, {kind}", peers.loading, (peer, source)), ours=False)
+            source = PeerTask(folder, scratch, batch_size, workers, size, aug, device)
+            add(kind, Candidate(f"{PEER}, {kind}", peers.loading, (peer, source)), ours=False)
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
-    return Group(title, "augment", contestants, rows, {"image_size": size, "encoding": stored.encoding}, _ratios)
+    return InterleavedTable(
+        title, "augment", candidates, rows, {"image_size": size, "encoding": stored.encoding}, _ratios
+    )
 
 
 def _torchvision_has(aug: AugConfig) -> bool:

@@ -14,7 +14,7 @@ from nvidia.dali.tensors import TensorListCPU
 
 from configs.schema import AugConfig, DataConfig
 from pipelines import build_train_loader
-from tools.benchmarks.engine.interleaved import Stream
+from tools.benchmarks.engine.interleaved import Workload
 
 SIDE = 224
 BATCHES = 4  # fed in turn
@@ -23,7 +23,7 @@ AFTER = 8  # batches taken while the stream is held
 
 
 @contextmanager
-def transfers(batch_size: int) -> Iterator[dict[str, Stream]]:
+def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
     """Copies of batches to the GPU by torch and as an input of DALI, from pinned and from pageable memory; in bytes.
 
     The input is not copied on the host (no_copy), so from pinned memory it should reach the rate of torch's copy.
@@ -32,11 +32,11 @@ def transfers(batch_size: int) -> Iterator[dict[str, Stream]]:
     pageable = [torch.zeros(shape, dtype=torch.uint8) for _ in range(BATCHES)]
     pinned = [one.pin_memory() for one in pageable]
     size = pageable[0].numel()
-    streams = {}
+    workloads = {}
     for name, batches in (("pinned", pinned), ("pageable", pageable)):
-        streams[f"torch, {name}"] = Stream(_torch_copies(batches), size)
-        streams[f"DALI input, {name}"] = Stream(_dali_copies(batches), size)
-    yield streams
+        workloads[f"torch, {name}"] = Workload(_torch_copies(batches), size)
+        workloads[f"DALI input, {name}"] = Workload(_dali_copies(batches), size)
+    yield workloads
 
 
 def _torch_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -10,26 +10,26 @@ from typing import Any
 
 from configs.schema import AugConfig, AutoAugmentConfig, Config, DataConfig
 from tools.benchmarks.engine import datasets, ours, results, roofline
-from tools.benchmarks.engine.datasets import batch_of
-from tools.benchmarks.engine.interleaved import Contestant, apart, measure
+from tools.benchmarks.engine.datasets import limited_batch_size
+from tools.benchmarks.engine.interleaved import Candidate, measure, run_in_subprocess
 from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites import augmentations, dali_checks, programs
-from tools.benchmarks.suites.groups import OURS, Group, Measurable, Table, loading, training
+from tools.benchmarks.suites.groups import OURS, InterleavedTable, RowTable, TableSpec, loading, training
 from tools.benchmarks.suites.suite import (
-    PAD,
-    RESIZED,
+    PAD_CROP,
+    RESIZED_CROP,
     SAMPLES,
     Part,
     Settings,
-    changes,
     check_time,
-    config_on,
-    is_over,
-    medium,
-    small,
+    is_out_of_time,
+    load_config_on,
+    medium_dataset,
+    small_dataset,
+    stage_changes,
 )
-from tools.perf.batch_size_search import Size, worthwhile
+from tools.perf.batch_size_search import Trial, search_fastest
 
 PART_S = 170.0  # the default time limit of a part
 MAKING_S = 20.0  # that a data set takes at most
@@ -42,18 +42,18 @@ DEFAULT_BATCH = 256  # of part resnet50 where no batch sizes were measured
 PROFILED_STEPS = 20
 
 
-def images_of(settings: Settings, side: int, encoding: str = "npy") -> Path:
+def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
     """Return a data set of this size and encoding; make it from the small or the medium set unless it exists."""
     if (side, encoding) == (32, "npy"):
-        return small(settings)
-    base = small(settings) if side == 32 else medium(settings)
+        return small_dataset(settings)
+    base = small_dataset(settings) if side == 32 else medium_dataset(settings)
     if (side, encoding) == (96, "npy"):
         return base
     samples = settings.samples or SAMPLES["cuda"]
     out = settings.data / f"{base.name}-{side}-{encoding}-{samples}"
     if not (out / "dataset.json").is_file():
         check_time(settings, min(MAKING_S, (settings.part_s or MAKING_S) / 2))
-    return datasets.remake(base, out, encoding=encoding, size=side, samples=samples)
+    return datasets.make_variant(base, out, encoding=encoding, size=side, samples=samples)
 
 
 def trained(
@@ -65,26 +65,26 @@ def trained(
     image_size: int | None = None,
     jpeg: bool = False,
     policy: str | None = None,
-) -> Group:
+) -> InterleavedTable:
     """Compare end-to-end training with a resident batch, for every placement of the data. policy: sets aug.auto."""
-    raw = images_of(settings, side)
-    config = config_on(name, raw, batch_size=batch_of(raw, batch), image_size=image_size or side)
+    raw = image_dataset(settings, side)
+    config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch), image_size=image_size or side)
     if policy is not None:
         aug = config.aug.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
         config = config.model_copy(update={"aug": aug})
     variants: dict[str, dict[str, Any]] = dict(PLACEMENTS)
     if jpeg:
-        variants["jpeg"] = {"path": str(images_of(settings, side, "jpeg")), "placement": "auto"}
+        variants["jpeg"] = {"path": str(image_dataset(settings, side, "jpeg")), "placement": "auto"}
     return training(title, config, variants, device="cuda")
 
 
-def cifar_training(settings: Settings) -> Iterator[Measurable]:
+def cifar_training(settings: Settings) -> Iterator[TableSpec]:
     yield trained(settings, "ResNet-18 32x32", "cifar10_resnet18", 32, 1024)
     yield trained(settings, "LeNet 32x32", "cifar10_lenet", 32, 1024)
     yield trained(settings, "AlexNet 70x70", "cifar10_alexnet", 32, 1024, 70)
 
 
-def speedrun(settings: Settings) -> Iterator[Measurable]:
+def speedrun(settings: Settings) -> Iterator[TableSpec]:
     """Measure the speedrun to 94 % and the published script."""
 
     def rows(found: Limits) -> Iterator[Row]:
@@ -92,43 +92,48 @@ def speedrun(settings: Settings) -> Iterator[Measurable]:
         for last in speedrun_rows(settings, "cifar10_speedrun_94", found):
             yield last
         yield from programs.reference(
-            settings.reference, small(settings), settings.seeds, settings.data, last, settings.deadline
+            settings.reference, small_dataset(settings), settings.seeds, settings.data, last, settings.deadline
         )
 
-    yield Table("Speedrun to 94 %", "speedrun", programs.SPEEDRUN_COLUMNS, rows,
-                {"note": "ratio: mean time of the published script divided by ours."})  # fmt: skip
+    yield RowTable(
+        "Speedrun to 94 %",
+        "speedrun",
+        programs.SPEEDRUN_COLUMNS,
+        rows,
+        {"note": "ratio: mean time of the published script divided by ours."},
+    )
 
 
-def further_speedruns(settings: Settings) -> Iterator[Measurable]:
+def further_speedruns(settings: Settings) -> Iterator[TableSpec]:
     for percent in (95, 96):
         rows = partial(speedrun_rows, settings, f"cifar10_speedrun_{percent}")
-        yield Table(f"Speedrun to {percent} %", "speedrun", programs.SPEEDRUN_COLUMNS, rows)
+        yield RowTable(f"Speedrun to {percent} %", "speedrun", programs.SPEEDRUN_COLUMNS, rows)
 
 
 def speedrun_rows(settings: Settings, name: str, found: Limits) -> Iterator[Row]:
     del found
-    return programs.speedrun(name, small(settings), settings.seeds, settings.scratch, settings.deadline)
+    return programs.speedrun(name, small_dataset(settings), settings.seeds, settings.scratch, settings.deadline)
 
 
-def loaders(settings: Settings) -> Iterator[Measurable]:
+def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Measure the loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
 
     From the host the limit is the copy from pinned memory, which takes turns with the loader.
     """
-    for aug in (None, RESIZED):
+    for aug in (None, RESIZED_CROP):
         for side in (224, 96):
             yield loaded(settings, side, aug, ("host",))
-    for aug in (None, PAD):
+    for aug in (None, PAD_CROP):
         yield loaded(settings, 32, aug, ("device",))
 
 
-def loaded(settings: Settings, side: int, aug: AugConfig | None, placements: tuple[str, ...]) -> Group:
-    folder = images_of(settings, side)
-    batch = batch_of(folder, 4096 if side == 32 else 1024)
+def loaded(settings: Settings, side: int, aug: AugConfig | None, placements: tuple[str, ...]) -> InterleavedTable:
+    folder = image_dataset(settings, side)
+    batch = limited_batch_size(folder, 4096 if side == 32 else 1024)
     return loading([folder], aug, size=side, batch_size=batch, device="cuda", placements=placements)
 
 
-def decoding(settings: Settings) -> Iterator[Measurable]:
+def decoding(settings: Settings) -> Iterator[TableSpec]:
     """Measure JPEG decoding by hw_decoder_load and number of threads, and RandAugment on raw pixels."""
     cores = len(os.sched_getaffinity(0))
     for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
@@ -136,58 +141,73 @@ def decoding(settings: Settings) -> Iterator[Measurable]:
             yield decoded(settings, side, threads)
         if threads == cores:
             for policy in RAND_AUGMENT:
-                aug = RESIZED.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
+                aug = RESIZED_CROP.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
                 yield loaded(settings, 96, aug, ("device", "host"))
 
 
-def decoded(settings: Settings, side: int, threads: int) -> Group:
+def decoded(settings: Settings, side: int, threads: int) -> InterleavedTable:
     """Measure JPEG decoding without augmentation, for every hw_decoder_load."""
-    folder = images_of(settings, side, "jpeg")
-    batch = batch_of(folder, 512)
+    folder = image_dataset(settings, side, "jpeg")
+    batch = limited_batch_size(folder, 512)
     data = DataConfig(path=str(folder), batch_size=batch, image_size=side, threads=threads)
     variants = {f"hw_decoder_load {load}": {"hw_decoder_load": load} for load in DECODER_LOADS}
-    contestant = Contestant(OURS, ours.loading, (data, ours.PLAIN, "cuda", variants))
+    candidate = Candidate(OURS, ours.loading, (data, ours.PLAIN, "cuda", variants))
     title = f"JPEG {side}x{side} decoded with {threads} threads"
-    return Group(title, "decoding", [contestant], [{"ours": True, "device": "cuda", "batch_size": batch}])
+    return InterleavedTable(title, "decoding", [candidate], [{"ours": True, "device": "cuda", "batch_size": batch}])
 
 
-def resnet50(settings: Settings) -> Iterator[Measurable]:
+def resnet50(settings: Settings) -> Iterator[TableSpec]:
     """Measure timm's ResNet-50: the step by batch size, its profile at the fastest batch, and training end to end.
 
     Where no batch size was measured (--only, lack of time), profile and training use DEFAULT_BATCH.
     """
-    raw = images_of(settings, 224)
-    config = config_on("medium_imagenet_224_resnet50", raw, image_size=224)
+    raw = image_dataset(settings, 224)
+    config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": "timm/resnet50"})})
-    sizes: list[Size] = []
+    sizes: list[Trial] = []
     columns = ("images_per_s", "lowest", "highest", "share", "memory_gib", "reserved_gib", "device_memory_gib")
-    yield Table("timm/resnet50 224x224, training step by batch size", "ramp", columns,
-                lambda found: ramp_rows(settings, config, sizes, found),
-                {"note": "share: of the arithmetic peak that a matrix product reaches here."})  # fmt: skip
+    yield RowTable(
+        "timm/resnet50 224x224, training step by batch size",
+        "ramp",
+        columns,
+        lambda found: ramp_rows(settings, config, sizes, found),
+        {"note": "share: of the arithmetic peak that a matrix product reaches here."},
+    )
     fitting = [size for size in sizes if size.fits]
     if sizes and not fitting:
         return
-    fastest = batch_of(raw, max(fitting, key=lambda size: size.rate).batch if fitting else DEFAULT_BATCH)
+    fastest = limited_batch_size(raw, max(fitting, key=lambda size: size.rate).batch_size if fitting else DEFAULT_BATCH)
     data = config.data.model_copy(update={"batch_size": fastest, "val_split": datasets.SPLIT})  # there is no other
     config = config.model_copy(update={"data": data})
-    profiled = programs.profile(config, settings.scratch, settings.deadline, steps=PROFILED_STEPS,
-                                seconds=3 * settings.seconds)  # fmt: skip
-    yield Table("timm/resnet50 224x224, profile of the step", "profile", programs.PROFILE_COLUMNS,
-                lambda found: profiled, {"note": f"Batch {fastest}."})  # fmt: skip
+    profiled = programs.profile(
+        config, settings.scratch, settings.deadline, steps=PROFILED_STEPS, seconds=3 * settings.seconds
+    )
+    yield RowTable(
+        "timm/resnet50 224x224, profile of the step",
+        "profile",
+        programs.PROFILE_COLUMNS,
+        lambda found: profiled,
+        {"note": f"Batch {fastest}."},
+    )
     yield training("timm/resnet50 224x224", config, PLACEMENTS, device="cuda")
 
 
-def ramp_rows(settings: Settings, config: Config, sizes: list[Size], found: Limits) -> Iterator[Row]:
+def ramp_rows(settings: Settings, config: Config, sizes: list[Trial], found: Limits) -> Iterator[Row]:
     """Yield a row for each batch size and append the sizes to `sizes`."""
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - SHARE_OF_RAMP) * settings.part_s
     flops = roofline.training_flops(config.model, len(datasets.load_dataset(config.data.path)["classes"]), 224)
-    for size in worthwhile(config, settings.seconds, settings.rounds, deadline):
+    for size in search_fastest(config, settings.seconds, settings.rounds, deadline):
         sizes.append(size)
-        row: Row = {"name": f"batch {size.batch}", "ours": True, "error": size.error, "batch_size": size.batch}
+        row: Row = {
+            "name": f"batch {size.batch_size}",
+            "ours": True,
+            "error": size.error,
+            "batch_size": size.batch_size,
+        }
         if size.fits:
-            row |= results.rates(size.rates)
+            row |= results.rate_fields(size.rates)
             names = ("memory_gib", "reserved_gib", "device_memory_gib")
             row |= {name: round(value, 4) for name in names if (value := getattr(size, name)) is not None}
             results.add_bound(row, {roofline.ARITHMETIC: found.get(roofline.ARITHMETIC, 0) / flops}, "the step")
@@ -195,10 +215,10 @@ def ramp_rows(settings: Settings, config: Config, sizes: list[Size], found: Limi
             row |= {"error": None, "note": "does not fit into the GPU's memory"}
         yield row
     if not sizes:
-        yield results.skipped("first batch size")
+        yield results.skipped_row("first batch size")
 
 
-def accuracy(settings: Settings) -> Iterator[Measurable]:
+def accuracy(settings: Settings) -> Iterator[TableSpec]:
     """Train ResNet-18 and AlexNet to their target accuracies. A third of the time is reserved for AlexNet."""
 
     def rows(found: Limits) -> Iterator[Row]:
@@ -208,95 +228,121 @@ def accuracy(settings: Settings) -> Iterator[Measurable]:
             deadline = settings.deadline
             if deadline is not None and settings.part_s is not None and name != last:
                 deadline -= settings.part_s / 3
-            yield from programs.training_to(name, target, small(settings), settings.scratch, deadline, settings.epochs)
+            yield from programs.train_to_accuracy(
+                name, target, small_dataset(settings), settings.scratch, deadline, settings.epochs
+            )
 
-    yield Table("Accuracy on CIFAR-10", "accuracy", programs.ACCURACY_COLUMNS, rows)
+    yield RowTable("Accuracy on CIFAR-10", "accuracy", programs.ACCURACY_COLUMNS, rows)
 
 
-def dali(settings: Settings) -> Iterator[Measurable]:
-    yield Table("DALI: does it free an output that a stream has still to read?", "dali",
-                ("equal", "held", "reused", "batches"), partial(output_rows, settings),
-                {"note": "equal: the held stream read the bytes as they were; held: until all later batches had been "
-                         "taken; reused: one of these lay at the same address."})  # fmt: skip
-    yield Table("DALI: are pinned inputs copied to the GPU as they are?", "dali", ("gb_per_s",),
-                partial(transfer_rows, settings))  # fmt: skip
-    yield Table("GPU memory of a loader: DALI's pools, buffers, resident data", "dali",
-                ("batch_size", "loader_memory_gib", "batch_gib", "images_per_s"),
-                partial(memory_rows, settings))  # fmt: skip
+def dali(settings: Settings) -> Iterator[TableSpec]:
+    yield RowTable(
+        "DALI: does it free an output that a stream has still to read?",
+        "dali",
+        ("equal", "held", "reused", "batches"),
+        partial(output_rows, settings),
+        {
+            "note": "equal: the held stream read the bytes as they were; held: until all later batches had been "
+            "taken; reused: one of these lay at the same address."
+        },
+    )
+    yield RowTable(
+        "DALI: are pinned inputs copied to the GPU as they are?",
+        "dali",
+        ("gb_per_s",),
+        partial(transfer_rows, settings),
+    )
+    yield RowTable(
+        "GPU memory of a loader: DALI's pools, buffers, resident data",
+        "dali",
+        ("batch_size", "loader_memory_gib", "batch_gib", "images_per_s"),
+        partial(memory_rows, settings),
+    )
 
 
 def output_rows(settings: Settings, found: Limits) -> Iterator[Row]:
     del found
     for encoding in ("npy", "jpeg"):
-        folder = images_of(settings, 96, encoding)
-        data = DataConfig(path=str(folder), batch_size=batch_of(folder, 256), image_size=96, placement="host")
-        answer = apart(dali_checks.output_survives, data, RESIZED, deadline=settings.deadline)
+        folder = image_dataset(settings, 96, encoding)
+        data = DataConfig(path=str(folder), batch_size=limited_batch_size(folder, 256), image_size=96, placement="host")
+        answer = run_in_subprocess(dali_checks.output_survives, data, RESIZED_CROP, deadline=settings.deadline)
         yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **answer}
 
 
 def transfer_rows(settings: Settings, found: Limits) -> Iterator[Row]:
     del found
     batch = 256 if settings.samples is None else 16
-    outcomes = measure([Contestant("", dali_checks.transfers, (batch,))], settings.seconds, settings.rounds,
-                       settings.deadline)  # fmt: skip
-    for outcome in outcomes:
-        row = results.row(outcome, ours=True)
-        yield row | ({"gb_per_s": float(f"{outcome.rate / 1e9:.4g}")} if outcome.rates else {})
+    measurements = measure(
+        [Candidate("", dali_checks.transfers, (batch,))], settings.seconds, settings.rounds, settings.deadline
+    )
+    for measurement in measurements:
+        row = results.measurement_row(measurement, ours=True)
+        yield row | ({"gb_per_s": float(f"{measurement.rate / 1e9:.4g}")} if measurement.rates else {})
 
 
 def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
     """Measure the GPU memory of one loader at a time."""
     del found
-    cases = [(224, "npy", "host"), (224, "jpeg", "auto"), (96, "npy", "host"), (96, "npy", "device"),
-             (96, "jpeg", "auto"), (32, "npy", "device")]  # fmt: skip
+    cases = [
+        (224, "npy", "host"),
+        (224, "jpeg", "auto"),
+        (96, "npy", "host"),
+        (96, "npy", "device"),
+        (96, "jpeg", "auto"),
+        (32, "npy", "device"),
+    ]
     for side, encoding, placement in cases:
         name = f"{side}x{side} {encoding}, {placement}"
-        if is_over(settings):
-            yield results.skipped(name)
+        if is_out_of_time(settings):
+            yield results.skipped_row(name)
             continue
-        folder = images_of(settings, side, encoding)
-        batch = batch_of(folder, 1024)
+        folder = image_dataset(settings, side, encoding)
+        batch = limited_batch_size(folder, 1024)
         data = DataConfig(path=str(folder), batch_size=batch, image_size=side, placement=placement)  # type: ignore[arg-type]
-        contestant = Contestant(name, ours.loading, (data, PAD if side == 32 else RESIZED, "cuda"))
-        (outcome,) = measure([contestant], settings.seconds, 1, settings.deadline)
-        yield results.row(outcome, ours=True, batch_size=batch, batch_gib=round(batch * side * side * 3 / 2**30, 4))
+        candidate = Candidate(name, ours.loading, (data, PAD_CROP if side == 32 else RESIZED_CROP, "cuda"))
+        (measurement,) = measure([candidate], settings.seconds, 1, settings.deadline)
+        yield results.measurement_row(
+            measurement, ours=True, batch_size=batch, batch_gib=round(batch * side * side * 3 / 2**30, 4)
+        )
 
 
-def beside_peers(settings: Settings) -> Iterator[Measurable]:
+def beside_peers(settings: Settings) -> Iterator[TableSpec]:
     common: dict[str, Any] = {"device": "cuda", "scratch": settings.scratch, "workers": settings.workers}
-    raw = images_of(settings, 32)
-    config = config_on("cifar10_resnet18", raw, batch_size=batch_of(raw, 512))
+    raw = image_dataset(settings, 32)
+    config = load_config_on("cifar10_resnet18", raw, batch_size=limited_batch_size(raw, 512))
     yield training("ResNet-18 32x32 beside peers", config, {"npy": {}}, **common)
-    for folder, aug, size in ((raw, PAD, 32), (images_of(settings, 96, "jpeg"), RESIZED, 96)):
-        yield loading([folder], aug, size=size, batch_size=batch_of(folder, 512), **common)
+    for folder, aug, size in ((raw, PAD_CROP, 32), (image_dataset(settings, 96, "jpeg"), RESIZED_CROP, 96)):
+        yield loading([folder], aug, size=size, batch_size=limited_batch_size(folder, 512), **common)
 
 
-def larger_training(settings: Settings) -> Iterator[Measurable]:
+def larger_training(settings: Settings) -> Iterator[TableSpec]:
     yield trained(settings, "ResNet-18 224x224", "medium_imagenet_224_resnet18", 224, 512, jpeg=True)
     yield trained(settings, "ResNet-18 96x96", "medium_imagenet_96_resnet18", 96, 1024, jpeg=True)
     for policy in RAND_AUGMENT:
         title = f"ResNet-18 96x96 with {policy}"
         yield trained(settings, title, "medium_imagenet_96_resnet18", 96, 1024, policy=policy)
     yield trained(settings, "ResNet-50 96x96", "medium_imagenet_96_resnet50", 96, 1024)
-    yield from changes(settings)
+    yield from stage_changes(settings)
 
 
-def augmented(settings: Settings) -> Iterator[Measurable]:
+def augmented(settings: Settings) -> Iterator[TableSpec]:
     for side, batch in ((96, 1024), (32, 4096)):
-        folder = images_of(settings, side)
-        yield augmentations.group(folder, batch_size=batch_of(folder, batch), device="cuda", placement="device")
+        folder = image_dataset(settings, side)
+        yield augmentations.augmentation_table(
+            folder, batch_size=limited_batch_size(folder, batch), device="cuda", placement="device"
+        )
 
 
 PARTS = (
     Part("training", ("training",), cifar_training),
-    Part("speedrun", ("speedrun",), speedrun, is_bounded=False),
+    Part("speedrun", ("speedrun",), speedrun, needs_limits=False),
     Part("loaders", ("reading", "loading"), loaders),
     Part("decoding", ("decoding", "loading"), decoding),
     Part("resnet50", ("ramp", "profile", "training"), resnet50),
-    Part("accuracy", ("accuracy",), accuracy, is_bounded=False),
-    Part("dali", ("dali",), dali, is_bounded=False),
+    Part("accuracy", ("accuracy",), accuracy, needs_limits=False),
+    Part("dali", ("dali",), dali, needs_limits=False),
     Part("peers", ("training", "loading"), beside_peers),
     Part("larger-training", ("training", "stages"), larger_training),
-    Part("augmentations", ("augment",), augmented, is_bounded=False),
-    Part("further-speedruns", ("speedrun",), further_speedruns, is_bounded=False),
+    Part("augmentations", ("augment",), augmented, needs_limits=False),
+    Part("further-speedruns", ("speedrun",), further_speedruns, needs_limits=False),
 )

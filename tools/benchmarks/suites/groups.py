@@ -13,10 +13,18 @@ from pipelines.storage.split import load_dataset, open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.engine.interleaved import TIME_OVER, Contestant, Outcome, measure
-from tools.benchmarks.engine.results import Row, add_bound, add_ratios, failed, row, sentence, skipped
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Candidate, Measurement, measure
+from tools.benchmarks.engine.results import (
+    Row,
+    add_bound,
+    add_ratios,
+    error_text,
+    failed_row,
+    measurement_row,
+    skipped_row,
+)
 from tools.benchmarks.engine.roofline import Limits
-from tools.benchmarks.peers import PeerSource, training_loops
+from tools.benchmarks.peers import PeerTask, training_loops
 
 OURS = "Model Zhu"
 BOUND = "bound: "
@@ -27,7 +35,7 @@ Entry = dict[str, Any]  # a table as a run's record holds it: title, stage, rows
 Keep = Callable[[Entry], None]
 
 
-class Measurable(Protocol):
+class TableSpec(Protocol):
     """What one table is measured by. `keep` is called with the entry as far as it is measured."""
 
     title: str
@@ -39,7 +47,7 @@ class Measurable(Protocol):
 
 
 @dataclass
-class Table:
+class RowTable:
     """Rows that are measured one by one; a row takes the place of an earlier one of its name.
 
     rows: called with the limits of the machine. columns: those that are shown.
@@ -49,7 +57,7 @@ class Table:
     stage: str
     columns: tuple[str, ...]
     rows: Callable[[Limits], Iterator[Row]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
@@ -61,7 +69,7 @@ class Table:
                 "title": self.title,
                 "stage": self.stage,
                 "columns": self.columns,
-                **self.facts,
+                **self.details,
                 "rows": [*rows.values()],
             }
 
@@ -70,14 +78,14 @@ class Table:
                 rows[each["name"]] = each
                 keep(entry())
         except TimeoutError:
-            rows[self.title] = skipped(self.title)
+            rows[self.title] = skipped_row(self.title)
         except Exception as error:  # whatever it is, the rows that there are stay
-            rows[self.title] = failed(self.title, sentence(error))
+            rows[self.title] = failed_row(self.title, error_text(error))
         return entry()
 
 
 @dataclass
-class Whole:
+class WholeTable:
     """A table that is measured as a whole."""
 
     title: str  # where it cannot be measured
@@ -91,32 +99,32 @@ class Whole:
 
 
 @dataclass
-class Group:
+class InterleavedTable:
     """Contestants that take turns. `finish` completes the rows with bounds, once they are measured."""
 
     title: str
     stage: str  # reading, loading, training, limits
-    contestants: list[Contestant]
+    candidates: list[Candidate]
     rows: list[dict[str, Any]]  # facts of each contestant's rows, `ours` among them
-    facts: dict[str, Any] = field(default_factory=dict)
-    finish: Callable[[list[Row], Limits], None] = lambda rows, found: None
+    details: dict[str, Any] = field(default_factory=dict)
+    add_bounds: Callable[[list[Row], Limits], None] = lambda rows, found: None
 
     def run(
         self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
     ) -> Entry:
-        def after_round(outcomes: list[Outcome]) -> None:
-            keep(self.entry(outcomes, found))
+        def after_round(measurements: list[Measurement]) -> None:
+            keep(self.entry(measurements, found))
 
-        return self.entry(measure(self.contestants, seconds, rounds, deadline, after_round=after_round), found)
+        return self.entry(measure(self.candidates, seconds, rounds, deadline, after_round=after_round), found)
 
-    def entry(self, outcomes: list[Outcome], found: Limits) -> Entry:
-        facts = {c.name: f for c, f in zip(self.contestants, self.rows, strict=True)}
-        rows = [row(outcome, **facts[outcome.contestant]) for outcome in outcomes]
+    def entry(self, measurements: list[Measurement], found: Limits) -> Entry:
+        details = {c.name: f for c, f in zip(self.candidates, self.rows, strict=True)}
+        rows = [measurement_row(measurement, **details[measurement.candidate]) for measurement in measurements]
         try:
-            self.finish(rows, found)
+            self.add_bounds(rows, found)
         except Exception as error:  # figures without their bounds are better than none
-            rows.append(failed("bounds", f"{type(error).__name__}: {error}"))
-        return {"title": self.title, "stage": self.stage, **self.facts, "rows": rows}
+            rows.append(failed_row("bounds", f"{type(error).__name__}: {error}"))
+        return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}
 
 
 def loading(
@@ -130,15 +138,15 @@ def loading(
     workers: int = 1,
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
-) -> Group:
+) -> InterleavedTable:
     """Reading (aug None) or reading with augmentation, from data sets of the same images; with a scratch folder peers
     too.
 
     size: side of the images that augmentation gives. placements: of raw pixels on a GPU; beside the host's the copy of
     a batch from pinned memory is measured.
     """
-    contestants: list[Contestant] = []
-    facts: list[dict[str, Any]] = []
+    candidates: list[Candidate] = []
+    details: list[dict[str, Any]] = []
     sizes: dict[str, tuple[float, float]] = {}
     encodings = []
     for folder in folders:
@@ -155,22 +163,29 @@ def loading(
             shown = placement if device == "cuda" and raw else ""
             name = ", ".join([OURS, *parts, *filter(None, [shown])])
             arguments = (base.model_copy(update=changes), aug or ours.PLAIN, device)
-            contestants.append(Contestant(name, ours.loading, arguments))
-            facts.append({"ours": True, "device": device, "placement": shown, "encoding": split.encoding,
-                          "batch_size": batch_size})  # fmt: skip
+            candidates.append(Candidate(name, ours.loading, arguments))
+            details.append(
+                {
+                    "ours": True,
+                    "device": device,
+                    "placement": shown,
+                    "encoding": split.encoding,
+                    "batch_size": batch_size,
+                }
+            )
         if scratch is not None:
-            source = PeerSource(folder, scratch, batch_size, workers, side, aug, device)
+            source = PeerTask(folder, scratch, batch_size, workers, side, aug, device)
             for name, peer in peers.available(peers.LOADERS, split.encoding).items():
-                contestants.append(Contestant(name, peers.loading, (peer, source)))
-                facts.append({"device": device, "encoding": split.encoding, "batch_size": batch_size})
+                candidates.append(Candidate(name, peers.loading, (peer, source)))
+                details.append({"device": device, "encoding": split.encoding, "batch_size": batch_size})
         if device == "cpu" and raw:
             batch_bytes = batch_size * side * side * 3
-            contestants.append(Contestant(ONE_COPY, roofline.one_copy, (batch_bytes, batch_size)))
-            facts.append({"device": device, "batch_size": batch_size})
+            candidates.append(Candidate(ONE_COPY, roofline.one_copy, (batch_bytes, batch_size)))
+            details.append({"device": device, "batch_size": batch_size})
         if device == "cuda" and raw and "host" in placements:
             batch_bytes = batch_size * int(split.size[0])
-            contestants.append(Contestant(f"{BOUND}{roofline.PINNED}", roofline.pinned_copy, (batch_bytes, batch_size)))
-            facts.append({"device": device, "batch_size": batch_size})
+            candidates.append(Candidate(f"{BOUND}{roofline.PINNED}", roofline.pinned_copy, (batch_bytes, batch_size)))
+            details.append({"device": device, "batch_size": batch_size})
 
     def finish(rows: list[Row], found: Limits) -> None:
         copy, pinned = (
@@ -181,8 +196,13 @@ def loading(
             if "encoding" not in each:
                 continue
             stored_bytes, output_bytes = sizes[each["encoding"]]
-            bounds = roofline.loading_bounds(found, placement=each.get("placement", ""), device=device,
-                                           stored_bytes=stored_bytes, output_bytes=output_bytes)  # fmt: skip
+            bounds = roofline.loading_bounds(
+                found,
+                placement=each.get("placement", ""),
+                device=device,
+                stored_bytes=stored_bytes,
+                output_bytes=output_bytes,
+            )
             if copy:  # of batches of this size, in turns with the others
                 bounds = {ONE_COPY.removeprefix(BOUND): copy}
             elif pinned and roofline.PINNED in bounds:
@@ -204,7 +224,7 @@ def loading(
     sides = f"{stored_side}x{stored_side}" if size == stored_side or aug is None else f"{stored_side} to {size}"
     title = f"{sides} {'raw' if encodings == ['npy'] else 'JPEG' if encodings == ['jpeg'] else 'raw and JPEG'}, {what}"
     group_facts = {"image_size": size, "encoding": encodings[0] if len(encodings) == 1 else "npy and jpeg"}
-    return Group(title, stage, contestants, facts, group_facts, finish)
+    return InterleavedTable(title, stage, candidates, details, group_facts, finish)
 
 
 def describe(aug: AugConfig) -> str:
@@ -235,21 +255,21 @@ def training(
     variants: dict[str, dict[str, Any]],
     *,
     device: str,
-    facts: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
     scratch: Path | None = None,
     workers: int = 1,
-) -> Group:
+) -> InterleavedTable:
     """Ours on a resident batch and end to end (see ours.training); with a scratch folder peers end to end too.
 
     facts: what else the group's entry shall hold.
     """
-    contestants = [Contestant(OURS, ours.training, (config, variants))]
+    candidates = [Candidate(OURS, ours.training, (config, variants))]
     rows: list[dict[str, Any]] = [{"ours": True, "device": device, "encoding": ""}]
     size, batch_size = config.data.image_size or _stored_side(config), config.data.batch_size
     if scratch is not None:
-        source = PeerSource(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
+        source = PeerTask(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
         for name, peer in peers.available(peers.LOOPS, source.encoding).items():
-            contestants.append(Contestant(name, training_loops.training, (peer, source, config)))
+            candidates.append(Candidate(name, training_loops.training, (peer, source, config)))
             rows.append({"device": device, "batch_size": batch_size})
     classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
 
@@ -259,7 +279,10 @@ def training(
 
     def finish(rows: list[Row], found: Limits) -> None:
         flops = training_flops()
-        resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), {})
+        resident = next(
+            (row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)),
+            {},
+        )
         ceiling = resident.get("images_per_s", 0.0)
         end_to_end = [row for row in rows if row is not resident]
         for each in rows:
@@ -270,8 +293,8 @@ def training(
             each["training_gflop"] = round(flops / 1e9, 4)
         add_ratios(end_to_end)
 
-    common = {"image_size": size, "model": config.model.name, **(facts or {})}
-    return Group(f"training {title}", "training", contestants, rows, common, finish)
+    common = {"image_size": size, "model": config.model.name, **(details or {})}
+    return InterleavedTable(f"training {title}", "training", candidates, rows, common, finish)
 
 
 def _what_binds(each: Row, resident: bool) -> str:
@@ -286,15 +309,15 @@ def _stored_side(config: Config) -> int:
     return int(open_split(config.data.path, SPLIT).heights[0])
 
 
-def limit_rows(outcomes: list[Outcome]) -> list[Row]:
+def limit_rows(measurements: list[Measurement]) -> list[Row]:
     """The limits themselves as rows, in the units that people know."""
     rows = []
-    for outcome in outcomes:
-        unit = roofline.UNITS.get(outcome.stream, "")
-        name, error = outcome.stream or outcome.contestant, outcome.error
-        each: Row = skipped(name) if error == TIME_OVER else {"name": name, "ours": False, "error": error}
-        if error is None and outcome.rates:
-            each["value"] = float(f"{outcome.rate / PER_UNIT[unit]:.4g}")
+    for measurement in measurements:
+        unit = roofline.UNITS.get(measurement.workload, "")
+        name, error = measurement.workload or measurement.candidate, measurement.error
+        each: Row = skipped_row(name) if error == OUT_OF_TIME else {"name": name, "ours": False, "error": error}
+        if error is None and measurement.rates:
+            each["value"] = float(f"{measurement.rate / PER_UNIT[unit]:.4g}")
         rows.append(each | {"ours": False, "unit": unit})
     return rows
 

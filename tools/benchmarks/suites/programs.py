@@ -25,8 +25,8 @@ from configs.load import to_yaml
 from configs.schema import Config
 from pipelines.storage.split import open_split
 from tools.benchmarks.engine import datasets
-from tools.benchmarks.engine.interleaved import TIME_OVER
-from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed, skipped
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME
+from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row
 from tools.runs.records import summarize_metrics, training_time_s
 from train.reporting.run_log import counted, read_metrics
 
@@ -34,11 +34,27 @@ ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # between two reads of what a program has written
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1
-SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", "memory_gib",
-                    "device_memory_gib")  # fmt: skip
+SPEEDRUN_FIGURES = (
+    "top1_mean",
+    "top1_std",
+    "time_s_mean",
+    "time_s_std",
+    "first_result_s",
+    "memory_gib",
+    "device_memory_gib",
+)
 SPEEDRUN_COLUMNS = ("runs", *SPEEDRUN_FIGURES, "ratio")
-ACCURACY_COLUMNS = ("top1", "target", "epochs", "epochs_per_s", "images_per_s", "training_s", "target_reached_s",
-                    "memory_gib", "device_memory_gib")  # fmt: skip
+ACCURACY_COLUMNS = (
+    "top1",
+    "target",
+    "epochs",
+    "epochs_per_s",
+    "images_per_s",
+    "training_s",
+    "target_reached_s",
+    "memory_gib",
+    "device_memory_gib",
+)
 PROFILE_COLUMNS = ("ms", "share", "images_per_s", "mfu", "mfu_of_data_sheet")
 REFERENCE = "airbench94_muon.py"
 _libc = ctypes.CDLL(None)
@@ -63,9 +79,14 @@ class Program:
 
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder,
-                start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
         try:
             while self._process.poll() is None:
                 self.is_late = self._deadline is not None and time.monotonic() > self._deadline
@@ -104,19 +125,29 @@ class Program:
     def row(self, name: str, figures: Row, **facts: Any) -> Row:
         """Return a row of the figures so far, with the reason if the program has not ended successfully."""
         if self.error is not None:
-            return failed(name, self.error, **facts) | figures
+            return failed_row(name, self.error, **facts) | figures
         if self.is_late:
-            return skipped(name, STOPPED if figures else TIME_OVER, **facts) | figures
+            return skipped_row(name, STOPPED if figures else OUT_OF_TIME, **facts) | figures
         if self._process.poll() is None:
-            return skipped(name, RUNNING, **facts) | figures
+            return skipped_row(name, RUNNING, **facts) | figures
         return {"name": name, "ours": True, "error": None, **facts, **figures}
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
     """Run tools/speedrun.py on a config; the row holds its JSON as `result`."""
     output = scratch / f"{name}.json"
-    command = [sys.executable, str(ROOT / "tools" / "speedrun.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
-               "--data-path", str(data), "--runs", str(seeds), "--json", str(output)]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "speedrun.py"),
+        "--cfg",
+        str(ROOT / "configs" / f"{name}.yaml"),
+        "--data-path",
+        str(data),
+        "--runs",
+        str(seeds),
+        "--json",
+        str(output),
+    ]
     program = Program(command, scratch / f"{name}.log", deadline)
     for _ in program.run():
         figures: Row = {}
@@ -139,7 +170,9 @@ def reference(
     script = None if checkout is None else checkout.resolve() / REFERENCE
     if script is None or not script.is_file():
         where = "--reference FOLDER" if script is None else f"{script}, which does not exist,"
-        yield skipped(REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False)
+        yield skipped_row(
+            REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False
+        )
         return
     for split, name in (("train", "train"), ("val", "test")):
         write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
@@ -168,7 +201,7 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
     opened = open_split(data, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    images = torch.from_numpy(datasets.pixels_of(opened).copy())
+    images = torch.from_numpy(datasets.read_pixels(opened).copy())
     content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
     torch.save(content, temporary)
     temporary.replace(path)  # a kill leaves no incomplete file
@@ -184,20 +217,28 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
     return runs[1:]
 
 
-def training_to(
+def train_to_accuracy(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
     """Run train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
     output = scratch / "accuracy"
-    command = [sys.executable, str(ROOT / "train" / "ddp.py"), "--cfg", str(ROOT / "configs" / f"{name}.yaml"),
-               "--data-path", str(data), "--output", str(output)]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "ddp.py"),
+        "--cfg",
+        str(ROOT / "configs" / f"{name}.yaml"),
+        "--data-path",
+        str(data),
+        "--output",
+        str(output),
+    ]
     command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
     program = Program(command, scratch / f"{name}.log", deadline)
     for _ in program.run():
-        yield program.row(name, reached(read_metrics(output / name), target), target=target)
+        yield program.row(name, accuracy_fields(read_metrics(output / name), target), target=target)
 
 
-def reached(metrics: list[dict[str, Any]], target: float) -> Row:
+def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
     """Return the figures of a run's epochs so far; none before the first epoch has ended."""
     if not metrics:
         return {}
@@ -221,8 +262,19 @@ def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int
     """Run tools/benchmark.py profile on a config; yield a row for each phase of the step and for the whole step."""
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "profile", "--cfg", str(file), "--steps",
-               str(steps), "--seconds", str(seconds), "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "benchmark.py"),
+        "profile",
+        "--cfg",
+        str(file),
+        "--steps",
+        str(steps),
+        "--seconds",
+        str(seconds),
+        "--out",
+        str(out),
+    ]
     program = Program(command, scratch / "profile.log", deadline)
     for _ in program.run():
         pass

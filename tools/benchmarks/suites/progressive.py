@@ -18,7 +18,7 @@ from train.engine.warm_up import warm_up
 STEADY = "of the next epoch"
 
 
-def group(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
+def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     """The entry of a run's record. Rounds of two epochs per stage, so that every round changes each stage once.
 
     The real loader, step and epoch; the first round warms up and is left out. ratio: the median over the rounds of the
@@ -36,8 +36,9 @@ def group(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     dataset = load_dataset(config.data.path)
     rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
     with dist.process_group(ranks) as device:
-        loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
-                                    accumulation_steps=train.accumulation_steps)  # fmt: skip
+        loader = build_train_loader(
+            data, config.aug, seed=config.seed, device=device, accumulation_steps=train.accumulation_steps
+        )
         largest = max(stage.image_size for stage in loader.stages)
         training = build_all(config, dataset, len(dataset["classes"]), largest, device)
         warm_up(training, loader)

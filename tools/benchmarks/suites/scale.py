@@ -26,7 +26,7 @@ from pipelines.augment import geometry
 from pipelines.storage import split as shards
 from pipelines.storage import tar_format
 from tools.benchmarks.engine import ours
-from tools.benchmarks.engine.interleaved import Contestant, Stream, measure
+from tools.benchmarks.engine.interleaved import Candidate, Workload, measure
 
 SIZES = (10_000, 100_000, 1_500_000)
 SIDE = 96  # pixels, MediumImageNet's
@@ -37,13 +37,19 @@ BATCHES = 19  # timed, of the 19 that 10,000 samples have
 AHEAD = 20  # batches that the loader may prepare beyond them
 
 
-def group(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
+def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
     """One row per size: microseconds per sample, memory, and the time from opening to the first batch."""
     rows = []
     for samples in sizes:
-        (outcome,) = measure([Contestant(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
+        (measurement,) = measure([Candidate(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
         rows.append(
-            {"name": outcome.contestant, "ours": True, "samples": samples, "error": outcome.error, **outcome.facts}
+            {
+                "name": measurement.candidate,
+                "ours": True,
+                "samples": samples,
+                "error": measurement.error,
+                **measurement.details,
+            }
         )
     return {"title": title(side), "stage": "scale", "rows": rows}
 
@@ -54,7 +60,7 @@ def title(side: int = SIDE) -> str:
 
 
 @contextmanager
-def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Stream]]:
+def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
     """Measures everything while it is built, in this fresh process; the stream only carries the facts."""
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
@@ -84,7 +90,7 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
 
     epoch_part()  # maps the pages
     indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
-    facts: dict[str, Any] = {
+    details: dict[str, Any] = {
         "loader_us": _best(epoch_part, seconds),
         "order_us": _best(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)) / samples, seconds),
         "draws_us": _best(lambda: _microseconds(lambda: _draws(indices)) / len(indices), seconds),
@@ -92,9 +98,9 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
         "memory_mib": memory / 2**20,
         "memory_bytes_per_sample": memory / samples,
     }
-    facts["total_us"] = facts["loader_us"] + facts["order_us"] + facts["draws_us"]
-    rounded = {name: float(f"{value:.4g}") for name, value in facts.items()}
-    yield {"": Stream(iter(lambda: time.sleep(1e-4), 0), 1, lambda: rounded)}
+    details["total_us"] = details["loader_us"] + details["order_us"] + details["draws_us"]
+    rounded = {name: float(f"{value:.4g}") for name, value in details.items()}
+    yield {"": Workload(iter(lambda: time.sleep(1e-4), 0), 1, lambda: rounded)}
 
 
 def _draws(indices: np.ndarray) -> None:

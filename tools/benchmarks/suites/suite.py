@@ -15,18 +15,18 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, StageConfig
 from configs.utils.errors import UserError
 from tools.benchmarks.engine import datasets, results, roofline
-from tools.benchmarks.engine.datasets import batch_of
-from tools.benchmarks.engine.interleaved import TIME_OVER, Contestant, apart, measure
+from tools.benchmarks.engine.datasets import limited_batch_size
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Candidate, measure, run_in_subprocess
 from tools.benchmarks.engine.roofline import Limits
+from tools.benchmarks.engine.run_file import RunFile
 from tools.benchmarks.suites import augmentations, progressive, scale, tables
-from tools.benchmarks.suites.groups import Entry, Measurable, Whole, limit_rows, limits_in, loading, training
-from tools.benchmarks.suites.record import Record
+from tools.benchmarks.suites.groups import Entry, TableSpec, WholeTable, limit_rows, limits_in, loading, training
 from train.distributed.process_group import Ranks
 from train.engine.clock import RunTimer
 
 ROOT = Path(__file__).parents[3]
-PAD = AugConfig(crop="pad", padding=4, flip=0.5)
-RESIZED = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
+PAD_CROP = AugConfig(crop="pad", padding=4, flip=0.5)
+RESIZED_CROP = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
 LIMITS = "limits"
 # of the larger sizes; on a GPU some dozen batches per epoch, and a few GiB on disk
 SAMPLES = {"cpu": 4096, "cuda": 16_384}
@@ -60,8 +60,8 @@ class Part:
 
     name: str
     stages: tuple[str, ...]
-    make: Callable[[Settings], Iterator[Measurable]]
-    is_bounded: bool = True  # needs the limits of the machine
+    tables: Callable[[Settings], Iterator[TableSpec]]
+    needs_limits: bool = True  # needs the limits of the machine
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
@@ -80,20 +80,20 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
     return chosen
 
 
-def run_all(parts: Sequence[Part], settings: Settings, record: Record) -> None:
+def run_parts(parts: Sequence[Part], settings: Settings, record: RunFile) -> None:
     """Measure the parts one after the other. A failure is recorded as a row with an error, and the run continues."""
     begin = time.monotonic() - RunTimer().command_s  # what comes before, as the limits, counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
         ends = [settings.deadline, settings.part_s and begin + settings.part_s]
         within = replace(settings, deadline=min((end for end in ends if end is not None), default=None))
-        found = measured_limits(within, record) if part.is_bounded else {}
+        found = machine_limits(within, record) if part.needs_limits else {}
         with record.part(part.name):
-            if run_part(part, found, within, record.put):
+            if run_part(part, found, within, record.add):
                 record.complete()
         begin = time.monotonic()
 
 
-def measured_limits(settings: Settings, record: Record) -> Limits:
+def machine_limits(settings: Settings, record: RunFile) -> Limits:
     """Return the limits of the machine from the record, or measure them.
 
     Those of the record are used where none is missing for time and the day and the versions are the same.
@@ -104,11 +104,11 @@ def measured_limits(settings: Settings, record: Record) -> Limits:
     if limits_in(rows) and is_current and about["is_complete"]:
         return limits_in(rows)
     with record.part(LIMITS):
-        contestant = Contestant("limits", roofline.limits, (settings.device, settings.data))
-        outcomes = measure([contestant], settings.seconds, min(3, settings.rounds), settings.deadline)
-        rows = limit_rows(outcomes)
-        record.put({"title": "Limits of the machine", "stage": "limits", "rows": rows})
-        if all(row.get("note") != TIME_OVER for row in rows):
+        candidate = Candidate("limits", roofline.limit_workloads, (settings.device, settings.data))
+        measurements = measure([candidate], settings.seconds, min(3, settings.rounds), settings.deadline)
+        rows = limit_rows(measurements)
+        record.add({"title": "Limits of the machine", "stage": "limits", "rows": rows})
+        if all(row.get("note") != OUT_OF_TIME for row in rows):
             record.complete()
     return limits_in(rows)
 
@@ -121,97 +121,119 @@ def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry
     is_complete = True
     try:
         check_time(settings)
-        for one in part.make(settings):
+        for one in part.tables(settings):
             if settings.only and one.stage not in settings.only:
                 is_complete = False
                 continue
-            if is_over(settings):
+            if is_out_of_time(settings):
                 is_complete = False
-                put(unmeasured(one.title, results.skipped(one.title)))
+                put(one_row_table(one.title, results.skipped_row(one.title)))
                 continue
             entry = one.run(found, settings.seconds, settings.rounds, settings.deadline, put)
             put(entry)
             is_complete &= all(map(results.is_complete, entry["rows"]))
-            tqdm.write(f"\n{tables.of_entry(entry)}")
+            tqdm.write(f"\n{tables.table_markdown(entry)}")
             sys.stdout.flush()
     except TimeoutError:
-        put(unmeasured(f"{part.name}, what remains", results.skipped(part.name)))
+        put(one_row_table(f"{part.name}, what remains", results.skipped_row(part.name)))
         return False
     except Exception as error:  # whatever it is, the other parts go on
-        put(unmeasured(part.name, results.failed(part.name, results.sentence(error))))
+        put(one_row_table(part.name, results.failed_row(part.name, results.error_text(error))))
         return False
     return is_complete
 
 
-def is_over(settings: Settings, needed_s: float = 0.0) -> bool:
+def is_out_of_time(settings: Settings, needed_s: float = 0.0) -> bool:
     return settings.deadline is not None and time.monotonic() + needed_s > settings.deadline
 
 
 def check_time(settings: Settings, needed_s: float = 0.0) -> None:
     """Raise TimeoutError if less than `needed_s` is left until the deadline."""
-    if is_over(settings, needed_s):
-        raise TimeoutError(TIME_OVER)
+    if is_out_of_time(settings, needed_s):
+        raise TimeoutError(OUT_OF_TIME)
 
 
-def unmeasured(title: str, row: results.Row) -> Entry:
+def one_row_table(title: str, row: results.Row) -> Entry:
     """Return a table without figures, of one row."""
     return {"title": title, "stage": "failed", "rows": [row]}
 
 
-def loaders_beside_peers(settings: Settings, given: Path, aug: AugConfig, size: int) -> Iterator[Measurable]:
-    jpeg = datasets.remake(given, settings.data / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples)
+def loaders_beside_peers(settings: Settings, given: Path, aug: AugConfig, size: int) -> Iterator[TableSpec]:
+    jpeg = datasets.make_variant(given, settings.data / f"{given.name}-jpeg", encoding="jpeg", samples=settings.samples)
     for folder in (given, jpeg):
         for augmentation in (None, aug):
-            yield loading([folder], augmentation, size=size, batch_size=batch_of(folder, 512, batches=4),
-                          device=settings.device, scratch=settings.scratch, workers=settings.workers)  # fmt: skip
+            yield loading(
+                [folder],
+                augmentation,
+                size=size,
+                batch_size=limited_batch_size(folder, 512, batches=4),
+                device=settings.device,
+                scratch=settings.scratch,
+                workers=settings.workers,
+            )
 
 
-def lenet_beside_peers(settings: Settings) -> Iterator[Measurable]:
-    config = config_on("cifar10_lenet", small(settings))
-    yield training("LeNet 32x32", config, {"end to end": {}}, device=settings.device, scratch=settings.scratch,
-                   workers=settings.workers)  # fmt: skip
-
-
-def augmented(settings: Settings, folder: Path) -> Iterator[Measurable]:
-    yield augmentations.group(folder, batch_size=batch_of(folder, 512, batches=4), device=settings.device,
-                              scratch=settings.scratch, workers=settings.workers)  # fmt: skip
-
-
-def cost_per_sample(settings: Settings) -> Iterator[Measurable]:
-    yield Whole(scale.title(), "scale", lambda: scale.group(settings.scratch, settings.seconds))
-
-
-def changes(settings: Settings) -> Iterator[Measurable]:
-    """Measure changes of the image size with ResNet-18 on a GPU, else with LeNet, which takes 32 to 35 pixels."""
-    if settings.device == "cuda":
-        folder = medium(settings)
-        config = config_on("medium_imagenet_96_resnet18_progressive", folder, batch_size=batch_of(folder, 1024))
-    else:
-        stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
-        config = config_on("cifar10_lenet", small(settings), stages=stages)
-    yield Whole(
-        progressive.title(config),
-        "stages",
-        lambda: apart(progressive.group, config, Ranks(), settings.rounds, deadline=settings.deadline),
+def lenet_beside_peers(settings: Settings) -> Iterator[TableSpec]:
+    config = load_config_on("cifar10_lenet", small_dataset(settings))
+    yield training(
+        "LeNet 32x32",
+        config,
+        {"end to end": {}},
+        device=settings.device,
+        scratch=settings.scratch,
+        workers=settings.workers,
     )
 
 
-def small(settings: Settings) -> Path:
+def augmented(settings: Settings, folder: Path) -> Iterator[TableSpec]:
+    yield augmentations.augmentation_table(
+        folder,
+        batch_size=limited_batch_size(folder, 512, batches=4),
+        device=settings.device,
+        scratch=settings.scratch,
+        workers=settings.workers,
+    )
+
+
+def cost_per_sample(settings: Settings) -> Iterator[TableSpec]:
+    yield WholeTable(scale.title(), "scale", lambda: scale.measure_scale(settings.scratch, settings.seconds))
+
+
+def stage_changes(settings: Settings) -> Iterator[TableSpec]:
+    """Measure changes of the image size with ResNet-18 on a GPU, else with LeNet, which takes 32 to 35 pixels."""
+    if settings.device == "cuda":
+        folder = medium_dataset(settings)
+        config = load_config_on(
+            "medium_imagenet_96_resnet18_progressive", folder, batch_size=limited_batch_size(folder, 1024)
+        )
+    else:
+        stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
+        config = load_config_on("cifar10_lenet", small_dataset(settings), stages=stages)
+    yield WholeTable(
+        progressive.title(config),
+        "stages",
+        lambda: run_in_subprocess(
+            progressive.measure_stage_changes, config, Ranks(), settings.rounds, deadline=settings.deadline
+        ),
+    )
+
+
+def small_dataset(settings: Settings) -> Path:
     """Return the 32x32 data set: the given one, data/cifar10, `source` converted, or scikit-learn's digits."""
     given = settings.small or ROOT / "data" / "cifar10"
-    return datasets.small_set(given, settings.source, settings.data)
+    return datasets.small_dataset(given, settings.source, settings.data)
 
 
-def medium(settings: Settings) -> Path:
+def medium_dataset(settings: Settings) -> Path:
     """Return the 96x96 data set; where none is converted, enlarge the small one."""
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
         return given
-    base, samples = small(settings), settings.samples or SAMPLES[settings.device]
-    return datasets.remake(base, settings.data / f"{base.name}-96-{samples}", size=96, samples=samples)
+    base, samples = small_dataset(settings), settings.samples or SAMPLES[settings.device]
+    return datasets.make_variant(base, settings.data / f"{base.name}-96-{samples}", size=96, samples=samples)
 
 
-def config_on(name: str, folder: Path, **data: Any) -> Config:
+def load_config_on(name: str, folder: Path, **data: Any) -> Config:
     """Load a config of the project with another data set."""
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
@@ -220,11 +242,19 @@ def config_on(name: str, folder: Path, **data: Any) -> Config:
 READ_AND_AUGMENTED = ("reading", "loading")
 # loading beside all peers at 32x32 and 96x96, raw and JPEG; training LeNet beside all peers
 CPU_PARTS = (
-    Part("32x32", READ_AND_AUGMENTED, lambda settings: loaders_beside_peers(settings, small(settings), PAD, 32)),
+    Part(
+        "32x32",
+        READ_AND_AUGMENTED,
+        lambda settings: loaders_beside_peers(settings, small_dataset(settings), PAD_CROP, 32),
+    ),
     Part("LeNet", ("training",), lenet_beside_peers),
-    Part("96x96", READ_AND_AUGMENTED, lambda settings: loaders_beside_peers(settings, medium(settings), RESIZED, 64)),
-    Part("augmentations 32x32", ("augment",), lambda settings: augmented(settings, small(settings))),
-    Part("augmentations 96x96", ("augment",), lambda settings: augmented(settings, medium(settings))),
+    Part(
+        "96x96",
+        READ_AND_AUGMENTED,
+        lambda settings: loaders_beside_peers(settings, medium_dataset(settings), RESIZED_CROP, 64),
+    ),
+    Part("augmentations 32x32", ("augment",), lambda settings: augmented(settings, small_dataset(settings))),
+    Part("augmentations 96x96", ("augment",), lambda settings: augmented(settings, medium_dataset(settings))),
     Part("scale", ("scale",), cost_per_sample),
-    Part("stages", ("stages",), changes),
+    Part("stages", ("stages",), stage_changes),
 )

@@ -16,20 +16,20 @@ SCALE = ("samples", "µs/sample", "loader", "order", "draws", "open to first bat
 SCALE_FIELDS = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s", "memory_mib")
 
 
-def of_run(run: dict[str, Any]) -> str:
+def run_markdown(run: dict[str, Any]) -> str:
     """Return all tables of a run and the headline."""
-    return of_entries(run["groups"], run)
+    return tables_markdown(run["groups"], run)
 
 
-def of_entries(entries: Sequence[Entry], run: dict[str, Any]) -> str:
+def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
     """Return some of a run's tables and the headline."""
-    text = [of_entry(entry) for entry in entries]
+    text = [table_markdown(entry) for entry in entries]
     if run["missing_peers"]:
         text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
     return "\n\n".join([*text, headline(run)])
 
 
-def of_entry(entry: Entry) -> str:
+def table_markdown(entry: Entry) -> str:
     """Return a table under its title, with its notes."""
     return "\n\n".join([f"### {entry['title']}", table(entry), *_notes(entry)])
 
@@ -84,9 +84,7 @@ def _plain(entry: Entry) -> str:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
         rows.append({"": row["name"], **{name: row.get(name) for name in entry["columns"]}, "remark": remark})
     unused = {name for name in (*entry["columns"], "remark") if all(row[name] in (None, "") for row in rows)}
-    return tables.markdown([
-        {shown(key): value for key, value in row.items() if key not in unused} for row in rows
-    ])  # fmt: skip
+    return tables.markdown([{shown(key): value for key, value in row.items() if key not in unused} for row in rows])
 
 
 def shown(name: str) -> str:

@@ -28,7 +28,7 @@ def command() -> str:
     return " ".join(["python", *sys.argv])
 
 
-def start(environment: dict[str, Any], missing: list[str]) -> Run:
+def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
     """Return a run without tables."""
     return {
         "format": results.FORMAT,
@@ -47,7 +47,7 @@ def write_json(run: Run, path: Path) -> None:
     write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 
-class Record:
+class RunFile:
     """A run and the JSON files that hold it.
 
     files: written after every table. earlier: a run on the same device, whose tables of other parts are kept.
@@ -82,7 +82,7 @@ class Record:
         self.run["groups"] = [one for one in groups if one.get("part") != self._part or _key(one) in self._own]
         self.run["parts"][self._part]["is_complete"] = True
 
-    def put(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:
         """Add a table to the part, or replace the table of the same title.
 
         A table of an earlier run is replaced only by one that has a measured row.
@@ -96,7 +96,7 @@ class Record:
             self._in_place.add(key)
         self._write()
 
-    def tables(self) -> list[Entry]:
+    def added_tables(self) -> list[Entry]:
         """Return the tables that this run has put, including those that did not replace an earlier one."""
         return list(self._own.values())
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs.schema import AugConfig
 from pipelines.storage.split import Split, open_split
-from tools.benchmarks.engine.datasets import QUALITY, SPLIT, remake
+from tools.benchmarks.engine.datasets import QUALITY, SPLIT, make_variant
 
 Batches = Iterator[tuple[Any, Any]]
 
@@ -27,7 +27,7 @@ def _opened(folder: Path) -> Split:
 
 
 @dataclass(frozen=True)
-class PeerSource:
+class PeerTask:
     """aug None: reading alone, without any work on the pixels but decoding."""
 
     folder: Path
@@ -60,9 +60,9 @@ class PeerSource:
         """mean and std of the split's pixels, of values from 0 to 1."""
         return self.split.dataset["mean"], self.split.dataset["std"]
 
-    def picture(self, index: int) -> Image.Image:
+    def pil_image(self, index: int) -> Image.Image:
         """One sample as a PIL image, decoded where it is JPEG."""
-        return picture(self.split, index)
+        return pil_image(self.split, index)
 
     def pixels(self, index: int) -> np.ndarray:
         """One sample: uint8 [H, W, 3]."""
@@ -77,10 +77,10 @@ class PeerSource:
         if len(self.split.files) >= self.workers or self.encoding != "npy":
             return self.split
         out = self.file("-shards")
-        return open_split(out if (out / "dataset.json").exists() else remake(self.folder, out), SPLIT)
+        return open_split(out if (out / "dataset.json").exists() else make_variant(self.folder, out), SPLIT)
 
 
-def picture(split: Split, index: int) -> Image.Image:
+def pil_image(split: Split, index: int) -> Image.Image:
     if split.encoding == "npy":
         return Image.fromarray(pixels(split, index))
     return Image.open(io.BytesIO(_content(split, index))).convert("RGB")
@@ -88,7 +88,7 @@ def picture(split: Split, index: int) -> Image.Image:
 
 def pixels(split: Split, index: int) -> np.ndarray:
     if split.encoding != "npy":
-        return np.asarray(picture(split, index))
+        return np.asarray(pil_image(split, index))
     shape = split.image_shape or ()
     end = int(split.address[index]) + int(split.size[index])
     return split.content[end - int(np.prod(shape)) : end].reshape(shape)
