@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.activation import build_activation
-from models.image_size import check_image_size
+from models.layers import build_activation, check_image_size
 
 
 class AlexNet(nn.Module):

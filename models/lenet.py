@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.activation import build_activation, init_gain
-from models.image_size import check_image_size
+from models.layers import build_activation, check_image_size, init_gain
 
 
 class LeNet(nn.Module):

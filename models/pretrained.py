@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from configs.suggestions import format_value
 from configs.utils.errors import UserError
-from models import PixelClassifier, build_from_config, model_options
+from models.factory import build_from_config, model_options
+from models.layers import PixelClassifier
 from models.timm_models import timm_arguments
 from models.weights import LoadResult, copy_weights, head_layers, read_weights
 from models.weights_config import NAME, WeightsConfig, read_weights_config

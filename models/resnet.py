@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.utils.errors import UserError
-from models.activation import build_activation
-from models.image_size import check_image_size
+from models.layers import build_activation, check_image_size
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.image_size import check_image_size
+from models.layers import check_image_size
 
 
 class Whitening(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
 from models import build_model
-from models.activation import ACTIVATIONS, build_activation, init_gain
+from models.layers import ACTIVATIONS, build_activation, init_gain
 
 FUNCTIONS = {
     "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh,
@@ -181,5 +181,7 @@ def test_resnet18_of_width_16_has_701_466_parameters_with_10_classes() -> None:
 
 def test_an_activation_is_refused_where_a_model_is_made_for_its_own() -> None:
     for name in SPEEDRUNS:
-        with pytest.raises(UserError, match=f"activation=gelu cannot be applied: model '{name}' is made for its own"):
+        with pytest.raises(
+            UserError, match=f"activation=gelu cannot be applied: model '{name}' has a fixed activation"
+        ):
             build_model(name, 10, activation="gelu")

@@ -208,7 +208,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
         ("model.freeze=[layer7.*]", "'layer7.*' matches no parameter"),
         ("model.pretrained=true", "which model 'resnet18' has none of"),
         ("model.options={widht: 4}", "widht=4 is not an option"),
-        ("model.options={width: wide}", "width='wide' is not what"),
+        ("model.options={width: wide}", "width='wide' has the wrong type"),
         ("model.activation=swish", "model.activation"),
     ],
 )

@@ -1,0 +1,153 @@
+"""Build models by name: the built-in ones and, as timm/NAME, every model of timm."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from configs.schema import ModelConfig
+from configs.utils.errors import UserError
+from models.alexnet import AlexNet
+from models.layers import ACTIVATIONS, Normalize, PixelClassifier, check_image_size
+from models.lenet import LeNet
+from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
+from models.timm_models import build_timm_model
+
+MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "speedrun94": speedrun94,
+    "speedrun95": speedrun95,
+    "speedrun96": speedrun96,
+    "speedrun96_proxy": speedrun96_proxy,
+}
+TYPE_NAMES = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
+# Keys not allowed in model.options: another setting decides them, or they would change the 3 input channels or logits.
+RESERVED = {
+    "name", "num_classes", "image_size", "mean", "std", "drop_rate", "activation", "pretrained", "finetune", "freeze",
+    "in_chans", "features_only", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+}  # fmt: skip
+
+
+def list_models() -> list[str]:
+    """Return the sorted names of the built-in models."""
+    return sorted(MODELS)
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    drop_rate: float | None = None,
+    activation: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model with randomly initialised weights: images [B, 3, H, W] -> logits float [B, num_classes].
+
+    Args:
+        name: one of `list_models()`, or timm/NAME.
+        image_size: height and width in pixels to check; timm models built for one size get it. None: no check.
+        mean, std: three numbers each, for pixel values in 0..1. With both, the result is a `PixelClassifier` that takes
+            uint8 pixels; without, it is the plain network, which takes normalised floats.
+        drop_rate: dropout probability; None: the model's default.
+        activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
+        kwargs: further arguments of the model's constructor.
+
+    Raises:
+        UserError: the name is unknown, or the model does not take this size or argument.
+    """
+    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument}={value} is not a positive whole number")
+    if drop_rate is not None and not 0 <= drop_rate < 1:
+        raise UserError(f"drop_rate={drop_rate} is not a probability from 0 up to, not including, 1")
+    if (mean is None) != (std is None):
+        raise UserError(f"mean={mean} and std={std} must be given together, or neither")
+
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UserError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    settings = {"drop_rate": drop_rate, "activation": activation}
+    if name.startswith("timm/"):
+        network = build_timm_model(name.removeprefix("timm/"), num_classes, image_size=image_size, **settings, **kwargs)
+    else:
+        network = _build_builtin_model(name, num_classes, image_size, settings, kwargs)
+    if mean is None or std is None:
+        return network
+    return PixelClassifier(Normalize(mean, std), network)
+
+
+def build_from_config(
+    config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
+) -> PixelClassifier:
+    """Build the architecture of a config's `model` section with randomly initialised weights; see `build_model`.
+
+    `pretrained`, `finetune` and `freeze` are ignored here.
+    """
+    model = build_model(
+        config.name,
+        num_classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        drop_rate=config.drop_rate,
+        activation=config.activation,
+        **model_options(config),
+    )
+    assert isinstance(model, PixelClassifier)
+    return model
+
+
+def model_options(config: ModelConfig) -> dict[str, Any]:
+    """Return model.options without nulls, which mean the model's default. Raise `UserError` for a reserved key."""
+    for key in sorted(RESERVED & config.options.keys()):
+        raise UserError(
+            f"model.options={config.options} must not hold {key!r}, which is set elsewhere"
+            + (f": use model.{key}" if key in ModelConfig.model_fields else "; leave it out")
+        )
+    return {key: value for key, value in config.options.items() if value is not None}
+
+
+def _build_builtin_model(
+    name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """Build one of `list_models()`; see `build_model`. settings: drop_rate and activation, None where not set."""
+    if name not in MODELS:
+        raise UserError(
+            f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"
+        )
+    constructor = MODELS[name]
+    types = {name: one.annotation for name, one in inspect.signature(constructor, eval_str=True).parameters.items()}
+    if settings["drop_rate"] and "drop_rate" not in types:
+        raise UserError(
+            f"drop_rate={settings['drop_rate']} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
+        )
+    if settings["activation"] and "activation" not in types:
+        raise UserError(
+            f"activation={settings['activation']} cannot be applied: model {name!r} has a fixed activation; "
+            "leave it out"
+        )
+    options = [option for option in types if option not in ("num_classes", *settings)]
+    for argument, value in kwargs.items():
+        if argument not in options:
+            raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")
+        if type(value) is not types[argument]:
+            raise UserError(
+                f"{argument}={value!r} has the wrong type for model {name!r}; use {TYPE_NAMES[types[argument]]}"
+            )
+    given = {setting: value for setting, value in settings.items() if value is not None and setting in types}
+    network = constructor(num_classes, **given, **kwargs)
+    if image_size is not None:
+        check_image_size(name, image_size, image_size, network.min_image_size, network.max_image_size)
+    return network

@@ -1,0 +1,115 @@
+"""Parts shared by all models: activations, the check of image sizes, and normalisation of raw pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from configs.utils.errors import UserError
+
+# Activations by their names in configs. None has parameters, so exchanging one does not rename entries of a state dict.
+# In place where the gradient follows from the result; the others store their input for the backward pass anyway.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "leaky_relu": partial(nn.LeakyReLU, inplace=True),
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": partial(nn.ELU, inplace=True),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
+}
+SIGMOID_GAIN = 4.0
+
+
+def build_activation(name: str) -> nn.Module:
+    """Build the activation `name`, a key of ACTIVATIONS."""
+    return ACTIVATIONS[name]()
+
+
+def init_gain(name: str) -> float:
+    """Return the factor of Xavier's initial standard deviation for a layer followed by this activation.
+
+    The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z, which keeps the scale of signals from layer to layer. For
+    relu this is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support gelu,
+    silu, elu, hardswish and mish. For sigmoid it is 4: its slope is at most 1/4, and most of its output is a constant.
+    """
+    if name == "sigmoid":
+        return SIGMOID_GAIN
+    z = torch.linspace(-10, 10, 20_001, dtype=torch.float64, device="cpu")
+    density = torch.exp(-(z**2) / 2)
+    mean_square = (density * build_activation(name)(z.clone()) ** 2).sum() / density.sum()
+    return float(mean_square) ** -0.5
+
+
+def check_image_size(model: str, height: int, width: int, min_size: int, max_size: int | None = None) -> None:
+    """Raise a `UserError` unless both sides (pixels) are within min_size..max_size.
+
+    Compares Python ints (or torch's symbolic ints) only: no kernel, no synchronisation and no graph break.
+    """
+    if height >= min_size and width >= min_size and (max_size is None or (height <= max_size and width <= max_size)):
+        return
+    allowed = f"at least {min_size}" if max_size is None else f"from {min_size} to {max_size}"
+    raise UserError(
+        f"image_size {height}x{width} (height x width) is not one that {model} takes: the smallest is {min_size}, so "
+        f"make both sides {allowed} or choose another model"
+    )
+
+
+class Normalize(nn.Module):
+    """Normalises pixels: (images / 255 - mean) / std, for uint8 [B, 3, H, W] or floats in 0..255.
+
+    It is the first module of a model instead of the last step of the loader: uint8 images are a quarter of the bytes to
+    copy to the device, the compiler fuses it into the first convolution's input, and a checkpoint takes raw pixels, so
+    that training and prediction cannot disagree.
+
+    The result has the autocast dtype where autocast is enabled for the device of `images`, else the dtype of the
+    buffers, which `.double()` and `.half()` convert together with the network. Strides (channels_last) are preserved.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """mean, std: one number per channel, for pixel values in 0..1. Raises `UserError` for other values."""
+        super().__init__()
+        for name, values, allowed in (("mean", mean, "from 0 to 1"), ("std", std, "above 0 and at most 1")):
+            good = [0 < v <= 1 if name == "std" else 0 <= v <= 1 for v in values]
+            if len(good) != 3 or not all(good):
+                raise UserError(
+                    f"{name}={list(values)} is not three numbers {allowed}; divide statistics of 0..255 pixels by 255"
+                )
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.get_default_dtype()))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device)
+        # Computed in the buffers' dtype and rounded once: bfloat16 arithmetic would lose a grey level near the mean.
+        scale = (1 / (255 * self.std)).view(3, 1, 1)
+        bias = (-self.mean / self.std).view(3, 1, 1)
+        normalized = images.to(self.mean.dtype) * scale + bias
+        return normalized.to(torch.get_autocast_dtype(device)) if autocast else normalized
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+
+
+class PixelClassifier(nn.Module):
+    """A network behind `Normalize`: raw pixels, uint8 [B, 3, H, W] -> logits [B, num_classes].
+
+    Names in the state dict start with normalize. and network.
+    """
+
+    def __init__(self, normalize: Normalize, network: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(images))
+        return logits
