@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Section
-from configs.schema.train import BUILT_IN, DEFAULTS
+from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines.storage.split import fingerprint
@@ -146,9 +146,9 @@ def _used_by_timm(content: dict[str, Any], then: dict[str, Any], now: dict[str, 
         group = content["optimizer"]["param_groups"][0]
     except (KeyError, IndexError, TypeError):  # loading it says what is wrong
         return {}
-    if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN:
+    if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN_OPTIMIZERS:
         return {}
-    keys = {f"train.optimizer.{key}": key for key in DEFAULTS}
+    keys = {f"train.optimizer.{key}": key for key in OPTIMIZER_DEFAULTS}
     different = {key: name for key, name in keys.items() if then[key] != now[key]}
     used = {key: group.get(name, now[key]) for key, name in different.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in used.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config, OptimizerConfig
-from configs.schema.train import BUILT_IN, DEFAULTS
+from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.utils.errors import UserError
 from train.optim.muon import Muon
 from train.optim.param_groups import parameter_groups
@@ -75,12 +75,12 @@ def with_timm_defaults(config: Config) -> Config:
     Raises UserError as `build_optimizer` does.
     """
     asked = config.train.optimizer
-    if asked.name in BUILT_IN:
+    if asked.name in BUILT_IN_OPTIMIZERS:
         return config
     group = _build_timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], asked, config.train.lr).param_groups[
         0
     ]
-    missing = [key for key in DEFAULTS if getattr(asked, key) is None and key not in asked.options]
+    missing = [key for key in OPTIMIZER_DEFAULTS if getattr(asked, key) is None and key not in asked.options]
     used = asked.model_copy(update={key: group[key] for key in missing if key in group})
     return config.model_copy(update={"train": config.train.model_copy(update={"optimizer": used})})
 

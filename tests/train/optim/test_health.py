@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from configs.schema.train import ProxyConfig
+from configs.schema import ProxyConfig
 from helpers.training import alone, make_state, on_ranks, random_batch, small_net
 from train.distributed.process_group import Ranks
 from train.engine.epoch import TrainState, train_step
