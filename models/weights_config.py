@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.suggestions import format_value
 from configs.utils.errors import UserError
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 
 NAME = "config.json"
 
@@ -34,7 +34,7 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
     """Read the config.json beside `weights`; return None if there is none. Raises UserError if it is broken."""
     path = weights.parent / NAME
     try:
-        content = json.loads(read_record(path))
+        content = json.loads(read_small_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -51,8 +51,7 @@ from tools.common.tables import Row, make_folder, markdown, write_text
 from tools.inference.export_check import CPU, ExpectedLogits, compare_logits, expected_logits
 from tools.inference.export_formats import FORMATS, Exportable, usage_snippet
 from tools.inference.trained_model import TrainedModel, load_trained_model
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 
 ROUNDING = 1e-6  # of the largest logit: what float32 leaves open after many layers
 PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
@@ -80,7 +79,7 @@ def main() -> int:
         raise UserError(f"--verify-images={arguments.verify_images} is not a positive whole number; use 1 or more")
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance={arguments.tolerance} is not a number of at least 0; use 1e-4")
-    with dist.process_group(Ranks.alone("tools/export.py")):
+    with process_group(Ranks.alone("tools/export.py")):
         trained = load_trained_model(arguments.checkpoint, CPU)
     expected = expected_logits(trained, arguments.data_path, arguments.verify_images)
     exportable = build_exportable(trained)

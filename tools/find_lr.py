@@ -37,8 +37,7 @@ from pipelines.storage.split import load_dataset
 from tools.common.tables import make_folder, write_csv, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import build_all, check_classes
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_threads import limit_threads
 from train.engine.epoch import (
     TrainState,
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     make_folder(out)
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         limit_threads(device)
         accumulation = config.train.accumulation_steps
         loader = build_train_loader(

@@ -43,8 +43,7 @@ from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
 from tools.inference.trained_model import TrainedModel, check_same_classes, load_trained_model
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import Evaluation
 
 MAX_SHOWN = 5
@@ -87,7 +86,7 @@ def main() -> None:
         if value is not None and value < 1:
             raise UserError(f"{option}={value} is not a positive whole number; use 1 or more")
     ranks = Ranks.alone("tools/predict.py")
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         models = [load_trained_model(path, device, compiled=True) for path in arguments.checkpoint]
         for other in models[1:]:
             check_same_classes(models[0], other.classes, f"checkpoint {other.path}")

@@ -37,8 +37,7 @@ from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.split import load_dataset
 from tools.common.tables import write_text
 from train.build import build_all, check_classes
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.clock import RunTimer
 from train.engine.cpu_threads import limit_threads
 from train.engine.epoch import TrainState, evaluate, train_epoch
@@ -76,7 +75,7 @@ def main() -> None:
     classes = check_classes(config, dataset)
     val_samples = dataset["splits"][config.data.val_split]["samples"]
 
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         limit_threads(device)
         val_loader = build_eval_loader(config.data, config.eval, device=device)
         training = build_all(config, dataset, classes, val_loader.image_size, device)

@@ -44,10 +44,9 @@ from tools.perf.cost_report import ModelCase, format_report, layer_rows, layers_
 from train.build import to_device
 from train.checkpoint import store
 from train.checkpoint.run_dir import find_checkpoints
-from train.checkpoint.state import check_holds
+from train.checkpoint.state import require_keys
 from train.checkpoint.store import BEST, LAST, PREVIOUS
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import amp_dtype
 from train.optim.freeze import freeze
 from train.reporting import figures
@@ -90,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_folder(options.out)
     rows: list[Row] = []
     layers: dict[str, list[Row]] = {}
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         for subject in tqdm(subjects.values(), desc="models", leave=False, disable=not sys.stderr.isatty()):
             amp = amp_dtype(subject.train.amp, device)
             costs, measured = compute_costs(subject, device, amp)
@@ -151,7 +150,7 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
             facts = {"classes": facts["classes"], "image_size": shape[0] if shape else None}
     else:
         path, content = store.load_newest(find_checkpoints(path))
-        check_holds(content, ("config",), path)
+        require_keys(content, ("config",), path)
         config = parse_config(content["config"], f"the config in {path}")
         facts = content.get("dataset", {})
     classes = options.classes or config.model.num_classes or len(facts.get("classes", ()))

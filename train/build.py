@@ -16,7 +16,7 @@ from models import build_from_config
 from models.pretrained import build_pretrained
 from pipelines.augment.mixup import mixing_enabled
 from train.checkpoint.finetune import load_finetune
-from train.distributed import process_group
+from train.distributed.process_group import get_world_size
 from train.engine.epoch import TrainState, build_state
 from train.engine.hard_samples import build_proxy
 from train.optim.ema import build_ema
@@ -39,9 +39,9 @@ def build_all(
     """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
 
     Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
-    `without_start(config)`; one that is only evaluated from `for_inference(config)`, without `trains`.
+    `without_pretrained(config)`; one that is only evaluated from `inference_config(config)`, without `trains`.
     """
-    train = scale_learning_rates(config.train, global_batch(config, process_group.world_size()))
+    train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
     shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
 

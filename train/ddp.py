@@ -23,14 +23,20 @@ from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.split import load_dataset
 from train.build import build_all, check_classes
 from train.checkpoint import relaunch
-from train.checkpoint.compatibility import check_same_run, stream_of
-from train.checkpoint.finetune import without_start
-from train.checkpoint.run_dir import as_held, find_run, held, is_checkpoint, make_folder
-from train.checkpoint.writer import Saving
-from train.distributed import process_group as dist
-from train.distributed.launcher import run_ranks
-from train.distributed.process_group import Ranks
-from train.distributed.signals import Stopped, listening
+from train.checkpoint.compatibility import check_same_run, stream_info
+from train.checkpoint.finetune import without_pretrained
+from train.checkpoint.run_dir import (
+    create_run_dir,
+    is_explicit_checkpoint,
+    lock_run_dir,
+    refresh_candidates,
+    resolve_resume,
+)
+from train.checkpoint.writer import CheckpointWriter
+from train.distributed import collectives
+from train.distributed.launcher import run_distributed
+from train.distributed.process_group import Ranks, process_group
+from train.distributed.signals import Preempted, catch_signals
 from train.engine.clock import RunTimer
 from train.engine.cpu_threads import limit_threads
 from train.engine.epoch import TrainState, build_timeline, evaluate
@@ -42,7 +48,7 @@ from train.evaluation import build_for_evaluation
 from train.optim.ema import eval_weights, uses_ema
 from train.optim.factory import with_timm_defaults
 from train.optim.schedule import config_warnings
-from train.reporting.run_info import dataset_facts, describe, facts_of, unreached_stages
+from train.reporting.run_info import collect_run_info, dataset_info, stage_warnings, summary_line
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
 from train.trainer import Trainer, fit, load_newest_on_all_ranks, restore_run
@@ -90,7 +96,7 @@ def main() -> int:
         check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
-    with dist.process_group(ranks) as device, ExitStack() as until_the_end:
+    with process_group(ranks) as device, ExitStack() as until_the_end:
         where: dict[str, Any] = {
             "device": device,
             "rank": ranks.rank,
@@ -101,15 +107,17 @@ def main() -> int:
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
         trains = not (evaluates_only or arguments.throughput)
-        launch = relaunch.agents() if trains else []
-        in_use, resume = dist.from_first_rank(lambda: relaunch.find_folder(config, resume, launch))
-        folder, candidates = dist.from_first_rank(lambda: find_run(config, resume))
+        launcher_ids = relaunch.launcher_ids() if trains else []
+        in_use, resume = collectives.from_first_rank(lambda: relaunch.find_active_run_dir(config, resume, launcher_ids))
+        folder, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
         folder = in_use or folder
         is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
         if folder is not None and trains and is_run:  # before its checkpoints are read
-            until_the_end.enter_context(held(folder))
-            is_named = in_use is None and is_checkpoint(resume)
-            candidates = dist.from_first_rank(partial(as_held, folder, candidates, is_named=is_named))
+            until_the_end.enter_context(lock_run_dir(folder))
+            is_explicit = in_use is None and is_explicit_checkpoint(resume)
+            candidates = collectives.from_first_rank(
+                partial(refresh_candidates, folder, candidates, is_explicit=is_explicit)
+            )
         if evaluates_only:
             state, which = build_for_evaluation(config, dataset, candidates, val_loader.image_size, device)
             result = evaluate(state, val_loader, val_samples, config.eval.tta)
@@ -120,10 +128,10 @@ def main() -> int:
         if content is None or "threads" not in content:  # else `restore_threads` takes those that the run began with
             limit_threads(device)
 
-        stream = stream_of(config, dataset, ranks.world_size * config.train.accumulation_steps)
+        stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:
             check_same_run(content, config, stream, source)
-        start = config if content is None else without_start(config)
+        start = config if content is None else without_pretrained(config)
         state = build_all(start, dataset, classes, val_loader.image_size, device)
         train_loader = build_train_loader(
             config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
@@ -146,32 +154,32 @@ def main() -> int:
             content = None  # a second copy of the weights
         done = timeline.first(position["epoch"]) + position["step"]
         if folder is None:
-            folder = dist.from_first_rank(lambda: make_folder(config))
-            until_the_end.enter_context(held(folder))
-        dist.from_first_rank(lambda: relaunch.note(folder, launch))
+            folder = collectives.from_first_rank(lambda: create_run_dir(config))
+            until_the_end.enter_context(lock_run_dir(folder))
+        collectives.from_first_rank(lambda: relaunch.record_launch(folder, launcher_ids))
         about: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),
-            "dataset": dataset_facts(dataset, val_loader.image_size),
+            "dataset": dataset_info(dataset, val_loader.image_size),
             "progress": progress,  # changes in training
             "times": clock.times,  # likewise
         }
-        facts = facts_of(config, dataset, state, train_loader, ranks)
-        log_folder, others_wait = folder if ranks.is_first else None, ranks.world_size > 1
-        run_log = RunLog(log_folder, others_wait=others_wait, loss=config.train.loss)
-        with run_log as log, Saving(folder, state, about) as saving:
-            log.record(about["config"], facts)
-            log.keep_epochs(position["epoch"])
+        facts = collect_run_info(config, dataset, state, train_loader, ranks)
+        log_folder, peers_wait = folder if ranks.is_first else None, ranks.world_size > 1
+        run_log = RunLog(log_folder, peers_wait=peers_wait, loss=config.train.loss)
+        with run_log as log, CheckpointWriter(folder, state, about) as saving:
+            log.write_config(about["config"], facts)
+            log.drop_epochs_from(position["epoch"])
             if source is not None:
-                saving.stands(source, done)
-                log.say(f"resumed from {source} at {position}")
+                saving.mark_saved(source, done)
+                log.info(f"resumed from {source} at {position}")
             elif resume is not None:
-                log.say(f"a new run, since there is no checkpoint yet to go on from (--resume {resume})")
-            log.say(describe(config, facts, device))
-            for note in (*state.notes, *unreached_stages(config), *config_warnings(config.train, timeline)):
-                log.say(note)
+                log.info(f"a new run, since there is no checkpoint yet to go on from (--resume {resume})")
+            log.info(summary_line(config, facts, device))
+            for note in (*state.notes, *stage_warnings(config), *config_warnings(config.train, timeline)):
+                log.info(note)
             if position["epoch"] >= config.train.epochs:
-                log.say(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
+                log.info(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
                 return 0
             log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
 
@@ -180,29 +188,29 @@ def main() -> int:
 
             prepared_s = prepare()
             if state.needs_warmup:
-                log.say(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
+                log.info(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
             if config.log.images and done == timeline.first(config.train.first_epoch):
                 show_samples(log, train_loader, dataset["classes"])
             begin = time.monotonic()
             run = Trainer(config, state, train_loader, val_loader, val_samples, timeline, progress, saving, log, ranks,
                       clock, prepare)  # fmt: skip
             try:
-                with listening() as asked:
-                    fit(run, position, asked)
-            except Stopped as stopped:
-                log.is_in_a_hurry = True
+                with catch_signals() as pending:
+                    fit(run, position, pending)
+            except Preempted as stopped:
+                log.fast_shutdown = True
                 return stopped.exit_code
             if progress.get("left_out"):
-                log.say(f"updates left out in all: {progress['left_out']} of {timeline.total}")
+                log.info(f"updates left out in all: {progress['left_out']} of {timeline.total}")
             which = " of the moving average" if uses_ema(state, config.eval.weights) else ""
-            log.say(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
+            log.info(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
             if not isnan(clock.training_s):
-                log.say(f"epochs and last evaluation {clock.training_s:.2f} s")
-                log.summary({"training_s": clock.training_s})
-            log.say(f"whole command {clock.command_s:.2f} s")
-            log.summary({"command_s": clock.command_s})
-            if config.log.images and dist.from_first_rank(lambda: log.is_tracked):
+                log.info(f"epochs and last evaluation {clock.training_s:.2f} s")
+                log.update_summary({"training_s": clock.training_s})
+            log.info(f"whole command {clock.command_s:.2f} s")
+            log.update_summary({"command_s": clock.command_s})
+            if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
                 with eval_weights(state, config.eval.weights):
                     show_predictions(log, state, val_loader, config, dataset["classes"], step=timeline.total)
     return 0
@@ -219,4 +227,4 @@ def print_throughput(config: Config, state: TrainState, train_loader: TrainLoade
 
 
 if __name__ == "__main__":
-    run_ranks(main)
+    run_distributed(main)

@@ -16,7 +16,7 @@ from models import build_from_config
 from models.weights import copy_weights, head_layers, read_weights
 from train.build import build_all
 from train.checkpoint import store
-from train.checkpoint.finetune import as_trained, for_inference
+from train.checkpoint.finetune import from_checkpoint, inference_config
 from train.engine.epoch import TrainState
 from train.trainer import load_newest_on_all_ranks
 
@@ -43,7 +43,7 @@ def build_for_evaluation(
     if not candidates:
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
     source, content = load_newest_on_all_ranks(candidates)
-    trained = as_trained(config, content, dataset["classes"], source)
+    trained = from_checkpoint(config, content, dataset["classes"], source)
     state = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
     is_average = store.restore_weights(state, content, source, config.eval.weights)
     return state, f"{source}{' (moving average)' if is_average else ''}"
@@ -62,7 +62,7 @@ def _build_foreign(
             "give the data set that they were trained on, or start a run from them with model.pretrained"
         )
     as_there = {**dataset, "mean": mean, "std": std}
-    state = build_all(for_inference(config), as_there, outputs, image_size, device, trains=False)
+    state = build_all(inference_config(config), as_there, outputs, image_size, device, trains=False)
     network: Any = state.network
     copy_weights(network.network, weights, (), f"the weights {path}")
     more = f", of which the data set has the first {classes}" if outputs > classes else ""

@@ -22,13 +22,13 @@ from configs.utils.errors import UserError
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
-from train.checkpoint.run_dir import latest_of
+from train.checkpoint.run_dir import latest_checkpoints
 from train.checkpoint.store import BEST, LAST
-from train.checkpoint.writer import Saving
-from train.distributed import process_group
-from train.distributed.consensus import Agreement
-from train.distributed.process_group import Ranks
-from train.distributed.signals import Asked, Stopped
+from train.checkpoint.writer import CheckpointWriter
+from train.distributed import collectives
+from train.distributed.consensus import StopConsensus
+from train.distributed.process_group import Ranks, is_first_rank
+from train.distributed.signals import PendingSignal, Preempted
 from train.engine.accounting import report_bad_samples
 from train.engine.clock import RunTimer
 from train.engine.epoch import EvaluationInterrupted, TrainState, evaluate, train_epoch
@@ -54,50 +54,50 @@ class Trainer:
     val_samples: int
     timeline: Timeline
     progress: dict[str, Any]  # what the run has achieved, changed here: best_top1, plateau, passed_over
-    saving: Saving
+    saving: CheckpointWriter
     log: RunLog
     ranks: Ranks
     clock: RunTimer
     prepare: Callable[[], object]  # compiles and captures the step again after the optimizer's state was loaded
 
 
-def fit(run: Trainer, position: dict[str, int], asked: Asked) -> None:
+def fit(run: Trainer, position: dict[str, int], pending: PendingSignal) -> None:
     """Epochs from `position` on, with the checkpoints that train.save_every_* ask for.
 
     position: epoch, and steps done in it. Raises Stopped, after a checkpoint, when a signal asks for it.
     """
     config, loader = run.config.train, run.train_loader
     is_due = run.saving.is_due if config.save_every_steps is None else lambda: False
-    health, agreement = FiniteCheck(run.state), Agreement(lambda: asked.signal, is_due)
+    health, agreement = FiniteCheck(run.state), StopConsensus(lambda: pending.signal, is_due)
     epoch, step = position["epoch"], position["step"]
-    if config.on_nonfinite == "rewind" and not run.saving.can_go_back:
+    if config.on_nonfinite == "rewind" and not run.saving.has_own_checkpoint:
         done = run.timeline.first(epoch) + step
         run.saving.save((LAST,), position, health.sums(done), done)
     stage = None
     while epoch < config.epochs:
         if len(loader.stages) > 1 and loader.at(epoch) is not stage:
             stage = loader.at(epoch)
-            run.log.say(f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
+            run.log.info(f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
                         f"{run.timeline.updates[epoch]} steps at global batch {_global_batch(run, epoch)}")  # fmt: skip
         done = run.timeline.first(epoch) + step
         health.begin(done)
-        agreement.begin(done)
+        agreement.reset(done)
         try:
             _train_epoch(run, epoch, step, health, agreement)
-            _finish_epoch(run, epoch, asked, health, agreement)
+            _finish_epoch(run, epoch, pending, health, agreement)
         except NonFiniteError as found:
             epoch, step = _rewind(run, found)
         else:
             epoch, step = epoch + 1, 0
-    process_group.from_first_rank(run.saving.wait)
+    collectives.from_first_rank(run.saving.wait)
 
 
-def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agreement: Agreement) -> None:
+def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agreement: StopConsensus) -> None:
     """Train the rest of an epoch of which `step` steps are done."""
     config, state, loader, timeline, log = run.config, run.state, run.train_loader, run.timeline, run.log
     first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
     bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
-               disable=log.is_silent or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
+               disable=log.is_disabled or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
     meter = ThroughputMeter(loader)
     loss, _, seen = health.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
     meter.begin(first + step, loss, seen, images_per_step=_global_batch(run, epoch))
@@ -106,7 +106,7 @@ def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agree
         bar.update()
         done = update + 1
         run.saving.check()
-        signal, saves = agreement.after(done)
+        signal, saves = agreement.poll(done)
         saves = saves or signal != 0 or (save_every is not None and done % save_every == 0)
         logs = done % config.log.every_steps == 0
         if not (saves or logs):
@@ -118,7 +118,7 @@ def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agree
             loss, _, seen = sums.tolist()
             measured = {**meter.read(done, loss, seen), "lr": lr, **memory_usage(state.device)}
             bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
-            log.steps(measured, done)
+            log.log_step(measured, done)
             _report_skipped(run, health, done)
         if saves:
             run.clock.count(done)
@@ -147,7 +147,9 @@ def _decays(run: Trainer) -> int:
     return int(run.progress.get("plateau", {}).get("decays", 0))
 
 
-def _finish_epoch(run: Trainer, epoch: int, asked: Asked, health: FiniteCheck, agreement: Agreement) -> None:
+def _finish_epoch(
+    run: Trainer, epoch: int, pending: PendingSignal, health: FiniteCheck, agreement: StopConsensus
+) -> None:
     """Evaluate, write metrics and checkpoints."""
     config, state, progress = run.config, run.state, run.progress
     done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
@@ -170,18 +172,18 @@ def _finish_epoch(run: Trainer, epoch: int, asked: Asked, health: FiniteCheck, a
     if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
         try:
             with run.clock if is_last else nullcontext():
-                results, top1 = _validate(run, asked)
+                results, top1 = _validate(run, pending)
         except EvaluationInterrupted:
             run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
-            _stop(run, agreement.now(), done)
+            _stop(run, agreement.poll_now(), done)
         metrics |= results
         improved = top1 > progress["best_top1"]
         progress["best_top1"] = max(progress["best_top1"], top1)
     if config.train.schedule == "plateau":
         progress["plateau"] = update_plateau(progress.get("plateau", {}), metrics, config.train.schedule_options)
-    run.log.epoch(metrics)
+    run.log.log_epoch(metrics)
     if (report := report_bad_samples(run.train_loader)) is not None:
-        run.log.say(report)
+        run.log.info(report)
     state.sums.zero_()
     run.clock.end_epoch()
     names = (BEST,) if improved else ()
@@ -191,10 +193,10 @@ def _finish_epoch(run: Trainer, epoch: int, asked: Asked, health: FiniteCheck, a
         run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
 
 
-def _validate(run: Trainer, asked: Asked) -> tuple[dict[str, float], float]:
+def _validate(run: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
     """Results of the weights, and of their moving average where one is kept; and the accuracy of those that count."""
     state, tta = run.state, run.config.eval.tta
-    what = run.val_loader, run.val_samples, tta, lambda: asked.signal != 0
+    what = run.val_loader, run.val_samples, tta, lambda: pending.signal != 0
     evaluations = {"": evaluate(state, *what)}
     if state.ema is not None:
         with state.ema.swapped_in():
@@ -205,9 +207,9 @@ def _validate(run: Trainer, asked: Asked) -> tuple[dict[str, float], float]:
 
 def _stop(run: Trainer, signal: int, done: int) -> None:
     """Raise Stopped once the checkpoint stands."""
-    process_group.from_first_rank(run.saving.wait)
-    stopped = Stopped(signal)
-    run.log.say(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / LAST} holds; "
+    collectives.from_first_rank(run.saving.wait)
+    stopped = Preempted(signal)
+    run.log.info(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / LAST} holds; "
                 "--resume auto goes on from there")  # fmt: skip
     raise stopped
 
@@ -217,7 +219,9 @@ def _report_skipped(run: Trainer, health: FiniteCheck, done: int) -> None:
     count, since = health.skipped()
     if count:
         run.progress["left_out"] = run.progress.get("left_out", 0) + count
-        run.log.say(f"step {done}: {count} of the last {since} updates left out, since their gradients were not finite")
+        run.log.info(
+            f"step {done}: {count} of the last {since} updates left out, since their gradients were not finite"
+        )
     if count == since >= MAX_SKIPPED_STEPS:
         raise UserError(
             f"the gradients of all updates from step {done - since + 1} to {done} are not finite, and "
@@ -234,7 +238,7 @@ def _last_good(run: Trainer) -> str:
 def _rewind(run: Trainer, found: NonFiniteError) -> tuple[int, int]:
     """To the last checkpoint, where train.on_nonfinite says so; (epoch, steps done in it) to go on from."""
     train, skip_steps = run.config.train, run.progress.get("passed_over", [])
-    process_group.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
+    collectives.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
     sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
     if train.on_nonfinite != "rewind":
         goes_on = "go on from there with --resume auto and" if run.saving.newest else "start again with"
@@ -247,16 +251,16 @@ def _rewind(run: Trainer, found: NonFiniteError) -> tuple[int, int]:
             f"{sentence}, and the run has gone back {MAX_REWINDS} times already; lower train.lr={train.lr}, clip "
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
-    source, content = load_newest_on_all_ranks(latest_of(run.saving.folder))
+    source, content = load_newest_on_all_ranks(latest_checkpoints(run.saving.folder))
     position = restore_run(run.state, run.train_loader, run.timeline, content, source)
     run.progress.clear()
     run.progress |= content["progress"]
     run.clock.restore(content)
     run.progress["passed_over"] = [*skip_steps, [found.first, found.last]]
-    run.saving.stands(source, run.timeline.first(position["epoch"]) + position["step"])
+    run.saving.mark_saved(source, run.timeline.first(position["epoch"]) + position["step"])
     run.prepare()
-    run.log.keep_epochs(position["epoch"])
-    run.log.say(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
+    run.log.drop_epochs_from(position["epoch"])
+    run.log.info(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
                 f"from there passes over {found.steps}")  # fmt: skip
     return position["epoch"], position["step"]
 
@@ -272,7 +276,7 @@ def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str
         path, mine["content"] = store.load_newest(candidates)
         return path, mine["content"].get("position", {})
 
-    path, position = process_group.from_first_rank(choose)
+    path, position = collectives.from_first_rank(choose)
     content: dict[str, Any] = mine["content"] if mine else store.load(path)
     if content.get("position", {}) != position:
         raise UserError(
@@ -287,7 +291,7 @@ def restore_run(
 ) -> dict[str, int]:
     """Put all that a step changes, and the loader, where a checkpoint has them; its position."""
     store.restore(state, content, source)
-    if not process_group.is_first_rank():
+    if not is_first_rank():
         state.sums.zero_()  # the checkpoint holds the sums over all ranks
     for one in state.parts():
         if one.guard is not None:

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """The file of this name is the old one until what `fill` wrote is on the disk."""
     _rename(_written_beside(path, fill), path)
 
 
 def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """`replace`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
+    """`atomic_write`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
     stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
-    remove_unfinished(previous)
+    remove_temporary(previous)
     temporary, kept = _written_beside(path, fill), _beside(previous)
     try:
         kept.hardlink_to(path)
@@ -34,9 +34,9 @@ def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], obje
     _rename(kept, previous)
 
 
-def settle(path: Path, previous: Path, is_whole: Callable[[Path], bool]) -> None:
+def finish_replace(path: Path, previous: Path, is_whole: Callable[[Path], bool]) -> None:
     """End what a program that was killed in `replace_and_keep` had begun; afterwards nothing lies beside the two."""
-    remove_unfinished(path)
+    remove_temporary(path)
     kept = _beside(previous)
     if not kept.exists():
         return
@@ -45,11 +45,11 @@ def settle(path: Path, previous: Path, is_whole: Callable[[Path], bool]) -> None
     ):
         _rename(kept, previous)  # the new one stood already
     else:  # a copy of what is there, or damaged since
-        remove_unfinished(previous)
+        remove_temporary(previous)
 
 
-def remove_unfinished(path: Path) -> None:
-    """What a program that was killed in `replace` left beside it."""
+def remove_temporary(path: Path) -> None:
+    """What a program that was killed in `atomic_write` left beside it."""
     with suppress(FileNotFoundError):
         _beside(path).unlink()
 
@@ -59,7 +59,7 @@ def _beside(path: Path) -> Path:
 
 
 def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
-    remove_unfinished(path)  # which may be a link, to be written through
+    remove_temporary(path)  # which may be a link, to be written through
     temporary = _beside(path)
     try:
         with temporary.open("xb") as file:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from configs.utils.errors import UserError
 
-MAX_RECORD_BYTES = 2**26  # of what a run writes of itself as text; a line of metrics has some 500
+MAX_TEXT_BYTES = 2**26  # of what a run writes of itself as text; a line of metrics has some 500
 
 
 def expand_home(path: str) -> str:
@@ -48,11 +48,11 @@ def open_plain(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_record(path: Path, errors: str = "strict") -> str:
+def read_small_text(path: Path, errors: str = "strict") -> str:
     """The text of a file that a run wrote of itself; errors: of `bytes.decode`. Raises OSError for what is no file or
     too large, ValueError for what is no text."""
     with open_plain(path) as file:
-        content = file.read(MAX_RECORD_BYTES + 1)
-    if len(content) > MAX_RECORD_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_RECORD_BYTES:,} bytes", str(path))
+        content = file.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_TEXT_BYTES:,} bytes", str(path))
     return content.decode(errors=errors)

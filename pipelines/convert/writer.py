@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.utils.errors import UserError, printable
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 from pipelines.convert.encode import Defect, Encoded, Encoding, encode
 from pipelines.convert.shuffle import (
     SplitLayout,
@@ -157,7 +157,7 @@ def _lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
 def _read_request(record: Path) -> Any:
     """What an unfinished conversion was asked for."""
     try:
-        return json.loads(read_record(record))
+        return json.loads(read_small_text(record))
     except OSError as error:
         raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
     except (ValueError, RecursionError):

@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
     earlier = (interrupted / "last.pt").read_bytes()
     position = saved_position(interrupted)
     assert kill_when(lambda: saved_position(interrupted) > (1, 3), start(command, notes, step_s=0.03))
-    store.settle(interrupted)
+    store.recover_interrupted_save(interrupted)
     (interrupted / "previous.pt").write_bytes(earlier)
     with (interrupted / "last.pt").open("r+b") as file:
         file.seek(20_000)
@@ -282,7 +282,7 @@ def test_a_quota_ends_a_run_with_a_sentence_and_it_goes_on_later(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
-    store.settle(interrupted)  # as the next run does; the kill may have come within a save
+    store.recover_interrupted_save(interrupted)  # as the next run does; the kill may have come within a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
     code = run(command, notes, largest=300_000)  # bytes, a third of a checkpoint
     assert_ended_by("File too large", code, interrupted, notes)

@@ -28,21 +28,22 @@ def skip_checks_of_values(patch: pytest.MonkeyPatch) -> None:
 
     They are the number of samples that an evaluation counted, and whether losses and weights are finite.
     """
-    from train.distributed import process_group
+    from train.distributed import collectives
+    from train.distributed.process_group import get_world_size
     from train.engine import epoch
     from train.optim.health import FiniteCheck
 
-    real = process_group.sum_over_ranks
+    real = collectives.sum_over_ranks
 
     def sum_over_ranks(values: Tensor) -> Tensor:
         sums, caller = real(values), sys._getframe(1)
         if caller.f_code is epoch.evaluate.__code__:
             return torch.tensor([0.0, 0.0, 0.0, caller.f_locals["samples"], 0.0])
         if caller.f_code is FiniteCheck.sums.__code__:
-            return torch.tensor([1.0, 0.0, 1.0, float(process_group.world_size())])
+            return torch.tensor([1.0, 0.0, 1.0, float(get_world_size())])
         return sums
 
-    patch.setattr(process_group, "sum_over_ranks", sum_over_ranks)
+    patch.setattr(collectives, "sum_over_ranks", sum_over_ranks)
 
 
 if __name__ == "__main__":  # python tests/helpers/driver.py SCRIPT ARGUMENT …: the script without those checks

@@ -17,7 +17,7 @@ import torch
 from helpers.ranks import Ended, end_of
 from helpers.training import CLEAN, DIGITS, ROOT
 from train import ddp
-from train.distributed import launcher as rank_errors
+from train.distributed import launcher
 from train.distributed.process_group import Ranks
 from train.reporting import figures
 
@@ -41,7 +41,7 @@ def arguments(data: Path, output: Path, ranks: int, epochs: int, *more: str) -> 
 def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
     """train/ddp.py as this rank, each with its own command line; without what would take most of the time."""
     figures.save = lambda *_: None  # type: ignore[assignment]  # of this process: curves.png
-    rank_errors.PATIENCE_S = 1.0
+    launcher.SHUTDOWN_GRACE_S = 1.0
     sys.argv = ["train/ddp.py", *commands[ranks.rank]]
     return ddp.main()
 

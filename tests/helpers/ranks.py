@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from helpers.training import free_port
-from train.distributed.launcher import run_ranks
+from train.distributed.launcher import run_distributed
 from train.distributed.process_group import Ranks
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -38,7 +38,7 @@ def end_of(
     stopped: int = -1,
     timeout_s: float = 60,
 ) -> Ended:
-    """run_ranks(main) on each rank, without torchrun: main(ranks, *arguments). Fails where a rank hangs for that long,
+    """Run run_distributed(main) on each rank without torchrun: main(ranks, *arguments). Fails where a rank hangs,
     but for the one that stops itself, which is killed in the end."""
     printed = folder / "printed"
     port = free_port()
@@ -69,4 +69,4 @@ def _member(ranks: Ranks, port: int, printed: Path, main: Callable[..., Any], ar
     os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = printed.open("a")
-    run_ranks(lambda: main(ranks, *arguments))
+    run_distributed(lambda: main(ranks, *arguments))

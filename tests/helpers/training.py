@@ -25,9 +25,8 @@ from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
 from pipelines.loader.loader import Batch
 from train import ddp
-from train.checkpoint.writer import Saving
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.checkpoint.writer import CheckpointWriter
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.reporting.run_log import RunLog
@@ -63,7 +62,7 @@ def alone() -> Iterator[torch.device]:
     """A process group of this process alone, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        with dist.process_group(Ranks()) as device:
+        with process_group(Ranks()) as device:
             yield device
 
 
@@ -81,16 +80,16 @@ def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.Complet
 @contextmanager
 def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
     """Runs in this process call look(name, position) once a checkpoint stands, for each of the names it goes by."""
-    save = Saving.save
+    save = CheckpointWriter.save
 
-    def save_and_look(saving: Saving, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
+    def save_and_look(saving: CheckpointWriter, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
         save(saving, names, position, *parts)
         saving.wait()
         for name in names:
             look(name, dict(position))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saving, "save", save_and_look)
+        patch.setattr(CheckpointWriter, "save", save_and_look)
         yield
 
 
@@ -116,7 +115,7 @@ def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> N
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(RunLog, "draw", lambda _: None)
+        patch.setattr(RunLog, "draw_curves", lambda _: None)
         patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
         with nullcontext() if stop_at is None else broken_after(lambda _, position: position == stop_at):
             ddp.main()
@@ -216,5 +215,5 @@ def _member(rank: int, world_size: int, port: int, function: Callable[..., Any],
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     ranks = Ranks(rank, rank, world_size, world_size)
-    with dist.process_group(ranks):
+    with process_group(ranks):
         return function(ranks, *arguments)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from train import ddp, trainer
-from train.checkpoint.writer import Saving
-from train.distributed.launcher import run_ranks
+from train.checkpoint.writer import CheckpointWriter
+from train.distributed.launcher import run_distributed
 from train.engine import epoch as loop
 from train.engine.epoch import TrainState
 from train.reporting.run_log import RunLog
@@ -67,18 +67,18 @@ def build_in(faults: dict[str, Any]) -> None:
             with Path(faults["census"]).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def known(saving: Saving) -> Saving:
+    def known(saving: CheckpointWriter) -> CheckpointWriter:
         savings.append(saving)
         return saving
 
-    savings: list[Saving] = []
-    Saving.__enter__ = known  # type: ignore[method-assign]
-    epoch, evaluate = RunLog.epoch, trainer.evaluate
+    savings: list[CheckpointWriter] = []
+    CheckpointWriter.__enter__ = known  # type: ignore[method-assign]
+    epoch, evaluate = RunLog.log_epoch, trainer.evaluate
     trainer.evaluate = told
-    loop.run_step, loop.loss_and_hits, RunLog.epoch = faulty, slow, counted  # type: ignore[method-assign]
+    loop.run_step, loop.loss_and_hits, RunLog.log_epoch = faulty, slow, counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     build_in(json.loads(sys.argv[1]))
     sys.argv = [str(ROOT / "train" / "ddp.py"), *sys.argv[2:]]
-    run_ranks(ddp.main)
+    run_distributed(ddp.main)

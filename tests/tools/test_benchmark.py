@@ -423,7 +423,7 @@ def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
         return (program.row("crashes", {}) for _ in program.run())
 
     monkeypatch.setattr(suite, "CPU_PARTS", (part_of(RowTable("a", "dali", ("value",), rows)),))
-    monkeypatch.setattr(gpu, "PARTS", suite.CPU_PARTS)
+    monkeypatch.setattr(gpu, "ENTRY_TYPES", suite.CPU_PARTS)
     file = tmp_path / "run.json"
     monkeypatch.setattr(sys, "argv", ["benchmark", "all", "--json", str(file), "--data", str(tmp_path / "data")])
     assert benchmark.main() == 1

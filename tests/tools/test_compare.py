@@ -172,9 +172,9 @@ def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     names = ["a$\\b$", "_$x$"]
     records = [read_run(make_run(tmp_path / run, lines=[line(0), line(1, train_loss=None)])) for run in ("a", "b")]
     figure = curve_plot.plot_curves(records, names, names[0])
-    figures.pixels_of(figure)
+    figures.render(figure)
     assert [text.get_text().removesuffix(" (2 of 3 epochs)") for text in figure.legends[0].get_texts()] == names
-    figures.pixels_of(figures.curves(records[0].metrics, names[0]))
+    figures.render(figures.curves(records[0].metrics, names[0]))
 
 
 def test_the_train_loss_is_named_by_the_runs_and_validation_s_is_always_cross_entropy(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tools.inference.export_formats import FORMATS, Exportable, first_and_last_l
 from tools.inference.trained_model import load_trained_model
 from train.build import build_all
 from train.checkpoint import store
-from train.checkpoint.finetune import without_start
+from train.checkpoint.finetune import without_pretrained
 
 NAMES = ("safetensors", "torch", "onnx")
 FILES = {"model.safetensors", "config.json", "model.pt2", "model.onnx", "export.json"}
@@ -97,7 +97,7 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
     dataset = load_dataset(data)
     facts = {key: dataset[key] for key in ("name", "classes", "mean", "std")} | {"image_size": 32}
     with alone() as device:
-        training = build_all(without_start(config), dataset, 10, 32, device)
+        training = build_all(without_pretrained(config), dataset, 10, 32, device)
         about = {"position": {"epoch": 0, "step": 0}, "config": to_yaml(config), "dataset": facts}
         store.save(path, training, training.sums, **about)
     return path

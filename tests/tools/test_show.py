@@ -210,7 +210,7 @@ def test_samples_of_an_epoch_are_the_train_loaders_first_batch(npy_data: Path, t
 
     axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
     shown = np.stack([axis.get_images()[0].get_array() for axis in axes if axis.get_title() == "epoch 3"])
-    assert np.array_equal(shown, image_grids.pixels(images[:12]))
+    assert np.array_equal(shown, image_grids.to_numpy(images[:12]))
     names = [axis.get_title() for axis in axes if axis.get_title().startswith("class")]
     assert names == [row["class"] for row in rows]
 
@@ -250,7 +250,7 @@ def test_mixed_samples_are_shown_as_the_model_sees_them_with_what_they_are_made_
     mixed = mix_images(batch.images, batch.mix).round().to(torch.uint8)[:13]
     axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
     ours = [axis for axis in axes if axis.get_title().startswith("epoch 3")]
-    assert np.array_equal(np.stack([axis.get_images()[0].get_array() for axis in ours]), image_grids.pixels(mixed))
+    assert np.array_equal(np.stack([axis.get_images()[0].get_array() for axis in ours]), image_grids.to_numpy(mixed))
     rows = table(tmp_path / "samples.csv")
     classes = open_split(npy_data, "train").classes
     for row, axis, label, other, share in zip(
@@ -280,7 +280,7 @@ def test_chosen_samples_come_in_the_order_asked_for(npy_data: Path) -> None:
     samples = np.random.default_rng(0).permutation(700)[:300]  # more than one batch
     pixels, row_of = open_split(npy_data, "train").pixel_rows()
     images = load_images(config.data, config.eval, "train", samples, CPU)
-    assert np.array_equal(image_grids.pixels(images), pixels[row_of[samples]].reshape(-1, 32, 32, 3))
+    assert np.array_equal(image_grids.to_numpy(images), pixels[row_of[samples]].reshape(-1, 32, 32, 3))
 
 
 @pytest.mark.parametrize("data", ["npy_data", "jpeg_data"])

@@ -17,8 +17,7 @@ from models import build_model
 from tools import summary
 from tools.common.model_costs import Costs, count_costs
 from tools.perf.cost_report import ratio_sentences, summary_row
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 
 BATCH = 4
 
@@ -248,7 +247,7 @@ def test_a_config_without_its_data_set_must_be_told_the_classes(tmp_path: Path) 
 @pytest.mark.gpu
 def test_a_gpu_measures_at_least_what_stays_allocated() -> None:
     subject = summary.build_case("alexnet", summary.parse_arguments(["x"]))
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         costs, measured = summary.compute_costs(subject, device, torch.bfloat16)
     assert measured is not None
     assert costs.weight_bytes + costs.optimizer_bytes < measured < 2 * costs.memory_bytes

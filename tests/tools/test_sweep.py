@@ -530,7 +530,7 @@ def test_each_variant_has_a_bar_under_its_name_as_given() -> None:
         assert [bar.get_width() for bar in axis.patches] == pytest.approx(expected)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == NAMES
     assert [point.name for point in of(variants=VARIANTS)] == ["plain", "TrivialAugment,_erasing", "__x_"]
-    figures.pixels_of(figure)
+    figures.render(figure)
 
 
 def test_variants_with_seeds_share_a_bar_and_over_a_number_each_is_a_line() -> None:
@@ -556,7 +556,7 @@ def test_results_that_are_not_known_leave_gaps() -> None:
         for results in (table, [dict.fromkeys(one) for one in table]):
             figure = plot_values(found, results, "test")
             assert figure is not None
-            figures.pixels_of(figure)
+            figures.render(figure)
 
 
 def wandb_command(values: dict[str, Any]) -> list[str]:

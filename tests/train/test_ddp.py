@@ -38,9 +38,8 @@ from tools import convert
 from train import ddp
 from train.build import to_device
 from train.checkpoint import writer
-from train.checkpoint.run_dir import LOCK
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.checkpoint.run_dir import LOCK_FILE
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import Evaluation, build_state, train_epoch, train_step
 from train.engine.throughput import measure_images_per_s
 from train.optim.factory import build_optimizer
@@ -349,7 +348,7 @@ def test_without_save_every_steps_the_clock_decides_after_each_step(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[dict[str, int]] = []
-    monkeypatch.setattr(writer, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(writer, "SAVE_INTERVAL_S", 0.0)
     opts = ["train.save_every_steps=null", "train.epochs=1"]
     with after_each_save(lambda name, position: saved.extend([position] if name == "last.pt" else [])):
         assert call(*arguments(digits, tmp_path, *opts))[0] == 0
@@ -465,7 +464,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(
     assert_refused(code, err, *fragments)
     assert out == ""
     assert not (tmp_path / "output").exists()
-    assert not Path(LOCK).exists()  # of the folder that --resume . names
+    assert not Path(LOCK_FILE).exists()  # of the folder that --resume . names
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_script_itself(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
@@ -510,7 +509,7 @@ def test_training_ends_well_when_wandb_cannot_start(
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         torch.manual_seed(0)
         network = build_model("resnet18", 10, mean=[0.5] * 3, std=[0.25] * 3)
         network = to_device(network, device, channels_last=True)

@@ -13,9 +13,9 @@ from configs.schema import Config, DataConfig
 from configs.utils.errors import UserError
 from train.build import build_all
 from train.checkpoint import store
-from train.checkpoint.finetune import for_inference, without_start
+from train.checkpoint.finetune import inference_config, without_pretrained
 from train.checkpoint.run_dir import find_checkpoints
-from train.checkpoint.state import check_holds
+from train.checkpoint.state import require_keys
 from train.engine.epoch import TrainState
 
 
@@ -56,12 +56,14 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     facts: dict[str, Any] | None = content.get("dataset")
     if facts is None:
         raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
-    check_holds(content, ("model", "config", "position"), path)
+    require_keys(content, ("model", "config", "position"), path)
     _check_dataset(facts, path)
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
-    config = without_start(config.model_copy(update={"train": train}))
-    training = build_all(for_inference(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False)
+    config = without_pretrained(config.model_copy(update={"train": train}))
+    training = build_all(
+        inference_config(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False
+    )
     is_average = store.restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
@@ -81,7 +83,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
 
 def _check_dataset(facts: dict[str, Any], path: Path) -> None:
     """Refuse what no version recorded of a data set."""
-    check_holds(facts, ("name", "classes", "mean", "std", "image_size"), path)
+    require_keys(facts, ("name", "classes", "mean", "std", "image_size"), path)
     is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}
     are_numbers = {name: _is_list_of((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
     is_size = {"image_size": type(facts["image_size"]) is int and facts["image_size"] > 0}

@@ -39,9 +39,9 @@ from tools.common.tables import Row, make_folder, markdown, write_csv, write_tex
 from tools.perf import plots
 from tools.perf.step_trace import StepProfile, profile_steps, run_alongside
 from train.build import build_all, check_classes
-from train.checkpoint.finetune import without_start
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.checkpoint.finetune import without_pretrained
+from train.distributed import collectives
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import TrainState, amp_dtype, uses_cuda_graph
 from train.engine.hard_samples import check_proxy
 from train.engine.throughput import measure_images_per_s
@@ -71,8 +71,10 @@ def main(arguments: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
 
-    with dist.process_group(ranks) as device:
-        out = dist.from_first_rank(lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile"))
+    with process_group(ranks) as device:
+        out = collectives.from_first_rank(
+            lambda: make_folder(arguments.out or Path("output") / f"{config.name}-profile")
+        )
         kind, captures = device.type, uses_cuda_graph(config.train, device, amp_dtype(config.train.amp, device))
         training, loader = build_training(without_graph(config), dataset, classes, ranks, device)
         amp, image_size = training.amp, loader.image_size
@@ -115,7 +117,7 @@ def build_training(
         local_world_size=ranks.local_world_size,
         accumulation_steps=config.train.accumulation_steps,
     ).at(0)
-    return build_all(without_start(config), dataset, classes, loader.image_size, device), loader
+    return build_all(without_pretrained(config), dataset, classes, loader.image_size, device), loader
 
 
 def measure_rate(training: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:

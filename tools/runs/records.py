@@ -17,9 +17,9 @@ from typing import Any
 from configs.load import parse_config
 from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 from tools.common.tables import Row
-from train.reporting.run_log import counted, read_metrics
+from train.reporting.run_log import counted_accuracy, read_metrics
 
 # Settings that change no result: what a run is called, where it lies, from where it goes on, how it reports and reads.
 NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
@@ -69,7 +69,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def read_run(folder: Path) -> RunRecord:
     """Raises UserError where there is no readable config; no metrics yet is no error."""
     try:
-        text = read_record(folder / "config.yaml")
+        text = read_small_text(folder / "config.yaml")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
     return RunRecord(
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunRecord:
 def read_global_batch(folder: Path) -> int | None:
     """From facts.json, since the world size is in no config: the batch of the run's latest start."""
     try:
-        return int(json.loads(read_record(folder / "facts.json"))["global_batch"])
+        return int(json.loads(read_small_text(folder / "facts.json"))["global_batch"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -176,7 +176,7 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
     weights: eval.weights, which says whose accuracy counts.
     """
-    evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted(line, weights)) is not None]
+    evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
     last = metrics[-1] if metrics else {}
     device_gib = _over_epochs(max, metrics, "device_memory_gib")  # recorded on a GPU only

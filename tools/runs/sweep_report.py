@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import Config
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 from tools.common import tables
 from tools.common.tables import Row
 from tools.runs.curve_plot import plot_curves
@@ -87,7 +87,7 @@ def runs_of_another_sweep(sweep: Sweep) -> list[str]:
     """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
     points = {point.name for point in sweep.points}
     try:
-        runs = json.loads(read_record(sweep.folder / "sweep.json"))["runs"]
+        runs = json.loads(read_small_text(sweep.folder / "sweep.json"))["runs"]
         return [run["run"] for run in runs if run["run"] not in points]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a file of another program
         return []

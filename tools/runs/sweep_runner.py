@@ -25,7 +25,7 @@ from configs.utils.errors import UserError
 from tools.common.tables import write_text
 from tools.runs.records import compared_settings, format_value, read_run
 from tools.runs.sweep_points import Point
-from train.checkpoint.run_dir import find_run
+from train.checkpoint.run_dir import resolve_resume
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
@@ -112,7 +112,7 @@ def lock_folder(folder: Path) -> Iterator[int]:
 def is_finished(point: Point) -> bool:
     """Whether the run needs no process any more. Raises UserError where its folder holds another run."""
     folder = run_folder(point)
-    latest = find_run(point.config, "auto")[0]  # which the run would go on in
+    latest = resolve_resume(point.config, "auto")[0]  # which the run would go on in
     if latest not in (None, folder):
         raise UserError(f"{latest} would be taken for the latest run of {folder}; move it away, or give another --out")
     config_file, last = folder / "config.yaml", folder / "last.pt"

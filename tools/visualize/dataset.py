@@ -12,8 +12,7 @@ from configs.utils.errors import UserError
 from pipelines.storage.split import Split, load_dataset, open_split
 from tools.common.tables import Row, make_folder, markdown, write_csv
 from tools.visualize.subset import load_images
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
 EXAMPLE_SIDE = 96  # pixels, where stored images have several shapes
@@ -39,7 +38,7 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
     samples = class_examples(splits[name], count, seed)
     shape = splits[name].image_shape
     side = shape[0] if shape is not None and shape[0] == shape[1] else EXAMPLE_SIDE
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         images = load_images(DataConfig(path=path, image_size=side), EvalConfig(), name, samples, device)
     labels = splits[name].labels
     assert labels is not None

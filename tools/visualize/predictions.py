@@ -15,8 +15,7 @@ from tools.inference.ensemble import predict
 from tools.inference.image_sets import dataset_folder, load_split
 from tools.inference.trained_model import load_trained_model
 from tools.visualize.subset import load_images
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
 MAX_PRINTED_CLASSES = 20  # up to so many are printed, of more the best and the worst
@@ -28,7 +27,7 @@ def show_predictions(
     checkpoint: Path, ranks: Ranks, split: str | None, data_path: str | None, count: int, seed: int, out: Path | None
 ) -> None:
     """All pictures of a labelled split, each with its CSV; of a split without labels only predictions."""
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         trained = load_trained_model(checkpoint, device)
         split = split or trained.config.data.val_split
         path = dataset_folder(trained, data_path)
@@ -54,7 +53,7 @@ def show_predictions(
         return
     draw_predictions(folder, "mistakes", pixels[len(random) :], worst, logits, labels, trained.classes,
                      f"{title}: most confident mistakes")  # fmt: skip
-    predicted, _ = image_grids.predictions_of(logits)
+    predicted, _ = image_grids.predicted_classes(logits)
     (evaluation,) = evaluations
     print(f"{trained.path}: {evaluation.sentence(split)}")
     write_scores(folder, labels, predicted, trained.classes, title)
@@ -64,7 +63,7 @@ def show_predictions(
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
     """The samples whose prediction is wrong, the most probable first: int64 [mistakes]."""
-    predicted, probabilities = image_grids.predictions_of(logits)
+    predicted, probabilities = image_grids.predicted_classes(logits)
     wrong = torch.nonzero((predicted != labels) & (labels >= 0))[:, 0]
     return wrong[probabilities[wrong].argsort(descending=True, stable=True)].numpy()
 
@@ -83,7 +82,11 @@ def draw_predictions(
     logits, labels = logits[samples], labels[samples]
     figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
     rows: list[Row] = []
-    columns = (samples.tolist(), labels.tolist(), *(values.tolist() for values in image_grids.predictions_of(logits)))
+    columns = (
+        samples.tolist(),
+        labels.tolist(),
+        *(values.tolist() for values in image_grids.predicted_classes(logits)),
+    )
     for sample, label, predicted, probability in zip(*columns, strict=True):
         truth = {"true_label": label, "truth": classes[label]} if label >= 0 else {"true_label": None, "truth": None}
         guess = {"predicted_label": predicted, "prediction": classes[predicted], "probability": probability}

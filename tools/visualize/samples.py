@@ -18,8 +18,7 @@ from pipelines.augment.mixup import mixing_enabled
 from pipelines.storage.split import open_split
 from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.mixing import RenderedBatch, render_batch
 from train.reporting import figures, image_grids
 
@@ -31,7 +30,7 @@ COLUMNS = 10  # samples side by side
 
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
     """samples.png and samples.csv: the first samples of the first of `epochs`, as each of the epochs augments them."""
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
         original = load_images(config.data, config.eval, config.data.train_split, samples, device)
     split = open_split(config.data.path, config.data.train_split)
@@ -44,7 +43,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
     ]
     mixtures = []
     if mixing_enabled(config.aug.mix):
-        mixtures = [image_grids.mixed_names(row, split.classes) for row in rows]
+        mixtures = [image_grids.mix_captions(row, split.classes) for row in rows]
         for epoch, mixture in zip(epochs, mixtures, strict=True):
             for line, name in zip(table, mixture, strict=True):
                 line[f"epoch {epoch}"] = name
@@ -100,14 +99,16 @@ def sample_figure(
     missing = blocks * columns - len(names)  # in the last block
 
     def arranged(images: Tensor) -> np.ndarray:
-        shown = image_grids.pixels(images)
+        shown = image_grids.to_numpy(images)
         blank = np.full((missing, *shown.shape[1:]), 255, np.uint8)
         return np.concatenate([shown, blank]).reshape(blocks, 1, columns, *shown.shape[1:])
 
     images = np.concatenate([arranged(one) for one in (original, *rows)], axis=1)
-    captions = [[image_grids.wrapped(name) for name in names]] + [[f"epoch {epoch}"] * len(names) for epoch in epochs]
+    captions = [[image_grids.wrap_caption(name) for name in names]] + [
+        [f"epoch {epoch}"] * len(names) for epoch in epochs
+    ]
     for row, mixture in enumerate(mixtures, 1):
-        mixed = [image_grids.wrapped(name, lines=image_grids.MIXED_LINES) for name in mixture]
+        mixed = [image_grids.wrap_caption(name, lines=image_grids.MIXED_LINES) for name in mixture]
         captions[row] = [f"{epoch}\n{name}" for epoch, name in zip(captions[row], mixed, strict=True)]
     table = np.array([[*line, *[""] * missing] for line in captions], dtype=object)
     table = table.reshape(len(captions), blocks, columns).swapaxes(0, 1)

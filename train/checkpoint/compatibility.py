@@ -16,16 +16,16 @@ from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines.storage.split import fingerprint
-from train.checkpoint.state import check_holds
+from train.checkpoint.state import require_keys
 
 # Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
 # which a resumed run may change.
-FREE = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps", "save_every_epochs",
-        "eval_every_epochs", "on_nonfinite")  # fmt: skip
-EVALUATION = ("image_size", "crop_mode", "crop_fraction", "tta")  # what best.pt is chosen by, beside the weights
+CHANGEABLE_SETTINGS = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps",
+                       "save_every_epochs", "eval_every_epochs", "on_nonfinite")  # fmt: skip
+EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # best.pt is chosen by them
 
 
-def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
+def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
     """What a checkpoint says of its run beside the config; dataset: its dataset.json.
 
     passes: forward passes of an optimizer update, over all ranks.
@@ -33,11 +33,11 @@ def stream_of(config: Config, dataset: dict[str, Any], passes: int) -> dict[str,
     return {
         "data set": fingerprint(dataset),
         "global batch": config.data.batch_size * passes,
-        "data set in detail": _details(dataset),
+        "data set in detail": _dataset_details(dataset),
     }
 
 
-def _details(dataset: dict[str, Any]) -> dict[str, Any]:
+def _dataset_details(dataset: dict[str, Any]) -> dict[str, Any]:
     """What data sets of different fingerprints differ in, for errors."""
     details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
     details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
@@ -54,8 +54,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Samples, augmentation, model, schedule, optimizer and evaluation by names for errors; stream: of `stream_of`."""
+def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings that results depend on, by their names in errors; stream: of `stream_info`."""
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
     return {
@@ -68,43 +68,43 @@ def identity(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
         "data.image_size": data.image_size,
         "data.interpolation": data.interpolation,
         "data.antialias": data.antialias,
-        "data.stages (epoch, image size, global batch)": stages_of(data, passes),
-        **flat_settings("aug", config.aug),
+        "data.stages (epoch, image size, global batch)": stage_sizes(data, passes),
+        **flatten_settings("aug", config.aug),
         **{
             f"model.{key}": value
             for key, value in config.model.model_dump(mode="json").items()
             if key != "num_classes"  # a check that the data set has as many
         },
-        **flat_settings("train", train, without=FREE),
+        **flatten_settings("train", train, without=CHANGEABLE_SETTINGS),
         "data.val_split": data.val_split,
-        **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION},
+        **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION_SETTINGS},
         "eval.weights": "raw"
         if train.ema.decay is not None and config.eval.weights == "raw"
         else "auto",  # as it counts
-        **(watched(config) if train.schedule == "plateau" else {}),
+        **(plateau_settings(config) if train.schedule == "plateau" else {}),
     }
 
 
-def stages_of(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
+def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
     """(first epoch, image size, global batch), which do not depend on how that batch is cut into ranks and passes."""
     sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
-def watched(config: Config) -> dict[str, Any]:
+def plateau_settings(config: Config) -> dict[str, Any]:
     """What schedule plateau follows from beside: when the metric that it watches is known."""
     if config.train.schedule_options.metric == "train_loss":
         return {}
     return {"train.eval_every_epochs": config.train.eval_every_epochs}
 
 
-def flat_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The section's settings by dotted keys, those of sections inside as well, but for some."""
     flat: dict[str, Any] = {}
     for key, value in section.model_dump(mode="json").items():
         inner = getattr(section, key)
         if isinstance(inner, Section):
-            flat |= flat_settings(f"{name}.{key}", inner)
+            flat |= flatten_settings(f"{name}.{key}", inner)
         elif key not in without:
             flat[f"{name}.{key}"] = value
     return flat
@@ -115,15 +115,18 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
 
     Settings that the version which wrote it did not have count as what they are by default.
     """
-    check_holds(content, ("config", "stream", "position", "progress"), path)
-    if not _is_stream(content["stream"]) or not isinstance(content["progress"].get("best_top1"), int | float):
+    require_keys(content, ("config", "stream", "position", "progress"), path)
+    if not _is_valid_stream(content["stream"]) or not isinstance(content["progress"].get("best_top1"), int | float):
         raise UserError(f"checkpoint {path} does not say what its run followed from, as those of train/ddp.py do; "
                         "take another one")  # fmt: skip
     before = parse_config(content["config"], f"the config in {path}")
-    then, now = identity(before, content["stream"]), identity(config, stream)
+    then, now = run_fingerprint(before, content["stream"]), run_fingerprint(config, stream)
     then |= _used_by_timm(content, then, now)
     if then["data set"] != now["data set"]:
-        then, now = then | _named(content["stream"], stream), now | _named(stream, content["stream"])
+        then, now = (
+            then | _detailed_dataset(content["stream"], stream),
+            now | _detailed_dataset(stream, content["stream"]),
+        )
     changed = [
         f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now"
         for key in {**now, **then}
@@ -132,7 +135,7 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
     if changed:
         raise UserError(
             f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
-            f"restore them{_same_global_batch(config, then['global batch'], now['global batch'])} or start a new run "
+            f"restore them{_global_batch_advice(config, then['global batch'], now['global batch'])} or start a new run "
             "without --resume"
         )
 
@@ -159,13 +162,13 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _is_stream(stream: dict[str, Any]) -> bool:
+def _is_valid_stream(stream: dict[str, Any]) -> bool:
     """Of any version: the first ones gave no details."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
 
-def _named(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The details of a stream's data set in place of its fingerprint, where both know them and they differ."""
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
@@ -173,7 +176,7 @@ def _named(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"data set": None, **{f"data set: {key}": value for key, value in details.items()}}
 
 
-def _same_global_batch(config: Config, then: int, now: int) -> str:
+def _global_batch_advice(config: Config, then: int, now: int) -> str:
     """How, with as many ranks as there are now: torchrun may start them again on fewer or more machines."""
     batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
     mended = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}

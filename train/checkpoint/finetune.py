@@ -17,10 +17,10 @@ from configs.utils.errors import UserError
 from models.weights import copy_weights, head_layers
 from train.checkpoint import store
 from train.checkpoint.run_dir import find_checkpoints
-from train.checkpoint.state import check_holds
+from train.checkpoint.state import require_keys
 
 
-def without_start(config: Config) -> Config:
+def without_pretrained(config: Config) -> Config:
     """The same model with weights as they are drawn, for what loads a checkpoint over them: a resumed run, a tool.
 
     The files that a run started from need not be there any more.
@@ -28,17 +28,17 @@ def without_start(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
-def for_inference(config: Config) -> Config:
+def inference_config(config: Config) -> Config:
     """The same model for evaluation alone: without what only training needs, which may be dear, or not to be had on
     this machine."""
     bare = {"optimizer": OptimizerConfig(), "ema": EmaConfig(), "lookahead": LookaheadConfig(), "proxy": ProxyConfig(),
             "cuda_graph": "off"}  # fmt: skip
     train, model = config.train.model_copy(update=bare), config.model.model_copy(update={"freeze": ()})
-    return without_start(config.model_copy(update={"train": train, "model": model}))
+    return without_pretrained(config.model_copy(update={"train": train, "model": model}))
 
 
-def as_trained(config: Config, content: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
-    """`for_inference` with the model that the checkpoint holds, whatever the config says of it.
+def from_checkpoint(config: Config, content: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
+    """`inference_config` with the model that the checkpoint holds, whatever the config says of it.
 
     Raises UserError where it was trained on other classes than the data set's.
     """
@@ -48,9 +48,9 @@ def as_trained(config: Config, content: dict[str, Any], classes: Sequence[str], 
             f"{path} was trained on the classes {_some(theirs)}, but the data set in {config.data.path} has "
             f"{_some(classes)}; give the data set that it was trained on, or start from it with model.finetune={path}"
         )
-    check_holds(content, ("model", "config"), path)
+    require_keys(content, ("model", "config"), path)
     model = parse_config(content["config"], f"the config in {path}").model
-    return for_inference(config.model_copy(update={"model": model}))
+    return inference_config(config.model_copy(update={"model": model}))
 
 
 def _some(classes: Sequence[str]) -> str:
@@ -66,7 +66,7 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
     not fit, an activation other than that in `settings` included, which weights do not show.
     """
     path, content = store.load_newest(find_checkpoints(Path(source)))
-    check_holds(content, ("model",), path)
+    require_keys(content, ("model",), path)
     if settings is not None and "config" in content:
         then = parse_config(content["config"], f"the config in {path}").model
         if then.activation != settings.activation:
@@ -78,7 +78,7 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
     weights: dict[str, Any] = content["model"]
     average = content.get("ema")  # missing in checkpoints of older versions
     if average:
-        check_holds(content, ("config",), path)
+        require_keys(content, ("config",), path)
     if average and parse_config(content["config"], f"the config in {path}").eval.weights != "raw":
         weights = average
     theirs = content.get("dataset", {}).get("classes")

@@ -17,21 +17,21 @@ from pathlib import Path
 from configs.schema import Config
 from configs.utils import durable
 from configs.utils.errors import UserError
-from configs.utils.files import read_record
-from train.checkpoint.run_dir import find_run, latest_of, run_folders
-from train.distributed import process_group
+from configs.utils.files import read_small_text
+from train.checkpoint.run_dir import latest_checkpoints, resolve_resume, run_dirs
+from train.distributed import collectives
 
-NOTE = "launch.json"  # in a run folder: who uses it
+LAUNCH_FILE = "launch.json"  # in a run folder: who uses it
 
 
-def agents() -> list[str]:
+def launcher_ids() -> list[str]:
     """Of all ranks, which must call this together; none without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
-    return sorted(set(process_group.from_all_ranks(_agent(os.getppid()))))
+    return sorted(set(collectives.from_all_ranks(_launcher_id(os.getppid()))))
 
 
-def _agent(pid: int) -> str:
+def _launcher_id(pid: int) -> str:
     """A process by what no other one has, on any machine and after any time."""
     started = ""
     with suppress(OSError, IndexError):  # /proc is Linux's; the name, in parentheses, may hold anything
@@ -42,44 +42,44 @@ def _agent(pid: int) -> str:
     return f"{socket.gethostname()} {boot} {pid} {started}"
 
 
-def find_folder(config: Config, resume: str | None, launch: list[str]) -> tuple[Path | None, str | None]:
+def find_active_run_dir(config: Config, resume: str | None, launcher_ids: list[str]) -> tuple[Path | None, str | None]:
     """The folder that this launch uses already, None on its first start; and what to resume from.
 
     That is the folder itself where it has a checkpoint. Where it has none yet the run begins anew in it, from the
     checkpoint that --resume names, if it does.
     """
-    if not launch:
+    if not launcher_ids:
         return None, resume
-    folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launch)), None)
+    folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launcher_ids)), None)
     if folder is None:
         return None, resume
-    if any(path.exists() for path in latest_of(folder)):
+    if any(path.exists() for path in latest_checkpoints(folder)):
         return folder, str(folder)
     return folder, resume if resume != "auto" else None
 
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
     """Folders of this name, the latest first, and the one that --resume names, which may lie anywhere."""
-    folder = find_run(config, resume)[0]
-    return run_folders(config) if folder is None else [*run_folders(config), folder]
+    folder = resolve_resume(config, resume)[0]
+    return run_dirs(config) if folder is None else [*run_dirs(config), folder]
 
 
-def _is_used_by(folder: Path, launch: list[str]) -> bool:
+def _is_used_by(folder: Path, launcher_ids: list[str]) -> bool:
     try:
-        return not set(launch).isdisjoint(json.loads(read_record(folder / NOTE))["agents"])
+        return not set(launcher_ids).isdisjoint(json.loads(read_small_text(folder / LAUNCH_FILE))["agents"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def note(folder: Path, launch: list[str]) -> Path:
+def record_launch(folder: Path, launcher_ids: list[str]) -> Path:
     """Write down that this launch uses the folder, which is returned."""
-    if launch:
-        text = json.dumps({"agents": launch}, indent=2) + "\n"
+    if launcher_ids:
+        text = json.dumps({"agents": launcher_ids}, indent=2) + "\n"
         try:
-            durable.replace(folder / NOTE, lambda file: file.write(text.encode()))
+            durable.atomic_write(folder / LAUNCH_FILE, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UserError(
-                f"cannot write {folder / NOTE} ({error.strerror or error}); give an --output that can be written, "
-                "or free space"
+                f"cannot write {folder / LAUNCH_FILE} ({error.strerror or error}); give an --output that can be "
+                "written, or free space"
             ) from None
     return folder

@@ -21,20 +21,20 @@ from typing import BinaryIO
 from configs import yaml
 from configs.schema import Config
 from configs.utils.errors import UserError
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 from configs.utils.warnings import warn
 from train.checkpoint import store
 from train.checkpoint.store import BEST, LAST, PREVIOUS
-from train.distributed import process_group
+from train.distributed import collectives
 
-LOCK = "lock"  # in a run folder: who trains there
-WRITTEN = (LOCK, "log.txt", "metrics.jsonl", "wandb_id.txt", ".curves.png", "wandb", "tensorboard")  # in place
+LOCK_FILE = "lock"  # in a run folder: who trains there
+WRITTEN_IN_PLACE = (LOCK_FILE, "log.txt", "metrics.jsonl", "wandb_id.txt", ".curves.png", "wandb", "tensorboard")
 # What ends or has ended may still hold it: a run that writes its last checkpoint, ranks whose torchrun was killed, or,
 # on a network file system, a machine that is gone, whose locks end after 90 s.
-HELD_S = 100.0
+LOCK_TIMEOUT_S = 100.0
 
 
-def run_folders(config: Config) -> list[Path]:
+def run_dirs(config: Config) -> list[Path]:
     """Those that may be of this name, the latest first: OUTPUT/NAME-3, OUTPUT/NAME-2, OUTPUT/NAME.
 
     Numbers may be missing, as where an old run was removed, and others be of runs that are named so, as NAME-64.
@@ -48,25 +48,25 @@ def _latest_number(config: Config) -> int:
     unbroken = next(number for number in range(1, len(taken) + 2) if number not in taken) - 1
     for number in sorted(taken, reverse=True):
         folder = _numbered(config, number)
-        name = _name_of_run(folder)
+        name = _run_name(folder)
         if name is None:
-            if folder.is_dir() and (number <= unbroken or (folder / LOCK).exists()):  # killed as it began
+            if folder.is_dir() and (number <= unbroken or (folder / LOCK_FILE).exists()):  # killed as it began
                 return number
-        elif name == config.name or not _may_be_called(folder.name, name):  # or it was renamed, or copied
+        elif name == config.name or not _is_dir_name_of(folder.name, name):  # or it was renamed, or copied
             return number
     return 0
 
 
-def _may_be_called(folder: str, name: str) -> bool:
+def _is_dir_name_of(folder: str, name: str) -> bool:
     """Whether a run of this name makes folders that are called so."""
     return re.fullmatch(re.escape(name) + "(-[1-9][0-9]*)?", folder) is not None
 
 
-def _name_of_run(folder: Path) -> str | None:
+def _run_name(folder: Path) -> str | None:
     """As its config.yaml has it, of whatever version; None where there is none that can be read."""
     file = folder / "config.yaml"
     try:
-        values = yaml.parse(read_record(file), str(file)).value
+        values = yaml.parse(read_small_text(file), str(file)).value
     except (OSError, ValueError, UserError):
         return None
     name = values.get("name") if isinstance(values, dict) else None
@@ -87,7 +87,7 @@ def _numbers_taken(config: Config) -> set[int]:
     return {int(match[1] or 1) for match in found if match and match[1] != "1"}
 
 
-def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Path, ...]]:
+def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tuple[Path, ...]]:
     """The folder to go on in, None where it is not there yet, and the checkpoints to start from, of which the first
     intact one counts; none for a new run.
 
@@ -99,22 +99,22 @@ def find_run(config: Config, resume: str | None) -> tuple[Path | None, tuple[Pat
         if (number := _latest_number(config)) == 0:
             return None, ()
         folder = _numbered(config, number)
-        return folder, latest_of(folder) if any(path.exists() for path in latest_of(folder)) else ()
+        return folder, latest_checkpoints(folder) if any(path.exists() for path in latest_checkpoints(folder)) else ()
     path = Path(resume)
     if path.is_dir():
-        return path, latest_of(path)
-    if _name_of_run(path.parent) != config.name or not (path.parent / "log.txt").exists():
+        return path, latest_checkpoints(path)
+    if _run_name(path.parent) != config.name or not (path.parent / "log.txt").exists():
         return None, (path,)  # it was copied there: the run goes on in a folder of its own, nothing there is touched
-    latest = latest_of(path.parent)
+    latest = latest_checkpoints(path.parent)
     return path.parent, latest if path == latest[0] else (path,)
 
 
-def is_checkpoint(resume: str | None) -> bool:
+def is_explicit_checkpoint(resume: str | None) -> bool:
     """Whether --resume names one checkpoint; last.pt stands for its run."""
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
 
-def latest_of(folder: Path) -> tuple[Path, ...]:
+def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
     """Where a run goes on from: last.pt, else the one before it; best.pt where it has neither yet."""
     last, previous, best = (folder / name for name in (LAST, PREVIOUS, BEST))
     if best.exists() and not last.exists() and not previous.exists():
@@ -122,7 +122,7 @@ def latest_of(folder: Path) -> tuple[Path, ...]:
     return last, *(path for path in [previous] if path.exists())
 
 
-def make_folder(config: Config) -> Path:
+def create_run_dir(config: Config) -> Path:
     """A folder with a number after those of this name that there are, so that no run writes over another."""
     for number in itertools.count(_latest_number(config) + 1):
         folder = _numbered(config, number)
@@ -137,11 +137,11 @@ def make_folder(config: Config) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path) -> Iterator[None]:
     """Inside, no other process trains in the folder: two would write over each other's checkpoints and metrics. What a
-    killed one left half done there is finished, so checkpoints are to be looked for inside: `as_held`.
+    killed one left half done there is finished, so checkpoints are to be looked for inside: `refresh_candidates`.
 
-    On all ranks together. Raises UserError where another process has not let go of it after HELD_S.
+    On all ranks together. Raises UserError where another process has not let go of it after LOCK_TIMEOUT_S.
     """
     locks: list[BinaryIO] = []
 
@@ -149,9 +149,9 @@ def held(folder: Path) -> Iterator[None]:
         _refuse_links(folder)
         locks.extend(_lock(folder))
         if locks:  # else another process may be saving there
-            store.settle(folder)
+            store.recover_interrupted_save(folder)
 
-    process_group.from_first_rank(hold)
+    collectives.from_first_rank(hold)
     try:
         yield
     finally:
@@ -159,18 +159,18 @@ def held(folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def as_held(folder: Path, candidates: tuple[Path, ...], *, is_named: bool) -> tuple[Path, ...]:
-    """Candidates of `find_run` as they are now that the folder is held: the run that held it may have saved meanwhile.
+def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
+    """Return the candidates of `resolve_resume` again: the run that held the lock may have saved meanwhile.
 
     is_named: a single checkpoint was asked for, which stays.
     """
-    latest = latest_of(folder)
-    return latest if not is_named and any(path.exists() for path in latest) else candidates
+    latest = latest_checkpoints(folder)
+    return latest if not is_explicit and any(path.exists() for path in latest) else candidates
 
 
 def _refuse_links(folder: Path) -> None:
     """A run folder may be a stranger's, and a run would write through them, or wait for a pipe."""
-    for file in (folder / name for name in WRITTEN):
+    for file in (folder / name for name in WRITTEN_IN_PLACE):
         try:
             mode = file.lstat().st_mode
         except OSError:  # it is not there yet; what else is wrong shows where it is written
@@ -189,7 +189,7 @@ def _lock(folder: Path) -> list[BinaryIO]:
     else in this process may open the file, since closing it would end the lock.
     """
     try:
-        lock = (folder / LOCK).open("a+b")
+        lock = (folder / LOCK_FILE).open("a+b")
     except OSError:
         return []
     begin = time.monotonic()
@@ -204,13 +204,13 @@ def _lock(folder: Path) -> list[BinaryIO]:
             return []
         else:
             break
-        if time.monotonic() - begin >= HELD_S:
+        if time.monotonic() - begin >= LOCK_TIMEOUT_S:
             lock.close()
             raise UserError(
                 f"{holder} trains in {folder} still; end it or wait for it, or give this run a name of its own "
                 "(--opts name=NAME) without --resume"
             )
-        warn(f"{holder} trains in {folder}, which is waited for up to {HELD_S:.0f} s")
+        warn(f"{holder} trains in {folder}, which is waited for up to {LOCK_TIMEOUT_S:.0f} s")
         time.sleep(0.2)
     with suppress(OSError):  # a full disk
         lock.truncate(0)

@@ -16,15 +16,15 @@ from configs.utils.errors import UserError
 from train.checkpoint.format import FORMAT
 from train.engine.epoch import TrainState
 
-PARTS: dict[str, type] = {
+ENTRY_TYPES: dict[str, type] = {
     "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
     "sums": torch.Tensor, "position": dict, "progress": dict, "times": dict, "stream": dict, "config": str,
     "dataset": dict, "threads": int,
 }  # fmt: skip
-OF_TENSORS = ("model", "lookahead", "ema")
+TENSOR_ENTRIES = ("model", "lookahead", "ema")
 
 
-def content_of(training: TrainState, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
+def collect_state(training: TrainState, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
     """Weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them.
 
     The tensors are those that training goes on with.
@@ -93,13 +93,13 @@ def _portable(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"param_groups": groups}
 
 
-def malformed(content: dict[str, Any]) -> str | None:
+def invalid_entry(content: dict[str, Any]) -> str | None:
     """The first part whose form is another, among those that are there."""
-    for name, kind in PARTS.items():
+    for name, kind in ENTRY_TYPES.items():
         part = content.get(name, kind())
         if not isinstance(part, kind):
             return name
-        if name in OF_TENSORS and not _are_tensors(part):
+        if name in TENSOR_ENTRIES and not _are_tensors(part):
             return name
     position = content.get("position", {"epoch": 0, "step": 0})
     if not all(type(position.get(key)) is int and position[key] >= 0 for key in ("epoch", "step")):
@@ -113,7 +113,7 @@ def _are_tensors(part: Any) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items())
 
 
-def check_holds(content: dict[str, Any], names: Sequence[str], path: Path) -> None:
+def require_keys(content: dict[str, Any], names: Sequence[str], path: Path) -> None:
     """Refuse a checkpoint without these of its parts, as another program or version may write it."""
     if missing := [name for name in names if name not in content]:
         raise UserError(f"checkpoint {path} holds no {' and no '.join(missing)}, as those of train/ddp.py do; "

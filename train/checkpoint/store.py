@@ -18,11 +18,11 @@ from configs.utils.errors import UserError
 from configs.utils.files import open_plain
 from configs.utils.warnings import warn
 from train.checkpoint import format
-from train.checkpoint.state import check_holds, content_of, malformed, to_host
+from train.checkpoint.state import collect_state, invalid_entry, require_keys, to_host
 from train.engine import cpu_threads
 from train.engine.epoch import TrainState, train_step
 
-ON_DEVICE = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
+DEVICE_FIELDS = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # of a run; previous: the one before the last
 
 
@@ -32,7 +32,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises UserError where the disk does not take it; then the files there are as they were.
     """
     with _one_sentence(path):
-        durable.replace(path, lambda file: format.fill(file, content))
+        durable.atomic_write(path, lambda file: format.fill(file, content))
 
 
 def write_last(folder: Path, content: dict[str, Any]) -> None:
@@ -45,16 +45,16 @@ def write_last(folder: Path, content: dict[str, Any]) -> None:
         durable.replace_and_keep(last, previous, lambda file: format.fill(file, content))
 
 
-def settle(folder: Path) -> None:
+def recover_interrupted_save(folder: Path) -> None:
     """Of a save in which a run was killed nothing stays in its folder, where the file system lets it be removed."""
     with suppress(OSError):  # which the next save names
-        durable.settle(folder / LAST, folder / PREVIOUS, is_intact)
-        durable.remove_unfinished(folder / BEST)
+        durable.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
+        durable.remove_temporary(folder / BEST)
 
 
 def save(path: Path, training: TrainState, sums: torch.Tensor, **state: Any) -> None:
     """Write a checkpoint here and now."""
-    write(path, to_host(content_of(training, sums, **state)))
+    write(path, to_host(collect_state(training, sums, **state)))
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = (error.strerror if isinstance(error, OSError) else None) or str(error)
         reason = text.splitlines()[0] if text else type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None
-    if (wrong := malformed(content)) is not None:
+    if (wrong := invalid_entry(content)) is not None:
         raise ValueError(f"cannot be read (its {wrong!r} is not what train/ddp.py writes)")
     return content
 
@@ -178,7 +178,7 @@ def restore_weights(training: TrainState, content: dict[str, Any], path: Path, w
 
 def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
     """Load all that a step changes."""
-    check_holds(content, ("model", "optimizer", "scaler", "sums"), path)
+    require_keys(content, ("model", "optimizer", "scaler", "sums"), path)
     _restore_one(training, content, path)
     _check_like("sums", {"": content["sums"]}, {"": training.sums}, path)
     training.sums.copy_(content["sums"])
@@ -192,7 +192,7 @@ def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
         _check_like("ema", average, training.ema.state(), path)
         training.ema.restore(average)
     if training.proxy is not None:
-        check_holds(content.get("proxy", {}), ("model", "optimizer", "scaler"), path)
+        require_keys(content.get("proxy", {}), ("model", "optimizer", "scaler"), path)
         _restore_one(training.proxy.state, content["proxy"], path)
 
 
@@ -217,7 +217,7 @@ def _is_of_timm(optimizer: torch.optim.Optimizer) -> bool:
 def _restore_one(training: TrainState, content: dict[str, Any], path: Path) -> None:
     restore_weights(training, content, path)
     optimizer = training.optimizer
-    here = [{key: group[key] for key in ON_DEVICE if key in group} for group in optimizer.param_groups]
+    here = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]
     saved = content["optimizer"]
     try:
         rates = [float(group["lr"]) for group in saved["param_groups"]]

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from train.checkpoint import store
+from train.checkpoint.state import collect_state, to_host
 from train.checkpoint.store import LAST, PREVIOUS
-from train.distributed import process_group
+from train.distributed.process_group import is_first_rank
 from train.engine.epoch import TrainState
 
-SAVE_EVERY_S = 300.0  # where train.save_every_steps is not set
+SAVE_INTERVAL_S = 300.0  # where train.save_every_steps is not set
 
 
-class Saving:
+class CheckpointWriter:
     """Of one run, on all ranks, of which the first writes.
 
     Training waits for the copy to host memory, and for the checkpoint before where that is still being written. An
@@ -35,18 +36,18 @@ class Saving:
         self._thread = ThreadPoolExecutor(1, "save")
         self._written: Future[None] | None = None
 
-    def stands(self, newest: Path, steps: int) -> None:
+    def mark_saved(self, newest: Path, steps: int) -> None:
         """The run stands where this checkpoint does."""
         self.newest, self.steps = newest, steps
 
     @property
-    def can_go_back(self) -> bool:
+    def has_own_checkpoint(self) -> bool:
         """Whether the newest checkpoint is one of this folder's own."""
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
-        """Whether the newest checkpoint is older than SAVE_EVERY_S."""
-        return time.monotonic() - self._saved_s >= SAVE_EVERY_S
+        """Whether the newest checkpoint is older than SAVE_INTERVAL_S."""
+        return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
         """As the run stands now: last.pt, which the one before makes room for, or others such as best.pt.
@@ -56,12 +57,12 @@ class Saving:
         """
         if LAST in names:
             self._saved_s = time.monotonic()
-            self.stands(self.folder / LAST, steps)
-        if not process_group.is_first_rank():
+            self.mark_saved(self.folder / LAST, steps)
+        if not is_first_rank():
             return
         self.wait()
-        content = store.content_of(self._training, sums, position=dict(position), **self._about)
-        self._written = self._thread.submit(write_all, self.folder, names, store.to_host(content))
+        content = collect_state(self._training, sums, position=dict(position), **self._about)
+        self._written = self._thread.submit(write_all, self.folder, names, to_host(content))
 
     def check(self) -> None:
         """Raise what went wrong in writing, without waiting."""
@@ -74,7 +75,7 @@ class Saving:
         if written is not None:
             written.result()
 
-    def __enter__(self) -> Saving:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,11 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.utils.errors import UserError
 
-Result = TypeVar("Result")
-# How long a rank waits for another one that neither comes nor fails: a stopped process, a machine that hangs. All ranks
+# How long a rank waits for another one that neither joins nor fails: a stopped process, a machine that hangs. All ranks
 # compile and tune at the same time, so that even minutes of that are hardly waited for.
 GROUP_TIMEOUT = timedelta(minutes=10)
-START = "ZHU_START"  # in the environment: the word that names this start of the ranks, see `train.lifeline`
+LAUNCH_ID_VARIABLE = "ZHU_START"  # in the environment: see `train.distributed.failure_channel`
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = dist.HashStore() if ranks.world_size == 1 else _fresh(open_store(ranks)[0])
+    store = dist.HashStore() if ranks.world_size == 1 else _launch_store(open_store(ranks)[0])
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT)
     is_broken = False
     try:
@@ -100,9 +98,9 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
     return store, os.environ["MASTER_ADDR"]
 
 
-def _fresh(store: dist.Store) -> dist.Store:
+def _launch_store(store: dist.Store) -> dist.Store:
     """The part of it that belongs to this start: torchrun keeps the addresses of ranks that were killed before."""
-    return dist.PrefixStore(os.environ[START], store) if START in os.environ else store
+    return dist.PrefixStore(os.environ[LAUNCH_ID_VARIABLE], store) if LAUNCH_ID_VARIABLE in os.environ else store
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -131,7 +129,7 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
     return parallel
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     return dist.get_world_size()
 
 
@@ -148,52 +146,3 @@ def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()  # also of a compiled model, which passes the attributes of what it wraps on
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, on every rank, in place; synchronises."""
-    dist.all_reduce(values)
-    return values
-
-
-def max_over_ranks(values: list[int]) -> list[int]:
-    """The largest of each number over all ranks, on every rank; waits for them, and not for the device."""
-    numbers = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return [int(number) for number in numbers]
-
-
-@torch.no_grad()
-def equalize_buffers(model: nn.Module) -> None:
-    """Copy the first rank's buffers (batch-norm statistics) to all ranks, in one broadcast."""
-    # By element size, so that each part of the flat tensor is aligned for its type.
-    buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
-    if dist.get_world_size() == 1 or not buffers:
-        return
-    flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
-    dist.broadcast(flat, 0)
-    parts = flat.split([buffer.nbytes for buffer in buffers])
-    for buffer, part in zip(buffers, parts, strict=True):
-        buffer.copy_(part.view(buffer.dtype).view(buffer.shape))
-
-
-def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """What `compute` returns on the first rank, which alone calls it, on every rank; a UserError is raised on all."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = compute()
-        except UserError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, 0)
-    if box[1] is not None:
-        raise UserError(box[1])
-    result: Result = box[0]
-    return result
-
-
-def from_all_ranks(value: str) -> list[str]:
-    """What each rank gives, in the order of ranks, on every rank."""
-    values = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

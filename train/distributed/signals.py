@@ -20,11 +20,11 @@ from configs.utils.errors import UserError
 # SIGHUP: the terminal is gone
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux
-REAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
-AGAIN_S = 1.0  # Ctrl-C comes once from the terminal and perhaps once more from torchrun; later, somebody means it
+SUBREAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
+REPEATED_SIGINT_S = 1.0  # Ctrl-C may come twice at once, from the terminal and from torchrun; later, it is meant
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """The run has ended early, as a signal asked for, with a checkpoint."""
 
     def __init__(self, number: int) -> None:
@@ -33,25 +33,25 @@ class Stopped(Exception):
 
 
 @dataclass
-class Asked:
+class PendingSignal:
     """signal: the number of the first signal that came; 0: none."""
 
     signal: int = 0
 
 
 @contextmanager
-def listening() -> Iterator[Asked]:
+def catch_signals() -> Iterator[PendingSignal]:
     """Inside, the signals set the flag instead of ending the process; Ctrl-C a second time ends it at once.
 
     Python handles signals in the main thread alone: in any other, nothing listens.
     """
-    asked, first_s = Asked(), 0.0
+    pending, first_s = PendingSignal(), 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first_s
-        if asked.signal == 0:
-            asked.signal, first_s = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first_s > AGAIN_S:
+        if pending.signal == 0:
+            pending.signal, first_s = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first_s > REPEATED_SIGINT_S:
             signal.default_int_handler(number, frame)
 
     before: dict[int, Any] = {}
@@ -60,13 +60,13 @@ def listening() -> Iterator[Asked]:
         wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, handle) for number in wanted}
     try:
-        yield asked
+        yield pending
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def end_with_torchrun() -> None:
+def die_with_launcher() -> None:
     """Have the system send this process SIGTERM once the torchrun that started it is gone, however it went.
 
     Its ranks would else train on, keep their GPUs, and hold the run's folder. Raises UserError where it is gone
@@ -74,11 +74,11 @@ def end_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if is_orphan(os.getppid()):
+        if is_reparented(os.getppid()):
             raise UserError("torchrun, which started this rank, was killed before the rank was ready; start it again")
 
 
-def is_orphan(parent: int, proc: Path = Path("/proc")) -> bool:
+def is_reparented(parent: int, proc: Path = Path("/proc")) -> bool:
     """Whether a process of this parent has got it because its own one is gone: the system's first process, which in a
     container may be torchrun itself, or one that takes over the orphans of a user or a container."""
     command = name = b""
@@ -86,5 +86,5 @@ def is_orphan(parent: int, proc: Path = Path("/proc")) -> bool:
         command = (proc / str(parent) / "cmdline").read_bytes()
         name = (proc / str(parent) / "comm").read_bytes().strip()
     if parent != 1:
-        return name in REAPERS
+        return name in SUBREAPERS
     return b"python" not in command and b"torchrun" not in command

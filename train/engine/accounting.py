@@ -14,7 +14,7 @@ from pipelines.loader.bad_samples import BadSamples
 from pipelines.loader.coverage import MODULUS, SampleChecksum, split_checksum
 from pipelines.loader.loader import Batch, Loader
 from pipelines.loader.train_loader import TrainLoader
-from train.distributed import process_group
+from train.distributed import collectives
 
 HALF = 2**32  # a checksum travels in halves, whose sums over ranks fit into 64 bits with a sign
 
@@ -26,7 +26,7 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
         return
     loader.check_unchanged()
     upper, lower = divmod(loader.seen.checksum, HALF)
-    samples, upper, lower = process_group.sum_over_ranks(torch.tensor([loader.seen.samples, upper, lower])).tolist()
+    samples, upper, lower = collectives.sum_over_ranks(torch.tensor([loader.seen.samples, upper, lower])).tolist()
     found, expected = SampleChecksum(samples, (upper * HALF + lower) % MODULUS), split_checksum(len(loader.split))
     name = loader.split.name
     if found.samples != expected.samples:
@@ -62,8 +62,8 @@ def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
     if not bad.can_replace:
         return np.empty(0, np.int64)
     found = [sample for sample, _ in bad.found]
-    if int(process_group.sum_over_ranks(torch.tensor(len(found)))) == 0:
+    if int(collectives.sum_over_ranks(torch.tensor(len(found)))) == 0:
         return np.empty(0, np.int64)
     flags = torch.zeros(len(bad.split), dtype=torch.int32)
     flags[found] = 1
-    return np.flatnonzero(process_group.sum_over_ranks(flags).numpy())
+    return np.flatnonzero(collectives.sum_over_ranks(flags).numpy())

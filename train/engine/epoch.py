@@ -24,7 +24,8 @@ from models.speedrun import find_whitening
 from pipelines.loader.loader import Batch
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.rng import hash64, stream
-from train.distributed import process_group
+from train.distributed import collectives
+from train.distributed.process_group import data_parallel, get_world_size, is_data_parallel, without_reduction
 from train.engine.accounting import check_full_coverage
 from train.engine.losses import LossAndCounts, build_loss
 from train.engine.tta import mean_logits
@@ -112,7 +113,7 @@ def build_state(
         make_capturable(optimizer, device)
         if mode == "max-autotune":
             mode = "max-autotune-no-cudagraphs"  # the whole step is the graph; the compiler's own cannot lie inside
-    parallel = process_group.data_parallel(network, device, config.accumulation_steps)
+    parallel = data_parallel(network, device, config.accumulation_steps)
 
     def compiled(function: Any) -> Any:
         # Each shape has kernels of its own: those for any shape are slower, and there are few.
@@ -165,7 +166,7 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
     """Whether the step is replayed as CUDA graphs. Raises UserError where train.cuda_graph=on cannot be had."""
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",
-        f"there are {process_group.world_size()} ranks": process_group.world_size() > 1,
+        f"there are {get_world_size()} ranks": get_world_size() > 1,
         "fp16 looks at its gradients on the host before every update": amp == torch.float16,
         "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
         f"on_nonfinite=skip looks at the gradients of {config.optimizer.name} on the host before every update": (
@@ -186,7 +187,7 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
 def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
     """Forward and backward of one batch; with `optimizer_step` also the optimizer's step. Does not synchronise."""
     config = state.config
-    with nullcontext() if optimizer_step else process_group.without_reduction(state.forward):
+    with nullcontext() if optimizer_step else without_reduction(state.forward):
         with state.autocast():
             loss, counts = state.loss_and_counts(state.forward, batch, config.label_smoothing)
         state.scaler.scale(loss / config.accumulation_steps).backward()
@@ -239,9 +240,7 @@ def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     accumulation = config.accumulation_steps
     loaders = [loader.at(epoch) for epoch in range(config.epochs)]
     factors = tuple(
-        lr_factor(config, one.plan.batch_size * process_group.world_size() * accumulation)
-        if len(loader.stages) > 1
-        else 1.0
+        lr_factor(config, one.plan.batch_size * get_world_size() * accumulation) if len(loader.stages) > 1 else 1.0
         for one in loaders
     )
     updates = tuple(len(one) // accumulation for one in loaders)
@@ -304,7 +303,7 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
         return
-    if not state.uses_cuda_graph and not process_group.is_data_parallel(state.forward):
+    if not state.uses_cuda_graph and not is_data_parallel(state.forward):
         whitening.bias.requires_grad_(epoch < epochs)
 
 
@@ -339,7 +338,7 @@ def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -
     The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling is cut
     off its logits.
     """
-    process_group.equalize_buffers(state.network)
+    collectives.broadcast_buffers(state.network)
     state.infer.eval()
     full = 0
     for images, labels in loader:
@@ -368,7 +367,7 @@ def evaluate(
             sums[4] = 1
             break
         sums[:4] += loss_and_hits(logits, labels)
-    loss_sum, top1, top5, count, interrupted = process_group.sum_over_ranks(sums).tolist()
+    loss_sum, top1, top5, count, interrupted = collectives.sum_over_ranks(sums).tolist()
     if interrupted:
         raise EvaluationInterrupted
     check_full_coverage(loader)

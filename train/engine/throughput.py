@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from pipelines.loader.loader import Batch, Loader
-from train.distributed import process_group
+from train.distributed import collectives
 from train.engine.epoch import TrainState, run_step
 from train.engine.warm_up import warm_up
 from train.optim.freeze import set_training_mode
@@ -52,7 +52,7 @@ def measure_images_per_s(
 
     run(warmup_steps)
     warm_s = run(warmup_steps)
-    steps = process_group.from_first_rank(
+    steps = collectives.from_first_rank(
         lambda: max(1, int(warmup_steps / warm_s))
     )  # equal, or ranks would wait for ever
     groups = max(3, round(seconds))

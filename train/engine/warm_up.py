@@ -17,7 +17,8 @@ import torch
 from configs.utils.errors import UserError
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.loader.train_loader import TrainLoader
-from train.distributed import process_group
+from train.distributed import collectives
+from train.distributed.process_group import is_data_parallel
 from train.engine.epoch import TrainState, evaluate, set_whitening_bias_grad, train_step
 from train.engine.mixing import identity_mix
 from train.optim.freeze import set_training_mode
@@ -35,7 +36,7 @@ def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = 
     checkpoint.restore does. Raises UserError when the model cannot be captured.
     """
     begin = time.perf_counter()
-    if state.needs_warmup or process_group.is_data_parallel(state.forward):
+    if state.needs_warmup or is_data_parallel(state.forward):
         if val_loader is not None:
             warm_up_evaluation(state, val_loader, tta)
         shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)
@@ -104,7 +105,7 @@ def _passes(state: TrainState, batch: Batch, updates: list[bool]) -> Batch:
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
     """Evaluate a blank batch of the loader's size; every rank must come here, also one without samples."""
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
-    samples = process_group.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
+    samples = collectives.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
     evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.schema import DataConfig, EvalConfig
 from models.speedrun import find_whitening, fit_whitening
 from pipelines import build_eval_loader
-from train.distributed import process_group
+from train.distributed import collectives
 from train.engine.epoch import TrainState
 
 WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
@@ -71,7 +71,7 @@ def whiten(state: TrainState, images: Tensor | None) -> float:
         for one in state.parts():
             if one.is_fresh_init:
                 fit_whitening(one.network, images)
-            process_group.equalize_buffers(one.network)
+            collectives.broadcast_buffers(one.network)
         reset_averages(state)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)

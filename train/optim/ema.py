@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.schema import EmaConfig
 from configs.utils.errors import UserError
-from train.distributed import process_group
+from train.distributed import collectives
 
 if TYPE_CHECKING:
     from train.engine.epoch import TrainState
@@ -58,7 +58,7 @@ class Ema:
 
         It keeps its tensors, so that what was compiled for it serves both. Needs memory for a third copy.
         """
-        process_group.equalize_buffers(self._average.module)
+        collectives.broadcast_buffers(self._average.module)
         tensors = list(self._network.state_dict().values())
         own = [tensor.clone() for tensor in tensors]
         try:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.distributed import process_group
+from train.distributed import collectives
+from train.distributed.process_group import get_world_size
 from train.engine.epoch import TrainState
 from train.optim.largest import max_abs
 
@@ -49,10 +50,10 @@ class FiniteCheck:
         """
         state = self._training
         own = torch.cat([state.sums, is_finite(state)[None].double()])
-        *sums, finite = process_group.sum_over_ranks(own).tolist()
+        *sums, finite = collectives.sum_over_ranks(own).tolist()
         total = torch.tensor(sums, dtype=torch.float64)
         what = "the loss is" if not bool(total.isfinite().all()) else "the weights or the optimizer's state are"
-        if what == "the loss is" or finite != process_group.world_size():
+        if what == "the loss is" or finite != get_world_size():
             raise NonFiniteError(what, min(self._good + 1, done), done)
         self._good = done
         return total

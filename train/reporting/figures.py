@@ -60,7 +60,7 @@ def save(figure: Figure, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or name another folder") from None
 
 
-def pixels_of(figure: Figure) -> np.ndarray:
+def render(figure: Figure) -> np.ndarray:
     """The drawn figure: uint8 [H, W, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -132,7 +132,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
     axis.set_ylabel("true class", fontsize=14 if many else 10)
     axis.set_title(title, fontsize=16 if many else 11, parse_math=False)
     if len(classes) <= LABELLED_CLASSES:
-        names = [short(name) for name in classes]
+        names = [shorten(name) for name in classes]
         style: dict[str, Any] = {"fontsize": 5 if many else 8, "parse_math": False}
         axis.set_xticks(range(len(classes)), names, rotation=90, **style)
         axis.set_yticks(range(len(classes)), names, **style)
@@ -164,7 +164,7 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
         shown = order[column * rows : (column + 1) * rows]
         bars = axis.barh(range(len(shown)), [values[number] for number in shown], height=0.7)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-        axis.set_yticks(range(len(shown)), [short(names[number]) for number in shown], fontsize=7, parse_math=False)
+        axis.set_yticks(range(len(shown)), [shorten(names[number]) for number in shown], fontsize=7, parse_math=False)
         axis.set_ylim(rows - 0.4, -0.6)
         axis.set_xlim(0, 1.12)
         axis.set_xlabel(quantity)
@@ -185,7 +185,7 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
         else:
             drawn += axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid")
     if named:
-        axis.set_xticks(range(len(classes)), list(map(short, classes)), rotation=90, fontsize=8, parse_math=False)
+        axis.set_xticks(range(len(classes)), list(map(shorten, classes)), rotation=90, fontsize=8, parse_math=False)
         axis.set_xlabel("class")
     else:
         axis.set_xlabel("classes, from the most to the fewest samples")
@@ -200,6 +200,6 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     return figure
 
 
-def short(name: str) -> str:
+def shorten(name: str) -> str:
     """A class name that leaves room for the picture beside it."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

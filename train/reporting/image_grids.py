@@ -25,13 +25,13 @@ CAPTION_LINES = 2  # for one class
 MIXED_LINES = 2 * CAPTION_LINES
 
 
-def seen_grid(seen: RenderedBatch, classes: Sequence[str], title: str) -> Figure:
+def training_grid(seen: RenderedBatch, classes: Sequence[str], title: str) -> Figure:
     """Images as the model is trained on them, with what they are mixed of."""
-    captions = [wrapped(name, lines=MIXED_LINES) for name in mixed_names(seen, classes)]
-    return figures.image_grid(pixels(seen.images), captions, title=title)
+    captions = [wrap_caption(name, lines=MIXED_LINES) for name in mix_captions(seen, classes)]
+    return figures.image_grid(to_numpy(seen.images), captions, title=title)
 
 
-def mixed_names(seen: RenderedBatch, classes: Sequence[str]) -> list[str]:
+def mix_captions(seen: RenderedBatch, classes: Sequence[str]) -> list[str]:
     """Such as "cat 0.70 + dog 0.30", or "cat" where nothing is mixed in."""
     names = []
     for label, other, share in zip(seen.labels.tolist(), seen.others.tolist(), seen.shares.tolist(), strict=True):
@@ -42,8 +42,8 @@ def mixed_names(seen: RenderedBatch, classes: Sequence[str]) -> list[str]:
 
 def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
     """Images with the names of their classes; images: uint8 [N, 3, H, W], labels: int64 [N], -1 where unknown."""
-    captions = [wrapped(class_name(label, classes)) for label in labels.tolist()]
-    return figures.image_grid(pixels(images), captions, title=title)
+    captions = [wrap_caption(class_name(label, classes)) for label in labels.tolist()]
+    return figures.image_grid(to_numpy(images), captions, title=title)
 
 
 def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str) -> Figure:
@@ -51,18 +51,18 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Seq
 
     images: uint8 [N, 3, H, W]; labels: int64 [N], -1 where the truth is unknown (black); logits: [N, C].
     """
-    predicted, probabilities = predictions_of(logits)
+    predicted, probabilities = predicted_classes(logits)
     captions, colors = [], []
     for label, guess, probability in zip(labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True):
-        lines = [wrapped(f"{probability:.0%} {classes[guess]}")]
+        lines = [wrap_caption(f"{probability:.0%} {classes[guess]}")]
         if label >= 0:
-            lines.append(wrapped(f"true: {classes[label]}"))
+            lines.append(wrap_caption(f"true: {classes[label]}"))
         captions.append("\n".join(lines))
         colors.append("black" if label < 0 else figures.RIGHT if label == guess else figures.WRONG)
-    return figures.image_grid(pixels(images), captions, title=title, colors=colors)
+    return figures.image_grid(to_numpy(images), captions, title=title, colors=colors)
 
 
-def predictions_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+def predicted_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The predicted classes, int64 [N], and their probabilities, float32 [N]; logits: [N, C].
 
     Of equal logits, which bfloat16 often gives, the one that `train.loop.loss_and_hits` counts: argmax may differ.
@@ -78,7 +78,7 @@ def confusion_counts(labels: Tensor, predicted: Tensor, classes: int) -> np.ndar
     return torch.bincount(cells, minlength=classes * classes).reshape(classes, classes).cpu().numpy()
 
 
-def pixels(images: Tensor) -> np.ndarray:
+def to_numpy(images: Tensor) -> np.ndarray:
     """uint8 [N, H, W, 3] on the host, of uint8 [N, 3, H, W]."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -87,6 +87,6 @@ def class_name(label: int, classes: Sequence[str]) -> str:
     return classes[label] if label >= 0 else "no label"
 
 
-def wrapped(caption: str, lines: int = CAPTION_LINES) -> str:
+def wrap_caption(caption: str, lines: int = CAPTION_LINES) -> str:
     """Broken into lines that fit above an image; what does not is left out at the end."""
     return "\n".join(textwrap.wrap(caption, CAPTION_WIDTH, max_lines=lines, placeholder=" …"))

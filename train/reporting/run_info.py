@@ -20,7 +20,7 @@ def global_batch(config: Config, world_size: int) -> int:
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
-def facts_of(
+def collect_run_info(
     config: Config, dataset: dict[str, Any], training: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
     """What follows from the config, the data set and the machine together; loader: of training.
@@ -52,7 +52,7 @@ def facts_of(
     }
 
 
-def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
+def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
     """What a checkpoint says of its data set, so that the model can be used without it."""
     return {
         **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
@@ -61,7 +61,7 @@ def dataset_facts(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
     }
 
 
-def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str:
+def summary_line(config: Config, facts: dict[str, Any], device: torch.device) -> str:
     """One line on what is about to run."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
@@ -75,7 +75,7 @@ def describe(config: Config, facts: dict[str, Any], device: torch.device) -> str
     )
 
 
-def unreached_stages(config: Config) -> list[str]:
+def stage_warnings(config: Config) -> list[str]:
     """A remark where stages begin after the last epoch."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
     remark = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
@@ -84,9 +84,9 @@ def unreached_stages(config: Config) -> list[str]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the processor's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
-def processor() -> str:
+def processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

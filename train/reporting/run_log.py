@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import LogConfig
 from configs.utils import durable
 from configs.utils.errors import UserError
-from configs.utils.files import read_record
+from configs.utils.files import read_small_text
 from configs.utils.warnings import warn
 from train.reporting import figures
 from train.reporting.tensorboard_tracker import TensorBoardTracker
-from train.reporting.trackers import Tracker, one_line
+from train.reporting.trackers import Tracker, single_line
 from train.reporting.wandb_tracker import start_wandb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CURVES_EVERY_S = 30.0
+CURVES_INTERVAL_S = 30.0
 
 
 class _Console(logging.StreamHandler):
@@ -39,7 +39,7 @@ class _Console(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         del record
         with suppress(OSError):
-            warn(f"lines of the log are lost ({one_line(sys.exc_info()[1] or OSError())})")
+            warn(f"lines of the log are lost ({single_line(sys.exc_info()[1] or OSError())})")
 
 
 class _LogFile(_Console, logging.FileHandler):
@@ -61,12 +61,12 @@ class RunLog:
     As a context manager it finishes at the end, as failed where an error ends it.
     """
 
-    def __init__(self, folder: Path | None, *, others_wait: bool = False, loss: str = "cross-entropy") -> None:
+    def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
         """others_wait: on other ranks, which learn of an error only after it has ended this log; loss: train.loss."""
-        self._folder, self._others_wait, self._loss = folder, others_wait, loss
+        self._folder, self._others_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
-        self.is_in_a_hurry = False  # as after a signal: the end leaves out what can be had later
-        self._drawn_at = -CURVES_EVERY_S
+        self.fast_shutdown = False  # as after a signal: the end leaves out what can be had later
+        self._drawn_at = -CURVES_INTERVAL_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
         self._logger.handlers.clear()
@@ -87,19 +87,19 @@ class RunLog:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.is_in_a_hurry |= error is not None and self._others_wait
+        self.fast_shutdown |= error is not None and self._others_wait
         self.finish(failed=error is not None)
 
     @property
-    def is_silent(self) -> bool:
+    def is_disabled(self) -> bool:
         return self._folder is None
 
     @property
-    def is_tracked(self) -> bool:
+    def has_trackers(self) -> bool:
         """Whether there is anyone to show pictures to."""
         return bool(self._trackers)
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         self._logger.info(message)
 
     def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
@@ -108,7 +108,7 @@ class RunLog:
             return
         folder = self._folder
         starts: dict[str, Callable[[], Tracker | None]] = {
-            "W&B": lambda: start_wandb(config.wandb, folder, run_config, self.say),
+            "W&B": lambda: start_wandb(config.wandb, folder, run_config, self.info),
             "TensorBoard": lambda: (
                 TensorBoardTracker(folder / "tensorboard", run_config, step) if config.tensorboard else None
             ),
@@ -117,30 +117,30 @@ class RunLog:
             try:
                 tracker = start()
             except Exception as error:
-                self.say(f"{title} is off for this run: {type(error).__name__}: {one_line(error)}")
+                self.info(f"{title} is off for this run: {type(error).__name__}: {single_line(error)}")
             else:
                 self._trackers += [tracker] if tracker is not None else []
 
-    def record(self, config: str, facts: dict[str, Any]) -> None:
+    def write_config(self, config: str, facts: dict[str, Any]) -> None:
         """config.yaml and facts.json, in place of those of an earlier start."""
         if self._folder is not None:
             _replace(self._folder / "config.yaml", config)
             _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
-    def keep_epochs(self, before: int) -> None:
+    def drop_epochs_from(self, before: int) -> None:
         """Drop the lines of epochs from `before` on, which a resumed run writes again."""
         if self._folder is None:
             return
         kept = [line for line in read_metrics(self._folder) if line["epoch"] < before]
         _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    def steps(self, values: Mapping[str, float], step: int) -> None:
+    def log_step(self, values: Mapping[str, float], step: int) -> None:
         """One line on the console, one point in the trackers' curves against step; step: optimizer steps done."""
-        self.say(f"step {step}: loss {values['step_loss']:.4g}, lr {values['lr']:.4g}, "
+        self.info(f"step {step}: loss {values['step_loss']:.4g}, lr {values['lr']:.4g}, "
                  f"{values['images_per_s']:,.0f} images/s")  # fmt: skip
-        self._each(lambda tracker: tracker.scalars(values, step))
+        self._each(lambda tracker: tracker.log_scalars(values, step))
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def log_epoch(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one on the console, one point in the trackers' curves."""
         if self._folder is None:
             return
@@ -153,30 +153,30 @@ class RunLog:
         except OSError as error:  # the epoch has no checkpoint yet: a resumed run comes here again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-        self.say(f"epoch {metrics['epoch']}: " + ", ".join(shown))
-        if self.is_tracked:
+        self.info(f"epoch {metrics['epoch']}: " + ", ".join(shown))
+        if self.has_trackers:
             values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
-            self._each(lambda tracker: tracker.scalars(values, metrics["step"]))
-            self.summary(best(read_metrics(self._folder)))
-        if time.monotonic() - self._drawn_at >= CURVES_EVERY_S:
-            self.draw()
+            self._each(lambda tracker: tracker.log_scalars(values, metrics["step"]))
+            self.update_summary(best_results(read_metrics(self._folder)))
+        if time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S:
+            self.draw_curves()
 
-    def picture(self, key: str, draw: Callable[[], Figure], step: int) -> None:
+    def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
         """Show a figure in the trackers; it is drawn only where there are any."""
-        if not self.is_tracked:
+        if not self.has_trackers:
             return
         try:
-            pixels = figures.pixels_of(draw())
+            pixels = figures.render(draw())
         except Exception as error:
-            self.say(f"no picture {key} for the trackers: {type(error).__name__}: {one_line(error)}")
+            self.info(f"no picture {key} for the trackers: {type(error).__name__}: {single_line(error)}")
             return
-        self._each(lambda tracker: tracker.picture(key, pixels, step))
+        self._each(lambda tracker: tracker.log_image(key, pixels, step))
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def update_summary(self, values: Mapping[str, float]) -> None:
         """What the trackers shall know of the whole run."""
-        self._each(lambda tracker: tracker.summary(values))
+        self._each(lambda tracker: tracker.update_summary(values))
 
-    def draw(self) -> None:
+    def draw_curves(self) -> None:
         """curves.png from metrics.jsonl."""
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
@@ -184,15 +184,15 @@ class RunLog:
         try:
             figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
         except UserError as error:  # a picture is no reason to end a run
-            self.say(str(error))
+            self.info(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
-        if not self.is_in_a_hurry:
-            self.draw()
+        if not self.fast_shutdown:
+            self.draw_curves()
 
         def finish(tracker: Tracker) -> None:
-            if (message := tracker.finish(failed=failed, in_a_hurry=self.is_in_a_hurry)) is not None:
-                self.say(message)
+            if (message := tracker.finish(failed=failed, fast=self.fast_shutdown)) is not None:
+                self.info(message)
 
         self._each(finish)
         self._trackers.clear()
@@ -206,10 +206,10 @@ class RunLog:
                 use(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
-                self.say(f"{tracker.title} stops here, the run goes on ({type(error).__name__}: {one_line(error)}); "
-                         f"{tracker.advice}")  # fmt: skip
+                reason = f"{type(error).__name__}: {single_line(error)}"
+                self.info(f"{tracker.title} stops here, the run goes on ({reason}); {tracker.advice}")
                 with suppress(Exception):
-                    tracker.finish(failed=True, in_a_hurry=self.is_in_a_hurry)
+                    tracker.finish(failed=True, fast=self.fast_shutdown)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "metrics.jsonl"
     try:
-        lines = read_record(path, "replace").splitlines()
+        lines = read_small_text(path, "replace").splitlines()
     except FileNotFoundError:
         lines = []
     except OSError as error:
@@ -240,7 +240,7 @@ def _is_metric(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not abs(value) > sys.float_info.max)
 
 
-def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy; those of the
     moving average as well, where there is one."""
     found: dict[str, float] = {}
@@ -256,7 +256,7 @@ def best(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def counted(line: dict[str, Any], weights: str) -> float | None:
+def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
     """Top-1 accuracy of the weights that count in a line of metrics.jsonl, by eval.weights; None: not evaluated."""
     key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
     value: float | None = line.get(key)
@@ -266,7 +266,7 @@ def counted(line: dict[str, Any], weights: str) -> float | None:
 def _replace(path: Path, text: str) -> None:
     """So that whoever reads it finds the old text or the new one."""
     try:
-        durable.replace(path, lambda file: file.write(text.encode()))
+        durable.atomic_write(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise _cannot_write(path, error) from None
 

@@ -25,19 +25,19 @@ class TensorBoardTracker:
         self._step = step
         self._writer.add_text("config", as_code(config), step)
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self._step = step
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def picture(self, key: str, pixels: np.ndarray, step: int) -> None:
+    def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
         self._writer.add_image(key, pixels, step, dataformats="HWC")
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def update_summary(self, values: Mapping[str, float]) -> None:
         self._summary |= values
 
-    def finish(self, *, failed: bool, in_a_hurry: bool = False) -> str | None:
-        del in_a_hurry  # it only writes a file
+    def finish(self, *, failed: bool, fast: bool = False) -> str | None:
+        del fast  # it only writes a file
         if self._summary:
             self._writer.add_text("summary", as_code({"failed": failed, **self._summary}), self._step)
         self._writer.close()

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from configs.schema import WandbConfig
-from configs.utils.files import read_record
-from train.reporting.trackers import one_line, within
+from configs.utils.files import read_small_text
+from train.reporting.trackers import call_with_timeout, single_line
 
 INIT_S = 20.0  # for the server to answer
 LOG_S = 10.0  # for wandb's own process to take a point or a picture, which it does at once as long as it is well
@@ -50,21 +50,21 @@ class WandbTracker:
         for name in BY_EPOCH:
             run.define_metric(name, step_metric="epoch")
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         # Steps of W&B's own are ours: the server leaves out what a resumed run repeats.
         self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
-    def picture(self, key: str, pixels: np.ndarray, step: int) -> None:
+    def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
         self._give(lambda: self._run.log({"step": step, key: self._wandb.Image(pixels)}, step=step))
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def update_summary(self, values: Mapping[str, float]) -> None:
         self._give(lambda: self._run.summary.update(dict(values)))
 
-    def finish(self, *, failed: bool, in_a_hurry: bool = False) -> str | None:
-        limit_s, grace_s = (HURRY_S, 0.0) if in_a_hurry else (FINISH_S, GRACE_S)
+    def finish(self, *, failed: bool, fast: bool = False) -> str | None:
+        limit_s, grace_s = (HURRY_S, 0.0) if fast else (FINISH_S, GRACE_S)
         try:
             if not self._is_stuck:
-                within(limit_s + grace_s, lambda: self._run.finish(exit_code=int(failed)))
+                call_with_timeout(limit_s + grace_s, lambda: self._run.finish(exit_code=int(failed)))
         except TimeoutError:
             return f"W&B did not take everything within {limit_s:.0f} s; upload the rest with: {self._sync_command}"
         finally:
@@ -74,7 +74,7 @@ class WandbTracker:
     def _give(self, call: Callable[[], object]) -> None:
         """wandb's process may be stopped or wait for a disk: then the pipe to it fills up, and a write would hang."""
         try:
-            within(LOG_S, call)
+            call_with_timeout(LOG_S, call)
         except TimeoutError:
             self._is_stuck = True
             raise
@@ -96,7 +96,7 @@ def start_wandb(
     )
     wandb.setup(settings=settings)
     id_file = folder / "wandb_id.txt"
-    run_id = read_record(id_file).strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    run_id = read_small_text(id_file).strip() if id_file.exists() else uuid.uuid4().hex[:8]
 
     def init(mode: Any) -> Any:
         return wandb.init(
@@ -117,7 +117,7 @@ def start_wandb(
             elif mode != "auto":
                 raise PermissionError("there is no login, which `wandb login` makes")
         except Exception as error:
-            say(f"W&B cannot go online ({one_line(error)}); this run is recorded offline")
+            say(f"W&B cannot go online ({single_line(error)}); this run is recorded offline")
             end_service(wandb)
             wandb.setup(settings=settings)
     run = run or init("offline")
@@ -133,7 +133,7 @@ def end_service(wandb: Any) -> None:
     What it has not uploaded lies in its files.
     """
     with suppress(Exception, SystemExit):  # which is how a service that failed is reported
-        within(TEARDOWN_S, wandb.teardown)
+        call_with_timeout(TEARDOWN_S, wandb.teardown)
     with suppress(OSError):
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split():
             if (

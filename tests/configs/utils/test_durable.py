@@ -19,10 +19,10 @@ def test_the_old_file_stays_where_filling_the_new_one_fails_and_nothing_is_left_
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, "full")
 
-    durable.replace(path, lambda file: file.write(b"old"))
+    durable.atomic_write(path, lambda file: file.write(b"old"))
     for previous in (None, tmp_path / "previous"):
         with pytest.raises(OSError, match="full"):
-            durable.replace(path, fail) if previous is None else durable.replace_and_keep(path, previous, fail)
+            durable.atomic_write(path, fail) if previous is None else durable.replace_and_keep(path, previous, fail)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
 
 
@@ -39,8 +39,8 @@ def test_a_file_system_that_syncs_no_folders_is_put_up_with_and_other_errors_are
 
     monkeypatch.setattr(os, "fsync", no_folders)
     if passes:
-        durable.replace(tmp_path / "file", lambda file: file.write(b"new"))
+        durable.atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     else:
         with pytest.raises(OSError, match="Input/output error"):
-            durable.replace(tmp_path / "file", lambda file: file.write(b"new"))
+            durable.atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert (tmp_path / "file").read_bytes() == b"new"

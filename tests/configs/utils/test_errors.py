@@ -42,7 +42,7 @@ def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "error: a name\\n\\x1b[2J of a file\n"
 
 
-SCRIPT = "from configs.errors import run_main\ndef main():\n    print('told')\n    return 0\nrun_main(main)"
+SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('told')\n    return 0\nrun_main(main)"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err:
 def test_a_terminal_that_is_gone_changes_no_exit_code_but_that_of_a_result_nobody_saw(end: str, code: int) -> None:
     lines = ["sys.stdin.readline()", "sys.stdout.write('told')", end]
     main = "def main():\n" + "".join(f"    {line}\n" for line in lines)
-    script = f"import sys\nfrom configs.errors import UserError, run_main\n{main}run_main(main)"
+    script = f"import sys\nfrom configs.utils.errors import UserError, run_main\n{main}run_main(main)"
     ours, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=terminal, stderr=terminal,
@@ -107,9 +107,9 @@ def test_a_closed_stderr_takes_nothing_into_a_file_that_is_opened_later(tmp_path
 NAMED = """
 import sys
 from pathlib import Path
-from configs.errors import run_main
+from configs.utils.errors import run_main
 from configs.load import load_config, to_yaml
-from tools.parts.tables import write_text
+from tools.common.tables import write_text
 
 def main():
     config = load_config("configs/digits_lenet.yaml", [f"name={sys.argv[2]}"], output=sys.argv[1])

@@ -9,7 +9,7 @@ import pytest
 
 from configs.utils import files
 from configs.utils.errors import UserError
-from configs.utils.files import open_plain, read_record
+from configs.utils.files import open_plain, read_small_text
 from tools import convert, export, predict, sweep
 from train import ddp
 
@@ -18,7 +18,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"l\xc3\xa4nge\n")
     with open_plain(tmp_path / "file") as file:
         assert file.read() == b"l\xc3\xa4nge\n"
-    assert read_record(tmp_path / "file") == "länge\n"
+    assert read_small_text(tmp_path / "file") == "länge\n"
 
 
 def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Path) -> None:
@@ -37,14 +37,14 @@ def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Pat
 
 
 def test_a_record_is_limited_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 10)
     (tmp_path / "file").write_bytes(b"x" * 11)
     with pytest.raises(OSError, match="it has more than 10 bytes"):
-        read_record(tmp_path / "file")
+        read_small_text(tmp_path / "file")
     (tmp_path / "file").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="invalid start byte"):
-        read_record(tmp_path / "file")
-    assert read_record(tmp_path / "file", "replace") == "\ufffd"
+        read_small_text(tmp_path / "file")
+    assert read_small_text(tmp_path / "file", "replace") == "\ufffd"
 
 
 def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:

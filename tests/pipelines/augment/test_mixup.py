@@ -205,11 +205,11 @@ def test_what_is_shown_is_the_mixed_image_rounded_with_both_names() -> None:
     blend = 0.7 * images[0].double() + 0.3 * images[1].double()
     assert (seen.images[0].double() - blend).abs().max() <= 0.5 + 1e-4
     assert torch.equal(seen.images[2], images[2])
-    names = image_grids.mixed_names(seen, ["cat", "dog"])
+    names = image_grids.mix_captions(seen, ["cat", "dog"])
     assert names == ["cat 0.70 + dog 0.30", "dog 0.70 + cat 0.30", "dog", "cat 0.33 + dog 0.67"]
     plain = render_batch(Batch(images, labels))
     assert torch.equal(plain.images, images)
-    assert image_grids.mixed_names(plain, ["cat", "dog"]) == ["cat", "dog", "dog", "cat"]
+    assert image_grids.mix_captions(plain, ["cat", "dog"]) == ["cat", "dog", "dog", "cat"]
 
 
 # Batches of the loader

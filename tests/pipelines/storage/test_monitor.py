@@ -85,7 +85,7 @@ def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[Loader, Pa
 def test_a_loader_ends_with_the_name_of_a_shard_that_was_changed(
     change: Change, says: str, encoding: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor, "EVERY_S", 0.0)
+    monkeypatch.setattr(monitor, "POLL_INTERVAL_S", 0.0)
     monkeypatch.setattr(monitor, "SHARE", math.inf)
     loader, file = loader_of(encoding, request)
     batches = iter(loader)
@@ -107,7 +107,7 @@ def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(monitor, "EVERY_S", 0.0)
+    monkeypatch.setattr(monitor, "POLL_INTERVAL_S", 0.0)
     monkeypatch.setattr(monitor, "SHARE", math.inf)
     loader, file = loader_of(encoding, request)
     expected = [batch.images.sum() for batch in copies(loader)]
@@ -127,7 +127,7 @@ def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
 def test_a_shard_that_was_cut_short_is_noticed_by_the_first_batch_that_reads_there(
     encoding: str, way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor, "EVERY_S", math.inf)
+    monkeypatch.setattr(monitor, "POLL_INTERVAL_S", math.inf)
     if way == "DALI":
         use_dali(monkeypatch)
     loader, file = loader_of(encoding, request)

@@ -28,7 +28,7 @@ from tools.benchmarks.engine import charts, process_memory
 from tools.benchmarks.engine.interleaved import Candidate, measure
 from tools.perf import batch_size_command, batch_size_search, plots
 from tools.perf.batch_size_search import BatchSizeSearch, OutOfTime, Target, Trial
-from train.reporting.figures import pixels_of
+from train.reporting.figures import render
 
 ANY_CONFIG: Any = None
 
@@ -189,7 +189,7 @@ def test_pictures_of_benchmarks_show_names_as_they_are(tmp_path: Path) -> None:
     row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
     run = {"groups": [{"title": odd, "rows": [row]}], "environment": {"device": odd, "cores": 2, "date": "today"}}
     for each in (figure, plots.plot_profile(facts)):
-        pixels_of(each)
+        render(each)
     assert charts.draw_chart(run, tmp_path / "chart.png") is not None
 
 

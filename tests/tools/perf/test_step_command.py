@@ -22,8 +22,7 @@ from tools.benchmarks.engine import gpu_specs
 from tools.perf import step_trace
 from tools.perf.step_trace import WINDOW
 from train.build import build_all
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine.warm_up import warm_up
 
 MOMENTS = range(40)
@@ -138,7 +137,7 @@ def test_what_a_phase_calls_is_its_own() -> None:
 def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
     graph = ("train.cuda_graph=off", *options)
     config = load_config("configs/digits_lenet.yaml", graph, **{"data.path": str(digits_run.data)})
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         loader = build_train_loader(config.data, config.aug, device=device)
         training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
         warm_up(training, loader)

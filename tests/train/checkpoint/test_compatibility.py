@@ -14,7 +14,7 @@ from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
 from helpers.training import DIGITS
 from pipelines.storage.split import fingerprint
-from train.checkpoint.compatibility import check_same_run, identity, stream_of
+from train.checkpoint.compatibility import check_same_run, run_fingerprint, stream_info
 from train.optim.factory import with_timm_defaults
 
 PATH = Path("last.pt")
@@ -55,8 +55,8 @@ def checkpoint_of(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 def check(then: Config, now: Config, text: str | None = None, passes: tuple[int, int] = (1, 1)) -> None:
     """Go on with `now` from a checkpoint of `then`, whose config is `text`."""
     data_set = data_set_of()
-    content = checkpoint_of(then, stream_of(then, data_set, passes[0])) | ({"config": text} if text else {})
-    check_same_run(content, now, stream_of(now, data_set, passes[1]), PATH)
+    content = checkpoint_of(then, stream_info(then, data_set, passes[0])) | ({"config": text} if text else {})
+    check_same_run(content, now, stream_info(now, data_set, passes[1]), PATH)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_another_setting_is_refused_by_its_name_with_both_values(options: list[s
 )
 def test_another_data_set_is_refused_and_what_differs_is_named(now: dict[str, Any], differences: list[str]) -> None:
     config, then = config_of(), data_set_of()
-    content = checkpoint_of(config, stream_of(config, then, 1))
+    content = checkpoint_of(config, stream_info(config, then, 1))
     with pytest.raises(UserError, match=r"since settings differ \(data set: ") as error:
-        check_same_run(content, config, stream_of(config, now, 1), PATH)
+        check_same_run(content, config, stream_info(config, now, 1), PATH)
     for difference in differences:
         assert difference in str(error.value)
     assert fingerprint(then) not in str(error.value)
@@ -110,26 +110,26 @@ def test_another_data_set_is_refused_and_what_differs_is_named(now: dict[str, An
 
 def test_a_data_set_of_another_name_alone_is_the_same() -> None:
     config = config_of()
-    content = checkpoint_of(config, stream_of(config, data_set_of(), 1))
-    check_same_run(content, config, stream_of(config, data_set_of(name="copy"), 1), PATH)
+    content = checkpoint_of(config, stream_info(config, data_set_of(), 1))
+    check_same_run(content, config, stream_info(config, data_set_of(name="copy"), 1), PATH)
 
 
 def test_a_checkpoint_of_an_older_version_is_compared_by_the_fingerprint_alone() -> None:
     config = config_of()
     stream = {"data set": fingerprint(data_set_of()), "global batch": 64}
     content = checkpoint_of(config, stream)
-    check_same_run(content, config, stream_of(config, data_set_of(), 1), PATH)
+    check_same_run(content, config, stream_info(config, data_set_of(), 1), PATH)
     other = data_set_of(shards=2)
     with pytest.raises(
         UserError, match=f'\\(data set: "{fingerprint(data_set_of())}" then, "{fingerprint(other)}" now'
     ):
-        check_same_run(content, config, stream_of(config, other, 1), PATH)
+        check_same_run(content, config, stream_info(config, other, 1), PATH)
 
 
 @pytest.mark.parametrize("part", ["config", "stream", "position", "progress"])
 def test_a_checkpoint_that_does_not_say_what_its_run_followed_from_is_refused(part: str) -> None:
     config = config_of()
-    stream = stream_of(config, data_set_of(), 1)
+    stream = stream_info(config, data_set_of(), 1)
     content = checkpoint_of(config, stream)
     del content[part]
     with pytest.raises(UserError, match=f"last.pt holds no {part}, as those of"):
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_does_not_say_what_its_run_followed_from_is_refused(pa
 )  # fmt: skip
 def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> None:
     config = config_of()
-    stream = stream_of(config, data_set_of(), 1)
+    stream = stream_info(config, data_set_of(), 1)
     with pytest.raises(UserError, match=r"last\.pt") as error:
         check_same_run(checkpoint_of(config, stream) | crafted, config, stream, PATH)
     assert len(str(error.value).splitlines()) == 1
@@ -155,7 +155,7 @@ def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> Non
 
 def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
     config = config_of(*PLATEAU)
-    named = {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))}
+    named = {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))}
     settings = {key for key, field in all_settings() if not is_section(field)}
     others = (
         {key for key in settings if key.startswith("log.")}
@@ -169,7 +169,9 @@ def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
     assert settings - named == others
     assert named - settings == {"data", "global"}  # what is no setting: the data set, the global batch
     config = config_of()
-    assert named - {key.split(" ")[0] for key in identity(config, stream_of(config, data_set_of(), 1))} == WATCHED
+    assert (
+        named - {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))} == WATCHED
+    )
 
 
 def test_what_changes_no_result_may_change() -> None:
@@ -223,7 +225,7 @@ def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optim
     old = config_of(
         lion, "train.optimizer.betas=[0.9, 0.999]", "train.optimizer.eps=1e-8", "train.optimizer.nesterov=true"
     )
-    content = checkpoint_of(old, stream_of(old, data_set_of(), 1))
+    content = checkpoint_of(old, stream_info(old, data_set_of(), 1))
     content["optimizer"] = {"param_groups": [{"betas": (0.9, 0.99), "lr": 1e-3}], "state": {}}
     for now in (config_of(lion), old):
         check_same_run(content, with_timm_defaults(now), content["stream"], PATH)

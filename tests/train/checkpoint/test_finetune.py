@@ -26,7 +26,7 @@ from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import format, store
-from train.checkpoint.finetune import load_finetune, without_start
+from train.checkpoint.finetune import load_finetune, without_pretrained
 
 OPTS = [
     "data.batch_size=16", "train.epochs=2", "train.lr=3e-3", "model.name=resnet18", "model.activation=gelu",
@@ -329,7 +329,7 @@ def test_without_a_start_a_model_is_built_as_drawn(data: dict[int, Path], tmp_pa
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.finetune=/nowhere", "model.drop_rate=0.1"])
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:
-        training = build_all(without_start(config), dataset, 2, 32, device)
+        training = build_all(without_pretrained(config), dataset, 2, 32, device)
         assert training.notes == ()
         with pytest.raises(UserError, match="/nowhere does not exist"):
             build_all(config, dataset, 2, 32, device)

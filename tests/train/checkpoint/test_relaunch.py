@@ -25,17 +25,17 @@ def folder_of(output: Path, name: str, launch: list[str], *checkpoints: str) -> 
     (output / name).mkdir(parents=True)
     for checkpoint in checkpoints:
         (output / name / checkpoint).touch()
-    return relaunch.note(output / name, launch)
+    return relaunch.record_launch(output / name, launch)
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
 def test_a_first_start_does_as_it_was_told_whatever_other_launches_left(resume: str | None, tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    assert relaunch.find_folder(config, resume, OURS) == (None, resume)
+    assert relaunch.find_active_run_dir(config, resume, OURS) == (None, resume)
     folder_of(tmp_path, "run", THEIRS, "last.pt")
     folder_of(tmp_path, "run-2", [], "last.pt")
-    assert relaunch.find_folder(config, resume, OURS) == (None, resume)
-    assert relaunch.find_folder(config, resume, []) == (None, resume)
+    assert relaunch.find_active_run_dir(config, resume, OURS) == (None, resume)
+    assert relaunch.find_active_run_dir(config, resume, []) == (None, resume)
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
@@ -46,7 +46,7 @@ def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
     folder_of(tmp_path, "run", THEIRS, "last.pt")
     used = folder_of(tmp_path, "run-7", OURS, checkpoint)
     folder_of(tmp_path, "run-8", THEIRS, "last.pt")
-    assert relaunch.find_folder(config_of(tmp_path), resume, OURS) == (used, str(used))
+    assert relaunch.find_active_run_dir(config_of(tmp_path), resume, OURS) == (used, str(used))
 
 
 @pytest.mark.parametrize(
@@ -57,22 +57,22 @@ def test_without_a_checkpoint_the_run_begins_anew_in_its_folder(
 ) -> None:
     used = folder_of(tmp_path, "run", OURS)
     folder_of(tmp_path, "run-2", THEIRS, "last.pt")  # which --resume auto would take
-    assert relaunch.find_folder(config_of(tmp_path), resume, OURS) == (used, then)
+    assert relaunch.find_active_run_dir(config_of(tmp_path), resume, OURS) == (used, then)
 
 
 def test_a_launch_is_the_same_as_long_as_one_of_its_machines_stays(tmp_path: Path) -> None:
     used = folder_of(tmp_path, "run", OURS, "last.pt")
     survivors = [OURS[1], "machine 3 boot 4 300"]
-    assert relaunch.find_folder(config_of(tmp_path), None, survivors) == (used, str(used))
-    relaunch.note(used, survivors)
-    assert relaunch.find_folder(config_of(tmp_path), None, survivors[1:]) == (used, str(used))
-    assert relaunch.find_folder(config_of(tmp_path), None, OURS[:1]) == (None, None)
+    assert relaunch.find_active_run_dir(config_of(tmp_path), None, survivors) == (used, str(used))
+    relaunch.record_launch(used, survivors)
+    assert relaunch.find_active_run_dir(config_of(tmp_path), None, survivors[1:]) == (used, str(used))
+    assert relaunch.find_active_run_dir(config_of(tmp_path), None, OURS[:1]) == (None, None)
 
 
 def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: Path) -> None:
     elsewhere = folder_of(tmp_path, "moved", OURS, "last.pt")
     config = config_of(tmp_path / "output")
-    assert relaunch.find_folder(config, str(elsewhere), OURS) == (elsewhere, str(elsewhere))
+    assert relaunch.find_active_run_dir(config, str(elsewhere), OURS) == (elsewhere, str(elsewhere))
 
 
 @pytest.mark.parametrize(
@@ -80,22 +80,22 @@ def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: P
 )
 def test_a_note_that_cannot_be_read_is_nobodys(text: str, tmp_path: Path) -> None:
     used = folder_of(tmp_path, "run", OURS, "last.pt")
-    (used / relaunch.NOTE).write_text(text)
-    assert relaunch.find_folder(config_of(tmp_path), None, OURS) == (None, None)
+    (used / relaunch.LAUNCH_FILE).write_text(text)
+    assert relaunch.find_active_run_dir(config_of(tmp_path), None, OURS) == (None, None)
 
 
 def test_a_note_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*launch\.json \(No such file or directory\); give"):
-        relaunch.note(tmp_path / "gone", OURS)
+        relaunch.record_launch(tmp_path / "gone", OURS)
 
 
 def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
-        known = {relaunch._agent(pid) for pid in (os.getpid(), other.pid, os.getppid())}
-        assert relaunch._agent(other.pid) in known
+        known = {relaunch._launcher_id(pid) for pid in (os.getpid(), other.pid, os.getppid())}
+        assert relaunch._launcher_id(other.pid) in known
         other.kill()
     assert len(known) == 3
-    _, boot, pid, started = relaunch._agent(os.getpid()).rsplit(" ", 3)
+    _, boot, pid, started = relaunch._launcher_id(os.getpid()).rsplit(" ", 3)
     assert (len(boot), int(pid), int(started) > 0) == (36, os.getpid(), True)
 
 
@@ -103,9 +103,9 @@ def test_without_torchrun_nothing_is_noted_and_with_it_the_launch_is_its_agents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert relaunch.agents() == []
-    assert relaunch.note(tmp_path, []) == tmp_path
+    assert relaunch.launcher_ids() == []
+    assert relaunch.record_launch(tmp_path, []) == tmp_path
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with alone():
-        assert relaunch.agents() == [relaunch._agent(os.getppid())]
+        assert relaunch.launcher_ids() == [relaunch._launcher_id(os.getppid())]

@@ -18,7 +18,13 @@ from configs.schema import Config
 from configs.utils.errors import UserError
 from helpers.training import DIGITS, alone
 from train.checkpoint import run_dir, store
-from train.checkpoint.run_dir import as_held, find_run, held, is_checkpoint, make_folder
+from train.checkpoint.run_dir import (
+    create_run_dir,
+    is_explicit_checkpoint,
+    lock_run_dir,
+    refresh_candidates,
+    resolve_resume,
+)
 
 
 @pytest.fixture
@@ -40,21 +46,21 @@ def make(folder: Path, *names: str, config: Config | None = None) -> Path:
 def test_auto_means_the_last_run_of_the_name_and_its_checkpoints_the_newest_first(
     config: Config, tmp_path: Path
 ) -> None:
-    assert find_run(config, None) == (None, ())
-    assert find_run(config, "auto") == (None, ())
+    assert resolve_resume(config, None) == (None, ())
+    assert resolve_resume(config, "auto") == (None, ())
     first = make(tmp_path / "net", "last.pt", "best.pt")
-    assert find_run(config, "auto") == (first, (first / "last.pt",))
+    assert resolve_resume(config, "auto") == (first, (first / "last.pt",))
     second = make(tmp_path / "net-2", "last.pt", "previous.pt", "best.pt", "last.pt.tmp")
-    assert find_run(config, "auto") == (second, (second / "last.pt", second / "previous.pt"))
+    assert resolve_resume(config, "auto") == (second, (second / "last.pt", second / "previous.pt"))
     third = make(tmp_path / "net-3", "last.pt.tmp")  # killed before its first checkpoint: it begins anew
-    assert find_run(config, "auto") == (third, ())
+    assert resolve_resume(config, "auto") == (third, ())
 
 
 def test_the_number_counts_and_not_how_many_there_are(config: Config, tmp_path: Path) -> None:
     """An old run was removed while a later one went on."""
     third = make(tmp_path / "net-3", "last.pt", config=config)
-    assert find_run(config, "auto") == (third, (third / "last.pt",))
-    assert make_folder(config) == tmp_path / "net-4"
+    assert resolve_resume(config, "auto") == (third, (third / "last.pt",))
+    assert create_run_dir(config) == tmp_path / "net-4"
 
 
 def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Config, tmp_path: Path) -> None:
@@ -65,19 +71,19 @@ def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Con
         make(tmp_path / name, "last.pt", config=named(name))
     make(tmp_path / "net-99")  # no run at all
     (tmp_path / "net").touch()  # no folder at all
-    assert find_run(config, "auto") == (None, ())
+    assert resolve_resume(config, "auto") == (None, ())
     (tmp_path / "net").unlink()
-    assert make_folder(config) == tmp_path / "net"
+    assert create_run_dir(config) == tmp_path / "net"
     first = make(tmp_path / "net", "last.pt", config=config)
-    assert find_run(config, "auto") == (first, (first / "last.pt",))
-    assert make_folder(config) == tmp_path / "net-3"
-    assert find_run(named("net-64"), "auto")[0] == tmp_path / "net-64"
+    assert resolve_resume(config, "auto") == (first, (first / "last.pt",))
+    assert create_run_dir(config) == tmp_path / "net-3"
+    assert resolve_resume(named("net-64"), "auto")[0] == tmp_path / "net-64"
 
 
 def test_a_run_whose_folder_was_renamed_or_copied_is_found_by_its_new_name(config: Config, tmp_path: Path) -> None:
     copied = make(tmp_path / "net-tuned", "last.pt", config=config)
     renamed = load_config(DIGITS, ["name=net-tuned"], output=str(tmp_path))
-    assert find_run(renamed, "auto") == (copied, (copied / "last.pt",))
+    assert resolve_resume(renamed, "auto") == (copied, (copied / "last.pt",))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +100,9 @@ def test_a_config_is_asked_for_its_name_alone(text: str, config: Config, tmp_pat
     else:
         (folder / "config.yaml").write_bytes(text.encode("latin1"))
     is_ours = text.startswith("name: net\n")
-    assert find_run(config, "auto")[0] == (folder if is_ours else tmp_path / "net")
-    (folder / "lock").touch()  # as `held` makes it
-    assert find_run(config, "auto")[0] == folder
+    assert resolve_resume(config, "auto")[0] == (folder if is_ours else tmp_path / "net")
+    (folder / "lock").touch()  # as `lock_run_dir` makes it
+    assert resolve_resume(config, "auto")[0] == folder
 
 
 def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_path: Path) -> None:
@@ -105,16 +111,19 @@ def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_
     for name in ("last.pt", "config.yaml", ".#config.yaml", "notes"):  # which are replaced, or nothing to a run
         (folder / name).symlink_to(target)
     with alone():
-        with held(folder):
+        with lock_run_dir(folder):
             pass
         for name in ("lock", "log.txt", "metrics.jsonl", "tensorboard"):
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target)
-            with pytest.raises(UserError, match=rf"net/{name} is a link or a pipe, through which"), held(folder):
+            with (
+                pytest.raises(UserError, match=rf"net/{name} is a link or a pipe, through which"),
+                lock_run_dir(folder),
+            ):
                 pass
             (folder / name).unlink()
         os.mkfifo(folder / "log.txt")
-        with pytest.raises(UserError, match=r"net/log\.txt is a link or a pipe"), held(folder):
+        with pytest.raises(UserError, match=r"net/log\.txt is a link or a pipe"), lock_run_dir(folder):
             pass
     assert target.read_bytes() == b"a stranger's"
 
@@ -124,13 +133,13 @@ def test_a_run_that_has_no_other_checkpoint_than_its_best_goes_on_from_there_and
 ) -> None:
     folder = make(tmp_path / "net", "best.pt", config=config)
     for resume in ("auto", str(folder), str(folder / "best.pt")):
-        assert find_run(config, resume) == (folder, (folder / "best.pt",))
-    assert find_run(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, and not there
+        assert resolve_resume(config, resume) == (folder, (folder / "best.pt",))
+    assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, and not there
 
 
 def test_auto_finds_the_checkpoint_before_where_the_last_one_is_missing(config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "previous.pt")
-    assert find_run(config, "auto") == (folder, (folder / "last.pt", folder / "previous.pt"))
+    assert resolve_resume(config, "auto") == (folder, (folder / "last.pt", folder / "previous.pt"))
 
 
 @pytest.mark.parametrize("what", ["", "last.pt"])
@@ -138,16 +147,16 @@ def test_a_run_and_its_last_checkpoint_stand_for_the_one_before_as_well(
     what: str, config: Config, tmp_path: Path
 ) -> None:
     folder = make(tmp_path / "net", "last.pt", "previous.pt", config=config)
-    assert find_run(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
+    assert resolve_resume(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
     (folder / "last.pt").unlink()
-    assert find_run(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
+    assert resolve_resume(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
 
 
 def test_any_other_file_stands_for_itself(config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "last.pt", "previous.pt", "best.pt", config=config)
-    assert find_run(config, str(folder / "best.pt")) == (folder, (folder / "best.pt",))
+    assert resolve_resume(config, str(folder / "best.pt")) == (folder, (folder / "best.pt",))
     copies = make(tmp_path / "copies", "last.pt", "previous.pt")
-    assert find_run(config, str(copies / "last.pt")) == (None, (copies / "last.pt",))
+    assert resolve_resume(config, str(copies / "last.pt")) == (None, (copies / "last.pt",))
 
 
 # One process at a time
@@ -164,7 +173,7 @@ time.sleep(60)
 
 @contextmanager
 def another_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLD, str(folder / run_dir.LOCK)]
+    command = [sys.executable, "-c", HOLD, str(folder / run_dir.LOCK_FILE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -177,19 +186,19 @@ def another_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def is_free(folder: Path) -> bool:
     """Whether another process can have the lock."""
     attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    command = [sys.executable, "-c", attempt, str(folder / run_dir.LOCK)]
+    command = [sys.executable, "-c", attempt, str(folder / run_dir.LOCK_FILE)]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_a_folder_is_held_inside_and_free_again_however_it_ends(tmp_path: Path) -> None:
     with alone():
-        with held(tmp_path):
+        with lock_run_dir(tmp_path):
             assert not is_free(tmp_path)
         assert is_free(tmp_path)
-        with pytest.raises(ZeroDivisionError), held(tmp_path):
+        with pytest.raises(ZeroDivisionError), lock_run_dir(tmp_path):
             1 / 0  # noqa: B018
         assert is_free(tmp_path)
-    assert (tmp_path / run_dir.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert (tmp_path / run_dir.LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_half_done(
@@ -199,12 +208,12 @@ def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_ha
     folder = make(tmp_path / "net", "best.pt.tmp", config=config)
     for name, step in (("last.pt", 2), ("previous.pt.tmp", 1)):
         store.write(folder / name, {"format": 1, "position": {"epoch": 0, "step": step}})
-    found, candidates = find_run(config, "auto")
+    found, candidates = resolve_resume(config, "auto")
     assert candidates == (folder / "last.pt",)
     assert found is not None
-    with alone(), held(found):
-        assert as_held(folder, candidates, is_named=False) == (folder / "last.pt", folder / "previous.pt")
-        assert as_held(folder, (folder / "best.pt",), is_named=True) == (folder / "best.pt",)
+    with alone(), lock_run_dir(found):
+        assert refresh_candidates(folder, candidates, is_explicit=False) == (folder / "last.pt", folder / "previous.pt")
+        assert refresh_candidates(folder, (folder / "best.pt",), is_explicit=True) == (folder / "best.pt",)
     assert list(folder.glob("*.tmp")) == []
 
 
@@ -213,7 +222,7 @@ def test_what_a_run_saves_while_it_is_waited_for_is_gone_on_from(
     before: tuple[str, ...], config: Config, tmp_path: Path
 ) -> None:
     folder = make(tmp_path / "net", *before, config=config)
-    _, candidates = find_run(config, "auto")
+    _, candidates = resolve_resume(config, "auto")
     assert candidates == tuple(folder / name for name in before)
     with another_run(folder) as other:
 
@@ -222,17 +231,17 @@ def test_what_a_run_saves_while_it_is_waited_for_is_gone_on_from(
             other.kill()
 
         threading.Timer(0.3, save_and_end).start()
-        with alone(), held(folder):
-            assert as_held(folder, candidates, is_named=False) == (folder / "last.pt",)
+        with alone(), lock_run_dir(folder):
+            assert refresh_candidates(folder, candidates, is_explicit=False) == (folder / "last.pt",)
     fresh = make(tmp_path / "fresh")
-    assert as_held(fresh, (), is_named=False) == ()
+    assert refresh_candidates(fresh, (), is_explicit=False) == ()
 
 
 @pytest.mark.parametrize(
     ("resume", "is_one"), [(None, False), ("auto", False), ("best.pt", True), ("last.pt", False), (".", False)]
 )
 def test_a_checkpoint_that_is_named_is_told_from_a_run(resume: str | None, is_one: bool, tmp_path: Path) -> None:
-    assert is_checkpoint(resume if resume in (None, "auto") else str(tmp_path / resume)) == is_one
+    assert is_explicit_checkpoint(resume if resume in (None, "auto") else str(tmp_path / resume)) == is_one
 
 
 def test_a_save_of_another_process_is_left_alone_where_nothing_is_locked(
@@ -240,15 +249,15 @@ def test_a_save_of_another_process_is_left_alone_where_nothing_is_locked(
 ) -> None:
     folder = make(tmp_path / "net", "last.pt", "last.pt.tmp")
     monkeypatch.setattr(run_dir, "_lock", lambda _: [])
-    with alone(), held(folder):
+    with alone(), lock_run_dir(folder):
         assert (folder / "last.pt.tmp").exists()
 
 
 def test_a_folder_that_another_run_does_not_let_go_is_refused_with_its_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_dir, "HELD_S", 0.0)
-    with another_run(tmp_path), alone(), pytest.raises(UserError) as error, held(tmp_path):
+    monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_S", 0.0)
+    with another_run(tmp_path), alone(), pytest.raises(UserError) as error, lock_run_dir(tmp_path):
         pass
     assert str(error.value).startswith(f"process 7 on machine 1 trains in {tmp_path} still; end it")
 
@@ -258,7 +267,7 @@ def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
 ) -> None:
     with another_run(tmp_path) as other:
         threading.Timer(0.5, other.kill).start()
-        with alone(), held(tmp_path):
+        with alone(), lock_run_dir(tmp_path):
             assert not is_free(tmp_path)
     assert f"process 7 on machine 1 trains in {tmp_path}, which is waited for" in capsys.readouterr().err
 
@@ -268,5 +277,5 @@ def test_a_folder_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_dir.fcntl, "lockf", no_locks)
-    with alone(), held(tmp_path), held(tmp_path / "missing"):
+    with alone(), lock_run_dir(tmp_path), lock_run_dir(tmp_path / "missing"):
         pass

@@ -365,7 +365,7 @@ def test_a_copy_in_host_memory_does_not_follow_training_and_keeps_strides_and_ve
     training = stepped_training()
     weights = training.network.state_dict()
     weights["filters"] = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    content = store.content_of(training, training.sums, extra={"weights": weights, 3: (1, None, True, "text")})
+    content = store.collect_state(training, training.sums, extra={"weights": weights, 3: (1, None, True, "text")})
     copied = store.to_host(content)
     assert_equal_trees(copied, content)
     assert copied["extra"]["weights"]["filters"].is_contiguous(memory_format=torch.channels_last)
@@ -398,7 +398,7 @@ def test_what_could_not_be_loaded_again_is_not_saved(value: Any) -> None:
 
 def test_a_checkpoint_that_the_disk_does_not_take_is_one_sentence_and_changes_nothing(tmp_path: Path) -> None:
     training = stepped_training()
-    content = store.to_host(store.content_of(training, training.sums, **STATE))
+    content = store.to_host(store.collect_state(training, training.sums, **STATE))
     store.write(tmp_path / "best.pt", content)
     store.write_last(tmp_path, content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -488,7 +488,7 @@ def test_whatever_a_save_is_stopped_before_the_newest_whole_checkpoints_are_foun
                 assert links is False or before == 0 or (folder / "last.pt").exists()
                 stop_before = -1
                 settled = shutil.copytree(folder, tmp_path / f"{folder.name} settled", copy_function=os.link)
-                store.settle(settled)
+                store.recover_interrupted_save(settled)
                 kept = [epoch_of(path) for path in sorted(settled.iterdir())]  # last.pt before previous.pt
                 assert len(kept) >= len(epochs)
                 assert kept == [epochs[0] - back for back in range(len(kept))]  # no gap between them

@@ -13,7 +13,7 @@ import torch
 from configs.utils.errors import UserError
 from helpers.training import alone, make_state, random_batch, small_net
 from train.checkpoint import store
-from train.checkpoint.writer import Saving
+from train.checkpoint.writer import CheckpointWriter
 from train.engine.epoch import TrainState, train_step
 
 POSITION = {"epoch": 0, "step": 1}
@@ -32,7 +32,7 @@ def training() -> TrainState:
     return training
 
 
-def save(saving: Saving, training: TrainState, *names: str, steps: int = 1) -> None:
+def save(saving: CheckpointWriter, training: TrainState, *names: str, steps: int = 1) -> None:
     saving.save(names or ("last.pt",), POSITION, training.sums, steps)
 
 
@@ -55,7 +55,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_the
 ) -> None:
     held = Held(monkeypatch)
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
-    with Saving(tmp_path, training, {"config": "a"}) as saving:
+    with CheckpointWriter(tmp_path, training, {"config": "a"}) as saving:
         save(saving, training, "best.pt")
         assert held.written == []  # and yet we are here
         for seed in range(3):
@@ -72,7 +72,7 @@ def test_one_checkpoint_is_written_at_a_time(
     training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
-    with Saving(tmp_path, training, {}) as saving:
+    with CheckpointWriter(tmp_path, training, {}) as saving:
         save(saving, training, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
         save(saving, training, "best.pt")
@@ -81,7 +81,7 @@ def test_one_checkpoint_is_written_at_a_time(
 
 
 def test_the_one_before_is_kept_and_best_is_another_file(training: TrainState, tmp_path: Path) -> None:
-    with Saving(tmp_path, training, {}) as saving:
+    with CheckpointWriter(tmp_path, training, {}) as saving:
         for number in range(3):
             saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, training.sums, number)
     positions = {path.name: store.load(path)["position"]["epoch"] for path in tmp_path.iterdir()}
@@ -96,7 +96,7 @@ def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
     def fail(path: Path, _: Any) -> None:
         raise UserError(f"cannot write {path}")
 
-    with monkeypatch.context() as patch, Saving(tmp_path, training, {}) as saving:
+    with monkeypatch.context() as patch, CheckpointWriter(tmp_path, training, {}) as saving:
         patch.setattr(store, "write", fail)
         save(saving, training, "best.pt")
         assert saving._written is not None
@@ -113,7 +113,7 @@ def test_leaving_lets_a_write_under_way_end(
     held = Held(monkeypatch)
 
     def save_and_fail() -> None:
-        with Saving(tmp_path, training, {}) as saving:
+        with CheckpointWriter(tmp_path, training, {}) as saving:
             save(saving, training)
             threading.Timer(0.1, held.may_write.set).start()
             raise KeyError  # whatever ends a run

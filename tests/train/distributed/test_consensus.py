@@ -7,8 +7,8 @@ import time
 import pytest
 
 from helpers.training import alone, on_ranks
-from train.distributed import consensus, process_group
-from train.distributed.consensus import Agreement
+from train.distributed import collectives, consensus
+from train.distributed.consensus import StopConsensus
 from train.distributed.process_group import Ranks
 
 Answers = list[tuple[int, int, bool]]  # (update, signal, whether to save) where it is not nothing
@@ -17,26 +17,26 @@ Answers = list[tuple[int, int, bool]]  # (update, signal, whether to save) where
 def answers(ranks: Ranks, asked_at: dict[int, int], due_at: int, updates: int) -> tuple[Answers, int]:
     """What a rank is told over so many updates of 2 ms, and how often it asked the others."""
     asks = 0
-    max_over_ranks = process_group.max_over_ranks
+    max_over_ranks = collectives.max_over_ranks
 
     def counted(values: list[int]) -> list[int]:
         nonlocal asks
         asks += 1
         return max_over_ranks(values)
 
-    process_group.max_over_ranks, consensus.EVERY_S = counted, 0.02  # type: ignore[assignment]
+    collectives.max_over_ranks, consensus.POLL_INTERVAL_S = counted, 0.02  # type: ignore[assignment]
     done, is_saved = 0, False
 
     def is_due() -> bool:
         return ranks.is_first and done >= due_at and not is_saved
 
     mine = asked_at.get(ranks.rank, updates + 1)
-    decide, told = Agreement(lambda: 15 if done >= mine else 0, is_due), []
-    decide.begin(0)
+    decide, told = StopConsensus(lambda: 15 if done >= mine else 0, is_due), []
+    decide.reset(0)
     for update in range(1, updates + 1):
         time.sleep(0.002)
         done = update
-        signal, saves = decide.after(done)
+        signal, saves = decide.poll(done)
         is_saved = is_saved or saves
         if signal or saves:
             told.append((update, signal, saves))

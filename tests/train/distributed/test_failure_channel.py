@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from configs.utils.errors import UserError
-from train.distributed.failure_channel import ADDRESS_KEY, Failure, Lifeline, connect
+from train.distributed.failure_channel import ADDRESS_KEY, Failure, FailureChannel, connect
 from train.distributed.process_group import Ranks
 
 HERE = "127.0.0.1"
@@ -45,7 +45,7 @@ class Group:
             connect(ranks(rank, world_size), store, HERE, self.called[rank].append, timeout_s=10)
             for rank in range(world_size)
         ]
-        self.lines[0].all_are_told(10)
+        self.lines[0].all_connected(10)
 
 
 @contextmanager
@@ -53,11 +53,11 @@ def group(world_size: int, store: Dictionary | None = None) -> Iterator[Group]:
     with ExitStack() as stack:
         made = Group(world_size, store or Dictionary())
         for line in made.lines:
-            stack.callback(line.leave)
+            stack.callback(line.close)
         yield made
 
 
-def die(line: Lifeline) -> None:
+def die(line: FailureChannel) -> None:
     """As the system does for a killed process."""
     connection = line._peer.connection  # type: ignore[attr-defined]
     connection.shutdown(socket.SHUT_RDWR)
@@ -68,7 +68,7 @@ def die(line: Lifeline) -> None:
 def test_all_ranks_learn_of_a_failure_and_only_the_others_are_called(rank: int) -> None:
     with group(4) as made:
         failure = Failure(rank, "no shard 7", is_user_error=True)
-        assert made.lines[rank].tell(failure) == failure
+        assert made.lines[rank].report_failure(failure) == failure
         assert [line.first_failure(5) for line in made.lines] == [failure] * 4
         for other in set(range(4)) - {rank}:
             wait_for(lambda other=other: made.called[other])
@@ -89,7 +89,7 @@ def test_all_agree_on_one_first_failure_whoever_fails_at_the_same_time() -> None
 
         def fail(rank: int) -> None:
             begin.wait()
-            answers.append(made.lines[rank].tell(Failure(rank, f"error {rank}")))
+            answers.append(made.lines[rank].report_failure(Failure(rank, f"error {rank}")))
 
         threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(6)]
         for thread in threads:
@@ -103,7 +103,7 @@ def test_all_agree_on_one_first_failure_whoever_fails_at_the_same_time() -> None
 
 def test_a_rank_that_dies_is_named_to_all_others_and_one_that_leaves_is_not_missed() -> None:
     with group(4) as made:
-        made.lines[1].leave()
+        made.lines[1].close()
         assert made.lines[0].first_failure(0.2) is None
         die(made.lines[3])
         for at in (0, 2):
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_is_named_to_all_others_and_one_that_leaves_is_not_miss
 
 def test_a_first_rank_that_dies_is_noticed_and_one_that_leaves_is_not_missed() -> None:
     with group(3) as made:
-        made.lines[0].leave()
+        made.lines[0].close()
         assert [line.first_failure(0.2) for line in made.lines] == [None] * 3
     with group(3) as made:
         with made.lines[0]._lock:  # dead, it says nothing to anybody
@@ -128,14 +128,14 @@ def test_a_first_rank_that_dies_is_noticed_and_one_that_leaves_is_not_missed() -
 def test_a_rank_that_comes_after_the_failure_is_told_at_once() -> None:
     store, called = Dictionary(), []
     first = connect(ranks(0, 3), store, HERE, called.append, timeout_s=10)
-    failure = first.tell(Failure(0, "no config"))
-    assert first.missing() == [1, 2]
+    failure = first.report_failure(Failure(0, "no config"))
+    assert first.missing_ranks() == [1, 2]
     late = connect(ranks(2, 3), store, HERE, called.append, timeout_s=10)
-    wait_for(lambda: first.missing() == [1])
-    assert (first.missing(), late.missing()) == ([1], [])
+    wait_for(lambda: first.missing_ranks() == [1])
+    assert (first.missing_ranks(), late.missing_ranks()) == ([1], [])
     assert late.first_failure(5) == failure
     for line in (late, first):
-        line.leave()
+        line.close()
 
 
 def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
@@ -145,7 +145,7 @@ def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
         gone = stranger.getsockname()[1]
     store.set(ADDRESS_KEY, f"{gone} earlier")
     with socket.create_server((HERE, 0)) as stranger:
-        found: list[Lifeline] = []
+        found: list[FailureChannel] = []
         thread = threading.Thread(
             target=lambda: found.append(connect(ranks(1, 2), store, HERE, lambda _: None, timeout_s=20))
         )
@@ -158,9 +158,9 @@ def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
         first = connect(ranks(0, 2), store, HERE, lambda _: None, timeout_s=10)
         thread.join(20)
         connection.close()
-    assert found[0].word == first.word != "earlier"
+    assert found[0].launch_id == first.launch_id != "earlier"
     for line in (*found, first):
-        line.leave()
+        line.close()
 
 
 def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> None:
@@ -169,14 +169,14 @@ def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> Non
         for sent in (
             b"",
             b"GET / HTTP/1.1\n\n",
-            b'{"word": "guess", "rank": 1}\n{"failure": {"rank": 1}}\n',
+            b'{"launch_id": "guess", "rank": 1}\n{"failure": {"rank": 1}}\n',
             b"x" * 300_000,
         ):
             with suppress(ConnectionError), socket.create_connection((HERE, port)) as stranger:
                 stranger.sendall(sent)
         assert made.lines[0].first_failure(0.3) is None
         failure = Failure(1, "a real one")
-        assert made.lines[1].tell(failure) == failure
+        assert made.lines[1].report_failure(failure) == failure
 
 
 def test_a_first_rank_that_never_comes_is_an_error_that_says_where_it_was_looked_for() -> None:

@@ -18,25 +18,24 @@ import torch
 from configs.utils.errors import UserError
 from helpers.ranks import end_of
 from helpers.training import CLEAN, ROOT, free_port
-from train.distributed import launcher
-from train.distributed import process_group as dist
-from train.distributed.launcher import run_ranks
+from train.distributed import collectives, launcher, process_group
+from train.distributed.launcher import run_distributed
 from train.distributed.process_group import Ranks
 
 
 def sums_for_ever() -> None:
     while True:
-        dist.sum_over_ranks(torch.ones(1))
+        collectives.sum_over_ranks(torch.ones(1))
 
 
 def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> None:
     """One rank raises, the others wait for it: in a collective, or to make the group."""
     if not in_group:
-        launcher.PATIENCE_S = 3.0  # of this process
+        launcher.SHUTDOWN_GRACE_S = 3.0  # of this process
         if ranks.rank == rank:
             raise error
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == rank:
             raise error
         sums_for_ever()
@@ -63,9 +62,9 @@ def test_any_other_error_is_shown_with_its_traceback_on_its_rank_alone(tmp_path:
 
 
 def all_raise(ranks: Ranks, differ: bool) -> None:
-    launcher.AFTER_S = 2.0  # of this process
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    launcher.STOPPED_DELAY_S = 2.0  # of this process
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         raise UserError(f"the loss is not finite{f' on {ranks.rank}' if differ else ''}")
 
 
@@ -88,8 +87,8 @@ def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
 
 
 def one_is_killed(ranks: Ranks, rank: int, busy_s: float) -> None:
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(busy_s)
@@ -113,15 +112,15 @@ def test_a_rank_that_waits_for_nobody_is_stopped_as_well(tmp_path: Path) -> None
 
 
 def with_little_patience(ranks: Ranks) -> None:
-    launcher.PATIENCE_S = 0.5  # of this process
+    launcher.SHUTDOWN_GRACE_S = 0.5  # of this process
     one_is_killed(ranks, 0, 1000)
 
 
 def one_is_stopped(ranks: Ranks) -> None:
     """The group gives up a rank that neither comes nor ends."""
-    dist.GROUP_TIMEOUT = timedelta(seconds=6)  # of this process
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    process_group.GROUP_TIMEOUT = timedelta(seconds=6)  # of this process
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         sums_for_ever()
@@ -135,8 +134,8 @@ def test_a_stopped_rank_is_waited_for_no_longer_than_the_group_says(tmp_path: Pa
 
 
 def exits(ranks: Ranks, code: int) -> int:
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == 0:
             time.sleep(0.5)  # the others have left by then, and none of them is missed
         if code == 143:
@@ -157,8 +156,8 @@ def test_the_first_rank_may_leave_before_the_others(tmp_path: Path) -> None:
 
 
 def last_rank_is_slow(ranks: Ranks) -> None:
-    with dist.process_group(ranks):
-        dist.sum_over_ranks(torch.ones(1))
+    with process_group.process_group(ranks):
+        collectives.sum_over_ranks(torch.ones(1))
         time.sleep(ranks.rank)
 
 
@@ -172,18 +171,18 @@ def test_torchruns_report_gets_the_error_and_puts_the_cause_before_its_consequen
         raise UserError("no such file")
 
     with pytest.raises(SystemExit) as stopped:
-        run_ranks(fail)
+        run_distributed(fail)
     assert stopped.value.code == 2
     cause = json.loads((tmp_path / "error.json").read_text())
     assert cause["message"] == "no such file"
-    launcher._tell_torchrun("stopped", is_consequence=True)
+    launcher._write_torchrun_error("stopped", is_consequence=True)
     assert json.loads((tmp_path / "error.json").read_text())["timestamp"] > cause["timestamp"] >= before
 
 
 def test_without_a_rank_0_the_others_say_where_they_looked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dist, "GROUP_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(process_group, "GROUP_TIMEOUT", timedelta(seconds=1))
     names = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
     for name, value in {**names, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
@@ -191,7 +190,7 @@ def test_without_a_rank_0_the_others_say_where_they_looked(
     monkeypatch.setattr(launcher, "_exit", lambda code: (codes.append(code), sys.exit(code)))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
-        run_ranks(lambda: pytest.fail("main was called"))
+        run_distributed(lambda: pytest.fail("main was called"))
     assert codes == [2]
     assert "rank 1 of 2 found no rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1 (" in capsys.readouterr().err
 
@@ -207,26 +206,27 @@ def test_ranks_that_do_not_come_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(launcher, "MISSED_S", 0.1)
-    ending = launcher._Ending(Ranks(rank, rank, 6, 6))
+    monkeypatch.setattr(launcher, "JOIN_WARNING_S", 0.1)
+    ending = launcher.RankSupervisor(Ranks(rank, rank, 6, 6))
     if missing is not None:
-        monkeypatch.setattr(ending, "_lifeline", SimpleNamespace(missing=lambda: missing))
-    ending._name_missing(600.0)
+        monkeypatch.setattr(ending, "_channel", SimpleNamespace(missing_ranks=lambda: missing))
+    ending._warn_missing(600.0)
     said = f"warning: rank {rank} has waited 0 s for {who} to come (killed in starting, or slow?), and waits for up to "
     assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
 
 
 LATE = """
 import os, time
-from train import dist, rank_errors
+from train.distributed import collectives, launcher
+from train.distributed.process_group import Ranks, process_group
 
 def main():
-    with dist.process_group(dist.Ranks.from_environment()):
-        dist.from_all_ranks(0)
+    with process_group(Ranks.from_environment()):
+        collectives.from_all_ranks(0)
 
-rank_errors.MISSED_S = 1.0
+launcher.JOIN_WARNING_S = 1.0
 time.sleep(4 * int(os.environ["RANK"]))
-rank_errors.run_ranks(main)
+launcher.run_distributed(main)
 """
 
 
@@ -256,14 +256,14 @@ def test_ranks_that_torchrun_has_ended_are_not_waited_for(monkeypatch: pytest.Mo
     """Else rank 0, which failed while others were starting, would wait for those that torchrun stopped meanwhile."""
 
     class Nobody:
-        def all_are_told(self, timeout_s: float) -> bool:
+        def all_connected(self, timeout_s: float) -> bool:
             os.kill(os.getpid(), signal.SIGTERM)
             return False
 
-    monkeypatch.setattr(launcher, "STARTING_S", 1000.0)
-    ending = launcher._Ending(Ranks(0, 0, 2, 2))
-    monkeypatch.setattr(ending, "_lifeline", Nobody())
-    before = signal.signal(signal.SIGTERM, ending._hurry)
+    monkeypatch.setattr(launcher, "JOIN_TIMEOUT_S", 1000.0)
+    ending = launcher.RankSupervisor(Ranks(0, 0, 2, 2))
+    monkeypatch.setattr(ending, "_channel", Nobody())
+    before = signal.signal(signal.SIGTERM, ending._on_sigterm)
     try:
         ending._wait_for_others()
     finally:

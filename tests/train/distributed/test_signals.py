@@ -14,7 +14,7 @@ import pytest
 
 from configs.utils.errors import UserError
 from train.distributed import signals
-from train.distributed.signals import SIGNALS, Stopped, end_with_torchrun, is_orphan, listening
+from train.distributed.signals import SIGNALS, Preempted, catch_signals, die_with_launcher, is_reparented
 
 
 @pytest.fixture(autouse=True)
@@ -29,26 +29,26 @@ def _as_in_a_terminal() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
-    with listening() as asked:
-        assert asked.signal == 0
+    with catch_signals() as pending:
+        assert pending.signal == 0
         os.kill(os.getpid(), number)
-        assert asked.signal == number
+        assert pending.signal == number
 
 
 def test_the_first_signal_counts() -> None:
-    with listening() as asked:
+    with catch_signals() as pending:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        assert asked.signal == signal.SIGUSR1
+        assert pending.signal == signal.SIGUSR1
 
 
 def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    with listening() as asked:
+    with catch_signals() as pending:
         for _ in range(2):  # as the terminal and torchrun send it, both at once
             os.kill(os.getpid(), signal.SIGINT)
-        assert asked.signal == signal.SIGINT
+        assert pending.signal == signal.SIGINT
         clock = time.monotonic
-        monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * signals.AGAIN_S)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * signals.REPEATED_SIGINT_S)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -56,9 +56,9 @@ def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypa
 def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in SIGNALS]
-    with listening() as asked:
+    with catch_signals() as pending:
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked.signal == 0
+        assert pending.signal == 0
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -66,8 +66,8 @@ def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
     seen: list[int] = []
 
     def listen() -> None:
-        with listening() as asked:
-            seen.append(asked.signal)
+        with catch_signals() as pending:
+            seen.append(pending.signal)
 
     thread = threading.Thread(target=listen)
     thread.start()
@@ -82,27 +82,27 @@ def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_to
         (tmp_path / str(parent)).mkdir()
         (tmp_path / str(parent) / "cmdline").write_text(command)
         (tmp_path / str(parent) / "comm").write_text(command.split("/")[-1].split("\0")[0] + "\n")
-    assert [is_orphan(parent, tmp_path) for parent in (1, 7, 8)] == [True, False, False]
+    assert [is_reparented(parent, tmp_path) for parent in (1, 7, 8)] == [True, False, False]
     (tmp_path / "1" / "cmdline").write_text("/usr/bin/python3\0/usr/local/bin/torchrun\0train/ddp.py")
-    assert not is_orphan(1, tmp_path)
+    assert not is_reparented(1, tmp_path)
     (tmp_path / "8" / "comm").write_text("systemd\n")
-    assert is_orphan(8, tmp_path)
-    assert is_orphan(1, tmp_path / "hidden")
+    assert is_reparented(8, tmp_path)
+    assert is_reparented(1, tmp_path / "hidden")
 
 
 def test_a_rank_whose_torchrun_is_gone_already_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "is_orphan", lambda parent: True)
+    monkeypatch.setattr(signals, "is_reparented", lambda parent: True)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    end_with_torchrun()
+    die_with_launcher()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(signals.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
     with pytest.raises(UserError, match="torchrun, which started this rank, was killed before the rank was ready"):
-        end_with_torchrun()
+        die_with_launcher()
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
 )
 def test_exit_codes_are_those_of_shells(number: signal.Signals, code: int) -> None:
-    assert Stopped(number).exit_code == code
-    assert str(Stopped(number)) == f"stopped by {number.name}"
+    assert Preempted(number).exit_code == code
+    assert str(Preempted(number)) == f"stopped by {number.name}"

@@ -17,7 +17,7 @@ from helpers.loaders import evaluation, train
 from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.training import alone, make_state, on_ranks, random_batch, small_net
 from pipelines.loader.loader import Loader
-from train.distributed import process_group
+from train.distributed import collectives
 from train.distributed.process_group import Ranks
 from train.engine.accounting import check_full_coverage, report_bad_samples
 from train.engine.epoch import evaluate
@@ -41,13 +41,13 @@ def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -
     """check_each_once of one finished loader per rank, in this process."""
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(
-        process_group, "sum_over_ranks", lambda values: (parts.append(values), torch.zeros_like(values))[1]
+        collectives, "sum_over_ranks", lambda values: (parts.append(values), torch.zeros_like(values))[1]
     )
     for loader in loaders:
         with pytest.raises(RuntimeError):  # nobody has counted anything
             check_full_coverage(loader)
     total = torch.stack(parts).sum(0)
-    monkeypatch.setattr(process_group, "sum_over_ranks", lambda _: total)
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda _: total)
     for loader in loaders:
         check_full_coverage(loader)
 

@@ -15,7 +15,7 @@ import torch
 from configs.utils import warnings
 from helpers.training import CPU, alone, make_state, small_net
 from train.checkpoint import store
-from train.checkpoint.state import malformed
+from train.checkpoint.state import invalid_entry
 from train.engine import cpu_threads
 
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     store.save(tmp_path / "last.pt", first, first.sums)
     torch.set_num_threads(4)
     content = store.load(tmp_path / "last.pt")
-    assert malformed(content) is None
+    assert invalid_entry(content) is None
     store.restore(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     del content["threads"]  # as in a checkpoint of an earlier version
@@ -86,7 +86,7 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     assert "3.0 of 4 cores busy, and 2 threads compute, as when the run began" in capsys.readouterr().err
     cpu_threads.restore_threads(64)  # of a larger machine
     assert torch.get_num_threads() == 4
-    assert malformed({**content, "threads": "4"}) == "threads"
+    assert invalid_entry({**content, "threads": "4"}) == "threads"
 
 
 def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

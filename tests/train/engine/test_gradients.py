@@ -14,8 +14,8 @@ from torch import nn
 from configs.utils.errors import UserError
 from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_batch, record_gradients, small_net
 from pipelines.loader.loader import Batch
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed import collectives
+from train.distributed.process_group import Ranks, data_parallel, process_group
 from train.engine.epoch import train_step
 
 SAMPLES, STEPS = 24, 3  # more than one step: DDP plans its reduction in the first
@@ -108,7 +108,7 @@ def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[t
         mean.fill_(100 * ranks.rank)
         train_step(training, random_batch(8, seed=2 * step + ranks.rank))
     own = mean.clone()
-    dist.equalize_buffers(network)
+    collectives.broadcast_buffers(network)
     return [p.detach().clone() for p in network.parameters()], [own, *(b.clone() for b in network.buffers())]
 
 
@@ -146,8 +146,8 @@ def broadcasts_and_buffers(ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
     strides = [buffer.stride() for buffer in network.buffers()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "broadcast", counted)
-        dist.equalize_buffers(network)
-        dist.equalize_buffers(nn.ReLU())
+        collectives.broadcast_buffers(network)
+        collectives.broadcast_buffers(nn.ReLU())
     assert [buffer.stride() for buffer in network.buffers()] == strides
     return len(calls), dict(network.named_buffers())
 
@@ -174,11 +174,11 @@ def sums_and_an_error(ranks: Ranks) -> tuple[list[float], str, str]:
     def fail() -> None:
         raise UserError("bad luck on rank 0")
 
-    values = dist.sum_over_ranks(torch.tensor([1.0, float(ranks.rank)])).tolist()
+    values = collectives.sum_over_ranks(torch.tensor([1.0, float(ranks.rank)])).tolist()
     try:
-        dist.from_first_rank(fail)
+        collectives.from_first_rank(fail)
     except UserError as error:
-        return values, dist.from_first_rank(only_on_the_first), str(error)
+        return values, collectives.from_first_rank(only_on_the_first), str(error)
     return values, "", "no error"
 
 
@@ -188,7 +188,7 @@ def test_every_rank_gets_the_sum_the_first_ranks_value_and_the_first_ranks_user_
 
 def test_one_process_needs_no_wrapper() -> None:
     model = nn.Linear(2, 2)
-    assert dist.data_parallel(model, CPU, 1) is model
+    assert data_parallel(model, CPU, 1) is model
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
         pytest.raises(UserError, match=r"4 processes .* 2 GPUs; use --nproc_per_node=2"),
-        dist.process_group(Ranks(0, 0, 4, 4)),
+        process_group(Ranks(0, 0, 4, 4)),
     ):
         pass
 

@@ -23,8 +23,7 @@ from pipelines.augment.mixup import mix_table
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import Ranks, process_group
 from train.engine import epoch as loop
 from train.engine import warm_up
 from train.engine.epoch import TrainState, build_state, evaluate, train_epoch, train_step, update_averages
@@ -328,7 +327,7 @@ def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
 
 @on_the_cpu
 def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(loop, "get_world_size", lambda: 4)
     gpu = torch.device("cuda", 0)
     assert not loop.uses_cuda_graph(TrainConfig(), gpu, None)
     with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
@@ -357,7 +356,7 @@ GPU_KINDS: dict[str, Settings] = {
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         yield device
 
 

@@ -23,7 +23,7 @@ from train.engine.epoch import TrainState, evaluate, train_epoch, train_step
 from train.engine.warm_up import blank_batch, warm_up_training
 from train.engine.whitening import restart_in_place
 from train.optim.ema import Ema, build_ema, eval_weights, uses_ema
-from train.reporting.run_log import best
+from train.reporting.run_log import best_results
 
 VAL_SAMPLES = 107
 State = dict[str, Tensor]
@@ -221,7 +221,7 @@ def test_epochs_without_an_evaluation_have_none_of_the_average_either(digits_run
     run_here(*command(digits_run.data, tmp_path, "train.epochs=2", "train.eval_every_epochs=2"))
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
     assert [line["ema_val_top1"] is None for line in lines] == [True, False]
-    assert best(lines)["best_ema_val_top1"] == lines[1]["ema_val_top1"]
+    assert best_results(lines)["best_ema_val_top1"] == lines[1]["ema_val_top1"]
 
 
 def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_is_not_there(

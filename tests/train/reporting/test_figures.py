@@ -61,7 +61,7 @@ def test_pixels_of_a_figure_are_what_its_file_holds(tmp_path: Path) -> None:
     figure = figures.curves([metrics(0), metrics(1)], "test")
     figures.save(figure, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert np.array_equal(np.asarray(image.convert("RGB")), figures.pixels_of(figure))
+        assert np.array_equal(np.asarray(image.convert("RGB")), figures.render(figure))
 
 
 @pytest.mark.parametrize("classes", [3, 120, 450])
@@ -91,8 +91,8 @@ def test_class_counts_name_least_most_and_median_of_each_split(classes: int, tmp
 
 
 def test_long_class_names_are_cut_beside_an_axis() -> None:
-    assert figures.short("tench") == "tench"
-    assert len(figures.short("x" * 99)) == figures.NAME_LETTERS
+    assert figures.shorten("tench") == "tench"
+    assert len(figures.shorten("x" * 99)) == figures.NAME_LETTERS
 
 
 ODD = ["$\\frac$", "_$a_$b", "_hidden", "100 % of $5"]  # formulas that matplotlib refuses, and what it leaves out
@@ -109,7 +109,7 @@ def test_names_are_drawn_as_they_are_whatever_they_hold() -> None:
         figures.class_counts(dict.fromkeys(ODD, counts[0]), ODD, ODD[0]),
     ]
     for figure in drawn:
-        figures.pixels_of(figure)
+        figures.render(figure)
     legend = [text.get_text().rpartition(": ")[0] for text in drawn[-1].legends[0].get_texts()]
     assert legend == ODD
 

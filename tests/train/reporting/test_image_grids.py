@@ -50,7 +50,7 @@ def test_samples_carry_the_names_of_their_classes() -> None:
 
 def test_names_of_any_length_fit_above_an_image_and_keep_the_probability() -> None:
     for name in ("x" * 200, "many short words " * 20, "dog", ""):
-        caption = image_grids.wrapped(f"99% {name}")
+        caption = image_grids.wrap_caption(f"99% {name}")
         lines = caption.split("\n")
         assert len(lines) <= image_grids.CAPTION_LINES
         assert max(map(len, lines)) <= image_grids.CAPTION_WIDTH
@@ -60,7 +60,7 @@ def test_names_of_any_length_fit_above_an_image_and_keep_the_probability() -> No
 def test_a_caption_lies_within_the_picture_of_its_column() -> None:
     width = 23 * "n"  # a wide letter
     figure = image_grids.sample_grid(noise(5), torch.zeros(5, dtype=torch.int64), [width], "test")
-    figures.pixels_of(figure)  # draws it
+    figures.render(figure)  # draws it
     boxes = [axis.title.get_window_extent() for axis in figure.axes]
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
@@ -78,6 +78,6 @@ def test_confusions_are_counted_as_scikit_learn_counts_them_without_unlabelled_s
 @pytest.mark.parametrize("classes", [3, 10, 200])
 def test_equal_logits_are_the_prediction_that_training_counts(classes: int) -> None:
     logits = torch.randint(0, 3, (500, classes), generator=torch.Generator().manual_seed(2)).bfloat16().float()
-    predicted, probabilities = image_grids.predictions_of(logits)
+    predicted, probabilities = image_grids.predicted_classes(logits)
     assert loss_and_hits(logits, predicted)[1] == 500
     assert torch.equal(probabilities, logits.softmax(1).max(1).values)

@@ -11,7 +11,7 @@ from configs.schema import LogConfig, WandbConfig
 from configs.utils.errors import UserError
 from helpers.training import file_size_limit, strict_lines
 from train.reporting import figures
-from train.reporting.run_log import RunLog, best, read_metrics
+from train.reporting.run_log import RunLog, best_results, read_metrics
 
 
 def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
@@ -22,13 +22,13 @@ def run_log(folder: Path, *epochs: dict[str, Any]) -> RunLog:
     folder.mkdir(exist_ok=True)
     written = RunLog(folder)
     for line in epochs:
-        written.epoch(line)
+        written.log_epoch(line)
     return written
 
 
 def test_what_is_said_goes_to_the_console_and_to_log_txt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    RunLog(tmp_path).say("hello")
-    RunLog(tmp_path).say("hello again, after a restart")
+    RunLog(tmp_path).info("hello")
+    RunLog(tmp_path).info("hello again, after a restart")
     on_disk = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in on_disk] == ["hello", "hello again, after a restart"]
     assert capsys.readouterr().out.splitlines() == on_disk
@@ -39,13 +39,13 @@ def test_ranks_without_a_folder_write_and_say_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     silent = RunLog(None)
-    silent.say("hello")
+    silent.info("hello")
     silent.start_trackers(LogConfig(wandb=WandbConfig(project="zhu", mode="offline"), tensorboard=True), {}, 0)
-    silent.keep_epochs(3)
-    silent.epoch(metrics(0))
-    silent.draw()
+    silent.drop_epochs_from(3)
+    silent.log_epoch(metrics(0))
+    silent.draw_curves()
     silent.finish()
-    assert silent.is_silent
+    assert silent.is_disabled
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -54,10 +54,10 @@ def test_lines_that_log_txt_does_not_take_are_no_tracebacks_and_are_mentioned_on
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path)
-    log.say("a first line")
+    log.info("a first line")
     with file_size_limit((tmp_path / "log.txt").stat().st_size):
         for number in range(3):
-            log.say(f"line {number}")
+            log.info(f"line {number}")
         log.finish()
     captured = capsys.readouterr()
     assert [line.split(" ", 1)[1] for line in captured.out.splitlines()] == [
@@ -72,13 +72,13 @@ def test_lines_that_log_txt_does_not_take_are_no_tracebacks_and_are_mentioned_on
 
 def test_what_the_run_needs_and_cannot_write_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
     log = run_log(tmp_path, metrics(0))
-    log.record("seed: 0\n", {})
+    log.write_config("seed: 0\n", {})
     before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "facts.json", "metrics.jsonl")}
     with file_size_limit(0):
         for name, write in (
-            ("config.yaml", lambda: log.record("seed: 1\n", {})),
-            ("metrics.jsonl", lambda: log.keep_epochs(1)),
-            ("metrics.jsonl", lambda: log.epoch(metrics(1))),
+            ("config.yaml", lambda: log.write_config("seed: 1\n", {})),
+            ("metrics.jsonl", lambda: log.drop_epochs_from(1)),
+            ("metrics.jsonl", lambda: log.log_epoch(metrics(1))),
         ):
             with pytest.raises(
                 UserError, match=rf"cannot write .*{name} \(File too large\): free space, or move"
@@ -106,9 +106,9 @@ def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path: Path) -> 
 
 def test_epochs_that_a_resumed_run_repeats_are_dropped(tmp_path: Path) -> None:
     written = run_log(tmp_path, *(metrics(epoch) for epoch in range(5)))
-    written.keep_epochs(3)
+    written.drop_epochs_from(3)
     assert [line["epoch"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-    written.epoch(metrics(3))
+    written.log_epoch(metrics(3))
     assert [line["epoch"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
@@ -117,8 +117,8 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
     assert read_metrics(tmp_path) == [metrics(0)]
-    written.keep_epochs(5)
-    written.epoch(metrics(1))
+    written.drop_epochs_from(5)
+    written.log_epoch(metrics(1))
     assert strict_lines(path) == [metrics(0), metrics(1)]
 
 
@@ -131,8 +131,8 @@ def test_metrics_that_never_end_are_one_sentence(tmp_path: Path) -> None:
 def test_the_best_epoch_is_the_first_of_equal_ones_and_epochs_without_evaluation_do_not_count() -> None:
     lines = [metrics(0), metrics(1, val_top1=0.6, val_loss=1.2), metrics(2, val_top1=0.6), metrics(3, val_loss=None)]
     lines += [metrics(4, val_top1=None, val_loss=0.5)]
-    assert best(lines) == {"best_val_top1": 0.6, "best_epoch": 1, "best_val_loss": 0.5}
-    assert best([metrics(0, val_top1=None, val_loss=None)]) == {}
+    assert best_results(lines) == {"best_val_top1": 0.6, "best_epoch": 1, "best_val_loss": 0.5}
+    assert best_results([metrics(0, val_top1=None, val_loss=None)]) == {}
 
 
 # curves.png
@@ -144,7 +144,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(
     (tmp_path / "curves.png").mkdir()  # where nothing can be renamed to
     written = run_log(tmp_path, metrics(0))
     assert f"cannot write {tmp_path / 'curves.png'}" in capsys.readouterr().out
-    written.epoch(metrics(1))
+    written.log_epoch(metrics(1))
     assert len(read_metrics(tmp_path)) == 2
 
 
@@ -158,7 +158,7 @@ def test_the_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(figures, "save", note)
     log = RunLog(tmp_path, loss="bce")
-    log.epoch(metrics(0))
+    log.log_epoch(metrics(0))
     log.finish()
     assert labels[:2] == ["train, binary cross-entropy", "validation, cross-entropy"]
 

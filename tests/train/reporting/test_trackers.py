@@ -34,8 +34,8 @@ from train.engine.epoch import evaluate, predictions
 from train.engine.mixing import mix_images, swap_pairs
 from train.reporting import figures, wandb_tracker
 from train.reporting.run_log import RunLog
-from train.reporting.sample_images import IMAGES, look, show_samples
-from train.reporting.trackers import within
+from train.reporting.sample_images import GRID_IMAGES, collect_predictions, show_samples
+from train.reporting.trackers import call_with_timeout
 
 PROJECT = WandbConfig(project="zhu")
 CURVES = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "images_per_s")
@@ -58,7 +58,7 @@ def tracked(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log.every_steps=4", "log.wandb.project=zhu", "log.wandb.mode=offline", "log.tensorboard=true",
     ]  # fmt: skip
     command = ["ddp.py", "--cfg", DIGITS, "--data-path", digits_run.data, "--output", output, "--opts", *opts]
-    steps = RunLog.steps
+    steps = RunLog.log_step
 
     def stop(log: RunLog, values: Any, step: int) -> None:
         steps(log, values, step)
@@ -69,10 +69,10 @@ def tracked(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         without_login(patch, output)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "argv", [*map(str, command)])
-        patch.setattr(RunLog, "steps", stop)
+        patch.setattr(RunLog, "log_step", stop)
         with pytest.raises(Stop):
             ddp.main()
-        patch.setattr(RunLog, "steps", steps)
+        patch.setattr(RunLog, "log_step", steps)
         patch.setattr(sys, "argv", [*map(str, command), "--resume", "auto"])
         with pytest.raises(SystemExit) as ended:
             run_main(ddp.main)
@@ -263,8 +263,9 @@ def said(tmp_path: Path) -> str:
 
 def test_neither_tracker_is_imported_when_both_are_off(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from configs.schema import LogConfig; from train.log import RunLog\n"
-        "log = RunLog(Path(sys.argv[1])); log.start_trackers(LogConfig(), {}, 0); log.epoch({'epoch': 0})\n"
+        "import sys; from pathlib import Path; from configs.schema import LogConfig\n"
+        "from train.reporting.run_log import RunLog\n"
+        "log = RunLog(Path(sys.argv[1])); log.start_trackers(LogConfig(), {}, 0); log.log_epoch({'epoch': 0})\n"
         "sys.exit('wandb' in sys.modules or 'tensorboard' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -346,8 +347,8 @@ def test_a_wandb_that_fails_later_is_reported_once_with_what_to_do(
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(tmp_path, fail_at=failing))
     start(run_log)
     for epoch in range(2):
-        run_log.epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
-    run_log.picture("pictures/none", lambda: figures.curves([], "empty"), 2)
+        run_log.log_epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
+    run_log.log_figure("pictures/none", lambda: figures.curves([], "empty"), 2)
     run_log.finish()
     assert len(strict_lines(tmp_path / "run" / "metrics.jsonl")) == 2
     assert said(tmp_path).count("the network is gone") == 1
@@ -379,7 +380,7 @@ def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_
     monkeypatch.setattr(wandb_tracker, "LOG_S", 0.1)
     start(run_log)
     for epoch in range(3):
-        run_log.epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
+        run_log.log_epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
     run_log.finish()
     assert (calls, run.exit_codes) == ([0], [])
     hang.set()
@@ -389,9 +390,9 @@ def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_
 
 
 def test_within_passes_on_what_a_function_raises() -> None:
-    assert within(5, lambda: 3) == 3
+    assert call_with_timeout(5, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        within(5, lambda: 1 // 0)
+        call_with_timeout(5, lambda: 1 // 0)
 
 
 @pytest.fixture
@@ -425,7 +426,7 @@ def test_a_server_or_a_key_that_does_not_work_makes_the_run_offline(
     (tmp_path / "run").mkdir()
     with RunLog(tmp_path / "run") as log:
         start(log)
-        log.epoch({"epoch": 0, "step": 44, "train_loss": 1.5})
+        log.log_epoch({"epoch": 0, "step": 44, "train_loss": 1.5})
     assert "W&B cannot go online" in said(tmp_path)
     assert f"upload this run with: wandb sync {tmp_path / 'run' / 'wandb'}" in said(tmp_path)
     (folder,) = offline_runs(tmp_path / "run")
@@ -441,7 +442,7 @@ def test_a_server_or_a_key_that_does_not_work_makes_the_run_offline(
 def test_showing_samples_leaves_the_stream_as_it_was(npy_data: Path) -> None:
     data = DataConfig(path=str(npy_data), batch_size=64)
     shown: list[str] = []
-    log = SimpleNamespace(is_tracked=True, picture=lambda key, draw, step: shown.append(key) or draw())
+    log = SimpleNamespace(has_trackers=True, log_figure=lambda key, draw, step: shown.append(key) or draw())
     loader, untouched = (build_train_loader(data, AugConfig(crop="pad"), seed=1, device="cpu") for _ in range(2))
     show_samples(log, loader, [str(number) for number in range(100)])
     assert shown == ["pictures/train_samples"]
@@ -452,19 +453,19 @@ def test_showing_samples_leaves_the_stream_as_it_was(npy_data: Path) -> None:
 def test_samples_of_a_run_with_mixing_are_shown_mixed(npy_data: Path) -> None:
     data, aug = DataConfig(path=str(npy_data), batch_size=64), AugConfig(mix=MixConfig(mixup=1.0, mode="pair"))
     drawn: list[Figure] = []
-    log = SimpleNamespace(is_tracked=True, picture=lambda key, draw, step: drawn.append(draw()))
+    log = SimpleNamespace(has_trackers=True, log_figure=lambda key, draw, step: drawn.append(draw()))
     loader = build_train_loader(data, aug, seed=1, device="cpu")
     show_samples(log, loader, [str(number) for number in range(100)])
     batch = next(iter(loader))
     assert isinstance(batch, MixedBatch)
-    axes = drawn[0].axes[:IMAGES]
+    axes = drawn[0].axes[:GRID_IMAGES]
     captions = [
         f"{label} {share:.2f} + {other} {1 - share:.2f}"
         for label, other, share in zip(batch.labels, swap_pairs(batch.labels), batch.mix[:, 0], strict=True)
     ]
-    assert [axis.get_title() for axis in axes] == captions[:IMAGES]
+    assert [axis.get_title() for axis in axes] == captions[:GRID_IMAGES]
     shown = np.stack([axis.get_images()[0].get_array() for axis in axes])
-    expected = mix_images(batch.images, batch.mix)[:IMAGES].permute(0, 2, 3, 1).numpy()
+    expected = mix_images(batch.images, batch.mix)[:GRID_IMAGES].permute(0, 2, 3, 1).numpy()
     assert np.abs(shown - expected).max() <= 0.5
 
 
@@ -473,13 +474,13 @@ def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -
     loader = build_eval_loader(data, device="cpu")
     with alone():
         training = make_state(lenet())
-        counts, shown, logits = look(training, loader, "none", 10)
+        counts, shown, logits = collect_predictions(training, loader, "none", 10)
         result = evaluate(training, loader, 360)
         all_logits = torch.cat([logits for logits, _ in predictions(training, loader)])
     assert counts.sum() == 360
     assert np.trace(counts) / 360 == pytest.approx(result.top1)
     images = torch.cat([batch.images.clone() for batch in loader])
-    wanted = np.linspace(0, 359, IMAGES).round().astype(int)
+    wanted = np.linspace(0, 359, GRID_IMAGES).round().astype(int)
     assert torch.equal(shown.images, images[wanted])
     assert torch.equal(logits, all_logits[wanted])
 
@@ -487,9 +488,9 @@ def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -
 def counts_on(ranks: Ranks, path: str) -> list[int]:
     where = {"device": "cpu", "rank": ranks.rank, "world_size": ranks.world_size}
     loader = build_eval_loader(DataConfig(path=path, batch_size=64), **where)
-    counts, shown, logits = look(make_state(lenet()), loader, "none", 10)
+    counts, shown, logits = collect_predictions(make_state(lenet()), loader, "none", 10)
     return [int(counts.sum()), len(shown.images), len(logits)]
 
 
 def test_all_ranks_look_together_and_each_sample_counts_once(digits_run: Run) -> None:
-    assert on_ranks(2, counts_on, str(digits_run.data)) == [[360, IMAGES, IMAGES]] * 2
+    assert on_ranks(2, counts_on, str(digits_run.data)) == [[360, GRID_IMAGES, GRID_IMAGES]] * 2

@@ -16,9 +16,8 @@ from pipelines.storage.split import load_dataset, open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.interleaved import Workload
 from train.build import build_all
-from train.checkpoint.finetune import without_start
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.checkpoint.finetune import without_pretrained
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import TrainState
 from train.engine.meter import GIB, device_memory_bytes
 from train.engine.mixing import identity_mix
@@ -68,7 +67,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
 
     All share one compiled network, so their ratio is the loader's doing.
     """
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         built, loader = _build(config, device)
         resident = next(iter(loader))
         loader.state = {"epoch": 0, "step": 0}
@@ -91,7 +90,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
     peak of the memory used, the loader's, which is gone by then, left out on a GPU.
     """
     process_memory.prefer_oom_kill()
-    with dist.process_group(Ranks()) as device:
+    with process_group(Ranks()) as device:
         if limit_bytes is not None and device.type == "cuda":
             whole = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / whole), device)
@@ -103,7 +102,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         classes = config.model.num_classes or len(dataset["classes"])
-        built = build_all(without_start(config), dataset, classes, side, device)
+        built = build_all(without_pretrained(config), dataset, classes, side, device)
         if built.needs_warmup:
             warm_up_training(built, blank_batch(size, side, device))
         if built.mixes:
@@ -167,7 +166,7 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device).at(0)
-    built = build_all(without_start(config), dataset, classes, loader.image_size, device)
+    built = build_all(without_pretrained(config), dataset, classes, loader.image_size, device)
     warm_up(built, loader)
     set_training_mode(built.forward)
     return built, loader

@@ -20,7 +20,7 @@ import torch
 
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
 from tools.common.tables import aligned_table
-from train.reporting.run_info import device_name, processor
+from train.reporting.run_info import device_name, processor_name
 
 Row = dict[str, Any]
 FORMAT, VERSION = "model-zhu-benchmarks", 1
@@ -108,7 +108,7 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
 def environment() -> dict[str, Any]:
     """Return the machine, the versions and the date of a run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts: dict[str, Any] = {"device": device_name(device), "processor": processor()}
+    facts: dict[str, Any] = {"device": device_name(device), "processor": processor_name()}
     facts["cores"] = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
         facts["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)

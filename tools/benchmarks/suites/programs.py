@@ -28,7 +28,7 @@ from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row
 from tools.runs.records import summarize_metrics, training_time_s
-from train.reporting.run_log import counted, read_metrics
+from train.reporting.run_log import counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # between two reads of what a program has written
@@ -244,7 +244,7 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
         return {}
     found = summarize_metrics(metrics)
     time_s = found["training_time_s"]
-    accuracies = [counted(line, "auto") for line in metrics]
+    accuracies = [counted_accuracy(line, "auto") for line in metrics]
     first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)
     figures: Row = {
         "top1": found["best_val_top1"],

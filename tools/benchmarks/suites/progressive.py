@@ -9,9 +9,8 @@ from configs.schema import Config, StageConfig
 from pipelines import build_train_loader
 from pipelines.storage.split import load_dataset
 from train.build import build_all
-from train.checkpoint.finetune import without_start
-from train.distributed import process_group as dist
-from train.distributed.process_group import Ranks
+from train.checkpoint.finetune import without_pretrained
+from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import train_epoch
 from train.engine.warm_up import warm_up
 
@@ -32,10 +31,10 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
     )
     data = config.data.model_copy(update={"stages": stages})
     train = config.train.model_copy(update={"epochs": epochs})
-    config = without_start(config.model_copy(update={"data": data, "train": train}))
+    config = without_pretrained(config.model_copy(update={"data": data, "train": train}))
     dataset = load_dataset(config.data.path)
     rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    with dist.process_group(ranks) as device:
+    with process_group(ranks) as device:
         loader = build_train_loader(
             data, config.aug, seed=config.seed, device=device, accumulation_steps=train.accumulation_steps
         )

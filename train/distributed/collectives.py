@@ -1,0 +1,63 @@
+"""Reductions and exchanges over all ranks, each of which must call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs.utils.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, on every rank, in place; synchronises."""
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: list[int]) -> list[int]:
+    """The largest of each number over all ranks, on every rank; waits for them, and not for the device."""
+    numbers = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [int(number) for number in numbers]
+
+
+@torch.no_grad()
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the first rank's buffers (batch-norm statistics) to all ranks, in one broadcast."""
+    # By element size, so that each part of the flat tensor is aligned for its type.
+    buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
+    if dist.get_world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+    dist.broadcast(flat, 0)
+    parts = flat.split([buffer.nbytes for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view(buffer.dtype).view(buffer.shape))
+
+
+def from_first_rank(compute: Callable[[], Result]) -> Result:
+    """What `compute` returns on the first rank, which alone calls it, on every rank; a UserError is raised on all."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = compute()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    result: Result = box[0]
+    return result
+
+
+def from_all_ranks(value: str) -> list[str]:
+    """What each rank gives, in the order of ranks, on every rank."""
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
