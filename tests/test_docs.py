@@ -27,6 +27,12 @@ def commands(page: Path) -> list[str]:
     return [shlex.join(shlex.split(found, comments=True)) for found in COMMAND.findall(text)]
 
 
+def anchors(page: Path) -> list[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 
@@ -40,8 +46,11 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    missing = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        if "://" not in target and not (path.exists() and (not anchor or anchor in anchors(path))):
+            missing.append(f"{target}#{anchor}")
     assert missing == []
 
 
