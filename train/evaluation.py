@@ -17,6 +17,7 @@ from models.weights import copy_weights, head_layers, read_weights
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import from_checkpoint, inference_config
+from train.checkpoint.restore import restore_weights
 from train.engine.epoch import TrainState
 from train.trainer import load_newest_on_all_ranks
 
@@ -45,7 +46,7 @@ def build_for_evaluation(
     source, content = load_newest_on_all_ranks(candidates)
     trained = from_checkpoint(config, content, dataset["classes"], source)
     state = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
-    is_average = store.restore_weights(state, content, source, config.eval.weights)
+    is_average = restore_weights(state, content, source, config.eval.weights)
     return state, f"{source}{' (moving average)' if is_average else ''}"
 
 

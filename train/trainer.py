@@ -22,6 +22,7 @@ from configs.utils.errors import UserError
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.checkpoint.run_dir import latest_checkpoints
 from train.checkpoint.store import BEST, LAST
 from train.checkpoint.writer import CheckpointWriter
@@ -290,7 +291,7 @@ def restore_run(
     state: TrainState, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
 ) -> dict[str, int]:
     """Put all that a step changes, and the loader, where a checkpoint has them; its position."""
-    store.restore(state, content, source)
+    restore_state(state, content, source)
     if not is_first_rank():
         state.sums.zero_()  # the checkpoint holds the sums over all ranks
     for one in state.parts():

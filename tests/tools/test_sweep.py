@@ -34,7 +34,7 @@ from tools.runs.sweep_report import Sweep, edge_hints
 from tools.runs.sweep_runner import RunOutcome, RunSlot, make_slots, run_points
 from train.ddp import parse_arguments
 from train.reporting import figures
-from train.reporting.run_log import read_metrics
+from train.reporting.metrics_file import read_metrics
 
 SWEEP = ROOT / "tools" / "sweep.py"
 WANDB_SWEEP = ROOT / "configs" / "sweeps" / "cifar10_alexnet_lr.yaml"

@@ -18,6 +18,7 @@ from models.speedrun import SpeedrunNet, find_whitening
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
 from train.engine.epoch import TrainState, train_epoch, train_step
 from train.engine.hard_samples import HardSampleSelector
@@ -162,7 +163,7 @@ def test_a_speedrun_that_breaks_goes_on_to_bitwise_the_same(
     resumed.needs_warmup = True
     warm_up(resumed, loader, val_loader, "flip")
     content = store.load(path)
-    store.restore(resumed, content, path)
+    restore_state(resumed, content, path)
     loader.state = content["state"]
     train(resumed, loader)
     assert_equal_trees(everything(resumed)["networks"], everything(finished(recipe, npy_data))["networks"])

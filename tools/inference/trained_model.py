@@ -14,6 +14,7 @@ from configs.utils.errors import UserError
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import inference_config, without_pretrained
+from train.checkpoint.restore import restore_weights
 from train.checkpoint.run_dir import find_checkpoints
 from train.checkpoint.state import require_keys
 from train.engine.epoch import TrainState
@@ -64,7 +65,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     training = build_all(
         inference_config(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False
     )
-    is_average = store.restore_weights(training, content, path, config.eval.weights)
+    is_average = restore_weights(training, content, path, config.eval.weights)
     training.network.eval()
     position = content["position"]
     return TrainedModel(

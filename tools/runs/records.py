@@ -19,7 +19,7 @@ from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from tools.common.tables import Row
-from train.reporting.run_log import counted_accuracy, read_metrics
+from train.reporting.metrics_file import counted_accuracy, read_metrics
 
 # Settings that change no result: what a run is called, where it lies, from where it goes on, how it reports and reads.
 NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")

@@ -26,7 +26,7 @@ from tools.runs.sweep_plots import plot_values
 from tools.runs.sweep_points import Point
 from tools.runs.sweep_runner import run_folder
 from train.reporting import figures
-from train.reporting.run_log import read_metrics
+from train.reporting.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.schema import Config
-from configs.utils import durable
+from configs.utils import files
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from train.checkpoint.run_dir import latest_checkpoints, resolve_resume, run_dirs
@@ -76,7 +76,7 @@ def record_launch(folder: Path, launcher_ids: list[str]) -> Path:
     if launcher_ids:
         text = json.dumps({"agents": launcher_ids}, indent=2) + "\n"
         try:
-            durable.atomic_write(folder / LAUNCH_FILE, lambda file: file.write(text.encode()))
+            files.atomic_write(folder / LAUNCH_FILE, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UserError(
                 f"cannot write {folder / LAUNCH_FILE} ({error.strerror or error}); give an --output that can be "

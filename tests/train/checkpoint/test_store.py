@@ -26,6 +26,7 @@ from helpers.training import alone, file_size_limit, lenet, make_state, random_b
 from helpers.trees import assert_equal_trees
 from models import build_model
 from train.checkpoint import format, store
+from train.checkpoint.restore import restore_state
 from train.engine.epoch import TrainState, train_step
 from train.optim.factory import set_learning_rate
 
@@ -58,7 +59,7 @@ def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
     saved, content = stepped_training(), store.load(intact)
     assert {key: content[key] for key in STATE} == STATE
     restored = make_state(lenet(seed=1))
-    store.restore(restored, content, intact)
+    restore_state(restored, content, intact)
     assert_equal_trees(restored.network.state_dict(), saved.network.state_dict())
     assert_equal_trees(restored.optimizer.state_dict(), saved.optimizer.state_dict())
     assert torch.equal(restored.sums, saved.sums)
@@ -77,7 +78,7 @@ def test_the_learning_rate_of_the_last_step_comes_back_as_well(tmp_path: Path) -
     saved, restored = stepped_training(), make_state(lenet(seed=1))
     set_learning_rate(saved.optimizer, 1.25e-7)
     store.save(tmp_path / "last.pt", saved, saved.sums, **STATE)
-    store.restore(restored, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    restore_state(restored, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert {group["lr"] for group in restored.optimizer.param_groups} == {1.25e-7}
 
 
@@ -566,7 +567,7 @@ def test_crafted_state_is_one_sentence(crafted: dict[str, Any], intact: Path) ->
         content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7, 7)
         crafted = {}
     with pytest.raises(UserError, match=r"last\.pt does not fit") as error:
-        store.restore(make_state(lenet()), content | crafted, intact)
+        restore_state(make_state(lenet()), content | crafted, intact)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -575,13 +576,13 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_its_name(part: str, intact
     content = store.load(intact)
     del content[part]
     with pytest.raises(UserError, match=rf"last\.pt holds no {part}"):
-        store.restore(make_state(lenet()), content, intact)
+        restore_state(make_state(lenet()), content, intact)
 
 
 def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path) -> None:
     other = make_state(build_model("lenet", 7, mean=[0.5] * 3, std=[0.5] * 3))
     with pytest.raises(UserError, match=r"does not fit the model of this config: .*fc3") as error:
-        store.restore(other, store.load(intact), intact)
+        restore_state(other, store.load(intact), intact)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -590,7 +591,7 @@ def test_a_run_may_go_on_in_another_precision(then: str, now: str, tmp_path: Pat
     saved = stepped_training(amp=then)
     store.save(tmp_path / "last.pt", saved, saved.sums)
     training = make_state(lenet(seed=1), amp=now)
-    store.restore(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    restore_state(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert_equal_trees(training.network.state_dict(), saved.network.state_dict())
     train_step(training, random_batch(8))
 
@@ -600,7 +601,7 @@ def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     saved.scaler.update(2.0**7)
     store.save(tmp_path / "last.pt", saved, saved.sums)
     training = make_state(lenet(), amp="fp16")
-    store.restore(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    restore_state(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert training.scaler.get_scale() == 2.0**7
 
 
@@ -610,4 +611,4 @@ def test_an_optimizer_with_other_groups_is_refused_in_a_sentence(tmp_path: Path)
     for first, second in ((saved, other), (other, saved)):
         store.save(path, first, first.sums)
         with pytest.raises(UserError, match=r"last\.pt does not fit the optimizer of this config \(.*; start a new"):
-            store.restore(second, store.load(path), path)
+            restore_state(second, store.load(path), path)

@@ -15,6 +15,7 @@ import torch
 from configs.utils import warnings
 from helpers.training import CPU, alone, make_state, small_net
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.checkpoint.state import invalid_entry
 from train.engine import cpu_threads
 
@@ -76,10 +77,10 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     torch.set_num_threads(4)
     content = store.load(tmp_path / "last.pt")
     assert invalid_entry(content) is None
-    store.restore(first, content, tmp_path / "last.pt")
+    restore_state(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     del content["threads"]  # as in a checkpoint of an earlier version
-    store.restore(first, content, tmp_path / "last.pt")
+    restore_state(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     assert "keep" not in capsys.readouterr().err
     cpu_threads.restore_threads(2)

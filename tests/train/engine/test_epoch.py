@@ -19,6 +19,7 @@ from models import build_model
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.loader import Batch, Loader
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
 from train.engine.epoch import Evaluation, TrainState, amp_dtype, evaluate, train_epoch, train_step
 from train.engine.throughput import measure_images_per_s
@@ -222,7 +223,7 @@ def test_a_run_with_dropout_that_breaks_at_any_update_goes_on_to_bitwise_the_sam
         for parameter in training.network.parameters():
             parameter.fill_(0.5)  # a restore that forgets something shows
     content = store.load(tmp_path / "last.pt")
-    store.restore(training, content, tmp_path / "last.pt")
+    restore_state(training, content, tmp_path / "last.pt")
     loader.state = content["state"]
     train_both_epochs(training, loader, lambda *_: None)
     expected = trained(npy_data, accumulation_steps)

@@ -23,6 +23,7 @@ from pipelines.augment.mixup import mix_table
 from pipelines.loader.loader import Batch, Loader, MixedBatch
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks, process_group
 from train.engine import epoch as loop
 from train.engine import warm_up
@@ -288,7 +289,7 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
     assert all(group["lr"] == LR and group.get("capturable") in (None, False)
                for group in content["optimizer"]["param_groups"])  # fmt: skip
     going_on = new(now)
-    store.restore(going_on, content, tmp_path / "last.pt")
+    restore_state(going_on, content, tmp_path / "last.pt")
     assert going_on.step is train_step  # what was captured knew other tensors
     warm_up.warm_up_training(going_on, warm_up.blank_batch(8, 32, CPU))
     for training in (saved, going_on):
@@ -547,7 +548,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
         train_epochs(training, loader, after_step=save_and_break)
     content = store.load(tmp_path / "last.pt")
     training, loader = new(now)
-    store.restore(training, content, tmp_path / "last.pt")
+    restore_state(training, content, tmp_path / "last.pt")
     warm_up.warm_up(training, loader)
     loader.state = content["state"]
     torch.testing.assert_close(train_epochs(training, loader), whole, **CLOSE)

@@ -23,7 +23,7 @@ from train.engine.epoch import TrainState, evaluate, train_epoch, train_step
 from train.engine.warm_up import blank_batch, warm_up_training
 from train.engine.whitening import restart_in_place
 from train.optim.ema import Ema, build_ema, eval_weights, uses_ema
-from train.reporting.run_log import best_results
+from train.reporting.metrics_file import best_results
 
 VAL_SAMPLES = 107
 State = dict[str, Tensor]

@@ -17,6 +17,7 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, alone, make_state, random_batch, small_net
 from models import build_model
 from train.checkpoint import store
+from train.checkpoint.restore import restore_state
 from train.engine import warm_up
 from train.engine.epoch import TrainState, train_step
 from train.optim.factory import build_optimizer, set_learning_rate, with_timm_defaults
@@ -236,7 +237,7 @@ def test_timms_optimizers_step_to_finite_weights_and_go_on_from_a_checkpoint_and
         store.save(tmp_path / "last.pt", training, training.sums)
         other = new(1)
         warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
-        store.restore(other, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+        restore_state(other, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
         warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))
         expected, found = (steps(one, range(3, 6)) for one in (training, other))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

@@ -11,7 +11,8 @@ from configs.schema import LogConfig, WandbConfig
 from configs.utils.errors import UserError
 from helpers.training import file_size_limit, strict_lines
 from train.reporting import figures
-from train.reporting.run_log import RunLog, best_results, read_metrics
+from train.reporting.metrics_file import best_results, read_metrics
+from train.reporting.run_log import RunLog
 
 
 def metrics(epoch: int, **changes: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row
 from tools.runs.records import summarize_metrics, training_time_s
-from train.reporting.run_log import counted_accuracy, read_metrics
+from train.reporting.metrics_file import counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # between two reads of what a program has written

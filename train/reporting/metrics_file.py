@@ -1,0 +1,62 @@
+"""Read the metrics.jsonl of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.utils.errors import UserError
+from configs.utils.files import read_small_text
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises UserError for a file or lines that no run wrote.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = read_small_text(path, "replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
+    metrics = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("epoch")) is not int or not all(map(_is_metric, line.values())):
+            raise UserError(f"{path}:{number} is no line of a run's metrics, numbers by name; mend or remove it")
+        metrics.append(line)
+    return metrics
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not abs(value) > sys.float_info.max)
+
+
+def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy; those of the
+    moving average as well, where there is one."""
+    found: dict[str, float] = {}
+    for average in ("", "ema_"):
+        loss, accuracy = f"{average}val_loss", f"{average}val_top1"
+        top1 = [(line[accuracy], -line["epoch"]) for line in metrics if line.get(accuracy) is not None]
+        losses = [line[loss] for line in metrics if line.get(loss) is not None]
+        if losses:
+            found[f"best_{loss}"] = min(losses)
+        if top1:
+            found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal ones
+            found[f"best_{average}epoch"] = -negative_epoch
+    return found
+
+
+def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
+    """Top-1 accuracy of the weights that count in a line of metrics.jsonl, by eval.weights; None: not evaluated."""
+    key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
+    value: float | None = line.get(key)
+    return value
