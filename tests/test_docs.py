@@ -63,6 +63,18 @@ def test_cited_files_and_modules_exist(page: Path) -> None:
     assert missing == [], f"{page.relative_to(ROOT)} cites files that do not exist"
 
 
+def test_architecture_names_every_folder() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = [
+        file.parent
+        for top in FOLDERS[:5]
+        for file in (ROOT / top).rglob("__init__.py")
+        if any(file.parent.glob("[!_]*"))
+    ]
+    missing = [path for folder in packages if f"`{(path := folder.relative_to(ROOT).as_posix())}`" not in text]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_cited_tests_exist(page: Path) -> None:
     files = list((ROOT / "tests").rglob("test_*.py"))
