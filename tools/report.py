@@ -16,7 +16,7 @@ from typing import Any
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.benchmarks.engine import results, run_file
-from tools.benchmarks.suites.tables import headline, markdown, parts, run_markdown
+from tools.benchmarks.engine.markdown import headline, parts_table, run_markdown, text_table
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -96,9 +96,8 @@ def document(run: Run, folder: Path) -> list[Path]:
     name = slug(run)
     failed = results.failure_lines(run["groups"])
     picture = charts.draw_chart(run, folder / f"{name}.png")
-    how = (
-        parts(run) if len({part["command"] for part in run.get("parts", {}).values()}) > 1 else f"    {run['command']}"
-    )
+    commands = {part["command"] for part in run.get("parts", {}).values()}
+    how = parts_table(run) if len(commands) > 1 else f"    {run['command']}"
     text = [
         f"# {run['environment']['device']}",
         f"{headline(run)} The whole run took {run['duration_s'] / 60:.1f} minutes:",
@@ -136,7 +135,7 @@ def _loading_summary(run: Run) -> str:
             share = f"{row['share']:.0%} of {row['bound']['name']}" if "share" in row else ""
             rows.append((_title(group, row), f"{row['images_per_s']:,.0f}", *_ratios(group, peers, number == 0), share))
     header = ("loader alone", "ours, images/s", *(f"ours / {peer}" for peer in peers), "share of the bound")
-    return markdown(header, rows) if rows else ""
+    return text_table(header, rows) if rows else ""
 
 
 def _training_summary(run: Run) -> str:
@@ -162,7 +161,7 @@ def _training_summary(run: Run) -> str:
         "resident, of the arithmetic peak",
         *(f"ours / {peer}" for peer in peers),
     )
-    return markdown(header, rows) if rows else ""
+    return text_table(header, rows) if rows else ""
 
 
 def _measured(group: dict[str, Any]) -> list[Row]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.engine import results
-from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.engine.run_file import RunFile, new_run
-from tools.benchmarks.suites.suite import Settings
+from tools.benchmarks.suites.settings import Settings
 
 UNITS = 7
 

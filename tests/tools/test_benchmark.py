@@ -21,13 +21,18 @@ from configs.schema import AugConfig, EraseConfig
 from configs.utils.errors import UserError
 from helpers.benchmarks import empty_record, settings_in
 from tools import benchmark, convert
+from tools.benchmarks import single_stage
 from tools.benchmarks.engine import ours, results, roofline
-from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Candidate, Measurement, measure, run_in_subprocess
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement, measure, run_in_subprocess
+from tools.benchmarks.engine.measured_tables import InterleavedTable, RowTable, WholeTable
 from tools.benchmarks.peers import PeerTask
-from tools.benchmarks.suites import gpu, groups, programs, progressive, suite
-from tools.benchmarks.suites.groups import InterleavedTable, RowTable
+from tools.benchmarks.suites import cpu, gpu, programs, progressive, suite
+from tools.benchmarks.suites.datasets import check_free_space, image_dataset
+from tools.benchmarks.suites.loading import describe
 from tools.benchmarks.suites.programs import Program
-from tools.benchmarks.suites.suite import Part, Settings
+from tools.benchmarks.suites.settings import Settings
+from tools.benchmarks.suites.suite import Part
 from tools.perf import batch_size_search
 from tools.perf.batch_size_search import Trial
 
@@ -81,16 +86,16 @@ def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path
 
 
 def test_titles_name_all_that_the_loader_does() -> None:
-    assert groups.describe(AugConfig(crop="pad", flip=0.5)) == "pad and crop, flip"
-    assert groups.describe(AugConfig(flip=0)) == "no augmentation"
+    assert describe(AugConfig(crop="pad", flip=0.5)) == "pad and crop, flip"
+    assert describe(AugConfig(flip=0)) == "no augmentation"
     aug = AugConfig(auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, grayscale=0.1, erase=EraseConfig(probability=0.25))  # type: ignore[arg-type]
-    assert groups.describe(aug) == "flip, rand-m9-mstd0.5-inc1, colour jitter, greyscale, erasing"
+    assert describe(aug) == "flip, rand-m9-mstd0.5-inc1, colour jitter, greyscale, erasing"
 
 
 def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path: Path) -> None:
     more = ["aug.auto=rand-m9-mstd0.5-inc1", "aug.mix.mixup=0.2", "aug.cutout=3", "aug.crop=pad", "aug.padding=2"]
     arguments = ["peers", "--cfg", "configs/digits_lenet.yaml", "--data-path", str(digits), "--opts", *more]
-    reading, loading, training = benchmark.stage_groups(benchmark.parse_arguments(arguments), "cpu", tmp_path)
+    reading, loading, training = single_stage.stage_tables(benchmark.parse_arguments(arguments), "cpu", tmp_path)
     expected = AugConfig(crop="pad", padding=2, flip=0.0)
     assert reading.stage == "reading"
     assert loading.title.endswith("pad and crop")
@@ -193,7 +198,7 @@ def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwa
     tmp_path: Path,
 ) -> None:
     settings = settings_in(tmp_path, deadline=time.monotonic() - 1, only=("scale",))
-    parts = suite.choose(suite.CPU_PARTS, [], settings.only)
+    parts = suite.choose(cpu.PARTS, [], settings.only)
     assert [part.name for part in parts] == ["scale"]
     record = empty_record()
     suite.run_parts(parts, settings, record)
@@ -217,7 +222,7 @@ def test_an_unknown_part_is_a_user_error() -> None:
     assert result.returncode == 2
     assert "--part nonsense is not one of 32x32, LeNet" in result.stderr
     with pytest.raises(UserError, match="--only ramp leaves no part to measure; choose from augment, loading"):
-        suite.choose(suite.CPU_PARTS, [], ["ramp"])
+        suite.choose(cpu.PARTS, [], ["ramp"])
 
 
 def test_every_part_of_the_run_on_a_gpu_can_be_made(
@@ -277,21 +282,21 @@ def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digit
 
 def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name another folder with --data"):
-        roofline.check_scratch(tmp_path, 2**60, "--data")
+        check_free_space(tmp_path, 2**60, "--data")
     made = tmp_path / "digits-96"
     made.mkdir()
     (made / "dataset.json").touch()
     with (made / "shard").open("wb") as file:
         file.truncate(2**40)
-    roofline.check_scratch(tmp_path, 2**40, "--data")
+    check_free_space(tmp_path, 2**40, "--data")
 
 
 def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
-    made = gpu.image_dataset(settings, 224, "jpeg")
+    made = image_dataset(settings, 224, "jpeg")
     assert made.parent == tmp_path
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    assert gpu.image_dataset(settings, 224, "jpeg") == made
+    assert image_dataset(settings, 224, "jpeg") == made
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
 
 
@@ -306,7 +311,7 @@ def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_p
         deadline=time.monotonic() + 5,
     )
     with pytest.raises(TimeoutError):
-        gpu.image_dataset(settings, 224)
+        image_dataset(settings, 224)
 
 
 def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_part_adds_to_them(
@@ -318,7 +323,7 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
         "from pathlib import Path\n"
         "from helpers.benchmarks import empty_record, settings_in\n"
         "from tools.benchmarks.suites import suite\n"
-        "from tools.benchmarks.suites.groups import RowTable\n"
+        "from tools.benchmarks.engine.measured_tables import RowTable\n"
         "from tools.benchmarks.suites.suite import Part\n"
         "folder = Path(sys.argv[1])\n"
         "def rows(*names):\n"
@@ -385,9 +390,9 @@ def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tm
 
 
 def test_a_table_measured_as_a_whole_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
-    (changes,) = suite.stage_changes(settings_in(tmp_path, small=digits))
+    (changes,) = progressive.stage_changes(settings_in(tmp_path, small=digits))
     assert changes.title == "changes of image and batch size, lenet"
-    (cost,) = suite.cost_per_sample(settings_in(tmp_path))
+    (cost,) = cpu.cost_per_sample(settings_in(tmp_path))
     assert cost.title == "Cost per sample by size of the data set, 96x96 raw"
 
 
@@ -422,8 +427,8 @@ def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
         program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], tmp_path / "log", None)
         return (program.row("crashes", {}) for _ in program.run())
 
-    monkeypatch.setattr(suite, "CPU_PARTS", (part_of(RowTable("a", "dali", ("value",), rows)),))
-    monkeypatch.setattr(gpu, "ENTRY_TYPES", suite.CPU_PARTS)
+    monkeypatch.setattr(cpu, "PARTS", (part_of(RowTable("a", "dali", ("value",), rows)),))
+    monkeypatch.setattr(gpu, "PARTS", cpu.PARTS)
     file = tmp_path / "run.json"
     monkeypatch.setattr(sys, "argv", ["benchmark", "all", "--json", str(file), "--data", str(tmp_path / "data")])
     assert benchmark.main() == 1
@@ -464,13 +469,13 @@ def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
         yield value(1)
         run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
 
-    def whole() -> groups.Entry:
+    def whole() -> results.Entry:
         run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
         raise AssertionError
 
     for part in (
         part_of(RowTable("a", "dali", ("value",), rows)),
-        Part("one", ("stages",), lambda _: iter([groups.WholeTable("a", "stages", whole)]), needs_limits=False),
+        Part("one", ("stages",), lambda _: iter([WholeTable("a", "stages", whole)]), needs_limits=False),
     ):
         record = empty_record()
         suite.run_parts([part], settings_in(tmp_path), record)
@@ -488,7 +493,7 @@ def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
 
 def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> None:
     found = {"memory copy": 6e9, "matrix multiplication": 2e12}
-    rows = groups.limit_rows([Measurement("limits", name, [rate]) for name, rate in found.items()])
+    rows = roofline.limit_rows([Measurement("limits", name, [rate]) for name, rate in found.items()])
     record = empty_record()
     with record.part(suite.LIMITS):
         record.add({"title": "Limits of the machine", "stage": "limits", "rows": rows})

@@ -18,7 +18,8 @@ import torch
 
 from configs.schema import Config
 from tools.benchmarks.engine import ours, process_memory
-from tools.benchmarks.engine.interleaved import WARM_UP_TIMEOUT_S, Candidate, Measurement, measure
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import WARM_UP_TIMEOUT_S, Measurement, measure
 
 SIZES = (256, 512, 1024, 2048)  # that `search_fastest` tries
 MIN_GAIN = 1.02  # a doubled batch that gives less is not worth its memory

@@ -34,7 +34,8 @@ from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset
 from tools.benchmarks.engine import gpu_specs, results, roofline
-from tools.benchmarks.engine.interleaved import Candidate, measure
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import measure
 from tools.common.tables import Row, make_folder, markdown, write_csv, write_text
 from tools.perf import plots
 from tools.perf.step_trace import StepProfile, profile_steps, run_alongside

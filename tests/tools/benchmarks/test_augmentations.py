@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tools.benchmarks.engine import markdown
 from tools.benchmarks.engine.interleaved import Measurement
+from tools.benchmarks.engine.measured_tables import InterleavedTable
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites import augmentations
 from tools.benchmarks.suites.augmentations import KINDS, PEER
@@ -16,7 +18,7 @@ from tools.benchmarks.suites.augmentations import KINDS, PEER
 BATCH, SIDE = 16, 24
 
 
-def made(folder: Path, scratch: Path | None) -> augmentations.Group:
+def made(folder: Path, scratch: Path | None) -> InterleavedTable:
     return augmentations.augmentation_table(folder, batch_size=BATCH, device="cpu", scratch=scratch, workers=0)
 
 
@@ -41,7 +43,7 @@ def test_without_a_scratch_folder_there_are_no_peers(npy_data: Path) -> None:
     assert all(facts["ours"] for facts in made(npy_data, None).rows)
 
 
-def measured(group: augmentations.Group, rates: dict[str, float | str]) -> list[dict[str, Any]]:
+def measured(group: InterleavedTable, rates: dict[str, float | str]) -> list[dict[str, Any]]:
     """The rows of a run in which contestants reached these rates, or failed with these words."""
     measurements = []
     for candidate in group.candidates:
@@ -60,7 +62,7 @@ def test_the_table_has_shares_of_the_flip_alone_and_ratios_to_torchvision(npy_da
         "Model Zhu, cutout": 3000.0,
         f"{PEER}, RandAugment": "OSError: a long | sentence",
     }
-    table = augmentations.table(measured(made(npy_data, tmp_path), rates))
+    table = markdown.table({"stage": "augment", "rows": measured(made(npy_data, tmp_path), rates)})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     lines = {name: others for name, *others in cells}
     assert lines["augmentation"] == ["ours, images/s", "of flip alone", PEER, "ours / this"]

@@ -9,8 +9,10 @@ import pytest
 from configs.schema import ModelConfig
 from pipelines.storage.split import open_split
 from tools.benchmarks.engine import roofline
-from tools.benchmarks.engine.interleaved import Candidate, measure
-from tools.benchmarks.suites import groups
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import measure
+from tools.benchmarks.engine.results import add_bound
+from tools.benchmarks.suites.loading import loading
 
 
 def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,12 +21,12 @@ def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypat
     assert set(found) == {roofline.MEMORY, roofline.ARITHMETIC, roofline.DISK}
     assert all(value > 0 for value in found.values())
     assert not list(tmp_path.iterdir())
-    assert all("value" in row for row in groups.limit_rows(measurements))
+    assert all("value" in row for row in roofline.limit_rows(measurements))
 
 
 def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
     size = open_split(npy_data, "train").image_shape
-    group = groups.loading([npy_data], None, size=(size or (0,))[0], batch_size=128, device="cpu")
+    group = loading([npy_data], None, size=(size or (0,))[0], batch_size=128, device="cpu")
     ours, *bounds = group.run({}, 0.1, 3, None)["rows"]
     fastest = max(row["images_per_s"] for row in bounds)
     assert 0 < ours["share"] <= 1.2
@@ -47,12 +49,12 @@ def test_the_tightest_bound_is_the_one_that_is_named() -> None:
     assert host == {roofline.PINNED: 50e6, roofline.MEMORY: 100e6}
     assert roofline.loading_bounds(found, placement="device", device="cuda", **sizes) == {roofline.DEVICE_MEMORY: 1e9}
     row = {"images_per_s": 45e6}
-    groups.add_bound(row, host, otherwise="the cores")
+    add_bound(row, host, otherwise="the cores")
     assert (row["bound"], row["share"], row["binds"]) == (
         {"name": roofline.PINNED, "images_per_s": 50e6},
         0.9,
         roofline.PINNED,
     )
     row = {"images_per_s": 5e6}
-    groups.add_bound(row, host, otherwise="the cores")
+    add_bound(row, host, otherwise="the cores")
     assert row["binds"] == "the cores"

@@ -25,7 +25,8 @@ from configs.load import load_config
 from helpers.training import CLEAN, ROOT, Run, restore_signal_handlers
 from tools import benchmark
 from tools.benchmarks.engine import charts, process_memory
-from tools.benchmarks.engine.interleaved import Candidate, measure
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import measure
 from tools.perf import batch_size_command, batch_size_search, plots
 from tools.perf.batch_size_search import BatchSizeSearch, OutOfTime, Target, Trial
 from train.reporting.figures import render
@@ -401,7 +402,8 @@ def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_k
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     script = (
         "from helpers import benchmarks as fixtures\n"
-        "from tools.benchmarks.engine.interleaved import Candidate, measure\n"
+        "from tools.benchmarks.engine.candidate import Candidate\n"
+        "from tools.benchmarks.engine.interleaved import measure\n"
         "measure([Candidate('slow', fixtures.steady, (60.0,))], 1.0, 1, show_progress=False)"
     )
     environment = {**CLEAN, **dict([mark.split("=")]), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}

@@ -15,7 +15,6 @@ from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.split import Split, fingerprint, load_dataset, open_split
-from tools.sources.digits import open_digits
 
 QUALITY = 95  # of all JPEG, ours and the peers', at 4:2:0
 SPLIT = "train"
@@ -80,21 +79,4 @@ def make_variant(
     shard_mib = max(1, min(512, samples * side * side * 3 // 2**20 // cores // (5 if encoding == "jpeg" else 1)))
     how = Encoding(name=encoding, quality=QUALITY, size=size)  # type: ignore[arg-type]
     write_dataset(source, out, Options(how, shard_mib=shard_mib), cores, dataset["name"])
-    return out
-
-
-def small_dataset(given: Path | None, source: Path | None, scratch: Path) -> Path:
-    """32x32 images: CIFAR-10 as converted, else converted from `source`, once, else scikit-learn's digits."""
-    if given is not None and (given / "dataset.json").is_file():
-        return given
-    out = scratch / ("digits" if source is None else "cifar10")
-    if (out / "dataset.json").is_file():
-        return out
-    if source is not None:
-        from tools.sources.cifar import open_cifar
-
-        opened = open_cifar("cifar10", source)
-    else:
-        opened = open_digits()
-    write_dataset(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
     return out

@@ -14,7 +14,7 @@ from pipelines import build_train_loader
 from pipelines.loader.loader import Batch, Loader
 from pipelines.storage.split import load_dataset, open_split
 from tools.benchmarks.engine import process_memory
-from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine.candidate import Workload
 from train.build import build_all
 from train.checkpoint.finetune import without_pretrained
 from train.distributed.process_group import Ranks, process_group
@@ -25,6 +25,7 @@ from train.engine.throughput import endless_batches, full_step
 from train.engine.warm_up import blank_batch, warm_up, warm_up_training
 from train.optim.freeze import set_training_mode
 
+OURS = "Model Zhu"
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)
 WARM_ITEMS = 4  # items after which a stream's memory has reached its size

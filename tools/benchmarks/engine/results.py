@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
-from tools.common.tables import aligned_table
 from train.reporting.run_info import device_name, processor_name
 
 Row = dict[str, Any]
+Entry = dict[str, Any]  # a table of a run: title, stage, rows and more
 FORMAT, VERSION = "model-zhu-benchmarks", 1
 RUNNING = "not measured to its end: the run was cut off"  # the note of a row while its program runs
 STOPPED = "stopped at the deadline"
@@ -129,51 +129,6 @@ def _importable(module: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(module) is not None
-
-
-COLUMNS = (
-    "name",
-    "device",
-    "placement",
-    "batch",
-    "images/s",
-    "of resident",
-    "ours / this",
-    "share",
-    "of the bound",
-    "tensors, GiB",
-    "device, GiB",
-    "loader, GiB",
-    "what binds",
-)
-RIGHT = ("batch", "images/s", "of resident", "ours / this", "share", *COLUMNS[9:12])
-MEMORY = ("memory_gib", "device_memory_gib", "loader_memory_gib")  # of COLUMNS[9:12]
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as an aligned Markdown table without its empty columns."""
-    lines = [COLUMNS, *(_cells(row) for row in rows)]
-    used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
-    header, *cells = [[line[number] for number in used] for line in lines]
-    return aligned_table(header, cells, right=[header.index(name) for name in RIGHT if name in header])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    bound = row.get("bound")
-    error = row["error"]
-    return (
-        row["name"],
-        row.get("device", ""),
-        row.get("placement", ""),
-        str(row.get("batch_size", "")),
-        f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ("failed" if error else ""),
-        f"{row['of_resident']:.3f}" if "of_resident" in row else "",
-        f"{row['ratio']:.2f}" if "ratio" in row else "",
-        f"{row['share']:.0%}" if "share" in row else "",
-        f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
-        *(f"{row[name]:.3g}" if name in row else "" for name in MEMORY),
-        error or row.get("note") or row.get("binds", ""),
-    )
 
 
 def failure_lines(groups: list[dict[str, Any]]) -> list[str]:

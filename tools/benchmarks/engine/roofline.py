@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from configs.schema import ModelConfig, TrainConfig
-from configs.utils.errors import UserError
 from models import build_from_config
 from pipelines.cpu import batch
-from tools.benchmarks.engine.interleaved import Measurement, Workload
+from tools.benchmarks.engine.candidate import Workload
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
+from tools.benchmarks.engine.results import Row, skipped_row
 from tools.common.model_costs import count_costs
 
 MEMORY = "memory copy"
@@ -31,6 +32,7 @@ DEVICE_MEMORY = "copy within GPU memory"
 ARITHMETIC = "matrix multiplication"
 DISK = "disk read"
 UNITS = {MEMORY: "GB/s", PINNED: "GB/s", DEVICE_MEMORY: "GB/s", DISK: "GB/s", ARITHMETIC: "TFLOP/s"}
+PER_UNIT = {"GB/s": 1e9, "TFLOP/s": 1e12}
 Limits = dict[str, float]  # bytes/s, FLOP/s
 
 COPIED_BYTES = 2**28
@@ -177,17 +179,19 @@ def disk_bound(found: Limits, stored_bytes: float, split_bytes: float) -> Limits
     return {DISK: found.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 
 
-def check_scratch(folder: Path, needed: int, option: str) -> None:
-    """Raise UserError if the disk has no room for the data sets that are still to be made.
+def limit_rows(measurements: list[Measurement]) -> list[Row]:
+    """The limits themselves as rows, in the units that people know."""
+    rows = []
+    for measurement in measurements:
+        unit = UNITS.get(measurement.workload, "")
+        name, error = measurement.workload or measurement.candidate, measurement.error
+        each: Row = skipped_row(name) if error == OUT_OF_TIME else {"name": name, "ours": False, "error": error}
+        if error is None and measurement.rates:
+            each["value"] = float(f"{measurement.rate / PER_UNIT[unit]:.4g}")
+        rows.append(each | {"ours": False, "unit": unit})
+    return rows
 
-    needed: bytes of all data sets; those that the folder has already are subtracted. option: the one that names it.
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    made = [file for about in folder.glob("*/dataset.json") for file in about.parent.iterdir() if file.is_file()]
-    needed = max(2 * DISK_FILE_BYTES, needed - sum(file.stat().st_size for file in made))
-    if free < needed:
-        raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free where the benchmark's data sets need {needed / 2**30:.1f}; "
-            f"name another folder with {option}"
-        )
+
+def limits_in(rows: list[Row]) -> Limits:
+    """The limits that `limit_rows` wrote down."""
+    return {row["name"]: row["value"] * PER_UNIT[row["unit"]] for row in rows if "value" in row}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.engine import results
-from tools.benchmarks.suites.groups import Entry
+from tools.benchmarks.engine.results import Entry
 from tools.common.tables import write_text
 
 Run = dict[str, Any]

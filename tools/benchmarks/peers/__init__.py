@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers.task import Batches, PeerTask
 
 __all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "loading", "missing"]
@@ -52,6 +52,11 @@ def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
 def missing(table: dict[str, PeerSpec]) -> list[str]:
     """Those whose library is not installed."""
     return [name for name, peer in table.items() if not _installed(peer.library)]
+
+
+def all_missing() -> list[str]:
+    """Return the names of all loaders and loops whose library is not installed."""
+    return [*missing(LOADERS), *missing(LOOPS)]
 
 
 def _installed(library: str) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from configs.schema import Config
 from models import build_from_config
-from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers import PeerSpec, load_function
 from tools.benchmarks.peers.task import PeerTask
 from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_transform, homework_loader

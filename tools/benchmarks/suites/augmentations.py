@@ -8,13 +8,13 @@ from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitter
 from pipelines.storage.split import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
+from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.engine.interleaved import Candidate
+from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine.ours import OURS
 from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask
-from tools.benchmarks.suites.groups import OURS, InterleavedTable
-from tools.common.tables import aligned_table
 
 PEER = "torchvision v2 + DataLoader"
 SIDE = 224  # where stored images have several
@@ -87,27 +87,3 @@ def _ratios(rows: list[Row], found: Limits) -> None:
                 else ("ratio", rates[row["kind"]] / row["images_per_s"])
             )
             row[key] = float(f"{value:.4g}")
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: one line per kind."""
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows if "kind" in row):
-        cells = {row["ours"]: row for row in rows if row.get("kind") == kind}
-        mine, peer = cells.get(True, {}), cells.get(False, {})
-        lines.append(
-            (
-                kind,
-                _rate(mine),
-                f"{mine['of_plain']:.2f}" if "of_plain" in mine else "",
-                _rate(peer),
-                f"{peer['ratio']:.1f}" if "ratio" in peer else "",
-            )
-        )
-    header = ("augmentation", "ours, images/s", f"of {PLAIN}", PEER, "ours / this")
-    return aligned_table(header, lines, right=range(1, len(header)))
-
-
-def _rate(row: Row) -> str:
-    """Why one failed stands below all tables."""
-    return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""

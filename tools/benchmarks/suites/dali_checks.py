@@ -14,7 +14,15 @@ from nvidia.dali.tensors import TensorListCPU
 
 from configs.schema import AugConfig, DataConfig
 from pipelines import build_train_loader
-from tools.benchmarks.engine.interleaved import Workload
+from tools.benchmarks.engine import ours, results
+from tools.benchmarks.engine.candidate import Candidate, Workload
+from tools.benchmarks.engine.datasets import limited_batch_size
+from tools.benchmarks.engine.interleaved import measure, run_in_subprocess
+from tools.benchmarks.engine.results import Row
+from tools.benchmarks.engine.roofline import Limits
+from tools.benchmarks.suites.datasets import image_dataset
+from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP
+from tools.benchmarks.suites.settings import Settings, is_out_of_time
 
 SIDE = 224
 BATCHES = 4  # fed in turn
@@ -99,3 +107,47 @@ def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
     torch.cuda.synchronize()
     equal = torch.equal(read.cpu(), expected.cpu())
     return {"equal": equal, "held": held, "reused": address in addresses, "batches": len(addresses)}
+
+
+def output_rows(settings: Settings, found: Limits) -> Iterator[Row]:
+    del found
+    for encoding in ("npy", "jpeg"):
+        folder = image_dataset(settings, 96, encoding)
+        data = DataConfig(path=str(folder), batch_size=limited_batch_size(folder, 256), image_size=96, placement="host")
+        answer = run_in_subprocess(output_survives, data, RESIZED_CROP, deadline=settings.deadline)
+        yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **answer}
+
+
+def transfer_rows(settings: Settings, found: Limits) -> Iterator[Row]:
+    del found
+    batch = 256 if settings.samples is None else 16
+    measurements = measure([Candidate("", transfers, (batch,))], settings.seconds, settings.rounds, settings.deadline)
+    for measurement in measurements:
+        row = results.measurement_row(measurement, ours=True)
+        yield row | ({"gb_per_s": float(f"{measurement.rate / 1e9:.4g}")} if measurement.rates else {})
+
+
+def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
+    """Measure the GPU memory of one loader at a time."""
+    del found
+    cases = [
+        (224, "npy", "host"),
+        (224, "jpeg", "auto"),
+        (96, "npy", "host"),
+        (96, "npy", "device"),
+        (96, "jpeg", "auto"),
+        (32, "npy", "device"),
+    ]
+    for side, encoding, placement in cases:
+        name = f"{side}x{side} {encoding}, {placement}"
+        if is_out_of_time(settings):
+            yield results.skipped_row(name)
+            continue
+        folder = image_dataset(settings, side, encoding)
+        batch = limited_batch_size(folder, 1024)
+        data = DataConfig(path=str(folder), batch_size=batch, image_size=side, placement=placement)  # type: ignore[arg-type]
+        candidate = Candidate(name, ours.loading, (data, PAD_CROP if side == 32 else RESIZED_CROP, "cuda"))
+        (measurement,) = measure([candidate], settings.seconds, 1, settings.deadline)
+        yield results.measurement_row(
+            measurement, ours=True, batch_size=batch, batch_gib=round(batch * side * side * 3 / 2**30, 4)
+        )

@@ -5,34 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from configs.schema import AugConfig, AutoAugmentConfig, Config, DataConfig
+from pipelines.storage.split import load_dataset
 from tools.benchmarks.engine import datasets, ours, results, roofline
+from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import limited_batch_size
-from tools.benchmarks.engine.interleaved import Candidate, measure, run_in_subprocess
+from tools.benchmarks.engine.measured_tables import InterleavedTable, RowTable, TableSpec
+from tools.benchmarks.engine.ours import OURS
 from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites import augmentations, dali_checks, programs
-from tools.benchmarks.suites.groups import OURS, InterleavedTable, RowTable, TableSpec, loading, training
-from tools.benchmarks.suites.suite import (
-    PAD_CROP,
-    RESIZED_CROP,
-    SAMPLES,
-    Part,
-    Settings,
-    check_time,
-    is_out_of_time,
-    load_config_on,
-    medium_dataset,
-    small_dataset,
-    stage_changes,
-)
+from tools.benchmarks.suites.datasets import image_dataset, load_config_on, small_dataset
+from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP, loading
+from tools.benchmarks.suites.progressive import stage_changes
+from tools.benchmarks.suites.settings import Settings
+from tools.benchmarks.suites.suite import Part
+from tools.benchmarks.suites.training import training
 from tools.perf.batch_size_search import Trial, search_fastest
 
 PART_S = 170.0  # the default time limit of a part
-MAKING_S = 20.0  # that a data set takes at most
 PLACEMENTS = {"npy, device": {"placement": "device"}, "npy, host": {"placement": "host"}}
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
@@ -40,20 +33,6 @@ TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
 SHARE_OF_RAMP = 0.5  # of the time of part resnet50; the profile gets what is left
 DEFAULT_BATCH = 256  # of part resnet50 where no batch sizes were measured
 PROFILED_STEPS = 20
-
-
-def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set of this size and encoding; make it from the small or the medium set unless it exists."""
-    if (side, encoding) == (32, "npy"):
-        return small_dataset(settings)
-    base = small_dataset(settings) if side == 32 else medium_dataset(settings)
-    if (side, encoding) == (96, "npy"):
-        return base
-    samples = settings.samples or SAMPLES["cuda"]
-    out = settings.data / f"{base.name}-{side}-{encoding}-{samples}"
-    if not (out / "dataset.json").is_file():
-        check_time(settings, min(MAKING_S, (settings.part_s or MAKING_S) / 2))
-    return datasets.make_variant(base, out, encoding=encoding, size=side, samples=samples)
 
 
 def trained(
@@ -197,7 +176,7 @@ def ramp_rows(settings: Settings, config: Config, sizes: list[Trial], found: Lim
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - SHARE_OF_RAMP) * settings.part_s
-    flops = roofline.training_flops(config.model, len(datasets.load_dataset(config.data.path)["classes"]), 224)
+    flops = roofline.training_flops(config.model, len(load_dataset(config.data.path)["classes"]), 224)
     for size in search_fastest(config, settings.seconds, settings.rounds, deadline):
         sizes.append(size)
         row: Row = {
@@ -240,7 +219,7 @@ def dali(settings: Settings) -> Iterator[TableSpec]:
         "DALI: does it free an output that a stream has still to read?",
         "dali",
         ("equal", "held", "reused", "batches"),
-        partial(output_rows, settings),
+        partial(dali_checks.output_rows, settings),
         {
             "note": "equal: the held stream read the bytes as they were; held: until all later batches had been "
             "taken; reused: one of these lay at the same address."
@@ -250,60 +229,14 @@ def dali(settings: Settings) -> Iterator[TableSpec]:
         "DALI: are pinned inputs copied to the GPU as they are?",
         "dali",
         ("gb_per_s",),
-        partial(transfer_rows, settings),
+        partial(dali_checks.transfer_rows, settings),
     )
     yield RowTable(
         "GPU memory of a loader: DALI's pools, buffers, resident data",
         "dali",
         ("batch_size", "loader_memory_gib", "batch_gib", "images_per_s"),
-        partial(memory_rows, settings),
+        partial(dali_checks.memory_rows, settings),
     )
-
-
-def output_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    del found
-    for encoding in ("npy", "jpeg"):
-        folder = image_dataset(settings, 96, encoding)
-        data = DataConfig(path=str(folder), batch_size=limited_batch_size(folder, 256), image_size=96, placement="host")
-        answer = run_in_subprocess(dali_checks.output_survives, data, RESIZED_CROP, deadline=settings.deadline)
-        yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **answer}
-
-
-def transfer_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    del found
-    batch = 256 if settings.samples is None else 16
-    measurements = measure(
-        [Candidate("", dali_checks.transfers, (batch,))], settings.seconds, settings.rounds, settings.deadline
-    )
-    for measurement in measurements:
-        row = results.measurement_row(measurement, ours=True)
-        yield row | ({"gb_per_s": float(f"{measurement.rate / 1e9:.4g}")} if measurement.rates else {})
-
-
-def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    """Measure the GPU memory of one loader at a time."""
-    del found
-    cases = [
-        (224, "npy", "host"),
-        (224, "jpeg", "auto"),
-        (96, "npy", "host"),
-        (96, "npy", "device"),
-        (96, "jpeg", "auto"),
-        (32, "npy", "device"),
-    ]
-    for side, encoding, placement in cases:
-        name = f"{side}x{side} {encoding}, {placement}"
-        if is_out_of_time(settings):
-            yield results.skipped_row(name)
-            continue
-        folder = image_dataset(settings, side, encoding)
-        batch = limited_batch_size(folder, 1024)
-        data = DataConfig(path=str(folder), batch_size=batch, image_size=side, placement=placement)  # type: ignore[arg-type]
-        candidate = Candidate(name, ours.loading, (data, PAD_CROP if side == 32 else RESIZED_CROP, "cuda"))
-        (measurement,) = measure([candidate], settings.seconds, 1, settings.deadline)
-        yield results.measurement_row(
-            measurement, ours=True, batch_size=batch, batch_gib=round(batch * side * side * 3 / 2**30, 4)
-        )
 
 
 def beside_peers(settings: Settings) -> Iterator[TableSpec]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from configs.schema import Config, StageConfig
 from pipelines import build_train_loader
 from pipelines.storage.split import load_dataset
+from tools.benchmarks.engine.datasets import limited_batch_size
+from tools.benchmarks.engine.interleaved import run_in_subprocess
+from tools.benchmarks.engine.measured_tables import TableSpec, WholeTable
+from tools.benchmarks.suites.datasets import load_config_on, medium_dataset, small_dataset
+from tools.benchmarks.suites.settings import Settings
 from train.build import build_all
 from train.checkpoint.finetune import without_pretrained
 from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import train_epoch
 from train.engine.warm_up import warm_up
-
-STEADY = "of the next epoch"
 
 
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
@@ -70,15 +74,18 @@ def title(config: Config) -> str:
     return f"changes of image and batch size, {config.model.name}"
 
 
-HEADER = ("stage", "images/s after a change", STEADY, "ratio", "changes")
-
-
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Of one row, under HEADER."""
-    return (
-        row["name"],
-        f"{row['after_change']:,.0f}",
-        f"{row['images_per_s']:,.0f}",
-        f"{row['ratio']:.3f}",
-        str(row["changes"]),
+def stage_changes(settings: Settings) -> Iterator[TableSpec]:
+    """Measure changes of the image size with ResNet-18 on a GPU, else with LeNet, which takes 32 to 35 pixels."""
+    if settings.device == "cuda":
+        folder = medium_dataset(settings)
+        config = load_config_on(
+            "medium_imagenet_96_resnet18_progressive", folder, batch_size=limited_batch_size(folder, 1024)
+        )
+    else:
+        stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
+        config = load_config_on("cifar10_lenet", small_dataset(settings), stages=stages)
+    yield WholeTable(
+        title(config),
+        "stages",
+        lambda: run_in_subprocess(measure_stage_changes, config, Ranks(), settings.rounds, deadline=settings.deadline),
     )

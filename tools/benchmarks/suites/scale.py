@@ -26,7 +26,8 @@ from pipelines.augment import geometry
 from pipelines.storage import split as shards
 from pipelines.storage import tar_format
 from tools.benchmarks.engine import ours
-from tools.benchmarks.engine.interleaved import Candidate, Workload, measure
+from tools.benchmarks.engine.candidate import Candidate, Workload
+from tools.benchmarks.engine.interleaved import measure
 
 SIZES = (10_000, 100_000, 1_500_000)
 SIDE = 96  # pixels, MediumImageNet's

@@ -1,0 +1,108 @@
+"""Measure one stage of tools/benchmark.py: its tables, and the machine's limits where a bound needs them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import load_config
+from configs.schema import AugConfig, Config, DataConfig, ModelConfig
+from configs.stages import config_at
+from configs.utils.errors import UserError
+from pipelines.storage.split import open_split
+from tools.benchmarks import peers
+from tools.benchmarks.engine import results, roofline, run_file
+from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.interleaved import measure
+from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine.results import Entry
+from tools.benchmarks.suites import augmentations, progressive, scale
+from tools.benchmarks.suites.loading import crop_and_flip, loading
+from tools.benchmarks.suites.training import training
+from train.distributed.process_group import Ranks
+
+CROP_SIDE = {96: 64}  # image size after augmentation by stored size, where no config states one
+DEFAULT_BATCH_SIZE = 512  # without a config
+DEFAULT_SIDE = 224  # of stored images that vary in size
+
+
+def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
+    """Return a run with the tables of one stage."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.monotonic()
+    if arguments.stage == "stages":
+        config = _config(arguments)
+        if len(config.data.stages) < 2:
+            raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
+        entry = progressive.measure_stage_changes(config, Ranks(), arguments.rounds)
+        return _run([entry], [], start)
+    if arguments.stage == "scale":
+        return _run([scale.measure_scale(scratch, arguments.seconds)], [], start)
+    tables = [] if arguments.stage == "limits" else stage_tables(arguments, device, scratch)
+    candidate = Candidate("limits", roofline.limit_workloads, (device, scratch))
+    measurements = measure([candidate], arguments.seconds, min(3, arguments.rounds))
+    limits = roofline.limits_from(measurements)
+    entries: list[Entry] = []
+    if arguments.stage == "limits":
+        entries.append({"title": "Limits of the machine", "stage": "limits", "rows": roofline.limit_rows(measurements)})
+    entries += [table.run(limits, arguments.seconds, arguments.rounds, None) for table in tables]
+    return _run(entries, peers.all_missing() if arguments.stage == "peers" else [], start)
+
+
+def _run(entries: list[Entry], missing: list[str], start: float) -> run_file.Run:
+    run = run_file.new_run(results.environment(), missing)
+    return run | {"groups": entries, "duration_s": round(time.monotonic() - start, 1)}
+
+
+def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> list[InterleavedTable]:
+    """Return the tables of the stages loader, model, train, peers and augment."""
+    config = _config(arguments)
+    folder, batch_size = Path(config.data.path), config.data.batch_size
+    if arguments.stage == "augment":
+        table = augmentations.augmentation_table(
+            folder, batch_size=batch_size, device=device, scratch=scratch, workers=arguments.workers
+        )
+        return [table]
+    beside: dict[str, Any] = {}
+    if arguments.stage == "peers":
+        beside = {"scratch": scratch, "workers": arguments.workers}
+        config = config.model_copy(update={"aug": crop_and_flip(config.aug)})
+    tables = []
+    if arguments.stage in ("loader", "peers"):
+        size = config.data.image_size or _stored_side(config.data)
+        common = {"size": size, "batch_size": batch_size, "data": config.data, "device": device, **beside}
+        tables += [loading([folder], aug, **common) for aug in (None, config.aug)]
+    if arguments.stage in ("model", "train") or (arguments.stage == "peers" and arguments.cfg):
+        variants: dict[str, dict[str, Any]] = {} if arguments.stage == "model" else {"end to end": {}}
+        tables.append(training(config.name or config.model.name, config, variants, device=device, **beside))
+    return tables
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """Load --cfg, or make a config for the data set alone."""
+    if arguments.cfg:
+        replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
+        config = load_config(arguments.cfg, arguments.opts, **replacements)
+        return config if arguments.stage == "stages" else config_at(config, epoch=0)
+    needs_config = arguments.stage in ("model", "train", "stages")
+    if not arguments.data_path or needs_config:
+        need = "--cfg FILE" if needs_config else "--cfg FILE or --data-path DIR"
+        raise UserError(f"nothing to measure: give {need}")
+    if arguments.opts:
+        raise UserError(
+            f"--opts {' '.join(arguments.opts)} changes a config, but there is none; give --cfg FILE as well"
+        )
+    data = DataConfig(path=arguments.data_path, batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE)
+    side = _stored_side(data)
+    aug = AugConfig(crop="pad") if side <= 64 else AugConfig(crop="random-resized")
+    data = data.model_copy(update={"image_size": CROP_SIDE.get(side, side)})
+    return Config(data=data, aug=aug, model=ModelConfig(name="resnet18"), name=Path(arguments.data_path).name)
+
+
+def _stored_side(data: DataConfig) -> int:
+    shape = open_split(data.path, data.train_split).image_shape
+    return int(shape[0]) if shape else DEFAULT_SIDE

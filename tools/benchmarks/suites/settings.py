@@ -1,0 +1,41 @@
+"""Settings of a whole run and its deadlines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.benchmarks.engine.interleaved import OUT_OF_TIME
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one whole run."""
+
+    device: str  # cpu or cuda
+    scratch: Path  # folder for the peers' files, removed at the end
+    data: Path  # folder for the data sets that are made
+    small: Path | None = None  # converted 32x32 data set
+    medium: Path | None = None  # converted 96x96 data set
+    source: Path | None = None  # raw CIFAR-10, where none is converted
+    reference: Path | None = None  # checkout of cifar10-airbench
+    seconds: float = 0.5
+    rounds: int = 5
+    workers: int = 1  # of the peers
+    seeds: int = 10  # of each speedrun
+    epochs: int | None = None  # of the runs to an accuracy; None: their config's
+    samples: int | None = None  # of made data sets; None: the default of the device
+    only: tuple[str, ...] = ()  # stages; empty: all
+    deadline: float | None = None  # of the whole run or, within a part, of the part; of time.monotonic()
+    part_s: float | None = None  # time limit of each part
+
+
+def is_out_of_time(settings: Settings, needed_s: float = 0.0) -> bool:
+    return settings.deadline is not None and time.monotonic() + needed_s > settings.deadline
+
+
+def check_time(settings: Settings, needed_s: float = 0.0) -> None:
+    """Raise TimeoutError if less than `needed_s` is left until the deadline."""
+    if is_out_of_time(settings, needed_s):
+        raise TimeoutError(OUT_OF_TIME)
