@@ -1,4 +1,4 @@
-"""The whole config: all sections and the settings of a run."""
+"""The whole config: all sections and the settings of the run itself."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from configs.utils.errors import printable
 
 
 class Config(Section):
+    """All settings of a run."""
+
     data: DataConfig
-    """The data set and how it is read."""
+    """The data set and how it is loaded."""
     aug: AugConfig = AugConfig()
     """Augmentation, in training only."""
     model: ModelConfig
-    """What is trained."""
+    """The model and its initial weights."""
     train: TrainConfig = TrainConfig()
-    """Optimisation, precision, checkpoints."""
+    """Optimization, precision, checkpoints."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
     log: LogConfig = LogConfig()
     """Console, metrics file, W&B, TensorBoard."""
     resume: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
-    """auto, a run's folder or a checkpoint to go on from, as --resume says; null: a new run."""
+    """auto, a run's folder, or a checkpoint to resume from; same as --resume; null: start a new run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Fixes the initial weights, the order of the samples and their augmentation."""
+    """Seed of the initial weights, the order of samples and their augmentation."""
     output: Annotated[str, IsPath] = Field(default="output", min_length=1)
     """Folder of all runs; this run writes to OUTPUT/NAME."""
     name: str | None = None
-    """Name of the run, a plain file name; null: the config file's name without its ending."""
+    """Name of the run, a plain file name; null: the config file's name without its suffix."""
 
     @field_validator("name")
     @classmethod
@@ -49,5 +51,5 @@ class Config(Section):
 
 
 def all_settings() -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted key, field), in the order of this file; a section is followed by its fields."""
+    """Yield (dotted key, field) for every setting, in source order; a section is followed by its fields."""
     return section_settings(Config)

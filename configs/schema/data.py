@@ -1,4 +1,4 @@
-"""Settings of the data set and of loading it."""
+"""Settings of the data set and its loader."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ from configs.schema.section import IsPath, Section, as_tuple
 
 
 class StageConfig(Section):
-    """A stretch of epochs with an image size and a batch size of its own."""
+    """A stretch of epochs with its own image size and batch size."""
 
     epoch: int = Field(ge=0)
-    """First epoch of the stage, counted from 0; it lasts until the next stage begins."""
+    """First epoch of the stage, counted from 0; the stage lasts until the next one starts."""
     image_size: int | None = Field(default=None, ge=1)
-    """Height and width in pixels in training; null: data.image_size."""
+    """Height and width of training images in pixels; null: data.image_size."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Samples per rank and forward pass in training; null: data.batch_size."""
+    """Training samples per rank and forward pass; null: data.batch_size."""
 
 
 class DataConfig(Section):
+    """The data set and how it is loaded."""
+
     path: Annotated[str, IsPath] = Field(min_length=1)
-    """Folder of the converted data set, the one that holds dataset.json, such as data/cifar10."""
+    """Folder of the converted data set, which contains dataset.json, such as data/cifar10."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
     image_size: int | None = Field(default=None, ge=1)
-    """Height and width in pixels that the model sees; null: the stored size (if it varies, a number is needed)."""
+    """Height and width in pixels of the model's input; null: the stored size (required if stored sizes vary)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How images are resized, in training and evaluation."""
+    """Filter for resizing images, in training and evaluation."""
     antialias: bool = True
-    """Whether the filter widens with the scale where an image is reduced, as Pillow's does."""
+    """Whether to widen the filter with the scale when reducing an image, as Pillow does."""
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(as_tuple)] = ()
-    """Progressive resizing: image and batch size by epoch: [{epoch: 0, image_size: 160}, {epoch: 8, image_size: 192}];
-    before the first stage, and where there is none, image_size and batch_size hold. Evaluation: eval.image_size."""
+    """Progressive resizing: image and batch size by epoch, as [{epoch: 0, image_size: 160}, {epoch: 8, image_size:
+    192}]. Before the first stage, data.image_size and data.batch_size apply. Evaluation uses eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
-    """Where the samples live: mapped files on the host, or whole in GPU memory; auto: by size and free memory."""
+    """Where samples are kept: in memory-mapped files on the host, or the whole split in GPU memory; auto: depends on
+    the split's size and the free memory."""
     verify: Literal["changed", "off"] = "changed"
-    """Which shards are read whole at the start and compared with their sha256: those that were changed since that was
-    last done, as a record in the user's cache says; off: none, only sizes, for huge data sets on slow storage."""
+    """Which shards to check against their sha256 at the start: those that changed since their last check, as recorded
+    in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
-    """Training order: a global permutation per epoch, or shards in random order, shuffled within a window."""
+    """Training order: a random permutation of all samples per epoch, or shards in random order with samples shuffled
+    within a window of shards."""
     window_shards: int = Field(default=8, ge=1)
-    """Shards per shuffle window of order sequential-window."""
+    """Shards per shuffle window, for order sequential-window."""
     prefetch: int = Field(default=3, ge=1, le=16)
-    """Batches prepared ahead of training."""
+    """Batches to prepare ahead of training."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads per rank for images; null: the cores of this process divided by the ranks on this machine."""
+    """CPU threads per rank for loading images; null: the cores available to this process divided by the ranks on this
+    machine."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
-    """Share of JPEGs decoded by the GPU's hardware decoder; 0: the same decoder on every GPU."""
+    """Share of JPEGs decoded by the GPU's hardware decoder; 0: use the same decoder on every GPU."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """What a JPEG that cannot be decoded does in training: it ends the run, or the next sample in stored order takes
-    its place in every epoch (skip). An evaluation always ends, since it counts every sample exactly once."""
+    """What to do in training when a JPEG cannot be decoded: end the run, or replace the sample by the next one in
+    stored order in every epoch (skip). Evaluation always ends, since it counts every sample exactly once."""
     max_bad_samples: int = Field(default=16, ge=1)
-    """Most samples that on_bad_sample skip replaces; one more ends the run."""
+    """Maximum number of samples to replace, for on_bad_sample skip; one more ends the run."""
     train_split: str = Field(default="train", min_length=1)
     """Split to train on."""
     val_split: str = Field(default="val", min_length=1)
@@ -64,5 +69,5 @@ class DataConfig(Section):
     def _in_order(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
         epochs = [stage.epoch for stage in stages]
         if epochs != sorted(set(epochs)):
-            raise ValueError("must be in order of their epochs, each epoch once")
+            raise ValueError("must be in ascending order of their epochs, each epoch once")
         return stages

@@ -1,4 +1,4 @@
-"""Settings of the model and of its initial weights."""
+"""Settings of the model and its initial weights."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from configs.schema.section import IsPath, Section, Texts
 
 
 class ModelConfig(Section):
+    """The model and its initial weights."""
+
     name: str = Field(min_length=1)
-    """lenet, alexnet, resnet18 … of models/, or timm/NAME for every model of timm."""
+    """Built-in model (lenet, alexnet, resnet18, …), or timm/NAME for any model of timm."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs; null: the data set's number of classes."""
     drop_rate: float | None = Field(default=None, ge=0, lt=1)
-    """Dropout probability; null: the model's own."""
+    """Dropout probability; null: the model's default."""
     activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid", "hardswish", "mish"] | None = (
         None
     )
-    """Activation function, for the models of models/ and those of timm that take one; null: the model's own."""
+    """Activation function, for built-in models and timm models that accept one; null: the model's default."""
     options: dict[str, Any] = Field(default={})
-    """More arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1} for
-    a model of timm."""
+    """Further arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1}
+    for a timm model."""
     pretrained: Annotated[bool | str, IsPath] = False
-    """For models of timm: whether to start from its published weights, which must lie in the hub's cache on this
-    machine, or the path of a file of weights (.safetensors, .pth); images are then normalised as they want them, as a
-    config.json beside the file says it."""
+    """Initial weights. true: timm's published weights, which must be in the hub's cache on this machine; or the path of
+    a weights file (.safetensors, .pth). Images are then normalised by the mean and std in a config.json beside the
+    file, else by timm's for this model, else by the data set's."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
-    """Checkpoint of ours, or a run's folder, whose weights training starts from; a head for other classes is new."""
+    """Checkpoint of this project, or a run's folder, to take initial weights from; the head is new if the classes
+    differ."""
     freeze: Texts = ()
-    """Patterns (as in a shell) of the names of parameters that are not trained, such as network.layer1.*; norms that
-    are frozen whole keep their statistics."""
+    """Shell patterns of names of parameters not to train, such as network.layer1.*; norm layers that are frozen
+    completely keep their running statistics."""

@@ -1,6 +1,6 @@
-"""RandAugment as timm writes it, `rand-m9-mstd0.5-inc1`: the string's parts and their rules. Knows no images.
+"""Parser of timm's RandAugment strings such as `rand-m9-mstd0.5-inc1`.
 
-Source: timm's `rand_augment_transform` (timm.data.auto_augment), whose sections, defaults and limits these are.
+Parts, defaults and limits follow timm's `rand_augment_transform` (timm.data.auto_augment).
 """
 
 from __future__ import annotations
@@ -9,39 +9,39 @@ import math
 import re
 from dataclasses import dataclass
 
-OPERATION_SETS = ("weights", "3a", "3aw")  # of operations; without one, timm's fifteen
+OPERATION_SETS = ("weights", "3a", "3aw")  # default: timm's fifteen operations
 _NUMBER = r"\d+(?:\.\d+)?"
-_SECTION = re.compile(rf"(?:(?P<key>mstd|mmax|inc|m|n|p)(?P<value>{_NUMBER}|inf)|t(?P<set>{'|'.join(OPERATION_SETS)}))")
+_PART = re.compile(rf"(?:(?P<key>mstd|mmax|inc|m|n|p)(?P<value>{_NUMBER}|inf)|t(?P<set>{'|'.join(OPERATION_SETS)}))")
 
 
 @dataclass(frozen=True)
 class RandAugmentSpec:
-    """Magnitudes lie on a scale from 0 to 10, or to `largest`."""
+    """Parameters of timm's RandAugment. Magnitudes are on a scale from 0 to 10, or to `largest`."""
 
     magnitude: float = 10.0
-    deviation: float = 0.0  # of the normal distribution about magnitude; inf: uniform from 0 to magnitude
-    largest: float = 10.0  # magnitudes are cut off there
+    deviation: float = 0.0  # standard deviation of the magnitude; inf: uniform from 0 to magnitude
+    largest: float = 10.0  # magnitudes are clipped to it
     layers: int = 2  # operations per sample
-    probability: float = 0.5  # of each of them
-    increasing: bool = False  # operations grow stronger with the magnitude, all of them
-    operations: str | None = None  # one of SETS
+    probability: float = 0.5  # of each operation
+    increasing: bool = False  # whether every operation gets stronger with the magnitude
+    operations: str | None = None  # one of OPERATION_SETS
 
 
 def parse_rand_augment(text: str) -> RandAugmentSpec:
-    """The parts of a string such as rand-m9-n3-mstd0.5-inc1; raises ValueError for one that timm would not take."""
-    kind, *sections = text.split("-")
+    """Parse a string such as rand-m9-n3-mstd0.5-inc1; raise ValueError where timm would not accept it."""
+    kind, *parts = text.split("-")
     if kind != "rand":
         raise ValueError(
             "must be none, randaugment, trivialaugment, autoaugment-imagenet, autoaugment-cifar10, autoaugment-svhn "
-            "or a string of timm's such as rand-m9-mstd0.5-inc1"
+            "or a timm string such as rand-m9-mstd0.5-inc1"
         )
     values: dict[str, str] = {}
-    for section in sections:
-        match = _SECTION.fullmatch(section)
+    for part in parts:
+        match = _PART.fullmatch(part)
         key = "" if match is None else match["key"] or "t"
         if match is None or key in values:
             raise ValueError(
-                f"has a part {section!r} that is {'given twice' if match else 'unknown'}; allowed are m, n, p, mstd, "
+                f"has a part {part!r} that is {'given twice' if match else 'unknown'}; allowed are m, n, p, mstd, "
                 f"mmax and inc with a number and t with one of {', '.join(OPERATION_SETS)}, such as "
                 "rand-m9-n2-mstd0.5-inc1"
             )

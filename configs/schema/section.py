@@ -1,4 +1,4 @@
-"""What all sections of the config are made of. Knows no setting."""
+"""Building blocks of config sections: the base class, types of values, and iteration over settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from configs.utils.files import expand_home
 
 
 class Section(BaseModel):
-    """Strict: `epochs: "5"` and `epochs: true` are errors instead of 5 and 1; an integer is accepted for a float."""
+    """Base class of all sections: frozen, without unknown keys, and with strict types.
+
+    Strict: `epochs: "5"` and `epochs: true` are errors instead of 5 and 1. An integer is accepted for a float.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -20,6 +23,7 @@ class Section(BaseModel):
 
 
 def two_numbers(value: Any) -> Any:
+    """Return a list of two numbers as a tuple; raise ValueError for any other value."""
     numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
     if not numbers or len(value) != 2:
         raise ValueError("must be two numbers, such as [0.5, 1.0]")
@@ -27,20 +31,21 @@ def two_numbers(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, and any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _in_home(value: Any) -> Any:
+def _expand_home(value: Any) -> Any:
     return expand_home(value) if isinstance(value, str) else value
 
 
-IsPath = AfterValidator(_in_home)  # marks a setting that is a path
+IsPath = AfterValidator(_expand_home)  # marks a setting as a path
 Pair = Annotated[tuple[float, float], BeforeValidator(two_numbers)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
-    """The pair, if it is a range of positive numbers; else a ValueError."""
+    """Return the pair if it is a range of positive numbers; raise ValueError otherwise."""
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("must be positive and in ascending order")
     if at_most_one and pair[1] > 1:
@@ -49,12 +54,12 @@ def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[f
 
 
 def is_section(field: FieldInfo) -> bool:
-    """Whether the field is a section with fields of its own."""
+    """Return whether the field is a section with fields of its own."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted key, field), in the order of the source; a section is followed by its fields."""
+    """Yield (dotted key, field) for every setting, in source order; a section is followed by its fields."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):
@@ -62,6 +67,6 @@ def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def item_section(field: FieldInfo) -> Any:
-    """The kind of section that the field is a list of; None for all other fields."""
+    """Return the section class of a field that is a list of sections; None for all other fields."""
     kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
     return kinds[0] if kinds else None

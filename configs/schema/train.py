@@ -1,4 +1,4 @@
-"""Settings of training: epochs, learning rate, loss, precision and checkpoints."""
+"""Settings of training: epochs, learning rate, loss, precision, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,83 +11,91 @@ from configs.schema.section import Section
 
 
 class ProxyConfig(Section):
-    """A small network that trains beside the model and chooses the samples with the highest loss for it."""
+    """A small network, trained alongside the model, that selects the samples with the highest loss for it."""
 
     model: str | None = Field(default=None, min_length=1)
-    """Name as in model.name; null: off, every sample is trained on."""
+    """Name of the small network, as in model.name; null: off, train on every sample."""
     keep: float = Field(default=0.5, gt=0, le=1)
-    """Share of each batch that is chosen."""
+    """Share of each batch to select."""
     every_steps: int = Field(default=4, ge=1)
-    """Steps between two updates of the small network, which learns from what it chooses."""
+    """Optimizer steps between two updates of the small network, which learns from the selected samples."""
 
 
 class TrainConfig(Section):
+    """Training: epochs, learning rate, loss, precision, checkpoints."""
+
     epochs: int = Field(default=10, ge=1)
-    """Passes over the train split."""
+    """Passes over the training split."""
     first_epoch: int = Field(default=0, ge=0)
-    """Epoch that a run which is not resumed begins with; its order, augmentation and learning rate are that epoch's."""
+    """Epoch at which a new run starts, with the order, augmentation and learning rate of that epoch."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate at the global batch, which lr_batch_size may say; without, it is never rescaled."""
+    """Peak learning rate at the global batch of data.batch_size * ranks * accumulation_steps samples. It is rescaled
+    only if lr_batch_size is set."""
     lr_batch_size: int | None = Field(default=None, ge=1)
-    """Global batch that all learning rates are meant for; null: whatever it is."""
+    """Global batch size for which all learning rates are given; null: the actual one, so they are not rescaled."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
-    """How learning rates grow with the global batch from lr_batch_size on."""
+    """How to scale learning rates with the ratio of the global batch to lr_batch_size."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of schedules cosine, linear and polynomial, and the least of the others; at most lr."""
+    """Final learning rate of schedules cosine, linear and polynomial, and the minimum of the others; at most lr."""
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Epochs, also fractions, of linear warm-up from warmup_lr to lr; cut to epochs where it is longer."""
+    """Epochs (fractions allowed) of linear warm-up from warmup_lr to lr; cut to epochs if longer."""
     warmup_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the start of the warm-up; at most lr."""
-    schedule: Literal["cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial", "plateau",
-                      "one-cycle"] = "cosine"  # fmt: skip
-    """Learning rate after the warm-up; linear with a warm-up is the triangular schedule; one-cycle has a warm-up of its
-    own."""
+    schedule: Literal[
+        "cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial", "plateau", "one-cycle"
+    ] = "cosine"
+    """Learning rate after the warm-up. linear with a warm-up is the triangular schedule; one-cycle includes its own
+    warm-up."""
     schedule_options: ScheduleConfig = Field(default=ScheduleConfig(), validate_default=True)
-    """Settings of the schedules that need more than lr and min_lr."""
+    """Settings of schedules that need more than lr and min_lr."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and its settings."""
     lookahead: LookaheadConfig = LookaheadConfig()
     """Lookahead."""
     ema: EmaConfig = EmaConfig()
-    """Moving average of the weights."""
+    """Exponential moving average of the weights."""
     proxy: ProxyConfig = ProxyConfig()
-    """Choice of the hard samples of each batch."""
+    """Selection of the hard samples of each batch."""
     whiten_bias_epochs: int | None = Field(default=None, ge=0)
-    """Epochs in which the bias of a whitening first layer is trained; null: all."""
+    """Epochs in which to train the bias of a whitening first layer; null: all."""
     whiten_bias_anneal: bool = False
-    """Whether its learning rate falls linearly to 0 over these epochs, instead of following schedule."""
+    """Whether that bias's learning rate falls linearly to 0 over these epochs, instead of following schedule."""
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
-    """Cross-entropy, or binary cross-entropy for each class (arXiv:2110.00476)."""
+    """Cross-entropy, or binary cross-entropy per class (arXiv:2110.00476)."""
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Targets above it count as 1 and others as 0, for loss bce with mixed labels; null: targets stay as they are."""
+    """Threshold above which targets count as 1 and below as 0, for loss bce with mixed labels; null: keep soft
+    targets."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target probability spread evenly over all classes, in training."""
+    """Share of the target probability spread evenly over all classes, in training only."""
     accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimizer update."""
+    """Forward passes per optimizer step."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of all gradients together; null: no clipping."""
+    """Maximum global norm of the gradients; null: no clipping."""
     clip_grad_value: float | None = Field(default=None, gt=0)
-    """Largest absolute value of each element of the gradients; null: no clipping."""
+    """Maximum absolute value of each gradient element; null: no clipping."""
     clip_grad_adaptive: float | None = Field(default=None, gt=0)
-    """Largest ratio of a gradient's norm to its weight's, unit by unit (AGC, arXiv:2102.06171); null: no clipping."""
+    """Maximum ratio of a gradient's norm to its weight's, unit by unit (AGC, arXiv:2102.06171); null: no clipping."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Autocast type; auto: bf16 on a GPU that has it, else fp16 on a GPU, float32 on the CPU. bf16 on a CPU without
-    instructions for it, and fp16 on any CPU, are many times slower than float32."""
+    """Autocast dtype; auto: bf16 on GPUs that support it, fp16 on other GPUs, float32 on the CPU. bf16 on a CPU without
+    bf16 instructions, and fp16 on any CPU, are many times slower than float32."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """Mode of torch.compile; auto: chosen by the device."""
+    """Mode of torch.compile; auto: depends on the device."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the whole step as one CUDA graph; auto: on one GPU, unless fp16 or compile=reduce-overhead forbid it."""
+    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16 or compile=reduce-overhead is
+    used."""
     channels_last: bool = True
-    """Memory format NHWC, which convolutions on tensor cores want."""
+    """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """When a loss or weight becomes nan or infinite: end the run; leave out every update whose gradients are; or go
-    back to the last checkpoint and from there pass over the steps in which it happened, a few times at most."""
+    """What to do when a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with
+    non-finite gradients (skip); or return to the last checkpoint and skip the steps in which it happened, a few times
+    at most (rewind)."""
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null: every five minutes. One is also written at the end of an epoch."""
+    """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of
+    epochs."""
     save_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between the checkpoints at their ends; the last epoch always ends with one."""
+    """Write a checkpoint at the end of every N-th epoch, and always after the last one."""
     eval_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between evaluations."""
+    """Evaluate after every N-th epoch."""
 
     @field_validator("min_lr", "warmup_lr")
     @classmethod
@@ -105,7 +113,7 @@ class TrainConfig(Section):
     @classmethod
     def _below_epochs(cls, first_epoch: int, info: ValidationInfo) -> int:
         if "epochs" in info.data and first_epoch >= info.data["epochs"]:
-            raise ValueError(f"must be below train.epochs={info.data['epochs']}, the number of epochs in all")
+            raise ValueError(f"must be below train.epochs={info.data['epochs']}, the total number of epochs")
         return first_epoch
 
     @field_validator("schedule")
@@ -119,7 +127,7 @@ class TrainConfig(Section):
     @classmethod
     def _of_bce(cls, threshold: float | None, info: ValidationInfo) -> float | None:
         if threshold is not None and info.data.get("loss") == "cross-entropy":
-            raise ValueError("is for loss bce; set train.loss to bce or leave it out")
+            raise ValueError("applies to loss bce only; set train.loss to bce or leave it out")
         return threshold
 
     @field_validator("schedule_options")
@@ -134,5 +142,7 @@ class TrainConfig(Section):
     def _one_kind_of_clipping(cls, limit: float | None, info: ValidationInfo) -> float | None:
         others = [name for name in ("clip_grad_norm", "clip_grad_value") if info.data.get(name) is not None]
         if limit is not None and others:
-            raise ValueError(f"goes not with train.{others[0]}={info.data[others[0]]}; set one of them to null")
+            raise ValueError(
+                f"cannot be combined with train.{others[0]}={info.data[others[0]]}; set one of them to null"
+            )
         return limit

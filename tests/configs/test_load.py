@@ -506,5 +506,5 @@ def test_multistep_without_milestones_is_refused(write: Callable[[str], Path]) -
 
 
 def test_a_threshold_for_targets_is_refused_without_the_loss_that_has_it(write: Write) -> None:
-    assert "train.bce_threshold=0.2 is for loss bce" in error_of(write("train: {bce_threshold: 0.2}"))
+    assert "train.bce_threshold=0.2 applies to loss bce only" in error_of(write("train: {bce_threshold: 0.2}"))
     assert load_config(write("train: {loss: bce, bce_threshold: 0.2}")).train.bce_threshold == 0.2

@@ -17,7 +17,7 @@ MINIMAL = "data: {path: data/tiny}\nmodel: {name: lenet}\n"
     ("override", "sentence"),
     [
         ("data.stages=[{image_size: 3}]", "data.stages.epoch is missing: First epoch of the stage, counted from 0; "
-         "it lasts until the next stage begins"),
+         "the stage lasts until the next one starts"),
         ("data.stages=[{epoch: -1}]", "data.stages.epoch=-1 must be greater than or equal to 0"),
         ("data.stages=[{epoch: 0, image_size: 3.5}]", "data.stages.image_size=3.5 must be a valid integer or null"),
         ("data.stages=[{epoch: 0, size: 3}]",

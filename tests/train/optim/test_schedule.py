@@ -432,9 +432,15 @@ def test_a_run_scales_its_rates_to_its_batch_says_so_and_keeps_the_config_as_giv
             r"one-cycle.* has a warm-up of its own",
         ),
         (["train.epochs=3", "train.first_epoch=3"], r"train\.first_epoch=3 must be below train\.epochs=3"),
-        (["train.clip_grad_norm=1", "train.clip_grad_adaptive=0.01"], r"goes not with train\.clip_grad_norm=1"),
-        (["train.clip_grad_value=1", "train.clip_grad_adaptive=0.01"], r"goes not with train\.clip_grad_value=1"),
-        (["train.clip_grad_norm=1", "train.clip_grad_value=1"], r"train\.clip_grad_value=1.* goes not with"),
+        (
+            ["train.clip_grad_norm=1", "train.clip_grad_adaptive=0.01"],
+            r"cannot be combined with train\.clip_grad_norm=1",
+        ),
+        (
+            ["train.clip_grad_value=1", "train.clip_grad_adaptive=0.01"],
+            r"cannot be combined with train\.clip_grad_value=1",
+        ),
+        (["train.clip_grad_norm=1", "train.clip_grad_value=1"], r"train\.clip_grad_value=1.* cannot be combined with"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(options: list[str], reason: str) -> None:
