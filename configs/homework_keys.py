@@ -1,10 +1,9 @@
-"""Map the homework's settings, which are written in capitals (`TRAIN.LR`), to ours and their defaults.
+"""Keys of the homework's configs (`TRAIN.LR`), with the settings and defaults that they translate to.
 
-The default is what the homework's code does without the key, not what it declares: it never reads the keys of warm-up,
-minimum learning rate, interpolation, RandAugment, colour jitter, dropout, scheduler and others.
+A default is the value that the homework's code uses without the key, not the one that it declares: it never reads the
+keys of warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, scheduler and others.
 
-Knows no file: `configs.load` hands over what a file holds. A value that needs no translation, or has none, is handed on
-as it is: the check of our own setting says what is allowed.
+A value that needs no translation, or has none, is passed on unchanged; the schema validates it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from configs.suggestions import KeyPath, format_value, one_line_error, suggest_keys
 
-SCHEDULES = {  # by the letters of their names, without an LR at the end
+SCHEDULES = {  # by the letters of the name, without a final LR
     **{name: name for name in ("cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial")},
     "cosineannealing": "cosine",
     "none": "constant",
@@ -28,18 +27,22 @@ SCHEDULES = {  # by the letters of their names, without an LR at the end
 
 
 class HomeworkValue(NamedTuple):
+    """Value of a homework key and its origin."""
+
     value: Any
-    origin: str  # file and line, or what else says it
+    origin: str  # file and line, or --opts
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    target: str = ""  # our setting; empty: a DALI loader has no use for it
-    default: Any = None  # as the homework trains without the key; None: ours holds
+    """Translation of one homework key."""
+
+    target: str = ""  # dotted setting; empty: the key has no effect here
+    default: Any = None  # the homework's value without the key; None: the schema's default
     convert: Callable[[Any], Any] = lambda value: value
-    null: Any = None  # what a null in the file means; None: the default
-    without: str = ""  # what applies without the key, in words; empty: `default`
-    optimizers: tuple[str, ...] = ()  # the default applies to these alone; empty: to all
+    null: Any = None  # meaning of null in the file; None: the default
+    without: str = ""  # description of the behaviour without the key; empty: `default`
+    optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 
 
 def _lower(value: Any) -> Any:
@@ -47,7 +50,7 @@ def _lower(value: Any) -> Any:
 
 
 def _schedule(value: Any) -> Any:
-    """cosine, CosineAnnealingLR, StepLR, ReduceLROnPlateau, one_cycle …"""
+    """Return the schedule named by e.g. cosine, CosineAnnealingLR, StepLR, ReduceLROnPlateau or one_cycle."""
     letters = re.sub("[^a-z]", "", value.lower()).removesuffix("lr") if isinstance(value, str) else ""
     return SCHEDULES.get(letters, value)
 
@@ -73,7 +76,7 @@ def _policy(value: Any) -> Any:
 KEYS = {
     "DATA.BATCH_SIZE": KeyRule("data.batch_size", 128),
     "DATA.DATA_PATH": KeyRule("data.path"),
-    "DATA.DATASET": KeyRule("data.path", "cifar10", _lower),  # where DATA_PATH is empty
+    "DATA.DATASET": KeyRule("data.path", "cifar10", _lower),  # if DATA_PATH is empty
     "DATA.IMG_SIZE": KeyRule("data.image_size", 224),
     "DATA.INTERPOLATION": KeyRule("data.interpolation", "bilinear", _lower),
     "DATA.PIN_MEMORY": KeyRule(),
@@ -120,7 +123,7 @@ SECTIONS = list(dict.fromkeys(key.rsplit(".", n)[0] for key in KEYS for n in ran
 def flatten_keys(
     values: Mapping[str, Any], origins: Mapping[KeyPath, str], path: KeyPath = ()
 ) -> dict[str, HomeworkValue]:
-    """The keys in `values`, dotted; raises `UserError` for one that the homework does not have."""
+    """Return the values by dotted key; raise `UserError` for a key that the homework does not have."""
     found: dict[str, HomeworkValue] = {}
     for name, value in values.items():
         key_path = (*path, name)

@@ -1,7 +1,7 @@
-"""From a YAML file and command-line overrides to a checked `Config`, and back to YAML.
+"""Load a validated `Config` from a YAML file and command-line overrides, and write it back to YAML.
 
-Owns the inheritance by `base:` and the order of what is laid over what. Later wins: bases in their order, the file,
-`--opts`, replacements. Keys in capitals are the homework's: `configs.homework` translates them.
+Settings are merged in this order, later ones win: bases (`base:`) in their order, the file, `--opts`, replacements.
+Keys in upper case are the homework's; `configs.homework` translates them.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from configs.utils.warnings import warn
 from configs.validation import describe_error
 
 SUFFIXES = (".yaml", ".yml")  # of bases
-MAX_FILES = 64  # that one config may take together; a few bases of bases could else be millions
+MAX_FILES = 64  # per config, since nested bases could multiply to millions
 MAX_KEY_DEPTH = 50  # of a dotted key
-# Sections that one value may stand for.
+# Sections that may be given as a single value.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Settings of one source, or of several that are laid over each other."""
+    """Settings from one source, or from several merged ones."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # sections and their keys, in lower case
-    origins: dict[KeyPath, str] = field(default_factory=dict)  # for each of these keys, the file and line
-    homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # the homework's keys, dotted
-    is_homework: bool = False  # a file has such keys, so that the homework's defaults hold
+    settings: dict[str, Any] = field(default_factory=dict)  # nested; keys in lower case
+    origins: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
+    homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # by the homework's dotted keys
+    is_homework: bool = False  # a file has homework keys, so the homework's defaults apply
     warnings: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: Any) -> Config:
-    """Load a config file with its bases, then apply overrides, then replacements; `name` defaults to the file's stem.
+    """Load a config file with its bases, then apply overrides, then replacements.
 
     Args:
-        overrides: the items after `--opts`: `train.epochs=5` or the pair `train.epochs`, `5`, in any mixture; in
-            upper case, the homework's keys.
-        replacements: top-level or, through `**{...}`, dotted keys; a mapping is merged into its section, and None
-            stands for a command-line flag that was not given.
+        path: YAML file; its stem is the default of `name`.
+        overrides: items after `--opts`: `train.epochs=5`, or `train.epochs` followed by `5`; also the homework's keys,
+            in upper case.
+        replacements: top-level keys or, by `**{...}`, dotted keys. A mapping is merged into its section. None means
+            not given.
 
     Raises:
-        UserError: anything wrong with the file, a base or a value.
+        UserError: the file, a base or a value is invalid.
     """
     path = path_argument(str(path))
     layers = [_read_file(path, (), []), *_parse_overrides(overrides)]
@@ -71,19 +72,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
             labels[key_path], origins[key_path] = label, origin
         warnings += translation.warnings
     for section in ("data", "model"):
-        values.setdefault(section, {})  # so that an error names the missing field and not only the section
+        values.setdefault(section, {})  # so that an error names the missing field instead of the section
     if values.get("name") is None:
         values["name"] = path.stem
     config = _validate(values, origins, labels, str(path))
-    for note in [*warnings, *_cut_warm_up(config, values, origins, labels)]:
-        warn(note)
+    for text in [*warnings, *_cut_warm_up(config, values, origins, labels)]:
+        warn(text)
     return config
 
 
 def _cut_warm_up(
     config: Config, values: Mapping[str, Any], origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str]
 ) -> list[str]:
-    """Return a note where the warm-up in `values` was longer than the run."""
+    """Return a warning if the warm-up in `values` is longer than the run."""
     asked, epochs = values.get("train", {}).get("warmup_epochs", 0), config.train.epochs
     if asked <= epochs:
         return []
@@ -93,7 +94,7 @@ def _cut_warm_up(
 
 
 def parse_config(text: str, source: str) -> Config:
-    """The config that `to_yaml` wrote, as checkpoints hold it; source: where it comes from, for the error."""
+    """Parse a config written by `to_yaml`, as stored in checkpoints; `source` is named in errors."""
     document = yaml.parse(text, source)
     return _validate(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
 
@@ -104,7 +105,13 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
-    """Read a file and its bases. opened: all files so far; the first is the one that the user named."""
+    """Read a file and its bases.
+
+    Args:
+        path: the file.
+        including: files that lead to this one, outermost first.
+        opened: all files read so far, extended in place; the first is the one that the user named.
+    """
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
         raise one_line_error(
@@ -112,13 +119,13 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
         )
     if len(opened) >= MAX_FILES:
         raise one_line_error(
-            f"{place} is one file too many: a config has up to {MAX_FILES - 1} bases, those of bases included"
+            f"{place} is one file too many: a config may have up to {MAX_FILES - 1} bases, including bases of bases"
         )
     if including:
         _check_base(path, place, opened[0])
     opened.append(path)
     try:
-        with path.open("rb") as file:  # bounded, since a device or a pipe may never end
+        with path.open("rb") as file:  # bounded, since a device or pipe may never end
             content = file.read(4 * yaml.MAX_CHARACTERS + 4)
         text = content.decode("utf-8-sig")
     except OSError as error:
@@ -129,18 +136,9 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
     own = {} if document.value is None else document.value
     if not isinstance(own, dict):
         raise one_line_error(
-            f"{path} holds {format_value(own)}, but a config is a mapping such as `train: {{epochs: 5}}`"
+            f"{path} contains {format_value(own)}, but a config is a mapping such as `train: {{epochs: 5}}`"
         )
-    bases = []
-    for key in ("BASE", "base"):
-        names = own.pop(key, None)
-        names = [names] if isinstance(names, str) else [] if names is None else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            line = document.lines[(key,)]
-            raise one_line_error(
-                f"{path}:{line}: {key}={format_value(names)} must be a file name or a list of file names"
-            )
-        bases += [name for name in names if name or key == "base"]  # the homework's default is one empty name
+    bases = _pop_bases(own, document, path)
     origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
     warnings = tuple(
         f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
@@ -150,20 +148,38 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
     return reduce(_overlay, [*files, _layer(own, origins, warnings=warnings, is_file=True)])
 
 
+def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> list[str]:
+    """Remove the keys `base` and `BASE` from the values of a file, and return the file names in them."""
+    bases = []
+    for key in ("BASE", "base"):
+        names = values.pop(key, None)
+        names = [names] if isinstance(names, str) else [] if names is None else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            line = document.lines[(key,)]
+            raise one_line_error(
+                f"{path}:{line}: {key}={format_value(names)} must be a file name or a list of file names"
+            )
+        bases += [name for name in names if name or key == "base"]  # the homework's default is one empty name
+    return bases
+
+
 def _check_base(path: Path, place: str, first: Path) -> None:
-    """A config may come from anybody, and errors show what its bases hold: they must be configs of the same place."""
+    """Check that a base is a config file near the config that the user named, or in the working folder or the project.
+
+    A config may come from an untrusted source, and error messages quote the content of its bases.
+    """
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))
     if path.suffix not in SUFFIXES:
-        raise one_line_error(f"{place} is not named as a config; a base ends in {' or '.join(SUFFIXES)}")
+        raise one_line_error(f"{place} is not named like a config; a base must end in {' or '.join(SUFFIXES)}")
     target = path.resolve()
     if target.parent not in beside.parents and not any(target.is_relative_to(folder) for folder in allowed):
         raise one_line_error(
-            f"{place} leads out of {' and '.join(map(str, allowed))}, from where bases may come beside the folders "
-            "above the config; copy the file there or start in a folder that holds both"
+            f"{place} is outside of {' and '.join(map(str, allowed))}, where bases must be unless they are in a folder "
+            "above the config; copy the file there, or start in a folder that contains both"
         )
     if path.exists() and not path.is_file():
-        raise one_line_error(f"{place} is no plain file; give the path of a YAML file")
+        raise one_line_error(f"{place} is not a plain file; give the path of a YAML file")
 
 
 def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
@@ -173,7 +189,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
         text = value[0] if value else next(remaining, None)
         if key.count(".") > MAX_KEY_DEPTH:
             raise one_line_error(
-                f"--opts: the key {format_value(key)} has more than {MAX_KEY_DEPTH} dots; no setting lies so deep"
+                f"--opts: the key {format_value(key)} has more than {MAX_KEY_DEPTH} dots; no setting is so deep"
             )
         if not key or text is None:
             raise one_line_error(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
@@ -183,7 +199,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
 def _layer(
     values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
-    """origin: of all keys, or of each."""
+    """Return a layer of values; origin: of all keys, or of each key."""
     homework_values = {key: value for key, value in values.items() if key.isupper()}
     origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin
     settings = {key: value for key, value in values.items() if key not in homework_values}
@@ -193,7 +209,7 @@ def _layer(
 
 
 def _overlay(old: _Layer, new: _Layer) -> _Layer:
-    """The layer `new` laid over `old`. Each of the homework's keys also wins over what it means, given before."""
+    """Merge `new` over `old`. A homework key in `new` also replaces the setting that it translates to in `old`."""
     settings, origins = old.settings, old.origins
     for target in {tuple(KEYS[key].target.split(".")) for key in new.homework_values}:
         settings = _remove(settings, target)
@@ -222,9 +238,9 @@ def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
 
 
 def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
-    """Return `new` laid over `old`: mappings are merged key by key, anything else is replaced."""
+    """Merge `new` over `old`: mappings are merged key by key, anything else is replaced."""
     if path in SHORTHANDS:
-        old = SHORTHANDS[path](old)  # so that a hue can be added to the one number
+        old = SHORTHANDS[path](old)  # so that e.g. a hue can be added to the single number
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     return {**old, **{key: _merge(old.get(key), value, (*path, key)) for key, value in new.items()}}

@@ -1,4 +1,4 @@
-"""What is wrong with the values of a config, in one sentence: where, key, value, what is allowed. Reads no file."""
+"""One-sentence error messages for invalid configs: origin, key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """The first error, and how many more there are.
+    """Return a sentence about the first error, and the number of further errors.
 
-    origins: of each key, file and line, else path; labels: what the user calls a key, where that is another name.
+    Args:
+        error: pydantic's errors.
+        origins: file and line of each key.
+        labels: name of a key as written by the user, where it differs (keys of the homework).
+        path: origin of keys that are not in `origins`.
     """
     errors = error.errors(include_url=False)
     errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
@@ -60,7 +64,7 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
 
 
 def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
-    """The setting that the key belongs to, and what is left of the key: in a mapping, or pydantic's name of a type."""
+    """Return the setting of a key and the rest of the key: a key within a mapping, or pydantic's name of a type."""
     settings = dict(all_settings())
     for key, field in all_settings():
         if (items := item_section(field)) is not None:
@@ -72,7 +76,7 @@ def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
 
 
 def _allowed(key_path: KeyPath) -> str:
-    """Hints for a key that is none, below a section or in a list of sections."""
+    """Return suggestions for an unknown key of a section or of a list of sections."""
     keys = [key for key, _ in all_settings()]
     field, rest = _setting(key_path)
     if field is not None and (items := item_section(field)) is not None:

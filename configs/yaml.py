@@ -1,8 +1,7 @@
-"""YAML text to plain values, and back.
+"""Parse YAML text to plain values, and write them back.
 
-Owns the YAML rules: the core types of YAML 1.2, None for null, and pairs in parentheses; no aliases and no tags; a key
-given twice is an error, except in and below top-level keys in capitals, as the homework writes them, where the last one
-counts. Knows no setting.
+Accepts the core types of YAML 1.2, None for null, and pairs in parentheses; no aliases and no tags. A repeated key is
+an error, except in and below top-level keys in upper case (the homework's style), where the last one counts.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from configs.suggestions import KeyPath, format_value, one_line_error
 
 @dataclass
 class Document:
-    """What one YAML text holds."""
+    """A parsed YAML document."""
 
     value: Any = None
-    lines: dict[KeyPath, int] = field(default_factory=dict)  # of each key, counted from 1
-    repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)  # key, line, line before; the last counts
+    lines: dict[KeyPath, int] = field(default_factory=dict)  # line of each key, counted from 1
+    repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)  # key, line, previous line
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-MAX_CHARACTERS = 1 << 18  # of a document; the largest of ours has 5,000. Parsing this many takes some five seconds
-MAX_DEPTH = 50  # of values within values
+MAX_CHARACTERS = 1 << 18  # of a document; parsing this many takes about 5 s, and configs have at most 5,000
+MAX_DEPTH = 50  # of nested values
 _INT = r"[-+]?[0-9]+"
 _NUMBERS_TAG = "!numbers"  # (0.9, 0.999), as the homework's configs write a pair
 _CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
-    "tag:yaml.org,2002:null": r"~|null|Null|NULL|None|",  # None: as Python and W&B write it
+    "tag:yaml.org,2002:null": r"~|null|Null|NULL|None|",  # None: Python's and W&B's spelling
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": _INT,
     "tag:yaml.org,2002:float": _NUMBER,
@@ -40,7 +39,7 @@ _CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's own attribute; drops its YAML 1.1 types)
+    yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's attribute; drops YAML 1.1 types)
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -48,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         problem = "nested too deeply" if self._depth > MAX_DEPTH else None
-        if self.check_event(yaml.AliasEvent):  # also keeps out recursive and exponentially growing documents
+        if self.check_event(yaml.AliasEvent):  # also excludes recursive and exponentially growing documents
             problem = "aliases are not supported; use base: for shared parts"
         if problem is not None:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
@@ -59,17 +58,19 @@ class _Loader(yaml.SafeLoader):
 
 
 class _ValueLoader(_Loader):
-    """Refuses comments, which would cut a value of the command line short."""
+    """Rejects comments, which would truncate a value of the command line."""
 
     def scan_to_next_token(self) -> None:
         begin = self.pointer
         super().scan_to_next_token()
         if "#" in self.buffer[begin : self.pointer]:
-            raise yaml.MarkedYAMLError(problem="# begins no comment here; put the text that holds it in quotes")
+            raise yaml.MarkedYAMLError(
+                problem="# does not start a comment here; put the text that contains it in quotes"
+            )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that would be another type in YAML 1.1 or 1.2."""
+    """Quotes strings that would be another type in YAML 1.1 or 1.2."""
 
 
 for _tag, _pattern in _CORE_TYPES.items():
@@ -78,34 +79,34 @@ for _tag, _pattern in _CORE_TYPES.items():
 
 
 def dump(values: Any) -> str:
-    """Plain values as YAML, in their order."""
+    """Return plain values as YAML, in their order."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def parse(text: str, source: str) -> Document:
-    """Parse one YAML document; the error, one `UserError`, names the source and the line."""
+    """Parse one YAML document; raise a `UserError` with source and line if it is invalid."""
     return _parse(_Loader, text, source, line_numbers=True)
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one value of the command line, in which `#` begins no comment and `&` no anchor.
+    """Parse one value of the command line, where `#` does not start a comment and `&` not an anchor.
 
     Raises UserError that names the source, for an empty value and for invalid YAML.
     """
     text = text.strip()
     if not text:
         raise one_line_error(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
-    if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # no anchor, number or null, but text
+    if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # text, not an anchor, number or null
         text = "'" + text.replace("'", "''") + "'"
     value = _parse(_ValueLoader, text, source, line_numbers=False).value
-    if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # such as ---
+    if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # e.g. ---
         return text
     return value
 
 
 def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
     if len(text) > MAX_CHARACTERS:
-        raise one_line_error(f"{source} has {len(text):,} characters, and no config has more than {MAX_CHARACTERS:,}")
+        raise one_line_error(f"{source} has {len(text):,} characters; a config may have at most {MAX_CHARACTERS:,}")
     document = Document()
     try:
         node = loader(text).get_single_node()
@@ -120,7 +121,11 @@ def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool)
         raise one_line_error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except RecursionError:
         raise one_line_error(f"{source}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on bad escapes
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+    ) as error:  # PyYAML does not catch errors of chr() and int() on bad escapes
         raise one_line_error(f"{source} is not valid YAML ({error})") from None
 
 
@@ -146,7 +151,7 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document) -> Any:
 def _number(text: str, node: yaml.Node) -> int | float:
     if not re.fullmatch(_INT, text):
         return float(text)
-    if abs(number := int(text)) >= 1 << 64:  # nothing is counted so far, and what computes with it could overflow
+    if abs(number := int(text)) >= 1 << 64:  # no setting needs it, and computations could overflow
         raise yaml.MarkedYAMLError(problem=f"the number {text[:20]}… is too large", problem_mark=node.start_mark)
     return number
 

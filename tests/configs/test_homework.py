@@ -100,7 +100,7 @@ def error_of(path: Path, *overrides: str) -> str:
 
 def notes_besides_the_list(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What was written to stderr, without the one line that lists what was left out."""
-    lists = " not given, so taken as the homework trains: "
+    lists = " keys not given have the homework's defaults: "
     lines = capsys.readouterr().err.splitlines()
     assert sum(lists in line for line in lines) == 1
     return [line for line in lines if lists not in line]
@@ -487,7 +487,7 @@ def test_outputs_that_the_named_data_set_does_not_have_are_left_out_with_a_warni
     assert f"MODEL.NUM_CLASSES=200 ({path}:10) does not fit cifar10" in capsys.readouterr().err
     unnamed = write(LENET.replace("NUM_CLASSES: 10", "NUM_CLASSES: 200").replace('DATASET: "cifar10"', ""), head="")
     assert load_config(unnamed, **{"data.path": "elsewhere"}).model.num_classes is None
-    assert "does not fit cifar10, which DATA.DATASET is where it is left out" in capsys.readouterr().err
+    assert "does not fit cifar10, the default of DATA.DATASET" in capsys.readouterr().err
     of_its_own = "DATA: {DATA_PATH: x}\nMODEL: {NAME: lenet, NUM_CLASSES: 37}"
     assert load_config(write(of_its_own, head="")).model.num_classes == 37
 

@@ -212,7 +212,7 @@ def test_a_bad_value_names_the_layer_that_it_came_from(write: Write) -> None:
         ("seed: 1\nname: \x01", ":2: character U+0001 is not allowed"),
         ('name: "\\U99999999"', " is not valid YAML"),
         ("[" * 5000, ":1: nested too deeply"),
-        ("- 1", " holds [1], but a config is a mapping"),
+        ("- 1", " contains [1], but a config is a mapping"),
         ("train.epochs: 5", ":1: train.epochs=5 is unknown; a file nests sections"),
     ],
 )
@@ -262,7 +262,7 @@ def test_bases_lie_beside_the_config_in_the_working_folder_or_among_the_projects
 ) -> None:
     write("seed: 5", "other/base.yaml", head="")
     own = write("base: ../other/base.yaml", "mine/own.yaml")
-    with pytest.raises(UserError, match=r"own\.yaml: base .*base\.yaml leads out of .*mine and .*copy the file there"):
+    with pytest.raises(UserError, match=r"own\.yaml: base .*base\.yaml is outside of .*mine and .*copy the file there"):
         load_config(own)
     monkeypatch.chdir(tmp_path)
     assert load_config(own).seed == 5
@@ -282,24 +282,24 @@ def test_a_base_may_lie_in_a_folder_above_the_config_wherever_the_program_starts
         assert load_config(write("base: ../../common.yaml", "mine/deep/own.yaml")).seed == 5
     write("seed: 6", "other/secret.yaml", head="")
     (tmp_path / "link.yaml").symlink_to(tmp_path / "other" / "secret.yaml")
-    with pytest.raises(UserError, match="leads out of"):
+    with pytest.raises(UserError, match="is outside of"):
         load_config(write("base: ../link.yaml", "mine/own.yaml"))
 
 
 def test_a_base_is_a_plain_file_that_is_named_as_a_config(write: Write, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("password: secret")
     error = error_of(write("base: notes.txt"))
-    assert "is not named as a config" in error
+    assert "is not named like a config" in error
     assert "secret" not in error
     (tmp_path / "folder.yaml").mkdir()
-    assert "is no plain file" in error_of(write("base: folder.yaml"))
+    assert "is not a plain file" in error_of(write("base: folder.yaml"))
 
 
 def test_bases_of_bases_are_counted(write: Write) -> None:
     for number in range(10):
         write(f"base: [many{number + 1}.yaml, many{number + 1}.yaml]", f"many{number}.yaml", head="")
     write("seed: 1", "many10.yaml", head="")
-    assert "is one file too many: a config has up to 63 bases" in error_of(write("base: many0.yaml"))
+    assert "is one file too many: a config may have up to 63 bases" in error_of(write("base: many0.yaml"))
 
 
 def test_a_missing_base_names_both_files(write: Write) -> None:
@@ -359,7 +359,7 @@ def test_the_value_of_an_override_is_taken_whole(text: str, value: str, write: W
 def test_a_number_or_list_with_something_behind_it_is_refused_instead_of_cut(write: Write) -> None:
     assert 'train.epochs="5 #6" must be a valid integer' in error_of(write(), "train.epochs=5 #6")
     for text in ("[a, b #c]", "[a] #b", '"a" #b', "[a, #b\n]"):
-        assert "# begins no comment here; put the text that holds it in quotes" in error_of(
+        assert "# does not start a comment here; put the text that contains it in quotes" in error_of(
             write(), f"log.wandb.tags={text}"
         )
     assert load_config(write(), ["log.wandb.tags=[a, 'b #c']"]).log.wandb.tags == ("a", "b #c")

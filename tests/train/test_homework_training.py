@@ -115,7 +115,7 @@ def test_a_key_that_is_left_out_is_as_the_homework_trains_and_all_others_are_the
     keys = UNWRITTEN | written
     keys |= {key: min(keys[key], keys["TRAIN.LR"]) for key in ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR")}  # cut, with a note
     config = load_config(write(text_of(written)))
-    (listed,) = [line for line in capsys.readouterr().err.splitlines() if "taken as the homework trains" in line]
+    (listed,) = [line for line in capsys.readouterr().err.splitlines() if "have the homework's defaults" in line]
     assert (f" {left_out}=" in listed) == (left_out not in not_read(keys))
 
     name = keys["TRAIN.OPTIMIZER.NAME"].lower()
