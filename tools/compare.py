@@ -1,11 +1,11 @@
-"""Lay the curves of several runs over one another, and their settings and results side by side in one table.
+"""Compare several runs: their curves in one plot, their settings and results in one table.
 
     python tools/compare.py output/cifar10_alexnet output/cifar10_lenet output/cifar10_resnet18
     python tools/compare.py output/cifar10_lenet-sweep --out output/learning_rates
 
-A folder that holds runs stands for all of them. Runs that are still going on are shown as far as they are. Writes
-comparison.png (loss and accuracy, train and validation), comparison.csv (a row per run) and curves.csv (every point of
-every curve) to --out, and prints the table. Times are compared with the first run's (time_ratio).
+A folder that contains runs means all of them. Unfinished runs are shown up to their latest epoch. Prints the table and
+writes to --out: comparison.png (loss and accuracy, train and validation), comparison.csv (one row per run) and
+curves.csv (one row per run and epoch). The column time_ratio is the training time divided by the first run's.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from train.reporting import figures
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="+", type=path_argument, metavar="RUN", help="run folders, or folders that hold them"
+        "runs", nargs="+", type=path_argument, metavar="RUN", help="run folders, or folders that contain them"
     )
     parser.add_argument(
-        "--out", type=path_argument, default=Path("output/comparison"), help="default: output/comparison"
+        "--out", type=path_argument, default=Path("output/comparison"), help="output folder (default: %(default)s)"
     )
-    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the runs, in their order")
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the runs, in the same order")
     return parser.parse_args(arguments)
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     if len(names) != len(records) or len(set(names)) != len(names):
         listed = ", ".join(str(record.folder) for record in records)
         raise UserError(
-            f"--labels gives {len(names)} texts for {len(records)} runs; give a different one to each of {listed}"
+            f"--labels gives {len(names)} names for {len(records)} runs; give a different one for each of {listed}"
         )
     out = tables.make_folder(arguments.out)
     rows = comparison_rows(records, names)
@@ -50,7 +50,7 @@ def main() -> None:
     figures.save(plot_curves(records, names, f"{len(records)} runs"), out / "comparison.png")
     print(tables.markdown(rows))
     if "batch_per_rank" in rows[0]:
-        print("The batch is that of one rank: not every run has recorded the number of its processes.")
+        print("The batch is that of one rank, since not every run has recorded its global batch.")
     print(f"{out}/comparison.png, comparison.csv, curves.csv")
 
 

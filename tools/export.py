@@ -200,7 +200,7 @@ def write_report(
 
 
 def root_cause(error: BaseException) -> str:
-    """What an exporter says at the root of its error, without colours and in one line."""
+    """What an exporter says at the root of its error, without colors and in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))

@@ -237,9 +237,9 @@ def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_pat
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        ("", ["nowhere"], "nowhere is no folder; give run folders"),
-        ("empty", ["empty"], "empty holds no run"),
-        ("run", ["run", "--labels", "a", "b"], "--labels gives 2 texts for 1 runs"),
+        ("", ["nowhere"], "nowhere is not a folder; give run folders"),
+        ("empty", ["empty"], "empty contains no run"),
+        ("run", ["run", "--labels", "a", "b"], "--labels gives 2 names for 1 runs"),
         ("broken", ["broken"], "config.yaml: while parsing|broken/config.yaml"),
     ],
 )

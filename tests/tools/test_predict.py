@@ -211,14 +211,14 @@ def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(mode
         (["--split", "train", "--submission", "x.csv"], "'train' is stored shuffled"),
         (["--split", "val", "--id-start", "0"], "--id-start belongs to a submission"),
         (["--split", "valid"], r"neither a split of .* \(it has train, val, test\) nor a folder"),
-        (["--split", "test", "--fill", "12"], r"--fill=12 is no class number; use 0..11"),
+        (["--split", "test", "--fill", "12"], r"--fill=12 is not a class number; use 0..11"),
         (["--split", "test", "--top-k", "0"], "--top-k=0 is not a positive"),
         (["--split", "test", "--out", "file"], "cannot write into file"),
         (["--split", "test", "--data-path", "nowhere"], "'nowhere' does not exist.*--data-path"),
         (["--split", "test", "--submission", "."], "--submission . is a folder"),
         (["--split", "file"], "neither a split"),
         (["--split", "test", "--sample-submission", "short"], "40 rows below its header image,class for 41 images"),
-        (["--split", "test", "--sample-submission", "zero", "--id-start", "1"], "start at 0; leave one out"),
+        (["--split", "test", "--sample-submission", "zero", "--id-start", "1"], "start at 0; omit one of them"),
         (["--split", "test", "--sample-submission", "names", "--id-start", "1"], "do not count from 0 or 1"),
         (["--split", "test", "--sample-submission", "zero", "--id-column", "Id"], "has 'image' there"),
         (["--split", "test", "--sample-submission", "gap"], "neither from 0 or 1 without a gap nor in ascending order"),
@@ -392,7 +392,7 @@ def test_checkpoints_of_two_data_sets_are_averaged_only_over_the_same_images(npy
     first = make_checkpoint(tmp_path / "a", npy_data)
     second, third = (make_checkpoint(tmp_path / f"run-{name}", tmp_path / name) for name in ("same", "other"))
     run("--checkpoint", first, second, "--split", "val", "--out", tmp_path / "out")
-    with pytest.raises(UserError, match="holds other images"):
+    with pytest.raises(UserError, match="contain different images"):
         run("--checkpoint", first, third, "--split", "val", "--out", tmp_path / "out")
 
 

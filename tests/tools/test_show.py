@@ -317,7 +317,7 @@ def test_examples_are_one_sample_of_each_class(npy_data: Path) -> None:
     ("arguments", "sentence"),
     [
         ([], "give --checkpoint RUN for predictions, --cfg FILE for training samples, or --data-path"),
-        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and --cfg show different things"),
+        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and --cfg exclude each other"),
         (["--cfg", "FILE", "--split", "val"], "--split goes with --checkpoint, not with --cfg; leave it out"),
         (["--checkpoint", "RUN", "--epoch", "1"], "--epoch goes with --cfg, not with --checkpoint"),
         (["--data-path", "DIR", "--opts", "seed=1"], "--opts goes with --cfg, not with --data-path"),

@@ -150,15 +150,15 @@ def test_ranges_keep_to_their_bounds(seed: int) -> None:
         (["train.lr=1e-3,fast"], {}, 'the point train.lr=fast: train.lr="fast" must be a valid number'),
         (["train.lr"], {}, "'train.lr' is not KEY=VALUE,VALUE"),
         (["train.lr=1,,2"], {}, "'train.lr=1,,2' has an empty value"),
-        (["train.lr=[1,2"], {}, "brackets or quotes that do not match"),
-        (["train.lr=1,2", "train.lr=3"], {}, "train.lr and train.lr are varied apart; give a setting once"),
-        (["train.optimizer={name: sgd}", "train.optimizer.name=adamw"], {}, "are varied apart"),
-        (["train.lr=1,2"], {"variants": ["a: train.lr=3"]}, "train.lr and train.lr are varied apart"),
+        (["train.lr=[1,2"], {}, "unbalanced brackets or quotes"),
+        (["train.lr=1,2", "train.lr=3"], {}, "train.lr and train.lr are varied separately; give a setting once"),
+        (["train.optimizer={name: sgd}", "train.optimizer.name=adamw"], {}, "are varied separately"),
+        (["train.lr=1,2"], {"variants": ["a: train.lr=3"]}, "train.lr and train.lr are varied separately"),
         (["train.lr=1,2"], {"fixed": ["train.lr", "3"]}, "train.lr is varied, but --opts sets train.lr"),
         (["train.lr=1e-3,0.001"], {}, "'train.lr=1e-3' and 'train.lr=0.001' are the same run"),
         (["data.threads=1,2"], {}, "are the same run"),  # a setting that changes no result
         (["name=a,b"], {}, "name cannot be varied"),
-        (["train.lr=uniform(0,1)"], {}, "train.lr is a range, which has no grid; add --random N"),
+        (["train.lr=uniform(0,1)"], {}, "train.lr is a range and has no grid; add --random N"),
         (["train.lr=uniform(1,0)"], {"draws": 1}, "the smaller one first"),
         (["train.lr=loguniform(0,1)"], {"draws": 1}, "two finite numbers above 0"),
         (["train.lr=uniform(1)"], {"draws": 1}, "uniform needs two finite numbers"),
@@ -235,7 +235,7 @@ def test_gpus_are_shared_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_slots(["0"], 1, 2) == [RunSlot(("0",), 1, 4), RunSlot(("0",), 1, 4)]
     assert make_slots([], 1, None) == [RunSlot()]
     assert make_slots([], 1, 3) == [RunSlot((), 1, 2)] * 3
-    with pytest.raises(UserError, match="--gpus-per-run 2 exceeds the 1 GPUs"):
+    with pytest.raises(UserError, match="--gpus-per-run 2 exceeds the 1 visible GPUs"):
         make_slots(["0"], 2, None)
     with pytest.raises(UserError, match="--parallel 0 is not"):
         make_slots([], 1, 0)
@@ -245,7 +245,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sweep_runner, "LOCK_WAIT_S", 0.1)
     with (
         sweep_runner.lock_folder(tmp_path),
-        pytest.raises(UserError, match="another sweep is at work in"),
+        pytest.raises(UserError, match="another sweep is running in"),
         sweep_runner.lock_folder(tmp_path),
     ):
         pass
@@ -448,7 +448,7 @@ def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
     run = Path(shutil.copytree(finished[0] / "lr=0.001", tmp_path / "lr=0.001"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     (point,) = of("train.lr=1e-3", fixed=settings(digits_run.data, "aug.flip=0.5"), output=str(tmp_path))
-    with pytest.raises(UserError, match=r"holds a run with other settings \(aug.flip: 0 there, 0.5 here\)"):
+    with pytest.raises(UserError, match=r"contains a run with other settings \(aug.flip: 0 there, 0.5 here\)"):
         sweep_runner.is_finished(point)
     (point,) = of("train.lr=1e-3", fixed=settings(digits_run.data), output=str(tmp_path))
     assert sweep_runner.is_finished(point)
@@ -464,12 +464,12 @@ def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
 def test_runs_of_several_processes_end_with_the_process_that_started_them(digits_run: Run, tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from tools.parts.sweep_points import points
-from tools.parts.sweep_runs import Slot, locked, run_all
+from tools.runs.sweep_points import build_points
+from tools.runs.sweep_runner import RunSlot, lock_folder, run_points
 fixed = {settings(digits_run.data, "train.epochs=50")}
-found = points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
-with locked(Path({str(tmp_path)!r})) as lock:
-    run_all(found, [Slot(processes=2)], lock, print)
+found = build_points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
+with lock_folder(Path({str(tmp_path)!r})) as lock:
+    run_points(found, [RunSlot(processes=2)], lock, print)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=CLEAN, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE

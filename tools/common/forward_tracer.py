@@ -1,4 +1,4 @@
-"""Follows a forward pass call by call: parameters, FLOPs and what is kept for the backward pass. Knows no training."""
+"""Trace a forward pass module by module: parameters, FLOPs and tensors saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-LOSS = "loss"  # the row of what happens outside of the network
+LOSS = "loss"  # name of the layer for operations outside of the network
 
 
 @dataclass
 class Layer:
-    """One call of a module: what it does itself, without the modules that it calls; of the whole batch."""
+    """One call of a module, without the modules it calls. Counts are of the whole batch."""
 
     name: str
     type: str
     output_shape: tuple[int, ...] | None = None
-    parameters: int = 0  # at the first call only, and of shared ones where they are met first
+    parameters: int = 0  # counted at the first call; shared ones in the first module that has them
     flops: int = 0
-    saved_bytes: int = 0  # kept for the backward pass, and by no earlier layer
+    saved_bytes: int = 0  # saved for the backward pass, and not by an earlier layer
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Of their storages, each counted once."""
+    """Return the size of the tensors' storages, each counted once."""
     return sum({_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -39,7 +39,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class WeightCasts(TorchDispatchMode):
-    """Notes the copies of weights in autocast's type: they are kept for the backward pass, but are no activations."""
+    """Record autocast's copies of weights, which are saved for the backward pass but are not activations."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class WeightCasts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and _storage_id(args[0]) in self._parameters:
-            self._copies[_storage_id(result)] = result  # kept, so that no other storage gets its identity
+            self._copies[_storage_id(result)] = result  # a reference keeps the storage id from being reused
         return result
 
-    def __contains__(self, identity: int) -> bool:
-        return identity in self._copies
+    def __contains__(self, storage_id: int) -> bool:
+        return storage_id in self._copies
 
     @property
     def bytes(self) -> int:
@@ -62,19 +62,19 @@ class WeightCasts(TorchDispatchMode):
 
 @dataclass
 class ForwardTracer:
-    """Follows a forward pass: which call is running, so that each FLOP and each kept storage has one owner."""
+    """Trace of a forward pass that attributes each FLOP and each saved storage to the running module call."""
 
     counter: FlopCounterMode
     casts: WeightCasts
     weights: list[Tensor]
     layers: list[Layer] = field(default_factory=list)
     counted: set[nn.Parameter] = field(default_factory=set)
-    _stack: list[Layer] = field(default_factory=list)
+    _stack: list[Layer] = field(default_factory=list)  # running calls, innermost last
     _seen_flops: int = 0
 
     @contextmanager
     def trace(self, network: nn.Module) -> Iterator[None]:
-        """Everything inside is traced; what happens outside of the network is the row `loss`."""
+        """Trace everything inside the context; operations outside of the network go to the layer `loss`."""
         self._saved: dict[int, Tensor] = {_storage_id(tensor): tensor for tensor in self.weights}
         handles: list[RemovableHandle] = []
         for name, module in network.named_modules():
@@ -92,7 +92,7 @@ class ForwardTracer:
         self.layers.append(loss)
 
     def _count_flops(self) -> None:
-        """Book the FLOPs since the last change of the running call to it."""
+        """Attribute the FLOPs since the last change of the running call to that call."""
         total = self.counter.get_total_flops()
         self._stack[-1].flops += total - self._seen_flops
         self._seen_flops = total
@@ -116,15 +116,15 @@ class ForwardTracer:
             self.layers.append(layer)
 
     def _save_hook(self, tensor: Tensor) -> Tensor:
-        identity = _storage_id(tensor)
-        if identity not in self._saved and identity not in self.casts:
-            self._saved[identity] = tensor
+        storage_id = _storage_id(tensor)
+        if storage_id not in self._saved and storage_id not in self.casts:
+            self._saved[storage_id] = tensor
             self._stack[-1].saved_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
 def uncalled_layers(network: nn.Module, tracer: ForwardTracer) -> Iterator[Layer]:
-    """Parameters whose module was not called: used by another module, or not at all."""
+    """Yield the modules with parameters that were not called: used by another module, or unused."""
     for name, module in network.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]
         tracer.counted.update(own)

@@ -1,8 +1,8 @@
-"""What one training step of a model costs: parameters, FLOPs, memory. Knows tensors, not configs' files or tables.
+"""Cost of one training step of a model: parameters, FLOPs and memory.
 
-Counted on fake tensors, which have shapes and strides but no memory, so that any batch size can be asked for on any
-machine; measured on a GPU. FLOPs are 2 per multiply-add and those of convolutions, matrix products and attention, as
-torch.utils.flop_counter counts them: pooling, norms and activations are left out.
+Costs are counted on fake tensors, which have shapes and strides but no memory, so any batch size works on any machine.
+Memory can also be measured on a GPU. FLOPs count 2 per multiply-add of convolutions, matrix products and attention, as
+torch.utils.flop_counter does; pooling, norms and activations are left out.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ MEASURED_STEPS = 2
 
 @dataclass(frozen=True)
 class Costs:
-    """Sums over `layers` where those have the quantity; FLOPs and bytes of a step with the whole batch."""
+    """Counted costs of one training step on the whole batch."""
 
     parameters: int
     trainable: int
     forward_flops: int
     training_flops: int  # forward and backward
-    weight_bytes: int  # parameters, buffers, and the copies of weights that autocast makes for the step
+    weight_bytes: int  # parameters, buffers, and autocast's copies of weights
     gradient_bytes: int
-    optimizer_bytes: int  # with the copies of the weights that Lookahead and the moving average keep
-    activation_bytes: int  # what the forward pass, loss included, keeps for the backward pass
+    optimizer_bytes: int  # includes the weights that Lookahead and the moving average keep
+    activation_bytes: int  # saved for the backward pass by the forward pass and the loss
     layers: tuple[Layer, ...]
 
     @property
     def memory_bytes(self) -> int:
-        """All kinds at once. No more is held at a time, but for temporary buffers: gradients come as activations go."""
+        """Upper bound of the memory in use, apart from temporary buffers: gradients replace activations."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
@@ -60,9 +60,18 @@ def count_costs(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> Costs:
-    """Of a training step of `network`, which takes uint8 and lies on `device` in its memory format. Computes nothing.
+    """Count the costs of a training step without computing it. The network of train.proxy is left out.
 
-    The proxy of train.proxy is not counted. What torch raises for a model that looks at values comes through.
+    Args:
+        network: takes uint8 images; on `device`, in its memory format. It is not changed.
+        config: the optimizer, loss, Lookahead and moving average.
+        batch_size: samples per step.
+        image_size: height and width of the images, pixels.
+        device: whose autocast rules apply.
+        amp: autocast's dtype; None: off.
+
+    Raises:
+        Exception: torch's own error where the forward pass or the optimizer depends on tensor values.
     """
     with FakeCopyMode(mode := FakeTensorMode()):
         network = copy.deepcopy(network)
@@ -102,10 +111,10 @@ def count_costs(
 def measure_memory(
     network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
 ) -> int:
-    """Most bytes that were allocated on the GPU at a time during real training steps of `network`, which lies there.
+    """Return the peak of allocated bytes on the GPU over real training steps of `network`.
 
-    Uncompiled, so that it can be compared with what is counted. The first step, in which cuDNN tries its algorithms, is
-    not looked at. Everything else on the device counts as well: `free_device_memory` before.
+    The steps run uncompiled, to be comparable with `count_costs`. The first step, in which cuDNN tries its algorithms,
+    is not measured. All other tensors on the device count too, so call `free_device_memory` first.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
@@ -123,14 +132,16 @@ def measure_memory(
 
 
 def free_device_memory() -> None:
-    """Give back what dead models held, cycles included."""
+    """Release the memory of deleted models, including reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
-    """Of a convolution's backward pass: as many as forward for each gradient, also with groups, which torch's own
-    formula counts as one."""
+    """Return the FLOPs of a convolution's backward pass: those of the forward pass for each wanted gradient.
+
+    Replaces torch's formula, which ignores groups.
+    """
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = arguments[:8]
     positions = math.prod((x_shape if transposed else grad_shape)[2:])
     forward = 2 * int(x_shape[0]) * positions * math.prod(w_shape)

@@ -1,4 +1,4 @@
-"""Tables for people (markdown, aligned) and for programs (CSV), from rows that are plain dicts. Knows no tool."""
+"""Tables from rows that are plain dicts: aligned Markdown to read, CSV for programs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Row = dict[str, Any]
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:
-    """Every key of any row, in the order of first appearance."""
+    """Return the keys of all rows in the order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of all columns, numbers to the right; floats with four digits, None and what is missing empty."""
+    """Return a Markdown table of all columns: numbers aligned right, floats with four digits, None empty."""
     columns = column_names(rows)
     numbers = [
         number
@@ -30,7 +30,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
-    """A markdown table of cells that are text, padded for readers of the source; right: columns to align there."""
+    """Return a Markdown table of text cells, padded to equal widths. `right` lists the columns to align right."""
     lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
     widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
 
@@ -48,7 +48,7 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Every column of every row, None and what is missing empty; the file is whole or not there."""
+    """Write all columns of all rows atomically. None and missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, column_names(rows), lineterminator="\n")
     writer.writeheader()
@@ -57,17 +57,17 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name, then rename it."""
+    """Write a UTF-8 text file atomically: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
 
 
 def make_folder(path: Path) -> Path:
-    """The folder for a tool's results, made before the work so that nothing is lost after it."""
+    """Create the folder for a tool's results and check that it is writable, before the work starts."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"

@@ -1,4 +1,4 @@
-"""What one checkpoint predicts for a set of images, or several on average. Writes nothing."""
+"""Predictions of one checkpoint, or of several averaged, for a set of images."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ from tools.inference.trained_model import TrainedModel
 from train.engine.accounting import check_full_coverage
 from train.engine.epoch import Evaluation, loss_and_hits, predictions
 
-CHUNK_SIZE = 4096  # images that are looked at at once, so that no copy of all logits is made
+CHUNK_SIZE = 4096  # images per operation, to avoid a copy of all logits
 
 
 def predict(
     models: Sequence[TrainedModel], images: ImageSet, tta: str | None, batch_size: int | None
 ) -> tuple[np.ndarray, list[Evaluation], Evaluation | None]:
-    """Logits float32 [N, C] on the host, each model's evaluation, and that of all together; none without labels.
+    """Predict all images with all models.
 
-    One model's logits stay as they are. Those of several are the log of the mean of their probabilities, summed up in
-    logarithms, so that no probability becomes 0.
+    One model's logits are returned unchanged. Several models are averaged: the logits are the logarithm of the mean
+    probabilities, computed with logaddexp, so that no probability underflows to 0.
+
+    Args:
+        models: the checkpoints to average.
+        images: the images.
+        tta: test-time augmentation; None: that of each model's config.
+        batch_size: of evaluation; None: that of each model's config.
+
+    Returns:
+        Logits float32 [N, C] on the host, the evaluation of each model, and that of the average. Without labels the
+        evaluations are empty and None.
     """
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].classes)), np.float32)
@@ -36,8 +46,8 @@ def predict(
             sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
             start = 0
             for batch, labels in predicted_batches(model, folder, images.split, tta, batch_size):
-                sums += loss_and_hits(batch, labels)  # as `train.loop.evaluate` does, to the last digit
-                values = (batch.log_softmax(1) if several else batch).cpu().numpy()  # waits for the device
+                sums += loss_and_hits(batch, labels)  # bitwise as in training's evaluation
+                values = (batch.log_softmax(1) if several else batch).cpu().numpy()  # synchronizes with the device
                 check_finite(values, model, images, start)
                 part = logits[start : start + len(values)]
                 part[:] = values if number == 0 else np.logaddexp(part, values)
@@ -55,7 +65,7 @@ def predict(
 def predicted_batches(
     model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels as evaluation has them, of another split or data set; ends with the loader's memory freed."""
+    """Yield logits and labels of a split, as evaluation does. Releases the loader's memory at the end."""
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.training.device)
     yield from predictions(model.training, loader, tta or model.config.eval.tta)
@@ -63,16 +73,18 @@ def predicted_batches(
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
-    """Refuse logits [B, C] of the images from `begin` on that would be taken for a prediction."""
+    """Raise UserError for non-finite logits [B, C], which belong to the images from `start`."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
-        raise UserError(f"{model.path} gives logits that are not finite for {images.describe(start + int(bad[0]))}"
-                        f"{more}: its weights have diverged or overflow; take another checkpoint")  # fmt: skip
+        raise UserError(
+            f"{model.path} gives logits that are not finite for {images.describe(start + int(bad[0]))}{more}: its "
+            "weights have diverged or overflow; use another checkpoint"
+        )
 
 
 def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
-    """The means that these sums of `loss_and_hits` stand for; none where there are no labels."""
+    """Return the means of these sums of `loss_and_hits` as a list of one evaluation; empty without labels."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 
@@ -87,7 +99,7 @@ def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers int64 [N, count] and probabilities float32 [N, count] of the likeliest classes, best first."""
+    """Return the most probable classes, best first: numbers int64 [N, count], probabilities float32 [N, count]."""
     parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK_SIZE)]
     numbers = torch.cat([best.indices for best, _ in parts])
     probabilities = torch.cat([(best.values - total).exp() for best, total in parts])

@@ -1,4 +1,4 @@
-"""What an exported model must give: the checkpoint's own logits on real images, in batches of several sizes."""
+"""Check of an exported model: compares its logits with the checkpoint's, in batches of several sizes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from pipelines import build_eval_loader
 from tools.inference.export_formats import PredictFunction
 from tools.inference.trained_model import TrainedModel
 
-BATCH_SIZES = (1, 7, 64)  # one image, an odd number and a usual one: whatever was made a constant shows
+BATCH_SIZES = (1, 7, 64)  # reveals a batch size that was traced as a constant
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class ExpectedLogits:
-    """What every format is compared with."""
+    """Images and the checkpoint's logits, the reference for every format."""
 
     images: Tensor  # uint8 [N, 3, H, W]
     logits: Tensor  # float32 [N, classes], of the checkpoint's model
     kind: str  # of images: the split's name, or random pixels
-    source: str  # the same with the data set's folder
+    source: str  # the same with the data set's folder, for messages
 
     @property
     def max_abs(self) -> float:
-        """The largest logit's magnitude."""
+        """Largest absolute logit."""
         return float(self.logits.abs().max())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    max_difference: float  # of all logits
-    same_top1: int  # images whose highest logit is the same class's
+    """Difference between an exported model's logits and the expected ones."""
+
+    max_difference: float  # over all logits
+    same_top1: int  # images with the same predicted class
 
 
 def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) -> ExpectedLogits:
-    """The first images of the validation split, or random ones where no data_path is given and the run's is gone."""
+    """Return the checkpoint's logits for the first images of its validation split.
+
+    Uses random images if `data_path` is None and the run's data set does not exist.
+    """
     path = data_path or trained.config.data.path
     if data_path is not None or (Path(path) / "dataset.json").is_file():
         images = first_images(trained, path, samples)
@@ -50,11 +55,11 @@ def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) 
         size = (samples, 3, trained.image_size, trained.image_size)
         images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         kind = "random pixels"
-        source = f"{samples} images of random pixels, since no data set lies in {path} (--data-path names another)"
+        source = f"{samples} images of random pixels, since there is no data set in {path} (see --data-path)"
     with torch.inference_mode():
         logits = torch.cat([trained.training.network(batch) for batch in images.split(64)])
     if not logits.isfinite().all():
-        raise UserError(f"{trained.path} gives logits that are no finite numbers (a diverged run?); take another one")
+        raise UserError(f"{trained.path} gives logits that are not finite (a diverged run?); use another checkpoint")
     return ExpectedLogits(images, logits.float(), kind, source)
 
 
@@ -63,14 +68,14 @@ def first_images(trained: TrainedModel, path: str, samples: int) -> Tensor:
     evaluation = trained.config.eval.model_copy(update={"batch_size": None})
     parts: list[Tensor] = []
     for images, _ in build_eval_loader(data, evaluation, device=CPU):
-        parts.append(images.clone())  # the loader fills its buffers anew
+        parts.append(images.clone())  # the loader reuses its buffers
         if sum(map(len, parts)) >= samples:
             break
     return torch.cat(parts)[:samples]
 
 
 def compare_logits(predict: PredictFunction, expected: ExpectedLogits) -> Comparison:
-    """Run batches of all BATCH_SIZES in turn, with the strides of a stack of images and those of the loader's."""
+    """Run batches of BATCH_SIZES in turn, alternating contiguous and channels_last strides."""
     parts: list[Tensor] = []
     start, sizes = 0, cycle(BATCH_SIZES)
     while start < len(expected.images):

@@ -1,8 +1,7 @@
-"""The formats that a trained model is exported to: how each is written, loaded again from disk, and used by others.
+"""Export formats of a trained model: how each is written, loaded again from disk, and used.
 
-A writer gets a model on the CPU, in float32, for evaluation, and an empty folder, and says in words what it wrote; a
-loader gets that folder and gives a function from raw pixels, uint8 [B, 3, H, W], to logits float32 [B, classes]. Knows
-no checkpoint and no data set.
+A writer takes a float32 model in evaluation mode on the CPU and an empty folder, and returns a description of what it
+wrote. A loader takes that folder and returns a function from uint8 pixels [B, 3, H, W] to float32 logits [B, classes].
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from torch import Tensor, nn
 
 from models import Normalize, PixelClassifier, build_model
 
-MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs a little beside the weights
+MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # of weights: protobuf's limit of 2 GiB, less room for the graph
 
 PredictFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model, and what its users need to know beside the weights."""
+    """A model and its metadata."""
 
     model: PixelClassifier
     name: str  # for build_model: lenet …, or timm/NAME
     classes: tuple[str, ...]
     image_size: int  # height and width, pixels
     interpolation: str
-    crop_mode: str  # eval's: center or squash, which timm calls the same
+    crop_mode: str  # of evaluation: center or squash, as in timm
     crop_fraction: float
-    origin: dict[str, Any]  # where it comes from
-    arguments: dict[str, Any] = field(default_factory=dict)  # more of them for build_model: activation, width …
+    origin: dict[str, Any]  # data set, epochs and checkpoint
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of build_model: activation, width …
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The graph, normalisation included, for any number of images; torch and ONNX share it."""
-        example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # a 1 would become a constant
+        """Graph with normalisation, for any batch size; shared by torch and ONNX."""
+        example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():
             return torch.export.export(self.model, (example,), dynamic_shapes=batch)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What goes into every format."""
+        """Metadata stored in every format."""
         return {
             "model": self.name,
             "classes": list(self.classes),
@@ -64,12 +63,12 @@ class Exportable:
 
 
 def shortest_decimals(numbers: Tensor) -> list[float]:
-    """The shortest decimals that give these float32 numbers again: 0.4914 instead of 0.4913999140262604."""
+    """Return the shortest decimals that round to these float32 numbers: 0.4914, not 0.4913999140262604."""
     return [float(str(number)) for number in numbers.numpy()]
 
 
 def write_safetensors(exportable: Exportable, folder: Path) -> str:
-    """model.safetensors, with the plain network's names, and config.json as timm lays it out."""
+    """Write model.safetensors with the network's plain names, and config.json in timm's layout."""
     network, metadata = exportable.model.network, exportable.metadata
     preprocessing = {
         "input_size": (3, exportable.image_size, exportable.image_size),
@@ -83,7 +82,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
     if exportable.name.startswith("timm/"):
         from timm.models import save_for_hf
 
-        # these would speak of the weights that timm's authors trained
+        # these fields describe the weights that timm's authors trained
         of_other_weights = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
         ours["pretrained_cfg"] = dict.fromkeys(of_other_weights)
         save_for_hf(network, str(folder), model_config=ours, safe_serialization=True, data_config=preprocessing)
@@ -104,7 +103,7 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
 
 
 def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """first_conv, classifier and num_features: the first tensor with four dimensions and the last one with two."""
+    """Return first_conv, classifier and num_features: the first 4-D weight and the last 2-D weight."""
     first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
     classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
     return {
@@ -115,7 +114,7 @@ def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load_safetensors(folder: Path) -> PredictFunction:
-    """By config.json alone, as a user would."""
+    """Load from config.json alone, as a user would."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata = config["model_zhu"]
     network: nn.Module
@@ -133,7 +132,7 @@ def load_safetensors(folder: Path) -> PredictFunction:
 
 
 def write_torch(exportable: Exportable, folder: Path) -> str:
-    """model.pt2, which needs no code of this project."""
+    """Write model.pt2, which does not need this project's code."""
     metadata = {"model_zhu.json": json.dumps(exportable.metadata)}
     torch.export.save(exportable.program, folder / "model.pt2", extra_files=metadata)
     return "graph, from uint8"
@@ -145,7 +144,7 @@ def load_torch(folder: Path) -> PredictFunction:
 
 
 def write_onnx(exportable: Exportable, folder: Path) -> str:
-    """model.onnx, one file below 2 GiB; facts that are no text are JSON in its metadata."""
+    """Write model.onnx, with external weights above 2 GiB. Metadata that is not text is stored as JSON."""
     program = torch.onnx.export(
         exportable.program,
         dynamo=True,
@@ -174,6 +173,8 @@ def load_onnx(folder: Path) -> PredictFunction:
 
 @dataclass(frozen=True)
 class ExportFormat:
+    """Writer and loader of a format."""
+
     write: Callable[[Exportable, Path], str]
     load: Callable[[Path], PredictFunction]
 
@@ -186,7 +187,7 @@ FORMATS = {
 
 
 def usage_snippet(name: str, exportable: Exportable, folder: Path) -> str:
-    """Python lines that load a format from where it lies and run it on `images`, uint8 [B, 3, H, W]."""
+    """Return Python code that loads a format from `folder` and runs it on `images`, uint8 [B, 3, H, W]."""
     if name == "torch":
         return (
             f"import torch\nmodel = torch.export.load({str(folder / 'model.pt2')!r}).module()\nlogits = model(images)"

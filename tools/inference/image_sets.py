@@ -1,7 +1,6 @@
-"""The images that a tool runs models on: a split of a converted data set, or a folder of anyone's pictures.
+"""Images to run models on: a split of a converted data set, or a folder of pictures.
 
-Pictures are converted first, each model's as its own data set was, so that both come through the same loader. Knows no
-predictions.
+Pictures are first converted with the settings of each model's data set, so that both use the same loader.
 """
 
 from __future__ import annotations
@@ -24,55 +23,60 @@ from pipelines.storage.split import in_source_order, load_dataset, open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
 from tools.sources.imagefolder import open_image_files
 
-PICTURES = "pictures"  # the split that pictures are converted to
+PICTURES = "pictures"  # name of the split that pictures are converted to
 MAX_WORKERS = 8  # each imports torch
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images in stored order, the same ones for every model."""
+    """N images in stored order, the same for every model."""
 
     split: str
     folders: tuple[Path, ...]  # the data set that each model reads
     labels: np.ndarray | None  # int64 [N]
-    rows: np.ndarray  # int64 [N]: their rows in the source, from 0
-    source_rows: int  # N and those that could not be read
+    rows: np.ndarray  # int64 [N]: rows in the source, from 0
+    source_rows: int  # N plus the images that could not be read
     in_source_order: bool
     unreadable: list[dict[str, Any]]  # row, name, reason
-    files: tuple[str, ...] | None  # pictures: the path of every source row, within their folder
-    is_sorted_by_name: bool = False  # rows are files in the order of their names, of which nothing else is known
-    is_unordered: bool = False  # rows are numbered files that come in another order than the numbers
+    files: tuple[str, ...] | None  # of pictures: the path of every source row, relative to their folder
+    is_sorted_by_name: bool = False  # rows are files sorted by name; whether their numbers ascend is not recorded
+    is_unordered: bool = False  # rows are numbered files whose numbers do not ascend
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def describe(self, sample: int) -> str:
+        """Return the file or row of a sample, for messages."""
         row = int(self.rows[sample])
         return self.files[row] if self.files else f"row {row} of split {self.split!r}"
 
 
 def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """The data set that a model reads splits of: the one given, else its own."""
+    """Return the data set to read splits from: `data_path`, or else the model's own."""
     return Path(data_path or model.config.data.path)
 
 
 def find_picture_folder(name: str, data: Path) -> Path | None:
-    """The folder of pictures that `name` stands for; None where it is a split of the data set, which comes first."""
+    """Return the folder of pictures called `name`; None if it is a split of the data set, which takes precedence."""
     folder = Path(name)
     try:
         splits = list(load_dataset(data)["splits"])
     except UserError as error:
         if not folder.is_dir():
-            raise UserError(f"{error}, or name it with --data-path") from None
+            raise UserError(f"{error}, or give it with --data-path") from None
         splits = []
     if name in splits:
         return None
     if (folder / "dataset.json").is_file():
-        raise UserError(f"{folder} is a converted data set and no folder of pictures; give --data-path {folder} "
-                        f"and one of its splits as --split ({', '.join(load_dataset(folder)['splits'])})")  # fmt: skip
+        raise UserError(
+            f"{folder} is a converted data set, not a folder of pictures; give --data-path {folder} and one of its "
+            f"splits as --split ({', '.join(load_dataset(folder)['splits'])})"
+        )
     if not folder.is_dir():
-        raise UserError(f"--split {name!r} is neither a split of {data} (it has {', '.join(splits) or 'none'}) "
-                        "nor a folder of pictures")  # fmt: skip
+        raise UserError(
+            f"--split {name!r} is neither a split of {data} (it has {', '.join(splits) or 'none'}) nor a folder of "
+            "pictures"
+        )
     return folder
 
 
@@ -80,9 +84,17 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
 def open_images(
     split: str, pictures: Path | None, models: Sequence[TrainedModel], data_path: str | None, scratch: Path
 ) -> Iterator[ImageSet]:
-    """The images of a split, or of a folder of pictures, whose converted form lies in `scratch` while this is open.
+    """Open the images of a split, or of a folder of pictures.
 
-    Raises UserError where a data set has other classes than its model, or two data sets hold other images.
+    Args:
+        split: the split's name; ignored for pictures.
+        pictures: the folder of pictures; None: use the split.
+        models: the models that will run on the images.
+        data_path: the data set with the split; None: each model's own.
+        scratch: folder for the converted pictures, which are deleted at the end.
+
+    Raises:
+        UserError: a data set's classes differ from its model's, or the models' data sets contain different images.
     """
     if pictures is None:
         yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
@@ -104,21 +116,22 @@ def _convert(source: Source, out: Path, options: Options) -> None:
     try:
         write_dataset(source, out, options, min(MAX_WORKERS, len(os.sched_getaffinity(0))), PICTURES)
     except OSError as error:
-        raise UserError(f"cannot convert the pictures in {out.parent.parent}: {error.strerror or error}; "
-                        "give another --out") from None  # fmt: skip
+        raise UserError(
+            f"cannot convert the pictures in {out.parent.parent}: {error.strerror or error}; give another --out"
+        ) from None
 
 
 def picture_encoding(model: TrainedModel) -> Encoding:
-    """How pictures are stored for a model: as its data set was; where that is not known, as they are.
+    """Return the encoding of pictures for a model: that of its data set, or JPEG if it is not recorded.
 
-    Raw pixels that came in one size are what pictures are resized to.
+    For raw pixels of one square size, pictures are resized to that size.
     """
     if model.conversion is None:
         return Encoding("jpeg")
     encoding = Encoding(**model.conversion)
     if encoding.name == "jpeg" or encoding.size is not None:
         return encoding
-    assert model.stored_shape is not None  # as npy has one shape
+    assert model.stored_shape is not None  # npy images have one shape
     height, width, _ = model.stored_shape
     return Encoding(**{**model.conversion, "size": height}) if height == width else Encoding("jpeg")
 
@@ -126,7 +139,14 @@ def picture_encoding(model: TrainedModel) -> Encoding:
 def load_split(
     name: str, models: Sequence[TrainedModel], folders: Sequence[Path], files: tuple[str, ...] | None = None
 ) -> ImageSet:
-    """A split, of which each model reads the data set in its folder; files: of pictures, their paths."""
+    """Open a split as an image set.
+
+    Args:
+        name: the split's name.
+        models: the models that will run on it.
+        folders: the data set that each model reads.
+        files: the paths of pictures, by source row.
+    """
     opened = {folder: open_split(folder, name) for folder in folders}
     rows = {folder: split.source_rows() for folder, split in opened.items()}
     first = opened[folders[0]]
@@ -134,8 +154,10 @@ def load_split(
         split = opened[folder]
         check_same_classes(model, split.classes, f"the data set {folder}")
         if not (np.array_equal(rows[folder], rows[folders[0]]) and _same_labels(split.labels, first.labels)):
-            raise UserError(f"split {name!r} holds other images in {folder} than in {folders[0]}, so that their "
-                            "predictions have no mean; name one data set for all with --data-path")  # fmt: skip
+            raise UserError(
+                f"split {name!r} of {folder} and of {folders[0]} contain different images, so their predictions cannot "
+                "be averaged; give one data set for all checkpoints with --data-path"
+            )
     entry, source = first.dataset["splits"][name], first.dataset.get("source")
     return ImageSet(
         split=name,

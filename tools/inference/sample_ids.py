@@ -1,7 +1,7 @@
 """Match the ids of a contest's sample submission with images.
 
-Ids that are numbers, with any text around them, are matched by number in any order of the sample. Images
-whose file names are known are matched by name.
+Ids that contain numbers are matched by number, in any order of the sample. Images with known file names are matched by
+name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ MAX_DIGITS = 18  # of a number in an id
 
 @dataclass(frozen=True)
 class IdMatch:
+    """Source rows of the ids of a sample submission."""
+
     rows: tuple[int, ...]  # source row of each id
-    order: str  # how that is known, for the user
-    first: int | None = None  # 0 or 1 where ids count from there
+    order: str  # how the ids were matched, for the user
+    first: int | None = None  # 0 or 1: the number that the ids count from
 
 
 def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Match unique ids, one per image. Raises UserError where an id may mean more than one image."""
+    """Match unique ids, one per image. Raises UserError if an id is ambiguous."""
     if images.files is not None:
         if (found := _match_by_name(ids, images.files)) is not None:
             return found
@@ -41,17 +43,17 @@ def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
     are_names = not all(re.fullmatch("[0-9]+", text) for text in ids)
     if images.is_sorted_by_name and (not is_ascending or (are_names and list(ids) != sorted(ids))):
         raise UserError(
-            f"the images of split {images.split!r} are in the order of their file names, which is perhaps not that of "
-            f"the numbers in the ids of sample submission {sample} ({_preview(ids)}); give the folder with these very "
-            "images as --split, whose names are compared with the ids, or rename the images with leading zeros and "
-            "convert them again"
+            f"the images of split {images.split!r} are in the order of their file names, which may differ from that of "
+            f"the numbers in the ids of sample submission {sample} ({_preview(ids)}); give the folder of these images "
+            "as --split, to match its file names with the ids, or rename the images with leading zeros and convert "
+            "them again"
         )
     order = ASCENDING if is_ascending else "each once, matched to the rows by number"
     return IdMatch(tuple(number - first for number in numbers), order, first)
 
 
 def check_file_order(files: Sequence[str]) -> None:
-    """Raise a UserError for files that differ in numbers, and are not sorted by these."""
+    """Raise UserError for numbered files whose order by name is not that of the numbers."""
     if not is_in_numeric_order(files):
         names = ", ".join(Path(file).stem for file in files[:3])
         raise UserError(
@@ -61,24 +63,24 @@ def check_file_order(files: Sequence[str]) -> None:
 
 
 def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Take the sample's order for that of the rows, where nothing speaks against it."""
+    """Match the ids with the rows in order, unless the ids or the images contradict it."""
     if images.files is not None:
         raise UserError(
             f"the ids of sample submission {sample} ({_preview(ids)}) are neither numbers nor the names of the "
-            f"pictures ({_preview(images.files)}); take the sample of these very pictures"
+            f"pictures ({_preview(images.files)}); use the sample of these pictures"
         )
     numbers = name_numbers(ids)
     if numbers is not None and any(before >= after for before, after in pairwise(numbers)):
         raise UserError(
             f"the ids of sample submission {sample} are numbered ({_preview(ids)}), but neither from 0 or 1 without a "
-            "gap nor in ascending order, so that it does not say which image has which; take the unchanged sample of "
-            "this very split, or sort it in the order of the images"
+            "gap nor in ascending order, so they cannot be matched with the images; use the unchanged sample of this "
+            "split, or sort it in the order of the images"
         )
     return IdMatch(tuple(range(len(ids))), "each once, in the order of the sample, taken as that of rows")
 
 
 def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
-    """Match ids that are paths, names, or names without ending, or have the numbers of these; None for all others."""
+    """Match ids that are paths, file names, stems, or contain the same numbers; None if they are not."""
     names = [Path(file).name for file in files]
     stems = [Path(file).stem for file in files]
     for known, asked in ((files, ids), (names, ids), (stems, ids), (stems, [Path(text).stem for text in ids])):
@@ -95,20 +97,20 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
 
 
 def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
-    """Return the number of each id where together they are 0 to N - 1 or 1 to N; None where no number is like that."""
+    """Return the number of each id if they are 0 to N - 1 or 1 to N in any order; None otherwise."""
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):
         return None
     counts: list[list[int]] = []
     fewest = min(map(len, groups), default=0)
-    for place in (*range(fewest), *range(-fewest, 0)):  # from the front, and from the back
+    for place in (*range(fewest), *range(-fewest, 0)):  # counted from the front and from the back
         numbers = [int(found[place]) for found in groups]
         if sorted(numbers) in (list(range(len(ids))), list(range(1, len(ids) + 1))):
             counts.append(numbers)
     if len({tuple(number - min(numbers) for number in numbers) for numbers in counts}) > 1:
         raise UserError(
-            f"the ids of sample submission {sample} hold several numbers ({_preview(ids)}), each of which may be that "
-            "of the image; leave the sample out, and give --id-column and --category-column"
+            f"the ids of sample submission {sample} contain several numbers ({_preview(ids)}), and more than one may "
+            "be the image's; leave the sample out, and give --id-column and --category-column"
         )
     return counts[-1] if counts else None
 

@@ -1,7 +1,6 @@
-"""The file that a contest takes: an Id and a class number for every row of a split. Knows no model.
+"""Submission file of a contest: an id and a class number for every row of a split.
 
-`build_form` decides everything before any prediction is made and refuses anything that would shift an Id;
-`write_submission` checks and writes.
+`build_form` runs before any prediction and refuses anything that would shift an id. `write_submission` writes the file.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class SubmissionForm:
-    """Everything of a submission but the predictions."""
+    """A submission without its predictions."""
 
     id_column: str
     category_column: str
     ids: tuple[str, ...]  # in the order of the file
     rows: tuple[int, ...]  # source row of each id
-    order: str  # of the ids and how they were matched, for the user
-    fill: int  # class of the rows that have no prediction
+    order: str  # how the ids were matched, for the user
+    fill: int  # class of rows without a prediction
 
 
 def build_form(
@@ -44,23 +43,38 @@ def build_form(
     category_column: str | None = None,
     fill: int | None = None,
 ) -> SubmissionForm:
-    """The form for these images; `sample` is the contest's own example, which decides columns and ids."""
+    """Return the form of a submission for these images.
+
+    Args:
+        images: the images to predict.
+        classes: number of classes.
+        sample: the contest's sample submission, which determines columns and ids; None: ids count from `id_start`.
+        id_start: the first id; None: 1.
+        id_column: name of the id column; None: the sample's, or ID_COLUMN.
+        category_column: name of the class column; None: the sample's, or CATEGORY_COLUMN.
+        fill: class number of images that cannot be read; None: they are refused.
+
+    Raises:
+        UserError: the images have no certain order, some have no prediction, or the sample does not match.
+    """
     _check_rows(images)
     if images.is_unordered:
         raise UserError(
             f"the images of split {images.split!r} are numbered files, stored in the order of their names and not of "
-            "their numbers, so that no row of a submission is certain; give the folder with these very images as "
-            "--split, whose names are compared with the ids of a --sample-submission, or rename the images with "
-            "leading zeros and convert them again"
+            "their numbers, so that no row of a submission is certain; give the folder of these images as --split, to "
+            "match its file names with the ids of a --sample-submission, or rename the images with leading zeros and "
+            "convert them again"
         )
     if fill is not None and not 0 <= fill < classes:
-        raise UserError(f"--fill={fill} is no class number; use 0..{classes - 1}")
+        raise UserError(f"--fill={fill} is not a class number; use 0..{classes - 1}")
     if images.unreadable and fill is None:
         named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:MAX_SHOWN]]
         more = f" and {len(images.unreadable) - MAX_SHOWN} more" if len(images.unreadable) > MAX_SHOWN else ""
-        raise UserError(f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no "
-                        f"prediction: {'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or do "
-                        "without a submission with --submission none")  # fmt: skip
+        raise UserError(
+            f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no prediction: "
+            f"{'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or skip the submission with "
+            "--submission none"
+        )
     if sample is None:
         check_file_order(images.files or ())
         start, rows = 1 if id_start is None else id_start, tuple(range(images.source_rows))
@@ -70,24 +84,26 @@ def build_form(
         )
     columns, ids = read_sample_submission(sample)
     if len(ids) != images.source_rows:
-        raise UserError(f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
-                        f"{images.source_rows:,} images; take the sample of this very split")  # fmt: skip
+        raise UserError(
+            f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
+            f"{images.source_rows:,} images; use the sample of this split"
+        )
     for option, given, found in zip(
         ("--id-column", "--category-column"), (id_column, category_column), columns, strict=True
     ):
         if given not in (None, found):
-            raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; leave one out")
+            raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; omit one of them")
     matched = match_ids(ids, images, sample)
     if id_start is not None and id_start != matched.first:
         found = f"do not count from 0 or 1 ({', '.join(ids[:3])} …)"
         if matched.first is not None:
             found = f"start at {matched.first}"
-        raise UserError(f"--id-start={id_start}, but the ids of sample submission {sample} {found}; leave one out")
+        raise UserError(f"--id-start={id_start}, but the ids of sample submission {sample} {found}; omit one of them")
     return SubmissionForm(columns[0], columns[1], tuple(ids), matched.rows, matched.order, fill or 0)
 
 
 def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
-    """Write the predicted class number of each image [N]; returns the sentence that says what was checked."""
+    """Write the predicted class number of each image [N]. Return a sentence with the checks made."""
     categories = np.full(images.source_rows, form.fill, np.int64)
     categories[images.rows] = predicted
     if len(set(form.ids)) != len(categories) or sorted(form.rows) != list(range(len(categories))):
@@ -109,7 +125,7 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
 
 
 def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
-    """The two columns of a contest's example and its ids, as they are written there."""
+    """Return the names of the two columns and the ids of a contest's sample submission."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file) if line]
@@ -126,17 +142,21 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
     seen: set[str] = set()
     twice = next((text for text in ids if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
     if twice is not None:
-        raise UserError(f"sample submission {path} has the id {twice!r} twice; take an unchanged one")
+        raise UserError(f"sample submission {path} has the id {twice!r} twice; use an unchanged copy")
     return (lines[0][0], lines[0][1]), ids
 
 
 def _check_rows(images: ImageSet) -> None:
-    """Refuse images of which it is not certain that they are the source's rows in their order."""
+    """Refuse images that are not certainly the source's rows in their order."""
     if not images.in_source_order:
-        raise UserError(f"split {images.split!r} is stored shuffled, so that its images have no order for a "
-                        "submission; take another split, such as test")  # fmt: skip
+        raise UserError(
+            f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "
+            "split, such as test"
+        )
     unreadable = np.array([entry["row"] for entry in images.unreadable], np.int64)
     rows = np.sort(np.concatenate([images.rows, unreadable]))
     if not np.array_equal(rows, np.arange(images.source_rows)) or (np.diff(images.rows) <= 0).any():
-        raise UserError(f"split {images.split!r} in {images.folders[0]} does not hold each row of its source once and "
-                        "in order; convert the source again")  # fmt: skip
+        raise UserError(
+            f"split {images.split!r} in {images.folders[0]} does not contain each row of its source once and in order; "
+            "convert the source again"
+        )

@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint, for all tools that use one. The data set's folder is not needed."""
+"""Trained models loaded from checkpoints. The data set's folder is not needed."""
 
 from __future__ import annotations
 
@@ -22,41 +22,44 @@ from train.engine.epoch import TrainState
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that takes raw pixels; `training.network` is it, `training` what `train.loop.predictions` runs."""
+    """A trained model, ready for evaluation. `training.network` takes uint8 images."""
 
     path: Path  # the checkpoint
-    is_ema: bool  # its weights are the run's moving average
+    is_ema: bool  # the weights are the run's moving average
     config: Config
-    name: str  # of the data set it was trained on
+    name: str  # of the training data set
     classes: tuple[str, ...]
-    image_size: int  # height and width that it was trained at, pixels
+    image_size: int  # height and width in training, pixels
     training: TrainState
-    epochs: int  # whole ones that it was trained for
-    conversion: dict[str, Any] | None  # how its data set was converted (pipelines.encode.Encoding); None: not recorded
-    stored_shape: tuple[int, int, int] | None  # of its data set's images; None: they differ, or it is not recorded
+    epochs: int  # completed ones
+    conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None: not recorded
+    stored_shape: tuple[int, int, int] | None  # of the data set's images; None: they differ, or not recorded
 
     @property
     def title(self) -> str:
-        """The checkpoint, and which of its weights."""
+        """The checkpoint and the kind of its weights, for messages."""
         return f"{self.path} (moving average)" if self.is_ema else str(self.path)
 
     def eval_data_config(self, folder: str | Path) -> DataConfig:
-        """Its data section for evaluation, of the data set in this folder."""
+        """Return the data section for an evaluation on the data set in this folder."""
         return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
 def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:
-    """The model of a run folder or checkpoint, for evaluation, with the weights that its eval.weights names. Needs a
-    process group.
+    """Load a model for evaluation, with the weights selected by its eval.weights. Needs a process group.
 
-    compiled: as its run would compile it here, so that logits are those of its own evaluations to the last digit.
+    Args:
+        path: a run folder or a checkpoint.
+        device: of the model.
+        compiled: compile as the run would on this machine, so that logits equal its own evaluations bitwise.
 
-    Raises UserError for what is no checkpoint, or one of a version that did not record its data set.
+    Raises:
+        UserError: not a checkpoint, or one of an old version that did not record its data set.
     """
     path, content = store.load_newest(find_checkpoints(path))
     facts: dict[str, Any] | None = content.get("dataset")
     if facts is None:
-        raise UserError(f"checkpoint {path} does not name its classes, as those of an older version; train it again")
+        raise UserError(f"checkpoint {path} does not name its classes (it is of an older version); train it again")
     require_keys(content, ("model", "config", "position"), path)
     _check_dataset(facts, path)
     config = parse_config(content["config"], f"the config in {path}")
@@ -83,14 +86,15 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
 
 
 def _check_dataset(facts: dict[str, Any], path: Path) -> None:
-    """Refuse what no version recorded of a data set."""
+    """Raise UserError for an invalid record of the data set."""
     require_keys(facts, ("name", "classes", "mean", "std", "image_size"), path)
     is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}
     are_numbers = {name: _is_list_of((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
     is_size = {"image_size": type(facts["image_size"]) is int and facts["image_size"] > 0}
     if wrong := [name for name, is_right in (is_text | are_numbers | is_size).items() if not is_right]:
-        raise UserError(f"checkpoint {path} cannot be read (its dataset's {wrong[0]!r} is {facts[wrong[0]]!r:.60}); "
-                        "take another one")  # fmt: skip
+        raise UserError(
+            f"checkpoint {path} cannot be read (its dataset's {wrong[0]!r} is {facts[wrong[0]]!r:.60}); use another one"
+        )
 
 
 def _is_list_of(kind: type | tuple[type, ...], values: Any) -> bool:
@@ -98,7 +102,7 @@ def _is_list_of(kind: type | tuple[type, ...], values: Any) -> bool:
 
 
 def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: str) -> None:
-    """Raise UserError unless `what` (a data set, another checkpoint) has the checkpoint's classes in its order."""
+    """Raise UserError unless `what` (a data set, another checkpoint) has the same classes in the same order."""
     if trained.classes == classes:
         return
     numbers = f"{len(trained.classes)} and {len(classes)}"
@@ -111,6 +115,6 @@ def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: st
         else "the others agree"
     )
     raise UserError(
-        f"{trained.path} and {what} differ in their classes ({numbers} of them; {where}); "
-        "take a checkpoint that was trained on these classes"
+        f"{trained.path} and {what} differ in their classes ({numbers} of them; {where}); use a checkpoint that was "
+        "trained on these classes"
     )

@@ -1,4 +1,4 @@
-"""What tools/summary.py says: rows, tables, ratios in words and the picture. Knows figures, not how they are had."""
+"""Report of tools/summary.py: rows, tables, ratios in words, and a plot."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB, MEGA = 2**20, 1e6
-KINDS = ("weights", "gradients", "optimizer", "activations")  # the row has NAME_bytes of each
+KINDS = ("weights", "gradients", "optimizer", "activations")  # a row has KIND_bytes for each
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 TOTAL = "total"
-MIN_LOG_AXIS_RATIO = 30  # from which ratio of the largest to the smallest on an axis is logarithmic
+MIN_LOG_AXIS_RATIO = 30  # of the largest to the smallest value: draw a logarithmic axis
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One model as it is to be trained."""
+    """A model and the training setup to count its costs for."""
 
     label: str
     settings: ModelConfig
@@ -40,7 +40,7 @@ class ModelCase:
 
 
 def summary_row(subject: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
-    """A line of summary.csv: whole numbers; FLOPs of one image, bytes at the batch size."""
+    """Return a row of summary.csv. FLOPs are per image, bytes are at the batch size."""
     batch = subject.batch_size
     return {
         "model": subject.label,
@@ -66,22 +66,24 @@ def summary_row(subject: ModelCase, costs: Costs, measured_bytes: int | None, am
 
 
 def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
-    """A line of layers-NAME.csv for each layer in the order of execution, and their total."""
-    rows: list[Row] = []
-    for layer in costs.layers:
-        rows.append({
+    """Return the rows of layers-NAME.csv: each layer in the order of execution, and their total."""
+    rows: list[Row] = [
+        {
             "layer": layer.name.removeprefix("network.") or "(model)",
             "type": layer.type,
             "output_shape": "x".join(map(str, layer.output_shape)) if layer.output_shape else None,
             "parameters": layer.parameters,
             "forward_flops": round(layer.flops / batch_size),
             "activations_bytes": layer.saved_bytes,
-        })  # fmt: skip
+        }
+        for layer in costs.layers
+    ]
     sums = {key: sum(row[key] for row in rows) for key in ("parameters", "forward_flops", "activations_bytes")}
     return [*rows, {"layer": TOTAL, "type": "", "output_shape": None, **sums}]
 
 
 def layers_table(rows: list[Row]) -> str:
+    """Return the Markdown table of `layer_rows`."""
     table = [
         {
             "layer": row["layer"],
@@ -89,7 +91,7 @@ def layers_table(rows: list[Row]) -> str:
             "output shape": row["output_shape"],
             "parameters": row["parameters"],
             "MFLOP per image": row["forward_flops"] / MEGA,
-            "kept for backward, MiB": row["activations_bytes"] / MIB,
+            "saved for backward, MiB": row["activations_bytes"] / MIB,
         }
         for row in rows
     ]
@@ -97,7 +99,7 @@ def layers_table(rows: list[Row]) -> str:
 
 
 def format_report(rows: list[Row]) -> str:
-    """Both tables, the ratios, and what the figures mean."""
+    """Return both tables, the ratios, and notes that explain the columns."""
     sizes = [
         {
             "model": row["model"],
@@ -119,44 +121,41 @@ def format_report(rows: list[Row]) -> str:
             "precision": row["precision"],
             **{f"{_words(kind)}, MiB": row[f"{kind}_bytes"] / MIB for kind in KINDS},
             "training memory, MiB": row["training_bytes"] / MIB,
-            "which is": row["memory"],
+            "memory": row["memory"],
         }
         for row in rows
     ]
     how = {
-        "estimated": "estimated is the sum of the four, without temporary buffers and libraries' workspaces",
-        "measured": "measured is the most that was allocated during two uncompiled steps, temporary buffers included; "
-        "gradients come as activations go, so it may be less than the sum of the four",
+        "estimated": "Estimated memory is the sum of the four kinds, without temporary buffers and the workspaces of "
+        "libraries.",
+        "measured": "Measured memory is the peak of allocated memory during two uncompiled steps, with temporary "
+        "buffers. It may be less than the sum of the four kinds, since gradients replace activations.",
     }
     notes = [
-        "FLOPs are those of one image, 2 per multiply-add, of convolutions, matrix products and attention; training is "
-        "forward and backward. Activations are what the forward pass keeps for the backward pass; "
-        + "; ".join(how[kind] for kind in sorted({row["memory"] for row in rows})) + "."
-    ]  # fmt: skip
-    return "\n\n".join([markdown(sizes), markdown(memory), *ratio_sentences(rows), *notes])
+        "FLOPs are per image, 2 per multiply-add of convolutions, matrix products and attention; training is the "
+        "forward and the backward pass. Activations are the tensors saved for the backward pass.",
+        *(how[kind] for kind in sorted({row["memory"] for row in rows})),
+    ]
+    return "\n\n".join([markdown(sizes), markdown(memory), *ratio_sentences(rows), " ".join(notes)])
 
 
 def ratio_sentences(rows: list[Row]) -> list[str]:
-    """One paragraph: a sentence for each model about how it compares with the one of the fewest parameters."""
+    """Return one paragraph that compares each model with the one of the fewest parameters; empty for one model."""
     smallest = min(rows, key=lambda row: row["parameters"])
     sentences = []
     for row in rows:
         if row is smallest:
             continue
-        times = [
-            f"{_times(row[key] / smallest[key])} the {what}"
-            for key, what in (("parameters", "parameters"), ("forward_flops", "FLOPs"),
-                              ("training_bytes", "training memory"))
-            if smallest[key]
-        ]  # fmt: skip
+        quantities = {"parameters": "parameters", "forward_flops": "FLOPs", "training_bytes": "training memory"}
+        times = [f"{_times(row[key] / smallest[key])} the {what}" for key, what in quantities.items() if smallest[key]]
         sentences.append(f"{row['model']} has {', '.join(times[:-1])} and {times[-1]} of {smallest['model']}.")
     return ["\n".join(sentences)] if sentences else []
 
 
 def plot_costs(rows: list[Row]) -> Figure:
-    """Parameters, FLOPs and memory of each model as bars, and what the memory is made of.
+    """Plot parameters, FLOPs and memory of each model as bars, and the shares of the kinds of memory.
 
-    The shares are an axis of their own, since a stack on a logarithmic axis shows no shares.
+    The shares have a separate axis, since stacked bars on a logarithmic axis do not show them.
     """
     figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]
@@ -193,7 +192,7 @@ def _bars(axis: Axes, values: list[float], label: str) -> None:
     if smallest > 0 and largest / smallest >= MIN_LOG_AXIS_RATIO:
         axis.set_xscale("log")
         axis.set_xlabel(f"{label}, logarithmic")
-        axis.set_xlim(smallest / 5, largest * 8)  # the bars begin somewhere, and the figures behind them fit
+        axis.set_xlim(smallest / 5, largest * 8)  # room for the bars and for the numbers beside them
     else:
         axis.set_xlim(0, largest * 1.2 or 1)
     for place, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""The curves of several runs over one another: four panels, one legend. Knows run records, no files."""
+"""Plot of the loss and accuracy curves of several runs: four panels with one legend."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PANELS = (
 )
 OTHERS_LABEL = "others"
 EMA_LABEL = "validation of a moving average"
-MAX_TITLE_LENGTH = 70  # characters that a panel's title has room for
-MAX_COLORED = 12  # so many runs can be told apart; of more, the best ones are coloured
-LOG_SPAN = 5  # a loss that spans a larger factor is drawn on a log axis
-DIVERGED = 10  # losses beyond this multiple of what an ordinary run starts from are cut off
+MAX_TITLE_LENGTH = 70  # characters that fit into a panel's title
+MAX_COLORED = 12  # distinguishable colors; of more runs, only the best get one
+LOG_SPAN = 5  # losses that span a larger factor are drawn on a log axis
+DIVERGED = 10  # losses above this multiple of an ordinary run's largest loss are cut off
 CurvePoints = list[tuple[int, float]]  # epoch, value
 
 
 def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
-    """Four panels, one colour per run, one legend below them; validation of moving averages in dots."""
+    """Plot train and validation loss and accuracy, one color per run. Moving averages are dotted."""
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
@@ -43,17 +43,17 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
             if average and color is not None:
                 dotted += axis.plot(*zip(*average, strict=True), color=color, zorder=2, linestyle=":")
         for curve, record, name, color in zip(curves, records, names, colors, strict=True):
-            is_coloured = color is not None
+            is_colored = color is not None
             so_far = f" ({record.epochs_trained} of {record.config.train.epochs} epochs)"
             (line,) = axis.plot(
                 *zip(*curve, strict=True) if curve else ([], []),
-                color=color if is_coloured else "0.8",
-                zorder=2 if is_coloured else 1,
-                linewidth=1.6 if is_coloured else 0.8,
+                color=color if is_colored else "0.8",
+                zorder=2 if is_colored else 1,
+                linewidth=1.6 if is_colored else 0.8,
                 marker="." if len(curve) <= 30 else None,
                 linestyle="-" if record.is_finished else "--",
             )
-            handles.setdefault(name + so_far * (not record.is_finished) if is_coloured else OTHERS_LABEL, line)
+            handles.setdefault(name + so_far * (not record.is_finished) if is_colored else OTHERS_LABEL, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names, averages)
         axis.set_xlabel("epochs trained")
@@ -62,7 +62,7 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
         axis.grid(alpha=0.3)
     figure.suptitle(title, parse_math=False)
     if OTHERS_LABEL in handles:
-        handles[OTHERS_LABEL] = handles.pop(OTHERS_LABEL)  # to the end
+        handles[OTHERS_LABEL] = handles.pop(OTHERS_LABEL)  # move to the end
     if dotted:
         handles[EMA_LABEL] = dotted[0]
     options: dict[str, Any] = {"loc": "outside lower center", "ncols": _legend_columns(names), "fontsize": 9}
@@ -71,7 +71,7 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
 
 
 def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
-    """nan where the loss was no finite number, which leaves a gap; nothing for epochs without an evaluation."""
+    """Return the curve without unevaluated epochs; non-finite losses are nan, which leaves a gap."""
     split = quantity.rpartition("_")[0]
     return [
         (line["epoch"] + 1, math.nan if line[quantity] is None else line[quantity])
@@ -83,7 +83,7 @@ def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
 def _set_loss_axis(
     axis: Axes, curves: Sequence[CurvePoints], names: Sequence[str], averages: Sequence[CurvePoints]
 ) -> None:
-    """A range that shows the runs that learn and their averages, and a title that says which runs it leaves out."""
+    """Fit the axis to the runs that learn, and list the runs beyond it in the title."""
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
     left_out = {
@@ -109,10 +109,10 @@ def _set_loss_axis(
 
 
 def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Smallest and largest loss to show; losses: the finite ones of each run.
+    """Return the smallest and largest loss to show, given the finite losses of each run.
 
-    What is ordinary is the largest loss of the best-behaved run, and no less than 1, since a run may start from trained
-    weights. Other runs may reach DIVERGED times that; what lies beyond would flatten all the rest.
+    The ordinary loss is the largest one of the best-behaved run, and at least 1, since a run may start from trained
+    weights. Losses above DIVERGED times that would flatten all other curves and are cut off.
     """
     values = [value for run in losses for value in run]
     if not values:
@@ -122,7 +122,7 @@ def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 … in between, of more than three decades the powers of ten alone."""
+    """Return the ticks 1, 2, 5, 10 … of the range; only powers of ten if it spans more than three decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 3 else (1,)
     ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
@@ -130,7 +130,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
-    """One per run; None for all but the best where there are too many to tell apart."""
+    """Return a color per run; None for all but the best if there are too many to distinguish."""
     import matplotlib
 
     colors: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
@@ -143,6 +143,6 @@ def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """As many as fit side by side in the width of the figure."""
+    """Return the number of labels that fit side by side into the figure."""
     widest = max(map(len, names)) + 18  # room for the progress of an unfinished run
     return max(1, min(4, len(names), 150 // widest))

@@ -1,4 +1,4 @@
-"""The curve of a learning-rate range test: smoothing, its end, and what it suggests. Pure functions of numbers."""
+"""Analysis of a learning-rate range test: smoothing, divergence and the suggested learning rate."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DIVERGED = 4.0  # times the minimum, of the smoothed loss
-DELAY_DECADES = 0.25  # decades by which the smoothed loss lags behind, however many updates a decade has
-SLOPE_WINDOW_DECADES = 0.5  # decades over which a slope is fitted
+DIVERGED = 4.0  # ratio of the smoothed loss to its minimum
+DELAY_DECADES = 0.25  # lag of the smoothed loss, for any number of steps per decade
+SLOPE_WINDOW_DECADES = 0.5  # width of the window of a slope's fit
 MIN_RELATIVE_FALL = 0.02  # a clear fall: at least this share of the first loss,
 MIN_FALL_TO_NOISE = 3.0  # and this many standard deviations of the noise
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """One entry per update; the losses of the last ones may be not finite."""
+    """Losses of a range test, one per optimizer step. The last ones may be non-finite."""
 
     lr: np.ndarray
-    loss: np.ndarray  # mean of the update's samples
+    loss: np.ndarray  # mean over the step's samples
     smoothed: np.ndarray
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """lr: None where the loss has no clear descent, and `reason` says so."""
+    """A suggested learning rate. `lr` is None without a clear descent of the loss; `reason` explains it."""
 
     lr: float | None
     lr_at_minimum: float | None
@@ -38,12 +38,12 @@ class Suggestion:
 
 
 def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
-    """The exponential moving average, corrected for its start at zero; it lags DELAY decades of the rate behind.
+    """Return the bias-corrected exponential moving average, which lags by DELAY_DECADES.
 
-    rates: geometrically spaced, at least two.
+    `rates` are the learning rates: at least two, geometrically spaced.
     """
-    updates = DELAY_DECADES / math.log10(rates[1] / rates[0])
-    kept = updates / (1 + updates)  # the mean age of what an average holds is kept / (1 - kept)
+    steps = DELAY_DECADES / math.log10(rates[1] / rates[0])
+    kept = steps / (1 + steps)  # the mean age of the averaged losses is kept / (1 - kept)
     average, smoothed = 0.0, []
     for number, loss in enumerate(losses, 1):
         average = kept * average + (1 - kept) * loss
@@ -52,21 +52,21 @@ def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
 
 
 def divergence_index(smoothed: np.ndarray) -> int | None:
-    """The first update at which the smoothed loss is not finite or DIVERGED times the minimum before it."""
+    """Return the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far."""
     with np.errstate(invalid="ignore"):
         diverged = ~(smoothed <= DIVERGED * np.minimum.accumulate(smoothed))
     return int(diverged.argmax()) if diverged.any() else None
 
 
 def suggest_lr(curve: LossCurve) -> Suggestion:
-    """The rate at which the smoothed loss falls most steeply per decade, on its way to its minimum."""
+    """Suggest the learning rate of the steepest descent per decade before the smoothed loss's minimum."""
     finite = np.isfinite(curve.loss)
     count = len(finite) if finite.all() else int(finite.argmin())
     if count < 10:
         return Suggestion(None, None, f"only the first {count} losses are finite")
     decades, loss, smoothed = np.log10(curve.lr[:count]), curve.loss[:count], curve.smoothed[:count]
     lowest = int(smoothed.argmin())
-    start = int(np.searchsorted(decades, decades[0] + SLOPE_WINDOW_DECADES))  # where the average has settled
+    start = int(np.searchsorted(decades, decades[0] + SLOPE_WINDOW_DECADES))  # the average has settled
     first = float(np.median(loss[: max(10, start)]))
     noise = float(np.std(loss[: max(10, start)] - smoothed[: max(10, start)]))
     fall = first - float(smoothed[lowest])
@@ -78,6 +78,6 @@ def suggest_lr(curve: LossCurve) -> Suggestion:
 
 
 def slope_around(decades: np.ndarray, smoothed: np.ndarray, middle: int) -> float:
-    """Loss per decade of the rate: the least-squares line through SLOPE_WINDOW decades around one update."""
+    """Return the loss per decade around step `middle`: a least-squares fit over SLOPE_WINDOW_DECADES."""
     near = np.abs(decades - decades[middle]) <= max(SLOPE_WINDOW_DECADES / 2, 1.01 * (decades[1] - decades[0]))
     return float(np.polyfit(decades[near], smoothed[near], 1)[0])

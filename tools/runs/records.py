@@ -1,7 +1,7 @@
-"""What runs left in their folders, as one table and one set of curves. Reads runs that are still going on, too.
+"""Records of runs, finished or not, as one comparison table and one set of curves.
 
-Knows the files of a run folder (config.yaml, metrics.jsonl, facts.json), but no picture and no process.
-Epochs are counted from 1 here, as "epochs trained"; metrics.jsonl counts from 0.
+Reads config.yaml, metrics.jsonl and facts.json of a run folder. Tables count epochs from 1, as "epochs trained";
+metrics.jsonl counts from 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from configs.utils.files import read_small_text
 from tools.common.tables import Row
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
-# Settings that change no result: what a run is called, where it lies, from where it goes on, how it reports and reads.
+# Settings that do not affect results: name, location, resuming, logging and reading. Not the list of a resumed run's
+# free settings (train.checkpoint.compatibility): this one decides whether two runs are the same point of a sweep.
 NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
 BASE_COLUMNS = {
     "model.name": "model",
@@ -32,17 +33,17 @@ BASE_COLUMNS = {
 }
 QUANTITIES = ("train_loss", "val_loss", "train_top1", "val_top1")
 EMA_QUANTITIES = ("ema_val_loss", "ema_val_top1", "ema_val_top5")
-MAX_NAME_LENGTH, MAX_SETTINGS_LENGTH = 28, 60  # characters that a legend has room for
+MAX_NAME_LENGTH, MAX_SETTINGS_LENGTH = 28, 60  # characters that fit into a legend
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: what it was asked to do and what it has done so far."""
+    """Config and metrics of one run."""
 
     folder: Path
     config: Config
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
-    global_batch: int | None  # samples per update over all ranks; None: not recorded
+    global_batch: int | None  # samples per optimizer step over all ranks; None: not recorded
 
     @property
     def epochs_trained(self) -> int:
@@ -54,20 +55,20 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders that `paths` stand for, each once: a run folder itself, another folder for those inside it."""
+    """Return the run folders among `paths`, or inside of those that are not run folders, each once."""
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder; give run folders, or folders that hold them, such as output")
+            raise UserError(f"{path} is not a folder; give run folders, or folders that contain them, such as output")
         inside = [path] if _is_run_folder(path) else sorted(filter(_is_run_folder, path.iterdir()), key=_natural_key)
         if not inside:
-            raise UserError(f"{path} holds no run (config.yaml, metrics.jsonl), nor a folder of runs; name one")
+            raise UserError(f"{path} contains no run (config.yaml, metrics.jsonl) and no run folder; name one")
         found += inside
     return [path for number, path in enumerate(found) if path.resolve() not in {p.resolve() for p in found[:number]}]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Raises UserError where there is no readable config; no metrics yet is no error."""
+    """Read a run folder. A run without metrics is valid; raises UserError if its config cannot be read."""
     try:
         text = read_small_text(folder / "config.yaml")
     except (OSError, ValueError) as error:
@@ -78,7 +79,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_global_batch(folder: Path) -> int | None:
-    """From facts.json, since the world size is in no config: the batch of the run's latest start."""
+    """Return the global batch of the run's latest start, from facts.json; None if not recorded."""
     try:
         return int(json.loads(read_small_text(folder / "facts.json"))["global_batch"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -86,7 +87,7 @@ def read_global_batch(folder: Path) -> int | None:
 
 
 def settings_by_key(config: Config) -> dict[str, Any]:
-    """Every setting under its dotted key, without sections."""
+    """Return all settings by dotted key, without sections."""
     values = config.model_dump(mode="json")
     result = {}
     for key, field in all_settings():
@@ -99,22 +100,22 @@ def settings_by_key(config: Config) -> dict[str, Any]:
 
 
 def compared_settings(config: Config) -> dict[str, Any]:
-    """The settings that the results follow from."""
+    """Return the settings that may affect results, by dotted key."""
     return {key: value for key, value in settings_by_key(config).items() if not key.startswith(NOT_COMPARED)}
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:
-    """Dotted keys of the settings in which any two differ, bookkeeping aside."""
+    """Return the dotted keys of the compared settings in which any two configs differ."""
     settings = [compared_settings(config) for config in configs]
     return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings)] if settings else []
 
 
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
-    """A short text for each run that tells it from the others: its name, else the settings that differ."""
+    """Return a short unique label for each run: its name, else the settings that differ."""
     names = [record.folder.name or str(record.folder) for record in records]
-    # names that only a number tells apart (`lenet`, `lenet-2`) say nothing
-    are_telling = len({record.config.name for record in records}) == len(set(names)) == len(records)
-    if are_telling and max(map(len, names), default=0) <= MAX_NAME_LENGTH:
+    # names that differ only in a number (`lenet`, `lenet-2`) do not describe the run
+    are_descriptive = len({record.config.name for record in records}) == len(set(names)) == len(records)
+    if are_descriptive and max(map(len, names), default=0) <= MAX_NAME_LENGTH:
         return names
     keys = differing_keys([record.config for record in records])
     settings = [
@@ -126,7 +127,7 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as a command line would give it, numbers in their shortest form."""
+    """Return a setting's value as on a command line, numbers in their shortest form."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
@@ -135,9 +136,10 @@ def format_value(value: Any) -> str:
 
 
 def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """One row per run; `time_ratio` is the training time in units of the first run's, where both have finished.
+    """Return one row per run: settings and results.
 
-    Where any run keeps a moving average, `weights` says whose accuracy counts: the average's (ema) or not (raw).
+    `time_ratio` is the training time divided by the first run's, if both have finished. If any run keeps a moving
+    average, the column `weights` says whether its accuracy counts (ema) or that of the trained weights (raw).
     """
     configs = [record.config for record in records]
     columns = [key for key in differing_keys(configs) if key not in BASE_COLUMNS]
@@ -167,19 +169,19 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
 
 
 def uses_ema(record: RunRecord) -> bool:
-    """Whether the run's best accuracy is its moving average's."""
+    """Return whether the accuracy of the moving average counts as the run's."""
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
 def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
-    """Return the best validation accuracy, the state of training, time, speed and memory; None for what is unknown.
+    """Return the best validation accuracy, latest training metrics, time, speed and memory; None if unknown.
 
-    weights: eval.weights, which says whose accuracy counts.
+    `weights` is eval.weights, which selects the accuracy that counts.
     """
     evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
     last = metrics[-1] if metrics else {}
-    device_gib = _over_epochs(max, metrics, "device_memory_gib")  # recorded on a GPU only
+    device_gib = _over_epochs(max, metrics, "device_memory_gib")  # only recorded on a GPU
     return {
         "best_val_top1": best[0] if best else None,
         "best_epoch": best[1] + 1 if best else None,
@@ -192,14 +194,13 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
 
 def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Return the time of all epochs; None where that of any is unknown, since a part of the sum would mislead."""
+    """Return the time of all epochs; None if that of any is unknown, since a partial sum would mislead."""
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """Every point of every curve; a loss of nan or infinity is empty, as in metrics.jsonl, and so is the moving average
-    of a run that keeps none."""
+    """Return one row per run and epoch. Non-finite losses are empty, as are averages of runs that keep none."""
     averages = [name for name in EMA_QUANTITIES if any(name in line for record in records for line in record.metrics)]
     columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [
@@ -214,7 +215,7 @@ def _is_run_folder(path: Path) -> bool:
 
 
 def _natural_key(path: Path) -> list[Any]:
-    """Sorts run-2 before run-10, and lr=1e-05 before lr=0.0001."""
+    """Return a sort key by numeric value: run-2 before run-10, lr=1e-05 before lr=0.0001."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
     return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
 

@@ -1,4 +1,4 @@
-"""Draw the results of a sweep over its settings or by variant: best validation accuracy and training time."""
+"""Plots of a sweep's results over its settings or by variant: best validation accuracy and training time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEASURES = (("best_val_top1", "best validation top-1 accuracy"), ("training_time_s", "training time in s"))
-LOG_FACTOR = 10  # values that span more are drawn on a log axis
-MAX_LINES = 8  # up to so many lines in the picture over a setting's values
-MAX_BARS = 40  # up to so many bars in the picture of variants
+LOG_FACTOR = 10  # values that span a larger factor are drawn on a log axis
+MAX_LINES = 8  # in the plot over a setting's values
+MAX_BARS = 40  # in the plot by variant
 
 
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
-    """Draw the results of finished runs: a bar for each variant, a line or a map over one or two numeric settings.
+    """Plot the results of finished runs: bars by variant, a line or a heat map over one or two numeric settings.
 
-    Where a numeric setting is varied beside variants, each variant is a line. Returns None where there is nothing to
-    compare or too much for one picture. rows: of these points; results of None are left out.
+    If a numeric setting is varied beside variants, each variant is a line. `rows` belong to `points`; results of None
+    are left out. Returns None if there is nothing to compare or too much for one plot.
     """
     settings = [settings_by_key(point.config) for point in points]
     names = list(dict.fromkeys(point.variant for point in points))
-    # beside variants, those settings that differ within one of them
+    # of variants, only the settings that differ within one of them
     groups = [[point.config for point in points if point.variant == name] for name in names]
     keys = list(dict.fromkeys(key for group in groups for key in differing_keys(group)))
     numeric = [key for key in keys if all(type(one[key]) in (int, float) for one in settings)]
@@ -52,7 +52,7 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
 def _line_plot(
     key: str, values: Sequence[float], labels: Sequence[str], rows: Sequence[Row], title: str
 ) -> Figure | None:
-    """Draw both measures over the values of a setting, a line for each label."""
+    """Plot both measures over the values of a setting, a line per label."""
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
         lines.setdefault(label, []).append((value, row))
@@ -76,7 +76,7 @@ def _line_plot(
 
 
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
-    """Draw a bar for each label, in their order: the median of its runs and, of several, their range."""
+    """Plot a bar per label, in their order: the median of its runs and, of several, their range."""
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
         return None
@@ -102,17 +102,17 @@ def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure 
 
 
 def _nan_if_none(value: float | None) -> float:
-    """Return nan for what is not known, which leaves a gap."""
+    """Return nan for an unknown value, which leaves a gap."""
     return math.nan if value is None else value
 
 
 def _highest(rows: Sequence[Row], quantity: str) -> float:
-    """Return the largest known value; 1 where there is none above 0."""
+    """Return the largest known value, or 1 if none is above 0."""
     return max((row[quantity] for row in rows if row[quantity] is not None), default=0.0) or 1.0
 
 
 def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
-    """Draw both measures for each pair of values: a grid as a heat map, scattered points as points."""
+    """Plot both measures for each pair of values: a grid as a heat map, other points as a scatter plot."""
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
     size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
@@ -148,7 +148,7 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
 
 
 def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
-    """Use the values that were tried as ticks, as long as they can be read."""
+    """Put a tick at each value, if there are few."""
     tried = sorted(set(values))
     if _spans_orders(values):
         axis.set_xscale("log")

@@ -1,7 +1,7 @@
-"""The points of a sweep: from `KEY=VALUES` on the command line to checked configs with names. Pure: starts nothing.
+"""Points of a sweep: parses `KEY=VALUES` arguments into named, validated configs.
 
-The same command line gives the same points in every start, so that a sweep goes on where it stopped; a longer random
-sweep begins with the points of a shorter one.
+The same command line always gives the same points, so that a sweep can resume. A longer random sweep starts with the
+points of a shorter one.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tools.runs.records import compared_settings, format_value, settings_by_key
 from train.optim.factory import with_timm_defaults
 
 RANGE = re.compile(r"(loguniform|uniform)\((.*)\)\s*\Z")
-SWEEP_OWNED = ("name", "output", "log")  # the sweep itself sets these
+SWEEP_OWNED = ("name", "output", "log")  # set by the sweep itself
 MAX_NAME_LENGTH = 80
 Settings = tuple[str, ...]  # KEY=VALUE, as --opts takes them
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied."""
+    """One dimension of a sweep: the values of a setting, or the variants."""
 
     keys: tuple[str, ...]
     options: tuple[Settings, ...] = ()  # the values of a key, or the variants
-    draw: Callable[[float], Settings] | None = None  # from [0, 1), for a range
+    draw: Callable[[float], Settings] | None = None  # of a range: maps [0, 1) to a value
     names: tuple[str, ...] = ()  # of variants
 
 
@@ -46,25 +46,41 @@ class Point:
     name: str  # of its folder
     settings: Settings
     config: Config
-    label: str = ""  # in pictures: variants with their names as given
-    variant: str = ""  # its name as given; empty: without variants
+    label: str = ""  # in plots, with the variant's name as given
+    variant: str = ""  # name as given; empty without variants
 
 
 def build_points(
-    file: Path, axes: Sequence[str], variants: Sequence[str], *, fixed: Sequence[str], draws: int | None, seed: int,
+    file: Path,
+    axes: Sequence[str],
+    variants: Sequence[str],
+    *,
+    fixed: Sequence[str],
+    draws: int | None,
+    seed: int,
     **replacements: Any,
-) -> list[Point]:  # fmt: skip
-    """Every point with its config, checked; fixed and replacements: as `load_config` takes them, for all points."""
-    choices = [_parse_axis(text) for text in axes] + ([_parse_variants(variants)] if variants else [])
-    _check_keys(choices, _override_keys(fixed))
-    chosen = _grid_points(choices) if draws is None else _random_points(choices, draws, seed)
+) -> list[Point]:
+    """Return all points of a sweep with their validated configs.
+
+    Args:
+        file: the config file.
+        axes: `KEY=VALUES` arguments.
+        variants: `NAME: KEY=VALUE …` arguments.
+        fixed: `KEY=VALUE` overrides of all points, as in `load_config`.
+        draws: number of random points; None: the full grid.
+        seed: of the random points.
+        **replacements: values of all points, as in `load_config`.
+    """
+    parsed = [_parse_axis(text) for text in axes] + ([_parse_variants(variants)] if variants else [])
+    _check_keys(parsed, _override_keys(fixed))
+    chosen = _grid_points(parsed) if draws is None else _random_points(parsed, draws, seed)
     return _name_points(
-        choices, [(point, _load_point(file, fixed, tuple(itertools.chain(*point)), replacements)) for point in chosen]
+        parsed, [(point, _load_point(file, fixed, tuple(itertools.chain(*point)), replacements)) for point in chosen]
     )
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The parts between separators (a pattern of one character) that stand in no brackets and no quotes."""
+    """Split at separators (a pattern of one character) outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -78,7 +94,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += character
     if depth or quote:
-        raise UserError(f"{text!r} has brackets or quotes that do not match; close each one that is opened")
+        raise UserError(f"{text!r} has unbalanced brackets or quotes; close each one that is opened")
     return [part.strip() for part in parts]
 
 
@@ -91,7 +107,7 @@ def _parse_axis(text: str) -> Axis:
         return Axis((key,), draw=_parse_range(key, found[1], found[2], text))
     texts = split_outside_brackets(values, ",")
     if "" in texts:
-        raise UserError(f"{text!r} has an empty value; write null for none, or take the comma out")
+        raise UserError(f"{text!r} has an empty value; write null for none, or remove the comma")
     if "(" in values and any(RANGE.match(value) for value in texts):
         raise UserError(f"{text!r} mixes a range with other values; give a key either one range or a list")
     return Axis((key,), options=tuple((f"{key}={value}",) for value in texts))
@@ -108,7 +124,7 @@ def _parse_range(key: str, kind: str, inside: str, text: str) -> Callable[[float
 
     def draw(share: float) -> Settings:
         value = low + share * (high - low) if kind == "uniform" else low * (high / low) ** share
-        value = min(high, max(low, float(f"{value:.4g}")))  # four digits: nobody wants to type or read more
+        value = min(high, max(low, float(f"{value:.4g}")))  # four digits are easy to read and to type
         return (f"{key}={value!r}",)
 
     return draw
@@ -129,22 +145,22 @@ def _parse_variants(texts: Sequence[str]) -> Axis:
         names.append(name.strip())
         options.append(settings)
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--variant {twice[0]!r} is given twice; give each a name of its own")
+        raise UserError(f"--variant {twice[0]!r} is given twice; give each variant a different name")
     keys = list(dict.fromkeys(setting.partition("=")[0] for settings in options for setting in settings))
     return Axis(tuple(keys), options=tuple(options), names=tuple(names))
 
 
-def _check_keys(choices: Sequence[Axis], fixed: Sequence[str]) -> None:
-    """No setting is given by two, also not a section by one and a field of it by another; none is the sweep's own."""
-    owners = [(key, choice) for choice in choices for key in choice.keys]
+def _check_keys(axes: Sequence[Axis], fixed: Sequence[str]) -> None:
+    """Refuse settings that the sweep owns, or that are set twice, directly or through their section."""
+    owners = [(key, axis) for axis in axes for key in axis.keys]
     for key, _ in owners:
         if key.split(".")[0] in SWEEP_OWNED:
-            raise UserError(f"{key} cannot be varied: the sweep names its runs and their folders itself; take it out")
+            raise UserError(f"{key} cannot be varied: the sweep names its runs and their folders itself; remove it")
         if other := next((other for other in fixed if _overlap(key, other)), ""):
-            raise UserError(f"{key} is varied, but --opts sets {other} for all runs; take it out of one of them")
-    for (key, choice), (other, other_choice) in itertools.combinations(owners, 2):
-        if choice is not other_choice and _overlap(key, other):
-            raise UserError(f"{key} and {other} are varied apart; give a setting once, with all of its values")
+            raise UserError(f"{key} is varied, but --opts sets {other} for all runs; remove one of them")
+    for (key, axis), (other, other_axis) in itertools.combinations(owners, 2):
+        if axis is not other_axis and _overlap(key, other):
+            raise UserError(f"{key} and {other} are varied separately; give a setting once, with all of its values")
 
 
 def _overlap(key: str, other: str) -> bool:
@@ -152,7 +168,7 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys among the items of --opts, `KEY=VALUE` or `KEY VALUE`."""
+    """Return the keys of --opts items, `KEY=VALUE` or `KEY VALUE`."""
     keys, remaining = [], iter(overrides)
     for item in remaining:
         key, sign, _ = item.partition("=")
@@ -162,47 +178,47 @@ def _override_keys(overrides: Sequence[str]) -> list[str]:
     return keys
 
 
-def _grid_points(choices: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:
-    if ranges := [choice.keys[0] for choice in choices if choice.draw]:
-        raise UserError(f"{ranges[0]} is a range, which has no grid; add --random N, or list its values")
-    return itertools.product(*(choice.options for choice in choices))
+def _grid_points(axes: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:
+    if ranges := [axis.keys[0] for axis in axes if axis.draw]:
+        raise UserError(f"{ranges[0]} is a range and has no grid; add --random N, or list its values")
+    return itertools.product(*(axis.options for axis in axes))
 
 
-def _random_points(choices: Sequence[Axis], draws: int, seed: int) -> list[tuple[Settings, ...]]:
-    """`draws` different points; only random(), which Python keeps the same in every version, is asked."""
+def _random_points(axes: Sequence[Axis], draws: int, seed: int) -> list[tuple[Settings, ...]]:
+    """Draw `draws` different points. Uses random() only, whose sequence is the same in all Python versions."""
     if draws < 1:
         raise UserError(f"--random {draws} is not a positive whole number; use 1 or more")
-    total = math.inf if any(choice.draw for choice in choices) else math.prod(len(choice.options) for choice in choices)
+    total = math.inf if any(axis.draw for axis in axes) else math.prod(len(axis.options) for axis in axes)
     if draws > total:
         raise UserError(
             f"--random {draws} exceeds the {total} points of the grid; use at most {total}, or leave it out"
         )
     generator = random.Random(seed)
     found: dict[tuple[Settings, ...], None] = {}
-    for _ in range(1000 * draws + 1000):  # a range whose values are all taken would never end
-        shares = [generator.random() for _ in choices]
+    for _ in range(1000 * draws + 1000):  # gives up where a narrow range has too few values
+        shares = [generator.random() for _ in axes]
         found[
             tuple(
-                choice.draw(share) if choice.draw else choice.options[int(share * len(choice.options))]
-                for choice, share in zip(choices, shares, strict=True)
+                axis.draw(share) if axis.draw else axis.options[int(share * len(axis.options))]
+                for axis, share in zip(axes, shares, strict=True)
             )
         ] = None
         if len(found) == draws:
             return list(found)
-    raise UserError(f"--random {draws}: only {len(found)} different points were found; use less, or wider ranges")
+    raise UserError(f"--random {draws}: only {len(found)} different points were found; use fewer, or wider ranges")
 
 
 def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
     try:
-        return with_timm_defaults(load_config(file, [*fixed, *settings], **replacements))  # as the run records it
+        return with_timm_defaults(load_config(file, [*fixed, *settings], **replacements))  # as recorded by the run
     except UserError as error:
         text = str(error).removeprefix("--opts: ")
         raise UserError(f"the point {' '.join(settings) or 'without settings'}: {text}") from None
 
 
-def _name_points(choices: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
-    """Points under names that do not depend on the order of the command line; raises UserError for the same twice."""
-    short = _short_keys([key for choice in choices if not choice.names for key in choice.keys])
+def _name_points(axes: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
+    """Name the points independently of the order of the command line. Raises UserError for duplicates."""
+    short = _short_keys([key for axis in axes if not axis.names for key in axis.keys])
     result: list[Point] = []
     seen: dict[str, str] = {}
     for options, config in chosen:
@@ -210,11 +226,11 @@ def _name_points(choices: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings,
         same = json.dumps(compared_settings(config), sort_keys=True)
         if same in seen:
             raise UserError(
-                f"the points {seen[same]!r} and {' '.join(settings)!r} are the same run; take one of them out"
+                f"the points {seen[same]!r} and {' '.join(settings)!r} are the same run; remove one of them"
             )
         seen[same] = " ".join(settings)
         values = settings_by_key(config)
-        pairs = zip(choices, options, strict=True)
+        pairs = zip(axes, options, strict=True)
         variant = next((one.names[one.options.index(option)] for one, option in pairs if one.names), "")
         parts = [variant]
         for key in sorted(short):
@@ -227,14 +243,14 @@ def _name_points(choices: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings,
         label = ", ".join(filter(None, parts)) if variant else name
         result.append(Point(name, settings, config.model_copy(update={"name": name}), label, variant))
     names = {point.name for point in result}
-    for name in names:  # a run folder's number is told from a name only by the sweep's care
+    for name in names:  # NAME-2 is also the second run of NAME, so such names would be ambiguous
         if (found := re.fullmatch(r"(.+)-\d+", name)) and found[1] in names:
             raise UserError(f"{name!r} would be taken for a second run of {found[1]!r}; give the variant another name")
     return result
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key's shortest end that no other one has."""
+    """Return the shortest unique ending of each dotted key."""
     result = {}
     for key in keys:
         parts = key.split(".")

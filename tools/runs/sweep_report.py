@@ -1,4 +1,4 @@
-"""Write what is known of a sweep so far: the table, sweep.csv, sweep.json and two pictures."""
+"""Report of a sweep so far: sweep.csv, curves.csv, sweep.json, two plots and the printed table."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from train.reporting.metrics_file import read_metrics
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep and where they lie."""
+    """The runs of a sweep and the folder that contains them."""
 
     folder: Path
     points: list[Point]
-    processes: int  # of each run
-    command: list[str]  # of train/ddp.py on one of them, without --opts
-    opts: list[str]  # overrides of all of them
-    errors: dict[str, str] = field(default_factory=dict)  # one line by the name of each run that failed
+    processes: int  # per run
+    command: list[str]  # that trains one point, without --opts
+    opts: list[str]  # overrides of all points
+    errors: dict[str, str] = field(default_factory=dict)  # name of a failed run: its error, one line
 
 
 def read_records(sweep: Sweep) -> list[RunRecord]:
-    """What there is of each point, also of those without a folder yet."""
+    """Return a record per point, including those without a folder yet."""
     records = []
     for point in sweep.points:
         folder, config = run_folder(point), point.config
@@ -52,10 +52,10 @@ def read_records(sweep: Sweep) -> list[RunRecord]:
 
 
 def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
-    """A row per point, whatever has become of it."""
+    """Return a row per point with its status: finished, running, failed or not started."""
     rows = comparison_rows(records, [point.name for point in sweep.points])
     for row, record in zip(rows, records, strict=True):
-        del row["time_ratio"]  # no point is the one to compare with
+        del row["time_ratio"]  # a sweep has no reference run
         if row["run"] in sweep.errors:
             row["status"] = f"failed at epoch {record.epochs_trained} of {record.config.train.epochs}"
             row["error"] = sweep.errors[row["run"]]
@@ -65,13 +65,13 @@ def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row]) -> int | None:
-    """The number of the finished run with the highest validation accuracy."""
+    """Return the index of the finished run with the highest validation accuracy; None if there is none."""
     finished = [n for n, row in enumerate(rows) if row["status"] == "finished" and row["best_val_top1"] is not None]
     return max(finished, key=lambda number: float(rows[number]["best_val_top1"]), default=None)
 
 
 def write_tables(sweep: Sweep) -> list[Row]:
-    """sweep.csv, curves.csv and sweep.json; returns the rows of the first."""
+    """Write sweep.csv, curves.csv and sweep.json. Return the rows of sweep.csv."""
     records = read_records(sweep)
     rows = sweep_rows(sweep, records)
     tables.write_csv(sweep.folder / "sweep.csv", rows)
@@ -84,17 +84,17 @@ def write_tables(sweep: Sweep) -> list[Row]:
 
 
 def runs_of_another_sweep(sweep: Sweep) -> list[str]:
-    """The runs in the folder's sweep.json that are none of this sweep's: its tables and pictures lose them."""
+    """Return the runs in the folder's sweep.json that do not belong to this sweep."""
     points = {point.name for point in sweep.points}
     try:
         runs = json.loads(read_small_text(sweep.folder / "sweep.json"))["runs"]
         return [run["run"] for run in runs if run["run"] not in points]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a file of another program
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, or not written by a sweep
         return []
 
 
 def write_report(sweep: Sweep) -> None:
-    """Tables, pictures, and on the console the table and the setting to go on with."""
+    """Write tables and plots. Print the table, the best setting and the command that trains it."""
     rows = write_tables(sweep)
     pictures = draw_plots(sweep, rows)
     print(tables.markdown(rows))
@@ -109,7 +109,7 @@ def write_report(sweep: Sweep) -> None:
 
 
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
-    """A sentence for each number whose best value is the smallest or the largest of at least three."""
+    """Return a sentence for each number whose best value is the smallest or largest of at least three."""
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):
@@ -121,20 +121,20 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
 
 
 def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """Draw sweep.png and, where numbers or variants were tried, sweep_values.png; return their names.
+    """Draw sweep.png and, if numbers or variants were varied, sweep_values.png. Return their names.
 
-    Pictures of an earlier sweep are removed, since the tables beside them no longer hold their figures.
+    Plots of an earlier sweep are removed, since its tables have been replaced.
     """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)
     records = read_records(sweep)
-    begun = [number for number, record in enumerate(records) if record.metrics]
-    if not begun:
+    started = [number for number, record in enumerate(records) if record.metrics]
+    if not started:
         return []
-    names = [sweep.points[number].label for number in begun]
-    title = f"{sweep.folder.name}: {len(begun)} of {len(sweep.points)} runs"
-    figures.save(plot_curves([records[number] for number in begun], names, title), sweep.folder / "sweep.png")
-    finished = [number for number in begun if rows[number]["status"] == "finished"]
+    names = [sweep.points[number].label for number in started]
+    title = f"{sweep.folder.name}: {len(started)} of {len(sweep.points)} runs"
+    figures.save(plot_curves([records[number] for number in started], names, title), sweep.folder / "sweep.png")
+    finished = [number for number in started if rows[number]["status"] == "finished"]
     points, results = [sweep.points[number] for number in finished], [rows[number] for number in finished]
     figure = plot_values(points, results, sweep.folder.name)
     if figure is None:

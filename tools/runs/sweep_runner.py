@@ -1,7 +1,6 @@
-"""The processes of a sweep: which run starts where, what became of it, and that none outlives the sweep.
+"""Processes of a sweep: starts runs on free GPUs, collects their outcomes, and terminates them with the sweep.
 
-Knows points and folders, but neither tables nor pictures. One thread: the kernel ends a child with the *thread* that
-started it (PR_SET_PDEATHSIG).
+Must run in one thread: PR_SET_PDEATHSIG signals a child when the *thread* that started it ends.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from tools.runs.sweep_points import Point
 from train.checkpoint.run_dir import resolve_resume
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
-LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they are gone
-TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as torchrun gives its processes
+LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they end
+TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as in torchrun
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
@@ -39,19 +38,19 @@ _libc = ctypes.CDLL(None)  # looked up before any fork
 
 @dataclass(frozen=True)
 class RunSlot:
-    """Where one run at a time goes on."""
+    """GPUs and threads for one run at a time."""
 
-    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; empty: the CPU
+    gpus: tuple[str, ...] = ()  # as in CUDA_VISIBLE_DEVICES; empty: the CPU
     processes: int = 1
-    threads: int | None = None  # per process; None: as many as the machine has
+    threads: int | None = None  # per process; None: all of the machine's
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run's process ended."""
+    """Outcome of a run's process."""
 
     point: Point
-    error: str | None  # one line; None: it finished
+    error: str | None  # one line; None: the run finished
     time_s: float
 
 
@@ -61,17 +60,20 @@ class _RunProcess:
     slot: RunSlot
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    log_start: int  # bytes of earlier attempts
+    log_start: int  # offset in bytes, after the output of earlier attempts
     started_at: float
 
 
 def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[RunSlot]:
-    """GPUs in groups; without any, one run on the CPU. `parallel` runs share out the groups, or the CPU's cores."""
+    """Divide the GPUs into groups of `gpus_per_run`; without a GPU, return one slot on the CPU.
+
+    `parallel` is the number of slots (None: one per group); they share the groups and the CPU's cores.
+    """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:
             raise UserError(f"--{name} {number} is not a positive whole number; use 1 or more")
     if gpus_per_run > max(1, len(gpus)):
-        raise UserError(f"--gpus-per-run {gpus_per_run} exceeds the {len(gpus)} GPUs that are visible; use less")
+        raise UserError(f"--gpus-per-run {gpus_per_run} exceeds the {len(gpus)} visible GPUs; use fewer")
     starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
     groups = [tuple(gpus[start : start + gpus_per_run]) for start in starts] or [()]
     count = len(groups) if parallel is None else parallel
@@ -81,7 +83,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    """Return the GPUs visible to this process, named as in CUDA_VISIBLE_DEVICES."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and listed.strip() in ("", "-1"):
         return []
@@ -93,7 +95,7 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """The folder is this sweep's alone; gives the lock, which children inherit: it ends with the last of them."""
+    """Lock the folder for this sweep. Yields the lock's descriptor: children that inherit it hold the lock too."""
     with (folder / ".lock").open("wb") as file:
         give_up_at = time.monotonic() + LOCK_WAIT_S
         while True:
@@ -103,20 +105,20 @@ def lock_folder(folder: Path) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > give_up_at:
                     raise UserError(
-                        f"another sweep is at work in {folder}; wait for its end, or give another --out"
+                        f"another sweep is running in {folder}; wait for its end, or give another --out"
                     ) from None
                 time.sleep(POLL_S)
         yield file.fileno()
 
 
 def is_finished(point: Point) -> bool:
-    """Whether the run needs no process any more. Raises UserError where its folder holds another run."""
+    """Return whether the run is complete. Raises UserError if its folder contains another run."""
     folder = run_folder(point)
-    latest = resolve_resume(point.config, "auto")[0]  # which the run would go on in
+    latest = resolve_resume(point.config, "auto")[0]  # the folder that the run would resume in
     if latest not in (None, folder):
         raise UserError(f"{latest} would be taken for the latest run of {folder}; move it away, or give another --out")
     config_file, last = folder / "config.yaml", folder / "last.pt"
-    if not config_file.is_file() or config_file.stat().st_size == 0:  # killed before it began
+    if not config_file.is_file() or config_file.stat().st_size == 0:  # killed before it started
         return False
     run = read_run(folder)
     there, here = compared_settings(run.config), compared_settings(point.config)
@@ -127,7 +129,7 @@ def is_finished(point: Point) -> bool:
     ]:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(different[:3])}{more}); "
+            f"{folder} contains a run with other settings ({'; '.join(different[:3])}{more}); "
             "give another --out, or move that folder away"
         )
     # the last epoch is logged before its checkpoint is written
@@ -139,16 +141,16 @@ def run_folder(point: Point) -> Path:
 
 
 def log_path(point: Point) -> Path:
-    """What the run's processes print."""
+    """Return the path of the run's console log."""
     return Path(point.config.output) / f"{point.name}.log"
 
 
 def run_points(
     points: Sequence[Point], slots: Sequence[RunSlot], lock: int, on_done: Callable[[RunOutcome], None]
 ) -> None:
-    """Each point in a process of its own, as many at a time as there are slots; `done` is called as each one ends.
+    """Run each point in a separate process, one per slot at a time. Calls `on_done` after each run.
 
-    Whatever ends this call, a signal too, ends the processes first; a signal becomes KeyboardInterrupt.
+    All processes are terminated before this function returns or raises. A signal raises KeyboardInterrupt.
     """
     waiting, free, children = list(points), list(slots), list[_RunProcess]()
     with _catch_signals() as signals:
@@ -170,8 +172,10 @@ def run_points(
 
 @contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Ctrl-C, a scheduler's SIGTERM and a closed terminal add to a list, instead of raising wherever the code stands:
-    from within a fork Python drops exceptions. What is ignored (nohup) stays so."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of raising: Python drops exceptions raised in a fork.
+
+    Ignored signals (nohup) stay ignored.
+    """
     noted: list[int] = []
     names = [
         name for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN
@@ -185,7 +189,7 @@ def _catch_signals() -> Iterator[list[int]]:
 
 
 def command_line(point: Point, slot: RunSlot) -> list[str]:
-    """train/ddp.py on the config as it was checked, whatever has become of the files it came from."""
+    """Return the command that trains a point from its own copy of the validated config."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
     config_file = Path(point.config.output) / f"{point.name}.yaml"
     return [sys.executable, *(launcher if slot.processes > 1 else []), str(TRAIN_SCRIPT), "--cfg", str(config_file),
@@ -207,24 +211,30 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
     log = log_path(point).open("ab")
-    log_start = log.tell()  # the child moves the same position
+    log_start = log.tell()  # before the child, which shares the position, writes
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's handler would swallow it until exec
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun passes it on to its processes
-        if os.getppid() != parent:  # it died before this line
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until exec, the sweep's handler would swallow it
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun forwards it to its processes
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     process = subprocess.Popen(
-        command_line(point, slot), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        pass_fds=(lock,), start_new_session=True, preexec_fn=die_with_parent,  # a session: Ctrl-C is for the sweep
-    )  # fmt: skip
+        command_line(point, slot),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=(lock,),
+        start_new_session=True,  # so that Ctrl-C only reaches the sweep
+        preexec_fn=die_with_parent,
+    )
     return _RunProcess(point, slot, process, log, log_start, time.monotonic())
 
 
 def _failure_line(child: _RunProcess) -> str | None:
-    """The line that says why it failed: the last that names an error, else the last one."""
+    """Return the line that explains a failure: the last one that names an error, else the last one."""
     code = child.process.returncode
     if code == 0:
         return None

@@ -1,4 +1,4 @@
-"""A converted data set: samples per class of every labelled split, sizes, and an image of each class."""
+"""Plots of a converted data set: samples per class of each labelled split, and an image of each class."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
-EXAMPLE_SIDE = 96  # pixels, where stored images have several shapes
+EXAMPLE_SIDE = 96  # pixels, for images of several shapes
 
 
 def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
-    """class-counts and examples, each a PNG and a CSV; prints a line per split."""
+    """Write class-counts and examples, each as PNG and CSV. Print a table of the splits."""
     dataset = load_dataset(path)
     splits = {name: open_split(path, name) for name in dataset["splits"]}
     counts = {name: class_counts(split) for name, split in splits.items() if split.labels is not None}
@@ -29,10 +29,11 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
     folder = make_folder(out or Path("output") / "show" / dataset["name"])
     title = f"{dataset['name']}: {len(classes)} classes"
     figures.save(figures.class_counts(counts, classes, title), folder / "class-counts.png")
-    write_csv(folder / "class-counts.csv", [
+    rows = [
         {"label": label, "class": name, **{f"{split} samples": int(each[label]) for split, each in counts.items()}}
         for label, name in enumerate(classes)
-    ])  # fmt: skip
+    ]
+    write_csv(folder / "class-counts.csv", rows)
 
     name = "train" if "train" in counts else next(iter(counts))
     samples = class_examples(splits[name], count, seed)
@@ -44,23 +45,24 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
     assert labels is not None
     grid = image_grids.sample_grid(images, torch.from_numpy(labels[samples]), classes, f"{title}, examples of {name}")
     figures.save(grid, folder / "examples.png")
-    write_csv(folder / "examples.csv", [
+    rows = [
         {"sample": sample, "label": label, "class": classes[label]}
         for sample, label in zip(samples.tolist(), labels[samples].tolist(), strict=True)
-    ])  # fmt: skip
+    ]
+    write_csv(folder / "examples.csv", rows)
     print(f"{title}, stored as {dataset['encoding']}")
     print(markdown([split_row(split, counts.get(name)) for name, split in splits.items()]))
-    print(f"pictures and their figures lie in {folder}")
+    print(f"plots and their data are in {folder}")
 
 
 def class_counts(split: Split) -> np.ndarray:
-    """int64 [classes]: samples of each."""
+    """Return the number of samples of each class: int64 [classes]."""
     assert split.labels is not None
     return np.bincount(split.labels, minlength=len(split.classes))
 
 
 def split_row(split: Split, counts: np.ndarray | None) -> Row:
-    """Samples, sizes in pixels and, where there are labels, samples per class."""
+    """Return the split's samples, image sizes in pixels and, with labels, samples per class."""
     row: Row = {
         "split": split.name,
         "samples": len(split),
@@ -79,7 +81,7 @@ def split_row(split: Split, counts: np.ndarray | None) -> Row:
 
 
 def class_examples(split: Split, count: int, seed: int) -> np.ndarray:
-    """A random sample of each class, in the order of the classes; of `count` random ones where there are more."""
+    """Return a random sample of each class, in the order of classes; of `count` random classes if there are more."""
     assert split.labels is not None
     generator = np.random.default_rng(seed)
     present = np.unique(split.labels)

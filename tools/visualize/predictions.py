@@ -1,4 +1,4 @@
-"""A trained model on a split: random predictions, the most confident mistakes, confusions, and each class's scores."""
+"""Plots of a trained model's predictions: random samples, most confident mistakes, confusions, class scores."""
 
 from __future__ import annotations
 
@@ -18,15 +18,25 @@ from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
-MAX_PRINTED_CLASSES = 20  # up to so many are printed, of more the best and the worst
+MAX_PRINTED_CLASSES = 20  # of more, only the best and the worst are printed
 BEST_AND_WORST = 5
-MAX_PRINTED_PAIRS = 10  # printed
+MAX_PRINTED_PAIRS = 10
 
 
 def show_predictions(
     checkpoint: Path, ranks: Ranks, split: str | None, data_path: str | None, count: int, seed: int, out: Path | None
 ) -> None:
-    """All pictures of a labelled split, each with its CSV; of a split without labels only predictions."""
+    """Write the plots of a split, each with a CSV; without labels only the predictions.
+
+    Args:
+        checkpoint: a run folder or a checkpoint.
+        ranks: of this process.
+        split: the split to predict; None: the run's data.val_split.
+        data_path: the data set; None: the run's.
+        count: images per plot, at most.
+        seed: of the random samples.
+        out: output folder; None: show-SPLIT beside the checkpoint.
+    """
     with process_group(ranks) as device:
         trained = load_trained_model(checkpoint, device)
         split = split or trained.config.data.val_split
@@ -43,26 +53,29 @@ def show_predictions(
         )
 
     title = f"{trained.config.name}, {split}"
-    draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, trained.classes,
-                     f"{title}: random samples")  # fmt: skip
+    classes = trained.classes
+    random_title = f"{title}: random samples"
+    draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, classes, random_title)
     if not evaluations:
         splits = load_dataset(path)["splits"]
         labelled = ", ".join(name for name, entry in splits.items() if entry["labelled"]) or "none"
-        print(f"split {split!r} of {path} has no labels, so there are no mistakes and no scores to show; "
-              f"splits with labels: {labelled}\n{folder / 'predictions.png'} and .csv are drawn")  # fmt: skip
+        print(
+            f"split {split!r} of {path} has no labels, so there are no mistakes and no scores to show; splits with "
+            f"labels: {labelled}\nwrote {folder / 'predictions.png'} and .csv"
+        )
         return
-    draw_predictions(folder, "mistakes", pixels[len(random) :], worst, logits, labels, trained.classes,
-                     f"{title}: most confident mistakes")  # fmt: skip
+    mistakes_title = f"{title}: most confident mistakes"
+    draw_predictions(folder, "mistakes", pixels[len(random) :], worst, logits, labels, classes, mistakes_title)
     predicted, _ = image_grids.predicted_classes(logits)
     (evaluation,) = evaluations
     print(f"{trained.path}: {evaluation.sentence(split)}")
-    write_scores(folder, labels, predicted, trained.classes, title)
-    write_confusions(folder, labels, predicted, trained.classes, title)
-    print(f"\npictures and their figures lie in {folder}")
+    write_scores(folder, labels, predicted, classes, title)
+    write_confusions(folder, labels, predicted, classes, title)
+    print(f"\nplots and their data are in {folder}")
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """The samples whose prediction is wrong, the most probable first: int64 [mistakes]."""
+    """Return the wrongly predicted samples, the most confident first: int64 [mistakes]."""
     predicted, probabilities = image_grids.predicted_classes(logits)
     wrong = torch.nonzero((predicted != labels) & (labels >= 0))[:, 0]
     return wrong[probabilities[wrong].argsort(descending=True, stable=True)].numpy()
@@ -78,7 +91,7 @@ def draw_predictions(
     classes: tuple[str, ...],
     title: str,
 ) -> None:
-    """NAME.png and NAME.csv of these samples; images are theirs, logits and labels those of the whole split."""
+    """Write NAME.png and NAME.csv of `samples`. `images` are theirs; `logits` and `labels` are the whole split's."""
     logits, labels = logits[samples], labels[samples]
     figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
     rows: list[Row] = []
@@ -95,7 +108,7 @@ def draw_predictions(
 
 
 def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """classes.csv, classes.png and a short table: what cannot be computed, since a class never occurs, counts as 0."""
+    """Write classes.csv and classes.png, and print a short table. Undefined scores count as 0."""
     scores = class_scores(labels, predicted, classes)
     means = mean_scores(scores)
     write_csv(folder / "classes.csv", scores + means)
@@ -110,7 +123,7 @@ def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple
 
 
 def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[Row]:
-    """A row per class: precision, recall, F1 and support (samples that have it)."""
+    """Return a row per class: precision, recall, F1 and support (its number of samples)."""
     columns = precision_recall_fscore_support(
         labels.numpy(), predicted.numpy(), labels=range(len(classes)), zero_division=0
     )
@@ -123,23 +136,25 @@ def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) ->
 
 
 def mean_scores(scores: list[Row]) -> list[Row]:
-    """Two rows: the mean over classes, and the mean weighted by their support."""
+    """Return two rows: the mean over classes, and the mean weighted by support."""
     support = [row["support"] for row in scores]
-    names = ("precision", "recall", "f1")
-    return [
-        {"label": None, "class": name, **{key: float(np.average([row[key] for row in scores], weights=weights))
-                                          for key in names}, "support": sum(support)}
-        for name, weights in (("macro mean", None), ("weighted mean", support))
-    ]  # fmt: skip
+    rows: list[Row] = []
+    for name, weights in (("macro mean", None), ("weighted mean", support)):
+        keys = ("precision", "recall", "f1")
+        means = {key: float(np.average([row[key] for row in scores], weights=weights)) for key in keys}
+        rows.append({"label": None, "class": name, **means, "support": sum(support)})
+    return rows
 
 
 def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """confusion.png, confusion.csv (the matrix), and confused.csv: its cells off the diagonal, the fullest first."""
+    """Write confusion.png, confusion.csv (the matrix) and confused.csv (the pairs, most frequent first)."""
     counts = image_grids.confusion_counts(labels, predicted, len(classes))
     figures.save(figures.confusion_matrix(counts, classes, f"{title}: confusion"), folder / "confusion.png")
-    columns = [f"{label} {name}" for label, name in enumerate(classes)]  # names alone need not differ
-    matrix = [{"true class": name, **dict(zip(columns, row, strict=True))}
-              for name, row in zip(columns, counts.tolist(), strict=True)]  # fmt: skip
+    columns = [f"{label} {name}" for label, name in enumerate(classes)]  # names alone may not be unique
+    matrix = [
+        {"true class": name, **dict(zip(columns, row, strict=True))}
+        for name, row in zip(columns, counts.tolist(), strict=True)
+    ]
     write_csv(folder / "confusion.csv", matrix)
     pairs = confused_pairs(counts, classes)
     write_csv(folder / "confused.csv", pairs)
@@ -149,7 +164,7 @@ def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: t
 
 
 def confused_pairs(counts: np.ndarray, classes: tuple[str, ...]) -> list[Row]:
-    """A row per pair of true and predicted class that occurs, the most frequent first; counts: int64 [C, C]."""
+    """Return a row per confused pair of classes, the most frequent first. `counts` is int64 [C, C]."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     totals = counts.sum(axis=1)

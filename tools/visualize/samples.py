@@ -1,4 +1,4 @@
-"""Training samples of a config, as one process trains on them, beside what they were made of."""
+"""Plots of a config's augmented training samples beside the unaugmented images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = 10  # samples side by side
 
 
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
-    """samples.png and samples.csv: the first samples of the first of `epochs`, as each of the epochs augments them."""
+    """Write samples.png and samples.csv: the first samples of `epochs[0]`, as each epoch augments them."""
     with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
         original = load_images(config.data, config.eval, config.data.train_split, samples, device)
@@ -48,28 +48,31 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
             for line, name in zip(table, mixture, strict=True):
                 line[f"epoch {epoch}"] = name
     shown = [original, *(row.images for row in rows)]
-    largest = max(images.shape[2] for images in shown)  # stages and evaluation have sizes of their own
+    largest = max(images.shape[2] for images in shown)  # sizes differ between stages and evaluation
     original, *images = (one if one.shape[2] == largest else enlarge(one, largest) for one in shown)
     figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
     write_csv(folder / "samples.csv", table)
-    print(f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
-          f"{folder / 'samples.png'} and .csv")  # fmt: skip
+    print(
+        f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
+        f"{folder / 'samples.png'} and .csv"
+    )
 
 
 def augmented_samples(
     config: Config, epochs: Sequence[int], count: int, device: torch.device
 ) -> tuple[np.ndarray, list[RenderedBatch]]:
-    """The first samples of the first batch of `epochs[0]`, int64 [N], and them as each epoch shows them, on the host.
+    """Return the first samples of `epochs[0]`, int64 [N], and their images in each epoch, on the host.
 
-    In other epochs these samples have other neighbours; here they are mixed with those of `epochs[0]`.
+    Mixing pairs the samples with their partners in `epochs[0]`, although other epochs would pair them differently.
     """
-    data = config.data.model_copy(update={"placement": "host"})  # the same pixels, without a copy of the whole split
-    loader = build_train_loader(data, config.aug, seed=config.seed, device=device,
-                                accumulation_steps=config.train.accumulation_steps)  # fmt: skip
-    samples = loader.at(epochs[0]).plan.indices(epochs[0], 0)[: count + count % 2]  # whole pairs, as they are mixed
+    data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
+    loader = build_train_loader(
+        data, config.aug, seed=config.seed, device=device, accumulation_steps=config.train.accumulation_steps
+    )
+    samples = loader.at(epochs[0]).plan.indices(epochs[0], 0)[: count + count % 2]  # mixing needs whole pairs
     rows = []
     for epoch in epochs:
-        # a sample's augmentation follows from (seed, epoch, sample), whatever batch it is in
+        # a sample's augmentation depends on (seed, epoch, sample), not on its batch
         stage = select_samples(loader.at(epoch), samples)
         stage.state = {"epoch": epoch, "step": 0}
         seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in stage]
@@ -78,7 +81,7 @@ def augmented_samples(
 
 
 def enlarge(images: Tensor, side: int) -> Tensor:
-    """uint8 [N, 3, side, side], each pixel as it is, repeated."""
+    """Resize uint8 images to [N, 3, side, side] by repeating pixels."""
     return functional.interpolate(images, (side, side), mode="nearest-exact")
 
 
@@ -90,9 +93,15 @@ def sample_figure(
     title: str,
     mixtures: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """Blocks of samples side by side: a row of the unaugmented images with their classes, then a row per epoch.
+    """Draw blocks of samples: a row of unaugmented images with their classes, then a row per epoch.
 
-    mixtures: per epoch and sample, what it was mixed of.
+    Args:
+        original: unaugmented images.
+        rows: augmented images of each epoch.
+        epochs: their numbers.
+        names: class name of each sample.
+        title: start of the figure's title.
+        mixtures: per epoch and sample, the classes that were mixed.
     """
     columns = min(COLUMNS, len(names))
     blocks = math.ceil(len(names) / columns)
@@ -115,6 +124,6 @@ def sample_figure(
     return figures.image_grid(
         images.reshape(-1, *images.shape[3:]),
         table.reshape(-1).tolist(),
-        title=f"{title}: samples without augmentation, and as they are trained on",
+        title=f"{title}: samples without augmentation, and as used in training",
         columns=columns,
     )

@@ -1,4 +1,4 @@
-"""Chosen samples of a split, by their numbers, through the loaders that training and evaluation use."""
+"""Selected samples of a split, loaded by the loaders of training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.loader.loader import Loader
 
 
 def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
-    """Let every epoch of the loader be these samples, int64 [N], in their order, drawn and augmented as ever."""
+    """Make each epoch of the loader consist of `samples`, int64 [N], in this order. Augmentation is unchanged."""
     size = loader.plan.batch_size
 
     def indices(epoch: int, step: int) -> np.ndarray:
@@ -27,8 +27,8 @@ def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
 def load_images(
     data: DataConfig, evaluation: EvalConfig, split: str, samples: np.ndarray, device: torch.device
 ) -> Tensor:
-    """These samples as they are evaluated: uint8 [N, 3, H, W] on the host."""
-    section = data.model_copy(update={"placement": "host"})  # not the whole split on the device for a few images
+    """Return `samples` as evaluation loads them: uint8 [N, 3, H, W] on the host."""
+    section = data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     batch = evaluation.model_copy(update={"batch_size": min(256, max(1, len(samples)))})
     loader = select_samples(build_eval_loader(section, batch, split=split, device=device), samples)
     images = [images.cpu().clone() for images, _ in loader]

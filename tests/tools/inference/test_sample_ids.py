@@ -60,7 +60,7 @@ def test_numbers_are_matched_by_number_and_other_ids_taken_in_their_order(
         (["1.png", "10.png", "5.png"], "neither from 0 or 1 without a gap nor in ascending order"),
         (["img_502", "img_501"], "neither from 0 or 1 without a gap nor in ascending order"),
         (["1", "01", "2"], "neither from 0 or 1 without a gap nor in ascending order"),
-        (["1_3", "2_1", "3_2"], "hold several numbers"),
+        (["1_3", "2_1", "3_2"], "contain several numbers"),
     ],
 )
 def test_numbers_that_leave_it_open_which_image_is_meant_are_refused(ids: list[str], reason: str) -> None:
@@ -73,7 +73,7 @@ def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_
     numbers = range(1, 12)
     images = image_set(11, is_sorted_by_name=True)
     for ids in (sorted(f"{number}.png" for number in numbers), [f"{number}.png" for number in numbers]):
-        with pytest.raises(UserError, match="give the folder with these very images as --split"):
+        with pytest.raises(UserError, match="give the folder of these images as --split"):
             match_ids(ids, images, SAMPLE)
     for ids in ([f"{number:02d}.png" for number in numbers], [str(number) for number in numbers]):
         assert match_ids(ids, images, SAMPLE).rows == tuple(range(11))

@@ -1,0 +1,20 @@
+"""Helpers for the arguments of command-line tools."""
+
+from __future__ import annotations
+
+import argparse
+
+from configs.utils.errors import UserError
+
+
+def flag_name(name: str) -> str:
+    """Return the command-line flag of an argument: `--top-k` for `top_k`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for the first of these integer arguments that is below 1; None is allowed."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag_name(name)}={value} is not a positive whole number; use 1 or more")
