@@ -1,4 +1,4 @@
-"""Converts a data set into shards once, so that training reads it at full speed; also proves that shards are sound.
+"""Convert a data set into shards that training reads at full speed, or verify a converted data set.
 
     python tools/convert.py digits --out data/digits
     python tools/convert.py cifar10 --download --out data/cifar10
@@ -6,8 +6,7 @@
     python tools/convert.py imagefolder --source photos --size 224 --out data/photos
     python tools/convert.py verify data/cifar10
 
-An interrupted conversion goes on when the same command is run again, and ends with the same bytes.
-Owns the command line; `tools/sources` reads, `pipelines/convert/writer.py` writes.
+To resume an interrupted conversion, run the same command again; the result is bitwise the same.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         with raise_on_sigterm():
             return convert(args)
     except Terminated:
-        print("terminated: the same command goes on where it stopped", file=sys.stderr)
+        print("terminated; to resume, run the same command again", file=sys.stderr)
         return 128 + signal.SIGTERM
 
 
@@ -57,30 +56,32 @@ def convert(args: argparse.Namespace) -> int:
         source = open_source(args)
     except OSError as error:
         raise UserError(
-            f"cannot read the source: {error.strerror or error} ({error.filename}); mend that and start again"
+            f"cannot read the source: {error.strerror or error} ({error.filename}); fix this and start again"
         ) from None
     try:
         dataset = write_dataset(source, args.out, options, args.workers, name)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot go on converting into {args.out}: {reason} ({error.filename or 'in writing'}); mend "
-                        "that and run the same command again, which goes on where it stopped") from None  # fmt: skip
+        raise UserError(
+            f"cannot convert into {args.out}: {reason} ({error.filename or 'while writing'}); fix this and "
+            "run the same command again to resume"
+        ) from None
     print(format_summary(dataset, args.out, time.perf_counter() - started))
     return 0
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """SIGTERM was received."""
 
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """SIGTERM, as of a scheduler, ends the conversion in good order, as Ctrl-C does."""
+    """Raise `Terminated` on SIGTERM, so that the conversion cleans up as after Ctrl-C."""
 
     def terminate(*_: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -91,7 +92,7 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The source that the command names; imports only what reads it, since every worker process imports this file."""
+    """Open the command's source. Imports are deferred, since every worker process imports this module."""
     if args.command == "digits":
         from tools.sources.digits import open_digits
 
@@ -116,7 +117,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def build_options(args: argparse.Namespace) -> Options:
     if args.encoding != "jpeg" and (args.quality is not None or args.subsampling is not None):
-        raise UserError(f"--quality and --subsampling belong to --encoding jpeg, not {args.encoding}; leave them out")
+        raise UserError(f"--quality and --subsampling belong to --encoding jpeg, not {args.encoding}; omit them")
     encoding = Encoding(
         name=args.encoding,
         quality=args.quality or Encoding.quality,
@@ -128,8 +129,10 @@ def build_options(args: argparse.Namespace) -> Options:
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """What the shards are called: --name, or the name of the source; never of --out, so that equal input in two
-    folders gives equal files."""
+    """Return the name of the data set and its shards: --name, or that of the source.
+
+    The name does not depend on --out, so that equal input gives equal files in any folder.
+    """
     if args.name is not None:
         name: str = args.name
     elif args.command in ("hdf5", "imagefolder"):
@@ -139,14 +142,14 @@ def dataset_name(args: argparse.Namespace) -> str:
         name = args.command
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(
-            f"the data set cannot be named {name!r}, since its shards are named so: pass a --name of letters, digits, "
-            "'.', '_' and '-', up to 100 of them, that starts with a letter or a digit"
+            f"the data set cannot be named {name!r}, since shard files get this name; give a --name of up to 100 "
+            "letters, digits, '.', '_' and '-' that starts with a letter or a digit"
         )
     return name
 
 
 def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
-    """What was written, one line per split, with the first few samples that could not be used."""
+    """Return a summary of the data set, one line per split, with the first quarantined samples."""
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]
     for name, split in splits.items():
@@ -170,7 +173,7 @@ def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
 
 
 def verify(folder: Path) -> str:
-    """One sentence saying that the data set is sound; raises UserError with the first problems where it is not."""
+    """Verify a data set and return a sentence. Raises UserError with the first problems if it is damaged."""
     problems = find_problems(folder)
     if problems:
         more = (
@@ -210,54 +213,71 @@ def build_parser() -> argparse.ArgumentParser:
             "--source",
             type=path_argument,
             default=Path("data/raw"),
-            help=f"{folder}, its .tar.gz or the folder above (%(default)s)",
+            help=f"{folder}, its .tar.gz, or the folder that contains one of them (default: %(default)s)",
         )
-        cifar.add_argument("--download", action="store_true", help="first fetch the official archive into --source")
+        cifar.add_argument("--download", action="store_true", help="first download the official archive into --source")
         _add_options(cifar, encoding="npy")
     hdf5 = command(
         "hdf5",
         "an HDF5 file with images-SPLIT and labels-SPLIT for train, val and test",
         "--source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96",
     )
-    hdf5.add_argument("--source", type=path_argument, required=True, help="the .hdf5 file")
+    hdf5.add_argument("--source", type=path_argument, required=True, help="HDF5 file")
     hdf5.add_argument("--classes", type=path_argument, help="text file with one class name per line (default: 0, 1, …)")
     _add_options(hdf5, encoding="npy")
     imagefolder = command(
         "imagefolder",
-        "image files in SPLIT/CLASS/ folders, at any depth; JPEG files keep their bytes unless --size changes them",
+        "image files in SPLIT/CLASS/ folders, at any depth; JPEG files are kept unchanged unless --size resizes them",
         "--source photos --size 256 --out data/photos",
     )
     imagefolder.add_argument(
-        "--source", type=path_argument, required=True, help="the folder that holds train, val and test"
+        "--source", type=path_argument, required=True, help="folder that contains train, val and test"
     )
     _add_options(imagefolder, encoding="jpeg")
     check = command("verify", "check every byte of a converted data set", "data/cifar10")
-    check.add_argument("folder", type=path_argument, help="the folder of the data set")
+    check.add_argument("folder", type=path_argument, help="folder of the data set")
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     count, seed = _whole_number(1), _whole_number(0)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--out", type=path_argument, required=True, help="folder to write the data set to")
+    parser.add_argument("--out", type=path_argument, required=True, help="output folder of the data set")
     parser.add_argument("--name", help="name of the data set and its shards (default: from the source)")
     parser.add_argument(
-        "--encoding", choices=["npy", "jpeg"], default=encoding, help="npy: lossless pixels of one size (%(default)s)"
+        "--encoding",
+        choices=["npy", "jpeg"],
+        default=encoding,
+        help="npy: raw pixels, all images of one size; jpeg: compressed, any sizes (default: %(default)s)",
     )
-    parser.add_argument("--quality", type=_whole_number(1, 100), help=f"of JPEG, 1 to 100 ({Encoding.quality})")
-    parser.add_argument("--subsampling", choices=list(SUBSAMPLINGS), help=f"of JPEG chroma ({Encoding.subsampling})")
     parser.add_argument(
-        "--size", type=count, help="pixels of the shorter side after resizing; npy is then cropped to a square (as is)"
+        "--quality", type=_whole_number(1, 100), help=f"JPEG quality, 1 to 100 (default: {Encoding.quality})"
     )
-    parser.add_argument("--shard-mib", type=count, default=Options.shard_mib, help="size of a shard (%(default)s)")
-    parser.add_argument("--workers", type=count, default=cores, help="processes (this process's cores: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=Options.seed, help="of the stored order of train (%(default)s)")
-    parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be used")
+    parser.add_argument(
+        "--subsampling", choices=list(SUBSAMPLINGS), help=f"JPEG chroma subsampling (default: {Encoding.subsampling})"
+    )
+    parser.add_argument(
+        "--size",
+        type=count,
+        help="resize the shorter side to this many pixels, and crop npy images to a square (default: keep the size)",
+    )
+    parser.add_argument(
+        "--shard-mib", type=count, default=Options.shard_mib, help="size of a shard in MiB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=cores, help="worker processes (default: the available cores, %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=Options.seed, help="seed of the stored order of train (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first unusable image instead of leaving it out"
+    )
     parser.add_argument(
         "--max-pixels",
         type=count,
         default=MAX_PIXELS,
-        help="larger images are decompression bombs (%(default)s)",
+        help="quarantine images with more pixels, which may be decompression bombs (default: %(default)s)",
     )
 
 

@@ -1,26 +1,28 @@
-"""Export a trained model to files that other programs load, each loaded again and compared before it gets its name.
+"""Export a trained model to files for other programs. Each file is verified against the checkpoint.
 
     python tools/export.py --checkpoint output/cifar10_lenet
 
 writes to output/cifar10_lenet/export:
 
-  model.safetensors   the network's weights under their plain names, for normalised floats
-  config.json         how to build it, mean, std, crop and classes, laid out as in timm's folders: a model timm/NAME
-                      is loaded by timm.create_model("local-dir:FOLDER", pretrained=True), a built-in one by
-                      build_model and safetensors.torch.load_file; the tool prints the lines
+  model.safetensors   weights of the network, whose input is normalised floats
+  config.json         architecture, mean, std, crop and classes, in the layout of timm's folders. A model timm/NAME is
+                      loaded by timm.create_model("local-dir:FOLDER", pretrained=True), a built-in one by build_model
+                      and safetensors.torch.load_file; the tool prints the code
   model.pt2           torch.export: raw pixels, uint8 [batch, 3, H, W] -> logits float32 [batch, classes]
-  model.onnx          the same for ONNX Runtime: input `images`, output `logits`; classes, image size, crop and origin
-                      stand in its metadata
-  export.json         the figures of the printed table, versions, and how to use each file
+  model.onnx          the same for ONNX Runtime: input `images`, output `logits`; its metadata contains the classes,
+                      image size, crop and origin
+  export.json         the values of the printed table, package versions, and how to use each file
 
-All in float32, for any batch size, without test-time augmentation. Images come as eval prepares them: RGB, the shorter
-side resized to image_size / crop_fraction, the centre cut out; with crop_mode squash both sides resized to image_size.
-Each format is loaded from disk and run on images of the
-validation split, in batches of 1, 7 and 64; where the data set's folder is not there, on random pixels. Logits that
-differ from the checkpoint's by more than --tolerance, or a millionth of the largest where that is more, leave nothing
-behind, and no older file is touched.
+All models are float32, take any batch size and use no test-time augmentation. Prepare images as in evaluation: RGB, the
+shorter side resized to image_size / crop_fraction, the center cropped; with crop_mode squash, both sides resized to
+image_size.
 
-Exit code 0: all formats are written; 1: at least one is not, its reason is on stderr; 2: bad input, nothing is written.
+Each format is loaded from disk and run on images of the validation split, or on random pixels if the data set does not
+exist, in batches of 1, 7 and 64. If logits differ from the checkpoint's by more than --tolerance (or a millionth of the
+largest logit, if that is more), the format is not written and an older file is left unchanged.
+
+Exit codes: 0: all formats were written; 1: at least one was not, for the reason on stderr; 2: invalid input, nothing
+was written.
 """
 
 from __future__ import annotations
@@ -47,36 +49,49 @@ import torch
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from models import PixelClassifier, model_options
+from tools.common.cli import check_positive
 from tools.common.tables import Row, make_folder, markdown, write_text
 from tools.inference.export_check import CPU, ExpectedLogits, compare_logits, expected_logits
 from tools.inference.export_formats import FORMATS, Exportable, usage_snippet
 from tools.inference.trained_model import TrainedModel, load_trained_model
 from train.distributed.process_group import Ranks, process_group
 
-ROUNDING = 1e-6  # of the largest logit: what float32 leaves open after many layers
+ROUNDING = 1e-6  # rounding error of float32 after many layers, relative to the largest logit
 PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=path_argument, required=True, metavar="RUN", help="run folder or .pt file")
     parser.add_argument(
-        "--checkpoint", type=path_argument, required=True, metavar="RUN", help="a run's folder, or a .pt file"
+        "--format",
+        nargs="+",
+        choices=list(FORMATS),
+        default=list(FORMATS),
+        help="formats to write (default: all)",
     )
-    parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all")
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: export, beside the checkpoint")
-    parser.add_argument("--verify-images", type=int, default=256, metavar="N", help="images to compare on (256)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (1e-4, or a "
-                        "millionth of the largest logit where that is more)")  # fmt: skip
     parser.add_argument(
-        "--data-path", type=path_text, metavar="FOLDER", help="the converted data set, if it moved since training"
+        "--out", type=path_argument, metavar="FOLDER", help="output folder (default: export, beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--verify-images", type=int, default=256, metavar="N", help="images to verify on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest allowed difference of logits (default: 1e-4, or a millionth of the largest logit if that is "
+        "more)",
+    )
+    parser.add_argument(
+        "--data-path", type=path_text, metavar="FOLDER", help="converted data set, if it was moved since training"
     )
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
-    if arguments.verify_images < 1:
-        raise UserError(f"--verify-images={arguments.verify_images} is not a positive whole number; use 1 or more")
+    check_positive(arguments, "verify_images")
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance={arguments.tolerance} is not a number of at least 0; use 1e-4")
     with process_group(Ranks.alone("tools/export.py")):
@@ -104,7 +119,7 @@ def main() -> int:
 
 
 def build_exportable(trained: TrainedModel) -> Exportable:
-    """A float32 copy with plain strides, whatever memory format the run trained in."""
+    """Return a contiguous float32 copy of the model, for any memory format of the run."""
     model = copy.deepcopy(trained.training.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
     settings, evaluation = trained.config.model, trained.config.eval
@@ -128,14 +143,28 @@ def build_exportable(trained: TrainedModel) -> Exportable:
 
 
 def export(name: str, exportable: Exportable, expected: ExpectedLogits, tolerance: float, folder: Path) -> Row:
-    """Write one format aside, compare, and give its files their names; UserError, and no file, where that fails."""
+    """Write one format to a temporary folder, verify it, and move its files to `folder`.
+
+    Args:
+        name: the format, a key of FORMATS.
+        exportable: the model.
+        expected: the checkpoint's logits.
+        tolerance: largest allowed difference of logits.
+        folder: of the written files.
+
+    Returns:
+        The row of the printed table.
+
+    Raises:
+        UserError: the format cannot be written or run, or its logits differ; `folder` is unchanged.
+    """
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
         aside = Path(temporary)
         try:
             with quiet():
                 holds = form.write(exportable, aside)
-        except Exception as error:  # exporters fail in every way on what they do not know
+        except Exception as error:  # exporters raise all kinds of errors for unsupported models
             raise UserError(
                 f"format {name} cannot be exported: {root_cause(error)}; leave it out with --format"
             ) from None
@@ -168,7 +197,7 @@ def export(name: str, exportable: Exportable, expected: ExpectedLogits, toleranc
 
 
 def move_files(files: list[Path], folder: Path) -> None:
-    """Into `folder`, readable for whom the folder is: safetensors writes for the owner alone."""
+    """Move files into `folder` and give them its read permissions: safetensors only lets the owner read."""
     try:
         for file in files:
             file.chmod(0o600 | folder.stat().st_mode & 0o066)
@@ -200,7 +229,7 @@ def write_report(
 
 
 def root_cause(error: BaseException) -> str:
-    """What an exporter says at the root of its error, without colors and in one line."""
+    """Return the message at the root of an exporter's error, in one line and without colors."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
@@ -210,7 +239,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters print, warn and log a lot, and then raise what matters."""
+    """Silence the output, warnings and logs of exporters; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,26 +1,26 @@
-"""Predict the classes of a split, or of your own pictures, with one checkpoint or the mean of several.
+"""Predict the classes of a split or of your own pictures, with one checkpoint or the average of several.
 
     python tools/predict.py --checkpoint output/medium_imagenet_96_resnet18 --split test
     python tools/predict.py --checkpoint output/run output/run-2 --split val --tta flip
     python tools/predict.py --checkpoint output/run --split photos/holiday --top-k 3
     python tools/predict.py --checkpoint output/run --split test --sample-submission sample.csv --out result
 
-A split goes the very way of evaluation: one checkpoint's loss, top1 and top5 are those of `train/ddp.py --eval`.
-Pictures (a folder of image files, at any depth) are first stored as the checkpoint's data set was. A name that is both
+For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files in a
+folder, at any depth) are first converted as the checkpoint's data set was. If a name is both a split and a folder, it
 means the split; ./NAME means the folder.
 
-Written to --out, in stored order; `row` is an image's row in the source (for pictures: in the sorted list of their
-paths), counted from 0:
+Output files in --out, in stored order. `row` is an image's row in the source, counted from 0; for pictures, its
+position in the sorted list of paths.
 
     predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes, top_classes int64
-                     and top_probabilities float32 [N, K]; of several checkpoints the logits are the logarithm of
-                     their mean probabilities
+                     [N, K] and top_probabilities float32 [N, K]; for several checkpoints, logits are the logarithm of
+                     the mean probabilities
     predictions.csv  per image: row, file, label, class number, then the best classes and their probabilities
     metrics.json     loss, top1, top5 (null without labels), samples, checkpoints, images without a prediction
-    submission.csv   for split test, or where --submission says: Id and class number of every row of the source
+    submission.csv   Id and class number of every row of the source; by default only for split test, see --submission
 
-Images that cannot be read are named, and are in no file but metrics.json. A submission with such a hole is refused,
-since every Id after it would shift, unless --fill gives it a class.
+Images that cannot be read are reported, and listed in metrics.json. A submission with such a gap is refused, since it
+would shift all later ids, unless --fill gives the class to use.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import numpy as np
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
+from tools.common.cli import check_positive, flag_name
 from tools.common.tables import make_folder, write_text
 from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
@@ -52,39 +53,59 @@ METRICS = ("loss", "top1", "top5")
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="+", required=True, type=path_argument, metavar="RUN",
-                        help="run folders (best.pt, else last.pt) or .pt files; several are averaged")  # fmt: skip
     parser.add_argument(
-        "--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help="a split, or a picture folder"
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        type=path_argument,
+        metavar="RUN",
+        help="run folders (best.pt, else last.pt) or .pt files; several are averaged",
     )
     parser.add_argument(
-        "--data-path", type=path_text, metavar="DIR", help="the converted data set (default: the checkpoint's)"
+        "--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help="split, or folder of pictures"
     )
-    parser.add_argument("--tta", choices=["none", "flip", "flip-translate"], help="default: the checkpoint's eval.tta")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: the checkpoint's for evaluation")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="best classes to list (%(default)s)")
     parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="default: RUN/predictions-SPLIT or RUN/pictures-NAME"
+        "--data-path", type=path_text, metavar="DIR", help="converted data set (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip", "flip-translate"],
+        help="test-time augmentation (default: the checkpoint's eval.tta)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per batch (default: the checkpoint's for evaluation)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=5, metavar="K", help="number of best classes to list (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="FOLDER",
+        help="output folder (default: RUN/predictions-SPLIT or RUN/pictures-NAME)",
     )
     contest = parser.add_argument_group("submission")
     contest.add_argument(
-        "--submission", type=path_text, metavar="FILE|none", help="default: OUT/submission.csv for split test alone"
+        "--submission",
+        type=path_text,
+        metavar="FILE|none",
+        help="file to write (default: OUT/submission.csv for split test, none otherwise)",
     )
     contest.add_argument(
-        "--sample-submission", type=path_argument, metavar="FILE", help="take columns and ids from this CSV"
+        "--sample-submission", type=path_argument, metavar="FILE", help="CSV file to take columns and ids from"
     )
-    contest.add_argument("--id-start", type=int, choices=[0, 1], help="the first Id (default 1)")
-    contest.add_argument("--id-column", metavar="NAME", help=f"default {submission.ID_COLUMN}")
-    contest.add_argument("--category-column", metavar="NAME", help=f"default {submission.CATEGORY_COLUMN}")
-    contest.add_argument("--fill", type=int, metavar="CLASS", help="class number of images that cannot be read")
+    contest.add_argument("--id-start", type=int, choices=[0, 1], help="first id (default: 1)")
+    contest.add_argument("--id-column", metavar="NAME", help=f"name of the id column (default: {submission.ID_COLUMN})")
+    contest.add_argument(
+        "--category-column", metavar="NAME", help=f"name of the class column (default: {submission.CATEGORY_COLUMN})"
+    )
+    contest.add_argument("--fill", type=int, metavar="CLASS", help="class number for images that cannot be read")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
-    for option, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option}={value} is not a positive whole number; use 1 or more")
+    check_positive(arguments, "top_k", "batch_size")
     ranks = Ranks.alone("tools/predict.py")
     with process_group(ranks) as device:
         models = [load_trained_model(path, device, compiled=True) for path in arguments.checkpoint]
@@ -97,11 +118,11 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: ImageSet, out: Path) -> None:
-    """From the opened images to the written files."""
+    """Predict the images and write all files."""
     classes = models[0].classes
     file = submission_file(arguments, images, out)
     form = None
-    if file is not None:  # before the work, so that a refusal costs none of it
+    if file is not None:  # refuse before predicting
         form = submission.build_form(
             images,
             len(classes),
@@ -114,7 +135,7 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
     for entry in images.unreadable[:MAX_SHOWN]:
         print(f"no prediction for row {entry['row']}, {entry['name']}: {entry['reason']}", file=sys.stderr)
     if (hidden := len(images.unreadable) - MAX_SHOWN) > 0:
-        print(f"no prediction for {hidden:,} more, all named in {out / 'metrics.json'}", file=sys.stderr)
+        print(f"no prediction for {hidden:,} more, all listed in {out / 'metrics.json'}", file=sys.stderr)
 
     logits, each, mean = predict(models, images, arguments.tta, arguments.batch_size)
     numbers, probabilities = top_classes(logits, min(arguments.top_k, len(classes)))
@@ -127,7 +148,7 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
         for model, result in zip(models, each, strict=True):
             print(f"{model.title}: {result.sentence(images.split)}")
         if len(models) > 1:
-            print(f"mean of {len(models)} checkpoints: {mean.sentence(images.split)}")
+            print(f"average of {len(models)} checkpoints: {mean.sentence(images.split)}")
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
     print(f"{out}: predictions of {len(images):,} images in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
@@ -135,31 +156,33 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
-    """In the run's folder; a folder of pictures that is called test is kept apart from the split."""
+    """Return the default output folder, in the run's folder. Splits and folders of pictures cannot collide."""
     name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
     return checkpoint.parent / name
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
-    """Where the submission goes; None: there shall be none."""
+    """Return the submission file to write; None for no submission."""
     if arguments.submission == "none" or (arguments.submission is None and images.split != "test"):
-        given = [name for name in ("sample_submission", "id_start", "id_column", "category_column", "fill")
-                 if getattr(arguments, name) is not None]  # fmt: skip
+        options = ("sample_submission", "id_start", "id_column", "category_column", "fill")
+        given = [name for name in options if getattr(arguments, name) is not None]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} belongs to a submission, which only split test has "
-                            "by default; give --submission FILE")  # fmt: skip
+            raise UserError(
+                f"{flag_name(given[0])} belongs to a submission, which only split test has by default; give "
+                "--submission FILE"
+            )
         return None
     file = Path(arguments.submission) if arguments.submission else out / "submission.csv"
     make_folder(file.parent)
     sample: Path | None = arguments.sample_submission
     if file.is_dir() or (sample is not None and file.resolve() == sample.resolve()):
         what = "a folder" if file.is_dir() else "the sample submission itself"
-        raise UserError(f"--submission {file} is {what}; name another file to write")
+        raise UserError(f"--submission {file} is {what}; give another file to write")
     return file
 
 
 def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
-    """`arrays` of the images and what they belong to, under a temporary name, then renamed."""
+    """Write `arrays` with labels, rows and classes of the images atomically."""
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -172,7 +195,7 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
 
 
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    """predictions.csv. Text at once instead of a dict per row, which would take gigabytes for a large split."""
+    """Return the text of predictions.csv. Avoids a dict per row, which would take gigabytes for a large split."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     best = [f"{what}_{place}" for place in range(1, numbers.shape[1] + 1) for what in ("class", "probability")]
@@ -193,13 +216,21 @@ def build_metrics(
     each: Sequence[Evaluation],
     mean: Evaluation | None,
 ) -> dict[str, Any]:
-    """metrics.json: what was predicted with what, and how well."""
+    """Return the contents of metrics.json: metrics, checkpoints and images without a prediction."""
     checkpoints: list[dict[str, Any]] = []
     for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
         own = {key: getattr(each[place], key) if each else None for key in METRICS}
-        data = None if images.files else str(folder)  # that of pictures is gone
-        checkpoints.append({"path": str(model.path), "model": model.config.model.name, "image_size": model.image_size,
-                            "tta": tta or model.config.eval.tta, "data": data, **own})  # fmt: skip
+        data = None if images.files else str(folder)  # converted pictures are deleted
+        checkpoints.append(
+            {
+                "path": str(model.path),
+                "model": model.config.model.name,
+                "image_size": model.image_size,
+                "tta": tta or model.config.eval.tta,
+                "data": data,
+                **own,
+            }
+        )
     return {
         **{key: getattr(mean, key) if mean else None for key in METRICS},
         "samples": len(images),

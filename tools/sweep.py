@@ -1,4 +1,4 @@
-"""Train a config once for each setting of a grid or a random search, and say which one is best.
+"""Train a config with each setting of a grid or a random search, and report the best one.
 
     python tools/sweep.py --cfg configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
@@ -6,11 +6,12 @@
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml \\
         --variant "plain: aug.crop=none aug.flip=0" --variant "crop+flip: aug.crop=pad aug.flip=0.5"
 
-Each run is a process of train/ddp.py of its own, on its own GPUs (all of CUDA_VISIBLE_DEVICES are shared out); on a CPU
-one after the other. The same command goes on where it stopped, however it stopped: finished runs are kept, interrupted
-ones resumed, failed ones tried again. Runs lie in --out (default OUTPUT/NAME-sweep): a folder and a console log each,
-and sweep.csv, sweep.json, curves.csv, sweep.png and, where numbers or variants are varied, sweep_values.png of all.
-Exit code 1: a run failed.
+Each run is a separate process of train/ddp.py. The GPUs of CUDA_VISIBLE_DEVICES are divided among the runs; on a CPU,
+they run one after another. Run the same command again to resume a sweep: finished runs are kept, interrupted ones
+resumed and failed ones retried. --out (default OUTPUT/NAME-sweep) contains a folder and a console log per run, and for
+the whole sweep sweep.csv, sweep.json, curves.csv, sweep.png and, if numbers or variants are varied, sweep_values.png.
+
+Exit codes: 0: all runs finished; 1: at least one run failed; 2: invalid input.
 """
 
 from __future__ import annotations
@@ -46,22 +47,43 @@ from tools.runs.sweep_runner import (
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a setting and its values: train.lr=1e-3,3e-3; "
-                        "for --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)")  # fmt: skip
+    parser.add_argument(
+        "axes",
+        nargs="*",
+        metavar="KEY=VALUES",
+        help="a setting and its values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and "
+        "uniform(LOW,HIGH)",
+    )
     parser.add_argument("--cfg", required=True, type=path_argument, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE …'",
-                        help="settings that change together; give one option for each variant")  # fmt: skip
-    parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of taking all")
-    parser.add_argument("--seed", type=int, default=0, help="of --random (default 0); each seed has its own points")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="override the file in all runs; what is varied stands before it")  # fmt: skip
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-sweep, by the config")
-    parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="processes of each run (default 1)")
-    parser.add_argument("--parallel", type=int, metavar="N",
-                        help="runs at a time; default: one per group of GPUs, one on a CPU")  # fmt: skip
-    parser.add_argument("--project", metavar="NAME", help="W&B project; the runs become one group of it")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME: KEY=VALUE …'",
+        help="a named set of settings that change together; repeat for each variant",
+    )
+    parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of the full grid")
+    parser.add_argument("--seed", type=int, default=0, help="seed for --random (default: %(default)s)")
+    parser.add_argument(
+        "--opts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that override the file in all runs; put KEY=VALUES before this option",
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="output folder (default: the config's OUTPUT/NAME-sweep)"
+    )
+    parser.add_argument(
+        "--gpus-per-run", type=int, default=1, metavar="N", help="processes per run, one per GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="concurrent runs (default: one per group of GPUs, one on a CPU)"
+    )
+    parser.add_argument("--project", metavar="NAME", help="W&B project; the runs form one group in it")
     parsed = parser.parse_intermixed_args(arguments)
-    if not parsed.axes and not parsed.variant:  # before --opts takes what was meant to be varied for one value
+    if not parsed.axes and not parsed.variant:  # KEY=VALUES after --opts would be taken for overrides
         raise UserError("nothing to vary; give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3 before --opts, or --variant")
     return parsed
 
@@ -73,36 +95,44 @@ def main() -> int:
     replacements: dict[str, Any] = {"output": str(folder)}
     if base.log.wandb.project is not None:
         replacements |= {"log.wandb.project": base.log.wandb.project, "log.wandb.group": folder.name}
-    everything = build_points(
-        arguments.cfg, arguments.axes, arguments.variant, fixed=arguments.opts, draws=arguments.random,
-        seed=arguments.seed, **replacements,
-    )  # fmt: skip
-    for path in {point.config.data.path for point in everything}:
-        load_dataset(path)  # one sentence now instead of one per run
+    points = build_points(
+        arguments.cfg,
+        arguments.axes,
+        arguments.variant,
+        fixed=arguments.opts,
+        draws=arguments.random,
+        seed=arguments.seed,
+        **replacements,
+    )
+    for path in {point.config.data.path for point in points}:
+        load_dataset(path)  # fails once here instead of in every run
     slots = make_slots(visible_gpus(), arguments.gpus_per_run, arguments.parallel)
     command = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus_per_run}", "train/ddp.py"]
     command += ["--cfg", str(arguments.cfg)]
-    sweep = Sweep(tables.make_folder(folder), everything, arguments.gpus_per_run, command, arguments.opts)
+    sweep = Sweep(tables.make_folder(folder), points, arguments.gpus_per_run, command, arguments.opts)
     with lock_folder(folder) as lock:
-        waiting = [point for point in everything if not is_finished(point)]
-        before = len(everything) - len(waiting)
-        print(f"{len(everything)} runs in {folder}, {before} of them finished before", flush=True)
+        waiting = [point for point in points if not is_finished(point)]
+        before = len(points) - len(waiting)
+        print(f"{len(points)} runs in {folder}, {before} of them finished before", flush=True)
         if replaced := sweep_report.runs_of_another_sweep(sweep):
             others = "; ".join(replaced[:3]) + " …" * (len(replaced) > 3)
-            print(f"note: {folder} holds another sweep ({others}), whose runs stay; its tables and pictures are "
-                  "replaced, --out FOLDER keeps both", flush=True)  # fmt: skip
+            print(
+                f"note: {folder} contains another sweep ({others}); its runs are kept, its tables and plots are "
+                "replaced; use --out FOLDER to keep both",
+                flush=True,
+            )
         try:
             run(sweep, waiting, slots, lock)
         finally:
             sweep_report.write_report(sweep)
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                print(f"to go on from here, give the same command again: {shlex.join(['python', *sys.argv])}")
+                print(f"to resume, run the same command again: {shlex.join(['python', *sys.argv])}")
     return 1 if sweep.errors else 0
 
 
 def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> None:
-    """Run what is waiting; the tables are written anew after each run, so that a kill loses none of them."""
-    tqdm.monitor_interval = 0  # no second thread while processes are started
+    """Run the waiting points. The tables are rewritten after each run, so that a kill loses none of them."""
+    tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)
     bar = tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr)
 
@@ -113,7 +143,7 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
         rows = sweep_report.write_tables(sweep)
         accuracy = rows[sweep.points.index(point)]["best_val_top1"]
         if outcome.error is not None:
-            what = f"failed, {outcome.error} (all of it: {log_path(point)})"
+            what = f"failed, {outcome.error} (full log: {log_path(point)})"
         else:
             what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
         with bar.external_write_mode(file=sys.stdout):

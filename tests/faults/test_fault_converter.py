@@ -158,7 +158,7 @@ def fill_and_go_on(conversion: Conversion, expected: Contents, tmp_path: Path, r
     code, error = run(["unshare", "-rm", "sh", "-c", script, "sh", str(room_kib), str(room), str(copy), *command])
     assert code in (0, 2), (code, error)
     if code == 2:
-        assert error.startswith(f"error: cannot go on converting into {room / 'out'}: No space left on device"), error
+        assert error.startswith(f"error: cannot convert into {room / 'out'}: No space left on device"), error
         assert error.count("\n") == 0
     assert contents(copy) == expected
     shutil.rmtree(copy)
@@ -189,7 +189,7 @@ def test_a_file_beyond_the_limit_of_the_process_loses_nothing(
 
     code, error = run(sources["npy"].command(out), preexec_fn=limit)
     assert code == 2
-    assert error.startswith(f"error: cannot go on converting into {out}: File too large")
+    assert error.startswith(f"error: cannot convert into {out}: File too large")
     assert "\n" not in error
     assert run(sources["npy"].command(out))[0] == 0
     assert contents(out) == unbroken("npy")[0]
@@ -249,7 +249,7 @@ def test_a_quota_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(UserError, match=r"cannot go on converting into .*Disk quota exceeded.*same command again"):
+        with pytest.raises(UserError, match=r"cannot convert into .*Disk quota exceeded.*same command again"):
             convert.main(["digits", "--out", str(tmp_path / "out")])
     assert convert.main(["digits", "--out", str(tmp_path / "out")]) == 0
     assert convert.main(["digits", "--out", str(tmp_path / "whole")]) == 0

@@ -187,7 +187,7 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 101])
 def test_names_that_cannot_name_shards_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="pass a --name of letters"):
+    with pytest.raises(UserError, match="give a --name of up to 100 letters"):
         convert.main(["digits", "--out", str(tmp_path / "x"), f"--name={name}"])
     assert list(tmp_path.iterdir()) == []
 

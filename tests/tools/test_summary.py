@@ -227,7 +227,7 @@ def test_a_config_stands_for_its_activation_its_options_and_what_it_freezes(tmp_
     ("arguments", "problem"),
     [
         (["lenet", "--size", "64"], "not one that lenet takes"),
-        (["lenett"], "no model, config file or run folder"),
+        (["lenett"], "not a model, config file or run folder"),
         (["timm/resnet1"], "unknown to timm"),
         (["lenet", "--batch-size", "0"], "--batch-size=0"),
         (["missing.yaml"], "cannot be read"),

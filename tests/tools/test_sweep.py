@@ -376,7 +376,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert f"give the same command again: python {shlex.join(command[1:])}" in printed
+    assert f"run the same command again: python {shlex.join(command[1:])}" in printed
     assert "best: train.lr=1e-3" in printed
     assert [row["status"] for row in rows(out)] == ["finished", "not started"]
     assert processes_of(out) == []

@@ -39,21 +39,21 @@ class ModelCase:
         return self.settings.name
 
 
-def summary_row(subject: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
+def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
     """Return a row of summary.csv. FLOPs are per image, bytes are at the batch size."""
-    batch = subject.batch_size
+    batch = case.batch_size
     return {
-        "model": subject.label,
-        "architecture": subject.model,
-        "image_size": subject.image_size,
-        "classes": subject.classes,
+        "model": case.label,
+        "architecture": case.model,
+        "image_size": case.image_size,
+        "classes": case.classes,
         "parameters": costs.parameters,
         "trainable": costs.trainable,
         "multiply_adds": round(costs.forward_flops / (2 * batch)),
         "forward_flops": round(costs.forward_flops / batch),
         "training_flops": round(costs.training_flops / batch),
         "batch_size": batch,
-        "optimizer": subject.train.optimizer.name,
+        "optimizer": case.train.optimizer.name,
         "precision": str(amp or torch.float32).removeprefix("torch."),
         "weights_bytes": costs.weight_bytes,
         "gradients_bytes": costs.gradient_bytes,

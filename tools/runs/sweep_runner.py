@@ -31,8 +31,15 @@ LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they end
 TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as in torchrun
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
-                        "MASTER_PORT")  # fmt: skip
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _libc = ctypes.CDLL(None)  # looked up before any fork
 
 
@@ -192,8 +199,15 @@ def command_line(point: Point, slot: RunSlot) -> list[str]:
     """Return the command that trains a point from its own copy of the validated config."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
     config_file = Path(point.config.output) / f"{point.name}.yaml"
-    return [sys.executable, *(launcher if slot.processes > 1 else []), str(TRAIN_SCRIPT), "--cfg", str(config_file),
-            "--resume", "auto"]  # fmt: skip
+    return [
+        sys.executable,
+        *(launcher if slot.processes > 1 else []),
+        str(TRAIN_SCRIPT),
+        "--cfg",
+        str(config_file),
+        "--resume",
+        "auto",
+    ]
 
 
 def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
