@@ -1,7 +1,8 @@
-"""The documentation: its links, commands, settings, files and tests exist."""
+"""The documentation: its links, commands, settings, examples, files and tests exist."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -83,6 +84,13 @@ def test_cited_tests_exist(page: Path) -> None:
         known |= set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
     missing = [name for name in CITED_TEST.findall(page.read_text(encoding="utf-8")) if name not in known]
     assert missing == [], f"{page.relative_to(ROOT)} cites tests that do not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_imports_of_python_examples_work(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), str(page), "exec"), {})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
