@@ -69,7 +69,7 @@ def fit(run: Trainer, position: dict[str, int], pending: PendingSignal) -> None:
     """
     config, loader = run.config.train, run.train_loader
     is_due = run.saving.is_due if config.save_every_steps is None else lambda: False
-    health, agreement = FiniteCheck(run.state), StopConsensus(lambda: pending.signal, is_due)
+    health, agreement = FiniteCheck(run.state), StopConsensus(lambda: pending.number, is_due)
     epoch, step = position["epoch"], position["step"]
     if config.on_nonfinite == "rewind" and not run.saving.has_own_checkpoint:
         done = run.timeline.first(epoch) + step
@@ -197,7 +197,7 @@ def _finish_epoch(
 def _validate(run: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
     """Results of the weights, and of their moving average where one is kept; and the accuracy of those that count."""
     state, tta = run.state, run.config.eval.tta
-    what = run.val_loader, run.val_samples, tta, lambda: pending.signal != 0
+    what = run.val_loader, run.val_samples, tta, lambda: pending.number != 0
     evaluations = {"": evaluate(state, *what)}
     if state.ema is not None:
         with state.ema.swapped_in():

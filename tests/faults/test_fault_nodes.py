@@ -69,7 +69,7 @@ def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: 
         (lost,) = second.workers()
         second.kill_all()
         assert first.wait(60) == 1
-        assert f"stopped, since rank {lost} ended without a word" in first.printed
+        assert f"stopped because rank {lost} was lost without an error" in first.printed
 
 
 def test_a_signal_to_every_agent_ends_the_run_and_leaves_nothing_behind(digits: Path, tmp_path: Path) -> None:

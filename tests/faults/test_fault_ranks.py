@@ -43,7 +43,7 @@ def test_a_data_set_that_is_missing_on_one_machine_ends_all_ranks_with_that_erro
     assert ended.codes == [1, 2]
     assert ended.lines[0].startswith(f"error: data set folder '{tmp_path / 'nowhere'}' does not exist")
     assert ended.lines[0].endswith("(rank 1)")
-    assert ended.lines[1].startswith("rank 0 stopped, since rank 1 failed: ")
+    assert ended.lines[1].startswith("rank 0 stopped because rank 1 failed: ")
     assert not (tmp_path / "output").exists()
 
 

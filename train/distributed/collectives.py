@@ -1,4 +1,4 @@
-"""Reductions and exchanges over all ranks, each of which must call them."""
+"""Reductions and exchanges over all ranks, each called by all of them together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, on every rank, in place; synchronises."""
+    """Sum a tensor over all ranks, in place on every rank. Synchronizes."""
     dist.all_reduce(values)
     return values
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """The largest of each number over all ranks, on every rank; waits for them, and not for the device."""
+    """Return the maximum of each number over all ranks. Waits for the ranks, but not for the device."""
     numbers = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers]
@@ -29,8 +29,8 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
-    """Copy the first rank's buffers (batch-norm statistics) to all ranks, in one broadcast."""
-    # By element size, so that each part of the flat tensor is aligned for its type.
+    """Copy the buffers (batch-norm statistics) of rank 0 to all ranks, in one broadcast."""
+    # Sorted by element size, so that each part of the flat tensor is aligned for its dtype.
     buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
     if dist.get_world_size() == 1 or not buffers:
         return
@@ -42,7 +42,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """What `compute` returns on the first rank, which alone calls it, on every rank; a UserError is raised on all."""
+    """Call `compute` on rank 0 and return its result on every rank. A UserError is raised on every rank."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -57,7 +57,7 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
 
 
 def from_all_ranks(value: str) -> list[str]:
-    """What each rank gives, in the order of ranks, on every rank."""
+    """Return the values of all ranks, in the order of ranks."""
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,8 +1,8 @@
-"""Connections of all ranks with the first one, over which they learn at once that one of them failed or is gone.
+"""Connections of all ranks to rank 0 that report at once when a rank fails or is lost.
 
-A rank that is killed cannot say so, but the system closes its connections: that is how the others notice. What happens
-then is not known here, and nothing of torch is. Lines of JSON travel, and a word that names this start of the ranks, so
-that whoever knocks from an earlier one is not taken for one of them.
+A killed rank cannot report anything, but the kernel closes its connection, so the others notice. Policy lives in
+`launcher`; this module does not import torch. Messages are newline-delimited JSON. A launch id identifies one start of
+the ranks, so that a stale process of an earlier launch is ignored.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from configs.utils.errors import UserError
 from train.distributed.process_group import Ranks
 
 ADDRESS_KEY = "zhu/failure_channel"
-SEND_TIMEOUT_S = 2.0  # a rank that does not read is not waited for any longer
-MAX_LINE_BYTES = 200_000  # bytes: whoever sends more is no rank
-# A machine that is gone closes no connection: after about 55 s without an answer it counts as gone.
+SEND_TIMEOUT_S = 2.0  # for a rank that does not read
+MAX_LINE_BYTES = 200_000  # a peer that sends more is not a rank
+# A machine that fails does not close its connections: after about 55 s without an answer it counts as lost.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
 
 class Store(Protocol):
-    """What all ranks can read and write: torch's, where it waits for nothing."""
+    """Key-value store shared by all ranks: torch's, restricted to calls that do not wait."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -38,50 +38,56 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """Of one rank; all ranks agree on which was the first."""
+    """The failure of one rank. All ranks agree on the first one."""
 
     rank: int
     summary: str  # one line
     is_user_error: bool = False
-    is_lost: bool = False  # its connection ended without a word
+    is_lost: bool = False  # the connection ended without a message
 
 
 class FailureChannel:
-    """What a rank holds of it. `on_failure` is called in a thread, once, for the first failure of another rank."""
+    """One rank's end of the channel.
+
+    Args:
+        ranks: Rank and world size of this process.
+        on_failure: Called once, in a thread, with the first failure of another rank.
+        launch_id: Identifies this start of the ranks.
+    """
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
-        self.launch_id = launch_id  # names this start of the ranks: no other has it
+        self.launch_id = launch_id
         self._ranks, self._on_failure = ranks, on_failure
         self._first: Failure | None = None
-        self._known = threading.Event()
+        self._has_failed = threading.Event()
         self._lock = threading.Lock()
         self._is_closed = False
 
     def first_failure(self, timeout_s: float = 0.0) -> Failure | None:
-        """Waits for one at most that long."""
-        self._known.wait(timeout_s)
+        """Return the first failure of any rank, waiting up to `timeout_s` for one."""
+        self._has_failed.wait(timeout_s)
         return self._first
 
     def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
-        """Let all ranks know of this rank's failure; returns the one that all agree was the first."""
+        """Report this rank's failure to all ranks, and return the one that all agree was the first."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """This rank has ended well."""
+        """Leave the channel after this rank has finished successfully."""
         raise NotImplementedError
 
     def all_connected(self, timeout_s: float) -> bool:
-        """Wait at most that long for ranks that are still starting; only the first rank has to."""
+        """Wait up to `timeout_s` for ranks that are still starting. Only rank 0 has to."""
         return True
 
     def missing_ranks(self) -> list[int]:
-        """Ranks that have not come yet; only the first rank knows."""
+        """Return the ranks that have not connected yet. Known on rank 0 only."""
         return []
 
     def _set_first(self, failure: Failure) -> None:
-        """Of the first failure; the lock is held."""
+        """Store the first failure. The caller holds the lock."""
         self._first = failure
-        self._known.set()
+        self._has_failed.set()
         if failure.rank != self._ranks.rank:
             threading.Thread(target=self._on_failure, args=(failure,), daemon=True).start()
 
@@ -89,15 +95,24 @@ class FailureChannel:
 def connect(
     ranks: Ranks, store: Store, address: str, on_failure: Callable[[Failure], None], timeout_s: float
 ) -> FailureChannel:
-    """Wait for the first rank; address: where it can be reached. Raises UserError where it does not come.
+    """Open the channel on this rank, waiting for rank 0.
 
-    The store may be older than these ranks, since torchrun keeps it when it starts them again, and hold the address of
-    a first rank that is gone.
+    torchrun keeps its store over restarts, so the store may contain the address of an earlier rank 0.
+
+    Args:
+        ranks: Rank and world size of this process.
+        store: Holds the port and the launch id of rank 0.
+        address: The host of rank 0.
+        on_failure: Called once, in a thread, with the first failure of another rank.
+        timeout_s: How long to wait for rank 0.
+
+    Raises:
+        UserError: If rank 0 does not answer in time.
     """
     if ranks.is_first:
-        hub = Coordinator(ranks, on_failure, uuid.uuid4().hex)
-        store.set(ADDRESS_KEY, f"{hub.port} {hub.launch_id}")
-        return hub
+        coordinator = Coordinator(ranks, on_failure, uuid.uuid4().hex)
+        store.set(ADDRESS_KEY, f"{coordinator.port} {coordinator.launch_id}")
+        return coordinator
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if store.check([ADDRESS_KEY]):
@@ -106,13 +121,13 @@ def connect(
                 return Member(ranks, on_failure, launch_id, _handshake(address, int(port), launch_id, ranks.rank))
         time.sleep(0.05)
     raise UserError(
-        f"rank 0 did not answer at {address} within {timeout_s:.0f} s; see whether it was started, and whether a "
-        "firewall stands between the machines"
+        f"rank 0 did not answer at {address} within {timeout_s:.0f} s; check whether it was started, and whether a "
+        "firewall blocks connections between the machines"
     )
 
 
 def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """A connection with the first rank; raises OSError where it is another start's or another program's."""
+    """Connect to rank 0. Raises OSError if it belongs to another launch or another program."""
     connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
     try:
         greeting = b""
@@ -121,7 +136,7 @@ def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.soc
                 raise ConnectionError("no greeting")
             greeting += received
         if greeting.decode(errors="replace").strip() != launch_id:
-            raise ConnectionError("the greeting of another start")
+            raise ConnectionError("the greeting of another launch")
         _send(connection, {"launch_id": launch_id, "rank": rank})
     except OSError:
         connection.close()
@@ -146,7 +161,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 @dataclass
 class _Peer:
-    """A connection as the first rank sees it; rank None: it has not said yet who it is."""
+    """One connection and its state. rank None: the peer has not identified itself yet."""
 
     connection: socket.socket
     rank: int | None = None
@@ -154,7 +169,7 @@ class _Peer:
     has_closed: bool = False
 
     def read_messages(self) -> list[dict[str, Any]] | None:
-        """Whole messages that have come; None: the connection has ended, or speaks another language."""
+        """Return the complete messages received, or None if the connection has ended or is not from a rank."""
         try:
             received = self.connection.recv(65536)
             if not received or len(self.buffer) > MAX_LINE_BYTES:
@@ -167,7 +182,7 @@ class _Peer:
 
 
 class Member(FailureChannel):
-    """Of any rank but the first."""
+    """The channel of every rank except rank 0."""
 
     def __init__(
         self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str, connection: socket.socket
@@ -196,7 +211,7 @@ class Member(FailureChannel):
     def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
         with suppress(OSError):
             _send(self._peer.connection, {"failure": asdict(failure)})
-        return self.first_failure(timeout_s) or failure  # where the first rank does not answer
+        return self.first_failure(timeout_s) or failure  # if rank 0 does not answer
 
     def close(self) -> None:
         self._is_closed = True
@@ -206,7 +221,7 @@ class Member(FailureChannel):
 
 
 class Coordinator(FailureChannel):
-    """Of the first rank: it hears all others, decides which failure was the first, and tells them."""
+    """The channel of rank 0, which decides which failure was the first and tells all other ranks."""
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         super().__init__(ranks, on_failure, launch_id)
@@ -262,6 +277,7 @@ class Coordinator(FailureChannel):
                 self._all_connected.set()
 
     def _record(self, failure: Failure) -> Failure:
+        """Return the first failure: this one, unless another rank failed before."""
         with self._lock:
             if self._first is None:
                 self._set_first(failure)
@@ -295,7 +311,7 @@ class Coordinator(FailureChannel):
 
 
 def _create_server(connections: int) -> socket.socket:
-    """For every address of this machine, at a port that is free."""
+    """Listen on all addresses of this machine, at a free port."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(

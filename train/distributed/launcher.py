@@ -1,7 +1,7 @@
-"""One bad rank, all ranks know: how a program of several ranks ends, what it prints, and with which exit code.
+"""Entry point for several ranks: if one rank fails, all ranks end, with one clear error and an exit code.
 
-The rank that failed first shows its error; all others say in one line that they were stopped, and why. 2: the user can
-mend it; 1: any other error, and every rank that was stopped. Whatever happens, no rank is waited for without bound.
+The rank that failed first prints its error. Every other rank prints one line that says why it was stopped. Exit code 2
+means that the user can fix the error, 1 is any other error or a rank that was stopped. No rank waits without a limit.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from train.distributed.failure_channel import Failure, FailureChannel, connect
 from train.distributed.process_group import Ranks
 from train.distributed.signals import die_with_launcher
 
-# What a rank is given to end by itself when another one failed: to finish its log and trackers. With NCCL it waits
-# inside a collective anyhow, and the first rank to leave makes NCCL kill the others: so all are quick, and the rank
-# that failed leaves last.
+# Time for a rank to end by itself after another one failed, so that it can finish its log and trackers. With NCCL it is
+# blocked in a collective anyway, and the first rank that exits makes NCCL abort the others. So all ranks are fast on a
+# GPU, and the rank that failed exits last.
 SHUTDOWN_GRACE_S = 10.0
 GPU_SHUTDOWN_GRACE_S = 2.0
 GPU_EXIT_DELAY_S = 3.0
-CAUSE_TIMEOUT_S = 3.0  # how long the cause of a broken connection may take to become known
-JOIN_WARNING_S = 60.0  # after which missing ranks are named: slow disks import for minutes, so nothing ends yet
-JOIN_TIMEOUT_S = 30.0  # how long a first rank that failed at once waits for ranks that are still starting, to tell them
-STOPPED_DELAY_S = 0.3  # so that the line of a rank that was stopped comes after the error that stopped it
+CAUSE_TIMEOUT_S = 3.0  # how long the cause of a broken connection may take to arrive
+JOIN_WARNING_S = 60.0  # then missing ranks are named; imports from a slow disk take minutes, so nothing ends yet
+JOIN_TIMEOUT_S = 30.0  # how long a rank that ends waits for ranks that are still starting, to tell them
+STOPPED_DELAY_S = 0.3  # lets the error of the first rank be printed before the lines of stopped ranks
 
-LOST = "ended without a word"
-LOST_CAUSE = "as a process does that was killed (out of memory?) or crashed"
+LOST = "was lost without an error"
+LOST_CAUSE = "it was probably killed (out of memory?) or crashed"
 LOST_CONNECTION = "lost the connection to another rank, which was probably killed (out of memory?) or crashed"
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point as `run_main` does, on all ranks: an error on one of them ends them all.
+    """Run an entry point like `run_main`, on all ranks. An error on one rank ends them all.
 
-    SystemExit and Ctrl-C are no errors, and are not told.
+    SystemExit and Ctrl-C are not errors, and are not reported to other ranks.
     """
 
     def run() -> int | None:
@@ -65,21 +65,26 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
 
 
 class RankSupervisor:
-    """Of one rank; whoever has the last word, its main thread or the one that stops it, ends the process."""
+    """Ends this rank when it or another one fails.
+
+    The main thread and the thread that learns of a failure may both end the process: the first to take `_exit_lock`
+    does.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._exit_lock = threading.Lock()  # taken once
+        self._exit_lock = threading.Lock()  # never released
         self._channel: FailureChannel | None = None
-        self._all_joined = threading.Event()  # everybody, or an end
+        self._all_joined = threading.Event()  # also set when this rank ends
         self._is_terminating = False
 
     def run(self, main: Callable[[], int | None]) -> int | None:
-        waits_s = process_group.GROUP_TIMEOUT.total_seconds()
-        threading.Thread(target=self._warn_missing, args=(waits_s,), daemon=True).start()
+        """Run `main` and return its exit code, or exit the process after a failure."""
+        timeout_s = process_group.GROUP_TIMEOUT.total_seconds()
+        threading.Thread(target=self._warn_missing, args=(timeout_s,), daemon=True).start()
         try:
             store, address = process_group.open_store(self._ranks)
-            self._channel = connect(self._ranks, store, address, self._on_peer_failure, waits_s)
+            self._channel = connect(self._ranks, store, address, self._on_peer_failure, timeout_s)
             os.environ[process_group.LAUNCH_ID_VARIABLE] = self._channel.launch_id
             code = main()
         except Exception as error:
@@ -94,16 +99,16 @@ class RankSupervisor:
         self._close_channel()
         return code
 
-    def _warn_missing(self, waits_s: float) -> None:
-        """In a thread. Of all ranks that wait, the first says so, and the second where it waits for the first."""
+    def _warn_missing(self, timeout_s: float) -> None:
+        """Warn about ranks that are late, in a thread of rank 0, and of rank 1 if rank 0 itself is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
-        missing = self._channel.missing_ranks() if self._channel is not None else None  # None: it is not known who
+        missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
         if missing != []:
-            others = f"rank {', '.join(map(str, missing))}" if missing else "others"
+            others = f"rank {', '.join(map(str, missing))}" if missing else "other ranks"
             _print_error(
-                f"warning: rank {self._ranks.rank} has waited {JOIN_WARNING_S:.0f} s for {others} to come (killed in "
-                f"starting, or slow?), and waits for up to {waits_s / 60:.3g} minutes"
+                f"warning: rank {self._ranks.rank} has waited {JOIN_WARNING_S:.0f} s for {others} to start (killed, or "
+                f"slow?), and waits up to {timeout_s / 60:.3g} minutes"
             )
 
     def _close_channel(self) -> None:
@@ -112,9 +117,9 @@ class RankSupervisor:
             self._channel.close()
 
     def _exit_failed(self, error: Exception) -> NoReturn:
-        """In the main thread, which an error has left with nothing to do."""
+        """End this rank after an error in its main thread."""
         self._exit_lock.acquire()
-        signal.signal(signal.SIGTERM, self._on_sigterm)  # torchrun sends it at once when any of its ranks ends
+        signal.signal(signal.SIGTERM, self._on_sigterm)  # torchrun sends it as soon as any of its ranks ends
         failure = self._describe_failure(error)
         first = self._channel.report_failure(failure) if self._channel is not None else failure
         if first == failure:
@@ -124,7 +129,7 @@ class RankSupervisor:
                 time.sleep(GPU_EXIT_DELAY_S)
             _exit(2 if failure.is_user_error else 1)
         if first.is_user_error and failure.is_user_error and first.summary == failure.summary:
-            _write_torchrun_error(failure.summary, is_consequence=True)  # all ranks found the same, and one has said so
+            _write_torchrun_error(failure.summary, is_consequence=True)  # the same error on all ranks is printed once
             _exit(2)
         time.sleep(STOPPED_DELAY_S)
         if not process_group.is_lost_peer(error):
@@ -146,7 +151,7 @@ class RankSupervisor:
         return Failure(self._ranks.rank, LOST_CONNECTION)
 
     def _show(self, error: Exception, failure: Failure) -> None:
-        """The error that stops all ranks."""
+        """Print the error that stops all ranks."""
         if failure.is_user_error:
             _print_error(f"error: {failure.summary} (rank {failure.rank})")
         elif process_group.is_lost_peer(error):
@@ -156,7 +161,7 @@ class RankSupervisor:
         _write_torchrun_error(failure.summary)
 
     def _wait_for_others(self) -> None:
-        """Those that are still starting; where torchrun ends its ranks they will not come."""
+        """Wait for ranks that are still starting, unless torchrun is ending its ranks: then they never connect."""
         end = time.monotonic() + JOIN_TIMEOUT_S
         while self._channel is not None and time.monotonic() < end and not self._is_terminating:
             if self._channel.all_connected(0.1):
@@ -166,17 +171,18 @@ class RankSupervisor:
         self._is_terminating = True
 
     def _on_peer_failure(self, first: Failure) -> None:
-        """In a thread, when another rank failed: the main thread may wait for that rank in a collective for ever."""
-        if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # one says at once what it could not
-            _print_error(f"rank {first.rank} {LOST}, {LOST_CAUSE}; {_resume_advice()}")
+        """End this rank from a thread, since the main thread may be blocked in a collective forever."""
+        if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # one rank speaks for the lost one
+            _print_error(f"rank {first.rank} {LOST}: {LOST_CAUSE}; {_resume_advice()}")
         time.sleep(GPU_SHUTDOWN_GRACE_S if torch.cuda.is_initialized() else SHUTDOWN_GRACE_S)
         self._exit_lock.acquire()
         self._exit_stopped(first)
 
     def _exit_stopped(self, first: Failure) -> NoReturn:
-        why = f"stopped, since rank {first.rank} {LOST if first.is_lost else f'failed: {first.summary}'}"
-        _print_error(f"rank {self._ranks.rank} {why}")
-        _write_torchrun_error(why, is_consequence=True)
+        """End this rank because another one failed first."""
+        reason = f"stopped because rank {first.rank} {LOST if first.is_lost else f'failed: {first.summary}'}"
+        _print_error(f"rank {self._ranks.rank} {reason}")
+        _write_torchrun_error(reason, is_consequence=True)
         self._wait_for_others()
         _exit(1)
 
@@ -186,22 +192,25 @@ def _error_line(error: BaseException) -> str:
 
 
 def _resume_advice() -> str:
-    """How a run goes on whose process was killed."""
+    """Return how to resume after a process was killed."""
     started, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if started < limit:
-        return "torchrun starts all ranks again"
-    return "go on with --resume auto; torchrun --max-restarts=3 goes on by itself"
+        return "torchrun restarts all ranks"
+    return "resume with --resume auto; torchrun --max-restarts=3 restarts and resumes by itself"
 
 
 def _print_error(text: str) -> None:
-    """In one piece, since several ranks write to one place."""
+    """Write in one call, since several ranks share stderr."""
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:
-    """Its report takes the failure with the earliest second for the cause, and what this file says for the reason."""
+    """Write the file from which torchrun takes the reason of a failure.
+
+    torchrun reports the failure with the earliest second as the cause, so consequences get a later timestamp.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             timestamp = int(time.time()) + (2 if is_consequence else 0)
@@ -209,7 +218,7 @@ def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None
 
 
 def _exit(code: int) -> NoReturn:
-    """At once: what Python runs at its exit may wait for ranks that are gone."""
+    """Exit at once: Python's exit handlers may wait for lost ranks."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

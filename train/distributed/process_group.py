@@ -1,6 +1,6 @@
-"""Process group, rank, reductions: the only file that knows torch.distributed.
+"""Process group, ranks and data parallelism.
 
-There is always a process group, also for one process without torchrun, so that nothing branches on the world size.
+A process group always exists, even for a single process without torchrun, so no code branches on the world size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.utils.errors import UserError
 
-# How long a rank waits for another one that neither joins nor fails: a stopped process, a machine that hangs. All ranks
-# compile and tune at the same time, so that even minutes of that are hardly waited for.
+# How long a rank waits for another one that neither joins nor fails, e.g. a stopped process or a machine that hangs.
+# Compilation and autotuning hardly count, since all ranks do them at the same time.
 GROUP_TIMEOUT = timedelta(minutes=10)
 LAUNCH_ID_VARIABLE = "ZHU_START"  # in the environment: see `train.distributed.failure_channel`
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is, from the environment that torchrun sets, or whoever starts the ranks; alone without it."""
+    """Rank and world size of this process."""
 
     rank: int = 0
     local_rank: int = 0
@@ -35,9 +35,14 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
+        """Read the variables that torchrun sets. Without them, the process is the only rank.
+
+        Raises:
+            UserError: If only some of them are set.
+        """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
-        if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # alone, each rank would train a model of its own
+        if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # each rank would train a separate model
             raise UserError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {' and '.join(missing)}; start with "
                 f"torchrun, or set {', '.join(names)}, MASTER_ADDR and MASTER_PORT"
@@ -46,7 +51,7 @@ class Ranks:
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
-        """For a tool that is one process; raises UserError under torchrun with several."""
+        """Return the ranks of a tool with a single process. Raises UserError under torchrun with several."""
         if cls.from_environment().world_size > 1:
             raise UserError(f"{tool} is one process; start it with python instead of torchrun")
         return cls()
@@ -58,7 +63,7 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[torch.device]:
-    """Set up the group for the lifetime of the context; gives this rank's device."""
+    """Initialize the process group for the lifetime of the context, and yield the device of this rank."""
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if ranks.local_world_size > gpus:
@@ -80,13 +85,16 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         is_broken = ranks.world_size > 1
         raise
     finally:
-        if not is_broken:  # it could wait for ever for ranks that are gone; the process ends anyhow
+        if not is_broken:  # it could wait forever for lost ranks; the process exits anyway
             dist.destroy_process_group()
 
 
 def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
-    """A connection of its own to what all ranks can read and write, which torchrun keeps, or else the first rank; and
-    the address of the machine that it lies on, as the first rank does. Waits for it."""
+    """Connect to the store that torchrun or, without it, rank 0 hosts for all ranks. Waits for it.
+
+    Returns:
+        A new connection, and the address of its machine, where rank 0 also runs.
+    """
     try:
         store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))
     except (ValueError, RuntimeError) as error:
@@ -99,22 +107,25 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
 
 
 def _launch_store(store: dist.Store) -> dist.Store:
-    """The part of it that belongs to this start: torchrun keeps the addresses of ranks that were killed before."""
+    """Return the part of the store that belongs to this launch.
+
+    torchrun keeps its store over restarts, with the addresses of ranks that were killed.
+    """
     return dist.PrefixStore(os.environ[LAUNCH_ID_VARIABLE], store) if LAUNCH_ID_VARIABLE in os.environ else store
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether this is how a collective or the store fails when another rank is gone or silent."""
+    """Return True if a collective or the store failed because another rank was lost or silent."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Of those: whether it is silent."""
+    """Return True if `is_lost_peer` holds because the other rank was silent."""
     return "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
 def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: int) -> nn.Module:
-    """The model with gradients averaged over ranks during backward; with one rank there is nothing to average."""
+    """Wrap the model in DistributedDataParallel, unless there is only one rank."""
     if dist.get_world_size() == 1:
         return model
     parallel = DistributedDataParallel(
@@ -123,8 +134,8 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
         gradient_as_bucket_view=True,
         static_graph=accumulation_steps == 1,
     )
-    # Running statistics are made equal once before each evaluation instead. Set here, since the argument's name depends
-    # on the version of torch.
+    # Running statistics are broadcast once before each evaluation instead, see `collectives.broadcast_buffers`. The
+    # name of the constructor's argument depends on the torch version.
     parallel.broadcast_buffers = False
     return parallel
 
@@ -138,11 +149,11 @@ def is_first_rank() -> bool:
 
 
 def is_data_parallel(model: nn.Module) -> bool:
-    """Whether `data_parallel` wrapped the model."""
+    """Return True if `data_parallel` wrapped the model."""
     return hasattr(model, "no_sync")
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave gradients on their rank: all but the last of an accumulated step."""
+    """Skip the gradient reduction of backward passes in this context, for all but the last micro step."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
-    return no_sync()  # also of a compiled model, which passes the attributes of what it wraps on
+    return no_sync()  # a compiled model forwards the attribute

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a flag, set at once and looked at between steps. Knows no ranks and no files."""
+"""Signals that ask a run to stop: handlers set a flag, which the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -16,61 +16,63 @@ from typing import Any
 
 from configs.utils.errors import UserError
 
-# SIGTERM: a scheduler's, and torchrun's when it ends; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, as --signal=USR1 asks;
-# SIGHUP: the terminal is gone
+# SIGTERM: from a scheduler, and from torchrun when it stops; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, see
+# --signal=USR1; SIGHUP: the terminal was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux
 SUBREAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
-REPEATED_SIGINT_S = 1.0  # Ctrl-C may come twice at once, from the terminal and from torchrun; later, it is meant
+REPEATED_SIGINT_S = 1.0  # Ctrl-C may arrive twice at once, from the terminal and from torchrun; a later one is meant
 
 
 class Preempted(Exception):
-    """The run has ended early, as a signal asked for, with a checkpoint."""
+    """The run stopped early because of a signal, after it had written a checkpoint."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # as shells report it
+        self.exit_code = 128 + number  # the convention of shells
 
 
 @dataclass
 class PendingSignal:
-    """signal: the number of the first signal that came; 0: none."""
+    """The first signal that arrived; number 0: none."""
 
-    signal: int = 0
+    number: int = 0
 
 
 @contextmanager
 def catch_signals() -> Iterator[PendingSignal]:
-    """Inside, the signals set the flag instead of ending the process; Ctrl-C a second time ends it at once.
+    """Set a flag on SIGNALS instead of ending the process; a second, later Ctrl-C ends it at once.
 
-    Python handles signals in the main thread alone: in any other, nothing listens.
+    Python runs handlers in the main thread only; in any other thread this catches nothing.
     """
     pending, first_s = PendingSignal(), 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first_s
-        if pending.signal == 0:
-            pending.signal, first_s = number, time.monotonic()
+        if pending.number == 0:
+            pending.number, first_s = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - first_s > REPEATED_SIGINT_S:
             signal.default_int_handler(number, frame)
 
-    before: dict[int, Any] = {}
+    previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # what is ignored, as SIGINT is in a shell's background, stays so
-        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in wanted}
+        # Ignored signals stay ignored, like SIGINT in the background of a shell.
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, handle) for number in caught}
     try:
         yield pending
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def die_with_launcher() -> None:
-    """Have the system send this process SIGTERM once the torchrun that started it is gone, however it went.
+    """Let the kernel send this process SIGTERM when its torchrun dies, even by SIGKILL.
 
-    Its ranks would else train on, keep their GPUs, and hold the run's folder. Raises UserError where it is gone
-    already.
+    Otherwise the ranks would continue, and keep their GPUs and the lock of the run directory.
+
+    Raises:
+        UserError: If torchrun is already dead.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -79,10 +81,12 @@ def die_with_launcher() -> None:
 
 
 def is_reparented(parent: int, proc: Path = Path("/proc")) -> bool:
-    """Whether a process of this parent has got it because its own one is gone: the system's first process, which in a
-    container may be torchrun itself, or one that takes over the orphans of a user or a container."""
+    """Return True if `parent` is init or a subreaper, i.e. the launcher of this process has died.
+
+    PID 1 does not count if it is torchrun itself, as in a container.
+    """
     command = name = b""
-    with suppress(OSError):  # another user's, where they are hidden
+    with suppress(OSError):  # /proc may hide the processes of other users
         command = (proc / str(parent) / "cmdline").read_bytes()
         name = (proc / str(parent) / "comm").read_bytes().strip()
     if parent != 1:

@@ -181,6 +181,6 @@ def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> Non
 
 def test_a_first_rank_that_never_comes_is_an_error_that_says_where_it_was_looked_for() -> None:
     with pytest.raises(
-        UserError, match=r"rank 0 did not answer at 127\.0\.0\.1 within 0 s; see whether it was started"
+        UserError, match=r"rank 0 did not answer at 127\.0\.0\.1 within 0 s; check whether it was started"
     ):
         connect(ranks(1, 2), Dictionary(), HERE, lambda _: None, timeout_s=0.1)

@@ -47,7 +47,7 @@ def test_a_user_error_on_one_rank_is_shown_first_and_ends_all(rank: int, in_grou
     assert [ended.codes[rank], *sorted(set(ended.codes))] == [2, 1, 2]
     assert ended.lines[0] == f"error: shard 7 is short (rank {rank})"
     others = [other for other in range(3) if other != rank]
-    stopped = [f"rank {other} stopped, since rank {rank} failed: shard 7 is short" for other in others]
+    stopped = [f"rank {other} stopped because rank {rank} failed: shard 7 is short" for other in others]
     assert sorted(ended.lines[1:]) == stopped
 
 
@@ -57,7 +57,7 @@ def test_any_other_error_is_shown_with_its_traceback_on_its_rank_alone(tmp_path:
     assert ended.lines[:2] == ["rank 1 failed:", "Traceback (most recent call last):"]
     assert ended.printed.count("Traceback") == 1
     assert ended.lines[-3] == "ZeroDivisionError: of images by nothing"
-    why = "stopped, since rank 1 failed: ZeroDivisionError: of images by nothing"
+    why = "stopped because rank 1 failed: ZeroDivisionError: of images by nothing"
     assert sorted(ended.lines[-2:]) == [f"rank 0 {why}", f"rank 2 {why}"]
 
 
@@ -82,7 +82,7 @@ def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
     assert ended.lines == [
         f"error: the loss is not finite on {first} (rank {first})",
         f"rank {1 - first} failed as well: the loss is not finite on {1 - first}",
-        f"rank {1 - first} stopped, since rank {first} failed: the loss is not finite on {first}",
+        f"rank {1 - first} stopped because rank {first} failed: the loss is not finite on {first}",
     ]
 
 
@@ -99,16 +99,18 @@ def one_is_killed(ranks: Ranks, rank: int, busy_s: float) -> None:
 def test_a_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None:
     ended = end_of(3, one_is_killed, tmp_path, rank, 0.0)
     assert [ended.codes[rank], *sorted(set(ended.codes))] == [-9, -9, 1]
-    assert ended.lines[0].startswith(f"rank {rank} ended without a word, as a process does that was killed (out of mem")
-    assert "go on with --resume auto" in ended.lines[0]
-    stopped = [f"rank {other} stopped, since rank {rank} ended without a word" for other in range(3) if other != rank]
+    assert ended.lines[0].startswith(f"rank {rank} was lost without an error: it was probably killed (out of mem")
+    assert "resume with --resume auto" in ended.lines[0]
+    stopped = [
+        f"rank {other} stopped because rank {rank} was lost without an error" for other in range(3) if other != rank
+    ]
     assert sorted(ended.lines[1:]) == stopped
 
 
 def test_a_rank_that_waits_for_nobody_is_stopped_as_well(tmp_path: Path) -> None:
     ended = end_of(2, with_little_patience, tmp_path)
     assert ended.codes == [-9, 1]
-    assert ended.lines[-1] == "rank 1 stopped, since rank 0 ended without a word"
+    assert ended.lines[-1] == "rank 1 stopped because rank 0 was lost without an error"
 
 
 def with_little_patience(ranks: Ranks) -> None:
@@ -129,7 +131,7 @@ def one_is_stopped(ranks: Ranks) -> None:
 def test_a_stopped_rank_is_waited_for_no_longer_than_the_group_says(tmp_path: Path) -> None:
     ended = end_of(3, one_is_stopped, tmp_path, stopped=1)
     assert ended.codes == [1, -9, 1]
-    assert "waited 0.1 minutes for another rank, which is stopped or hangs; go on with --resume auto" in ended.lines[0]
+    assert "waited 0.1 minutes for another rank, which is stopped or hangs; resume with --resume auto" in ended.lines[0]
     assert len(ended.lines) == 2
 
 
@@ -197,7 +199,7 @@ def test_without_a_rank_0_the_others_say_where_they_looked(
 
 @pytest.mark.parametrize(
     ("rank", "missing", "who"),
-    [(0, [2, 5], "rank 2, 5"), (0, None, "others"), (1, None, "others"), (0, [], None), (2, None, None)],
+    [(0, [2, 5], "rank 2, 5"), (0, None, "other ranks"), (1, None, "other ranks"), (0, [], None), (2, None, None)],
 )
 def test_ranks_that_do_not_come_are_named(
     rank: int,
@@ -211,7 +213,7 @@ def test_ranks_that_do_not_come_are_named(
     if missing is not None:
         monkeypatch.setattr(ending, "_channel", SimpleNamespace(missing_ranks=lambda: missing))
     ending._warn_missing(600.0)
-    said = f"warning: rank {rank} has waited 0 s for {who} to come (killed in starting, or slow?), and waits for up to "
+    said = f"warning: rank {rank} has waited 0 s for {who} to start (killed, or slow?), and waits up to "
     assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
 
 
@@ -241,7 +243,7 @@ def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
     ]  # fmt: skip
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    assert "warning: rank 0 has waited 1 s for others to come" in errors[0]
+    assert "warning: rank 0 has waited 1 s for other ranks to start" in errors[0]
 
 
 def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:

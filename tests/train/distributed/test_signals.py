@@ -30,23 +30,23 @@ def _as_in_a_terminal() -> Iterator[None]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
     with catch_signals() as pending:
-        assert pending.signal == 0
+        assert pending.number == 0
         os.kill(os.getpid(), number)
-        assert pending.signal == number
+        assert pending.number == number
 
 
 def test_the_first_signal_counts() -> None:
     with catch_signals() as pending:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        assert pending.signal == signal.SIGUSR1
+        assert pending.number == signal.SIGUSR1
 
 
 def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with catch_signals() as pending:
         for _ in range(2):  # as the terminal and torchrun send it, both at once
             os.kill(os.getpid(), signal.SIGINT)
-        assert pending.signal == signal.SIGINT
+        assert pending.number == signal.SIGINT
         clock = time.monotonic
         monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * signals.REPEATED_SIGINT_S)
         with pytest.raises(KeyboardInterrupt):
@@ -58,7 +58,7 @@ def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with catch_signals() as pending:
         os.kill(os.getpid(), signal.SIGINT)
-        assert pending.signal == 0
+        assert pending.number == 0
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -67,7 +67,7 @@ def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
 
     def listen() -> None:
         with catch_signals() as pending:
-            seen.append(pending.signal)
+            seen.append(pending.number)
 
     thread = threading.Thread(target=listen)
     thread.start()
