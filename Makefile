@@ -79,5 +79,5 @@ gpu-dry-run: $(ENVIRONMENT)
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"
-	$(VENV)/bin/python -m pipelines.cpu.batch
+	$(VENV)/bin/python -m pipelines.cpu
 	touch $@

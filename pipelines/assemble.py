@@ -1,4 +1,4 @@
-"""Puts a loader's parts together: which source and which graph, on which device, with how many buffers and threads."""
+"""Assembly of a loader: chooses the backend, the source, the runner, and the number of buffers and threads."""
 
 from __future__ import annotations
 
@@ -6,94 +6,115 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
 
 from configs.schema import DataConfig
 from configs.utils.errors import UserError
-from pipelines.cpu import graph as cpu_graph
+from pipelines.cpu.graph import CpuGraph
 from pipelines.gpu import dali_graph
+from pipelines.gpu.dali_graph import ImageSpec, PipelineConfig
+from pipelines.gpu.dali_runner import DaliRunner, DecodeCheck
+from pipelines.interfaces import Runner, SampleSource
 from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.batches import BatchPlan
+from pipelines.loader.buffers import SlotBuffers, resident_fits
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles
 from pipelines.loader.loader import CONSUMER_HELD, IN_FLIGHT, Loader
-from pipelines.loader.prefetch import BufferConfig, Plan
-from pipelines.loader.runner import CopyRunner, DaliRunner, DecodeCheck, Runner
-from pipelines.loader.sources import DevicePixels, HostPixels, SampleSource, SlotBuffers, resident_fits
+from pipelines.loader.prefetch import BufferConfig
+from pipelines.loader.runner import CopyRunner
+from pipelines.loader.sources import DevicePixels, HostPixels
 from pipelines.storage.split import Split
 
-MAX_COPIERS = 2  # more than two threads that only copy wait for memory, not for each other
-MAX_GROUP = 8  # batches gathered at once where they are small …
-GROUP_BYTES = 2**24  # … up to so many bytes
+MAX_COPY_THREADS = 2  # more threads that only copy would wait for memory
+MAX_GROUP = 8  # batches gathered at once if they are small …
+GROUP_BYTES = 2**24  # … up to this size
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """What is done to the samples, as DALI does it and as the CPU's own kernels do."""
+    """The transforms of the samples, for DALI and for the CPU kernels."""
 
-    dali: Callable[[dali_graph.ImageSpec, dali_graph.PipelineConfig], Pipeline]
-    cpu: cpu_graph.CpuGraph | None  # None: nothing, stored pixels stay as they are
-    crops_and_flips: bool = False  # and nothing else, pixels that are stored at the size of the batch
-    reflects: bool = False  # what crops show outside of the image
+    dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
+    cpu: CpuGraph | None  # None: stored pixels are not changed
+    crops_and_flips: bool = False  # and nothing else, on pixels stored at the size of the batch
+    padding_mode: str = "constant"  # of crops: "constant" (black) or "reflect"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How samples come to the device."""
+    """How samples reach the device."""
 
-    resident: bool  # the whole split lies in the device's memory
-    uses_dali: bool  # its graph runs; else a kernel gathers and augments at once
-    passes_through: bool  # stored pixels are handed over as they are
+    resident: bool  # the whole split is in the device's memory
+    uses_dali: bool  # a DALI graph transforms them; else a kernel gathers and transforms at once
+    passes_through: bool  # stored pixels are not changed
 
 
-def choose_backend(resident: bool, split: Split, device: torch.device, graphs: Transforms) -> Backend:
-    """The CPU's own kernels do all there; on a GPU DALI does what one copy or one launch cannot do."""
-    untouched = split.encoding == "npy" and graphs.cpu is None
-    alone = untouched or device.type != "cuda" or (resident and graphs.crops_and_flips)
-    return Backend(resident, not alone, untouched)
+@dataclass(frozen=True)
+class LoaderSpec:
+    """A loader's data, image size and device."""
+
+    split: Split
+    data: DataConfig
+    image_size: int  # of a batch, pixels
+    device: torch.device
+    ranks: int  # on this machine, which share its cores
+
+
+def choose_backend(resident: bool, split: Split, device: torch.device, transforms: Transforms) -> Backend:
+    """Choose DALI on a GPU unless a single copy or kernel launch does the work; the CPU kernels on the CPU."""
+    passes_through = split.encoding == "npy" and transforms.cpu is None
+    without_dali = passes_through or device.type != "cuda" or (resident and transforms.crops_and_flips)
+    return Backend(resident, not without_dali, passes_through)
 
 
 def assemble(
-    split: Split,
-    data: DataConfig,
-    plan: Plan,
-    size: int,
-    device: torch.device,
-    graphs: Transforms,
-    way: Backend,
+    spec: LoaderSpec,
+    plan: BatchPlan,
+    transforms: Transforms,
+    backend: Backend,
     pixels: Callable[[], torch.Tensor],
-    ranks: int,
     bad: BadSamples,
 ) -> Loader:
-    """The loader of a plan. pixels: of a split that is resident, see `load_resident`."""
+    """Build a loader.
+
+    Args:
+        spec: Data, image size and device.
+        plan: Batches of an epoch.
+        transforms: Of the samples.
+        backend: As `choose_backend` returns it.
+        pixels: Returns the pixels of a resident split, see `load_resident`.
+        bad: Samples to replace.
+    """
+    split, data, device, size = spec.split, spec.data, spec.device, spec.image_size
     on_gpu = device.type == "cuda"
-    threads = data.threads or default_threads(ranks)
-    gathered = (split.image_shape or (0, 0, 0)) if way.uses_dali or way.passes_through else (size, size, 3)
-    if (way.uses_dali and split.encoding != "npy") or (way.resident and on_gpu):
-        gatherers = 1  # which lists where encoded images lie, or launches
+    threads = data.threads or default_threads(spec.ranks)
+    gathers_stored = backend.uses_dali or backend.passes_through
+    gathered_shape = (split.image_shape or (0, 0, 0)) if gathers_stored else (size, size, 3)
+    if (backend.uses_dali and split.encoding != "npy") or (backend.resident and on_gpu):
+        gather_threads = 1  # it only lists encoded files, or launches kernels
     else:
-        gatherers = min(MAX_COPIERS, threads) if way.uses_dali or way.passes_through else threads
-    buffering = _buffering(data, plan.batch_size * math.prod(gathered), gatherers)
-    stored = dali_graph.ImageSpec(split.encoding, split.image_shape, way.resident, tuple(split.dataset["mean"]))
-    machine = dali_graph.PipelineConfig(
-        device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load
-    )
+        gather_threads = min(MAX_COPY_THREADS, threads) if gathers_stored else threads
+    buffers = _buffer_config(data, plan.batch_size * math.prod(gathered_shape), gather_threads)
+    images = ImageSpec(split.encoding, split.image_shape, backend.resident, tuple(split.dataset["mean"]))
+    pipeline = PipelineConfig(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
-    with torch.cuda.stream(stream):  # whose memory no other stream is given before its last gather is over
-        if way.uses_dali and split.encoding != "npy":
-            source: SampleSource = _mapped_files(split, stored, machine)
+    with torch.cuda.stream(stream):  # its memory goes to no other stream before its last gather has ended
+        if backend.uses_dali and split.encoding != "npy":
+            source: SampleSource = _mapped_files(split, images, pipeline)
         else:
-            slot_size = plan.batch_size * buffering.group
-            source = _source(split, graphs, way, pixels, gathered, slot_size, buffering.slots, device)
+            slot_size = plan.batch_size * buffers.group
+            source = _pixel_source(spec, transforms, backend, pixels, gathered_shape, slot_size, buffers.slots)
     runner: Runner = CopyRunner(device, stream)
-    if way.uses_dali:
-        runner = DaliRunner(lambda: graphs.dali(stored, machine), device)
+    if backend.uses_dali:
+        runner = DaliRunner(lambda: transforms.dali(images, pipeline), device)
     return Loader(
         plan,
         source,
         runner,
-        buffering,
+        buffers,
         bad,
         labels=split.labels,
         image_size=size,
@@ -102,54 +123,53 @@ def assemble(
     )
 
 
-def _mapped_files(split: Split, stored: dali_graph.ImageSpec, machine: dali_graph.PipelineConfig) -> MappedFiles:
-    alone = replace(machine, batch_size=1)
-    return MappedFiles(split, DecodeCheck(lambda: dali_graph.decoding_graph(stored, alone)).decodes)
+def _mapped_files(split: Split, images: ImageSpec, pipeline: PipelineConfig) -> MappedFiles:
+    single = replace(pipeline, batch_size=1)
+    return MappedFiles(split, DecodeCheck(lambda: dali_graph.decoding_graph(images, single)).decodes)
 
 
-def _source(
-    split: Split,
-    graphs: Transforms,
-    way: Backend,
+def _pixel_source(
+    spec: LoaderSpec,
+    transforms: Transforms,
+    backend: Backend,
     pixels: Callable[[], torch.Tensor],
-    gathered: tuple[int, int, int],
+    shape: tuple[int, int, int],
     slot_size: int,
-    count: int,
-    device: torch.device,
+    slots: int,
 ) -> SampleSource:
-    """Where pixels come from: `count` slots of `slot_size` images of the shape `gathered`."""
-    on_gpu, raw, shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
-    if raw and way.resident and on_gpu:
-        if way.uses_dali or way.passes_through:
-            return DevicePixels(pixels(), shape, slot_size, count, waits=way.uses_dali)
-        from pipelines.gpu.triton_crop_flip import TritonCropFlip  # needs Triton, as the GPU builds of torch bring it
+    """Return a source that fills `slots` slots of `slot_size` images of `shape`."""
+    split, device = spec.split, spec.device
+    on_gpu, raw, stored_shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
+    if raw and backend.resident and on_gpu:
+        if backend.uses_dali or backend.passes_through:
+            return DevicePixels(pixels(), stored_shape, slot_size, slots, waits=backend.uses_dali)
+        from pipelines.gpu.triton_crop_flip import TritonCropFlip  # needs Triton, which only GPU builds of torch have
 
-        padding_mode = "reflect" if graphs.reflects else "black"
-        return TritonCropFlip(pixels(), shape, gathered[0], slot_size, count, padding_mode)
-    handed_out = not way.uses_dali and not on_gpu
-    slots = SlotBuffers(count, slot_size, gathered, pinned=on_gpu, handed_out=handed_out)
-    done = None if way.uses_dali else graphs.cpu
+        return TritonCropFlip(pixels(), stored_shape, spec.image_size, slot_size, slots, transforms.padding_mode)
+    handed_out = not backend.uses_dali and not on_gpu
+    buffers = SlotBuffers(slots, slot_size, shape, pinned=on_gpu, handed_out=handed_out)
+    graph = None if backend.uses_dali else transforms.cpu
     if not raw:
-        return HostJpegs(split, slots, done)
-    if way.resident:
+        return HostJpegs(split, buffers, graph)
+    if backend.resident:
         content = pixels().numpy().reshape(-1)
-        return HostPixels(content, np.arange(len(split)) * math.prod(shape), shape, slots, done)
-    return HostPixels(split.content, split.pixel_starts(), shape, slots, done, split.monitor)
+        return HostPixels(content, np.arange(len(split)) * math.prod(stored_shape), stored_shape, buffers, graph)
+    return HostPixels(split.content, split.pixel_starts(), stored_shape, buffers, graph, split.monitor)
 
 
-def _buffering(data: DataConfig, batch_bytes: int, threads: int) -> BufferConfig:
+def _buffer_config(data: DataConfig, batch_bytes: int, threads: int) -> BufferConfig:
     group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
-    groups = -(-max(data.prefetch, IN_FLIGHT + CONSUMER_HELD) // group) + 1  # the consumer's, and those that are ready
+    groups = -(-max(data.prefetch, IN_FLIGHT + CONSUMER_HELD) // group) + 1  # plus one that the consumer is reading
     return BufferConfig((-(-groups // threads) + 2) * threads, threads, group)
 
 
 def default_threads(ranks: int) -> int:
-    """CPU threads of one rank: the cores that this process may use, shared by the ranks of the machine."""
+    """Return the CPU threads of one rank: the cores of this process, shared by the ranks of the machine."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    """Whether the whole split lies in the device's memory, as data.placement says."""
+    """Return whether data.placement keeps the whole split in the device's memory."""
     if data.placement == "auto":
         return resident_fits(split, device)
     if data.placement == "device" and split.encoding != "npy":

@@ -39,13 +39,7 @@ from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_
 from train.build import build_all, check_classes
 from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import (
-    TrainState,
-    build_timeline,
-    run_step,
-    set_whitening_bias_grad,
-    update_averages,
-)
+from train.engine.epoch import TrainState, build_timeline, run_step, set_whitening_bias_grad, update_averages
 from train.engine.hard_samples import check_proxy
 from train.engine.throughput import endless_batches
 from train.engine.warm_up import warm_up

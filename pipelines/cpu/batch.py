@@ -17,6 +17,7 @@ import numpy as np
 from numba import float32, int32, uint8
 
 from pipelines.cpu.byte_intrinsics import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
+from pipelines.cpu.filters import reflect_index
 from pipelines.cpu.float_intrinsics import mix_pixels, mix_three_pixels, mix_two_pixels
 from pipelines.cpu.jit import kernel
 
@@ -92,7 +93,7 @@ def crop_flip(
         blank = size - last if mirrored else first  # columns of the target before them
         for y in range(size):
             row = (sample * size + y) * size * 3
-            source_y = _reflected(y + top, height) if reflect else y + top
+            source_y = reflect_index(y + top, height) if reflect else y + top
             if source_y < 0 or source_y >= height or (count == 0 and not reflect):
                 for i in range(row, row + size * 3):
                     target[i] = 0
@@ -101,7 +102,7 @@ def crop_flip(
             for i in range(size - count):
                 x = i if i < blank else i + count
                 if reflect:
-                    column = _reflected(left + (size - 1 - x if mirrored else x), width)
+                    column = reflect_index(left + (size - 1 - x if mirrored else x), width)
                     copy_bytes(target, row + x * 3, content, source_row + column * 3, 3)
                 else:
                     target[row + x * 3] = target[row + x * 3 + 1] = target[row + x * 3 + 2] = 0
@@ -117,14 +118,6 @@ def crop_flip(
             while done < count:
                 copy_bytes(target, at + done * 3, content, begin + (count - 1 - done) * 3, 3)
                 done += 1
-
-
-@kernel
-def _reflected(position: int, length: int) -> int:
-    """The pixel that stands for one up to length - 1 pixels outside, without repeating the edge."""
-    if position < 0:
-        return -position
-    return position if position < length else 2 * (length - 1) - position
 
 
 @kernel
@@ -243,24 +236,3 @@ def _filter(start: float, end: float, reach: int, antialias: bool, index: np.nda
         for tap in range(taps):
             weights[i, tap] /= total
     return taps
-
-
-def compile_all() -> None:
-    """Call every kernel once on one black pixel, with the types that the loader passes."""
-    from pipelines.cpu import jpeg_headers, programs, sigbus_handler
-
-    assert sigbus_handler.handler.address  # which importing compiles
-    content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
-    image_offsets = sides = np.zeros(1, np.int64)
-    offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
-    copy(content, image_offsets, out)
-    crop_flip(content, image_offsets, 1, 1, offset, flip, False, out)
-    resize(content, image_offsets, sides + 1, sides + 1, corner, corner + 1, False, True, out)
-    sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
-    sizes = np.zeros(1, np.int32)
-    jpeg_headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
-    programs.compile_all()
-
-
-if __name__ == "__main__":
-    compile_all()

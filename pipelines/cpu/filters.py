@@ -68,7 +68,7 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
 
     row = side * 3
     for y in range(-reach, side + reach):
-        copy_bytes(scratch, (y + reach) * row, image, _reflected(y, side) * row, row)
+        copy_bytes(scratch, (y + reach) * row, image, reflect_index(y, side) * row, row)
     line = np.zeros((side + 2 * reach) * 3 + LANES, np.float32)
     out = np.empty(row + LANES, np.uint8)
     edge = reach * 3
@@ -76,7 +76,7 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
         for i in range(0, row, LANES):
             blur_down(line, edge + i, scratch, (y + reach) * row + i, row, weights, reach)
         for x in range(1, reach + 1):
-            left, right = edge + _reflected(-x, side) * 3, edge + _reflected(side - 1 + x, side) * 3
+            left, right = edge + reflect_index(-x, side) * 3, edge + reflect_index(side - 1 + x, side) * 3
             for channel in range(3):
                 line[edge - 3 * x + channel] = line[left + channel]
                 line[edge + row - 3 + 3 * x + channel] = line[right + channel]
@@ -86,8 +86,8 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
 
 
 @kernel
-def _reflected(position: int, length: int) -> int:
-    """The pixel that stands for one outside, without repeating the edge, as often reflected as needed."""
+def reflect_index(position: int, length: int) -> int:
+    """Return the pixel that a position outside of the image reflects to, any number of times; edges do not repeat."""
     if length == 1:
         return 0
     while position < 0 or position >= length:

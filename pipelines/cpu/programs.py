@@ -96,10 +96,3 @@ def paint(images: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> None:
             copy_bytes(target, first + x * 3, palette, sample * 3, 3)
         for y in range(1, bottom - top):
             copy_bytes(target, first + y * size * 3, target, first, (right - left) * 3)
-
-
-def compile_all() -> None:
-    """Compile both with the types that `cpu_graph` passes, on one black pixel."""
-    image, color_ = np.zeros((1, 1, 1, 3), np.uint8), np.zeros((1, 3), np.uint8)
-    apply_programs(image, np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), False, color_[0], 1)
-    paint(image, np.zeros((1, 4), np.int32), color_)

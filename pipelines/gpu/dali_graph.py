@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
@@ -19,7 +18,6 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from configs.schema import AugConfig
 from pipelines.augment.ops import Programs, grey_levels
 from pipelines.gpu.dali_inputs import has_choice, has_numbers
-from pipelines.gpu.dali_inputs import program_inputs as program_inputs  # beside the graph that takes them
 from pipelines.gpu.dali_ops import run_programs
 
 INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
@@ -140,17 +138,6 @@ def _pipeline(machine: PipelineConfig, define: Callable[[], DataNode], chooses: 
     pipeline = pipeline_def(**options)(define)()
     pipeline.build()
     return pipeline
-
-
-def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
-    """`offset` as the input `shift`: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
-
-    Filtering with it translates the image, and a filter's border can reflect, which no other operator of DALI does.
-    Exact, since every pixel is one pixel times 1 plus zeros, and one operator instead of slices, flips and two joins.
-    """
-    filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
-    filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
-    return filters
 
 
 def _input(name: str, **options: Any) -> DataNode:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs.schema import AugConfig
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
 
 ROWS, COLUMNS = 3, 8  # of the numbers of one operation
@@ -80,6 +81,40 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
         _write_curved(numbers, ops, values, size)
         feeds["numbers"] = numbers.reshape(-1, len(programs.slots), ROWS, COLUMNS)
     return feeds
+
+
+def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
+    """`offset` as the input `shift`: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
+
+    Filtering with it translates the image, and a filter's border can reflect, which no other operator of DALI does.
+    Exact, since every pixel is one pixel times 1 plus zeros, and one operator instead of slices, flips and two joins.
+    """
+    filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
+    filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
+    return filters
+
+
+def graph_inputs(
+    draws: dict[str, np.ndarray], aug: AugConfig, programs: Programs | None, size: int
+) -> dict[str, np.ndarray]:
+    """Convert the draws of `AugmentationSampler` to the inputs of `dali_graph.train_graph`.
+
+    Args:
+        draws: Of a batch.
+        aug, programs: Those of the sampler.
+        size: Height and width of training images, pixels.
+    """
+    inputs = dict(draws)
+    if "offset" in inputs and aug.padding_mode == "reflect":
+        inputs["shift"] = shifts(inputs.pop("offset"), aug.padding)
+    if programs is not None:
+        inputs |= program_inputs(programs, inputs.pop("ops"), inputs.pop("values"), size)
+    if aug.erase.probability > 0:
+        boxes, colors = inputs.pop("erase_box"), inputs.pop("erase_color")
+        inputs["erase_start"], inputs["erase_shape"] = boxes[:, :2].astype(np.float32), boxes[:, 2:].astype(np.float32)
+        if aug.erase.fill == "random":  # the graph holds the other colors as constants
+            inputs["erase_color"] = colors.astype(np.float32)
+    return inputs
 
 
 class _Tables(NamedTuple):

@@ -17,7 +17,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
-from pipelines.loader.sources import DeviceInputs, SampleSource
+from pipelines.gpu.device_inputs import DeviceInputs
+from pipelines.interfaces import SampleSource
 
 BLOCK_BYTES = 1024  # of the output, per program: three programs for an image of 32x32
 DRAW_ROWS = 4  # per sample: index, offset y, offset x, flip

@@ -1,8 +1,7 @@
-"""Samples that cannot be decoded: which others take their places in training, and when there are too many of them.
+"""Samples that cannot be decoded: their substitutes in training, and the limit on their number.
 
-A substitute is a function of the sample and of the data alone: the next sample in stored order that can be decoded. So
-nobody needs to be told of it, and whoever meets the sample, at whatever batch, rank or restart, puts the same into its
-place. Knows no pixels: a source says which samples it cannot decode.
+The substitute depends on the sample and the data alone: it is the next sample in stored order that can be decoded. So
+every rank chooses the same one without communication, at any batch size and after a restart.
 """
 
 from __future__ import annotations
@@ -17,93 +16,95 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.split import Split
 
-MAX_NAMED = 3  # samples that an error names
+MAX_NAMED = 3  # samples in an error message
 REPAIR = "run `tools/convert.py verify` on the data set and convert the source again"
-FindDefect = Callable[[int], str | None]  # what is wrong with a sample; None: it can be decoded
+FindDefect = Callable[[int], str | None]  # why a sample cannot be decoded; None: it can
 
 
 class Undecodable(Exception):
-    """Raised by a source for samples of a batch, {sample: what is wrong}; never leaves the loader."""
+    """Samples of a batch that a source cannot decode. Never leaves the loader."""
 
     def __init__(self, defects: dict[int, str]) -> None:
+        """defects: Sample index to reason."""
         super().__init__(f"samples {[*defects]} cannot be decoded")
         self.defects = defects
 
 
 class BadSamples:
-    """Those of one split that this process has met, shared by all threads and stages that read it."""
+    """The bad samples of one split found by this process, shared by all threads and stages."""
 
-    def __init__(self, split: Split, budget: int, otherwise: str) -> None:
-        """budget: how many may be replaced; otherwise: what an error says beside how to mend the data, where none."""
+    def __init__(self, split: Split, budget: int, advice: str) -> None:
+        """budget: Number of samples that may be replaced; advice: ends the error message when it is 0."""
         self.split = split
         self.budget = budget
-        self._otherwise = otherwise
-        self._found: dict[int, str] = {}  # what is wrong with each, in the order in which they were found
-        # int64 [samples]: who stands in for each sample, itself for most; None while nobody does, which is what a
-        # batch looks at
-        self._in_place: np.ndarray | None = None
+        self._advice = advice
+        self._found: dict[int, str] = {}  # reason for each, in the order of discovery
+        # int64 [samples]: substitute of each sample, most often itself; None: no bad samples, the fast case of a batch
+        self._substitutes: np.ndarray | None = None
         self._lock = Lock()
 
     @property
     def can_replace(self) -> bool:
-        """Whether it does so at all."""
+        """Whether bad samples are replaced at all."""
         return self.budget > 0
 
     @property
     def found(self) -> list[tuple[int, int]]:
-        """(sample, who took its place), in the order in which they were found."""
+        """Pairs of a bad sample and its substitute, in the order of discovery."""
         with self._lock:
-            return [] if self._in_place is None else [(bad, int(self._in_place[bad])) for bad in self._found]
+            return [] if self._substitutes is None else [(bad, int(self._substitutes[bad])) for bad in self._found]
 
     def substitute(self, samples: np.ndarray) -> np.ndarray:
-        """The samples, int64 [N], with substitutes for those that are known to be bad."""
-        return samples if self._in_place is None else self._in_place[samples]
+        """Return samples, int64 [N], with the known bad ones replaced."""
+        return samples if self._substitutes is None else self._substitutes[samples]
 
     def add(self, defects: dict[int, str], defect: FindDefect) -> None:
-        """Take note of bad samples and find their substitutes.
+        """Record bad samples and find their substitutes.
+
+        Args:
+            defects: Sample index to reason.
+            defect: Tests further samples.
 
         Raises:
-            UserError: that names them, where none may be replaced or they are more than the budget.
+            UserError: No sample may be replaced, or there are more bad samples than the budget.
         """
         with self._lock:
-            for sample, wrong in defects.items():
-                if sample not in self._found:  # else another thread was first
-                    self._add(sample, wrong, defect)
+            for sample, reason in defects.items():
+                if sample not in self._found:  # another thread may have been first
+                    self._add(sample, reason, defect)
 
-    def _add(self, sample: int, wrong: str, defect: FindDefect) -> None:
+    def _add(self, sample: int, reason: str, defect: FindDefect) -> None:
         if not self.can_replace:
-            raise UserError(
-                f"{self.split.describe(sample)} {wrong}: the data set is damaged; {REPAIR}{self._otherwise}"
-            )
-        bad: dict[int, str] = {sample: wrong}
+            raise UserError(f"{self.split.describe(sample)} {reason}: the data set is damaged; {REPAIR}{self._advice}")
+        bad: dict[int, str] = {sample: reason}
         self.check_budget([*self._found, *bad])
         substitute = self._next(sample)
-        while substitute != sample and (also_wrong := defect(substitute)) is not None:
-            bad[substitute] = also_wrong
+        while substitute != sample and (also_bad := defect(substitute)) is not None:
+            bad[substitute] = also_bad
             self.check_budget([*self._found, *bad])
             substitute = self._next(substitute)
         if substitute == sample:
             raise UserError(f"no sample of split {self.split.name!r} can be decoded; {REPAIR}")
-        in_place = np.arange(len(self.split)) if self._in_place is None else self._in_place.copy()
-        for one, its_wrong in bad.items():
-            in_place[in_place == one] = substitute  # also where it has stood in for others until now
-            self._found[one] = its_wrong
+        substitutes = np.arange(len(self.split)) if self._substitutes is None else self._substitutes.copy()
+        for one, reason in bad.items():
+            substitutes[substitutes == one] = substitute  # also where it was a substitute itself
+            self._found[one] = reason
             warn(
-                f"{self.split.describe(one)} {its_wrong}; sample {substitute} takes its place "
+                f"{self.split.describe(one)} {reason}; sample {substitute} takes its place "
                 f"({len(self._found)} of at most {self.budget} bad samples, data.max_bad_samples)",
                 on_any_rank=True,
             )
-        self._in_place = in_place
+        self._substitutes = substitutes
 
     def _next(self, sample: int) -> int:
-        """The sample behind this one in stored order, the first behind the last; not one that is known to be bad."""
+        """Return the next sample in stored order, cyclically, that is not known to be bad."""
         after = (sample + 1) % len(self.split)
         while after in self._found and after != sample:
             after = (after + 1) % len(self.split)
         return after
 
     def check_budget(self, found: Sequence[int] | np.ndarray) -> None:
-        """Raise UserError where so many samples, in the order in which they were found, are too many."""
+        """Raise UserError if `found`, in the order of discovery, exceeds the budget."""
         if len(found) > self.budget:
             last = ", ".join(self.split.describe(int(sample)) for sample in found[-MAX_NAMED:])
             raise UserError(
@@ -113,13 +114,13 @@ class BadSamples:
 
 
 def for_training(split: Split, data: DataConfig) -> BadSamples:
-    """As data.on_bad_sample says."""
-    otherwise = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
-    return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, otherwise)
+    """Return a record that replaces samples as data.on_bad_sample and data.max_bad_samples say."""
+    advice = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
+    return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, advice)
 
 
 def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
-    """None is replaced, since every sample counts exactly once."""
+    """Return a record that replaces no sample: an evaluation counts every sample exactly once."""
     skips = data.on_bad_sample == "skip"
-    otherwise = "; data.on_bad_sample=skip is for training, an evaluation can do without none" if skips else ""
-    return BadSamples(split, 0, otherwise)
+    advice = "; data.on_bad_sample=skip is for training, an evaluation can do without none" if skips else ""
+    return BadSamples(split, 0, advice)

@@ -1,4 +1,4 @@
-"""What an iteration handed over: how many samples, and a checksum of which they were, whatever their order."""
+"""Checksums of the samples that an iteration visited, independent of their order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MODULUS = 2**64
 
 @dataclass(frozen=True)
 class SampleChecksum:
-    """samples: their number; checksum: the sum of a hash of each one's index, modulo 2^64.
+    """Number of samples, and the sum of a hash of each sample's index modulo 2^64.
 
-    A sample that comes twice in another one's place shows, but for one time in 2^64.
+    A sample visited twice in place of another changes the sum, except with probability 2^-64.
     """
 
     samples: int = 0
@@ -30,14 +30,17 @@ EMPTY = SampleChecksum()
 
 
 def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
-    """Of each batch of consecutive samples, int64 [N]; together, since NumPy's calls take most of the time of few."""
+    """Return the checksum of each batch of consecutive samples; indices: int64 [N].
+
+    All batches at once, since for few samples the overhead of NumPy's calls dominates.
+    """
     starts = np.arange(0, len(indices), batch_size)
     sums = np.add.reduceat(hash64(indices.view(np.uint64)), starts)
     sizes = np.minimum(batch_size, len(indices) - starts)
     return [SampleChecksum(*pair) for pair in zip(sizes.tolist(), sums.tolist(), strict=True)]
 
 
-@lru_cache(maxsize=8)  # asked for after every evaluation
+@lru_cache(maxsize=8)  # needed after every evaluation
 def split_checksum(samples: int) -> SampleChecksum:
-    """Of each of range(samples) once."""
+    """Return the checksum of range(samples)."""
     return checksums(np.arange(samples, dtype=np.int64), samples)[0]

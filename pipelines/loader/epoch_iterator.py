@@ -1,4 +1,4 @@
-"""The iterator over a loader's batches, of which only the newest may be used. Knows no loader."""
+"""Iterators over a loader's batches. Only the newest iterator of a loader may be used."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_iterations: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
+_iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_iterations() -> None:
-    """End unfinished iterations: a thread inside torch or DALI must not outlive the interpreter."""
-    for iteration in list(_iterations):
+def _close_iterators() -> None:
+    """Close unfinished iterators: a thread inside torch or DALI must not outlive the interpreter."""
+    for iterator in list(_iterators):
         with suppress(ValueError, RuntimeError):  # running at this moment, or ended by an error
-            iteration.close()
+            iterator.close()
 
 
 class EpochIterator(Iterator[Item], Generic[Item]):
-    """Iterate over the items of a generator, until the iterator is finished or replaced."""
+    """Iterates over the items of a generator until it is finished or replaced."""
 
     def __init__(self, items: Generator[tuple[Item, bool]]) -> None:
-        """items: each with whether it is the last one."""
+        """items: Pairs of an item and whether it is the last one."""
         self._items = items
         self.is_started = False
         self._had_last = False
         self._is_replaced = False
-        _iterations.add(self)
+        _iterators.add(self)
 
     def __next__(self) -> Item:
-        """Return the next item. Raises RuntimeError if the iterator was replaced."""
+        """Return the next item; raise RuntimeError if the iterator was replaced."""
         if self._is_replaced:
             raise RuntimeError(
                 "this iterator of the loader was ended: another one was made, or the loader's state was set, and a "
@@ -45,11 +45,11 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         return item
 
     def close(self) -> None:
-        """End the iterator: from now on it raises StopIteration."""
+        """End the iterator: it raises StopIteration from now on."""
         self._items.close()
 
     def replace(self) -> None:
-        """End the iterator: from now on it raises RuntimeError, or StopIteration if no item was left."""
+        """End the iterator: it raises RuntimeError from now on, or StopIteration if no item was left."""
         is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
         self._items.close()
         self._is_replaced |= is_unfinished

@@ -1,26 +1,49 @@
-"""Order sequential-window, for data larger than memory: has the next window's shards read while this one is trained on.
-
-Nothing depends on it but speed: it only gives the kernel hints. Knows no images and no draws.
-"""
+"""The order of a training epoch, and read-ahead of its shards for data larger than memory."""
 
 from __future__ import annotations
 
 import mmap
-import threading
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
+from configs.schema import DataConfig
 from pipelines import order
 from pipelines.storage.split import Split
 
 
+class TrainOrder:
+    """The order of all samples of an epoch. Thread-safe."""
+
+    def __init__(self, data: DataConfig, split: Split, seed: int) -> None:
+        windowed = data.order == "sequential-window"
+        self.read_ahead = ReadAhead(split, data.window_shards, seed) if windowed else None
+        self._lock = Lock()
+
+        @lru_cache(maxsize=2)
+        def epoch_order(epoch: int) -> np.ndarray:
+            if windowed:
+                return order.window_permutation(split.shard, data.window_shards, seed, epoch)
+            return order.permutation(len(split), seed, epoch)
+
+        self._epoch_order = epoch_order
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Return the sample indices of an epoch in their order, int64 [samples]."""
+        with self._lock:  # computed once
+            return self._epoch_order(epoch)
+
+
 class ReadAhead:
-    """Called with every batch's samples, in order, from any thread."""
+    """Ask the kernel to read the next window's shards while the current window is trained on.
+
+    These are hints only: results do not depend on them. Called with each batch, in order, from any thread.
+    """
 
     def __init__(self, split: Split, window_shards: int, seed: int) -> None:
         self._split = split
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._reached = (-1, -1)  # epoch and window
         self._windows = lru_cache(maxsize=2)(
             lambda epoch: order.shard_windows(len(split.files), window_shards, seed, epoch)
@@ -36,5 +59,5 @@ class ReadAhead:
             self._reached = (epoch, window)
         for wanted in (window, window + 1):
             self._split.advise(np.flatnonzero(windows == wanted), mmap.MADV_WILLNEED)
-        # One window back stays: other threads may still gather from it, and would fault its pages in again.
+        # The previous window stays: other threads may still gather from it and would fault its pages in again.
         self._split.advise(np.flatnonzero(windows == window - 2), mmap.MADV_DONTNEED)

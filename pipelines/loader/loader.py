@@ -1,8 +1,7 @@
-"""The iterator: gather, feed, run, hand over torch tensors; counts the time that the consumer waited.
+"""The data loader: iterates over batches of torch tensors on the device.
 
-A background thread asks `order` for indices and `draws` for augmentation and gathers the bytes into reused slots; the
-consumer's thread feeds them to the DALI graph, whose own threads (or GPU) work ahead, and takes finished batches. The
-loader's whole state is (epoch, step). Knows no model and no process group: rank and world size are plain numbers.
+Background threads fill slots with samples; the consumer's thread submits them to a runner, whose own threads (or GPU)
+work ahead, and takes finished batches. The whole state of a loader is (epoch, step).
 """
 
 from __future__ import annotations
@@ -12,51 +11,44 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from configs.utils.errors import UserError
+from pipelines.interfaces import Runner, RunnerResult, SampleSource, no_wait
 from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.batches import Batch, BatchPlan, MixedBatch
 from pipelines.loader.coverage import EMPTY, SampleChecksum
 from pipelines.loader.epoch_iterator import EpochIterator
-from pipelines.loader.prefetch import BufferConfig, HostBatch, Plan, PrefetchThreads
-from pipelines.loader.runner import Result, Runner, no_wait
-from pipelines.loader.sources import SampleSource
+from pipelines.loader.prefetch import BufferConfig, HostBatch, PrefetchThreads
 from pipelines.storage.split import Split
 
-IN_FLIGHT = 2  # iterations that DALI works on at once
-CONSUMER_HELD = 2  # batches that a consumer usually still holds when it asks for the next: its last, and the one before
-
-
-class Batch(NamedTuple):
-    """images: uint8 [B, 3, H, W] with channels_last strides; labels: int64 [B] (-1 where the split has none)."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
-class MixedBatch(Batch):
-    """A batch whose samples are to be mixed with their neighbours; mix: float32 [B, 5], see pipelines.mixing."""
-
-    mix: torch.Tensor
-
-    def __new__(cls, images: torch.Tensor, labels: torch.Tensor, mix: torch.Tensor) -> MixedBatch:
-        batch = super().__new__(cls, images, labels)
-        batch.mix = mix
-        return batch
+IN_FLIGHT = 2  # batches submitted to the runner at once
+CONSUMER_HELD = 2  # batches that a consumer usually holds when it asks for the next: its last two
 
 
 class Loader:
-    """Iterate over it once per epoch, with one iterator at a time; `len` is the number of batches of an epoch."""
+    """Iterates over the batches of an epoch; `len` is their number. One iterator at a time.
+
+    Args:
+        plan: Batches of an epoch.
+        source: Fills the slots.
+        runner: Turns filled slots into batches on the device.
+        buffers: Number of slots and of gathering threads.
+        bad: Samples to replace.
+        labels: int64 [samples of the split]; None if it has none.
+        image_size: Height and width of the images of a batch, pixels.
+        device: Of the batches.
+        gather_stream: Of gathers on a GPU.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         source: SampleSource,
         runner: Runner,
-        buffering: BufferConfig,
+        buffers: BufferConfig,
         bad: BadSamples,
         *,
         labels: np.ndarray | None,
@@ -65,19 +57,19 @@ class Loader:
         gather_stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.plan = plan
-        self.image_size = image_size  # height and width of the images it gives, pixels
+        self.image_size = image_size
         self.device = device
-        self.wait_s = 0.0  # time that the consumer waited for data, since the start; the caller takes differences
-        self.seen: SampleChecksum = EMPTY  # in evaluation, what the last iteration has handed over
+        self.wait_s = 0.0  # time that the consumer has waited for data since the start; callers take differences
+        self.seen: SampleChecksum = EMPTY  # samples of the last iteration, in evaluation
         self.source = source
         self.bad = bad
-        self.labels = labels  # int64 [samples of the split]; None where it has none
-        self.buffering = buffering
+        self.labels = labels
+        self.buffers = buffers
         self.gather_stream = gather_stream
-        # Per slot, a function that blocks until the device has read it: also over the end of an iteration.
-        self.slot_waits: list[Callable[[], None]] = [no_wait] * buffering.slots
+        # One wait function per slot: blocks until the device has finished reading it. Kept across epochs.
+        self.slot_waits: list[Callable[[], None]] = [no_wait] * buffers.slots
         self._runner = runner
-        # A weak reference to the last iterator: one that the consumer dropped ends at once.
+        # A weak reference to the last iterator, so that an iterator dropped by the consumer ends at once.
         self._running: Callable[[], EpochIterator[Batch] | None] = lambda: None
         self._epoch = self._step = 0
 
@@ -85,13 +77,13 @@ class Loader:
         return self.plan.steps
 
     def at(self, epoch: int) -> Loader:
-        """The loader of an epoch: itself, of any; `staged` has loaders that change."""
+        """Return itself, the loader of any epoch; a `StagedLoader` has several."""
         del epoch
         return self
 
     @property
     def stages(self) -> Sequence[Loader]:
-        """Itself alone."""
+        """Itself alone; a `StagedLoader` has several."""
         return (self,)
 
     @property
@@ -100,7 +92,7 @@ class Loader:
 
     @property
     def state(self) -> dict[str, int]:
-        """Where the next batch comes from: {"epoch": …, "step": …}, counting batches that were handed over."""
+        """Position of the next batch: {"epoch": …, "step": …}, counted from 0 in batches that were consumed."""
         return {"epoch": self._epoch, "step": self._step}
 
     @state.setter
@@ -109,24 +101,24 @@ class Loader:
         if epoch < 0 or not 0 <= step < max(len(self), 1):
             raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
         running = self._running()
-        if running is not None and running.is_started:  # one that is not started begins at the new state
+        if running is not None and running.is_started:  # an iterator not yet started begins at the new state
             running.replace()
         self._epoch, self._step = epoch, step
 
     def check_unchanged(self) -> None:
-        """Raise a UserError if a file that batches come from is not what it was: before anything trained is saved."""
+        """Raise UserError if a file that batches come from has changed; called before a checkpoint is saved."""
         self.source.check_unchanged()
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """Iterate over the rest of the current epoch, from `state` on.
+        """Iterate over the rest of the current epoch, starting at `state`.
 
-        There is one set of buffers: an iterator made before raises RuntimeError when it is used again, unless it had
-        no batch left.
+        There is one set of buffers: an earlier iterator raises RuntimeError when it is used again, unless it had no
+        batch left.
         """
         self.end_iteration()
-        iteration = EpochIterator(self._iterate())
-        self._running = weakref.ref(iteration)
-        return iteration
+        iterator = EpochIterator(self._iterate())
+        self._running = weakref.ref(iterator)
+        return iterator
 
     def end_iteration(self) -> None:
         """End the last iterator, as a new one would."""
@@ -139,69 +131,79 @@ class Loader:
             self._epoch = self._step = 0
             self.seen = EMPTY
         remaining = len(self) - self._step
-        team = PrefetchThreads(self.plan, self.source, self.labels, self.buffering, self.slot_waits, self.bad,
-                    epoch=self._epoch, first=self._step, stream=self.gather_stream)  # fmt: skip
+        threads = PrefetchThreads(
+            self.plan,
+            self.source,
+            self.labels,
+            self.buffers,
+            self.slot_waits,
+            self.bad,
+            epoch=self._epoch,
+            first=self._step,
+            stream=self.gather_stream,
+        )
         submitted: deque[HostBatch] = deque()
-        handed: deque[HostBatch] = deque()
+        held: deque[HostBatch] = deque()  # by the consumer
         try:
             while remaining:
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 while len(submitted) < min(IN_FLIGHT, remaining):
-                    prepared = team.get(block=not submitted)
-                    if prepared is None:
+                    host_batch = threads.get(block=not submitted)
+                    if host_batch is None:
                         break
-                    self._submit(prepared, submitted)
-                prepared, (images, labels, self.slot_waits[prepared.slot]) = self._result(submitted, team)
-                handed.append(prepared._replace(images=None))  # else the slot would seem to be held by the user
-                if len(handed) > CONSUMER_HELD and (oldest := handed.popleft()).is_last:
-                    team.release(oldest.slot)
+                    self._submit(host_batch, submitted)
+                host_batch, (images, labels, self.slot_waits[host_batch.slot]) = self._result(submitted, threads)
+                held.append(host_batch._replace(images=None))  # otherwise the slot would seem to be held by the user
+                if len(held) > CONSUMER_HELD and (oldest := held.popleft()).is_last:
+                    threads.release(oldest.slot)
                 batch = self._batch(images, labels)
                 if self.plan.repeats:
-                    self.seen += prepared.checksum
+                    self.seen += host_batch.checksum
                 remaining -= 1
                 self._step += 1
                 if self._step == len(self):
                     self._epoch, self._step = self._epoch + 1, 0
-                # On a GPU the host runs ahead and blocks here too: data is late only when the device has nothing to do.
+                # On a GPU the host runs ahead and blocks here too: data is late only if the device is idle.
                 if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
-                    self.wait_s += time.perf_counter() - begin
+                    self.wait_s += time.perf_counter() - start
                 yield batch, not remaining
         finally:
-            for prepared in submitted:  # batches under way when the consumer left
+            for host_batch in submitted:  # in flight when the consumer left
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
-                    *_, self.slot_waits[prepared.slot] = self._runner.result()
-            team.stop()
+                    *_, self.slot_waits[host_batch.slot] = self._runner.result()
+            threads.stop()
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """Of images uint8 [B, H, W, 3]; with the table of its mixing where the plan has one."""
+        """Return a batch of images uint8 [B, H, W, 3]; a MixedBatch if the plan mixes it."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
-        if self.plan.mix is None:
+        mix = self.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
+        if mix is None:
             return batch
-        table = torch.from_numpy(self.plan.mix(self._epoch, self._step, len(labels), images.shape[1]))
+        table = torch.from_numpy(mix)
         if self.device.type == "cuda":  # torch keeps the pinned memory until the copy is done
             table = table.pin_memory().to(self.device, non_blocking=True)
         return MixedBatch(*batch, table)
 
-    def _submit(self, prepared: HostBatch, submitted: deque[HostBatch]) -> None:
-        self._runner.submit(prepared.images, prepared.labels, prepared.draws)
-        submitted.append(prepared)
+    def _submit(self, host_batch: HostBatch, submitted: deque[HostBatch]) -> None:
+        self._runner.submit(host_batch.images, host_batch.labels, host_batch.draws)
+        submitted.append(host_batch)
 
-    def _result(self, submitted: deque[HostBatch], team: PrefetchThreads) -> tuple[HostBatch, Result]:
-        """The oldest of the batches under way, and what became of it.
+    def _result(self, submitted: deque[HostBatch], threads: PrefetchThreads) -> tuple[HostBatch, RunnerResult]:
+        """Return the oldest submitted batch and its result.
 
-        DALI's error names no sample: those that it could not decode are looked for, and all that was under way is run
-        again with substitutes; where none is allowed, the error names them.
+        DALI's error names no sample. So the samples that it cannot decode are searched for, and all batches in flight
+        run again with substitutes; if no substitutes are allowed, the error names the samples.
         """
         while True:
-            prepared = submitted.popleft()
+            host_batch = submitted.popleft()
             try:
                 result = self._runner.result()
-                self.source.look()  # DALI has read encoded images only now
-                return prepared, result
+                self.source.poll()  # DALI has read encoded images only now
+                return host_batch, result
             except RuntimeError as error:
-                self.check_unchanged()  # a file that was changed says more than the sample that could not be used
-                under_way = [prepared, *submitted]
-                defects = next(filter(None, map(self._defects, under_way)), None)  # the first batch's, as a rule
+                self.check_unchanged()  # a changed file explains more than the sample that could not be read
+                in_flight = [host_batch, *submitted]
+                defects = next(filter(None, map(self._defects, in_flight)), None)  # usually of the first batch
                 if defects is None:
                     raise
                 try:
@@ -210,10 +212,10 @@ class Loader:
                     raise refusal from error
             self._runner.restart()
             submitted.clear()
-            for one in under_way:
-                self._submit(team.regather(one), submitted)
+            for one in in_flight:
+                self._submit(threads.regather(one), submitted)
 
-    def _defects(self, prepared: HostBatch) -> dict[int, str]:
-        """What is wrong with samples of a batch; decodes them one by one, which only an error can afford."""
-        found = ((sample, self.source.defect(sample)) for sample in prepared.indices.tolist())
-        return {sample: wrong for sample, wrong in found if wrong is not None}
+    def _defects(self, host_batch: HostBatch) -> dict[int, str]:
+        """Return the bad samples of a batch with reasons. Slow: decodes the samples one by one."""
+        found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
+        return {sample: reason for sample, reason in found if reason is not None}

@@ -1,7 +1,7 @@
-"""The threads that gather: they fill slots with groups of consecutive batches, ahead of the consumer.
+"""Background threads that fill slots with batches, ahead of the consumer.
 
-A group is drawn and gathered in one go, since for small batches the calls and the waking of a thread would cost more
-than the gather. Threads take groups in turn; each has its own slots. Knows indices, draws and sources, but no graph.
+A thread fills one slot with a group of consecutive batches at once: for small batches, the calls and the thread wake-up
+cost more than the gather. Threads take groups in turn; each thread owns some of the slots.
 """
 
 from __future__ import annotations
@@ -15,38 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pipelines.interfaces import SampleSource
 from pipelines.loader.bad_samples import BadSamples, Undecodable
+from pipelines.loader.batches import BatchPlan
 from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums
-from pipelines.loader.sources import SampleSource, fill_checked
-
-
-def no_draws(epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The draws of a graph that has no input but images and labels."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which batches an epoch has. Its functions are pure and are called in the background threads."""
-
-    samples: int  # that this rank sees in an epoch
-    batch_size: int  # of all batches but possibly the last
-    indices: Callable[[int, int], np.ndarray]  # (epoch, step) -> the samples of a batch, int64 [B]
-    # (epoch, samples int64 [N]) -> the graph's inputs beside images and labels, each [N, ...]
-    draws: Callable[[int, np.ndarray], dict[str, np.ndarray]] = no_draws
-    prepare: Callable[[int], object] | None = None  # (epoch): what its indices need once, computed ahead
-    repeats: bool = False  # every iteration is epoch 0 from its start (evaluation)
-    # (epoch, step, samples, image size) -> how the batch is mixed, as pipelines.mixing says; None: it never is
-    mix: Callable[[int, int, int, int], np.ndarray] | None = None
-
-    @property
-    def steps(self) -> int:
-        return -(-self.samples // self.batch_size)
 
 
 @dataclass(frozen=True)
 class BufferConfig:
-    """How many buffers there are, and who fills them."""
+    """Number of slots and of the threads that fill them."""
 
     slots: int  # each holds a group; a multiple of threads
     threads: int
@@ -61,19 +38,30 @@ class HostBatch(NamedTuple):
     indices: np.ndarray
     draws: dict[str, np.ndarray]
     slot: int
-    is_last: bool  # of its slot, which is free again once the consumer has let go of this batch
-    checksum: SampleChecksum  # of its samples, in evaluation
+    is_last: bool  # of its slot, which is free once the consumer has released this batch
+    checksum: SampleChecksum  # of its samples; EMPTY in training
 
 
 class PrefetchThreads:
-    """The threads of one iteration: batches `first` … of `epoch`, in order."""
+    """The threads of one iteration over an epoch.
+
+    Args:
+        plan: Batches of the epoch.
+        source: Fills the slots.
+        labels: int64 [samples of the split]; None if it has none.
+        buffers: Number of slots and threads.
+        slot_waits: Per slot, a function that blocks until the slot may be overwritten.
+        bad: Samples to replace.
+        epoch, first: The iteration starts at batch `first` of `epoch`.
+        stream: Of gathers on a GPU.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         source: SampleSource,
         labels: np.ndarray | None,
-        buffering: BufferConfig,
+        buffers: BufferConfig,
         slot_waits: list[Callable[[], None]],
         bad: BadSamples,
         *,
@@ -81,24 +69,21 @@ class PrefetchThreads:
         first: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        """slot_waits: per slot, a function that blocks until it may be overwritten; stream: of gathers on a GPU."""
         self.plan, self.source, self.labels, self.slot_waits, self.bad = plan, source, labels, slot_waits, bad
         self.epoch, self.stream, self.is_stopping = epoch, stream, False
-        groups = _groups(first, plan.steps, buffering.group, ramp=buffering.threads)
-        count = buffering.threads
-        self._share = buffering.slots // count
-        self._threads = [
-            _GatherThread(self, groups[i::count], range(i * self._share, (i + 1) * self._share)) for i in range(count)
-        ]
+        groups = _groups(first, plan.steps, buffers.group, ramp=buffers.threads)
+        count = buffers.threads
+        self._slots_per_thread = slots = buffers.slots // count
+        self._threads = [_GatherThread(self, groups[i::count], range(i * slots, (i + 1) * slots)) for i in range(count)]
         self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
-        self._groups_taken = 0  # groups
-        self._group: list[HostBatch] = []  # the rest of the one being handed out, last first
+        self._groups_taken = 0
+        self._group: list[HostBatch] = []  # remaining batches of the current group, last first
         self._error: BaseException | None = None  # of the thread whose turn it is
 
     def get(self, block: bool) -> HostBatch | None:
-        """Return the next batch; None when it is not ready and `block` is false.
+        """Return the next batch; None if it is not ready and `block` is false.
 
-        An error of a thread is raised only with `block`: batches before it may still fail, and come first.
+        An error of a thread is raised only with `block`: earlier batches may still fail in the runner, and come first.
         """
         if not self._group and self._error is None:
             try:
@@ -108,7 +93,7 @@ class PrefetchThreads:
             if isinstance(group, BaseException):
                 self._error = group
             else:
-                if self._groups_taken == 0:  # not before, since training waits for the first batch
+                if self._groups_taken == 0:  # not earlier: training waits for the first batch
                     self._preparer.start()
                 self._groups_taken += 1
                 self._group = group
@@ -119,14 +104,14 @@ class PrefetchThreads:
         return self._group.pop()
 
     def release(self, slot: int) -> None:
-        """The slot may be filled again, once `slot_waits` says so."""
-        self._threads[slot // self._share].free.put(slot)
+        """Allow the slot to be filled again, once its function in `slot_waits` returns."""
+        self._threads[slot // self._slots_per_thread].free.put(slot)
 
     def gather(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Fill a slot with samples, int64 [N], or with those that stand in for bad ones.
+        """Fill a slot with samples, int64 [N], or their substitutes.
 
         Returns:
-            images, labels int64 [N], who they are int64 [N], and draws: a substitute brings its own.
+            images, labels int64 [N], sample indices int64 [N], and draws. A substitute has its own label and draws.
         """
         while True:
             indices = self.bad.substitute(wanted)
@@ -134,16 +119,27 @@ class PrefetchThreads:
             labels = np.full(len(indices), -1) if self.labels is None else self.labels[indices]
             self.slot_waits[slot]()
             try:
-                return fill_checked(self.source, slot, indices, draws), labels, indices, draws
+                return self._fill(slot, indices, draws), labels, indices, draws
             except Undecodable as found:
                 self.bad.add(found.defects, self.source.defect)
 
-    def regather(self, prepared: HostBatch) -> HostBatch:
-        """A batch with substitutes for the samples that have turned out to be bad since."""
-        images, labels, indices, draws = self.gather(prepared.slot, prepared.indices)
-        return prepared._replace(images=images, labels=labels, indices=indices, draws=draws)
+    def _fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
+        """Fill a slot; raise UserError if the source's files have changed."""
+        try:
+            images = self.source.fill(slot, indices, draws)
+        except Exception:
+            self.source.check_unchanged()  # a changed file explains more than the sample that could not be read
+            raise
+        self.source.poll()
+        return images
+
+    def regather(self, batch: HostBatch) -> HostBatch:
+        """Return the batch with substitutes for the samples found to be bad since."""
+        images, labels, indices, draws = self.gather(batch.slot, batch.indices)
+        return batch._replace(images=images, labels=labels, indices=indices, draws=draws)
 
     def stop(self) -> None:
+        """End and join all threads."""
         self.is_stopping = True
         for thread in self._threads:
             thread.free.put(None)
@@ -153,15 +149,17 @@ class PrefetchThreads:
             self._preparer.join()
 
     def _prepare_next_epoch(self) -> None:
-        if self.plan.prepare is not None:
-            self.plan.prepare(self.epoch + 1)
+        self.plan.prepare(self.epoch + 1)
 
 
-def _groups(first: int, steps: int, most: int, ramp: int) -> list[range]:
-    """The batches from `first` to `steps` in groups of 1, since training waits for it, then 2, 4 … up to `most`."""
+def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
+    """Split batches `first` to `steps` into groups of 1, 2, 4 … up to `largest`; each size `ramp` times.
+
+    The first groups are small because training waits for them.
+    """
     groups: list[range] = []
     while first < steps:
-        size = min(most, 2 ** (len(groups) // ramp))
+        size = min(largest, 2 ** (len(groups) // ramp))
         groups.append(range(first, min(first + size, steps)))
         first += size
     return groups
@@ -170,32 +168,32 @@ def _groups(first: int, steps: int, most: int, ramp: int) -> list[range]:
 class _GatherThread(threading.Thread):
     """Fills its slots with its groups."""
 
-    def __init__(self, team: PrefetchThreads, groups: list[range], slots: range) -> None:
+    def __init__(self, owner: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)
-        self._team, self._groups = team, groups
+        self._owner, self._groups = owner, groups
         self.ready: queue.SimpleQueue[list[HostBatch] | BaseException] = queue.SimpleQueue()
-        self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None asks the thread to end
+        self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None ends the thread
         for slot in slots:
             self.free.put(slot)
         self.start()
 
     def run(self) -> None:
         try:
-            with torch.cuda.stream(self._team.stream):
+            with torch.cuda.stream(self._owner.stream):
                 for steps in self._groups:
                     slot = self.free.get()
-                    if slot is None or self._team.is_stopping:
+                    if slot is None or self._owner.is_stopping:
                         return
                     self.ready.put(self._gather_group(steps, slot))
         except BaseException as error:
             self.ready.put(error)
 
     def _gather_group(self, steps: range, slot: int) -> list[HostBatch]:
-        """A group of batches, last first."""
-        plan = self._team.plan
-        batches = [plan.indices(self._team.epoch, step) for step in steps]
+        """Return a group of batches, last first."""
+        plan = self._owner.plan
+        batches = [plan.indices(self._owner.epoch, step) for step in steps]
         wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)
-        images, labels, indices, draws = self._team.gather(slot, wanted)
+        images, labels, indices, draws = self._owner.gather(slot, wanted)
 
         seen = checksums(indices, plan.batch_size) if plan.repeats else [EMPTY] * len(batches)
         if len(batches) == 1:

@@ -1,7 +1,7 @@
-"""Progressive resizing: one loader per stage of epochs, and the one iterator that goes from each to the next.
+"""Progressive resizing: one loader per stage of epochs, behind the interface of a single loader.
 
 All stages are built at the start, so that a change of the image or batch size costs an epoch nothing. The order of the
-samples and what is drawn for them do not depend on the stages.
+samples and their draws do not depend on the stages.
 """
 
 from __future__ import annotations
@@ -11,41 +11,44 @@ from collections.abc import Sequence
 import torch
 
 from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.batches import Batch, BatchPlan
 from pipelines.loader.epoch_iterator import EpochIterator
-from pipelines.loader.loader import Batch, Loader
-from pipelines.loader.prefetch import Plan
+from pipelines.loader.loader import Loader
 
 
 class StagedLoader:
-    """Like a `Loader` of the epoch that `state` stands in: length, plan and image size are that epoch's."""
+    """A `Loader` whose length, plan and image size are those of the current epoch's stage."""
 
     def __init__(self, loaders: Sequence[Loader], starts: Sequence[int]) -> None:
-        """starts: the first epoch of each loader, ascending from 0; a loader may come again later."""
+        """starts: First epoch of each loader, ascending from 0. A loader may occur several times."""
         self._loaders, self._starts = tuple(loaders), tuple(starts)
-        self._number = 0
+        self._current_stage = 0
 
     def at(self, epoch: int) -> Loader:
-        return self._loaders[self._number_at(epoch)]
+        """Return the loader of an epoch."""
+        return self._loaders[self._stage_at(epoch)]
 
     @property
     def stages(self) -> Sequence[Loader]:
+        """All loaders, each of them once."""
         return tuple(dict.fromkeys(self._loaders))
 
     @property
     def state(self) -> dict[str, int]:
+        """See `Loader.state`."""
         return self._current().state
 
     @state.setter
     def state(self, state: dict[str, int]) -> None:
         current = self.at(state["epoch"])
         current.state = state
-        self._number = self._number_at(state["epoch"])
+        self._current_stage = self._stage_at(state["epoch"])
         for stage in self.stages:
             if stage is not current:
                 stage.end_iteration()
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> BatchPlan:
         return self._current().plan
 
     @property
@@ -58,21 +61,21 @@ class StagedLoader:
 
     @property
     def bad(self) -> BadSamples:
-        return self._loaders[0].bad  # which all of them share
+        return self._loaders[0].bad  # shared by all stages
 
     @property
     def wait_s(self) -> float:
         return sum(loader.wait_s for loader in self.stages)
 
     def check_unchanged(self) -> None:
-        """See `Loader`; all stages read the same files."""
+        """See `Loader.check_unchanged`; all stages read the same files."""
         self._current().check_unchanged()
 
     def __len__(self) -> int:
         return len(self._current())
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """See `Loader`; an iterator of another stage ends as well."""
+        """See `Loader.__iter__`; ends the iterators of all other stages too."""
         self.end_iteration()
         return iter(self._current())
 
@@ -81,17 +84,17 @@ class StagedLoader:
         for stage in self.stages:
             stage.end_iteration()
 
-    def _number_at(self, epoch: int) -> int:
-        return max(number for number, begin in enumerate(self._starts) if begin <= epoch)
+    def _stage_at(self, epoch: int) -> int:
+        return max(number for number, start in enumerate(self._starts) if start <= epoch)
 
     def _current(self) -> Loader:
-        """The loader of the epoch that the last one used has come to."""
-        state = self._loaders[self._number].state
-        number = self._number_at(state["epoch"])
-        if number != self._number:
-            self._number = number
-            self._loaders[number].state = state
-        return self._loaders[number]
+        """Return the loader of the current epoch, which the last used loader has reached."""
+        state = self._loaders[self._current_stage].state
+        stage = self._stage_at(state["epoch"])
+        if stage != self._current_stage:
+            self._current_stage = stage
+            self._loaders[stage].state = state
+        return self._loaders[stage]
 
 
 TrainLoader = Loader | StagedLoader

@@ -20,7 +20,8 @@ from helpers.chance import chance as chance
 from helpers.loaders import train
 from helpers.shards import converted_digits, shards_of
 from helpers.training import CLEAN, DIGITS, command_line, run_here
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from train.checkpoint import store
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])

@@ -10,7 +10,8 @@ import torch
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 
 NO_AUG = AugConfig(flip=0)
 

@@ -20,7 +20,8 @@ import torch
 
 from configs.utils.errors import run_main
 from helpers.training import free_port, strict_lines
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from train import ddp
 from train.checkpoint import store
 from train.distributed.process_group import Ranks

@@ -23,7 +23,7 @@ from torch import nn
 
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from train import ddp
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed.process_group import Ranks, process_group

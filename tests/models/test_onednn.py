@@ -21,7 +21,7 @@ from configs.load import load_config
 from helpers.training import CLEAN, ROOT, alone, make_state, random_batch, record_gradients
 from models import build_model, onednn
 from models.onednn import avoid_narrow_strided_convs, block_channels, is_affected
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from train.build import build_all
 from train.engine.epoch import train_step
 

@@ -21,7 +21,7 @@ from pipelines.assemble import Backend
 from pipelines.convert.encode import Encoding, encode
 from pipelines.cpu import jpeg_headers
 from pipelines.gpu import dali_graph
-from pipelines.loader.runner import DecodeCheck
+from pipelines.gpu.dali_runner import DecodeCheck
 from pipelines.storage.jpeg_check import file_of
 from pipelines.storage.split import open_split
 from pipelines.storage.verify import verify

@@ -14,8 +14,7 @@ from configs.load import load_config
 from configs.utils.errors import UserError
 from helpers.training import DIGITS, Run, alone, make_state, random_batch
 from helpers.training import lenet as lenet_of
-from pipelines.loader.loader import Batch
-from pipelines.loader.prefetch import Plan
+from pipelines.loader.batches import Batch, EvalBatches
 from tools import find_lr
 from tools.find_lr import options_for, range_test
 from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
@@ -96,7 +95,7 @@ class Repeated:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self.stages = (self,)
-        self.plan = Plan(2 * len(batch.labels), len(batch.labels), lambda epoch, step: np.zeros(0))
+        self.plan = EvalBatches(0, 2 * len(batch.labels), len(batch.labels))
 
     def at(self, epoch: int) -> Repeated:
         return self

@@ -20,7 +20,7 @@ from helpers.memory_source import MemoryRows, write
 from helpers.training import CPU, DIGITS, Run, alone
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.convert.source import Source
-from pipelines.loader.loader import MixedBatch
+from pipelines.loader.batches import MixedBatch
 from pipelines.storage.split import open_split
 from tools import show
 from tools.inference.trained_model import load_trained_model

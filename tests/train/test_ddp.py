@@ -33,7 +33,7 @@ from helpers.training import (
     strict_lines,
 )
 from models import build_model
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from tools import convert
 from train import ddp
 from train.build import to_device

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from train.engine.epoch import TrainState, run_step
 from train.engine.throughput import endless_batches
 from train.optim.freeze import set_training_mode

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.schema import DataConfig, EvalConfig
 from pipelines import build_eval_loader
+from pipelines.loader.batches import ChosenSamples
 from pipelines.loader.loader import Loader
 
 
 def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
     """Make each epoch of the loader consist of `samples`, int64 [N], in this order. Augmentation is unchanged."""
-    size = loader.plan.batch_size
-
-    def indices(epoch: int, step: int) -> np.ndarray:
-        return samples[step * size : (step + 1) * size]
-
-    loader.plan = replace(loader.plan, samples=len(samples), indices=indices, prepare=None)
+    loader.plan = ChosenSamples(loader.plan, samples)
     return loader
 
 

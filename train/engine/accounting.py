@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.batches import Batch
 from pipelines.loader.coverage import MODULUS, SampleChecksum, split_checksum
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 

@@ -21,7 +21,7 @@ from configs.utils.warnings import warn
 from models.cpu_precision import slow_precision_reason
 from models.onednn import avoid_narrow_strided_convs
 from models.speedrun import find_whitening
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.rng import hash64, stream
 from train.distributed import collectives

@@ -15,7 +15,7 @@ from torch import nn
 from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
 from models.speedrun import find_whitening
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from train.engine.epoch import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.optim.freeze import set_training_mode

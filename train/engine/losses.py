@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import TrainConfig
-from pipelines.loader.loader import Batch, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
 from train.engine.mixing import mix_images, swap_pairs
 
 LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]

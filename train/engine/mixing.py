@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment.mixup import identity_table
-from pipelines.loader.loader import Batch, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
 
 
 def swap_pairs(values: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from train.distributed import collectives
 from train.engine.epoch import TrainState, run_step
 from train.engine.warm_up import warm_up

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from configs.utils.errors import UserError
-from pipelines.loader.loader import Batch, Loader, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
+from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.distributed.process_group import is_data_parallel

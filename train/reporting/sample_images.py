@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import Config
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.engine.accounting import check_full_coverage

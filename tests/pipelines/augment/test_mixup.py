@@ -31,7 +31,8 @@ from helpers.training import (
 )
 from pipelines import build_train_loader
 from pipelines.augment.mixup import check_mixing, draw_mixes, mix_table, mixing_enabled
-from pipelines.loader.loader import Batch, Loader, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
+from pipelines.loader.loader import Loader
 from pipelines.rng import uniform
 from tools import convert
 from train import ddp

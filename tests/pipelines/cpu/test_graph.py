@@ -28,10 +28,10 @@ from pipelines.cpu import batch
 from pipelines.cpu import graph as cpu_graph
 from pipelines.cpu.graph import Images
 from pipelines.gpu import dali_graph
+from pipelines.gpu.dali_runner import DaliRunner
 from pipelines.loader.bad_samples import Undecodable
+from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs
-from pipelines.loader.runner import DaliRunner
-from pipelines.loader.sources import SlotBuffers
 from pipelines.storage.split import open_split
 
 BATCH = 24

@@ -28,8 +28,11 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment import geometry
 from pipelines.augment.ops import Op, Programs
 from pipelines.gpu import dali_graph
-from pipelines.loader.loader import Batch, Loader
-from pipelines.loader.runner import CopyRunner, DaliRunner
+from pipelines.gpu.dali_inputs import program_inputs
+from pipelines.gpu.dali_runner import DaliRunner
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
+from pipelines.loader.runner import CopyRunner
 from pipelines.storage.split import Split, load_dataset, open_split
 
 CPU = torch.device("cpu")
@@ -298,7 +301,7 @@ def test_programs_run_after_the_flip_and_before_erasing() -> None:
     values = np.tile(np.array([0.4, 0], np.float32), (3, 1))
     aug = AugConfig(flip=1, erase=EraseConfig(probability=1, fill="black"))
     kind, machine = dali_graph.ImageSpec("npy", (96, 96, 3), False), dali_graph.PipelineConfig(None, 3, 1, 0.0)
-    feeds = dali_graph.program_inputs(programs, ops, values, 96) | {
+    feeds = program_inputs(programs, ops, values, 96) | {
         "flip": np.ones(3, np.int32),
         "erase_start": np.zeros((3, 2), np.float32),
         "erase_shape": np.full((3, 2), 10, np.float32),

@@ -18,7 +18,8 @@ from configs.schema import AugConfig
 from helpers.photos import photos
 from pipelines.augment.ops import GEOMETRIC, Op, Programs, SlotOps, blur_radius
 from pipelines.gpu import dali_graph, dali_inputs
-from pipelines.loader.runner import DaliRunner
+from pipelines.gpu.dali_inputs import program_inputs
+from pipelines.gpu.dali_runner import DaliRunner
 
 SIDES = pytest.mark.parametrize("side", [32, 96])
 FACTORS = [0.0, 0.1, 0.5, 1.0, 1.3, 1.9]
@@ -65,7 +66,7 @@ def by_dali(
     """A batch through the graph, whose largest batch is `room`: uint8 [B, side, side, 3]."""
     side = images.shape[1]
     runner = built(programs, side, room or len(images), gpu)
-    feeds = dali_graph.program_inputs(programs, ops.astype(np.int32), values.astype(np.float32), side)
+    feeds = program_inputs(programs, ops.astype(np.int32), values.astype(np.float32), side)
     given = torch.from_numpy(images.copy())
     runner.submit(given.pin_memory() if gpu else given, np.zeros(len(images), np.int64), feeds)
     return runner.result()[0].cpu().numpy()
@@ -231,7 +232,7 @@ def test_images_of_few_levels_are_treated_as_by_torchvision(op: Op) -> None:
 
 def test_inputs_are_few_and_have_the_types_that_dali_insists_on() -> None:
     programs = programs_of((RAND_AUGMENT, JITTER))
-    feeds = dali_graph.program_inputs(programs, *drawn(programs.slots, 20), 32)
+    feeds = program_inputs(programs, *drawn(programs.slots, 20), 32)
     assert {name: (array.dtype.name, array.shape) for name, array in feeds.items()} == {
         "branches": ("int32", (20, 2)),
         "numbers": ("float32", (20, 2, dali_inputs.ROWS, dali_inputs.COLUMNS)),
@@ -252,7 +253,7 @@ def test_inputs_are_few_and_have_the_types_that_dali_insists_on() -> None:
 def test_inputs_that_no_slot_needs_are_left_out_and_not_asked_for(slots: SlotOps, expected: set[str]) -> None:
     programs, images = programs_of(slots), np.stack(photos(32, 32, 10))
     ops, values = drawn(slots, 10)
-    assert set(dali_graph.program_inputs(programs, ops, values, 32)) == expected
+    assert set(program_inputs(programs, ops, values, 32)) == expected
     found = differences(by_dali(programs, images, ops, values), by_torchvision(programs, images, ops, values))
     assert found.mean() < 0.6
 

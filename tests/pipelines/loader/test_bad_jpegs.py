@@ -29,10 +29,11 @@ from helpers.damage import (
 )
 from helpers.loaders import assert_same, copies, data_of, evaluation, merged, train
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.gpu.dali_runner import DaliRunner
+from pipelines.loader.batches import Batch, MixedBatch
+from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_error
-from pipelines.loader.loader import Batch, Loader, MixedBatch
-from pipelines.loader.runner import DaliRunner
-from pipelines.loader.sources import SlotBuffers
+from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import StagedLoader
 from pipelines.storage.split import open_split
 

@@ -22,10 +22,12 @@ from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, damage
 from helpers.loaders import NO_AUG, assert_same, copies, data_of, evaluation, merged, train
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
-from pipelines.loader import sources
+from pipelines.interfaces import SampleSource
+from pipelines.loader import buffers
 from pipelines.loader.bad_samples import for_training
-from pipelines.loader.loader import Batch, Loader
-from pipelines.loader.prefetch import BufferConfig, Plan
+from pipelines.loader.batches import Batch, EvalBatches
+from pipelines.loader.loader import Loader
+from pipelines.loader.prefetch import BufferConfig
 from pipelines.order import shard_windows
 from pipelines.storage.split import Split, open_split
 
@@ -340,7 +342,7 @@ def test_placement_on_the_device_gives_the_same_bytes_as_on_the_host(aug: AugCon
 
 def test_placement_on_the_device_does_without_huge_pages(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = copies(train(npy_data, placement="device"))
-    monkeypatch.setattr(sources.mmap, "MADV_HUGEPAGE", 9999)  # no kernel knows this advice
+    monkeypatch.setattr(buffers.mmap, "MADV_HUGEPAGE", 9999)  # no kernel knows this advice
     assert_same(copies(train(npy_data, placement="device")), expected)
 
 
@@ -372,7 +374,7 @@ def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
     assert waited[0] > 0
 
 
-class Recorder(sources.SampleSource):
+class Recorder(SampleSource):
     """Source and runner of an imaginary GPU that reads a slot until it says so; complains of slots filled earlier."""
 
     def __init__(self) -> None:
@@ -400,7 +402,8 @@ def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_o
     threads: int, npy_data: Path
 ) -> None:
     recorder = Recorder()
-    plan = Plan(60, 2, lambda epoch, step: np.arange(2 * step, 2 * step + 2))
+    plan = EvalBatches(0, 60, 2)
+    plan.repeats = False
     bad = for_training(open_split(npy_data, "train"), data_of(npy_data))
     loader = Loader(plan, recorder, recorder, BufferConfig(8, threads, 1), bad, labels=np.arange(60), image_size=1,
                     device=torch.device("cpu"))  # fmt: skip

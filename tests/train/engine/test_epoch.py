@@ -17,7 +17,8 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_batch, record_gradients, small_net
 from models import build_model
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks

@@ -13,7 +13,7 @@ from torch import nn
 
 from configs.utils.errors import UserError
 from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_batch, record_gradients, small_net
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, data_parallel, process_group
 from train.engine.epoch import train_step

@@ -15,7 +15,7 @@ from torch import nn
 from configs.schema import MixConfig, TrainConfig
 from helpers.training import lenet, random_batch
 from pipelines.augment.mixup import mix_table
-from pipelines.loader.loader import Batch, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
 from train.engine.losses import build_loss
 from train.engine.mixing import mix_images, swap_pairs
 

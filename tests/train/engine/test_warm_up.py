@@ -20,7 +20,8 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, SmallNet, alone, make_state, random_batch, small_net
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mix_table
-from pipelines.loader.loader import Batch, Loader, MixedBatch
+from pipelines.loader.batches import Batch, MixedBatch
+from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state

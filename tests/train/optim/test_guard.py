@@ -11,7 +11,7 @@ import torch
 from configs.schema import OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError
 from helpers.training import alone, make_state, random_batch, small_net
-from pipelines.loader.loader import Batch
+from pipelines.loader.batches import Batch
 from train.engine import epoch
 from train.engine.epoch import TrainState, train_step
 from train.optim.largest import max_abs

@@ -27,7 +27,7 @@ from configs.schema import AugConfig, DataConfig, LogConfig, MixConfig, WandbCon
 from configs.utils.errors import run_main
 from helpers.training import CLEAN, DIGITS, Run, alone, lenet, make_state, on_ranks, strict_lines
 from pipelines import build_eval_loader, build_train_loader
-from pipelines.loader.loader import MixedBatch
+from pipelines.loader.batches import MixedBatch
 from train import ddp
 from train.distributed.process_group import Ranks
 from train.engine.epoch import evaluate, predictions

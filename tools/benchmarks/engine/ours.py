@@ -11,7 +11,8 @@ import torch
 
 from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
-from pipelines.loader.loader import Batch, Loader
+from pipelines.loader.batches import Batch
+from pipelines.loader.loader import Loader
 from pipelines.storage.split import load_dataset, open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload

@@ -1,0 +1,27 @@
+"""Compile all kernels: `python -m pipelines.cpu`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.cpu import batch, jpeg_headers, programs, sigbus_handler
+
+
+def compile_all() -> None:
+    """Call each kernel once, on one black pixel, with the argument types that the loader uses."""
+    assert sigbus_handler.handler.address  # compiled by the import
+    content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
+    image_offsets, sides, sizes = np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(1, np.int32)
+    offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
+    batch.copy(content, image_offsets, out)
+    batch.crop_flip(content, image_offsets, 1, 1, offset, flip, False, out)
+    batch.resize(content, image_offsets, sides, sides, corner, corner + 1, False, True, out)
+    batch.sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
+    jpeg_headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
+    black = np.zeros((1, 3), np.uint8)
+    programs.apply_programs(out, np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), False, black[0], 1)
+    programs.paint(out, np.zeros((1, 4), np.int32), black)
+
+
+if __name__ == "__main__":
+    compile_all()

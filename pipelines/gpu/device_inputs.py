@@ -1,0 +1,41 @@
+"""Small integer inputs of each batch, copied to the device without blocking the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class DeviceInputs:
+    """A pinned buffer and a device buffer per slot: int64 [slots, *shape] each."""
+
+    def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
+        # Pinned: a copy from pageable memory blocks the calling thread.
+        self._host = torch.empty((slots, *shape), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.empty((slots, *shape), dtype=torch.int64, device=device)
+        self._arrays = self._host.numpy()
+        self._copied: dict[int, torch.cuda.Event] = {}  # by slot
+
+    def host(self, slot: int) -> np.ndarray:
+        """Return the host buffer of the slot, int64 [*shape], for writing; wait for its last copy.
+
+        The batch of that copy may never have been consumed, so no event of the consumer covers it.
+        """
+        if slot in self._copied:
+            self._copied[slot].synchronize()
+        array: np.ndarray = self._arrays[slot]
+        return array
+
+    def to_device(self, slot: int) -> torch.Tensor:
+        """Copy the slot on the current stream; return int64 [*shape], valid until the slot's next copy."""
+        on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
+        if on_device.is_cuda:
+            self._copied[slot] = blocking_event()
+        return on_device
+
+
+def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+    """Record an event on a stream (None: the current one). Waiting for it sleeps; spinning would occupy a core."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event

@@ -1,0 +1,146 @@
+"""The batches of a loader, and the samples and draws that each of them consists of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines import order
+from pipelines.augment import mixup
+from pipelines.augment.sampler import AugmentationSampler
+from pipelines.gpu import dali_inputs
+from pipelines.loader.epoch_order import TrainOrder
+
+
+class Batch(NamedTuple):
+    """images: uint8 [B, 3, H, W] with channels_last strides; labels: int64 [B] (-1 if the split has none)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class MixedBatch(Batch):
+    """A batch whose samples are to be mixed with their neighbours; mix: float32 [B, 5], see `mixup.mix_table`."""
+
+    mix: torch.Tensor
+
+    def __new__(cls, images: torch.Tensor, labels: torch.Tensor, mix: torch.Tensor) -> MixedBatch:
+        batch = super().__new__(cls, images, labels)
+        batch.mix = mix
+        return batch
+
+
+class BatchPlan:
+    """The batches of an epoch on this rank. Its methods are pure functions, called from background threads."""
+
+    samples: int  # of an epoch
+    batch_size: int  # of all batches except possibly the last
+    repeats = False  # True: every iteration is epoch 0 from its start, as in evaluation
+
+    @property
+    def steps(self) -> int:
+        """Number of batches of an epoch."""
+        return -(-self.samples // self.batch_size)
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        """Return the samples of a batch, int64 [B]."""
+        raise NotImplementedError
+
+    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the inputs of the graph besides images and labels, each [N, ...]; samples: int64 [N]."""
+        return {}
+
+    def prepare(self, epoch: int) -> None:
+        """Compute in advance what `indices` needs once per epoch."""
+
+    def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
+        """Return how a batch of `samples` images of side `size` is mixed, see `mixup.mix_table`; None: not at all."""
+        return None
+
+
+class TrainBatches(BatchPlan):
+    """Shuffled, augmented batches of equal size."""
+
+    def __init__(
+        self,
+        epoch_order: TrainOrder,
+        batch_size: int,
+        steps: int,
+        rank: int,
+        world_size: int,
+        accumulation_steps: int,
+        sampler: AugmentationSampler,
+        *,
+        for_dali: bool,
+    ) -> None:
+        """for_dali: draws take the form of DALI's inputs."""
+        self.samples, self.batch_size = steps * batch_size, batch_size
+        self._order, self._rank, self._world_size = epoch_order, rank, world_size
+        self._accumulation_steps = accumulation_steps
+        self._sampler, self._for_dali = sampler, for_dali
+        self._mixes = mixup.mixing_enabled(sampler.aug.mix)
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        batch = order.train_batch(self._order(epoch), step, self.batch_size, self._rank, self._world_size)
+        if self._order.read_ahead is not None:
+            self._order.read_ahead(epoch, batch)
+        return batch
+
+    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        sampler = self._sampler
+        draws = sampler(epoch, samples)
+        if self._for_dali:
+            return dali_inputs.graph_inputs(draws, sampler.aug, sampler.programs, sampler.size)
+        return draws
+
+    def prepare(self, epoch: int) -> None:
+        self._order(epoch)
+
+    def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
+        if not self._mixes:
+            return None
+        return mixup.mix_table(
+            self._sampler.aug.mix,
+            self._sampler.seed,
+            epoch,
+            step,
+            samples,
+            size,
+            rank=self._rank,
+            world_size=self._world_size,
+            accumulation_steps=self._accumulation_steps,
+        )
+
+
+class EvalBatches(BatchPlan):
+    """Samples `start` to `stop` in stored order, without augmentation. The last batch may be smaller."""
+
+    repeats = True
+
+    def __init__(self, start: int, stop: int, batch_size: int) -> None:
+        self.samples, self.batch_size = stop - start, batch_size
+        self._start, self._stop = start, stop
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        first = self._start + step * self.batch_size
+        return np.arange(first, min(first + self.batch_size, self._stop))
+
+
+class ChosenSamples(BatchPlan):
+    """Chosen samples in a fixed order, the same in every epoch; drawn and mixed as in another plan."""
+
+    def __init__(self, plan: BatchPlan, samples: np.ndarray) -> None:
+        """samples: int64 [N]"""
+        self.samples, self.batch_size, self.repeats = len(samples), plan.batch_size, plan.repeats
+        self._plan, self._chosen = plan, samples
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        return self._chosen[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+        return self._plan.draws(epoch, samples)
+
+    def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
+        return self._plan.mix(epoch, step, samples, size)
