@@ -336,7 +336,7 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
         "    return make\n"
         "def part(name, *tables):\n"
         "    made = [RowTable(title, 'dali', ('value',), rows(*names)) for title, names in tables]\n"
-        "    return Part(name, ('dali',), lambda settings: iter(made), is_bounded=False)\n"
+        "    return Part(name, ('dali',), lambda settings: iter(made), needs_limits=False)\n"
         "parts = [part('one', ('a', ['x', 'y'])), part('two', ('b', ['x']), ('c', ['x', 'hangs']))]\n"
         "suite.run_parts(parts, settings_in(folder), empty_record(folder / 'run.json'))\n"
     )

@@ -1,4 +1,4 @@
-"""Candidates of a measurement, and the loop that runs in a candidate's own process."""
+"""Candidates of a measurement, and the loop that runs in the process of a candidate."""
 
 from __future__ import annotations
 
@@ -19,19 +19,27 @@ import torch
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: an endless iterator, each of whose items stands for `units` images (or bytes, or operations)."""
+    """An endless iterator whose items are timed.
+
+    Args:
+        items: The iterator. Each item counts `units_per_item` images, bytes or operations.
+        details: Called after the last round. Returns further fields of the row.
+        prefetches: Whether items may be ready when a round starts. Those are not counted.
+    """
 
     items: Iterator[Any]
     units_per_item: float
-    details: Callable[[], dict[str, Any]] = dict  # asked for after the last round
-    prefetches: bool = True  # when its turn begins it may have items ready, which are not counted
+    details: Callable[[], dict[str, Any]] = dict
+    prefetches: bool = True
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """build(*arguments), called in the contestant's own process, gives its streams by name ('' where it has one).
+    """A program to be measured in a separate process.
 
-    watch(process id), called every 20 ms while it runs, gives a sentence where the process shall end at once.
+    Args:
+        build: `build(*arguments)` is called in the candidate's process. Returns workloads by name ("": the only one).
+        monitor: `monitor(pid)` is called periodically while the process runs. Returns the reason to kill it, or None.
     """
 
     name: str
@@ -41,36 +49,34 @@ class Candidate:
 
 
 def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
-    """The contestant's process: build, warm up, then answer each stream's name with a rate; None ends it.
+    """Build and warm up a candidate, then answer requests over `pipe` until a request is None.
 
-    Replies: {stream: its error, or None}; then units/s or an error for each name; at last {stream: facts}.
+    The first reply is {workload: error or None}. Each request names a workload; its reply is units/s or an error. The
+    reply to None is {workload: details}.
     """
-    os.setpgid(0, 0)  # its workers with it; the kernel ends a stopped group whose parents are gone
+    os.setpgid(0, 0)  # one group with its workers; the kernel ends a stopped group whose parents are gone
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # a DataLoader starts its workers as it does in a user's program, not as this process was started
+    # the default start method, with which a DataLoader starts its workers in a user's program
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
         try:
             with candidate.build(*candidate.arguments) as workloads:
-                steps = {name: _attempt(_calibrate, workload, seconds) for name, workload in workloads.items()}
-                pipe.send({name: count if isinstance(count, str) else None for name, count in steps.items()})
+                counts = {name: _attempt(_calibrate, workload, seconds) for name, workload in workloads.items()}
+                pipe.send({name: count if isinstance(count, str) else None for name, count in counts.items()})
                 while (name := pipe.recv()) is not None:
-                    duration = _attempt(_timed_turn, workloads[name], steps[name])
-                    pipe.send(
-                        duration
-                        if isinstance(duration, str)
-                        else steps[name] * workloads[name].units_per_item / duration
-                    )
+                    duration_s = _attempt(_time_round, workloads[name], counts[name])
+                    units = counts[name] * workloads[name].units_per_item
+                    pipe.send(duration_s if isinstance(duration_s, str) else units / duration_s)
                 pipe.send({name: workload.details() for name, workload in workloads.items()})
                 pipe.recv()
         except (BrokenPipeError, EOFError):
             raise
         except BaseException as error:
-            pipe.send(_sentence(error))
+            pipe.send(error_text(error))
 
 
 def _end_with_parent() -> None:
-    """In the midst of a step nothing else would notice that nobody waits for its rate any more."""
+    """Kill this process group when the parent ends, which a long step would not notice."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -78,39 +84,41 @@ def _end_with_parent() -> None:
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of the function, or its exception as text."""
     try:
         return function(*arguments)
     except Exception as error:
-        return _sentence(error)
+        return error_text(error)
 
 
-def _sentence(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _calibrate(workload: Workload, seconds: float) -> int:
-    """Warm up, and find the number of items that take about `seconds`; of slow ones, as few as can be."""
-    least = 2 if workload.prefetches or _timed(workload.items, 1) < seconds else 1
-    if least == 2:
-        _timed(workload.items, 3)
-    count = least
-    while (duration := _timed(workload.items, count)) < seconds / 4:
+    """Warm up and return the number of items that take about `seconds`, as few as possible if they are slow."""
+    min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
+    if min_count == 2:
+        _time_items(workload.items, 3)
+    count = min_count
+    while (duration_s := _time_items(workload.items, count)) < seconds / 4:
         count *= 2
-    return max(least, round(count * seconds / duration))
+    return max(min_count, round(count * seconds / duration_s))
 
 
-def _timed_turn(workload: Workload, count: int) -> float:
-    if workload.prefetches:  # a loader that went idle while others ran has batches ready: they are not counted
-        _timed(workload.items, 1)
-    return _timed(workload.items, count)
+def _time_round(workload: Workload, count: int) -> float:
+    if workload.prefetches:  # a loader has prefetched while other candidates ran
+        _time_items(workload.items, 1)
+    return _time_items(workload.items, count)
 
 
-def _timed(batches: Iterator[Any], count: int) -> float:
-    """Seconds for `count` items, until the device is done with them."""
-    begin = time.perf_counter()
-    taken = sum(1 for _ in itertools.islice(batches, count))
+def _time_items(items: Iterator[Any], count: int) -> float:
+    """Return the seconds for `count` items, including the work of the device."""
+    start = time.perf_counter()
+    taken = sum(1 for _ in itertools.islice(items, count))
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     if taken < count:
         raise RuntimeError(f"ended after {taken} of {count} items")
-    return time.perf_counter() - begin
+    return time.perf_counter() - start

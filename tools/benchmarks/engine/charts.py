@@ -1,4 +1,4 @@
-"""A bar chart of one run: a panel per group, ours highlighted, images/s with its range over the rounds."""
+"""Bar chart of a run: one panel per table, images/s with the range of the rounds, our rows highlighted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from train.reporting.figures import save
 
 OURS, PEER, BOUND = "#c1440e", "#8a9ba8", "#d9dee2"
-LOG_FROM = 20.0  # ratio of the largest to the smallest figure of a panel from which the axis is logarithmic
+LOG_SCALE_RATIO = 20.0  # of largest to smallest rate, from which the axis of a panel is logarithmic
 COLUMNS = 2
 
 
 def draw_chart(run: dict[str, Any], path: Path) -> Path | None:
-    """Write the PNG; None where the run holds no figure to draw."""
+    """Write the PNG. Return None if the run has no rates."""
     from matplotlib.figure import Figure
 
     groups = [(group, [row for row in group["rows"] if "lowest" in row]) for group in run["groups"]]
@@ -28,8 +28,8 @@ def draw_chart(run: dict[str, Any], path: Path) -> Path | None:
         for column, (group, rows) in enumerate(line):
             axes = figure.add_subplot(grid[number, column] if len(line) > 1 or len(lines) > 1 else grid[number, :])
             _panel(axes, group, sorted(rows, key=lambda row: row["images_per_s"]))
-    facts = run["environment"]
-    where = f"{facts['device']}, {facts['cores']} cores, {facts['date']}"
+    machine = run["environment"]
+    where = f"{machine['device']}, {machine['cores']} cores, {machine['date']}"
     figure.suptitle(f"{where}: images/s, median and range of the rounds", parse_math=False)
     save(figure, path)
     return path
@@ -37,7 +37,7 @@ def draw_chart(run: dict[str, Any], path: Path) -> Path | None:
 
 def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     rates = [row["images_per_s"] for row in rows]
-    is_log = max(rates) / min(rates) >= LOG_FROM
+    is_log = max(rates) / min(rates) >= LOG_SCALE_RATIO
     colors = [OURS if row["ours"] else BOUND if row["name"].startswith("bound") else PEER for row in rows]
     ranges = [
         [rate - row["lowest"] for rate, row in zip(rates, rows, strict=True)],
@@ -74,7 +74,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
 
 
 def _power_of_ten(value: float) -> int:
-    """The power of ten at or below a positive value."""
+    """Return the largest power of ten that is not above a positive value."""
     power = 0
     while 10.0 ** (power + 1) <= value:
         power += 1

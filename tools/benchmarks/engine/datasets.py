@@ -1,5 +1,4 @@
-"""The data sets of a run, made on the spot from what is given: other encodings, other sizes, more samples, more
-shards."""
+"""Variants of a data set: other encodings, image sizes, numbers of samples and shards."""
 
 from __future__ import annotations
 
@@ -16,25 +15,24 @@ from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.split import Split, fingerprint, load_dataset, open_split
 
-QUALITY = 95  # of all JPEG, ours and the peers', at 4:2:0
+QUALITY = 95  # of JPEG for all candidates, at 4:2:0
 SPLIT = "train"
 
 
 def read_pixels(split: Split, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """The images of an npy split: uint8 [samples, H, W, 3]."""
+    """Return images of an npy split: uint8 [samples, H, W, 3]."""
     view, rows = split.pixel_rows()
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
-def limited_batch_size(folder: Path, most: int, batches: int = 8) -> int:
-    """A batch of `most` images, or of fewer where the data set would not have so many batches."""
-    return min(most, len(open_split(folder, SPLIT)) // batches)
+def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
+    """Return the batch size, reduced if the data set has fewer than `batches` batches."""
+    return min(batch_size, len(open_split(folder, SPLIT)) // batches)
 
 
 @dataclass
 class RepeatedRows:
-    """`samples` rows of a converted npy split, as a source of another conversion; from the start again where it
-    ends."""
+    """Rows of a converted npy split as a source of another conversion, repeated up to `samples` rows."""
 
     folder: Path
     samples: int
@@ -63,10 +61,13 @@ class RepeatedRows:
 def make_variant(
     folder: Path, out: Path, *, encoding: str = "npy", size: int | None = None, samples: int | None = None
 ) -> Path:
-    """Write the train split of an npy data set once more, as `out`, with a shard for every core at least.
+    """Write a variant of the train split of an npy data set, with at least one shard per core.
 
-    size: side in pixels, resized where it is not the stored one; samples: how many, None: all. A set that is there
-    already is taken as it is.
+    An existing data set `out` is returned as it is.
+
+    Args:
+        size: Side in pixels. None: the stored size.
+        samples: Number of samples, repeated if there are fewer. None: all.
     """
     if (out / "dataset.json").is_file():
         return out
@@ -77,6 +78,6 @@ def make_variant(
     cores = len(os.sched_getaffinity(0))
     side = size or dataset["image_shape"][0]
     shard_mib = max(1, min(512, samples * side * side * 3 // 2**20 // cores // (5 if encoding == "jpeg" else 1)))
-    how = Encoding(name=encoding, quality=QUALITY, size=size)  # type: ignore[arg-type]
-    write_dataset(source, out, Options(how, shard_mib=shard_mib), cores, dataset["name"])
+    pixels = Encoding(name=encoding, quality=QUALITY, size=size)  # type: ignore[arg-type]
+    write_dataset(source, out, Options(pixels, shard_mib=shard_mib), cores, dataset["name"])
     return out

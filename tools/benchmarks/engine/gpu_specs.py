@@ -1,15 +1,15 @@
-"""What NVIDIA's data sheets and white papers promise of matrix products, for known GPUs.
+"""Peak rates of dense matrix products, as NVIDIA's data sheets and white papers state them.
 
-Dense: where a data sheet gives the figure with sparsity, as from Hopper on, half of it. Of GeForce cards the figure for
-sums in float32, which is what torch computes.
+Data sheets from Hopper on state the rate with sparsity; half of it is listed here. GeForce cards: the rate with float32
+accumulation, as torch computes.
 """
 
 from __future__ import annotations
 
 import torch
 
-BF16, FP16, TF32 = torch.bfloat16, torch.float16, torch.float32  # float32 stands for TF32, which training uses
-# by the first words of the name that the driver gives, the most that fit count: TFLOP/s of bf16, fp16, tf32; source
+BF16, FP16, TF32 = torch.bfloat16, torch.float16, torch.float32  # training computes float32 products in TF32
+# by device name, of which the longest matching prefix counts: TFLOP/s in bf16, fp16 and tf32; source
 SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
     "NVIDIA B200": (2250, 2250, 1125, "HGX B200 data sheet, halved"),
     "NVIDIA H200": (989.5, 989.5, 494.5, "H200 data sheet, halved"),
@@ -33,10 +33,10 @@ SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> tuple[float, str] | None:
-    """FLOP/s of dense products of this type and the source; None for what no data sheet here gives."""
-    fits = [name for name in SHEETS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))]
-    if not fits or "Laptop" in device_name:  # which has a smaller chip under the same name
+    """Return the peak FLOP/s of dense matrix products and its source, or None if unknown."""
+    matches = [name for name in SHEETS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))]
+    if not matches or "Laptop" in device_name:  # laptops have a smaller chip under the same name
         return None
-    *figures, source = SHEETS[max(fits, key=len)]
-    teraflops = dict(zip((BF16, FP16, TF32), figures, strict=True)).get(dtype)
+    *rates, source = SHEETS[max(matches, key=len)]
+    teraflops = dict(zip((BF16, FP16, TF32), rates, strict=True)).get(dtype)
     return None if teraflops is None else (float(teraflops) * 1e12, source)

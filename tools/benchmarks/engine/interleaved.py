@@ -1,7 +1,8 @@
-"""Contestants take turns in short rounds, each in a process of its own that is stopped while the others run.
+"""Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
-A noisy machine then slows all alike, no thread pool or worker of one disturbs another, and one that fails, crashes or
-runs out of memory costs its own row and nothing else. Streams of any unit take part, not of images alone.
+A process is stopped while the others run. A noisy machine therefore slows all candidates alike, and the threads and
+workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory costs its own row
+only.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from tqdm import tqdm
 
 from tools.benchmarks.engine.candidate import Candidate, Workload, serve
 
-WARM_UP_TIMEOUT_S = 300.0  # for one contestant to build, compile and warm up
-OUT_OF_TIME = "not measured: the time of the run was over"  # the error of what a deadline left out or cut off
-GRACE_S = 5.0  # after the deadline, for a round that has begun
-MONITOR_INTERVAL_S = 0.02  # between two looks of a contestant's watch
-# imported once for all contestants; beside a GPU not DALI, since a process forked after CUDA started could not use it
-PRELOADED, PRELOADED_ON_GPU = (
-    ["torch", "torchvision", "pipelines.build", "train.engine.epoch"],
-    ["torch", "torchvision"],
-)
+WARM_UP_TIMEOUT_S = 300.0  # for one candidate to build, compile and warm up
+OUT_OF_TIME = "not measured: the time of the run was over"  # error of what the deadline left out or interrupted
+GRACE_S = 5.0  # after the deadline, for a round that has started
+MONITOR_INTERVAL_S = 0.02
+DETAILS_TIMEOUT_S = 30.0
+JOIN_TIMEOUT_S = 10.0
+# imported once for all candidates; on a GPU without DALI, which cannot be used in a process forked after CUDA started
+PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
+PRELOADED_ON_GPU = ["torch", "torchvision"]
 
 
 @dataclass
 class Measurement:
-    """What one stream reached; `error` where it failed, possibly after some rounds."""
+    """Results of one workload. `error` is set if it failed, possibly after some rounds."""
 
     candidate: str
     workload: str
@@ -47,7 +48,7 @@ class Measurement:
 
     @property
     def rate(self) -> float:
-        """The median round."""
+        """Median rate of the rounds."""
         return median(self.rates)
 
 
@@ -60,17 +61,26 @@ def measure(
     show_progress: bool = True,
     after_round: Callable[[list[Measurement]], None] = lambda measurements: None,
 ) -> list[Measurement]:
-    """Outcomes of all streams in the order of the contestants; rounds last `seconds` each.
+    """Measure candidates in turns.
 
-    deadline, of time.monotonic(): what is not warm by then has the error TIME_OVER; rounds after it are left out.
-    patience_s: for one contestant to build and warm up. after_round: called with what has been measured so far.
+    Args:
+        seconds: Duration of a round.
+        rounds: Number of rounds per workload.
+        deadline: On the clock of time.monotonic(). Candidates that are not warm by then get the error OUT_OF_TIME;
+            later rounds are left out.
+        warm_up_timeout_s: Time limit for one candidate to build and warm up.
+        after_round: Called with the measurements so far.
+
+    Returns:
+        The measurements of all workloads, in the order of the candidates.
     """
 
-    def timeout(longest: float, grace: float = 0.0) -> tuple[float, str | None]:
-        """How long to wait for an answer, and what none means where it is the deadline that ends the wait."""
-        left = math.inf if deadline is None else max(1.0, deadline + grace - time.monotonic())
-        return (longest, None) if longest <= left else (left, OUT_OF_TIME)
+    def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
+        """Return the time to wait for a reply, and the error to report if the deadline is what limits it."""
+        left_s = math.inf if deadline is None else max(1.0, deadline + grace_s - time.monotonic())
+        return (limit_s, None) if limit_s <= left_s else (left_s, OUT_OF_TIME)
 
+    round_timeout_s = max(60 * seconds + 60, warm_up_timeout_s / 5)
     measurements: list[Measurement] = []
     with ExitStack() as stack:
         started: list[tuple[_CandidateProcess, list[Measurement]]] = []
@@ -88,20 +98,21 @@ def measure(
             for process, workloads in started:
                 for measurement in workloads:
                     if measurement.error is None:
-                        process.turn(measurement, *timeout(max(60 * seconds + 60, warm_up_timeout_s / 5), GRACE_S))
+                        process.run_round(measurement, *timeout(round_timeout_s, GRACE_S))
             after_round(measurements)
         for process, workloads in started:
-            process.finish(workloads)
+            process.fetch_details(workloads)
     return measurements
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
-    """Call a function in a process of its own and return its result.
+    """Call a function in a subprocess and return its result. The calling process gets no CUDA context.
 
-    The calling process stays without a CUDA context. Raises TimeoutError where the deadline ends the call, and
-    RuntimeError with the sentence of what failed.
+    Raises:
+        TimeoutError: If the deadline ends the call.
+        RuntimeError: If the function fails.
     """
-    candidate = Candidate(getattr(function, "__name__", ""), _called_once, (function, arguments))
+    candidate = Candidate(getattr(function, "__name__", ""), _call_once, (function, arguments))
     (measurement,) = measure([candidate], 0.001, 1, deadline, show_progress=False)
     if measurement.error == OUT_OF_TIME:
         raise TimeoutError(OUT_OF_TIME)
@@ -111,13 +122,13 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: f
 
 
 @contextmanager
-def _called_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Workload]]:
+def _call_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Workload]]:
     result = function(*arguments)
     yield {"": Workload(itertools.repeat(None), 1, lambda: {"result": result}, prefetches=False)}
 
 
 class _CandidateProcess:
-    """One contestant's process, stopped (SIGSTOP, with its workers) whenever it is not its turn."""
+    """Process of one candidate. It and its workers are stopped (SIGSTOP) between its rounds."""
 
     def __init__(self, candidate: Candidate, seconds: float) -> None:
         self._candidate, self._seconds = candidate, seconds
@@ -125,13 +136,13 @@ class _CandidateProcess:
     def __enter__(self) -> _CandidateProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED_ON_GPU if torch.cuda.is_available() else PRELOADED)
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, replace(self._candidate, monitor=None), self._seconds)
+        self._pipe, child_pipe = context.Pipe()
+        arguments = (child_pipe, replace(self._candidate, monitor=None), self._seconds)
         self._process = context.Process(target=serve, args=arguments)
-        with _no_interrupt():
+        with _sigint_blocked():
             forkserver.ensure_running()
         self._process.start()
-        theirs.close()
+        child_pipe.close()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -139,61 +150,65 @@ class _CandidateProcess:
         with suppress(OSError):
             self._pipe.send(None)
         self._pipe.close()
-        if kind is None:  # else the user wants an end, and this may be in the midst of a long step
-            self._process.join(10)
-        self._signal(signal.SIGKILL)  # also what it left behind
+        if kind is None:  # after an exception such as Ctrl-C, do not wait for a long step
+            self._process.join(JOIN_TIMEOUT_S)
+        self._signal(signal.SIGKILL)  # also the workers that it left
         self._process.kill()
         self._process.join()
 
-    def warm_up(self, timeout: float, timeout_error: str | None) -> list[Measurement]:
+    def warm_up(self, timeout_s: float, timeout_error: str | None) -> list[Measurement]:
+        """Wait until the candidate is warm. Return an empty measurement for each of its workloads."""
         name = self._candidate.name
-        reply = self._reply(timeout, timeout_error)
+        reply = self._receive(timeout_s, timeout_error)
         if isinstance(reply, str):
             return [Measurement(name, "", error=reply)]
         self._signal(signal.SIGSTOP)
         return [Measurement(name, workload, error=error) for workload, error in reply.items()]
 
-    def turn(self, measurement: Measurement, timeout: float, timeout_error: str | None) -> None:
-        result = self._ask(measurement.workload, timeout, timeout_error)
-        if isinstance(result, str):
-            measurement.error = result
+    def run_round(self, measurement: Measurement, timeout_s: float, timeout_error: str | None) -> None:
+        """Run one round and add its rate or its error to the measurement."""
+        reply = self._request(measurement.workload, timeout_s, timeout_error)
+        if isinstance(reply, str):
+            measurement.error = reply
         else:
-            measurement.rates.append(result)
+            measurement.rates.append(reply)
 
-    def finish(self, measurements: list[Measurement]) -> None:
-        details = self._ask(None, 30.0) if any(measurement.rates for measurement in measurements) else {}
-        for measurement in measurements:
-            if isinstance(details, dict):
+    def fetch_details(self, measurements: list[Measurement]) -> None:
+        """Set the details of the measurements."""
+        has_rates = any(measurement.rates for measurement in measurements)
+        details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
+        if isinstance(details, dict):
+            for measurement in measurements:
                 measurement.details = details.get(measurement.workload, {})
 
-    def _ask(self, question: str | None, timeout: float, timeout_error: str | None = None) -> Any:
+    def _request(self, request: str | None, timeout_s: float, timeout_error: str | None = None) -> Any:
         self._signal(signal.SIGCONT)
         with suppress(OSError):
-            self._pipe.send(question)
-        reply = self._reply(timeout, timeout_error)
+            self._pipe.send(request)
+        reply = self._receive(timeout_s, timeout_error)
         self._signal(signal.SIGSTOP)
         return reply
 
-    def _reply(self, timeout: float, timeout_error: str | None) -> Any:
-        """What the process sends; a sentence where it sends nothing, `silence` if that is given."""
-        end, watch = time.monotonic() + timeout, self._candidate.monitor
+    def _receive(self, timeout_s: float, timeout_error: str | None) -> Any:
+        """Return the reply of the process, or why there is none. A silent process is killed."""
+        end, monitor = time.monotonic() + timeout_s, self._candidate.monitor
         try:
-            while not self._pipe.poll(timeout if watch is None else MONITOR_INTERVAL_S):
-                objection = watch(self._process.pid) if watch and self._process.pid else None
-                if objection is not None:
+            while not self._pipe.poll(timeout_s if monitor is None else MONITOR_INTERVAL_S):
+                reason = monitor(self._process.pid) if monitor and self._process.pid else None
+                if reason is not None:
                     self._signal(signal.SIGKILL)
-                    return objection
+                    return reason
                 if time.monotonic() >= end:
                     break
             else:
                 return self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(10)
+            self._process.join(JOIN_TIMEOUT_S)
             code = self._process.exitcode
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             return f"the process ended with {how}"
         self._signal(signal.SIGKILL)
-        return timeout_error or f"no answer within {timeout:.0f} s"
+        return timeout_error or f"no answer within {timeout_s:.0f} s"
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
@@ -202,10 +217,10 @@ class _CandidateProcess:
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """What is started inside never sees a Ctrl-C, which is for this process to act upon."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that never receive Ctrl-C. Only this process handles it."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

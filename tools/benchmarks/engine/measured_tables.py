@@ -1,4 +1,4 @@
-"""Tables of measurements: candidates measured in turns, rows measured one by one, or a table made as a whole."""
+"""Tables of measurements: candidates in turns, rows one by one, or a table as a whole."""
 
 from __future__ import annotations
 
@@ -6,30 +6,41 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.candidate import Candidate, error_text
 from tools.benchmarks.engine.interleaved import Measurement, measure
-from tools.benchmarks.engine.results import Entry, Row, error_text, failed_row, measurement_row, skipped_row
+from tools.benchmarks.engine.results import Entry, Row, failed_row, measurement_row, skipped_row
 from tools.benchmarks.engine.roofline import Limits
 
 Keep = Callable[[Entry], None]
 
 
+def _discard(entry: Entry) -> None:
+    pass
+
+
 class TableSpec(Protocol):
-    """What one table is measured by. `keep` is called with the entry as far as it is measured."""
+    """Description of a table that can be measured.
+
+    `run` takes the limits of the machine, the seconds per round, the rounds and the deadline. It calls `keep` with
+    what has been measured so far.
+    """
 
     title: str
     stage: str
 
     def run(
-        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
+        self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard
     ) -> Entry: ...
 
 
 @dataclass
 class RowTable:
-    """Rows that are measured one by one; a row takes the place of an earlier one of its name.
+    """Table whose rows are measured one by one. A row replaces an earlier one of the same name.
 
-    rows: called with the limits of the machine. columns: those that are shown.
+    Args:
+        columns: Fields to show.
+        rows: Called with the limits of the machine.
+        details: Further fields of the entry.
     """
 
     title: str
@@ -38,69 +49,65 @@ class RowTable:
     rows: Callable[[Limits], Iterator[Row]]
     details: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
-    ) -> Entry:
+    def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
         rows: dict[str, Row] = {}
 
         def entry() -> Entry:
-            return {
-                "title": self.title,
-                "stage": self.stage,
-                "columns": self.columns,
-                **self.details,
-                "rows": [*rows.values()],
-            }
+            head = {"title": self.title, "stage": self.stage, "columns": self.columns}
+            return head | self.details | {"rows": [*rows.values()]}
 
         try:
-            for each in self.rows(found):
-                rows[each["name"]] = each
+            for row in self.rows(limits):
+                rows[row["name"]] = row
                 keep(entry())
         except TimeoutError:
             rows[self.title] = skipped_row(self.title)
-        except Exception as error:  # whatever it is, the rows that there are stay
+        except Exception as error:  # keep the rows measured so far
             rows[self.title] = failed_row(self.title, error_text(error))
         return entry()
 
 
 @dataclass
 class WholeTable:
-    """A table that is measured as a whole."""
+    """Table that is measured as a whole."""
 
-    title: str  # where it cannot be measured
+    title: str  # of the row that is shown if it cannot be measured
     stage: str
     measure: Callable[[], Entry]
 
-    def run(
-        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
-    ) -> Entry:
+    def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
         return self.measure()
 
 
 @dataclass
 class InterleavedTable:
-    """Contestants that take turns. `finish` completes the rows with bounds, once they are measured."""
+    """Table of candidates that take turns.
+
+    Args:
+        rows: Fields of each candidate's rows, `ours` among them.
+        details: Further fields of the entry.
+        add_bounds: Adds bounds and ratios to the measured rows, given the limits of the machine.
+    """
 
     title: str
     stage: str  # reading, loading, training, limits
     candidates: list[Candidate]
-    rows: list[dict[str, Any]]  # facts of each contestant's rows, `ours` among them
+    rows: list[dict[str, Any]]
     details: dict[str, Any] = field(default_factory=dict)
-    add_bounds: Callable[[list[Row], Limits], None] = lambda rows, found: None
+    add_bounds: Callable[[list[Row], Limits], None] = lambda rows, limits: None
 
-    def run(
-        self, found: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = lambda entry: None
-    ) -> Entry:
+    def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
         def after_round(measurements: list[Measurement]) -> None:
-            keep(self.entry(measurements, found))
+            keep(self.entry(measurements, limits))
 
-        return self.entry(measure(self.candidates, seconds, rounds, deadline, after_round=after_round), found)
+        return self.entry(measure(self.candidates, seconds, rounds, deadline, after_round=after_round), limits)
 
-    def entry(self, measurements: list[Measurement], found: Limits) -> Entry:
-        details = {c.name: f for c, f in zip(self.candidates, self.rows, strict=True)}
-        rows = [measurement_row(measurement, **details[measurement.candidate]) for measurement in measurements]
+    def entry(self, measurements: list[Measurement], limits: Limits) -> Entry:
+        """Return the table of these measurements."""
+        fields = {candidate.name: row for candidate, row in zip(self.candidates, self.rows, strict=True)}
+        rows = [measurement_row(measurement, **fields[measurement.candidate]) for measurement in measurements]
         try:
-            self.add_bounds(rows, found)
+            self.add_bounds(rows, limits)
         except Exception as error:  # figures without their bounds are better than none
             rows.append(failed_row("bounds", f"{type(error).__name__}: {error}"))
         return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}

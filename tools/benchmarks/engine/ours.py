@@ -1,4 +1,4 @@
-"""Our own loader and our own step as streams: nothing here is a copy of either."""
+"""The project's own data loader and training step as workloads. Both are the real ones, not copies."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ from train.engine.throughput import endless_batches, full_step
 from train.engine.warm_up import blank_batch, warm_up, warm_up_training
 from train.optim.freeze import set_training_mode
 
-OURS = "Model Zhu"
+OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"
-PLAIN = AugConfig(crop="none", flip=0.0)
-WARM_ITEMS = 4  # items after which a stream's memory has reached its size
-DISTINCT_IMAGES, READ_AT_ONCE = (
-    2048,
-    256,
-)  # images of a resident batch that differ, and the loader's batch for reading them
+PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
+WARM_ITEMS = 4  # after which memory usage is stable
+DISTINCT_IMAGES = 2048  # of a resident batch; a larger batch repeats them
+READ_BATCH_SIZE = 256  # for reading them
 
 
 @contextmanager
 def loading(
     data: DataConfig, aug: AugConfig, device: str, variants: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[dict[str, Workload]]:
-    """The train loader alone; variants: a stream's name and the fields of `data` that it changes.
+    """Measure the train loader alone.
 
-    On a GPU the facts hold the memory that building a loader and its first batches have taken: DALI's pools, the
-    buffers, a data set that is resident. The contestant before has been stopped by then, and takes none meanwhile.
+    On a GPU the details contain the memory of a loader and its first batches: DALI's pools, buffers, resident data. No
+    other candidate allocates memory meanwhile.
+
+    Args:
+        variants: Names of workloads, and the fields of `data` that each of them changes.
     """
 
     def workload(changes: dict[str, Any]) -> Workload:
         details: dict[str, Any] = {}
 
         def batches() -> Iterator[Batch]:
-            where = torch.device(device)
-            before = device_memory_bytes(where) if device == "cuda" else 0
+            torch_device = torch.device(device)
+            before = device_memory_bytes(torch_device) if device == "cuda" else 0
             loader = build_train_loader(data.model_copy(update=changes), aug, device=device).at(0)
             for number, batch in enumerate(endless_batches(loader), 1):
                 if number == WARM_ITEMS and device == "cuda":
-                    details["loader_memory_gib"] = round((device_memory_bytes(where) - before) / GIB, 4)
+                    details["loader_memory_gib"] = round((device_memory_bytes(torch_device) - before) / GIB, 4)
                 yield batch
 
         return Workload(batches(), data.batch_size, lambda: details)
@@ -65,63 +66,67 @@ def loading(
 
 @contextmanager
 def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
-    """The step on one resident batch, and end to end for each variant: its name and the fields of `data` it changes.
+    """Measure the training step on one resident batch, and end-to-end training for each variant.
 
-    All share one compiled network, so their ratio is the loader's doing.
+    All share one compiled network, so that they differ only in the loader.
+
+    Args:
+        variants: Names of workloads, and the fields of `config.data` that each of them changes.
     """
     with process_group(Ranks()) as device:
-        built, loader = _build(config, device)
-        resident = next(iter(loader))
+        state, loader = _build(config, device)
+        resident_batch = next(iter(loader))
         loader.state = {"epoch": 0, "step": 0}
-        size = config.data.batch_size
-        precision = str(built.amp or torch.float32).removeprefix("torch.")
-        common: dict[str, Any] = {"batch_size": size, "precision": precision}
+        batch_size = config.data.batch_size
+        precision = str(state.amp or torch.float32).removeprefix("torch.")
+        common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
         details = dict(common)
-        steps = _noting_memory(_steps(built, lambda: resident), device, details)
-        workloads = {RESIDENT: Workload(steps, size, lambda: details)}
+        steps = _with_memory(_steps(state, lambda: resident_batch), device, details)
+        workloads = {RESIDENT: Workload(steps, batch_size, lambda: details)}
         for name, changes in variants.items():
-            workloads[name] = _end_to_end(config, changes, built, common)
+            workloads[name] = _end_to_end(config, changes, state, common)
         yield workloads
 
 
 @contextmanager
 def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Workload]]:
-    """The step on one resident batch of any size: images of the data set, repeated where they do not suffice.
+    """Measure the training step on one resident batch of any size.
 
-    synthetic: noise instead, of data.image_size; limit_bytes: of a GPU's memory that torch may take. The facts hold the
-    peak of the memory used, the loader's, which is gone by then, left out on a GPU.
+    The details contain the peak memory; on a GPU without that of the loader, which is freed before.
+
+    Args:
+        synthetic: Use noise of size data.image_size. Otherwise images of the data set are repeated as needed.
+        limit_bytes: GPU memory that torch may allocate.
     """
     process_memory.prefer_oom_kill()
     with process_group(Ranks()) as device:
         if limit_bytes is not None and device.type == "cuda":
-            whole = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / whole), device)
-        images, dataset = _noise(config, device) if synthetic else _images(config, device)
-        size, (_, _, side, _) = config.data.batch_size, images.images.shape
-        rows = torch.arange(size, device=device) % len(images.labels)
-        batch = Batch(images.images.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2), images.labels[rows])
-        del images, rows
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+        distinct, dataset = _noise(config, device) if synthetic else _images(config, device)
+        batch_size, side = config.data.batch_size, distinct.images.shape[2]
+        indices = torch.arange(batch_size, device=device) % len(distinct.labels)
+        images = distinct.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)  # channels last
+        batch = Batch(images, distinct.labels[indices])
+        del distinct, images, indices
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         classes = config.model.num_classes or len(dataset["classes"])
-        built = build_all(without_pretrained(config), dataset, classes, side, device)
-        if built.needs_warmup:
-            warm_up_training(built, blank_batch(size, side, device))
-        if built.mixes:
-            batch = identity_mix(batch)  # what a step costs does not depend on the shares
-        set_training_mode(built.forward)
-        yield {
-            RESIDENT: Workload(
-                _steps(built, lambda: batch), size, lambda: process_memory.memory_usage(device), prefetches=False
-            )
-        }
+        state = build_all(without_pretrained(config), dataset, classes, side, device)
+        if state.needs_warmup:
+            warm_up_training(state, blank_batch(batch_size, side, device))
+        if state.mixes:
+            batch = identity_mix(batch)  # the cost of a step does not depend on the mixing weights
+        set_training_mode(state.forward)
+        steps = _steps(state, lambda: batch)
+        yield {RESIDENT: Workload(steps, batch_size, lambda: process_memory.memory_usage(device), prefetches=False)}
 
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Some images as the config's loader gives them, and what the data set says of itself."""
+    """Return images as the config's loader yields them, and the data set's description."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
-    data = config.data.model_copy(update={"batch_size": min(count, READ_AT_ONCE), "prefetch": 1})
+    data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
     loader = build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)
     read: list[Batch] = []
     for batch in itertools.islice(endless_batches(loader), -(-count // data.batch_size)):
@@ -131,7 +136,12 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    count, side, classes = min(config.data.batch_size, READ_AT_ONCE), config.data.image_size, config.model.num_classes
+    """Return random images, and a description as of a data set."""
+    count, side, classes = (
+        min(config.data.batch_size, READ_BATCH_SIZE),
+        config.data.image_size,
+        config.model.num_classes,
+    )
     assert side is not None
     assert classes is not None
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
@@ -139,43 +149,43 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
-def _noting_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
-    """Pass the items on; on a GPU note in `details` the memory once warm, that of earlier streams included."""
+def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
+    """Yield the items. On a GPU add the memory to `details` once warm, including that of earlier workloads."""
     for number, item in enumerate(items, 1):
         if number == WARM_ITEMS and device.type == "cuda":
             details |= {name: round(gib, 4) for name, gib in process_memory.memory_usage(device).items()}
         yield item
 
 
-def _end_to_end(config: Config, changes: dict[str, Any], built: TrainState, common: dict[str, Any]) -> Workload:
-    """Built when first asked for an item, so that a placement that does not fit costs only its own row."""
+def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, common: dict[str, Any]) -> Workload:
+    """Return end-to-end training. Its loader is built on the first item, so that a failure costs one row only."""
     loaders: list[Loader] = []
-    noted = dict(common)
+    fields = dict(common)
 
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
-        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=built.device).at(0))
-        following = endless_batches(loaders[0])
-        yield from _steps(built, lambda: next(following))
+        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=state.device).at(0))
+        loaded = endless_batches(loaders[0])
+        yield from _steps(state, lambda: next(loaded))
 
     def details() -> dict[str, Any]:
-        return noted | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
+        return fields | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
 
-    return Workload(_noting_memory(batches(), built.device, noted), config.data.batch_size, details)
+    return Workload(_with_memory(batches(), state.device, fields), config.data.batch_size, details)
 
 
 def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
     dataset = load_dataset(config.data.path)
     classes = config.model.num_classes or len(dataset["classes"])
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device).at(0)
-    built = build_all(without_pretrained(config), dataset, classes, loader.image_size, device)
-    warm_up(built, loader)
-    set_training_mode(built.forward)
-    return built, loader
+    state = build_all(without_pretrained(config), dataset, classes, loader.image_size, device)
+    warm_up(state, loader)
+    set_training_mode(state.forward)
+    return state, loader
 
 
-def _steps(built: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
-    """The real training step, once per item."""
+def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
+    """Run one training step per item."""
     for number in itertools.count(1):
-        full_step(built, next_batch(), number, optimizer_step=True)
+        full_step(state, next_batch(), number, optimizer_step=True)
         yield

@@ -1,9 +1,9 @@
-"""Memory of a contestant's process: what it has used at most, the limit it must keep, and which ends mean memory.
+"""Memory of a candidate's process: its usage, its limit, and errors that mean out of memory.
 
-The limit on the CPU is watched from outside instead of set by RLIMIT_AS or RLIMIT_DATA. Both count what is reserved,
-of which torch, DALI and every thread's stack never touch gigabytes; and a library that is refused memory ends in one of
-a dozen ways. What is watched is the peak of the process's resident memory, which the kernel keeps (VmHWM), so
-that no peak between two looks is missed. Libraries and mapped data sets count, processes that it started do not.
+On the CPU the limit is checked from outside. RLIMIT_AS and RLIMIT_DATA count reserved memory, of which torch, DALI and
+thread stacks never touch gigabytes, and a library whose allocation is refused fails in many ways. The check reads the
+peak resident memory that the kernel records (VmHWM), so it misses no peak between two checks. Libraries and mapped data
+sets count; child processes do not.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from train.engine import meter
 from train.engine.meter import GIB, peak_rss_bytes
 
-SHARE_OF_AVAILABLE = 0.8  # of the memory free at the start, which a run takes where no limit is given
+SHARE_OF_AVAILABLE = 0.8  # default limit, as a share of the memory that is available at the start
 LIMIT_MESSAGE = "used more than the memory limit"
-# what the allocators of C, C++, Python, torch, CUDA and its libraries say, in lower case
+# messages of the allocators of C, C++, Python, torch, CUDA and its libraries, in lower case
 OUT_OF_MEMORY_MESSAGES = (
     LIMIT_MESSAGE,
     "out of memory",
@@ -33,8 +33,8 @@ OUT_OF_MEMORY_MESSAGES = (
     "failed to allocate",
     "allocation failed",
 )
-KERNEL_KILL = "SIGKILL"  # by the kernel, which ends what takes the machine's or the container's last memory
-# a library that is refused memory which it needs may end its process, or fail to load or to start a thread
+KERNEL_KILL = "SIGKILL"  # sent by the kernel when the machine or the container runs out of memory
+# errors of libraries whose allocation is refused
 REFUSED_ALLOCATION = (
     "SIGABRT",
     "SIGSEGV",
@@ -46,15 +46,15 @@ REFUSED_ALLOCATION = (
 
 
 def is_out_of_memory(error: str) -> bool:
-    """Whether a contestant's error means that its memory did not suffice."""
+    """Return whether a candidate's error means that it ran out of memory."""
     text = error.lower()
-    if any(sentence in text for sentence in OUT_OF_MEMORY_MESSAGES) or KERNEL_KILL in error:
+    if any(message in text for message in OUT_OF_MEMORY_MESSAGES) or KERNEL_KILL in error:
         return True
-    return is_limited_by_user() and any(sentence in error for sentence in REFUSED_ALLOCATION)
+    return has_ulimit() and any(message in error for message in REFUSED_ALLOCATION)
 
 
-def is_limited_by_user() -> bool:
-    """Whether `ulimit -v` or `-d` is set, which every process inherits."""
+def has_ulimit() -> bool:
+    """Return whether `ulimit -v` or `-d` is set, which every process inherits."""
     return any(
         resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
@@ -64,13 +64,13 @@ def limit_error(limit_bytes: int) -> str:
     return f"{LIMIT_MESSAGE} of {limit_bytes / GIB:.3g} GiB"
 
 
-def check_limit(limit_bytes: int, process: int) -> str | None:
-    """A candidate's `monitor`: the sentence that ends it, once it has used more than the limit."""
-    return limit_error(limit_bytes) if peak_rss_bytes(process) > limit_bytes else None
+def check_limit(limit_bytes: int, pid: int) -> str | None:
+    """Return an error once the process has used more than the limit. Serves as `Candidate.monitor`."""
+    return limit_error(limit_bytes) if peak_rss_bytes(pid) > limit_bytes else None
 
 
 def available_bytes() -> int:
-    """Memory that can be used before the machine swaps or this container's limit is reached."""
+    """Return the memory available before the machine swaps or the container reaches its limit."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in (
@@ -78,19 +78,19 @@ def available_bytes() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
-            root = Path("/sys/fs/cgroup")  # of this container, as it sees it
+            root = Path("/sys/fs/cgroup")  # of this container
             available = min(available, int((root / limit).read_bytes()) - int((root / used).read_bytes()))
     return max(0, available)
 
 
 def prefer_oom_kill() -> None:
-    """Of all processes, the kernel shall end this one when memory runs out, and not the one that waits for it."""
+    """Let the kernel kill this process first when memory runs out, not the one that waits for it."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return `train.meter.memory` and, on a GPU, the peak reserved by torch's allocator and the GPU's size, in GiB."""
+    """Return the peak memory in GiB; on a GPU also the reserved peak and the size of the GPU's memory."""
     if device.type != "cuda":
         return meter.memory_usage(device)
     return meter.memory_usage(device) | {

@@ -1,8 +1,8 @@
-"""Other loaders and other training loops, built from their public interfaces as their users would, on the same images.
+"""Peers: loaders and training loops of other libraries, built from their public interfaces on the same images.
 
-A loader is a function (source: PeerSource) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample
-at most once per epoch; its docstring says which settings it has. Files that a peer needs are written into a scratch
-folder, in the peer's own best format, before anything is timed.
+A loader is a function (task: PeerTask) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample at
+most once per epoch. Its docstring lists its settings. Files that a peer needs are written to a scratch folder in the
+peer's fastest format before timing starts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """Where a peer's function lies, and what it reads."""
+    """Description of a peer: the function that builds it and the encodings that it reads."""
 
-    library: str  # that it needs
-    function: str  # of tools/benchmarks/peers, MODULE.NAME
+    library: str  # required
+    function: str  # MODULE.NAME in tools/benchmarks/peers
     encodings: tuple[str, ...] = ("npy", "jpeg")
 
 
@@ -44,13 +44,15 @@ LOOPS = {
 
 
 def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
-    """Those that read the encoding and whose library is installed; FFCV is built by hand, webdataset is in extra
-    `dev`."""
+    """Return the peers that read the encoding and whose library is installed.
+
+    FFCV has to be built by hand; webdataset is in the extra `dev`.
+    """
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
 
 
 def missing(table: dict[str, PeerSpec]) -> list[str]:
-    """Those whose library is not installed."""
+    """Return the names of the peers whose library is not installed."""
     return [name for name, peer in table.items() if not _installed(peer.library)]
 
 
@@ -64,11 +66,12 @@ def _installed(library: str) -> bool:
 
 
 def load_function(peer: PeerSpec) -> Any:
+    """Import and return the peer's function."""
     module, name = peer.function.split(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 @contextmanager
 def loading(peer: PeerSpec, task: PeerTask) -> Iterator[dict[str, Workload]]:
-    """The peer's batches, on the device that training would want them on."""
+    """Measure the peer's loader, with batches on the device of training."""
     yield {"": Workload(load_function(peer)(task), task.batch_size)}

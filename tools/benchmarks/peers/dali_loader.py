@@ -1,5 +1,4 @@
-"""DALI as its users write it: its own reader, its own decoders and its own random operators, through its iterator for
-PyTorch."""
+"""A DALI pipeline as its users write it: DALI's readers, decoders, random operators and PyTorch iterator."""
 
 from __future__ import annotations
 
@@ -14,9 +13,12 @@ from tools.benchmarks.peers.task import Batches, PeerTask
 
 
 def dali(task: PeerTask) -> Batches:
-    """uint8 [B, H, W, 3]; readers.webdataset with its indices and a shuffle buffer of 1,024, decoders.numpy or
-    decoders.image (of a random region for a random-resized crop), a thread per core, 2 batches ahead; on a GPU mixed
-    decoding and GPU operators."""
+    """Yield uint8 [B, H, W, 3].
+
+    Settings: readers.webdataset with index files and a shuffle buffer of 1,024; decoders.numpy or decoders.image (of a
+    random region for a random-resized crop); one thread per core; 2 batches prefetched; on a GPU mixed decoding and GPU
+    operators.
+    """
     files = list(task.split.files)
     device_id = 0 if task.on_gpu else None
     pipeline = Pipeline(batch_size=task.batch_size, num_threads=task.workers, device_id=device_id, seed=0)
@@ -37,34 +39,34 @@ def dali(task: PeerTask) -> Batches:
     )
     while True:
         for batch in iterator:
-            yield batch[0]["images"], _numbers(batch[0]["labels"])
+            yield batch[0]["images"], _parse_labels(batch[0]["labels"])
 
 
-def _numbers(digits: torch.Tensor) -> torch.Tensor:
-    """ASCII digits uint8 [B, digits] -> int64 [B]; DALI reads .cls members as bytes."""
+def _parse_labels(digits: torch.Tensor) -> torch.Tensor:
+    """Convert ASCII digits uint8 [B, digits] to int64 [B]. DALI reads .cls members as bytes."""
     places = 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)
     return ((digits.long() - ord("0")) * places).sum(1)
 
 
 def _augmented(stored: Any, task: PeerTask) -> Any:
     aug, size = task.aug, task.image_size
-    region = aug is not None and aug.crop == "random-resized"
+    random_resized = aug is not None and aug.crop == "random-resized"
     if task.encoding == "npy":
         images: Any = fn.reshape(fn.decoders.numpy(stored), layout="HWC")
         images = images.gpu() if task.on_gpu else images
-    elif aug is not None and region:
-        where = "mixed" if task.on_gpu else "cpu"
+    elif aug is not None and random_resized:
+        device = "mixed" if task.on_gpu else "cpu"
         images = fn.decoders.image_random_crop(
-            stored, device=where, random_area=list(aug.scale), random_aspect_ratio=list(aug.ratio)
+            stored, device=device, random_area=list(aug.scale), random_aspect_ratio=list(aug.ratio)
         )
     else:
         images = fn.decoders.image(stored, device="mixed" if task.on_gpu else "cpu")
     if aug is None:
         return images
-    if region and task.encoding == "npy":
-        how: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
-        images = fn.random_resized_crop(images, size=[size, size], **how)
-    elif region or aug.crop != "pad":
+    if random_resized and task.encoding == "npy":
+        crop: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
+        images = fn.random_resized_crop(images, size=[size, size], **crop)
+    elif random_resized or aug.crop != "pad":
         images = fn.resize(images, size=[size, size])
     else:
         start = fn.random.uniform(range=[-aug.padding, aug.padding + 1], shape=[2])

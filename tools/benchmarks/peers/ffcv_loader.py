@@ -1,4 +1,4 @@
-"""FFCV: one file in its own format, its own decoders and compiled augmentation."""
+"""FFCV: its file format, decoders and compiled augmentation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from tools.benchmarks.peers.task import Batches, PeerTask, endless
 
 
 def ffcv(task: PeerTask) -> Batches:
-    """uint8 [B, H, W, 3]; write_mode raw, or jpg at the same quality as ours; order RANDOM, os_cache, a worker per
-    core, 3 batches ahead (its defaults). Pad-and-crop as in its CIFAR recipe (RandomHorizontalFlip, RandomTranslate)
-    without its Cutout; a random-resized crop by RandomResizedCropRGBImageDecoder, as in its ImageNet recipe; on a GPU
-    ToDevice(non_blocking)."""
+    """Yield uint8 [B, H, W, 3].
+
+    Settings: write_mode raw, or jpg with our quality; order RANDOM; os_cache; one worker per core; 3 batches prefetched
+    (the default); on a GPU ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe (RandomHorizontalFlip,
+    RandomTranslate) without Cutout. A random-resized crop follows its ImageNet recipe
+    (RandomResizedCropRGBImageDecoder).
+    """
     from ffcv.fields.decoders import IntDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToDevice, ToTensor
 
     _write(task)
     on_device = [ToDevice(torch.device("cuda:0"), non_blocking=True)] if task.on_gpu else []
-    threads = torch.get_num_threads()  # which its loader lowers for the whole process
+    threads = torch.get_num_threads()  # FFCV's loader lowers it for the whole process
     loader = Loader(
         str(task.file(".beton")),
         batch_size=task.batch_size,

@@ -1,4 +1,4 @@
-"""What every peer is given: one converted train split, a scratch folder, and the sizes that all loaders share."""
+"""The task of a peer: a converted train split, a scratch folder, and the settings that all loaders share."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Batches = Iterator[tuple[Any, Any]]
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path) -> Split:
-    """Kept outside of PeerSource, which is sent to other processes, as a map of files must not be."""
+    """Open a split. It is not stored in PeerTask, which is pickled, since a memory map cannot be."""
     return open_split(folder, SPLIT)
 
 
 @dataclass(frozen=True)
 class PeerTask:
-    """aug None: reading alone, without any work on the pixels but decoding."""
+    """Data set and settings for a peer's loader."""
 
     folder: Path
     scratch: Path
     batch_size: int
     workers: int
-    image_size: int  # that augmentation ends with, pixels
-    aug: AugConfig | None = None
+    image_size: int  # after augmentation, in pixels
+    aug: AugConfig | None = None  # None: reading and decoding only
     device: str = "cpu"
 
     @property
@@ -52,28 +52,28 @@ class PeerTask:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [samples]; zeros where the split has none."""
+        """Labels, int64 [samples]. Zeros if the split has none."""
         return np.zeros(len(self.split), np.int64) if self.split.labels is None else self.split.labels
 
     @property
     def stats(self) -> tuple[list[float], list[float]]:
-        """mean and std of the split's pixels, of values from 0 to 1."""
+        """Mean and standard deviation of the split's pixels, scaled to 0 to 1."""
         return self.split.dataset["mean"], self.split.dataset["std"]
 
     def pil_image(self, index: int) -> Image.Image:
-        """One sample as a PIL image, decoded where it is JPEG."""
+        """Return a sample as a PIL image."""
         return pil_image(self.split, index)
 
     def pixels(self, index: int) -> np.ndarray:
-        """One sample: uint8 [H, W, 3]."""
+        """Return a sample, uint8 [H, W, 3]."""
         return pixels(self.split, index)
 
     def file(self, ending: str) -> Path:
-        """A file of this split in the scratch folder."""
+        """Return the path of this split's file in the scratch folder."""
         return self.scratch / f"{self.folder.name}-{self.encoding}-{QUALITY}{ending}"
 
     def shards_for_workers(self) -> Split:
-        """The split in at least as many shards as there are workers, for libraries that hand out whole shards."""
+        """Return the split in at least as many shards as workers, for libraries that distribute whole shards."""
         if len(self.split.files) >= self.workers or self.encoding != "npy":
             return self.split
         out = self.file("-shards")
@@ -95,12 +95,12 @@ def pixels(split: Split, index: int) -> np.ndarray:
 
 
 def _content(split: Split, index: int) -> bytes:
-    begin = int(split.address[index])
-    return split.content[begin : begin + int(split.size[index])].tobytes()
+    start = int(split.address[index])
+    return split.content[start : start + int(split.size[index])].tobytes()
 
 
 def endless(loader: Any, device: str) -> Batches:
-    """Epoch after epoch, moved to the device as a user with pinned memory moves it."""
+    """Yield the batches of all epochs, copied to the device without blocking, as from pinned memory."""
     while True:
         for images, labels in loader:
             if device == "cuda":

@@ -1,4 +1,4 @@
-"""torch's DataLoader with torchvision's transforms: the current ones (v2), and as the homework has them (v1)."""
+"""torch's DataLoader with torchvision's transforms: v2, and v1 as in the homework."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipelines.storage.split import Split, open_split
 from tools.benchmarks.engine.datasets import SPLIT
 from tools.benchmarks.peers.task import Batches, PeerTask, endless, pil_image
 
-HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, whatever the number of cores
-LARGEST_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and its larger images from HDF5
+HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, for any number of cores
+MAX_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and larger images from HDF5
 
 
 class PILDataset(torch.utils.data.Dataset):
-    """(transform(PIL image), label) per sample; opens the files in the worker that reads them."""
+    """Samples as (transform(PIL image), label). Each worker opens the files itself."""
 
     def __init__(self, folder: Path, transform: Any) -> None:
         self.folder, self.transform = folder, transform
@@ -43,10 +43,10 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 class PickledImages(torch.utils.data.Dataset):
-    """All images in memory from a pickle, made a PIL image when asked for, as torchvision's CIFAR10."""
+    """Images of a pickle in memory, as PIL images on access, like torchvision's CIFAR10."""
 
     def __init__(self, path: Path, transform: Any) -> None:
-        content = pickle.loads(path.read_bytes())  # written by `homework_dataset` just before
+        content = pickle.loads(path.read_bytes())  # written by `homework_dataset`
         self.images, self.labels, self.transform = content["data"], content["labels"], transform
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PickledImages(torch.utils.data.Dataset):
 
 
 class Hdf5Rows(torch.utils.data.Dataset):
-    """One row of an open HDF5 file per sample, channel first, as the homework's loader for MediumImageNet reads."""
+    """Rows of an HDF5 file, channels first, as the homework's loader for MediumImageNet reads them."""
 
     def __init__(self, path: Path, samples: int, transform: Any) -> None:
         self.path, self.samples, self.transform = path, samples, transform
@@ -73,21 +73,22 @@ class Hdf5Rows(torch.utils.data.Dataset):
 
 
 def torchvision_v2(task: PeerTask) -> Batches:
-    """torchvision's transforms v2 on PIL images, uint8 [B, 3, H, W]; DataLoader with a worker per core, kept between
-    epochs, 2 batches ahead each; pinned memory and non_blocking copies on a GPU."""
+    """Yield uint8 [B, 3, H, W].
+
+    Settings: torchvision's transforms v2 on PIL images; one persistent worker per core with 2 batches prefetched each;
+    on a GPU pinned memory and non_blocking copies.
+    """
     steps = [*crop_and_flip(v2, task), *_colors(task.aug), v2.PILToTensor()]
     steps += _erasing(task.aug)
     return endless(data_loader(PILDataset(task.folder, v2.Compose(steps)), task, task.workers), task.device)
 
 
 def homework(task: PeerTask) -> Batches:
-    """The homework's DataLoader: float32 [B, 3, H, W], normalised on the CPU by torchvision's v1 transforms; 8 workers
-    as its config says, started anew for every epoch, pinned memory on a GPU, copies that block. Reading alone: without
-    a transform."""
-    return _homework_batches(task)
+    """Yield float32 [B, 3, H, W], normalised on the CPU, from the homework's DataLoader.
 
-
-def _homework_batches(task: PeerTask) -> Batches:
+    Settings: torchvision's transforms v1 (none for reading alone); 8 workers, as in its config, restarted in every
+    epoch; on a GPU pinned memory and blocking copies.
+    """
     loader = homework_loader(task)
     while True:
         for images, labels in loader:
@@ -95,16 +96,15 @@ def _homework_batches(task: PeerTask) -> Batches:
 
 
 def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
-    """Its DataLoader, from which its loop takes batches on the host."""
+    """Build the homework's DataLoader, whose batches are on the host."""
     return data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
 
 
 def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
-    """CIFAR's sizes from a pickle, ToTensor first and then crop, flip and Normalize; larger images from HDF5, divided
-    by 256."""
+    """Build the homework's dataset: images of CIFAR's size from a pickle, larger ones from HDF5, divided by 256."""
     mean, std = task.stats
     after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
-    if task.split.heights.max() <= LARGEST_PICKLED_SIDE:
+    if task.split.heights.max() <= MAX_PICKLED_SIDE:
         path = task.file(".pickle")
         if not path.exists():
             images = np.stack([task.pixels(index) for index in range(len(task.split))])
@@ -141,7 +141,7 @@ def data_loader(
 
 
 def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
-    """The same augmentation from either generation of torchvision's transforms."""
+    """Build crop and flip from either version of torchvision's transforms."""
     aug, size = task.aug, task.image_size
     if aug is None:
         return []
@@ -158,7 +158,7 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """What comes after the flip, on PIL images, which torchvision treats faster than tensors one by one."""
+    """Build the color transforms, on PIL images, which are faster than single tensors."""
     if aug is None:
         return []
     steps: list[Any] = []
@@ -182,14 +182,14 @@ def _colors(aug: AugConfig | None) -> list[Any]:
 
 
 def _erasing(aug: AugConfig | None) -> list[Any]:
-    """What only takes tensors."""
+    """Build random erasing, which takes tensors only."""
     if aug is None or aug.erase.probability == 0:
         return []
     return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
 
 
 def float_transform(task: PeerTask) -> Any:
-    """The augmentation in v2, ending with normalised float32 [3, H, W], as torchvision's reference training has it."""
+    """Build the augmentation of torchvision's reference training; gives normalised float32 [3, H, W]."""
     mean, std = task.stats
     steps = [
         *crop_and_flip(v2, task),

@@ -1,7 +1,6 @@
-"""Other training loops on our models: same architecture, same images, same batch size, their loader, precision and
-habits.
+"""Training loops of other projects on our models, images and batch size, with their loader and precision.
 
-A loop is a function (source: PeerSource, config: Config) -> endless iterator, one training step per item.
+A loop is a function (task: PeerTask, config: Config) -> endless iterator with one training step per item.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_t
 
 @contextmanager
 def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[str, Workload]]:
-    """The peer's whole training, end to end."""
+    """Measure a peer's training end to end."""
     yield {"": Workload(load_function(peer)(task, config), task.batch_size)}
 
 
 def _network(task: PeerTask, config: Config) -> nn.Module:
-    """The same model as ours, without our normalisation in front: these loaders give normalised floats."""
+    """Build our model without the normalisation layer, since these loaders yield normalised floats."""
     classes = config.model.num_classes or len(task.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
@@ -36,9 +35,11 @@ def _network(task: PeerTask, config: Config) -> nn.Module:
 
 
 def homework(task: PeerTask, config: Config) -> Iterator[float]:
-    """The homework's main.py: its DataLoader (8 workers, pinned memory on a GPU), images and labels copied to the
-    device, float32, NCHW, AdamW with torch's defaults, loss.item() and the number of correct answers read back after
-    every step."""
+    """Run the homework's main.py.
+
+    Settings: its DataLoader (8 workers, pinned memory on a GPU); float32; NCHW; AdamW with torch's defaults; loss and
+    number of correct predictions are read back after every step.
+    """
     device = torch.device(task.device)
     network = _network(task, config).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
@@ -59,9 +60,12 @@ def homework(task: PeerTask, config: Config) -> Iterator[float]:
 
 
 def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
-    """torchvision's references/classification: transforms v2 on PIL images, DataLoader with a worker per core and
-    pinned memory, non_blocking copies, SGD with momentum, NCHW, cudnn.benchmark; on a GPU --amp (float16 with a
-    GradScaler); loss.item() and accuracy read back after every step by its metric logger."""
+    """Run torchvision's references/classification.
+
+    Settings: transforms v2 on PIL images; one worker per core; pinned memory and non_blocking copies; SGD with
+    momentum; NCHW; cudnn.benchmark; on a GPU --amp (float16 with a GradScaler); its metric logger reads back loss and
+    accuracy after every step.
+    """
     device = torch.device(task.device)
     torch.backends.cudnn.benchmark = True
     network = _network(task, config).to(device)
@@ -85,12 +89,13 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 
 
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
-    """timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem on a GPU (channels_last, float32 on a CPU):
-    create_loader with its prefetcher, which collates uint8 and normalises on the device, a worker per core, kept
-    between epochs; create_optimizer_v2 with its default sgd; the loss read back every 50 steps; no torch.compile,
-    timm's default.
+    """Run timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem (on a CPU: channels_last, float32).
 
-    timm crops from padded images by no option of its loader: there, and without a crop, it resizes and flips only."""
+    Settings: create_loader with its prefetcher, which collates uint8 and normalises on the device; one persistent
+    worker per core; create_optimizer_v2 with sgd; the loss is read back every 50 steps; no torch.compile, the default.
+
+    timm's loader cannot crop from padded images. For pad-and-crop, or no crop, it only resizes and flips.
+    """
     from timm.data import create_loader  # type: ignore[attr-defined]
     from timm.optim import create_optimizer_v2
 
@@ -99,16 +104,16 @@ def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     network = _network(task, config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = create_optimizer_v2(network, opt="sgd", lr=config.train.lr, weight_decay=2e-5, momentum=0.9)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
-    resized = aug.crop == "random-resized"
+    random_resized = aug.crop == "random-resized"
     mean, std = task.stats
-    pictures = PILDataset(task.folder, None)
+    dataset = PILDataset(task.folder, None)
     loader = create_loader(
-        pictures,  # type: ignore[arg-type]
+        dataset,  # type: ignore[arg-type]
         input_size=(3, size, size),
         batch_size=task.batch_size,
         is_training=True,
-        scale=aug.scale if resized else (1.0, 1.0),
-        ratio=aug.ratio if resized else (1.0, 1.0),
+        scale=aug.scale if random_resized else (1.0, 1.0),
+        ratio=aug.ratio if random_resized else (1.0, 1.0),
         hflip=aug.flip,
         color_jitter=0.0,
         mean=tuple(mean),

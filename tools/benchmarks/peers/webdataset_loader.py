@@ -1,4 +1,4 @@
-"""The webdataset library over our own shards, which follow its convention."""
+"""The webdataset library on our shards, which follow its convention."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from tools.benchmarks.peers.torch_loader import crop_and_flip
 
 
 def webdataset(task: PeerTask) -> Batches:
-    """uint8 [B, 3, H, W]; shards and a buffer of 1,000 samples shuffled, torchvision's transforms v2 on tensors (npy)
-    or PIL images (JPEG), batched in the workers, one per core; pinned memory and non_blocking copies on a GPU."""
+    """Yield uint8 [B, 3, H, W].
+
+    Settings: shuffled shards and a shuffle buffer of 1,000 samples; torchvision's transforms v2 on tensors (npy) or PIL
+    images (JPEG); one worker per core, batching in the workers; on a GPU pinned memory and non_blocking copies.
+    """
     import webdataset as wds
 
     split = task.shards_for_workers()
     files = [str(file) for file in split.files]
     raw = task.encoding == "npy"
-    transform = v2.Compose([_Planes() if raw else v2.PILToTensor(), *crop_and_flip(v2, task)])
+    transform = v2.Compose([_ToPlanes() if raw else v2.PILToTensor(), *crop_and_flip(v2, task)])
     dataset = wds.WebDataset(files, shardshuffle=len(files), nodesplitter=None).shuffle(1000)
     dataset = dataset.decode() if raw else dataset.decode("pil")
     dataset = dataset.to_tuple("npy" if raw else "jpg", "cls").map_tuple(transform, int)
@@ -32,8 +35,8 @@ def webdataset(task: PeerTask) -> Batches:
     return endless(loader, task.device)
 
 
-class _Planes(torch.nn.Module):
-    """uint8 array [H, W, 3] -> tensor [3, H, W]."""
+class _ToPlanes(torch.nn.Module):
+    """Convert a uint8 array [H, W, 3] to a tensor [3, H, W]."""
 
     def forward(self, pixels: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

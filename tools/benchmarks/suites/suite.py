@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from configs.utils.errors import UserError
 from tools.benchmarks.engine import markdown, results, roofline
-from tools.benchmarks.engine.candidate import Candidate
+from tools.benchmarks.engine.candidate import Candidate, error_text
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, measure
 from tools.benchmarks.engine.measured_tables import TableSpec
 from tools.benchmarks.engine.results import Entry
-from tools.benchmarks.engine.roofline import Limits, limit_rows, limits_in
+from tools.benchmarks.engine.roofline import Limits, limit_rows, limits_from_rows
 from tools.benchmarks.engine.run_file import RunFile
 from tools.benchmarks.suites.settings import Settings, check_time, is_out_of_time
 from train.engine.clock import RunTimer
@@ -70,8 +70,8 @@ def machine_limits(settings: Settings, record: RunFile) -> Limits:
     about, environment = record.run["parts"].get(LIMITS, {}), record.run["environment"]
     rows = [row for entry in record.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
     is_current = all(about.get(name) == environment[name] for name in ("date", "versions"))
-    if limits_in(rows) and is_current and about["is_complete"]:
-        return limits_in(rows)
+    if limits_from_rows(rows) and is_current and about["is_complete"]:
+        return limits_from_rows(rows)
     with record.part(LIMITS):
         candidate = Candidate("limits", roofline.limit_workloads, (settings.device, settings.data))
         measurements = measure([candidate], settings.seconds, min(3, settings.rounds), settings.deadline)
@@ -79,7 +79,7 @@ def machine_limits(settings: Settings, record: RunFile) -> Limits:
         record.add({"title": "Limits of the machine", "stage": "limits", "rows": rows})
         if all(row.get("note") != OUT_OF_TIME for row in rows):
             record.complete()
-    return limits_in(rows)
+    return limits_from_rows(rows)
 
 
 def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry], None]) -> bool:
@@ -107,7 +107,7 @@ def run_part(part: Part, found: Limits, settings: Settings, put: Callable[[Entry
         put(one_row_table(f"{part.name}, what remains", results.skipped_row(part.name)))
         return False
     except Exception as error:  # whatever it is, the other parts go on
-        put(one_row_table(part.name, results.failed_row(part.name, results.error_text(error))))
+        put(one_row_table(part.name, results.failed_row(part.name, error_text(error))))
         return False
     return is_complete
 
