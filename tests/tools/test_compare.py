@@ -1,4 +1,4 @@
-"""Comparison of runs: the table says what differs and what came of it, the picture shows every run."""
+"""Tests of tools/compare.py: the table of settings and results, and the plot of all curves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def line(epoch: int, **changes: Any) -> dict[str, Any]:
 
 
 def make_run(folder: Path, *settings: str, lines: list[dict[str, Any]] | None = None, batch: int | None = 64) -> Path:
-    """A run folder with three epochs."""
+    """Write a run folder with three epochs."""
     folder.mkdir(parents=True)
     config = load_config(DIGITS, ["train.epochs=3", *settings], name=folder.name, output=str(folder.parent))
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -50,12 +50,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     compare.main()
 
 
-def test_a_finished_and_a_running_run_are_compared_from_the_command_line(
+def test_finished_and_unfinished_runs_are_compared(
     digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     running = Path(shutil.copytree(digits_run.folder, tmp_path / "other"))
     text = (running / "metrics.jsonl").read_text()
-    (running / "metrics.jsonl").write_text(text[: len(text) - 40])  # a last line cut short
+    (running / "metrics.jsonl").write_text(text[: len(text) - 40])  # the last line is incomplete
     config = (running / "config.yaml").read_text().replace("name: digits_lenet", "name: other")
     (running / "config.yaml").write_text(config.replace("lr: 0.006", "lr: 0.002"))
     call(monkeypatch, digits_run.folder, running, "--out", tmp_path / "out")
@@ -83,7 +83,7 @@ def test_a_finished_and_a_running_run_are_compared_from_the_command_line(
     assert "| other " in capsys.readouterr().out
 
 
-def test_the_table_has_the_settings_that_differ_and_the_results(tmp_path: Path) -> None:
+def test_table_has_differing_settings_and_results(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / "a", "aug.flip=0", "train.optimizer.betas=[0.9,0.95]", batch=256),
         make_run(tmp_path / "b", "aug.flip=0.5", "data.threads=1", lines=[line(0), line(1, epoch_time_s=6.0)]),
@@ -99,7 +99,7 @@ def test_the_table_has_the_settings_that_differ_and_the_results(tmp_path: Path) 
     assert (second["training_time_s"], second["images_per_s"], second["memory_gib"]) == (8.0, 150.0, 2.0)
 
 
-def test_where_a_run_has_not_recorded_its_processes_the_batch_is_that_of_a_rank(tmp_path: Path) -> None:
+def test_unrecorded_global_batch_falls_back_to_batch_per_rank(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a", batch=None), make_run(tmp_path / "b", "train.accumulation_steps=2")]
     rows = comparison_rows([read_run(folder) for folder in folders], ["a", "b"])
     assert [row["batch_per_rank"] for row in rows] == [64, 128]
@@ -116,7 +116,7 @@ def test_where_a_run_has_not_recorded_its_processes_the_batch_is_that_of_a_rank(
     ],
     ids=["short names", "long names", "numbered names", "nothing differs", "same names"],
 )
-def test_labels_show_what_differs(runs: dict[str, list[str]], expected: list[str], tmp_path: Path) -> None:
+def test_labels_show_differing_settings(runs: dict[str, list[str]], expected: list[str], tmp_path: Path) -> None:
     records = []
     for name, settings in runs.items():
         folder = make_run(tmp_path / name)
@@ -127,14 +127,14 @@ def test_labels_show_what_differs(runs: dict[str, list[str]], expected: list[str
     assert run_labels(records) == expected
 
 
-def test_a_folder_of_runs_stands_for_them_in_natural_order_and_each_counts_once(tmp_path: Path) -> None:
+def test_folder_of_runs_is_expanded_in_natural_order_without_duplicates(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name) for name in ("run-10", "run-2", "lr=0.001", "lr=1e-05")]
     (tmp_path / "no run").mkdir()
     assert find_runs([tmp_path]) == folders[::-1]
     assert find_runs([folders[0], tmp_path]) == [folders[0], folders[3], folders[2], folders[1]]
 
 
-def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path) -> None:
+def test_diverged_run_does_not_flatten_other_curves(tmp_path: Path) -> None:
     bad = [
         line(0, train_loss=9e6, val_loss=8e9),
         line(1, train_loss=None, val_loss=None, val_top1=0.1),
@@ -160,7 +160,7 @@ def test_a_diverged_run_is_drawn_and_does_not_flatten_the_others(tmp_path: Path)
     assert [row["train_loss"] for row in curve_rows(records, ["good", "bad", "none"])[3:]] == [9e6, None, 3.0]
 
 
-def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
+def test_unevaluated_epochs_leave_no_gap(tmp_path: Path) -> None:
     unevaluated = line(1, val_loss=None, val_top1=None, val_top5=None)
     record = read_run(make_run(tmp_path / "run", lines=[line(0), unevaluated, line(2)]))
     figure = curve_plot.plot_curves([record], ["run"], "test")
@@ -168,7 +168,7 @@ def test_epochs_without_evaluation_leave_no_gap(tmp_path: Path) -> None:
     assert figure.axes[1].get_title() == ""
 
 
-def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
+def test_dollar_signs_in_names_are_drawn_literally(tmp_path: Path) -> None:
     names = ["a$\\b$", "_$x$"]
     records = [read_run(make_run(tmp_path / run, lines=[line(0), line(1, train_loss=None)])) for run in ("a", "b")]
     figure = curve_plot.plot_curves(records, names, names[0])
@@ -177,7 +177,7 @@ def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     figures.render(figures.curves(records[0].metrics, names[0]))
 
 
-def test_the_train_loss_is_named_by_the_runs_and_validation_s_is_always_cross_entropy(tmp_path: Path) -> None:
+def test_train_loss_label_follows_runs_and_validation_is_cross_entropy(tmp_path: Path) -> None:
     plain = read_run(make_run(tmp_path / "plain"))
     binary = read_run(make_run(tmp_path / "binary", "train.loss=bce"))
     for records, expected in (
@@ -189,7 +189,7 @@ def test_the_train_loss_is_named_by_the_runs_and_validation_s_is_always_cross_en
         assert (train.get_ylabel(), val.get_ylabel()) == (expected, "validation loss (cross-entropy)")
 
 
-def test_a_time_that_is_not_known_gives_no_total_and_no_ratio(
+def test_unknown_epoch_time_gives_no_total_or_ratio(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unknown = {"epoch_time_s": None, "images_per_s": None, "data_wait_fraction": None}
@@ -214,18 +214,16 @@ def test_a_time_that_is_not_known_gives_no_total_and_no_ratio(
         ([[2.3, 1.2], [1e5, 2.0]], (1.2, 2.3)),
         ([[2.3, 1.2], [1e5, 1e6], [1e7]], (1.2, 2.3)),  # most have diverged
         ([[2.3, 0.1], [0.02, 0.01]], (0.01, 2.3)),  # one started from trained weights
-        ([[2.3, 0.1], [1.0, 6.0]], (0.1, 6.0)),  # overfitting is no divergence
+        ([[2.3, 0.1], [1.0, 6.0]], (0.1, 6.0)),  # overfitting is not divergence
         ([[1e5], []], (1e5, 1e5)),
         ([], (0.0, 1.0)),
     ],
 )
-def test_the_range_of_losses_is_that_of_the_runs_that_learn(
-    losses: list[list[float]], expected: tuple[float, float]
-) -> None:
+def test_loss_range_covers_the_runs_that_learn(losses: list[list[float]], expected: tuple[float, float]) -> None:
     assert curve_plot.loss_range(losses) == expected
 
 
-def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_path: Path) -> None:
+def test_many_runs_color_only_the_best(tmp_path: Path) -> None:
     count = curve_plot.MAX_COLORED + 3
     folders = [make_run(tmp_path / f"run{n}", lines=[line(0, val_top1=n / 100)]) for n in range(count)]
     names = [f"run{n}" for n in range(count)]
@@ -243,7 +241,7 @@ def test_of_many_runs_the_best_are_coloured_and_the_others_share_a_label(tmp_pat
         ("broken", ["broken"], "config.yaml: while parsing|broken/config.yaml"),
     ],
 )
-def test_bad_input_is_one_sentence(
+def test_bad_input_is_a_one_line_error(
     make: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -259,7 +257,7 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "output").exists()
 
 
-def test_validation_of_a_moving_average_is_drawn_in_dots_of_the_runs_colour(tmp_path: Path) -> None:
+def test_moving_average_is_dotted_in_the_runs_color(tmp_path: Path) -> None:
     both = [line(epoch, ema_val_loss=1.5 - epoch / 2, ema_val_top1=0.25 + epoch / 8) for epoch in range(3)]
     averaged = make_run(tmp_path / "averaged", "train.ema.decay=0.9", lines=both)
     plain = make_run(tmp_path / "plain")
@@ -275,5 +273,5 @@ def test_validation_of_a_moving_average_is_drawn_in_dots_of_the_runs_colour(tmp_
     assert texts == ["averaged", "plain", "validation of a moving average"]
     alone = figures.curves(both, "test")
     assert [drawn.get_label() for drawn in alone.axes[1].lines] == ["train", "validation", "validation, moving average"]
-    figures.save(figure, tmp_path / "overlay.png")
+    figures.save(figure, tmp_path / "comparison.png")
     figures.save(alone, tmp_path / "curves.png")

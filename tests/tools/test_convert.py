@@ -1,4 +1,4 @@
-"""The command line of tools/convert.py, from a source to a verified data set, and how it refuses bad input."""
+"""Tests of the command tools/convert.py: conversion, verification and refusal of bad input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def images_of(out: Path, split: str) -> np.ndarray:
     return np.stack([rows.content[end - np.prod(shape) : end].reshape(shape) for end in rows.address + rows.size])
 
 
-def test_digits_become_a_sound_data_set_from_the_command_line(tmp_path: Path) -> None:
+def test_digits_convert_to_a_verified_data_set(tmp_path: Path) -> None:
     out = tmp_path / "digits"
     result = run_script("digits", "--out", out, "--workers", "2")
     assert result.returncode == 0, result.stderr
@@ -77,7 +77,7 @@ def test_digits_become_a_sound_data_set_from_the_command_line(tmp_path: Path) ->
     assert (checked.returncode, checked.stdout) == (0, f"{out} is sound: 1,797 samples in 2 shards\n")
 
 
-def test_hdf5_pixels_and_labels_arrive_unchanged(tmp_path: Path) -> None:
+def test_hdf5_pixels_and_labels_are_unchanged(tmp_path: Path) -> None:
     source = write_hdf5(tmp_path / "x.hdf5")
     names = tmp_path / "classes.txt"
     names.write_text("red\ngreen\nblue\n")
@@ -103,12 +103,12 @@ def test_hdf5_pixels_and_labels_arrive_unchanged(tmp_path: Path) -> None:
     assert open_split(tmp_path / "out", "test").labels is None
 
 
-def test_size_resizes(tmp_path: Path) -> None:
+def test_size_option_resizes_images(tmp_path: Path) -> None:
     source = write_hdf5(tmp_path / "x.hdf5")
     assert convert_to(tmp_path / "out", "hdf5", "--source", source, "--size", "16")["image_shape"] == [16, 16, 3]
 
 
-def test_image_folders_become_jpeg_with_their_bytes_unless_told_otherwise(tmp_path: Path) -> None:
+def test_image_folder_keeps_jpeg_bytes_by_default(tmp_path: Path) -> None:
     source = write_images(tmp_path / "photos")
     assert convert_to(tmp_path / "jpeg", "imagefolder", "--source", source)["encoding"] == "jpeg"
     rows = open_split(tmp_path / "jpeg", "val")
@@ -117,7 +117,7 @@ def test_image_folders_become_jpeg_with_their_bytes_unless_told_otherwise(tmp_pa
     assert convert_to(tmp_path / "npy", "imagefolder", "--source", source, "--encoding", "npy")["encoding"] == "npy"
 
 
-def test_defective_images_are_listed_in_the_summary_and_refused_when_strict(
+def test_defective_images_are_listed_and_refused_when_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_images(tmp_path / "photos")
@@ -134,7 +134,7 @@ def test_defective_images_are_listed_in_the_summary_and_refused_when_strict(
         convert_to(tmp_path / "strict", "imagefolder", "--source", source, "--strict")
 
 
-def test_cifar_can_be_downloaded_and_converted_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_downloaded_and_converted_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     folder = write_cifar10(site)
     archive = write_archive(site / EDITIONS["cifar10"].archive, folder)
@@ -149,7 +149,7 @@ def test_cifar_can_be_downloaded_and_converted_in_one_command(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("command", ["digits", "cifar10", "cifar100", "hdf5", "imagefolder", "verify"])
-def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         convert.main([command, "--help"])
     assert stop.value.code == 0
@@ -170,9 +170,7 @@ def test_every_command_explains_itself_with_an_example(command: str, capsys: pyt
         [],
     ],
 )
-def test_arguments_outside_of_what_is_allowed_exit_with_2(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_arguments_exit_with_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         convert.main(arguments)
@@ -180,19 +178,19 @@ def test_arguments_outside_of_what_is_allowed_exit_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--quality and --subsampling belong to --encoding jpeg"):
         convert.main(["digits", "--out", str(tmp_path / "x"), "--quality", "90"])
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 101])
-def test_names_that_cannot_name_shards_are_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_data_set_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="give a --name of up to 100 letters"):
         convert.main(["digits", "--out", str(tmp_path / "x"), f"--name={name}"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_sources_end_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+def test_bad_sources_print_one_line_and_exit_with_2(tmp_path: Path) -> None:
     truncated = write_hdf5(tmp_path / "truncated.hdf5")
     truncated.write_bytes(truncated.read_bytes()[:5000])
     commands: tuple[list[str | Path], ...] = (
@@ -219,7 +217,7 @@ def test_bad_sources_end_with_one_sentence_and_exit_code_2(tmp_path: Path) -> No
         ["imagefolder", "--source", "."],
     ],
 )
-def test_every_missing_source_is_a_user_error_that_writes_nothing(
+def test_missing_source_is_a_user_error_and_writes_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_hdf5(tmp_path / "x.hdf5")
@@ -229,7 +227,7 @@ def test_every_missing_source_is_a_user_error_that_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_damage_to_a_converted_data_set_is_found_and_named(tmp_path: Path) -> None:
+def test_verify_names_damaged_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_to(out, "hdf5", "--source", write_hdf5(tmp_path / "x.hdf5"))
     assert convert.verify(out) == f"{out} is sound: 90 samples in 3 shards"
@@ -248,7 +246,7 @@ def test_damage_to_a_converted_data_set_is_found_and_named(tmp_path: Path) -> No
         convert.main(["verify", str(out)])
 
 
-def test_a_second_run_of_the_same_command_changes_nothing(tmp_path: Path) -> None:
+def test_converting_twice_changes_nothing(tmp_path: Path) -> None:
     source, out = write_hdf5(tmp_path / "x.hdf5"), tmp_path / "out"
     convert_to(out, "hdf5", "--source", source)
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()}
@@ -256,13 +254,13 @@ def test_a_second_run_of_the_same_command_changes_nothing(tmp_path: Path) -> Non
     assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before
 
 
-def test_the_command_line_starts_without_torch_and_dali() -> None:
+def test_convert_does_not_import_torch_or_dali() -> None:
     code = "import sys, tools.convert; print(sorted({'torch', 'nvidia.dali', 'h5py', 'sklearn'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "[]\n"
 
 
-def test_equal_input_gives_equal_files_in_folders_of_any_name(tmp_path: Path) -> None:
+def test_equal_sources_give_equal_files_in_any_folder(tmp_path: Path) -> None:
     source = write_hdf5(tmp_path / "x.hdf5")
     contents = []
     for name in ("first", "second"):

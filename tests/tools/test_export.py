@@ -1,4 +1,4 @@
-"""Exported files: what others load from them is the checkpoint's model, and a file that is not appears nowhere."""
+"""Tests of tools/export.py: exported files reproduce the checkpoint's logits, or are not written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Result:
         return {path.name for path in self.folder.iterdir()}
 
     def run_as_printed(self, name: str, images: Tensor) -> Tensor:
-        """The logits that the printed lines for a format give."""
+        """Run the printed code of a format and return its logits."""
         lines = next(row["use"] for row in self.report["formats"] if row["format"] == name)
         names = {"images": images}
         with torch.no_grad():
@@ -85,14 +85,14 @@ def digits(digits_run: Run) -> Tensor:
 
 @pytest.fixture(scope="module")
 def timm_checkpoint(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer of timm as drawn by a seed, whose data set is gone."""
+    """A randomly initialized vision transformer of timm, whose data set does not exist."""
     path = tmp_path_factory.mktemp("timm") / "last.pt"
     settings = {"model.name": "timm/test_vit", "data.path": str(path.parent / "gone"), "eval.crop_fraction": 0.875}
     return write_checkpoint(path, digits_run.data, **settings)
 
 
 def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
-    """A model of these settings for the classes of `data`, as drawn by a seed."""
+    """Write a checkpoint of a randomly initialized model for the classes of `data`."""
     config = load_config(DIGITS, **{"data.path": str(data), **settings})
     dataset = load_dataset(data)
     facts = {key: dataset[key] for key in ("name", "classes", "mean", "std")} | {"image_size": 32}
@@ -108,12 +108,12 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
     [
         ({"name": "resnet18", "activation": "gelu", "drop_rate": 0.2, "options": {"width": 16}, "freeze": ["layer1.*"]},
          {"width": 16, "activation": "gelu"}),
-        # a start that is gone, and options that only training needs
+        # the finetune checkpoint does not exist, and drop_path_rate only affects training
         ({"name": "timm/test_vit", "activation": "silu", "options": {"drop_path_rate": 0.1}, "finetune": "gone"},
          {"act_layer": "silu"}),
     ],
 )  # fmt: skip
-def test_a_model_of_other_activation_and_width_is_exported_with_them(
+def test_activation_and_width_are_exported(
     model: dict[str, Any], arguments: dict[str, Any], digits_run: Run, digits: Tensor, tmp_path: Path
 ) -> None:
     path = write_checkpoint(tmp_path / "last.pt", digits_run.data, model=model)
@@ -129,7 +129,7 @@ def test_a_model_of_other_activation_and_width_is_exported_with_them(
 
 @pytest.mark.parametrize("samples", [1, 5, 64])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_printed_lines_give_the_checkpoints_logits(
+def test_printed_code_reproduces_the_checkpoints_logits(
     name: str, samples: int, lenet_export: Result, network: nn.Module, digits: Tensor
 ) -> None:
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_the_printed_lines_give_the_checkpoints_logits(
     assert expected.std() > 0.1
 
 
-def test_the_report_counts_every_image_of_the_validation_split(lenet_export: Result) -> None:
+def test_report_counts_all_verified_images(lenet_export: Result) -> None:
     assert lenet_export.files == FILES
     report = lenet_export.report
     assert report["verified_on"].startswith("256 images of split 'val' of ")
@@ -149,7 +149,7 @@ def test_the_report_counts_every_image_of_the_validation_split(lenet_export: Res
     assert report["versions"].keys() >= {"torch", "onnx", "onnxruntime"}
 
 
-def test_safetensors_hold_the_checkpoints_weights_under_plain_names(lenet_export: Result, digits_run: Run) -> None:
+def test_safetensors_has_checkpoint_weights_under_plain_names(lenet_export: Result, digits_run: Run) -> None:
     weights = load_file(lenet_export.folder / "model.safetensors")
     saved = torch.load(digits_run.folder / "best.pt", weights_only=True)["model"]
     assert {f"network.{name}" for name in weights} == {name for name in saved if name.startswith("network.")}
@@ -157,7 +157,7 @@ def test_safetensors_hold_the_checkpoints_weights_under_plain_names(lenet_export
         assert torch.equal(tensor, saved[f"network.{name}"])
 
 
-def test_config_json_holds_preprocessing_and_classes(lenet_export: Result, digits_run: Run) -> None:
+def test_config_json_has_preprocessing_and_classes(lenet_export: Result, digits_run: Run) -> None:
     config = json.loads((lenet_export.folder / "config.json").read_text())
     assert (config["architecture"], config["num_classes"], config["num_features"]) == ("lenet", 10, 84)
     assert config["label_names"] == list("0123456789")
@@ -169,7 +169,7 @@ def test_config_json_holds_preprocessing_and_classes(lenet_export: Result, digit
     assert (recipe["first_conv"], recipe["classifier"]) == ("conv1", "fc3")
 
 
-def test_onnx_is_one_file_that_describes_itself(lenet_export: Result) -> None:
+def test_onnx_is_one_file_with_metadata(lenet_export: Result) -> None:
     session = onnxruntime.InferenceSession(lenet_export.folder / "model.onnx")
     images, logits = session.get_inputs()[0], session.get_outputs()[0]
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 3, 32, 32])
@@ -180,7 +180,7 @@ def test_onnx_is_one_file_that_describes_itself(lenet_export: Result) -> None:
     assert len(facts["checkpoint_sha256"]) == 64
 
 
-def test_a_timm_model_comes_back_from_its_folder(
+def test_timm_model_loads_from_exported_folder(
     timm_checkpoint: Path, digits: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("safetensors", "torch")
@@ -200,7 +200,7 @@ def test_a_timm_model_comes_back_from_its_folder(
     assert config["pretrained_cfg"]["license"] is None
 
 
-def test_a_named_data_set_is_used_or_missed(timm_checkpoint: Path, digits_run: Run, tmp_path: Path) -> None:
+def test_data_path_option_is_used_or_must_exist(timm_checkpoint: Path, digits_run: Run, tmp_path: Path) -> None:
     arguments = ("--format", "safetensors", "--verify-images", "9", "--data-path")
     report = run_export(timm_checkpoint, tmp_path / "out", *arguments, str(digits_run.data)).report
     assert report["verified_on"] == f"9 images of split 'val' of {digits_run.data}"
@@ -210,7 +210,7 @@ def test_a_named_data_set_is_used_or_missed(timm_checkpoint: Path, digits_run: R
 
 
 def off_by(difference: float) -> Callable[[Path], Callable[[Tensor], Tensor]]:
-    """A loader of safetensors whose first image's logits are wrong."""
+    """Return a loader of safetensors that changes a logit of the first image by `difference`."""
 
     def load(folder: Path) -> Callable[[Tensor], Tensor]:
         predict = FORMATS["safetensors"].load(folder)
@@ -225,7 +225,7 @@ def off_by(difference: float) -> Callable[[Path], Callable[[Tensor], Tensor]]:
     return load
 
 
-def test_a_format_that_differs_leaves_no_file_and_stops_no_other(
+def test_differing_format_is_not_written_and_others_continue(
     digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "first.onnx").write_text("mine")
@@ -250,7 +250,7 @@ def test_a_format_that_differs_leaves_no_file_and_stops_no_other(
 @pytest.mark.parametrize(
     ("largest", "differs_by", "fits"), [(1.0, 2e-4, False), (500.0, 2e-4, True), (500.0, 2e-3, False)]
 )
-def test_a_millionth_of_the_largest_logit_is_rounding(
+def test_tolerance_is_at_least_a_millionth_of_the_largest_logit(
     largest: float, differs_by: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.full((3, 10), largest)
@@ -265,7 +265,7 @@ def test_a_millionth_of_the_largest_logit_is_rounding(
 
 
 class DataDependent(nn.Module):
-    """Python decides by the pixels, which no graph can hold."""
+    """Network with a Python branch on pixel values, which cannot be traced."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = images.flatten(1)[:, :10]
@@ -273,7 +273,7 @@ class DataDependent(nn.Module):
 
 
 class TwoImages(nn.Module):
-    """Takes batches of the example's size only."""
+    """Network that only takes batches of the example's size."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.reshape(2, -1)[:, :10]
@@ -288,7 +288,7 @@ def exportable(network: nn.Module) -> Exportable:
 @pytest.mark.parametrize(
     ("network", "why"), [(DataDependent(), "data-dependent"), (TwoImages(), r"constant \(2\)")], ids=["data", "two"]
 )
-def test_a_network_that_has_no_such_graph_is_one_sentence(
+def test_untraceable_network_is_a_one_line_error(
     name: str, network: nn.Module, why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
@@ -300,7 +300,7 @@ def test_a_network_that_has_no_such_graph_is_one_sentence(
     assert capfd.readouterr() == ("", "")
 
 
-def test_comparison_sees_every_image_once_in_batches_of_all_sizes() -> None:
+def test_comparison_covers_each_image_once_in_all_batch_sizes() -> None:
     images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 2, 2)
     seen: list[Tensor] = []
 
@@ -321,7 +321,7 @@ def test_comparison_sees_every_image_once_in_batches_of_all_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_built_in_models_name_the_layers_at_their_ends(name: str) -> None:
+def test_built_in_models_have_first_and_last_layers(name: str) -> None:
     with torch.device("meta"):
         network = build_model(name, 10)
     ends = first_and_last_layers(network.state_dict())
@@ -329,15 +329,15 @@ def test_built_in_models_name_the_layers_at_their_ends(name: str) -> None:
     assert network.get_submodule(ends["classifier"]).weight.shape == (10, ends["num_features"])
 
 
-def test_a_diverged_run_is_refused(timm_checkpoint: Path, tmp_path: Path) -> None:
+def test_diverged_checkpoint_is_refused(timm_checkpoint: Path, tmp_path: Path) -> None:
     with alone() as device:
         trained = load_trained_model(timm_checkpoint, device)
     next(trained.training.network.parameters()).data.fill_(float("nan"))
-    with pytest.raises(UserError, match="no finite numbers"):
+    with pytest.raises(UserError, match="logits that are not finite"):
         export_check.expected_logits(trained, None, 3)
 
 
 @pytest.mark.parametrize("bad", [("--verify-images", "0"), ("--tolerance", "nan")])
-def test_bad_numbers_are_refused_before_any_work(bad: tuple[str, str], tmp_path: Path) -> None:
+def test_invalid_numbers_are_refused_before_loading(bad: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{bad[0]}={bad[1]}"):
         run_export(tmp_path / "no-such-run", tmp_path / "out", *bad)

@@ -1,4 +1,4 @@
-"""Predictions are those of evaluation, each with its own row; a submission is complete and in order, or refused."""
+"""Tests of tools/predict.py: predictions equal evaluation; submissions are complete and in order, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, write
-from helpers.training import DIGITS, Run, alone
+from helpers.training import DIGITS, ROOT, Run, alone
 from pipelines import build_eval_loader
 from pipelines.convert.encode import Encoding
 from pipelines.storage.split import load_dataset, open_split
@@ -40,7 +40,7 @@ TEST_ROWS = 41  # of npy_data
 
 
 def run(*arguments: Any, main: Callable[[], None] = predict.main) -> None:
-    """The command line, in this process and on the CPU."""
+    """Run the command in this process, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -48,7 +48,7 @@ def run(*arguments: Any, main: Callable[[], None] = predict.main) -> None:
 
 
 def make_checkpoint(folder: Path, data: Path, seed: int = 0, image_size: int = 32, **settings: Any) -> Path:
-    """A run folder with an untrained LeNet, which tells noise from noise well enough."""
+    """Write a run folder with an untrained LeNet, whose logits differ between samples."""
     settings = {"data.path": str(data), "data.image_size": image_size, "seed": seed, **settings}
     config, dataset = load_config(DIGITS, **settings), load_dataset(data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make_checkpoint(folder: Path, data: Path, seed: int = 0, image_size: int = 3
 
 @pytest.fixture
 def model(npy_data: Path, tmp_path: Path) -> Path:
-    """A run on the tiny data set, whose test split has no labels."""
+    """A run folder for the tiny data set, whose test split has no labels."""
     return make_checkpoint(tmp_path / "run", npy_data)
 
 
@@ -77,7 +77,7 @@ def table(path: Path) -> list[list[str]]:
 
 
 def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
-    """The model applied to pixels [H, W, 3] one by one, without loader and batches."""
+    """Apply the model to images [H, W, 3] one by one, without a data loader."""
     with alone() as device, torch.inference_mode():
         network = load_trained_model(run_folder, device).training.network
         batches = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
@@ -86,7 +86,7 @@ def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("tta", [None, "flip-translate"])
 @pytest.mark.parametrize("batch_size", [None, 100])
-def test_a_checkpoints_figures_are_those_of_evaluate_to_the_last_digit(
+def test_metrics_equal_evaluation_bitwise(
     digits_run: Run, tmp_path: Path, tta: str | None, batch_size: int | None
 ) -> None:
     with alone() as device:
@@ -103,7 +103,7 @@ def test_a_checkpoints_figures_are_those_of_evaluate_to_the_last_digit(
     assert (best == arrays(tmp_path)["labels"]).mean() == result.top1
 
 
-def test_the_printed_figures_are_those_of_the_entry_points_eval(
+def test_printed_metrics_equal_those_of_ddp_eval(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--checkpoint", digits_run.folder, "--split", "val", "--out", tmp_path)
@@ -114,9 +114,7 @@ def test_the_printed_figures_are_those_of_the_entry_points_eval(
     assert predicted[0].startswith(f"{best}: val loss ")
 
 
-def test_a_test_splits_submission_has_every_row_of_the_source_in_its_order(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_test_submission_has_all_source_rows_in_order(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--checkpoint", model, "--split", "test", "--batch-size", 16)
     out = model / "predictions-test"
     expected = logits_of(model, [marked_image(row) for row in range(TEST_ROWS)])
@@ -131,7 +129,7 @@ def test_a_test_splits_submission_has_every_row_of_the_source_in_its_order(
     assert "checked 41 rows" in capsys.readouterr().out
 
 
-def test_table_and_arrays_agree(npy_data: Path, model: Path, tmp_path: Path) -> None:
+def test_csv_and_npz_agree(npy_data: Path, model: Path, tmp_path: Path) -> None:
     run("--checkpoint", model, "--split", "train", "--out", tmp_path, "--top-k", 3)
     content, (header, *rows) = arrays(tmp_path), table(tmp_path / "predictions.csv")
     assert header[4:] == [f"{what}_{place}" for place in (1, 2, 3) for what in ("class", "probability")]
@@ -156,7 +154,9 @@ def sample_file(path: Path, ids: list[Any], header: str = "image,class") -> Path
     return path
 
 
-def test_a_sample_decides_columns_and_ids(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_submission_sets_columns_and_ids(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [f"test/{number:05d}.png" for number in range(100, 100 + TEST_ROWS)]
     for ids, said in ((range(TEST_ROWS), "ascending"), (names, "in the order of the sample, taken as that of rows")):
         sample = sample_file(tmp_path / "sample.csv", list(ids))
@@ -168,7 +168,7 @@ def test_a_sample_decides_columns_and_ids(model: Path, tmp_path: Path, capsys: p
         assert [int(category) for _, category in rows] == arrays(tmp_path)["logits"].argmax(1).tolist()
 
 
-def test_ids_that_are_numbers_are_matched_by_number_in_any_order(model: Path, tmp_path: Path) -> None:
+def test_numeric_ids_are_matched_in_any_order(model: Path, tmp_path: Path) -> None:
     numbers = sorted(range(1, TEST_ROWS + 1), key=str)
     names = [f"test/v2_{number}.png" for number in numbers]
     sample = sample_file(tmp_path / "sample.csv", names)
@@ -179,7 +179,7 @@ def test_ids_that_are_numbers_are_matched_by_number_in_any_order(model: Path, tm
     ]
 
 
-def test_pictures_are_matched_with_a_sample_by_their_names(model: Path, tmp_path: Path) -> None:
+def test_pictures_are_matched_with_sample_by_name(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(1, 13):
@@ -195,10 +195,10 @@ def test_pictures_are_matched_with_a_sample_by_their_names(model: Path, tmp_path
     assert [int(category) for _, category in table(tmp_path / "mine.csv")[1:]] == expected.tolist()
 
 
-def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(model: Path, tmp_path: Path) -> None:
+def test_id_and_column_options_apply_to_any_ordered_split(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "deeper" / "mine.csv"
-    run("--checkpoint", model, "--split", "val", "--submission", file, "--id-start", 0, "--id-column", "ID",
-        "--category-column", "Label")  # fmt: skip
+    columns = ("--id-column", "ID", "--category-column", "Label")
+    run("--checkpoint", model, "--split", "val", "--submission", file, "--id-start", 0, *columns)
     header, *rows = table(file)
     assert (header, rows[0][0], rows[-1][0]) == (["ID", "Label"], "0", "106")
     run("--checkpoint", model, "--split", "test", "--submission", "none")
@@ -229,7 +229,7 @@ def test_ids_and_columns_are_options_and_any_ordered_split_can_be_submitted(mode
         (["--split", "test", "--sample-submission", "zero", "--submission", "zero"], "is the sample submission itself"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_prediction(
+def test_invalid_options_are_refused_before_predicting(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -248,7 +248,7 @@ def test_what_cannot_be_is_refused_before_any_prediction(
     assert Path("zero").read_text() == zero
 
 
-def test_other_classes_than_the_data_sets_or_another_checkpoints_are_refused(model: Path, digits_run: Run) -> None:
+def test_differing_classes_are_refused(model: Path, digits_run: Run) -> None:
     with pytest.raises(UserError, match="differ in their classes"):
         run("--checkpoint", model, "--split", "val", "--data-path", digits_run.data)
     with pytest.raises(UserError, match=r"last\.pt and checkpoint .*best\.pt differ in their classes"):
@@ -257,7 +257,7 @@ def test_other_classes_than_the_data_sets_or_another_checkpoints_are_refused(mod
 
 @pytest.fixture
 def holey(tmp_path: Path) -> Path:
-    """JPEG data whose test rows 2 and 5 of 9 are no images."""
+    """JPEG data whose test rows 2 and 5 of 9 are not images."""
     files: list[np.ndarray | bytes] = [jpeg_file(row) for row in range(9)]
     files[2] = files[5] = b"no image"
     test = MemoryRows(files, labelled=False)
@@ -269,12 +269,12 @@ def holey(tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def test_a_hole_in_the_test_split_is_refused_by_row_or_filled_and_shifts_nothing(holey: Path, tmp_path: Path) -> None:
+def test_unreadable_test_rows_are_refused_or_filled_without_shift(holey: Path, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "run", holey)
     with pytest.raises(UserError, match=r"2 of 9 images cannot be read.*row 2 \(row\[2\]: cannot be .*row 5 .*--fill"):
         run("--checkpoint", model, "--split", "test")
     run("--checkpoint", model, "--split", "test", "--fill", 11)
-    run("--checkpoint", model, "--split", "val")  # the same files, all whole
+    run("--checkpoint", model, "--split", "val")  # the same files, all intact
     out, whole = arrays(model / "predictions-test"), arrays(model / "predictions-val")
     kept = [0, 1, 3, 4, 6, 7, 8]
     assert out["rows"].tolist() == kept
@@ -288,7 +288,7 @@ def test_a_hole_in_the_test_split_is_refused_by_row_or_filled_and_shifts_nothing
     assert [entry["row"] for entry in unreadable] == [2, 5]
 
 
-def test_pictures_of_a_raw_split_are_predicted_as_the_split_is(digits_run: Run, tmp_path: Path) -> None:
+def test_pictures_of_raw_split_are_predicted_like_the_split(digits_run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     split = open_split(digits_run.data, "val")
     pixels, places = split.pixel_rows()
@@ -302,12 +302,12 @@ def test_pictures_of_a_raw_split_are_predicted_as_the_split_is(digits_run: Run, 
     np.testing.assert_allclose(arrays(tmp_path / "own")["logits"], arrays(tmp_path / "val")["logits"][order], atol=1e-5)
     rows = table(tmp_path / "own/predictions.csv")[1:]
     assert [row[1] for row in rows] == [f"{sample % 3}/{sample:02d}.png" for sample in order]
-    assert sorted(file.name for file in (tmp_path / "own").iterdir()) == [
-        "metrics.json", "predictions.csv", "predictions.npz"]  # fmt: skip
+    names = sorted(file.name for file in (tmp_path / "own").iterdir())
+    assert names == ["metrics.json", "predictions.csv", "predictions.npz"]
 
 
 @pytest.mark.parametrize("options", [(), ("--encoding", "npy", "--size", "40")])
-def test_pictures_of_any_format_are_predicted_as_if_they_had_been_converted(
+def test_pictures_of_any_format_are_predicted_as_if_converted(
     tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "photos"
@@ -332,7 +332,7 @@ def test_pictures_of_any_format_are_predicted_as_if_they_had_been_converted(
     assert files == ["12.jpg", "13.png", "14.jpg", "16.jpg", "17.png", "18.jpg", "19.png"]
 
 
-def test_links_that_lead_nowhere_and_litter_among_pictures_are_passed_over(
+def test_broken_links_and_other_files_among_pictures_are_skipped(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
@@ -345,7 +345,7 @@ def test_links_that_lead_nowhere_and_litter_among_pictures_are_passed_over(
     assert "note: passed over 1 entry: 1 .png, link that leads nowhere (3.png)" in capsys.readouterr().err
 
 
-def test_a_split_comes_before_a_folder_of_its_name_and_a_data_set_is_no_folder_of_pictures(
+def test_split_precedes_folder_and_data_set_is_refused(
     npy_data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -362,7 +362,7 @@ def test_a_split_comes_before_a_folder_of_its_name_and_a_data_set_is_no_folder_o
         run("--checkpoint", model, "--split", npy_data)
 
 
-def test_several_checkpoints_are_averaged_in_probability_each_at_its_own_size(npy_data: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_averaged_in_probability_at_their_own_size(npy_data: Path, tmp_path: Path) -> None:
     models = [
         make_checkpoint(tmp_path / "a", npy_data),
         make_checkpoint(tmp_path / "b", npy_data, seed=1, image_size=34, **{"eval.tta": "flip", "data.batch_size": 30}),
@@ -385,7 +385,7 @@ def test_several_checkpoints_are_averaged_in_probability_each_at_its_own_size(np
     assert metrics["checkpoints"][1]["loss"] == alone_b.loss
 
 
-def test_checkpoints_of_two_data_sets_are_averaged_only_over_the_same_images(npy_data: Path, tmp_path: Path) -> None:
+def test_averaging_over_different_images_is_refused(npy_data: Path, tmp_path: Path) -> None:
     splits = {"train": MemoryRows(20), "val": MemoryRows(107), "test": MemoryRows(TEST_ROWS, labelled=False)}
     write(memory_source(**splits), tmp_path / "same", "npy")
     write(memory_source(**{**splits, "val": MemoryRows(106)}), tmp_path / "other", "npy")
@@ -396,13 +396,13 @@ def test_checkpoints_of_two_data_sets_are_averaged_only_over_the_same_images(npy
         run("--checkpoint", first, third, "--split", "val", "--out", tmp_path / "out")
 
 
-def test_logits_that_are_not_finite_are_refused_by_image(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_logits_are_refused_naming_the_image(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverged(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for number, (logits, labels) in enumerate(predictions(*arguments)):
-            spoilt = logits.clone()
+            changed = logits.clone()
             if number == 1:
-                spoilt[6, 3] = float("inf")
-            yield spoilt, labels
+                changed[6, 3] = float("inf")
+            yield changed, labels
 
     monkeypatch.setattr(ensemble, "predictions", diverged)
     with pytest.raises(UserError, match="not finite for row 70 of split 'val': its weights"):
@@ -410,10 +410,10 @@ def test_logits_that_are_not_finite_are_refused_by_image(model: Path, monkeypatc
     assert not (model / "predictions-val/predictions.npz").exists()
 
 
-def test_pictures_are_stored_as_the_data_set_was(npy_data: Path, model: Path) -> None:
+def test_pictures_are_encoded_like_the_data_set(npy_data: Path, model: Path) -> None:
     with alone() as device:
         trained = load_trained_model(model, device)
-    assert picture_encoding(trained) == Encoding("npy", size=32), "raw pixels of one size, as they came"
+    assert picture_encoding(trained) == Encoding("npy", size=32), "raw pixels of one size"
     assert trained.conversion is not None
     jpeg = {**trained.conversion, "name": "jpeg", "quality": 80}
     assert picture_encoding(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
@@ -422,12 +422,10 @@ def test_pictures_are_stored_as_the_data_set_was(npy_data: Path, model: Path) ->
     assert picture_encoding(replace(trained, conversion=None)) == Encoding("jpeg")
 
 
-def test_bad_input_ends_with_one_sentence_and_exit_code_2(model: Path) -> None:
-    script = [sys.executable, str(Path(predict.__file__))]
-    root = Path(predict.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    bad = subprocess.run([*script, "--checkpoint", str(model), "--split", "x"], capture_output=True, text=True,
-                         env=environment, check=False)  # fmt: skip
+def test_bad_input_prints_one_line_and_exits_with_2(model: Path) -> None:
+    command = [sys.executable, predict.__file__, "--checkpoint", str(model), "--split", "x"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    bad = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: --split 'x' is neither")
     assert len(bad.stderr.splitlines()) == 1

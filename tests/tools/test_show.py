@@ -1,4 +1,4 @@
-"""tools/show.py: what is drawn and written is what the model, the loader and the data set say."""
+"""Tests of tools/show.py: plots and tables agree with the model, the data loader and the data set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from train.reporting import figures, image_grids
 
 
 def run_tool(*arguments: str | Path) -> dict[str, Figure]:
-    """Runs it in this process on the CPU; returns the figures that it saved, by file name."""
+    """Run the tool in this process on the CPU. Return the saved figures by file name."""
     drawn: dict[str, Figure] = {}
     save = figures.save
 
@@ -56,7 +56,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 class Shown:
-    """The tool's results on the digits, and the same model's predictions by the functions of train/."""
+    """Results of the tool on the digits, and the same model's predictions by the functions of train/."""
 
     def __init__(self, run: Run, folder: Path, output: str, drawn: dict[str, Figure]) -> None:
         self.folder, self.output, self.drawn = folder, output, drawn
@@ -80,7 +80,7 @@ def shown(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return Shown(digits_run, folder, "\n".join(lines), drawn)
 
 
-def test_the_printed_accuracy_is_that_of_an_evaluation(shown: Shown) -> None:
+def test_printed_accuracy_equals_evaluation(shown: Shown) -> None:
     result = shown.evaluation
     expected = f"val loss {result.loss:.4f}, top1 {result.top1:.4f}, top5 {result.top5:.4f} over 360 samples"
     assert expected in shown.output
@@ -88,7 +88,7 @@ def test_the_printed_accuracy_is_that_of_an_evaluation(shown: Shown) -> None:
 
 
 @pytest.mark.parametrize("name", ["predictions", "mistakes"])
-def test_tables_and_pictures_show_the_samples_own_predictions(shown: Shown, digits_run: Run, name: str) -> None:
+def test_tables_and_plots_show_each_samples_prediction(shown: Shown, digits_run: Run, name: str) -> None:
     rows = table(shown.folder / f"{name}.csv")
     samples = [int(row["sample"]) for row in rows]
     assert len(set(samples)) == len(samples) > 0
@@ -107,7 +107,7 @@ def test_tables_and_pictures_show_the_samples_own_predictions(shown: Shown, digi
         assert axis.title.get_color() == (figures.RIGHT if right else figures.WRONG)
 
 
-def test_mistakes_are_all_wrong_and_the_most_confident_come_first(shown: Shown) -> None:
+def test_mistakes_are_wrong_and_sorted_by_confidence(shown: Shown) -> None:
     rows = table(shown.folder / "mistakes.csv")
     confidence = [float(row["probability"]) for row in rows]
     wrong = shown.predicted != shown.labels
@@ -117,12 +117,12 @@ def test_mistakes_are_all_wrong_and_the_most_confident_come_first(shown: Shown) 
     assert confidence[0] == pytest.approx(float(shown.logits.softmax(1).max(1).values[wrong].max()), abs=1e-5)
 
 
-def test_mistakes_leave_unlabelled_samples_out() -> None:
+def test_mistakes_exclude_unlabelled_samples() -> None:
     logits = torch.tensor([[9.0, 0], [3, 0], [5, 0], [0, 1], [8, 0]])
     assert confident_mistakes(logits, torch.tensor([-1, 1, 1, 0, 0])).tolist() == [2, 1, 3]
 
 
-def test_scores_of_each_class_are_those_of_scikit_learn(shown: Shown) -> None:
+def test_class_scores_equal_scikit_learn(shown: Shown) -> None:
     report: dict[str, Any] = classification_report(
         shown.labels, shown.predicted, labels=range(10), output_dict=True, zero_division=0
     )
@@ -137,7 +137,7 @@ def test_scores_of_each_class_are_those_of_scikit_learn(shown: Shown) -> None:
     assert "macro mean" in shown.output
 
 
-def test_the_confusions_are_those_of_scikit_learn(shown: Shown) -> None:
+def test_confusions_equal_scikit_learn(shown: Shown) -> None:
     expected = confusion_matrix(shown.labels, shown.predicted, labels=range(10))
     matrix = table(shown.folder / "confusion.csv")
     assert [[int(value) for value in list(row.values())[1:]] for row in matrix] == expected.tolist()
@@ -151,13 +151,11 @@ def test_the_confusions_are_those_of_scikit_learn(shown: Shown) -> None:
         assert float(row["share_of_true_class"]) == pytest.approx(expected[true, guess] / expected[true].sum())
 
 
-def test_a_perfect_matrix_has_no_confused_pairs() -> None:
+def test_perfect_matrix_has_no_confused_pairs() -> None:
     assert confused_pairs(np.eye(3, dtype=np.int64), ("a", "b", "c")) == []
 
 
-def test_a_seed_gives_the_same_samples_again_and_another_one_others(
-    shown: Shown, digits_run: Run, tmp_path: Path
-) -> None:
+def test_seed_selects_the_samples(shown: Shown, digits_run: Run, tmp_path: Path) -> None:
     chosen = {}
     for seed in (0, 1):
         run_tool("--checkpoint", digits_run.folder, "--count", "5", "--seed", str(seed), "--out", tmp_path)
@@ -166,7 +164,7 @@ def test_a_seed_gives_the_same_samples_again_and_another_one_others(
     assert chosen[1] != chosen[0]
 
 
-def test_a_split_without_labels_has_predictions_alone(
+def test_unlabelled_split_only_has_predictions(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labelled = MemoryRows(20)
@@ -186,20 +184,20 @@ def test_a_split_without_labels_has_predictions_alone(
         run_tool(*arguments, "--split", "dev")
 
 
-def test_a_data_set_of_other_classes_is_refused(digits_run: Run, npy_data: Path, tmp_path: Path) -> None:
+def test_data_set_with_other_classes_is_refused(digits_run: Run, npy_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="differ in their classes"):
         run_tool("--checkpoint", digits_run.folder, "--data-path", npy_data, "--out", tmp_path)
 
 
 def training_config(data: Path, **settings: Any) -> Config:
-    """Every augmentation that moves pixels, batches of 64."""
+    """Return a config with random crops and batches of 64."""
     aug = {"aug.crop": "pad", "data.batch_size": 64, "data.path": str(data)}
     return load_config(DIGITS, [], **{**aug, **settings})
 
 
-def test_samples_of_an_epoch_are_the_train_loaders_first_batch(npy_data: Path, tmp_path: Path) -> None:
-    drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--epoch", "3", "--count", "12", "--out", tmp_path,
-                     "--opts", "aug.crop=pad", "data.batch_size=64", "seed=5")  # fmt: skip
+def test_samples_are_the_train_loaders_first_batch(npy_data: Path, tmp_path: Path) -> None:
+    options = ("--epoch", "3", "--count", "12", "--opts", "aug.crop=pad", "data.batch_size=64", "seed=5")
+    drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, seed=5)
     loader = build_train_loader(config.data, config.aug, seed=5, device=CPU)
     loader.state = {"epoch": 3, "step": 0}
@@ -215,7 +213,7 @@ def test_samples_of_an_epoch_are_the_train_loaders_first_batch(npy_data: Path, t
     assert names == [row["class"] for row in rows]
 
 
-def test_several_epochs_augment_the_same_samples_as_training_does(npy_data: Path) -> None:
+def test_samples_in_several_epochs_equal_training(npy_data: Path) -> None:
     config = training_config(npy_data)
     samples, rows = augmented_samples(config, [3, 5, 0], 40, CPU)
     for epoch, row in zip((3, 5, 0), rows, strict=True):
@@ -236,12 +234,10 @@ def test_several_epochs_augment_the_same_samples_as_training_does(npy_data: Path
     assert not torch.equal(rows[0].images, rows[1].images)
 
 
-def test_mixed_samples_are_shown_as_the_model_sees_them_with_what_they_are_made_of(
-    npy_data: Path, tmp_path: Path
-) -> None:
+def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_path: Path) -> None:
     mix = ["aug.mix.mixup=0.8", "aug.mix.cutmix=1", "aug.mix.mode=elem", "aug.mix.off_epoch=4"]
-    drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--epoch", "3", "4", "--count", "13", "--out", tmp_path,
-                     "--opts", "aug.crop=pad", "data.batch_size=64", *mix)  # fmt: skip
+    options = ("--epoch", "3", "4", "--count", "13", "--opts", "aug.crop=pad", "data.batch_size=64", *mix)
+    drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, **{"aug.mix": {"mixup": 0.8, "cutmix": 1, "mode": "elem", "off_epoch": 4}})
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
     loader.state = {"epoch": 3, "step": 0}
@@ -262,7 +258,7 @@ def test_mixed_samples_are_shown_as_the_model_sees_them_with_what_they_are_made_
         assert row["epoch 4"] == row["class"]  # no longer mixed
 
 
-def test_rows_of_one_sample_stand_below_each_other() -> None:
+def test_images_of_one_sample_share_a_column() -> None:
     def marked(row: int) -> torch.Tensor:
         return (torch.arange(13, dtype=torch.uint8) + 20 * row)[:, None, None, None].expand(13, 3, 4, 4)
 
@@ -275,7 +271,7 @@ def test_rows_of_one_sample_stand_below_each_other() -> None:
     assert figure.axes[50].get_title() == "epoch 9"
 
 
-def test_chosen_samples_come_in_the_order_asked_for(npy_data: Path) -> None:
+def test_selected_samples_keep_the_given_order(npy_data: Path) -> None:
     config = training_config(npy_data)
     samples = np.random.default_rng(0).permutation(700)[:300]  # more than one batch
     pixels, row_of = open_split(npy_data, "train").pixel_rows()
@@ -284,7 +280,7 @@ def test_chosen_samples_come_in_the_order_asked_for(npy_data: Path) -> None:
 
 
 @pytest.mark.parametrize("data", ["npy_data", "jpeg_data"])
-def test_class_counts_are_those_of_the_labels(
+def test_class_counts_match_the_labels(
     data: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = request.getfixturevalue(data)
@@ -304,7 +300,7 @@ def test_class_counts_are_those_of_the_labels(
     assert captions == [row["class"] for row in table(tmp_path / "examples.csv")] == [f"class {n}" for n in range(12)]
 
 
-def test_examples_are_one_sample_of_each_class(npy_data: Path) -> None:
+def test_examples_contain_one_sample_per_class(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     assert split.labels is not None
     assert split.labels[class_examples(split, 20, seed=0)].tolist() == list(range(12))
@@ -330,12 +326,12 @@ def test_examples_are_one_sample_of_each_class(npy_data: Path) -> None:
         (["--data-path", "missing"], "data set folder 'missing' does not exist"),
     ],
 )
-def test_what_does_not_go_together_is_one_sentence(arguments: list[str], sentence: str) -> None:
+def test_incompatible_options_are_refused(arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run_tool(*arguments)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(npy_data: Path, tmp_path: Path) -> None:
+def test_unwritable_output_folder_is_refused(npy_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another --out"):
         run_tool("--data-path", npy_data, "--out", tmp_path / "file" / "x")

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of models: against facts, against hand computation, and sums against their parts."""
+"""Tests of tools/summary.py: parameters, FLOPs and memory against known values and hand computation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def costs_of(name: str, size: int, batch_size: int = BATCH, amp: torch.dtype | N
 @pytest.mark.parametrize(
     ("name", "size", "multiply_adds"), [("lenet", 32, 0.886e6), ("alexnet", 70, 94.8e6), ("resnet18", 32, 555.4e6)]
 )
-def test_parameters_and_multiply_adds_are_those_known(name: str, size: int, multiply_adds: float) -> None:
+def test_parameters_and_multiply_adds_match_known_values(name: str, size: int, multiply_adds: float) -> None:
     costs = costs_of(name, size)
     assert costs.parameters == costs.trainable == sum(p.numel() for p in build_model(name, 10).parameters())
     assert costs.forward_flops / (2 * BATCH) == pytest.approx(multiply_adds, rel=1e-3)
@@ -49,14 +49,14 @@ def test_parameters_and_multiply_adds_are_those_known(name: str, size: int, mult
     [("lenet", 32, None), ("resnet18", 32, torch.bfloat16), ("speedrun94", 32, None),
      ("timm/vit_tiny_patch16_224", 32, torch.bfloat16)],
 )  # fmt: skip
-def test_layers_add_up_to_the_totals(name: str, size: int, amp: torch.dtype | None) -> None:
+def test_layers_sum_to_the_totals(name: str, size: int, amp: torch.dtype | None) -> None:
     costs = costs_of(name, size, amp=amp)
     assert sum(layer.parameters for layer in costs.layers) == costs.parameters
     assert sum(layer.flops for layer in costs.layers) == costs.forward_flops > 0
     assert sum(layer.saved_bytes for layer in costs.layers) == costs.activation_bytes > 0
 
 
-def test_layers_come_in_the_order_of_execution_with_each_call_of_a_shared_one() -> None:
+def test_layers_follow_execution_order_including_repeated_calls() -> None:
     names = [layer.name.removeprefix("network.") for layer in costs_of("lenet", 32).layers]
     assert names == [
         "normalize", "conv1", "activation", "pool", "conv2", "activation", "pool", "fc1", "activation", "fc2",
@@ -64,7 +64,7 @@ def test_layers_come_in_the_order_of_execution_with_each_call_of_a_shared_one() 
     ]  # fmt: skip
 
 
-def test_activations_grow_with_the_batch_and_the_rest_does_not() -> None:
+def test_only_activations_grow_with_the_batch() -> None:
     small, large = costs_of("resnet18", 32, batch_size=16), costs_of("resnet18", 32, batch_size=10_000)
     assert large.activation_bytes / small.activation_bytes == pytest.approx(625, rel=0.01)
     assert large.forward_flops == 625 * small.forward_flops
@@ -73,7 +73,7 @@ def test_activations_grow_with_the_batch_and_the_rest_does_not() -> None:
 
 
 class TinyNet(nn.Module):
-    """12 pixels -> 5 -> sigmoid -> 3, with an in-place ReLU, a frozen parameter and a buffer."""
+    """Network of 12 pixels -> 5 -> sigmoid -> 3, with an in-place ReLU, a frozen parameter and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class TinyNet(nn.Module):
 
 
 WEIGHTS = 12 * 5 + 5 + 5 * 3 + 3
-# per sample: the pixels, what the sigmoid gives (which `last` keeps too), what the ReLU gives, log-probabilities, label
-KEPT = 4 * (12 + 5 + 3 + 3) + 8
-TOTAL_WEIGHT = 4  # cross_entropy keeps the number of samples
+# saved per sample: pixels, the sigmoid's output (also the input of `last`), the ReLU's output, log-probabilities, label
+SAVED = 4 * (12 + 5 + 3 + 3) + 8
+TOTAL_WEIGHT = 4  # cross_entropy saves the number of samples
 
 
 def tiny_costs(amp: torch.dtype | None = None, **optimizer: Any) -> Costs:
@@ -97,37 +97,37 @@ def tiny_costs(amp: torch.dtype | None = None, **optimizer: Any) -> Costs:
     return count_costs(TinyNet(), config, batch_size=6, image_size=2, device=CPU, amp=amp)
 
 
-def test_every_kind_of_memory_is_as_computed_by_hand() -> None:
+def test_every_kind_of_memory_matches_hand_computation() -> None:
     costs = tiny_costs(name="sgd")
     assert (costs.parameters, costs.trainable) == (WEIGHTS + 7, WEIGHTS)
     assert costs.weight_bytes == 4 * (WEIGHTS + 7 + 2)
     assert costs.gradient_bytes == costs.optimizer_bytes == 4 * WEIGHTS
-    assert costs.activation_bytes == 6 * KEPT + TOTAL_WEIGHT
-    assert costs.memory_bytes == 4 * (3 * WEIGHTS + 9) + 6 * KEPT + TOTAL_WEIGHT
+    assert costs.activation_bytes == 6 * SAVED + TOTAL_WEIGHT
+    assert costs.memory_bytes == 4 * (3 * WEIGHTS + 9) + 6 * SAVED + TOTAL_WEIGHT
     assert costs.forward_flops == 6 * 2 * (12 * 5 + 5 * 3)
     assert costs.training_flops == 6 * 2 * (2 * 12 * 5 + 3 * 5 * 3)  # the first layer's input needs no gradient
 
 
-def test_optimizers_hold_what_they_hold() -> None:
-    counts = 4 * 4  # AdamW counts steps, for each tensor
+def test_optimizer_bytes_include_lookahead_and_moving_average() -> None:
+    counts = 4 * 4  # AdamW's step counter of each tensor
     assert tiny_costs(name="adamw").optimizer_bytes == 2 * 4 * WEIGHTS + counts
     assert tiny_costs(name="sgd", momentum=0.0, nesterov=False).optimizer_bytes == 0
     config = TrainConfig(optimizer=OptimizerConfig(name="sgd"), lookahead={"every_steps": 2})
     costs = count_costs(TinyNet(), config, batch_size=6, image_size=2, device=CPU, amp=None)
     assert costs.optimizer_bytes == 4 * WEIGHTS + 4 * (WEIGHTS + 7 + 2)
-    averaged = count_costs(TinyNet(), config.model_copy(update={"ema": EmaConfig(decay=0.9)}), batch_size=6,
-                           image_size=2, device=CPU, amp=None)  # fmt: skip
+    config = config.model_copy(update={"ema": EmaConfig(decay=0.9)})
+    averaged = count_costs(TinyNet(), config, batch_size=6, image_size=2, device=CPU, amp=None)
     assert averaged.optimizer_bytes == costs.optimizer_bytes + 4 * (WEIGHTS + 7 + 2)
 
 
-def test_autocast_halves_activations_and_adds_copies_of_the_weights() -> None:
+def test_autocast_halves_activations_and_copies_weights() -> None:
     costs = tiny_costs(amp=torch.bfloat16, name="sgd")
     assert costs.weight_bytes == 4 * (WEIGHTS + 7 + 2) + 2 * WEIGHTS
-    # in bfloat16: pixels, sigmoid's and ReLU's results; the loss is computed in float32
+    # bfloat16: the pixels and the outputs of sigmoid and ReLU; the loss is computed in float32
     assert costs.activation_bytes == 6 * (2 * (12 + 5 + 3) + 4 * 3 + 8) + TOTAL_WEIGHT
 
 
-def test_the_count_is_what_a_real_forward_pass_keeps() -> None:
+def test_activation_bytes_equal_a_real_forward_pass() -> None:
     network = build_model("lenet", 10, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -145,9 +145,9 @@ def test_the_count_is_what_a_real_forward_pass_keeps() -> None:
     assert costs_of("lenet", 32).activation_bytes == real
 
 
-def test_grouped_convolutions_cost_twice_as_much_backward_as_forward() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 3, groups=2),
-                            nn.Flatten())  # fmt: skip
+def test_grouped_convolution_backward_costs_twice_the_forward() -> None:
+    grouped = (nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 3, groups=2))
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), *grouped, nn.Flatten())
     cast = nn.Sequential(Floats(), network)
     costs = count_costs(cast, TrainConfig(), batch_size=2, image_size=8, device=CPU, amp=None)
     first, rest = 2 * 64 * 3 * 8, 2 * 36 * 8 * 9 + 2 * 36 * 8 * 2 * 9
@@ -160,24 +160,24 @@ class Floats(nn.Module):
         return images.float()
 
 
-def test_ratios_compare_with_the_smallest_model() -> None:
+def test_ratios_compare_with_smallest_model() -> None:
     options = summary.parse_arguments(["x"])
-    subjects = [summary.build_case(name, options) for name in ("alexnet", "lenet")]
-    costs = [costs_of(subject.model, subject.image_size, 128) for subject in subjects]
-    rows = [summary_row(subject, one, None, None) for subject, one in zip(subjects, costs, strict=True)]
+    cases = [summary.build_case(name, options) for name in ("alexnet", "lenet")]
+    costs = [costs_of(case.model, case.image_size, 128) for case in cases]
+    rows = [summary_row(case, one, None, None) for case, one in zip(cases, costs, strict=True)]
     (text,) = ratio_sentences(rows)
     assert text.startswith("alexnet has 686 times the parameters, 107 times the FLOPs and ")
     assert text.endswith(" times the training memory of lenet.")
     assert ratio_sentences(rows[:1]) == []
 
 
-def test_models_are_taken_at_the_size_of_this_projects_configs() -> None:
+def test_default_size_comes_from_the_configs() -> None:
     sizes = {name: summary.default_size(name) for name in ("lenet", "alexnet", "resnet18", "resnet50", "resnet34")}
     assert sizes == {"lenet": 32, "alexnet": 70, "resnet18": 32, "resnet50": 96, "resnet34": 32}
     assert summary.default_size("timm/vit_tiny_patch16_224") == 224
 
 
-def test_the_command_writes_tables_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_writes_tables_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary.main(["lenet", "resnet18", "--layers", "--batch-size", "8", "--optimizer", "sgd", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     with (tmp_path / "summary.csv").open() as file:
@@ -194,7 +194,7 @@ def test_the_command_writes_tables_and_a_picture(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_and_its_config_stand_for_the_model_as_trained(digits_run: Run, tmp_path: Path) -> None:
+def test_run_folder_and_its_config_give_the_same_case(digits_run: Run, tmp_path: Path) -> None:
     options = summary.parse_arguments(["x"])
     run = summary.build_case(str(digits_run.folder), options)
     assert (run.label, run.model, run.image_size, run.classes) == ("digits_lenet", "lenet", 32, 10)
@@ -206,7 +206,7 @@ def test_a_run_and_its_config_stand_for_the_model_as_trained(digits_run: Run, tm
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
 
 
-def test_a_config_stands_for_its_activation_its_options_and_what_it_freezes(tmp_path: Path) -> None:
+def test_config_sets_activation_options_and_freezing(tmp_path: Path) -> None:
     model = (
         "{name: resnet18, activation: gelu, drop_rate: 0.1, options: {width: 16}, freeze: ['[!f]*'], finetune: gone}"
     )
@@ -233,21 +233,21 @@ def test_a_config_stands_for_its_activation_its_options_and_what_it_freezes(tmp_
         (["missing.yaml"], "cannot be read"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: list[str], problem: str) -> None:
+def test_bad_input_is_a_one_line_error(arguments: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         summary.main(arguments)
 
 
-def test_a_config_without_its_data_set_must_be_told_the_classes(tmp_path: Path) -> None:
+def test_config_without_data_set_needs_classes_option(tmp_path: Path) -> None:
     (tmp_path / "new.yaml").write_text("data: {path: nowhere, image_size: 96}\nmodel: {name: resnet18}\n")
     with pytest.raises(UserError, match=r"number of classes.*give --classes"):
         summary.main([str(tmp_path / "new.yaml")])
 
 
 @pytest.mark.gpu
-def test_a_gpu_measures_at_least_what_stays_allocated() -> None:
-    subject = summary.build_case("alexnet", summary.parse_arguments(["x"]))
+def test_measured_gpu_memory_is_plausible() -> None:
+    case = summary.build_case("alexnet", summary.parse_arguments(["x"]))
     with process_group(Ranks()) as device:
-        costs, measured = summary.compute_costs(subject, device, torch.bfloat16)
+        costs, measured = summary.compute_costs(case, device, torch.bfloat16)
     assert measured is not None
     assert costs.weight_bytes + costs.optimizer_bytes < measured < 2 * costs.memory_bytes

@@ -1,4 +1,4 @@
-"""Sweeps: their points are a pure function of the command line; their runs are finished once and outlive nothing."""
+"""Tests of tools/sweep.py: points depend on the command line only; runs finish once and end with the sweep."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def error_of(*axes: str, **changes: Any) -> str:
 # Points
 
 
-def test_a_grid_is_the_product_of_all_lists_under_names_that_know_no_order() -> None:
+def test_grid_is_product_of_lists_with_order_independent_names() -> None:
     grid = of("train.lr=1e-3,0.01", "data.batch_size=64,128")
     assert [point.name for point in grid] == [
         "batch_size=64,lr=0.001", "batch_size=128,lr=0.001", "batch_size=64,lr=0.01", "batch_size=128,lr=0.01",
@@ -86,16 +86,16 @@ def test_a_grid_is_the_product_of_all_lists_under_names_that_know_no_order() -> 
         ("seed=0, 1", ["seed=0", "seed=1"]),
     ],
 )
-def test_values_are_split_outside_brackets_and_named_by_what_they_mean(axis: str, expected: list[str]) -> None:
+def test_values_split_outside_brackets_and_named_by_parsed_value(axis: str, expected: list[str]) -> None:
     assert names(axis) == expected
 
 
 @given(st.lists(st.sampled_from(["1e-3", "[0.9,0.99]", "(1, 2)", "{a: [1,2], b: 3}", '"x,y"', "", "none"]), min_size=1))
-def test_splitting_is_the_inverse_of_joining(parts: list[str]) -> None:
+def test_splitting_inverts_joining(parts: list[str]) -> None:
     assert split_outside_brackets(",".join(parts), ",") == parts
 
 
-def test_keys_with_the_same_last_part_are_told_apart_and_long_names_are_short_and_different() -> None:
+def test_point_names_are_unique_and_limited_in_length() -> None:
     assert names("train.optimizer.name=adamw", "model.name=lenet") == ["model.name=lenet,optimizer.name=adamw"]
     long = names(*(f"train.optimizer.{key}_lr=0.111111,0.222222" for key in ("norm_bias", "bias", "linear")),
                  "train.optimizer.newton_schulz_steps=1,2", "train.optimizer.weight_decay=0.01")  # fmt: skip
@@ -103,7 +103,7 @@ def test_keys_with_the_same_last_part_are_told_apart_and_long_names_are_short_an
     assert max(map(len, long)) <= 80
 
 
-def test_variants_set_several_settings_together_and_multiply_with_lists() -> None:
+def test_variants_set_settings_together_and_multiply_with_lists() -> None:
     variants = ("plain: aug.crop=none aug.flip=0", "crop+flip: aug.crop=pad aug.flip=0.5", "as is:")
     result = of("seed=1,2", variants=variants)
     assert [point.name for point in result] == [
@@ -117,23 +117,23 @@ def test_variants_set_several_settings_together_and_multiply_with_lists() -> Non
 
 @hypothesis_settings(max_examples=20)
 @given(draws=st.integers(1, 12), seed=st.integers(0, 5))
-def test_a_random_sweep_draws_different_points_the_same_on_every_start(draws: int, seed: int) -> None:
+def test_random_sweep_is_reproducible_and_extendable(draws: int, seed: int) -> None:
     axes = ("train.lr=1,2,3,4", "seed=1,2,3")
     drawn = names(*axes, draws=draws, seed=seed)
     assert len(set(drawn)) == draws
     assert set(drawn) <= set(names(*axes))
     assert drawn == names(*axes, draws=draws, seed=seed)
-    assert drawn == names(*axes, draws=12, seed=seed)[:draws]  # a longer one goes on with it
+    assert drawn == names(*axes, draws=12, seed=seed)[:draws]  # a longer sweep starts with the same points
 
 
-def test_random_points_are_those_of_earlier_versions() -> None:
+def test_random_points_match_earlier_versions() -> None:
     assert names("train.lr=loguniform(1e-4,1e-1)", "aug.flip=uniform(0,0.5)", draws=2, seed=3) == [
         "flip=0.2721,lr=0.0005175", "flip=0.302,lr=0.001288",
     ]  # fmt: skip
 
 
 @given(seed=st.integers(0, 1000))
-def test_ranges_keep_to_their_bounds(seed: int) -> None:
+def test_ranges_respect_their_bounds(seed: int) -> None:
     (point,) = of("train.lr=loguniform(1e-4,1e-1)", "aug.flip=uniform(0.25,0.5)", draws=1, seed=seed)
     assert 1e-4 <= point.config.train.lr <= 1e-1
     assert 0.25 <= point.config.aug.flip <= 0.5
@@ -156,7 +156,7 @@ def test_ranges_keep_to_their_bounds(seed: int) -> None:
         (["train.lr=1,2"], {"variants": ["a: train.lr=3"]}, "train.lr and train.lr are varied separately"),
         (["train.lr=1,2"], {"fixed": ["train.lr", "3"]}, "train.lr is varied, but --opts sets train.lr"),
         (["train.lr=1e-3,0.001"], {}, "'train.lr=1e-3' and 'train.lr=0.001' are the same run"),
-        (["data.threads=1,2"], {}, "are the same run"),  # a setting that changes no result
+        (["data.threads=1,2"], {}, "are the same run"),  # does not affect results
         (["name=a,b"], {}, "name cannot be varied"),
         (["train.lr=uniform(0,1)"], {}, "train.lr is a range and has no grid; add --random N"),
         (["train.lr=uniform(1,0)"], {"draws": 1}, "the smaller one first"),
@@ -172,11 +172,11 @@ def test_ranges_keep_to_their_bounds(seed: int) -> None:
         ([], {"variants": ["a: aug.flip=0", "a-2: aug.flip=1"]}, "'a-2' would be taken for a second run of 'a'"),
     ],
 )
-def test_what_cannot_be_swept_is_one_sentence(axes: list[str], changes: dict[str, Any], message: str) -> None:
+def test_invalid_sweep_is_a_one_line_error(axes: list[str], changes: dict[str, Any], message: str) -> None:
     assert message in error_of(*axes, **{"variants": (), **changes})
 
 
-# Processes: a few lines of Python stand for train/ddp.py
+# Processes, with short scripts in place of train/ddp.py
 
 
 Fake = Callable[[str], None]
@@ -184,7 +184,7 @@ Fake = Callable[[str], None]
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Let every run be this script, which finds the point's name in sys.argv[1]."""
+    """Replace every run by a script, which gets the point's name as sys.argv[1]."""
 
     def use(script: str) -> None:
         monkeypatch.setattr(sweep_runner, "command_line", lambda point, _: [sys.executable, "-c", script, point.name])
@@ -199,7 +199,7 @@ def run_fakes(folder: Path, slots: list[RunSlot], *axes: str) -> dict[str, RunOu
     return {outcome.point.name: outcome for outcome in outcomes}
 
 
-def test_a_failed_run_is_told_by_its_error_and_the_others_go_on(tmp_path: Path, fake: Fake) -> None:
+def test_failed_run_reports_its_error_and_others_continue(tmp_path: Path, fake: Fake) -> None:
     fake("import sys; print('begin'); assert sys.argv[1] != 'seed=1', 'too large\\nfor this GPU'; print('end')")
     (tmp_path / "seed=1.log").write_text("error: of an earlier attempt\n")
     outcomes = run_fakes(tmp_path, [RunSlot()], "seed=0,1,2")
@@ -212,7 +212,7 @@ def test_a_failed_run_is_told_by_its_error_and_the_others_go_on(tmp_path: Path, 
     assert run_fakes(tmp_path, [RunSlot()], "seed=0")["seed=0"].error == "killed by SIGKILL: it printed nothing"
 
 
-def test_each_group_of_gpus_has_one_run_at_a_time_and_threads_are_shared_out(tmp_path: Path, fake: Fake) -> None:
+def test_gpu_groups_run_one_point_at_a_time(tmp_path: Path, fake: Fake) -> None:
     fake("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], time.time()); "
          "time.sleep(0.2); print(time.time())")  # fmt: skip
     slots = [RunSlot(("0", "1"), 1, threads=3), RunSlot(("GPU-a",), 1, threads=3)]
@@ -229,7 +229,7 @@ def test_each_group_of_gpus_has_one_run_at_a_time_and_threads_are_shared_out(tmp
         assert all(first[1] <= second[0] for first, second in itertools.pairwise(times))
 
 
-def test_gpus_are_shared_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_and_threads_are_divided_into_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert make_slots(["0", "1", "2", "3", "4"], 2, None) == [RunSlot(("0", "1"), 2, 2), RunSlot(("2", "3"), 2, 2)]
     assert make_slots(["0"], 1, 2) == [RunSlot(("0",), 1, 4), RunSlot(("0",), 1, 4)]
@@ -241,12 +241,11 @@ def test_gpus_are_shared_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         make_slots([], 1, 0)
 
 
-def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_runner, "LOCK_WAIT_S", 0.1)
+def test_second_sweep_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
     with (
         sweep_runner.lock_folder(tmp_path),
         pytest.raises(UserError, match="another sweep is running in"),
-        sweep_runner.lock_folder(tmp_path),
+        sweep_runner.lock_folder(tmp_path, wait_s=0.1),
     ):
         pass
 
@@ -255,7 +254,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def settings(data: Path, *more: str) -> list[str]:
-    """Short, but with many steps, so that a run can be caught between two of them."""
+    """Return settings of a short run with many steps, so that it can be stopped between two of them."""
     steps = ["train.epochs=1", "train.warmup_epochs=0", "data.batch_size=8", "train.save_every_steps=20"]
     return [f"data.path={data}", "eval.batch_size=64", *steps, *more]
 
@@ -274,13 +273,13 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes of any kind whose command line names the folder."""
+    """Return the processes whose command line contains the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             text = path.read_bytes()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         if str(folder).encode() in text and int(path.parent.name) != os.getpid():
             found.append(int(path.parent.name))
     return found
@@ -303,14 +302,14 @@ def wait_for_none(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A sweep over two learning rates; read only."""
+    """A finished sweep over two learning rates; read only."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     result = call(arguments(digits_run.data, out, "train.lr=1e-3,6e-3"))
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 
 
-def test_a_sweep_ends_with_tables_pictures_and_the_best_setting(finished: tuple[Path, str], digits_run: Run) -> None:
+def test_sweep_writes_tables_and_plots_and_prints_best_setting(finished: tuple[Path, str], digits_run: Run) -> None:
     out, printed = finished
     table = rows(out)
     assert [row["run"] for row in table] == ["lr=0.001", "lr=0.006"]
@@ -321,7 +320,7 @@ def test_a_sweep_ends_with_tables_pictures_and_the_best_setting(finished: tuple[
     line = next(line for line in printed.splitlines() if line.startswith("best: "))
     shown, command = line.split("): ", 1)
     assert shown == f"best: {content['best']['settings'][0]} (val top1 {float(best['best_val_top1']):.4f}"
-    start = command.index("--cfg")  # what can be pasted is this run again
+    start = command.index("--cfg")  # the printed command repeats the best run
     pasted = parse_arguments(shlex.split(command[start:]))
     config = load_config(pasted.cfg, pasted.opts)
     recorded = settings_by_key(load_config(out / best["run"] / "config.yaml"))
@@ -331,7 +330,7 @@ def test_a_sweep_ends_with_tables_pictures_and_the_best_setting(finished: tuple[
     }  # fmt: skip
 
 
-def test_a_killed_sweep_leaves_no_process_and_its_next_start_runs_only_what_is_missing(
+def test_killed_sweep_leaves_no_process_and_resumes_missing_runs(
     finished: tuple[Path, str], digits_run: Run, tmp_path: Path
 ) -> None:
     for attempt in range(5):
@@ -347,7 +346,7 @@ def test_a_killed_sweep_leaves_no_process_and_its_next_start_runs_only_what_is_m
         killed.kill()
         killed.wait()
         wait_for_none(out)
-        if read_metrics(run) == []:  # else it was killed too late to show anything
+        if read_metrics(run) == []:  # else it was killed too late; try again
             break
     assert (started >= 2, read_metrics(run)) == (True, [])
 
@@ -355,7 +354,7 @@ def test_a_killed_sweep_leaves_no_process_and_its_next_start_runs_only_what_is_m
     assert again.returncode == 0, again.stderr
     assert "2 runs in" in again.stdout
     assert "1 of them finished before" in again.stdout
-    assert not (out / "lr=0.001.log").exists()  # nothing was started for it
+    assert not (out / "lr=0.001.log").exists()  # the finished run was not started
     assert "resumed from" in (out / "lr=0.006.log").read_text()
     timing = ("training_time_s", "images_per_s", "memory_gib")
     for row, unbroken in zip(rows(out), rows(finished[0]), strict=True):
@@ -363,14 +362,21 @@ def test_a_killed_sweep_leaves_no_process_and_its_next_start_runs_only_what_is_m
             assert row[key] == unbroken[key] or (key in timing and row["run"] == "lr=0.006"), key
 
 
-def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(
+def test_interrupted_sweep_ends_runs_and_prints_resume_command(
     digits_run: Run, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "lr=0.001", out / "lr=0.001")
     command = arguments(digits_run.data, out, "train.lr=1e-3,6e-3")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN, cwd=ROOT,
-                               preexec_fn=restore_signal_handlers)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=CLEAN,
+        cwd=ROOT,
+        preexec_fn=restore_signal_handlers,
+    )
     wait_until(lambda: (out / "lr=0.006.log").exists(), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
@@ -382,9 +388,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(
     assert processes_of(out) == []
 
 
-def test_a_failed_run_is_in_the_table_and_is_tried_again(
-    digits_run: Run, finished: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_failed_run_is_listed_and_retried(digits_run: Run, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     run = Path(shutil.copytree(finished[0] / "lr=0.006", out / "name=lenet"))
@@ -410,7 +414,7 @@ def test_a_failed_run_is_in_the_table_and_is_tried_again(
         (["train.lr=1e-3", "--parallel", "0"], "--parallel 0 is not"),
     ],
 )
-def test_bad_input_exits_with_2_before_anything_is_made(
+def test_bad_sweep_input_is_refused_before_writing(
     options: list[str], message: str, digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -423,7 +427,7 @@ def test_bad_input_exits_with_2_before_anything_is_made(
     assert list(tmp_path.iterdir()) == [config]
 
 
-def test_with_a_project_the_runs_are_one_group_of_it_and_without_one_nothing_is_logged(
+def test_wandb_groups_runs_only_if_project_is_given(
     digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -442,7 +446,7 @@ def test_with_a_project_the_runs_are_one_group_of_it_and_without_one_nothing_is_
     assert [path.name for path in tmp_path.iterdir()] == ["digits_lenet-sweep"]
 
 
-def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
+def test_run_with_other_settings_is_refused_and_kept(
     digits_run: Run, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(finished[0] / "lr=0.001", tmp_path / "lr=0.001"))
@@ -461,7 +465,7 @@ def test_a_folder_with_other_settings_is_refused_and_stays_as_it_is(
     assert {path.name: path.read_bytes() for path in run.iterdir()} | {"last.pt": before["last.pt"]} == before
 
 
-def test_runs_of_several_processes_end_with_the_process_that_started_them(digits_run: Run, tmp_path: Path) -> None:
+def test_multi_process_runs_end_with_their_parent(digits_run: Run, tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
 from tools.runs.sweep_points import build_points
@@ -474,16 +478,14 @@ with lock_folder(Path({str(tmp_path)!r})) as lock:
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=CLEAN, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    wait_until(lambda: len(processes_of(tmp_path)) >= 4, process)  # the script, torchrun and its two
+    wait_until(lambda: len(processes_of(tmp_path)) >= 4, process)  # the script, torchrun and its two processes
     process.kill()
     process.communicate()
     wait_for_none(tmp_path)
-    assert len(read_metrics(tmp_path / "seed=1")) < 50  # they were ended, and did not end by themselves
+    assert len(read_metrics(tmp_path / "seed=1")) < 50  # the run was terminated before it finished
 
 
-def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one_before(
-    finished: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_runs_of_another_sweep_are_reported_and_old_plots_removed(finished: tuple[Path, str], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
     assert sweep_report.runs_of_another_sweep(Sweep(out, of("train.lr=1e-3,6e-3,1e-2"), 1, [], [])) == []
     other = Sweep(out, of("train.lr=6e-3", "aug.flip=0", output=str(out)), 1, [], [])
@@ -493,7 +495,7 @@ def test_another_sweep_in_the_folder_is_told_of_and_leaves_no_picture_of_the_one
     assert (out / "lr=0.001" / "best.pt").is_file()
 
 
-# Pictures and W&B
+# Plots and W&B
 
 
 def figure_of(*axes: str, variants: tuple[str, ...] = ()) -> Any:
@@ -502,7 +504,7 @@ def figure_of(*axes: str, variants: tuple[str, ...] = ()) -> Any:
     return plot_values(found, table, "test")
 
 
-def test_one_number_gives_lines_two_give_a_map_and_none_gives_nothing() -> None:
+def test_plot_kind_depends_on_number_of_numeric_settings() -> None:
     axis, times = figure_of("train.lr=1e-2,1e-4,1e-3").axes
     assert list(axis.lines[0].get_xdata()) == [1e-4, 1e-3, 1e-2]
     assert list(axis.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.0])
@@ -512,7 +514,7 @@ def test_one_number_gives_lines_two_give_a_map_and_none_gives_nothing() -> None:
     both = figure_of("train.lr=1e-3,1e-2", "aug.crop=none,pad")
     assert [text.get_text() for text in both.legends[0].get_texts()] == ["aug.crop=none", "aug.crop=pad"]
     shown = figure_of("train.lr=1e-3,1e-2", "seed=1,2,3").axes[0].get_images()[0].get_array()
-    assert shown.ravel().tolist() == pytest.approx([0.0, 0.3, 0.1, 0.4, 0.2, 0.5])  # a row for each seed
+    assert shown.ravel().tolist() == pytest.approx([0.0, 0.3, 0.1, 0.4, 0.2, 0.5])  # one row per seed
     assert figure_of("aug.crop=none,pad") is None
 
 
@@ -524,7 +526,7 @@ VARIANTS = (
 NAMES = ["plain", "TrivialAugment, erasing", "_$x$"]
 
 
-def test_each_variant_has_a_bar_under_its_name_as_given() -> None:
+def test_each_variant_has_a_bar_with_its_given_name() -> None:
     figure = figure_of(variants=VARIANTS)
     for axis, expected in zip(figure.axes, ([0, 0.1, 0.2], [10, 11, 12]), strict=True):
         assert [bar.get_width() for bar in axis.patches] == pytest.approx(expected)
@@ -533,7 +535,7 @@ def test_each_variant_has_a_bar_under_its_name_as_given() -> None:
     figures.render(figure)
 
 
-def test_variants_with_seeds_share_a_bar_and_over_a_number_each_is_a_line() -> None:
+def test_variants_share_bars_over_seeds_and_draw_lines_over_numbers() -> None:
     figure = figure_of("seed=1,2,3", variants=VARIANTS)  # of variant n the runs n, n + 3, n + 6
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == NAMES
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.3, 0.4, 0.5])
@@ -548,7 +550,7 @@ def test_variants_with_seeds_share_a_bar_and_over_a_number_each_is_a_line() -> N
     assert len(set(labels)) == 6
 
 
-def test_results_that_are_not_known_leave_gaps() -> None:
+def test_unknown_results_leave_gaps() -> None:
     for axes, variants in ((["train.lr=1e-3,1e-2"], ()), (["train.lr=1e-3,1e-2", "seed=1,2"], ()), ([], VARIANTS)):
         found = of(*axes, variants=tuple(variants))
         table: list[dict[str, Any]] = [{"best_val_top1": 0.5, "training_time_s": None} for _ in found]
@@ -560,7 +562,7 @@ def test_results_that_are_not_known_leave_gaps() -> None:
 
 
 def wandb_command(values: dict[str, Any]) -> list[str]:
-    """What an agent of W&B makes of the sweep file for one point, by W&B's own functions."""
+    """Return the command that W&B's agent creates for one point of the sweep file, using W&B's functions."""
     sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     content = sweeps.load_sweep_config(str(WANDB_SWEEP))
     parts = sweeps.create_sweep_command(content["command"])
@@ -574,19 +576,19 @@ def wandb_command(values: dict[str, Any]) -> list[str]:
 
 
 def drawn(parameters: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Points at both ends of every parameter."""
+    """Yield the points at both ends of every parameter."""
     for end in (0, -1):
         yield {key: (one.get("values") or [one["min"], one["max"]])[end] for key, one in parameters.items()}
 
 
-def test_a_best_value_at_the_end_of_a_list_is_pointed_out() -> None:
+def test_best_value_at_the_edge_gives_a_hint() -> None:
     configs = [point.config for point in of("train.lr=1e-3,3e-3,1e-2", "data.batch_size=32,64")]
     assert edge_hints(configs, 0) == ["train.lr=0.001 is the smallest that was tried; smaller ones may be better"]
     assert edge_hints(configs, 2) == []
     assert edge_hints(configs, 5) == ["train.lr=0.01 is the largest that was tried; larger ones may be better"]
 
 
-def test_the_wandb_sweep_makes_command_lines_of_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_sweep_gives_valid_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load(WANDB_SWEEP.read_text())  # as W&B reads it
     for values in drawn(content["parameters"]):
@@ -597,10 +599,10 @@ def test_the_wandb_sweep_makes_command_lines_of_the_entry_point(monkeypatch: pyt
         settings = settings_by_key(config)
         assert {key: settings[key] for key in values} == values
         assert config.log.wandb.project == content["project"]
-        assert parsed.resume is None  # it would go on with another agent's run
+        assert parsed.resume is None  # it would resume another agent's run
 
 
-def test_the_wandb_sweep_keeps_to_its_format() -> None:
+def test_wandb_sweep_file_is_well_formed() -> None:
     content = yaml.safe_load(WANDB_SWEEP.read_text())
     assert set(content) <= {"project", "name", "program", "command", "method", "run_cap", "metric", "parameters"}
     assert content["metric"] == {"name": "val_top1", "goal": "maximize"}

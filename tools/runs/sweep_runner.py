@@ -101,10 +101,10 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[int]:
+def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
     """Lock the folder for this sweep. Yields the lock's descriptor: children that inherit it hold the lock too."""
     with (folder / ".lock").open("wb") as file:
-        give_up_at = time.monotonic() + LOCK_WAIT_S
+        give_up_at = time.monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

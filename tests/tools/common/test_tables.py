@@ -1,4 +1,4 @@
-"""Tables: what people read and what programs read hold the same rows."""
+"""Tests of tools.common.tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.common import tables
 ROWS = [{"run": "a", "lr": 1e-3, "best": 0.5}, {"run": "b|c", "epochs": 12_345, "best": None, "ok": True}]
 
 
-def test_markdown_holds_every_column_and_row_aligned() -> None:
+def test_markdown_aligns_all_columns_and_rows() -> None:
     lines = tables.markdown(ROWS).splitlines()
     assert lines[0].replace(" ", "") == "|run|lr|best|epochs|ok|"
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["a", "0.001", "0.5", "", ""]
@@ -21,7 +21,7 @@ def test_markdown_holds_every_column_and_row_aligned() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_csv_reads_back(tmp_path: Path) -> None:
+def test_csv_round_trip(tmp_path: Path) -> None:
     tables.write_csv(tmp_path / "t.csv", ROWS)
     with (tmp_path / "t.csv").open() as file:
         read = list(csv.DictReader(file))
@@ -30,7 +30,7 @@ def test_csv_reads_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_unwritable_path_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another --out"):
         tables.make_folder(tmp_path / "file" / "folder")

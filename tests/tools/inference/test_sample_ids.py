@@ -1,4 +1,4 @@
-"""Which image an id of a sample submission means."""
+"""Tests of matching the ids of a sample submission with images."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SAMPLE = Path("sample.csv")
 
 
 def image_set(count: int, files: list[str] | None = None, is_sorted_by_name: bool = False) -> ImageSet:
-    return ImageSet("test", (Path("data"),), None, np.arange(count), count, True, [],
-                    None if files is None else tuple(files), is_sorted_by_name)  # fmt: skip
+    names = None if files is None else tuple(files)
+    return ImageSet("test", (Path("data"),), None, np.arange(count), count, True, [], names, is_sorted_by_name)
 
 
 IN_TEXT_ORDER = sorted(range(1, 101), key=str)  # 1, 10, 100, 11 …
@@ -47,9 +47,7 @@ IN_TEXT_ORDER = sorted(range(1, 101), key=str)  # 1, 10, 100, 11 …
     ],
     ids=lambda value: str(value)[:24],
 )  # fmt: skip
-def test_numbers_are_matched_by_number_and_other_ids_taken_in_their_order(
-    ids: list[str], rows: list[int], first: int | None
-) -> None:
+def test_ids_are_matched_by_number_or_in_order(ids: list[str], rows: list[int], first: int | None) -> None:
     found = match_ids(ids, image_set(len(ids)), SAMPLE)
     assert (list(found.rows), found.first) == (rows, first)
 
@@ -63,13 +61,13 @@ def test_numbers_are_matched_by_number_and_other_ids_taken_in_their_order(
         (["1_3", "2_1", "3_2"], "contain several numbers"),
     ],
 )
-def test_numbers_that_leave_it_open_which_image_is_meant_are_refused(ids: list[str], reason: str) -> None:
+def test_ambiguous_numbers_are_refused(ids: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         match_ids(ids, image_set(len(ids)), SAMPLE)
 
 
-def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_numbers() -> None:
-    """A folder was converted in the order 1.png, 10.png, 2.png, and its names are not kept."""
+def test_rows_sorted_by_unknown_names_are_not_matched_by_number() -> None:
+    """The folder was converted in the order 1.png, 10.png, 2.png, and its file names were not recorded."""
     numbers = range(1, 12)
     images = image_set(11, is_sorted_by_name=True)
     for ids in (sorted(f"{number}.png" for number in numbers), [f"{number}.png" for number in numbers]):
@@ -79,8 +77,8 @@ def test_rows_in_the_order_of_unknown_file_names_are_not_taken_for_those_of_the_
         assert match_ids(ids, images, SAMPLE).rows == tuple(range(11))
 
 
-def test_rows_that_are_known_to_come_in_another_order_than_their_numbers_get_no_submission(tmp_path: Path) -> None:
-    """Neither with a sample nor with counted ids."""
+def test_unordered_rows_get_no_submission(tmp_path: Path) -> None:
+    """Holds with a sample submission and with counted ids."""
     sample = tmp_path / "sample.csv"
     sample.write_text("Id,Category\n" + "".join(f"{number},0\n" for number in range(1, 12)), encoding="utf-8")
     for path in (sample, None):
@@ -89,7 +87,7 @@ def test_rows_that_are_known_to_come_in_another_order_than_their_numbers_get_no_
         assert submission.build_form(image_set(11), 5, sample=path).rows == tuple(range(11))
 
 
-def test_a_converted_folder_says_whether_its_rows_follow_their_numbers(tmp_path: Path) -> None:
+def test_converted_folder_records_unordered_splits(tmp_path: Path) -> None:
     for names in ("1 2 10", "01 02 10", "cat dog"):
         for where in ("train/a", "test"):
             (tmp_path / names / where).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A model from its checkpoint: the same one that was evaluated, without its data set, or a clear refusal."""
+"""Tests of loading a trained model from its checkpoint, without its data set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.checkpoint.run_dir import find_checkpoints
 from train.engine.epoch import evaluate
 
 
-def test_the_loaded_model_evaluates_as_the_run_did(digits_run: Run) -> None:
+def test_loaded_model_evaluates_like_the_run(digits_run: Run) -> None:
     epochs = [json.loads(line) for line in (digits_run.folder / "metrics.jsonl").read_text().splitlines()]
     with alone() as device:
         trained = load_trained_model(digits_run.folder / "last.pt", device)
@@ -28,9 +28,7 @@ def test_the_loaded_model_evaluates_as_the_run_did(digits_run: Run) -> None:
     assert (trained.image_size, trained.epochs, trained.name) == (32, 2, "digits")
 
 
-def test_a_run_folder_stands_for_its_best_checkpoint_and_then_for_the_last_ones(
-    digits_run: Run, tmp_path: Path
-) -> None:
+def test_run_folder_prefers_best_over_last_checkpoints(digits_run: Run, tmp_path: Path) -> None:
     assert find_checkpoints(digits_run.folder)[0].name == "best.pt"
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoints(tmp_path)
@@ -39,7 +37,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_then_for_the_last_ones(
         assert find_checkpoints(tmp_path)[0] == tmp_path / name
 
 
-def test_a_damaged_best_checkpoint_is_named_and_the_last_one_taken(
+def test_damaged_best_checkpoint_falls_back_to_last(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("last.pt", "best.pt"):
@@ -57,7 +55,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_last_one_taken(
             load_trained_model(tmp_path / "best.pt", device)
 
 
-def test_other_classes_are_named(digits_run: Run) -> None:
+def test_differing_classes_are_named(digits_run: Run) -> None:
     with alone() as device:
         trained = load_trained_model(digits_run.folder, device)
     check_same_classes(trained, tuple("0123456789"), "x")
@@ -67,7 +65,7 @@ def test_other_classes_are_named(digits_run: Run) -> None:
         check_same_classes(trained, tuple("0123456789x"), "x")
 
 
-def test_the_weights_come_back_as_saved(digits_run: Run) -> None:
+def test_weights_load_as_saved(digits_run: Run) -> None:
     content = torch.load(digits_run.folder / "best.pt", weights_only=True)
     with alone() as device:
         network = load_trained_model(digits_run.folder, device).training.network
