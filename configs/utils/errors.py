@@ -1,4 +1,4 @@
-"""The one error that means: the user can mend this. Entry points print it as one sentence and exit with 2."""
+"""UserError, for problems that the user can fix, and the wrapper of entry points that prints it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Control characters of terminals (8-bit ones too), line ends, marks that turn the direction of writing, surrogates.
+# Control characters of terminals (also 8-bit), line ends, bidirectional marks and surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, the value, what is allowed and how to mend it, in one sentence."""
+    """Bad input. The message is one sentence: what is wrong, the value, what is allowed and how to fix it."""
 
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """What the system says against looking at a file or reading it, as a UserError."""
+    """Turn an OSError from examining or reading `file` into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); mend that and start again") from None
+        raise UserError(f"{file} cannot be read ({error.strerror}); fix that and start again") from None
 
 
 def printable(text: str) -> str:
-    """One line that is safe to show, whatever names and values of foreign files are in it: `\\x1b` for an escape."""
+    """Return text as one line that is safe to print, with control characters escaped, e.g. `\\x1b`."""
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run an entry point and exit with its code; a UserError is one line on stderr and exit code 2, Ctrl-C 130.
 
-    is_result_printed: then it is an error where stdout does not take the last of it, as on a full disk.
+    Args:
+        main: The entry point. Returns the exit code; None is 0.
+        is_result_printed: Whether stdout is the result, so that failing to write it (full disk) is an error.
     """
     _open_standard_streams()
     _use_utf8()
@@ -43,23 +45,23 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
         code = main()
         lost = _flush()
         if lost and is_result_printed and not code:
-            raise UserError(f"all is done but for what was to be printed here ({lost}); print it elsewhere")
+            raise UserError(f"the command succeeded, but its output could not be written ({lost}); print it elsewhere")
     except UserError as error:
-        _say(f"error: {printable(str(error))}")
+        _print_error(f"error: {printable(str(error))}")
         code = 2
     except KeyboardInterrupt:
-        _say("interrupted")
+        _print_error("interrupted")
         code = 130
     sys.exit(code)
 
 
 def _use_utf8() -> None:
-    """Restart the program in Python's UTF-8 mode if the locale has another encoding, such as de_DE.ISO-8859-1.
+    """Restart in Python's UTF-8 mode if the locale has another encoding, e.g. de_DE.ISO-8859-1.
 
-    Files could not be named with letters that this encoding lacks. Processes of multiprocessing are not restarted:
-    their command line cannot be repeated, and they inherit the mode.
+    Otherwise file names could not contain characters that this encoding lacks. Processes of multiprocessing inherit the
+    mode. They are not restarted, since their command line cannot be repeated.
     """
-    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":  # 1, and yet not: -X utf8=0
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":  # 1 without effect: -X utf8=0
         return
     from multiprocessing import parent_process
 
@@ -70,25 +72,28 @@ def _use_utf8() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Where the program was started with one closed (`2>&-`), what it prints would go into a file that it opens."""
+    """Open closed standard streams on /dev/null.
+
+    If the parent closed one (`2>&-`), its descriptor would be reused by a data file, and messages would go there.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free descriptor is this one
     sys.stdin, sys.stdout, sys.stderr = (
         stream if stream is not None else open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (never closed)
         for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
     )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # letters that the terminal lacks, as `\xf6`
+            stream.reconfigure(errors="backslashreplace")  # characters that the terminal lacks, as `\xf6`
 
 
 def _flush() -> str | None:
-    """Why stdout does not take what is left to be printed; a reader that has gone (`| head`) has enough.
+    """Flush the standard streams, and return why stdout failed. A closed pipe (`| head`) is not a failure.
 
-    Python would flush again at its end, and make 120 of the exit code.
+    Python would flush again at exit, and change the exit code to 120.
     """
     lost: dict[str, OSError] = {}
     for name in ("stdout", "stderr"):
@@ -97,11 +102,11 @@ def _flush() -> str | None:
         except OSError as error:
             lost[name] = error
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    why = lost.get("stdout")
-    return None if why is None or isinstance(why, BrokenPipeError) else why.strerror
+    reason = lost.get("stdout")
+    return None if reason is None or isinstance(reason, BrokenPipeError) else reason.strerror
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # of a terminal that is gone
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # the terminal was closed
         print(text, file=sys.stderr)
     _flush()

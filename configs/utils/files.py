@@ -1,6 +1,7 @@
-"""Paths as users write them, and opening files of unknown origin.
+"""Paths from users, files of unknown origin, and writes that are atomic and durable.
 
-No pipe or device is waited for, and nothing larger than expected is read.
+Reading never waits for a pipe or device, and is limited in size. After a write, the file of that name is complete at
+every instant, even if the program is killed: data goes to a temporary file, is flushed to disk, then renamed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import BinaryIO
 
 from configs.utils.errors import UserError
 
-MAX_TEXT_BYTES = 2**26  # of what a run writes of itself as text; a line of metrics has some 500
+MAX_TEXT_BYTES = 2**26  # of a text file that a run wrote; a line of metrics has about 500
+
+
+# Paths
 
 
 def expand_home(path: str) -> str:
-    """Replace a leading `~` or `~user` by the home folder. Raises ValueError where there is none."""
+    """Replace a leading `~` or `~user` by the home directory. Raises ValueError if there is none."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError("starts with ~, but there is no such user; write ./~ for a file name that starts with ~")
@@ -28,7 +32,7 @@ def expand_home(path: str) -> str:
 
 
 def path_text(text: str) -> str:
-    """Expand the home folder in a path of the command line. Raises UserError where there is none."""
+    """Expand the home directory in a path of the command line. Raises UserError if there is none."""
     try:
         return expand_home(text)
     except ValueError as error:
@@ -40,20 +44,33 @@ def path_argument(text: str) -> Path:
     return Path(path_text(text))
 
 
+# Reading
+
+
 def open_plain(path: Path) -> BinaryIO:
-    """For reading. Raises OSError, also for what is no file: a folder, a pipe, a device."""
+    """Open a regular file for reading. Raises OSError for a directory, pipe or device too."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        number, reason = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "it is no file")
+        number, reason = (
+            (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "it is not a regular file")
+        )
         raise OSError(number, reason, str(path))
     return os.fdopen(descriptor, "rb")
 
 
 def read_small_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file that a run wrote of itself; errors: of `bytes.decode`. Raises OSError for what is no file or
-    too large, ValueError for what is no text."""
+    """Read a text file of at most MAX_TEXT_BYTES.
+
+    Args:
+        path: The file.
+        errors: How to decode invalid UTF-8, see `bytes.decode`.
+
+    Raises:
+        OSError: If it is not a regular file, or is too large.
+        ValueError: If it is not text.
+    """
     with open_plain(path) as file:
         content = file.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
@@ -61,22 +78,24 @@ def read_small_text(path: Path, errors: str = "strict") -> str:
     return content.decode(errors=errors)
 
 
-# Writing
+# Writing. An OSError leaves the earlier file unchanged.
 
 
-def atomic_write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """The file of this name is the old one until what `fill` wrote is on the disk."""
-    _rename(_written_beside(path, fill), path)
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace the file at `path` by what `write` writes, once that is on disk."""
+    _rename(_write_temporary(path, write), path)
 
 
-def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """`atomic_write`, and the old file, which must be there, is `previous` from then on: it goes only after the new one
-    stands, so at every instant there are the old one and the one before it, or the new one and one of them."""
+def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write `path` like `atomic_write`, and keep the existing file as `previous`.
+
+    At every instant there are two complete files: the old one with its predecessor, or the new one with one of them.
+    """
     remove_temporary(previous)
-    temporary, kept = _written_beside(path, fill), _beside(previous)
+    temporary, kept = _write_temporary(path, write), _temporary(previous)
     try:
         kept.hardlink_to(path)
-    except OSError:  # a file system without hard links; for an instant `previous` is the only one
+    except OSError:  # no hard links on this file system; for an instant `previous` is the only complete file
         _rename(path, previous)
         _rename(temporary, path)
         return
@@ -84,36 +103,36 @@ def replace_and_keep(path: Path, previous: Path, fill: Callable[[BinaryIO], obje
     _rename(kept, previous)
 
 
-def finish_replace(path: Path, previous: Path, is_whole: Callable[[Path], bool]) -> None:
-    """End what a program that was killed in `replace_and_keep` had begun; afterwards nothing lies beside the two."""
+def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]) -> None:
+    """Complete a `replace_and_keep` that was killed, and remove its temporary files."""
     remove_temporary(path)
-    kept = _beside(previous)
+    kept = _temporary(previous)
     if not kept.exists():
         return
-    if is_whole(kept) and not any(
+    if is_intact(kept) and not any(
         file.exists() and filecmp.cmp(kept, file, shallow=False) for file in (path, previous)
     ):
-        _rename(kept, previous)  # the new one stood already
-    else:  # a copy of what is there, or damaged since
+        _rename(kept, previous)  # the new file was already in place
+    else:  # a copy of one of the files, or damaged since
         remove_temporary(previous)
 
 
 def remove_temporary(path: Path) -> None:
-    """What a program that was killed in `atomic_write` left beside it."""
+    """Remove the temporary file that a killed `atomic_write` left."""
     with suppress(FileNotFoundError):
-        _beside(path).unlink()
+        _temporary(path).unlink()
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
-    remove_temporary(path)  # which may be a link, to be written through
-    temporary = _beside(path)
+def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    remove_temporary(path)  # it may be a link, and would be written through
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
-            fill(file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -124,13 +143,13 @@ def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """On the disk when it returns, where the file system can tell."""
+    """Rename and flush the directory to disk."""
     source.rename(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of file systems that know no such thing
+        if error.errno != errno.EINVAL:  # from file systems without fsync of directories
             raise
     finally:
         os.close(folder)

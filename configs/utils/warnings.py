@@ -1,4 +1,4 @@
-"""Remarks to the user that are no errors: one line each on stderr, said once and, but for some, by one of all ranks."""
+"""Warnings to the user: one line each on stderr."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import sys
 from configs.utils.errors import printable
 
 
-@functools.cache  # the same words a second time say nothing new: a sweep loads its file for every point
+@functools.cache  # each text is printed once: a sweep, for example, loads its file for every point
 def warn(text: str, *, on_any_rank: bool = False) -> None:
-    """on_any_rank: of something that the other ranks may not have met."""
+    """Print a warning once, on rank 0.
+
+    Args:
+        text: The warning.
+        on_any_rank: Print it on this rank too, since other ranks may not have met the cause.
+    """
     if on_any_rank or os.environ.get("RANK", "0") == "0":
         print(f"warning: {printable(text)}", file=sys.stderr)

@@ -172,7 +172,7 @@ def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.Captu
         assert (path, content["position"]) == (previous, before), f"bit {bit} of byte {place}"
         message = capsys.readouterr().err
         assert message.startswith(f"warning: checkpoint {last} cannot be read ("), f"bit {bit} of byte {place}"
-        assert message.endswith(f"; {previous} is taken instead\n")
+        assert message.endswith(f"; {previous} is used instead\n")
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
@@ -201,7 +201,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
     assert run(command, notes) == 0, printed(notes)
     last, previous = interrupted / "last.pt", interrupted / "previous.pt"
     assert f"warning: checkpoint {last} cannot be read (its checksum is wrong" in printed(notes)
-    assert f"; {previous} is taken instead" in printed(notes)
+    assert f"; {previous} is used instead" in printed(notes)
     assert f"resumed from {previous} at {{'epoch': {position[0]}, 'step': {position[1]}}}" in printed(notes)
     assert_ends_like(interrupted, unbroken)
 
@@ -273,7 +273,7 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
     assert len(errors) == 1, errors
     assert errors[0].startswith(f"error: cannot write checkpoint {folder}/")
     assert f" ({reason}); the earlier last.pt " in errors[0]
-    assert errors[0].endswith("then --resume auto goes on")
+    assert errors[0].endswith("then resume with --resume auto")
     for path in folder.glob("*.pt"):
         store.load(path)
 

@@ -452,7 +452,7 @@ def assert_refused(code: int, err: str, *fragments: str) -> None:
         (["--eval"], ["--eval needs a checkpoint", "--resume PATH"]),
         (["--eval", "--resume", "auto"], ["no run 'digits_lenet'", "--resume PATH"]),
         (["--resume", str(DIGITS)], [f"{DIGITS} cannot be read"]),
-        (["--output", str(DIGITS)], ["cannot make the run folder", "give another --output"]),
+        (["--output", str(DIGITS)], ["cannot create the run folder", "give another --output"]),
         (["--cfg", "configs/missing.yaml"], ["configs/missing.yaml cannot be read"]),
     ],
     ids=lambda value: "-".join(value).replace("/", "_")[:40] if isinstance(value, list) else None,

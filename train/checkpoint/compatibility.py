@@ -1,7 +1,4 @@
-"""What the results of a run follow from: a run that is resumed must agree with its checkpoint in all of it.
-
-Knows settings and what a checkpoint says of its run, and nothing of loaders and networks.
-"""
+"""Check that a resumed run has the same data and settings as its checkpoint, wherever they affect results."""
 
 from __future__ import annotations
 
@@ -18,17 +15,19 @@ from configs.utils.errors import UserError
 from pipelines.storage.split import fingerprint
 from train.checkpoint.state import require_keys
 
-# Settings of training that results do not follow from, or not to the last digit, or only once something went wrong,
-# which a resumed run may change.
+# Train settings that a resumed run may change: they affect results at most in the last digits, or only after a failure.
 CHANGEABLE_SETTINGS = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps",
                        "save_every_epochs", "eval_every_epochs", "on_nonfinite")  # fmt: skip
 EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # best.pt is chosen by them
 
 
 def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
-    """What a checkpoint says of its run beside the config; dataset: its dataset.json.
+    """Return the entry "stream" of a checkpoint: the facts about a run's data that are not in its config.
 
-    passes: forward passes of an optimizer update, over all ranks.
+    Args:
+        config: Of the run.
+        dataset: The contents of dataset.json.
+        passes: Micro steps per optimizer step, over all ranks.
     """
     return {
         "data set": fingerprint(dataset),
@@ -38,7 +37,7 @@ def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[st
 
 
 def _dataset_details(dataset: dict[str, Any]) -> dict[str, Any]:
-    """What data sets of different fingerprints differ in, for errors."""
+    """Return facts by which errors can explain a different fingerprint."""
     details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
     details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
     for name, split in dataset["splits"].items():
@@ -55,7 +54,10 @@ def _digest(value: Any) -> str:
 
 
 def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings that results depend on, by their names in errors; stream: of `stream_info`."""
+    """Return everything that results depend on, under the names that errors use.
+
+    Covers samples, augmentation, model, schedule, optimizer and evaluation. stream: from `stream_info`.
+    """
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
     return {
@@ -86,20 +88,20 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
-    """(first epoch, image size, global batch), which do not depend on how that batch is cut into ranks and passes."""
+    """Return (first epoch, image size, global batch) of each stage, independent of ranks and micro steps."""
     sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
 def plateau_settings(config: Config) -> dict[str, Any]:
-    """What schedule plateau follows from beside: when the metric that it watches is known."""
+    """Return the settings that only schedule plateau depends on: when the validation metric is available."""
     if config.train.schedule_options.metric == "train_loss":
         return {}
     return {"train.eval_every_epochs": config.train.eval_every_epochs}
 
 
 def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The section's settings by dotted keys, those of sections inside as well, but for some."""
+    """Return the settings of a section and its nested sections by dotted keys, except those in `without`."""
     flat: dict[str, Any] = {}
     for key, value in section.model_dump(mode="json").items():
         inner = getattr(section, key)
@@ -110,22 +112,32 @@ def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ())
     return flat
 
 
-def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with other samples or another optimizer than those the checkpoint in `path` comes from.
+def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
+    """Check that a run may resume from a checkpoint. Settings that its version did not have count as defaults.
 
-    Settings that the version which wrote it did not have count as what they are by default.
+    Args:
+        checkpoint: The checkpoint, from `store.load`.
+        config: Of the run that resumes.
+        stream: From `stream_info`.
+        path: The file of the checkpoint, for errors.
+
+    Raises:
+        UserError: If data or settings differ. Names each difference, and how to keep the global batch.
     """
-    require_keys(content, ("config", "stream", "position", "progress"), path)
-    if not _is_valid_stream(content["stream"]) or not isinstance(content["progress"].get("best_top1"), int | float):
-        raise UserError(f"checkpoint {path} does not say what its run followed from, as those of train/ddp.py do; "
-                        "take another one")  # fmt: skip
-    before = parse_config(content["config"], f"the config in {path}")
-    then, now = run_fingerprint(before, content["stream"]), run_fingerprint(config, stream)
-    then |= _used_by_timm(content, then, now)
+    require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
+    if not _is_valid_stream(checkpoint["stream"]) or not isinstance(
+        checkpoint["progress"].get("best_top1"), int | float
+    ):
+        raise UserError(
+            f"checkpoint {path} does not record the data of its run, as those of train/ddp.py do; give another one"
+        )
+    before = parse_config(checkpoint["config"], f"the config in {path}")
+    then, now = run_fingerprint(before, checkpoint["stream"]), run_fingerprint(config, stream)
+    then |= _used_by_timm(checkpoint, then, now)
     if then["data set"] != now["data set"]:
         then, now = (
-            then | _detailed_dataset(content["stream"], stream),
-            now | _detailed_dataset(stream, content["stream"]),
+            then | _detailed_dataset(checkpoint["stream"], stream),
+            now | _detailed_dataset(stream, checkpoint["stream"]),
         )
     changed = [
         f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now"
@@ -140,14 +152,14 @@ def check_same_run(content: dict[str, Any], config: Config, stream: dict[str, An
         )
 
 
-def _used_by_timm(content: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return what the checkpoint's optimizer, if it is timm's, used where the two configs differ.
+def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that an optimizer of timm actually used, where the two configs differ.
 
-    Older versions recorded their own defaults, and ran timm's optimizers with timm's.
+    Older versions recorded their own defaults, but ran timm's optimizers with the defaults of timm.
     """
     try:
-        group = content["optimizer"]["param_groups"][0]
-    except (KeyError, IndexError, TypeError):  # loading it says what is wrong
+        group = checkpoint["optimizer"]["param_groups"][0]
+    except (KeyError, IndexError, TypeError):  # loading it reports the error
         return {}
     if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN_OPTIMIZERS:
         return {}
@@ -158,18 +170,18 @@ def _used_by_timm(content: dict[str, Any], then: dict[str, Any], now: dict[str, 
 
 
 def _shown(value: Any) -> str:
-    """As YAML has it, in one line."""
+    """Format a value in one line, as in YAML."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _is_valid_stream(stream: dict[str, Any]) -> bool:
-    """Of any version: the first ones gave no details."""
+    """Check the entry of a checkpoint of any version. Early versions had no details."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
 
 def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The details of a stream's data set in place of its fingerprint, where both know them and they differ."""
+    """Return details of the data set that replace its fingerprint in errors, if both have different ones."""
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
         return {}
@@ -177,8 +189,11 @@ def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def _global_batch_advice(config: Config, then: int, now: int) -> str:
-    """How, with as many ranks as there are now: torchrun may start them again on fewer or more machines."""
+    """Return the settings that keep the global batch with the current number of ranks.
+
+    torchrun may have restarted on fewer or more machines.
+    """
     batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
-    mended = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}
-    ways = [f"{key}={int(value)}" for key, value in mended.items() if value == int(value)]
-    return f", with {' or '.join(ways)} for the global batch," if then != now and ways else ""
+    exact = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}
+    advice = [f"{key}={int(value)}" for key, value in exact.items() if value == int(value)]
+    return f", with {' or '.join(advice)} for the global batch," if then != now and advice else ""

@@ -1,7 +1,4 @@
-"""Training that starts from a checkpoint of another run, and what a model is built from that one is loaded into.
-
-Knows checkpoints' contents, and nothing of the loop.
-"""
+"""Start training from the checkpoint of another run, and the configs of models that load a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,67 +18,90 @@ from train.checkpoint.state import require_keys
 
 
 def without_pretrained(config: Config) -> Config:
-    """The same model with weights as they are drawn, for what loads a checkpoint over them: a resumed run, a tool.
+    """Return the config with randomly initialized weights, for a model that then loads a checkpoint.
 
-    The files that a run started from need not be there any more.
+    The files that the run started from may no longer exist.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
 def inference_config(config: Config) -> Config:
-    """The same model for evaluation alone: without what only training needs, which may be dear, or not to be had on
-    this machine."""
-    bare = {"optimizer": OptimizerConfig(), "ema": EmaConfig(), "lookahead": LookaheadConfig(), "proxy": ProxyConfig(),
-            "cuda_graph": "off"}  # fmt: skip
+    """Return the config without training-only parts, which may be expensive or unavailable on this machine."""
+    bare = {
+        "optimizer": OptimizerConfig(),
+        "ema": EmaConfig(),
+        "lookahead": LookaheadConfig(),
+        "proxy": ProxyConfig(),
+        "cuda_graph": "off",
+    }
     train, model = config.train.model_copy(update=bare), config.model.model_copy(update={"freeze": ()})
     return without_pretrained(config.model_copy(update={"train": train, "model": model}))
 
 
-def from_checkpoint(config: Config, content: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
-    """`inference_config` with the model that the checkpoint holds, whatever the config says of it.
+def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
+    """Return `inference_config` with the model of the checkpoint instead of the config's.
 
-    Raises UserError where it was trained on other classes than the data set's.
+    Args:
+        config: Data and evaluation settings.
+        checkpoint: From `store.load`.
+        classes: Class names of the data set.
+        path: The file of the checkpoint, for errors.
+
+    Raises:
+        UserError: If the model was trained on other classes.
     """
-    theirs = content.get("dataset", {}).get("classes")
-    if theirs is not None and list(theirs) != list(classes):
+    trained = checkpoint.get("dataset", {}).get("classes")
+    if trained is not None and list(trained) != list(classes):
         raise UserError(
-            f"{path} was trained on the classes {_some(theirs)}, but the data set in {config.data.path} has "
-            f"{_some(classes)}; give the data set that it was trained on, or start from it with model.finetune={path}"
+            f"{path} was trained on the classes {_summary(trained)}, but the data set in {config.data.path} has "
+            f"{_summary(classes)}; give the data set that it was trained on, or start from it with "
+            f"model.finetune={path}"
         )
-    require_keys(content, ("model", "config"), path)
-    model = parse_config(content["config"], f"the config in {path}").model
+    require_keys(checkpoint, ("model", "config"), path)
+    model = parse_config(checkpoint["config"], f"the config in {path}").model
     return inference_config(config.model_copy(update={"model": model}))
 
 
-def _some(classes: Sequence[str]) -> str:
-    """The first ones and their number."""
+def _summary(classes: Sequence[str]) -> str:
+    """Return the first class names and their number."""
     return f"{', '.join(classes[:3])}{' …' if len(classes) > 3 else ''} ({len(classes)})"
 
 
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
-    """Load the weights of a checkpoint or run folder, mean and std of the pixels included; in words what was taken.
+    """Load the weights of a checkpoint, including mean and std of the pixels.
 
-    Of a run with a moving average those that its eval.weights names. The head starts anew where the checkpoint's
-    classes are others than `classes`, also where there are equally many. Raises UserError for anything else that does
-    not fit, an activation other than that in `settings` included, which weights do not show.
+    If the run has a moving average, its eval.weights decides which weights are loaded. If its classes differ from
+    `classes`, the head is reinitialized, even if their number is the same.
+
+    Args:
+        model: The model to load into.
+        source: A checkpoint or run folder.
+        classes: Class names of the data set.
+        settings: Model settings of this run, of which the activation is compared: weights do not show it.
+
+    Returns:
+        A sentence that says which weights were loaded.
+
+    Raises:
+        UserError: If the checkpoint does not fit the model.
     """
-    path, content = store.load_newest(find_checkpoints(Path(source)))
-    require_keys(content, ("model",), path)
-    if settings is not None and "config" in content:
-        then = parse_config(content["config"], f"the config in {path}").model
-        if then.activation != settings.activation:
-            names = [activation or "null" for activation in (then.activation, settings.activation)]
+    path, checkpoint = store.load_newest(find_checkpoints(Path(source)))
+    require_keys(checkpoint, ("model",), path)
+    if settings is not None and "config" in checkpoint:
+        saved = parse_config(checkpoint["config"], f"the config in {path}").model
+        if saved.activation != settings.activation:
+            names = [activation or "null" for activation in (saved.activation, settings.activation)]
             raise UserError(
                 f"model.finetune={source} was trained with model.activation={names[0]}, this config has {names[1]}; "
                 f"set model.activation={names[0]}"
             )
-    weights: dict[str, Any] = content["model"]
-    average = content.get("ema")  # missing in checkpoints of older versions
+    weights: dict[str, Any] = checkpoint["model"]
+    average = checkpoint.get("ema")  # missing in checkpoints of older versions
     if average:
-        require_keys(content, ("config",), path)
-    if average and parse_config(content["config"], f"the config in {path}").eval.weights != "raw":
+        require_keys(checkpoint, ("config",), path)
+    if average and parse_config(checkpoint["config"], f"the config in {path}").eval.weights != "raw":
         weights = average
-    theirs = content.get("dataset", {}).get("classes")
-    other_classes = theirs is not None and list(theirs) != list(classes)
-    taken = copy_weights(model, weights, head_layers(model), f"the weights of {path}", new_head=other_classes)
-    return f"fine-tunes: {taken.summary(path)}"
+    trained = checkpoint.get("dataset", {}).get("classes")
+    has_other_classes = trained is not None and list(trained) != list(classes)
+    loaded = copy_weights(model, weights, head_layers(model), f"the weights of {path}", new_head=has_other_classes)
+    return f"fine-tunes: {loaded.summary(path)}"

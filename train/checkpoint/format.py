@@ -1,8 +1,7 @@
-"""The bytes of a checkpoint: what torch.save wrote, then one line of JSON that says how many bytes that is and their
-sha256. torch.load reads the file as it is.
+"""The file format of checkpoints: the output of torch.save, then one line of JSON with its size and sha256.
 
-Nothing is unpickled before it is checked, since torch.load takes flipped bits for weights. Knows no training. What is
-wrong with a file is a ValueError with the reason.
+torch.load reads such a file unchanged. Everything is verified before it is unpickled, since torch.load would accept
+flipped bits as weights. An invalid file raises ValueError with the reason.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any, BinaryIO
 import torch
 
 FORMAT = 1
-TAIL_BYTES = 1024  # the last line is looked for in so many
-DIGEST_BYTES = 64  # sha256 in hexadecimal, alone at the end of files of older versions
+TAIL_BYTES = 1024  # the last line is searched in this many bytes
+DIGEST_BYTES = 64  # a hexadecimal sha256, which files of older versions end with
 CHUNK_BYTES = 2**20
-DAMAGED = "its checksum is wrong: it is damaged or of another program"
+DAMAGED = "its checksum is wrong: it is damaged, or from another program"
 NAMES = (b"stream", b"progress", b"position")  # in the pickle of every checkpoint, of any version
-# beside those of module torch: types of elements and of storages
+# Allowed besides the module torch itself, which has the types of elements and storages.
 GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 
 
-class _Noting:
-    """A file for torch.save; notes the sha256 of what passes, and an error, which torch would hide behind its own."""
+class _HashingFile:
+    """A file for torch.save that hashes the data, and keeps an error that torch would replace by its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -48,50 +47,50 @@ class _Noting:
         return len(data)
 
     def flush(self) -> None:
-        """At the end, by whoever opened the file."""
+        """Do nothing: the owner of the file flushes it at the end."""
 
 
-def fill(file: BinaryIO, content: dict[str, Any]) -> None:
-    """Write all of a checkpoint; tensors must lie in host memory. An OSError comes out as it is.
+def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint, whose tensors are in host memory, to an open file.
 
-    torch.save to an open file gives other threads Python's lock for nearly all of the time; to a path it does not.
+    torch.save releases the GIL when it writes to a Python file, but not when it writes to a path.
     """
-    noting = _Noting(file)
-    torch.save(content, noting)  # type: ignore[arg-type]
-    if noting.error is not None:
-        raise noting.error
-    file.write(_manifest(noting.bytes, noting.sha256.hexdigest(), *position_of(content)))
+    hashing = _HashingFile(file)
+    torch.save(checkpoint, hashing)  # type: ignore[arg-type]
+    if hashing.error is not None:
+        raise hashing.error
+    file.write(_manifest(hashing.bytes, hashing.sha256.hexdigest(), *_position(checkpoint)))
 
 
-def position_of(content: dict[str, Any]) -> tuple[Any, Any]:
-    """(epoch, step); None where the content does not say."""
-    position = content.get("position")
+def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
+    """Return (epoch, step), or None for each that is missing."""
+    position = checkpoint.get("position")
     return (position.get("epoch"), position.get("step")) if isinstance(position, dict) else (None, None)
 
 
 def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
-    """has_crc: of this line itself, whose epoch and step follow from nothing else; older versions wrote none."""
+    """Return the last line of a file. has_crc: of the line itself, which older versions do not have."""
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
     crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
     return b"\n" + json.dumps(fields | crc).encode() + b"\n"
 
 
 def read(file: BinaryIO) -> dict[str, Any]:
-    """The content, in host memory; the file is verified first."""
+    """Verify a file and return the checkpoint, in host memory."""
     verify(file)
     _check_archive(file)
     file.seek(0)
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"it holds no checkpoint of this program's format {FORMAT}")
     fields = _fields(_tail(file))
-    if fields and (fields["epoch"], fields["step"]) != position_of(content):
+    if fields and (fields["epoch"], fields["step"]) != _position(checkpoint):
         raise ValueError(DAMAGED)
-    return content
+    return checkpoint
 
 
 def is_foreign(file: BinaryIO) -> bool:
-    """Return whether torch.save wrote the file for another program; not for a damaged one of this program."""
+    """Return whether torch.save wrote the file for another program; False for a damaged one of this program."""
     tail = _tail(file)
     if _fields(tail) or re.fullmatch(rb"[0-9a-f]{64}", tail[-DIGEST_BYTES:]):
         return False
@@ -108,10 +107,10 @@ def is_foreign(file: BinaryIO) -> bool:
 
 
 def verify(file: BinaryIO) -> None:
-    """Raise ValueError unless every byte is as it was written, as far as the file itself can tell."""
+    """Raise ValueError unless every byte is as it was written."""
     tail = _tail(file)
     fields, size = _fields(tail), file.seek(0, os.SEEK_END)
-    if not fields:  # of an older version, or anything else
+    if not fields:  # from an older version, or not a checkpoint
         if _sha256(file, size - DIGEST_BYTES).encode() != tail[-DIGEST_BYTES:]:
             raise ValueError(DAMAGED)
         return
@@ -127,7 +126,7 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def _fields(tail: bytes) -> dict[str, Any]:
-    """What the last line says, not yet checked but for its types; empty where it is no manifest."""
+    """Return the fields of the last line, of which only the types are checked; empty if it is not a manifest."""
     try:
         fields = json.loads(tail.splitlines()[-1])
         if type(fields["bytes"]) is int and fields["bytes"] >= 0 and {"epoch", "step"} <= fields.keys():
@@ -138,7 +137,7 @@ def _fields(tail: bytes) -> dict[str, Any]:
 
 
 def _sha256(file: BinaryIO, size: int) -> str:
-    """Of the first `size` bytes."""
+    """Return the hash of the first `size` bytes."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
@@ -148,7 +147,10 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse what checksums do not: records that grow in memory, and more than tensors, numbers and strings."""
+    """Refuse archives that no checksum excludes: compressed records, and pickles of more than plain data.
+
+    Compressed records could expand to any size in memory.
+    """
     file.seek(0)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -159,12 +161,12 @@ def _check_archive(file: BinaryIO) -> None:
                 raise ValueError("its records are not those that torch.save writes")
             pickles = [archive.read(name) for name in names if name.endswith("/data.pkl")]
     except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError) as error:
-        raise ValueError(f"it is no file of torch.save: {error}") from None
+        raise ValueError(f"it is not a file of torch.save: {error}") from None
     for content in pickles:
         for operation, argument, _ in pickletools.genops(content):
-            if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not _is_tensors(argument)):
+            if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not _is_allowed(argument)):
                 raise pickle.UnpicklingError
 
 
-def _is_tensors(name: Any) -> bool:
+def _is_allowed(name: Any) -> bool:
     return name in GLOBALS or str(name).split(" ")[0] == "torch"

@@ -1,9 +1,9 @@
-"""A launch whose ranks torchrun starts again goes on by itself: in the folder that it uses already, and in no other.
+"""Find the run folder of a launch whose ranks torchrun has restarted, so that it resumes there.
 
-A launch is known by its agents, the torchrun processes of its machines. As long as one of them lives it is the same
-launch, whichever ranks, machines and numbers of starts come and go: `--rdzv-id` may be used again by the next launch,
-and TORCHELASTIC_RESTART_COUNT stays 0 where only the number of machines has changed. An agent is what started this
-process, so that a script between the two must `exec`. Without torchrun nothing is started again, and nothing is noted.
+A launch is identified by its launchers, the torchrun processes of its machines. It is the same launch while one of them
+lives, even if ranks, machines and restart counts change. Other identifiers do not work: `--rdzv-id` may be used again
+by the next launch, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changed. The launcher is the
+parent of this process, so a script between the two must `exec`. Without torchrun there are no restarts.
 """
 
 from __future__ import annotations
@@ -21,36 +21,43 @@ from configs.utils.files import read_small_text
 from train.checkpoint.run_dir import latest_checkpoints, resolve_resume, run_dirs
 from train.distributed import collectives
 
-LAUNCH_FILE = "launch.json"  # in a run folder: who uses it
+LAUNCH_FILE = "launch.json"  # in a run folder: the launch that uses it
 
 
 def launcher_ids() -> list[str]:
-    """Of all ranks, which must call this together; none without torchrun."""
+    """Return the launchers of all ranks, which call this together; empty without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
-    return sorted(set(collectives.from_all_ranks(_launcher_id(os.getppid()))))
+    return sorted(set(collectives.from_all_ranks(_process_id(os.getppid()))))
 
 
-def _launcher_id(pid: int) -> str:
-    """A process by what no other one has, on any machine and after any time."""
-    started = ""
-    with suppress(OSError, IndexError):  # /proc is Linux's; the name, in parentheses, may hold anything
-        started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+def _process_id(pid: int) -> str:
+    """Identify a process uniquely over all machines and boots."""
+    start_time = ""
+    with suppress(OSError, IndexError):  # Linux only; the command name, in parentheses, may contain spaces
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        start_time = status.rpartition(")")[2].split()[19]
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    return f"{socket.gethostname()} {boot} {pid} {started}"
+    return f"{socket.gethostname()} {boot} {pid} {start_time}"
 
 
-def find_active_run_dir(config: Config, resume: str | None, launcher_ids: list[str]) -> tuple[Path | None, str | None]:
-    """The folder that this launch uses already, None on its first start; and what to resume from.
+def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]) -> tuple[Path | None, str | None]:
+    """Find the run folder that this launch already uses.
 
-    That is the folder itself where it has a checkpoint. Where it has none yet the run begins anew in it, from the
-    checkpoint that --resume names, if it does.
+    Args:
+        config: Of the run.
+        resume: The value of --resume.
+        launchers: From `launcher_ids`.
+
+    Returns:
+        The directory, None on the first start of a launch; and what to resume from: the directory if it has a
+        checkpoint, otherwise the checkpoint that --resume names.
     """
-    if not launcher_ids:
+    if not launchers:
         return None, resume
-    folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launcher_ids)), None)
+    folder = next((folder for folder in _candidates(config, resume) if _is_used_by(folder, launchers)), None)
     if folder is None:
         return None, resume
     if any(path.exists() for path in latest_checkpoints(folder)):
@@ -59,22 +66,22 @@ def find_active_run_dir(config: Config, resume: str | None, launcher_ids: list[s
 
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
-    """Folders of this name, the latest first, and the one that --resume names, which may lie anywhere."""
+    """Return the directories of this run name, latest first, and the one that --resume names."""
     folder = resolve_resume(config, resume)[0]
     return run_dirs(config) if folder is None else [*run_dirs(config), folder]
 
 
-def _is_used_by(folder: Path, launcher_ids: list[str]) -> bool:
+def _is_used_by(folder: Path, launchers: list[str]) -> bool:
     try:
-        return not set(launcher_ids).isdisjoint(json.loads(read_small_text(folder / LAUNCH_FILE))["agents"])
+        return not set(launchers).isdisjoint(json.loads(read_small_text(folder / LAUNCH_FILE))["agents"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def record_launch(folder: Path, launcher_ids: list[str]) -> Path:
-    """Write down that this launch uses the folder, which is returned."""
-    if launcher_ids:
-        text = json.dumps({"agents": launcher_ids}, indent=2) + "\n"
+def record_launch(folder: Path, launchers: list[str]) -> Path:
+    """Record that this launch uses the run folder, and return the directory."""
+    if launchers:
+        text = json.dumps({"agents": launchers}, indent=2) + "\n"
         try:
             files.atomic_write(folder / LAUNCH_FILE, lambda file: file.write(text.encode()))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Load a checkpoint's weights and training state into a run."""
+"""Load the weights and the training state of a checkpoint into a run."""
 
 from __future__ import annotations
 
@@ -12,87 +12,101 @@ from train.checkpoint.state import require_keys
 from train.engine import cpu_threads
 from train.engine.epoch import TrainState, train_step
 
-DEVICE_FIELDS = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
+DEVICE_FIELDS = ("lr", "capturable")  # of an optimizer's parameter groups: they depend on the device, not on the run
 
 
-def restore_weights(training: TrainState, content: dict[str, Any], path: Path, weights: str = "raw") -> bool:
-    """Load the model's weights alone; weights: which, as eval.weights says. Returns whether it is the average."""
-    average: dict[str, Any] = content.get("ema") or {}  # missing in checkpoints of older versions
+def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, weights: str = "raw") -> bool:
+    """Load only the weights of the model.
+
+    Args:
+        state: The run to load into.
+        checkpoint: From `store.load`.
+        path: Its file, for errors.
+        weights: Which weights to load, see eval.weights.
+
+    Returns:
+        Whether the weights are the moving average.
+
+    Raises:
+        UserError: If the checkpoint does not have these weights, or they do not fit the model.
+    """
+    average: dict[str, Any] = checkpoint.get("ema") or {}  # missing in checkpoints of older versions
     if weights == "ema" and not average:
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
-    if training.device.type == "cpu":
-        cpu_threads.restore_threads(content.get("threads", 0))  # missing in checkpoints of older versions
+    if state.device.type == "cpu":
+        cpu_threads.restore_threads(checkpoint.get("threads", 0))  # missing in checkpoints of older versions
     try:
-        training.network.load_state_dict(average if is_average else content["model"])
+        state.network.load_state_dict(average if is_average else checkpoint["model"])
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"checkpoint {path} does not fit the model of this config: {first}") from None
     return is_average
 
 
-def restore_state(training: TrainState, content: dict[str, Any], path: Path) -> None:
-    """Load all that a step changes."""
-    require_keys(content, ("model", "optimizer", "scaler", "sums"), path)
-    _restore_one(training, content, path)
-    _check_like("sums", {"": content["sums"]}, {"": training.sums}, path)
-    training.sums.copy_(content["sums"])
-    if training.lookahead is not None:
-        slow = content.get("lookahead", {})
-        _check_like("lookahead", slow, training.lookahead.slow, path)
-        for name, ours in training.lookahead.slow.items():
-            ours.copy_(slow[name])
-    if training.ema is not None:
-        average = content.get("ema", {})
-        _check_like("ema", average, training.ema.state(), path)
-        training.ema.restore(average)
-    if training.proxy is not None:
-        require_keys(content.get("proxy", {}), ("model", "optimizer", "scaler"), path)
-        _restore_one(training.proxy.state, content["proxy"], path)
+def restore_state(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load everything that a training step changes. Raises UserError if the checkpoint does not fit."""
+    require_keys(checkpoint, ("model", "optimizer", "scaler", "sums"), path)
+    _restore_model(state, checkpoint, path)
+    _check_shapes("sums", {"": checkpoint["sums"]}, {"": state.sums}, path)
+    state.sums.copy_(checkpoint["sums"])
+    if state.lookahead is not None:
+        slow = checkpoint.get("lookahead", {})
+        _check_shapes("lookahead", slow, state.lookahead.slow, path)
+        for name, weight in state.lookahead.slow.items():
+            weight.copy_(slow[name])
+    if state.ema is not None:
+        average = checkpoint.get("ema", {})
+        _check_shapes("ema", average, state.ema.state(), path)
+        state.ema.restore(average)
+    if state.proxy is not None:
+        require_keys(checkpoint.get("proxy", {}), ("model", "optimizer", "scaler"), path)
+        _restore_model(state.proxy.state, checkpoint["proxy"], path)
 
 
-def _check_like(part: str, theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse tensors of other names or shapes."""
-    shapes = [{name: tensor.shape for name, tensor in one.items()} for one in (ours, theirs)]
-    if different := [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]:
-        raise UserError(f"checkpoint {path} does not fit this config in its {part} {different[0]}".rstrip()
-                        + "; start a new run without --resume")  # fmt: skip
+def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError if names or shapes of tensors differ."""
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, saved)]
+    if different := [name for name in {**expected, **saved} if shapes[0].get(name) != shapes[1].get(name)]:
+        where = f"{entry} {different[0]}".rstrip()
+        raise UserError(f"checkpoint {path} does not fit this config in its {where}; start a new run without --resume")
 
 
-def _is_other(value: Any, parameter: torch.Tensor) -> bool:
-    """Whether it is a tensor that cannot belong to these weights."""
+def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
+    """Return True for optimizer state that cannot belong to this parameter."""
     return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
 
 
-def _is_of_timm(optimizer: torch.optim.Optimizer) -> bool:
-    """Those may hold state of other shapes than the weights'."""
+def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True for optimizers of timm, whose state may differ in shape from the weights."""
     return type(optimizer).__module__.startswith("timm.")
 
 
-def _restore_one(training: TrainState, content: dict[str, Any], path: Path) -> None:
-    restore_weights(training, content, path)
-    optimizer = training.optimizer
-    here = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]
-    saved = content["optimizer"]
+def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load model, optimizer and scaler, of the run or of its proxy model."""
+    restore_weights(state, checkpoint, path)
+    optimizer = state.optimizer
+    device_fields = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]
+    saved = checkpoint["optimizer"]
     try:
         rates = [float(group["lr"]) for group in saved["param_groups"]]
-        # before as well, since it decides on which device torch puts the count of steps
-        groups = [group | one for group, one in zip(saved["param_groups"], here, strict=False)]
+        # Set them before loading as well: `capturable` decides on which device torch puts the step count.
+        groups = [group | fields for group, fields in zip(saved["param_groups"], device_fields, strict=False)]
         optimizer.load_state_dict(saved | {"param_groups": groups + saved["param_groups"][len(groups) :]})
-        for parameter, state in optimizer.state.items() if not _is_of_timm(optimizer) else ():
-            if wrong := [name for name, value in state.items() if _is_other(value, parameter)]:
-                raise ValueError(f"{wrong[0]} of {list(state[wrong[0]].shape)} for {list(parameter.shape)} weights")
+        for parameter, values in optimizer.state.items() if not _is_from_timm(optimizer) else ():
+            if wrong := [name for name, value in values.items() if _has_wrong_shape(value, parameter)]:
+                raise ValueError(f"{wrong[0]} of {list(values[wrong[0]].shape)} for {list(parameter.shape)} weights")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        # as of a version that grouped parameters in another way
+        # For example from a version that grouped parameters differently.
         raise UserError(
             f"checkpoint {path} does not fit the optimizer of this config ({error}); start a new run without --resume"
         ) from None
-    for group, settings, lr in zip(optimizer.param_groups, here, rates, strict=True):
-        group.update(settings)
-        if isinstance(group["lr"], torch.Tensor):  # which graphs know by its address
+    for group, fields, lr in zip(optimizer.param_groups, device_fields, rates, strict=True):
+        group.update(fields)
+        if isinstance(group["lr"], torch.Tensor):  # CUDA graphs know it by its address
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    training.step = train_step  # a graph captured before would still read the tensors that the optimizer had then
-    if content["scaler"]:  # empty where the run did without, as on a CPU
-        training.scaler.load_state_dict(content["scaler"])
+    state.step = train_step  # a captured graph would still read the optimizer's earlier tensors
+    if checkpoint["scaler"]:  # empty for runs without a scaler, e.g. on a CPU
+        state.scaler.load_state_dict(checkpoint["scaler"])

@@ -1,7 +1,4 @@
-"""What a checkpoint holds: a tree of tensors, numbers and strings; its copy in host memory; whether it is all there.
-
-Knows no file.
-"""
+"""The contents of a checkpoint: collect them, copy them to host memory, check them."""
 
 from __future__ import annotations
 
@@ -24,97 +21,104 @@ ENTRY_TYPES: dict[str, type] = {
 TENSOR_ENTRIES = ("model", "lookahead", "ema")
 
 
-def collect_state(training: TrainState, sums: torch.Tensor, **state: Any) -> dict[str, Any]:
-    """Weights, optimizer, `sums` over all ranks and `state`: tensors, numbers, strings and containers of them.
+def collect_state(state: TrainState, sums: torch.Tensor, **entries: Any) -> dict[str, Any]:
+    """Return the contents of a checkpoint.
 
-    The tensors are those that training goes on with.
+    Tensors are shared with the live model; call `to_host` for a copy.
+
+    Args:
+        state: The training state.
+        sums: The metric sums of the epoch so far, over all ranks.
+        entries: Further entries: tensors, numbers, strings and containers of them.
     """
     return {
         "format": FORMAT,
-        **_state_of(training),
+        **_model_state(state),
         "sums": sums,
         "threads": torch.get_num_threads(),
-        "lookahead": training.lookahead.slow if training.lookahead is not None else {},
-        "ema": training.ema.state() if training.ema is not None else {},
-        "proxy": _state_of(training.proxy.state) if training.proxy is not None else {},
-        **state,
+        "lookahead": state.lookahead.slow if state.lookahead is not None else {},
+        "ema": state.ema.state() if state.ema is not None else {},
+        "proxy": _model_state(state.proxy.state) if state.proxy is not None else {},
+        **entries,
     }
 
 
-def to_host(content: dict[str, Any]) -> dict[str, Any]:
-    """Copy a tree of tensors to host memory, which training does not change; waits once for each device copied from.
+def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Copy a tree of tensors to host memory. Waits once for each device.
 
-    Raises TypeError for what a checkpoint cannot hold.
+    Raises:
+        TypeError: If the tree contains a value that a checkpoint cannot hold.
     """
     devices: set[torch.device] = set()
-    copied: dict[str, Any] = _copied(content, devices)
+    copy: dict[str, Any] = _copy(checkpoint, devices)
     for device in devices:
         torch.cuda.synchronize(device)
-    return copied
+    return copy
 
 
-def _copied(tree: Any, devices: set[torch.device]) -> Any:
-    """Copy without waiting; adds the GPUs that copies were started from to `devices`."""
+def _copy(tree: Any, devices: set[torch.device]) -> Any:
+    """Copy without waiting, and add the GPUs that are copied from to `devices`."""
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
         if tensor.device.type == "cpu":
-            return tensor.clone()  # strides stay
+            return tensor.clone()  # keeps the strides
         devices.add(tensor.device)
-        # torch keeps pinned memory for the next time: it is dear to get
+        # Pinning memory is expensive, but torch caches pinned memory.
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    if isinstance(tree, OrderedDict):  # the state of a module, which holds the versions of its parts as an attribute
-        copied = OrderedDict((key, _copied(value, devices)) for key, value in tree.items())
-        copied.__dict__.update({key: _copied(value, devices) for key, value in vars(tree).items()})
-        return copied
+    if isinstance(tree, OrderedDict):  # a module's state_dict, with the versions of its submodules as an attribute
+        copy = OrderedDict((key, _copy(value, devices)) for key, value in tree.items())
+        copy.__dict__.update({key: _copy(value, devices) for key, value in vars(tree).items()})
+        return copy
     if isinstance(tree, dict):
-        return {_copied(key, devices): _copied(value, devices) for key, value in tree.items()}
+        return {_copy(key, devices): _copy(value, devices) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)([_copied(value, devices) for value in tree])
+        return type(tree)([_copy(value, devices) for value in tree])
     if tree is not None and type(tree) not in (bool, int, float, str, torch.dtype):
         raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__}")
     return tree
 
 
-def _state_of(training: TrainState) -> dict[str, Any]:
-    """What the training holds, or its proxy's training does: `_restore_one` puts it back."""
+def _model_state(state: TrainState) -> dict[str, Any]:
+    """Return model, optimizer and scaler, of the run or of its proxy model."""
     return {
-        "model": training.network.state_dict(),
-        "optimizer": _portable(training.optimizer.state_dict()),
-        "scaler": training.scaler.state_dict(),
+        "model": state.network.state_dict(),
+        "optimizer": _portable(state.optimizer.state_dict()),
+        "scaler": state.scaler.state_dict(),
     }
 
 
-def _portable(state: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state as a run without CUDA graphs has it, so that one made on a GPU goes on on a CPU."""
-    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+def _portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state without traces of CUDA graphs, so that a run on the CPU can resume from it."""
+    groups = [group | {"lr": float(group["lr"])} for group in state_dict["param_groups"]]
     for group in groups:
         if "capturable" in group:
             group["capturable"] = False
-    return state | {"param_groups": groups}
+    return state_dict | {"param_groups": groups}
 
 
-def invalid_entry(content: dict[str, Any]) -> str | None:
-    """The first part whose form is another, among those that are there."""
+def invalid_entry(checkpoint: dict[str, Any]) -> str | None:
+    """Return the name of the first entry with a wrong type, or None."""
     for name, kind in ENTRY_TYPES.items():
-        part = content.get(name, kind())
-        if not isinstance(part, kind):
+        entry = checkpoint.get(name, kind())
+        if not isinstance(entry, kind):
             return name
-        if name in TENSOR_ENTRIES and not _are_tensors(part):
+        if name in TENSOR_ENTRIES and not _are_tensors(entry):
             return name
-    position = content.get("position", {"epoch": 0, "step": 0})
+    position = checkpoint.get("position", {"epoch": 0, "step": 0})
     if not all(type(position.get(key)) is int and position[key] >= 0 for key in ("epoch", "step")):
         return "position"
-    if not all(type(time) in (int, float) for time in content.get("times", {}).values()):
+    if not all(type(time) in (int, float) for time in checkpoint.get("times", {}).values()):
         return "times"
     return None
 
 
-def _are_tensors(part: Any) -> bool:
-    return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items())
+def _are_tensors(entry: Any) -> bool:
+    return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entry.items())
 
 
-def require_keys(content: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Refuse a checkpoint without these of its parts, as another program or version may write it."""
-    if missing := [name for name in names if name not in content]:
-        raise UserError(f"checkpoint {path} holds no {' and no '.join(missing)}, as those of train/ddp.py do; "
-                        "take another one")  # fmt: skip
+def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Raise UserError if entries are missing, e.g. in a checkpoint of another program or version."""
+    if missing := [name for name in names if name not in checkpoint]:
+        raise UserError(
+            f"checkpoint {path} holds no {' and no '.join(missing)}, as those of train/ddp.py do; give another one"
+        )

@@ -1,7 +1,4 @@
-"""Saving, loading and restoring: which file a checkpoint goes to, which one is trusted, and what training takes of it.
-
-`content` knows what it holds, `checkpoint_file` the bytes and how they are verified, `durable` how a file stays whole.
-"""
+"""Save and load the checkpoint files of a run."""
 
 from __future__ import annotations
 
@@ -21,53 +18,56 @@ from train.checkpoint import format
 from train.checkpoint.state import collect_state, invalid_entry, to_host
 from train.engine.epoch import TrainState
 
-DEVICE_FIELDS = ("lr", "capturable")  # fields of the optimizer's groups that depend on the device, not on the run
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # of a run; previous: the one before the last
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous: the one before the last
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint of `to_host`: at every instant the file of this name is the old one or the new one, whole.
+# Saving
 
-    Raises UserError where the disk does not take it; then the files there are as they were.
+
+def write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of `to_host` atomically.
+
+    Raises:
+        UserError: If it cannot be written. Existing files are unchanged.
     """
-    with _one_sentence(path):
-        files.atomic_write(path, lambda file: format.fill(file, content))
+    with _write_errors(path):
+        files.atomic_write(path, lambda file: format.write(file, checkpoint))
 
 
-def write_last(folder: Path, content: dict[str, Any]) -> None:
-    """`write` to last.pt; the last.pt of before is previous.pt from then on, unless it is damaged."""
+def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Write last.pt atomically. The existing last.pt becomes previous.pt, unless it is damaged."""
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() or (previous.exists() and not is_intact(last)):
-        write(last, content)
+        write(last, checkpoint)
         return
-    with _one_sentence(last):
-        files.replace_and_keep(last, previous, lambda file: format.fill(file, content))
+    with _write_errors(last):
+        files.replace_and_keep(last, previous, lambda file: format.write(file, checkpoint))
 
 
 def recover_interrupted_save(folder: Path) -> None:
-    """Of a save in which a run was killed nothing stays in its folder, where the file system lets it be removed."""
-    with suppress(OSError):  # which the next save names
+    """Complete a save that was killed, and remove its temporary files where possible."""
+    with suppress(OSError):  # the next save reports it
         files.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
         files.remove_temporary(folder / BEST)
 
 
-def save(path: Path, training: TrainState, sums: torch.Tensor, **state: Any) -> None:
-    """Write a checkpoint here and now."""
-    write(path, to_host(collect_state(training, sums, **state)))
+def save(path: Path, state: TrainState, sums: torch.Tensor, **entries: Any) -> None:
+    """Write a checkpoint synchronously. Arguments as in `collect_state`."""
+    write(path, to_host(collect_state(state, sums, **entries)))
 
 
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """An OSError inside is a UserError that says what to do."""
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         there = [name for name in (LAST, PREVIOUS, BEST) if (path.parent / name).is_file()]
-        stay = "stays as it was" if len(there) == 1 else "stay as they were"
-        earlier = f"the earlier {' and '.join(there)} there {stay}" if there else "there is no earlier one"
+        unchanged = "is unchanged" if len(there) == 1 else "are unchanged"
+        earlier = f"the earlier {' and '.join(there)} there {unchanged}" if there else "there is no earlier one"
         raise UserError(
-            f"cannot write checkpoint {path} ({error.strerror or error}); {earlier}: free space, or move the run's "
-            "folder and name its new place by --output, then --resume auto goes on"
+            f"cannot write checkpoint {path} ({error.strerror or error}); {earlier}: free space, or move the run "
+            "directory and give its new location as --output, then resume with --resume auto"
         ) from None
 
 
@@ -75,36 +75,47 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, in host memory, verified before anything else; no code in it is ever run."""
+    """Verify and load a checkpoint into host memory. Never runs code from the file.
+
+    Raises:
+        UserError: If it is missing, damaged, or from another program.
+    """
     try:
         return _read(path)
     except ValueError as error:
-        advice = "give a run folder or a .pt file" if not path.exists() else "take another one"
+        advice = "give a run folder or a .pt file" if not path.exists() else "give another one"
         raise UserError(f"checkpoint {path} {error}; {advice}") from None
 
 
 def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """(path, content) of the first that is intact; those before it are named in warnings.
+    """Load the first intact checkpoint, and warn about the ones before it.
 
-    Raises UserError that names all of them where none is intact, and another of their folder that is.
+    Args:
+        candidates: Files of one directory, the preferred one first.
+
+    Returns:
+        The path and the checkpoint.
+
+    Raises:
+        UserError: If none is intact. Names all of them, and another intact file of their directory.
     """
     reasons: dict[Path, str] = {}
     for path in candidates:
         try:
-            content = _read(path)
+            checkpoint = _read(path)
         except ValueError as error:
             reasons[path] = str(error)
             continue
         for damaged, reason in reasons.items():
-            warn(f"checkpoint {damaged} {reason}; {path} is taken instead")
-        return path, content
+            warn(f"checkpoint {damaged} {reason}; {path} is used instead")
+        return path, checkpoint
     folder = candidates[0].parent
     others = [folder / name for name in (LAST, PREVIOUS, BEST) if folder / name not in candidates]
     intact = next((other for other in others if is_intact(other)), None)
     if intact is not None:
         advice = f"{intact} is intact"
     elif any(path.exists() for path in candidates):
-        advice = "take another one" if len(candidates) == 1 else "start a new run without --resume"
+        advice = "give another one" if len(candidates) == 1 else "start a new run without --resume"
     else:
         advice = "give a run folder or a .pt file"
     raise UserError(f"checkpoint {', and '.join(f'{path} {reason}' for path, reason in reasons.items())}; {advice}")
@@ -120,7 +131,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether it is a checkpoint whose bytes are as they were written."""
+    """Return whether the file is a checkpoint with a correct checksum."""
     try:
         with open_plain(path) as file:
             format.verify(file)
@@ -130,9 +141,11 @@ def is_intact(path: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Raises ValueError with the reason, as the rest of a sentence that begins with the path.
+    """Verify and load a checkpoint.
 
-    Raises UserError for a file of another program, which no other candidate can stand for.
+    Raises:
+        ValueError: If it cannot be loaded. The message continues a sentence that starts with the path.
+        UserError: If it is from another program: then no other candidate can replace it.
     """
     if is_foreign(path):
         raise UserError(
@@ -142,15 +155,15 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         with open_plain(path) as file:
-            content = format.read(file)
+            checkpoint = format.read(file)
     except FileNotFoundError:
         raise ValueError("does not exist") from None
     except pickle.UnpicklingError:
         raise ValueError("is refused, since it holds more than tensors, numbers and strings") from None
-    except Exception as error:  # bytes of another program make torch's unpickler fail in every way
+    except Exception as error:  # torch's unpickler can raise anything for the bytes of another program
         text = (error.strerror if isinstance(error, OSError) else None) or str(error)
         reason = text.splitlines()[0] if text else type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None
-    if (wrong := invalid_entry(content)) is not None:
-        raise ValueError(f"cannot be read (its {wrong!r} is not what train/ddp.py writes)")
-    return content
+    if (invalid := invalid_entry(checkpoint)) is not None:
+        raise ValueError(f"cannot be read (its {invalid!r} is not what train/ddp.py writes)")
+    return checkpoint

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints in a thread, one at a time. `checkpoint` knows their files, `fit` when they are due."""
+"""Writes the checkpoints of a run in a background thread, one at a time."""
 
 from __future__ import annotations
 
@@ -16,44 +16,53 @@ from train.checkpoint.store import LAST, PREVIOUS
 from train.distributed.process_group import is_first_rank
 from train.engine.epoch import TrainState
 
-SAVE_INTERVAL_S = 300.0  # where train.save_every_steps is not set
+SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
 
 
 class CheckpointWriter:
-    """Of one run, on all ranks, of which the first writes.
+    """Writes on rank 0, and keeps track of the newest checkpoint on all ranks.
 
-    Training waits for the copy to host memory, and for the checkpoint before where that is still being written. An
-    error in writing is raised by the next call of anything here.
+    Training waits for the copy to host memory, and for the previous checkpoint if that is still being written. The next
+    call of any method raises an error of the background thread.
+
+    Args:
+        folder: The run folder.
+        state: The training state to save.
+        run_info: Entries of every checkpoint of this run. Read when saving, so the caller may change them.
     """
 
-    def __init__(self, folder: Path, training: TrainState, about: Mapping[str, Any]) -> None:
-        """about: what every checkpoint of this run says of it."""
+    def __init__(self, folder: Path, state: TrainState, run_info: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.newest: Path | None = None  # the checkpoint that the run would go on from; None: there is none yet
-        self.steps = 0  # optimizer steps of the run that it holds
-        self._training, self._about = training, about
+        self.newest: Path | None = None  # the checkpoint to resume from; None: there is none yet
+        self.steps = 0  # optimizer steps of the run at `newest`
+        self._state, self._run_info = state, run_info
         self._saved_s = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "save")
-        self._written: Future[None] | None = None
+        self._write: Future[None] | None = None
 
     def mark_saved(self, newest: Path, steps: int) -> None:
-        """The run stands where this checkpoint does."""
+        """Record that the state of the run is that of this checkpoint."""
         self.newest, self.steps = newest, steps
 
     @property
     def has_own_checkpoint(self) -> bool:
-        """Whether the newest checkpoint is one of this folder's own."""
+        """Whether the newest checkpoint is in the directory of this run."""
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
-        """Whether the newest checkpoint is older than SAVE_INTERVAL_S."""
+        """Return True if the newest checkpoint is older than SAVE_INTERVAL_S."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
-        """As the run stands now: last.pt, which the one before makes room for, or others such as best.pt.
+        """Snapshot the current state and write it to each of `names` in the background.
 
-        position: epoch, and optimizer steps done in it, which mean the same however a global batch is cut into ranks
-        and forward passes; sums: the training's over all ranks; steps: done in all.
+        The existing last.pt becomes previous.pt.
+
+        Args:
+            names: File names, e.g. last.pt and best.pt.
+            position: Epoch, and optimizer steps done in it. Independent of ranks and micro steps.
+            sums: The metric sums of the epoch so far, over all ranks.
+            steps: Optimizer steps of the run so far.
         """
         if LAST in names:
             self._saved_s = time.monotonic()
@@ -61,31 +70,32 @@ class CheckpointWriter:
         if not is_first_rank():
             return
         self.wait()
-        content = collect_state(self._training, sums, position=dict(position), **self._about)
-        self._written = self._thread.submit(write_all, self.folder, names, to_host(content))
+        checkpoint = collect_state(self._state, sums, position=dict(position), **self._run_info)
+        self._write = self._thread.submit(write_all, self.folder, names, to_host(checkpoint))
 
     def check(self) -> None:
-        """Raise what went wrong in writing, without waiting."""
-        if self._written is not None and self._written.done():
+        """Raise the error of a finished write, without waiting."""
+        if self._write is not None and self._write.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the newest checkpoint stands."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
+        """Wait until the newest checkpoint is on disk."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """A write under way ends first; by then its error is nobody's any more."""
+        """Wait for a write in progress. Its error is ignored: the run has ended by then."""
         self._thread.shutdown()
 
 
-def write_all(folder: Path, names: tuple[str, ...], content: dict[str, Any]) -> None:
+def write_all(folder: Path, names: tuple[str, ...], checkpoint: dict[str, Any]) -> None:
+    """Write one checkpoint under several names."""
     for name in names:
         if name == LAST:
-            store.write_last(folder, content)
+            store.write_last(folder, checkpoint)
         else:
-            store.write(folder / name, content)
+            store.write(folder / name, checkpoint)

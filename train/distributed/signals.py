@@ -69,7 +69,7 @@ def catch_signals() -> Iterator[PendingSignal]:
 def die_with_launcher() -> None:
     """Let the kernel send this process SIGTERM when its torchrun dies, even by SIGKILL.
 
-    Otherwise the ranks would continue, and keep their GPUs and the lock of the run directory.
+    Otherwise the ranks would continue, and keep their GPUs and the lock of the run folder.
 
     Raises:
         UserError: If torchrun is already dead.

@@ -51,7 +51,7 @@ SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('tol
         (
             "> /dev/full",
             2,
-            "error: all is done but for what was to be printed here (No space left on device); print it",
+            "error: the command succeeded, but its output could not be written (No space left on device); print",
         ),
         (">&-", 0, ""),
         ("| true", 0, ""),

@@ -26,8 +26,8 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
-        (tmp_path / "pipe", "it is no file"),
-        (Path("/dev/zero"), "it is no file"),
+        (tmp_path / "pipe", "it is not a regular file"),
+        (Path("/dev/zero"), "it is not a regular file"),
         (tmp_path, "Is a directory"),
         (tmp_path / "missing", "No such file"),
     ):

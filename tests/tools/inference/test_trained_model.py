@@ -50,7 +50,7 @@ def test_damaged_best_checkpoint_falls_back_to_last(
         warning = capsys.readouterr().err
         assert trained.path == tmp_path / "last.pt"
         assert warning.startswith(f"warning: checkpoint {tmp_path / 'best.pt'} cannot be read (its checksum is wrong")
-        assert warning.endswith(f"{tmp_path / 'last.pt'} is taken instead\n")
+        assert warning.endswith(f"{tmp_path / 'last.pt'} is used instead\n")
         with pytest.raises(UserError, match=r"best\.pt cannot be read .*last\.pt is intact$"):
             load_trained_model(tmp_path / "best.pt", device)
 

@@ -91,11 +91,11 @@ def test_a_note_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
-        known = {relaunch._launcher_id(pid) for pid in (os.getpid(), other.pid, os.getppid())}
-        assert relaunch._launcher_id(other.pid) in known
+        known = {relaunch._process_id(pid) for pid in (os.getpid(), other.pid, os.getppid())}
+        assert relaunch._process_id(other.pid) in known
         other.kill()
     assert len(known) == 3
-    _, boot, pid, started = relaunch._launcher_id(os.getpid()).rsplit(" ", 3)
+    _, boot, pid, started = relaunch._process_id(os.getpid()).rsplit(" ", 3)
     assert (len(boot), int(pid), int(started) > 0) == (36, os.getpid(), True)
 
 
@@ -108,4 +108,4 @@ def test_without_torchrun_nothing_is_noted_and_with_it_the_launch_is_its_agents(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with alone():
-        assert relaunch.launcher_ids() == [relaunch._launcher_id(os.getppid())]
+        assert relaunch.launcher_ids() == [relaunch._process_id(os.getppid())]

@@ -259,7 +259,7 @@ def test_a_folder_that_another_run_does_not_let_go_is_refused_with_its_holder(
     monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_S", 0.0)
     with another_run(tmp_path), alone(), pytest.raises(UserError) as error, lock_run_dir(tmp_path):
         pass
-    assert str(error.value).startswith(f"process 7 on machine 1 trains in {tmp_path} still; end it")
+    assert str(error.value).startswith(f"process 7 on machine 1 is still training in {tmp_path}; end it")
 
 
 def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
@@ -269,7 +269,7 @@ def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
         threading.Timer(0.5, other.kill).start()
         with alone(), lock_run_dir(tmp_path):
             assert not is_free(tmp_path)
-    assert f"process 7 on machine 1 trains in {tmp_path}, which is waited for" in capsys.readouterr().err
+    assert f"process 7 on machine 1 is training in {tmp_path}; waiting for it" in capsys.readouterr().err
 
 
 def test_a_folder_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_what_cannot_be_loaded_for_a_flipped_bit_does_not_count_as_intact(intact
 def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "last.pt")
     for path in (tmp_path / "last.pt", Path("/dev/zero")):
-        with pytest.raises(UserError, match=r"cannot be read \(it is no file\)"):
+        with pytest.raises(UserError, match=r"cannot be read \(it is not a regular file\)"):
             store.load(path)
         assert not store.is_intact(path)
 
@@ -333,12 +333,12 @@ def test_the_first_intact_checkpoint_is_taken_and_damaged_ones_are_named(
     path, content = store.load_newest([last, previous])
     assert path == previous
     assert_equal_trees(content, store.load(intact))
-    reason = "its checksum is wrong: it is damaged or of another program"
-    warning = f"warning: checkpoint {last} cannot be read ({reason}); {previous} is taken instead\n"
+    reason = "its checksum is wrong: it is damaged, or from another program"
+    warning = f"warning: checkpoint {last} cannot be read ({reason}); {previous} is used instead\n"
     assert capsys.readouterr().err == warning
     last.unlink()
     assert store.load_newest([last, previous])[0] == previous
-    assert capsys.readouterr().err == f"warning: checkpoint {last} does not exist; {previous} is taken instead\n"
+    assert capsys.readouterr().err == f"warning: checkpoint {last} does not exist; {previous} is used instead\n"
 
 
 def test_where_none_is_intact_all_are_named_and_another_one_of_the_folder(intact: Path, tmp_path: Path) -> None:

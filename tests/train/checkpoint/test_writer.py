@@ -99,8 +99,8 @@ def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
     with monkeypatch.context() as patch, CheckpointWriter(tmp_path, training, {}) as saving:
         patch.setattr(store, "write", fail)
         save(saving, training, "best.pt")
-        assert saving._written is not None
-        saving._written.exception(timeout=60)  # until it has failed
+        assert saving._write is not None
+        saving._write.exception(timeout=60)  # until it has failed
         with pytest.raises(UserError, match="cannot write"):
             save(saving, training) if through == "save" else getattr(saving, through)()
         saving.check()

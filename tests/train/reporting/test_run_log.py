@@ -125,7 +125,9 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 def test_metrics_that_never_end_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(it is no file\); mend or remove it"):
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl cannot be read \(it is not a regular file\); mend or remove it"
+    ):
         read_metrics(tmp_path)
 
 
