@@ -9,7 +9,7 @@ CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
 
-.PHONY: train test test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run format
+.PHONY: train test test-all test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -18,8 +18,17 @@ train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 digits: $(ENVIRONMENT)
 	$(PY) tools/convert.py digits --out data/digits
 
+# tests run in two processes, a file in one of them; WORKERS=0 runs them in this one
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# the fast tests: at most five minutes on two cores
 test: $(ENVIRONMENT)
-	$(PY) -m pytest -m "not gpu and not campaign"
+	$(PYTEST) -m "not gpu and not campaign and not slow"
+
+# every test that needs neither a GPU nor minutes of kills
+test-all: $(ENVIRONMENT)
+	$(PYTEST) -m "not gpu and not campaign"
 
 # all faults: hundreds of kills, flips and cuts; ZHU_FAULT_SEED repeats one that failed
 test-faults: $(ENVIRONMENT)
