@@ -199,7 +199,7 @@ def test_a_chunk_that_inflates_to_gigabytes_stays_within_bounds(scene: Scene) ->
 def test_hdf5_loads_no_plugin(scene: Scene) -> None:
     """Also where the environment names a folder of them, whose library a file would choose."""
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES["own_filter"], scene.secret)
-    code = ("import sys, h5py; from pathlib import Path; from configs.errors import UserError\n"
+    code = ("import sys, h5py; from pathlib import Path; from configs.utils.errors import UserError\n"
             "from tools.sources.hdf5 import open_hdf5\n"
             "try: open_hdf5(Path(sys.argv[1]), None, 1000)\n"
             "except UserError as error: print(h5py.h5pl.size(), error)")  # fmt: skip

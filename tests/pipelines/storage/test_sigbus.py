@@ -111,7 +111,7 @@ PROGRAM = """
 import ctypes, mmap, os, sys
 from pathlib import Path
 import numpy as np
-from pipelines.mapping import map_files
+from pipelines.storage.memory_map import map_files
 path, way = Path(sys.argv[1]), sys.argv[2]
 mapped = map_files((path,), [300_000], 2**20)
 opened = path.open("rb")
@@ -126,7 +126,7 @@ elif way == "fork":
     again = map_files((path,), [5000], 2**20)
     os.truncate(path, 0)
     child = os.fork()
-    assert again.content.sum() == 0 and again.lost.all()
+    assert again.content.sum() == 0 and again.fault_address.all()
     if child == 0:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
