@@ -8,27 +8,27 @@ from pipelines.rng import normal, uniform
 
 
 def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
-    """Whether each sample is mirrored: int32 [B] of 0 and 1."""
+    """Draw whether each sample is flipped: int32 [B], 0 or 1."""
     return (uniform(samples, seed, epoch, "flip", 1)[:, 0] < probability).astype(np.int32)
 
 
 def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
-    """Whether each sample is mirrored: drawn once per sample, the opposite in every other epoch: int32 [B] of 0 and 1.
+    """Draw a flip per sample and invert it in every other epoch: int32 [B], 0 or 1.
 
-    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498: two epochs in a row show both
-    an image and its mirror image.
+    Two consecutive epochs show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on
+    a Single GPU", arXiv:2404.00498.
     """
     return flips(samples, seed, 0, probability) ^ np.int32(epoch % 2)
 
 
 def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -> np.ndarray:
-    """Top-left corners (y, x) of crops from images padded on all sides: int32 [B, 2] in -padding..padding."""
+    """Draw top-left corners (y, x) of crops from padded images: int32 [B, 2] in -padding..padding."""
     drawn = uniform(samples, seed, epoch, "pad-crop", 2)
     return (np.floor(drawn * (2 * padding + 1)) - padding).astype(np.int32)
 
 
 def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout: int) -> np.ndarray:
-    """Top-left corners (y, x) of squares of side `cutout` inside images of side `size`: int32 [B, 2]."""
+    """Draw top-left corners (y, x) of squares of side `cutout` inside images of side `size`: int32 [B, 2]."""
     drawn = uniform(samples, seed, epoch, "cutout", 2)
     return np.floor(drawn * (size - cutout + 1)).astype(np.int32)
 
@@ -42,9 +42,9 @@ def random_resized_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Crop boxes (top, left, height, width) in pixels, int32 [B, 4], as torchvision's RandomResizedCrop draws them.
+    """Draw crop boxes (top, left, height, width) in pixels, int32 [B, 4], as torchvision's RandomResizedCrop.
 
-    Ten attempts at an area (share `scale` of the image) and an aspect ratio (log-uniform in `ratio`); the first box
+    Ten attempts draw an area (share `scale` of the image) and an aspect ratio (log-uniform in `ratio`). The first box
     that fits is taken, else the largest central box within the ratio bounds.
     """
     attempts = 10
@@ -63,7 +63,7 @@ def random_resized_crops(
     left = np.floor(drawn[:, -1] * (widths - box_width + 1))
     if not (found := fits.any(axis=1)).all():
         whole = widths / heights
-        # torchvision's box of a line of pixels can round to nothing; ours keeps one
+        # torchvision rounds the box of a one-pixel line to nothing; keep one pixel
         fallback_width = np.where(whole > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
         fallback_height = np.where(whole < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
         box_height = np.where(found, box_height, fallback_height)
@@ -82,10 +82,10 @@ def erase_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Boxes (top, left, height, width) in pixels of images of side `size`, int32 [B, 4]; all 0: nothing is erased.
+    """Draw boxes (top, left, height, width) in images of side `size`, int32 [B, 4] pixels; all 0: nothing is erased.
 
-    As torchvision's RandomErasing draws them: ten attempts at an area (share `scale` of the image) and a height / width
-    (log-uniform in `ratio`); the first box that is smaller than the image is taken, or none.
+    As torchvision's RandomErasing: ten attempts draw an area (share `scale` of the image) and a ratio height / width
+    (log-uniform in `ratio`). The first box smaller than the image is taken, or none.
     """
     boxes = np.zeros((len(samples), 4), np.int32)
     rows = np.flatnonzero(uniform(samples, seed, epoch, "erase", 1)[:, 0] < probability)
@@ -100,7 +100,7 @@ def erase_boxes(
     height, width = np.take_along_axis(heights, first, 1)[:, 0], np.take_along_axis(widths, first, 1)[:, 0]
     top = np.floor(drawn[:, -2] * (size - height + 1))
     left = np.floor(drawn[:, -1] * (size - width + 1))
-    # a box of a fraction of a pixel rounds to nothing, and is drawn all the same
+    # a box smaller than a pixel rounds to nothing but counts as drawn
     erased = fits.any(axis=1) & (height > 0) & (width > 0)
     boxes[rows] = np.where(erased[:, None], np.stack([top, left, height, width], axis=1), 0)
     return boxes
@@ -109,7 +109,7 @@ def erase_boxes(
 def erase_colors(
     samples: np.ndarray, seed: int, epoch: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> np.ndarray:
-    """Colours of the rectangles, uint8 [B, 3], normally distributed; mean and standard deviation are shares of 255."""
+    """Draw normally distributed colors, uint8 [B, 3]; mean and standard deviation are shares of 255."""
     drawn = normal(samples, seed, epoch, "erase-color", 3)
     colors = 255.0 * (np.array(mean) + np.array(std) * drawn)
     return np.clip(np.rint(colors), 0, 255).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""Mixup and CutMix as numbers: the share of each sample that stays, and the box that its neighbour fills.
+"""Draws of mixup and CutMix: the share of each sample, and the box that its neighbour fills.
 
-Neighbours are positions 2i and 2i + 1 of an epoch's order. Batches are contiguous pieces of it of even length, so that
-who is mixed with whom, and how, depends neither on ranks nor on how a global batch is cut. Knows no images; what they
-and their labels become is in train/engine/mixing.py.
+Neighbours are positions 2i and 2i + 1 of an epoch's order. Batches are contiguous parts of that order with an even
+length, so mixing depends neither on ranks nor on how a global batch is split. Images and labels are mixed in
+`train.engine`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pipelines.rng import uniform
 
 
 def mixing_enabled(mix: MixConfig) -> bool:
-    """Whether any sample of any epoch is mixed."""
+    """Return whether any sample of any epoch is mixed."""
     return (mix.mixup > 0 or mix.cutmix > 0) and mix.probability > 0 and mix.off_epoch != 0
 
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
-    """Raise UserError where a batch would leave a sample without a neighbour."""
+    """Raise UserError if a batch would leave a sample without a neighbour."""
     sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
     if mixing_enabled(mix) and odd:
@@ -32,7 +32,7 @@ def check_mixing(data: DataConfig, mix: MixConfig) -> None:
 
 
 def identity_table(samples: int) -> np.ndarray:
-    """The table of a batch that stays as it is."""
+    """Return the table of a batch that is not mixed."""
     table = np.zeros((samples, 5), np.float32)
     table[:, 0] = 1.0
     return table
@@ -50,13 +50,20 @@ def mix_table(
     world_size: int = 1,
     accumulation_steps: int = 1,
 ) -> np.ndarray:
-    """How the batch of `samples` that this rank trains on in batch `step` of `epoch` is mixed.
+    """Draw how a batch of this rank is mixed.
 
-    size: height and width of the images in pixels, whole numbers of which the boxes have.
+    Args:
+        mix: Section of the config.
+        seed: Of the run.
+        epoch, step: Of the batch; step counts batches.
+        samples: Of the batch.
+        size: Height and width of the images, pixels.
+        rank, world_size: Position of this process.
+        accumulation_steps: Batches per optimizer step.
 
     Returns:
-        float32 [B, 5]: the share of the sample itself in its image and its label, exactly what CutMix's box leaves;
-        and the box that shows the neighbour: top, bottom, left, right, all 0 for mixup and where nothing is mixed.
+        float32 [B, 5]: the share of the sample in its image and label, which is exactly the area outside of CutMix's
+        box; and the neighbour's box (top, bottom, left, right), all 0 for mixup and for samples that are not mixed.
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
         return identity_table(samples)
@@ -70,19 +77,19 @@ def mix_table(
 
 
 def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """The rows of `mix_table` that belong to keys, int64 [N]: numbers of updates, pairs or samples: float32 [N, 5].
+    """Draw rows of `mix_table` for keys, int64 [N], that number optimizer steps, pairs or samples: float32 [N, 5].
 
-    The distributions are those of timm's Mixup; its CutMix box has a centre that is uniform over the pixels, the share
-    of the area that is drawn, and is cut off at the image's edges.
+    The distributions are those of timm's Mixup. The CutMix box has a uniform center and the drawn share of the area,
+    and is clipped to the image.
     """
-    from scipy.special import betaincinv  # takes 0.1 s, and most runs mix nothing
+    from scipy.special import betaincinv  # takes 0.1 s, and most runs do not mix
 
     drawn = uniform(keys, seed, epoch, "mix", 5)
     is_mixed = drawn[:, 0] < mix.probability
     switch = mix.switch_probability if mix.mixup > 0 and mix.cutmix > 0 else float(mix.cutmix > 0)
     cuts = drawn[:, 1] < switch
     alpha = np.where(cuts, mix.cutmix, mix.mixup)
-    share = betaincinv(alpha, alpha, drawn[:, 2])  # the inverse of the distribution function of Beta(alpha, alpha)
+    share = betaincinv(alpha, alpha, drawn[:, 2])  # inverse distribution function of Beta(alpha, alpha)
     side = np.floor(size * np.sqrt(1.0 - share)).astype(np.int64)
     center = np.floor(drawn[:, 3:] * size).astype(np.int64)  # y, x
     start = np.clip(center - (side // 2)[:, None], 0, size)

@@ -1,10 +1,9 @@
-"""Names the operations of augmentation programs: what an operation is called, and what its one value means.
+"""Operations of augmentation programs, and the meaning of their values.
 
-A program is what is done to the pixels of one sample after crop and flip: one operation in each of a fixed number of
-slots, in their order. For a batch it is two arrays, `ops` int32 [B, slots] (numbers of `Op`) and `values` float32
-[B, slots]. `policies` draws programs, `dali_ops` runs them in DALI, `program_kernels` on the CPU. Values are what
-torchvision's functional operations take (transforms.v2.functional), on uint8 images of the size that training sees;
-`tests` hold both to them. Knows no images.
+A program is the list of operations applied to one sample after crop and flip (a sub-policy in AutoAugment's terms): one
+operation in each of a fixed number of slots. For a batch it is two arrays, `ops`, int32 [B, slots] (numbers of `Op`),
+and `values`, float32 [B, slots]. `policies` draws programs; `gpu.dali_ops` runs them in DALI, and `cpu.programs` on the
+CPU. Values are arguments of torchvision.transforms.v2.functional, for uint8 images of the training size.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from enum import IntEnum
 
 
 class Op(IntEnum):
-    """Name = number; its value; torchvision's function."""
+    """Operations, each with the meaning of its value and torchvision's function."""
 
     IDENTITY = 0  # no value
     SHEAR_X = 1  # tangent of the angle about the top-left corner; affine(shear=[degrees(atan(v)), 0], center=[0, 0])
     SHEAR_Y = 2  # the same; affine(shear=[0, degrees(atan(v))], center=[0, 0])
     TRANSLATE_X = 3  # whole pixels to the right; affine(translate=[value, 0])
     TRANSLATE_Y = 4  # whole pixels down; affine(translate=[0, value])
-    ROTATE = 5  # degrees counter-clockwise about the centre, keeping the size; rotate
+    ROTATE = 5  # degrees counter-clockwise about the center, keeping the size; rotate
     BRIGHTNESS = 6  # factor; adjust_brightness
     COLOR = 7  # factor; adjust_saturation
     CONTRAST = 8  # factor, about the mean grey of the image; adjust_contrast
     SHARPNESS = 9  # factor; adjust_sharpness
     POSTERIZE = 10  # bits that are kept, 0 to 8; posterize
     SOLARIZE = 11  # threshold 0 to 256: pixels at or above it are inverted; solarize
-    SOLARIZE_ADD = 12  # 0 to 128, added to pixels below 128; none of torchvision's, timm's solarize_add
+    SOLARIZE_ADD = 12  # 0 to 128, added to pixels below 128; timm's solarize_add, not in torchvision
     AUTO_CONTRAST = 13  # no value; autocontrast
     EQUALIZE = 14  # no value; equalize
     INVERT = 15  # no value; invert
@@ -39,25 +38,25 @@ class Op(IntEnum):
 
 
 GEOMETRIC = frozenset({Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE})
-SlotOps = tuple[frozenset[Op], ...]  # of each slot, the operations that may stand there, IDENTITY aside
+SlotOps = tuple[frozenset[Op], ...]  # the operations that each slot may have, besides IDENTITY
 
 
 def blur_radius(largest_sigma: float) -> int:
-    """Pixels on each side that a blur of at most this standard deviation looks at; the kernel has 2 * radius + 1."""
+    """Return the radius in pixels for blurs up to this standard deviation; the kernel has 2 * radius + 1 pixels."""
     return max(1, round(3 * largest_sigma))
 
 
 def grey_levels(mean: Sequence[float]) -> tuple[int, int, int]:
-    """A colour of three shares from 0 to 1, such as the data set's mean, in whole grey levels: red, green, blue."""
+    """Convert a color from shares, 0 to 1, to whole grey levels: red, green, blue."""
     red, green, blue = (round(255 * share) for share in mean)
     return red, green, blue
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What all programs of a run have in common."""
+    """Properties common to all programs of a run."""
 
     slots: SlotOps
-    bilinear: bool  # how GEOMETRIC operations resample; else the nearest pixel
-    fill: tuple[int, int, int]  # grey levels, red green blue, that they show outside of the image
+    bilinear: bool  # interpolation of GEOMETRIC operations; else nearest
+    fill: tuple[int, int, int]  # grey levels outside of the image, red green blue
     radius: int  # of BLUR, see `blur_radius`

@@ -1,7 +1,7 @@
-"""Draws augmentation programs, see `pipelines.ops`, and says what all programs of a run have in common. Plain NumPy.
+"""Draws augmentation programs, see `ops`.
 
-Slots, in this order: the layers of aug.auto, the colour jitter, grayscale, blur. Each draws from streams of its own, so
-that turning one of them on or off never changes what the others draw. Knows no images and no DALI.
+Slots in order: the layers of aug.auto, color jitter, grayscale, blur. Each draws from its own random streams, so that
+switching one on or off never changes the draws of the others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pipelines.augment.ops import Op, Programs, SlotOps, blur_radius, grey_level
 from pipelines.rng import uniform
 
 JITTERS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.HUE)
-SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # of each slot, operations [B] and values [B]
+SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # per slot, operations [B] and values [B]
 
 
 def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
-    """What all programs of these settings have in common; None if they ask for none. `mean`: the data set's, 0 to 1."""
+    """Return the common properties of the programs of `aug`; None without programs. mean: Of the data set, 0 to 1."""
     slots = _auto_slots(aug.auto) + _jitter_slots(aug.color_jitter)
     if aug.grayscale > 0:
         slots += (frozenset({Op.GRAYSCALE}),)
@@ -44,9 +44,10 @@ def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs
 def draw_programs(
     aug: AugConfig, samples: np.ndarray, seed: int, epoch: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Programs of the samples with indices `samples`, int64 [B], that are trained on at `size` x `size` pixels.
+    """Draw the programs of samples, int64 [B], trained at `size` x `size` pixels.
 
-    Returns operations, int32 [B, slots], and values, float32 [B, slots], of the slots that `build_programs` names.
+    Returns:
+        ops, int32 [B, slots], and values, float32 [B, slots], for the slots of `build_programs`.
     """
     drawn = _draw_auto(aug.auto, samples, seed, epoch, size)
     drawn += _draw_jitter(aug.color_jitter, samples, seed, epoch)
@@ -113,13 +114,13 @@ def _draw_auto_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, 
     for layer in range(2):
         drawn = uniform(samples, seed, epoch, f"auto-{layer}", 2)
         applied = drawn[:, 0] < policies.probabilities[chosen, layer]
-        ops = np.where(applied, policies.ops[chosen, layer], Op.IDENTITY)  # whose values in the table are 0
+        ops = np.where(applied, policies.ops[chosen, layer], Op.IDENTITY)  # its values in the table are 0
         layers.append((ops, table[ops, policies.bins[chosen, layer], (drawn[:, 1] * 2).astype(np.int64)]))
     return layers
 
 
 def _strengths(jitter: ColorJitterConfig) -> tuple[float, ...]:
-    """Of JITTERS; all 0 if no sample is jittered."""
+    """Return the strengths of JITTERS; all 0 if no sample is jittered."""
     if jitter.probability == 0:
         return (0.0,) * len(JITTERS)
     return jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
@@ -131,7 +132,7 @@ def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
 
 
 def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
-    """As torchvision's ColorJitter: uniform factors, applied in an order that is drawn for each sample."""
+    """Draw as torchvision's ColorJitter: uniform factors, applied in a random order per sample."""
     strengths = np.array(_strengths(jitter))
     orders = _orders(tuple((strengths > 0).tolist()))
     if orders.shape[1] == 0:
@@ -149,9 +150,9 @@ def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoc
 
 @lru_cache
 def _orders(used: tuple[bool, ...]) -> np.ndarray:
-    """All 24 orders of the four jitters, each without those that are not used: int64 [24, number of used].
+    """Return all 24 orders of the four jitters, each without the unused ones: int64 [24, number of used].
 
-    All four are ordered in any case, so that turning one on leaves the order of the others as it was.
+    Always ordering all four keeps the order of the others when one is switched on.
     """
     orders = itertools.permutations(range(len(used)))
     return np.array([[jitter for jitter in order if used[jitter]] for order in orders], np.int64)

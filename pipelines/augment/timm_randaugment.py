@@ -1,7 +1,7 @@
-"""RandAugment as timm defines it: the operations, their values by magnitude, and what is drawn for each layer.
+"""RandAugment as defined by timm: operations, values by magnitude, and the draws of each layer.
 
-Source: timm.data.auto_augment; `configs.rand_augment` reads its strings. One difference: shifts are rounded to whole
-pixels, since TRANSLATE knows no others, where timm interpolates. Knows no images and no DALI.
+Source: timm.data.auto_augment. One difference: translations are rounded to whole pixels, where timm interpolates.
+`configs.schema.rand_augment` parses the policy strings.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pipelines.rng import normal, uniform
 
 SCALE = 10.0  # the magnitude at which an operation has its full span
 MAX_SIGMA = 2.0  # of BLUR, pixels
-_DRAWN = 0  # a sign that is drawn
+_DRAWN = 0  # sign drawn per sample
 
 
 class Formula(NamedTuple):
-    """value = base + sign * span * magnitude / SCALE, kept within lowest and highest."""
+    """value = base + sign * span * magnitude / SCALE, clipped to lowest and highest."""
 
     op: Op
     base: float = 0.0
@@ -33,7 +33,7 @@ class Formula(NamedTuple):
     whole: bool = False  # span * magnitude / SCALE is truncated to a whole number
 
 
-_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # their span is a share of the image's side
+_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # their span is a share of the image size
 _WITHOUT_VALUE = tuple(Formula(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT))
 _GEOMETRY = (
     Formula(Op.ROTATE, span=30.0),
@@ -61,7 +61,7 @@ _INCREASING = (
     _SOLARIZE_ADD,
     *(Formula(op, base=1.0, span=0.9, lowest=0.1) for op in _ENHANCEMENTS),
 )
-_THREE = (  # 3-Augment of arXiv:2204.07118, where a magnitude of 0 already takes half of the colour
+_THREE = (  # 3-Augment, arXiv:2204.07118; magnitude 0 already removes half of the color
     _SOLARIZE,
     Formula(Op.COLOR, base=0.5, sign=-1, span=0.5, lowest=0.0),
     Formula(Op.BLUR, base=0.1, sign=1, span=1.9, highest=MAX_SIGMA),
@@ -78,7 +78,7 @@ _WEIGHTS_BESIDE_THREE = {
 
 
 class Space(NamedTuple):
-    """What a layer chooses from: arrays [formulas], one row of `Formula` each."""
+    """The formulas that a layer chooses from, as arrays [formulas]."""
 
     ops: np.ndarray  # int32
     base: np.ndarray
@@ -87,13 +87,13 @@ class Space(NamedTuple):
     lowest: np.ndarray
     highest: np.ndarray
     whole: np.ndarray  # bool
-    shift: np.ndarray  # bool: whether it is one of _SHIFTS
-    weights: np.ndarray | None  # None: all are equally likely, and a sample may meet one twice
+    shift: np.ndarray  # bool, one of _SHIFTS
+    weights: np.ndarray | None  # None: uniform, with replacement
 
 
 @lru_cache
 def space(increasing: bool, operations: str | None) -> Space:
-    """The space of a string's parts inc and t."""
+    """Return the space for the parts `inc` and `t` of a policy string."""
     weights: list[float] | None = None
     if operations == "weights":
         formulas = _INCREASING
@@ -108,10 +108,8 @@ def space(increasing: bool, operations: str | None) -> Space:
         formulas = _INCREASING if increasing else _PLAIN
     ops, base, sign, span, lowest, highest, whole = (np.array(column) for column in zip(*formulas, strict=True))
     shift = np.isin(ops, list(_SHIFTS))
-    return Space(
-        ops.astype(np.int32), base, sign, span, lowest, highest, whole, shift,
-        None if weights is None else np.array(weights),
-    )  # fmt: skip
+    columns = ops.astype(np.int32), base, sign, span, lowest, highest, whole, shift
+    return Space(*columns, weights=None if weights is None else np.array(weights))
 
 
 @lru_cache
@@ -123,9 +121,9 @@ def parse(policy: str) -> tuple[RandAugmentSpec, Space]:
 def op_values(
     space: Space, choices: np.ndarray, magnitudes: np.ndarray | float, negative: np.ndarray, size: int
 ) -> np.ndarray:
-    """Values of the formulas `choices` [B] at magnitudes [B], on images of side `size`: float64 [B].
+    """Return values of the formulas `choices` [B] at magnitudes [B], for images of side `size`: float64 [B].
 
-    `negative`, bool [B], is the sign where it is drawn.
+    negative: bool [B], the drawn signs.
     """
     shift = space.shift[choices]
     change = magnitudes / SCALE * space.span[choices]
@@ -139,7 +137,7 @@ def op_values(
 def draw_layers(
     policy: str, samples: np.ndarray, seed: int, epoch: int, size: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each layer of the string `policy`, operations int32 [B] and values float64 [B]; see `pipelines.ops`."""
+    """Draw each layer of a policy string: operations int32 [B] and values float64 [B], see `ops`."""
     spec, choice = parse(policy)
     chosen = None if choice.weights is None else _without_replacement(choice.weights, samples, seed, epoch)
     layers = []
@@ -159,13 +157,13 @@ def _magnitudes(spec: RandAugmentSpec, samples: np.ndarray, seed: int, epoch: in
         magnitudes = uniform(samples, seed, epoch, purpose, 1)[:, 0] * spec.magnitude
     elif spec.deviation > 0:
         magnitudes = spec.magnitude + spec.deviation * normal(samples, seed, epoch, purpose, 1)[:, 0]
-    return np.clip(magnitudes, 0.0, spec.largest or SCALE)  # timm takes mmax0 for no mmax at all
+    return np.clip(magnitudes, 0.0, spec.largest or SCALE)  # timm treats mmax0 as no mmax
 
 
 def _without_replacement(weights: np.ndarray, samples: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """All numbers of formulas in the order in which they are chosen, int64 [B, formulas].
+    """Draw all formulas in a weighted random order, int64 [B, formulas].
 
-    Exponential waiting times at rates `weights` end in the order of weighted draws without replacement.
+    Exponential waiting times with rates `weights` end in the order of weighted draws without replacement.
     Source: Efraimidis and Spirakis, "Weighted Random Sampling with a Reservoir", 2006.
     """
     waiting = -np.log1p(-uniform(samples, seed, epoch, "auto-choice", len(weights))) / weights

@@ -1,4 +1,4 @@
-"""The operations of RandAugment, TrivialAugment and AutoAugment as torchvision defines them: tables, no randomness."""
+"""Tables of RandAugment, TrivialAugment and AutoAugment as defined by torchvision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SPACE = (
     Op.IDENTITY, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR,
     Op.CONTRAST, Op.SHARPNESS, Op.POSTERIZE, Op.SOLARIZE, Op.AUTO_CONTRAST, Op.EQUALIZE,
 )  # fmt: skip
-"""What RandAugment (arXiv:1909.13719) and TrivialAugment (arXiv:2103.10158) choose from, all equally likely."""
+"""Operations of RandAugment (arXiv:1909.13719) and TrivialAugment (arXiv:2103.10158), all equally likely."""
 AUTO_AUGMENT_BINS = 10  # magnitude bins of the sub-policies below
 
 
 class SubPolicies(NamedTuple):
-    """Sub-policies of AutoAugment: each array [sub-policies, 2], one column for each of its two operations."""
+    """Sub-policies of AutoAugment as arrays [sub-policies, 2], one column per operation."""
 
     ops: np.ndarray  # int32, numbers of Op
     probabilities: np.ndarray  # float64
@@ -27,10 +27,10 @@ class SubPolicies(NamedTuple):
 
 @lru_cache(maxsize=16)
 def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
-    """Values of the operations on images of side `size`: float32 [len(Op), bins, 2], see `pipelines.ops`.
+    """Return values of the operations for images of side `size`: float32 [len(Op), bins, 2], see `ops`.
 
-    Last axis: the magnitude with a plus and with a minus sign; both are the same where an operation has no sign.
-    `wide` is TrivialAugment's wide space, else it is that of RandAugment and AutoAugment.
+    Last axis: the magnitude with plus and minus sign; equal for operations without a sign.
+    wide: TrivialAugment's wide space, else that of RandAugment and AutoAugment.
     """
     shear, pixels, degrees, change, bits = (
         (0.99, 32.0, 135.0, 0.99, 6) if wide else (0.3, 150 / 331 * size, 30.0, 0.9, 4)
@@ -44,15 +44,15 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
     table[Op.POSTERIZE] = np.rint(8 - np.arange(bins) / ((bins - 1) / bits))[:, None]
     table[Op.SOLARIZE] = 255.0 * _linspace(1.0, 0.0, bins)
     values = table.astype(np.float32)
-    values.flags.writeable = False  # every caller gets the same array
+    values.flags.writeable = False  # the array is shared by all callers
     return values
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """torch.linspace of float32 bit by bit, float64 [steps, 1].
+    """Return torch.linspace of float32 bit by bit, as float64 [steps, 1].
 
-    It counts from both ends and fuses product and sum, so that 32 pixels in 31 steps pass 15.999999 instead of 16,
-    which makes a whole pixel's difference once it is truncated.
+    torch counts from both ends and fuses product and sum. So 31 steps to 32 pixels contain 15.999999 instead of 16, a
+    difference of one pixel after truncation.
     """
     low, high = np.float32(start), np.float32(end)
     step = np.float64((high - low) / np.float32(steps - 1))
@@ -63,14 +63,14 @@ def _linspace(start: float, end: float, steps: int) -> np.ndarray:
 
 @lru_cache
 def sub_policies(policy: str) -> SubPolicies:
-    """The sub-policies of autoaugment-imagenet, autoaugment-cifar10 or autoaugment-svhn."""
+    """Return the sub-policies of autoaugment-imagenet, autoaugment-cifar10 or autoaugment-svhn."""
     pairs = {"autoaugment-imagenet": _IMAGENET, "autoaugment-cifar10": _CIFAR10, "autoaugment-svhn": _SVHN}[policy]
     columns = np.array(pairs, np.float64).transpose(2, 0, 1)
     return SubPolicies(columns[0].astype(np.int32), columns[1], columns[2].astype(np.int64))
 
 
-# (operation, probability, magnitude bin) twice; source: Cubuk et al., "AutoAugment", arXiv:1805.09501, appendix, in
-# torchvision's reading; operations without a value have bin 0
+# (operation, probability, magnitude bin) twice. Source: Cubuk et al., "AutoAugment", arXiv:1805.09501, appendix, as
+# read by torchvision. Operations without a value have bin 0.
 _IMAGENET = (
     ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
     ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 0)),

@@ -1,8 +1,8 @@
-"""Loops over the pixels of a batch, compiled by Numba: copy, crop and flip, resize. They know arrays and nothing else.
+"""Numba kernels over a batch of images: copy, crop and flip, resize; and the sort behind the shuffle.
 
-Each reads images straight from where they lie in one flat array and writes one batch, in one thread, without the GIL:
-the loader's threads take turns by batch. The pixels are those of the DALI operators in `graph`. `python -m
-pipelines.kernels` compiles them all, so that no first batch waits for it.
+Each kernel reads images from one flat array and writes one batch, in one thread, without the GIL: the loader's threads
+work on different batches. Pixels are those of the DALI operators in `dali_graph`. `python -m pipelines.cpu` compiles
+all kernels in advance.
 
 Common arguments: content: uint8 [bytes]; image_offsets: int64 [B], byte offset in `content` of each image's first
 pixel, height x width x 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. The kernels check no bounds:
@@ -21,13 +21,13 @@ from pipelines.cpu.filters import reflect_index
 from pipelines.cpu.float_intrinsics import mix_pixels, mix_three_pixels, mix_two_pixels
 from pipelines.cpu.jit import kernel
 
-PREFETCH_BYTES = 2**14  # bytes between what is asked for from memory and what is copied
+PREFETCH_BYTES = 2**14  # distance between prefetch and copy
 HALF = float32(0.5)
 
 
 @kernel
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
-    """out[i] = the out[i].size bytes at image_offsets[i]; fastest where each of them lies on whole cache lines."""
+    """Copy out[i].size bytes from image_offsets[i] to out[i]; fastest if images are whole cache lines."""
     target = out.reshape(-1)
     size = target.size // max(len(image_offsets), 1)
     last, samples_ahead = len(image_offsets) - 1, max(1, PREFETCH_BYTES // size)
@@ -37,7 +37,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
-        # Scattered samples wait for memory. The inner cache has few requests under way, the outer one many more.
+        # Scattered samples wait for memory. The outer cache has many more requests in flight than the inner one.
         ahead = image_offsets[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)
@@ -46,7 +46,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
 
 @kernel
 def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
-    """out = sorted keys (uint64 [n]) in linear time, for keys spread evenly over all of uint64, as hashes are."""
+    """Write the sorted keys (uint64 [n]) to out. Linear time for keys spread evenly over uint64, as hashes are."""
     bits = 1
     while (1 << bits) < len(keys):
         bits += 1
@@ -56,11 +56,11 @@ def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
         ends[(keys[i] >> shift) + np.uint64(1)] += 1
     for bucket in range(1 << bits):
         ends[bucket + 1] += ends[bucket]
-    for i in range(len(keys)):  # ends[bucket], so far its begin, moves on to its end
+    for i in range(len(keys)):  # ends[bucket] starts at the start of the bucket and moves to its end
         at = keys[i] >> shift
         out[ends[at]] = keys[i]
         ends[at] += 1
-    for i in range(1, len(keys)):  # the few keys that share a bucket are sorted by insertion
+    for i in range(1, len(keys)):  # insertion sort of the few keys that share a bucket
         key, place = out[i], i
         while place > 0 and out[place - 1] > key:
             out[place] = out[place - 1]
@@ -79,9 +79,9 @@ def crop_flip(
     reflect: bool,
     out: np.ndarray,
 ) -> None:
-    """The size x size pixels at offsets (y, x; int32 [B, 2]), mirrored where flips (int32 [B]) is not 0.
+    """Crop size x size pixels at offsets (y, x; int32 [B, 2]), mirrored where flips (int32 [B]) is not 0.
 
-    Outside of the image they are black, or with `reflect` its reflection, for which offsets must stay below its sides.
+    height, width: of all images, pixels. Outside of the image pixels are black, or with `reflect` its reflection.
     """
     size = out.shape[1]
     target = out.reshape(-1)
@@ -132,11 +132,11 @@ def resize(
     antialias: bool,
     out: np.ndarray,
 ) -> None:
-    """The regions from starts to ends (y, x in pixels; float32 [B, 2]) as size x size images.
+    """Resize the regions from starts to ends (y, x in pixels; float32 [B, 2]) to size x size images.
 
-    A region whose end lies left of its start comes out mirrored. heights, widths: int64 [B]. The filter is a triangle,
-    or with `cubic` Catmull-Rom's, with `antialias` as wide as the scale where it reduces; edge pixels repeat outside of
-    the image. The vertical pass keeps float32, so that each pixel is rounded once.
+    A region whose end is left of its start is mirrored. heights, widths: int64 [B]. The filter is a triangle, or
+    Catmull-Rom with `cubic`; with `antialias` it widens by the scale when reducing. Edge pixels repeat outside of the
+    image. The vertical pass keeps float32, so that each pixel is rounded once.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -151,13 +151,13 @@ def resize(
     index = np.empty((2, size), np.int64)
     weights = np.empty((2, size, taps), np.float32)
     flat_weights = weights.reshape(-1)
-    columns = size * taps  # where the weights of the columns begin
-    line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # of one row, with repeated edges
+    columns = size * taps  # where the weights of the columns start
+    line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # one row, with repeated edges
     target = out.reshape(-1)
     for sample in range(len(image_offsets)):
         height, width = heights[sample], widths[sample]
-        rows_taps = _filter(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
-        column_taps = _filter(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
+        rows_taps = _filter_weights(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
+        column_taps = _filter_weights(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
         mirrored = ends[sample, 1] < starts[sample, 1]
         low, high = index[1, 0], index[1, size - 1] + column_taps
         left, right = min(max(low, 0), width - 1), max(min(high, width), 1)
@@ -200,7 +200,7 @@ def resize(
                     column = size - 1 - x if mirrored else x
                     of_column = columns + column * taps
                     mix_pixels(target, at + 3 * x, line, index[1, column], flat_weights, of_column, column_taps)
-            column = 0 if mirrored else size - 1  # without the fourth lane, which would reach into the next row
+            column = 0 if mirrored else size - 1  # without the fourth lane, which would overwrite the next row
             for channel in range(3):
                 total = HALF
                 for tap in range(column_taps):
@@ -209,8 +209,10 @@ def resize(
 
 
 @kernel
-def _filter(start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray) -> int:
-    """The first source pixel (index [size]) and the weights [size, taps] of each target pixel; returns taps."""
+def _filter_weights(
+    start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray
+) -> int:
+    """Write the first source pixel (index) and weights [size, taps] of each target pixel; return the number of taps."""
     size = len(index)
     scale = abs(end - start) / float32(size)
     stretch = max(scale, float32(1)) if antialias else float32(1)

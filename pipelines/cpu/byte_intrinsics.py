@@ -1,6 +1,6 @@
-"""The few instructions for bytes that the kernels need and Numba does not emit on its own: wide moves and shuffles.
+"""Intrinsics for bytes that Numba does not emit on its own: wide moves, shuffles, prefetches.
 
-Each is LLVM IR, so it compiles for any processor; none checks a bound. Those for floats are in `float_intrinsics`.
+Each is LLVM IR, so it compiles for any processor. None checks bounds.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LINE = 64  # bytes of a cache line
-PIXELS = 16  # that `mirror_pixels`, `split_pixels` and `join_pixels` move at once
+PIXELS = 16  # moved at once by `mirror_pixels`, `split_pixels` and `join_pixels`
 
 _I8, _I32 = ir.IntType(8), ir.IntType(32)
 _INDEX = types.intp
 
 
-def address(context: Any, builder: Any, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type) -> Any:
-    """A pointer of `kind` to an element of the array argument number `array`."""
+def address(
+    context: Any, builder: ir.IRBuilder, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type
+) -> Any:
+    """Return a pointer of `kind` to element `offset` of the array that is argument number `array`."""
     data = context.make_array(signature.args[array])(context, builder, args[array]).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
 
 
 @intrinsic
 def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count: Any) -> Any:
-    """target[at : at + count] = source[begin : begin + count] for flat uint8 arrays."""
+    """Copy source[begin : begin + count] to target[at : at + count]; flat uint8 arrays."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         to = address(context, builder, signature, args, 0, args[1], _I8)
         cgutils.raw_memcpy(builder, to, address(context, builder, signature, args, 2, args[3], _I8), args[4], 1)
 
@@ -38,9 +40,9 @@ def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count
 
 @intrinsic
 def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """target[at : at + 4] = source[begin : begin + 4] for flat uint8 arrays: a pixel and one byte."""
+    """Copy source[begin : begin + 4], a pixel and one byte, to target[at : at + 4]; flat uint8 arrays."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         value = builder.load(address(context, builder, signature, args, 2, args[3], _I32), align=1)
         builder.store(value, address(context, builder, signature, args, 0, args[1], _I32), align=1)
 
@@ -49,9 +51,9 @@ def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any
 
 @intrinsic
 def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """One cache line from source[begin:] to target[at:], whose address is a multiple of LINE, past the cache."""
+    """Copy a cache line from source[begin:] to target[at:], bypassing the cache. The target must be aligned to LINE."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         line = ir.VectorType(_I8, LINE)
         value = builder.load(address(context, builder, signature, args, 2, args[3], line), align=1)
         store = builder.store(value, address(context, builder, signature, args, 0, args[1], line), align=LINE)
@@ -62,9 +64,9 @@ def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> A
 
 @intrinsic
 def prefetch(typing: Any, source: Any, begin: Any) -> Any:
-    """Ask for the cache line of source[begin], into the outer cache; any address is allowed."""
+    """Prefetch the cache line of source[begin] into the outer cache; any address is allowed."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         pointer = address(context, builder, signature, args, 0, args[1], _I8)
         kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -76,9 +78,9 @@ def prefetch(typing: Any, source: Any, begin: Any) -> Any:
 
 @intrinsic
 def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """PIXELS pixels of three bytes from source[begin:] to target[at:], the last one first."""
+    """Copy PIXELS pixels of three bytes from source[begin:] to target[at:] in reverse order."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block = ir.VectorType(_I8, 3 * PIXELS)
         lanes = [3 * (PIXELS - 1 - lane // 3) + lane % 3 for lane in range(3 * PIXELS)]
         order = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
@@ -91,9 +93,9 @@ def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) ->
 
 @intrinsic
 def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: Any, begin: Any) -> Any:
-    """The channels of PIXELS pixels from source[begin:] to red[at:], green[at:] and blue[at:]; all uint8, flat."""
+    """Split PIXELS pixels of source[begin:] into red[at:], green[at:] and blue[at:]; all uint8, flat."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
         value = builder.load(address(context, builder, signature, args, 4, args[5], block), align=1)
         for channel in range(3):
@@ -106,9 +108,9 @@ def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: 
 
 @intrinsic
 def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
-    """PIXELS pixels to target[at:] from their channels red[begin:], green[begin:] and blue[begin:]; all uint8, flat."""
+    """Join the channels red[begin:], green[begin:], blue[begin:] of PIXELS pixels in target[at:]; all uint8, flat."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
         planes = [
             builder.load(address(context, builder, signature, args, 2 + channel, args[5], plane), align=1)

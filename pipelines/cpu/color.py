@@ -1,9 +1,10 @@
-"""Loops that change the colours of one image in place: the part of `program_kernels` where no pixel moves.
+"""Numba kernels that change the colors of one image in place.
 
-Each is torchvision's function (transforms.v2.functional) on uint8, or timm's for solarize_add, with its order of
-float32 operations and its rounding. torch adds a scaled tensor by fused multiply-add, so these do (`fused`): that is
-defined to the last bit on every processor. image: uint8 [pixels * 3], red green blue; planes: uint8 [3, BLOCK],
-overwritten.
+Each is the function of torchvision.transforms.v2.functional on uint8 (timm's for solarize_add), with the same order of
+float32 operations and the same rounding. torch adds a scaled tensor with a fused multiply-add, so `fused` is used here:
+its result is defined to the last bit on every processor.
+
+Common arguments: image: uint8 [pixels * 3], red green blue; planes: uint8 [3, BLOCK], scratch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pipelines.cpu.float_intrinsics import fused
 from pipelines.cpu.jit import kernel
 
 ZERO, ONE, WHITE = float32(0), float32(1), float32(255)
-RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # shares of grey
+RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # weights of grey
 LEVEL = float32(1 / 255)
 SIXTH = float32(1 / 6)
 ALMOST_256 = float32(255.999)  # torchvision's scale from floats to levels
-BLOCK = 1024  # pixels whose channels are handled apart, in the innermost cache
+BLOCK = 1024  # pixels whose channels are processed separately, in the innermost cache
 
 
 @kernel
@@ -78,7 +79,7 @@ def grayscale(image: np.ndarray, planes: np.ndarray) -> None:
 
 @kernel
 def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
-    """To hue, saturation and value from 0 to 1, and back with a turned hue; each pixel without branches."""
+    """Convert to HSV, rotate the hue by `shift` of the circle, and convert back; without branches per pixel."""
     for start in range(0, len(image) // 3, BLOCK):
         reds, greens, blues = _split(image, start, planes)
         for i in range(len(reds)):
@@ -93,7 +94,7 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
             turn = from_blue - from_green if high == red else (of_green if high == green else of_blue)
             turn = turn * SIXTH + ONE
             turn -= float32(int32(turn))
-            turn += shift + ONE  # never negative, so that dropping the fraction rounds down
+            turn += shift + ONE  # never negative, so that truncation rounds down
             turn -= float32(int32(turn))
             sixths = turn * float32(6)
             sector = int32(sixths)
@@ -118,7 +119,7 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
 
 @kernel
 def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The channels of up to BLOCK pixels from pixel `start` on, in planes, for loops of wide steps."""
+    """Split up to BLOCK pixels from pixel `start` on into planes, which loops over channels can vectorise."""
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]
     done = 0
@@ -151,7 +152,7 @@ def posterize(image: np.ndarray, bits: int) -> None:
 
 @kernel
 def solarize(image: np.ndarray, threshold: int) -> None:
-    """threshold: from 0 to 256"""
+    """Invert levels at or above threshold, 0 to 256."""
     for i in range(len(image)):
         level = image[i]
         image[i] = 255 - level if level >= threshold else level
@@ -159,7 +160,7 @@ def solarize(image: np.ndarray, threshold: int) -> None:
 
 @kernel
 def solarize_add(image: np.ndarray, added: int) -> None:
-    """timm's, for added from 0 to 128, with which no pixel below 128 gets beyond white."""
+    """Add to levels below 128, as timm's solarize_add; added: 0 to 128, so nothing overflows."""
     amount = uint8(added)
     for i in range(len(image)):
         level = image[i]
@@ -174,7 +175,7 @@ def invert(image: np.ndarray) -> None:
 
 @kernel
 def auto_contrast(image: np.ndarray, side: int) -> None:
-    """side: pixels of a row"""
+    """Stretch each channel to the full range; side: pixels of a row."""
     row = side * 3
     low, high = image[:row].copy(), image[:row].copy()
     for start in range(row, len(image), row):
@@ -195,8 +196,8 @@ def auto_contrast(image: np.ndarray, side: int) -> None:
 
 @kernel
 def equalize(image: np.ndarray) -> None:
-    """Pillow's formula."""
-    # Neighbours often have one level: counted in two places, one does not wait for the other.
+    """Equalize the histogram of each channel with Pillow's formula."""
+    # Neighbours often have the same level: two tables avoid a dependency between consecutive increments.
     counts = np.zeros((2, 3, 256), np.int32)
     pixels = len(image) // 3
     for pixel in range(pixels):
@@ -205,7 +206,7 @@ def equalize(image: np.ndarray) -> None:
         some[1, image[i + 1]] += 1
         some[2, image[i + 2]] += 1
     table = np.empty((3, 256), np.uint8)
-    below = np.empty(256, np.float64)  # in which a quotient of such whole numbers is never rounded up to one
+    below = np.empty(256, np.float64)  # float64: quotients never round up to a whole number
     for channel in range(3):
         total, last = 0, 0
         for level in range(256):

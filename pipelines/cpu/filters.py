@@ -1,4 +1,4 @@
-"""Loops that mix each pixel of one image with its neighbours: sharpness and Gaussian blur, a part of `program_kernels`.
+"""Numba kernels that filter one image: sharpness and Gaussian blur.
 
 image: uint8 [side * side * 3], changed in place; scratch: uint8, overwritten.
 """
@@ -15,20 +15,20 @@ from pipelines.cpu.float_intrinsics import LANES, blur_across, blur_down, fused
 from pipelines.cpu.jit import kernel
 
 ZERO, WHITE = float32(0), float32(255)
-NEGLIGIBLE = 2.0**-18  # a tap's weight: less than a hundredth of a grey level
+NEGLIGIBLE = 2.0**-18  # weight of a tap: less than a hundredth of a grey level
 
 
 @kernel
 def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) -> None:
-    """torchvision's adjust_sharpness: away from the mean of the neighbours, the pixel itself counted five times.
+    """Sharpen as torchvision's adjust_sharpness: blend with a 3x3 mean in which the pixel itself has weight five.
 
-    Pixels at the edge stay. scratch: at least image.size.
+    Edge pixels stay unchanged. scratch: at least image.size.
     """
     if side <= 2:
         return
     row = side * 3
     copy_bytes(scratch, 0, image, 0, len(image))
-    sums = np.empty(row, np.uint16)  # of three pixels, one below the other
+    sums = np.empty(row, np.uint16)  # of three pixels in a column
     rest = float32(1.0 - factor)
     for y in range(1, side - 1):
         start = y * row
@@ -48,10 +48,10 @@ def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) 
 
 @kernel
 def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.ndarray) -> None:
-    """torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels; outside of the image lies its reflection.
+    """Blur as torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels and reflected edges.
 
-    First down the columns into one line of float32, then along that line, so that each pixel is rounded once. Taps
-    that weigh nothing are left out. scratch: at least image.size + 2 * radius * side * 3 + LANES.
+    First down the columns into one line of float32, then along that line, so that each pixel is rounded once.
+    Negligible taps are skipped. scratch: at least image.size + 2 * radius * side * 3 + LANES.
     """
     weights = np.empty(radius + 1, np.float32)
     total = 1.0

@@ -1,7 +1,7 @@
-"""The few instructions for float32 that the kernels need and Numba does not emit on its own: lanes, and fused sums.
+"""Intrinsics for float32 that Numba does not emit on its own: vector lanes and fused multiply-adds.
 
-Each is LLVM IR, so it compiles for any processor; none checks a bound. Sums of products are fused (rounded once) only
-where a function says so, never by the compiler, so that every processor gives the same numbers.
+Each is LLVM IR, so it compiles for any processor. None checks bounds. Products and sums are fused (rounded once) only
+by explicit calls, never by the compiler, so that every processor gives the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from pipelines.cpu.byte_intrinsics import address
 
-LANES = 32  # values that `blur_down` and `blur_across` work out at once
+LANES = 32  # values computed at once by `blur_down` and `blur_across`
 
 _I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _FOUR = ir.VectorType(_FLOAT, 4)
@@ -23,15 +23,15 @@ _HALVES = ir.Constant(_FOUR, [0.5] * 4)
 _INDEX = types.intp
 
 
-def _four(builder: Any, pointer: Any, weight: Any) -> Any:
-    """Four floats times one."""
+def _four(builder: ir.IRBuilder, pointer: Any, weight: Any) -> Any:
+    """Return four floats at pointer, times weight."""
     undefined = ir.Constant(_FOUR, ir.Undefined)
     zeros = ir.Constant(ir.VectorType(_I32, 4), [0] * 4)
     lanes = builder.shuffle_vector(builder.insert_element(undefined, weight, _I32(0)), undefined, zeros)
     return builder.fmul(builder.load(pointer, align=4), lanes)
 
 
-def _to_levels(builder: Any, total: Any) -> Any:
+def _to_levels(builder: ir.IRBuilder, total: Any) -> Any:
     return builder.trunc(builder.fptosi(total, ir.VectorType(_I32, 4)), ir.VectorType(_I8, 4))
 
 
@@ -43,7 +43,7 @@ def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights
     target[at + 3] is overwritten.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         def limited(value: Any, limit: float, comparison: str) -> Any:
             bound = ir.Constant(_FOUR, [limit] * 4)
             return builder.select(builder.fcmp_ordered(comparison, value, bound), value, bound)
@@ -66,7 +66,7 @@ def _mix_of(taps: int) -> Any:
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
         """`mix_pixels` of a fixed number of taps with weights from 0 to 1 that sum up to 1."""
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
             total = _HALVES
             for k in range(taps):
                 tap = builder.add(args[5], args[5].type(k))
@@ -87,34 +87,34 @@ mix_two_pixels, mix_three_pixels = _mix_of(2), _mix_of(3)
 
 @intrinsic
 def fused(typing: Any, first: Any, second: Any, added: Any) -> Any:
-    """first * second + added in float32, rounded once; one instruction where the processor has it."""
+    """Return first * second + added in float32, rounded once; one instruction on processors that have it."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), generate
 
 
-def _widened(builder: Any, levels: Any, kind: Any) -> Any:
+def _widened(builder: ir.IRBuilder, levels: Any, kind: Any) -> Any:
     return builder.zext(levels, ir.VectorType(kind, levels.type.count))
 
 
-def _fused(builder: Any, first: Any, second: Any, added: Any) -> Any:
-    """first * second + added for vectors of floats, rounded once."""
+def _fused(builder: ir.IRBuilder, first: Any, second: Any, added: Any) -> Any:
+    """Return first * second + added for vectors of floats, rounded once."""
     kind = first.type
     function = ir.FunctionType(kind, [kind] * 3)
     name = f"llvm.fma.v{kind.count}f32"
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [first, second, added])
 
 
-def _splat(builder: Any, value: Any, count: int) -> Any:
+def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     zeros = ir.Constant(ir.VectorType(_I32, count), [0] * count)
     return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, zeros)
 
 
-def _rounded(builder: Any, values: Any) -> Any:
-    """Floats from 0 to 255 as uint8, halves to even: beside 2 ** 23 nothing but a whole number has room."""
+def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
+    """Round floats from 0 to 255 to uint8, halves to even: adding 2 ** 23 leaves no fractional bits."""
     count = values.type.count
     moved = builder.fadd(values, ir.Constant(values.type, [2.0**23] * count))
     return builder.trunc(builder.bitcast(moved, ir.VectorType(_I32, count)), ir.VectorType(_I8, count))
@@ -124,12 +124,12 @@ def _rounded(builder: Any, values: Any) -> Any:
 def mix_four_pixels(
     typing: Any, target: Any, at: Any, source: Any, upper: Any, lower: Any, right_share: Any, lower_share: Any
 ) -> Any:
-    """target[at : at + 3] = the mean of the pixels at upper, upper + 3, lower and lower + 3 of source, weighted.
+    """Write the weighted mean of the pixels at upper, upper + 3, lower and lower + 3 of source to target[at : at + 3].
 
     target, source: uint8, flat; shares: float32 from 0 to 1. target[at + 3] is overwritten.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         four = ir.VectorType(_I8, 4)
 
         def pixel(at: Any) -> Any:
@@ -150,8 +150,8 @@ def mix_four_pixels(
     return types.void(target, _INDEX, source, _INDEX, _INDEX, share, share), generate
 
 
-def _symmetric(builder: Any, weight: Any, value: Any, pair: Any, reach: Any) -> Any:
-    """weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k), for vectors of LANES floats."""
+def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach: Any) -> Any:
+    """Return weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k), for vectors of LANES floats."""
     total = cgutils.alloca_once_value(builder, builder.fmul(value, _splat(builder, weight(reach.type(0)), LANES)))
     with cgutils.for_range(builder, reach) as loop:
         tap = builder.add(loop.index, loop.index.type(1))
@@ -166,7 +166,7 @@ def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: 
     line, weights: float32; source: uint8.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         bytes_, floats = ir.VectorType(_I8, LANES), ir.VectorType(_FLOAT, LANES)
 
         def weight(tap: Any) -> Any:
@@ -195,7 +195,7 @@ def blur_across(typing: Any, target: Any, at: Any, line: Any, begin: Any, weight
     target: uint8, rounded; line, weights: float32.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         floats = ir.VectorType(_FLOAT, LANES)
 
         def weight(tap: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Loops that move the pixels of one image: shear, shift and rotate, a part of `program_kernels`.
+"""Numba kernels that warp one image: shear, translate and rotate, as torchvision's affine and rotate.
 
-Every operation is one map from a target pixel (x, y) to a place in the source, (across[0] * x + across[1] * y +
-across[2], down[0] * x + down[1] * y + down[2]) in pixels, in integers with FRACTION bits behind the point: no rounding
-adds up along a row. Sources: torchvision's affine and rotate.
+Each operation maps a target pixel (x, y) to a source position (across[0] * x + across[1] * y + across[2],
+down[0] * x + down[1] * y + down[2]) in pixels. Positions are fixed-point numbers with FRACTION fractional bits, so
+rounding errors do not accumulate along a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.cpu.jit import kernel
 
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
-ROUND = float32(2**23)  # beside it nothing but a whole number has room
+ROUND = float32(2**23)  # adding and subtracting it rounds to a whole number
 SHEAR_X, SHEAR_Y = int(Op.SHEAR_X), int(Op.SHEAR_Y)
 TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 
@@ -28,9 +28,15 @@ TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 def warp(
     image: np.ndarray, side: int, op: int, value: float, bilinear: bool, fill: np.ndarray, scratch: np.ndarray
 ) -> None:
-    """One operation of GEOMETRIC. image: uint8 [side * side * 3], changed in place; fill: uint8 [3], outside of it.
+    """Apply one operation of GEOMETRIC in place.
 
-    scratch: uint8, at least (side + 2) ** 2 * 3 + 4.
+    Args:
+        image: uint8 [side * side * 3].
+        side: Height and width, pixels.
+        op, value: See `ops.Op`.
+        bilinear: Interpolate; else take the nearest pixel.
+        fill: uint8 [3], color outside of the image.
+        scratch: uint8, at least (side + 2) ** 2 * 3 + 4.
     """
     across, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
     if op == SHEAR_X:
@@ -58,7 +64,7 @@ def _fixed(coefficients: tuple[float, float, float]) -> tuple[int, int, int]:
 
 @kernel
 def _frame(image: np.ndarray, side: int, fill: np.ndarray, framed: np.ndarray) -> None:
-    """framed = the image with one pixel of fill on all sides."""
+    """Write the image with a border of one pixel of fill to framed."""
     row = (side + 2) * 3
     for i in range(0, row, 3):
         copy_bytes(framed, i, fill, 0, 3)
@@ -80,9 +86,9 @@ def _resample(
     framed: np.ndarray,
 ) -> None:
     row = (side + 2) * 3
-    shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # whole rows, by whole rows
+    shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # rows stay rows, at whole-row distances
     for y in range(side):
-        # u, v: the first pixel's place in the frame, rounded down to a pixel; a pixel of fill stands at 0 and side + 1
+        # u, v: the first pixel's position in framed, rounded down to a pixel; positions 0 and side + 1 are fill
         u, v = across[1] * y + across[2] + ONE, down[1] * y + down[2] + ONE
         if not bilinear:
             u, v = u + HALF, v + HALF
@@ -98,7 +104,7 @@ def _resample(
 
 @kernel
 def _share(place: int) -> float:
-    """Of the pixel behind a place between two, float32 from 0 to 1."""
+    """Return the fractional part of a position, the weight of the next pixel: float32 from 0 to 1."""
     return float32(int32((place & (ONE - 1)) >> (FRACTION - 24))) * float32(2**-24)
 
 
@@ -106,7 +112,7 @@ def _share(place: int) -> float:
 def _shift_row(
     image: np.ndarray, at: int, side: int, framed: np.ndarray, begin: int, column: int, share: float
 ) -> None:
-    """The row at `begin` from pixel `column` on, mixed with what lies one pixel further by its share."""
+    """Copy the row at `begin` from pixel `column` on, interpolated with the next pixel by `share`."""
     first = min(max(-column, 0), side)
     stop = min(max(side + 1 - column, first), side)
     for x in range(first):
@@ -124,7 +130,7 @@ def _shift_row(
         target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
 
 
-# The two below write four bytes for a pixel, and the next pixel overwrites the fourth; the last one goes another way.
+# The next two write four bytes per pixel; the next pixel overwrites the fourth. The last pixel is written separately.
 
 
 @kernel
@@ -150,7 +156,7 @@ def _nearest_row(
 ) -> None:
     row, end = (side + 2) * 3, (side + 2) << FRACTION
     end_u, end_v = u + step_u * (side - 1), v + step_v * (side - 1)
-    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < end:  # then so is all that lies between
+    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < end:  # then all positions between are inside too
         for x in range(side - 1):
             copy_four(image, at + 3 * x, framed, (v >> FRACTION) * row + (u >> FRACTION) * 3)
             u += step_u

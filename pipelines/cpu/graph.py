@@ -1,9 +1,8 @@
-"""The graphs of `graph` for the CPU: the same inputs, the same pixels, by the loops in the kernels.
+"""Training and evaluation transforms on the CPU: the pixels of `dali_graph`, computed by the kernels.
 
-DALI's operators for the CPU set up every sample of every operator and copy between them; here a batch is a few calls
-that read from the files' maps and write into the batch. Pixels may differ from DALI's by one grey level where they are
-resized, since float32 sums in another order fall on the other side of a half; programs are torchvision's to the same
-degree.
+DALI's CPU operators set up every sample of every operator and copy between operators. Here a batch is a few kernel
+calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey level,
+because float32 sums are taken in another order; programs agree with torchvision to the same degree.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ Region = Callable[["Images", Draws], tuple[np.ndarray, np.ndarray]]
 
 
 class Images(NamedTuple):
-    """The images of a batch in one flat array, each in HWC order."""
+    """Images of a batch in one flat array, each in HWC order."""
 
     content: np.ndarray  # uint8 [bytes]
-    offsets: np.ndarray  # int64 [B]
-    heights: np.ndarray  # int64 [B]
+    offsets: np.ndarray  # int64 [B], bytes
+    heights: np.ndarray  # int64 [B], pixels
     widths: np.ndarray
 
 
@@ -39,17 +38,17 @@ Change = Callable[[Draws, np.ndarray], None]  # of uint8 [B, side, side, 3], in 
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """One or two stages, then changes in place; small pieces of the batch go all the way, so they stay in the cache."""
+    """One or two stages, then changes in place. Runs on small pieces of a batch, which stay in the cache."""
 
     stages: tuple[Stage, ...]
-    sides: tuple[int, ...]  # of the square images that each stage gives, pixels
+    sides: tuple[int, ...]  # of the square images that each stage writes, pixels
     changes: tuple[Change, ...]
-    _scratch: deque[np.ndarray]  # for the first of two stages
+    _scratch: deque[np.ndarray]  # output of the first of two stages
 
     CHUNK = 2**18  # bytes of a piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
-        """Write out, uint8 [B, size, size, 3]; may be called by several threads."""
+        """Write out, uint8 [B, size, size, 3]. Thread-safe."""
         if len(self.stages) == 1 and not self.changes:
             self.stages[0](images, draws, out)
             return
@@ -58,12 +57,12 @@ class CpuGraph:
         for start in range(0, count, step):
             piece = slice(start, min(start + step, count))
             some = {name: values[piece] for name, values in draws.items()}
-            self._stages(Images(images.content, *(values[piece] for values in images[1:])), some, step, out[piece])
+            self._run_stages(Images(images.content, *(values[piece] for values in images[1:])), some, step, out[piece])
             for change in self.changes:
                 change(some, out[piece])
 
-    def _stages(self, images: Images, draws: Draws, most: int, out: np.ndarray) -> None:
-        """The stages alone, for at most `most` images."""
+    def _run_stages(self, images: Images, draws: Draws, capacity: int, out: np.ndarray) -> None:
+        """Run the stages without the changes, for at most `capacity` images."""
         if len(self.stages) == 1:
             self.stages[0](images, draws, out)
             return
@@ -71,7 +70,7 @@ class CpuGraph:
         try:
             between = self._scratch.pop()
         except IndexError:
-            between = np.empty((most, side, side, 3), np.uint8)
+            between = np.empty((capacity, side, side, 3), np.uint8)
         self.stages[0](images, draws, between[:count])
         sides = np.full(count, side)
         given = Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides)
@@ -88,11 +87,16 @@ def train_graph(
     programs: Programs | None,
     mean: tuple[float, float, float],
 ) -> CpuGraph | None:
-    """`graph.train_graph`; None where stored pixels stay.
+    """Return the training transforms, for the draws of `AugmentationSampler`; None if stored pixels stay as they are.
 
-    image_shape: of the stored images, where all have one; mean: of the train split's pixels, from 0 to 1. Draws:
-    crop_start and crop_end, or offset and flip; ops and values; erase_box (int32 [B, 4]: top, left, height, width in
-    pixels) and erase_color (uint8 [B, 3]); cutout (float32 [B, 2]: top, left).
+    Args:
+        image_shape: Of the stored images; None: they differ.
+        aug: Section of the config.
+        size: Height and width of the output, pixels.
+        interpolation: "bilinear" or "bicubic".
+        antialias: Widen the filter when reducing.
+        programs: As `build_programs` returns them.
+        mean: Of the train split's pixels, from 0 to 1.
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
@@ -105,7 +109,7 @@ def train_graph(
     if aug.crop == "pad" or aug.flip > 0:
         stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
     if changes and not stages:
-        stages.append((_crop_flip(size), size))  # a copy, which unlike `kernels.copy` leaves pixels in the cache
+        stages.append((_crop_flip(size), size))  # a copy that, unlike `batch.copy`, leaves pixels in the cache
     return _graph(stages, changes)
 
 
@@ -117,7 +121,7 @@ def eval_graph(
     antialias: bool,
     squash: bool,
 ) -> CpuGraph | None:
-    """`graph.eval_graph`; None where stored pixels stay."""
+    """Return the evaluation transforms, see `dali_graph.eval_graph`; None if stored pixels stay as they are."""
     if not squash:
         return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
     return _graph(_squashed(image_shape, size, interpolation, antialias))
@@ -130,7 +134,7 @@ def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) ->
 
 
 def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float, float]) -> tuple[Change, ...]:
-    """What is done in place: programs, erasing, cutout."""
+    """Return the operations in place: programs, erasing, cutout."""
     changes: list[Change] = []
     if programs is not None:
         bilinear, fill, radius = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
@@ -141,7 +145,7 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
         )
     if aug.erase.probability > 0:
         changes.append(lambda draws, out: program_kernels.paint(out, draws["erase_box"], draws["erase_color"]))
-    if aug.cutout > 0:  # after the colours have changed, or its own would
+    if aug.cutout > 0:  # after the programs, which would change its color
         side, color = aug.cutout, np.array(grey_levels(mean), np.uint8)
 
         def cut_out(draws: Draws, out: np.ndarray) -> None:
@@ -156,7 +160,7 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
 def _central(
     shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
+    """Return stages that resize the shorter side to `shorter` and crop the central size x size pixels, where needed."""
     if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
         return []
     if shape is not None and min(shape[:2]) == shorter:
@@ -168,7 +172,7 @@ def _central(
 def _squashed(
     shape: tuple[int, int, int] | None, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Resize both sides to `size`, unless the stored images have that size."""
+    """Return a stage that resizes both sides to `size`, unless the stored images have that size."""
     if shape is not None and shape[:2] == (size, size):
         return []
     return [(_resize(lambda images, _: _whole(images), interpolation, antialias), size)]
@@ -180,9 +184,9 @@ def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of each image that the central crop shows once its shorter side has been resized to `shorter`.
+    """Return the region (start, end) that the central crop shows after resizing the shorter side to `shorter`.
 
-    As in DALI, both sides are scaled by one factor, and the longer one is rounded to whole pixels about its centre.
+    As in DALI, both sides are scaled by one factor, and the longer one is rounded to whole pixels about its center.
     """
     sides = np.stack([images.heights, images.widths], axis=1).astype(np.float64)
     scale = sides.min(axis=1, keepdims=True) / shorter  # source pixels per target pixel
@@ -199,7 +203,7 @@ def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
 
 
 def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
-    """A crop at the drawn offset (else at `corner`), and the drawn flip, of images of one shape."""
+    """Return a stage that crops at the drawn offset (else at `corner`) and flips, for images of one shape."""
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
         count = len(out)

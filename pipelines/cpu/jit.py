@@ -1,7 +1,7 @@
-"""Compile loops over pixels with Numba, and cache the machine code until its sources change.
+"""Numba decorators for kernels. Machine code is cached until one of its sources changes.
 
-The cache is beside the source, or in the user's own cache if that folder is not writable or holds files of another user
-that are not readable.
+The cache is beside the source, or in the user's own cache directory if that folder is not writable or holds unreadable
+files of another user.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numba
 from numba import cfunc, njit
 
-# Files beside this one whose code or constants kernels hold.
-SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")  # relative to pipelines
+# Files whose code or constants are compiled into kernels, relative to pipelines.
+SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile at the first call; without fast-math, so that every processor gives the same pixels."""
+    """Compile a function at its first call. No fast-math, so that every processor gives the same pixels."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         compiled = njit(cache=True, **options)(function)
@@ -30,23 +30,23 @@ def kernel(function: Callable[..., Any]) -> Any:
             with _in_users_cache():
                 compiled = njit(cache=True, **options)(function)
         cache = compiled._cache
-        # Numba looks at the function's own file, but the kept code also holds what the function calls.
-        kept = cache._cache_file
-        kept._source_stamp = (kept._source_stamp, _digest_of_sources())
-        # Another user may write there at any time.
+        # Numba checks only the function's own file, but the cached code also contains the functions that it calls.
+        cache_file = cache._cache_file
+        cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
+        # Another user may write to the folder at any time.
         cache.load_overload, cache.save_overload = map(_or_none, (cache.load_overload, cache.save_overload))
         return compiled
-    except (RuntimeError, AttributeError):  # no folder for compiled code, or a Numba that keeps it in another way
+    except (RuntimeError, AttributeError):  # no folder for compiled code, or another Numba version with other internals
         return njit(**options)(function)
 
 
 def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile what C code calls, at once; `address` of the result is a function pointer. It may call no kernel."""
+    """Compile a C callback at once; `address` of the result is its function pointer. It may not call kernels."""
 
     def compile_(function: Callable[..., Any]) -> Any:
         try:
             return cfunc(signature, cache=True)(function)
-        except (RuntimeError, OSError):  # no folder for compiled code, or one that cannot be read
+        except (RuntimeError, OSError):  # no folder for compiled code, or an unreadable one
             return cfunc(signature)(function)
 
     return compile_
@@ -54,7 +54,7 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Return whether all compiled code in a folder can be read; that of another user perhaps cannot."""
+    """Return whether all compiled code in a folder is readable; files of another user may not be."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
     except FileNotFoundError:
@@ -66,7 +66,7 @@ def _is_readable(folder: str) -> bool:
 
 @contextmanager
 def _in_users_cache() -> Iterator[None]:
-    """Let functions that are decorated inside keep their code there."""
+    """Cache the code of functions decorated inside in the user's cache directory."""
     before = numba.config.CACHE_DIR
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     numba.config.CACHE_DIR = str(cache / "numba")
@@ -77,7 +77,7 @@ def _in_users_cache() -> Iterator[None]:
 
 
 def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of a cache, so that it returns None where the system refuses a file."""
+    """Wrap a method of a cache to return None on OSError."""
 
     @wraps(method)
     def guarded(*arguments: Any) -> Any:
@@ -90,7 +90,7 @@ def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
-def _digest_of_sources() -> bytes:
+def _sources_digest() -> bytes:
     folder = Path(__file__).parents[1]
     files = sorted({file for pattern in SOURCES for file in folder.glob(pattern)})
     digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]

@@ -1,4 +1,4 @@
-"""A loop over the headers of JPEG files, compiled by Numba. It knows arrays and nothing else."""
+"""A Numba kernel that checks the headers of JPEG files."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def find_mismatches(
     widths: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """out[i] (bool [B]) = a JPEG's header cannot be parsed, or has other sides than heights[i] x widths[i] pixels.
+    """Set out[i] (bool [B]) if a JPEG header cannot be parsed or does not say heights[i] x widths[i] pixels.
 
-    content: uint8 [bytes]; offsets and sizes: [B], of the files in it. As nvImageCodec's parser reads them: up to the
-    first scan, each segment begins where the one before ends, with any number of fill bytes between them.
+    content: uint8 [bytes]; offsets and sizes: [B], of the files in it. Parses as nvImageCodec does: up to the first
+    scan, each segment starts where the previous one ends, with any number of fill bytes between them.
     """
     for sample in range(len(offsets)):
         begin = np.int64(offsets[sample])
-        out[sample] = not _is_as_said(content, begin, begin + sizes[sample], heights[sample], widths[sample])
+        out[sample] = not _matches(content, begin, begin + sizes[sample], heights[sample], widths[sample])
 
 
 @kernel
-def _is_as_said(content: np.ndarray, place: int, end: int, height: int, width: int) -> bool:
+def _matches(content: np.ndarray, place: int, end: int, height: int, width: int) -> bool:
     if end - place < 4 or content[place] != 0xFF or content[place + 1] != SOI:
         return False
     place += 2

@@ -1,7 +1,7 @@
-"""Runs augmentation programs (see `ops`) on the CPU, and paints rectangles: in place, one image after another.
+"""Numba kernels that run augmentation programs (see `augment.ops`) and paint rectangles, in place.
 
-An image's operations follow each other while it lies in the cache, and its pixels depend on nothing but its own
-program: not on the batch, the thread or the processor.
+All operations of an image run while it is in the cache. Its pixels depend only on its own program, not on the batch,
+the thread or the processor.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ AUTO_CONTRAST, EQUALIZE, INVERT, HUE, GRAYSCALE, BLUR = (
 def apply_programs(
     images: np.ndarray, ops: np.ndarray, values: np.ndarray, bilinear: bool, fill: np.ndarray, radius: int
 ) -> None:
-    """Run each image's program: ops, int32 [B, slots], with their values, float32 [B, slots].
+    """Run the program of each image.
 
-    images: uint8 [B, size, size, 3], contiguous; bilinear, fill (uint8 [3]) and radius are those of `ops.Programs`.
+    Args:
+        images: uint8 [B, size, size, 3], contiguous.
+        ops, values: int32 and float32 [B, slots].
+        bilinear, fill, radius: See `ops.Programs`; fill: uint8 [3].
     """
     side = images.shape[1]
     scratch = np.empty((side + 2 + 2 * radius) * (side + 2) * 3 + LANES, np.uint8)
@@ -46,7 +49,7 @@ def apply_programs(
             op, value = ops[sample, slot], values[sample, slot]
             if op == IDENTITY:
                 continue
-            if op <= ROTATE:  # the geometric ones
+            if op <= ROTATE:  # GEOMETRIC
                 warp(image, side, op, value, bilinear, fill, scratch)
             elif op == BRIGHTNESS:
                 color.brightness(image, value)
@@ -78,10 +81,12 @@ def apply_programs(
 
 @kernel
 def paint(images: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> None:
-    """Fill one rectangle of each image with one colour.
+    """Fill one rectangle of each image with one color.
 
-    images: uint8 [B, size, size, 3], contiguous; boxes: int32 [B, 4], top, left, height (0: none) and width in pixels,
-    cut off at the image's edges; colors: uint8 [B, 3].
+    Args:
+        images: uint8 [B, size, size, 3], contiguous.
+        boxes: int32 [B, 4], top, left, height (0: none) and width in pixels, clipped to the image.
+        colors: uint8 [B, 3].
     """
     size = images.shape[1]
     target, palette = images.reshape(-1), colors.reshape(-1)

@@ -1,7 +1,7 @@
-"""The handler of SIGBUS: memory of a mapped file that is gone becomes zeros, and is marked as lost. See `bus_guard`.
+"""The SIGBUS handler: replaces unreadable pages of a mapped file by zeros and records the fault. See `storage.sigbus`.
 
-It may run in any thread, in the middle of anything, so it is machine code that Numba compiles: it takes no lock and no
-memory, and calls nothing but mmap, sigaction and raise. Layouts are those of 64-bit Linux.
+It may interrupt any thread at any point, so it is machine code compiled by Numba that takes no lock, allocates nothing,
+and calls only mmap, sigaction and raise. Structure layouts are those of 64-bit Linux.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numba.extending import intrinsic
 
 from pipelines.cpu.jit import native_callback
 
-# The table, int64: how many rows there are, bytes of a page, address of the handler that was there before; then rows
+# The table, int64: number of rows, page size in bytes, address of the previous handler; then the rows
 ROWS, PAGE, PREVIOUS, FIRST_ROW = 0, 1, 2, 3
-BEGIN, END, LOST, COLUMNS = 0, 1, 2, 3  # of a row: addresses of a mapped file, and where it was found to be lost (or 0)
+START, END, FAULT, COLUMNS = 0, 1, 2, 3  # of a row: addresses of a mapped file; address of its last fault, or 0
 TAKE_TABLE = 0  # no signal has this number
 CODE, ADDRESS = 1, 2  # of siginfo_t, in steps of 8 bytes
 READABLE, FIXED_PRIVATE_ANONYMOUS = 1, 0x32  # of mmap
@@ -31,9 +31,9 @@ _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
 @intrinsic
 def _table_of_process(typing: Any) -> Any:
-    """A variable of the machine code itself that holds the table's address, so that the code can be kept on disk."""
+    """A global variable of the machine code that holds the table's address, so that the code can be cached on disk."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         pointer = ir.IntType(64).as_pointer()
         variable = ir.GlobalVariable(builder.module, pointer, builder.module.get_unique_name("table"))
         variable.linkage, variable.initializer = "internal", ir.Constant(pointer, None)
@@ -43,25 +43,25 @@ def _table_of_process(typing: Any) -> Any:
 
 
 def _handle(signal: int, information: Any, context: Any) -> None:
-    """Called by the system, see sigaction(2); once before that with TAKE_TABLE and the table."""
+    """Handle the signal, see sigaction(2). Called once in advance with TAKE_TABLE and the table."""
     variable = _table_of_process()
     if signal == TAKE_TABLE:
         variable[0] = information
         return
     table = variable[0]
-    is_fault = types.int32(information[CODE]) > 0  # else somebody sent the signal
+    is_fault = types.int32(information[CODE]) > 0  # else the signal was sent by a process
     if is_fault:
         address = information[ADDRESS]
         for number in range(table[ROWS]):
             row = FIRST_ROW + number * COLUMNS
-            if table[row + BEGIN] <= address and address < table[row + END]:
-                table[row + LOST] = address  # first, so that nobody takes the zeros for content
+            if table[row + START] <= address and address < table[row + END]:
+                table[row + FAULT] = address  # first, so that the zeros are never taken for content
                 page = address & -table[PAGE]
-                size = table[row + END] - page  # the rest as well: page by page there would be too many maps
+                size = table[row + END] - page  # to the end of the file: one map per page would be too many
                 if _mmap(page, size, READABLE, FIXED_PRIVATE_ANONYMOUS, -1, 0) == page:
                     return
                 break
-    _sigaction(signal, table[PREVIOUS], 0)  # it happens again, as it would have without us
+    _sigaction(signal, table[PREVIOUS], 0)  # the fault repeats and reaches the previous handler
     if not is_fault:
         _raise(signal)
 

@@ -1,8 +1,8 @@
-"""The DALI graphs, training and evaluation: with `dali_ops` the only place that knows DALI operators.
+"""DALI graphs for training and evaluation.
 
-A graph holds no state and no random operator: image bytes and draws arrive together as inputs, so a batch is a pure
-function of what is fed. Output: uint8 [B, H, W, 3] on the device. Normalisation belongs to the model. Labels go another
-way, since every input costs the thread that feeds it about 0.1 us per sample.
+A graph has no state and no random operator: images and draws arrive together as inputs, so a batch is a pure function
+of its inputs. Output: uint8 [B, H, W, 3] on the device; the model normalizes. Labels bypass the graph, since every
+input costs the feeding thread about 0.1 us per sample.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": typ
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the graph is fed."""
+    """The stored images that are fed to a graph."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
-    image_shape: tuple[int, int, int] | None  # of every stored image, where they have one shape
-    resident: bool  # npy only: batches arrive in GPU memory
+    image_shape: tuple[int, int, int] | None  # None: they differ
+    resident: bool  # npy only: batches are fed in GPU memory
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of the train split's pixels, from 0 to 1
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Where and how the graph runs."""
+    """Device and resources of a graph."""
 
     device_id: int | None  # None: the CPU
     batch_size: int
@@ -44,36 +44,41 @@ class PipelineConfig:
 
 
 def train_graph(
-    stored: ImageSpec,
-    machine: PipelineConfig,
+    spec: ImageSpec,
+    config: PipelineConfig,
     aug: AugConfig,
     size: int,
     interpolation: str,
     antialias: bool,
     programs: Programs | None,
 ) -> Pipeline:
-    """Inputs `images` and, as `aug` asks, `crop_start`, `crop_end`, `offset` or `shift`, `flip`, those of
-    `program_inputs`, `erase_start`, `erase_shape`, `erase_color` and `cutout`.
+    """Build the training graph. Its inputs are `images` and those of `dali_inputs.graph_inputs`.
 
-    Erased are `erase_shape` pixels (height, width; 0: none) from `erase_start` (y, x) on, float32 [B, 2] both; by fill
-    random in `erase_color`, whole grey levels from 0 to 255 as float32 [B, 3].
+    Args:
+        spec: The stored images.
+        config: Device and resources.
+        aug: Section of the config.
+        size: Height and width of the output, pixels.
+        interpolation: "bilinear" or "bicubic".
+        antialias: Widen the filter when reducing.
+        programs: As `build_programs` returns them.
     """
-    mean = [float(level) for level in grey_levels(stored.mean)]
+    mean = [float(level) for level in grey_levels(spec.mean)]
 
     def define() -> DataNode:
-        images = _decoded(stored, machine)
+        images = _decoded(spec, config)
         if aug.crop == "random-resized":
-            # The resampler mirrors for free: a region that ends left of where it starts comes out flipped.
+            # The resampler flips for free: a region whose end is left of its start is mirrored.
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
             images = _resized(images, interpolation, antialias, size=[size, size], **region)
         else:
             if aug.crop == "squash":
-                images = _squashed(images, stored, size, interpolation, antialias)
+                images = _squashed(images, spec, size, interpolation, antialias)
             else:
-                images = _central(images, stored, size, size, interpolation, antialias)
+                images = _central(images, spec, size, size, interpolation, antialias)
             if aug.crop == "pad" and aug.padding_mode == "reflect":
                 shift = _input("shift", layout="HW")
-                images = fn.filter(images, shift if machine.device_id is None else shift.gpu(), border="reflect_101")
+                images = fn.filter(images, shift if config.device_id is None else shift.gpu(), border="reflect_101")
             elif aug.crop == "pad":
                 images = fn.slice(
                     images, start=_input("offset"), shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad"
@@ -84,7 +89,7 @@ def train_graph(
             chosen = _input("branches") if has_choice(programs) else None
             numbers = _input("numbers") if has_numbers(programs) else None
             images = run_programs(images, programs, size, chosen, numbers)
-        if aug.erase.probability > 0:  # after the programs, which would change the colour
+        if aug.erase.probability > 0:  # after the programs, which would change its color
             fills: dict[str, Any] = {"mean": mean, "black": 0.0}
             fill = _input("erase_color") if aug.erase.fill == "random" else fills[aug.erase.fill]
             start, shape = _input("erase_start"), _input("erase_shape")
@@ -94,43 +99,52 @@ def train_graph(
             images = fn.erase(images, anchor=_input("cutout"), shape=side, axes=[0, 1], fill_value=mean)
         return images
 
-    return _pipeline(machine, define, chooses=programs is not None and has_choice(programs))
+    return _pipeline(config, define, chooses=programs is not None and has_choice(programs))
 
 
 def eval_graph(
-    stored: ImageSpec,
-    machine: PipelineConfig,
+    spec: ImageSpec,
+    config: PipelineConfig,
     size: int,
     crop_fraction: float,
     interpolation: str,
     antialias: bool,
     squash: bool,
 ) -> Pipeline:
-    """Input `images`: shorter side to size / crop_fraction, then the central size x size crop; or, to squash, the whole
-    image to size x size."""
+    """Build the evaluation graph. Its only input is `images`.
+
+    Args:
+        spec: The stored images.
+        config: Device and resources.
+        size: Height and width of the output, pixels.
+        crop_fraction: The shorter side is resized to size / crop_fraction before the central crop.
+        interpolation: "bilinear" or "bicubic".
+        antialias: Widen the filter when reducing.
+        squash: Resize the whole image to size x size instead.
+    """
     shorter = round(size / crop_fraction)
 
     def define() -> DataNode:
-        images = _decoded(stored, machine)
+        images = _decoded(spec, config)
         if not squash:
-            return _central(images, stored, shorter, size, interpolation, antialias)
-        return _squashed(images, stored, size, interpolation, antialias)
+            return _central(images, spec, shorter, size, interpolation, antialias)
+        return _squashed(images, spec, size, interpolation, antialias)
 
-    return _pipeline(machine, define)
-
-
-def decoding_graph(stored: ImageSpec, machine: PipelineConfig) -> Pipeline:
-    """Input `images`, decoded as training and evaluation do it, and nothing else."""
-    return _pipeline(machine, lambda: _decoded(stored, machine))
+    return _pipeline(config, define)
 
 
-def _pipeline(machine: PipelineConfig, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
-    """chooses: operators depend on the sample; DALI then translates the Python code first, which takes a second."""
-    # A queue of one: the loader itself decides how many iterations are under way, and feeds each of them.
+def decoding_graph(spec: ImageSpec, config: PipelineConfig) -> Pipeline:
+    """Build a graph that only decodes its input `images`, as training and evaluation do."""
+    return _pipeline(config, lambda: _decoded(spec, config))
+
+
+def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
+    """Build a pipeline. chooses: operators depend on the sample; transforming `define` then takes a second."""
+    # A queue of one: the loader decides how many iterations are in flight and feeds each of them.
     options: dict[str, Any] = {
-        "batch_size": machine.batch_size,
-        "num_threads": machine.threads,
-        "device_id": machine.device_id,
+        "batch_size": config.batch_size,
+        "num_threads": config.threads,
+        "device_id": config.device_id,
         "prefetch_queue_depth": 1,
         "exec_dynamic": True,
         "enable_conditionals": chooses,
@@ -144,27 +158,27 @@ def _input(name: str, **options: Any) -> DataNode:
     return fn.external_source(name=name, **options)  # type: ignore[return-value]
 
 
-def _decoded(stored: ImageSpec, machine: PipelineConfig) -> DataNode:
-    """Pixels on the device; fed buffers are not copied, the loader keeps them alive while DALI reads them."""
-    on_gpu = machine.device_id is not None
-    if stored.encoding == "jpeg":
+def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
+    """Return pixels on the device. Fed buffers are not copied; the loader keeps them alive while DALI reads them."""
+    on_gpu = config.device_id is not None
+    if spec.encoding == "jpeg":
         files = fn.external_source(name="images", no_copy=True)
-        # Orientation tags are ignored, as torchvision and timm do, so that a JPEG and its npy conversion agree.
+        # Orientation tags are ignored, as in torchvision and timm, so that a JPEG and its npy conversion agree.
         how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
         if on_gpu:
-            return fn.decoders.image(files, device="mixed", hw_decoder_load=machine.hw_decoder_load, **how)
+            return fn.decoders.image(files, device="mixed", hw_decoder_load=config.hw_decoder_load, **how)
         return fn.decoders.image(files, device="cpu", **how)
-    if stored.resident and on_gpu:
+    if spec.resident and on_gpu:
         return fn.external_source(name="images", device="gpu", layout="HWC", no_copy=True)
     images = fn.external_source(name="images", layout="HWC", no_copy=True)
     return images.gpu() if on_gpu else images
 
 
 def _central(
-    images: DataNode, stored: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
+    images: DataNode, spec: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> DataNode:
-    """Shorter side to `shorter`, then the central size x size crop, as far as the stored shape needs either."""
-    shape = stored.image_shape
+    """Resize the shorter side to `shorter` and crop the central size x size pixels, where the stored shape needs it."""
+    shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:
         images = _resized(images, interpolation, antialias, resize_shorter=shorter)
     if shape is None or shorter != size or shape[0] != shape[1]:
@@ -172,9 +186,9 @@ def _central(
     return images
 
 
-def _squashed(images: DataNode, stored: ImageSpec, size: int, interpolation: str, antialias: bool) -> DataNode:
+def _squashed(images: DataNode, spec: ImageSpec, size: int, interpolation: str, antialias: bool) -> DataNode:
     """Resize both sides to `size`, unless the stored images have that size."""
-    if stored.image_shape is not None and stored.image_shape[:2] == (size, size):
+    if spec.image_shape is not None and spec.image_shape[:2] == (size, size):
         return images
     return _resized(images, interpolation, antialias, size=[size, size])
 

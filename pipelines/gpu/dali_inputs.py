@@ -1,7 +1,8 @@
-"""Augmentation programs as inputs of a DALI graph: per slot the branch that runs, and the numbers that it needs.
+"""Inputs of the DALI training graph, from the draws of `AugmentationSampler`. NumPy only.
 
-Pure NumPy. `dali_ops` holds the operators of each branch and reads the numbers from the places that are written here.
-Nearly all of them are linear in an operation's value, so a batch is one look-up in a table and one multiplication.
+A program becomes, per slot, the number of the branch that runs and the numbers that it needs; `dali_ops` holds the
+operators of each branch. Nearly all numbers are linear in an operation's value, so a batch is one table look-up and one
+multiplication.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import numpy as np
 from configs.schema import AugConfig
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
 
-ROWS, COLUMNS = 3, 8  # of the numbers of one operation
+ROWS, COLUMNS = 3, 8  # shape of the numbers of one operation
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-TRUNCATED = -0.499  # added to what DALI rounds where torchvision truncates; short of a half, so that whole levels stay
-SLACK = 255.999 / 255  # torchvision's way back from [0, 1] to grey levels, for hue
+TRUNCATED = -0.499  # added where torchvision truncates and DALI rounds; above -0.5, so that whole levels stay
+SLACK = 255.999 / 255  # torchvision's scale from [0, 1] to grey levels, for hue
 
-# The function in `dali_ops` that does an operation
-BRANCH_OF = {
+# The function in `dali_ops` of each operation
+OP_BRANCH = {
     **dict.fromkeys(GEOMETRIC, "affine"),
     **dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.INVERT), "linear"),
     Op.CONTRAST: "about_mean",
@@ -33,17 +34,17 @@ BRANCH_OF = {
     Op.HUE: "hue",
     Op.BLUR: "blur",
 }
-# Branches in which some numbers leave every pixel as it is, the cheapest first: IDENTITY needs no branch beside them.
+# Branches with numbers that leave every pixel unchanged, cheapest first: beside them IDENTITY needs no own branch.
 NEUTRAL = ("linear", "affine", "about_mean", "posterize", "solarize", "solarize_add", "sharpness", "hue")
 WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 
 
 def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
-    """The branches of a slot; number i of the input `branches` is the i-th of them.
+    """Return the branches of a slot, in the order of the numbers in the input `branches`.
 
-    about_mean does all that linear does, so a slot with both has only the former.
+    about_mean includes linear, so a slot with both has only the former.
     """
-    names = {BRANCH_OF[op] for op in allowed if op is not Op.IDENTITY}
+    names = {OP_BRANCH[op] for op in allowed if op is not Op.IDENTITY}
     if "about_mean" in names:
         names.discard("linear")
     if names.isdisjoint(NEUTRAL):
@@ -52,20 +53,25 @@ def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
 
 
 def has_choice(programs: Programs) -> bool:
-    """Whether the graph takes the input `branches`: some slot has more than one."""
+    """Return whether the graph has the input `branches`: some slot has more than one branch."""
     return any(len(branches(allowed)) > 1 for allowed in programs.slots)
 
 
 def has_numbers(programs: Programs) -> bool:
-    """Whether the graph takes the input `numbers`."""
+    """Return whether the graph has the input `numbers`."""
     return any(not WITHOUT_NUMBERS.issuperset(branches(allowed)) for allowed in programs.slots)
 
 
 def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """A batch of programs, `ops` int32 [B, S] and `values` float32 [B, S], as inputs of the graph that runs them.
+    """Convert a batch of programs to inputs of the graph.
 
-    They are `branches` int32 [B, S] and `numbers` float32 [B, S, 3, 8], as far as the graph takes them; images are
-    of size x size pixels.
+    Args:
+        programs: As `build_programs` returns them.
+        ops, values: int32 and float32 [B, S], as `draw_programs` returns them.
+        size: Height and width of the images, pixels.
+
+    Returns:
+        `branches`, int32 [B, S], and `numbers`, float32 [B, S, 3, 8]; only those that the graph has.
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
@@ -74,20 +80,20 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
         feeds["branches"] = tables.branches.take(rows).reshape(ops.shape)
     if has_numbers(programs):
         ops, values = ops.reshape(-1), values.reshape(-1)
-        values = np.where(ops == Op.SOLARIZE, np.ceil(values), values)  # else one level would be half inverted
+        values = np.where(ops == Op.SOLARIZE, np.ceil(values), values)  # otherwise one level would be partly inverted
         numbers = tables.slopes.take(ops, axis=0)
         numbers *= values[:, None]
         numbers += tables.constants.take(rows, axis=0)
-        _write_curved(numbers, ops, values, size)
+        _write_nonlinear(numbers, ops, values, size)
         feeds["numbers"] = numbers.reshape(-1, len(programs.slots), ROWS, COLUMNS)
     return feeds
 
 
 def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
-    """`offset` as the input `shift`: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
+    """Convert crop offsets to filters: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
 
-    Filtering with it translates the image, and a filter's border can reflect, which no other operator of DALI does.
-    Exact, since every pixel is one pixel times 1 plus zeros, and one operator instead of slices, flips and two joins.
+    Filtering with one translates the image, and a filter's border can reflect, unlike that of other DALI operators. The
+    result is exact: each pixel is one pixel times 1 plus zeros.
     """
     filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
     filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
@@ -118,7 +124,7 @@ def graph_inputs(
 
 
 class _Tables(NamedTuple):
-    """Numbers are constants + slopes * value."""
+    """Tables by slot and operation: numbers = constants + slopes * value."""
 
     branches: np.ndarray  # int32 [S * len(Op)]
     constants: np.ndarray  # float32 [S * len(Op), ROWS * COLUMNS]
@@ -133,21 +139,21 @@ def _tables(programs: Programs) -> _Tables:
     for slot, allowed in enumerate(programs.slots):
         names = branches(allowed)
         for op in allowed - {Op.IDENTITY}:
-            name = BRANCH_OF[op]
+            name = OP_BRANCH[op]
             numbers[slot, op] = names.index(name if name in names else "about_mean")
-        still = next((name for name in NEUTRAL if name in names), "identity")
-        numbers[slot, Op.IDENTITY] = names.index(still)
-        by_slot[slot, Op.IDENTITY] = _unchanged(still)
+        neutral = next((name for name in NEUTRAL if name in names), "identity")
+        numbers[slot, Op.IDENTITY] = names.index(neutral)
+        by_slot[slot, Op.IDENTITY] = _identity_numbers(neutral)
     return _Tables(numbers.reshape(-1), by_slot.reshape(-1, ROWS * COLUMNS), slopes.reshape(-1, ROWS * COLUMNS))
 
 
 def _lines() -> tuple[np.ndarray, np.ndarray]:
-    """Constants and slopes of each operation, float32 [len(Op), ROWS, COLUMNS] both."""
+    """Return constants and slopes of each operation, float32 [len(Op), ROWS, COLUMNS] each."""
     constants, slopes = np.zeros((2, len(Op), ROWS, COLUMNS), np.float32)
     same, grey = np.eye(3), np.tile(GREY, (3, 1))
 
-    # M and T of M @ pixel + T: torchvision blends with the grey that it truncated, which is half a level darker on the
-    # average, and truncates again.
+    # M and T of M @ pixel + T: torchvision blends with a truncated grey, half a level darker on average, and truncates
+    # again.
     constants[[Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.CONTRAST, Op.INVERT, Op.POSTERIZE], :, 3] = TRUNCATED
     slopes[Op.BRIGHTNESS, :, :3] = slopes[Op.CONTRAST, :, :3] = same
     constants[Op.COLOR, :, :3], slopes[Op.COLOR, :, :3] = grey, same - grey
@@ -156,27 +162,27 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
     constants[Op.GRAYSCALE, :, :3] = grey
     constants[Op.INVERT, :, :3] = -same
     constants[Op.INVERT, :, 3] += 255
-    # M and T for the mean pixel, whose image is added
+    # M and T for the mean pixel, which is added
     constants[Op.CONTRAST, :, 4:7], slopes[Op.CONTRAST, :, 4:7] = grey, -grey
     constants[Op.CONTRAST, :, 7], slopes[Op.CONTRAST, :, 7] = -0.5, 0.5
 
-    # the rows x and y of the map from a pixel's place to where its colour comes from, from the top-left corner
+    # rows x and y of the map from target to source positions, relative to the top-left corner
     constants[list(GEOMETRIC), :2, :2] = np.eye(2)
     slopes[Op.SHEAR_X, 0, 1] = slopes[Op.SHEAR_Y, 1, 0] = 1
     slopes[Op.TRANSLATE_X, 0, 2] = slopes[Op.TRANSLATE_Y, 1, 2] = -1
 
-    # steps that saturate: 255 from the threshold on, else 0; and what a step of 255 adds
+    # saturating steps: 255 from the threshold on, else 0; and the level that a step of 255 adds
     constants[Op.SOLARIZE, :, :3], constants[Op.SOLARIZE, :, 3], slopes[Op.SOLARIZE, :, 3] = 255 * same, 255, -255
     slopes[Op.SOLARIZE_ADD, :, :3] = same / 255
 
-    constants[Op.SHARPNESS, :, 3:6] = same  # of the smoothed image
+    constants[Op.SHARPNESS, :, 3:6] = same  # for the smoothed image
     slopes[Op.SHARPNESS, :, :3], slopes[Op.SHARPNESS, :, 3:6] = same, -same
     slopes[Op.BLUR, 0, 0] = 1
     return constants, slopes
 
 
-def _unchanged(branch: str) -> np.ndarray:
-    """The numbers with which a branch changes nothing."""
+def _identity_numbers(branch: str) -> np.ndarray:
+    """Return numbers with which a branch changes nothing."""
     numbers, same = np.zeros((ROWS, COLUMNS), np.float32), np.eye(3)
     if branch == "affine":
         numbers[:2, :2] = np.eye(2)
@@ -187,34 +193,34 @@ def _unchanged(branch: str) -> np.ndarray:
         numbers[:, 4] = -numbers[:, 3]
     if branch == "posterize":
         numbers[:, 4:7] = same
-    return numbers  # of solarize and solarize_add: steps that are 0 everywhere
+    return numbers  # zeros for solarize and solarize_add: steps that are 0 everywhere
 
 
-def _write_curved(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
-    """The numbers that are not linear in the value, into float32 [B * S, ROWS * COLUMNS]."""
-    which = np.flatnonzero(ops == Op.ROTATE)
-    if which.size:
-        angles = np.radians(values[which].astype(np.float64))
+def _write_nonlinear(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
+    """Write the numbers that are not linear in the value to float32 [B * S, ROWS * COLUMNS]."""
+    rows = np.flatnonzero(ops == Op.ROTATE)
+    if rows.size:
+        angles = np.radians(values[rows].astype(np.float64))
         cosine, sine = np.cos(angles), np.sin(angles)
         middle = size / 2
         turn = (cosine, -sine, middle * (1 - cosine + sine)), (sine, cosine, middle * (1 - sine - cosine))
         for row, entries in enumerate(turn):
             for column, entry in enumerate(entries):
-                numbers[which, row * COLUMNS + column] = entry
-    which = np.flatnonzero(ops == Op.POSTERIZE)
-    if which.size:
-        step = np.exp2(8 - values[which])
+                numbers[rows, row * COLUMNS + column] = entry
+    rows = np.flatnonzero(ops == Op.POSTERIZE)
+    if rows.size:
+        step = np.exp2(8 - values[rows])
         for channel in range(ROWS):
-            numbers[which, channel * COLUMNS + channel] = 1 / step
-            numbers[which, channel * COLUMNS + 4 + channel] = step
-    which = np.flatnonzero(ops == Op.HUE)
-    if which.size:
-        for channel, away in enumerate(_hue_distances(values[which])):
-            numbers[which, channel * COLUMNS + 3] = away  # times the largest channel
-            numbers[which, channel * COLUMNS + 4] = -away  # times the smallest
+            numbers[rows, channel * COLUMNS + channel] = 1 / step
+            numbers[rows, channel * COLUMNS + 4 + channel] = step
+    rows = np.flatnonzero(ops == Op.HUE)
+    if rows.size:
+        for channel, away in enumerate(_hue_distances(values[rows])):
+            numbers[rows, channel * COLUMNS + 3] = away  # times the largest channel
+            numbers[rows, channel * COLUMNS + 4] = -away  # times the smallest
 
 
 def _hue_distances(shifts: np.ndarray) -> np.ndarray:
-    """How far shifts [n] are from the hues at which red, green and blue are strongest, the short way round: [3, n] in
-    sixths of the circle, times SLACK."""
+    """Return the signed distances of shifts [n] from the hues of red, green and blue: [3, n] in sixths of the circle,
+    times SLACK."""
     return SLACK * ((6 * shifts - np.array([[0], [2], [-2]], np.float32) + 3) % 6 - 3)

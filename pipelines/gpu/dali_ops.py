@@ -1,9 +1,8 @@
-"""The operations of augmentation programs as DALI operators; results are those of torchvision's functional operations.
+"""Operations of augmentation programs as DALI operators, with the results of torchvision's functional operations.
 
-On a GPU each operator is a launch or several, whatever the number of samples. So an operation is as few of them as
-possible, and its numbers arrive as arguments of operators, which need neither a place on the GPU nor a launch. The
-workhorse is coord_transform: M @ pixel + T of the sample, rounded and saturated. `program_inputs` says where the
-numbers of a sample stand.
+On a GPU each operator costs one or more launches, independent of the number of samples. So each operation uses as few
+operators as possible, and its numbers are operator arguments, which need no GPU memory and no launch. Most use
+coord_transform: M @ pixel + T, rounded and saturated. See `dali_inputs.program_inputs` for the layout of the numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ UINT8 = types.DALIDataType.UINT8
 
 
 def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, numbers: Any) -> DataNode:
-    """The slots one after another, on images uint8 [size, size, 3].
+    """Run all slots on images uint8 [size, size, 3].
 
-    chosen, numbers: `branches` and `numbers` of `program_inputs` as data nodes; None where it gives none.
+    chosen, numbers: The inputs `branches` and `numbers` of `program_inputs`; None if the graph does not have them.
     """
     for slot, allowed in enumerate(programs.slots):
-        ways = [BRANCHES[name] for name in branches(allowed)]
-        number: Any = chosen[slot] if len(ways) > 1 else None  # a single branch runs for all samples, without a choice
-        images = select(ways, number, images, numbers=numbers, slot=slot, programs=programs, size=size)
+        candidates = [BRANCHES[name] for name in branches(allowed)]
+        number: Any = chosen[slot] if len(candidates) > 1 else None  # a single branch runs for all samples
+        images = select(candidates, number, images, numbers=numbers, slot=slot, programs=programs, size=size)
     return images
 
 
@@ -40,13 +39,13 @@ def identity(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Brightness, saturation, grey, inversion."""
+    """Apply a linear map: brightness, saturation, grayscale, inversion."""
     return fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
 def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """All that is linear, and contrast: the mean pixel's own linear map is added."""
+    """Apply a linear map and contrast: a linear map of the mean pixel is added."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
     return fn.cast(fn.coord_transform(images, MT=numbers[slot, :, 0:4]) + added, dtype=UINT8)
@@ -54,7 +53,7 @@ def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataN
 
 @augmentation
 def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
-    """The operator fills with one number: colours are mixed in by the share that a fourth channel has lost."""
+    """Warp; the operator fills with one number, so a fill color is blended in through an alpha channel."""
     how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
     fill = np.array(programs.fill, np.float32)
     if len(set(programs.fill)) == 1:
@@ -67,7 +66,7 @@ def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Pr
 
 @augmentation
 def posterize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Divide, truncate, multiply."""
+    """Divide, truncate and multiply."""
     levels = fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
     return fn.coord_transform(levels, MT=numbers[slot, :, 4:8], dtype=UINT8)
 
@@ -85,7 +84,7 @@ def solarize_add(images: DataNode, _: None, numbers: DataNode, slot: int) -> Dat
 
 @augmentation
 def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int) -> DataNode:
-    """A blend with the smoothed image, which keeps the pixels at the border as they are."""
+    """Blend with the smoothed image, whose border pixels are unchanged."""
     kernel = np.full((3, 3), 1 / 13, np.float32)
     kernel[1, 1] = 5 / 13
     inside = fn.filter(images, types.Constant(kernel, device=images.device), mode="valid")
@@ -99,7 +98,7 @@ def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int
 def auto_contrast(images: DataNode, _: None) -> DataNode:
     low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
     extent = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - low
-    varies = fn.coord_transform(extent, M=255.0, dtype=UINT8)  # 0 in a channel of one level, which stays as it is
+    varies = fn.coord_transform(extent, M=255.0, dtype=UINT8)  # 0 in a channel of one level, which stays unchanged
     low = low & varies
     scale = (extent | (varies ^ _WHITE)) * (1 / 255)
     return fn.cast(math.floor((images - low) / scale), dtype=UINT8)
@@ -107,35 +106,35 @@ def auto_contrast(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def equalize(images: DataNode, _: None, size: int) -> DataNode:
-    """Pillow's table from DALI's: the one counts the pixels below a level, the other those up to it.
+    """Equalize by Pillow's table, derived from DALI's: Pillow counts the pixels below a level, DALI those up to it.
 
-    The equalized negative counts the pixels from a level upwards, so what it lacks is what lies below. Pillow then
-    divides by a whole number of pixels per level, which leaves out the brightest level that occurs.
+    The equalized negative counts the pixels from a level upwards; its complement is the count below. Pillow then
+    divides by a whole number of pixels per level, which excludes the brightest level that occurs.
     """
     pixels = size * size
-    below = fn.equalize(images ^ _WHITE) ^ _WHITE  # 255 * share of the pixels but the brightest ones
+    below = fn.equalize(images ^ _WHITE) ^ _WHITE  # 255 * share of the pixels except the brightest ones
     brightest = (images == fn.reductions.max(images, axes=[0, 1], keep_dims=True)) * _WHITE
     share = fn.reductions.mean(brightest, axes=[0, 1], keep_dims=True)
-    # 0.25 pixels keep a quotient that is whole from ending up just below
+    # 0.25 pixels keep whole quotients from being rounded just below
     step = fn.coord_transform(share, M=-pixels / 255**2, T=(pixels + 0.25) / 255)
     factor = step / math.max(math.floor(step), 1.0)
-    valid = math.floor(factor)  # 1, or 0 where there is less than a pixel per level and the channel stays as it is
+    valid = math.floor(factor)  # 1; or 0 with less than a pixel per level, where the channel stays unchanged
     return fn.cast(below * (factor * valid) + images * (1.0 - valid), dtype=UINT8)
 
 
 @augmentation
 def hue(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """A turn in HSV that needs neither a division nor a table.
+    """Rotate the hue in HSV without a division or a table.
 
-    With largest and smallest channel V and m, chroma C = V - m: the hue in sixths of the circle from red, times C, is U
-    = C - r + g + b - m towards green where g >= b, and as much towards blue elsewhere. A channel whose own hue is at
-    the distance d from the turned one, times C, is m + clamp(2 C - d, 0, C). The distance is 3 C - | |t| - 3 C | for a
-    difference t within a turn; a multiple of C that `numbers` hold takes it there.
+    Let V and m be the largest and smallest channel and C = V - m the chroma. The hue in sixths of the circle from red,
+    times C, is U = C - r + g + b - m towards green if g >= b, else towards blue. A channel at distance d, times C, from
+    the rotated hue is m + clamp(2 C - d, 0, C). The distance is 3 C - | |t| - 3 C | for a difference t within one turn;
+    `numbers` hold the multiple of C that brings it there.
     """
     largest = fn.reductions.max(images, axes=[2], keep_dims=True)
     smallest = fn.reductions.min(images, axes=[2], keep_dims=True)
     all_five = fn.cat(images, largest, smallest, axis=2)
-    towards_green = _weighted(all_five, [0, 2000, -2000, 0, 0], 1000)  # beyond any hue, of the sign of g - b
+    towards_green = _weighted(all_five, [0, 2000, -2000, 0, 0], 1000)  # beyond any hue, with the sign of g - b
     furthest = _weighted(all_five, [-SLACK, SLACK, SLACK, SLACK, -2 * SLACK])
     hues = math.clamp(towards_green, -furthest, furthest)
     away = math.abs(hues + fn.coord_transform(all_five, M=numbers[slot, :, 0:5]))
@@ -150,17 +149,27 @@ def blur(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Prog
 
 
 BRANCHES = {
-    way.name: way
-    for way in (
-        identity, linear, about_mean, affine, posterize, solarize, solarize_add, sharpness, auto_contrast, equalize,
-        hue, blur,
+    branch.name: branch
+    for branch in (
+        identity,
+        linear,
+        about_mean,
+        affine,
+        posterize,
+        solarize,
+        solarize_add,
+        sharpness,
+        auto_contrast,
+        equalize,
+        hue,
+        blur,
     )
-}  # fmt: skip
+}
 _WHITE = types.Constant(255, dtype=UINT8)
 
 
 def _weighted(channels: DataNode, weights: list[float], added: float = 0.0) -> DataNode:
-    """Channels [H, W, n] to their weighted sum [H, W, 1]."""
+    """Return the weighted sum [H, W, 1] of channels [H, W, n]."""
     return fn.coord_transform(channels, MT=[float(number) for number in (*weights, added)])  # type: ignore[return-value]
 
 

@@ -1,8 +1,7 @@
-"""Gather, crop and flip in one launch, for splits that live in GPU memory; the pixels are those of graph.train_graph.
+"""Gather, crop and flip in one kernel launch, for splits in GPU memory; the pixels of `dali_graph.train_graph`.
 
-DALI sets every sample up on the host, which tiny images feel: at 32x32 that takes longer than the work. Here a batch
-costs the host one small copy and one launch. Imports Triton, which the rest of the project does without: only code that
-is about to use a GPU may import this file.
+DALI sets up every sample on the host, which takes longer than the work for images of 32x32. Here a batch costs the host
+one small copy and one launch. Importing this module imports Triton, so only code that uses a GPU may do so.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import numpy as np
 import torch
 
-# Triton 3.9 warns in every process that leaves this unset; 1 is the default of all versions up to it.
+# Triton 3.9 warns if this is unset; 1 is the default of all versions up to it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
@@ -55,7 +54,7 @@ def _gather_crop_flip(
             x = WIDTH - 1 - tl.abs(WIDTH - 1 - tl.abs(x))
         else:
             inside = exists & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    row = tl.load(draws + sample) * (HEIGHT * WIDTH * 3)  # 64 bits: a split may have more bytes than 32 bits count
+    row = tl.load(draws + sample) * (HEIGHT * WIDTH * 3)  # 64 bits: a split may exceed 4 GiB
     values = tl.load(pixels + row + (y * WIDTH + x) * 3 + place % 3, mask=inside, other=0)
     tl.store(out + sample.to(tl.int64) * (SIZE * SIZE * 3) + place, values, mask=exists)
 
@@ -68,15 +67,19 @@ def gather_crop_flip(
     shape: tuple[int, int, int],
     crops: bool,
     flips: bool,
-    padding_mode: str = "black",
+    padding_mode: str = "constant",
 ) -> torch.Tensor:
-    """One launch on the current stream. Returns out.
+    """Launch the kernel on the current stream and return out.
 
-    pixels: uint8 [N, H * W * 3], of images of `shape` (H, W, 3), contiguous.
-    draws: int64 [DRAW_ROWS, at least B], contiguous, on the same device: the samples' indices; y and x of the crops'
-    top-left corners in the unpadded image; whether to mirror. Rows that crops or flips do not ask for are not read.
-    out: uint8 [B, S, S, 3], contiguous. padding_mode: what lies outside of the image, 'black' or 'reflect' (as
-    torch.nn.functional.pad reflects: the edge itself is not repeated, and no offset may reach a whole image beyond it).
+    Args:
+        pixels: uint8 [N, H * W * 3], contiguous.
+        draws: int64 [DRAW_ROWS, at least B], contiguous, on the same device: sample index; y and x of the crop's
+            top-left corner in the unpadded image; whether to flip. Rows of disabled crops or flips are not read.
+        out: uint8 [B, S, S, 3], contiguous.
+        shape: (H, W, 3).
+        crops, flips: Enable cropping and flipping.
+        padding_mode: Of pixels outside of the image, "constant" (black) or "reflect" as in torch.nn.functional.pad:
+            edges do not repeat, and offsets are smaller than the image.
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
@@ -89,10 +92,17 @@ def gather_crop_flip(
 
 
 class TritonCropFlip(SampleSource):
-    """Batches of a split that lies whole in GPU memory, gathered, cropped and flipped in one launch.
+    """The whole split in GPU memory: batches are gathered, cropped and flipped in one launch.
 
-    pixels: uint8 [N, H * W * 3] on the GPU; shape: (H, W, 3) of the stored images; size: of the square images it gives.
-    Each batch is a new tensor, as those of `gather.DevicePixels`.
+    Each batch is a new tensor, see `DevicePixels`.
+
+    Args:
+        pixels: uint8 [N, H * W * 3] on the GPU.
+        shape: (H, W, 3) of the stored images.
+        size: Height and width of the output, pixels.
+        batch_size: Images per slot.
+        slots: Number of slots.
+        padding_mode: "constant" or "reflect".
     """
 
     def __init__(
@@ -102,15 +112,15 @@ class TritonCropFlip(SampleSource):
         size: int,
         batch_size: int,
         slots: int,
-        padding_mode: str = "black",
+        padding_mode: str = "constant",
     ) -> None:
         self._pixels, self._shape, self._size, self._padding_mode = pixels, shape, size, padding_mode
         self._draws = DeviceInputs(slots, (DRAW_ROWS, batch_size), pixels.device)
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """uint8 [B, size, size, 3], written on the current stream; draws as graph.train_graph takes them.
+        """Return uint8 [B, size, size, 3], written on the current stream.
 
-        indices: int64 [B]; draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], or without either.
+        draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], both optional.
         """
         samples = len(indices)
         rows = self._draws.host(slot)

@@ -54,16 +54,16 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if first + len(ranges) > MAX_ROWS:
                 raise ValueError(f"more than {MAX_ROWS:,} mapped files")
         rows = _rows(first, len(ranges))
-        rows[:, layout.LOST] = 0
+        rows[:, layout.FAULT] = 0
         rows[:, layout.END] = ranges[:, 1]
-        rows[:, layout.BEGIN] = ranges[:, 0]
+        rows[:, layout.START] = ranges[:, 0]
         _table[layout.ROWS] = max(int(_table[layout.ROWS]), first + len(ranges))
-    return rows, rows[:, layout.LOST]
+    return rows, rows[:, layout.FAULT]
 
 
 def unregister(rows: np.ndarray) -> None:
     """No longer watch over rows that `register` returned; before the memory is given back."""
-    rows[:, layout.BEGIN] = rows[:, layout.END] = 0
+    rows[:, layout.START] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
     _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock
 

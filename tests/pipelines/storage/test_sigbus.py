@@ -82,7 +82,7 @@ def test_addresses_that_were_given_back_are_no_longer_watched_and_their_rows_are
     first, _ = sigbus.register(np.array([[4096, 8192]] * 5))
     place = first.ctypes.data
     sigbus.unregister(first)
-    assert not first[:, [sigbus_handler.BEGIN, sigbus_handler.END]].any()
+    assert not first[:, [sigbus_handler.START, sigbus_handler.END]].any()
     again, lost = sigbus.register(np.array([[4096, 8192]] * 5))
     assert again.ctypes.data == place
     assert not lost.any()
