@@ -23,7 +23,8 @@ from pipelines.loader.buffers import load_resident
 from pipelines.loader.epoch_order import TrainOrder
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import StagedLoader
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 
 def build_train_loader(

@@ -70,7 +70,7 @@ def takes_the_locale_s_encoding(call: ast.Call) -> bool:
     [
         "pipelines.convert.writer",
         "pipelines.storage.verify",
-        "pipelines.storage.split",
+        "pipelines.storage.open",
         "pipelines.augment.policies",
         "pipelines.augment.geometry",
         "configs.load",

@@ -35,7 +35,7 @@ import torch
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools import report
 from tools.benchmarks import peers
 from tools.benchmarks.engine import datasets, markdown, results, run_file

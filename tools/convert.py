@@ -25,10 +25,10 @@ from typing import Any
 
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
-from pipelines.convert.encode import MAX_PIXELS, SUBSAMPLINGS, Encoding
+from pipelines.convert.encode import SUBSAMPLINGS, Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage import split as shards
+from pipelines.storage.dataset import MAX_PIXELS, load_dataset
 from pipelines.storage.verify import verify as find_problems
 
 MIB = 2**20
@@ -182,7 +182,7 @@ def verify(folder: Path) -> str:
         raise UserError(
             f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; convert the source again"
         )
-    splits = shards.load_dataset(folder)["splits"].values()
+    splits = load_dataset(folder)["splits"].values()
     samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
     return printable(f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}")
 

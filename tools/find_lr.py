@@ -33,7 +33,7 @@ from configs.utils.files import path_argument
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.common.tables import make_folder, write_csv, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import build_all, check_classes

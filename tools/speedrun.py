@@ -34,7 +34,7 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.common.tables import write_text
 from train.build import build_all, check_classes
 from train.distributed.process_group import Ranks, process_group

@@ -37,7 +37,7 @@ from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from models import build_from_config, list_models
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.common.cli import check_positive
 from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
 from tools.common.tables import Row, make_folder, write_csv

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from configs.load import load_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.common import tables
 from tools.runs import sweep_report
 from tools.runs.sweep_points import Point, build_points

@@ -20,7 +20,7 @@ from configs.utils.files import path_text
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from train.build import build_all, check_classes
 from train.checkpoint import relaunch
 from train.checkpoint.compatibility import check_same_run, stream_info

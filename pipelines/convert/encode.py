@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipelines import jpeg_format
 from pipelines.convert import greyscale, memory_limit, stderr_capture
+from pipelines.storage.dataset import MAX_PIXELS
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -23,7 +24,6 @@ SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_MESSAGE = 150  # characters of what libtiff says about a file
-MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 # What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24

@@ -8,84 +8,23 @@ block or a shard is done when its table stands under its final name, so it can b
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configs.utils.errors import UserError
 from pipelines.convert.encode import Defect, Encoded, encode
-from pipelines.convert.source import Options, SplitSource
+from pipelines.convert.layout import SplitLayout
+from pipelines.convert.source import SplitSource
+from pipelines.convert.spool import commit, commit_npz, commit_pieces, load_table, spool_damage_hint, sync_folder
 from pipelines.order import permutation
-from pipelines.storage import split as shards
 from pipelines.storage import tar_format
-
-GROUPS = 16  # the spool of a split is deleted in so many parts
-
-
-@dataclass(frozen=True)
-class SplitLayout:
-    """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
-
-    dataset: str
-    split: str
-    classes: int
-    options: Options
-    image_shape: tuple[int, int, int] | None
-    payload_bytes: int  # of one sample; an estimate for JPEG
-    rows: int
-    block_rows: int
-    shard_rows: int
-    shuffled: bool
-    spool: Path
-    out: Path
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.rows // self.block_rows)
-
-    @property
-    def shard_count(self) -> int:
-        return -(-self.rows // self.shard_rows)
-
-    @property
-    def group_shards(self) -> int:
-        return -(-self.shard_count // GROUPS)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.shard_count // self.group_shards)
-
-    def block_table(self, block: int) -> Path:
-        return self.spool / f"block-{block:06d}.npz"
-
-    def block_group(self, block: int, group: int) -> Path:
-        return self.spool / f"block-{block:06d}.group-{group:02d}.bin"
-
-    def shard_table(self, shard: int) -> Path:
-        return self.spool / f"shard-{shard:06d}.npz"
-
-    def shard_file(self, shard: int) -> Path:
-        return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
-
-    def block_size(self, block: int) -> int:
-        """Rows of one block; the last may be smaller."""
-        return min(self.block_rows, self.rows - block * self.block_rows)
-
-    def shard_size(self, shard: int) -> int:
-        """Rows of one shard before any is quarantined."""
-        return min(self.shard_rows, self.rows - shard * self.shard_rows)
-
-    def group_shard_numbers(self, group: int) -> set[int]:
-        start = group * self.group_shards
-        return set(range(start, min(start + self.group_shards, self.shard_count)))
+from pipelines.storage.dataset import EXTENSIONS
+from pipelines.storage.index import INDEX_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -160,7 +99,7 @@ def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
     """Pass 2 for one shard: collect its samples from every block, write tar and index, then the shard's table."""
     layout, labels, shard = workers[task[0]].layout, workers[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
-    extension = shards.EXTENSIONS[layout.options.encoding.name]
+    extension = EXTENSIONS[layout.options.encoding.name]
     head = tar_format.npy_header(layout.image_shape) if layout.image_shape else b""
     writers: dict[int, tar_format.MemberWriter] = {}
     label_size = None if labels is None else len(tar_format.label_text(0, layout.classes))
@@ -196,7 +135,7 @@ def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
     commit(layout.shard_file(shard).with_suffix(".idx"), index.encode(), layout.spool)
     temporary.rename(layout.shard_file(shard))
     sync_folder(layout.out)
-    arrays = {name: np.array(values, shards.INDEX_COLUMNS[name]) for name, values in columns.items()}
+    arrays = {name: np.array(values, INDEX_COLUMNS[name]) for name, values in columns.items()}
     commit_npz(layout.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
     return shard
 
@@ -227,52 +166,6 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
                 int(table["height"][i]),
                 int(table["width"][i]),
             )
-
-
-def load_table(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{file} cannot be read; {spool_damage_hint(file.parent)}") from None
-
-
-def spool_damage_hint(spool: Path) -> str:
-    """The end of an error's sentence: what a kill leaves is whole, so a disk or somebody else has changed it."""
-    return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
-
-
-def commit_npz(file: Path, arrays: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    commit(file, buffer.getvalue(), file.parent)
-
-
-def commit(file: Path, content: bytes, spool: Path) -> None:
-    commit_pieces(file, [content], spool)
-
-
-def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
-    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
-
-    What a kill leaves of the temporary file lies in the spool, and the next run deletes it.
-    """
-    temporary = spool / f"{file.name}.{os.getpid()}.tmp"
-    with temporary.open("wb", buffering=2**20) as opened:
-        for piece in pieces:
-            opened.write(piece)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.rename(file)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: a rename alone may be undone by a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @lru_cache(maxsize=1)

@@ -9,15 +9,12 @@ The spool lies in OUT/.spool and is deleted group by group while shards appear: 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +22,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs.utils.errors import UserError, printable
-from configs.utils.files import read_small_text
+from configs.utils.errors import UserError
+from pipelines.convert import checks
 from pipelines.convert.encode import Defect, Encoded, Encoding, encode
-from pipelines.convert.shuffle import (
-    SplitLayout,
-    SplitTask,
-    commit,
-    load_table,
-    merge,
-    partition,
-    spool_damage_hint,
-    sync_folder,
-)
+from pipelines.convert.layout import SplitLayout
+from pipelines.convert.shuffle import SplitTask, merge, partition
 from pipelines.convert.source import Options, Source, SplitSource
+from pipelines.convert.spool import commit, load_table, spool_damage_hint, sync_folder
 from pipelines.convert.worker_pool import WorkerPool, defer_signals
 from pipelines.storage import hash_cache, tar_format
-from pipelines.storage import split as shards
+from pipelines.storage.dataset import FORMAT, VERSION, load_dataset
+from pipelines.storage.index import INDEX_COLUMNS, sample_stride
 
 BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
 SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
@@ -55,10 +46,10 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     Raises UserError for a folder that holds something else, too little disk, a defective sample with `strict`, and
     images of several shapes in npy. Interrupted at any instant, a second call finishes with identical bytes.
     """
-    _check_classes(source)
+    checks.check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
     if (out / "dataset.json").exists():
-        dataset = shards.load_dataset(out)
+        dataset = load_dataset(out)
         if {key: dataset.get(key) for key in request} == request:
             print(f"{out} already holds this data set: nothing to do", file=sys.stderr)
             shutil.rmtree(out / ".spool", ignore_errors=True)
@@ -66,9 +57,9 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         raise UserError(f"{out} already holds the data set {dataset['name']!r}, converted from another source or with "
                         "other options; choose another --out or delete the folder")  # fmt: skip
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
-    _check_shapes(layouts)
-    _check_disk(layouts, out)
-    with _lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
+    checks.check_shapes(layouts)
+    checks.check_disk(layouts, out)
+    with checks.lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
         written: dict[str, WrittenSplit] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
@@ -79,8 +70,8 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
         shapes = set().union(*(part.shapes for part in written.values()))
         dataset = {
-            "format": shards.FORMAT,
-            "version": shards.VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             **request,
             "classes": list(source.classes),
             "encoding": options.encoding.name,
@@ -110,58 +101,8 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     return json.loads(json.dumps(dataset))
 
 
-def _check_classes(source: Source) -> None:
-    """Names of classes are shown in terminals, tables and pictures."""
-    for name in source.classes:
-        if printable(name) != name:
-            raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
-
-
 def _source_entry(source: Source) -> dict[str, str]:
     return {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
-
-
-@contextmanager
-def _lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
-    """The spool folder of this very conversion, locked; refuses an `out` that holds anything else."""
-    spool = out / ".spool"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
-        raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
-    if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
-        raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
-    try:
-        spool.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
-    with (spool / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is converting into {out}; wait for it or stop it") from None
-        if (out / "dataset.json").exists():
-            raise UserError(
-                f"another process has just finished converting into {out}; run the command again to compare"
-            )
-        record = spool / "request.json"
-        if record.exists() and _read_request(record) != request:
-            raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
-                            "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
-        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
-            left.unlink(missing_ok=True)
-        commit(record, json.dumps(request).encode(), spool)
-        yield spool
-
-
-def _read_request(record: Path) -> Any:
-    """What an unfinished conversion was asked for."""
-    try:
-        return json.loads(read_small_text(record))
-    except OSError as error:
-        raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
-    except (ValueError, RecursionError):
-        return None
 
 
 def _plan_layout(source: Source, split: str, options: Options, name: str, out: Path) -> SplitLayout:
@@ -171,7 +112,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
         raise UserError(f"split {split!r} of {source.name} has no rows; remove the split or fill it")
     labelled = rows.labels is not None
     if rows.labels is not None:
-        _check_labels(rows.labels, len(rows), len(source.classes), split)
+        checks.check_labels(rows.labels, len(rows), len(source.classes), split)
     probed = _probe(rows, encoding, source.name, split)
     shape = None
     if encoding.name == "npy":
@@ -180,7 +121,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
         size = payload + len(tar_format.npy_header(shape))
     else:
         payload = size = max(1, sum(len(sample.payload) for sample in probed) // len(probed))
-    stride = shards.sample_stride(size, labelled, len(source.classes))
+    stride = sample_stride(size, labelled, len(source.classes))
     held = max(rows.bytes_per_row, payload) + 256
     return SplitLayout(
         dataset=name,
@@ -198,28 +139,6 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
     )
 
 
-def _check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> None:
-    if len(labels) != rows:
-        raise UserError(f"split {split!r} has {len(labels)} labels for {rows} images; give one to each")
-    if not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(
-            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but there are {classes} classes; "
-            f"use labels of 0..{classes - 1}"
-        )
-
-
-def _check_shapes(layouts: dict[str, SplitLayout]) -> None:
-    """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
-    shapes = {
-        split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
-        for split, layout in layouts.items()
-        if layout.image_shape
-    }
-    if len({layout.image_shape for layout in layouts.values()}) > 1:
-        raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
-                        "give --size N or --encoding jpeg")  # fmt: skip
-
-
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
     """A few evenly spaced samples, encoded: what shape and size to expect."""
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
@@ -234,21 +153,6 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
     if not found:
         raise UserError(f"no image of split {split!r} of {source} could be decoded; check that it is what it should be")
     return found
-
-
-def _check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Refuse before the first byte when the result and its spool cannot fit."""
-    need = 64 * 2**20
-    for layout in layouts.values():
-        need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
-    spool = max(layout.rows * layout.payload_bytes // layout.groups for layout in layouts.values())
-    present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
-    if need + spool - present > free:
-        raise UserError(
-            f"{out} has {free / 2**20:,.0f} MiB free, the conversion needs about "
-            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another --out"
-        )
 
 
 @dataclass(frozen=True)
@@ -303,12 +207,10 @@ def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writt
             f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
             f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
         )
-    columns = {
-        name: np.concatenate([table[name] for table in written]) for name in shards.INDEX_COLUMNS if name != "shard"
-    }
+    columns = {name: np.concatenate([table[name] for table in written]) for name in INDEX_COLUMNS if name != "shard"}
     columns["shard"] = np.repeat(np.arange(layout.shard_count), [len(table["offset"]) for table in written])
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
     index_file = layout.out / f"{layout.split}.index.npz"
     commit(index_file, buffer.getvalue(), layout.spool)

@@ -15,7 +15,7 @@ from pipelines.cpu.graph import CpuGraph, Images
 from pipelines.interfaces import SampleSource
 from pipelines.loader.bad_samples import Undecodable
 from pipelines.loader.buffers import SlotBuffers
-from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, file_of, header_error, sides_of
+from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, header_error
 from pipelines.storage.split import Split
 
 
@@ -79,11 +79,11 @@ class HostJpegs(SampleSource):
             try:  # a header whose size does not fit the target is rejected before anything is decoded
                 is_sound = decode(content[address : address + length], buffer=target).shape[:2] == sides
             except ValueError:  # warnings too; Pillow, which is slower, tells a warning from a truncated image
-                is_sound = (decoded := decode_with_pillow(file_of(split, index), sides)) is not None
+                is_sound = (decoded := decode_with_pillow(split.image_bytes(index), sides)) is not None
                 if decoded is not None:
                     target[:] = decoded.reshape(-1)
             if not is_sound:
-                raise Undecodable({index: header_error(file_of(split, index), sides) or UNDECODABLE})
+                raise Undecodable({index: header_error(split.image_bytes(index), sides) or UNDECODABLE})
         return offsets
 
 
@@ -123,7 +123,7 @@ class MappedFiles(SampleSource):
 
     def defect(self, sample: int) -> str | None:
         """Return why DALI cannot decode a sample; DALI and Pillow accept different files."""
-        file, sides = file_of(self._split, sample), sides_of(self._split, sample)
+        file, sides = self._split.image_bytes(sample), self._split.image_size(sample)
         if (reason := header_error(file, sides)) is not None:
             return reason
         return None if self._decodes(file) else UNDECODABLE

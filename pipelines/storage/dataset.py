@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from configs.utils.errors import UserError, printable, readable
-from pipelines.storage.convert_hint import convert_hint
 
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
@@ -18,6 +18,9 @@ RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and co
 MAX_BYTES = 2**25  # some 200,000 shards; what JSON grows to in memory is up to 20 times that
 MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
+HDF5_SUFFIXES = (".hdf5", ".h5")
+CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # our command, and how its official files begin
 
 
 def refuse_external_link(file: Path) -> None:
@@ -162,3 +165,46 @@ def _format_value(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def convert_hint(folder: str | Path) -> str:
+    """The end of an error's sentence about `folder`, which is no converted data set."""
+    path = Path(folder)
+    command, source, out = _command(path)
+    if not command:
+        return "convert the source with tools/convert.py first"
+    words = ["python", "tools/convert.py", command, *source, "--out", str(out)]
+    use = "" if out == path else f", and give {out} as the data set"
+    return f"convert it first: {shlex.join(words)}{use}"
+
+
+def _command(path: Path) -> tuple[str, list[str], Path]:
+    """Subcommand of tools/convert.py (empty: unknown), its options for the source, and its --out."""
+    try:
+        if not path.exists():
+            return _for_missing(path)
+        files = [path] if path.is_file() else sorted(path.iterdir())
+    except OSError:  # not ours to read
+        return "", [], path
+    names = [file.name for file in files]
+    for file in files:
+        if file.suffix.lower() in HDF5_SUFFIXES:
+            return "hdf5", ["--source", str(file)], Path("data") / file.stem
+    for command, beginning in CIFAR.items():
+        if path.name.startswith(f"{beginning}-") or any(name.startswith(f"{beginning}-") for name in names):
+            return command, ["--source", str(path)], Path("data") / command
+    # As tools.sources.imagefolder names it, which this package may not import.
+    if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
+        return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
+    return "", [], path
+
+
+def _for_missing(path: Path) -> tuple[str, list[str], Path]:
+    """By the folder's name alone, as configs of this project and of the homework call their data sets."""
+    if path.name in CIFAR:
+        return path.name, ["--download"], path
+    if path.name == "digits":
+        return "digits", [], path
+    if path.name.startswith("medium-imagenet"):
+        return "hdf5", ["--source", "FILE.hdf5"], path
+    return "", [], path

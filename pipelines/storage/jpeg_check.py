@@ -7,28 +7,13 @@ A header is looked at before anything is made of its size: the index says which 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-if TYPE_CHECKING:
-    from pipelines.storage.split import Split
-
 UNDECODABLE = "cannot be decoded"
 ImageSize = tuple[int, int]  # height, width, pixels
-
-
-def file_of(split: Split, sample: int) -> np.ndarray:
-    """The stored bytes, uint8 [bytes]."""
-    begin = int(split.address[sample])
-    return split.content[begin : begin + int(split.size[sample])]
-
-
-def sides_of(split: Split, sample: int) -> ImageSize:
-    """As the index has them."""
-    return int(split.heights[sample]), int(split.widths[sample])
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:

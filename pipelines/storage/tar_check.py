@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
 from pipelines import jpeg_format
-from pipelines.convert.encode import MAX_PIXELS
 from pipelines.storage import tar_format
-from pipelines.storage.dataset import EXTENSIONS
-from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, file_of, header_error, sides_of
-
-if TYPE_CHECKING:
-    from pipelines.storage.split import Split
+from pipelines.storage.dataset import EXTENSIONS, MAX_PIXELS
+from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, header_error
+from pipelines.storage.split import Split
 
 CHUNK_SAMPLES = 4096  # samples compared at once: 2 MiB of headers
 MAX_LISTED = 3  # samples
@@ -142,7 +139,7 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
 
     decodes: decode a JPEG, as the bytes may have changed; else only check that every decoder can.
     """
-    file, sides = file_of(split, sample), sides_of(split, sample)
+    file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":
         shape = split.image_shape
         if shape is None or not file.tobytes().startswith(tar_format.npy_header(shape)):

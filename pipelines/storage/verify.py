@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from configs.utils.errors import UserError
 from pipelines.storage import hash_cache, tar_check, tar_format
-from pipelines.storage import split as shards
-from pipelines.storage.dataset import MAX_BYTES
+from pipelines.storage.dataset import EXTENSIONS, MAX_BYTES, RECONVERT, load_dataset
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 
 def verify(folder: str | Path) -> list[str]:
     """Problems found, one sentence each, in reading order; empty when the data set is sound."""
     folder = Path(folder)
-    dataset = shards.load_dataset(folder)
+    dataset = load_dataset(folder)
     total = sum(shard["bytes"] for split in dataset["splits"].values() for shard in split["shards"])
     problems: list[str] = []
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
@@ -36,9 +37,9 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
             record.add(shard["file"], content)
     record.save()
     try:
-        split = shards.open_split(folder, name, verify="off")
+        split = open_split(folder, name, verify="off")
     except UserError as error:
-        return problems or [str(error).removesuffix(f"; {shards.RECONVERT}")]
+        return problems or [str(error).removesuffix(f"; {RECONVERT}")]
     for number, (content, shard) in enumerate(zip(found, entry["shards"], strict=True)):
         if content is None:  # a problem already
             continue
@@ -76,7 +77,7 @@ def _hash_shards(
     return found, [problems[number] for number in sorted(problems)]
 
 
-def _members_error(split: shards.Split, number: int) -> str | None:
+def _members_error(split: Split, number: int) -> str | None:
     """Compare one tar's members with the index: names, order, offsets, sizes and labels, and DALI's .idx beside it."""
     file, chosen = split.files[number], np.flatnonzero(split.shard == number)
     if problem := tar_check.layout_error(split, number, chosen):
@@ -106,9 +107,9 @@ def _reason(error: OSError) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
-def _index_text(split: shards.Split, number: int, chosen: np.ndarray) -> str:
+def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
     """DALI's index of a shard whose members are as the index says."""
-    extension = shards.EXTENSIONS[split.encoding]
+    extension = EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes
     rows = zip(tar_check.sample_keys(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)

@@ -300,11 +300,11 @@ def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
     def stop(*_: object) -> int:
         raise OSError(errno.EIO, "stopped")
 
-    gather = writer.gather
+    merge = writer.merge
     monkeypatch.setattr(writer, "merge", stop)
     with pytest.raises(OSError, match="stopped"):
         write(tiny_source("npy"), tmp_path / "out")
-    monkeypatch.setattr(writer, "merge", gather)
+    monkeypatch.setattr(writer, "merge", merge)
     file = tmp_path / "out" / ".spool" / name
     for damaged in sorted(file.parent.glob(file.name)):
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])

@@ -18,7 +18,7 @@ from helpers.chance import seeded
 from helpers.damage import damage_in_turn
 from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.training import CLEAN, DIGITS, command_line, run_here, run_script, strict_lines
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from train.checkpoint import store
 
 BAD = (7, 8, 60, 200)

@@ -18,7 +18,7 @@ from helpers.edits import flip_byte
 from helpers.memory_source import MemoryRows, marked_image, memory_source, write
 from helpers.shards import converted_digits, shards_of
 from helpers.training import DIGITS, run_script
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from pipelines.storage.verify import verify
 
 QUICK, MANY = 8, 100

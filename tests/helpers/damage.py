@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.loader.loader import Loader
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 
 def segments(file: bytes) -> list[tuple[int, int]]:

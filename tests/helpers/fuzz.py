@@ -30,7 +30,8 @@ from helpers.faults import forged
 from helpers.memory_source import MemoryRows, marked_image, memory_source, write
 from models.weights import read_weights
 from pipelines.convert.encode import Defect, Encoding, encode
-from pipelines.storage.split import load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
 from pipelines.storage.verify import verify
 from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
 from tools.sources.cifar import EDITIONS, _parse_batch, _parse_classes, open_cifar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools import convert
 
 

@@ -22,8 +22,7 @@ from pipelines.convert.encode import Encoding, encode
 from pipelines.cpu import jpeg_headers
 from pipelines.gpu import dali_graph
 from pipelines.gpu.dali_runner import DecodeCheck
-from pipelines.storage.jpeg_check import file_of
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from pipelines.storage.verify import verify
 from tools import convert
 
@@ -200,7 +199,7 @@ def test_conversion_counts_what_it_encodes_again(tmp_path: Path) -> None:
     assert "re-encoded" not in text.splitlines()[-1]
     kept = {*KEPT.values()}
     split = open_split(out, "train")
-    assert sum(file_of(split, sample).tobytes() in kept for sample in range(19)) == len(kept)
+    assert sum(split.image_bytes(sample).tobytes() in kept for sample in range(19)) == len(kept)
     assert "reencoded" not in write(memory_source(train=MemoryRows([PIXELS])), tmp_path / "npy")
 
 

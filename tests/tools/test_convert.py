@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.cifar_files import write_archive, write_cifar10
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools import convert
 from tools.sources import download
 from tools.sources.cifar import EDITIONS

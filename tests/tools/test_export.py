@@ -21,7 +21,7 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, Run, alone
 from models import Normalize, PixelClassifier, build_model, list_models
 from pipelines import build_eval_loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools import export
 from tools.inference import export_check
 from tools.inference.export_formats import FORMATS, Exportable, first_and_last_layers

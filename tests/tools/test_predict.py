@@ -25,7 +25,8 @@ from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_so
 from helpers.training import DIGITS, ROOT, Run, alone
 from pipelines import build_eval_loader
 from pipelines.convert.encode import Encoding
-from pipelines.storage.split import load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
 from tools import convert, predict
 from tools.inference import ensemble
 from tools.inference.image_sets import picture_encoding

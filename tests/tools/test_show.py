@@ -21,7 +21,7 @@ from helpers.training import CPU, DIGITS, Run, alone
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.convert.source import Source
 from pipelines.loader.batches import MixedBatch
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools import show
 from tools.inference.trained_model import load_trained_model
 from tools.visualize.dataset import class_examples

@@ -24,7 +24,7 @@ from helpers.training import alone, make_state
 from models import build_model
 from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.inference.trained_model import load_trained_model
 from train.checkpoint.finetune import load_finetune
 from train.checkpoint.store import is_foreign, load, load_newest, save

@@ -13,7 +13,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from configs.stages import config_at
 from configs.utils.errors import UserError
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import results, roofline, run_file
 from tools.benchmarks.engine.candidate import Candidate

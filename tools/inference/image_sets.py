@@ -19,7 +19,8 @@ from configs.utils.errors import UserError
 from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage.split import in_source_order, load_dataset, open_split
+from pipelines.storage.dataset import in_source_order, load_dataset
+from pipelines.storage.open import open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
 from tools.sources.imagefolder import open_image_files
 

@@ -37,7 +37,7 @@ from configs.load import load_config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import process_memory, results
 from tools.common.tables import Row, make_folder, markdown, write_csv, write_text
 from tools.perf import batch_size_search, plots

@@ -32,7 +32,7 @@ from configs.utils.files import path_argument, path_text
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import gpu_specs, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure

@@ -9,7 +9,9 @@ import torch
 
 from configs.schema import DataConfig, EvalConfig
 from configs.utils.errors import UserError
-from pipelines.storage.split import Split, load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 from tools.common.tables import Row, make_folder, markdown, write_csv
 from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.common.tables import Row, make_folder, markdown, write_csv
 from tools.inference.ensemble import predict
 from tools.inference.image_sets import dataset_folder, load_split

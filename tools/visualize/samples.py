@@ -15,7 +15,7 @@ from torch.nn import functional
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
 from train.distributed.process_group import Ranks, process_group

@@ -12,7 +12,7 @@ from configs.schema import Config, DataConfig, Section
 from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
-from pipelines.storage.split import fingerprint
+from pipelines.storage.dataset import fingerprint
 from train.checkpoint.state import require_keys
 
 # Train settings that a resumed run may change: they affect results at most in the last digits, or only after a failure.

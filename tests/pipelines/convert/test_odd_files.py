@@ -14,8 +14,7 @@ from helpers.loaders import copies, train
 from helpers.odd_files import HEIGHT, WIDTH, defective_files, kept_files, pixels, reencoded_files
 from pipelines import build
 from pipelines.assemble import Backend
-from pipelines.storage.jpeg_check import file_of
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools import convert
 
 KEPT, REENCODED, DEFECTIVE = kept_files(), reencoded_files(), defective_files()
@@ -44,7 +43,7 @@ def test_every_file_is_kept_or_encoded_again_or_quarantined_with_a_reason(odd: P
     assert entry["samples"] == len(KEPT) + len(REENCODED)
     assert sum(dataset["reencoded"]["train"].values()) == len(REENCODED)
     split = open_split(odd, "val")
-    assert {file_of(split, sample).tobytes() for sample in range(len(split))} == set(KEPT.values())
+    assert {split.image_bytes(sample).tobytes() for sample in range(len(split))} == set(KEPT.values())
     convert.main(["verify", str(odd)])
 
 

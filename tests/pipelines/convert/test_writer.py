@@ -21,9 +21,10 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
-from pipelines.convert import shuffle, writer
+from pipelines.convert import checks, shuffle, writer
 from pipelines.convert.encode import Defect, Encoding, encode
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 from pipelines.storage.verify import verify
 
 ROOT = Path(__file__).parents[3]
@@ -400,14 +401,14 @@ def test_a_second_writer_into_the_same_folder_is_refused(tmp_path: Path, npy_dat
 def test_a_writer_that_comes_as_another_finishes_changes_nothing(
     tmp_path: Path, npy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock = writer.fcntl.flock
+    flock = checks.fcntl.flock
 
     def finish_first(*arguments: Any) -> None:
-        monkeypatch.setattr(writer.fcntl, "flock", flock)
+        monkeypatch.setattr(checks.fcntl, "flock", flock)
         write(tiny_source("npy"), tmp_path / "tiny")
         flock(*arguments)
 
-    monkeypatch.setattr(writer.fcntl, "flock", finish_first)
+    monkeypatch.setattr(checks.fcntl, "flock", finish_first)
     with pytest.raises(UserError, match="another process"):
         write(tiny_source("npy"), tmp_path / "tiny")
     assert contents(tmp_path / "tiny") == contents(npy_data)

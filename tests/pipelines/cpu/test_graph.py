@@ -32,7 +32,7 @@ from pipelines.gpu.dali_runner import DaliRunner
 from pipelines.loader.bad_samples import Undecodable
 from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 
 BATCH = 24
 MEAN = (0.5, 0.25, 0.125)

@@ -33,7 +33,9 @@ from pipelines.gpu.dali_runner import DaliRunner
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from pipelines.loader.runner import CopyRunner
-from pipelines.storage.split import Split, load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 CPU = torch.device("cpu")
 SEED, EPOCH = 5, 2

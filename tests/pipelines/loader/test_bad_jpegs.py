@@ -35,7 +35,7 @@ from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_error
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import StagedLoader
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 
 BAD = (17, 18, 19, 250, 519)  # three in a row, and the last one, for which the first stands in
 AUG = AugConfig(crop="random-resized", flip=0.5, color_jitter=ColorJitterConfig(brightness=0.4))

@@ -16,7 +16,8 @@ from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.damage import substitutes
 from pipelines.loader.bad_samples import BadSamples, for_evaluation, for_training
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 WRONG = "cannot be decoded"
 SAMPLES = 53

@@ -29,7 +29,8 @@ from pipelines.loader.batches import Batch, EvalBatches
 from pipelines.loader.loader import Loader
 from pipelines.loader.prefetch import BufferConfig
 from pipelines.order import shard_windows
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 FLIP = AugConfig(flip=0.5)
 ALL_AUG = AugConfig(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage.convert_hint import convert_hint
+from pipelines.storage.dataset import convert_hint
 from tools import convert
 
 

@@ -17,7 +17,8 @@ from configs.utils.errors import UserError
 from helpers.memory_source import tiny_source, write
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.storage import hash_cache
-from pipelines.storage.split import load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
 from pipelines.storage.verify import verify
 
 ROOT = Path(__file__).parents[3]
@@ -236,7 +237,7 @@ import sys
 from pathlib import Path
 
 from pipelines.storage import hash_cache
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 """
 COUNTS = f"""
 {OPENS}

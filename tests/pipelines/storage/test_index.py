@@ -15,7 +15,7 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.edits import edit_dataset, rewrite_index
 from pipelines.storage.index import INDEX_COLUMNS
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 
 
 def set_one(column: str, value: int) -> Callable[[dict[str, np.ndarray]], object]:

@@ -17,7 +17,7 @@ from helpers.backends import use_dali
 from helpers.loaders import copies, train
 from pipelines.loader.loader import Loader
 from pipelines.storage import monitor
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 NAME = "tiny-train-000001.tar"
@@ -201,14 +201,14 @@ def test_a_split_that_changes_while_it_is_read_into_memory_is_refused(
 def test_a_shard_that_changes_between_verifying_and_mapping_is_refused(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.storage import split as shards
+    from pipelines.storage import open as opening
 
-    map_files = shards.map_files
+    map_files = opening.map_files
 
     def changed(*arguments: object) -> object:
         replace(npy_copy / NAME)
         return map_files(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "map_files", changed)
+    monkeypatch.setattr(opening, "map_files", changed)
     with pytest.raises(UserError, match=rf"{NAME} was changed while it was being opened"):
         open_split(npy_copy, "train")

@@ -35,7 +35,10 @@ from helpers.edits import edit_dataset, flip_byte, rewrite_index
 from helpers.memory_source import marked_image, rows_of
 from pipelines import build_train_loader
 from pipelines.storage import tar_format
-from pipelines.storage.split import INDEX_COLUMNS, Split, fingerprint, load_dataset, open_split, sample_stride
+from pipelines.storage.dataset import fingerprint, load_dataset
+from pipelines.storage.index import INDEX_COLUMNS, sample_stride
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 from pipelines.storage.verify import verify
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
@@ -614,7 +617,7 @@ def test_opening_a_million_samples_takes_less_than_200_mb(million: Path) -> None
 import re
 from pathlib import Path
 import pipelines.cpu.sigbus_handler  # Numba, of which a training has other use
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 split = open_split({str(million)!r}, "train", verify="off")

@@ -18,7 +18,8 @@ from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, adopt, claiming, damage
 from helpers.memory_source import MemoryRows, memory_source, write
 from pipelines.storage import tar_check, tar_format
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 SHARD, SAMPLE = 1, 270  # of npy's 700 in four and jpeg's 520 in several shards

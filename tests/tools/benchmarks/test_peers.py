@@ -15,7 +15,7 @@ from helpers import memory_source
 from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine.datasets import make_variant
 from tools.benchmarks.peers import PeerTask, torch_loader, training_loops

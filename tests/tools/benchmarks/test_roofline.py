@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import ModelConfig
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks.engine import roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks.suites import scale
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from configs.load import load_config
 from helpers.training import CLEAN, ROOT, Run, alone, lenet, make_state, random_batch
 from pipelines import build_train_loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import gpu_specs
 from tools.perf import step_trace
 from tools.perf.step_trace import WINDOW

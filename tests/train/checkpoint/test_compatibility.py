@@ -13,7 +13,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config, all_settings, is_section
 from configs.utils.errors import UserError
 from helpers.training import DIGITS
-from pipelines.storage.split import fingerprint
+from pipelines.storage.dataset import fingerprint
 from train.checkpoint.compatibility import check_same_run, run_fingerprint, stream_info
 from train.optim.factory import with_timm_defaults
 

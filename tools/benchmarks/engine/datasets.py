@@ -13,7 +13,9 @@ import numpy as np
 from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage.split import Split, fingerprint, load_dataset, open_split
+from pipelines.storage.dataset import fingerprint, load_dataset
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 QUALITY = 95  # of JPEG for all candidates, at 4:2:0
 SPLIT = "train"

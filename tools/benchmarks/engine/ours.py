@@ -13,7 +13,8 @@ from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
-from pipelines.storage.split import load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
 from train.build import build_all

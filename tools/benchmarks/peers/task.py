@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from configs.schema import AugConfig
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 from tools.benchmarks.engine.datasets import QUALITY, SPLIT, make_variant
 
 Batches = Iterator[tuple[Any, Any]]

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from configs.schema import AugConfig
 from pipelines.augment.ops import blur_radius
-from pipelines.storage.split import Split, open_split
+from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 from tools.benchmarks.engine.datasets import SPLIT
 from tools.benchmarks.peers.task import Batches, PeerTask, endless, pil_image
 

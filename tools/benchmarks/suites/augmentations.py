@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.candidate import Candidate

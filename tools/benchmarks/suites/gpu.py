@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from configs.schema import AugConfig, AutoAugmentConfig, Config, DataConfig
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import datasets, ours, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import limited_batch_size

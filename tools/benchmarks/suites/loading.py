@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import AugConfig, DataConfig
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate

@@ -23,7 +23,7 @@ import torch
 
 from configs.load import to_yaml
 from configs.schema import Config
-from pipelines.storage.split import open_split
+from pipelines.storage.open import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.schema import Config, StageConfig
 from pipelines import build_train_loader
-from pipelines.storage.split import load_dataset
+from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine.datasets import limited_batch_size
 from tools.benchmarks.engine.interleaved import run_in_subprocess
 from tools.benchmarks.engine.measured_tables import TableSpec, WholeTable

@@ -23,8 +23,10 @@ import torch
 from configs.schema import DataConfig
 from pipelines import build_train_loader, order
 from pipelines.augment import geometry
-from pipelines.storage import split as shards
 from pipelines.storage import tar_format
+from pipelines.storage.dataset import FORMAT, VERSION
+from pipelines.storage.index import INDEX_COLUMNS, sample_stride
+from pipelines.storage.open import open_split
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.candidate import Candidate, Workload
 from tools.benchmarks.engine.interleaved import measure
@@ -132,7 +134,7 @@ def private_bytes() -> int:
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
     """Exactly these samples: a page fault on the map would read megabytes around each of them."""
-    split = shards.open_split(folder, "train", verify="off")
+    split = open_split(folder, "train", verify="off")
     for number in np.unique(split.shard[samples]).tolist():
         inside = samples[split.shard[samples] == number]
         offsets = split.address[inside] - number * split.slot_bytes
@@ -147,7 +149,7 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shape = (side, side, 3)
     size = len(tar_format.npy_header(shape)) + side * side * 3
-    stride = shards.sample_stride(size, True, CLASSES)
+    stride = sample_stride(size, True, CLASSES)
     per_shard = SHARD_BYTES // stride
     rows = np.arange(samples)
     number = rows // per_shard
@@ -160,7 +162,7 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         "width": np.full(samples, side),
     }
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in shards.INDEX_COLUMNS.items()}
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
     (folder / "train.index.npz").write_bytes(buffer.getvalue())
     files = []
@@ -179,8 +181,8 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         "shards": files,
     }
     content = {
-        "format": shards.FORMAT,
-        "version": shards.VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "name": "scale",
         "classes": [str(number) for number in range(CLASSES)],
         "encoding": "npy",

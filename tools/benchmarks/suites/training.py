@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from pipelines.storage.split import load_dataset, open_split
+from pipelines.storage.dataset import load_dataset
+from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate

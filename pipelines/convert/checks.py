@@ -1,0 +1,107 @@
+"""Checks before the first sample is converted: classes, labels, shapes, disk space and the output folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.utils.errors import UserError, printable
+from configs.utils.files import read_small_text
+from pipelines.convert.layout import SplitLayout
+from pipelines.convert.source import Source
+from pipelines.convert.spool import commit
+from pipelines.storage import tar_format
+
+
+def check_classes(source: Source) -> None:
+    """Names of classes are shown in terminals, tables and pictures."""
+    for name in source.classes:
+        if printable(name) != name:
+            raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
+
+
+def check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> None:
+    if len(labels) != rows:
+        raise UserError(f"split {split!r} has {len(labels)} labels for {rows} images; give one to each")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"split {split!r} has labels from {labels.min()} to {labels.max()}, but there are {classes} classes; "
+            f"use labels of 0..{classes - 1}"
+        )
+
+
+def check_shapes(layouts: dict[str, SplitLayout]) -> None:
+    """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
+    shapes = {
+        split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
+        for split, layout in layouts.items()
+        if layout.image_shape
+    }
+    if len({layout.image_shape for layout in layouts.values()}) > 1:
+        raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
+                        "give --size N or --encoding jpeg")  # fmt: skip
+
+
+def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
+    """Refuse before the first byte when the result and its spool cannot fit."""
+    need = 64 * 2**20
+    for layout in layouts.values():
+        need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
+    spool = max(layout.rows * layout.payload_bytes // layout.groups for layout in layouts.values())
+    present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if need + spool - present > free:
+        raise UserError(
+            f"{out} has {free / 2**20:,.0f} MiB free, the conversion needs about "
+            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another --out"
+        )
+
+
+@contextmanager
+def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
+    """The spool folder of this very conversion, locked; refuses an `out` that holds anything else."""
+    spool = out / ".spool"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
+        raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
+    if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
+        raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    with (spool / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is converting into {out}; wait for it or stop it") from None
+        if (out / "dataset.json").exists():
+            raise UserError(
+                f"another process has just finished converting into {out}; run the command again to compare"
+            )
+        record = spool / "request.json"
+        if record.exists() and _read_request(record) != request:
+            raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
+                            "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
+            left.unlink(missing_ok=True)
+        commit(record, json.dumps(request).encode(), spool)
+        yield spool
+
+
+def _read_request(record: Path) -> Any:
+    """What an unfinished conversion was asked for."""
+    try:
+        return json.loads(read_small_text(record))
+    except OSError as error:
+        raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,68 @@
+"""Layout of a split that is converted: blocks of rows, shards, and the names of their files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.convert.source import Options
+
+GROUPS = 16  # the spool of a split is deleted in so many parts
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
+
+    dataset: str
+    split: str
+    classes: int
+    options: Options
+    image_shape: tuple[int, int, int] | None
+    payload_bytes: int  # of one sample; an estimate for JPEG
+    rows: int
+    block_rows: int
+    shard_rows: int
+    shuffled: bool
+    spool: Path
+    out: Path
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def group_shards(self) -> int:
+        return -(-self.shard_count // GROUPS)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shard_count // self.group_shards)
+
+    def block_table(self, block: int) -> Path:
+        return self.spool / f"block-{block:06d}.npz"
+
+    def block_group(self, block: int, group: int) -> Path:
+        return self.spool / f"block-{block:06d}.group-{group:02d}.bin"
+
+    def shard_table(self, shard: int) -> Path:
+        return self.spool / f"shard-{shard:06d}.npz"
+
+    def shard_file(self, shard: int) -> Path:
+        return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
+
+    def block_size(self, block: int) -> int:
+        """Rows of one block; the last may be smaller."""
+        return min(self.block_rows, self.rows - block * self.block_rows)
+
+    def shard_size(self, shard: int) -> int:
+        """Rows of one shard before any is quarantined."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
+    def group_shard_numbers(self, group: int) -> set[int]:
+        start = group * self.group_shards
+        return set(range(start, min(start + self.group_shards, self.shard_count)))
