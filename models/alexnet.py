@@ -1,4 +1,4 @@
-"""AlexNet in its one-column edition; parameter names are torchvision's, so its state dicts load."""
+"""AlexNet (one-column version), with torchvision's parameter names, so that its state dicts load."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from models.layers import build_activation, check_image_size
 
 
 class AlexNet(nn.Module):
-    """images: float [B, 3, H, W], sides from 63 -> logits [B, num_classes]. 57,044,810 parameters with 10 classes.
+    """AlexNet: images float [B, 3, H, W] with sides of at least 63 -> logits [B, num_classes].
 
     Source: Krizhevsky, "One weird trick for parallelizing convolutional neural networks", arXiv:1404.5997, after
-    Krizhevsky, Sutskever, Hinton, NeurIPS 2012. Shapes at 70x70: conv [64, 16, 16] -> pool [64, 7, 7] -> conv
-    [192, 7, 7] -> pool [192, 3, 3] -> three convs [256, 3, 3] -> pool [256, 1, 1] -> adaptive pool [256, 6, 6] -> 9216
-    -> 4096 -> 4096 -> num_classes.
+    Krizhevsky, Sutskever, Hinton, NeurIPS 2012. 57,044,810 parameters with 10 classes.
+
+    Shapes at 70x70: conv [64, 16, 16] -> pool [64, 7, 7] -> conv [192, 7, 7] -> pool [192, 3, 3] -> three convs
+    [256, 3, 3] -> pool [256, 1, 1] -> adaptive pool [256, 6, 6] -> 9216 -> 4096 -> 4096 -> num_classes.
     """
 
-    # Below 63, the third pooling (3x3) would see a 2x2 map.
+    # Below 63, the input of the third 3x3 pooling would be 2x2.
     min_image_size = 63
     max_image_size: int | None = None
 

@@ -1,4 +1,4 @@
-"""LeNet, the homework's edition for colour images: average pooling and sigmoids, one linear output layer."""
+"""LeNet for colour images, as in the homework: average pooling, sigmoids, and a linear output layer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from models.layers import build_activation, check_image_size, init_gain
 
 
 class LeNet(nn.Module):
-    """images: float [B, 3, H, W], sides 32..35 -> logits [B, num_classes]. 83,126 parameters with 10 classes.
+    """LeNet: images float [B, 3, H, W] with sides 32..35 -> logits [B, num_classes].
 
     Source: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998
-    (before arXiv), without its sparse connections, scaled tanh and RBF output. Shapes at 32x32:
-    conv1 [6, 32, 32] -> pool [6, 16, 16] -> conv2 [16, 12, 12] -> pool [16, 6, 6] -> 576 -> 120 -> 84 -> num_classes.
+    (before arXiv), without its sparse connections, scaled tanh and RBF output. 83,126 parameters with 10 classes.
+
+    Shapes at 32x32: conv1 [6, 32, 32] -> pool [6, 16, 16] -> conv2 [16, 12, 12] -> pool [16, 6, 6] -> 576 -> 120 -> 84
+    -> num_classes.
     """
 
-    # Outside of these, the second pooling does not end at 6x6, which fc1's 576 inputs need.
+    # For other sizes, the second pooling does not end at 6x6, i.e. fc1's 576 inputs.
     min_image_size = 32
     max_image_size: int | None = 35
 
     def __init__(self, num_classes: int, activation: str = "sigmoid", drop_rate: float = 0.0) -> None:
-        """drop_rate: of the dropout after fc1 and after fc2."""
+        """drop_rate: dropout probability after fc1 and after fc2."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
@@ -34,10 +36,12 @@ class LeNet(nn.Module):
         self.reset_parameters(init_gain(activation))
 
     def reset_parameters(self, gain: float) -> None:
-        """Xavier uniform with the activation's gain and zero biases (Glorot and Bengio, AISTATS 2010). A sigmoid's is
-        4, because its slope is at most 1/4: with torch's default, the difference between images shrinks about tenfold
-        per layer (measured: to 0.00006 in the logits), and training starts on a plateau. No activation follows fc3, so
-        its gain is 1."""
+        """Initialise weights by Xavier uniform with the activation's gain, and biases by 0.
+
+        Source: Glorot and Bengio, AISTATS 2010. A sigmoid's gain is 4, because its slope is at most 1/4: with torch's
+        default, the difference between images shrinks about tenfold per layer (measured: to 0.00006 in the logits), and
+        training starts on a plateau. fc3 has gain 1, since no activation follows it.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""Keep oneDNN away from a 1x1 convolution whose backward pass writes outside of its memory.
+"""Workaround for 1x1 convolutions whose backward pass in oneDNN writes outside of its memory.
 
 For the gradient of the weight of a 1x1 convolution with a stride, oneDNN copies the selected positions of the
 channels_last input into a workspace of positions * in_channels values, but steps through it in units of positions *
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MAX_NAMES_SHOWN = 3  # layers that the note names
+MAX_NAMES_SHOWN = 3  # in the note
 
 
 def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
-    """Select the positions before each affected convolution of a network on the CPU; return a note for the log.
+    """Move the stride of affected convolutions of a network on the CPU to a forward pre-hook.
 
-    The affected layers get a forward pre-hook and stride 1. Parameters, names and results stay the same. Return None,
-    and change nothing, where no layer is affected.
+    Affected layers get stride 1 and a hook that selects the positions. Parameters, names and results stay the same.
+
+    Returns:
+        A note for the log; None if no layer is affected.
     """
     channels = block_channels()
     convs = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
@@ -41,7 +43,7 @@ def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
         ", …" if len(affected) > MAX_NAMES_SHOWN else ""
     )
     return (
-        f"stride taken out of {len(affected)} of {len(convs)} convolutions ({names}): oneDNN's backward pass of a "
+        f"stride moved out of {len(affected)} of {len(convs)} convolutions ({names}): oneDNN's backward pass of a "
         f"strided 1x1 convolution with fewer than {channels} input channels corrupts memory on this CPU"
     )
 
@@ -49,8 +51,8 @@ def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
 def is_affected(module: nn.Module, channels: int) -> bool:
     """Return whether oneDNN's backward pass of this layer may write outside of its memory.
 
-    channels: see `block_channels`. Batch size, bias, output channels and the size of the images do not count: they only
-    decide what is overwritten. The memory format is not considered, since training batches are channels_last.
+    channels: see `block_channels`. Batch size, bias, output channels and image size are irrelevant: they only decide
+    what is overwritten. The memory format is not considered, since training batches are channels_last.
     """
     return (
         isinstance(module, nn.Conv2d)
@@ -63,7 +65,7 @@ def is_affected(module: nn.Module, channels: int) -> bool:
 
 
 def block_channels() -> int:
-    """Return the channels in a block of oneDNN's 1x1 convolutions on this CPU; 0 if it does not use this kernel.
+    """Return the channels per block of oneDNN's 1x1 convolutions on this CPU; 0 if it does not use this kernel.
 
     The kernel exists for AVX-512 and for AVX2. With AVX or SSE4.1, oneDNN uses other implementations.
     """

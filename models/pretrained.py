@@ -1,7 +1,7 @@
-"""Networks that start from weights that others trained: timm's published ones, or a file. Never touches a network.
+"""Build models with pretrained weights: timm's published weights from the local cache, or a file.
 
-Published weights are looked for where timm would have put them, and a file goes through timm's own loading, which knows
-older names and resamples position embeddings; but all of it must fit, where timm would leave out what does not.
+Nothing is downloaded. Weights of timm models are loaded by timm, which converts older names and resamples position
+embeddings. Unlike in timm, all tensors must fit, except for a new head.
 """
 
 from __future__ import annotations
@@ -35,11 +35,20 @@ def build_pretrained(
     std: list[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
-    """As `models.build_from_config`, with the weights that config.pretrained asks for; and in words what was taken.
+    """Build a model like `models.build_from_config`, with the weights given by `config.pretrained`.
 
-    mean, std: the data set's, which hold only where nothing says what the weights want: the config.json beside a file,
-    else timm's settings of its model. A head for another number of classes, or for others than `classes`, is new.
-    Raises UserError for weights that are not on this machine, cannot be read, or do not fit.
+    Args:
+        config: the model section.
+        num_classes: number of logits; the head is new if the weights have another number.
+        image_size: height and width in pixels.
+        mean, std: the data set's; used only if neither a config.json beside the file nor timm specifies others.
+        classes: names of the classes; the head is new if the config.json names others. None: unknown.
+
+    Returns:
+        The model, and a note about the weights.
+
+    Raises:
+        UserError: the weights are not on this machine, cannot be read, or do not fit.
     """
     timm_name = config.name.removeprefix("timm/") if config.name.startswith("timm/") else None
     is_file = isinstance(config.pretrained, str)
@@ -48,30 +57,30 @@ def build_pretrained(
     described = read_weights_config(path) if is_file else None
     by = "the data set's"
     if described is not None and described.mean is not None and described.std is not None:
-        mean, std, by = described.mean, described.std, f"as {described.path} says"
+        mean, std, by = described.mean, described.std, f"as specified by {described.path}"
     elif timm_name is not None:
         published = published_config(timm_name)
         mean, std, by = list(published.mean), list(published.std), f"timm's for {timm_name}"
     if is_file and (described is None or described.mean is None):
-        by += f", since no {NAME} beside the file says what the weights want"
+        by += f", since no {NAME} beside the file specifies others"
     model = build_from_config(config, num_classes, image_size=image_size, mean=mean, std=std)
-    theirs = None if described is None else described.classes
-    new_head = theirs is not None and classes is not None and theirs != list(classes)
+    old_classes = None if described is None else described.classes
+    new_head = old_classes is not None and classes is not None and old_classes != list(classes)
     if timm_name is None:
         head = head_layers(model.network)
-        taken = copy_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
+        result = copy_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
     else:
-        taken = copy_weights_with_timm(
+        result = copy_weights_with_timm(
             model.network, config, num_classes, image_size, weights, path, described, new_head
         )
-    notes = [taken.summary(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
+    notes = [result.summary(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
     if described is not None and described.image_size not in (None, image_size):
         notes.append(f"the weights were trained at {described.image_size} pixels, and images here have {image_size}")
-    here = model_options(config) | ({} if config.activation is None else {"activation": config.activation})
-    if described is not None and described.arguments not in (None, here):
+    arguments = model_options(config) | ({} if config.activation is None else {"activation": config.activation})
+    if described is not None and described.arguments not in (None, arguments):
         notes.append(
             f"the weights were trained with the arguments {format_value(described.arguments)}, "
-            f"and the model here has {here}"
+            f"and the model here has {arguments}"
         )
     return model, "; ".join(notes)
 
@@ -81,7 +90,7 @@ def _numbers(numbers: Sequence[float]) -> str:
 
 
 def published_config(name: str) -> Any:
-    """timm's PretrainedCfg of the model `name`, without timm/."""
+    """Return timm's PretrainedCfg of the model `name` (without timm/)."""
     import timm
 
     try:
@@ -91,10 +100,10 @@ def published_config(name: str) -> Any:
 
 
 def published_file(name: str) -> Path:
-    """Where the published weights of the model timm/NAME lie on this machine."""
+    """Return the path of the published weights of the model timm/NAME on this machine."""
     if not name.startswith("timm/"):
         raise UserError(
-            f"model.pretrained=true needs published weights, which model {name!r} has none of; give the path of a file "
+            f"model.pretrained=true needs published weights, but model {name!r} has none; give the path of a file "
             "of weights, or name a model of timm"
         )
     from huggingface_hub import constants, try_to_load_from_cache
@@ -115,14 +124,14 @@ def published_file(name: str) -> Path:
                 return Path(found)
     if published.url:
         address = published.url if isinstance(published.url, str) else published.url[0]
-        in_torchs_cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-        if os.path.isfile(in_torchs_cache):
-            return Path(in_torchs_cache)
+        cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
+        if os.path.isfile(cached):
+            return Path(cached)
         if not published.hf_hub_id:
-            folder = os.path.dirname(in_torchs_cache)
+            folder = os.path.dirname(cached)
     raise UserError(
-        f"the published weights of {name} are not in {folder}, and nothing is fetched in training; run python -c "
-        f"\"import timm; timm.create_model('{plain}', pretrained=True)\" once where there is a network, "
+        f"the published weights of {name} are not in {folder}, and training does not download them; run python -c "
+        f"\"import timm; timm.create_model('{plain}', pretrained=True)\" once with network access, "
         "or give the path of a file in model.pretrained"
     )
 
@@ -137,9 +146,22 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load the weights into a model that has as many classes as they have, strictly, and take over what is no head.
+    """Load weights strictly into a timm model with their number of classes, and copy all but the head.
 
-    timm by itself would change the head and then leave out whatever else does not fit, without a word.
+    timm alone would replace the head and then silently skip other tensors that do not fit.
+
+    Args:
+        network: the network to copy to.
+        config: the model section.
+        num_classes: number of logits of `network`.
+        image_size: height and width in pixels.
+        weights: tensors by name.
+        path: file of the weights, for errors.
+        described: content of the config.json beside the file.
+        new_head: whether the head keeps its initial values even if the shapes agree.
+
+    Raises:
+        UserError: the weights do not fit.
     """
     import timm
 
@@ -149,14 +171,14 @@ def copy_weights_with_timm(
     )
     classes = num_classes_in(weights, published_config(name), None if described is None else described.num_classes)
     try:
-        with torch.random.fork_rng([]):  # what is drawn here must not change what is drawn after it
+        with torch.random.fork_rng([]):  # must not change later random numbers
             source = timm.create_model(
                 name,
                 **{**arguments, "num_classes": classes},
                 pretrained=True,
                 pretrained_cfg_overlay={"state_dict": weights, "num_classes": classes},
             )
-    except Exception as error:  # converting older names fails in every way on names that are no such ones
+    except Exception as error:  # timm's conversion of names raises many types of errors on unknown names
         reasons = [line.strip().rstrip(".") for line in str(error).splitlines()] or [type(error).__name__]
         reason = reasons[1] if len(reasons) > 1 else reasons[0]
         raise UserError(
@@ -167,15 +189,15 @@ def copy_weights_with_timm(
 
 
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
-    """Return the number of classes that a file of weights is for.
+    """Return the number of classes of a file of weights.
 
-    Where the head has another name it is `described`, which the file's config.json says, else the published weights'.
+    If the head has an unknown name, this is `described` (from config.json), else the number of the published weights.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:
         if (weight := weights.get(f"{head}.weight")) is not None:
             classes = len(weight)
-            # some have a class more in front, for what is none of them, which timm cuts off
+            # some weights have an additional background class in front, which timm removes
             return (
                 published.num_classes if classes == published.num_classes + (published.label_offset or 0) else classes
             )

@@ -1,4 +1,4 @@
-"""ResNets with the CIFAR stem: one 3x3 convolution of stride 1 and no pooling before the first block.
+"""ResNets with the CIFAR stem: one 3x3 convolution with stride 1 and no pooling before the first block.
 
 Parameter names are torchvision's; only the shape of conv1.weight differs from its ImageNet models.
 """
@@ -15,7 +15,7 @@ from models.layers import build_activation, check_image_size
 
 
 class BasicBlock(nn.Module):
-    """features: float [B, in_channels, H, W] -> [B, width, H / stride, W / stride], by two 3x3 convolutions."""
+    """Two 3x3 convolutions: float [B, in_channels, H, W] -> [B, width, H / stride, W / stride]."""
 
     expansion = 1
 
@@ -40,9 +40,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """features: float [B, in_channels, H, W] -> [B, 4 * width, H / stride, W / stride], by 1x1, 3x3, 1x1.
+    """1x1, 3x3 and 1x1 convolutions: float [B, in_channels, H, W] -> [B, 4 * width, H / stride, W / stride].
 
-    The stride is the 3x3 convolution's, as in torchvision ("ResNet V1.5"), not the first 1x1's as in the paper.
+    The 3x3 convolution has the stride, as in torchvision ("ResNet V1.5"), instead of the first 1x1 as in the paper.
     """
 
     expansion = 4
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity where the shapes agree, else the paper's option B: a 1x1 convolution, unpadded, and batch norm."""
+    """Build the identity if the shapes agree, else a 1x1 convolution and batch norm (the paper's option B)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -81,15 +81,16 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """images: float [B, 3, H, W], sides from 25 -> logits [B, num_classes].
+    """ResNet: images float [B, 3, H, W] with sides of at least 25 -> logits [B, num_classes].
 
-    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385; the four widths
-    64/128/256/512 of its ImageNet models (or those of another `width`) behind a stem of stride 1, as for CIFAR. Shapes
-    of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
+    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The four widths
+    64/128/256/512 of its ImageNet models (or those of another `width`) follow a stem with stride 1, as for CIFAR.
+
+    Shapes of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
     [512, 4, 4] -> global mean [512].
     """
 
-    # From 25, layer4 ends in at least 4x4 positions: what the homework's 4x4 pooling window needs.
+    # From 25, layer4 has at least 4x4 positions, the size of the homework's pooling window.
     min_image_size = 25
     max_image_size: int | None = None
 
@@ -103,9 +104,16 @@ class ResNet(nn.Module):
         activation: str = "relu",
         drop_rate: float = 0.0,
     ) -> None:
-        """depths: blocks per stage. zero_init_residual: every block starts as the identity (arXiv:1706.02677, 5.1).
+        """Build the network.
 
-        width: of the first stage; each stage is twice as wide as the one before. drop_rate: of the dropout before fc.
+        Args:
+            block: type of all blocks.
+            depths: blocks per stage.
+            num_classes: number of logits.
+            zero_init_residual: whether every block starts as its shortcut (arXiv:1706.02677, section 5.1).
+            width: channels of the first stage; each stage has twice the width of the previous one.
+            activation: a key of `models.layers.ACTIVATIONS`.
+            drop_rate: dropout probability before fc.
         """
         super().__init__()
         if width < 1:
@@ -123,7 +131,7 @@ class ResNet(nn.Module):
         self.reset_parameters(zero_init_residual)
 
     def reset_parameters(self, zero_init_residual: bool) -> None:
-        """Kaiming normal, fan out, for convolutions (arXiv:1502.01852); BatchNorm and fc keep torch's defaults."""
+        """Initialise convolutions by Kaiming normal, fan out (arXiv:1502.01852); other layers keep torch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -142,12 +150,12 @@ class ResNet(nn.Module):
 def build_stage(
     block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int, activation: str
 ) -> nn.Sequential:
-    """`depth` blocks of one width; the first changes channels and stride."""
+    """Build `depth` blocks of one width; the first one changes channels and stride."""
     first = block(in_channels, width, stride, activation)
     return nn.Sequential(first, *(block(width * block.expansion, width, 1, activation) for _ in range(depth - 1)))
 
 
-# Called with num_classes and ResNet's options; parameters of each with 10 classes:
+# Arguments: num_classes and ResNet's options. Comments: parameters with 10 classes.
 resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))  # 11,173,962
 resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))  # 21,282,122
 resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))  # 23,520,842

@@ -1,7 +1,7 @@
-"""The networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions, one linear layer.
+"""Networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions, one linear layer.
 
 Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, and the sizes that its author
-published later for 94, 95 and 96 %. Knows nothing of how they are trained.
+published later for 94, 95 and 96 %.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from models.layers import check_image_size
 
 
 class Whitening(nn.Module):
-    """images: float [B, 3, H, W] -> [B, 24, H - 1, W - 1]: the principal directions of 2x2 patches and their negatives.
+    """Principal directions of 2x2 patches, and their negatives: float [B, 3, H, W] -> [B, 24, H - 1, W - 1].
 
-    Responses have mean square 1 over the patches that `fit` saw. The weight is a buffer, since nothing trains it.
+    Responses have mean square 1 over the patches passed to `fit`. The weight is a buffer, since it is not trained.
     """
 
     KERNEL = 2
-    EPS = 5e-4  # added to the patches' variances, so that the weakest directions are not blown up to the others' size
 
     weight: Tensor
 
     def __init__(self, zero_bias: bool) -> None:
-        """zero_bias: False draws the bias as torch does for a convolution."""
+        """zero_bias: False initialises the bias like a torch convolution."""
         super().__init__()
         inputs = 3 * self.KERNEL**2
         plain = nn.Conv2d(3, 2 * inputs, self.KERNEL)
@@ -33,13 +32,16 @@ class Whitening(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2 * inputs) if zero_bias else plain.bias.detach().clone())  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
-        """Set the weight from images [N, 3, H, W], normalised as `forward` will get them."""
+    def fit(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Set the weight from images [N, 3, H, W], normalised like the input of `forward`.
+
+        eps: added to the variances of patches, so that the weakest directions are not amplified to the others' scale.
+        """
         k = self.KERNEL
         patches = images.double().unfold(2, k, 1).unfold(3, k, 1)  # [N, 3, H - 1, W - 1, k, k]
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + self.EPS).sqrt()).T.reshape(-1, 3, k, k)
+        filters = (directions / (variances + eps).sqrt()).T.reshape(-1, 3, k, k)
         self.weight.copy_(torch.cat([filters, -filters]))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -47,23 +49,23 @@ class Whitening(nn.Module):
 
 
 def identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3x3 convolution whose first filters pass the input channels on; the others start as torch draws them."""
+    """Build a 3x3 convolution whose first filters pass the input channels through; the others are random."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:in_channels])
     return conv
 
 
 def bias_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
-    """Batch norm that learns a bias and no scale. momentum: torch's, the share of the newest batch."""
+    """Build a batch norm with a trainable bias and no scale. momentum: torch's, the weight of the newest batch."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
     norm.weight.requires_grad_(False)
     return norm
 
 
 class ConvGroup(nn.Module):
-    """features: float [B, in_channels, H, W] -> [B, width, H // 2, W // 2] by two or three 3x3 convolutions.
+    """Two or three 3x3 convolutions: float [B, in_channels, H, W] -> [B, width, H // 2, W // 2].
 
-    The third one has a shortcut: its group adds what came out of the first.
+    The third convolution has a shortcut from the output of the first one.
     """
 
     def __init__(self, in_channels: int, width: int, depth: int, momentum: float) -> None:
@@ -85,13 +87,13 @@ class ConvGroup(nn.Module):
 
 
 class SpeedrunNet(nn.Module):
-    """images: float [B, 3, H, W], sides 25..48 -> logits float32 [B, num_classes].
+    """Speedrun network: images float [B, 3, H, W] with sides 25..48 -> logits float32 [B, num_classes].
 
     Shapes at 32x32: whitening [24, 31, 31] -> group1 [width 1, 15, 15] -> group2 [width 2, 7, 7] -> group3
     [width 3, 3, 3] -> maximum [width 3] -> num_classes.
     """
 
-    # Outside of these, group3 does not end at 3x3 to 5x5, of which the last pooling makes one position.
+    # For these sizes, group3 ends at 3x3 to 5x5, which the last pooling reduces to one position.
     min_image_size = 25
     max_image_size: int | None = 48
 
@@ -106,7 +108,17 @@ class SpeedrunNet(nn.Module):
         zero_whitening_bias: bool = True,
         unit_head: bool = False,
     ) -> None:
-        """depth: convolutions per group. momentum: batch norm's. unit_head: linear weights of standard deviation 1."""
+        """Build the network.
+
+        Args:
+            num_classes: number of logits.
+            widths: channels of the three groups.
+            depth: convolutions per group, 2 or 3.
+            momentum: of batch norms.
+            logit_scale: factor of the logits.
+            zero_whitening_bias: whether the bias of the whitening layer starts at 0.
+            unit_head: whether to scale the initial weights of the head to standard deviation 1.
+        """
         super().__init__()
         self.whitening = Whitening(zero_whitening_bias)
         channels = (len(self.whitening.bias), *widths)
@@ -120,14 +132,14 @@ class SpeedrunNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         check_image_size("SpeedrunNet", images.shape[2], images.shape[3], self.min_image_size, self.max_image_size)
         features = self.pool(self.groups(F.gelu(self.whitening(images)))).flatten(1)
-        # bfloat16 keeps two or three digits, too few to tell the classes of a doubtful image apart; this layer is small
+        # bfloat16 has 2 to 3 digits, too few to rank the classes of an ambiguous image; this layer is small
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype)) * self.logit_scale
         return logits
 
 
 def speedrun94(num_classes: int) -> SpeedrunNet:
-    """1,972,504 parameters with 10 classes."""
+    """Build the network for 94 %: 1,972,504 parameters with 10 classes."""
     widths = (64, 256, 256)
     return SpeedrunNet(
         num_classes, widths, momentum=0.4, logit_scale=1 / widths[-1], zero_whitening_bias=False, unit_head=True
@@ -135,26 +147,26 @@ def speedrun94(num_classes: int) -> SpeedrunNet:
 
 
 def speedrun95(num_classes: int) -> SpeedrunNet:
-    """4,606,232 parameters with 10 classes: wider than speedrun94."""
+    """Build the network for 95 %, wider than speedrun94: 4,606,232 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (128, 384, 384), momentum=0.4)
 
 
 def speedrun96(num_classes: int) -> SpeedrunNet:
-    """9,918,488 parameters with 10 classes: three convolutions per group, with shortcuts."""
+    """Build the network for 96 %, with shortcuts: 9,918,488 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (128, 384, 512), depth=3)
 
 
 def speedrun96_proxy(num_classes: int) -> SpeedrunNet:
-    """146,456 parameters with 10 classes: the small network that chooses samples for speedrun96."""
+    """Build the network that selects samples for speedrun96: 146,456 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (32, 64, 64))
 
 
 def fit_whitening(model: nn.Module, images: Tensor) -> None:
-    """Whitens the first layer for raw pixels, uint8 [N, 3, H, W], of a model with `Normalize` in front."""
+    """Fit the whitening layer, if any, of a `PixelClassifier` to raw pixels, uint8 [N, 3, H, W]."""
     if (whitening := find_whitening(model)) is not None:
         whitening.fit(model.get_submodule("normalize")(images))
 
 
 def find_whitening(network: nn.Module) -> Whitening | None:
-    """The whitening layer of a model of this file, also behind `Normalize`; None of any other model."""
+    """Return the whitening layer of a model; None if it has none."""
     return next((module for module in network.modules() if isinstance(module, Whitening)), None)

@@ -1,6 +1,6 @@
 """Models of timm, tried on the meta device (shapes only, no memory) before the real one is built.
 
-timm is imported inside the functions: it takes seconds, and the built-in models do without.
+timm is imported inside functions, since the import takes seconds and built-in models do not need it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Where the smallest size is looked for when image_size fails: every size up to 96, then every 16th.
+# Sizes to try for the smallest one when image_size fails: every size up to 96, then every 16th.
 CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
 def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
-    """timm.create_model(name): images float [B, 3, H, W] -> logits [B, num_classes]; settings of `timm_arguments`."""
+    """Build timm's model `name`: images float [B, 3, H, W] -> logits [B, num_classes]. See `timm_arguments`."""
     import timm
 
     network: nn.Module = timm.create_model(name, **timm_arguments(name, num_classes, **settings))
@@ -35,9 +35,19 @@ def timm_arguments(
     activation: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """What timm.create_model(name) is to be given, found out by trying; `UserError` as in `models.build_model`.
+    """Return the arguments of timm.create_model(name), after trying them on the meta device.
 
-    Where timm's constructor has an img_size (ViT, Swin and others, which are built for one size), it gets `image_size`.
+    Args:
+        name: without timm/.
+        num_classes: number of logits.
+        image_size: height and width in pixels to check. Passed on as img_size if the constructor has such an argument
+            (ViT, Swin and other models built for one size). None: no check.
+        drop_rate: dropout probability; None: the model's default.
+        activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
+        kwargs: further arguments of the constructor.
+
+    Raises:
+        UserError: the name is unknown, or the model does not take a size or argument.
     """
     import timm
 
@@ -63,24 +73,24 @@ def timm_arguments(
 
 
 def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
-    """The act_layer that stands for this activation: its name, or its class where the model does not look names up.
+    """Return the act_layer of this activation: its name, or its class if the model does not accept names.
 
-    The name is tried first, since timm writes it into config.json. Raises `UserError` where the model takes neither, or
-    takes it and does not use it.
+    The name is preferred, since timm writes it to config.json. Raises `UserError` if the model accepts neither, or
+    ignores it.
     """
     from timm.layers import get_act_layer
 
     if "act_layer" in arguments:
         raise UserError(
-            f"activation={activation} and the option act_layer={arguments['act_layer']!r} say the same of model "
-            f"'timm/{name}'; leave out one"
+            f"activation={activation} and the option act_layer={arguments['act_layer']!r} are the same setting of "
+            f"model 'timm/{name}'; leave out one"
         )
     layer: type[nn.Module] = get_act_layer(activation)
 
     def try_out(choice: str | type[nn.Module]) -> None:
         network = build_shapes_only(name, {**arguments, "act_layer": choice})
         if not any(isinstance(part, layer) for part in network.modules()):
-            raise ValueError("it does not use the act_layer that it takes")
+            raise ValueError("it accepts an act_layer but does not use it")
 
     problem = caught_error(try_out, activation)
     if problem is None:
@@ -91,15 +101,15 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
 
 
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
-    """Whether the constructor has an img_size; timm hides its constructors behind **kwargs, so one asks by trying."""
+    """Return whether the constructor has an img_size; tried out, since timm's entry points take **kwargs."""
     problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem
 
 
 def check_size(name: str, arguments: dict[str, Any], image_size: int, options: dict[str, Any]) -> None:
-    """Raise a `UserError` that names the smallest size that works, unless one image of `image_size` passes.
+    """Raise a `UserError` that names the smallest possible size, unless an image of `image_size` gives logits.
 
-    options: those of `arguments` that may be what does not work, instead of the size.
+    options: those of `arguments` that may be the cause instead of the size.
     """
     import timm
 
@@ -107,21 +117,21 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
     if problem is None:
         return
     config = timm.get_pretrained_cfg(name)
-    made_for = config.input_size[-1] if config else 224
-    if at_its_own := caught_error(build_and_run, name, {**arguments, "img_size": None}, made_for):
+    default_size = config.input_size[-1] if config else 224
+    if default_problem := caught_error(build_and_run, name, {**arguments, "img_size": None}, default_size):
         plain = {"num_classes": arguments["num_classes"]}
-        if options and caught_error(build_and_run, name, plain, made_for) is None:
-            raise UserError(f"model 'timm/{name}' does not run with {options}: {at_its_own}; change those options")
-        return  # The model does not run on the meta device at all, which says nothing about the size.
-    smallest = find_min_size(name, arguments) or made_for
+        if options and caught_error(build_and_run, name, plain, default_size) is None:
+            raise UserError(f"model 'timm/{name}' does not run with {options}: {default_problem}; change those options")
+        return  # the model does not run on the meta device at all, which does not depend on the size
+    smallest = find_min_size(name, arguments) or default_size
     raise UserError(
         f"image_size {image_size}x{image_size} is not one that timm/{name} takes ({problem}): the smallest is "
-        f"{smallest}, and it was made for {made_for}"
+        f"{smallest}, and its default size is {default_size}"
     )
 
 
 def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
-    """The first of SIZES_TRIED that works, trying them all in turn because what divides need not be monotonic."""
+    """Return the first of CANDIDATE_SIZES that works, tried in order: sizes that work need not be contiguous."""
     if "img_size" in arguments:
         sized = ((size, {**arguments, "img_size": size}) for size in CANDIDATE_SIZES)
         return next((size for size, these in sized if caught_error(build_and_run, name, these, size) is None), None)
@@ -130,7 +140,7 @@ def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
 
 
 def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model on the meta device, for evaluation; downloads and loads nothing."""
+    """Build the model on the meta device in evaluation mode, without downloading or loading anything."""
     import timm
 
     options = {key: value for key, value in arguments.items() if key not in ("pretrained", "checkpoint_path")}
@@ -140,12 +150,12 @@ def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def run_one_image(network: nn.Module, image_size: int, num_classes: int) -> None:
-    """One image of image_size x image_size through a network on the meta device; ValueError unless logits come out."""
+    """Run one image through a network on the meta device; raise ValueError unless it returns logits."""
     with torch.device("meta"), torch.no_grad():
         logits = network(torch.empty(1, 3, image_size, image_size))
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"its result is {shape} and not [1, {num_classes}]")
+        raise ValueError(f"its output is {shape} instead of [1, {num_classes}]")
 
 
 def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None:
@@ -153,9 +163,9 @@ def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None
 
 
 def caught_error(attempt: Callable[..., object], *arguments: object) -> str | None:
-    """What `attempt` raised, in one line, or None. Catches all: timm and torch fail in every way on a bad size."""
+    """Return the error raised by `attempt` in one line, or None."""
     try:
         attempt(*arguments)
-    except Exception as error:
+    except Exception as error:  # bad sizes raise many types of errors in timm and torch
         return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
     return None

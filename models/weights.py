@@ -1,7 +1,4 @@
-"""Weights from files into networks: what fits is taken, a head may start anew, and anything else is an error.
-
-Knows neither configs nor this project's checkpoints, beyond telling that a file is one.
-"""
+"""Load weights from files and copy them into networks; everything must fit, except for a new head."""
 
 from __future__ import annotations
 
@@ -18,15 +15,15 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Where files of other programs hold the weights, in this order.
+# Keys under which files of other programs store the state dict, in order of precedence.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
-MAX_NAMES_SHOWN = 3  # of what does not fit, of each kind
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names added by DDP and torch.compile
+MAX_NAMES_SHOWN = 3  # of tensors that do not fit, of each kind
 _MARK = object()
 
 
 class SkippedObject:
-    """Stand for a class or function of NumPy that is not loaded."""
+    """Placeholder for an object of NumPy that is not loaded."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -36,9 +33,9 @@ class SkippedObject:
 
 
 class SkippedDict:
-    """Stand for any other class or function that is not loaded: calling it gives a dictionary marked by `_MARK`.
+    """Placeholder for any other object that is not loaded; instances are dictionaries with the key `_MARK`.
 
-    Of exactly this type, since torch lets a pickle put items into no subclass of it.
+    Instances are plain OrderedDicts, since torch's unpickler does not set items of subclasses.
     """
 
     def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
@@ -46,12 +43,12 @@ class SkippedDict:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name in a file of safetensors, or in one that torch.save wrote; no code in it is run.
+    """Read tensors by name from a safetensors file or a file written by torch.save, without running code in it.
 
-    Other objects in a file of torch.save, such as the settings of a run, are passed over.
+    Other objects in a torch file, such as the settings of a run, are skipped. Raises UserError for any other file.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"weights {path} are no plain file; give the path of a .safetensors, .pth or .bin file")
+    if path.exists() and not path.is_file():  # reading a pipe could block
+        raise UserError(f"weights {path} are not a plain file; give the path of a .safetensors, .pth or .bin file")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -59,8 +56,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist; give the path of a .safetensors, .pth or .bin file") from None
     except pickle.UnpicklingError:
-        raise _refused(path, "holds more than tensors, numbers and strings, or is none of torch's") from None
-    except Exception as error:  # bytes of another program make both readers fail in every way
+        raise _refused(path, "contains more than tensors, numbers and strings, or is not torch's") from None
+    except Exception as error:  # both readers raise many types of errors on arbitrary bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"weights {path} cannot be read ({reason}); give a .safetensors, .pth or .bin file") from None
     if isinstance(content, dict) and {"format", "stream"} <= content.keys():
@@ -68,17 +65,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
     if _is_skipped(content) or (isinstance(content, dict) and any(map(_is_skipped, content.values()))):
-        raise _refused(path, "holds objects of classes in the place of a state dict, or beside it")
+        raise _refused(path, "contains objects of classes instead of a state dict, or next to it")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
-            f"weights {path} are no tensors by name; give the file of a state dict, or a dictionary that holds one as "
-            f"{', '.join(NESTED_UNDER)}"
+            f"weights {path} are not tensors by name; give the file of a state dict, or of a dictionary with a "
+            f"state dict as {', '.join(NESTED_UNDER)}"
         )
-    return {_plain(str(name)): value for name, value in content.items()}
+    return {_strip_wrappers(str(name)): value for name, value in content.items()}
 
 
 def _load_tensors(path: Path) -> Any:
-    """Read a file of torch.save, with an empty object in the place of each that is more than data."""
+    """Read a torch file, with a placeholder for each object that is not plain data."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -94,19 +91,19 @@ def _is_skipped(value: Any) -> bool:
 
 def _refused(path: Path, reason: str) -> UserError:
     return UserError(
-        f"weights {path} are refused, since the file {reason}; save the state dict alone where the file was made "
+        f"weights {path} are refused, since the file {reason}; save only the state dict where the file was made "
         "(torch.save(model.state_dict(), FILE)), or convert it to .safetensors where you trust it"
     )
 
 
-def _plain(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name.split(".", 1)[1]
     return name
 
 
 def head_layers(network: nn.Module) -> tuple[str, ...]:
-    """The names of the last classifier layers: one, but for a few models of timm that have two."""
+    """Return the names of the final classifier layers: one, except for a few timm models that have two."""
     of_timm: Any = next((module for module in network.modules() if hasattr(module, "get_classifier")), None)
     if of_timm is None:
         return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear))[-1:]
@@ -117,59 +114,68 @@ def head_layers(network: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What became of a network's tensors."""
+    """Result of copying weights into a network."""
 
     num_loaded: int
-    reinitialized: tuple[str, ...]  # names of those that stay as they were drawn
+    reinitialized: tuple[str, ...]  # names of tensors that keep their initial values
 
     def summary(self, source: object) -> str:
         new = f"; new: {', '.join(self.reinitialized)}" if self.reinitialized else ""
-        return f"took {self.num_loaded} tensors of {source}{new}"
+        return f"loaded {self.num_loaded} tensors from {source}{new}"
 
 
 def copy_weights(
     network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
 ) -> LoadResult:
-    """Copy `weights` into the network, whose layers `head` may differ and then stay as they are.
+    """Copy weights into a network. Layers of the head may differ and then keep their initial values.
 
-    source: what they are, for the error. new_head: leave the head as it is even where the shapes agree. Raises
-    UserError that names the keys that are missing, unexpected, or of another shape; the network is unchanged then.
+    Args:
+        network: the network, unchanged if an error is raised.
+        weights: tensors by name.
+        head: names of the layers that may differ.
+        source: description of the weights, for errors.
+        new_head: whether the head keeps its initial values even if the shapes agree.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape; the message names them.
     """
-    here = network.state_dict()
+    own = network.state_dict()
 
     def in_head(name: str) -> bool:
         return any(name.startswith(f"{layer}.") for layer in head)
 
     fitting: dict[str, Tensor] = {}
-    anew: list[str] = []
+    reinitialized: list[str] = []
     missing: list[str] = []
     shapes: list[str] = []
-    for name, tensor in here.items():
-        theirs = weights.get(name)
-        if theirs is not None and theirs.shape == tensor.shape and not (new_head and in_head(name)):
-            fitting[name] = theirs
+    for name, tensor in own.items():
+        weight = weights.get(name)
+        if weight is not None and weight.shape == tensor.shape and not (new_head and in_head(name)):
+            fitting[name] = weight
         elif in_head(name):
-            anew.append(name)
-        elif theirs is None:
+            reinitialized.append(name)
+        elif weight is None:
             missing.append(name)
         else:
-            shapes.append(f"{name} is {list(theirs.shape)} there and {list(tensor.shape)} here")
-    unexpected = [name for name in weights if name not in here and not in_head(name)]
+            shapes.append(f"{name} is {list(weight.shape)} there and {list(tensor.shape)} here")
+    unexpected = [name for name in weights if name not in own and not in_head(name)]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if problems := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
         advice = ""
-        if missing and [one.shape for one in weights.values()] == [one.shape for one in here.values()]:
-            advice = " (all shapes agree in their order: perhaps only names differ, and docs/recipes.md renames them)"
+        if missing and [one.shape for one in weights.values()] == [one.shape for one in own.values()]:
+            advice = (
+                " (all shapes agree in order, so perhaps only names differ; docs/recipes.md shows how to rename them)"
+            )
         head_may = ", of which only the head may differ" if head else ""
         raise UserError(
             f"{source} do not fit the model{head_may}: {'; '.join(problems)}; take weights of the same architecture "
             f"and options{advice}"
         )
     network.load_state_dict(fitting, strict=False)
-    return LoadResult(len(fitting), tuple(anew))
+    return LoadResult(len(fitting), tuple(reinitialized))
 
 
 def _some(names: list[str]) -> str:
-    """Return the first ones, and how many more there are."""
+    """Return the first names and the number of the others."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

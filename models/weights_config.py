@@ -1,6 +1,6 @@
-"""Read the config.json beside a file of weights, laid out as in timm's folders and those of tools/export.py.
+"""Read the config.json beside a weights file, in the format of timm's model folders and of tools/export.py.
 
-The file is not trusted: what is read is checked, and everything else in it is ignored.
+The file is not trusted: every value in use is validated, all others are ignored.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ NAME = "config.json"
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """None: the file does not say."""
+    """Validated content of a config.json; None: not given."""
 
     path: Path
-    mean: list[float] | None = None  # of RGB values within 0 to 1
+    mean: list[float] | None = None  # of RGB values in 0..1
     std: list[float] | None = None
-    image_size: int | None = None  # height that the weights were trained at, pixels
+    image_size: int | None = None  # height in pixels that the weights were trained with
     num_classes: int | None = None
-    classes: list[str] | None = None  # in the order of the head; tools/export.py alone says so
+    classes: list[str] | None = None  # in the order of the head; written by tools/export.py only
     arguments: dict[str, Any] | None = None  # of the constructor
 
 
 def read_weights_config(weights: Path) -> WeightsConfig | None:
-    """Read the config.json beside `weights`; return None if there is none. Raises UserError if it is broken."""
+    """Read the config.json beside `weights`; return None if there is none. Raise UserError if it is invalid."""
     path = weights.parent / NAME
     try:
         content = json.loads(read_small_text(path))
@@ -42,7 +42,7 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
         raise _broken(path, f"cannot be read as JSON ({reason})") from None
     if not isinstance(content, dict):
         raise _broken(path, "is not a mapping")
-    published = content.get("pretrained_cfg", content)  # older files of timm have no such section
+    published = content.get("pretrained_cfg", content)  # missing in older files of timm
     facts = content.get("model_zhu", {})
     if not isinstance(published, dict) or not isinstance(facts, dict):
         raise _broken(path, "has a pretrained_cfg or model_zhu that is not a mapping")
@@ -78,5 +78,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _broken(path: Path, what: str) -> UserError:
-    return UserError(f"{path}, which says how images are normalised for the weights beside it, {what}; repair it, or "
-                     "move the weights to a folder without it")  # fmt: skip
+    return UserError(
+        f"{path}, which describes the normalisation of images for the weights beside it, {what}; repair it, or move "
+        "the weights to a folder without it"
+    )

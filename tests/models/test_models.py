@@ -400,12 +400,14 @@ def count(network: nn.Module, kind: type[nn.Module]) -> int:
 def test_an_activation_that_a_timm_model_does_not_take_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"activation=mish cannot be applied to model 'timm/tnt_s_.*leave it out"):
         build_model("timm/tnt_s_patch16_224", 10, activation="mish")
-    with pytest.raises(UserError, match="activation=mish and the option act_layer='relu' say the same"):
+    with pytest.raises(UserError, match="activation=mish and the option act_layer='relu' are the same setting"):
         build_model("timm/test_resnet", 10, activation="mish", act_layer="relu")
 
 
 def test_options_with_which_a_timm_model_gives_no_logits_are_named_instead_of_the_size() -> None:
-    with pytest.raises(UserError, match=r"'timm/test_vit' does not run with \{'global_pool': ''\}.*not \[1, 10\]"):
+    with pytest.raises(
+        UserError, match=r"'timm/test_vit' does not run with \{'global_pool': ''\}.*instead of \[1, 10\]"
+    ):
         build_model("timm/test_vit", 10, image_size=32, global_pool="")
     with pytest.raises(UserError, match=r"'timm/test_resnet' cannot be built with .*'drop_path_rate': 'much'"):
         build_model("timm/test_resnet", 10, drop_path_rate="much")

@@ -66,7 +66,13 @@ def losses_with(which: str, **limit: str) -> list[list[float]]:
     """Of FEW or ALL; two threads, since a single one cannot hang in a barrier."""
     kept = {name: value for name, value in CLEAN.items() if name not in LIMITS}
     # passive: on shared cores, threads that spin while they wait make steps a hundred times as long
-    env = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **limit}
+    env = {
+        **kept,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **limit,
+    }
     command = [sys.executable, __file__, which]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=200)
     assert done.returncode == 0, f"after {done.stdout.count(chr(10))} cases: {done.stderr[-2000:]}"
@@ -177,7 +183,7 @@ def test_names_of_parameters_and_modules_stay_and_a_second_call_changes_nothing(
     plain, changed = narrow(), narrow()
     note = avoid_narrow_strided_convs(changed)
     assert note is not None
-    assert note.startswith("stride taken out of 1 of 20 convolutions (network.layer2.0.downsample.0): oneDNN's")
+    assert note.startswith("stride moved out of 1 of 20 convolutions (network.layer2.0.downsample.0): oneDNN's")
     assert avoid_narrow_strided_convs(changed) is None
     assert [(name, type(module)) for name, module in changed.named_modules()] == [
         (name, type(module)) for name, module in plain.named_modules()
@@ -206,7 +212,7 @@ def test_the_log_says_which_layers_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     with alone() as device:
         training = build_all(config, dataset, 2, 32, device)
     assert [note.split(":")[0] for note in training.notes[:1]] == ["frozen"]
-    assert training.notes[1].startswith("stride taken out of 2 of 20 convolutions")
+    assert training.notes[1].startswith("stride moved out of 2 of 20 convolutions")
     assert "corrupts memory on this CPU" in training.notes[1]
 
 

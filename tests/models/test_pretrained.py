@@ -76,7 +76,9 @@ def test_all_but_the_head_comes_from_the_file_and_the_head_is_drawn_as_without(e
     assert [name for name, same in is_same(ours, weights).items() if not same] == ["fc.weight", "fc.bias"]
     new = drawn("timm/test_resnet")
     assert torch.equal(ours["fc.weight"], new["fc.weight"])
-    assert note.startswith(f"took {len(weights) - 2} tensors of {path}; new: fc.weight, fc.bias; images are normalised")
+    assert note.startswith(
+        f"loaded {len(weights) - 2} tensors from {path}; new: fc.weight, fc.bias; images are normalised"
+    )
 
 
 def test_drawing_goes_on_after_pretrained_weights_as_without_them(tmp_path: Path) -> None:
@@ -140,14 +142,17 @@ def test_images_are_normalised_as_the_config_json_beside_the_file_says(name: str
         [0.2, 0.3, 0.4],
         [0.5, 0.6, 0.7],
     )
-    assert f"normalised with mean [0.2, 0.3, 0.4] and std [0.5, 0.6, 0.7], as {path.parent}/config.json says" in note
+    assert (
+        f"normalised with mean [0.2, 0.3, 0.4] and std [0.5, 0.6, 0.7], as specified by {path.parent}/config.json"
+        in note
+    )
     assert "pixels" not in note
     path.with_name("config.json").unlink()
     model, note = start(name, str(path), size=32)
     assumed = MEAN if name == "lenet" else list(timm.get_pretrained_cfg("test_resnet").mean)
     by = "the data set's" if name == "lenet" else "timm's for test_resnet"
     assert shortest_decimals(model.normalize.mean) == assumed
-    assert f"{by}, since no config.json beside the file says what the weights want" in note
+    assert f"{by}, since no config.json beside the file specifies others" in note
 
 
 def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp_path: Path) -> None:
@@ -160,7 +165,7 @@ def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp
     older.write_text('{"model_type": "resnet", "hidden_sizes": [1]}')
     model, note = start("lenet", str(path), size=32)
     assert shortest_decimals(model.normalize.mean) == MEAN
-    assert "since no config.json beside the file says what the weights want" in note
+    assert "since no config.json beside the file specifies others" in note
 
 
 def test_a_head_for_other_classes_of_the_same_number_is_new_and_other_arguments_are_noted(tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_a_broken_config_json_is_an_error_that_names_it(content: str, tmp_path: 
     path = exported(tmp_path / "export", "lenet")
     path.with_name("config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(
-        UserError, match=r"config\.json, which says how .* (is not a mapping|cannot be read|has )"
+        UserError, match=r"config\.json, which describes .* (is not a mapping|cannot be read|has )"
     ) as caught:
         start("lenet", str(path), size=32)
     assert len(str(caught.value)) < 400
@@ -234,7 +239,7 @@ def test_older_weights_are_found_in_torchs_cache(hub: Path) -> None:
 
 
 def test_what_has_no_published_weights_is_refused() -> None:
-    with pytest.raises(UserError, match="pretrained=true needs published weights, which model 'resnet18' has none of"):
+    with pytest.raises(UserError, match="pretrained=true needs published weights, but model 'resnet18' has none;"):
         start("resnet18", True)
     with pytest.raises(UserError, match="timm publishes no weights of timm/botnet50ts_256"):
         start("timm/botnet50ts_256", True)
@@ -297,15 +302,15 @@ def test_files_that_are_no_weights_are_refused_and_no_code_is_run(
     (tmp_path / "bytes.safetensors").write_bytes(b"\0" * 100)
     (tmp_path / "bytes.pth").write_bytes(b"abc")
     for file, reason in {
-        "evil.pth": "are refused, since the file holds more than tensors",
-        "text.pth": "are no tensors by name",
-        "list.bin": "are no tensors by name",
+        "evil.pth": "are refused, since the file contains more than tensors",
+        "text.pth": "are not tensors by name",
+        "list.bin": "are not tensors by name",
         "ours.pt": "are a checkpoint of this program; name it in model.finetune",
         "bytes.safetensors": "cannot be read",
         "bytes.pth": "refused|cannot be read",
         "missing.pth": "do not exist; give the path",
         "missing.safetensors": "do not exist; give the path",
-        ".": "are no plain file",
+        ".": "are not a plain file",
     }.items():
         with pytest.raises(UserError, match=f"weights {file} .*({reason})") as caught:
             start("lenet", file, size=32)

@@ -112,7 +112,7 @@ def test_a_run_starts_from_a_homework_checkpoint(write: Write, call: Call, npy_d
                         "TRAIN.EPOCHS=1", f"model.pretrained={path}")  # fmt: skip
     assert code == 0, err
     log = (tmp_path / "out" / "lenet" / "log.txt").read_text()
-    assert f"took 8 tensors of {path}; new: fc3.weight, fc3.bias" in log
+    assert f"loaded 8 tensors from {path}; new: fc3.weight, fc3.bias" in log
 
 
 def test_going_on_from_a_homework_checkpoint_says_what_to_do_instead(
@@ -191,7 +191,7 @@ def test_objects_beside_the_weights_are_passed_over_and_nothing_of_them_is_run(
 def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(tmp_path: Path) -> None:
     for content in ({"model": nn.Sequential(nn.Linear(2, 2))}, nn.Linear(2, 2)):
         torch.save(content, tmp_path / "x.pth")
-        with pytest.raises(UserError, match=r"refused, since the file holds objects of classes .*state_dict\(\), FILE"):
+        with pytest.raises(UserError, match=r"refused, since the file contains objects of classes .*state_dict\(\), FILE"):
             read_weights(tmp_path / "x.pth")
 
 
@@ -201,8 +201,8 @@ def test_other_names_are_listed_and_equal_shapes_are_told(tmp_path: Path) -> Non
         copy_weights(network, theirs, (), "weights x.pth")
     assert str(caught.value) == (
         "weights x.pth do not fit the model: missing: conv1.weight, conv1.bias, conv2.weight and 7 more; unexpected: "
-        "net.0, net.1, net.2 and 7 more; take weights of the same architecture and options (all shapes agree in their "
-        "order: perhaps only names differ, and docs/recipes.md renames them)"
+        "net.0, net.1, net.2 and 7 more; take weights of the same architecture and options (all shapes agree in order, "
+        "so perhaps only names differ; docs/recipes.md shows how to rename them)"
     )
     with pytest.raises(UserError, match=r"same architecture and options$"):
         copy_weights(network, dict(list(theirs.items())[1:]), (), "weights x.pth")

@@ -117,7 +117,7 @@ def test_frozen_parameters_and_statistics_are_bitwise_the_sources_and_all_else_i
 def test_the_log_says_what_was_taken_and_what_is_new_and_what_is_frozen(source: Result, tuned: Result) -> None:
     log = (tuned.folder / "log.txt").read_text()
     tensors = len(tuned.weights)
-    expected = f"took {tensors - 2} tensors of {source.folder / 'best.pt'}; new: network.fc.weight, network.fc.bias"
+    expected = f"loaded {tensors - 2} tensors from {source.folder / 'best.pt'}; new: network.fc.weight, network.fc.bias"
     assert log.count(expected) == 1
     assert "frozen: 15 of 62 tensors" in log
 
@@ -206,7 +206,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
     [
         ("model.finetune=/nowhere/last.pt", "checkpoint /nowhere/last.pt does not exist"),
         ("model.freeze=[layer7.*]", "'layer7.*' matches no parameter"),
-        ("model.pretrained=true", "which model 'resnet18' has none of"),
+        ("model.pretrained=true", "but model 'resnet18' has none;"),
         ("model.options={widht: 4}", "widht=4 is not an option"),
         ("model.options={width: wide}", "width='wide' has the wrong type"),
         ("model.activation=swish", "model.activation"),
