@@ -38,10 +38,11 @@ from tools.common.tables import make_folder, write_csv, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import build_all, check_classes
 from train.distributed.process_group import Ranks, process_group
-from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import TrainState, build_timeline, run_step, set_whitening_bias_grad, update_averages
+from train.engine.cpu_settings import limit_threads
+from train.engine.epoch import build_timeline, set_whitening_bias_grad
 from train.engine.hard_samples import check_proxy
-from train.engine.throughput import endless_batches
+from train.engine.state import TrainState
+from train.engine.step import run_step, update_averages
 from train.engine.warm_up import warm_up
 from train.engine.whitening import whiten, whitening_images
 from train.optim.factory import set_learning_rate
@@ -49,6 +50,7 @@ from train.optim.freeze import set_training_mode
 from train.optim.schedule import OWN_RATES, lr_factor, scale_learning_rates
 from train.reporting import figures
 from train.reporting.run_info import global_batch
+from train.throughput import endless_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -45,7 +45,7 @@ from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
 from tools.inference.trained_model import TrainedModel, check_same_classes, load_trained_model
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import Evaluation
+from train.engine.evaluate import Evaluation
 
 MAX_SHOWN = 5
 METRICS = ("loss", "top1", "top5")

@@ -38,14 +38,15 @@ from pipelines.storage.dataset import load_dataset
 from tools.common.tables import write_text
 from train.build import build_all, check_classes
 from train.distributed.process_group import Ranks, process_group
-from train.engine.clock import RunTimer
-from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import TrainState, evaluate, train_epoch
+from train.engine.cpu_settings import limit_threads
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import evaluate
 from train.engine.hard_samples import check_proxy
-from train.engine.meter import memory_usage
+from train.engine.metrics import RunTimer, memory_usage
+from train.engine.state import TrainState, restart_in_place
 from train.engine.warm_up import check_image_sizes, warm_up
-from train.engine.whitening import restart_in_place, whiten, whitening_images
-from train.optim.ema import eval_weights
+from train.engine.whitening import whiten, whitening_images
+from train.optim.averaging import eval_weights
 from train.reporting.run_info import device_name
 
 
@@ -120,7 +121,7 @@ def run(
     for _ in range(config.train.first_epoch, config.train.epochs):
         times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
         clock.add(times.time_s)
-    with clock, eval_weights(training, config.eval.weights):
+    with clock, eval_weights(training.ema, config.eval.weights):
         top1 = evaluate(training, val_loader, val_samples, config.eval.tta).top1
     return {"top1": top1, "time_s": clock.training_s}
 

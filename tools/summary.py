@@ -48,7 +48,7 @@ from train.checkpoint.run_dir import find_checkpoints
 from train.checkpoint.state import require_keys
 from train.checkpoint.store import BEST, LAST, PREVIOUS
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import amp_dtype
+from train.engine.precision import amp_dtype
 from train.optim.freeze import freeze
 from train.reporting import figures
 

@@ -17,12 +17,11 @@ from models.pretrained import build_pretrained
 from pipelines.augment.mixup import mixing_enabled
 from train.checkpoint.finetune import load_finetune
 from train.distributed.process_group import get_world_size
-from train.engine.epoch import TrainState, build_state
 from train.engine.hard_samples import build_proxy
-from train.optim.ema import build_ema
+from train.engine.state import TrainState, build_state
+from train.optim.averaging import build_ema, build_lookahead
 from train.optim.factory import build_optimizer
 from train.optim.freeze import freeze
-from train.optim.lookahead import build_lookahead
 from train.optim.schedule import scale_learning_rates
 from train.reporting.run_info import global_batch
 

@@ -14,12 +14,10 @@ from math import isnan
 from typing import Any
 
 from configs.load import load_config, to_yaml
-from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.files import path_text
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
-from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import load_dataset
 from train.build import build_all, check_classes
 from train.checkpoint import relaunch
@@ -32,26 +30,28 @@ from train.checkpoint.run_dir import (
     refresh_candidates,
     resolve_resume,
 )
+from train.checkpoint.store import load_newest_on_all_ranks
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed import collectives
 from train.distributed.launcher import run_distributed
 from train.distributed.process_group import Ranks, process_group
 from train.distributed.signals import Preempted, catch_signals
-from train.engine.clock import RunTimer
-from train.engine.cpu_threads import limit_threads
-from train.engine.epoch import TrainState, build_timeline, evaluate
+from train.engine.cpu_settings import limit_threads
+from train.engine.epoch import build_timeline
+from train.engine.evaluate import evaluate
 from train.engine.hard_samples import check_proxy
-from train.engine.throughput import measure_images_per_s
+from train.engine.metrics import RunTimer
 from train.engine.warm_up import check_image_sizes, warm_up
 from train.engine.whitening import whiten, whitening_images
 from train.evaluation import build_for_evaluation
-from train.optim.ema import eval_weights, uses_ema
+from train.optim.averaging import eval_weights, uses_ema
 from train.optim.factory import with_timm_defaults
 from train.optim.schedule import config_warnings
 from train.reporting.run_info import collect_run_info, dataset_info, stage_warnings, summary_line
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
-from train.trainer import Trainer, fit, load_newest_on_all_ranks, restore_run
+from train.throughput import print_throughput
+from train.trainer import Trainer, fit, restore_run
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -141,7 +141,7 @@ def main() -> int:
             print_throughput(config, state, train_loader, ranks)
             return 0
 
-        uses_ema(state, config.eval.weights)  # raises where there is none
+        uses_ema(state.ema, config.eval.weights)  # raises where there is none
         timeline = build_timeline(state.config, train_loader)
         position = {"epoch": config.train.first_epoch, "step": 0}
         progress: dict[str, Any] = {"best_top1": -1.0}
@@ -202,7 +202,7 @@ def main() -> int:
                 return stopped.exit_code
             if progress.get("left_out"):
                 log.info(f"updates left out in all: {progress['left_out']} of {timeline.total}")
-            which = " of the moving average" if uses_ema(state, config.eval.weights) else ""
+            which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
             log.info(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
                     f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
             if not isnan(clock.training_s):
@@ -211,19 +211,9 @@ def main() -> int:
             log.info(f"whole command {clock.command_s:.2f} s")
             log.update_summary({"command_s": clock.command_s})
             if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
-                with eval_weights(state, config.eval.weights):
+                with eval_weights(state.ema, config.eval.weights):
                     show_predictions(log, state, val_loader, config, dataset["classes"], step=timeline.total)
     return 0
-
-
-def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
-    """A line for each stage."""
-    for stage in train_loader.stages:
-        throughput = measure_images_per_s(state, stage, ranks.world_size)
-        if ranks.is_first:
-            size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
-            where = f"{ranks.world_size} x {state.device.type}"
-            print(f"{config.name}{size}: {throughput:,.0f} images/s in training on {where}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import from_checkpoint, inference_config
 from train.checkpoint.restore import restore_weights
-from train.engine.epoch import TrainState
-from train.trainer import load_newest_on_all_ranks
+from train.checkpoint.store import load_newest_on_all_ranks
+from train.engine.state import TrainState
 
 # Mean and standard deviation by which the homework normalises, for pixels from 0 to 1. It divides the pixels of
 # MediumImageNet by 256, not by 255, before it subtracts ImageNet's mean.

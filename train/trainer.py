@@ -7,7 +7,7 @@ files that changed under the run is not saved: each rank looks at its files befo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import nan
@@ -21,22 +21,22 @@ from configs.schema import Config
 from configs.utils.errors import UserError
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
-from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.checkpoint.run_dir import latest_checkpoints
-from train.checkpoint.store import BEST, LAST
+from train.checkpoint.store import BEST, LAST, load_newest_on_all_ranks
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed import collectives
 from train.distributed.consensus import StopConsensus
 from train.distributed.process_group import Ranks, is_first_rank
 from train.distributed.signals import PendingSignal, Preempted
-from train.engine.accounting import report_bad_samples
-from train.engine.clock import RunTimer
-from train.engine.epoch import EvaluationInterrupted, TrainState, evaluate, train_epoch
-from train.engine.meter import ThroughputMeter, memory_usage
-from train.optim.ema import uses_ema
-from train.optim.health import FiniteCheck, NonFiniteError
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import EvaluationInterrupted, evaluate
+from train.engine.metrics import RunTimer, ThroughputMeter, memory_usage
+from train.engine.state import TrainState
+from train.optim.averaging import uses_ema
+from train.optim.nonfinite import FiniteCheck, NonFiniteError
 from train.optim.schedule import Timeline, learning_rate, update_plateau
+from train.reporting.bad_samples import report_bad_samples
 from train.reporting.run_log import RunLog
 
 RESULTS = ("loss", "top1", "top5")  # of an evaluation, in metrics
@@ -203,7 +203,7 @@ def _validate(run: Trainer, pending: PendingSignal) -> tuple[dict[str, float], f
         with state.ema.swapped_in():
             evaluations["ema_"] = evaluate(state, *what)
     results = {f"{which}val_{result}": getattr(one, result) for which, one in evaluations.items() for result in RESULTS}
-    return results, evaluations["ema_" if uses_ema(state, run.config.eval.weights) else ""].top1
+    return results, evaluations["ema_" if uses_ema(state.ema, run.config.eval.weights) else ""].top1
 
 
 def _stop(run: Trainer, signal: int, done: int) -> None:
@@ -264,27 +264,6 @@ def _rewind(run: Trainer, found: NonFiniteError) -> tuple[int, int]:
     run.log.info(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
                 f"from there passes over {found.steps}")  # fmt: skip
     return position["epoch"], position["step"]
-
-
-def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """`checkpoint.load_newest`, the same on all ranks: the first one chooses.
-
-    Raises UserError where another rank finds another checkpoint there.
-    """
-    mine: dict[str, Any] = {}
-
-    def choose() -> tuple[Path, dict[str, int]]:
-        path, mine["content"] = store.load_newest(candidates)
-        return path, mine["content"].get("position", {})
-
-    path, position = collectives.from_first_rank(choose)
-    content: dict[str, Any] = mine["content"] if mine else store.load(path)
-    if content.get("position", {}) != position:
-        raise UserError(
-            f"checkpoint {path} stands at {content.get('position')} on one rank and at {position} on the first; give "
-            "--output a folder that all machines share"
-        )
-    return path, content
 
 
 def restore_run(

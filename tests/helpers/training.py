@@ -27,7 +27,7 @@ from pipelines.loader.batches import Batch
 from train import ddp
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import TrainState, build_state
+from train.engine.state import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.reporting.run_log import RunLog
 

@@ -20,14 +20,15 @@ from train import ddp, trainer
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed.launcher import run_distributed
 from train.engine import epoch as loop
-from train.engine.epoch import TrainState
+from train.engine import evaluate as evaluation
+from train.engine.state import TrainState
 from train.reporting.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
 
 
 def build_in(faults: dict[str, Any]) -> None:
-    run_step, loss_and_hits, done = loop.run_step, loop.loss_and_hits, Counter[int]()
+    run_step, loss_and_hits, done = loop.run_step, evaluation.loss_and_hits, Counter[int]()
     is_here = faults.get("rank") in (None, int(os.environ.get("RANK", "0")))
 
     def faulty(training: TrainState, batch: Any, number: int, *, optimizer_step: bool) -> None:
@@ -75,7 +76,7 @@ def build_in(faults: dict[str, Any]) -> None:
     CheckpointWriter.__enter__ = known  # type: ignore[method-assign]
     epoch, evaluate = RunLog.log_epoch, trainer.evaluate
     trainer.evaluate = told
-    loop.run_step, loop.loss_and_hits, RunLog.log_epoch = faulty, slow, counted  # type: ignore[method-assign]
+    loop.run_step, evaluation.loss_and_hits, RunLog.log_epoch = faulty, slow, counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

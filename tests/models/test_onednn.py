@@ -23,7 +23,7 @@ from models import build_model, onednn
 from models.onednn import avoid_narrow_strided_convs, block_channels, is_affected
 from pipelines.loader.batches import Batch
 from train.build import build_all
-from train.engine.epoch import train_step
+from train.engine.step import train_step
 
 STEPS = 10
 # width, batch size, pixels, channels_last

@@ -18,6 +18,7 @@ from pipelines.loader.batches import Batch, EvalBatches
 from tools import find_lr
 from tools.find_lr import options_for, range_test
 from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
+from train.engine.step import run_step
 from train.optim.schedule import scale_learning_rates
 
 RATES = np.geomspace(1e-6, 10, 150)
@@ -119,7 +120,7 @@ def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
                 group["lr"] = lr * group["lr_scale"]
             by_hand.sums.zero_()
             for last in (False, True):
-                by_hand.step(by_hand, batch, optimizer_step=last)
+                run_step(by_hand, batch, 0, optimizer_step=last)
             losses.append(float(by_hand.sums[0] / by_hand.sums[2]))
     assert {group["lr_scale"] for group in by_hand.optimizer.param_groups} == {1.0, 2.0}
     assert curve.loss == pytest.approx(losses)

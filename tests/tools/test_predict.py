@@ -34,7 +34,7 @@ from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import store
-from train.engine.epoch import evaluate, predictions
+from train.engine.evaluate import evaluate, predictions
 from train.reporting.run_info import dataset_info
 
 TEST_ROWS = 41  # of npy_data

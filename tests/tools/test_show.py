@@ -28,8 +28,8 @@ from tools.visualize.dataset import class_examples
 from tools.visualize.predictions import confident_mistakes, confused_pairs
 from tools.visualize.samples import augmented_samples, sample_figure
 from tools.visualize.subset import load_images
-from train.engine.epoch import evaluate, predictions
-from train.engine.mixing import mix_images, swap_pairs
+from train.engine.evaluate import evaluate, predictions
+from train.engine.losses import mix_images, swap_pairs
 from train.reporting import figures, image_grids
 
 

@@ -40,9 +40,12 @@ from train.build import to_device
 from train.checkpoint import writer
 from train.checkpoint.run_dir import LOCK_FILE
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import Evaluation, build_state, train_epoch, train_step
-from train.engine.throughput import measure_images_per_s
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import Evaluation
+from train.engine.state import build_state
+from train.engine.step import train_step
 from train.optim.factory import build_optimizer
+from train.throughput import measure_images_per_s
 
 METRICS = [
     "epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "images_per_s",

@@ -20,12 +20,14 @@ from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
-from train.engine.epoch import TrainState, train_epoch, train_step
+from train.engine.epoch import train_epoch
 from train.engine.hard_samples import HardSampleSelector
+from train.engine.state import TrainState, restart_in_place
+from train.engine.step import train_step
 from train.engine.warm_up import warm_up
-from train.engine.whitening import restart_in_place, whiten, whitening_images
+from train.engine.whitening import whiten, whitening_images
+from train.optim.averaging import build_lookahead
 from train.optim.factory import make_capturable
-from train.optim.lookahead import build_lookahead
 
 EPOCHS, STEPS = 3, 6
 MUON: dict[str, Any] = {"name": "muon", "momentum": 0.6, "normalize_filters": True, "bias_lr": 0.05, "linear_lr": 0.02}

@@ -11,7 +11,7 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.training import alone
 from train import trainer
-from train.optim.health import NonFiniteError
+from train.optim.nonfinite import NonFiniteError
 
 
 def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:

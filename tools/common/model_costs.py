@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
 from tools.common.forward_tracer import ForwardTracer, Layer, WeightCasts, storage_bytes, uncalled_layers
-from train.engine.epoch import build_state, run_step
 from train.engine.losses import build_loss
+from train.engine.state import build_state
+from train.engine.step import run_step
 from train.engine.warm_up import blank_batch
-from train.optim.ema import build_ema
+from train.optim.averaging import build_ema, build_lookahead
 from train.optim.factory import build_optimizer
 from train.optim.freeze import set_training_mode
-from train.optim.lookahead import build_lookahead
 
 MEASURED_STEPS = 2
 

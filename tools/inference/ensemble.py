@@ -14,8 +14,7 @@ from configs.utils.errors import UserError
 from pipelines import build_eval_loader
 from tools.inference.image_sets import ImageSet
 from tools.inference.trained_model import TrainedModel
-from train.engine.accounting import check_full_coverage
-from train.engine.epoch import Evaluation, loss_and_hits, predictions
+from train.engine.evaluate import Evaluation, check_full_coverage, loss_and_hits, predictions
 
 CHUNK_SIZE = 4096  # images per operation, to avoid a copy of all logits
 

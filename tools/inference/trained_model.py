@@ -17,7 +17,7 @@ from train.checkpoint.finetune import inference_config, without_pretrained
 from train.checkpoint.restore import restore_weights
 from train.checkpoint.run_dir import find_checkpoints
 from train.checkpoint.state import require_keys
-from train.engine.epoch import TrainState
+from train.engine.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ from train.build import build_all, check_classes
 from train.checkpoint.finetune import without_pretrained
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import TrainState, amp_dtype, uses_cuda_graph
 from train.engine.hard_samples import check_proxy
-from train.engine.throughput import measure_images_per_s
+from train.engine.precision import amp_dtype, uses_cuda_graph
+from train.engine.state import TrainState
 from train.reporting.figures import save
+from train.throughput import measure_images_per_s
 
 WARM_STEPS = 3
 TRACE = "trace.json.gz"

@@ -25,9 +25,10 @@ from torch.profiler import ProfilerActivity, record_function
 
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
-from train.engine.epoch import TrainState, run_step
-from train.engine.throughput import endless_batches
+from train.engine.state import TrainState
+from train.engine.step import run_step
 from train.optim.freeze import set_training_mode
+from train.throughput import endless_batches
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, REDUCE, HOST = "data", "forward", "backward", "optimizer", "reduce", "host"
 PROXY = "proxy"  # the choice of samples, where train.proxy is on

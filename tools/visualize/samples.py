@@ -19,7 +19,7 @@ from pipelines.storage.open import open_split
 from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
 from train.distributed.process_group import Ranks, process_group
-from train.engine.mixing import RenderedBatch, render_batch
+from train.engine.losses import RenderedBatch, render_batch
 from train.reporting import figures, image_grids
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 
 from configs.utils.errors import UserError
 from train.checkpoint.state import require_keys
-from train.engine import cpu_threads
-from train.engine.epoch import TrainState, train_step
+from train.engine import cpu_settings
+from train.engine.state import TrainState
 
 DEVICE_FIELDS = ("lr", "capturable")  # of an optimizer's parameter groups: they depend on the device, not on the run
 
@@ -35,7 +35,7 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
     if state.device.type == "cpu":
-        cpu_threads.restore_threads(checkpoint.get("threads", 0))  # missing in checkpoints of older versions
+        cpu_settings.restore_threads(checkpoint.get("threads", 0))  # missing in checkpoints of older versions
     try:
         state.network.load_state_dict(average if is_average else checkpoint["model"])
     except RuntimeError as error:
@@ -107,6 +107,6 @@ def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) ->
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    state.step = train_step  # a captured graph would still read the optimizer's earlier tensors
+    state.drop_graph()  # it would read the tensors that the optimizer had before
     if checkpoint["scaler"]:  # empty for runs without a scaler, e.g. on a CPU
         state.scaler.load_state_dict(checkpoint["scaler"])

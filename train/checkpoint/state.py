@@ -11,7 +11,7 @@ import torch
 
 from configs.utils.errors import UserError
 from train.checkpoint.format import FORMAT
-from train.engine.epoch import TrainState
+from train.engine.state import TrainState
 
 ENTRY_TYPES: dict[str, type] = {
     "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,

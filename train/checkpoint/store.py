@@ -16,7 +16,8 @@ from configs.utils.files import open_plain
 from configs.utils.warnings import warn
 from train.checkpoint import format
 from train.checkpoint.state import collect_state, invalid_entry, to_host
-from train.engine.epoch import TrainState
+from train.distributed import collectives
+from train.engine.state import TrainState
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous: the one before the last
 
@@ -167,3 +168,24 @@ def _read(path: Path) -> dict[str, Any]:
     if (invalid := invalid_entry(checkpoint)) is not None:
         raise ValueError(f"cannot be read (its {invalid!r} is not what train/ddp.py writes)")
     return checkpoint
+
+
+def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """`load_newest`, the same on all ranks: the first one chooses.
+
+    Raises UserError where another rank finds another checkpoint there.
+    """
+    mine: dict[str, Any] = {}
+
+    def choose() -> tuple[Path, dict[str, int]]:
+        path, mine["content"] = load_newest(candidates)
+        return path, mine["content"].get("position", {})
+
+    path, position = collectives.from_first_rank(choose)
+    content: dict[str, Any] = mine["content"] if mine else load(path)
+    if content.get("position", {}) != position:
+        raise UserError(
+            f"checkpoint {path} stands at {content.get('position')} on one rank and at {position} on the first; give "
+            "--output a folder that all machines share"
+        )
+    return path, content

@@ -14,7 +14,7 @@ from train.checkpoint import store
 from train.checkpoint.state import collect_state, to_host
 from train.checkpoint.store import LAST, PREVIOUS
 from train.distributed.process_group import is_first_rank
-from train.engine.epoch import TrainState
+from train.engine.state import TrainState
 
 SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
 

@@ -16,7 +16,7 @@ from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
 from models.speedrun import find_whitening
 from pipelines.loader.batches import Batch
-from train.engine.epoch import TrainState, build_state
+from train.engine.state import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.optim.freeze import set_training_mode
 

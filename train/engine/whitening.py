@@ -1,4 +1,4 @@
-"""Fits whitening first layers to training images, and starts a training anew in place, as speedruns repeat one."""
+"""Fits whitening first layers to training images."""
 
 from __future__ import annotations
 
@@ -13,33 +13,9 @@ from configs.schema import DataConfig, EvalConfig
 from models.speedrun import find_whitening, fit_whitening
 from pipelines import build_eval_loader
 from train.distributed import collectives
-from train.engine.epoch import TrainState
+from train.engine.state import TrainState, reset_averages
 
 WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
-
-
-def restart_in_place(state: TrainState, fresh: TrainState) -> None:
-    """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
-    for one, other in zip(state.parts(), fresh.parts(), strict=True):
-        one.network.load_state_dict(other.network.state_dict())
-        one.sums.zero_()
-        one.scaler.load_state_dict(other.scaler.state_dict())
-        if not one.uses_cuda_graph:
-            one.optimizer.load_state_dict(other.optimizer.state_dict())
-            continue
-        for buffers in one.optimizer.state.values():  # in place, where graphs know it
-            for value in buffers.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-    reset_averages(state)
-
-
-def reset_averages(state: TrainState) -> None:
-    """What keeps copies of the weights begins at those that there are now."""
-    if state.lookahead is not None:
-        state.lookahead.start()
-    if state.ema is not None:
-        state.ema.start()
 
 
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:

@@ -18,7 +18,7 @@ from train.reporting import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from train.engine.mixing import RenderedBatch
+    from train.engine.losses import RenderedBatch
 
 CAPTION_WIDTH = 23  # letters in a line above an image
 CAPTION_LINES = 2  # for one class

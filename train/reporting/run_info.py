@@ -11,7 +11,7 @@ import torch
 from configs.schema import Config
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed.process_group import Ranks
-from train.engine.epoch import TrainState
+from train.engine.state import TrainState
 from train.optim.schedule import lr_factor
 
 

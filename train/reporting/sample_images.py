@@ -13,9 +13,9 @@ from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
-from train.engine.accounting import check_full_coverage
-from train.engine.epoch import TrainState, predictions
-from train.engine.mixing import RenderedBatch, render_batch
+from train.engine.evaluate import check_full_coverage, predictions
+from train.engine.losses import RenderedBatch, render_batch
+from train.engine.state import TrainState
 from train.reporting import figures, image_grids
 from train.reporting.run_log import RunLog
 

@@ -38,8 +38,8 @@ from tools import convert
 from train import ddp
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import train_step
-from train.engine.mixing import identity_mix, mix_images, render_batch, swap_pairs
+from train.engine.losses import identity_mix, mix_images, render_batch, swap_pairs
+from train.engine.step import train_step
 from train.reporting import image_grids
 
 MANY, SEED, EPOCH = 10_000, 5, 3

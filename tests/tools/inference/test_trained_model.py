@@ -14,7 +14,7 @@ from helpers.training import Run, alone
 from pipelines import build_eval_loader
 from tools.inference.trained_model import check_same_classes, load_trained_model
 from train.checkpoint.run_dir import find_checkpoints
-from train.engine.epoch import evaluate
+from train.engine.evaluate import evaluate
 
 
 def test_loaded_model_evaluates_like_the_run(digits_run: Run) -> None:

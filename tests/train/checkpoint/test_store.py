@@ -27,7 +27,8 @@ from helpers.trees import assert_equal_trees
 from models import build_model
 from train.checkpoint import format, store
 from train.checkpoint.restore import restore_state
-from train.engine.epoch import TrainState, train_step
+from train.engine.state import TrainState
+from train.engine.step import train_step
 from train.optim.factory import set_learning_rate
 
 STATE = {"position": {"epoch": 2, "step": 5}, "progress": {"best_top1": 0.5}, "stream": {"seed": 0}, "config": "a: 1\n"}

@@ -14,7 +14,8 @@ from configs.utils.errors import UserError
 from helpers.training import alone, make_state, random_batch, small_net
 from train.checkpoint import store
 from train.checkpoint.writer import CheckpointWriter
-from train.engine.epoch import TrainState, train_step
+from train.engine.state import TrainState
+from train.engine.step import train_step
 
 POSITION = {"epoch": 0, "step": 1}
 

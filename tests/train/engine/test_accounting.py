@@ -18,8 +18,8 @@ from helpers.training import alone, make_state, on_ranks, random_batch, small_ne
 from pipelines.loader.loader import Loader
 from train.distributed import collectives
 from train.distributed.process_group import Ranks
-from train.engine.accounting import check_full_coverage, report_bad_samples
-from train.engine.epoch import evaluate
+from train.engine.evaluate import check_full_coverage, evaluate
+from train.reporting.bad_samples import report_bad_samples
 
 SAMPLES = 107  # of npy_data's val
 SKIP = {"image_size": 24, "on_bad_sample": "skip"}

@@ -14,7 +14,8 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.training import DIGITS, Run, run_here, strict_lines
 from train.checkpoint import store
-from train.engine import clock, epoch
+from train.engine import epoch, metrics
+from train.engine.evaluate import EvaluationInterrupted
 
 UPDATES, BATCH = 7, 48  # of each of two epochs over the 360 digits of val
 TIMED = ["epoch_time_s", "images_per_s", "data_wait_fraction"]
@@ -25,7 +26,7 @@ def _clock_that_counts_its_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reading is a second later than the one before, so that times are exact."""
     readings = count(1.0)
     monkeypatch.setattr(
-        clock,
+        metrics,
         "time",
         SimpleNamespace(perf_counter=lambda: next(readings), clock_gettime=lambda _: 0.0, CLOCK_BOOTTIME=0),
     )
@@ -118,9 +119,9 @@ def test_a_checkpoint_whose_times_are_no_numbers_is_refused(digits_run: Run, tmp
 
 
 def test_the_time_of_a_broken_off_evaluation_is_left_out() -> None:
-    timed = clock.RunTimer()
-    with pytest.raises(epoch.EvaluationInterrupted), timed:
-        raise epoch.EvaluationInterrupted
+    timed = metrics.RunTimer()
+    with pytest.raises(EvaluationInterrupted), timed:
+        raise EvaluationInterrupted
     assert timed.training_s == 0
     with timed:
         pass

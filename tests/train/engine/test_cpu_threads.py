@@ -17,7 +17,7 @@ from helpers.training import CPU, alone, make_state, small_net
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.checkpoint.state import invalid_entry
-from train.engine import cpu_threads
+from train.engine import cpu_settings
 
 
 @pytest.fixture(autouse=True)
@@ -38,40 +38,40 @@ def _four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
     busy: float, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: busy)
-    cpu_threads.limit_threads(CPU)
+    monkeypatch.setattr(cpu_settings, "busy_cores", lambda: busy)
+    cpu_settings.limit_threads(CPU)
     assert torch.get_num_threads() == threads
     note = f"other processes keep {busy:.1f} of 4 cores busy, so that {threads} of 4 threads compute"
     assert (note in capsys.readouterr().err) == (threads < 4)
 
 
 def test_threads_that_are_fewer_than_the_cores_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 2)
+    monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 2)
     torch.set_num_threads(2)  # of four cores, as a job may have them
-    cpu_threads.limit_threads(CPU)
+    cpu_settings.limit_threads(CPU)
     assert torch.get_num_threads() == 1
 
 
 def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
+    monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    cpu_threads.limit_threads(CPU)
-    cpu_threads.restore_threads(1)
+    cpu_settings.limit_threads(CPU)
+    cpu_settings.restore_threads(1)
     assert torch.get_num_threads() == 4
 
 
 def test_a_run_on_a_gpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 4)
-    cpu_threads.limit_threads(torch.device("cuda"))
+    monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 4)
+    cpu_settings.limit_threads(torch.device("cuda"))
     assert torch.get_num_threads() == 4
 
 
 def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu_threads, "busy_cores", lambda: 3.0)
+    monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 3.0)
     first = make_state(small_net())
-    cpu_threads.limit_threads(CPU)
+    cpu_settings.limit_threads(CPU)
     capsys.readouterr()
     store.save(tmp_path / "last.pt", first, first.sums)
     torch.set_num_threads(4)
@@ -83,9 +83,9 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     restore_state(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     assert "keep" not in capsys.readouterr().err
-    cpu_threads.restore_threads(2)
+    cpu_settings.restore_threads(2)
     assert "3.0 of 4 cores busy, and 2 threads compute, as when the run began" in capsys.readouterr().err
-    cpu_threads.restore_threads(64)  # of a larger machine
+    cpu_settings.restore_threads(64)  # of a larger machine
     assert torch.get_num_threads() == 4
     assert invalid_entry({**content, "threads": "4"}) == "threads"
 
@@ -103,7 +103,7 @@ def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.Monk
         return "\n".join(["cpu 1 2 3 4 5 6 7", *lines, f"cpu7 {core[2][1] * 9} 0 0 0 0 0 0", "intr 1"])
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert cpu_threads.busy_cores() == 1.5
+    assert cpu_settings.busy_cores() == 1.5
 
 
 def test_processes_that_compute_make_cores_busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +112,9 @@ def test_processes_that_compute_make_cores_busy(monkeypatch: pytest.MonkeyPatch)
     spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         deadline = time.monotonic() + 60
-        while cpu_threads.busy_cores() < 0.9 * count and time.monotonic() < deadline:
+        while cpu_settings.busy_cores() < 0.9 * count and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert cpu_threads.busy_cores() >= 0.5 * count
+        assert cpu_settings.busy_cores() >= 0.5 * count
     finally:
         for process in spin:
             process.kill()
@@ -127,4 +127,4 @@ def test_where_the_system_does_not_tell_all_threads_compute(monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", missing)
-        assert cpu_threads.busy_cores() == 0
+        assert cpu_settings.busy_cores() == 0

@@ -22,9 +22,13 @@ from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
-from train.engine.epoch import Evaluation, TrainState, amp_dtype, evaluate, train_epoch, train_step
-from train.engine.throughput import measure_images_per_s
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import Evaluation, evaluate
+from train.engine.precision import amp_dtype
+from train.engine.state import TrainState
+from train.engine.step import train_step
 from train.optim.schedule import Timeline, learning_rate
+from train.throughput import measure_images_per_s
 
 VAL_SAMPLES = 107  # a prime number, so that no batch size and no number of ranks divides it
 

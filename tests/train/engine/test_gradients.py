@@ -16,7 +16,7 @@ from helpers.training import CPU, alone, lenet, make_state, on_ranks, random_bat
 from pipelines.loader.batches import Batch
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, data_parallel, process_group
-from train.engine.epoch import train_step
+from train.engine.step import train_step
 
 SAMPLES, STEPS = 24, 3  # more than one step: DDP plans its reduction in the first
 PLAIN_SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}

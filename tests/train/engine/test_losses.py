@@ -16,8 +16,7 @@ from configs.schema import MixConfig, TrainConfig
 from helpers.training import lenet, random_batch
 from pipelines.augment.mixup import mix_table
 from pipelines.loader.batches import Batch, MixedBatch
-from train.engine.losses import build_loss
-from train.engine.mixing import mix_images, swap_pairs
+from train.engine.losses import build_loss, mix_images, swap_pairs
 
 SAMPLES, CLASSES = 16, 10
 SETTINGS = pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -11,7 +11,7 @@ import torch
 
 from tools.benchmarks.engine import process_memory as benchmark_memory
 from tools.runs.records import summarize_metrics
-from train.engine.meter import GIB, memory_usage
+from train.engine.metrics import GIB, memory_usage
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def test_memory_of_a_gpu_is_the_peak_of_torch_s_tensors_and_what_the_device_has_
 
 
 def test_benchmarks_report_the_same_memory_by_the_same_names(gpu: torch.device) -> None:
-    assert benchmark_memory.facts(gpu) == memory_usage(gpu) | {"reserved_gib": 4.0, "gpu_memory_gib": 80.0}
+    assert benchmark_memory.memory_usage(gpu) == memory_usage(gpu) | {"reserved_gib": 4.0, "gpu_memory_gib": 80.0}
 
 
 def test_memory_of_the_cpu_is_the_resident_set_alone() -> None:
     (name,) = found = memory_usage(torch.device("cpu"))
     assert name == "memory_gib"
     assert 0.05 < found[name] < 64
-    assert set(benchmark_memory.facts(torch.device("cpu"))) == {"memory_gib"}
+    assert set(benchmark_memory.memory_usage(torch.device("cpu"))) == {"memory_gib"}
 
 
 def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_of_its_parent(

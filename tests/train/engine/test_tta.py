@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.engine.tta import mean_logits, views
+from train.engine.evaluate import mean_logits, views
 
 
 def images(height: int = 9, width: int = 7) -> Tensor:

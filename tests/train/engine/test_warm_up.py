@@ -26,11 +26,14 @@ from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks, process_group
-from train.engine import epoch as loop
-from train.engine import warm_up
-from train.engine.epoch import TrainState, build_state, evaluate, train_epoch, train_step, update_averages
-from train.engine.mixing import identity_mix
-from train.optim.ema import build_ema
+from train.engine import cuda_graph, precision, warm_up
+from train.engine import state as train_state
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import evaluate
+from train.engine.losses import identity_mix
+from train.engine.state import TrainState, build_state
+from train.engine.step import run_step, train_step, update_averages
+from train.optim.averaging import build_ema
 from train.optim.factory import build_optimizer, set_learning_rate
 from train.optim.schedule import Timeline
 
@@ -86,7 +89,8 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(warm_up, "side_stream", stream)
     monkeypatch.setattr(warm_up, "train_step", step)
-    monkeypatch.setattr(loop, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
+    monkeypatch.setattr(cuda_graph, "train_step", step)
+    monkeypatch.setattr(train_state, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
 
 
 def state_of(training: TrainState) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def plain_steps(training: TrainState, count: int, first: int = 0) -> None:
         batch = random_batch(8, seed=step)
         if training.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
-        training.step(training, batch, optimizer_step=(step + 1) % accumulation == 0)
+        run_step(training, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
 
 KINDS: dict[str, Settings] = {
@@ -197,7 +201,7 @@ def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: 
 def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings: Settings) -> None:
     captured, plain = (make_state(small_net(), lr=LR, cuda_graph=graph, **settings) for graph in ("on", "off"))
     warm_up.warm_up_training(captured, warm_up.blank_batch(8, 32, CPU))
-    assert isinstance(captured.step, warm_up.CapturedStep)
+    assert isinstance(captured.captured_step, cuda_graph.CapturedStep)
     for first, lr in ((0, LR), (6, LR / 4)):
         for training in (captured, plain):
             set_learning_rate(training.optimizer, lr)
@@ -227,7 +231,7 @@ def staged_steps(training: TrainState, count: int, shapes: list[tuple[int, int]]
         batch = resized(random_batch(samples, seed=step), size)
         if training.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
-        training.step(training, batch, optimizer_step=(step + 1) % accumulation == 0)
+        run_step(training, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -260,7 +264,7 @@ def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: 
         staged_steps(training, 24, SHAPES)
     assert_equal_trees(state_of(captured), state_of(plain))
     with pytest.raises(ValueError, match=r"captured for \(8, 3, 32, 32\), \(4, 3, 48, 48\), \(8, 3, 16, 16\)"):
-        captured.step(captured, resized(random_batch(4), 16))
+        run_step(captured, resized(random_batch(4), 16), 0, optimizer_step=True)
 
 
 @pytest.mark.usefixtures("_fake_graphs")
@@ -268,7 +272,7 @@ def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
     training = make_state(small_net(), cuda_graph="on")
     warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) cannot take part in a step captured for \(8, 3, 32, 32\)"):
-        training.step(training, random_batch(1))
+        run_step(training, random_batch(1), 0, optimizer_step=True)
 
 
 @pytest.mark.usefixtures("_fake_graphs")
@@ -320,20 +324,20 @@ def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
     settings: Settings, amp: torch.dtype | None, reason: str
 ) -> None:
     gpu = torch.device("cuda", 0)
-    assert loop.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
-    assert not loop.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
-    assert not loop.uses_cuda_graph(TrainConfig(**settings), gpu, amp)
+    assert precision.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
+    assert not precision.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
+    assert not precision.uses_cuda_graph(TrainConfig(**settings), gpu, amp)
     with pytest.raises(UserError, match=reason):
-        loop.uses_cuda_graph(TrainConfig(cuda_graph="on", **settings), gpu, amp)
+        precision.uses_cuda_graph(TrainConfig(cuda_graph="on", **settings), gpu, amp)
 
 
 @on_the_cpu
 def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "get_world_size", lambda: 4)
+    monkeypatch.setattr(precision, "get_world_size", lambda: 4)
     gpu = torch.device("cuda", 0)
-    assert not loop.uses_cuda_graph(TrainConfig(), gpu, None)
+    assert not precision.uses_cuda_graph(TrainConfig(), gpu, None)
     with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
-        loop.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
+        precision.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
 
 
 # On a GPU. Deterministic kernels, and SGD, which does not blow rounding errors up as Adam's division by a small root of
@@ -404,7 +408,7 @@ def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
         mix = MIX if training.mixes else None
         loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix)
         warm_up.warm_up(training, loader)
-        assert isinstance(training.step, warm_up.CapturedStep) == (graph == "on")
+        assert isinstance(training.captured_step, cuda_graph.CapturedStep) == (graph == "on")
         results[graph] = train_epochs(training, loader)
     torch.testing.assert_close(results["on"], results["off"], **CLOSE)
 
@@ -433,16 +437,16 @@ def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.devi
     training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
     warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
     batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
-    training.step(training, batch)
+    run_step(training, batch, 0, optimizer_step=True)
     before = copy.deepcopy(training.network.state_dict())
     weight.data[0, 0] = float("inf")
-    training.step(training, batch)
+    run_step(training, batch, 0, optimizer_step=True)
     weight.data[0, 0] = before["head.weight"][0, 0]
     before["norm.num_batches_tracked"] += 1  # counts what was seen
     assert_equal_trees(training.network.state_dict(), before)
     assert training.guard is not None
     assert float(training.guard.skipped) == 1
-    training.step(training, batch)
+    run_step(training, batch, 0, optimizer_step=True)
     assert not torch.equal(weight, before["head.weight"])
     assert training.network.state_dict()["norm.running_mean"].isfinite().all()
 
@@ -574,7 +578,7 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
         for step in range(4):
             set_learning_rate(training.optimizer, 0.1 / (step + 1))
             torch.cuda.default_generators[gpu.index].manual_seed(step)
-            training.step(training, batch, optimizer_step=step % 2 == 1)
+            run_step(training, batch, step, optimizer_step=step % 2 == 1)
             if step % 2 == 1:
                 update_averages(training, step // 2, Timeline.even(2, 50))
     finally:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from configs.schema import AugConfig, DataConfig
 from helpers.training import CPU, alone, lenet, make_state, random_batch, record_gradients
 from pipelines import build_train_loader
-from train.engine.epoch import train_epoch, train_step
+from train.engine.epoch import train_epoch
+from train.engine.step import train_step
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,12 @@ from tools.inference.trained_model import load_trained_model
 from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import TrainState, evaluate, train_epoch, train_step
+from train.engine.epoch import train_epoch
+from train.engine.evaluate import evaluate
+from train.engine.state import TrainState, restart_in_place
+from train.engine.step import train_step
 from train.engine.warm_up import blank_batch, warm_up_training
-from train.engine.whitening import restart_in_place
-from train.optim.ema import Ema, build_ema, eval_weights, uses_ema
+from train.optim.averaging import Ema, build_ema, eval_weights, uses_ema
 from train.reporting.metrics_file import best_results
 
 VAL_SAMPLES = 107
@@ -132,10 +134,10 @@ def test_a_warm_up_leaves_the_average_alone_and_a_new_start_begins_it_anew() -> 
 @in_a_group
 def test_which_weights_count_is_said_by_the_setting_and_by_whether_there_is_an_average() -> None:
     with_one, without = training_with(decay=0.5)[0], make_state(small_net())
-    assert [uses_ema(with_one, weights) for weights in ("auto", "ema", "raw")] == [True, True, False]
-    assert [uses_ema(without, weights) for weights in ("auto", "raw")] == [False, False]
+    assert [uses_ema(with_one.ema, weights) for weights in ("auto", "ema", "raw")] == [True, True, False]
+    assert [uses_ema(without.ema, weights) for weights in ("auto", "raw")] == [False, False]
     with pytest.raises(UserError, match=r"eval\.weights=ema, but no average is kept; set train\.ema\.decay"):
-        uses_ema(without, "ema")
+        uses_ema(without.ema, "ema")
 
 
 def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
@@ -148,7 +150,7 @@ def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
     loader = build_eval_loader(section, evaluation, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
     losses = []
     for weights in ("raw", "ema"):
-        with eval_weights(training, weights):
+        with eval_weights(training.ema, weights):
             losses.append(evaluate(training, loader, VAL_SAMPLES).loss)
     return losses[0], losses[1]
 

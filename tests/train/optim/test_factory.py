@@ -19,7 +19,8 @@ from models import build_model
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.engine import warm_up
-from train.engine.epoch import TrainState, train_step
+from train.engine.state import TrainState
+from train.engine.step import train_step
 from train.optim.factory import build_optimizer, set_learning_rate, with_timm_defaults
 
 SCALED: dict[str, Any] = {

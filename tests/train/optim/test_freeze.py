@@ -15,7 +15,8 @@ from models import build_model
 from train.distributed.process_group import Ranks
 from train.engine import epoch as loop
 from train.engine import warm_up
-from train.engine.epoch import set_whitening_bias_grad, train_step
+from train.engine.epoch import set_whitening_bias_grad
+from train.engine.step import train_step
 from train.optim.freeze import freeze, set_training_mode
 
 

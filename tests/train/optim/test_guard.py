@@ -12,9 +12,10 @@ from configs.schema import OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError
 from helpers.training import alone, make_state, random_batch, small_net
 from pipelines.loader.batches import Batch
-from train.engine import epoch
-from train.engine.epoch import TrainState, train_step
-from train.optim.largest import max_abs
+from train.engine import precision
+from train.engine.state import TrainState
+from train.engine.step import train_step
+from train.optim.nonfinite import max_abs
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd"}, {"name": "adamw"}, {"name": "adam"}, {"name": "rmsprop"}, {"name": "muon"}, {"name": "lamb"},
@@ -114,10 +115,10 @@ def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
     gpu = torch.device("cuda")
     for name, captures in (("adamw", True), ("sgd", True), ("muon", False), ("rmsprop", False)):
         config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))
-        assert epoch.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
+        assert precision.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
         if not captures:
             with pytest.raises(UserError, match=f"looks at the gradients of {name} on the host"):
-                epoch.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
+                precision.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
 
 
 @pytest.mark.parametrize(

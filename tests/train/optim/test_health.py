@@ -8,9 +8,10 @@ import torch
 from configs.schema import ProxyConfig
 from helpers.training import alone, make_state, on_ranks, random_batch, small_net
 from train.distributed.process_group import Ranks
-from train.engine.epoch import TrainState, train_step
 from train.engine.hard_samples import HardSampleSelector
-from train.optim.health import FiniteCheck, NonFiniteError
+from train.engine.state import TrainState
+from train.engine.step import train_step
+from train.optim.nonfinite import FiniteCheck, NonFiniteError
 
 STATE = "the weights or the optimizer's state are"
 

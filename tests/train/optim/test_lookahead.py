@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.schema import LookaheadConfig
-from train.optim.lookahead import Lookahead, build_lookahead, kept_share
+from train.optim.averaging import Lookahead, build_lookahead, kept_share
 
 
 def network() -> nn.Module:

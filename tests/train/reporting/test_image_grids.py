@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from train.engine.epoch import loss_and_hits
+from train.engine.evaluate import loss_and_hits
 from train.reporting import figures, image_grids
 
 CLASSES = ("cat", "European fire salamander", "$costly$")

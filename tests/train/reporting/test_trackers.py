@@ -30,8 +30,8 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.batches import MixedBatch
 from train import ddp
 from train.distributed.process_group import Ranks
-from train.engine.epoch import evaluate, predictions
-from train.engine.mixing import mix_images, swap_pairs
+from train.engine.evaluate import evaluate, predictions
+from train.engine.losses import mix_images, swap_pairs
 from train.reporting import figures, wandb_tracker
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import GRID_IMAGES, collect_predictions, show_samples

@@ -20,12 +20,12 @@ from tools.benchmarks.engine.candidate import Workload
 from train.build import build_all
 from train.checkpoint.finetune import without_pretrained
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import TrainState
-from train.engine.meter import GIB, device_memory_bytes
-from train.engine.mixing import identity_mix
-from train.engine.throughput import endless_batches, full_step
+from train.engine.losses import identity_mix
+from train.engine.metrics import GIB, device_memory_bytes
+from train.engine.state import TrainState
 from train.engine.warm_up import blank_batch, warm_up, warm_up_training
 from train.optim.freeze import set_training_mode
+from train.throughput import endless_batches, full_step
 
 OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from train.engine import meter
-from train.engine.meter import GIB, peak_rss_bytes
+from train.engine import metrics
+from train.engine.metrics import GIB, peak_rss_bytes
 
 SHARE_OF_AVAILABLE = 0.8  # default limit, as a share of the memory that is available at the start
 LIMIT_MESSAGE = "used more than the memory limit"
@@ -92,8 +92,8 @@ def prefer_oom_kill() -> None:
 def memory_usage(device: torch.device) -> dict[str, float]:
     """Return the peak memory in GiB; on a GPU also the reserved peak and the size of the GPU's memory."""
     if device.type != "cuda":
-        return meter.memory_usage(device)
-    return meter.memory_usage(device) | {
+        return metrics.memory_usage(device)
+    return metrics.memory_usage(device) | {
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
     }

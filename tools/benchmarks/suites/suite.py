@@ -18,7 +18,7 @@ from tools.benchmarks.engine.results import Entry
 from tools.benchmarks.engine.roofline import Limits, limit_rows, limits_from_rows
 from tools.benchmarks.engine.run_file import RunFile
 from tools.benchmarks.suites.settings import Settings, check_time, is_out_of_time
-from train.engine.clock import RunTimer
+from train.engine.metrics import RunTimer
 
 LIMITS = "limits"
 

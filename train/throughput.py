@@ -7,10 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
+from configs.schema import Config
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
-from train.engine.epoch import TrainState, run_step
+from train.distributed.process_group import Ranks
+from train.engine.state import TrainState
+from train.engine.step import run_step
 from train.engine.warm_up import warm_up
 from train.optim.freeze import set_training_mode
 
@@ -59,3 +63,13 @@ def measure_images_per_s(
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
     return steps * batch_size * world_size / times[len(times) // 2]
+
+
+def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
+    """A line for each stage."""
+    for stage in train_loader.stages:
+        throughput = measure_images_per_s(state, stage, ranks.world_size)
+        if ranks.is_first:
+            size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
+            where = f"{ranks.world_size} x {state.device.type}"
+            print(f"{config.name}{size}: {throughput:,.0f} images/s in training on {where}")

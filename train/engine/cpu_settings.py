@@ -10,6 +10,7 @@ depend on it. OMP_NUM_THREADS fixes it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import time
@@ -88,3 +89,15 @@ def _times() -> dict[int, tuple[int, int]]:
     found = re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(encoding="ascii"), re.MULTILINE)
     times = {int(core): [int(value) for value in values.split()[:7]] for core, values in found}  # user to softirq
     return {core: (values[3] + values[4], sum(values)) for core, values in times.items()}
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse the memory of large tensors instead of giving it back to the system at every free.
+
+    Each step's activations would else be mapped, zeroed and faulted in anew, page by page.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        mmap_threshold, trim_threshold = -3, -1
+        library.mallopt(mmap_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**31 - 1)

@@ -1,23 +1,17 @@
-"""The moving average of the weights, timm's ModelEmaV3, and which weights count where there are both.
-
-Floating-point buffers, such as batch norm's statistics, are averaged like weights; counts are copied.
-"""
+"""Averages of the weights: the moving average, timm's ModelEmaV3, and Lookahead's slow copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from configs.schema import EmaConfig
+from configs.schema import EmaConfig, LookaheadConfig
 from configs.utils.errors import UserError
 from train.distributed import collectives
-
-if TYPE_CHECKING:
-    from train.engine.epoch import TrainState
 
 
 class Ema:
@@ -78,16 +72,54 @@ def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
     return Ema(network, config) if config.decay is not None else None
 
 
-def uses_ema(state: TrainState, weights: str) -> bool:
+def uses_ema(ema: Ema | None, weights: str) -> bool:
     """Whether it is the average whose results count; weights: eval.weights. Raises UserError where there is none."""
-    if weights == "ema" and state.ema is None:
+    if weights == "ema" and ema is None:
         raise UserError("eval.weights=ema, but no average is kept; set train.ema.decay, or use eval.weights=auto")
-    return state.ema is not None and weights != "raw"
+    return ema is not None and weights != "raw"
 
 
-def eval_weights(state: TrainState, weights: str) -> AbstractContextManager[None]:
+def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
     """The network holds the weights that count inside; see `uses_ema`."""
-    if uses_ema(state, weights):
-        assert state.ema is not None
-        return state.ema.swapped_in()
+    if uses_ema(ema, weights):
+        assert ema is not None
+        return ema.swapped_in()
     return nullcontext()
+
+
+class Lookahead:
+    """`slow`: a copy of all floating-point tensors of the network's state, by name, on its device."""
+
+    def __init__(self, network: nn.Module, config: LookaheadConfig) -> None:
+        assert config.every_steps is not None
+        self._config, self._every_steps = config, config.every_steps
+        self._fast = {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
+        self.slow = {name: value.clone() for name, value in self._fast.items()}
+
+    def start(self) -> None:
+        """The slow copy begins at the weights as they are now."""
+        torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
+
+    def update(self, update: int, updates: int) -> None:
+        """After update `update` (from 0) of `updates`: both copies meet at some; the last leaves the slow one."""
+        done = update + 1
+        if done % self._every_steps == 0:
+            self.sync(kept_share(done / updates, self._config))
+        if done == updates:
+            self.sync(1.0)
+
+    @torch.no_grad()
+    def sync(self, kept: float) -> None:
+        """slow = kept * slow + (1 - kept) * fast, then fast = slow; does not synchronise."""
+        fast, slow = list(self._fast.values()), list(self.slow.values())
+        torch._foreach_lerp_(slow, fast, 1 - kept)
+        torch._foreach_copy_(fast, slow)
+
+
+def kept_share(progress: float, config: LookaheadConfig) -> float:
+    """The share of the slow copy that a meeting keeps, after the share `progress` of all updates."""
+    return config.decay * progress**3
+
+
+def build_lookahead(network: nn.Module, config: LookaheadConfig) -> Lookahead | None:
+    return Lookahead(network, config) if config.every_steps is not None else None

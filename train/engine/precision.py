@@ -1,0 +1,44 @@
+"""What train.amp, train.compile and train.cuda_graph mean on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from configs.schema import TrainConfig
+from configs.utils.errors import UserError
+from train.distributed.process_group import get_world_size
+from train.optim.factory import capture_obstacle, is_fused
+
+GPU_COMPILE_MODE = "default"  # what train.compile=auto means there; the CPU runs uncompiled
+MAX_COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
+
+
+def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type that `train.amp` means on this device; None: float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+
+
+def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
+    """Whether the step is replayed as CUDA graphs. Raises UserError where train.cuda_graph=on cannot be had."""
+    obstacles = {
+        f"the device is a {device.type}": device.type != "cuda",
+        f"there are {get_world_size()} ranks": get_world_size() > 1,
+        "fp16 looks at its gradients on the host before every update": amp == torch.float16,
+        "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
+        f"on_nonfinite=skip looks at the gradients of {config.optimizer.name} on the host before every update": (
+            config.on_nonfinite == "skip" and not is_fused(config.optimizer)
+        ),
+    }
+    if (obstacle := capture_obstacle(config.optimizer)) is not None:
+        obstacles[obstacle] = True
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    if config.cuda_graph == "on" and reasons:
+        raise UserError(
+            f"train.cuda_graph=on is not possible, since {' and '.join(reasons)}; "
+            "use auto or off, or one GPU without fp16 and without compile=reduce-overhead"
+        )
+    return config.cuda_graph != "off" and not reasons

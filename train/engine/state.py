@@ -1,0 +1,181 @@
+"""The state that a training step reads or updates, and how it is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import TrainConfig
+from configs.utils.warnings import warn
+from models.cpu_precision import slow_precision_reason
+from models.onednn import avoid_narrow_strided_convs
+from pipelines.loader.batches import Batch
+from train.distributed.process_group import data_parallel
+from train.engine.cpu_settings import keep_freed_memory
+from train.engine.losses import LossAndCounts, build_loss
+from train.engine.precision import GPU_COMPILE_MODE, MAX_COMPILED_MODELS, amp_dtype, uses_cuda_graph
+from train.optim.averaging import Ema, Lookahead
+from train.optim.factory import make_capturable
+from train.optim.nonfinite import SkipNonFinite
+
+
+class SampleSelector(Protocol):
+    """Chooses a part of each batch to train on, by a small network."""
+
+    state: TrainState
+
+    def select(self, batch: Batch, step: int) -> Batch: ...
+
+
+@dataclass
+class TrainState:
+    """What a step changes, and the functions it runs. `network` holds the weights; `forward` and `infer` are it."""
+
+    network: nn.Module
+    forward: nn.Module  # data-parallel
+    loss_and_counts: LossAndCounts  # of `forward`, compiled
+    infer: nn.Module  # for evaluation: compiled, not data-parallel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.dtype | None
+    config: TrainConfig
+    device: torch.device
+    sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
+    compiled: Callable[[Any], Any]  # compiles a function as the settings say, or gives it back
+    needs_warmup: bool  # there is something to compile, tune or capture before the first step
+    uses_cuda_graph: bool  # the step shall be replayed as CUDA graphs
+    static_grads: bool  # several graphs add to the gradients of one update, and must find them where they lay
+    captured_step: Callable[..., None] | None = None  # replaces train_step, and is called like it
+    mixes: bool = False  # its batches are a MixedBatch
+    guard: SkipNonFinite | None = None  # leaves out updates that are not finite
+    lookahead: Lookahead | None = None
+    ema: Ema | None = None
+    proxy: SampleSelector | None = None
+    is_fresh_init: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
+    notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
+
+    def parts(self) -> list[TrainState]:
+        """Return this state and, where there is one, that of the proxy."""
+        return [self] if self.proxy is None else [self, self.proxy.state]
+
+    def drop_graph(self) -> None:
+        """Forget a captured step, whose tensors are about to be replaced."""
+        self.captured_step = None
+
+    def floating_tensors(self) -> list[Tensor]:
+        """Return the floating-point tensors on the device that a step reads or updates.
+
+        These are the weights, buffers and optimizer states, also of a proxy, and Lookahead's slow weights.
+        """
+        tensors = [
+            tensor
+            for part in self.parts()
+            for tensor in (
+                *part.network.state_dict().values(),
+                *_nested_tensors(list(part.optimizer.state.values())),
+            )
+            if tensor.is_floating_point() and tensor.device == self.sums.device
+        ]
+        return tensors if self.lookahead is None else [*tensors, *self.lookahead.slow.values()]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+
+def build_state(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    mixes: bool = False,
+    trains: bool = True,
+) -> TrainState:
+    """Wrap a network that is on its device (`memory_format` applied) for training.
+
+    mixes: with mixup or CutMix. trains: False where only forward passes are made.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
+        torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
+    else:
+        keep_freed_memory()
+    note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
+    amp = amp_dtype(config.amp, device)
+    if device.type == "cpu" and (reason := slow_precision_reason(amp, trains)) is not None:
+        warn(
+            f"train.amp={config.amp} takes 2 to 1,000 times as long as float32 here, since {reason}; use train.amp=auto"
+        )
+    mode = config.compile if config.compile != "auto" else (GPU_COMPILE_MODE if device.type == "cuda" else "off")
+    if mode != "off":
+        torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
+        # As in pipelines.device_kernels; the processes that compile inherit it.
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    captures = uses_cuda_graph(config, device, amp)
+    if captures:
+        make_capturable(optimizer, device)
+        if mode == "max-autotune":
+            mode = "max-autotune-no-cudagraphs"  # the whole step is the graph; the compiler's own cannot lie inside
+    parallel = data_parallel(network, device, config.accumulation_steps)
+
+    def compiled(function: Any) -> Any:
+        # Each shape has kernels of its own: those for any shape are slower, and there are few.
+        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
+
+    return TrainState(
+        network=network,
+        forward=parallel,
+        loss_and_counts=compiled(build_loss(config, mixes)),
+        infer=compiled(network),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
+        amp=amp,
+        config=config,
+        device=device,
+        sums=torch.zeros(3, dtype=torch.float64, device=device),
+        compiled=compiled,
+        needs_warmup=device.type == "cuda" or mode != "off",
+        uses_cuda_graph=captures,
+        static_grads=captures and config.accumulation_steps > 1,
+        mixes=mixes,
+        guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
+        notes=() if note is None else (note,),
+    )
+
+
+def restart_in_place(state: TrainState, fresh: TrainState) -> None:
+    """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
+    for one, other in zip(state.parts(), fresh.parts(), strict=True):
+        one.network.load_state_dict(other.network.state_dict())
+        one.sums.zero_()
+        one.scaler.load_state_dict(other.scaler.state_dict())
+        if not one.uses_cuda_graph:
+            one.optimizer.load_state_dict(other.optimizer.state_dict())
+            continue
+        for buffers in one.optimizer.state.values():  # in place, where graphs know it
+            for value in buffers.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+    reset_averages(state)
+
+
+def reset_averages(state: TrainState) -> None:
+    """What keeps copies of the weights begins at those that there are now."""
+    if state.lookahead is not None:
+        state.lookahead.start()
+    if state.ema is not None:
+        state.ema.start()
+
+
+def _nested_tensors(values: list[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts, as optimizers keep them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from _nested_tensors(list(value.values()) if isinstance(value, dict) else list(value))

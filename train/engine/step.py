@@ -1,0 +1,74 @@
+"""The training step: forward, backward and, with the last micro-step, the optimizer's step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import nn
+
+from configs.schema import TrainConfig
+from pipelines.loader.batches import Batch
+from train.distributed.process_group import without_reduction
+from train.engine.state import TrainState
+from train.optim.schedule import Timeline
+
+
+def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
+    """Forward and backward of one batch; with `optimizer_step` also the optimizer's step. Does not synchronise."""
+    config = state.config
+    with nullcontext() if optimizer_step else without_reduction(state.forward):
+        with state.autocast():
+            loss, counts = state.loss_and_counts(state.forward, batch, config.label_smoothing)
+        state.scaler.scale(loss / config.accumulation_steps).backward()
+    guard = state.guard
+    state.sums += counts if guard is None else guard.mask_counts(counts)
+    if optimizer_step:
+        if clips_gradients(config) or guard is not None:
+            state.scaler.unscale_(state.optimizer)
+        if guard is not None:
+            guard.check()
+        if clips_gradients(config):
+            clip_gradients(state.network, config)
+        if guard is not None:
+            guard.step(state.scaler)
+        else:
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=not state.static_grads)
+
+
+def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
+    """The step, captured or not, on the batch or on what the proxy chooses of it; step: of the run, from 0."""
+    if state.proxy is not None:
+        batch = state.proxy.select(batch, step)
+    (state.captured_step or train_step)(state, batch, optimizer_step=optimizer_step)
+
+
+def update_averages(state: TrainState, update: int, timeline: Timeline) -> None:
+    """What keeps copies of the weights sees them after optimizer update `update` of the run."""
+    if state.lookahead is not None:
+        state.lookahead.update(update, timeline.total)
+    if state.ema is not None:
+        state.ema.update(update + 1 - timeline.first(state.config.first_epoch))
+
+
+def clips_gradients(config: TrainConfig) -> bool:
+    return (config.clip_grad_norm, config.clip_grad_value, config.clip_grad_adaptive) != (None, None, None)
+
+
+def clip_gradients(network: nn.Module, config: TrainConfig) -> None:
+    """By the norm of all, by value, or adaptively (AGC, Brock and others, arXiv:2102.06171): one of them at most.
+
+    AGC leaves out the last linear layer, as its authors do.
+    """
+    if config.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad_norm)
+    elif config.clip_grad_value is not None:
+        nn.utils.clip_grad_value_(network.parameters(), config.clip_grad_value)
+    elif config.clip_grad_adaptive is not None:
+        from timm.utils.agc import adaptive_clip_grad  # seconds, which most runs do without
+
+        head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+        left_out = {id(parameter) for module in head for parameter in module.parameters()}
+        clipped = [parameter for parameter in network.parameters() if id(parameter) not in left_out]
+        adaptive_clip_grad(clipped, clip_factor=config.clip_grad_adaptive)

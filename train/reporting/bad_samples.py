@@ -1,0 +1,39 @@
+"""Which samples training had to do without, over all ranks, for the log."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipelines.loader.bad_samples import BadSamples
+from pipelines.loader.train_loader import TrainLoader
+from train.distributed import collectives
+
+
+def report_bad_samples(loader: TrainLoader) -> str | None:
+    """Which samples any rank has replaced since the start of this process, for the log; None where there are none.
+
+    Raises:
+        UserError: where all ranks together have found more than data.max_bad_samples, which each alone has not.
+    """
+    samples = bad_samples_on_any_rank(loader.bad)
+    if not len(samples):
+        return None
+    loader.bad.check_budget(samples)
+    shown = ", ".join(map(str, samples[:20].tolist())) + (" …" if len(samples) > 20 else "")
+    return (
+        f"bad samples so far: {len(samples)} of at most {loader.bad.budget}, which others stand in for "
+        f"(split {loader.bad.split.name!r}: {shown})"
+    )
+
+
+def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
+    """int64, ascending. Costs a small reduction as long as there are none."""
+    if not bad.can_replace:
+        return np.empty(0, np.int64)
+    found = [sample for sample, _ in bad.found]
+    if int(collectives.sum_over_ranks(torch.tensor(len(found)))) == 0:
+        return np.empty(0, np.int64)
+    flags = torch.zeros(len(bad.split), dtype=torch.int32)
+    flags[found] = 1
+    return np.flatnonzero(collectives.sum_over_ranks(flags).numpy())
