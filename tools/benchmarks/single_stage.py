@@ -20,9 +20,10 @@ from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
 from tools.benchmarks.engine.measured_tables import InterleavedTable
 from tools.benchmarks.engine.results import Entry
-from tools.benchmarks.suites import augmentations, progressive, scale
-from tools.benchmarks.suites.loading import crop_and_flip, loading
-from tools.benchmarks.suites.training import training
+from tools.benchmarks.suites import progressive, scale
+from tools.benchmarks.suites.augmentations import augmentation_table
+from tools.benchmarks.suites.loading import crop_and_flip, loading_table
+from tools.benchmarks.suites.training import training_table
 from train.distributed.process_group import Ranks
 
 CROP_SIDE = {96: 64}  # image size after augmentation by stored size, where no config states one
@@ -63,7 +64,7 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
     config = _config(arguments)
     folder, batch_size = Path(config.data.path), config.data.batch_size
     if arguments.stage == "augment":
-        table = augmentations.augmentation_table(
+        table = augmentation_table(
             folder, batch_size=batch_size, device=device, scratch=scratch, workers=arguments.workers
         )
         return [table]
@@ -75,10 +76,10 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
     if arguments.stage in ("loader", "peers"):
         size = config.data.image_size or _stored_side(config.data)
         common = {"size": size, "batch_size": batch_size, "data": config.data, "device": device, **beside}
-        tables += [loading([folder], aug, **common) for aug in (None, config.aug)]
+        tables += [loading_table(folder, aug, **common) for aug in (None, config.aug)]
     if arguments.stage in ("model", "train") or (arguments.stage == "peers" and arguments.cfg):
         variants: dict[str, dict[str, Any]] = {} if arguments.stage == "model" else {"end to end": {}}
-        tables.append(training(config.name or config.model.name, config, variants, device=device, **beside))
+        tables.append(training_table(config.name or config.model.name, config, variants, device=device, **beside))
     return tables
 
 

@@ -12,7 +12,7 @@ from tools.benchmarks.engine import roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
 from tools.benchmarks.engine.results import add_bound
-from tools.benchmarks.suites.loading import loading
+from tools.benchmarks.suites.loading import loading_table
 
 
 def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypat
 
 def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
     size = open_split(npy_data, "train").image_shape
-    group = loading([npy_data], None, size=(size or (0,))[0], batch_size=128, device="cpu")
+    group = loading_table(npy_data, None, size=(size or (0,))[0], batch_size=128, device="cpu")
     ours, *bounds = group.run({}, 0.1, 3, None)["rows"]
     fastest = max(row["images_per_s"] for row in bounds)
     assert 0 < ours["share"] <= 1.2

@@ -1,4 +1,4 @@
-"""What each augmentation costs the loader: images/s of every kind on its own, beside torchvision's transforms."""
+"""Cost of each augmentation: images/s of the loader with one kind at a time, beside torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask
 
 PEER = "torchvision v2 + DataLoader"
-SIDE = 224  # where stored images have several
+SIDE = 224  # output size if stored images vary in size
 PLAIN = "flip alone"
 JITTER = ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4)
 KINDS = {
@@ -48,42 +48,40 @@ def augmentation_table(
     workers: int = 1,
     placement: str = "auto",
 ) -> InterleavedTable:
-    """All KINDS on one data set, at its stored size; with a scratch folder torchvision's beside those that it has."""
+    """Return a table of all KINDS at the stored size and, with a scratch folder, of those that torchvision has."""
     stored = open_split(folder, SPLIT)
     size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
     peer = peers.available(peers.LOADERS, stored.encoding).get(PEER)
     candidates: list[Candidate] = []
     rows: list[Row] = []
 
-    def add(kind: str, candidate: Candidate, **details: object) -> None:
+    def add(kind: str, candidate: Candidate, *, is_ours: bool) -> None:
         candidates.append(candidate)
-        rows.append({"kind": kind, "device": device, "batch_size": batch_size, **details})
+        rows.append({"kind": kind, "device": device, "batch_size": batch_size, "ours": is_ours})
 
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=size, placement=placement)  # type: ignore[arg-type]
     for kind, aug in KINDS.items():
-        add(kind, Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), ours=True)
+        add(kind, Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), is_ours=True)
         if scratch is not None and peer is not None and _torchvision_has(aug):
-            source = PeerTask(folder, scratch, batch_size, workers, size, aug, device)
-            add(kind, Candidate(f"{PEER}, {kind}", peers.loading, (peer, source)), ours=False)
+            task = PeerTask(folder, scratch, batch_size, workers, size, aug, device)
+            add(kind, Candidate(f"{PEER}, {kind}", peers.loading, (peer, task)), is_ours=False)
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
-    return InterleavedTable(
-        title, "augment", candidates, rows, {"image_size": size, "encoding": stored.encoding}, _ratios
-    )
+    details = {"image_size": size, "encoding": stored.encoding}
+    return InterleavedTable(title, "augment", candidates, rows, details, _add_ratios)
 
 
 def _torchvision_has(aug: AugConfig) -> bool:
     return aug.cutout == 0 and not aug.auto.policy.startswith("rand-")
 
 
-def _ratios(rows: list[Row], found: Limits) -> None:
-    """Each of ours as a share of flips alone, and each peer's row with ours divided by it."""
-    del found
+def _add_ratios(rows: list[Row], limits: Limits) -> None:
+    """Set each of our rates as a share of flips alone, and the ratio, ours / this, in rows of the peer."""
+    del limits
     rates = {row["kind"]: row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row}
     for row in rows:
-        if "images_per_s" in row and row["kind"] in rates and PLAIN in rates:
-            key, value = (
-                ("of_plain", row["images_per_s"] / rates[PLAIN])
-                if row["ours"]
-                else ("ratio", rates[row["kind"]] / row["images_per_s"])
-            )
-            row[key] = float(f"{value:.4g}")
+        if "images_per_s" not in row or row["kind"] not in rates or PLAIN not in rates:
+            continue
+        if row["ours"]:
+            row["of_plain"] = float(f"{row['images_per_s'] / rates[PLAIN]:.4g}")
+        else:
+            row["ratio"] = float(f"{rates[row['kind']] / row['images_per_s']:.4g}")

@@ -1,4 +1,4 @@
-"""What only a GPU answers about NVIDIA DALI: does it copy pinned inputs, and when does it free an output."""
+"""Checks of DALI on a GPU: copies of pinned inputs, lifetime of outputs, memory of loaders."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP
 from tools.benchmarks.suites.settings import Settings, is_out_of_time
 
 SIDE = 224
-BATCHES = 4  # fed in turn
-HOLD_CYCLES = 2**32  # of a stream: about 2 s
-AFTER = 8  # batches taken while the stream is held
+BATCHES = 4  # fed cyclically
+HOLD_CYCLES = 2**32  # for which a stream is held: about 2 s
+FOLLOWING_BATCHES = 8  # taken while the stream is held
 
 
 @contextmanager
 def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
-    """Copies of batches to the GPU by torch and as an input of DALI, from pinned and from pageable memory; in bytes.
+    """Copy batches to the GPU by torch and as a DALI input, from pinned and from pageable memory, in bytes.
 
-    The input is not copied on the host (no_copy), so from pinned memory it should reach the rate of torch's copy.
+    DALI does not copy the input on the host (no_copy), so from pinned memory it should reach the rate of torch.
     """
     shape = (batch_size, SIDE, SIDE, 3)
     pageable = [torch.zeros(shape, dtype=torch.uint8) for _ in range(BATCHES)]
-    pinned = [one.pin_memory() for one in pageable]
+    pinned = [batch.pin_memory() for batch in pageable]
     size = pageable[0].numel()
     workloads = {}
     for name, batches in (("pinned", pinned), ("pageable", pageable)):
@@ -55,12 +55,12 @@ def _torch_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """One iteration at a time ahead, as the loader has it."""
-    pipeline = _input_to_gpu(len(batches[0]))
+    """Copy with one iteration scheduled ahead, as in the loader."""
+    pipeline = _copy_pipeline(len(batches[0]))
 
     def feed(batch: torch.Tensor) -> None:
-        fed = TensorListCPU(batch.numpy(), layout="HWC", is_pinned=batch.is_pinned())
-        pipeline.feed_input("images", fed)
+        images = TensorListCPU(batch.numpy(), layout="HWC", is_pinned=batch.is_pinned())
+        pipeline.feed_input("images", images)
         pipeline.schedule_run()
 
     feed(batches[-1])
@@ -71,8 +71,8 @@ def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield torch.from_dlpack(images.as_tensor())
 
 
-def _input_to_gpu(batch_size: int) -> Pipeline:
-    """A pipeline that does nothing else."""
+def _copy_pipeline(batch_size: int) -> Pipeline:
+    """Build a pipeline that only copies its input to the GPU."""
     options: dict[str, Any] = {"batch_size": batch_size, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
 
     def define() -> Any:
@@ -84,10 +84,15 @@ def _input_to_gpu(batch_size: int) -> Pipeline:
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
-    """Drop a batch that a held stream has still to read, take further batches on another stream, compare the bytes.
+    """Check that a dropped batch is not overwritten before a held stream has read it.
 
-    equal: whether the held stream read the batch as it was. held: whether it was still held after the last batch was
-    taken; if not, the answer means nothing. reused: whether a later batch lay at the address of the dropped one.
+    Further batches are taken on another stream meanwhile.
+
+    Returns:
+        equal: Whether the held stream read the original bytes.
+        held: Whether the stream was still held after the last batch. If not, the check is void.
+        reused: Whether a later batch was at the address of the dropped one.
+        batches: Number of batches taken.
     """
     expected = next(iter(build_train_loader(data, aug, device="cuda"))).images.clone()
     torch.cuda.synchronize()
@@ -102,34 +107,38 @@ def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
         address = batch.images.data_ptr()
         del batch
     with torch.cuda.stream(other):
-        addresses = [batch.images.data_ptr() for batch in itertools.islice(batches, AFTER)]
+        addresses = [batch.images.data_ptr() for batch in itertools.islice(batches, FOLLOWING_BATCHES)]
     held = not done.query()
     torch.cuda.synchronize()
     equal = torch.equal(read.cpu(), expected.cpu())
     return {"equal": equal, "held": held, "reused": address in addresses, "batches": len(addresses)}
 
 
-def output_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    del found
+def output_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
+    """Run `output_survives` for raw pixels and JPEG."""
+    del limits
     for encoding in ("npy", "jpeg"):
         folder = image_dataset(settings, 96, encoding)
         data = DataConfig(path=str(folder), batch_size=limited_batch_size(folder, 256), image_size=96, placement="host")
-        answer = run_in_subprocess(output_survives, data, RESIZED_CROP, deadline=settings.deadline)
-        yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **answer}
+        result = run_in_subprocess(output_survives, data, RESIZED_CROP, deadline=settings.deadline)
+        yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **result}
 
 
-def transfer_rows(settings: Settings, found: Limits) -> Iterator[Row]:
-    del found
-    batch = 256 if settings.samples is None else 16
-    measurements = measure([Candidate("", transfers, (batch,))], settings.seconds, settings.rounds, settings.deadline)
+def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
+    """Measure `transfers`."""
+    del limits
+    batch_size = 256 if settings.samples is None else 16
+    measurements = measure(
+        [Candidate("", transfers, (batch_size,))], settings.seconds, settings.rounds, settings.deadline
+    )
     for measurement in measurements:
         row = results.measurement_row(measurement, ours=True)
         yield row | ({"gb_per_s": float(f"{measurement.rate / 1e9:.4g}")} if measurement.rates else {})
 
 
-def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
+def memory_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
     """Measure the GPU memory of one loader at a time."""
-    del found
+    del limits
     cases = [
         (224, "npy", "host"),
         (224, "jpeg", "auto"),
@@ -144,10 +153,9 @@ def memory_rows(settings: Settings, found: Limits) -> Iterator[Row]:
             yield results.skipped_row(name)
             continue
         folder = image_dataset(settings, side, encoding)
-        batch = limited_batch_size(folder, 1024)
-        data = DataConfig(path=str(folder), batch_size=batch, image_size=side, placement=placement)  # type: ignore[arg-type]
+        batch_size = limited_batch_size(folder, 1024)
+        data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, placement=placement)  # type: ignore[arg-type]
         candidate = Candidate(name, ours.loading, (data, PAD_CROP if side == 32 else RESIZED_CROP, "cuda"))
         (measurement,) = measure([candidate], settings.seconds, 1, settings.deadline)
-        yield results.measurement_row(
-            measurement, ours=True, batch_size=batch, batch_gib=round(batch * side * side * 3 / 2**30, 4)
-        )
+        batch_gib = round(batch_size * side * side * 3 / 2**30, 4)
+        yield results.measurement_row(measurement, ours=True, batch_size=batch_size, batch_gib=batch_gib)

@@ -1,4 +1,4 @@
-"""Measure on a GPU in parts of three minutes at most, the most important first."""
+"""Parts of the whole run on a GPU, three minutes each at most, the most important first."""
 
 from __future__ import annotations
 
@@ -16,59 +16,69 @@ from tools.benchmarks.engine.measured_tables import InterleavedTable, RowTable, 
 from tools.benchmarks.engine.ours import OURS
 from tools.benchmarks.engine.results import Row
 from tools.benchmarks.engine.roofline import Limits
-from tools.benchmarks.suites import augmentations, dali_checks, programs
+from tools.benchmarks.suites import dali_checks, programs
+from tools.benchmarks.suites.augmentations import augmentation_table
 from tools.benchmarks.suites.datasets import image_dataset, load_config_on, small_dataset
-from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP, loading
+from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP, loading_table
 from tools.benchmarks.suites.progressive import stage_changes
 from tools.benchmarks.suites.settings import Settings
 from tools.benchmarks.suites.suite import Part
-from tools.benchmarks.suites.training import training
+from tools.benchmarks.suites.training import training_table
 from tools.perf.batch_size_search import Trial, search_fastest
 
-PART_S = 170.0  # the default time limit of a part
+PART_S = 170.0  # default time limit of a part
 PLACEMENTS = {"npy, device": {"placement": "device"}, "npy, host": {"placement": "host"}}
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
-SHARE_OF_RAMP = 0.5  # of the time of part resnet50; the profile gets what is left
-DEFAULT_BATCH = 256  # of part resnet50 where no batch sizes were measured
+BATCH_SIZES_SHARE = 0.5  # of the time of part resnet50; the profile gets the rest
+DEFAULT_BATCH_SIZE = 256  # of part resnet50 if no batch sizes were measured
 PROFILED_STEPS = 20
 
 
-def trained(
+def _training(
     settings: Settings,
     title: str,
     name: str,
     side: int,
-    batch: int,
+    batch_size: int,
     image_size: int | None = None,
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Compare end-to-end training with a resident batch, for every placement of the data. policy: sets aug.auto."""
+    """Return a table of end-to-end training beside a resident batch, for every placement of the data.
+
+    Args:
+        name: Config of the project.
+        side: Side of the stored images.
+        batch_size: Maximum batch size.
+        image_size: Side after augmentation. None: the stored side.
+        jpeg: Whether to add JPEG to the placements of raw pixels.
+        policy: Replaces aug.auto.policy.
+    """
     raw = image_dataset(settings, side)
-    config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch), image_size=image_size or side)
+    config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch_size), image_size=image_size or side)
     if policy is not None:
         aug = config.aug.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
         config = config.model_copy(update={"aug": aug})
     variants: dict[str, dict[str, Any]] = dict(PLACEMENTS)
     if jpeg:
         variants["jpeg"] = {"path": str(image_dataset(settings, side, "jpeg")), "placement": "auto"}
-    return training(title, config, variants, device="cuda")
+    return training_table(title, config, variants, device="cuda")
 
 
 def cifar_training(settings: Settings) -> Iterator[TableSpec]:
-    yield trained(settings, "ResNet-18 32x32", "cifar10_resnet18", 32, 1024)
-    yield trained(settings, "LeNet 32x32", "cifar10_lenet", 32, 1024)
-    yield trained(settings, "AlexNet 70x70", "cifar10_alexnet", 32, 1024, 70)
+    yield _training(settings, "ResNet-18 32x32", "cifar10_resnet18", 32, 1024)
+    yield _training(settings, "LeNet 32x32", "cifar10_lenet", 32, 1024)
+    yield _training(settings, "AlexNet 70x70", "cifar10_alexnet", 32, 1024, 70)
 
 
 def speedrun(settings: Settings) -> Iterator[TableSpec]:
-    """Measure the speedrun to 94 % and the published script."""
+    """Measure the speedrun to 94 %, then the published script."""
 
-    def rows(found: Limits) -> Iterator[Row]:
+    def rows(limits: Limits) -> Iterator[Row]:
         last: Row = {}
-        for last in speedrun_rows(settings, "cifar10_speedrun_94", found):
+        for last in _speedrun_rows(settings, "cifar10_speedrun_94", limits):
             yield last
         yield from programs.reference(
             settings.reference, small_dataset(settings), settings.seeds, settings.data, last, settings.deadline
@@ -85,31 +95,31 @@ def speedrun(settings: Settings) -> Iterator[TableSpec]:
 
 def further_speedruns(settings: Settings) -> Iterator[TableSpec]:
     for percent in (95, 96):
-        rows = partial(speedrun_rows, settings, f"cifar10_speedrun_{percent}")
+        rows = partial(_speedrun_rows, settings, f"cifar10_speedrun_{percent}")
         yield RowTable(f"Speedrun to {percent} %", "speedrun", programs.SPEEDRUN_COLUMNS, rows)
 
 
-def speedrun_rows(settings: Settings, name: str, found: Limits) -> Iterator[Row]:
-    del found
+def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Row]:
+    del limits
     return programs.speedrun(name, small_dataset(settings), settings.seeds, settings.scratch, settings.deadline)
 
 
 def loaders(settings: Settings) -> Iterator[TableSpec]:
-    """Measure the loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
+    """Measure loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
 
-    From the host the limit is the copy from pinned memory, which takes turns with the loader.
+    From the host the bound is the copy from pinned memory, which takes turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
-            yield loaded(settings, side, aug, ("host",))
+            yield _loading(settings, side, aug, ("host",))
     for aug in (None, PAD_CROP):
-        yield loaded(settings, 32, aug, ("device",))
+        yield _loading(settings, 32, aug, ("device",))
 
 
-def loaded(settings: Settings, side: int, aug: AugConfig | None, placements: tuple[str, ...]) -> InterleavedTable:
+def _loading(settings: Settings, side: int, aug: AugConfig | None, placements: tuple[str, ...]) -> InterleavedTable:
     folder = image_dataset(settings, side)
-    batch = limited_batch_size(folder, 4096 if side == 32 else 1024)
-    return loading([folder], aug, size=side, batch_size=batch, device="cuda", placements=placements)
+    batch_size = limited_batch_size(folder, 4096 if side == 32 else 1024)
+    return loading_table(folder, aug, size=side, batch_size=batch_size, device="cuda", placements=placements)
 
 
 def decoding(settings: Settings) -> Iterator[TableSpec]:
@@ -117,46 +127,49 @@ def decoding(settings: Settings) -> Iterator[TableSpec]:
     cores = len(os.sched_getaffinity(0))
     for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
         for side in (224, 96):
-            yield decoded(settings, side, threads)
+            yield _decoding(settings, side, threads)
         if threads == cores:
             for policy in RAND_AUGMENT:
                 aug = RESIZED_CROP.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
-                yield loaded(settings, 96, aug, ("device", "host"))
+                yield _loading(settings, 96, aug, ("device", "host"))
 
 
-def decoded(settings: Settings, side: int, threads: int) -> InterleavedTable:
-    """Measure JPEG decoding without augmentation, for every hw_decoder_load."""
+def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
+    """Return a table of JPEG decoding without augmentation, for every hw_decoder_load."""
     folder = image_dataset(settings, side, "jpeg")
-    batch = limited_batch_size(folder, 512)
-    data = DataConfig(path=str(folder), batch_size=batch, image_size=side, threads=threads)
+    batch_size = limited_batch_size(folder, 512)
+    data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, threads=threads)
     variants = {f"hw_decoder_load {load}": {"hw_decoder_load": load} for load in DECODER_LOADS}
     candidate = Candidate(OURS, ours.loading, (data, ours.PLAIN, "cuda", variants))
     title = f"JPEG {side}x{side} decoded with {threads} threads"
-    return InterleavedTable(title, "decoding", [candidate], [{"ours": True, "device": "cuda", "batch_size": batch}])
+    row = {"ours": True, "device": "cuda", "batch_size": batch_size}
+    return InterleavedTable(title, "decoding", [candidate], [row])
 
 
 def resnet50(settings: Settings) -> Iterator[TableSpec]:
-    """Measure timm's ResNet-50: the step by batch size, its profile at the fastest batch, and training end to end.
+    """Measure timm's ResNet-50: the step by batch size, its profile at the fastest, and end-to-end training.
 
-    Where no batch size was measured (--only, lack of time), profile and training use DEFAULT_BATCH.
+    If no batch size was measured (--only, out of time), profile and training use DEFAULT_BATCH_SIZE.
     """
     raw = image_dataset(settings, 224)
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": "timm/resnet50"})})
-    sizes: list[Trial] = []
+    trials: list[Trial] = []
     columns = ("images_per_s", "lowest", "highest", "share", "memory_gib", "reserved_gib", "device_memory_gib")
     yield RowTable(
         "timm/resnet50 224x224, training step by batch size",
         "ramp",
         columns,
-        lambda found: ramp_rows(settings, config, sizes, found),
+        lambda limits: _batch_size_rows(settings, config, trials, limits),
         {"note": "share: of the arithmetic peak that a matrix product reaches here."},
     )
-    fitting = [size for size in sizes if size.fits]
-    if sizes and not fitting:
+    fitting = [trial for trial in trials if trial.fits]
+    if trials and not fitting:
         return
-    fastest = limited_batch_size(raw, max(fitting, key=lambda size: size.rate).batch_size if fitting else DEFAULT_BATCH)
-    data = config.data.model_copy(update={"batch_size": fastest, "val_split": datasets.SPLIT})  # there is no other
+    fastest = max(fitting, key=lambda trial: trial.rate).batch_size if fitting else DEFAULT_BATCH_SIZE
+    batch_size = limited_batch_size(raw, fastest)
+    # the generated data set has no validation split
+    data = config.data.model_copy(update={"batch_size": batch_size, "val_split": datasets.SPLIT})
     config = config.model_copy(update={"data": data})
     profiled = programs.profile(
         config, settings.scratch, settings.deadline, steps=PROFILED_STEPS, seconds=3 * settings.seconds
@@ -165,43 +178,43 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
         "timm/resnet50 224x224, profile of the step",
         "profile",
         programs.PROFILE_COLUMNS,
-        lambda found: profiled,
-        {"note": f"Batch {fastest}."},
+        lambda limits: profiled,
+        {"note": f"Batch {batch_size}."},
     )
-    yield training("timm/resnet50 224x224", config, PLACEMENTS, device="cuda")
+    yield training_table("timm/resnet50 224x224", config, PLACEMENTS, device="cuda")
 
 
-def ramp_rows(settings: Settings, config: Config, sizes: list[Trial], found: Limits) -> Iterator[Row]:
-    """Yield a row for each batch size and append the sizes to `sizes`."""
+def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], limits: Limits) -> Iterator[Row]:
+    """Yield a row per batch size, and append the trials to `trials`."""
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
-        deadline -= (1 - SHARE_OF_RAMP) * settings.part_s
+        deadline -= (1 - BATCH_SIZES_SHARE) * settings.part_s
     flops = roofline.training_flops(config.model, len(load_dataset(config.data.path)["classes"]), 224)
-    for size in search_fastest(config, settings.seconds, settings.rounds, deadline):
-        sizes.append(size)
+    for trial in search_fastest(config, settings.seconds, settings.rounds, deadline):
+        trials.append(trial)
         row: Row = {
-            "name": f"batch {size.batch_size}",
+            "name": f"batch {trial.batch_size}",
             "ours": True,
-            "error": size.error,
-            "batch_size": size.batch_size,
+            "error": trial.error,
+            "batch_size": trial.batch_size,
         }
-        if size.fits:
-            row |= results.rate_fields(size.rates)
+        if trial.fits:
+            row |= results.rate_fields(trial.rates)
             names = ("memory_gib", "reserved_gib", "device_memory_gib")
-            row |= {name: round(value, 4) for name in names if (value := getattr(size, name)) is not None}
-            results.add_bound(row, {roofline.ARITHMETIC: found.get(roofline.ARITHMETIC, 0) / flops}, "the step")
-        elif not size.is_failure:
+            row |= {name: round(value, 4) for name in names if (value := getattr(trial, name)) is not None}
+            results.add_bound(row, {roofline.ARITHMETIC: limits.get(roofline.ARITHMETIC, 0) / flops}, "the step")
+        elif not trial.is_failure:
             row |= {"error": None, "note": "does not fit into the GPU's memory"}
         yield row
-    if not sizes:
+    if not trials:
         yield results.skipped_row("first batch size")
 
 
 def accuracy(settings: Settings) -> Iterator[TableSpec]:
-    """Train ResNet-18 and AlexNet to their target accuracies. A third of the time is reserved for AlexNet."""
+    """Train ResNet-18 and AlexNet to target accuracies. A third of the time is reserved for AlexNet."""
 
-    def rows(found: Limits) -> Iterator[Row]:
-        del found
+    def rows(limits: Limits) -> Iterator[Row]:
+        del limits
         last = list(TARGETS)[-1]
         for name, target in TARGETS.items():
             deadline = settings.deadline
@@ -243,27 +256,26 @@ def beside_peers(settings: Settings) -> Iterator[TableSpec]:
     common: dict[str, Any] = {"device": "cuda", "scratch": settings.scratch, "workers": settings.workers}
     raw = image_dataset(settings, 32)
     config = load_config_on("cifar10_resnet18", raw, batch_size=limited_batch_size(raw, 512))
-    yield training("ResNet-18 32x32 beside peers", config, {"npy": {}}, **common)
+    yield training_table("ResNet-18 32x32 beside peers", config, {"npy": {}}, **common)
     for folder, aug, size in ((raw, PAD_CROP, 32), (image_dataset(settings, 96, "jpeg"), RESIZED_CROP, 96)):
-        yield loading([folder], aug, size=size, batch_size=limited_batch_size(folder, 512), **common)
+        yield loading_table(folder, aug, size=size, batch_size=limited_batch_size(folder, 512), **common)
 
 
 def larger_training(settings: Settings) -> Iterator[TableSpec]:
-    yield trained(settings, "ResNet-18 224x224", "medium_imagenet_224_resnet18", 224, 512, jpeg=True)
-    yield trained(settings, "ResNet-18 96x96", "medium_imagenet_96_resnet18", 96, 1024, jpeg=True)
+    yield _training(settings, "ResNet-18 224x224", "medium_imagenet_224_resnet18", 224, 512, jpeg=True)
+    yield _training(settings, "ResNet-18 96x96", "medium_imagenet_96_resnet18", 96, 1024, jpeg=True)
     for policy in RAND_AUGMENT:
         title = f"ResNet-18 96x96 with {policy}"
-        yield trained(settings, title, "medium_imagenet_96_resnet18", 96, 1024, policy=policy)
-    yield trained(settings, "ResNet-50 96x96", "medium_imagenet_96_resnet50", 96, 1024)
+        yield _training(settings, title, "medium_imagenet_96_resnet18", 96, 1024, policy=policy)
+    yield _training(settings, "ResNet-50 96x96", "medium_imagenet_96_resnet50", 96, 1024)
     yield from stage_changes(settings)
 
 
 def augmented(settings: Settings) -> Iterator[TableSpec]:
-    for side, batch in ((96, 1024), (32, 4096)):
+    for side, max_batch_size in ((96, 1024), (32, 4096)):
         folder = image_dataset(settings, side)
-        yield augmentations.augmentation_table(
-            folder, batch_size=limited_batch_size(folder, batch), device="cuda", placement="device"
-        )
+        batch_size = limited_batch_size(folder, max_batch_size)
+        yield augmentation_table(folder, batch_size=batch_size, device="cuda", placement="device")
 
 
 PARTS = (

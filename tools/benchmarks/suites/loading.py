@@ -1,7 +1,8 @@
-"""Tables of data loaders: reading, with and without augmentation, beside other libraries."""
+"""Tables of data loaders: reading alone or with augmentation, beside bounds and other libraries."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,15 @@ from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask
 
 PAD_CROP = AugConfig(crop="pad", padding=4, flip=0.5)
-
-
 RESIZED_CROP = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
-
 BOUND = "bound: "
 ONE_COPY = f"{BOUND}one copy of the bytes"
+PINNED_COPY = f"{BOUND}{roofline.PINNED}"
 AUGMENTED = {"cpu": "the cores' work on every image", "cuda": "the work of the graph on every image"}
 
 
-def loading(
-    folders: list[Path],
+def loading_table(
+    folder: Path,
     aug: AugConfig | None,
     *,
     size: int,
@@ -39,98 +38,93 @@ def loading(
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
 ) -> InterleavedTable:
-    """Reading (aug None) or reading with augmentation, from data sets of the same images; with a scratch folder peers
-    too.
+    """Return a table of our loader, the bounds that take turns with it and, with a scratch folder, the peers.
 
-    size: side of the images that augmentation gives. placements: of raw pixels on a GPU; beside the host's the copy of
-    a batch from pinned memory is measured.
+    Args:
+        aug: Augmentation. None: reading alone.
+        size: Side of the images after augmentation.
+        workers: Of the peers.
+        data: Settings of our loader; those given here are replaced.
+        placements: Of raw pixels on a GPU. With "host" the copy of a batch from pinned memory is measured as well.
     """
+    split = open_split(folder, SPLIT)
+    encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
+    stored_side = int(split.heights[0])
+    side = stored_side if aug is None else size
+    output_bytes = side * side * 3
+    common: Row = {"device": device, "batch_size": batch_size}
     candidates: list[Candidate] = []
-    details: list[dict[str, Any]] = []
-    sizes: dict[str, tuple[float, float]] = {}
-    encodings = []
-    for folder in folders:
-        split = open_split(folder, SPLIT)
-        raw = split.encoding == "npy"
-        encodings.append(split.encoding)
-        base = data or DataConfig(path=str(folder))
-        stored = int(split.heights[0])
-        side = stored if aug is None else size
-        sizes[split.encoding] = (float(split.size.mean()), side * side * 3.0)
-        for placement in placements if device == "cuda" and raw else ("auto",):
-            changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement}
-            parts = (split.encoding,) if len(folders) > 1 else ()
-            shown = placement if device == "cuda" and raw else ""
-            name = ", ".join([OURS, *parts, *filter(None, [shown])])
-            arguments = (base.model_copy(update=changes), aug or ours.PLAIN, device)
-            candidates.append(Candidate(name, ours.loading, arguments))
-            details.append(
-                {
-                    "ours": True,
-                    "device": device,
-                    "placement": shown,
-                    "encoding": split.encoding,
-                    "batch_size": batch_size,
-                }
-            )
-        if scratch is not None:
-            source = PeerTask(folder, scratch, batch_size, workers, side, aug, device)
-            for name, peer in peers.available(peers.LOADERS, split.encoding).items():
-                candidates.append(Candidate(name, peers.loading, (peer, source)))
-                details.append({"device": device, "encoding": split.encoding, "batch_size": batch_size})
-        if device == "cpu" and raw:
-            batch_bytes = batch_size * side * side * 3
-            candidates.append(Candidate(ONE_COPY, roofline.one_copy, (batch_bytes, batch_size)))
-            details.append({"device": device, "batch_size": batch_size})
-        if device == "cuda" and raw and "host" in placements:
-            batch_bytes = batch_size * int(split.size[0])
-            candidates.append(Candidate(f"{BOUND}{roofline.PINNED}", roofline.pinned_copy, (batch_bytes, batch_size)))
-            details.append({"device": device, "batch_size": batch_size})
+    rows: list[Row] = []
 
-    def finish(rows: list[Row], found: Limits) -> None:
+    def add(candidate: Candidate, **fields: Any) -> None:
+        candidates.append(candidate)
+        rows.append(common | fields)
+
+    for placement in placements if on_gpu and is_raw else ("auto",):
+        changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement}
+        config = (data or DataConfig(path=str(folder))).model_copy(update=changes)
+        shown = placement if on_gpu and is_raw else ""
+        name = f"{OURS}, {shown}" if shown else OURS
+        candidate = Candidate(name, ours.loading, (config, aug or ours.PLAIN, device))
+        add(candidate, ours=True, placement=shown, encoding=encoding)
+    if scratch is not None:
+        task = PeerTask(folder, scratch, batch_size, workers, side, aug, device)
+        for name, peer in peers.available(peers.LOADERS, encoding).items():
+            add(Candidate(name, peers.loading, (peer, task)), encoding=encoding)
+    if is_raw and not on_gpu:
+        add(Candidate(ONE_COPY, roofline.one_copy, (batch_size * output_bytes, batch_size)))
+    if is_raw and on_gpu and "host" in placements:
+        batch_bytes = batch_size * int(split.size[0])
+        add(Candidate(PINNED_COPY, roofline.pinned_copy, (batch_bytes, batch_size)))
+
+    stored_bytes = float(split.size.mean())
+    otherwise = "latency of scattered samples" if aug is None and is_raw else AUGMENTED[device]
+    bounds = _LoadingBounds(device, stored_bytes, float(output_bytes), stored_bytes * len(split), otherwise)
+    sides = f"{stored_side}x{stored_side}" if size == stored_side or aug is None else f"{stored_side} to {size}"
+    work = "reading alone" if aug is None else describe(aug)
+    title = f"{sides} {'raw' if is_raw else 'JPEG'}, {work}"
+    details = {"image_size": size, "encoding": encoding}
+    return InterleavedTable(title, "reading" if aug is None else "loading", candidates, rows, details, bounds.add)
+
+
+@dataclass(frozen=True)
+class _LoadingBounds:
+    """Bounds of the loaders of one table."""
+
+    device: str
+    stored_bytes: float  # of one image
+    output_bytes: float  # of one image
+    split_bytes: float
+    otherwise: str  # what limits a loader that is far below its bound
+
+    def add(self, rows: list[Row], limits: Limits) -> None:
+        """Add bounds and ratios to the rows of loaders."""
         copy, pinned = (
-            max((each.get("images_per_s", 0.0) for each in rows if each["name"].startswith(name)), default=0.0)
-            for name in (ONE_COPY, f"{BOUND}{roofline.PINNED}")
+            max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(name)), default=0.0)
+            for name in (ONE_COPY, PINNED_COPY)
         )
-        for each in rows:
-            if "encoding" not in each:
-                continue
-            stored_bytes, output_bytes = sizes[each["encoding"]]
+        loaders = [row for row in rows if "encoding" in row]
+        for row in loaders:
             bounds = roofline.loading_bounds(
-                found,
-                placement=each.get("placement", ""),
-                device=device,
-                stored_bytes=stored_bytes,
-                output_bytes=output_bytes,
+                limits,
+                placement=row.get("placement", ""),
+                device=self.device,
+                stored_bytes=self.stored_bytes,
+                output_bytes=self.output_bytes,
             )
-            if copy:  # of batches of this size, in turns with the others
+            if copy:  # measured in turns with the loaders, with batches of this size
                 bounds = {ONE_COPY.removeprefix(BOUND): copy}
             elif pinned and roofline.PINNED in bounds:
                 bounds[roofline.PINNED] = pinned
-            bounds |= roofline.disk_bound(found, stored_bytes, stored_bytes * split_samples)
-            add_bound(
-                each,
-                bounds,
-                otherwise="latency of scattered samples"
-                if aug is None and each["encoding"] == "npy"
-                else AUGMENTED[device],
-            )
-        add_ratios([each for each in rows if "encoding" in each])
-
-    split_samples = len(open_split(folders[0], SPLIT))
-    stage = "reading" if aug is None else "loading"
-    stored_side = int(open_split(folders[0], SPLIT).heights[0])
-    what = "reading alone" if aug is None else describe(aug)
-    sides = f"{stored_side}x{stored_side}" if size == stored_side or aug is None else f"{stored_side} to {size}"
-    title = f"{sides} {'raw' if encodings == ['npy'] else 'JPEG' if encodings == ['jpeg'] else 'raw and JPEG'}, {what}"
-    group_facts = {"image_size": size, "encoding": encodings[0] if len(encodings) == 1 else "npy and jpeg"}
-    return InterleavedTable(title, stage, candidates, details, group_facts, finish)
+            bounds |= roofline.disk_bound(limits, self.stored_bytes, self.split_bytes)
+            add_bound(row, bounds, self.otherwise)
+        add_ratios(loaders)
 
 
 def describe(aug: AugConfig) -> str:
-    """What the loader does, in its order."""
+    """Return the names of all augmentations, in their order."""
     jitter = aug.color_jitter
-    parts = {
+    names = {
         "pad and crop": aug.crop == "pad",
         "random-resized crop": aug.crop == "random-resized",
         "flip": aug.flip > 0,
@@ -141,9 +135,9 @@ def describe(aug: AugConfig) -> str:
         "erasing": aug.erase.probability > 0,
         "cutout": aug.cutout > 0,
     }
-    return ", ".join(part for part, is_on in parts.items() if is_on) or "no augmentation"
+    return ", ".join(name for name, is_on in names.items() if is_on) or "no augmentation"
 
 
 def crop_and_flip(aug: AugConfig) -> AugConfig:
-    """The part of an augmentation that all peers have."""
+    """Return the part of an augmentation that all peers support."""
     return AugConfig(crop=aug.crop, padding=aug.padding, scale=aug.scale, ratio=aug.ratio, flip=aug.flip)

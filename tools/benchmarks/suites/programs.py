@@ -1,7 +1,7 @@
-"""Run programs and make rows of their results: speedruns, the published script, runs to an accuracy, the profile.
+"""Rows from programs: speedruns, the published script, runs to an accuracy, the profile of the step.
 
-The output of a program is read while it runs, so that the results so far are kept if it is cut off. It is stopped at
-the deadline.
+The output of a program is read while it runs, so that its results so far are kept if it is interrupted. The program is
+stopped at the deadline.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.runs.records import summarize_metrics, training_time_s
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
-POLL_S = 0.5  # between two reads of what a program has written
+POLL_S = 0.5  # between two reads of a program's output
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1
 SPEEDRUN_FIGURES = (
@@ -61,10 +61,10 @@ _libc = ctypes.CDLL(None)
 
 
 class Program:
-    """A program that runs in a process group of its own.
+    """A program in a separate process group.
 
-    When the generator of `run` is closed or ends, the whole group is killed. When this process is killed, the kernel
-    kills the program, but not the processes that the program has started.
+    The group is killed when the generator of `run` ends or is closed. If this process is killed, the kernel kills the
+    program, but not the processes started by it.
     """
 
     def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
@@ -111,43 +111,38 @@ class Program:
 
     @property
     def error(self) -> str | None:
-        """Return why the program failed; None if it runs, was stopped at the deadline or ended without a failure."""
+        """Reason of the failure. None if the program runs, was stopped at the deadline or succeeded."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
-        lines = [
-            line.strip()
-            for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
-        return f"exit code {code}: {' '.join(lines[-1:])}"[:300]
+        text = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        last_line = text.splitlines()[-1].strip() if text else ""
+        return f"exit code {code}: {last_line}"[:300]
 
-    def row(self, name: str, figures: Row, **facts: Any) -> Row:
-        """Return a row of the figures so far, with the reason if the program has not ended successfully."""
+    def row(self, name: str, figures: Row, **fields: Any) -> Row:
+        """Return a row of the figures so far, with the reason if the program has not succeeded."""
         if self.error is not None:
-            return failed_row(name, self.error, **facts) | figures
+            return failed_row(name, self.error, **fields) | figures
         if self.is_late:
-            return skipped_row(name, STOPPED if figures else OUT_OF_TIME, **facts) | figures
+            return skipped_row(name, STOPPED if figures else OUT_OF_TIME, **fields) | figures
         if self._process.poll() is None:
-            return skipped_row(name, RUNNING, **facts) | figures
-        return {"name": name, "ours": True, "error": None, **facts, **figures}
+            return skipped_row(name, RUNNING, **fields) | figures
+        return {"name": name, "ours": True, "error": None, **fields, **figures}
+
+
+def _command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def _config_path(name: str) -> Path:
+    return ROOT / "configs" / f"{name}.yaml"
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
-    """Run tools/speedrun.py on a config; the row holds its JSON as `result`."""
+    """Run tools/speedrun.py on a config. The row contains its JSON as `result`."""
     output = scratch / f"{name}.json"
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "speedrun.py"),
-        "--cfg",
-        str(ROOT / "configs" / f"{name}.yaml"),
-        "--data-path",
-        str(data),
-        "--runs",
-        str(seeds),
-        "--json",
-        str(output),
-    ]
+    options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
+    command = _command("tools/speedrun.py", *options)
     program = Program(command, scratch / f"{name}.log", deadline)
     for _ in program.run():
         figures: Row = {}
@@ -161,10 +156,12 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
 def reference(
     checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
 ) -> Iterator[Row]:
-    """Run airbench94_muon.py as published, on the same pixels; stop it after `seeds` runs.
+    """Run the published airbench94_muon.py on the same pixels. Stop it after `seeds` runs.
 
-    folder: its subfolder reference/ holds the images in the script's format, which are written once, and the log.
-    ours: the row to compare with.
+    Args:
+        checkout: Checkout of cifar10-airbench.
+        folder: Its subfolder reference/ receives the log and, once, the images in the script's format.
+        ours: Row to compare with.
     """
     folder = folder / "reference"
     script = None if checkout is None else checkout.resolve() / REFERENCE
@@ -188,14 +185,14 @@ def reference(
             figures["runs"] = len(runs)
             if ours.get("time_s_mean"):
                 figures["ratio"] = float(f"{figures['time_s_mean'] / ours['time_s_mean']:.3g}")
-        if len(runs) == seeds:  # the script itself goes on to 200
+        if len(runs) == seeds:  # the script continues to 200
             yield {"name": REFERENCE, "ours": False, "error": None, **figures}
             return
         yield program.row(REFERENCE, figures, ours=False)
 
 
 def write_reference_data(data: Path, split: str, path: Path) -> None:
-    """Write a split as the reference's loader reads it: images uint8 [N, 32, 32, 3], labels int64 [N], classes."""
+    """Write a split in the reference's format: images uint8 [N, 32, 32, 3], labels int64 [N], classes."""
     if path.is_file():
         return
     opened = open_split(data, split)
@@ -204,11 +201,11 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
     images = torch.from_numpy(datasets.read_pixels(opened).copy())
     content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
     torch.save(content, temporary)
-    temporary.replace(path)  # a kill leaves no incomplete file
+    temporary.replace(path)  # so that a kill leaves no incomplete file
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Return accuracy with test-time augmentation and seconds of each run in the script's table, warm-up excluded."""
+    """Return (accuracy with test-time augmentation, seconds) of each run in the script's table, without the warm-up."""
     runs = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -220,18 +217,9 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
 def train_to_accuracy(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
-    """Run train/ddp.py on a config: accuracy, epochs/s, and the seconds of epochs until `target` was reached."""
+    """Run train/ddp.py on a config. Yield accuracy, epochs/s, and the training time until `target` was reached."""
     output = scratch / "accuracy"
-    command = [
-        sys.executable,
-        str(ROOT / "train" / "ddp.py"),
-        "--cfg",
-        str(ROOT / "configs" / f"{name}.yaml"),
-        "--data-path",
-        str(data),
-        "--output",
-        str(output),
-    ]
+    command = _command("train/ddp.py", "--cfg", _config_path(name), "--data-path", data, "--output", output)
     command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
     program = Program(command, scratch / f"{name}.log", deadline)
     for _ in program.run():
@@ -239,7 +227,7 @@ def train_to_accuracy(
 
 
 def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
-    """Return the figures of a run's epochs so far; none before the first epoch has ended."""
+    """Return the figures of a run so far; none before the end of the first epoch."""
     if not metrics:
         return {}
     found = summarize_metrics(metrics)
@@ -259,36 +247,24 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
 
 
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
-    """Run tools/benchmark.py profile on a config; yield a row for each phase of the step and for the whole step."""
+    """Run tools/benchmark.py profile on a config. Yield a row for each phase of the step and for the whole step."""
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "benchmark.py"),
-        "profile",
-        "--cfg",
-        str(file),
-        "--steps",
-        str(steps),
-        "--seconds",
-        str(seconds),
-        "--out",
-        str(out),
-    ]
+    options = ("--cfg", file, "--steps", steps, "--seconds", seconds, "--out", out)
+    command = _command("tools/benchmark.py", "profile", *options)
     program = Program(command, scratch / "profile.log", deadline)
     for _ in program.run():
         pass
-    content = (
-        json.loads((out / "profile.json").read_text(encoding="utf-8")) if (out / "profile.json").exists() else None
-    )
-    if content is None:
+    if not (out / "profile.json").exists():
         yield program.row("step", {})
         return
-    for each in content["phases"]:
-        yield {"name": each["phase"], "ours": True, "error": None, "ms": each["ms"], "share": each["share"]}
-    rates, use = content["images_per_s"], content["arithmetic"] or {}
-    for which, rate in rates.items():
-        mine = which == ("captured" if "captured" in rates else "uncaptured")
-        figures = {key: use.get(key) for key in ("mfu", "mfu_of_data_sheet")} if mine else {}
-        step = {"name": f"step, {which}", "ours": True, "error": None, "ms": content["unprofiled_step_ms"][which]}
+    content = json.loads((out / "profile.json").read_text(encoding="utf-8"))
+    for phase in content["phases"]:
+        yield {"name": phase["phase"], "ours": True, "error": None, "ms": phase["ms"], "share": phase["share"]}
+    rates, utilization = content["images_per_s"], content["arithmetic"] or {}
+    training_mode = "captured" if "captured" in rates else "uncaptured"
+    for mode, rate in rates.items():
+        is_training_mode = mode == training_mode
+        figures = {key: utilization.get(key) for key in ("mfu", "mfu_of_data_sheet")} if is_training_mode else {}
+        step = {"name": f"step, {mode}", "ours": True, "error": None, "ms": content["unprofiled_step_ms"][mode]}
         yield step | {"images_per_s": rate, **figures, "result": content}

@@ -1,4 +1,4 @@
-"""Whether a change of data.stages costs anything: the epoch after each change beside the next one of the same stage."""
+"""Cost of a change of data.stages: the epoch after each change beside the next epoch of the same stage."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from train.engine.warm_up import warm_up
 
 
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
-    """The entry of a run's record. Rounds of two epochs per stage, so that every round changes each stage once.
+    """Measure the rates of epochs after a change of stage, with the real loader, step and epoch.
 
-    The real loader, step and epoch; the first round warms up and is left out. ratio: the median over the rounds of the
-    rate in the epoch after a change divided by that of the following epoch.
+    A round trains two epochs per stage, so that it changes each stage once. The first round warms up and does not
+    count. The ratio of a row is the rate in the epoch after a change divided by that in the following epoch, as the
+    median over the rounds.
+
+    Returns:
+        The entry of a run file.
     """
-    sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
-    epochs = 2 * len(sizes) * (rounds + 1)
+    stage_sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
+    epochs = 2 * len(stage_sizes) * (rounds + 1)
     stages = tuple(
         StageConfig(epoch=epoch, image_size=size.image_size, batch_size=size.batch_size)
-        for epoch, size in zip(range(0, epochs, 2), sizes * (rounds + 1), strict=True)
+        for epoch, size in zip(range(0, epochs, 2), stage_sizes * (rounds + 1), strict=True)
     )
     data = config.data.model_copy(update={"stages": stages})
     train = config.train.model_copy(update={"epochs": epochs})
@@ -42,16 +46,16 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
         loader = build_train_loader(
             data, config.aug, seed=config.seed, device=device, accumulation_steps=train.accumulation_steps
         )
-        largest = max(stage.image_size for stage in loader.stages)
-        training = build_all(config, dataset, len(dataset["classes"]), largest, device)
-        warm_up(training, loader)
+        max_size = max(stage.image_size for stage in loader.stages)
+        state = build_all(config, dataset, len(dataset["classes"]), max_size, device)
+        warm_up(state, loader)
         for epoch in range(0, epochs, 2):
             shape = (loader.image_size, loader.plan.batch_size)
             pair = []
             for _ in range(2):
-                times = train_epoch(training, loader, seed=config.seed, rank=0, after_step=lambda *_: None)
+                times = train_epoch(state, loader, seed=config.seed, rank=0, after_step=lambda *_: None)
                 pair.append(times.micro_steps * shape[1] / times.time_s)
-            if epoch >= 2 * len(sizes):
+            if epoch >= 2 * len(stage_sizes):
                 rates.setdefault(shape, []).append((pair[0], pair[1]))
     rows = [
         {
@@ -70,12 +74,12 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
 
 
 def title(config: Config) -> str:
-    """Return the title of the entry for a config."""
+    """Return the title of the table for a config."""
     return f"changes of image and batch size, {config.model.name}"
 
 
 def stage_changes(settings: Settings) -> Iterator[TableSpec]:
-    """Measure changes of the image size with ResNet-18 on a GPU, else with LeNet, which takes 32 to 35 pixels."""
+    """Measure stage changes of ResNet-18 on a GPU, else of LeNet, which takes 32 to 35 pixels."""
     if settings.device == "cuda":
         folder = medium_dataset(settings)
         config = load_config_on(

@@ -1,7 +1,7 @@
-"""Whether a sample costs the same however many there are: made indices over sparse shard files, the real loader.
+"""Cost per sample by size of the data set: the real loader on generated indices over sparse shard files.
 
-Every size runs in a process of its own, since its memory is measured. Every size times equally many samples, which were
-read into the page cache before: what remains is the cost of order, draws and gather, not that of a disk.
+Each size runs in a separate process, since its memory is measured. All sizes time the same number of samples, which are
+read into the page cache first, so that the cost of the disk is excluded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,16 @@ from tools.benchmarks.engine.candidate import Candidate, Workload
 from tools.benchmarks.engine.interleaved import measure
 
 SIZES = (10_000, 100_000, 1_500_000)
-SIDE = 96  # pixels, MediumImageNet's
+SIDE = 96  # pixels, as in MediumImageNet
 CLASSES = 200
 SHARD_BYTES = 512 * 2**20
 BATCH_SIZE = 512
-BATCHES = 19  # timed, of the 19 that 10,000 samples have
-AHEAD = 20  # batches that the loader may prepare beyond them
+BATCHES = 19  # timed; 10,000 samples have 19
+PREFETCHED_BATCHES = 20  # maximum that the loader prepares beyond them
 
 
 def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
-    """One row per size: microseconds per sample, memory, and the time from opening to the first batch."""
+    """Return a table with a row per size: µs per sample, memory, and the time from opening to the first batch."""
     rows = []
     for samples in sizes:
         (measurement,) = measure([Candidate(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
@@ -58,30 +58,30 @@ def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES,
 
 
 def title(side: int = SIDE) -> str:
-    """Return the title of the entry for images of this size."""
+    """Return the title of the table for images of this size."""
     return f"Cost per sample by size of the data set, {side}x{side} raw"
 
 
 @contextmanager
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measures everything while it is built, in this fresh process; the stream only carries the facts."""
+    """Measure during the build, in a fresh process. The workload only carries the details."""
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
     torch.set_num_threads(1)
-    read_into_cache(folder, order.permutation(samples, 0, 0)[: (BATCHES + AHEAD) * BATCH_SIZE])
+    read_into_cache(folder, order.permutation(samples, 0, 0)[: (BATCHES + PREFETCHED_BATCHES) * BATCH_SIZE])
     gc.collect()
     before = private_bytes()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     data = DataConfig(path=str(folder), batch_size=BATCH_SIZE, image_size=side, placement="host", verify="off")
     loader = build_train_loader(data, ours.PLAIN, device="cpu")
     batches = iter(loader)
     next(batches)
-    first_batch_s = time.perf_counter() - begin
+    first_batch_s = time.perf_counter() - start
     gc.collect()
     memory = private_bytes() - before
 
     def epoch_part() -> float:
-        """Microseconds per sample of the loader over the same first batches of epoch 0."""
+        """Return µs per sample of the loader over the first batches of epoch 0."""
         loader.state = {"epoch": 0, "step": 0}
         remaining = iter(loader)
         next(remaining)
@@ -91,12 +91,12 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
             next(remaining)
         return (time.perf_counter() - start) * 1e6 / (count * BATCH_SIZE)
 
-    epoch_part()  # maps the pages
+    epoch_part()  # map the pages
     indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
     details: dict[str, Any] = {
-        "loader_us": _best(epoch_part, seconds),
-        "order_us": _best(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)) / samples, seconds),
-        "draws_us": _best(lambda: _microseconds(lambda: _draws(indices)) / len(indices), seconds),
+        "loader_us": _minimum(epoch_part, seconds),
+        "order_us": _minimum(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)) / samples, seconds),
+        "draws_us": _minimum(lambda: _microseconds(lambda: _draws(indices)) / len(indices), seconds),
         "first_batch_s": first_batch_s,
         "memory_mib": memory / 2**20,
         "memory_bytes_per_sample": memory / samples,
@@ -111,29 +111,29 @@ def _draws(indices: np.ndarray) -> None:
     geometry.pad_crop_offsets(indices, 0, 0, 4)
 
 
-def _microseconds(work: Any) -> float:
-    begin = time.perf_counter()
+def _microseconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
     work()
-    return (time.perf_counter() - begin) * 1e6
+    return (time.perf_counter() - start) * 1e6
 
 
-def _best(value: Any, seconds: float) -> float:
-    """The smallest of the values had within `seconds`: a noisy machine only ever adds to it."""
-    found = [value()]
+def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
+    """Return the smallest value measured within `seconds`, since noise only adds to it."""
+    values = [measure_once()]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(found) < 3:
-        found.append(value())
-    return min(found)
+    while time.perf_counter() < end or len(values) < 3:
+        values.append(measure_once())
+    return min(values)
 
 
 def private_bytes() -> int:
-    """Memory of this process alone, without mapped files, which all ranks share."""
+    """Return the memory of this process without mapped files, which all ranks share."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Exactly these samples: a page fault on the map would read megabytes around each of them."""
+    """Read these samples into the page cache. A page fault on the map would read megabytes around each."""
     split = open_split(folder, "train", verify="off")
     for number in np.unique(split.shard[samples]).tolist():
         inside = samples[split.shard[samples] == number]
@@ -145,7 +145,7 @@ def read_into_cache(folder: Path, samples: np.ndarray) -> None:
 
 
 def make_sparse_set(folder: Path, samples: int, side: int) -> None:
-    """A data set whose index is real and whose shards are holes: black images in the layout of npy shards."""
+    """Write a data set with a real index and sparse shards, which read as black images."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (side, side, 3)
     size = len(tar_format.npy_header(shape)) + side * side * 3

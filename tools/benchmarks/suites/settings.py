@@ -1,4 +1,4 @@
-"""Settings of a whole run and its deadlines."""
+"""Settings and deadlines of a whole run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one whole run."""
+    """Settings of a whole run."""
 
     device: str  # cpu or cuda
-    scratch: Path  # folder for the peers' files, removed at the end
-    data: Path  # folder for the data sets that are made
+    scratch: Path  # folder for the peers' files, deleted at the end
+    data: Path  # folder for generated data sets
     small: Path | None = None  # converted 32x32 data set
     medium: Path | None = None  # converted 96x96 data set
-    source: Path | None = None  # raw CIFAR-10, where none is converted
+    source: Path | None = None  # raw CIFAR-10, if none is converted
     reference: Path | None = None  # checkout of cifar10-airbench
     seconds: float = 0.5
     rounds: int = 5
     workers: int = 1  # of the peers
     seeds: int = 10  # of each speedrun
-    epochs: int | None = None  # of the runs to an accuracy; None: their config's
-    samples: int | None = None  # of made data sets; None: the default of the device
+    epochs: int | None = None  # of the runs to an accuracy; None: as in their configs
+    samples: int | None = None  # of generated data sets; None: the default of the device
     only: tuple[str, ...] = ()  # stages; empty: all
-    deadline: float | None = None  # of the whole run or, within a part, of the part; of time.monotonic()
+    deadline: float | None = None  # of the run or the current part, on the clock of time.monotonic()
     part_s: float | None = None  # time limit of each part
 
 

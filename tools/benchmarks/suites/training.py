@@ -19,8 +19,10 @@ from tools.benchmarks.engine.results import Row, add_bound, add_ratios
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask, training_loops
 
+STEP_BINDS_FROM = 0.95  # share of the resident batch's rate from which the step limits training, not the loader
 
-def training(
+
+def training_table(
     title: str,
     config: Config,
     variants: dict[str, dict[str, Any]],
@@ -30,50 +32,50 @@ def training(
     scratch: Path | None = None,
     workers: int = 1,
 ) -> InterleavedTable:
-    """Ours on a resident batch and end to end (see ours.training); with a scratch folder peers end to end too.
+    """Return a table of our training step and, with a scratch folder, of the peers' training.
 
-    facts: what else the group's entry shall hold.
+    Args:
+        variants: See `ours.training`.
+        details: Further fields of the entry.
+        workers: Of the peers.
     """
     candidates = [Candidate(OURS, ours.training, (config, variants))]
-    rows: list[dict[str, Any]] = [{"ours": True, "device": device, "encoding": ""}]
+    rows: list[Row] = [{"ours": True, "device": device, "encoding": ""}]
     size, batch_size = config.data.image_size or _stored_side(config), config.data.batch_size
     if scratch is not None:
-        source = PeerTask(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
-        for name, peer in peers.available(peers.LOOPS, source.encoding).items():
-            candidates.append(Candidate(name, training_loops.training, (peer, source, config)))
+        task = PeerTask(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
+        for name, peer in peers.available(peers.LOOPS, task.encoding).items():
+            candidates.append(Candidate(name, training_loops.training, (peer, task, config)))
             rows.append({"device": device, "batch_size": batch_size})
     classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
 
-    @cache  # asked for after every round
+    @cache  # called after every round
     def training_flops() -> float:
         return roofline.training_flops(config.model, classes, size)
 
-    def finish(rows: list[Row], found: Limits) -> None:
+    def add_bounds(rows: list[Row], limits: Limits) -> None:
         flops = training_flops()
-        resident = next(
-            (row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)),
-            {},
-        )
-        ceiling = resident.get("images_per_s", 0.0)
-        end_to_end = [row for row in rows if row is not resident]
-        for each in rows:
-            peak = found.get(roofline.ARITHMETIC, 0) / flops
-            if each["ours"] and ceiling and each is not resident and "images_per_s" in each:
-                each["of_resident"] = float(f"{each['images_per_s'] / ceiling:.4g}")
-            add_bound(each, {roofline.ARITHMETIC: peak}, _what_binds(each, each is resident))
-            each["training_gflop"] = round(flops / 1e9, 4)
-        add_ratios(end_to_end)
+        resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), {})
+        resident_rate = resident.get("images_per_s", 0.0)
+        for row in rows:
+            if row["ours"] and resident_rate and row is not resident and "images_per_s" in row:
+                row["of_resident"] = float(f"{row['images_per_s'] / resident_rate:.4g}")
+            peak_rate = limits.get(roofline.ARITHMETIC, 0) / flops
+            add_bound(row, {roofline.ARITHMETIC: peak_rate}, _limiting_factor(row, row is resident))
+            row["training_gflop"] = round(flops / 1e9, 4)
+        add_ratios([row for row in rows if row is not resident])
 
     common = {"image_size": size, "model": config.model.name, **(details or {})}
-    return InterleavedTable(f"training {title}", "training", candidates, rows, common, finish)
+    return InterleavedTable(f"training {title}", "training", candidates, rows, common, add_bounds)
 
 
-def _what_binds(each: Row, resident: bool) -> str:
-    if resident:
+def _limiting_factor(row: Row, is_resident: bool) -> str:
+    """Return what limits training that is far below the peak arithmetic rate."""
+    if is_resident:
         return "the step: memory traffic and launches, not arithmetic"
-    if not each["ours"]:
+    if not row["ours"]:
         return ""
-    return "the step (see resident batch)" if each.get("of_resident", 0) >= 0.95 else "the loader"
+    return "the step (see resident batch)" if row.get("of_resident", 0) >= STEP_BINDS_FROM else "the loader"
 
 
 def _stored_side(config: Config) -> int:
