@@ -191,7 +191,8 @@ def test_objects_beside_the_weights_are_passed_over_and_nothing_of_them_is_run(
 def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(tmp_path: Path) -> None:
     for content in ({"model": nn.Sequential(nn.Linear(2, 2))}, nn.Linear(2, 2)):
         torch.save(content, tmp_path / "x.pth")
-        with pytest.raises(UserError, match=r"since the file contains objects of classes .*state_dict\(\), FILE"):
+        message = r"refused, since the file contains objects of classes .*state_dict\(\), FILE"
+        with pytest.raises(UserError, match=message):
             read_weights(tmp_path / "x.pth")
 
 
