@@ -1,8 +1,8 @@
-# make train | make test: everything from nothing, the environment included. See README.md.
+# `make train` and `make test` create the environment first. All targets: CONTRIBUTING.md.
 PYTHON ?= python3
 VENV := .venv
 PY ?= $(VENV)/bin/python
-# PY=python3 uses an environment that is already there, for machines without a package index
+# PY=python3 uses an existing environment, on machines without a package index.
 ENVIRONMENT := $(if $(filter $(VENV)/%,$(PY)),$(VENV)/.installed)
 
 CFG ?= configs/digits_lenet.yaml
@@ -18,32 +18,34 @@ train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 digits: $(ENVIRONMENT)
 	$(PY) tools/convert.py digits --out data/digits
 
-# tests run in two processes, a file in one of them; WORKERS=0 runs them in this one
+# Tests run in two processes, each file in one of them; WORKERS=0 runs them in this process.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# the fast tests: at most five minutes on two cores
+# The fast tests: at most five minutes on two cores.
 test: $(ENVIRONMENT)
 	$(PYTEST) -m "not gpu and not campaign and not slow"
 
-# every test that needs neither a GPU nor minutes of kills
+# All tests but those that need a GPU and the campaigns.
 test-all: $(ENVIRONMENT)
 	$(PYTEST) -m "not gpu and not campaign"
 
-# all faults: hundreds of kills, flips and cuts; ZHU_FAULT_SEED repeats one that failed
+# All faults: hundreds of kills, flipped bits and truncations. ZHU_FAULT_SEED repeats a failed one.
 test-faults: $(ENVIRONMENT)
 	$(PY) -m pytest -m "not gpu" tests/faults
 
-# the model tests once more, with the convolutions that oneDNN has for older CPUs
+# The model tests again, with oneDNN's convolutions for older CPUs.
 ISAS := AVX2 SSE41
-MODEL_TESTS := models activation speedrun_models pretrained transfer freeze gradients clipping muon optim
+MODEL_TESTS := $(addprefix tests/models/test_,models.py activation.py speedrun_models.py pretrained.py) \
+	$(addprefix tests/train/optim/test_,freeze.py clipping.py muon.py factory.py) \
+	tests/train/checkpoint/test_finetune.py tests/train/engine/test_gradients.py
 test-isa: $(ENVIRONMENT)
 	$(PY) -m pytest -m campaign tests/models/test_onednn.py
 	set -e; for isa in $(ISAS); do \
-		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS:%=tests/*/test_%.py); \
+		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS); \
 	done
 
-# damaged files of every kind, at random; ZHU_FUZZ_SEED=N repeats a round that failed
+# Randomly damaged files of every kind. ZHU_FUZZ_SEED=N repeats a failed round.
 MINUTES ?= 5
 fuzz: $(ENVIRONMENT)
 	ZHU_FUZZ_MINUTES=$(MINUTES) $(PY) -m pytest tests/faults/test_fuzz.py -k new_kinds -rP -W ignore
@@ -57,12 +59,12 @@ format: $(ENVIRONMENT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# the whole run: other libraries, limits, scale; BENCH="--seconds 0.2 --only loading" and the like narrow it down
+# All benchmarks: other libraries, limits, scale. For example BENCH="--seconds 0.2 --only loading" narrows them down.
 bench: $(ENVIRONMENT)
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
-# needs a CUDA GPU; PART="training loaders" measures these parts alone, each within three minutes. BENCH="--source FOLDER"
-# converts CIFAR-10 where data/cifar10 is missing, BENCH="--reference FOLDER" runs cifar10-airbench beside the speedrun
+# Needs a CUDA GPU. PART="training loaders" measures only these parts, each within three minutes. BENCH="--source FOLDER"
+# converts CIFAR-10 if data/cifar10 is missing; BENCH="--reference FOLDER" compares the speedrun with cifar10-airbench.
 PART ?=
 gpu-bench: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-bench needs a CUDA GPU')"
@@ -70,13 +72,13 @@ gpu-bench: $(ENVIRONMENT)
 
 GPU_TESTS := $(shell grep -rl --include=test_*.py pytest.mark.gpu tests)
 
-# correctness on a CUDA GPU; only files with such tests are imported, since others need packages that it may lack. The
-# short benchmarks are left to gpu-bench
+# Correctness on a CUDA GPU. Only files with such tests are imported, since others need packages that the machine may
+# lack. The short benchmarks are left to gpu-bench.
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu -k "not short_benchmark" --tb=short --durations=10 $(GPU_TESTS)
 
-# The GPU tests that compare no computed values, under a stand-in CUDA driver: no GPU is needed. FAKECUDA: its folder
+# The GPU tests that compare no computed values, under a stand-in CUDA driver in the folder FAKECUDA. Needs no GPU.
 FAKECUDA ?= ../shared/fakecuda
 DRY_RUN := output/gpu-dry-run
 gpu-dry-run: $(ENVIRONMENT)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ COMMAND = re.compile(r"(?:^    |`)((?:python|torchrun [^`]*?)\s(?:tools|train)/\
 FOLDERS = ("configs", "models", "pipelines", "train", "tools", "tests", "docs")
 CITED_FILE = re.compile(rf"(?<![\w/.}}-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)(?![\w*{{<…])")
 CITED_TEST = re.compile(r"`(?:[\w/.]+::)?(test_\w+)`")
+CITED_TARGET = re.compile(r"(?:^    |`)make ([a-z][\w-]*)", re.MULTILINE)
 CITED_MODULE = re.compile(r"python -m ((?:configs|models|pipelines|train|tools)[\w.]*)")
 
 
@@ -56,12 +59,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_cited_files_and_modules_exist(page: Path) -> None:
+def test_cited_files_modules_and_targets_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     text = re.sub(r"\[[^\]]*\]\([^)]*\)|https?://\S+", "", text)  # links have their own test
     missing = [path for path in CITED_FILE.findall(text) if not (ROOT / path).exists()]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    missing += [name for name in CITED_TARGET.findall(text) if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
     missing += [module for module in CITED_MODULE.findall(text) if importlib.util.find_spec(module) is None]
-    assert missing == [], f"{page.relative_to(ROOT)} cites files that do not exist"
+    assert missing == [], f"{page.relative_to(ROOT)} cites files, modules or targets that do not exist"
 
 
 def test_architecture_names_every_folder() -> None:
@@ -84,6 +89,16 @@ def test_cited_tests_exist(page: Path) -> None:
         known |= set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
     missing = [name for name in CITED_TEST.findall(page.read_text(encoding="utf-8")) if name not in known]
     assert missing == [], f"{page.relative_to(ROOT)} cites tests that do not exist"
+
+
+@pytest.mark.parametrize("target", ["train", "test-isa", "fuzz"])
+def test_targets_name_existing_files(target: str) -> None:
+    dry = ["make", "--dry-run", "--no-print-directory", target, "PY=python3"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of an outer make
+    shown = subprocess.run(dry, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    files = re.findall(rf"(?<=\s)(?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+", shown)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
