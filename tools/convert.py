@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.dataset import MAX_PIXELS, load_dataset
 from pipelines.storage.verify import verify as find_problems
+from tools.common.cli import whole_number
 
 MIB = 2**20
 MAX_SHOWN_DEFECTS = 3
@@ -240,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
-    count, seed = _whole_number(1), _whole_number(0)
+    count, seed = whole_number(1), whole_number(0)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--out", type=path_argument, required=True, help="output folder of the data set")
     parser.add_argument("--name", help="name of the data set and its shards (default: from the source)")
@@ -251,7 +252,7 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
         help="npy: raw pixels, all images of one size; jpeg: compressed, any sizes (default: %(default)s)",
     )
     parser.add_argument(
-        "--quality", type=_whole_number(1, 100), help=f"JPEG quality, 1 to 100 (default: {Encoding.quality})"
+        "--quality", type=whole_number(1, 100), help=f"JPEG quality, 1 to 100 (default: {Encoding.quality})"
     )
     parser.add_argument(
         "--subsampling", choices=list(SUBSAMPLINGS), help=f"JPEG chroma subsampling (default: {Encoding.subsampling})"
@@ -279,21 +280,6 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
         default=MAX_PIXELS,
         help="quarantine images with more pixels, which may be decompression bombs (default: %(default)s)",
     )
-
-
-def _whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    limits = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = minimum - 1
-        if number < minimum or (maximum is not None and number > maximum):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
-        return number
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -26,15 +26,10 @@ would shift all later ids, unless --fill gives the class to use.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
@@ -43,12 +38,11 @@ from tools.common.tables import make_folder, write_text
 from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
+from tools.inference.prediction_files import build_metrics, format_table, write_arrays
 from tools.inference.trained_model import TrainedModel, check_same_classes, load_trained_model
 from train.distributed.process_group import Ranks, process_group
-from train.engine.evaluate import Evaluation
 
 MAX_SHOWN = 5
-METRICS = ("loss", "top1", "top5")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -179,65 +173,6 @@ def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) 
         what = "a folder" if file.is_dir() else "the sample submission itself"
         raise UserError(f"--submission {file} is {what}; give another file to write")
     return file
-
-
-def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
-    """Write `arrays` with labels, rows and classes of the images atomically."""
-    labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
-    named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **named)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
-
-
-def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the text of predictions.csv. Avoids a dict per row, which would take gigabytes for a large split."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    best = [f"{what}_{place}" for place in range(1, numbers.shape[1] + 1) for what in ("class", "probability")]
-    writer.writerow(["row", "file", "label", "number", *best])
-    for sample, row in enumerate(images.rows.tolist()):
-        file = images.files[row] if images.files else ""
-        label = classes[int(images.labels[sample])] if images.labels is not None else ""
-        pairs = zip(numbers[sample].tolist(), probabilities[sample].tolist(), strict=True)
-        cells = [cell for number, probability in pairs for cell in (classes[number], f"{probability:.6g}")]
-        writer.writerow([row, file, label, int(numbers[sample, 0]), *cells])
-    return text.getvalue()
-
-
-def build_metrics(
-    models: Sequence[TrainedModel],
-    images: ImageSet,
-    tta: str | None,
-    each: Sequence[Evaluation],
-    mean: Evaluation | None,
-) -> dict[str, Any]:
-    """Return the contents of metrics.json: metrics, checkpoints and images without a prediction."""
-    checkpoints: list[dict[str, Any]] = []
-    for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
-        own = {key: getattr(each[place], key) if each else None for key in METRICS}
-        data = None if images.files else str(folder)  # converted pictures are deleted
-        checkpoints.append(
-            {
-                "path": str(model.path),
-                "model": model.config.model.name,
-                "image_size": model.image_size,
-                "tta": tta or model.config.eval.tta,
-                "data": data,
-                **own,
-            }
-        )
-    return {
-        **{key: getattr(mean, key) if mean else None for key in METRICS},
-        "samples": len(images),
-        "tta": ", ".join(dict.fromkeys(one["tta"] for one in checkpoints)),
-        "checkpoints": checkpoints,
-        "unreadable": images.unreadable,
-    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,31 +31,19 @@ from torch._subclasses.fake_tensor import (
 )
 from tqdm import tqdm
 
-from configs.load import load_config, parse_config
-from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from models import build_from_config, list_models
-from pipelines.storage.dataset import load_dataset
 from tools.common.cli import check_positive
 from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
 from tools.common.tables import Row, make_folder, write_csv
-from tools.perf.cost_report import ModelCase, format_report, layer_rows, layers_table, plot_costs, summary_row
+from tools.perf.cost_report import format_report, layer_rows, layers_table, plot_costs, summary_row
+from tools.perf.model_cases import AMP_NAMES, BATCH_SIZE, CLASSES, ModelCase, build_case
 from train.build import to_device
-from train.checkpoint import store
-from train.checkpoint.run_dir import find_checkpoints
-from train.checkpoint.state import require_keys
-from train.checkpoint.store import BEST, LAST, PREVIOUS
 from train.distributed.process_group import Ranks, process_group
 from train.engine.precision import amp_dtype
 from train.optim.freeze import freeze
 from train.reporting import figures
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-STORED_SIZE = 32  # image size of configs without data.image_size: CIFAR-10 and the digits
-CLASSES, BATCH_SIZE = 10, 128
-CONFIG_SUFFIXES = (".yaml", ".yml")
-AMP_NAMES = {"float32": "off", "bf16": "bf16"}
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -121,78 +108,6 @@ def main(arguments: list[str] | None = None) -> None:
     for label, table in layers.items() if options.layers else ():
         write_csv(options.out / f"layers-{label.replace('/', '-')}.csv", table)
     print(f"\ntables and plot are in {options.out}")
-
-
-def build_case(name: str, options: argparse.Namespace) -> ModelCase:
-    """Return the model and training setup that `name` refers to. Command-line options override its config."""
-    path = Path(name)
-    if name in list_models() or name.startswith("timm/"):
-        label, model, train = name, ModelConfig(name=name), TrainConfig()
-        size, classes, batch_size = options.size or default_size(name), CLASSES, BATCH_SIZE
-    elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
-        config, classes, size = load_model_config(path, options)
-        label, model, train = str(config.name), config.model, config.train
-        batch_size = config.data.batch_size
-    else:
-        raise UserError(
-            f"{name!r} is not a model, config file or run folder; use one of {', '.join(list_models())}, timm/NAME, or "
-            "the path of a .yaml file or of a run"
-        )
-    if options.optimizer is not None:
-        train = train.model_copy(update={"optimizer": OptimizerConfig(name=options.optimizer)})
-    if options.precision is not None:
-        train = train.model_copy(update={"amp": AMP_NAMES[options.precision]})
-    return ModelCase(
-        label=label,
-        settings=model,
-        image_size=options.size or size,
-        classes=options.classes or classes,
-        batch_size=options.batch_size or batch_size,
-        train=train,
-    )
-
-
-def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
-    """Return the config, number of classes and image size of a config file, a run folder or a checkpoint.
-
-    A run folder without a checkpoint is read from its config.yaml. Values that a config leaves out come from its data
-    set. Command-line options take precedence.
-    """
-    if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
-        path = path / "config.yaml"
-    facts: dict[str, Any] = {}
-    if path.suffix in CONFIG_SUFFIXES:
-        config = load_config(path)
-        if Path(config.data.path).is_dir():
-            facts = load_dataset(config.data.path)
-            shape = facts["image_shape"]
-            facts = {"classes": facts["classes"], "image_size": shape[0] if shape else None}
-    else:
-        path, content = store.load_newest(find_checkpoints(path))
-        require_keys(content, ("config",), path)
-        config = parse_config(content["config"], f"the config in {path}")
-        facts = content.get("dataset", {})
-    classes = options.classes or config.model.num_classes or len(facts.get("classes", ()))
-    image_size = options.size or config.data.image_size or facts.get("image_size")
-    for what, value, option in (("number of classes", classes, "--classes"), ("image size", image_size, "--size")):
-        if not value:
-            raise UserError(
-                f"{path} does not set the {what}, and there is no data set in {config.data.path} to read it from; give "
-                f"{option}, or convert the data set first"
-            )
-    return config, int(classes), int(image_size or 0)
-
-
-def default_size(model: str) -> int:
-    """Return the smallest image size of this project's configs with the model; timm: the model's native size."""
-    if model.startswith("timm/"):
-        import timm
-
-        pretrained = timm.get_pretrained_cfg(model.removeprefix("timm/")) if timm.is_model(model[5:]) else None
-        return int(pretrained.input_size[-1]) if pretrained else 224
-    configs = [load_config(file) for file in sorted(CONFIGS.glob("*.yaml"))]
-    sizes = [config.data.image_size or STORED_SIZE for config in configs if config.model.name == model]
-    return min(sizes, default=STORED_SIZE)
 
 
 def compute_costs(case: ModelCase, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:

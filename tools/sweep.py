@@ -31,18 +31,10 @@ from configs.utils.files import path_argument
 from pipelines.storage.dataset import load_dataset
 from tools.common import tables
 from tools.runs import sweep_report
+from tools.runs.run_slots import RunSlot, make_slots, visible_gpus
 from tools.runs.sweep_points import Point, build_points
 from tools.runs.sweep_report import Sweep
-from tools.runs.sweep_runner import (
-    RunOutcome,
-    RunSlot,
-    is_finished,
-    lock_folder,
-    log_path,
-    make_slots,
-    run_points,
-    visible_gpus,
-)
+from tools.runs.sweep_runner import RunOutcome, is_finished, lock_folder, log_path, run_points
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from models import Normalize, PixelClassifier, build_model, list_models
 from pipelines import build_eval_loader
 from pipelines.storage.dataset import load_dataset
 from tools import export
-from tools.inference import export_check
+from tools.inference import export_check, exporter
 from tools.inference.export_formats import FORMATS, Exportable, first_and_last_layers
 from tools.inference.trained_model import load_trained_model
 from train.build import build_all
@@ -73,7 +73,7 @@ def lenet_export(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.fixture(scope="module")
 def network(digits_run: Run) -> nn.Module:
     with alone() as device:
-        return load_trained_model(digits_run.folder, device).training.network
+        return load_trained_model(digits_run.folder, device).state.network
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_activation_and_width_are_exported(
     config = json.loads((result.folder / "config.json").read_text())
     assert arguments.items() <= config["model_args"].items()
     with alone() as device, torch.no_grad():
-        expected = load_trained_model(path, device).training.network(digits)
+        expected = load_trained_model(path, device).state.network(digits)
     for name in NAMES:
         assert (result.run_as_printed(name, digits) - expected).abs().max() <= 1e-4
 
@@ -189,7 +189,7 @@ def test_timm_model_loads_from_exported_folder(
     assert "256 images of random pixels" in capsys.readouterr().out
     assert {row["verified on"] for row in result.report["formats"]} == {"random pixels"}
     with alone() as device:
-        network = load_trained_model(timm_checkpoint, device).training.network
+        network = load_trained_model(timm_checkpoint, device).state.network
     with torch.no_grad():
         expected = network(digits)
     for name in names:
@@ -261,7 +261,7 @@ def test_tolerance_is_at_least_a_millionth_of_the_largest_logit(
     expected = export_check.ExpectedLogits(torch.zeros((3, 3, 2, 2), dtype=torch.uint8), logits, "", "")
     outcome = nullcontext() if fits else pytest.raises(UserError, match="is allowed")
     with outcome:
-        export.export("onnx", None, expected, 1e-4, tmp_path)  # type: ignore[arg-type]
+        exporter.export_format("onnx", None, expected, 1e-4, tmp_path)  # type: ignore[arg-type]
 
 
 class DataDependent(nn.Module):
@@ -294,7 +294,7 @@ def test_untraceable_network_is_a_one_line_error(
     images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
     expected = export_check.ExpectedLogits(images, torch.zeros(9, 10), "random pixels", "9 images")
     with pytest.raises(UserError, match=f"^format {name} cannot be exported: .*{why}") as caught:
-        export.export(name, exportable(network), expected, 1e-4, tmp_path)
+        exporter.export_format(name, exportable(network), expected, 1e-4, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
@@ -332,7 +332,7 @@ def test_built_in_models_have_first_and_last_layers(name: str) -> None:
 def test_diverged_checkpoint_is_refused(timm_checkpoint: Path, tmp_path: Path) -> None:
     with alone() as device:
         trained = load_trained_model(timm_checkpoint, device)
-    next(trained.training.network.parameters()).data.fill_(float("nan"))
+    next(trained.state.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="logits that are not finite"):
         export_check.expected_logits(trained, None, 3)
 

@@ -80,7 +80,7 @@ def table(path: Path) -> list[list[str]]:
 def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
     """Apply the model to images [H, W, 3] one by one, without a data loader."""
     with alone() as device, torch.inference_mode():
-        network = load_trained_model(run_folder, device).training.network
+        network = load_trained_model(run_folder, device).state.network
         batches = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
         return torch.cat([network(batch) for batch in batches]).numpy()
 
@@ -94,7 +94,7 @@ def test_metrics_equal_evaluation_bitwise(
         trained = load_trained_model(digits_run.folder, device)
         settings = trained.config.eval.model_copy(update={"batch_size": batch_size})
         loader = build_eval_loader(trained.config.data, settings, device=device)
-        result = evaluate(trained.training, loader, 360, tta or "none")
+        result = evaluate(trained.state, loader, 360, tta or "none")
     options = (["--tta", tta] if tta else []) + (["--batch-size", batch_size] if batch_size else [])
     run("--checkpoint", digits_run.folder, "--split", "val", "--out", tmp_path, *options)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -381,7 +381,7 @@ def test_checkpoints_are_averaged_in_probability_at_their_own_size(npy_data: Pat
     with alone() as device:
         trained = load_trained_model(models[1], device)
         loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
-        alone_b = evaluate(trained.training, loader, 107, "flip")
+        alone_b = evaluate(trained.state, loader, 107, "flip")
     assert loader.image_size == 34
     assert metrics["checkpoints"][1]["loss"] == alone_b.loss
 

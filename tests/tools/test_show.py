@@ -63,8 +63,8 @@ class Shown:
         with alone() as device:
             trained = load_trained_model(run.folder, device)
             loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
-            self.evaluation = evaluate(trained.training, loader, 360)
-            pairs = list(predictions(trained.training, loader))
+            self.evaluation = evaluate(trained.state, loader, 360)
+            pairs = list(predictions(trained.state, loader))
         self.classes = trained.classes
         self.logits, self.labels = (torch.cat(column) for column in zip(*pairs, strict=True))
         self.predicted = self.logits.argmax(1)

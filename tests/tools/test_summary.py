@@ -16,6 +16,7 @@ from helpers.training import CPU, Run
 from models import build_model
 from tools import summary
 from tools.common.model_costs import Costs, count_costs
+from tools.perf import model_cases
 from tools.perf.cost_report import ratio_sentences, summary_row
 from train.distributed.process_group import Ranks, process_group
 
@@ -162,7 +163,7 @@ class Floats(nn.Module):
 
 def test_ratios_compare_with_smallest_model() -> None:
     options = summary.parse_arguments(["x"])
-    cases = [summary.build_case(name, options) for name in ("alexnet", "lenet")]
+    cases = [model_cases.build_case(name, options) for name in ("alexnet", "lenet")]
     costs = [costs_of(case.model, case.image_size, 128) for case in cases]
     rows = [summary_row(case, one, None, None) for case, one in zip(cases, costs, strict=True)]
     (text,) = ratio_sentences(rows)
@@ -172,9 +173,9 @@ def test_ratios_compare_with_smallest_model() -> None:
 
 
 def test_default_size_comes_from_the_configs() -> None:
-    sizes = {name: summary.default_size(name) for name in ("lenet", "alexnet", "resnet18", "resnet50", "resnet34")}
+    sizes = {name: model_cases.default_size(name) for name in ("lenet", "alexnet", "resnet18", "resnet50", "resnet34")}
     assert sizes == {"lenet": 32, "alexnet": 70, "resnet18": 32, "resnet50": 96, "resnet34": 32}
-    assert summary.default_size("timm/vit_tiny_patch16_224") == 224
+    assert model_cases.default_size("timm/vit_tiny_patch16_224") == 224
 
 
 def test_summary_writes_tables_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,13 +197,13 @@ def test_summary_writes_tables_and_a_plot(tmp_path: Path, capsys: pytest.Capture
 
 def test_run_folder_and_its_config_give_the_same_case(digits_run: Run, tmp_path: Path) -> None:
     options = summary.parse_arguments(["x"])
-    run = summary.build_case(str(digits_run.folder), options)
+    run = model_cases.build_case(str(digits_run.folder), options)
     assert (run.label, run.model, run.image_size, run.classes) == ("digits_lenet", "lenet", 32, 10)
     assert (run.batch_size, run.train.lr) == (64, 6e-3)
     config = str(digits_run.folder / "config.yaml")
-    assert summary.build_case(config, options) == run
+    assert model_cases.build_case(config, options) == run
     options = summary.parse_arguments(["x", "--batch-size", "7", "--classes", "3", "--size", "35"])
-    changed = summary.build_case(config, options)
+    changed = model_cases.build_case(config, options)
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
 
 
@@ -246,7 +247,7 @@ def test_config_without_data_set_needs_classes_option(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_measured_gpu_memory_is_plausible() -> None:
-    case = summary.build_case("alexnet", summary.parse_arguments(["x"]))
+    case = model_cases.build_case("alexnet", summary.parse_arguments(["x"]))
     with process_group(Ranks()) as device:
         costs, measured = summary.compute_costs(case, device, torch.bfloat16)
     assert measured is not None

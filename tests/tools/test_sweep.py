@@ -28,10 +28,12 @@ from helpers.training import CLEAN, DIGITS, ROOT, Run, restore_signal_handlers
 from tools import sweep
 from tools.runs import sweep_report, sweep_runner
 from tools.runs.records import settings_by_key
+from tools.runs.run_slots import RunSlot, make_slots
+from tools.runs.sweep_axes import split_outside_brackets
 from tools.runs.sweep_plots import plot_values
-from tools.runs.sweep_points import Point, build_points, split_outside_brackets
+from tools.runs.sweep_points import Point, build_points
 from tools.runs.sweep_report import Sweep, edge_hints
-from tools.runs.sweep_runner import RunOutcome, RunSlot, make_slots, run_points
+from tools.runs.sweep_runner import RunOutcome, run_points
 from train.ddp import parse_arguments
 from train.reporting import figures
 from train.reporting.metrics_file import read_metrics
@@ -469,7 +471,8 @@ def test_multi_process_runs_end_with_their_parent(digits_run: Run, tmp_path: Pat
     script = f"""
 from pathlib import Path
 from tools.runs.sweep_points import build_points
-from tools.runs.sweep_runner import RunSlot, lock_folder, run_points
+from tools.runs.run_slots import RunSlot
+from tools.runs.sweep_runner import lock_folder, run_points
 fixed = {settings(digits_run.data, "train.epochs=50")}
 found = build_points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
 with lock_folder(Path({str(tmp_path)!r})) as lock:

@@ -42,7 +42,7 @@ def predict(
     each: list[Evaluation] = []
     with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
-            sums = torch.zeros(4, dtype=torch.float64, device=model.training.device)
+            sums = torch.zeros(4, dtype=torch.float64, device=model.state.device)
             start = 0
             for batch, labels in predicted_batches(model, folder, images.split, tta, batch_size):
                 sums += loss_and_hits(batch, labels)  # bitwise as in training's evaluation
@@ -66,8 +66,8 @@ def predicted_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits and labels of a split, as evaluation does. Releases the loader's memory at the end."""
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
-    loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.training.device)
-    yield from predictions(model.training, loader, tta or model.config.eval.tta)
+    loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
+    yield from predictions(model.state, loader, tta or model.config.eval.tta)
     check_full_coverage(loader)
 
 

@@ -57,7 +57,7 @@ def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) 
         kind = "random pixels"
         source = f"{samples} images of random pixels, since there is no data set in {path} (see --data-path)"
     with torch.inference_mode():
-        logits = torch.cat([trained.training.network(batch) for batch in images.split(64)])
+        logits = torch.cat([trained.state.network(batch) for batch in images.split(64)])
     if not logits.isfinite().all():
         raise UserError(f"{trained.path} gives logits that are not finite (a diverged run?); use another checkpoint")
     return ExpectedLogits(images, logits.float(), kind, source)

@@ -22,7 +22,7 @@ from train.engine.state import TrainState
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, ready for evaluation. `training.network` takes uint8 images."""
+    """A trained model, ready for evaluation. `state.network` takes uint8 images."""
 
     path: Path  # the checkpoint
     is_ema: bool  # the weights are the run's moving average
@@ -30,7 +30,7 @@ class TrainedModel:
     name: str  # of the training data set
     classes: tuple[str, ...]
     image_size: int  # height and width in training, pixels
-    training: TrainState
+    state: TrainState
     epochs: int  # completed ones
     conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None: not recorded
     stored_shape: tuple[int, int, int] | None  # of the data set's images; None: they differ, or not recorded
@@ -65,11 +65,9 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_pretrained(config.model_copy(update={"train": train}))
-    training = build_all(
-        inference_config(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False
-    )
-    is_average = restore_weights(training, content, path, config.eval.weights)
-    training.network.eval()
+    state = build_all(inference_config(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False)
+    is_average = restore_weights(state, content, path, config.eval.weights)
+    state.network.eval()
     position = content["position"]
     return TrainedModel(
         path=path,
@@ -78,7 +76,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
         name=facts["name"],
         classes=tuple(facts["classes"]),
         image_size=facts["image_size"],
-        training=training,
+        state=state,
         epochs=position["epoch"],
         conversion=facts.get("conversion"),
         stored_shape=tuple(facts["image_shape"]) if facts.get("image_shape") else None,

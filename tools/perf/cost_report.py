@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.schema import ModelConfig, TrainConfig
 from tools.common.model_costs import Costs
 from tools.common.tables import Row, markdown
+from tools.perf.model_cases import ModelCase
 from train.reporting import figures
 
 if TYPE_CHECKING:
@@ -21,22 +20,6 @@ KINDS = ("weights", "gradients", "optimizer", "activations")  # a row has KIND_b
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 TOTAL = "total"
 MIN_LOG_AXIS_RATIO = 30  # of the largest to the smallest value: draw a logarithmic axis
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """A model and the training setup to count its costs for."""
-
-    label: str
-    settings: ModelConfig
-    image_size: int
-    classes: int
-    batch_size: int
-    train: TrainConfig
-
-    @property
-    def model(self) -> str:
-        return self.settings.name
 
 
 def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:

@@ -23,6 +23,7 @@ from configs.load import to_yaml
 from configs.utils.errors import UserError
 from tools.common.tables import write_text
 from tools.runs.records import compared_settings, format_value, read_run
+from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_points import Point
 from train.checkpoint.run_dir import resolve_resume
 
@@ -44,15 +45,6 @@ _libc = ctypes.CDLL(None)  # looked up before any fork
 
 
 @dataclass(frozen=True)
-class RunSlot:
-    """GPUs and threads for one run at a time."""
-
-    gpus: tuple[str, ...] = ()  # as in CUDA_VISIBLE_DEVICES; empty: the CPU
-    processes: int = 1
-    threads: int | None = None  # per process; None: all of the machine's
-
-
-@dataclass(frozen=True)
 class RunOutcome:
     """Outcome of a run's process."""
 
@@ -69,35 +61,6 @@ class _RunProcess:
     log: IO[bytes]
     log_start: int  # offset in bytes, after the output of earlier attempts
     started_at: float
-
-
-def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[RunSlot]:
-    """Divide the GPUs into groups of `gpus_per_run`; without a GPU, return one slot on the CPU.
-
-    `parallel` is the number of slots (None: one per group); they share the groups and the CPU's cores.
-    """
-    for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
-        if number < 1:
-            raise UserError(f"--{name} {number} is not a positive whole number; use 1 or more")
-    if gpus_per_run > max(1, len(gpus)):
-        raise UserError(f"--gpus-per-run {gpus_per_run} exceeds the {len(gpus)} visible GPUs; use fewer")
-    starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
-    groups = [tuple(gpus[start : start + gpus_per_run]) for start in starts] or [()]
-    count = len(groups) if parallel is None else parallel
-    cores = len(os.sched_getaffinity(0))
-    threads = None if count == 1 else max(1, cores // (count * gpus_per_run))
-    return [RunSlot(groups[number % len(groups)], gpus_per_run, threads) for number in range(count)]
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs visible to this process, named as in CUDA_VISIBLE_DEVICES."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None and listed.strip() in ("", "-1"):
-        return []
-    import torch  # takes seconds
-
-    count = torch.cuda.device_count()
-    return [name.strip() for name in listed.split(",")][:count] if listed else [str(n) for n in range(count)]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def test_loaded_model_evaluates_like_the_run(digits_run: Run) -> None:
     with alone() as device:
         trained = load_trained_model(digits_run.folder / "last.pt", device)
         loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
-        result = evaluate(trained.training, loader, 360)
+        result = evaluate(trained.state, loader, 360)
     assert (result.top1, result.top5) == (epochs[-1]["val_top1"], epochs[-1]["val_top5"])
     assert trained.classes == tuple("0123456789")
     assert (trained.image_size, trained.epochs, trained.name) == (32, 2, "digits")
@@ -68,7 +68,7 @@ def test_differing_classes_are_named(digits_run: Run) -> None:
 def test_weights_load_as_saved(digits_run: Run) -> None:
     content = torch.load(digits_run.folder / "best.pt", weights_only=True)
     with alone() as device:
-        network = load_trained_model(digits_run.folder, device).training.network
+        network = load_trained_model(digits_run.folder, device).state.network
     assert not network.training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, content["model"][name])

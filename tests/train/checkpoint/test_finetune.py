@@ -149,7 +149,7 @@ def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path:
     with alone() as device:
         trained = load_trained_model(tmp_path / "last.pt", device)
     assert trained.classes == CLASSES[3:8]
-    assert differing(trained.training.network.state_dict(), content["model"]) == set()
+    assert differing(trained.state.network.state_dict(), content["model"]) == set()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
     assert "top1" in run(data[5], tmp_path / "run", *options, flags=("--resume", "auto", "--eval")).out
     with alone() as device:
         trained = load_trained_model(tmp_path / "run", device)
-    assert torch.equal(trained.training.network.normalize.mean, weights["normalize.mean"])
+    assert torch.equal(trained.state.network.normalize.mean, weights["normalize.mean"])
     assert run(data[5], tmp_path / "new", *options).err.startswith(f"error: weights {file} do not exist")
 
 

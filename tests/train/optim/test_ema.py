@@ -235,7 +235,7 @@ def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_i
             text = content["config"].replace("weights: auto", f"weights: {weights}")
             path = tmp_path / f"{weights}.pt"
             store.write(path, content | {"config": text})
-            state = load_trained_model(path, CPU).training.network.state_dict()
+            state = load_trained_model(path, CPU).state.network.state_dict()
             assert all(torch.equal(value, content[part][name]) for name, value in state.items())
             assert load_trained_model(path, CPU).config.train.ema.decay == 0.9
         old = {key: value for key, value in content.items() if key != "ema"}  # as older versions wrote them
@@ -243,7 +243,7 @@ def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_i
             path = tmp_path / "old.pt"
             store.write(path, old | {"config": content["config"].replace("weights: auto", f"weights: {weights}")})
             if weights == "auto":
-                state = load_trained_model(path, CPU).training.network.state_dict()
+                state = load_trained_model(path, CPU).state.network.state_dict()
                 assert all(torch.equal(value, content["model"][name]) for name, value in state.items())
             else:
                 with pytest.raises(UserError, match=r"old\.pt holds no moving average .*; use eval\.weights=auto"):

@@ -1,0 +1,105 @@
+"""Export of a model to one format: written to a temporary folder, verified, then moved into place."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from configs.utils.errors import UserError
+from tools.common.tables import Row
+from tools.inference.export_check import ExpectedLogits, compare_logits
+from tools.inference.export_formats import FORMATS, Exportable
+
+ROUNDING = 1e-6  # rounding error of float32 after many layers, relative to the largest logit
+
+
+def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, tolerance: float, folder: Path) -> Row:
+    """Write one format to a temporary folder, verify it, and move its files to `folder`.
+
+    Args:
+        name: the format, a key of FORMATS.
+        exportable: the model.
+        expected: the checkpoint's logits.
+        tolerance: largest allowed difference of logits.
+        folder: of the written files.
+
+    Returns:
+        The row of the printed table.
+
+    Raises:
+        UserError: the format cannot be written or run, or its logits differ; `folder` is unchanged.
+    """
+    form = FORMATS[name]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
+        aside = Path(temporary)
+        try:
+            with quiet():
+                holds = form.write(exportable, aside)
+        except Exception as error:  # exporters raise all kinds of errors for unsupported models
+            raise UserError(
+                f"format {name} cannot be exported: {root_cause(error)}; leave it out with --format"
+            ) from None
+        try:
+            with quiet():
+                result = compare_logits(form.load(aside), expected)
+        except Exception as error:
+            raise UserError(
+                f"format {name} was written but cannot be run: {root_cause(error)}; nothing is kept"
+            ) from None
+        allowed = max(tolerance, ROUNDING * expected.max_abs)
+        if not result.max_difference <= allowed:  # NaN too
+            raise UserError(
+                f"format {name} gives logits that differ by up to {result.max_difference:.2e} from the checkpoint's, "
+                f"whose largest is {expected.max_abs:.3g}; {allowed:.1e} is allowed, so nothing is kept: raise "
+                "--tolerance if that is good enough for you"
+            )
+        files = sorted(aside.iterdir(), key=lambda file: -file.stat().st_size)
+        size_mib = sum(file.stat().st_size for file in files) / 2**20
+        move_files(files, folder)
+    return {
+        "format": name,
+        "file": ", ".join(file.name for file in files),
+        "holds": holds,
+        "size, MiB": round(size_mib, 3),
+        "max difference": result.max_difference,
+        "same top-1": f"{result.same_top1} of {len(expected.images)}",
+        "verified on": expected.kind,
+    }
+
+
+def move_files(files: list[Path], folder: Path) -> None:
+    """Move files into `folder` and give them its read permissions: safetensors only lets the owner read."""
+    try:
+        for file in files:
+            file.chmod(0o600 | folder.stat().st_mode & 0o066)
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / file.name}: {error.strerror}; give another --out") from None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the message at the root of an exporter's error, in one line and without colors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400].rstrip(".")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the output, warnings and logs of exporters; errors are still raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
