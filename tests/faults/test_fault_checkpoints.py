@@ -142,9 +142,7 @@ def last_step(notes: Path) -> int:
     return max(epoch * STEPS_PER_EPOCH + position // 32 for epoch, position in samples_of(notes))
 
 
-def test_a_run_that_is_killed_again_and_again_ends_like_the_unbroken_one(
-    fault_digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
+def test_repeatedly_killed_run_ends_like_the_unbroken_one(fault_digits: Path, unbroken: Path, tmp_path: Path) -> None:
     kill_again_and_again(2, fault_digits, unbroken, tmp_path)
 
 
@@ -175,7 +173,7 @@ def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.Captu
         assert message.endswith(f"; {previous} is used instead\n")
 
 
-def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
+def test_flipped_bit_is_found_and_previous_checkpoint_used(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip_bits(40, unbroken, tmp_path, capsys)
@@ -186,7 +184,7 @@ def test_two_hundred_flipped_bits_are_found(unbroken: Path, tmp_path: Path, caps
     flip_bits(200, unbroken, tmp_path, capsys)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
@@ -216,7 +214,7 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / folder.name))
 
 
-def test_other_batch_seed_shards_model_or_schedule_is_refused_by_name_and_changes_nothing(
+def test_changed_settings_are_refused_by_name_and_change_nothing(
     unbroken: Path, fault_digits: Path, tmp_path: Path, call: Call
 ) -> None:
     folder, other = copy_of(unbroken, tmp_path), tmp_path / "digits"
@@ -242,7 +240,7 @@ def test_other_batch_seed_shards_model_or_schedule_is_refused_by_name_and_change
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
 
 
-def test_other_threads_prefetch_and_placement_end_like_the_unbroken_run(
+def test_other_threads_prefetch_and_placement_give_the_same_run(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     options = ["data.threads=3", "data.prefetch=1", "data.placement=host", "train.save_every_steps=7"]
@@ -251,9 +249,7 @@ def test_other_threads_prefetch_and_placement_end_like_the_unbroken_run(
     assert_ends_like(interrupted, unbroken)
 
 
-def test_other_world_sizes_with_the_same_global_batch_see_the_same_stream(
-    interrupted: Path, fault_digits: Path, unbroken: Path
-) -> None:
+def test_other_world_size_sees_the_same_stream(interrupted: Path, fault_digits: Path, unbroken: Path) -> None:
     cut = ["data.batch_size=8", "train.accumulation_steps=2"]
     notes = interrupted.parent / "notes"
     ranks = start_ranks(arguments(fault_digits, interrupted.parent, *cut), notes, world_size=2)
@@ -278,9 +274,7 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
         store.load(path)
 
 
-def test_a_quota_ends_a_run_with_a_sentence_and_it_goes_on_later(
-    interrupted: Path, fault_digits: Path, unbroken: Path
-) -> None:
+def test_exceeded_quota_is_one_error_and_the_run_resumes(interrupted: Path, fault_digits: Path, unbroken: Path) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
     store.recover_interrupted_save(interrupted)  # as the next run does; the kill may have come within a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
@@ -320,7 +314,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.campaign
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
-def test_a_full_disk_ends_a_run_with_a_sentence_and_it_goes_on_when_there_is_room(
+def test_full_disk_is_one_error_and_the_run_resumes(
     disk: Path, fault_digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     command, notes, folder = arguments(fault_digits, disk), tmp_path / "notes", disk / "digits_lenet"
@@ -335,7 +329,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_it_goes_on_when_there_is_roo
 
 @pytest.mark.campaign
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
-def test_a_folder_that_becomes_read_only_ends_a_run_with_a_sentence_and_it_goes_on_later(
+def test_read_only_folder_is_one_error_and_the_run_resumes(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"

@@ -39,7 +39,7 @@ def agents_of(restarts: int) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("what", ["its rank", "the agent and its rank"])
-def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_itself(
+def test_run_completes_after_a_machine_is_lost_and_returns(
     what: str, digits: Path, tmp_path: Path, unbroken: Path
 ) -> None:
     after = seeded().randrange(80)
@@ -62,7 +62,7 @@ def test_a_run_on_two_machines_of_which_one_is_lost_and_comes_back_completes_by_
     assert_same_weights(tmp_path / NAME, unbroken)
 
 
-def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: Path, tmp_path: Path) -> None:
+def test_lost_machine_ends_the_other_within_a_minute(digits: Path, tmp_path: Path) -> None:
     (host, other), command = agents_of(restarts=0), arguments(digits, tmp_path, 2, 1000)
     with Launch(tmp_path, host, command) as first, Launch(tmp_path, other, command) as second:
         wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
@@ -72,7 +72,7 @@ def test_without_restarts_a_lost_machine_ends_the_other_within_a_minute(digits: 
         assert f"stopped because rank {lost} was lost without an error" in first.printed
 
 
-def test_a_signal_to_every_agent_ends_the_run_and_leaves_nothing_behind(digits: Path, tmp_path: Path) -> None:
+def test_signal_to_every_agent_ends_the_run_completely(digits: Path, tmp_path: Path) -> None:
     """As srun passes it on to the agents, which give it to their ranks."""
     (host, other), command = agents_of(restarts=3), arguments(digits, tmp_path, 2, 1000)
     with Launch(tmp_path, host, command) as first, Launch(tmp_path, other, command) as second:

@@ -29,9 +29,7 @@ def weights_are_finite(folder: Path, name: str = "last.pt") -> bool:
     return all(bool(value.isfinite().all()) for value in content(folder / name)["model"].values())
 
 
-def test_stop_ends_the_run_within_a_log_interval_and_keeps_the_last_good_checkpoint(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_stop_ends_within_a_log_interval_and_keeps_the_checkpoint(digits: Path, tmp_path: Path) -> None:
     code, out, err = run(digits, tmp_path)
     folder = tmp_path / "digits_lenet"
     assert code == 2
@@ -43,7 +41,7 @@ def test_stop_ends_the_run_within_a_log_interval_and_keeps_the_last_good_checkpo
     assert weights_are_finite(folder)
 
 
-def test_rewind_goes_back_passes_over_the_steps_and_completes(digits: Path, tmp_path: Path) -> None:
+def test_rewind_skips_the_steps_and_completes(digits: Path, tmp_path: Path) -> None:
     code, out, err = run(digits, tmp_path, "train.on_nonfinite=rewind")
     folder = tmp_path / "digits_lenet"
     assert (code, err) == (0, "")
@@ -56,7 +54,7 @@ def test_rewind_goes_back_passes_over_the_steps_and_completes(digits: Path, tmp_
     assert lines[-1]["val_top1"] > 0.8
 
 
-def test_skip_leaves_out_that_update_alone_and_completes(digits: Path, tmp_path: Path) -> None:
+def test_skip_omits_only_that_step_and_completes(digits: Path, tmp_path: Path) -> None:
     code, out, err = run(digits, tmp_path, "train.on_nonfinite=skip")
     assert (code, err) == (0, "")
     assert "step 40: 1 of the last 10 updates left out, since their gradients were not finite" in out
@@ -65,7 +63,7 @@ def test_skip_leaves_out_that_update_alone_and_completes(digits: Path, tmp_path:
 
 
 @pytest.mark.campaign
-def test_what_comes_again_at_every_step_ends_the_run_under_all_settings(digits: Path, tmp_path: Path) -> None:
+def test_nan_at_every_step_ends_the_run_in_all_modes(digits: Path, tmp_path: Path) -> None:
     always = {"nan_at": [*range(NAN_AT, 1000)]}
     code, _, err = run(digits, tmp_path / "rewind", "train.on_nonfinite=rewind", **always)
     assert code == 2
@@ -79,9 +77,7 @@ def test_what_comes_again_at_every_step_ends_the_run_under_all_settings(digits: 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("setting", ["stop", "rewind", "skip"])
-def test_a_loss_that_is_nan_on_one_rank_alone_is_found_by_all_of_three(
-    setting: str, digits: Path, tmp_path: Path
-) -> None:
+def test_nan_on_one_rank_is_found_by_all_three(setting: str, digits: Path, tmp_path: Path) -> None:
     code, out, err = run(digits, tmp_path, f"train.on_nonfinite={setting}", processes=3, rank=2)
     folder = tmp_path / "digits_lenet"
     assert weights_are_finite(folder)
@@ -96,7 +92,7 @@ def test_a_loss_that_is_nan_on_one_rank_alone_is_found_by_all_of_three(
 
 
 @pytest.mark.campaign
-def test_a_resumed_run_passes_over_the_same_steps(digits: Path, tmp_path: Path) -> None:
+def test_resumed_run_skips_the_same_steps(digits: Path, tmp_path: Path) -> None:
     code, _, _ = run(digits, tmp_path, "train.on_nonfinite=stop")
     assert code == 2
     options = ["train.on_nonfinite=rewind"]

@@ -37,7 +37,7 @@ def unbroken(ranks: int, digits: Path, tmp_path: Path) -> Path:
     return run_unbroken(digits, tmp_path / "unbroken", ranks, EPOCHS)
 
 
-def test_a_data_set_that_is_missing_on_one_machine_ends_all_ranks_with_that_error(digits: Path, tmp_path: Path) -> None:
+def test_data_set_missing_on_one_machine_ends_all_ranks(digits: Path, tmp_path: Path) -> None:
     commands = [arguments(data, tmp_path / "output", 2, EPOCHS) for data in (digits, tmp_path / "nowhere")]
     ended = end_of_commands(tmp_path, commands)
     assert ended.codes == [1, 2]
@@ -47,21 +47,19 @@ def test_a_data_set_that_is_missing_on_one_machine_ends_all_ranks_with_that_erro
     assert not (tmp_path / "output").exists()
 
 
-def test_what_is_wrong_for_all_ranks_is_said_once(digits: Path, tmp_path: Path) -> None:
+def test_error_on_all_ranks_is_printed_once(digits: Path, tmp_path: Path) -> None:
     ended = end_of_commands(tmp_path, [[*arguments(digits, tmp_path, 2, EPOCHS), "model.name=lenet5"]] * 2)
     assert ended.codes == [2, 2]
     assert len(ended.lines) == 1
     assert "'lenet5' is unknown" in ended.lines[0]
 
 
-def test_a_training_whose_rank_is_killed_completes_under_torchrun_without_help(digits: Path, tmp_path: Path) -> None:
+def test_run_with_a_killed_rank_completes_under_torchrun(digits: Path, tmp_path: Path) -> None:
     killed_launches_complete(1, 2, digits, tmp_path, kills=1)
 
 
 @pytest.mark.campaign
-def test_trainings_of_three_ranks_killed_at_random_instants_complete_under_torchrun_without_help(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_runs_of_three_ranks_complete_despite_random_kills(digits: Path, tmp_path: Path) -> None:
     killed_launches_complete(12, 3, digits, tmp_path, kills=3)
 
 
@@ -92,9 +90,7 @@ def killed_launch_completes(ranks: int, digits: Path, output: Path, instants: ra
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_without_restarts_all_of_three_ranks_end_within_a_minute_when_one_is_killed(
-    rank: int, digits: Path, tmp_path: Path
-) -> None:
+def test_all_ranks_end_within_a_minute_of_a_kill(rank: int, digits: Path, tmp_path: Path) -> None:
     with Launch(tmp_path, ["--standalone", "--nproc_per_node=3"], arguments(digits, tmp_path, 3, 1000)) as launch:
         wait_until(lambda: saved_steps(tmp_path / NAME) > 0)
         workers = launch.workers()
@@ -105,7 +101,7 @@ def test_without_restarts_all_of_three_ranks_end_within_a_minute_when_one_is_kil
 
 
 @pytest.mark.campaign
-def test_another_launch_of_the_same_name_is_left_alone_by_a_restart(digits: Path, tmp_path: Path) -> None:
+def test_restart_leaves_another_launch_of_the_name_alone(digits: Path, tmp_path: Path) -> None:
     """Both run at the same time; the later one took NAME-2, and is killed once."""
     output, launcher = tmp_path / "output", ["--standalone", "--nproc_per_node=1", "--max-restarts=1"]
     expected = unbroken(1, digits, tmp_path)
@@ -124,7 +120,7 @@ def test_another_launch_of_the_same_name_is_left_alone_by_a_restart(digits: Path
 
 
 @pytest.mark.campaign
-def test_a_restart_with_fewer_ranks_says_how_to_keep_the_global_batch(digits: Path, tmp_path: Path) -> None:
+def test_restart_with_fewer_ranks_explains_the_global_batch(digits: Path, tmp_path: Path) -> None:
     folder = run_unbroken(digits, tmp_path / "output", 2, 1)
     content = torch.load(folder / "last.pt", weights_only=True)
     assert content["stream"]["global batch"] == 32

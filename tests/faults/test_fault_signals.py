@@ -74,7 +74,7 @@ def stop_and_go_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_one_is_the_unbroken(
+def test_run_stopped_by_signal_resumes_like_the_unbroken_one(
     number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
@@ -84,7 +84,7 @@ def test_a_signal_in_mid_epoch_ends_the_run_with_a_checkpoint_and_the_resumed_on
     assert_same_run(tmp_path / "digits_lenet", unbroken)
 
 
-def test_a_terminal_that_goes_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
+def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
     """As of an ssh session: SIGHUP comes, and nothing can be printed any more."""
     ours, terminal = pty.openpty()
 
@@ -109,9 +109,7 @@ def test_a_terminal_that_goes_ends_the_run_with_a_checkpoint(digits: Path, tmp_p
     assert content(folder / "last.pt")["position"]["epoch"] == 1
 
 
-def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(
-    digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
+def test_evaluation_interrupted_by_signal_is_repeated(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     begun = tmp_path / "evaluates"
     code, where = stop_and_go_on(signal.SIGTERM, digits, tmp_path, begun, evaluation_s=3.0, evaluates=str(begun))
     assert code == 128 + signal.SIGTERM
@@ -121,9 +119,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_ranks_under_torchrun_stop_at_one_step_and_go_on(
-    number: signal.Signals, digits: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_stop_at_one_step_and_resume(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     done = run_to_its_end(command_with({}, run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32"), 2))
     assert done.returncode == 0, done.stderr
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
@@ -134,7 +130,7 @@ def test_two_ranks_under_torchrun_stop_at_one_step_and_go_on(
 
 
 @pytest.mark.campaign
-def test_ranks_whose_torchrun_is_killed_stop_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
+def test_ranks_of_a_killed_torchrun_stop_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
     unbroken = run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32")
     assert run_to_its_end(command_with({}, unbroken, 2)).returncode == 0
     command = run_arguments(digits, tmp_path / "killed", "data.batch_size=32")
@@ -163,9 +159,7 @@ def steps_in(log: Path) -> int:
 
 
 @pytest.mark.campaign
-def test_a_run_that_is_stopped_again_and_again_at_random_instants_is_the_unbroken_one(
-    digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
+def test_repeatedly_stopped_run_ends_like_the_unbroken_one(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     instants, stops = seeded(), 0
     folder, command = tmp_path / "digits_lenet", run_arguments(digits, tmp_path)
     while True:

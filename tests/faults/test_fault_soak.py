@@ -32,7 +32,7 @@ def soak(config: Path, data: Path, output: Path, *opts: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-def test_ten_epochs_on_the_digits_need_no_more_than_two(encoding: str, tmp_path: Path) -> None:
+def test_ten_epochs_on_digits_need_no_more_than_two(encoding: str, tmp_path: Path) -> None:
     assert convert.main(["digits", "--out", str(tmp_path / "data"), "--workers", "1", "--encoding", encoding]) == 0
     soak(DIGITS, tmp_path / "data", tmp_path / "output", "train.save_every_steps=7")
 

@@ -70,7 +70,7 @@ class Job:
             self.process.kill()
 
 
-def test_a_job_starts_torchrun_on_every_machine_with_resume_and_the_given_arguments(tmp_path: Path) -> None:
+def test_job_starts_torchrun_on_every_machine_with_resume(tmp_path: Path) -> None:
     (tmp_path / "code").write_text("0")
     job = Job(tmp_path, "--cfg", "my config.yaml", "--opts", "name=a", SLURM_RESTART_COUNT="3")
     assert job.end() == 0
@@ -82,7 +82,7 @@ def test_a_job_starts_torchrun_on_every_machine_with_resume_and_the_given_argume
     assert "the training is complete" in job.printed.read_text()
 
 
-def test_torchrun_knows_every_option_that_the_job_gives_it(tmp_path: Path) -> None:
+def test_torchrun_accepts_every_option_of_the_job(tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     (tmp_path / "code").write_text("0")
@@ -94,7 +94,7 @@ def test_torchrun_knows_every_option_that_the_job_gives_it(tmp_path: Path) -> No
     assert parsed.training_script_args == ["--resume", "auto", "--cfg", "x.yaml"]
 
 
-def test_ranks_may_take_most_of_the_time_after_a_warning_to_end() -> None:
+def test_ranks_have_most_of_the_warning_time_to_end() -> None:
     script = SCRIPT.read_text()
     lead_s, shutdown_s = (
         int(re.search(pattern, script, re.MULTILINE)[1])  # type: ignore[index]
@@ -110,7 +110,7 @@ def test_ranks_may_take_most_of_the_time_after_a_warning_to_end() -> None:
     [(signal.SIGUSR1, "0", 0, True), (signal.SIGUSR1, "100", 1, False), (signal.SIGTERM, "0", 1, False)],
     ids=["a warning", "a warning too many", "cancelled"],
 )
-def test_a_signal_becomes_a_sigterm_for_the_step_and_a_warning_puts_the_job_back(
+def test_signal_becomes_sigterm_and_a_warning_requeues_the_job(
     asked: signal.Signals, restarts: str, code: int, requeued: bool, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, SLURM_RESTART_COUNT=restarts)
@@ -121,7 +121,7 @@ def test_a_signal_becomes_a_sigterm_for_the_step_and_a_warning_puts_the_job_back
     assert ("scontrol requeue 4242" in job.calls) == requeued
 
 
-def test_a_signal_before_there_is_a_step_stops_it_as_soon_as_there_is_one(tmp_path: Path) -> None:
+def test_early_signal_stops_the_step_once_it_exists(tmp_path: Path) -> None:
     (tmp_path / "wait").touch()
     job = Job(tmp_path, scontrol="touch asked; while [ -f wait ]; do sleep 0.05; done")
     wait_until((tmp_path / "asked").exists)
@@ -132,7 +132,7 @@ def test_a_signal_before_there_is_a_step_stops_it_as_soon_as_there_is_one(tmp_pa
     assert "scontrol requeue 4242" in job.calls
 
 
-def test_a_training_that_completes_just_after_the_warning_is_not_started_again(tmp_path: Path) -> None:
+def test_training_that_completes_after_the_warning_is_not_requeued(tmp_path: Path) -> None:
     job = Job(tmp_path)
     wait_until((tmp_path / "started").exists)
     (tmp_path / "bin" / "scancel").write_text("#!/bin/bash\necho 0 > code\n")
@@ -141,7 +141,7 @@ def test_a_training_that_completes_just_after_the_warning_is_not_started_again(t
     assert "scontrol requeue 4242" not in job.calls
 
 
-def test_a_training_that_fails_ends_the_job_with_its_code(tmp_path: Path) -> None:
+def test_failed_training_ends_the_job_with_its_code(tmp_path: Path) -> None:
     (tmp_path / "code").write_text("7")
     job = Job(tmp_path)
     assert job.end() == 7
@@ -154,7 +154,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.mark.campaign
-def test_a_real_training_that_is_warned_and_put_back_completes_with_the_unbroken_runs_weights(tmp_path: Path) -> None:
+def test_requeued_training_completes_with_the_same_weights(tmp_path: Path) -> None:
     data, epochs = tmp_path / "digits", 4
     assert convert.main(["digits", "--out", str(data), "--workers", "1"]) == 0
     expected = run_unbroken(data, tmp_path / "unbroken", 1, epochs)
@@ -169,6 +169,6 @@ def test_a_real_training_that_is_warned_and_put_back_completes_with_the_unbroken
         assert job.end() == 0, job.printed.read_text()
     assert job.calls.count(f"scontrol requeue {variables['SLURM_JOB_ID']}") == 1
     printed = job.printed.read_text()
-    assert printed.index("back into the queue") < printed.index("resumed from") < printed.index("training is complete")
+    assert printed.index("requeueing the job") < printed.index("resumed from") < printed.index("training is complete")
     assert [path.name for path in output.iterdir()] == [NAME]
     assert_same_weights(output / NAME, expected)

@@ -1,7 +1,7 @@
-"""Pictures of training: curves, grids of images, confusion matrices. Figures come back unsaved, for files and trackers.
+"""Figures of training: curves, image grids, confusion matrices. They are returned unsaved, for files and trackers.
 
-matplotlib is imported inside the functions: it takes half a second, and most of a run does without. No pyplot: it keeps
-figures in global state and may open windows.
+matplotlib is imported inside the functions, since the import takes half a second. pyplot is not used: it keeps figures
+in global state and may open windows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 120
-RIGHT, WRONG = "#1a7f37", "#c1440e"  # colours of captions
-LABELLED_CLASSES = 250  # up to so many classes a confusion matrix names each of them
-COUNTED_CLASSES = 40  # up to so many classes are drawn one beside the other at full size
+RIGHT, WRONG = "#1a7f37", "#c1440e"  # colors of captions
+LABELLED_CLASSES = 250  # a confusion matrix with more classes has no class names
+COUNTED_CLASSES = 40  # more classes are drawn smaller
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
-NAME_LETTERS = 28  # of a class beside an axis
-VALIDATION_LOSS = "cross-entropy"  # whatever train.loss is
+NAME_LETTERS = 28  # of a class name at an axis
+VALIDATION_LOSS = "cross-entropy"  # for every train.loss
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with rows * columns axes, in reading order."""
+    """Return a figure of `size` inches and its rows * columns axes, in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -39,9 +39,9 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
 
 def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Add a legend to a figure or its axes that shows all names as they are.
+    """Add a legend to a figure or its axes that shows all names unchanged.
 
-    matplotlib itself leaves out names with a leading underscore and reads text between dollar signs as a formula.
+    matplotlib itself omits names with a leading underscore, and renders text between dollar signs as a formula.
     """
     legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -49,7 +49,7 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not there: the name appears when the file is complete. Raises UserError where it cannot."""
+    """Write a PNG atomically. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}")
     try:
         figure.savefig(temporary, dpi=DPI, format="png")
@@ -57,11 +57,11 @@ def save(figure: Figure, path: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or name another folder") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space, or give another folder") from None
 
 
 def render(figure: Figure) -> np.ndarray:
-    """The drawn figure: uint8 [H, W, 3]."""
+    """Draw a figure and return its pixels, uint8 [H, W, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(DPI)
@@ -71,9 +71,12 @@ def render(figure: Figure) -> np.ndarray:
 
 
 def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy") -> Figure:
-    """Draw loss and top-1 accuracy against epoch, side by side, of training and validation.
+    """Draw loss and top-1 accuracy of training and validation against epoch, side by side.
 
-    metrics: lines of metrics.jsonl; validation of a moving average is drawn where there is one. loss: train.loss.
+    Args:
+        metrics: Lines of metrics.jsonl. The validation of a moving average is drawn if there is one.
+        title: Of the figure.
+        loss: The value of train.loss.
     """
     figure, axes = new_figure(1, 2, size=(10, 4))
     loss_label = f"{loss_name(loss)} loss" if loss_name(loss) == VALIDATION_LOSS else "loss"
@@ -95,18 +98,26 @@ def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy
 
 
 def loss_name(loss: str) -> str:
-    """Return what a value of train.loss is called in pictures."""
+    """Return the name of a train.loss in figures."""
     return {"bce": "binary cross-entropy"}.get(loss, loss)
 
 
 def image_grid(
     images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 5, colors: Sequence[str] | None = None
 ) -> Figure:
-    """Images with a caption above each; images: uint8 [N, H, W, 3], colors: of the captions (RIGHT, WRONG …)."""
+    """Draw images with a caption above each.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        captions: One per image.
+        title: Of the figure.
+        columns: Maximum number of columns.
+        colors: Of the captions, e.g. RIGHT or WRONG.
+    """
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
-    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # of a few images less than of their title
+    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # a few images are narrower than the title
     figure, axes = new_figure(rows, columns, size=(width, (1.75 + 0.14 * caption_lines) * rows + 0.5))
     for axis in axes:
         axis.set_axis_off()
@@ -118,12 +129,14 @@ def image_grid(
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Share of each true class (row) that was predicted as each class (column); counts: int [C, C], true by
-    predicted."""
+    """Draw the share of each true class (row) that was predicted as each class (column).
+
+    counts: int [C, C], true by predicted.
+    """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     many = len(classes) > COUNTED_CLASSES
-    inches = 0.11 if many else 0.45  # per class; a picture of 200 is for zooming in
+    inches = 0.11 if many else 0.45  # per class; with 200 classes the reader zooms in
     side = min(28.0, max(5.0, inches * len(classes) + 2))
     figure, (axis,) = new_figure(size=(side + 1, side))
     image = axis.imshow(shares, norm=_shares_scale(), cmap="Blues", interpolation="nearest")
@@ -144,14 +157,17 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
 
 
 def _shares_scale() -> Normalize:
-    """Colours by the square root of a share, so that rare confusions show beside the diagonal."""
+    """Map shares to colors by their square root, so that rare confusions are visible beside the diagonal."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
-    """A bar from 0 to 1 for each name, the highest first, in as many columns as it takes."""
+    """Draw a bar from 0 to 1 for each name, the highest first, in several columns.
+
+    More than RANKED_BARS names are reduced to the highest and the lowest.
+    """
     order = sorted(range(len(names)), key=lambda number: -values[number])
     if len(order) > RANKED_BARS:
         half = RANKED_BARS // 2
@@ -174,7 +190,7 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
 
 
 def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Figure:
-    """Samples per class of each split: bars by class, or where there are too many, curves of the sorted numbers."""
+    """Draw the samples per class of each split: bars by class, or curves of sorted numbers for many classes."""
     named = len(classes) <= COUNTED_CLASSES
     figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
     drawn: list[Any] = []
@@ -195,11 +211,11 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     labels = [
         f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}" for split, each in counts.items()
     ]
-    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # beside the bars
+    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # not over the bars
     axis.set_title(title, fontsize=11, parse_math=False)
     return figure
 
 
 def shorten(name: str) -> str:
-    """A class name that leaves room for the picture beside it."""
+    """Shorten a class name, to leave room for the plot."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

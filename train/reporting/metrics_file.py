@@ -12,9 +12,10 @@ from configs.utils.files import read_small_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
+    """Return the lines of a run's metrics.jsonl, without a last line that was truncated by a kill.
 
-    Raises UserError for a file or lines that no run wrote.
+    Raises:
+        UserError: If the file cannot be read, or a line is not one that a run wrote.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -22,7 +23,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         lines = []
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); repair or remove it") from None
     metrics = []
     for number, text in enumerate(lines, 1):
         try:
@@ -30,7 +31,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             break
         if not isinstance(line, dict) or type(line.get("epoch")) is not int or not all(map(_is_metric, line.values())):
-            raise UserError(f"{path}:{number} is no line of a run's metrics, numbers by name; mend or remove it")
+            raise UserError(f"{path}:{number} is not a line of a run's metrics (numbers by name); repair or remove it")
         metrics.append(line)
     return metrics
 
@@ -40,8 +41,10 @@ def _is_metric(value: Any) -> bool:
 
 
 def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The best validation results among the lines of metrics.jsonl, and the epoch of the best accuracy; those of the
-    moving average as well, where there is one."""
+    """Return the best validation loss and accuracy, and the epoch of the best accuracy.
+
+    Includes those of the moving average, if there is one. metrics: from `read_metrics`.
+    """
     found: dict[str, float] = {}
     for average in ("", "ema_"):
         loss, accuracy = f"{average}val_loss", f"{average}val_top1"
@@ -56,7 +59,7 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
-    """Top-1 accuracy of the weights that count in a line of metrics.jsonl, by eval.weights; None: not evaluated."""
+    """Return the top-1 accuracy of the weights that eval.weights selects, or None without an evaluation."""
     key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
     value: float | None = line.get(key)
     return value

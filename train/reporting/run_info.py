@@ -1,4 +1,4 @@
-"""What is about to run, as plain values for trackers and checkpoints, and as a line for the console."""
+"""Facts about a run, as plain values for trackers and checkpoints, and as a line for the console."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from train.optim.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Samples of one optimizer update, over all ranks, where data.stages say nothing else."""
+    """Return the samples of one optimizer step over all ranks, where data.stages do not change it."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def collect_run_info(
-    config: Config, dataset: dict[str, Any], training: TrainState, loader: TrainLoader, ranks: Ranks
+    config: Config, dataset: dict[str, Any], state: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
-    """What follows from the config, the data set and the machine together; loader: of training.
+    """Return facts that follow from the config, the data set and the machine together.
 
-    Sizes are those of the epoch that a new run begins with.
+    Args:
+        config: Of the run.
+        dataset: The contents of dataset.json.
+        state: The training state.
+        loader: The training loader. Sizes are those of the first epoch of a new run.
+        ranks: Of this process.
     """
     accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
     stages = {
@@ -39,30 +44,30 @@ def collect_run_info(
         "train_samples": splits[config.data.train_split]["samples"],
         "val_samples": splits[config.data.val_split]["samples"],
         "image_size": first.image_size,
-        "parameters": sum(p.numel() for p in training.network.parameters()),
+        "parameters": sum(p.numel() for p in state.network.parameters()),
         "world_size": ranks.world_size,
         "global_batch": first.plan.batch_size * ranks.world_size * accumulation,
         "steps_per_epoch": len(first) // accumulation,
         **({"stages": stages} if stages else {}),
-        "precision": str(training.amp or torch.float32),
-        "device": device_name(training.device),
-        **({"cpu_threads": torch.get_num_threads()} if training.device.type == "cpu" else {}),
+        "precision": str(state.amp or torch.float32),
+        "device": device_name(state.device),
+        **({"cpu_threads": torch.get_num_threads()} if state.device.type == "cpu" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
 def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """What a checkpoint says of its data set, so that the model can be used without it."""
+    """Return the entry "dataset" of a checkpoint, with which the model can be used without its data set."""
     return {
         **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
-        "conversion": dataset.get("options", {}).get("encoding"),  # so that other pictures can be stored likewise
+        "conversion": dataset.get("options", {}).get("encoding"),  # for storing other images in the same way
         "image_size": image_size,
     }
 
 
 def summary_line(config: Config, facts: dict[str, Any], device: torch.device) -> str:
-    """One line on what is about to run."""
+    """Return one line about the run. facts: from `collect_run_info`."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
     threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
@@ -76,14 +81,14 @@ def summary_line(config: Config, facts: dict[str, Any], device: torch.device) ->
 
 
 def stage_warnings(config: Config) -> list[str]:
-    """A remark where stages begin after the last epoch."""
+    """Return a warning if stages start after the last epoch."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
-    remark = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
-    return [remark] if late else []
+    text = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
+    return [text] if late else []
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's."""
+    """Return the name of the GPU, or of the processor for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 

@@ -1,7 +1,7 @@
-"""Console, log.txt, metrics.jsonl, curves.png, trackers, all on the first rank; other ranks get a log that is silent.
+"""The log of a run: console, log.txt, metrics.jsonl, curves.png and trackers, written on rank 0 only.
 
-What trackers are is not known here, only that they fail: then that is said once, and the run goes on without. So it
-does where log.txt cannot be written; metrics.jsonl and config.yaml it needs.
+A failing tracker or an unwritable log.txt is reported once and then ignored. metrics.jsonl and config.yaml are
+required: failing to write them ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CURVES_INTERVAL_S = 30.0
 
 
 class _Console(logging.StreamHandler):
-    """A line that cannot be written ends no run, and is no traceback for each line: it is said once."""
+    """A handler that warns once about lines it cannot write, instead of printing a traceback for each."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         del record
@@ -44,28 +44,30 @@ class _Console(logging.StreamHandler):
 
 class _LogFile(_Console, logging.FileHandler):
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written before
+        with suppress(OSError):  # a line that could not be written before
             super().close()
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot write {path} ({error.strerror or error}): free space, or move the run's folder and name its new place "
-        "by --output, then --resume auto goes on"
+        f"cannot write {path} ({error.strerror or error}): free space, or move the run folder and give its new "
+        "location as --output, then resume with --resume auto"
     )
 
 
 class RunLog:
-    """The records of one run in its folder; `folder` is None on all ranks but the first.
+    """Writes the records of one run. As a context manager, finishes at the end, as failed after an exception.
 
-    As a context manager it finishes at the end, as failed where an error ends it.
+    Args:
+        folder: The run folder; None on all ranks but rank 0, where the log does nothing.
+        peers_wait: Other ranks wait for this one, and learn of an error only after the log has finished.
+        loss: The value of train.loss.
     """
 
     def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
-        """others_wait: on other ranks, which learn of an error only after it has ended this log; loss: train.loss."""
-        self._folder, self._others_wait, self._loss = folder, peers_wait, loss
+        self._folder, self._peers_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
-        self.fast_shutdown = False  # as after a signal: the end leaves out what can be had later
+        self.fast_shutdown = False  # skip at the end what can be done later, e.g. after a signal
         self._drawn_at = -CURVES_INTERVAL_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -87,7 +89,7 @@ class RunLog:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.fast_shutdown |= error is not None and self._others_wait
+        self.fast_shutdown |= error is not None and self._peers_wait
         self.finish(failed=error is not None)
 
     @property
@@ -96,14 +98,20 @@ class RunLog:
 
     @property
     def has_trackers(self) -> bool:
-        """Whether there is anyone to show pictures to."""
         return bool(self._trackers)
 
     def info(self, message: str) -> None:
+        """Write a line to the console and to log.txt."""
         self._logger.info(message)
 
     def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
-        """W&B and TensorBoard as configured; run_config: plain values, nested; step: optimizer steps that are done."""
+        """Start W&B and TensorBoard if configured.
+
+        Args:
+            config: Which trackers to start.
+            run_config: Plain nested values to show as the config of the run.
+            step: Optimizer steps done so far.
+        """
         if self._folder is None:
             return
         folder = self._folder
@@ -122,26 +130,31 @@ class RunLog:
                 self._trackers += [tracker] if tracker is not None else []
 
     def write_config(self, config: str, facts: dict[str, Any]) -> None:
-        """config.yaml and facts.json, in place of those of an earlier start."""
+        """Write config.yaml and facts.json, replacing those of an earlier start."""
         if self._folder is not None:
             _replace(self._folder / "config.yaml", config)
             _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
-    def drop_epochs_from(self, before: int) -> None:
-        """Drop the lines of epochs from `before` on, which a resumed run writes again."""
+    def drop_epochs_from(self, first: int) -> None:
+        """Drop the metrics of the epochs from `first` on, which a resumed run writes again."""
         if self._folder is None:
             return
-        kept = [line for line in read_metrics(self._folder) if line["epoch"] < before]
+        kept = [line for line in read_metrics(self._folder) if line["epoch"] < first]
         _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, values: Mapping[str, float], step: int) -> None:
-        """One line on the console, one point in the trackers' curves against step; step: optimizer steps done."""
-        self.info(f"step {step}: loss {values['step_loss']:.4g}, lr {values['lr']:.4g}, "
-                 f"{values['images_per_s']:,.0f} images/s")  # fmt: skip
+        """Log a point against step: a line on the console, and a point in the trackers.
+
+        Args:
+            values: Numbers by name, among them step_loss, lr and images_per_s.
+            step: Optimizer steps done.
+        """
+        loss, lr, rate = (values[name] for name in ("step_loss", "lr", "images_per_s"))
+        self.info(f"step {step}: loss {loss:.4g}, lr {lr:.4g}, {rate:,.0f} images/s")
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
     def log_epoch(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, one on the console, one point in the trackers' curves."""
+        """Log an epoch: a line of metrics.jsonl, a line on the console, and a point in the trackers."""
         if self._folder is None:
             return
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
@@ -149,8 +162,8 @@ class RunLog:
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
-                os.fsync(file.fileno())  # before the checkpoint of this epoch is, or a power cut could leave a hole
-        except OSError as error:  # the epoch has no checkpoint yet: a resumed run comes here again
+                os.fsync(file.fileno())  # before the checkpoint of this epoch, or a power cut could lose the line
+        except OSError as error:  # the epoch has no checkpoint yet, so a resumed run logs it again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
         self.info(f"epoch {metrics['epoch']}: " + ", ".join(shown))
@@ -162,7 +175,7 @@ class RunLog:
             self.draw_curves()
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
-        """Show a figure in the trackers; it is drawn only where there are any."""
+        """Show a figure in the trackers. `draw` is called only if there are any."""
         if not self.has_trackers:
             return
         try:
@@ -173,20 +186,21 @@ class RunLog:
         self._each(lambda tracker: tracker.log_image(key, pixels, step))
 
     def update_summary(self, values: Mapping[str, float]) -> None:
-        """What the trackers shall know of the whole run."""
+        """Set results of the whole run in the trackers."""
         self._each(lambda tracker: tracker.update_summary(values))
 
     def draw_curves(self) -> None:
-        """curves.png from metrics.jsonl."""
+        """Draw curves.png from metrics.jsonl."""
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
         self._drawn_at = time.monotonic()
         try:
             figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
-        except UserError as error:  # a picture is no reason to end a run
+        except UserError as error:  # does not end the run
             self.info(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
+        """Draw the final curves, finish the trackers and close the log."""
         if not self.fast_shutdown:
             self.draw_curves()
 
@@ -200,20 +214,20 @@ class RunLog:
             handler.close()
 
     def _each(self, use: Callable[[Tracker], None]) -> None:
-        """Use every tracker; one that fails is left out from here on."""
+        """Call `use` for every tracker, and drop trackers that fail."""
         for tracker in list(self._trackers):
             try:
                 use(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
                 reason = f"{type(error).__name__}: {single_line(error)}"
-                self.info(f"{tracker.title} stops here, the run goes on ({reason}); {tracker.advice}")
+                self.info(f"{tracker.title} stops here, the run continues ({reason}); {tracker.advice}")
                 with suppress(Exception):
                     tracker.finish(failed=True, fast=self.fast_shutdown)
 
 
 def _replace(path: Path, text: str) -> None:
-    """So that whoever reads it finds the old text or the new one."""
+    """Write a text file atomically."""
     try:
         files.atomic_write(path, lambda file: file.write(text.encode()))
     except OSError as error:
@@ -221,5 +235,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for nan and infinity: null."""
+    """Return null for nan and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The pictures of a run that trackers show: samples as augmented, predictions, confusion. Drawing is elsewhere."""
+"""The pictures of a run for trackers: augmented samples, predictions and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -19,27 +19,40 @@ from train.engine.state import TrainState
 from train.reporting import figures, image_grids
 from train.reporting.run_log import RunLog
 
-GRID_IMAGES = 20  # in a grid
+GRID_IMAGES = 20
 
 
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
-    """The first images of the training stream, as the model will see them; `loader` stands where it stood."""
+    """Show the first images of the training stream as the model sees them. The position of `loader` is unchanged."""
     if not log.has_trackers:
         return
     state = loader.state
     batches = iter(loader)
     first = next(batches)
-    seen = RenderedBatch(*(part[:GRID_IMAGES] for part in render_batch(first)))
-    del batches, first  # ends the threads that work ahead
+    rendered = RenderedBatch(*(part[:GRID_IMAGES] for part in render_batch(first)))
+    del batches, first  # ends the prefetch threads
     loader.state = state
-    log.log_figure("pictures/train_samples", lambda: image_grids.training_grid(seen, classes, "train, augmented"), 0)
+    log.log_figure(
+        "pictures/train_samples", lambda: image_grids.training_grid(rendered, classes, "train, augmented"), 0
+    )
 
 
 def show_predictions(
-    log: RunLog, training: TrainState, loader: Loader, config: Config, classes: Sequence[str], *, step: int
+    log: RunLog, state: TrainState, loader: Loader, config: Config, classes: Sequence[str], *, step: int
 ) -> None:
-    """A last pass over the validation split, which all ranks must join: confusion over all, images of the first's."""
-    counts, shown, logits = collect_predictions(training, loader, config.eval.tta, len(classes))
+    """Show the confusion matrix of the validation split, and predictions for some images of rank 0.
+
+    Evaluates the split, so all ranks call this together.
+
+    Args:
+        log: Shows the pictures.
+        state: The model.
+        loader: Of the validation split.
+        config: Of the run.
+        classes: Class names.
+        step: Optimizer steps done.
+    """
+    counts, shown, logits = collect_predictions(state, loader, config.eval.tta, len(classes))
     if not log.has_trackers:
         return
     accuracy = np.trace(counts) / max(counts.sum(), 1)
@@ -52,34 +65,35 @@ def show_predictions(
     )
 
 
-def collect_predictions(
-    training: TrainState, loader: Loader, tta: str, classes: int
-) -> tuple[np.ndarray, Batch, Tensor]:
-    """Confusion counts over all ranks' pieces, and images, labels and logits of some samples of this rank's piece."""
+def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
+    """Evaluate a split and keep some samples.
+
+    Returns:
+        Confusion counts over all ranks, int64 [C, C]; images and labels of up to GRID_IMAGES samples of this rank,
+        evenly spaced; and their logits.
+    """
     samples = loader.plan.samples
     wanted = np.linspace(0, samples - 1, min(GRID_IMAGES, samples)).round().astype(int)
-    held: list[Batch] = []  # the batch whose predictions are being looked at
+    current: list[Batch] = []  # the batch of the latest predictions
 
-    def holding() -> Iterator[Batch]:
+    def remember_batches() -> Iterator[Batch]:
         for batch in loader:
-            held[:] = [batch]
+            current[:] = [batch]
             yield batch
 
     counts = torch.zeros((classes, classes), dtype=torch.int64)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    begin = 0
-    for logits, labels in predictions(training, holding(), tta):
-        counts += torch.from_numpy(
-            image_grids.confusion_counts(labels, image_grids.predicted_classes(logits)[0], classes)
-        )
-        inside = wanted[(wanted >= begin) & (wanted < begin + len(labels))] - begin
-        here = torch.from_numpy(inside).to(training.device)
-        kept.append((held[0].images[here], labels[here], logits[here]))
-        begin += len(labels)
+    start = 0
+    for logits, labels in predictions(state, remember_batches(), tta):
+        predicted, _ = image_grids.predicted_classes(logits)
+        counts += torch.from_numpy(image_grids.confusion_counts(labels, predicted, classes))
+        rows = torch.from_numpy(wanted[(wanted >= start) & (wanted < start + len(labels))] - start).to(state.device)
+        kept.append((current[0].images[rows], labels[rows], logits[rows]))
+        start += len(labels)
     check_full_coverage(loader)
     total = collectives.sum_over_ranks(counts).numpy()
     if not kept:  # more ranks than samples
-        nothing = torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-        kept = [(*nothing, torch.empty((0, classes)))]
+        empty = torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        kept = [(*empty, torch.empty((0, classes)))]
     images, labels, logits = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return total, Batch(images, labels), logits

@@ -1,4 +1,4 @@
-"""TensorBoard as a tracker: event files in the run's folder, written by torch. Knows nothing of W&B."""
+"""TensorBoard as a tracker: event files in the run folder, written by torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Any
 
 import numpy as np
 
-FLUSH_S = 30  # a reader sees points at most so late
+FLUSH_S = 30  # maximum delay of points for a reader
 
 
 class TensorBoardTracker:
+    """Writes event files.
+
+    Args:
+        folder: Where to write them.
+        config: Plain nested values to show.
+        step: Optimizer steps done. Later points of an earlier start are purged.
+    """
+
     title = "TensorBoard"
-    advice = "metrics.jsonl and curves.png hold the run's curves"
+    advice = "metrics.jsonl and curves.png contain the run's curves"
 
     def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
-        """step: optimizer steps that are done; what an earlier start wrote of later ones is read no more."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a while
+        from torch.utils.tensorboard import SummaryWriter  # slow import
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=FLUSH_S)
         self._summary: dict[str, float] = {}
@@ -37,7 +44,7 @@ class TensorBoardTracker:
         self._summary |= values
 
     def finish(self, *, failed: bool, fast: bool = False) -> str | None:
-        del fast  # it only writes a file
+        del fast  # only writes a file
         if self._summary:
             self._writer.add_text("summary", as_code({"failed": failed, **self._summary}), self._step)
         self._writer.close()
@@ -45,5 +52,5 @@ class TensorBoardTracker:
 
 
 def as_code(values: dict[str, Any]) -> str:
-    """Markdown that keeps the lines of a nested dict apart."""
+    """Format a nested dict as a Markdown code block, which keeps its lines."""
     return "\n".join("    " + line for line in json.dumps(values, indent=2).splitlines())

@@ -1,7 +1,7 @@
-"""What W&B and TensorBoard have in common: where a run's curves and pictures are shown beside its own files.
+"""The interface of experiment trackers: services that show curves and pictures of a run.
 
-A tracker may raise any exception: `train/reporting/run_log.py` reports it once and continues without the tracker.
-Calls that may block forever go through `call_with_timeout`.
+A tracker may raise any exception: `RunLog` reports it once and continues without the tracker. Calls that may block
+forever go through `call_with_timeout`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ Result = TypeVar("Result")
 
 
 class Tracker(Protocol):
-    """Points and pictures at optimizer steps, which do not go back; a resumed run goes on where it stood."""
+    """Receives points and pictures at increasing optimizer steps. A resumed run continues the earlier curves."""
 
     title: str
-    advice: str  # what the user can do when it has failed
+    advice: str  # what the user can do after a failure
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values of one moment; with a key `epoch` those of a whole epoch."""
+        """Log values at a step. With a key `epoch`, they are those of a whole epoch."""
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
-        """pixels: uint8 [H, W, 3]."""
+        """Log an image, uint8 [H, W, 3]."""
 
     def update_summary(self, values: Mapping[str, float]) -> None:
-        """What to know of the whole run; later values replace earlier ones."""
+        """Set results of the whole run. Later values replace earlier ones."""
 
     def finish(self, *, failed: bool, fast: bool = False) -> str | None:
-        """Write or send what is left, in bounded time, in_a_hurry a few seconds; returns what the user should know."""
+        """Write or send the remaining data in bounded time, within seconds if `fast`.
+
+        Returns:
+            A message for the user, or None.
+        """
 
 
-def call_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
-    """What `function` returns or raises; TimeoutError when it has not ended by then, and it is left behind."""
+def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Result:
+    """Return or raise the outcome of `function`. Raises TimeoutError after `timeout_s`, leaving its thread behind."""
     box: list[Result] = []
     errors: list[BaseException] = []
 
@@ -45,17 +49,17 @@ def call_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=call, daemon=True)  # a daemon does not keep the process from ending
+    thread = threading.Thread(target=call, daemon=True)  # a daemon thread does not keep the process alive
     thread.start()
-    thread.join(seconds)
+    thread.join(timeout_s)
     if errors:
         raise errors[0]
     if not box:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
+        raise TimeoutError(f"no answer within {timeout_s:.0f} s")
     return box[0]
 
 
 def single_line(error: Any) -> str:
-    """An error's message, which may have many lines, for the middle of a sentence."""
+    """Return an error's message as one short line, for use within a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

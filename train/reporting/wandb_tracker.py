@@ -1,7 +1,8 @@
-"""Weights & Biases as a tracker: online where it can be, else offline; never in the way of the run.
+"""Weights & Biases as a tracker: online if possible, otherwise offline.
 
-Whatever the network, the server or the key do, a start takes half a minute at most and an end little longer, the points
-lie on disk, and the run is told the command that uploads them. wandb is imported only when it is on.
+Never blocks the run: for any failure of the network, the server or the key, starting takes at most half a minute and
+finishing a little longer, the points are on disk, and the log names the command that uploads them. wandb is imported
+only if it is on.
 """
 
 from __future__ import annotations
@@ -21,17 +22,24 @@ from configs.schema import WandbConfig
 from configs.utils.files import read_small_text
 from train.reporting.trackers import call_with_timeout, single_line
 
-INIT_S = 20.0  # for the server to answer
-LOG_S = 10.0  # for wandb's own process to take a point or a picture, which it does at once as long as it is well
-FINISH_S = 30.0  # for what is left to be uploaded
-GRACE_S = 15.0  # on top, for wandb to notice that this time is over
-HURRY_S = 5.0  # instead of both, when the run was told to end
-TEARDOWN_S = 5.0
-BY_EPOCH = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "ema_val_loss", "ema_val_top1",
-            "ema_val_top5", "epoch_time_s")  # fmt: skip
+INIT_TIMEOUT_S = 20.0  # for an answer of the server
+LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
+FINISH_TIMEOUT_S = 30.0  # for the remaining upload
+FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
+FAST_FINISH_S = 5.0  # instead of both, after a signal
+TEARDOWN_TIMEOUT_S = 5.0
+EPOCH_METRICS = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "ema_val_loss", "ema_val_top1",
+                 "ema_val_top5", "epoch_time_s")  # fmt: skip
 
 
 class WandbTracker:
+    """Sends points and images to a wandb run.
+
+    Args:
+        run: From `wandb.init`.
+        wandb: The module.
+    """
+
     title = "W&B"
 
     def __init__(self, run: Any, wandb: Any) -> None:
@@ -39,19 +47,19 @@ class WandbTracker:
         self._wandb = wandb
         self._is_offline = bool(run.settings.mode in ("offline", "dryrun"))
         folder = Path(run.dir).parent
-        # a run that was resumed has several offline folders, which belong together
+        # A resumed run has several offline folders, which belong together.
         which = [str(folder.parent)] if self._is_offline else ["--include-online", str(folder)]
         self._is_stuck = False
         self._sync_command = f"wandb sync {shlex.join(which)}"
-        self.advice = f"what it got until here is uploaded by: {self._sync_command}"
+        self.advice = f"upload the data so far with: {self._sync_command}"
         run.define_metric("step")
         run.define_metric("epoch")
         run.define_metric("*", step_metric="step")
-        for name in BY_EPOCH:
+        for name in EPOCH_METRICS:
             run.define_metric(name, step_metric="epoch")
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        # Steps of W&B's own are ours: the server leaves out what a resumed run repeats.
+        # With our steps as W&B's own, the server ignores points that a resumed run repeats.
         self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
@@ -61,7 +69,7 @@ class WandbTracker:
         self._give(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, *, failed: bool, fast: bool = False) -> str | None:
-        limit_s, grace_s = (HURRY_S, 0.0) if fast else (FINISH_S, GRACE_S)
+        limit_s, grace_s = (FAST_FINISH_S, 0.0) if fast else (FINISH_TIMEOUT_S, FINISH_GRACE_S)
         try:
             if not self._is_stuck:
                 call_with_timeout(limit_s + grace_s, lambda: self._run.finish(exit_code=int(failed)))
@@ -72,27 +80,41 @@ class WandbTracker:
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
 
     def _give(self, call: Callable[[], object]) -> None:
-        """wandb's process may be stopped or wait for a disk: then the pipe to it fills up, and a write would hang."""
+        """Call with a timeout: if wandb's process is stopped or waits for a disk, its pipe fills and writes hang."""
         try:
-            call_with_timeout(LOG_S, call)
+            call_with_timeout(LOG_TIMEOUT_S, call)
         except TimeoutError:
             self._is_stuck = True
             raise
 
 
 def start_wandb(
-    config: WandbConfig, folder: Path, run_config: dict[str, Any], say: Callable[[str], None]
+    config: WandbConfig, folder: Path, run_config: dict[str, Any], log: Callable[[str], None]
 ) -> WandbTracker | None:
-    """The tracker of the run in `folder`, or None where W&B is off. A resumed run goes on under its id."""
+    """Start the tracker of a run. A resumed run continues under its id.
+
+    Args:
+        config: Of W&B.
+        folder: The run folder.
+        run_config: Plain nested values to show as the config of the run.
+        log: Prints a message for the user.
+
+    Returns:
+        The tracker, or None if W&B is off.
+    """
     mode = os.environ.get("WANDB_MODE") or config.mode
     if (config.project is None and "WANDB_SWEEP_ID" not in os.environ) or mode == "disabled":
         return None
-    # wandb's reports on itself go to the server as well, and an end would wait for them.
+    # wandb's own error reports go to the server as well, and finishing would wait for them.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     settings = wandb.Settings(
-        console="off", silent=True, init_timeout=INIT_S, finish_timeout=FINISH_S, finish_timeout_raises=True
+        console="off",
+        silent=True,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
     )
     wandb.setup(settings=settings)
     id_file = folder / "wandb_id.txt"
@@ -100,46 +122,47 @@ def start_wandb(
 
     def init(mode: Any) -> Any:
         return wandb.init(
-            # None: what the environment says, as it is set by `wandb agent`
+            # None: taken from the environment, as set by `wandb agent`
             id=None if "WANDB_RUN_ID" in os.environ else run_id,
             name=None if "WANDB_NAME" in os.environ else folder.name,
             project=None if "WANDB_SWEEP_ID" in os.environ else config.project,
             entity=None if "WANDB_SWEEP_ID" in os.environ else config.entity,
-            group=config.group, tags=config.tags or None, mode=mode, resume="allow", dir=str(folder),
-            config=run_config, settings=settings,
-        )  # fmt: skip
+            group=config.group,
+            tags=config.tags or None,
+            mode=mode,
+            resume="allow",
+            dir=str(folder),
+            config=run_config,
+            settings=settings,
+        )
 
     run = None
     if mode not in ("offline", "dryrun"):
         try:
-            if wandb.login(prompt=False, verify=False):  # never asks, and is not there to look at the key
+            if wandb.login(prompt=False, verify=False):  # does not prompt, and does not check the key
                 run = init("online" if mode == "auto" else mode)
             elif mode != "auto":
-                raise PermissionError("there is no login, which `wandb login` makes")
+                raise PermissionError("not logged in; run `wandb login`")
         except Exception as error:
-            say(f"W&B cannot go online ({single_line(error)}); this run is recorded offline")
+            log(f"W&B cannot go online ({single_line(error)}); this run is recorded offline")
             end_service(wandb)
             wandb.setup(settings=settings)
     run = run or init("offline")
     id_file.write_text(run.id + "\n", encoding="utf-8")
     if run.url and run.settings.mode != "offline":
-        say(f"W&B shows this run at {run.url}")
+        log(f"W&B shows this run at {run.url}")
     return WandbTracker(run, wandb)
 
 
 def end_service(wandb: Any) -> None:
-    """End wandb's service process, for which this one would else wait at its own end, however long.
+    """End wandb's service process. Otherwise this process would wait for it at exit, without a limit.
 
-    What it has not uploaded lies in its files.
+    Data that is not uploaded yet stays in its files.
     """
-    with suppress(Exception, SystemExit):  # which is how a service that failed is reported
-        call_with_timeout(TEARDOWN_S, wandb.teardown)
+    with suppress(Exception, SystemExit):  # a failed service is reported like this
+        call_with_timeout(TEARDOWN_TIMEOUT_S, wandb.teardown)
     with suppress(OSError):
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split():
-            if (
-                Path(f"/proc/{child}/comm")
-                .read_text(encoding="utf-8", errors="replace")
-                .strip()
-                .startswith("wandb-core")
-            ):
+            command = Path(f"/proc/{child}/comm").read_text(encoding="utf-8", errors="replace")
+            if command.strip().startswith("wandb-core"):
                 os.kill(int(child), signal.SIGKILL)

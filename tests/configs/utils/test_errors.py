@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[3]
         ("\udcff", "\\udcff"),
     ],
 )
-def test_control_characters_are_shown_as_escapes(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     printable(text).encode()
 
 
-def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_always_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise UserError("a name\n\x1b[2J of a file")
 
@@ -57,7 +57,7 @@ SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('tol
         ("| true", 0, ""),
     ],
 )
-def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err: str) -> None:
+def test_unprintable_output_is_no_traceback(redirected: str, code: int, err: str) -> None:
     wait = "import time; time.sleep(0.3)\n" if redirected == "| true" else ""  # until its reader is gone
     command = f'set -o pipefail; "$0" -c "$1" {redirected}'
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_what_cannot_be_printed_is_no_traceback(redirected: str, code: int, err:
         ("sys.stderr.write('x'); return 143", 143),
     ],
 )
-def test_a_terminal_that_is_gone_changes_no_exit_code_but_that_of_a_result_nobody_saw(end: str, code: int) -> None:
+def test_closed_terminal_changes_only_the_code_of_lost_results(end: str, code: int) -> None:
     lines = ["sys.stdin.readline()", "sys.stdout.write('told')", end]
     main = "def main():\n" + "".join(f"    {line}\n" for line in lines)
     script = f"import sys\nfrom configs.utils.errors import UserError, run_main\n{main}run_main(main)"
@@ -93,7 +93,7 @@ def test_a_terminal_that_is_gone_changes_no_exit_code_but_that_of_a_result_nobod
     assert process.returncode == code
 
 
-def test_a_closed_stderr_takes_nothing_into_a_file_that_is_opened_later(tmp_path: Path) -> None:
+def test_closed_stderr_does_not_write_into_later_files(tmp_path: Path) -> None:
     script = SCRIPT.replace("print('told')", "import sys; file = open(sys.argv[1], 'w'); print('x', file=sys.stderr); "
                                              "import os; os.write(2, b'y'); print(sys.stderr.isatty())")  # fmt: skip
     done = subprocess.run(
@@ -125,9 +125,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("options", [[], ["-X", "utf8=0"]], ids=["by the environment", "by an option"])
-def test_names_beyond_the_locale_s_letters_are_names_of_files_and_are_printed_as_escapes(
-    options: list[str], tmp_path: Path
-) -> None:
+def test_names_beyond_the_locale_work_and_print_as_escapes(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "named.py").write_text(NAMED)
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -142,6 +140,6 @@ def test_names_beyond_the_locale_s_letters_are_names_of_files_and_are_printed_as
     assert "name: größe_日本" in (tmp_path / "größe_日本" / "config.yaml").read_text(encoding="utf-8")
 
 
-def test_a_table_may_hold_the_name_of_a_file_of_any_bytes(tmp_path: Path) -> None:
+def test_table_accepts_file_names_of_any_bytes(tmp_path: Path) -> None:
     write_text(tmp_path / "table.csv", os.fsdecode(b"a\xff.png"))
     assert (tmp_path / "table.csv").read_bytes() == b"a\\udcff.png"

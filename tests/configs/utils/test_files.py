@@ -16,14 +16,14 @@ from tools import convert, export, predict, sweep
 from train import ddp
 
 
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_regular_file_is_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"l\xc3\xa4nge\n")
     with open_plain(tmp_path / "file") as file:
         assert file.read() == b"l\xc3\xa4nge\n"
     assert read_small_text(tmp_path / "file") == "länge\n"
 
 
-def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Path) -> None:
+def test_other_than_regular_files_never_block_or_stay_open(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
         (tmp_path / "pipe", "it is not a regular file"),
@@ -38,7 +38,7 @@ def test_what_is_no_file_is_not_waited_for_and_leaves_nothing_open(tmp_path: Pat
     assert not {str(tmp_path), str(tmp_path / "pipe"), "/dev/zero"} & set(opened)
 
 
-def test_a_record_is_limited_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_text_is_limited_and_must_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_TEXT_BYTES", 10)
     (tmp_path / "file").write_bytes(b"x" * 11)
     with pytest.raises(OSError, match="it has more than 10 bytes"):
@@ -49,7 +49,7 @@ def test_a_record_is_limited_and_text(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_small_text(tmp_path / "file", "replace") == "\ufffd"
 
 
-def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded_in_paths_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     a, b, c = (Path("/home/me") / letter for letter in "abc")
     for parse, line, found in (
@@ -65,7 +65,7 @@ def test_a_tilde_is_the_home_folder_in_the_paths_of_every_command(monkeypatch: p
         ddp.parse_arguments(["--cfg", "x", "--resume", "~nobody-of-this-name"])
 
 
-def test_no_command_takes_a_path_without_its_tilde() -> None:
+def test_no_command_skips_tilde_expansion() -> None:
     for source in (Path(__file__).parents[3] / "tools").rglob("*.py"):
         assert "type=Path" not in source.read_text(), source
 
@@ -73,7 +73,7 @@ def test_no_command_takes_a_path_without_its_tilde() -> None:
 # Writing
 
 
-def test_the_old_file_stays_where_filling_the_new_one_fails_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
 
     def fail(file: BinaryIO) -> None:
@@ -88,7 +88,7 @@ def test_the_old_file_stays_where_filling_the_new_one_fails_and_nothing_is_left_
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_file_system_that_syncs_no_folders_is_put_up_with_and_other_errors_are_not(
+def test_unsupported_directory_fsync_is_ignored_but_not_other_errors(
     number: int, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync = os.fsync

@@ -79,7 +79,7 @@ def check(then: Config, now: Config, text: str | None = None, passes: tuple[int,
         (["train.optimizer.layer_decay=0.7"], "train.optimizer.layer_decay: null then, 0.7 now"),
     ],
 )
-def test_another_setting_is_refused_by_its_name_with_both_values(options: list[str], difference: str) -> None:
+def test_changed_setting_is_refused_with_both_values(options: list[str], difference: str) -> None:
     with pytest.raises(UserError, match=re.escape(difference)) as error:
         check(config_of(), config_of(*options))
     assert str(error.value).count(" then, ") == 1
@@ -98,7 +98,7 @@ def test_another_setting_is_refused_by_its_name_with_both_values(options: list[s
         (data_set_of(name="mnist", shards=2), ['data set: name: "digits" then, "mnist" now', "data set: shards of "]),
     ],
 )
-def test_another_data_set_is_refused_and_what_differs_is_named(now: dict[str, Any], differences: list[str]) -> None:
+def test_changed_data_set_is_refused_with_its_differences(now: dict[str, Any], differences: list[str]) -> None:
     config, then = config_of(), data_set_of()
     content = checkpoint_of(config, stream_info(config, then, 1))
     with pytest.raises(UserError, match=r"since settings differ \(data set: ") as error:
@@ -108,13 +108,13 @@ def test_another_data_set_is_refused_and_what_differs_is_named(now: dict[str, An
     assert fingerprint(then) not in str(error.value)
 
 
-def test_a_data_set_of_another_name_alone_is_the_same() -> None:
+def test_renamed_data_set_is_accepted() -> None:
     config = config_of()
     content = checkpoint_of(config, stream_info(config, data_set_of(), 1))
     check_same_run(content, config, stream_info(config, data_set_of(name="copy"), 1), PATH)
 
 
-def test_a_checkpoint_of_an_older_version_is_compared_by_the_fingerprint_alone() -> None:
+def test_old_checkpoint_is_compared_by_fingerprint_only() -> None:
     config = config_of()
     stream = {"data set": fingerprint(data_set_of()), "global batch": 64}
     content = checkpoint_of(config, stream)
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_an_older_version_is_compared_by_the_fingerprint_alone()
 
 
 @pytest.mark.parametrize("part", ["config", "stream", "position", "progress"])
-def test_a_checkpoint_that_does_not_say_what_its_run_followed_from_is_refused(part: str) -> None:
+def test_checkpoint_without_run_entries_is_refused(part: str) -> None:
     config = config_of()
     stream = stream_info(config, data_set_of(), 1)
     content = checkpoint_of(config, stream)
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_does_not_say_what_its_run_followed_from_is_refused(pa
         {"progress": {"best_top1": "high"}}, {"config": "train: 3"}, {"config": "[" * 999},
     ],
 )  # fmt: skip
-def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> None:
+def test_invalid_stream_entry_is_one_user_error(crafted: dict[str, Any]) -> None:
     config = config_of()
     stream = stream_info(config, data_set_of(), 1)
     with pytest.raises(UserError, match=r"last\.pt") as error:
@@ -153,7 +153,7 @@ def test_crafted_facts_of_a_run_are_one_sentence(crafted: dict[str, Any]) -> Non
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
+def test_every_setting_is_fingerprinted_or_known_as_neutral() -> None:
     config = config_of(*PLATEAU)
     named = {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))}
     settings = {key for key, field in all_settings() if not is_section(field)}
@@ -174,7 +174,7 @@ def test_every_setting_is_named_or_is_known_to_change_no_result() -> None:
     )
 
 
-def test_what_changes_no_result_may_change() -> None:
+def test_neutral_settings_may_change() -> None:
     faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "train.eval_every_epochs=2",
               "data.prefetch=1", "data.on_bad_sample=skip", "data.max_bad_samples=9"]  # fmt: skip
     check(config_of(), config_of(*faster))
@@ -184,7 +184,7 @@ def test_what_changes_no_result_may_change() -> None:
     check(config_of(*by_train_loss), config_of(*by_train_loss, *faster))
 
 
-def test_it_is_the_weights_that_count_which_must_stay() -> None:
+def test_counted_weights_must_stay_the_same() -> None:
     check(config_of(), config_of("eval.weights=raw"))
     average = ("train.ema.decay=0.9",)
     check(config_of(*average), config_of(*average, "eval.weights=ema"))
@@ -193,7 +193,7 @@ def test_it_is_the_weights_that_count_which_must_stay() -> None:
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(32, 2), (16, 4)])
-def test_a_global_batch_may_be_cut_otherwise_in_all_stages(batch: int, passes: int) -> None:
+def test_global_batch_may_be_split_differently_in_all_stages(batch: int, passes: int) -> None:
     then = config_of("data.batch_size=64", STAGES.format(32))
     cut = config_of(f"data.batch_size={batch}", STAGES.format(batch // 2))
     check(then, cut, passes=(1, passes))
@@ -201,7 +201,7 @@ def test_a_global_batch_may_be_cut_otherwise_in_all_stages(batch: int, passes: i
         check(then, config_of("data.batch_size=64", STAGES.format(16)))
 
 
-def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -> None:
+def test_settings_missing_in_old_versions_count_as_defaults() -> None:
     def without(values: dict[str, Any], *keys: str) -> str:
         for key in keys:
             section, name = values, key
@@ -219,7 +219,7 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
         check(config, config_of("train.ema.decay=0.5"), text)
 
 
-def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optimizer_used_still_resumes() -> None:
+def test_old_checkpoint_with_wrong_timm_defaults_still_resumes() -> None:
     """It wrote its own defaults, and the optimizer ran with timm's."""
     lion = "train.optimizer.name=lion"
     old = config_of(
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_a_version_that_recorded_other_settings_than_timms_optim
             check_same_run(content, config_of(lion, f"train.optimizer.betas={betas}"), content["stream"], PATH)
 
 
-def test_a_changed_setting_of_timms_optimizer_is_refused() -> None:
+def test_changed_setting_of_timm_optimizer_is_refused() -> None:
     then, now = (
         with_timm_defaults(config_of("train.optimizer.name=lamb", *more)) for more in ([], ["train.optimizer.eps=1e-8"])
     )

@@ -103,9 +103,7 @@ def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
 # Whole runs
 
 
-def test_frozen_parameters_and_statistics_are_bitwise_the_sources_and_all_else_is_trained(
-    source: Result, tuned: Result
-) -> None:
+def test_frozen_parts_stay_bitwise_and_the_rest_trains(source: Result, tuned: Result) -> None:
     start = torch.load(source.folder / "best.pt", weights_only=True)["model"]
     end = tuned.weights
     assert end["network.fc.weight"].shape == (5, 128)
@@ -114,7 +112,7 @@ def test_frozen_parameters_and_statistics_are_bitwise_the_sources_and_all_else_i
     assert "network.layer1.0.bn1.running_mean" in kept
 
 
-def test_the_log_says_what_was_taken_and_what_is_new_and_what_is_frozen(source: Result, tuned: Result) -> None:
+def test_log_names_loaded_new_and_frozen_parts(source: Result, tuned: Result) -> None:
     log = (tuned.folder / "log.txt").read_text()
     tensors = len(tuned.weights)
     expected = f"loaded {tensors - 2} tensors from {source.folder / 'best.pt'}; new: network.fc.weight, network.fc.bias"
@@ -122,7 +120,7 @@ def test_the_log_says_what_was_taken_and_what_is_new_and_what_is_frozen(source: 
     assert "frozen: 15 of 62 tensors" in log
 
 
-def test_a_fine_tuned_run_goes_on_bitwise_after_its_source_is_gone(
+def test_fine_tuned_run_resumes_bitwise_without_its_source(
     source: Result, tuned: Result, data: dict[int, Path], tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(source.folder, tmp_path / "source"))
@@ -139,7 +137,7 @@ def test_a_fine_tuned_run_goes_on_bitwise_after_its_source_is_gone(
     assert differing(result.weights, tuned.weights) == set()
 
 
-def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path: Path) -> None:
+def test_tools_need_neither_source_nor_data_set(tuned: Result, tmp_path: Path) -> None:
     content = torch.load(tuned.folder / "last.pt", weights_only=True)
     lines = [f"  finetune: {tmp_path / 'gone'}" if line.startswith("  finetune:") else line
              for line in content["config"].splitlines()]  # fmt: skip
@@ -163,7 +161,7 @@ def test_tools_need_neither_the_source_nor_the_data_set(tuned: Result, tmp_path:
         ("model.drop_rate=0.1", "model.drop_rate: null then, 0.1 now"),
     ],
 )
-def test_a_run_does_not_go_on_as_another_model(
+def test_run_does_not_resume_as_another_model(
     opt: str, refusal: str, tuned: Result, data: dict[int, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tuned.folder, tmp_path / "tuned"))
@@ -176,9 +174,7 @@ def test_a_run_does_not_go_on_as_another_model(
     assert len(result.err.splitlines()) == 1
 
 
-def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
-    data: dict[int, Path], tmp_path: Path
-) -> None:
+def test_weights_file_is_needed_only_for_the_start(data: dict[int, Path], tmp_path: Path) -> None:
     torch.manual_seed(5)
     theirs: nn.Module = timm.create_model("test_resnet", num_classes=9)
     file = tmp_path / "weights.safetensors"
@@ -212,7 +208,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_and_is_used_without_it(
         ("model.activation=swish", "model.activation"),
     ],
 )
-def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
+def test_invalid_finetune_is_one_error_and_leaves_no_folder(
     opt: str, message: str, data: dict[int, Path], tmp_path: Path
 ) -> None:
     result = run(data[5], tmp_path / "output" / "run", opt)
@@ -222,7 +218,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
     assert not (tmp_path / "output").exists()
 
 
-def test_a_whitening_layer_stays_as_it_came_with_the_weights(data: dict[int, Path], tmp_path: Path) -> None:
+def test_loaded_whitening_layer_is_not_fitted_again(data: dict[int, Path], tmp_path: Path) -> None:
     torch.manual_seed(1)
     theirs = build_model("speedrun96_proxy", 4, mean=[0.5] * 3, std=[0.5] * 3)
     path = saved(tmp_path / "last.pt", theirs)
@@ -237,9 +233,7 @@ def test_a_whitening_layer_stays_as_it_came_with_the_weights(data: dict[int, Pat
     assert not torch.equal(fresh, tuned)
 
 
-def test_an_evaluation_takes_the_model_from_the_checkpoint_whatever_the_config_says(
-    source: Result, data: dict[int, Path]
-) -> None:
+def test_evaluation_uses_the_model_of_the_checkpoint(source: Result, data: dict[int, Path]) -> None:
     best = ("--eval", "--resume", str(source.folder / "best.pt"))
     (as_trained, other) = (
         run(data[12], source.folder, *more, flags=best)
@@ -255,9 +249,7 @@ def test_an_evaluation_takes_the_model_from_the_checkpoint_whatever_the_config_s
     assert "(5)" in refused.err
 
 
-def test_weights_that_were_trained_with_another_activation_are_refused(
-    source: Result, data: dict[int, Path], tmp_path: Path
-) -> None:
+def test_weights_of_another_activation_are_refused(source: Result, data: dict[int, Path], tmp_path: Path) -> None:
     refused = run(data[5], tmp_path / "run", f"model.finetune={source.folder}", "model.activation=relu")
     assert refused.code == 2
     assert "was trained with model.activation=gelu, this config has relu; set model.activation=gelu" in refused.err
@@ -280,7 +272,7 @@ def lenet(classes: int, seed: int) -> nn.Module:
     return build_model("lenet", classes, mean=[seed / 10] * 3, std=[0.5] * 3)
 
 
-def test_the_moving_average_is_taken_where_there_is_one_that_counts(tmp_path: Path) -> None:
+def test_finetune_uses_the_average_if_it_counts(tmp_path: Path) -> None:
     raw, average, ours = (lenet(4, seed) for seed in (1, 2, 3))
     config = {weights: to_yaml(load_config(DIGITS, [f"eval.weights={weights}"])) for weights in ("auto", "raw")}
     path = tmp_path / "last.pt"
@@ -291,9 +283,7 @@ def test_the_moving_average_is_taken_where_there_is_one_that_counts(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("classes", "is_new"), [("abcd", False), ("abce", True), (None, False)])
-def test_a_head_for_other_classes_is_new_also_where_there_are_equally_many(
-    classes: str | None, is_new: bool, tmp_path: Path
-) -> None:
+def test_head_is_new_for_other_classes_of_equal_number(classes: str | None, is_new: bool, tmp_path: Path) -> None:
     theirs, ours = lenet(4, 1), lenet(4, 2)
     drawn = ours.network.fc3.weight.clone()
     about = {"dataset": {"classes": list(classes)}} if classes else {}
@@ -303,7 +293,7 @@ def test_a_head_for_other_classes_is_new_also_where_there_are_equally_many(
     assert ("new: network.fc3.weight, network.fc3.bias" in note) is is_new
 
 
-def test_the_head_of_a_timm_model_is_the_one_that_it_names(tmp_path: Path) -> None:
+def test_head_of_timm_model_is_its_classifier(tmp_path: Path) -> None:
     for name, head in (("test_vit", "network.head"), ("test_convnext", "network.head.fc")):
         theirs, ours = (
             build_model(f"timm/{name}", classes, image_size=32, mean=[0.5] * 3, std=[0.5] * 3) for classes in (4, 6)
@@ -312,7 +302,7 @@ def test_the_head_of_a_timm_model_is_the_one_that_it_names(tmp_path: Path) -> No
         assert note.endswith(f"; new: {head}.weight, {head}.bias")
 
 
-def test_what_does_not_fit_beside_the_head_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_misfits_outside_the_head_are_named_and_nothing_loads(tmp_path: Path) -> None:
     theirs, ours = (build_model("resnet18", 4, width=width, mean=[0.5] * 3, std=[0.5] * 3) for width in (16, 32))
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(UserError, match=r"network.conv1.weight is \[16, 3, 3, 3\] there and \[32, 3, 3, 3\] here"):
@@ -325,7 +315,7 @@ def test_what_does_not_fit_beside_the_head_is_named_and_nothing_is_loaded(tmp_pa
         load_finetune(ours, str(tmp_path / "empty"), "abcd")
 
 
-def test_without_a_start_a_model_is_built_as_drawn(data: dict[int, Path], tmp_path: Path) -> None:
+def test_without_pretrained_builds_random_weights(data: dict[int, Path], tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.finetune=/nowhere", "model.drop_rate=0.1"])
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:

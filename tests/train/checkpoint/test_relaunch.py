@@ -29,7 +29,7 @@ def folder_of(output: Path, name: str, launch: list[str], *checkpoints: str) -> 
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
-def test_a_first_start_does_as_it_was_told_whatever_other_launches_left(resume: str | None, tmp_path: Path) -> None:
+def test_first_start_ignores_other_launches(resume: str | None, tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert relaunch.find_active_run_dir(config, resume, OURS) == (None, resume)
     folder_of(tmp_path, "run", THEIRS, "last.pt")
@@ -40,9 +40,7 @@ def test_a_first_start_does_as_it_was_told_whatever_other_launches_left(resume: 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
 @pytest.mark.parametrize("checkpoint", ["last.pt", "previous.pt", "best.pt"])
-def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
-    resume: str | None, checkpoint: str, tmp_path: Path
-) -> None:
+def test_restart_resumes_in_the_folder_of_its_launch(resume: str | None, checkpoint: str, tmp_path: Path) -> None:
     folder_of(tmp_path, "run", THEIRS, "last.pt")
     used = folder_of(tmp_path, "run-7", OURS, checkpoint)
     folder_of(tmp_path, "run-8", THEIRS, "last.pt")
@@ -52,7 +50,7 @@ def test_a_later_start_goes_on_in_the_launchs_folder_between_others_of_its_name(
 @pytest.mark.parametrize(
     ("resume", "then"), [(None, None), ("auto", None), ("/elsewhere/best.pt", "/elsewhere/best.pt")]
 )
-def test_without_a_checkpoint_the_run_begins_anew_in_its_folder(
+def test_restart_without_checkpoint_starts_again_in_its_folder(
     resume: str | None, then: str | None, tmp_path: Path
 ) -> None:
     used = folder_of(tmp_path, "run", OURS)
@@ -60,7 +58,7 @@ def test_without_a_checkpoint_the_run_begins_anew_in_its_folder(
     assert relaunch.find_active_run_dir(config_of(tmp_path), resume, OURS) == (used, then)
 
 
-def test_a_launch_is_the_same_as_long_as_one_of_its_machines_stays(tmp_path: Path) -> None:
+def test_launch_is_the_same_while_one_machine_stays(tmp_path: Path) -> None:
     used = folder_of(tmp_path, "run", OURS, "last.pt")
     survivors = [OURS[1], "machine 3 boot 4 300"]
     assert relaunch.find_active_run_dir(config_of(tmp_path), None, survivors) == (used, str(used))
@@ -69,7 +67,7 @@ def test_a_launch_is_the_same_as_long_as_one_of_its_machines_stays(tmp_path: Pat
     assert relaunch.find_active_run_dir(config_of(tmp_path), None, OURS[:1]) == (None, None)
 
 
-def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: Path) -> None:
+def test_run_resumed_from_another_folder_is_found_there(tmp_path: Path) -> None:
     elsewhere = folder_of(tmp_path, "moved", OURS, "last.pt")
     config = config_of(tmp_path / "output")
     assert relaunch.find_active_run_dir(config, str(elsewhere), OURS) == (elsewhere, str(elsewhere))
@@ -78,18 +76,18 @@ def test_a_run_that_goes_on_elsewhere_by_resume_is_found_there_again(tmp_path: P
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "[" * 200_000, '{"agents": 3}', '{"agents": [{}]}', '{"agent": ["machine 1 boot 7 100"]}']
 )
-def test_a_note_that_cannot_be_read_is_nobodys(text: str, tmp_path: Path) -> None:
+def test_unreadable_launch_file_matches_no_launch(text: str, tmp_path: Path) -> None:
     used = folder_of(tmp_path, "run", OURS, "last.pt")
     (used / relaunch.LAUNCH_FILE).write_text(text)
     assert relaunch.find_active_run_dir(config_of(tmp_path), None, OURS) == (None, None)
 
 
-def test_a_note_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_launch_file_is_one_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*launch\.json \(No such file or directory\); give"):
         relaunch.record_launch(tmp_path / "gone", OURS)
 
 
-def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:
+def test_process_ids_are_unique_and_stable() -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
         known = {relaunch._process_id(pid) for pid in (os.getpid(), other.pid, os.getppid())}
         assert relaunch._process_id(other.pid) in known
@@ -99,9 +97,7 @@ def test_an_agent_is_told_from_every_other_process_and_stays_itself() -> None:
     assert (len(boot), int(pid), int(started) > 0) == (36, os.getpid(), True)
 
 
-def test_without_torchrun_nothing_is_noted_and_with_it_the_launch_is_its_agents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launchers_are_recorded_only_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert relaunch.launcher_ids() == []
     assert relaunch.record_launch(tmp_path, []) == tmp_path

@@ -43,9 +43,7 @@ def make(folder: Path, *names: str, config: Config | None = None) -> Path:
     return folder
 
 
-def test_auto_means_the_last_run_of_the_name_and_its_checkpoints_the_newest_first(
-    config: Config, tmp_path: Path
-) -> None:
+def test_auto_resolves_to_latest_run_and_newest_checkpoint(config: Config, tmp_path: Path) -> None:
     assert resolve_resume(config, None) == (None, ())
     assert resolve_resume(config, "auto") == (None, ())
     first = make(tmp_path / "net", "last.pt", "best.pt")
@@ -56,14 +54,14 @@ def test_auto_means_the_last_run_of_the_name_and_its_checkpoints_the_newest_firs
     assert resolve_resume(config, "auto") == (third, ())
 
 
-def test_the_number_counts_and_not_how_many_there_are(config: Config, tmp_path: Path) -> None:
+def test_latest_run_is_the_one_with_highest_number(config: Config, tmp_path: Path) -> None:
     """An old run was removed while a later one went on."""
     third = make(tmp_path / "net-3", "last.pt", config=config)
     assert resolve_resume(config, "auto") == (third, (third / "last.pt",))
     assert create_run_dir(config) == tmp_path / "net-4"
 
 
-def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Config, tmp_path: Path) -> None:
+def test_run_named_like_a_number_is_not_confused(config: Config, tmp_path: Path) -> None:
     def named(name: str) -> Config:
         return load_config(DIGITS, [f"name={name}"], output=str(tmp_path))
 
@@ -80,7 +78,7 @@ def test_a_run_of_another_name_that_looks_like_a_number_is_not_taken(config: Con
     assert resolve_resume(named("net-64"), "auto")[0] == tmp_path / "net-64"
 
 
-def test_a_run_whose_folder_was_renamed_or_copied_is_found_by_its_new_name(config: Config, tmp_path: Path) -> None:
+def test_renamed_run_folder_is_found_by_its_new_name(config: Config, tmp_path: Path) -> None:
     copied = make(tmp_path / "net-tuned", "last.pt", config=config)
     renamed = load_config(DIGITS, ["name=net-tuned"], output=str(tmp_path))
     assert resolve_resume(renamed, "auto") == (copied, (copied / "last.pt",))
@@ -89,7 +87,7 @@ def test_a_run_whose_folder_was_renamed_or_copied_is_found_by_its_new_name(confi
 @pytest.mark.parametrize(
     "text", ["name: net\nremoved_setting: 3\n", "name: [", "name: 3", "- 3", "\xff", "link", "pipe"]
 )
-def test_a_config_is_asked_for_its_name_alone(text: str, config: Config, tmp_path: Path) -> None:
+def test_only_the_name_of_a_config_is_read(text: str, config: Config, tmp_path: Path) -> None:
     """Of an older version it may hold other settings, of a stranger anything."""
     make(tmp_path / "net", "last.pt", config=config)
     folder = make(tmp_path / "net-3", "last.pt")
@@ -105,7 +103,7 @@ def test_a_config_is_asked_for_its_name_alone(text: str, config: Config, tmp_pat
     assert resolve_resume(config, "auto")[0] == folder
 
 
-def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_path: Path) -> None:
+def test_folder_with_links_is_refused_and_targets_are_unchanged(tmp_path: Path) -> None:
     folder, target = make(tmp_path / "net", "best.pt"), tmp_path / "target"
     target.write_bytes(b"a stranger's")
     for name in ("last.pt", "config.yaml", ".#config.yaml", "notes"):  # which are replaced, or nothing to a run
@@ -128,31 +126,27 @@ def test_a_folder_with_links_is_refused_and_nothing_is_written_through_them(tmp_
     assert target.read_bytes() == b"a stranger's"
 
 
-def test_a_run_that_has_no_other_checkpoint_than_its_best_goes_on_from_there_and_does_not_write_over_it(
-    config: Config, tmp_path: Path
-) -> None:
+def test_run_with_only_best_checkpoint_resumes_from_it(config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "best.pt", config=config)
     for resume in ("auto", str(folder), str(folder / "best.pt")):
         assert resolve_resume(config, resume) == (folder, (folder / "best.pt",))
     assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, and not there
 
 
-def test_auto_finds_the_checkpoint_before_where_the_last_one_is_missing(config: Config, tmp_path: Path) -> None:
+def test_auto_uses_previous_checkpoint_if_last_is_missing(config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "previous.pt")
     assert resolve_resume(config, "auto") == (folder, (folder / "last.pt", folder / "previous.pt"))
 
 
 @pytest.mark.parametrize("what", ["", "last.pt"])
-def test_a_run_and_its_last_checkpoint_stand_for_the_one_before_as_well(
-    what: str, config: Config, tmp_path: Path
-) -> None:
+def test_run_and_last_checkpoint_fall_back_to_previous(what: str, config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "last.pt", "previous.pt", config=config)
     assert resolve_resume(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
     (folder / "last.pt").unlink()
     assert resolve_resume(config, str(folder / what)) == (folder, (folder / "last.pt", folder / "previous.pt"))
 
 
-def test_any_other_file_stands_for_itself(config: Config, tmp_path: Path) -> None:
+def test_other_checkpoint_files_have_no_fallback(config: Config, tmp_path: Path) -> None:
     folder = make(tmp_path / "net", "last.pt", "previous.pt", "best.pt", config=config)
     assert resolve_resume(config, str(folder / "best.pt")) == (folder, (folder / "best.pt",))
     copies = make(tmp_path / "copies", "last.pt", "previous.pt")
@@ -190,7 +184,7 @@ def is_free(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_a_folder_is_held_inside_and_free_again_however_it_ends(tmp_path: Path) -> None:
+def test_folder_is_locked_inside_and_always_released(tmp_path: Path) -> None:
     with alone():
         with lock_run_dir(tmp_path):
             assert not is_free(tmp_path)
@@ -201,9 +195,7 @@ def test_a_folder_is_held_inside_and_free_again_however_it_ends(tmp_path: Path) 
     assert (tmp_path / run_dir.LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_half_done(
-    config: Config, tmp_path: Path
-) -> None:
+def test_locking_a_folder_completes_a_killed_save(config: Config, tmp_path: Path) -> None:
     """Killed within its second save: the first one would else lie there under a name that nobody looks at."""
     folder = make(tmp_path / "net", "best.pt.tmp", config=config)
     for name, step in (("last.pt", 2), ("previous.pt.tmp", 1)):
@@ -218,7 +210,7 @@ def test_a_folder_that_is_held_shows_what_a_killed_save_had_begun_and_nothing_ha
 
 
 @pytest.mark.parametrize("before", [(), ("best.pt",)])
-def test_what_a_run_saves_while_it_is_waited_for_is_gone_on_from(
+def test_checkpoint_saved_while_waiting_for_lock_is_used(
     before: tuple[str, ...], config: Config, tmp_path: Path
 ) -> None:
     folder = make(tmp_path / "net", *before, config=config)
@@ -240,31 +232,25 @@ def test_what_a_run_saves_while_it_is_waited_for_is_gone_on_from(
 @pytest.mark.parametrize(
     ("resume", "is_one"), [(None, False), ("auto", False), ("best.pt", True), ("last.pt", False), (".", False)]
 )
-def test_a_checkpoint_that_is_named_is_told_from_a_run(resume: str | None, is_one: bool, tmp_path: Path) -> None:
+def test_explicit_checkpoint_is_distinguished_from_a_run(resume: str | None, is_one: bool, tmp_path: Path) -> None:
     assert is_explicit_checkpoint(resume if resume in (None, "auto") else str(tmp_path / resume)) == is_one
 
 
-def test_a_save_of_another_process_is_left_alone_where_nothing_is_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lock_the_save_of_others_is_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "net", "last.pt", "last.pt.tmp")
     monkeypatch.setattr(run_dir, "_lock", lambda _: [])
     with alone(), lock_run_dir(folder):
         assert (folder / "last.pt.tmp").exists()
 
 
-def test_a_folder_that_another_run_does_not_let_go_is_refused_with_its_holder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_locked_folder_is_refused_and_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_S", 0.0)
     with another_run(tmp_path), alone(), pytest.raises(UserError) as error, lock_run_dir(tmp_path):
         pass
     assert str(error.value).startswith(f"process 7 on machine 1 is still training in {tmp_path}; end it")
 
 
-def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lock_of_a_killed_run_is_awaited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with another_run(tmp_path) as other:
         threading.Timer(0.5, other.kill).start()
         with alone(), lock_run_dir(tmp_path):
@@ -272,7 +258,7 @@ def test_a_run_that_was_killed_is_waited_for_and_not_in_the_way(
     assert f"process 7 on machine 1 is training in {tmp_path}; waiting for it" in capsys.readouterr().err
 
 
-def test_a_folder_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -56,7 +56,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
+def test_saved_state_is_restored_bitwise(intact: Path) -> None:
     saved, content = stepped_training(), store.load(intact)
     assert {key: content[key] for key in STATE} == STATE
     restored = make_state(lenet(seed=1))
@@ -69,13 +69,13 @@ def test_what_was_saved_comes_back_bitwise(intact: Path) -> None:
     assert_equal_trees(restored.network.state_dict(), saved.network.state_dict())
 
 
-def test_a_checkpoint_holds_nothing_but_tensors_numbers_and_strings(intact: Path) -> None:
+def test_checkpoint_contains_only_plain_data(intact: Path) -> None:
     content = torch.load(intact, weights_only=True)
     assert content["format"] == format.FORMAT
     assert content["model"].keys() == lenet().state_dict().keys()
 
 
-def test_the_learning_rate_of_the_last_step_comes_back_as_well(tmp_path: Path) -> None:
+def test_last_learning_rate_is_restored(tmp_path: Path) -> None:
     saved, restored = stepped_training(), make_state(lenet(seed=1))
     set_learning_rate(saved.optimizer, 1.25e-7)
     store.save(tmp_path / "last.pt", saved, saved.sums, **STATE)
@@ -86,7 +86,7 @@ def test_the_learning_rate_of_the_last_step_comes_back_as_well(tmp_path: Path) -
 # Damage
 
 
-def test_a_truncated_checkpoint_is_a_user_error_wherever_it_was_cut(intact: Path, tmp_path: Path) -> None:
+def test_truncated_checkpoint_is_a_user_error(intact: Path, tmp_path: Path) -> None:
     whole, cut = intact.read_bytes(), tmp_path / "cut.pt"
     for share in (0, 1, 2, 100, 500, 900, 990, 999):
         cut.write_bytes(whole[: len(whole) * share // 1000])
@@ -97,7 +97,7 @@ def test_a_truncated_checkpoint_is_a_user_error_wherever_it_was_cut(intact: Path
         store.load(cut)
 
 
-def test_one_flipped_bit_anywhere_is_a_user_error(intact: Path, tmp_path: Path) -> None:
+def test_any_flipped_bit_is_a_user_error(intact: Path, tmp_path: Path) -> None:
     whole, flipped, places = intact.read_bytes(), tmp_path / "flipped.pt", random.Random(0)
     tables = len(whole) - 6000  # of the archive: a bit there once made torch.load return memory that nobody had written
     manifest = whole.rindex(b"\n", 0, -1)
@@ -109,7 +109,7 @@ def test_one_flipped_bit_anywhere_is_a_user_error(intact: Path, tmp_path: Path) 
             store.load(flipped)
 
 
-def test_the_last_line_says_what_the_file_holds(intact: Path) -> None:
+def test_manifest_describes_the_file(intact: Path) -> None:
     whole = intact.read_bytes()
     line = whole.splitlines()[-1]
     fields = json.loads(line)
@@ -123,7 +123,7 @@ def test_the_last_line_says_what_the_file_holds(intact: Path) -> None:
     }
 
 
-def test_a_last_line_without_a_checksum_of_its_own_is_that_of_an_older_version(intact: Path, tmp_path: Path) -> None:
+def test_manifest_without_crc_is_accepted_from_older_versions(intact: Path, tmp_path: Path) -> None:
     whole, old = intact.read_bytes(), tmp_path / "old.pt"
     older = whole.rpartition(b', "crc32"')[0] + b"}\n"
     old.write_bytes(older)
@@ -133,7 +133,7 @@ def test_a_last_line_without_a_checksum_of_its_own_is_that_of_an_older_version(i
         store.load(old)
 
 
-def test_what_cannot_be_loaded_for_a_flipped_bit_does_not_count_as_intact(intact: Path, tmp_path: Path) -> None:
+def test_file_with_flipped_bit_is_not_intact(intact: Path, tmp_path: Path) -> None:
     whole, flipped = intact.read_bytes(), tmp_path / "last.pt"
     last_line = len(whole.splitlines()[-1]) + 2
     for place in range(len(whole) - last_line, len(whole)):
@@ -142,7 +142,7 @@ def test_what_cannot_be_loaded_for_a_flipped_bit_does_not_count_as_intact(intact
             assert not store.is_intact(flipped), f"bit {bit} of byte {place}"
 
 
-def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_or_device_does_not_block_loading(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "last.pt")
     for path in (tmp_path / "last.pt", Path("/dev/zero")):
         with pytest.raises(UserError, match=r"cannot be read \(it is not a regular file\)"):
@@ -150,7 +150,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
         assert not store.is_intact(path)
 
 
-def test_a_checkpoint_is_not_written_through_a_link(intact: Path, tmp_path: Path) -> None:
+def test_checkpoint_is_not_written_through_a_link(intact: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(b"a stranger's")
     for name in ("last.pt", "last.pt.tmp", "best.pt", "best.pt.tmp"):
@@ -161,7 +161,7 @@ def test_a_checkpoint_is_not_written_through_a_link(intact: Path, tmp_path: Path
     assert not any((tmp_path / name).is_symlink() for name in ("last.pt", "best.pt"))
 
 
-def test_a_last_line_that_names_another_position_is_damage(intact: Path, tmp_path: Path) -> None:
+def test_manifest_with_another_position_counts_as_damage(intact: Path, tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(intact.read_bytes().replace(b'"epoch": 2', b'"epoch": 3'))
     with pytest.raises(UserError, match=r"last\.pt cannot be read \(its checksum is wrong"):
         store.load(tmp_path / "last.pt")
@@ -172,7 +172,7 @@ def test_a_last_line_that_names_another_position_is_damage(intact: Path, tmp_pat
     [b"", b"\n", b"{}", b"[" * 1000, b"9" * 1000, b"\xff" * 5000, b"null", b'{"bytes": 0, "epoch": 1}',
      *(b'{"bytes": %s, "epoch": 1, "step": 1}' % size for size in (b"-1", b"1e999", b"9" * 30, b"true", b'"1"'))],
 )  # fmt: skip
-def test_any_last_line_is_a_user_error(line: bytes, intact: Path, tmp_path: Path) -> None:
+def test_any_invalid_manifest_is_a_user_error(line: bytes, intact: Path, tmp_path: Path) -> None:
     whole, path = intact.read_bytes(), tmp_path / "last.pt"
     for content in (whole[: whole.rindex(b"\n", 0, -1)], b""):
         for end in (b"", b"\n"):
@@ -181,9 +181,7 @@ def test_any_last_line_is_a_user_error(line: bytes, intact: Path, tmp_path: Path
                 store.load(path)
 
 
-def test_a_checkpoint_of_an_older_version_with_its_checksum_alone_is_loaded_and_verified(
-    intact: Path, tmp_path: Path
-) -> None:
+def test_old_checkpoint_with_bare_checksum_is_verified(intact: Path, tmp_path: Path) -> None:
     whole, old = intact.read_bytes(), tmp_path / "old.pt"
     older = with_checksum(whole[: whole.rindex(b"\n", 0, -1)])
     old.write_bytes(older)
@@ -194,7 +192,7 @@ def test_a_checkpoint_of_an_older_version_with_its_checksum_alone_is_loaded_and_
             store.load(old)
 
 
-def test_a_checkpoint_is_also_a_file_of_torch(intact: Path) -> None:
+def test_torch_can_load_a_checkpoint(intact: Path) -> None:
     content = torch.load(intact, weights_only=True)
     assert_equal_trees(content, store.load(intact))
 
@@ -226,7 +224,7 @@ def with_checksum(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("checksum", [False, True], ids=["", "with a checksum"])
 @pytest.mark.parametrize("kind", foreign_files())
-def test_a_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, tmp_path: Path) -> None:
+def test_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, tmp_path: Path) -> None:
     path, content = tmp_path / "foreign.pt", foreign_files()[kind]
     path.write_bytes(with_checksum(content) if checksum else content)
     with pytest.raises(UserError, match=r"foreign\.pt") as error:
@@ -236,7 +234,7 @@ def test_a_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, t
 
 
 @pytest.mark.parametrize("name", ["missing.pt", ""])
-def test_a_missing_file_or_a_folder_is_a_user_error(name: str, tmp_path: Path) -> None:
+def test_missing_file_or_folder_is_a_user_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist|cannot be read"):
         store.load(tmp_path / name)
 
@@ -250,7 +248,7 @@ class Intruder:
 
 
 @pytest.mark.parametrize("kind", ["torch.save", "old torch.save", "pickle"])
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(kind: str, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_refused_and_not_run(kind: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     content = {"format": format.FORMAT, "model": Intruder(trace)}
     if kind == "pickle":
@@ -279,7 +277,7 @@ def repacked(content: dict[str, Any], **more: Any) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("options", [{"compression": zipfile.ZIP_DEFLATED}, {}], ids=["compressed", "a name twice"])
-def test_records_that_torch_does_not_write_are_refused_before_they_grow_in_memory(
+def test_compressed_or_duplicate_records_are_refused_before_loading(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "grows.pt"
@@ -291,7 +289,7 @@ def test_records_that_torch_does_not_write_are_refused_before_they_grow_in_memor
         store.load(path)
 
 
-def test_a_function_that_torch_allows_but_no_checkpoint_needs_is_refused(tmp_path: Path) -> None:
+def test_unneeded_function_that_torch_allows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "grows.pt"
     store.write(path, {"format": format.FORMAT, "model": {"weight": bytearray(9)}})
     with pytest.raises(UserError, match=r"grows\.pt is refused, since it holds more than tensors"):
@@ -308,7 +306,7 @@ def test_a_function_that_torch_allows_but_no_checkpoint_needs_is_refused(tmp_pat
     ],
     ids=str,
 )  # fmt: skip
-def test_a_part_of_another_form_is_a_user_error_that_names_it(crafted: dict[str, Any], tmp_path: Path) -> None:
+def test_entry_of_wrong_type_is_named(crafted: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "crafted.pt"
     store.write(path, {"format": format.FORMAT, "model": {}, **STATE, **crafted})
     with pytest.raises(UserError, match=rf"crafted\.pt cannot be read \(its '{next(iter(crafted))}' is not what"):
@@ -324,7 +322,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_first_intact_checkpoint_is_taken_and_damaged_ones_are_named(
+def test_first_intact_checkpoint_is_loaded_and_damaged_are_named(
     intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last, previous = (Path(shutil.copy(intact, tmp_path / name)) for name in ("last.pt", "previous.pt"))
@@ -342,7 +340,7 @@ def test_the_first_intact_checkpoint_is_taken_and_damaged_ones_are_named(
     assert capsys.readouterr().err == f"warning: checkpoint {last} does not exist; {previous} is used instead\n"
 
 
-def test_where_none_is_intact_all_are_named_and_another_one_of_the_folder(intact: Path, tmp_path: Path) -> None:
+def test_error_names_all_damaged_and_an_intact_checkpoint(intact: Path, tmp_path: Path) -> None:
     last, previous, best = (
         Path(shutil.copy(intact, tmp_path / name)) for name in ("last.pt", "previous.pt", "best.pt")
     )
@@ -363,7 +361,7 @@ def test_where_none_is_intact_all_are_named_and_another_one_of_the_folder(intact
 # Saving
 
 
-def test_a_copy_in_host_memory_does_not_follow_training_and_keeps_strides_and_versions() -> None:
+def test_host_copy_is_independent_and_keeps_strides_and_versions() -> None:
     training = stepped_training()
     weights = training.network.state_dict()
     weights["filters"] = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
@@ -381,7 +379,7 @@ def test_a_copy_in_host_memory_does_not_follow_training_and_keeps_strides_and_ve
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_a_copy_of_what_lies_on_a_gpu_is_whole_in_pinned_memory_and_keeps_strides() -> None:
+def test_copy_from_gpu_is_pinned_complete_and_keeps_strides() -> None:
     filters = torch.rand(64, 64, 3, 3, device="cuda").to(memory_format=torch.channels_last)
     expected = filters.cpu()
     copied = store.to_host({"model": {"filters": filters, "count": torch.tensor(3, device="cuda")}})["model"]
@@ -393,12 +391,12 @@ def test_a_copy_of_what_lies_on_a_gpu_is_whole_in_pinned_memory_and_keeps_stride
 
 
 @pytest.mark.parametrize("value", [np.float64(0.5), Path("a"), {1, 2}, b"bytes"], ids=str)
-def test_what_could_not_be_loaded_again_is_not_saved(value: Any) -> None:
+def test_unloadable_values_are_not_saved(value: Any) -> None:
     with pytest.raises(TypeError, match="a checkpoint cannot hold a "):
         store.to_host({"progress": {"value": value}})
 
 
-def test_a_checkpoint_that_the_disk_does_not_take_is_one_sentence_and_changes_nothing(tmp_path: Path) -> None:
+def test_failed_save_is_one_error_and_changes_nothing(tmp_path: Path) -> None:
     training = stepped_training()
     content = store.to_host(store.collect_state(training, training.sums, **STATE))
     store.write(tmp_path / "best.pt", content)
@@ -418,7 +416,7 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_one_sentence_and_changes_no
     assert {path.name for path in tmp_path.iterdir()} == {*before, "previous.pt"}
 
 
-def test_a_first_checkpoint_that_cannot_be_written_says_that_there_is_no_earlier_one(tmp_path: Path) -> None:
+def test_failed_first_save_says_there_is_no_earlier(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(No such file or directory\); there is no earlier one: "):
         store.write(tmp_path / "missing" / "last.pt", {"format": 1})
 
@@ -431,7 +429,7 @@ def epoch_of(path: Path) -> int:
     return int(store.load(path)["position"]["epoch"])
 
 
-def test_the_last_two_checkpoints_of_a_run_are_kept(tmp_path: Path) -> None:
+def test_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for number in range(4):
         store.write_last(tmp_path, numbered(number))
         assert epoch_of(tmp_path / "last.pt") == number
@@ -439,7 +437,7 @@ def test_the_last_two_checkpoints_of_a_run_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
 
 
-def test_a_damaged_last_checkpoint_takes_the_place_of_no_intact_one(tmp_path: Path) -> None:
+def test_damaged_checkpoint_never_replaces_an_intact_one(tmp_path: Path) -> None:
     for number in (0, 1):
         store.write_last(tmp_path, numbered(number))
     damage(tmp_path / "last.pt")
@@ -448,7 +446,7 @@ def test_a_damaged_last_checkpoint_takes_the_place_of_no_intact_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_whatever_a_save_is_stopped_before_the_newest_whole_checkpoints_are_found(
+def test_newest_intact_checkpoint_survives_interrupted_save(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped(BaseException):
@@ -505,7 +503,7 @@ def test_whatever_a_save_is_stopped_before_the_newest_whole_checkpoints_are_foun
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync"])
-def test_a_save_that_dies_half_way_leaves_the_old_checkpoint_whole(
+def test_killed_save_leaves_the_old_checkpoint_intact(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, training = tmp_path / "last.pt", stepped_training()
@@ -529,9 +527,7 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint_whole(
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_checkpoint_is_on_disk_before_it_takes_the_old_ones_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -562,7 +558,7 @@ def test_a_checkpoint_is_on_disk_before_it_takes_the_old_ones_name(
     ],
     ids=str,
 )  # fmt: skip
-def test_crafted_state_is_one_sentence(crafted: dict[str, Any], intact: Path) -> None:
+def test_invalid_state_is_one_user_error(crafted: dict[str, Any], intact: Path) -> None:
     content = store.load(intact)
     if crafted == {"optimizer": "shapes"}:
         content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7, 7)
@@ -573,14 +569,14 @@ def test_crafted_state_is_one_sentence(crafted: dict[str, Any], intact: Path) ->
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "sums"])
-def test_a_checkpoint_that_lacks_a_part_is_refused_by_its_name(part: str, intact: Path) -> None:
+def test_missing_entry_is_named(part: str, intact: Path) -> None:
     content = store.load(intact)
     del content[part]
     with pytest.raises(UserError, match=rf"last\.pt holds no {part}"):
         restore_state(make_state(lenet()), content, intact)
 
 
-def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path) -> None:
+def test_checkpoint_of_another_model_is_a_user_error(intact: Path) -> None:
     other = make_state(build_model("lenet", 7, mean=[0.5] * 3, std=[0.5] * 3))
     with pytest.raises(UserError, match=r"does not fit the model of this config: .*fc3") as error:
         restore_state(other, store.load(intact), intact)
@@ -588,7 +584,7 @@ def test_a_checkpoint_of_another_model_is_a_user_error_of_one_line(intact: Path)
 
 
 @pytest.mark.parametrize(("then", "now"), [("off", "fp16"), ("fp16", "off")])
-def test_a_run_may_go_on_in_another_precision(then: str, now: str, tmp_path: Path) -> None:
+def test_run_may_resume_in_another_precision(then: str, now: str, tmp_path: Path) -> None:
     saved = stepped_training(amp=then)
     store.save(tmp_path / "last.pt", saved, saved.sums)
     training = make_state(lenet(seed=1), amp=now)
@@ -597,7 +593,7 @@ def test_a_run_may_go_on_in_another_precision(then: str, now: str, tmp_path: Pat
     train_step(training, random_batch(8))
 
 
-def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
+def test_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     saved = stepped_training(amp="fp16")
     saved.scaler.update(2.0**7)
     store.save(tmp_path / "last.pt", saved, saved.sums)
@@ -606,7 +602,7 @@ def test_the_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     assert training.scaler.get_scale() == 2.0**7
 
 
-def test_an_optimizer_with_other_groups_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_optimizer_with_other_groups_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     saved, other = make_state(small_net()), make_state(small_net(), {"layer_decay": 0.5})
     for first, second in ((saved, other), (other, saved)):

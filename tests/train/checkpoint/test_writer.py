@@ -51,7 +51,7 @@ class Held:
         self.written.append(content)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_there_before(
+def test_background_write_saves_the_state_at_the_call(
     training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
@@ -81,7 +81,7 @@ def test_one_checkpoint_is_written_at_a_time(
     assert len(held.written) == 2
 
 
-def test_the_one_before_is_kept_and_best_is_another_file(training: TrainState, tmp_path: Path) -> None:
+def test_previous_checkpoint_is_kept_beside_best(training: TrainState, tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, training, {}) as saving:
         for number in range(3):
             saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, training.sums, number)
@@ -91,7 +91,7 @@ def test_the_one_before_is_kept_and_best_is_another_file(training: TrainState, t
 
 
 @pytest.mark.parametrize("through", ["check", "wait", "save"])
-def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
+def test_write_error_is_raised_once_by_the_next_call(
     through: str, training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, _: Any) -> None:
@@ -108,7 +108,7 @@ def test_an_error_in_writing_is_raised_by_the_next_call_and_once(
         saving.wait()
 
 
-def test_leaving_lets_a_write_under_way_end(
+def test_exit_waits_for_a_write_in_progress(
     training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)

@@ -46,7 +46,7 @@ def answers(ranks: Ranks, asked_at: dict[int, int], due_at: int, updates: int) -
 
 
 @pytest.mark.parametrize("asked", [0, 2])
-def test_whichever_rank_is_asked_all_stop_at_the_same_update_soon_after(asked: int) -> None:
+def test_all_ranks_stop_soon_at_the_same_step(asked: int) -> None:
     results = on_ranks(3, answers, {asked: 100}, 10**6, 1000)
     assert results[0][0] == results[1][0] == results[2][0]
     ((update, signal, saves),) = results[0][0]
@@ -54,18 +54,18 @@ def test_whichever_rank_is_asked_all_stop_at_the_same_update_soon_after(asked: i
     assert 100 <= update < 1000
 
 
-def test_the_first_ranks_clock_has_all_ranks_save_once_at_the_same_update() -> None:
+def test_all_ranks_save_once_by_the_clock_of_rank_0() -> None:
     results = on_ranks(2, answers, {}, 50, 400)
     assert results[0][0] == results[1][0]
     assert [(signal, saves) for _, signal, saves in results[0][0]] == [(0, True)]
 
 
-def test_ranks_ask_each_other_rarely_however_many_updates_there_are() -> None:
+def test_ranks_communicate_rarely() -> None:
     (_, asks), _ = on_ranks(2, answers, {}, 10**6, 500)
     assert 5 <= asks <= 250  # about every tenth update of 2 ms, and more often at first and on a busy machine
 
 
-def test_one_process_is_told_at_once() -> None:
+def test_single_process_stops_and_saves_at_once() -> None:
     with alone():
         told, asks = answers(Ranks(), {0: 7}, 5, 20)
         assert told == [(5, 0, True), (7, 15, False)]

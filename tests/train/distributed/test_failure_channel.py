@@ -65,7 +65,7 @@ def die(line: FailureChannel) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_all_ranks_learn_of_a_failure_and_only_the_others_are_called(rank: int) -> None:
+def test_failure_reaches_all_ranks_and_calls_only_others(rank: int) -> None:
     with group(4) as made:
         failure = Failure(rank, "no shard 7", is_user_error=True)
         assert made.lines[rank].report_failure(failure) == failure
@@ -82,7 +82,7 @@ def wait_for(holds: object) -> None:
         threading.Event().wait(0.01)
 
 
-def test_all_agree_on_one_first_failure_whoever_fails_at_the_same_time() -> None:
+def test_simultaneous_failures_yield_one_first_failure() -> None:
     with group(6) as made:
         answers: list[Failure] = []
         begin = threading.Barrier(6)
@@ -101,7 +101,7 @@ def test_all_agree_on_one_first_failure_whoever_fails_at_the_same_time() -> None
         assert len({line.first_failure(5) for line in made.lines}) == 1
 
 
-def test_a_rank_that_dies_is_named_to_all_others_and_one_that_leaves_is_not_missed() -> None:
+def test_lost_rank_is_reported_and_closed_rank_is_not() -> None:
     with group(4) as made:
         made.lines[1].close()
         assert made.lines[0].first_failure(0.2) is None
@@ -113,7 +113,7 @@ def test_a_rank_that_dies_is_named_to_all_others_and_one_that_leaves_is_not_miss
         assert made.called[1] == []
 
 
-def test_a_first_rank_that_dies_is_noticed_and_one_that_leaves_is_not_missed() -> None:
+def test_lost_rank_0_is_noticed_and_closed_is_not() -> None:
     with group(3) as made:
         made.lines[0].close()
         assert [line.first_failure(0.2) for line in made.lines] == [None] * 3
@@ -125,7 +125,7 @@ def test_a_first_rank_that_dies_is_noticed_and_one_that_leaves_is_not_missed() -
         assert [(failure.rank, failure.is_lost) for failure in failures if failure] == [(0, True)] * 2
 
 
-def test_a_rank_that_comes_after_the_failure_is_told_at_once() -> None:
+def test_late_rank_learns_of_an_earlier_failure() -> None:
     store, called = Dictionary(), []
     first = connect(ranks(0, 3), store, HERE, called.append, timeout_s=10)
     failure = first.report_failure(Failure(0, "no config"))
@@ -138,7 +138,7 @@ def test_a_rank_that_comes_after_the_failure_is_told_at_once() -> None:
         line.close()
 
 
-def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
+def test_address_of_an_earlier_launch_is_ignored() -> None:
     """torchrun keeps the store when it starts ranks again: what it holds may lead nowhere, or to another program."""
     store = Dictionary()
     with socket.create_server((HERE, 0)) as stranger:
@@ -163,7 +163,7 @@ def test_the_address_of_an_earlier_start_is_not_taken_for_this_ones() -> None:
         line.close()
 
 
-def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> None:
+def test_connection_without_launch_id_is_ignored() -> None:
     with group(2) as made:
         port = made.lines[0].port  # type: ignore[attr-defined]
         for sent in (
@@ -179,7 +179,7 @@ def test_who_knocks_without_the_word_can_neither_fail_nor_end_the_ranks() -> Non
         assert made.lines[1].report_failure(failure) == failure
 
 
-def test_a_first_rank_that_never_comes_is_an_error_that_says_where_it_was_looked_for() -> None:
+def test_missing_rank_0_is_an_error_with_its_address() -> None:
     with pytest.raises(
         UserError, match=r"rank 0 did not answer at 127\.0\.0\.1 within 0 s; check whether it was started"
     ):

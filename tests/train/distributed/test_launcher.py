@@ -42,7 +42,7 @@ def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> Non
 
 
 @pytest.mark.parametrize(("rank", "in_group"), [(2, True), (0, True), (1, False)])
-def test_a_user_error_on_one_rank_is_shown_first_and_ends_all(rank: int, in_group: bool, tmp_path: Path) -> None:
+def test_user_error_on_one_rank_ends_all_ranks(rank: int, in_group: bool, tmp_path: Path) -> None:
     ended = end_of(3, one_raises, tmp_path, rank, UserError("shard 7 is short"), in_group)
     assert [ended.codes[rank], *sorted(set(ended.codes))] == [2, 1, 2]
     assert ended.lines[0] == f"error: shard 7 is short (rank {rank})"
@@ -51,7 +51,7 @@ def test_a_user_error_on_one_rank_is_shown_first_and_ends_all(rank: int, in_grou
     assert sorted(ended.lines[1:]) == stopped
 
 
-def test_any_other_error_is_shown_with_its_traceback_on_its_rank_alone(tmp_path: Path) -> None:
+def test_other_errors_are_printed_with_one_traceback(tmp_path: Path) -> None:
     ended = end_of(3, one_raises, tmp_path, 1, ZeroDivisionError("of images by nothing"), True)
     assert ended.codes == [1, 1, 1]
     assert ended.lines[:2] == ["rank 1 failed:", "Traceback (most recent call last):"]
@@ -68,14 +68,14 @@ def all_raise(ranks: Ranks, differ: bool) -> None:
         raise UserError(f"the loss is not finite{f' on {ranks.rank}' if differ else ''}")
 
 
-def test_what_all_ranks_find_is_printed_once(tmp_path: Path) -> None:
+def test_same_error_on_all_ranks_is_printed_once(tmp_path: Path) -> None:
     ended = end_of(3, all_raise, tmp_path, False)
     assert ended.codes == [2, 2, 2]
     assert len(ended.lines) == 1
     assert ended.lines[0].startswith("error: the loss is not finite (rank ")
 
 
-def test_of_different_errors_none_is_lost(tmp_path: Path) -> None:
+def test_different_errors_are_all_printed(tmp_path: Path) -> None:
     ended = end_of(2, all_raise, tmp_path, True)
     assert sorted(ended.codes) == [1, 2]
     first = ended.codes.index(2)
@@ -96,7 +96,7 @@ def one_is_killed(ranks: Ranks, rank: int, busy_s: float) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None:
+def test_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None:
     ended = end_of(3, one_is_killed, tmp_path, rank, 0.0)
     assert [ended.codes[rank], *sorted(set(ended.codes))] == [-9, -9, 1]
     assert ended.lines[0].startswith(f"rank {rank} was lost without an error: it was probably killed (out of mem")
@@ -107,7 +107,7 @@ def test_a_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None
     assert sorted(ended.lines[1:]) == stopped
 
 
-def test_a_rank_that_waits_for_nobody_is_stopped_as_well(tmp_path: Path) -> None:
+def test_busy_rank_is_stopped_as_well(tmp_path: Path) -> None:
     ended = end_of(2, with_little_patience, tmp_path)
     assert ended.codes == [-9, 1]
     assert ended.lines[-1] == "rank 1 stopped because rank 0 was lost without an error"
@@ -128,7 +128,7 @@ def one_is_stopped(ranks: Ranks) -> None:
         sums_for_ever()
 
 
-def test_a_stopped_rank_is_waited_for_no_longer_than_the_group_says(tmp_path: Path) -> None:
+def test_stopped_rank_is_awaited_until_the_group_timeout(tmp_path: Path) -> None:
     ended = end_of(3, one_is_stopped, tmp_path, stopped=1)
     assert ended.codes == [1, -9, 1]
     assert "waited 0.1 minutes for another rank, which is stopped or hangs; resume with --resume auto" in ended.lines[0]
@@ -146,13 +146,13 @@ def exits(ranks: Ranks, code: int) -> int:
 
 
 @pytest.mark.parametrize("code", [0, 130, 143])
-def test_ranks_that_end_together_end_with_their_own_code_and_say_nothing(code: int, tmp_path: Path) -> None:
+def test_ranks_that_end_together_keep_their_exit_code(code: int, tmp_path: Path) -> None:
     ended = end_of(3, exits, tmp_path, code)
     assert ended.codes == [code] * 3
     assert ended.printed == ""
 
 
-def test_the_first_rank_may_leave_before_the_others(tmp_path: Path) -> None:
+def test_rank_0_may_finish_before_the_others(tmp_path: Path) -> None:
     ended = end_of(2, last_rank_is_slow, tmp_path)
     assert (ended.codes, ended.printed) == ([0, 0], "")
 
@@ -163,9 +163,7 @@ def last_rank_is_slow(ranks: Ranks) -> None:
         time.sleep(ranks.rank)
 
 
-def test_torchruns_report_gets_the_error_and_puts_the_cause_before_its_consequences(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_error_file_dates_cause_before_consequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     before = int(time.time())
 
@@ -181,7 +179,7 @@ def test_torchruns_report_gets_the_error_and_puts_the_cause_before_its_consequen
     assert json.loads((tmp_path / "error.json").read_text())["timestamp"] > cause["timestamp"] >= before
 
 
-def test_without_a_rank_0_the_others_say_where_they_looked(
+def test_missing_rank_0_is_reported_with_its_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process_group, "GROUP_TIMEOUT", timedelta(seconds=1))
@@ -201,7 +199,7 @@ def test_without_a_rank_0_the_others_say_where_they_looked(
     ("rank", "missing", "who"),
     [(0, [2, 5], "rank 2, 5"), (0, None, "other ranks"), (1, None, "other ranks"), (0, [], None), (2, None, None)],
 )
-def test_ranks_that_do_not_come_are_named(
+def test_missing_ranks_are_named(
     rank: int,
     missing: list[int] | None,
     who: str | None,
@@ -232,7 +230,7 @@ launcher.run_distributed(main)
 """
 
 
-def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
+def test_late_rank_triggers_warning_and_is_awaited() -> None:
     """All of it: the thread that warns, while torch waits for all ranks, and a run that goes on well."""
     port = free_port()
     common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -246,7 +244,7 @@ def test_a_rank_that_comes_late_is_waited_for_with_a_warning() -> None:
     assert "warning: rank 0 has waited 1 s for other ranks to start" in errors[0]
 
 
-def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -254,7 +252,7 @@ def test_half_an_environment_is_refused_instead_of_training_one_model_per_rank(m
         Ranks.from_environment()
 
 
-def test_ranks_that_torchrun_has_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else rank 0, which failed while others were starting, would wait for those that torchrun stopped meanwhile."""
 
     class Nobody:

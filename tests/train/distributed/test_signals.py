@@ -28,21 +28,21 @@ def _as_in_a_terminal() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
+def test_signal_sets_the_flag_and_ends_nothing(number: signal.Signals) -> None:
     with catch_signals() as pending:
         assert pending.number == 0
         os.kill(os.getpid(), number)
         assert pending.number == number
 
 
-def test_the_first_signal_counts() -> None:
+def test_first_signal_counts() -> None:
     with catch_signals() as pending:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert pending.number == signal.SIGUSR1
 
 
-def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_later_second_ctrl_c_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with catch_signals() as pending:
         for _ in range(2):  # as the terminal and torchrun send it, both at once
             os.kill(os.getpid(), signal.SIGINT)
@@ -53,7 +53,7 @@ def test_ctrl_c_ends_the_process_only_when_it_comes_again_after_a_while(monkeypa
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
+def test_handlers_are_restored_and_ignored_signals_stay_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in SIGNALS]
     with catch_signals() as pending:
@@ -62,7 +62,7 @@ def test_handlers_are_put_back_and_what_was_ignored_stays_ignored() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
+def test_outside_the_main_thread_nothing_is_caught() -> None:
     seen: list[int] = []
 
     def listen() -> None:
@@ -75,7 +75,7 @@ def test_outside_of_the_main_thread_nothing_listens_and_nothing_fails() -> None:
     assert seen == [0]
 
 
-def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_torchrun_that_is_the_first(
+def test_reparenting_is_detected_unless_torchrun_is_pid_1(
     tmp_path: Path,
 ) -> None:
     for parent, command in ((1, "/sbin/init"), (7, "python3\0-m\0torch.distributed.run"), (8, "bash\0job.sh")):
@@ -90,7 +90,7 @@ def test_a_process_that_the_first_one_took_over_is_an_orphan_but_for_one_of_a_to
     assert is_reparented(1, tmp_path / "hidden")
 
 
-def test_a_rank_whose_torchrun_is_gone_already_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_without_its_torchrun_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "is_reparented", lambda parent: True)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     die_with_launcher()
@@ -103,6 +103,6 @@ def test_a_rank_whose_torchrun_is_gone_already_does_not_start(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
 )
-def test_exit_codes_are_those_of_shells(number: signal.Signals, code: int) -> None:
+def test_exit_codes_follow_the_shell_convention(number: signal.Signals, code: int) -> None:
     assert Preempted(number).exit_code == code
     assert str(Preempted(number)) == f"stopped by {number.name}"

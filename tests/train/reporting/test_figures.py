@@ -26,7 +26,7 @@ def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
     ],
     ids=["one epoch", "several", "no validation in an epoch", "a loss of nan"],
 )
-def test_curves_are_drawn_of_whatever_epochs_there_are(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_curves_are_drawn_for_any_epochs(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     figures.save(figures.curves(lines, "test"), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1200, 480)
@@ -35,7 +35,7 @@ def test_curves_are_drawn_of_whatever_epochs_there_are(lines: list[dict[str, Any
 
 
 @pytest.mark.parametrize("count", [1, 7, 20])
-def test_a_grid_shows_every_image_and_caption(count: int) -> None:
+def test_grid_shows_every_image_and_caption(count: int) -> None:
     images = np.full((count, 8, 8, 3), 7, np.uint8)
     images[:, :, :, 1] = np.arange(count)[:, None, None]
     figure = figures.image_grid(images, [f"caption {n}" for n in range(count)], title="test")
@@ -45,7 +45,7 @@ def test_a_grid_shows_every_image_and_caption(count: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 50, 300])
-def test_a_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None:
+def test_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None:
     counts = np.eye(classes, dtype=np.int64) * 3
     counts[0, 1] = 1
     counts[1] = 0  # a class without samples
@@ -57,7 +57,7 @@ def test_a_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None
     assert ("class 1" in names) == (classes <= figures.LABELLED_CLASSES)
 
 
-def test_pixels_of_a_figure_are_what_its_file_holds(tmp_path: Path) -> None:
+def test_rendered_pixels_equal_the_saved_file(tmp_path: Path) -> None:
     figure = figures.curves([metrics(0), metrics(1)], "test")
     figures.save(figure, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
@@ -65,7 +65,7 @@ def test_pixels_of_a_figure_are_what_its_file_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 120, 450])
-def test_ranked_bars_go_from_the_highest_to_the_lowest(classes: int) -> None:
+def test_ranked_bars_go_from_highest_to_lowest(classes: int) -> None:
     values = np.random.default_rng(0).permutation(classes) / classes
     figure = figures.ranked_bars(values.tolist(), [f"class {n}" for n in range(classes)], "F1", "test")
     widths = [bar.get_width() for axis in figure.axes for bar in axis.patches]
@@ -78,7 +78,7 @@ def test_ranked_bars_go_from_the_highest_to_the_lowest(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [4, 60])
-def test_class_counts_name_least_most_and_median_of_each_split(classes: int, tmp_path: Path) -> None:
+def test_class_counts_name_minimum_maximum_and_median(classes: int, tmp_path: Path) -> None:
     counts = {"train": np.arange(classes) + 1000, "val": np.arange(classes)[::-1] + 5}
     figure = figures.class_counts(counts, [f"class {n}" for n in range(classes)], "test")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -90,7 +90,7 @@ def test_class_counts_name_least_most_and_median_of_each_split(classes: int, tmp
     figures.save(figure, tmp_path / "counts.png")
 
 
-def test_long_class_names_are_cut_beside_an_axis() -> None:
+def test_long_class_names_are_shortened_at_an_axis() -> None:
     assert figures.shorten("tench") == "tench"
     assert len(figures.shorten("x" * 99)) == figures.NAME_LETTERS
 
@@ -98,7 +98,7 @@ def test_long_class_names_are_cut_beside_an_axis() -> None:
 ODD = ["$\\frac$", "_$a_$b", "_hidden", "100 % of $5"]  # formulas that matplotlib refuses, and what it leaves out
 
 
-def test_names_are_drawn_as_they_are_whatever_they_hold() -> None:
+def test_any_name_is_drawn_unchanged() -> None:
     images = np.zeros((len(ODD), 8, 8, 3), np.uint8)
     counts = np.eye(len(ODD), dtype=np.int64)
     drawn = [
@@ -121,7 +121,7 @@ def test_names_are_drawn_as_they_are_whatever_they_hold() -> None:
         ("bce", "loss", ["train, binary cross-entropy", "validation, cross-entropy"]),
     ],
 )
-def test_each_curve_of_losses_is_named_by_what_it_is(loss: str, axis_label: str, names: list[str]) -> None:
+def test_each_loss_curve_is_named(loss: str, axis_label: str, names: list[str]) -> None:
     axis = figures.curves([metrics(0), metrics(1)], "test", loss).axes[0]
     assert axis.get_ylabel() == axis_label
     assert [text.get_text() for text in axis.get_legend().get_texts()] == names

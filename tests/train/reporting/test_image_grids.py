@@ -27,7 +27,7 @@ def captions_of(figure: Figure) -> list[tuple[str, str]]:
     return [(" ".join(title.get_text().split()), to_hex(str(title.get_color()))) for title in titles]
 
 
-def test_captions_and_colours_of_predictions_agree_with_the_logits() -> None:
+def test_captions_and_colors_of_predictions_match_the_logits() -> None:
     logits = torch.tensor([[3.0, 1, 0], [0, 0, 2], [1, 4, 1], [0, 5, 0]])
     labels = torch.tensor([0, 1, -1, 1])
     images = noise(4)
@@ -43,12 +43,12 @@ def test_captions_and_colours_of_predictions_agree_with_the_logits() -> None:
     assert np.array_equal(np.stack(shown), images.permute(0, 2, 3, 1).numpy())
 
 
-def test_samples_carry_the_names_of_their_classes() -> None:
+def test_samples_have_the_names_of_their_classes() -> None:
     figure = image_grids.sample_grid(noise(3), torch.tensor([1, -1, 0]), CLASSES, "test")
     assert [caption for caption, _ in captions_of(figure)] == ["European fire salamander", "no label", "cat"]
 
 
-def test_names_of_any_length_fit_above_an_image_and_keep_the_probability() -> None:
+def test_long_names_fit_and_keep_the_probability() -> None:
     for name in ("x" * 200, "many short words " * 20, "dog", ""):
         caption = image_grids.wrap_caption(f"99% {name}")
         lines = caption.split("\n")
@@ -57,7 +57,7 @@ def test_names_of_any_length_fit_above_an_image_and_keep_the_probability() -> No
         assert caption.startswith("99%")
 
 
-def test_a_caption_lies_within_the_picture_of_its_column() -> None:
+def test_caption_stays_within_its_column() -> None:
     width = 23 * "n"  # a wide letter
     figure = image_grids.sample_grid(noise(5), torch.zeros(5, dtype=torch.int64), [width], "test")
     figures.render(figure)  # draws it
@@ -65,7 +65,7 @@ def test_a_caption_lies_within_the_picture_of_its_column() -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_confusions_are_counted_as_scikit_learn_counts_them_without_unlabelled_samples() -> None:
+def test_confusion_counts_match_scikit_learn_without_unlabelled_samples() -> None:
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(-1, 5, (300,), generator=generator)
     predicted = torch.randint(0, 6, (300,), generator=generator)
@@ -76,7 +76,7 @@ def test_confusions_are_counted_as_scikit_learn_counts_them_without_unlabelled_s
 
 
 @pytest.mark.parametrize("classes", [3, 10, 200])
-def test_equal_logits_are_the_prediction_that_training_counts(classes: int) -> None:
+def test_ties_are_broken_as_in_training(classes: int) -> None:
     logits = torch.randint(0, 3, (500, classes), generator=torch.Generator().manual_seed(2)).bfloat16().float()
     predicted, probabilities = image_grids.predicted_classes(logits)
     assert loss_and_hits(logits, predicted)[1] == 500

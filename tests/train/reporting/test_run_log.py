@@ -27,7 +27,7 @@ def run_log(folder: Path, *epochs: dict[str, Any]) -> RunLog:
     return written
 
 
-def test_what_is_said_goes_to_the_console_and_to_log_txt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_go_to_the_console_and_log_txt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunLog(tmp_path).info("hello")
     RunLog(tmp_path).info("hello again, after a restart")
     on_disk = (tmp_path / "log.txt").read_text().splitlines()
@@ -35,7 +35,7 @@ def test_what_is_said_goes_to_the_console_and_to_log_txt(tmp_path: Path, capsys:
     assert capsys.readouterr().out.splitlines() == on_disk
 
 
-def test_ranks_without_a_folder_write_and_say_nothing(
+def test_log_without_a_folder_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def test_ranks_without_a_folder_write_and_say_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_that_log_txt_does_not_take_are_no_tracebacks_and_are_mentioned_once(
+def test_unwritable_log_lines_are_reported_once_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path)
@@ -71,7 +71,7 @@ def test_lines_that_log_txt_does_not_take_are_no_tracebacks_and_are_mentioned_on
     assert "a first line" in (tmp_path / "log.txt").read_text()
 
 
-def test_what_the_run_needs_and_cannot_write_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
+def test_failed_write_is_one_error_and_keeps_the_file(tmp_path: Path) -> None:
     log = run_log(tmp_path, metrics(0))
     log.write_config("seed: 0\n", {})
     before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "facts.json", "metrics.jsonl")}
@@ -90,7 +90,7 @@ def test_what_the_run_needs_and_cannot_write_is_one_sentence_and_the_old_file_st
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_a_folder_that_takes_no_log_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_log_is_one_user_error(tmp_path: Path) -> None:
     (tmp_path / "log.txt").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*log\.txt \(Is a directory\)"):
         RunLog(tmp_path)
@@ -99,7 +99,7 @@ def test_a_folder_that_takes_no_log_is_one_sentence(tmp_path: Path) -> None:
 # metrics.jsonl
 
 
-def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path: Path) -> None:
+def test_nonfinite_metrics_are_written_as_null(tmp_path: Path) -> None:
     run_log(tmp_path, metrics(0, train_loss=float("nan"), val_loss=float("inf")), metrics(1))
     assert strict_lines(tmp_path / "metrics.jsonl") == [metrics(0, train_loss=None, val_loss=None), metrics(1)]
     assert "train_loss nan" in (tmp_path / "log.txt").read_text()
@@ -113,7 +113,7 @@ def test_epochs_that_a_resumed_run_repeats_are_dropped(tmp_path: Path) -> None:
     assert [line["epoch"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     written = run_log(tmp_path, metrics(0), metrics(1))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -123,15 +123,15 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert strict_lines(path) == [metrics(0), metrics(1)]
 
 
-def test_metrics_that_never_end_are_one_sentence(tmp_path: Path) -> None:
+def test_endless_metrics_are_one_user_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl cannot be read \(it is not a regular file\); mend or remove it"
+        UserError, match=r"metrics\.jsonl cannot be read \(it is not a regular file\); repair or remove it"
     ):
         read_metrics(tmp_path)
 
 
-def test_the_best_epoch_is_the_first_of_equal_ones_and_epochs_without_evaluation_do_not_count() -> None:
+def test_best_epoch_is_the_first_evaluated_of_equals() -> None:
     lines = [metrics(0), metrics(1, val_top1=0.6, val_loss=1.2), metrics(2, val_top1=0.6), metrics(3, val_loss=None)]
     lines += [metrics(4, val_top1=None, val_loss=0.5)]
     assert best_results(lines) == {"best_val_top1": 0.6, "best_epoch": 1, "best_val_loss": 0.5}
@@ -141,9 +141,7 @@ def test_the_best_epoch_is_the_first_of_equal_ones_and_epochs_without_evaluation
 # curves.png
 
 
-def test_a_picture_that_cannot_be_written_does_not_end_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_curves_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "curves.png").mkdir()  # where nothing can be renamed to
     written = run_log(tmp_path, metrics(0))
     assert f"cannot write {tmp_path / 'curves.png'}" in capsys.readouterr().out
@@ -151,7 +149,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(
     assert len(read_metrics(tmp_path)) == 2
 
 
-def test_the_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels: list[str] = []
     save = figures.save
 
@@ -166,7 +164,7 @@ def test_the_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest
     assert labels[:2] == ["train, binary cross-entropy", "validation, cross-entropy"]
 
 
-def test_the_curves_contain_the_last_epoch_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_final_curves_contain_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = figures.curves
     monkeypatch.setattr(figures, "curves", lambda lines, *rest: drawn.append(len(lines)) or draw(lines, *rest))

@@ -124,7 +124,7 @@ def wandb_values(folder: Path, field: str) -> dict[str, Any]:
     return values
 
 
-def test_wandb_has_a_point_for_every_epoch_of_metrics_jsonl(tracked: Path) -> None:
+def test_wandb_has_a_point_for_every_epoch(tracked: Path) -> None:
     rows = [row for folder in offline_runs(tracked) for row in wandb_rows(folder) if "epoch" in row]
     lines = strict_lines(tracked / "metrics.jsonl")
     assert len(lines) == 2
@@ -136,7 +136,7 @@ def test_wandb_has_a_point_for_every_epoch_of_metrics_jsonl(tracked: Path) -> No
     assert axes["*"] == "step"
 
 
-def test_between_epochs_wandb_has_a_point_per_log_interval(tracked: Path) -> None:
+def test_wandb_has_a_point_per_log_interval(tracked: Path) -> None:
     first, second = (wandb_rows(folder) for folder in offline_runs(tracked))
     assert [row["step"] for row in first if "step_loss" in row] == list(range(4, 57, 4))
     assert [row["step"] for row in second if "step_loss" in row] == list(range(52, 89, 4))
@@ -148,7 +148,7 @@ def test_between_epochs_wandb_has_a_point_per_log_interval(tracked: Path) -> Non
     assert np.mean(losses) == pytest.approx(strict_lines(tracked / "metrics.jsonl")[0]["train_loss"])
 
 
-def test_wandb_has_the_config_the_facts_and_the_best_values(tracked: Path) -> None:
+def test_wandb_has_config_facts_and_best_values(tracked: Path) -> None:
     first, second = offline_runs(tracked)
     config = {}
     for record in wandb_records(first):
@@ -164,19 +164,19 @@ def test_wandb_has_the_config_the_facts_and_the_best_values(tracked: Path) -> No
     assert summary["command_s"] > summary["training_s"] > 0
 
 
-def test_a_run_that_an_error_ends_is_marked_as_failed(tracked: Path) -> None:
+def test_run_ended_by_an_error_is_marked_failed(tracked: Path) -> None:
     codes = [[record.exit.exit_code for record in wandb_records(folder) if record.HasField("exit")]
              for folder in offline_runs(tracked)]  # fmt: skip
     assert codes == [[1], [0]]
 
 
-def test_the_pictures_are_drawn_once_and_lie_in_the_runs_files(tracked: Path) -> None:
+def test_pictures_are_drawn_once_into_the_run_files(tracked: Path) -> None:
     drawn = [sorted(path.name.rsplit("_", 2)[0] for path in folder.glob("files/media/images/pictures/*.png"))
              for folder in offline_runs(tracked)]  # fmt: skip
     assert drawn == [["train_samples"], ["confusion_matrix", "predictions"]]
 
 
-def test_the_console_ends_with_the_command_that_uploads_all_parts_of_the_run(tracked: Path) -> None:
+def test_console_ends_with_the_upload_command(tracked: Path) -> None:
     lines = (tracked / "log.txt").read_text().splitlines()
     _, command = lines[-1].split("upload this run with: ")
     assert command == f"wandb sync {tracked / 'wandb'}"
@@ -185,7 +185,7 @@ def test_the_console_ends_with_the_command_that_uploads_all_parts_of_the_run(tra
     assert "2 run(s)" in done.stdout + done.stderr
 
 
-def test_tensorboard_has_every_point_once_although_the_run_repeated_some(tracked: Path) -> None:
+def test_tensorboard_has_every_point_once_after_resume(tracked: Path) -> None:
     events = EventAccumulator(str(tracked / "tensorboard"), {"images": 0, "scalars": 0})
     events.Reload()
     lines = strict_lines(tracked / "metrics.jsonl")
@@ -261,7 +261,7 @@ def said(tmp_path: Path) -> str:
     return (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_neither_tracker_is_imported_when_both_are_off(tmp_path: Path) -> None:
+def test_disabled_trackers_are_not_imported(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from configs.schema import LogConfig\n"
         "from train.reporting.run_log import RunLog\n"
@@ -284,7 +284,7 @@ def test_neither_tracker_is_imported_when_both_are_off(tmp_path: Path) -> None:
         ("online", "disabled", "key", None),
     ],
 )
-def test_the_environment_goes_before_the_config_and_online_needs_a_login(
+def test_environment_overrides_config_and_online_needs_login(
     mode: Any, environment: str | None, login: str | None, expected: str | None, asked: list[dict[str, Any]],
     run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -303,7 +303,7 @@ def test_the_environment_goes_before_the_config_and_online_needs_a_login(
     assert ("wandb login" in said(tmp_path)) == (mode == "online" and login is None)
 
 
-def test_wandb_gets_the_section_and_the_config(asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path) -> None:
+def test_wandb_gets_its_section_and_the_config(asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path) -> None:
     section = WandbConfig(project="zhu", entity="team", group="many", tags=("a", "b"), mode="offline")
     start(run_log, section, {"seed": 3})
     (arguments,) = asked
@@ -312,13 +312,13 @@ def test_wandb_gets_the_section_and_the_config(asked: list[dict[str, Any]], run_
     assert arguments["dir"] == str(tmp_path / "run")
 
 
-def test_a_resumed_run_goes_on_under_its_wandb_id(asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_wandb_id(asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path) -> None:
     (tmp_path / "run" / "wandb_id.txt").write_text("earlier\n")
     start(run_log, WandbConfig(project="zhu", mode="offline"))
     assert (asked[0]["id"], asked[0]["resume"]) == ("earlier", "allow")
 
 
-def test_under_a_sweep_the_agent_names_project_and_run(
+def test_sweep_agent_names_project_and_run(
     asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run" / "wandb_id.txt").write_text("earlier\n")
@@ -332,7 +332,7 @@ def test_under_a_sweep_the_agent_names_project_and_run(
 # What goes wrong
 
 
-def test_a_wandb_that_is_not_installed_is_said_and_the_run_goes_on(
+def test_missing_wandb_is_reported_and_the_run_continues(
     run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -341,7 +341,7 @@ def test_a_wandb_that_is_not_installed_is_said_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("failing", ["log", "finish"])
-def test_a_wandb_that_fails_later_is_reported_once_with_what_to_do(
+def test_late_wandb_failure_is_reported_once_with_advice(
     failing: str, asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(tmp_path, fail_at=failing))
@@ -355,13 +355,13 @@ def test_a_wandb_that_fails_later_is_reported_once_with_what_to_do(
     assert f"wandb sync --include-online {tmp_path / 'wandb' / 'run-fake'}" in said(tmp_path)
 
 
-def test_an_end_that_hangs_is_left_behind(
+def test_hanging_finish_is_abandoned(
     asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang = threading.Event()
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(tmp_path, hang=hang))
-    monkeypatch.setattr(wandb_tracker, "FINISH_S", 0.1)
-    monkeypatch.setattr(wandb_tracker, "GRACE_S", 0.1)
+    monkeypatch.setattr(wandb_tracker, "FINISH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(wandb_tracker, "FINISH_GRACE_S", 0.1)
     start(run_log)
     run_log.finish()
     hang.set()
@@ -369,7 +369,7 @@ def test_an_end_that_hangs_is_left_behind(
     assert "wandb sync --include-online" in said(tmp_path)
 
 
-def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_run(
+def test_hanging_wandb_is_dropped_for_the_rest_of_the_run(
     asked: list[dict[str, Any]], run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang = threading.Event()
@@ -377,7 +377,7 @@ def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_
     calls: list[int] = []
     monkeypatch.setattr(run, "log", lambda values, step: calls.append(step) or hang.wait())
     monkeypatch.setattr(wandb, "init", lambda **_: run)
-    monkeypatch.setattr(wandb_tracker, "LOG_S", 0.1)
+    monkeypatch.setattr(wandb_tracker, "LOG_TIMEOUT_S", 0.1)
     start(run_log)
     for epoch in range(3):
         run_log.log_epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
@@ -385,11 +385,11 @@ def test_a_wandb_that_takes_nothing_any_more_is_left_behind_for_the_rest_of_the_
     assert (calls, run.exit_codes) == ([0], [])
     hang.set()
     assert len(strict_lines(tmp_path / "run" / "metrics.jsonl")) == 3
-    assert said(tmp_path).count("W&B stops here, the run goes on (TimeoutError") == 1
+    assert said(tmp_path).count("W&B stops here, the run continues (TimeoutError") == 1
     assert "wandb sync --include-online" in said(tmp_path)
 
 
-def test_within_passes_on_what_a_function_raises() -> None:
+def test_call_with_timeout_raises_the_error_of_the_function() -> None:
     assert call_with_timeout(5, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         call_with_timeout(5, lambda: 1 // 0)
@@ -415,14 +415,14 @@ def server() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize(("case", "key"), [("refuses", "0" * 40), ("is silent", "0" * 40), ("refuses", "garbage")])
-def test_a_server_or_a_key_that_does_not_work_makes_the_run_offline(
+def test_broken_server_or_key_makes_the_run_offline(
     case: str, key: str, server: dict[str, str], capfd: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     without_login(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", server[case])
-    monkeypatch.setattr(wandb_tracker, "INIT_S", 2.0)
+    monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT_S", 2.0)
     (tmp_path / "run").mkdir()
     with RunLog(tmp_path / "run") as log:
         start(log)
@@ -439,7 +439,7 @@ def test_a_server_or_a_key_that_does_not_work_makes_the_run_offline(
 # Where the pictures come from
 
 
-def test_showing_samples_leaves_the_stream_as_it_was(npy_data: Path) -> None:
+def test_showing_samples_keeps_the_stream_position(npy_data: Path) -> None:
     data = DataConfig(path=str(npy_data), batch_size=64)
     shown: list[str] = []
     log = SimpleNamespace(has_trackers=True, log_figure=lambda key, draw, step: shown.append(key) or draw())
@@ -450,7 +450,7 @@ def test_showing_samples_leaves_the_stream_as_it_was(npy_data: Path) -> None:
         assert torch.equal(batch.images, expected.images)
 
 
-def test_samples_of_a_run_with_mixing_are_shown_mixed(npy_data: Path) -> None:
+def test_samples_are_shown_mixed_if_the_run_mixes(npy_data: Path) -> None:
     data, aug = DataConfig(path=str(npy_data), batch_size=64), AugConfig(mix=MixConfig(mixup=1.0, mode="pair"))
     drawn: list[Figure] = []
     log = SimpleNamespace(has_trackers=True, log_figure=lambda key, draw, step: drawn.append(draw()))
@@ -469,7 +469,7 @@ def test_samples_of_a_run_with_mixing_are_shown_mixed(npy_data: Path) -> None:
     assert np.abs(shown - expected).max() <= 0.5
 
 
-def test_a_look_at_the_predictions_agrees_with_the_evaluation(digits_run: Run) -> None:
+def test_collected_predictions_agree_with_the_evaluation(digits_run: Run) -> None:
     data = DataConfig(path=str(digits_run.data), batch_size=64)
     loader = build_eval_loader(data, device="cpu")
     with alone():
@@ -492,5 +492,5 @@ def counts_on(ranks: Ranks, path: str) -> list[int]:
     return [int(counts.sum()), len(shown.images), len(logits)]
 
 
-def test_all_ranks_look_together_and_each_sample_counts_once(digits_run: Run) -> None:
+def test_all_ranks_together_count_each_sample_once(digits_run: Run) -> None:
     assert on_ranks(2, counts_on, str(digits_run.data)) == [[360, GRID_IMAGES, GRID_IMAGES]] * 2
