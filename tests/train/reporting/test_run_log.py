@@ -11,7 +11,7 @@ from configs.schema import LogConfig, WandbConfig
 from configs.utils.errors import UserError
 from helpers.training import file_size_limit, strict_lines
 from train.reporting import figures
-from train.reporting.metrics_file import best_results, read_metrics
+from train.reporting.metrics_file import read_metrics
 from train.reporting.run_log import RunLog
 
 
@@ -121,21 +121,6 @@ def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     written.drop_epochs_from(5)
     written.log_epoch(metrics(1))
     assert strict_lines(path) == [metrics(0), metrics(1)]
-
-
-def test_endless_metrics_are_one_user_error(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
-    with pytest.raises(
-        UserError, match=r"metrics\.jsonl cannot be read \(it is not a regular file\); repair or remove it"
-    ):
-        read_metrics(tmp_path)
-
-
-def test_best_epoch_is_the_first_evaluated_of_equals() -> None:
-    lines = [metrics(0), metrics(1, val_top1=0.6, val_loss=1.2), metrics(2, val_top1=0.6), metrics(3, val_loss=None)]
-    lines += [metrics(4, val_top1=None, val_loss=0.5)]
-    assert best_results(lines) == {"best_val_top1": 0.6, "best_epoch": 1, "best_val_loss": 0.5}
-    assert best_results([metrics(0, val_top1=None, val_loss=None)]) == {}
 
 
 # curves.png

@@ -1,0 +1,29 @@
+"""A process group and a checkpoint for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from helpers.checkpoints import STATE, stepped_training
+from helpers.training import alone
+from train.checkpoint import store
+
+
+@pytest.fixture
+def group_unless_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    with nullcontext() if request.node.get_closest_marker("gpu") else alone():
+        yield
+
+
+@pytest.fixture(scope="session")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after one step; read only."""
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    with alone():
+        training = stepped_training()
+        store.save(path, training, training.sums, **STATE)
+    return path
