@@ -92,7 +92,7 @@ def arguments(data: Path, output: Path, *options: str, config: str = "digits_len
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.gpu_values) if kind == "tracked" else kind for kind in KINDS]
 )
-def test_a_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_path: Path, run: Any) -> None:
+def test_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_path: Path, run: Any) -> None:
     out = run(ddp.main, *arguments(digits, tmp_path, *KINDS[kind]))
     folder = tmp_path / "digits_lenet"
     assert {"last.pt", "best.pt", "curves.png", "config.yaml"} <= {path.name for path in folder.iterdir()}
@@ -101,12 +101,12 @@ def test_a_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_
 
 
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
-def test_a_short_run_decodes_jpeg(hw_decoder_load: float, jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
+def test_short_run_decodes_jpeg(hw_decoder_load: float, jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
     options = (f"data.hw_decoder_load={hw_decoder_load}", "aug.crop=random-resized", *PLAIN)
     run(ddp.main, *arguments(jpeg_digits, tmp_path, *options))
 
 
-def test_a_run_resumes_and_its_checkpoint_is_used(
+def test_run_resumes_and_checkpoint_is_usable(
     digits: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = arguments(digits, tmp_path, *PLAIN)
@@ -126,7 +126,7 @@ def test_a_run_resumes_and_its_checkpoint_is_used(
     assert (tmp_path / "export" / "model.onnx").is_file()
 
 
-def test_a_summary_and_a_range_test(digits: Path, tmp_path: Path, run: Any) -> None:
+def test_summary_and_range_test(digits: Path, tmp_path: Path, run: Any) -> None:
     run(summary.main, "lenet", "alexnet", "resnet18", "--batch-size", 16, "--out", tmp_path / "summary")
     assert (tmp_path / "summary" / "summary.png").is_file()
     command = ("--cfg", CONFIGS / "digits_lenet.yaml", "--data-path", digits, "--out", tmp_path / "lr")
@@ -135,7 +135,7 @@ def test_a_summary_and_a_range_test(digits: Path, tmp_path: Path, run: Any) -> N
 
 
 @pytest.mark.parametrize("percent", [94, 95, 96])
-def test_a_short_speedrun(percent: int, digits: Path, tmp_path: Path, run: Any) -> None:
+def test_short_speedrun(percent: int, digits: Path, tmp_path: Path, run: Any) -> None:
     config = CONFIGS / f"cifar10_speedrun_{percent}.yaml"
     options = ("train.epochs=2", "data.batch_size=256", "train.warmup_epochs=0", "train.whiten_bias_epochs=1", *PLAIN)
     result = tmp_path / "result.json"
@@ -144,7 +144,7 @@ def test_a_short_speedrun(percent: int, digits: Path, tmp_path: Path, run: Any) 
     run(ddp.main, *arguments(digits, tmp_path, *options, config=f"cifar10_speedrun_{percent}"))
 
 
-def test_the_clock_of_a_speedrun_begins_after_the_first_eigendecomposition(
+def test_speedrun_timer_starts_after_first_eigendecomposition(
     digits: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decomposed: list[bool] = []
@@ -175,7 +175,7 @@ def script(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchrun_trains_a_compiled_and_captured_step_without_warnings(digits: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_captured_step_without_warnings(digits: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "tests/helpers/driver.py")
     compiled = ("train.cuda_graph=on", "train.compile=default")
     done = script(sys.executable, *launcher, "train/ddp.py", *arguments(digits, tmp_path, *compiled))
@@ -185,7 +185,7 @@ def test_torchrun_trains_a_compiled_and_captured_step_without_warnings(digits: P
 
 
 @pytest.mark.parametrize("stage", ["loader", "train", "ramp"])
-def test_a_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
+def test_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
     command: list[object] = [sys.executable, "tools/benchmark.py", stage, "--cfg", "configs/digits_lenet.yaml"]
     command += ["--data-path", digits, "--seconds", 0.01, "--rounds", 1, "--opts", *PLAIN]
     command += ["--max-batch", 64, "--out", tmp_path] if stage == "ramp" else ["--json", tmp_path / "result.json"]
@@ -196,7 +196,7 @@ def test_a_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("aug", [{"crop": "none"}, {"crop": "pad"}, {"crop": "random-resized", "flip": 0.5}], ids=str)
 @pytest.mark.parametrize("placement", ["host", "device"])
-def test_buffers_are_reused_only_when_their_copies_are_done(placement: Any, aug: Any, digits: Path) -> None:
+def test_buffers_are_reused_only_after_their_copies(placement: Any, aug: Any, digits: Path) -> None:
     """Loops are left and resumed without waiting for the GPU, while the stand-in driver watches pinned memory.
 
     On a GPU, what is overwritten too early shows in the tests of test_graph.py that compare batches.

@@ -74,7 +74,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert all(torch.equal(values, theirs[name]) for name, values in model(folder).items())
 
 
-def test_stop_ends_the_run_with_the_first_bad_sample_by_name(damaged: Path, tmp_path: Path, call: Call) -> None:
+def test_stop_ends_run_naming_first_bad_sample(damaged: Path, tmp_path: Path, call: Call) -> None:
     code, _, err = call(*arguments(damaged, tmp_path))
     split = open_split(damaged, "train")
     assert code == 2
@@ -85,9 +85,7 @@ def test_stop_ends_the_run_with_the_first_bad_sample_by_name(damaged: Path, tmp_
     assert "Traceback" not in err
 
 
-def test_skip_completes_and_reports_each_sample_and_their_number_after_every_epoch(
-    unbroken: Path, damaged: Path
-) -> None:
+def test_skip_completes_and_reports_bad_samples_per_epoch(unbroken: Path, damaged: Path) -> None:
     log = (unbroken / "log.txt").read_text()
     reports = re.findall(r"bad samples so far: (\d+) of at most 16, .*: ([\d, ]+)\)", log)
     assert len(reports) == EPOCHS
@@ -106,13 +104,13 @@ def test_threads_and_prefetch_change_no_result(
     assert_same_run(tmp_path / "digits_lenet", unbroken)
 
 
-def test_a_run_with_more_bad_samples_than_its_budget_ends(damaged: Path, tmp_path: Path, call: Call) -> None:
+def test_run_exceeding_its_budget_ends(damaged: Path, tmp_path: Path, call: Call) -> None:
     code, _, err = call(*arguments(damaged, tmp_path, SKIP, "data.max_bad_samples=3"))
     assert code == 2
     assert "error: 4 samples of split 'train' cannot be decoded, more than data.max_bad_samples=3" in err
 
 
-def test_a_bad_validation_sample_ends_also_a_run_that_skips(damaged: Path, tmp_path: Path, call: Call) -> None:
+def test_bad_validation_sample_ends_run_despite_skip(damaged: Path, tmp_path: Path, call: Call) -> None:
     swapped = ["data.train_split=val", "data.val_split=train"]
     code, _, err = call(*arguments(damaged, tmp_path, SKIP, *swapped))
     assert code == 2
@@ -147,7 +145,7 @@ def changed(path: Path) -> Any:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def test_a_run_that_was_killed_finds_the_same_samples_again(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_killed_run_finds_same_bad_samples_again(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
     killed_and_resumed(damaged, unbroken, tmp_path, kills=1)
 
 
@@ -157,7 +155,7 @@ def test_many_kills_lose_no_substitute(damaged: Path, unbroken: Path, tmp_path: 
 
 
 @pytest.mark.campaign
-def test_two_ranks_train_on_the_same_samples(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_on_same_samples(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
     """Losses, since sums over ranks round in another order; that the pixels are the same is a test of the loader."""
     result = run_script(*arguments(damaged, tmp_path, SKIP, "data.batch_size=8"), processes=2)
     assert result.returncode == 0, result.stderr

@@ -33,7 +33,7 @@ def sizes_of(config: Config) -> list[int]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_parts_of_a_shipped_config_fit_together(path: Path) -> None:
+def test_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     config = load_config(path)
     train, sizes = config.train, sizes_of(config)
     check_proxy(train, 1, mixing_enabled(config.aug.mix))
@@ -55,7 +55,7 @@ def test_the_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     assert max(rates) == pytest.approx(train.lr, rel=0.05)
 
 
-def test_a_training_has_what_its_config_asks_for_and_rates_of_its_global_batch() -> None:
+def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     options = ["train.ema.decay=0.9", "train.lookahead.every_steps=2", "train.proxy.model=lenet", "aug.mix.mixup=0",
                "model.freeze=[conv1.*]", "train.lr_batch_size=32"]  # fmt: skip
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)

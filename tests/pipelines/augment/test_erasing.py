@@ -36,7 +36,7 @@ def boxes(samples: Any = None, size: int = 64, probability: float = 1.0, scale: 
         (64, (0.1, 0.1), (0.5, 0.5)),
     ],
 )
-def test_boxes_are_distributed_as_torchvisions(size: int, scale: Any, ratio: Any) -> None:
+def test_erase_boxes_match_torchvision_distribution(size: int, scale: Any, ratio: Any) -> None:
     torch.manual_seed(0)
     transform, image = RandomErasing(1.0, scale, ratio), torch.zeros(3, size, size)
     drawn = [transform.make_params([image]) for _ in range(MANY)]
@@ -60,7 +60,7 @@ def test_boxes_are_distributed_as_torchvisions(size: int, scale: Any, ratio: Any
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
-def test_a_share_of_the_samples_is_erased_whatever_their_boxes(probability: float) -> None:
+def test_erase_probability_is_independent_of_boxes(probability: float) -> None:
     drawn = boxes(probability=probability)
     erased = drawn.any(axis=1)
     np.testing.assert_array_equal(drawn[erased], boxes()[erased])
@@ -74,7 +74,7 @@ ratios = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(lambda pair: (m
 
 
 @given(size=st.integers(1, 300), scale=shares, ratio=ratios, seed=st.integers(0, 2**63 - 1))
-def test_boxes_are_smaller_than_the_image_and_lie_in_it(size: int, scale: Any, ratio: Any, seed: int) -> None:
+def test_erase_boxes_are_smaller_than_and_inside_image(size: int, scale: Any, ratio: Any, seed: int) -> None:
     drawn = boxes(np.arange(20), size, 1.0, scale, ratio, seed)
     top, left, height, width = drawn.T
     assert drawn.dtype == np.int32
@@ -85,7 +85,7 @@ def test_boxes_are_smaller_than_the_image_and_lie_in_it(size: int, scale: Any, r
     assert (np.maximum(top + height, left + width) <= size).all()
 
 
-def test_colors_are_distributed_as_the_data_set_is() -> None:
+def test_erase_colors_match_data_set_distribution() -> None:
     torch.manual_seed(0)
     theirs = (torch.tensor(MEAN) + torch.tensor(STD) * torch.randn(MANY, 3)).mul(255).round().clamp(0, 255).numpy()
     ours = erase_colors(np.arange(MANY), 3, 1, MEAN, STD)
@@ -96,12 +96,12 @@ def test_colors_are_distributed_as_the_data_set_is() -> None:
     assert np.abs(correlation).max() < 5 / np.sqrt(MANY)
 
 
-def test_colors_are_rounded_to_the_nearest_grey_level() -> None:
+def test_erase_colors_round_to_nearest_grey_level() -> None:
     colors = erase_colors(np.arange(3), 3, 1, (100.7 / 255, 3.2 / 255, 1.0), (0.0, 0.0, 0.0))
     assert colors.tolist() == [[101, 3, 255]] * 3
 
 
-def test_boxes_and_colors_of_a_sample_do_not_depend_on_the_batch() -> None:
+def test_erase_draws_are_independent_of_batch() -> None:
     samples = np.random.default_rng(0).permutation(1_500_000)[:64]
     for part in ([17], [63, 0, 5], np.arange(64)[::-1]):
         np.testing.assert_array_equal(boxes(samples, probability=0.5)[part], boxes(samples[part], probability=0.5))
@@ -110,7 +110,7 @@ def test_boxes_and_colors_of_a_sample_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 2), (4, 1)])
-def test_boxes_and_colors_of_another_epoch_and_seed_are_unrelated(seed: int, epoch: int) -> None:
+def test_erase_draws_differ_between_epochs_and_seeds(seed: int, epoch: int) -> None:
     samples = np.arange(MANY)
     first, other = (
         np.concatenate([boxes(seed=key[0], epoch=key[1]), erase_colors(samples, *key, MEAN, STD)], axis=1)

@@ -34,7 +34,7 @@ def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
     ]
 
 
-def test_geometry_of_a_sample_does_not_depend_on_the_rest_of_the_batch() -> None:
+def test_geometry_draws_are_independent_of_batch() -> None:
     samples = np.random.default_rng(0).permutation(1_500_000)[:64]
     whole = all_draws(samples, seed=9, epoch=4)
     for i in (0, 17, 63):
@@ -46,9 +46,7 @@ def test_geometry_of_a_sample_does_not_depend_on_the_rest_of_the_batch() -> None
 
 @pytest.mark.parametrize(("height", "width"), [(100, 150), (500, 375), (32, 32)])
 @pytest.mark.parametrize("scale", [SCALE, (0.35, 1.0)])
-def test_crop_boxes_are_distributed_as_torchvision_draws_them(
-    height: int, width: int, scale: tuple[float, float]
-) -> None:
+def test_crop_boxes_match_torchvision_distribution(height: int, width: int, scale: tuple[float, float]) -> None:
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(RATIO)) for _ in range(MANY)])
@@ -67,14 +65,14 @@ def test_crop_boxes_are_distributed_as_torchvision_draws_them(
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (10, 11), (30, 30), (1, 400), (7, 1)])
-def test_images_that_no_box_fits_get_torchvisions_central_crop(height: int, width: int) -> None:
+def test_crop_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
     # a share of the area above 1 fits no attempt, so that both sides fall back
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 1.5], list(RATIO))
     boxes = crops(np.arange(5), height, width, scale=(1.5, 1.5))
     np.testing.assert_array_equal(boxes, np.broadcast_to(theirs, (5, 4)))
 
 
-def test_fallback_and_drawn_boxes_mix_in_one_batch() -> None:
+def test_fallback_and_drawn_crops_share_a_batch() -> None:
     samples, heights, widths = np.arange(3), np.array([50, 4, 50]), np.array([50, 400, 50])
     boxes = geometry.random_resized_crops(samples, 0, 0, heights, widths, (0.5, 0.5), (1.0, 1.0))
     assert boxes[:, 2:].tolist() == [[35, 35], [4, 4], [35, 35]]
@@ -87,7 +85,7 @@ ratios = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(lambda pair: (m
 
 
 @given(height=sides, width=sides, scale=shares, ratio=ratios, seed=st.integers(0, 2**63 - 1))
-def test_crop_boxes_are_not_empty_and_lie_in_the_image(
+def test_crop_boxes_are_nonempty_and_inside_image(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], seed: int
 ) -> None:
     boxes = crops(np.arange(20), height, width, scale, ratio, seed)
@@ -100,21 +98,21 @@ def test_crop_boxes_are_not_empty_and_lie_in_the_image(
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
-def test_flips_happen_with_their_probability(probability: float) -> None:
+def test_flips_occur_with_their_probability(probability: float) -> None:
     flips = geometry.flips(np.arange(MANY), 2, 0, probability)
     assert set(flips.tolist()) <= {0, 1}
     assert abs(flips.mean() - probability) <= 4 * np.sqrt(probability * (1 - probability) / MANY)
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.5])
-def test_flips_are_as_frequent_as_torchvisions(probability: float) -> None:
+def test_flip_frequency_matches_torchvision(probability: float) -> None:
     torch.manual_seed(0)
     transform, image = v2.RandomHorizontalFlip(probability), torch.tensor([[[0.0, 1.0]]])
     theirs = [int(transform(image)[0, 0, 0]) for _ in range(MANY)]
     assert p_of_counts(geometry.flips(np.arange(MANY), 2, 0, probability).tolist(), theirs) > LEAST
 
 
-def test_alternating_flips_are_drawn_once_and_turn_over_in_every_epoch() -> None:
+def test_alternating_flips_invert_every_epoch() -> None:
     samples = np.arange(MANY)
     first, second, third = (geometry.alternating_flips(samples, 2, epoch, 0.5) for epoch in range(3))
     np.testing.assert_array_equal(first, geometry.flips(samples, 2, 0, 0.5))
@@ -125,7 +123,7 @@ def test_alternating_flips_are_drawn_once_and_turn_over_in_every_epoch() -> None
 
 
 @pytest.mark.parametrize("cutout", [1, 12, 32])
-def test_cutout_squares_lie_in_the_image_and_every_place_is_equally_likely(cutout: int) -> None:
+def test_cutout_squares_are_uniform_inside_image(cutout: int) -> None:
     corners = geometry.cutout_corners(np.arange(MANY), 2, 0, 32, cutout)
     places = 32 - cutout + 1
     assert corners.dtype == np.int32
@@ -137,7 +135,7 @@ def test_cutout_squares_lie_in_the_image_and_every_place_is_equally_likely(cutou
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4])
-def test_pad_offsets_are_uniform(padding: int) -> None:
+def test_pad_crop_offsets_are_uniform(padding: int) -> None:
     offsets = geometry.pad_crop_offsets(np.arange(MANY), 2, 0, padding)
     side = 2 * padding + 1
     cells = (offsets[:, 0] + padding) * side + offsets[:, 1] + padding
@@ -147,7 +145,7 @@ def test_pad_offsets_are_uniform(padding: int) -> None:
     assert padding == 0 or stats.chisquare(counts).pvalue > 0.01
 
 
-def test_pad_offsets_are_distributed_as_torchvisions() -> None:
+def test_pad_crop_offsets_match_torchvision_distribution() -> None:
     torch.manual_seed(0)
     transform, image = v2.RandomCrop(32, padding=4), torch.zeros(3, 32, 32)
     drawn = [transform.make_params([image]) for _ in range(MANY)]

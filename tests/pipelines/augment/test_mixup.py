@@ -67,7 +67,7 @@ def mixed(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
-def test_mixups_share_is_drawn_from_the_beta_distribution(alpha: float) -> None:
+def test_mixup_share_follows_beta_distribution(alpha: float) -> None:
     table = many_mixes(mixup=alpha)
     numpys = np.random.default_rng(0).beta(alpha, alpha, MANY).astype(np.float32)
     assert stats.ks_2samp(table[:, 0], numpys).pvalue > 0.01
@@ -75,7 +75,7 @@ def test_mixups_share_is_drawn_from_the_beta_distribution(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
-def test_cutmix_boxes_have_timms_areas_and_places_and_leave_exactly_the_share(alpha: float) -> None:
+def test_cutmix_boxes_match_timm_and_leave_exact_share(alpha: float) -> None:
     table = many_mixes(cutmix=alpha).astype(np.float64)
     state = np.random.get_state()
     np.random.seed(0)
@@ -102,9 +102,7 @@ def test_cutmix_boxes_have_timms_areas_and_places_and_leave_exactly_the_share(al
     ],
     ids=["both", "mixup", "cutmix", "never switched", "always switched"],
 )
-def test_nothing_mixup_and_cutmix_come_with_their_probabilities(
-    settings: dict[str, Any], expected: Sequence[float]
-) -> None:
+def test_mixing_kinds_occur_with_their_probabilities(settings: dict[str, Any], expected: Sequence[float]) -> None:
     table = many_mixes(**settings)
     cut = table[:, 2] > table[:, 1]
     counts = np.array([(table[:, 0] == 1).sum(), ((table[:, 0] < 1) & ~cut).sum(), cut.sum()])
@@ -114,7 +112,7 @@ def test_nothing_mixup_and_cutmix_come_with_their_probabilities(
         assert stats.chisquare(counts[possible], MANY * np.array(expected)[possible]).pvalue > 0.01
 
 
-def test_draws_of_other_seeds_and_epochs_are_others() -> None:
+def test_mix_draws_differ_between_seeds_and_epochs() -> None:
     mix = MixConfig(mixup=1.0)
     first = draw_mixes(mix, np.arange(MANY), 0, 0, SIZE)[:, 0]
     for seed, epoch in ((1, 0), (0, 1)):
@@ -149,7 +147,7 @@ class OurDraws:
 
 
 @MODES
-def test_batches_are_timms_for_the_same_draws(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_batches_match_timm_for_same_draws(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mix = MixConfig(**BOTH, probability=0.8, mode=mode)
     samples, kinds = 16, set()
     order = [*range(0, samples, 2), *range(samples - 1, 0, -2)]  # timm's pairs become ours
@@ -177,7 +175,7 @@ def test_batches_are_timms_for_the_same_draws(mode: str, monkeypatch: pytest.Mon
 # On the device
 
 
-def test_a_share_of_one_leaves_pixels_as_they_are_and_strides_stay_channels_last() -> None:
+def test_share_of_one_keeps_pixels_and_channels_last() -> None:
     batch = random_batch(8)
     same = mix_images(batch.images, identity_mix(batch).mix)
     assert torch.equal(same, batch.images.float())
@@ -187,7 +185,7 @@ def test_a_share_of_one_leaves_pixels_as_they_are_and_strides_stay_channels_last
         assert images.dtype == torch.float32
 
 
-def test_a_box_shows_the_neighbours_pixels_and_all_else_the_samples_own() -> None:
+def test_cutmix_box_shows_neighbour_pixels_only_inside() -> None:
     batch = random_batch(4)
     table = torch.tensor([[0.5, 0, 32, 0, 16], [1, 0, 0, 0, 0], [1 - 6 / 1024, 30, 32, 29, 32], [0, 0, 32, 0, 32]])
     images = mix_images(batch.images, table)
@@ -198,7 +196,7 @@ def test_a_box_shows_the_neighbours_pixels_and_all_else_the_samples_own() -> Non
     assert torch.equal(images, expected)
 
 
-def test_what_is_shown_is_the_mixed_image_rounded_with_both_names() -> None:
+def test_rendered_batch_is_rounded_mix_with_both_names() -> None:
     images, labels = random_batch(4)
     labels[:] = torch.tensor([0, 1, 1, 0])
     table = torch.tensor([[0.7, 0, 0, 0, 0], [0.7, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1 / 3, 0, 32, 0, 16]])
@@ -233,7 +231,7 @@ def batches_of(data: Path, mix: MixConfig, updates: int, pieces: int = 1, world_
 
 
 @MODES
-def test_a_global_batch_is_mixed_the_same_however_it_is_cut(mode: str, npy_data: Path) -> None:
+def test_mixing_is_independent_of_batch_split(mode: str, npy_data: Path) -> None:
     mix = MixConfig(**BOTH, mode=mode)
     whole = batches_of(npy_data, mix, updates=3)
     for cut in ({"world_size": 2}, {"pieces": 2}, {"pieces": 2, "world_size": 2}):
@@ -245,7 +243,7 @@ def test_a_global_batch_is_mixed_the_same_however_it_is_cut(mode: str, npy_data:
 
 
 @MODES
-def test_an_epoch_that_goes_on_in_its_middle_is_mixed_as_the_unbroken_one(mode: str, npy_data: Path) -> None:
+def test_resumed_epoch_is_mixed_like_unbroken_one(mode: str, npy_data: Path) -> None:
     mix = MixConfig(**BOTH, mode=mode, off_epoch=2)
     loader = loader_of(npy_data, mix, 100)
     epochs = [[mixed(batch) for batch in loader] for _ in range(3)]
@@ -262,15 +260,13 @@ def test_an_epoch_that_goes_on_in_its_middle_is_mixed_as_the_unbroken_one(mode: 
 @pytest.mark.parametrize(
     "settings", [{}, {"mixup": 1.0, "probability": 0.0}, {"cutmix": 1.0, "off_epoch": 0}, {"mode": "pair"}]
 )
-def test_where_nothing_is_ever_mixed_batches_are_plain_and_of_any_size(
-    settings: dict[str, Any], npy_data: Path
-) -> None:
+def test_batches_without_mixing_are_plain_with_any_size(settings: dict[str, Any], npy_data: Path) -> None:
     mix = MixConfig(**settings)
     assert not mixing_enabled(mix)
     assert type(next(iter(loader_of(npy_data, mix, batch_size=15)))) is Batch
 
 
-def test_an_odd_batch_is_refused_in_one_sentence(npy_data: Path) -> None:
+def test_odd_batch_with_mixing_is_a_user_error(npy_data: Path) -> None:
     with pytest.raises(UserError, match=r"a batch of 15 samples .* cannot be mixed, since aug\.mix .*; use an even"):
         loader_of(npy_data, MixConfig(mixup=0.2), batch_size=15)
     staged = DataConfig(path="x", batch_size=16, stages=(StageConfig(epoch=0), StageConfig(epoch=1, batch_size=9)))
@@ -294,7 +290,7 @@ def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[to
     return seen
 
 
-def test_gradients_of_mixed_batches_do_not_depend_on_ranks_and_forward_passes(npy_data: Path) -> None:
+def test_mixed_gradients_are_independent_of_ranks_and_accumulation(npy_data: Path) -> None:
     with alone():
         expected = gradients(Ranks(), npy_data, 1)
         cut = gradients(Ranks(), npy_data, 4)
@@ -331,7 +327,7 @@ STAGED = ("train.accumulation_steps=2", "data.stages=[{epoch: 1, image_size: 35,
 
 
 @pytest.mark.parametrize(("options", "epoch"), [((), 0), (STAGED, 1)], ids=["plain", "in a stage with accumulation"])
-def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_same_weights(
+def test_resumed_mixing_run_reaches_identical_weights(
     options: tuple[str, ...], epoch: int, run: Callable[..., Path]
 ) -> None:
     unbroken = run("unbroken", *options)
@@ -344,7 +340,7 @@ def test_a_run_with_mixing_that_stops_within_an_epoch_goes_on_to_bitwise_the_sam
         run("broken", "train.loss=cross-entropy", "train.bce_threshold=null", "aug.mix.mode=pair", "--resume", "auto")
 
 
-def test_an_odd_batch_with_mixing_is_refused_before_anything_is_built(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_odd_batch_is_rejected_before_training(run: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a batch of 63 samples"):
         run("odd", "data.batch_size=63")
     assert not (tmp_path / "odd").exists()

@@ -57,7 +57,7 @@ def facts(**aug: Any) -> Programs:
         *((f"autoaugment-{policy.value}", v2.AutoAugment(policy)) for policy in v2.AutoAugmentPolicy),
     ],
 )
-def test_whole_programs_are_as_frequent_as_torchvisions(
+def test_program_frequencies_match_torchvision(
     auto: Any, transform: v2.Transform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -74,9 +74,7 @@ def test_whole_programs_are_as_frequent_as_torchvisions(
     ("jitter", "probability"),
     [(JITTER, 1.0), ({**JITTER, "hue": 0.0}, 0.5), ({"hue": 0.5}, 1.0), ({"contrast": 1.0, "saturation": 1.0}, 0.2)],
 )
-def test_factors_and_orders_of_color_jitter_are_distributed_as_torchvisions(
-    jitter: dict[str, float], probability: float
-) -> None:
+def test_jitter_factors_and_orders_match_torchvision_distribution(jitter: dict[str, float], probability: float) -> None:
     torch.manual_seed(0)
     transform = v2.ColorJitter(**jitter)
     theirs = [transform.make_params([IMAGE]) for _ in range(MANY)]
@@ -91,7 +89,7 @@ def test_factors_and_orders_of_color_jitter_are_distributed_as_torchvisions(
         assert p_of_numbers(values[ops == op], [drawn[f"{names[i]}_factor"] for drawn in theirs]) > LEAST, op
 
 
-def test_factors_of_color_jitter_depend_neither_on_each_other_nor_on_the_order() -> None:
+def test_jitter_factors_and_order_are_independent() -> None:
     ops, values = programs(color_jitter=JITTER)
     slots = np.argsort(ops, axis=1)  # where each operation stands
     table = np.concatenate([np.take_along_axis(values, slots, axis=1), slots[:, :3]], axis=1)
@@ -109,14 +107,14 @@ def test_factors_of_color_jitter_depend_neither_on_each_other_nor_on_the_order()
         ({"auto": "rand-n1-p0.3"}, 0.3),
     ],
 )
-def test_an_augmentation_is_applied_with_its_probability_or_not_at_all(aug: dict[str, Any], share: float) -> None:
+def test_augmentation_is_applied_with_its_probability(aug: dict[str, Any], share: float) -> None:
     ops, _ = programs(**aug)
     applied = ops[:, 0] != Op.IDENTITY
     assert ((ops != Op.IDENTITY) == applied[:, None]).all()
     assert stats.binomtest(int(applied.sum()), MANY, share).pvalue > LEAST
 
 
-def test_sigmas_of_blur_are_distributed_as_torchvisions() -> None:
+def test_blur_sigmas_match_torchvision_distribution() -> None:
     torch.manual_seed(0)
     transform = v2.GaussianBlur(7, (0.3, 1.7))
     theirs = [transform.make_params([IMAGE])["sigma"][0] for _ in range(MANY)]
@@ -125,7 +123,7 @@ def test_sigmas_of_blur_are_distributed_as_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("aug", SETTINGS, ids=lambda aug: str(aug["auto"]))
-def test_every_slot_holds_what_it_may_hold_all_of_it_and_nothing_else(aug: dict[str, Any]) -> None:
+def test_slots_draw_exactly_their_operations(aug: dict[str, Any]) -> None:
     ops, values = programs(**aug)
     slots = facts(**aug).slots
     assert (ops.dtype, values.dtype, ops.shape, values.shape) == ("int32", "float32", *2 * ((MANY, len(slots)),))
@@ -135,7 +133,7 @@ def test_every_slot_holds_what_it_may_hold_all_of_it_and_nothing_else(aug: dict[
 
 
 @pytest.mark.parametrize("aug", SETTINGS, ids=lambda aug: str(aug["auto"]))
-def test_values_lie_where_operations_can_take_them(aug: dict[str, Any]) -> None:
+def test_values_are_in_range_of_operations(aug: dict[str, Any]) -> None:
     ops, values = programs(**aug)
     limits = {Op.POSTERIZE: (0, 8), Op.SOLARIZE: (0, 256), Op.SOLARIZE_ADD: (0, 128), Op.HUE: (-0.5, 0.5)}
     for op, (low, high) in limits.items():
@@ -150,7 +148,7 @@ def test_values_lie_where_operations_can_take_them(aug: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("aug", SETTINGS, ids=lambda aug: str(aug["auto"]))
-def test_the_program_of_a_sample_does_not_depend_on_the_batch(aug: dict[str, Any]) -> None:
+def test_programs_are_independent_of_batch(aug: dict[str, Any]) -> None:
     samples = np.random.default_rng(0).permutation(1_500_000)[:64]
     whole = programs(samples, **aug)
     for part in ([17], [63, 0, 5], np.arange(64)[::-1]):
@@ -159,7 +157,7 @@ def test_the_program_of_a_sample_does_not_depend_on_the_batch(aug: dict[str, Any
 
 
 @pytest.mark.parametrize("aug", SETTINGS, ids=lambda aug: str(aug["auto"]))
-def test_programs_of_another_epoch_and_seed_are_unrelated(aug: dict[str, Any]) -> None:
+def test_programs_differ_between_epochs_and_seeds(aug: dict[str, Any]) -> None:
     first = np.concatenate(programs(**aug), axis=1)
     varies = first.std(axis=0) > 0  # grayscale has no value
     for key in ({"epoch": 2}, {"seed": 4}):
@@ -168,7 +166,7 @@ def test_programs_of_another_epoch_and_seed_are_unrelated(aug: dict[str, Any]) -
         assert np.abs(related[: varies.sum(), varies.sum() :]).max() < 5 / np.sqrt(MANY)
 
 
-def test_augmentations_are_drawn_apart() -> None:
+def test_augmentations_are_drawn_independently() -> None:
     ops, values = programs(**EVERYTHING)
     auto, jitter, grayscale, blur = ops[:, :2], ops[:, 2:6], ops[:, 6:7], ops[:, 7:8]
     of = [
@@ -184,7 +182,7 @@ def test_augmentations_are_drawn_apart() -> None:
 
 
 @pytest.mark.parametrize("off", list(EVERYTHING))
-def test_turning_an_augmentation_off_leaves_the_draws_of_the_others(off: str) -> None:
+def test_disabling_an_augmentation_keeps_other_draws(off: str) -> None:
     slots = {"auto": 2, "color_jitter": 4, "grayscale": 1, "blur": 1}
     stays = np.repeat([name != off for name in EVERYTHING], [slots[name] for name in EVERYTHING])
     fewer = programs(**{name: value for name, value in EVERYTHING.items() if name != off})
@@ -193,14 +191,14 @@ def test_turning_an_augmentation_off_leaves_the_draws_of_the_others(off: str) ->
 
 
 @pytest.mark.parametrize("off", list(JITTER))
-def test_turning_a_jitter_off_leaves_the_factors_and_the_order_of_the_others(off: str) -> None:
+def test_disabling_a_jitter_keeps_other_factors_and_order(off: str) -> None:
     with_all = compressed(*programs(np.arange(200), color_jitter=JITTER))
     without = compressed(*programs(np.arange(200), color_jitter={**JITTER, off: 0.0}))
     assert without == [tuple(pair for pair in program if pair[0] != JITTER_OPS[off]) for program in with_all]
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-t3aw", "randaugment"])
-def test_another_layer_leaves_the_draws_of_those_before_it(policy: str) -> None:
+def test_additional_layer_keeps_draws_of_earlier_layers(policy: str) -> None:
     more: Any = {"policy": policy, "num_ops": 3} if policy == "randaugment" else f"{policy}-n3"
     for two, three in zip(programs(auto=policy), programs(auto=more), strict=True):
         np.testing.assert_array_equal(two, three[:, :2])
@@ -209,7 +207,7 @@ def test_another_layer_leaves_the_draws_of_those_before_it(policy: str) -> None:
 @pytest.mark.parametrize(
     "aug", [{}, {"color_jitter": {**JITTER, "probability": 0.0}}, {"blur": {"probability": 0.0}}, {"auto": "none"}]
 )
-def test_without_augmentation_there_are_no_programs(aug: dict[str, Any]) -> None:
+def test_no_programs_without_augmentation(aug: dict[str, Any]) -> None:
     assert build_programs(AugConfig(**aug), MEAN) is None
     assert [array.shape for array in programs(**aug)] == [(MANY, 0)] * 2
 
@@ -227,7 +225,7 @@ GREYS = (124, 116, 104)  # MEAN
         ({"policy": "rand-m9", "interpolation": "nearest", "fill": "black"}, False, (0, 0, 0)),
     ],
 )
-def test_fill_and_interpolation_are_the_policys_unless_set(
+def test_fill_and_interpolation_default_to_policy(
     auto: dict[str, Any], bilinear: bool, fill: tuple[int, int, int]
 ) -> None:
     found = facts(auto=auto)
@@ -243,5 +241,5 @@ def test_fill_and_interpolation_are_the_policys_unless_set(
         ({"auto": "rand-t3aw"}, 6),
     ],
 )
-def test_the_radius_is_that_of_the_largest_blur(aug: dict[str, Any], radius: int) -> None:
+def test_radius_is_that_of_largest_blur(aug: dict[str, Any], radius: int) -> None:
     assert facts(**aug).radius == radius

@@ -68,7 +68,7 @@ def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
 @given(st.integers(0, 1000), st.integers(0, STEPS - 1))
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 @pytest.mark.parametrize("name", AUGS)
-def test_dalis_graph_and_the_cpus_own_give_the_same_batches(
+def test_dali_and_cpu_graph_give_same_batches(
     name: str, encoding: str, folders: dict[str, Path], epoch: int, step: int
 ) -> None:
     batches = []

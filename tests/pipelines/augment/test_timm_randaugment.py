@@ -25,7 +25,7 @@ def in_whole_pixels(op: Op, value: float) -> tuple[Op, float]:
 
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("spaces", ["", "-inc1", "-tweights", "-t3a", "-t3aw"])
-def test_values_are_what_timm_hands_to_pil(spaces: str, negative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_match_timms_calls_of_pil(spaces: str, negative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = f"rand-p1-mmax30{spaces}"
     run, (_, space) = record_timm(monkeypatch), parse(policy)
     transform = rand_augment_transform(policy)
@@ -55,7 +55,7 @@ def test_values_are_what_timm_hands_to_pil(spaces: str, negative: bool, monkeypa
         "rand-m4-mstd1-t3aw-p1",
     ],
 )
-def test_operations_and_values_are_distributed_as_timms(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_and_values_match_timm_distribution(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
     np.random.seed(0)  # timm chooses with NumPy's global generator
     run, transform = record_timm(monkeypatch), rand_augment_transform(policy)
@@ -71,13 +71,13 @@ def values_of(op: Op, side: list[Any]) -> list[float]:
     return [in_whole_pixels(op, value)[1] for program in side for other, value in program if other == op]
 
 
-def test_magnitudes_of_the_layers_are_drawn_apart() -> None:
+def test_layer_magnitudes_are_independent() -> None:
     ops, values = draw_programs(AugConfig(auto="rand-m5-mstd2-n2-t3a-p1"), np.arange(4 * MANY), 3, 1, SIZE)
     twice = values[(ops == Op.BLUR).all(axis=1)]
     assert len(twice) > MANY / 4
     assert abs(np.corrcoef(twice, rowvar=False)[0, 1]) < 5 / np.sqrt(len(twice))
 
 
-def test_weighted_choices_never_meet_one_formula_twice() -> None:
+def test_weighted_choices_are_without_replacement() -> None:
     ops, _ = draw_programs(AugConfig(auto="rand-n8-tweights-p1"), np.arange(MANY), 3, 1, SIZE)
     assert all(len(set(row)) == 8 for row in ops.tolist())

@@ -17,9 +17,7 @@ from pipelines.augment.torchvision_tables import SPACE, sub_policies, value_tabl
 
 @pytest.mark.parametrize(("bins", "size"), [(2, 1), (10, 32), (10, 331), (15, 224), (31, 96), (31, 32), (37, 662)])
 @pytest.mark.parametrize("theirs", [RandAugment, AutoAugment, TrivialAugmentWide])
-def test_values_are_what_torchvision_hands_to_its_operations(
-    theirs: type, bins: int, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_match_torchvisions_calls(theirs: type, bins: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run, image = record_torchvision(monkeypatch), torch.zeros(3, size, size, dtype=torch.uint8)
     transform = theirs()
     apply = partial(transform._apply_image_or_video_transform, interpolation="nearest", fill=transform._fill)
@@ -35,14 +33,14 @@ def test_values_are_what_torchvision_hands_to_its_operations(
             assert table[op, number, column] == pytest.approx(value, rel=1e-6), (name, number, column)
 
 
-def test_the_space_is_torchvisions() -> None:
+def test_space_matches_torchvision() -> None:
     for theirs in (RandAugment, TrivialAugmentWide):
         assert set(SPACE) == {op_of(name) for name in theirs._AUGMENTATION_SPACE}
     assert len(SPACE) == len(set(SPACE))
 
 
 @pytest.mark.parametrize("policy", list(AutoAugmentPolicy))
-def test_sub_policies_are_torchvisions(policy: AutoAugmentPolicy) -> None:
+def test_sub_policies_match_torchvision(policy: AutoAugmentPolicy) -> None:
     ours = sub_policies(f"autoaugment-{policy.value}")
     theirs = AutoAugment(policy)._policies
     assert len(theirs) == 25
@@ -51,6 +49,6 @@ def test_sub_policies_are_torchvisions(policy: AutoAugmentPolicy) -> None:
     np.testing.assert_array_equal(ours.bins, [[number or 0 for _, _, number in pair] for pair in theirs])
 
 
-def test_a_table_that_all_callers_share_cannot_be_written_to() -> None:
+def test_shared_table_is_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         value_table(True, 31, 32)[Op.ROTATE] = 0

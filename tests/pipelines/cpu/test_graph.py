@@ -97,7 +97,7 @@ def assert_same_but_for_rounding(first: np.ndarray, second: np.ndarray, share: f
 
 @pytest.mark.parametrize("side", [32, 45])
 @pytest.mark.parametrize("padding", [0, 4, 40])
-def test_pad_crop_and_flip_are_bitwise_dalis(side: int, padding: int) -> None:
+def test_pad_crop_and_flip_equal_dali_bitwise(side: int, padding: int) -> None:
     pixels, aug = photos(side, side), AugConfig(crop="pad", padding=padding, flip=0.5)
     feeds = {
         "offset": RANDOM.integers(-padding, padding + 1, (BATCH, 2)).astype(np.int32),
@@ -112,7 +112,7 @@ def test_pad_crop_and_flip_are_bitwise_dalis(side: int, padding: int) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [17, 64, 150])
-def test_random_resized_crops_are_dalis_but_for_rounding(size: int, interpolation: str) -> None:
+def test_random_resized_crops_equal_dali_up_to_rounding(size: int, interpolation: str) -> None:
     pixels, aug = photos(97, 120), AugConfig(crop="random-resized")
     top, left = RANDOM.integers(0, 60, BATCH), RANDOM.integers(0, 80, BATCH)
     start = np.stack([top, left], axis=1).astype(np.float32)
@@ -129,7 +129,7 @@ def test_random_resized_crops_are_dalis_but_for_rounding(size: int, interpolatio
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(97, 120), (120, 97), (64, 64), (64, 91), (50, 333)])
 @pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
-def test_central_crops_are_dalis_but_for_rounding(
+def test_central_crops_equal_dali_up_to_rounding(
     height: int, width: int, crop_fraction: float, interpolation: str
 ) -> None:
     pixels = photos(height, width)
@@ -142,7 +142,7 @@ def test_central_crops_are_dalis_but_for_rounding(
         assert_same_but_for_rounding(by_cpu(ours, pixels, {}), by_dali(dalis, pixels, {}), share=0.01)
 
 
-def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
+def test_resize_before_pad_crop_equals_dali_up_to_rounding() -> None:
     pixels, aug = photos(80, 64, 100), AugConfig(crop="pad", padding=9)
     feeds = {
         "offset": RANDOM.integers(-9, 10, (100, 2)).astype(np.int32),
@@ -159,7 +159,7 @@ def test_a_resize_before_pad_crop_and_flip_is_dalis_but_for_rounding() -> None:
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(97, 120, 31), (64, 91, 64), (50, 40, 90)])
-def test_squashed_images_are_dalis_with_and_without_antialiasing_but_for_rounding(
+def test_squashed_images_equal_dali_up_to_rounding(
     height: int, width: int, size: int, interpolation: str, antialias: bool
 ) -> None:
     pixels = photos(height, width)
@@ -174,7 +174,7 @@ def test_squashed_images_are_dalis_with_and_without_antialiasing_but_for_roundin
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(97, 120, 31), (64, 91, 64), (64, 64, 64)])
-def test_squashed_training_is_squashed_evaluation_with_flips_and_dalis(height: int, width: int, size: int) -> None:
+def test_squashed_training_equals_evaluation_with_flips(height: int, width: int, size: int) -> None:
     pixels, aug = photos(height, width), AugConfig(crop="squash", flip=0.5)
     feeds = {"flip": RANDOM.integers(0, 2, BATCH).astype(np.int32)}
     whole = cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, "bilinear", True, True)
@@ -187,7 +187,7 @@ def test_squashed_training_is_squashed_evaluation_with_flips_and_dalis(height: i
 
 
 @pytest.mark.parametrize("size", [31, 90])
-def test_a_resize_without_antialiasing_is_torchvisions_but_for_rounding(size: int) -> None:
+def test_resize_without_antialias_equals_torchvision_up_to_rounding(size: int) -> None:
     pixels = photos(80, 61)
     found = by_cpu(cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, "bilinear", False, True), pixels, {})
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # of uint8, torch rounds each direction
@@ -195,7 +195,7 @@ def test_a_resize_without_antialiasing_is_torchvisions_but_for_rounding(size: in
     assert_same_but_for_rounding(found, expected, share=0.01)
 
 
-def test_squashing_leaves_stored_pixels_of_the_right_size() -> None:
+def test_squashing_keeps_stored_pixels_of_right_size() -> None:
     assert cpu_graph.eval_graph((64, 64, 3), 64, 0.875, "bilinear", True, True) is None
     assert cpu_graph.eval_graph((64, 65, 3), 64, 0.875, "bilinear", True, True) is not None
 
@@ -208,7 +208,7 @@ PAD, RANDOM_RESIZED = AugConfig(crop="pad", padding=9, flip=0.5), AugConfig(crop
 @pytest.mark.parametrize(
     ("aug", "shape"), [(NONE, (70, 70)), (NONE, (80, 64)), (PAD, (80, 64)), (RANDOM_RESIZED, (80, 64))]
 )
-def test_programs_then_erasing_then_cutout_follow_whatever_crops(aug: AugConfig, shape: tuple[int, int]) -> None:
+def test_programs_erasing_cutout_follow_any_crop(aug: AugConfig, shape: tuple[int, int]) -> None:
     count = 100  # several pieces
     pixels = photos(*shape, count)
     feeds: dict[str, np.ndarray] = {}
@@ -233,7 +233,7 @@ def test_programs_then_erasing_then_cutout_follow_whatever_crops(aug: AugConfig,
 
 
 @pytest.mark.parametrize("side", [32, 45])
-def test_cutout_is_bitwise_dalis(side: int) -> None:
+def test_cutout_equals_dali_bitwise(side: int) -> None:
     pixels, aug = photos(side, side), AugConfig(crop="pad", padding=4, flip=0, cutout=9)
     feeds = {
         "offset": RANDOM.integers(-4, 5, (BATCH, 2)).astype(np.int32),
@@ -245,7 +245,7 @@ def test_cutout_is_bitwise_dalis(side: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_crop_flip_equals_numpy_for_any_offset_size_and_padding(data: st.DataObject) -> None:
+def test_crop_flip_equals_numpy(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(2, 40)), data.draw(st.integers(2, 60))
     reflect = data.draw(st.booleans())
     size = data.draw(st.integers(1, min(height, width) if reflect else 70))  # a crop shows one reflection at most
@@ -266,7 +266,7 @@ def test_crop_flip_equals_numpy_for_any_offset_size_and_padding(data: st.DataObj
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (5, 7, 3), (1, 1, 3)])
 @pytest.mark.parametrize("shift", [0, 1, 8])
-def test_copies_are_exact_whether_or_not_cache_lines_are_whole(shape: tuple[int, int, int], shift: int) -> None:
+def test_copies_are_exact_for_any_alignment(shape: tuple[int, int, int], shift: int) -> None:
     pixels = RANDOM.integers(0, 256, (50, *shape), dtype=np.uint8)
     size = pixels[0].size
     rows = RANDOM.permutation(50)[:20]
@@ -279,7 +279,7 @@ def test_copies_are_exact_whether_or_not_cache_lines_are_whole(shape: tuple[int,
     assert (memory[begin + 20 * size :] == 77).all()
 
 
-def test_resizing_writes_nothing_but_its_batch() -> None:
+def test_resize_writes_only_its_batch() -> None:
     pixels = photos(40, 40, 5)
     memory = np.full(5 * 33 * 33 * 3 + 64, 77, np.uint8)
     region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
@@ -287,7 +287,7 @@ def test_resizing_writes_nothing_but_its_batch() -> None:
     assert (memory[5 * 33 * 33 * 3 :] == 77).all()
 
 
-def test_resizing_to_the_same_size_is_the_identity() -> None:
+def test_resize_to_same_size_is_identity() -> None:
     pixels = photos(40, 40, 5)
     for cubic in (False, True):
         out = np.empty_like(pixels)
@@ -296,7 +296,7 @@ def test_resizing_to_the_same_size_is_the_identity() -> None:
         assert np.array_equal(out, pixels)
 
 
-def test_threads_that_share_a_graph_do_not_disturb_each_other() -> None:
+def test_threads_can_share_a_graph() -> None:
     pixels, aug = photos(80, 64, 200), AugConfig(crop="pad", padding=9)
     feeds = {"offset": np.zeros((200, 2), np.int32), "flip": np.ones(200, np.int32)}
     feeds |= {"ops": RANDOM.integers(0, len(Op), (200, 3)).astype(np.int32), "values": np.ones((200, 3), np.float32)}
@@ -323,7 +323,7 @@ def jpegs(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
+def test_decoded_pixels_equal_dali_bitwise(tmp_path: Path) -> None:
     rows = MemoryRows([*photos(97, 97)])
     write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
     split = open_split(tmp_path / "tiny", "val")
@@ -337,7 +337,7 @@ def test_decoded_pixels_are_bitwise_dalis(tmp_path: Path) -> None:
     assert torch.equal(ours, runner.result()[0])
 
 
-def test_jpegs_of_several_sizes_are_decoded_and_resized_as_by_dali(jpegs: Path) -> None:
+def test_jpegs_of_several_sizes_match_dali(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
     ours = HostJpegs(split, SlotBuffers(1, BATCH, (64, 64, 3)), central(0.875))
     ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
@@ -381,7 +381,7 @@ def decoded(folder: Path, sample: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(split.content[begin : begin + size].tobytes())))
 
 
-def test_a_jpeg_that_only_draws_a_warning_is_read(jpegs: Path) -> None:
+def test_jpeg_with_decoder_warning_is_read(jpegs: Path) -> None:
     content = encoded(decoded(jpegs, 3))
     overwrite(jpegs, 3, content)
     expected = evaluate(jpegs)[3]
@@ -389,7 +389,7 @@ def test_a_jpeg_that_only_draws_a_warning_is_read(jpegs: Path) -> None:
     assert np.array_equal(evaluate(jpegs)[3], expected)
 
 
-def test_a_jpeg_cut_short_is_an_error_that_names_the_sample(jpegs: Path) -> None:
+def test_truncated_jpeg_is_an_error_naming_the_sample(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
     size = split.size.copy()
     size[3] //= 2
@@ -398,7 +398,7 @@ def test_a_jpeg_cut_short_is_an_error_that_names_the_sample(jpegs: Path) -> None
         ours.fill(0, np.arange(8), {})
 
 
-def test_a_jpeg_of_another_size_than_the_index_says_is_an_error(jpegs: Path) -> None:
+def test_jpeg_of_unexpected_size_is_an_error(jpegs: Path) -> None:
     photo = decoded(jpegs, 3)
     for other in (photo[:50, :60], photo.swapaxes(0, 1)):
         overwrite(jpegs, 3, encoded(other))

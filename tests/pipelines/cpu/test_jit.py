@@ -101,7 +101,7 @@ def run(package: Path, *denied: str) -> str:
     return result.stdout.strip()
 
 
-def test_a_change_of_a_called_file_reaches_its_caller_and_unchanged_code_is_kept(package: Path) -> None:
+def test_change_of_a_called_file_recompiles_its_callers(package: Path) -> None:
     assert run(package) == "20 0"
     assert run(package) == "20 1"
     (package / "inner_kernels.py").write_text(INNER.replace("+ 1", "+ 2"))
@@ -110,9 +110,7 @@ def test_a_change_of_a_called_file_reaches_its_caller_and_unchanged_code_is_kept
 
 
 @pytest.mark.parametrize("denied", ["*.nbi", "*.nbc", "*.nbi,*.nbc", "folder"])
-def test_code_that_another_user_compiled_and_this_one_cannot_read_is_compiled_into_this_users_cache(
-    package: Path, denied: str
-) -> None:
+def test_unreadable_cache_of_another_user_is_replaced(package: Path, denied: str) -> None:
     assert run(package) == "20 0"
     before = {file: file.stat().st_mtime_ns for file in (package / "__pycache__").glob("*.nb*")}
     assert before
@@ -123,13 +121,13 @@ def test_code_that_another_user_compiled_and_this_one_cannot_read_is_compiled_in
 
 
 @pytest.mark.parametrize("denied", ["*.nbi", "*.nbc", "*.tmp.*"])
-def test_a_file_that_is_refused_only_when_it_is_used_costs_no_more_than_compiling(package: Path, denied: str) -> None:
+def test_cache_file_refused_on_use_only_costs_compilation(package: Path, denied: str) -> None:
     if denied != "*.tmp.*":  # which is written
         assert run(package) == "20 0"
     assert run(package, denied) == "20 0"
 
 
-def test_a_callback_whose_kept_code_cannot_be_read_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback_with_unreadable_cache_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -142,7 +140,7 @@ def test_a_callback_whose_kept_code_cannot_be_read_is_compiled(monkeypatch: pyte
     assert increment.ctypes(41) == 42
 
 
-def test_every_file_that_kernels_are_made_of_is_looked_at() -> None:
+def test_cache_digest_covers_all_kernel_sources() -> None:
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FOLDER.rglob("*.py")}
     for file in covered():
         for module in imported_by(file.relative_to(ROOT)):

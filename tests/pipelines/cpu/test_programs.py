@@ -129,13 +129,13 @@ def every_value(ops: frozenset[Op] | set[Op]) -> list[tuple[Op, float]]:
     return [(op, value) for op, values in VALUES.items() if op in ops for value in values]
 
 
-def test_every_operation_is_tested() -> None:
+def test_all_operations_are_tested() -> None:
     assert VALUES.keys() == set(Op)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("op", [op for op in Op if op not in ROUNDED], ids=lambda op: op.name)
-def test_operations_are_bitwise_torchvisions(op: Op, side: int) -> None:
+def test_operations_equal_torchvision_bitwise(op: Op, side: int) -> None:
     images = photos(side)
     for value in VALUES[op]:
         assert np.array_equal(apply(images, op, value), torchvisions(images, op, value)), value
@@ -143,7 +143,7 @@ def test_operations_are_bitwise_torchvisions(op: Op, side: int) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("op", ROUNDED, ids=lambda op: op.name)
-def test_hue_and_blur_are_torchvisions_but_for_rounding(op: Op, side: int) -> None:
+def test_hue_and_blur_equal_torchvision_up_to_rounding(op: Op, side: int) -> None:
     images = photos(side)
     for value in VALUES[op]:
         assert_same_but_for_rounding(apply(images, op, value), torchvisions(images, op, value), ROUNDED[op])
@@ -151,7 +151,7 @@ def test_hue_and_blur_are_torchvisions_but_for_rounding(op: Op, side: int) -> No
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("op", sorted(GEOMETRIC), ids=lambda op: op.name)
-def test_bilinear_moves_are_torchvisions_but_for_rounding(op: Op, side: int) -> None:
+def test_bilinear_warps_equal_torchvision_up_to_rounding(op: Op, side: int) -> None:
     images = photos(side)
     for value in VALUES[op]:
         expected = torchvisions(images, op, value, bilinear=True)
@@ -160,7 +160,7 @@ def test_bilinear_moves_are_torchvisions_but_for_rounding(op: Op, side: int) -> 
 
 @pytest.mark.parametrize("bilinear", [False, True])
 @pytest.mark.parametrize(("op", "value"), every_value(GEOMETRIC))
-def test_outside_of_the_image_lies_the_fill(op: Op, value: float, bilinear: bool) -> None:
+def test_fill_appears_outside_of_image(op: Op, value: float, bilinear: bool) -> None:
     images, shape = photos(32, 4), (4, 1)
     ops, values = np.full(shape, int(op)), np.full(shape, value)
     # The fill's share of each pixel is what a white image loses on black.
@@ -169,13 +169,13 @@ def test_outside_of_the_image_lies_the_fill(op: Op, value: float, bilinear: bool
     assert np.abs(run(images, ops, values, bilinear, PAINT) - expected).max() <= (1.5 if bilinear else 0)
 
 
-def test_a_solarize_threshold_of_256_leaves_all_pixels() -> None:
+def test_solarize_threshold_256_changes_nothing() -> None:
     images = photos(32)
     assert np.array_equal(apply(images, Op.SOLARIZE, 256), images)
 
 
 @pytest.mark.parametrize(("op", "value"), every_value(set(Op)))
-def test_images_of_one_colour_and_of_two_levels_are_torchvisions(op: Op, value: float) -> None:
+def test_images_of_few_levels_equal_torchvision(op: Op, value: float) -> None:
     levels = [0, 1, 127, 128, 254, 255]
     flat = np.stack([np.full((14, 14, 3), level) for level in levels]).astype(np.uint8)
     board = np.where(np.indices((14, 14)).sum(0)[..., None] % 2 == 0, 0, np.array([255, 0, 7])).astype(np.uint8)
@@ -183,13 +183,13 @@ def test_images_of_one_colour_and_of_two_levels_are_torchvisions(op: Op, value: 
     assert_same_but_for_rounding(apply(images, op, value), torchvisions(images, op, value), ROUNDED.get(op, 0))
 
 
-def test_identity_is_bitwise() -> None:
+def test_identity_is_exact() -> None:
     images, shape = photos(33), (8, 3)
     assert np.array_equal(run(images, np.zeros(shape), np.full(shape, 7.0)), images)
 
 
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_values_that_do_nothing_leave_every_pixel(bilinear: bool) -> None:
+def test_neutral_values_change_nothing(bilinear: bool) -> None:
     images = photos(33)
     nothing = dict.fromkeys(GEOMETRIC, 0.0) | dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS), 1.0)
     nothing |= {Op.POSTERIZE: 8, Op.SOLARIZE: 256, Op.SOLARIZE_ADD: 0, Op.BLUR: 0.05}
@@ -199,7 +199,7 @@ def test_values_that_do_nothing_leave_every_pixel(bilinear: bool) -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_tiny_images_change_as_large_ones_do_and_nothing_around_them_is_written(side: int, bilinear: bool) -> None:
+def test_tiny_images_write_nothing_outside(side: int, bilinear: bool) -> None:
     size = side * side * 3
     for op, value in every_value(set(Op)):
         memory = np.full(size + 2 * 64, 77, np.uint8)
@@ -215,7 +215,7 @@ def test_tiny_images_change_as_large_ones_do_and_nothing_around_them_is_written(
             assert_same_but_for_rounding(image, torchvisions(before, op, value, bilinear), share)
 
 
-def test_a_blur_of_a_tiny_image_keeps_its_mean() -> None:
+def test_blur_of_tiny_image_keeps_its_mean() -> None:
     for side in (1, 2, 3):
         flat = np.full((1, side, side, 3), 200, np.uint8)
         assert np.array_equal(apply(flat, Op.BLUR, 2.0), flat)
@@ -229,7 +229,7 @@ def random_programs(count: int, slots: int, seed: int = 1) -> tuple[np.ndarray, 
     return ops, np.array([value for _, value in choices], np.float32)[drawn]
 
 
-def test_a_chain_is_its_operations_one_after_another() -> None:
+def test_program_equals_its_operations_in_sequence() -> None:
     images = photos(32, 200)
     ops, values = random_programs(200, 4)
     expected = images
@@ -238,7 +238,7 @@ def test_a_chain_is_its_operations_one_after_another() -> None:
     assert np.array_equal(run(images, ops, values), expected)
 
 
-def test_chains_are_torchvisions_but_for_rounding() -> None:
+def test_programs_equal_torchvision_up_to_rounding() -> None:
     images = photos(32, 60)
     ops, values = random_programs(60, 2)
     for image, own_ops, own_values, found in zip(images, ops, values, run(images, ops, values), strict=True):
@@ -250,7 +250,7 @@ def test_chains_are_torchvisions_but_for_rounding() -> None:
 
 
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_pixels_do_not_depend_on_the_batch(bilinear: bool) -> None:
+def test_pixels_are_independent_of_batch(bilinear: bool) -> None:
     images = photos(33, 100)
     ops, values = random_programs(100, 3)
     whole = run(images, ops, values, bilinear)
@@ -260,7 +260,7 @@ def test_pixels_do_not_depend_on_the_batch(bilinear: bool) -> None:
     assert np.array_equal(alone, whole)
 
 
-def test_threads_at_once_give_the_same() -> None:
+def test_concurrent_threads_give_same_pixels() -> None:
     images = photos(32, 400)
     ops, values = random_programs(400, 3)
     expected = run(images, ops, values)
@@ -269,7 +269,7 @@ def test_threads_at_once_give_the_same() -> None:
     assert all(np.array_equal(one, expected) for one in found)
 
 
-def test_rectangles_are_painted_as_by_slices() -> None:
+def test_painted_rectangles_equal_slice_assignment() -> None:
     random, images = np.random.default_rng(3), photos(33, 300)
     boxes = random.integers(-5, 40, (300, 4)).astype(np.int32)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], 0)

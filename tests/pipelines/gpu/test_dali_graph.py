@@ -130,7 +130,7 @@ def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("padding", [1, 4, 30])
-def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path) -> None:
+def test_pad_crop_and_flip_equal_numpy(padding: int, square: Path) -> None:
     loader = train(square, AugConfig(crop="pad", padding=padding, flip=0.5))
     ours, stored, indices = trained_on(loader, square)
     offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
@@ -143,7 +143,7 @@ def test_pad_crop_and_flip_are_exactly_those_of_numpy(padding: int, square: Path
 
 
 @pytest.mark.parametrize("padding", [0, 2, 4, 95])
-def test_reflected_padding_is_bitwise_torchs(padding: int, square: Path) -> None:
+def test_reflected_padding_equals_torch_bitwise(padding: int, square: Path) -> None:
     aug = AugConfig(crop="pad", padding=padding, padding_mode="reflect", flip=0.5, flip_mode="alternating")
     ours, stored, indices = trained_on(train(square, aug), square)
     offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, padding) + padding
@@ -157,7 +157,7 @@ def test_reflected_padding_is_bitwise_torchs(padding: int, square: Path) -> None
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_reflected_padding_and_cutout_are_bitwise_the_same_on_a_gpu(square: Path) -> None:
+def test_gpu_reflected_padding_and_cutout_equal_cpu(square: Path) -> None:
     aug = AugConfig(crop="pad", padding=4, padding_mode="reflect", flip=0.5, flip_mode="alternating", cutout=12)
     ours, _, _ = trained_on(train(square, aug, device="cuda"), square)
     theirs, _, _ = trained_on(train(square, aug), square)
@@ -171,13 +171,13 @@ def test_reflected_padding_and_cutout_are_bitwise_the_same_on_a_gpu(square: Path
         (AugConfig(cutout=97), r"aug\.cutout=97 .* use at most 96"),
     ],
 )
-def test_reflection_and_cutout_beyond_the_image_are_user_errors(aug: AugConfig, message: str, square: Path) -> None:
+def test_padding_and_cutout_beyond_image_are_user_errors(aug: AugConfig, message: str, square: Path) -> None:
     with pytest.raises(UserError, match=message):
         train(square, aug)
     train(square, AugConfig(crop="pad", padding=96))
 
 
-def test_cutout_paints_its_square_in_the_mean_colour_and_nothing_else(square: Path) -> None:
+def test_cutout_paints_only_its_square(square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=0, cutout=20)), square)
     mean = [round(255 * share) for share in load_dataset(square)["mean"]]
     corners = geometry.cutout_corners(indices, SEED, EPOCH, 96, 20)
@@ -188,7 +188,7 @@ def test_cutout_paints_its_square_in_the_mean_colour_and_nothing_else(square: Pa
 
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])
-def test_flip_alone_is_exact(probability: float, square: Path) -> None:
+def test_flip_is_exact(probability: float, square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=probability)), square)
     flips = geometry.flips(indices, SEED, EPOCH, probability)
     for image, source, flip in zip(ours, stored, flips, strict=True):
@@ -198,7 +198,7 @@ def test_flip_alone_is_exact(probability: float, square: Path) -> None:
 @INTERPOLATIONS
 @pytest.mark.parametrize("size", [64, 224])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
-def test_random_resized_crop_is_torchvisions(
+def test_random_resized_crop_matches_torchvision(
     scale: tuple[float, float], size: int, interpolation: str, wide: Path
 ) -> None:
     aug = AugConfig(crop="random-resized", scale=scale, flip=0.5)
@@ -212,7 +212,7 @@ def test_random_resized_crop_is_torchvisions(
     assert distance(ours, np.stack(theirs)).max() < 2
 
 
-def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixed: Path) -> None:
+def test_random_resized_crop_of_mixed_size_jpegs_matches_torchvision(mixed: Path) -> None:
     split = open_split(mixed, "train")
     loader = train(mixed, RANDOM_RESIZED, image_size=64)
     indices = loader.plan.indices(EPOCH, 0)
@@ -227,7 +227,7 @@ def test_random_resized_crop_of_jpeg_files_of_several_sizes_is_torchvisions(mixe
 
 
 @INTERPOLATIONS
-def test_a_mirrored_region_is_the_flipped_crop_of_the_same_region(interpolation: str, wide: Path) -> None:
+def test_mirrored_region_is_the_flipped_crop(interpolation: str, wide: Path) -> None:
     stored = torch.from_numpy(pixels(open_split(wide, "train")).copy())
     boxes = drawn_crops(np.arange(BATCH), open_split(wide, "train"), RANDOM_RESIZED)
     start, end = boxes[:, :2].astype(np.float32), (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
@@ -241,13 +241,13 @@ def test_a_mirrored_region_is_the_flipped_crop_of_the_same_region(interpolation:
 
 
 @INTERPOLATIONS
-def test_without_a_crop_training_sees_the_central_square_that_evaluation_sees(interpolation: str, wide: Path) -> None:
+def test_training_without_crop_uses_evaluations_central_square(interpolation: str, wide: Path) -> None:
     ours, stored, _ = trained_on(train(wide, AugConfig(flip=0), image_size=80, interpolation=interpolation), wide)
     theirs = np.stack([central(source, 80, 1.0, interpolation) for source in stored])
     assert distance(ours, theirs).max() < 2
 
 
-def test_a_pad_crop_of_another_size_is_taken_from_the_resized_image(wide: Path) -> None:
+def test_pad_crop_of_other_size_resizes_first(wide: Path) -> None:
     ours, _, indices = trained_on(train(wide, AugConfig(crop="pad", flip=0), image_size=80), wide)
     resized, _, _ = trained_on(train(wide, AugConfig(flip=0), image_size=80), wide)
     offsets = geometry.pad_crop_offsets(indices, SEED, EPOCH, 4) + 4
@@ -269,7 +269,7 @@ BOXES = np.array([[0, 0, 96, 96], [5, 7, 20, 31], [90, 0, 6, 1], [0, 95, 96, 1],
 
 
 @pytest.mark.parametrize("fill", ["mean", "black", "random"])
-def test_erasing_is_torchvisions_and_an_empty_box_erases_nothing(fill: str) -> None:
+def test_erasing_matches_torchvision_and_empty_box_is_noop(fill: str) -> None:
     images, boxes = np.stack(photos(96, 96, len(BOXES))), BOXES.astype(np.float32)
     colors = np.random.default_rng(3).integers(0, 256, (len(BOXES), 3))
     feeds = {"erase_start": boxes[:, :2].copy(), "erase_shape": boxes[:, 2:].copy()}
@@ -284,7 +284,7 @@ def test_erasing_is_torchvisions_and_an_empty_box_erases_nothing(fill: str) -> N
         np.testing.assert_array_equal(found, expected)
 
 
-def test_cutout_comes_after_erasing() -> None:
+def test_cutout_follows_erasing() -> None:
     images = np.stack(photos(96, 96, 2))
     start, shape = np.full((2, 2), 10, np.float32), np.full((2, 2), 30, np.float32)
     corner = np.full((2, 2), 20, np.float32)
@@ -296,7 +296,7 @@ def test_cutout_comes_after_erasing() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_programs_run_after_the_flip_and_before_erasing() -> None:
+def test_programs_run_between_flip_and_erasing() -> None:
     images = np.stack(photos(96, 96, 3))
     programs = Programs((frozenset({Op.SHEAR_X}), frozenset({Op.INVERT})), False, (9, 9, 9), 1)
     ops = np.tile(np.array([Op.SHEAR_X, Op.INVERT], np.int32), (3, 1))
@@ -320,7 +320,7 @@ def test_programs_run_after_the_flip_and_before_erasing() -> None:
 
 @INTERPOLATIONS
 @pytest.mark.parametrize("size", [64, 224])
-def test_random_resized_crop_without_antialias_is_torchvisions(size: int, interpolation: str) -> None:
+def test_random_resized_crop_without_antialias_matches_torchvision(size: int, interpolation: str) -> None:
     images = np.stack(photos(160, 240, 6))
     boxes = np.array(
         [[0, 0, 160, 240], [10, 20, 150, 150], [3, 5, 61, 47], [0, 100, 160, 100], [9, 9, 64, 64], [1, 2, 99, 200]]
@@ -345,7 +345,7 @@ SIZES = pytest.mark.parametrize(("size", "crop_fraction"), [(64, 0.875), (96, 1.
 
 @INTERPOLATIONS
 @SIZES
-def test_evaluation_of_square_images_is_torchvisions_resize_and_centre_crop(
+def test_evaluation_of_square_images_matches_torchvision(
     size: int, crop_fraction: float, interpolation: str, square: Path
 ) -> None:
     def reference(image: torch.Tensor) -> torch.Tensor:
@@ -369,7 +369,7 @@ def central(image: np.ndarray, size: int, crop_fraction: float, interpolation: s
 
 @INTERPOLATIONS
 @SIZES
-def test_evaluation_of_other_images_is_the_central_square_of_the_resized_image(
+def test_evaluation_of_other_images_takes_resized_central_square(
     size: int, crop_fraction: float, interpolation: str, wide: Path
 ) -> None:
     loader = evaluate(wide, crop_fraction=crop_fraction, image_size=size, interpolation=interpolation)
@@ -381,9 +381,7 @@ def test_evaluation_of_other_images_is_the_central_square_of_the_resized_image(
 @INTERPOLATIONS
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [64, 200])
-def test_squashed_evaluation_is_torchvisions_resize_of_both_sides(
-    size: int, antialias: bool, interpolation: str
-) -> None:
+def test_squashed_evaluation_matches_torchvisions_resize(size: int, antialias: bool, interpolation: str) -> None:
     images = np.stack(photos(160, 240, 6))
     kind, machine = dali_graph.ImageSpec("npy", (160, 240, 3), False), dali_graph.PipelineConfig(None, 6, 1, 0.0)
     pipeline = dali_graph.eval_graph(kind, machine, size, 0.875, interpolation, antialias, True)
@@ -393,7 +391,7 @@ def test_squashed_evaluation_is_torchvisions_resize_of_both_sides(
     assert distance(ours, np.stack(theirs)).max() < 2
 
 
-def test_squashed_evaluation_of_images_of_that_size_is_exact() -> None:
+def test_squashed_evaluation_of_same_size_is_exact() -> None:
     images, machine = np.stack(photos(96, 96, 3)), dali_graph.PipelineConfig(None, 3, 1, 0.0)
     pipeline = dali_graph.eval_graph(
         dali_graph.ImageSpec("npy", (96, 96, 3), False), machine, 96, 0.5, "bilinear", True, True
@@ -401,11 +399,11 @@ def test_squashed_evaluation_of_images_of_that_size_is_exact() -> None:
     np.testing.assert_array_equal(run(pipeline, torch.from_numpy(images.copy())), images)
 
 
-def test_evaluation_of_stored_pixels_is_exact(square: Path) -> None:
+def test_evaluation_at_stored_size_is_exact(square: Path) -> None:
     np.testing.assert_array_equal(nhwc(next(iter(evaluate(square)))), photos(96, 96))
 
 
-def test_evaluation_of_jpeg_files_of_several_sizes_takes_the_same_square(mixed: Path) -> None:
+def test_evaluation_of_mixed_size_jpegs_takes_same_square(mixed: Path) -> None:
     split = open_split(mixed, "val")
     ours = nhwc(next(iter(evaluate(mixed, crop_fraction=0.875, image_size=64))))
     for image, begin, length in zip(ours, split.address.tolist(), split.size.tolist(), strict=True):
@@ -423,7 +421,7 @@ def decoded(files: list[bytes], side: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"subsampling": 0}, {"progressive": True}], ids=str)
-def test_jpeg_files_decode_as_in_pillow(options: dict[str, Any]) -> None:
+def test_jpeg_files_decode_like_pillow(options: dict[str, Any]) -> None:
     files = []
     for image in photos(96, 96):
         buffer = io.BytesIO()
@@ -433,7 +431,7 @@ def test_jpeg_files_decode_as_in_pillow(options: dict[str, Any]) -> None:
     assert distance(decoded(files, 96), theirs).max() < 2
 
 
-def test_an_orientation_tag_is_ignored_in_both_encodings(tmp_path: Path) -> None:
+def test_orientation_tag_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees when shown
     buffer = io.BytesIO()
@@ -447,7 +445,7 @@ def test_an_orientation_tag_is_ignored_in_both_encodings(tmp_path: Path) -> None
     assert distance(images[0], photos(96, 96, 1)[0][None]) < 6
 
 
-def test_real_jpeg_files_decode_as_in_pillow(shared_data: Path) -> None:
+def test_real_jpeg_files_decode_like_pillow(shared_data: Path) -> None:
     files: list[bytes] = []
     with tarfile.open(shared_data / "tiny200-mini.tar.xz", "r:xz") as archive:
         for member in archive:
@@ -490,7 +488,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.gpu
 @AUGS
-def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(aug: AugConfig, square: Path) -> None:
+def test_gpu_batch_has_same_layout_as_cpu_batch(aug: AugConfig, square: Path) -> None:
     on_cpu, on_gpu = next(iter(train(square, aug))), next(iter(train(square, aug, "cuda")))
     assert on_gpu.images.is_cuda
     assert on_gpu.labels.is_cuda
@@ -502,14 +500,14 @@ def test_a_gpu_batch_is_on_the_gpu_with_the_cpus_shape_type_and_memory_format(au
 @pytest.mark.gpu
 @AUGS
 @PLACEMENTS
-def test_the_gpu_augments_npy_as_the_cpu_does(placement: str, aug: AugConfig, square: Path) -> None:
+def test_gpu_augments_npy_like_cpu(placement: str, aug: AugConfig, square: Path) -> None:
     on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64))))).max() <= 2
 
 
 @pytest.mark.gpu
 @PLACEMENTS
-def test_the_gpu_does_all_augmentations_together_as_the_cpu_does(placement: str, square: Path) -> None:
+def test_gpu_applies_all_augmentations_like_cpu(placement: str, square: Path) -> None:
     aug = JITTERED.model_copy(
         update={
             "auto": AutoAugmentConfig(policy="rand-m9-mstd0.5-inc1"),
@@ -528,21 +526,21 @@ def test_the_gpu_does_all_augmentations_together_as_the_cpu_does(placement: str,
 @pytest.mark.gpu
 @AUGS
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
-def test_the_gpu_decodes_and_augments_jpeg_as_the_cpu_does(hw_decoder_load: float, aug: AugConfig, mixed: Path) -> None:
+def test_gpu_augments_jpeg_like_cpu(hw_decoder_load: float, aug: AugConfig, mixed: Path) -> None:
     on_gpu = train(mixed, aug, "cuda", hw_decoder_load=hw_decoder_load, image_size=64)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(mixed, aug, image_size=64))))).max() <= 12
 
 
 @pytest.mark.gpu
 @PLACEMENTS
-def test_the_gpu_evaluates_as_the_cpu_does(placement: str, wide: Path, square: Path) -> None:
+def test_gpu_evaluates_like_cpu(placement: str, wide: Path, square: Path) -> None:
     for folder, options in ((wide, {"image_size": 64, "crop_fraction": 0.875}), (square, {})):
         on_gpu, on_cpu = evaluate(folder, "cuda", placement=placement, **options), evaluate(folder, **options)  # type: ignore[arg-type]
         assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 2
 
 
 @pytest.mark.gpu
-def test_the_gpu_evaluates_jpeg_as_the_cpu_does(mixed: Path) -> None:
+def test_gpu_evaluates_jpeg_like_cpu(mixed: Path) -> None:
     options: dict[str, Any] = {"image_size": 64, "crop_fraction": 0.875}
     on_gpu, on_cpu = evaluate(mixed, "cuda", **options), evaluate(mixed, **options)
     assert distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(on_cpu)))).max() <= 12
@@ -551,7 +549,7 @@ def test_the_gpu_evaluates_jpeg_as_the_cpu_does(mixed: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
-def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path) -> None:
+def test_gpu_placements_give_same_bytes(aug: AugConfig, many: Path) -> None:
     host, device = (train(many, aug, "cuda", placement=placement) for placement in ("host", "device"))
     assert_same(epoch(host), epoch(device))
     assert len(epoch(host)) == 400 // BATCH
@@ -560,7 +558,7 @@ def test_on_a_gpu_both_placements_give_the_same_bytes(aug: AugConfig, many: Path
 @pytest.mark.gpu
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
-def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
+def test_gpu_batches_kept_by_user_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
     expected = epoch(train(many, aug, "cuda", placement=placement))
     kept = list(train(many, aug, "cuda", placement=placement, prefetch=1))
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in kept], expected)
@@ -569,9 +567,7 @@ def test_on_a_gpu_batches_that_the_user_keeps_are_not_overwritten(aug: AugConfig
 @pytest.mark.gpu
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
-def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
-    aug: AugConfig, placement: str, many: Path
-) -> None:
+def test_slow_gpu_stream_reads_the_right_batches(aug: AugConfig, placement: str, many: Path) -> None:
     """The host runs far ahead of the GPU: a buffer used again too early would change under its reader."""
     expected = epoch(train(many, aug, "cuda", placement=placement))
     busy = torch.randn(4096, 4096, device="cuda")
@@ -587,7 +583,7 @@ def test_on_a_gpu_slow_work_on_the_users_stream_sees_the_right_batches(
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
-def test_dali_frees_an_output_only_when_the_stream_that_reads_it_is_done(placement: str, many: Path) -> None:
+def test_dali_output_outlives_its_reading_stream(placement: str, many: Path) -> None:
     """Each batch is read behind a kernel of some 50 ms and dropped at once, while DALI works on the next ones."""
     expected = epoch(train(many, RANDOM_RESIZED, "cuda", placement=placement))
     seen, read = [], []
@@ -603,7 +599,7 @@ def test_dali_frees_an_output_only_when_the_stream_that_reads_it_is_done(placeme
 
 
 @pytest.mark.gpu
-def test_a_batch_that_needs_no_graph_is_the_gathered_tensor() -> None:
+def test_batch_without_graph_is_the_gathered_tensor() -> None:
     device = torch.device("cuda", 0)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
@@ -619,7 +615,7 @@ def test_a_batch_that_needs_no_graph_is_the_gathered_tensor() -> None:
 @pytest.mark.gpu
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
-def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, placement: str, many: Path) -> None:
+def test_gpu_resumed_run_gives_same_bytes(aug: AugConfig, placement: str, many: Path) -> None:
     through = epoch(train(many, aug, "cuda", placement=placement))
     resumed = train(many, aug, "cuda", placement=placement, threads=3, prefetch=2)
     resumed.state = {"epoch": EPOCH, "step": 20}
@@ -629,7 +625,7 @@ def test_on_a_gpu_a_resumed_run_gives_the_same_bytes(aug: AugConfig, placement: 
 @pytest.mark.gpu
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
-def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig, placement: str, many: Path) -> None:
+def test_gpu_loop_left_early_continues_with_next_batch(aug: AugConfig, placement: str, many: Path) -> None:
     expected = epoch(train(many, aug, "cuda", placement=placement))
     loader, seen = train(many, aug, "cuda", placement=placement), []
     for stop in (1, 5, 3, 999):
@@ -641,6 +637,6 @@ def test_on_a_gpu_a_loop_that_is_left_goes_on_with_the_next_batch(aug: AugConfig
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_jpeg_is_reproducible_without_the_hardware_decoder(mixed: Path) -> None:
+def test_gpu_jpeg_is_reproducible_without_hardware_decoder(mixed: Path) -> None:
     loaders = [train(mixed, RANDOM_RESIZED, "cuda", hw_decoder_load=0.0, image_size=64) for _ in range(2)]
     assert_same(epoch(loaders[0]), epoch(loaders[1]))

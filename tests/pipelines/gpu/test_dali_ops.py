@@ -142,7 +142,7 @@ def differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @SIDES
 @pytest.mark.parametrize("op", sorted(set(Op) - GEOMETRIC), ids=lambda op: op.name)
-def test_an_operation_on_pixels_is_torchvisions(op: Op, side: int) -> None:
+def test_pixel_operation_matches_torchvision(op: Op, side: int) -> None:
     programs, batch = programs_of((frozenset({op}),)), each_value(op, side)
     found = differences(by_dali(programs, *batch), by_torchvision(programs, *batch))
     mean, largest = LIMITS.get(op, NEARLY_EQUAL)
@@ -153,7 +153,7 @@ def test_an_operation_on_pixels_is_torchvisions(op: Op, side: int) -> None:
 @SIDES
 @pytest.mark.parametrize("fill", [(120, 30, 200), (7, 7, 7)], ids=["color", "grey"])
 @pytest.mark.parametrize("op", sorted(GEOMETRIC), ids=lambda op: op.name)
-def test_a_move_to_the_nearest_pixel_is_torchvisions(op: Op, fill: tuple[int, int, int], side: int) -> None:
+def test_nearest_warp_matches_torchvision(op: Op, fill: tuple[int, int, int], side: int) -> None:
     programs, batch = programs_of((frozenset({op}),), fill=fill), each_value(op, side)
     found = differences(by_dali(programs, *batch), by_torchvision(programs, *batch))
     assert found.mean(axis=(1, 2, 3)).max() < 2  # diagonals run along the edges of pixels
@@ -163,7 +163,7 @@ def test_a_move_to_the_nearest_pixel_is_torchvisions(op: Op, fill: tuple[int, in
 @SIDES
 @pytest.mark.parametrize("fill", [(120, 30, 200), (7, 7, 7)], ids=["color", "grey"])
 @pytest.mark.parametrize("op", sorted(GEOMETRIC), ids=lambda op: op.name)
-def test_a_bilinear_move_is_torchvisions_but_for_the_edge(op: Op, fill: tuple[int, int, int], side: int) -> None:
+def test_bilinear_warp_matches_torchvision_except_at_edges(op: Op, fill: tuple[int, int, int], side: int) -> None:
     programs, batch = programs_of((frozenset({op}),), bilinear=True, fill=fill), each_value(op, side)
     found = differences(by_dali(programs, *batch), by_torchvision(programs, *batch))
     assert found.mean(axis=(1, 2, 3)).max() < 4
@@ -171,7 +171,7 @@ def test_a_bilinear_move_is_torchvisions_but_for_the_edge(op: Op, fill: tuple[in
 
 
 @SIDES
-def test_chains_of_slots_are_torchvisions(side: int) -> None:
+def test_programs_match_torchvision(side: int) -> None:
     programs = programs_of((RAND_AUGMENT, RAND_AUGMENT, JITTER, JITTER, JITTER), fill=(0, 0, 0))
     images, (ops, values) = np.stack(photos(side, side, 56)), drawn(programs.slots, 56)
     found = differences(by_dali(programs, images, ops, values), by_torchvision(programs, images, ops, values))
@@ -179,7 +179,7 @@ def test_chains_of_slots_are_torchvisions(side: int) -> None:
     assert found.mean(axis=(1, 2, 3)).max() < 4  # what is one level off may be spread by what follows
 
 
-def test_slots_of_every_operation_are_torchvisions() -> None:
+def test_slots_of_all_operations_match_torchvision() -> None:
     programs = programs_of((EVERY, EVERY))
     images, (ops, values) = np.stack(photos(32, 32, 76)), drawn(programs.slots, 76)
     found = differences(by_dali(programs, images, ops, values), by_torchvision(programs, images, ops, values))
@@ -187,7 +187,7 @@ def test_slots_of_every_operation_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 85.0, 113.333336, 254.99])
-def test_a_threshold_between_two_levels_inverts_exactly_the_pixels_above_it(threshold: float) -> None:
+def test_fractional_threshold_inverts_pixels_above_it(threshold: float) -> None:
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     ops, values = np.array([[Op.SOLARIZE]]), np.array([[threshold]])
     found = by_dali(programs_of((frozenset({Op.SOLARIZE}),)), images, ops, values)
@@ -195,14 +195,14 @@ def test_a_threshold_between_two_levels_inverts_exactly_the_pixels_above_it(thre
 
 
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_identity_leaves_every_bit_whatever_else_a_slot_allows(bilinear: bool) -> None:
+def test_identity_is_exact_beside_other_operations(bilinear: bool) -> None:
     slots = (*(frozenset({op}) for op in sorted(EVERY)), RAND_AUGMENT, EVERY, JITTER)
     programs, images = programs_of(slots, bilinear), np.stack(photos(32, 32, 5))
     ops = np.full((5, len(slots)), Op.IDENTITY)
     np.testing.assert_array_equal(by_dali(programs, images, ops, np.zeros(ops.shape)), images)
 
 
-def test_pixels_do_not_depend_on_the_rest_of_the_batch() -> None:
+def test_program_pixels_are_independent_of_batch() -> None:
     programs = programs_of((EVERY, RAND_AUGMENT, JITTER), bilinear=True)
     images, (ops, values) = np.stack(photos(32, 32, 38)), drawn(programs.slots, 38)
     together = by_dali(programs, images, ops, values)
@@ -217,7 +217,7 @@ def test_pixels_do_not_depend_on_the_rest_of_the_batch() -> None:
 @pytest.mark.parametrize(
     "op", [Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST, Op.HUE, Op.SHARPNESS], ids=lambda op: op.name
 )
-def test_images_of_few_levels_are_treated_as_by_torchvision(op: Op) -> None:
+def test_images_of_few_levels_match_torchvision(op: Op) -> None:
     photo = photos(32, 32, 1)[0]
     bright, flat = photo.copy(), photo.copy()
     bright[:26] = 255  # so many that equalize has less than a pixel for each of the other levels
@@ -230,7 +230,7 @@ def test_images_of_few_levels_are_treated_as_by_torchvision(op: Op) -> None:
     assert found.max() <= 1
 
 
-def test_inputs_are_few_and_have_the_types_that_dali_insists_on() -> None:
+def test_inputs_have_the_types_dali_requires() -> None:
     programs = programs_of((RAND_AUGMENT, JITTER))
     feeds = program_inputs(programs, *drawn(programs.slots, 20), 32)
     assert {name: (array.dtype.name, array.shape) for name, array in feeds.items()} == {
@@ -250,7 +250,7 @@ def test_inputs_are_few_and_have_the_types_that_dali_insists_on() -> None:
     ],
     ids=["jitter", "equalize", "blur", "nothing"],
 )
-def test_inputs_that_no_slot_needs_are_left_out_and_not_asked_for(slots: SlotOps, expected: set[str]) -> None:
+def test_unused_inputs_are_omitted(slots: SlotOps, expected: set[str]) -> None:
     programs, images = programs_of(slots), np.stack(photos(32, 32, 10))
     ops, values = drawn(slots, 10)
     assert set(program_inputs(programs, ops, values, 32)) == expected
@@ -265,14 +265,14 @@ def test_inputs_that_no_slot_needs_are_left_out_and_not_asked_for(slots: SlotOps
 @SIDES
 @pytest.mark.parametrize("bilinear", [False, True])
 @pytest.mark.parametrize("op", sorted(Op), ids=lambda op: op.name)
-def test_on_a_gpu_an_operation_is_the_cpus(op: Op, bilinear: bool, side: int) -> None:
+def test_gpu_operation_equals_cpu(op: Op, bilinear: bool, side: int) -> None:
     programs, batch = programs_of((frozenset({op}),), bilinear), each_value(op, side)
     found = differences(by_dali(programs, *batch, gpu=True), by_dali(programs, *batch))
     assert found.mean(axis=(1, 2, 3)).max() <= 1
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_identity_leaves_every_bit() -> None:
+def test_gpu_identity_is_exact() -> None:
     slots = (*(frozenset({op}) for op in sorted(EVERY)), RAND_AUGMENT, EVERY, JITTER)
     programs, images = programs_of(slots, bilinear=True), np.stack(photos(32, 32, 5))
     ops = np.full((5, len(slots)), Op.IDENTITY)
@@ -280,7 +280,7 @@ def test_on_a_gpu_identity_leaves_every_bit() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_chains_are_the_cpus_and_do_not_depend_on_the_rest_of_the_batch() -> None:
+def test_gpu_programs_equal_cpu_and_ignore_batch() -> None:
     programs = programs_of((EVERY, RAND_AUGMENT, JITTER))
     images, (ops, values) = np.stack(photos(32, 32, 76)), drawn(programs.slots, 76)
     together = by_dali(programs, images, ops, values, gpu=True)

@@ -62,7 +62,7 @@ def compare(device: str) -> None:
                     np.testing.assert_array_equal(ours.cpu().numpy(), expected, str((shape, size, padding_mode, names)))
 
 
-def test_the_kernel_gathers_crops_and_flips_as_numpy_does() -> None:
+def test_kernel_equals_numpy_when_interpreted() -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}",
@@ -73,7 +73,7 @@ def test_the_kernel_gathers_crops_and_flips_as_numpy_does() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_the_kernel_on_a_gpu_gathers_crops_and_flips_as_numpy_does() -> None:
+def test_kernel_equals_numpy_on_gpu() -> None:
     compare("cuda")
 
 
@@ -81,9 +81,7 @@ def test_the_kernel_on_a_gpu_gathers_crops_and_flips_as_numpy_does() -> None:
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
 @pytest.mark.parametrize("crop", ["none", "pad"])
-def test_the_kernel_gives_the_bytes_of_the_dali_graph_and_of_the_cpu(
-    crop: Any, padding_mode: Any, npy_data: Path
-) -> None:
+def test_kernel_equals_dali_and_cpu_graph(crop: Any, padding_mode: Any, npy_data: Path) -> None:
     aug = AugConfig(crop=crop, padding=PADDING, padding_mode=padding_mode, flip=0.5)
 
     def batches(device: str, placement: Any) -> list[torch.Tensor]:

@@ -74,7 +74,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @READ
-def test_substitutes_come_with_their_own_labels_and_draws_in_whole_epochs(
+def test_substitutes_keep_their_own_labels_and_draws(
     others: dict[str, Any], way: str, damaged: Path, jpeg_data: Path
 ) -> None:
     loader = train(damaged, 48, AUG, **SKIP, **others)
@@ -85,9 +85,7 @@ def test_substitutes_come_with_their_own_labels_and_draws_in_whole_epochs(
     assert sorted(loader.bad.found) == [(sample, places[sample]) for sample in BAD]
 
 
-def test_the_stream_is_the_same_at_every_world_size_and_after_a_restart(
-    way: str, damaged: Path, jpeg_data: Path
-) -> None:
+def test_substitutes_are_same_at_any_world_size_and_restart(way: str, damaged: Path, jpeg_data: Path) -> None:
     expected = copies(expected_of(jpeg_data, 48, AUG))
     for world_size in (2, 3):
         parts = []
@@ -98,7 +96,7 @@ def test_the_stream_is_the_same_at_every_world_size_and_after_a_restart(
         assert_same(merged(parts), expected[4:])
 
 
-def test_neighbours_are_mixed_as_ever(damaged: Path, jpeg_data: Path) -> None:
+def test_substitutes_do_not_change_mixing(damaged: Path, jpeg_data: Path) -> None:
     aug = AugConfig(crop="random-resized", mix=MixConfig(mixup=0.8, cutmix=1.0))
     seen = [
         (one.images.clone(), one.labels.clone(), one.mix.clone()) for one in _mixed(train(damaged, 20, aug, **SKIP))
@@ -117,7 +115,7 @@ def _mixed(loader: Loader) -> Any:
         yield batch
 
 
-def test_stages_share_what_they_have_found(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_share_their_bad_samples(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = data_of(damaged, 40, **SKIP, stages=[{"epoch": 1, "image_size": 32}])
     loader = build_train_loader(data, device="cpu", seed=3)
     assert isinstance(loader, StagedLoader)
@@ -127,14 +125,14 @@ def test_stages_share_what_they_have_found(damaged: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().err.splitlines()) == len(BAD)
 
 
-def test_one_sample_more_than_the_budget_ends_the_epoch(way: str, damaged: Path) -> None:
+def test_exceeding_the_budget_ends_the_epoch(way: str, damaged: Path) -> None:
     assert len(copies(train(damaged, 48, AUG, **SKIP, max_bad_samples=5))) == 10
     with pytest.raises(UserError, match=r"5 samples of split 'train' .* data\.max_bad_samples=4"):
         copies(train(damaged, 48, AUG, **SKIP, max_bad_samples=4))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_stop_names_the_first_of_the_stream(threads: int, way: str, damaged: Path) -> None:
+def test_stop_names_first_bad_sample_of_the_stream(threads: int, way: str, damaged: Path) -> None:
     loader = train(damaged, 16, AUG, image_size=24, threads=threads)
     stream = np.concatenate([loader.plan.indices(0, step) for step in range(len(loader))])
     first = next(sample for sample in stream if sample in BAD)
@@ -144,9 +142,7 @@ def test_stop_names_the_first_of_the_stream(threads: int, way: str, damaged: Pat
 
 
 @pytest.mark.parametrize(("kind", "choice"), [*((kind, "skip") for kind in DAMAGE), ("zeroed scan", "stop")])
-def test_an_evaluation_ends_with_the_name_also_where_training_would_skip(
-    kind: str, choice: str, way: str, jpeg_copy: Path
-) -> None:
+def test_evaluation_stops_at_bad_sample_despite_skip(kind: str, choice: str, way: str, jpeg_copy: Path) -> None:
     where = damage(jpeg_copy, 30, DAMAGE[kind], "val")
     with pytest.raises(UserError) as error:
         copies(evaluation(jpeg_copy, image_size=24, on_bad_sample=choice))
@@ -154,9 +150,7 @@ def test_an_evaluation_ends_with_the_name_also_where_training_would_skip(
     assert ("an evaluation can do without none" in str(error.value)) == (choice == "skip")
 
 
-def test_a_header_that_claims_another_size_is_refused_before_anything_is_decoded(
-    jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_header_size_is_rejected_before_decoding(jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
     load = ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (loaded.append(image.size), load(image))[1])
@@ -173,7 +167,7 @@ def test_a_header_that_claims_another_size_is_refused_before_anything_is_decoded
 
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
-def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dali_is_never_fed_a_wrong_header(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch such a file may end the process."""
     use_dali(monkeypatch)
     loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
@@ -190,7 +184,7 @@ def test_dali_gets_no_file_whose_header_is_wrong(choice: Any, damaged: Path, mon
 
 
 @pytest.mark.parametrize("batch_size", [520, 40])
-def test_what_dali_decodes_and_pillow_does_not_is_replaced_in_no_batch(
+def test_file_only_dali_decodes_is_not_replaced(
     batch_size: int, jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would else depend on the other samples of its batch."""
@@ -208,9 +202,7 @@ def test_what_dali_decodes_and_pillow_does_not_is_replaced_in_no_batch(
     ).tolist()
 
 
-def test_what_pillow_decodes_and_dali_does_not_is_named_or_replaced_where_dali_reads(
-    jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_only_pillow_decodes_is_bad_for_dali(jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = damage(jpeg_copy, 5, stray_bytes)
     assert len(copies(train(jpeg_copy, 40, AUG, image_size=24))) == 13  # by the CPU's kernels
     use_dali(monkeypatch)
@@ -226,9 +218,7 @@ def labels_of(batches: list[Batch]) -> list[int]:
     return [label for batch in batches for label in batch.labels.tolist()]
 
 
-def test_an_error_of_dali_without_a_bad_sample_stays_that_error(
-    jpeg_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dali_error_without_bad_sample_is_raised(jpeg_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_dali(monkeypatch)
     loader = train(jpeg_data, 48, **SKIP)
 
@@ -240,16 +230,12 @@ def test_an_error_of_dali_without_a_bad_sample_stays_that_error(
         copies(loader)
 
 
-def test_batches_that_the_user_holds_outlive_a_graph_that_failed(
-    damaged: Path, jpeg_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_batches_outlive_a_failed_graph(damaged: Path, jpeg_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_dali(monkeypatch)
     assert_same(list(train(damaged, 26, AUG, **SKIP)), copies(expected_of(jpeg_data, 26, AUG)))
 
 
-def test_images_that_are_looked_at_and_not_counted_may_have_substitutes(
-    way: str, damaged: Path, jpeg_data: Path
-) -> None:
+def test_images_for_display_may_have_substitutes(way: str, damaged: Path, jpeg_data: Path) -> None:
     data = data_of(damaged, 40, **SKIP)
     seen = copies(build_eval_loader(data, split="train", device="cpu", replaces=True))
     sound = copies(

@@ -42,9 +42,7 @@ def among(bad: set[int]) -> Callable[[int], str | None]:
 
 
 @given(st.lists(st.integers(0, SAMPLES - 1), unique=True, min_size=1, max_size=SAMPLES - 1), st.randoms())
-def test_whoever_is_met_first_each_bad_sample_gets_the_next_that_is_sound(
-    split: Split, bad: list[int], random: object
-) -> None:
+def test_bad_sample_is_replaced_by_next_sound_one(split: Split, bad: list[int], random: object) -> None:
     met = list(bad)
     random.shuffle(met)  # type: ignore[attr-defined]
     table = bad_samples(split, budget=SAMPLES)
@@ -55,19 +53,19 @@ def test_whoever_is_met_first_each_bad_sample_gets_the_next_that_is_sound(
     assert sorted(table.found) == [(sample, expected[sample]) for sample in sorted(bad)]
 
 
-def test_as_long_as_nothing_is_bad_the_indices_are_not_even_copied(split: Split) -> None:
+def test_indices_are_not_copied_without_bad_samples(split: Split) -> None:
     indices = np.arange(9)
     assert bad_samples(split).substitute(indices) is indices
 
 
-def test_a_substitute_that_turns_bad_is_replaced_wherever_it_stands(split: Split) -> None:
+def test_bad_substitute_is_replaced_everywhere(split: Split) -> None:
     table = bad_samples(split)
     table.add({4: WRONG}, among({4}))
     table.add({5: WRONG}, among({4, 5}))
     assert table.substitute(np.array([3, 4, 5, 6])).tolist() == [3, 6, 6, 6]
 
 
-def test_each_is_named_once_on_any_rank_with_its_substitute_and_the_budget(
+def test_each_bad_sample_is_reported_once(
     split: Split, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -83,7 +81,7 @@ def test_each_is_named_once_on_any_rank_with_its_substitute_and_the_budget(
     ]
 
 
-def test_one_more_than_the_budget_is_an_error_that_names_the_last_and_the_setting(split: Split) -> None:
+def test_exceeding_the_budget_names_samples_and_setting(split: Split) -> None:
     table = bad_samples(split, budget=2)
     table.add({7: WRONG}, among({7}))
     table.add({20: WRONG}, among({20}))
@@ -94,19 +92,19 @@ def test_one_more_than_the_budget_is_an_error_that_names_the_last_and_the_settin
     assert [bad for bad, _ in table.found] == [7, 20]
 
 
-def test_samples_that_are_met_while_a_substitute_is_looked_for_count_as_well(split: Split) -> None:
+def test_bad_substitutes_count_towards_the_budget(split: Split) -> None:
     asked: list[int] = []
     with pytest.raises(UserError, match=r"5 samples .* data\.max_bad_samples=4"):
         bad_samples(split, budget=4).add({0: WRONG}, lambda sample: asked.append(sample) or WRONG)  # type: ignore[func-returns-value]
     assert asked == [1, 2, 3, 4]  # no search through a split that is bad as a whole
 
 
-def test_a_split_without_a_sound_sample_is_an_error(split: Split) -> None:
+def test_split_without_sound_samples_is_an_error(split: Split) -> None:
     with pytest.raises(UserError, match=r"no sample of split 'val' can be decoded"):
         bad_samples(split, budget=SAMPLES).add({5: WRONG}, lambda _: WRONG)
 
 
-def test_stop_names_the_first_and_tells_of_skip(split: Split) -> None:
+def test_stop_names_first_sample_and_suggests_skip(split: Split) -> None:
     with pytest.raises(UserError) as error:
         bad_samples(split, choice="stop").add({6: WRONG, 2: WRONG}, among({6, 2}))
     assert str(error.value).startswith(f"{split.describe(6)} {WRONG}: ")
@@ -115,7 +113,7 @@ def test_stop_names_the_first_and_tells_of_skip(split: Split) -> None:
 
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
-def test_an_evaluation_replaces_none(split: Split, choice: str) -> None:
+def test_evaluation_replaces_no_sample(split: Split, choice: str) -> None:
     table = for_evaluation(split, DataConfig(path="x", on_bad_sample=choice))  # type: ignore[arg-type]
     with pytest.raises(UserError) as error:
         table.add({6: WRONG}, among({6}))
@@ -124,7 +122,7 @@ def test_an_evaluation_replaces_none(split: Split, choice: str) -> None:
     assert not table.can_replace
 
 
-def test_threads_that_meet_the_same_samples_agree(split: Split) -> None:
+def test_threads_agree_on_substitutes(split: Split) -> None:
     bad = {3, 4, 10, 11, 12, 52}
     table = bad_samples(split)
     threads = [

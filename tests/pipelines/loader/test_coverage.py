@@ -24,7 +24,7 @@ def plain_checksum(samples: list[int]) -> int:
 
 
 @given(st.permutations(range(40)), st.integers(1, 45))
-def test_order_and_batches_do_not_matter(order: list[int], batch_size: int) -> None:
+def test_checksum_is_independent_of_order_and_batches(order: list[int], batch_size: int) -> None:
     batches = [order[begin : begin + batch_size] for begin in range(0, 40, batch_size)]
     found = checksums(np.array(order), batch_size)
     assert found == [SampleChecksum(len(batch), plain_checksum(batch)) for batch in batches]
@@ -32,7 +32,7 @@ def test_order_and_batches_do_not_matter(order: list[int], batch_size: int) -> N
 
 
 @given(st.integers(2, 3000), st.data())
-def test_a_sample_twice_in_the_place_of_another_shows(samples: int, data: st.DataObject) -> None:
+def test_duplicate_sample_changes_the_checksum(samples: int, data: st.DataObject) -> None:
     place, other = data.draw(st.lists(st.integers(0, samples - 1), min_size=2, max_size=2, unique=True))
     indices = np.arange(samples)
     indices[place] = other

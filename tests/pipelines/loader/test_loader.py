@@ -53,7 +53,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @WORLD_SIZES
 @pytest.mark.parametrize("aug", [NO_AUG, FLIP], ids=["stored pixels", "graph"])
 @pytest.mark.parametrize("order", ["random", "sequential-window"])
-def test_every_epoch_has_each_sample_once_less_the_dropped_rest(
+def test_epoch_has_each_sample_once_except_dropped_rest(
     order: str, aug: AugConfig, world_size: int, npy_data: Path
 ) -> None:
     loaders = [train(npy_data, 11, aug, rank, world_size, order=order, window_shards=2) for rank in range(world_size)]
@@ -70,7 +70,7 @@ def test_every_epoch_has_each_sample_once_less_the_dropped_rest(
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, FLIP], ids=["stored pixels", "graph"])
-def test_labels_and_pixels_are_those_of_the_same_sample(aug: AugConfig, npy_data: Path) -> None:
+def test_labels_and_pixels_belong_to_same_sample(aug: AugConfig, npy_data: Path) -> None:
     for images, labels in train(npy_data, aug=aug):
         rows = rows_of(images)
         assert labels.tolist() == [row * 7 % 12 for row in rows]
@@ -80,7 +80,7 @@ def test_labels_and_pixels_are_those_of_the_same_sample(aug: AugConfig, npy_data
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, FLIP, ALL_AUG], ids=["stored pixels", "graph", "all"])
-def test_images_are_uint8_nchw_in_channels_last_memory(aug: AugConfig, npy_data: Path) -> None:
+def test_images_are_uint8_nchw_channels_last(aug: AugConfig, npy_data: Path) -> None:
     loaders = [train(npy_data, 24, aug, image_size=size) for size in (None, 20)]
     for loader, size in zip(loaders, (32, 20), strict=True):
         images, labels = next(iter(loader))
@@ -92,16 +92,14 @@ def test_images_are_uint8_nchw_in_channels_last_memory(aug: AugConfig, npy_data:
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
-def test_the_number_of_batches_is_a_multiple_of_the_accumulation_steps(accumulation_steps: int, npy_data: Path) -> None:
+def test_length_is_a_multiple_of_accumulation_steps(accumulation_steps: int, npy_data: Path) -> None:
     loader = train(npy_data, 50, accumulation_steps=accumulation_steps)
     assert len(loader) == 14 // accumulation_steps * accumulation_steps == len(list(loader))
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 @pytest.mark.parametrize("crop_fraction", [1.0, 0.8], ids=["stored pixels", "graph"])
-def test_evaluation_has_every_sample_exactly_once_in_stored_order(
-    world_size: int, crop_fraction: float, npy_data: Path
-) -> None:
+def test_evaluation_has_each_sample_once_in_stored_order(world_size: int, crop_fraction: float, npy_data: Path) -> None:
     config = EvalConfig(batch_size=10, crop_fraction=crop_fraction)
     labels, sizes, seen = [], [], []
     for rank in range(world_size):
@@ -118,27 +116,27 @@ def test_evaluation_has_every_sample_exactly_once_in_stored_order(
         assert list(itertools.chain(*seen)) == list(range(107))
 
 
-def test_a_rank_without_samples_evaluates_no_batch(tmp_path: Path) -> None:
+def test_rank_without_samples_evaluates_no_batch(tmp_path: Path) -> None:
     write(memory_source(val=MemoryRows(3)), tmp_path / "out")
     counts = [len(list(evaluation(tmp_path / "out", rank=rank, world_size=8))) for rank in range(8)]
     assert sum(counts) == 3
     assert 0 in counts
 
 
-def test_every_iteration_of_an_evaluation_starts_anew(npy_data: Path) -> None:
+def test_evaluation_iterations_start_from_the_beginning(npy_data: Path) -> None:
     loader = evaluation(npy_data)
     first = copies(loader)
     next(iter(loader))
     assert_same(copies(loader), first)
 
 
-def test_a_split_without_labels_gives_minus_one(npy_data: Path) -> None:
+def test_split_without_labels_gives_minus_one(npy_data: Path) -> None:
     for config in (EvalConfig(), EvalConfig(crop_fraction=0.8)):
         batches = list(evaluation(npy_data, split="test", config=config))
         assert torch.equal(torch.cat([labels for _, labels in batches]), torch.full((41,), -1))
 
 
-def test_sequential_window_order_takes_whole_windows_of_shards(npy_data: Path) -> None:
+def test_sequential_window_order_uses_whole_windows(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     shard_of = dict(zip(rows_of(_stored(split)), split.shard.tolist(), strict=True))
     loader = train(npy_data, 4, order="sequential-window", window_shards=2)
@@ -164,7 +162,7 @@ EVERY_CASE = pytest.mark.parametrize(("encoding", "aug", "image_size"), CASES, i
 
 @EVERY_CASE
 @pytest.mark.parametrize("others", [{}, {"prefetch": 9}, {"prefetch": 1, "threads": 2}], ids=str)
-def test_a_resumed_run_gives_the_same_bytes_as_one_that_ran_through(
+def test_resumed_run_gives_same_bytes_as_unbroken_run(
     encoding: str, aug: AugConfig, image_size: int | None, others: dict[str, int], request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"{encoding}_data")
@@ -177,7 +175,7 @@ def test_a_resumed_run_gives_the_same_bytes_as_one_that_ran_through(
 
 
 @EVERY_CASE
-def test_a_step_has_the_same_bytes_at_every_world_size_also_after_a_restart(
+def test_batches_are_same_at_any_world_size_and_restart(
     encoding: str, aug: AugConfig, image_size: int | None, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"{encoding}_data")
@@ -190,7 +188,7 @@ def test_a_step_has_the_same_bytes_at_every_world_size_also_after_a_restart(
         assert_same(merged([copies(loader) for loader in loaders]), whole[4:])
 
 
-def test_other_seeds_and_epochs_give_other_pixels(npy_data: Path) -> None:
+def test_pixels_differ_between_seeds_and_epochs(npy_data: Path) -> None:
     loader = train(npy_data, 700, ALL_AUG)
     first, second = copies(loader)[0], copies(loader)[0]
     other = copies(train(npy_data, 700, ALL_AUG, seed=4))[0]
@@ -199,7 +197,7 @@ def test_other_seeds_and_epochs_give_other_pixels(npy_data: Path) -> None:
         assert (batch.images != first.images).float().mean() > 0.5
 
 
-def test_the_state_counts_batches_that_were_handed_over(npy_data: Path) -> None:
+def test_state_counts_consumed_batches(npy_data: Path) -> None:
     loader = train(npy_data, 100)
     assert loader.state == {"epoch": 0, "step": 0}
     for step, _ in enumerate(loader, 1):
@@ -210,14 +208,14 @@ def test_the_state_counts_batches_that_were_handed_over(npy_data: Path) -> None:
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 7), (-1, 0), (0, -1)])
-def test_a_state_outside_of_the_epoch_is_refused(epoch: int, step: int, npy_data: Path) -> None:
+def test_state_outside_of_epoch_is_rejected(epoch: int, step: int, npy_data: Path) -> None:
     loader = train(npy_data, 100)
     with pytest.raises(ValueError, match="7 steps"):
         loader.state = {"epoch": epoch, "step": step}
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
-def test_an_iteration_that_was_left_goes_on_with_the_next_batch(aug: AugConfig, npy_data: Path) -> None:
+def test_iteration_left_early_continues_with_next_batch(aug: AugConfig, npy_data: Path) -> None:
     expected = copies(train(npy_data, 50, aug))
     loader = train(npy_data, 50, aug)
     seen: list[Batch] = []
@@ -244,9 +242,7 @@ LoaderOf = Callable[[Path, Path], Loader]
 
 
 @EVERY_WAY
-def test_an_iterator_raises_when_it_is_used_after_a_second_one_was_made(
-    loader_of: LoaderOf, npy_data: Path, jpeg_data: Path
-) -> None:
+def test_replaced_iterator_raises_when_used(loader_of: LoaderOf, npy_data: Path, jpeg_data: Path) -> None:
     expected = copies(loader_of(npy_data, jpeg_data))
     loader = loader_of(npy_data, jpeg_data)
     first = iter(loader)
@@ -261,16 +257,14 @@ def test_an_iterator_raises_when_it_is_used_after_a_second_one_was_made(
 
 
 @EVERY_WAY
-def test_loops_in_one_another_and_zip_raise_instead_of_losing_batches(
-    loader_of: LoaderOf, npy_data: Path, jpeg_data: Path
-) -> None:
+def test_nested_loops_and_zip_raise(loader_of: LoaderOf, npy_data: Path, jpeg_data: Path) -> None:
     loader = loader_of(npy_data, jpeg_data)
     for use in (lambda: [next(iter(loader)) for _ in loader], lambda: list(zip(loader, loader, strict=False))):
         with pytest.raises(RuntimeError, match="one iterator at a time"):
             use()
 
 
-def test_an_iterator_without_a_batch_left_stays_at_its_end(npy_data: Path) -> None:
+def test_finished_iterator_stays_finished(npy_data: Path) -> None:
     loader = train(npy_data, 50)
     exhausted, at_its_end = iter(loader), None
     list(exhausted)
@@ -284,7 +278,7 @@ def test_an_iterator_without_a_batch_left_stays_at_its_end(npy_data: Path) -> No
     next(after)
 
 
-def test_an_iterator_raises_when_the_state_was_set_in_between(npy_data: Path) -> None:
+def test_iterator_raises_after_state_was_set(npy_data: Path) -> None:
     expected = copies(train(npy_data, 50))
     loader = train(npy_data, 50)
     first = iter(loader)
@@ -301,7 +295,7 @@ def test_an_iterator_raises_when_the_state_was_set_in_between(npy_data: Path) ->
 
 @EVERY_CASE
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_batches_that_the_user_keeps_are_not_overwritten(
+def test_batches_kept_by_user_are_not_overwritten(
     encoding: str, aug: AugConfig, image_size: int | None, prefetch: int, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"{encoding}_data")
@@ -311,7 +305,7 @@ def test_batches_that_the_user_keeps_are_not_overwritten(
     assert_same(list(evaluation(folder, 10, image_size=image_size, prefetch=prefetch)), evaluated)
 
 
-def test_a_view_of_a_batch_that_the_user_keeps_is_not_overwritten(npy_data: Path) -> None:
+def test_views_kept_by_user_are_not_overwritten(npy_data: Path) -> None:
     expected = [images[3, 0].clone() for images, _ in train(npy_data, 10)]
     kept = [images[3, 0].numpy() for images, _ in train(npy_data, 10)]  # the batches themselves are gone
     assert all(np.array_equal(a, b) for a, b in zip(kept, expected, strict=True))
@@ -324,7 +318,7 @@ def test_batches_outlive_their_loader(npy_data: Path) -> None:
         assert_same(batches, expected[:3])
 
 
-def test_batches_that_the_user_writes_to_do_not_change_the_data_set(npy_data: Path) -> None:
+def test_writing_to_a_batch_does_not_change_data(npy_data: Path) -> None:
     loader = evaluation(npy_data)
     expected = copies(loader)
     for images, labels in loader:
@@ -334,14 +328,14 @@ def test_batches_that_the_user_writes_to_do_not_change_the_data_set(npy_data: Pa
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
-def test_placement_on_the_device_gives_the_same_bytes_as_on_the_host(aug: AugConfig, npy_data: Path) -> None:
+def test_placements_give_same_bytes(aug: AugConfig, npy_data: Path) -> None:
     host = train(npy_data, 24, aug, placement="host")
     device = train(npy_data, 24, aug, placement="device")
     assert_same(copies(device), copies(host))
     assert_same(copies(evaluation(npy_data, placement="device")), copies(evaluation(npy_data, placement="host")))
 
 
-def test_placement_on_the_device_does_without_huge_pages(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_placement_works_without_huge_pages(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = copies(train(npy_data, placement="device"))
     monkeypatch.setattr(buffers.mmap, "MADV_HUGEPAGE", 9999)  # no kernel knows this advice
     assert_same(copies(train(npy_data, placement="device")), expected)
@@ -353,7 +347,7 @@ def threads_of_a_new_thread() -> int:
         return pool.submit(torch.get_num_threads).result()
 
 
-def test_the_loader_leaves_no_thread_and_the_number_of_torchs_threads_as_it_was(npy_data: Path) -> None:
+def test_loader_leaves_no_threads_behind(npy_data: Path) -> None:
     torch.set_num_threads(2)
     try:
         loader = train(npy_data, 50, ALL_AUG)
@@ -366,7 +360,7 @@ def test_the_loader_leaves_no_thread_and_the_number_of_torchs_threads_as_it_was(
         torch.set_num_threads(1)
 
 
-def test_the_time_that_the_consumer_waited_is_counted(npy_data: Path) -> None:
+def test_wait_time_of_consumer_is_counted(npy_data: Path) -> None:
     loader = train(npy_data, 50, ALL_AUG)
     waited = []
     for _ in loader:
@@ -399,9 +393,7 @@ class Recorder(SampleSource):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_of_an_iteration(
-    threads: int, npy_data: Path
-) -> None:
+def test_slot_is_refilled_only_after_its_reader_finished(threads: int, npy_data: Path) -> None:
     recorder = Recorder()
     plan = EvalBatches(0, 60, 2)
     plan.repeats = False
@@ -418,7 +410,7 @@ def test_a_slot_is_filled_only_after_its_reader_has_finished_also_over_the_end_o
 # Errors
 
 
-def test_a_batch_size_that_leaves_no_step_is_an_error_that_names_the_most(npy_data: Path) -> None:
+def test_too_large_batch_size_names_the_maximum(npy_data: Path) -> None:
     with pytest.raises(UserError, match=r"data.batch_size=94 exceeds the 87 samples per rank .*; use at most 87"):
         train(npy_data, 94, world_size=8)
     assert len(train(npy_data, 87, world_size=8)) == 1
@@ -426,27 +418,27 @@ def test_a_batch_size_that_leaves_no_step_is_an_error_that_names_the_most(npy_da
         train(npy_data, 44, world_size=8, accumulation_steps=2)
 
 
-def test_images_of_several_sizes_need_an_image_size(jpeg_data: Path) -> None:
+def test_mixed_size_images_need_an_image_size(jpeg_data: Path) -> None:
     for build in (train, evaluation):
         with pytest.raises(UserError, match=r"data.image_size is not set, .* images of several sizes"):
             build(jpeg_data)
 
 
-def test_images_that_are_not_square_need_an_image_size(tmp_path: Path) -> None:
+def test_non_square_images_need_an_image_size(tmp_path: Path) -> None:
     write(memory_source(train=MemoryRows([marked_image(row, 32, 40) for row in range(9)])), tmp_path / "out")
     with pytest.raises(UserError, match="images of 32 x 40 pixels"):
         train(tmp_path / "out", 3)
     assert next(iter(train(tmp_path / "out", 3, image_size=32))).images.shape == (3, 3, 32, 32)
 
 
-def test_jpeg_files_are_not_placed_on_the_device(jpeg_data: Path) -> None:
+def test_jpeg_cannot_be_placed_on_device(jpeg_data: Path) -> None:
     with pytest.raises(UserError, match=r"placement=device .* stores jpeg"):
         train(jpeg_data, image_size=24, placement="device")
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
 @pytest.mark.parametrize("failing", [0, 1, 5])
-def test_an_error_in_the_background_reaches_the_consumer(
+def test_background_error_reaches_the_consumer(
     failing: int, aug: AugConfig, npy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = train(npy_data, 50, aug)
@@ -469,7 +461,7 @@ def test_an_error_in_the_background_reaches_the_consumer(
     assert_same(copies(loader), expected[state["step"] :])  # and the loader can still be used
 
 
-def test_an_image_that_cannot_be_decoded_is_named(jpeg_copy: Path) -> None:
+def test_undecodable_image_is_named(jpeg_copy: Path) -> None:
     where = damage(jpeg_copy, 333, DAMAGE["emptied"])
     before = set(threading.enumerate())
     with pytest.raises(UserError) as refusal:
@@ -480,14 +472,12 @@ def test_an_image_that_cannot_be_decoded_is_named(jpeg_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("use", [copies, lambda loader: next(iter(loader))], ids=["run", "first batch"])
-def test_a_single_jpeg_split_works(use: Callable[[Loader], Any], tmp_path: Path) -> None:
+def test_split_of_a_single_jpeg_works(use: Callable[[Loader], Any], tmp_path: Path) -> None:
     write(memory_source(train=MemoryRows([jpeg_file(0)])), tmp_path / "out", "jpeg")
     assert use(train(tmp_path / "out", 1, image_size=24))
 
 
-def test_sequential_window_asks_for_each_window_before_it_comes_and_lets_go_of_those_behind(
-    npy_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sequential_window_advises_kernel_of_each_window(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, frozenset[int]]] = []
     advise = Split.advise
     monkeypatch.setattr(
@@ -510,7 +500,7 @@ def test_sequential_window_asks_for_each_window_before_it_comes_and_lets_go_of_t
 
 
 @pytest.mark.parametrize("aug", ["AugConfig(flip=0)", "AugConfig(crop='random-resized')"], ids=["plain", "graph"])
-def test_a_program_may_end_in_the_middle_of_an_epoch(aug: str, npy_data: Path) -> None:
+def test_program_may_end_within_an_epoch(aug: str, npy_data: Path) -> None:
     script = f"""
 from configs.schema import AugConfig, DataConfig
 from pipelines import build_train_loader

@@ -34,7 +34,7 @@ def epoch_of(loader: TrainLoader) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_sizes_and_lengths_change_with_the_epoch_and_evaluation_keeps_its_own(npy_data: Path) -> None:
+def test_sizes_change_with_the_epoch_except_in_evaluation(npy_data: Path) -> None:
     loader = train(npy_data, STAGES)
     seen = []
     for epoch in range(5):
@@ -52,7 +52,7 @@ def test_sizes_and_lengths_change_with_the_epoch_and_evaluation_keeps_its_own(np
     assert {images.shape[2] for images, _ in evaluation} == {36}
 
 
-def test_order_and_draws_are_those_of_the_same_epoch_without_stages(npy_data: Path) -> None:
+def test_stages_do_not_change_order_and_draws(npy_data: Path) -> None:
     staged = train(npy_data, STAGES)
     for epoch in (0, 2, 3):
         plain = train(npy_data, [], image_size=staged.at(epoch).image_size, batch_size=staged.at(epoch).plan.batch_size)
@@ -61,7 +61,7 @@ def test_order_and_draws_are_those_of_the_same_epoch_without_stages(npy_data: Pa
             assert torch.equal(ours, theirs)
 
 
-def test_two_ranks_with_half_the_batch_share_the_batches_of_one(npy_data: Path) -> None:
+def test_two_ranks_share_the_batches_of_one(npy_data: Path) -> None:
     halved = [{key: size // 2 if key == "batch_size" else size for key, size in stage.items()} for stage in STAGES]
     whole = train(npy_data, STAGES)
     ranks = [train(npy_data, halved, batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
@@ -74,7 +74,7 @@ def test_two_ranks_with_half_the_batch_share_the_batches_of_one(npy_data: Path) 
             assert torch.equal(torch.cat(pieces, dim=1).flatten(0, 1), expected)
 
 
-def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
+def test_resume_continues_within_any_stage(npy_data: Path) -> None:
     whole = train(npy_data, STAGES)
     for epoch in (0, 1, 3):
         whole.state = {"epoch": epoch, "step": 0}
@@ -88,7 +88,7 @@ def test_resume_continues_in_the_midst_of_any_stage(npy_data: Path) -> None:
         assert resumed.state == {"epoch": epoch + 1, "step": 0}
 
 
-def test_an_iterator_raises_when_another_stage_has_one_since_or_the_state_went_there(npy_data: Path) -> None:
+def test_iterator_raises_after_another_stage_was_started(npy_data: Path) -> None:
     for goes_on in (lambda loader: None, lambda loader: next(iter(loader))):
         loader = train(npy_data, STAGES)
         first = iter(loader)
@@ -99,14 +99,14 @@ def test_an_iterator_raises_when_another_stage_has_one_since_or_the_state_went_t
             next(first)
 
 
-def test_the_section_of_an_epoch_has_its_sizes_and_no_stages() -> None:
+def test_section_of_an_epoch_has_its_sizes_only() -> None:
     data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
     sections = [data_at(data, epoch) for epoch in range(5)]
     sizes = [(section.image_size, section.batch_size, section.stages) for section in sections]
     assert sizes == [(48, 32, ()), (24, 32, ()), (24, 32, ()), (40, 16, ()), (40, 16, ())]
 
 
-def test_the_waiting_time_is_that_of_all_stages(npy_data: Path) -> None:
+def test_wait_time_is_summed_over_stages(npy_data: Path) -> None:
     loader = train(npy_data, [{"epoch": 0, "image_size": 24}, {"epoch": 1, "image_size": 32}])
     assert isinstance(loader, StagedLoader)
     epoch_of(loader)
@@ -115,14 +115,14 @@ def test_the_waiting_time_is_that_of_all_stages(npy_data: Path) -> None:
     assert loader.wait_s == sum(stage.wait_s for stage in loader.stages) > first > 0
 
 
-def test_stages_of_one_size_share_the_pixels_in_memory(npy_data: Path) -> None:
+def test_stages_share_pixels_in_memory(npy_data: Path) -> None:
     loader = train(npy_data, STAGES, AugConfig(flip=0.5), placement="device")
     contents = [stage.source._content for stage in loader.stages]  # type: ignore[attr-defined]
     assert len(contents) == 3
     assert all(np.shares_memory(contents[0], content) for content in contents)
 
 
-def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) -> None:
+def test_invalid_stage_is_rejected_before_training(npy_data: Path) -> None:
     with pytest.raises(UserError, match=r"aug\.cutout=30 exceeds images of 24 pixels"):
         train(npy_data, STAGES, AugConfig(cutout=30))
     with pytest.raises(UserError, match=r"data\.batch_size=5000 exceeds the 700 samples"):
@@ -132,7 +132,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_training(npy_data: Path) ->
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
-def test_on_a_gpu_stages_with_and_without_dali_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
+def test_gpu_stages_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
     """The stored size needs no DALI where pixels are resident; the other stages do, and share the pixels."""
     data = DataConfig(path=str(npy_data), stages=STAGES, batch_size=32, threads=1, placement=placement)  # type: ignore[arg-type]
     aug = AugConfig(crop="pad", padding=2, flip=0.5)
