@@ -1,4 +1,4 @@
-"""One short run of each kind on a GPU: no exception, and all files are written. No computed value is compared."""
+"""One short run of each kind on a GPU: no exception, and all files are written. Values are not compared."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def jpeg_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the main function of a command in this process; gives what it printed."""
+    """Run the main function of a command in this process; return its output."""
 
     def call(main: Callable[[], Any], *command: object) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, command)])
@@ -88,7 +88,7 @@ def arguments(data: Path, output: Path, *options: str, config: str = "digits_len
     return ["--cfg", CONFIGS / f"{config}.yaml", "--data-path", data, "--output", output, "--opts", *settings]
 
 
-# A confusion matrix has as many entries as samples with labels, which a kernel counts.
+# A kernel counts the entries of a confusion matrix, one per sample with a label.
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.gpu_values) if kind == "tracked" else kind for kind in KINDS]
 )
@@ -116,7 +116,7 @@ def test_run_resumes_and_checkpoint_is_usable(
         ddp.main()
     assert f"resumed from {folder / 'last.pt'} at {middle}" in run(ddp.main, *command, "--resume", "auto")
     assert "over 360 samples" in run(ddp.main, *command, "--resume", folder / "best.pt", "--eval")
-    if not IS_STAND_IN:  # under which steps take no time
+    if not IS_STAND_IN:  # where steps take no time
         run(ddp.main, *command, "--throughput")
     run(predict.main, "--checkpoint", folder, "--split", "val", "--tta", "flip", "--out", tmp_path / "predictions")
     assert (tmp_path / "predictions" / "predictions.npz").is_file()
@@ -197,9 +197,9 @@ def test_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("aug", [{"crop": "none"}, {"crop": "pad"}, {"crop": "random-resized", "flip": 0.5}], ids=str)
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_buffers_are_reused_only_after_their_copies(placement: Any, aug: Any, digits: Path) -> None:
-    """Loops are left and resumed without waiting for the GPU, while the stand-in driver watches pinned memory.
+    """Leave and resume loops without waiting for the GPU, while the stand-in driver monitors pinned memory.
 
-    On a GPU, what is overwritten too early shows in the tests of test_graph.py that compare batches.
+    On a real GPU, the comparisons of batches in test_dali_graph.py detect early overwrites.
     """
     data = DataConfig(path=str(digits), batch_size=32, placement=placement, prefetch=1, threads=1)
     loader = build_train_loader(data, AugConfig(**aug), device="cuda")

@@ -122,5 +122,5 @@ def for_training(split: Split, data: DataConfig) -> BadSamples:
 def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
     """Return a record that replaces no sample: an evaluation counts every sample exactly once."""
     skips = data.on_bad_sample == "skip"
-    advice = "; data.on_bad_sample=skip is for training, an evaluation can do without none" if skips else ""
+    advice = "; data.on_bad_sample=skip is for training, an evaluation needs every sample" if skips else ""
     return BadSamples(split, 0, advice)

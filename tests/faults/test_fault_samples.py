@@ -1,4 +1,4 @@
-"""Whole runs on a data set whose JPEGs are damaged: stopped by name, or completed with the same results every time."""
+"""Whole runs on damaged JPEGs: stopped naming the sample, or completed with reproducible results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _unsaid() -> None:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 train images of several sizes, of which BAD are damaged, each in another way, and 53 of val; read only."""
+    """Data set of 240 train images of several sizes, BAD of them damaged differently, and 53 of val; read only."""
     folder = tmp_path_factory.mktemp("damaged") / "tiny"
     write(memory_source(train=MemoryRows(240, files=True), val=MemoryRows(53, files=True)), folder, "jpeg")
     damage_in_turn(folder, BAD)
@@ -48,7 +48,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(damaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that skips; read only."""
+    """The folder of a run with skip; read only."""
     output = tmp_path_factory.mktemp("unbroken")
     run_here(*arguments(damaged, output, SKIP))
     return output / "digits_lenet"
@@ -115,20 +115,22 @@ def test_bad_validation_sample_ends_run_despite_skip(damaged: Path, tmp_path: Pa
     code, _, err = call(*arguments(damaged, tmp_path, SKIP, *swapped))
     assert code == 2
     assert f"error: {open_split(damaged, 'train').describe(7)} cannot be decoded" in err
-    assert "an evaluation can do without none" in err
+    assert "an evaluation needs every sample" in err
 
 
 def killed_and_resumed(damaged: Path, unbroken: Path, tmp_path: Path, kills: int) -> None:
-    """SIGKILL after a random checkpoint of each life but the last; then compare with the run that ran through."""
+    """Kill each attempt but the last after a random checkpoint; then compare with the unbroken run."""
     generator = seeded()
     last = tmp_path / "digits_lenet" / "last.pt"
     command = arguments(damaged, tmp_path, SKIP)
     landed = 0
     for life in range(kills):
         process = subprocess.Popen(
-            command_line(*command, *(["--resume", "auto"] if life else [])), env=CLEAN,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command_line(*command, *(["--resume", "auto"] if life else [])),
+            env=CLEAN,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for _ in range(generator.randint(1, max(1, EPOCHS * STEPS // (4 * kills)))):
             before = changed(last)
             while process.poll() is None and changed(last) == before:
@@ -156,7 +158,7 @@ def test_many_kills_lose_no_substitute(damaged: Path, unbroken: Path, tmp_path: 
 
 @pytest.mark.campaign
 def test_two_ranks_train_on_same_samples(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
-    """Losses, since sums over ranks round in another order; that the pixels are the same is a test of the loader."""
+    """Compares losses, since sums over ranks round in another order. The loader's tests compare pixels."""
     result = run_script(*arguments(damaged, tmp_path, SKIP, "data.batch_size=8"), processes=2)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "digits_lenet"

@@ -1,4 +1,4 @@
-"""Choose how a loader's samples are decoded."""
+"""Backends of loaders under test."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from pipelines.assemble import Backend
 
 
 def use_dali(patch: pytest.MonkeyPatch) -> None:
-    """Let DALI decode, as on a GPU."""
+    """Use the DALI graph on the CPU too, as on a GPU."""
     patch.setattr(build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False))

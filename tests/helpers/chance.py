@@ -1,4 +1,4 @@
-"""Chance in tests of faults: other instants and places in every run, and yet any run can be repeated."""
+"""Random numbers for fault tests: different in every run, and reproducible by their seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def seeded() -> random.Random:
-    """The seed is printed, so that a test that fails shows it; ZHU_FAULT_SEED gives it again."""
+    """Return a generator and print its seed; set ZHU_FAULT_SEED to reproduce a failure."""
     seed = int(os.environ.get("ZHU_FAULT_SEED", time.time_ns() % 10**9))
     print(f"ZHU_FAULT_SEED={seed}")
     return random.Random(seed)

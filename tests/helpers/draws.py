@@ -1,4 +1,4 @@
-"""What the tests of draws share: what torchvision and timm ask of an image, recorded, and samples compared."""
+"""Recorders of the operations that torchvision and timm request, and statistical comparisons of draws."""
 
 from __future__ import annotations
 
@@ -18,27 +18,34 @@ from torchvision.transforms.v2 import _auto_augment
 from pipelines.augment.ops import Op
 
 MANY = 10_000
-LEAST = 1e-4  # p-value; all seeds are fixed, so that no test fails now and then
-Program = tuple[tuple[Op, float], ...]  # operations that are not IDENTITY, and their values, in their order
-NAMES = {"ShearX": "SHEAR_X", "ShearY": "SHEAR_Y", "TranslateX": "TRANSLATE_X", "TranslateY": "TRANSLATE_Y",
-         "AutoContrast": "AUTO_CONTRAST", "SolarizeAdd": "SOLARIZE_ADD", "Desaturate": "COLOR",
-         "GaussianBlur": "BLUR"}  # fmt: skip
+LEAST = 1e-4  # p-value; all seeds are fixed, so tests are not flaky
+Program = tuple[tuple[Op, float], ...]  # operations other than IDENTITY with their values, in order
+NAMES = {
+    "ShearX": "SHEAR_X",
+    "ShearY": "SHEAR_Y",
+    "TranslateX": "TRANSLATE_X",
+    "TranslateY": "TRANSLATE_Y",
+    "AutoContrast": "AUTO_CONTRAST",
+    "SolarizeAdd": "SOLARIZE_ADD",
+    "Desaturate": "COLOR",
+    "GaussianBlur": "BLUR",
+}
 
 
 def op_of(name: str) -> Op:
-    """of an operation by the name that torchvision or timm gives it"""
+    """Return the operation with a name of torchvision or timm."""
     name = name.removesuffix("Increasing").removesuffix("Rel")
     return Op[NAMES.get(name, name.upper())]
 
 
 def compressed(ops: np.ndarray, values: np.ndarray) -> list[Program]:
-    """drawn programs without what is left alone"""
+    """Return drawn programs without IDENTITY."""
     rows = zip(ops.tolist(), values.tolist(), strict=True)
     return [tuple((Op(op), value) for op, value in zip(*row, strict=True) if op != Op.IDENTITY) for row in rows]
 
 
 def p_of_counts(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
-    """p-value of a chi-square test that both come from one distribution; rare outcomes are counted together"""
+    """Return the p-value of a chi-square test that both have one distribution; rare outcomes are merged."""
     our_counts, their_counts = Counter(ours), Counter(theirs)
     outcomes = dict.fromkeys([*our_counts, *their_counts])
     table = np.array([[our_counts[outcome], their_counts[outcome]] for outcome in outcomes])
@@ -49,7 +56,7 @@ def p_of_counts(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
 
 
 def p_of_numbers(ours: Any, theirs: Any) -> float:
-    """the same of numbers: Kolmogorov-Smirnov, or chi-square where they take few values"""
+    """Return the same for numbers: Kolmogorov-Smirnov, or chi-square for few distinct values."""
     ours, theirs = np.round(np.asarray(ours, float), 4), np.round(np.asarray(theirs, float), 4)
     if len(np.unique(np.concatenate([ours, theirs]))) <= 50:
         return p_of_counts(ours.tolist(), theirs.tolist())
@@ -57,7 +64,7 @@ def p_of_numbers(ours: Any, theirs: Any) -> float:
 
 
 def record_torchvision(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Program]:
-    """run(action): what a policy asks of torchvision's functional operations, which do nothing from now on"""
+    """Replace torchvision's functional operations; return run(action), which returns the operations requested."""
     program: list[tuple[Op, float]] = []
 
     def note(value: float) -> None:
@@ -94,7 +101,7 @@ def record_torchvision(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[]
 
 
 class AskedImage:
-    """Stands for PIL's images: holds the one number that PIL was asked to work with."""
+    """Replaces a PIL image; records the number that PIL was called with."""
 
     mode = "RGB"
 
@@ -109,17 +116,17 @@ class AskedImage:
     rotate = note
 
     def transform(self, size: tuple[int, int], method: int, matrix: tuple[float, ...], **_: Any) -> AskedImage:
-        return self.note(sum(matrix) - 2)  # but for one number it is the identity's
+        return self.note(sum(matrix) - 2)  # all numbers but one are those of the identity
 
     def point(self, levels: list[int]) -> AskedImage:
-        return self.note(levels[0])  # what black becomes
+        return self.note(levels[0])  # the new level of black
 
     def filter(self, blur: Any) -> AskedImage:
         return self.note(blur.radius)
 
 
 def record_timm(monkeypatch: pytest.MonkeyPatch) -> Callable[[auto_augment.RandAugment, int], Program]:
-    """run(policy, side of the image): what timm's policy asks of PIL, which does nothing from now on"""
+    """Replace PIL's operations; return run(policy, image size), which returns the operations requested."""
     program: list[tuple[Op, float]] = []
 
     def enhancement(image: AskedImage) -> SimpleNamespace:
@@ -135,7 +142,7 @@ def record_timm(monkeypatch: pytest.MonkeyPatch) -> Callable[[auto_augment.RandA
     monkeypatch.setattr(auto_augment, "ImageOps", fakes)
 
     def noted(op: Op, original: Callable[..., Any], image: AskedImage, *args: Any, **kwargs: Any) -> AskedImage:
-        image.asked = 8.0  # timm does not ask for all 8 bits
+        image.asked = 8.0  # timm does not call PIL for all 8 bits
         original(image, *args, **kwargs)
         program.append((op, image.asked))
         return image

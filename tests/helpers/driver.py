@@ -1,4 +1,4 @@
-"""The stand-in CUDA driver of `make gpu-dry-run`, whose kernels compute nothing: what tests check and skip under it."""
+"""Support for the stand-in CUDA driver of `make gpu-dry-run`, whose kernels compute nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-IS_STAND_IN = os.environ.get("FAKECUDA") == "1"  # as its launcher sets it; make exports its folder under this name
+IS_STAND_IN = os.environ.get("FAKECUDA") == "1"  # set by its launcher; make exports the driver's folder under this name
 FAULT_LOG = Path(os.environ.get("FAKECUDA_LOG", os.devnull))
-# in its log: calls that a real driver refuses, launches that it cannot make, pinned memory that was written too early
+# Log entries: calls that a real driver rejects, impossible launches, pinned memory written too early.
 FAULTS = ("] CAPTURE FAULT:", "] FAULT:", "] RACE:")
 
 
 def faults() -> list[str]:
-    """List all faults that the stand-in driver has logged so far, in all processes of this run; none without a log."""
+    """Return all faults that the stand-in driver has logged so far, in all processes; none without a log."""
     lines = FAULT_LOG.read_text(errors="replace").splitlines() if FAULT_LOG.is_file() else []
     return [line for line in lines if any(word in line for word in FAULTS)]
 
 
 def skip_checks_of_values(patch: pytest.MonkeyPatch) -> None:
-    """Skip the two checks of a run that cannot hold where kernels compute nothing.
+    """Skip the two checks of a run that cannot pass if kernels compute nothing.
 
     They are the number of samples that an evaluation counted, and whether losses and weights are finite.
     """
@@ -46,7 +46,7 @@ def skip_checks_of_values(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collectives, "sum_over_ranks", sum_over_ranks)
 
 
-if __name__ == "__main__":  # python tests/helpers/driver.py SCRIPT ARGUMENT …: the script without those checks
+if __name__ == "__main__":  # python tests/helpers/driver.py SCRIPT ARGUMENT …: run the script without those checks
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(__file__).parents[2])
     if IS_STAND_IN:

@@ -1,4 +1,4 @@
-"""What the tests of loaders share: short ways to build them on the CPU, and to compare what they give."""
+"""Short functions to build loaders on the CPU and to compare their batches."""
 
 from __future__ import annotations
 
@@ -20,21 +20,43 @@ def data_of(folder: Path, batch_size: int = 24, **options: Any) -> DataConfig:
     return DataConfig(path=str(folder), **{"batch_size": batch_size, "threads": 1, **options})
 
 
-def train(folder: Path, batch_size: int = 24, aug: AugConfig = NO_AUG, rank: int = 0, world_size: int = 1,
-          accumulation_steps: int = 1, seed: int = 3, **options: Any) -> Loader:  # fmt: skip
-    return build_train_loader(data_of(folder, batch_size, **options), aug, seed=seed, device="cpu", rank=rank,
-                              world_size=world_size, accumulation_steps=accumulation_steps)  # fmt: skip
+def train(
+    folder: Path,
+    batch_size: int = 24,
+    aug: AugConfig = NO_AUG,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation_steps: int = 1,
+    seed: int = 3,
+    **options: Any,
+) -> Loader:
+    return build_train_loader(
+        data_of(folder, batch_size, **options),
+        aug,
+        seed=seed,
+        device="cpu",
+        rank=rank,
+        world_size=world_size,
+        accumulation_steps=accumulation_steps,
+    )
 
 
-def evaluation(folder: Path, batch_size: int = 24, rank: int = 0, world_size: int = 1, split: str | None = None,
-               config: EvalConfig | None = None, **options: Any) -> Loader:  # fmt: skip
+def evaluation(
+    folder: Path,
+    batch_size: int = 24,
+    rank: int = 0,
+    world_size: int = 1,
+    split: str | None = None,
+    config: EvalConfig | None = None,
+    **options: Any,
+) -> Loader:
     return build_eval_loader(
         data_of(folder, batch_size, **options), config, split=split, device="cpu", rank=rank, world_size=world_size
     )
 
 
 def copies(batches: Iterator[Batch] | Loader) -> list[Batch]:
-    """Batches as they were when they came."""
+    """Return clones of all batches."""
     return [Batch(images.clone(), labels.clone()) for images, labels in batches]
 
 
@@ -46,6 +68,6 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def merged(parts: list[list[Batch]]) -> list[Batch]:
-    """The global batches of several ranks."""
+    """Return the global batches of several ranks."""
     steps = zip(*parts, strict=True)
     return [Batch(torch.cat([b.images for b in step]), torch.cat([b.labels for b in step])) for step in steps]

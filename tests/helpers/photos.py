@@ -1,4 +1,4 @@
-"""Photographs of scikit-learn, and data sets of them."""
+"""Crops of scikit-learn's photographs, and data sets of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH = 12
 
 
 def photos(height: int, width: int, count: int = BATCH) -> list[np.ndarray]:
-    """Parts of scikit-learn's two photographs, in turn: uint8 [H, W, 3]."""
+    """Return crops of scikit-learn's two photographs, alternating: uint8 [H, W, 3]."""
     whole = load_sample_images().images
     random = np.random.default_rng(0)
     parts = []

@@ -1,4 +1,4 @@
-"""Random erasing: boxes as torchvision draws them, colours of the data set's distribution."""
+"""Random erasing: boxes distributed as in torchvision, colors distributed as the data set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ SCALE, RATIO = (0.02, 0.33), (0.3, 3.3)
 MEAN, STD = (0.485, 0.456, 0.05), (0.229, 0.3, 0.2)
 
 
-def boxes(samples: Any = None, size: int = 64, probability: float = 1.0, scale: tuple[float, float] = SCALE,
-          ratio: tuple[float, float] = RATIO, seed: int = 3, epoch: int = 1) -> np.ndarray:  # fmt: skip
+def boxes(
+    samples: Any = None,
+    size: int = 64,
+    probability: float = 1.0,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+    seed: int = 3,
+    epoch: int = 1,
+) -> np.ndarray:
     indices = np.arange(MANY) if samples is None else np.asarray(samples)
     return erase_boxes(indices, seed, epoch, size, probability, scale, ratio)
 
@@ -32,7 +39,7 @@ def boxes(samples: Any = None, size: int = 64, probability: float = 1.0, scale: 
         (32, SCALE, RATIO),
         (32, (0.3, 1.0), (0.1, 2.0)),  # attempts fail
         (32, (0.93, 1.0), (0.2, 5.0)),  # often all ten
-        (8, (0.001, 0.03), RATIO),  # boxes of no pixels
+        (8, (0.001, 0.03), RATIO),  # empty boxes
         (64, (0.1, 0.1), (0.5, 0.5)),
     ],
 )
@@ -42,7 +49,7 @@ def test_erase_boxes_match_torchvision_distribution(size: int, scale: Any, ratio
     drawn = [transform.make_params([image]) for _ in range(MANY)]
     theirs = np.array([[0] * 4 if box["v"] is None else [box[side] for side in "ijhw"] for box in drawn])
     ours = boxes(size=size, scale=scale, ratio=ratio)
-    theirs[(theirs[:, 2:] == 0).any(axis=1)] = 0  # a box of no pixels erases nothing
+    theirs[(theirs[:, 2:] == 0).any(axis=1)] = 0  # an empty box erases nothing
     erased, erased_by_theirs = ours.any(axis=1), theirs.any(axis=1)
     assert p_of_counts(erased.tolist(), erased_by_theirs.tolist()) > LEAST
     ours, theirs = ours[erased], theirs[erased_by_theirs]

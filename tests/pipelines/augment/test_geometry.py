@@ -1,4 +1,4 @@
-"""Drawn crops, flips and cutout corners: independent per sample, distributed as torchvision draws them."""
+"""Draws of crops, flips and cutout corners: independent per sample, distributed as in torchvision."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ MANY = 10_000
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def crops(samples: np.ndarray, height: int, width: int, scale: tuple[float, float] = SCALE,
-          ratio: tuple[float, float] = RATIO, seed: int = 1, epoch: int = 0) -> np.ndarray:  # fmt: skip
-    """(top, left, height, width) for images of one size"""
+def crops(
+    samples: np.ndarray,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+    seed: int = 1,
+    epoch: int = 0,
+) -> np.ndarray:
+    """Draw (top, left, height, width) for images of one size."""
     sizes = np.full(len(samples), height), np.full(len(samples), width)
     return geometry.random_resized_crops(samples, seed, epoch, *sizes, scale, ratio)
 
@@ -66,7 +73,7 @@ def test_crop_boxes_match_torchvision_distribution(height: int, width: int, scal
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (10, 11), (30, 30), (1, 400), (7, 1)])
 def test_crop_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
-    # a share of the area above 1 fits no attempt, so that both sides fall back
+    # an area share above 1 fits in no attempt, so both implementations fall back
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 1.5], list(RATIO))
     boxes = crops(np.arange(5), height, width, scale=(1.5, 1.5))
     np.testing.assert_array_equal(boxes, np.broadcast_to(theirs, (5, 4)))
@@ -119,7 +126,7 @@ def test_alternating_flips_invert_every_epoch() -> None:
     np.testing.assert_array_equal(second, 1 - first)
     np.testing.assert_array_equal(third, first)
     assert first.dtype == np.int32
-    assert 0.45 < (first == geometry.alternating_flips(samples, 3, 0, 0.5)).mean() < 0.55  # another seed, other draws
+    assert 0.45 < (first == geometry.alternating_flips(samples, 3, 0, 0.5)).mean() < 0.55  # another seed
 
 
 @pytest.mark.parametrize("cutout", [1, 12, 32])
@@ -149,6 +156,6 @@ def test_pad_crop_offsets_match_torchvision_distribution() -> None:
     torch.manual_seed(0)
     transform, image = v2.RandomCrop(32, padding=4), torch.zeros(3, 32, 32)
     drawn = [transform.make_params([image]) for _ in range(MANY)]
-    theirs = [(params["top"] - 4, params["left"] - 4) for params in drawn]  # it counts from the padding's corner
+    theirs = [(params["top"] - 4, params["left"] - 4) for params in drawn]  # relative to the padding's corner
     ours = geometry.pad_crop_offsets(np.arange(MANY), 2, 0, 4)
     assert p_of_counts([tuple(row) for row in ours.tolist()], theirs) > LEAST

@@ -1,6 +1,6 @@
-"""How batches are mixed: the draws against NumPy and timm, the pixels against timm, and runs that are cut and broken.
+"""Mixing of batches: draws against NumPy and timm, pixels against timm, and resumed runs.
 
-timm pairs sample i with sample B - 1 - i, we pair 2i with 2i + 1: its input is put in an order that makes it the same.
+timm pairs sample i with sample B - 1 - i; here 2i is paired with 2i + 1. timm's input is reordered to match.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def loader_of(data: Path, mix: MixConfig, batch_size: int = 16, **where: Any) ->
 
 
 def mixed(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Images as they are trained on, both labels, and the shares."""
+    """Return training images, both labels, and the shares."""
     assert isinstance(batch, MixedBatch)
     return mix_images(batch.images, batch.mix), batch.labels.clone(), swap_pairs(batch.labels), batch.mix[:, 0]
 
@@ -124,7 +124,7 @@ def test_mix_draws_differ_between_seeds_and_epochs() -> None:
 
 
 class OurDraws:
-    """Takes the place of numpy.random in timm's Mixup; drawn: float64 [N, 5], our uniform numbers in timm's order."""
+    """Replaces numpy.random in timm's Mixup; drawn: float64 [N, 5], our uniform numbers in timm's order."""
 
     def __init__(self, drawn: np.ndarray, mix: MixConfig, per_batch: bool) -> None:
         columns = (0, 1) if per_batch else (1, 0)
@@ -215,7 +215,7 @@ def test_rendered_batch_is_rounded_mix_with_both_names() -> None:
 
 
 def batches_of(data: Path, mix: MixConfig, updates: int, pieces: int = 1, world_size: int = 1) -> list[Any]:
-    """The mixed global batches of 16 of the first updates, put together from forward passes and ranks."""
+    """Return the mixed global batches of 16 of the first steps, joined from micro-steps and ranks."""
     size = 16 // pieces // world_size
     ranks = [
         iter(loader_of(data, mix, size, rank=rank, world_size=world_size, accumulation_steps=pieces))
@@ -277,10 +277,16 @@ def test_odd_batch_with_mixing_is_a_user_error(npy_data: Path) -> None:
 
 
 def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[torch.Tensor]]:
-    """Of LeNet in float64 at the first optimizer steps of an epoch with mixing at a global batch of 16."""
+    """Return LeNet's float64 gradients at the first steps of an epoch with mixing, global batch 16."""
     size = 16 // accumulation_steps // ranks.world_size
-    loader = loader_of(data, MixConfig(**BOTH, mode="pair"), size, rank=ranks.rank, world_size=ranks.world_size,
-                       accumulation_steps=accumulation_steps)  # fmt: skip
+    loader = loader_of(
+        data,
+        MixConfig(**BOTH, mode="pair"),
+        size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation_steps=accumulation_steps,
+    )
     sgd = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     training = make_state(lenet(classes=12).double(), sgd, mixes=True, accumulation_steps=accumulation_steps, lr=0.01)
     seen = record_gradients(training)
@@ -304,14 +310,25 @@ def test_mixed_gradients_are_independent_of_ranks_and_accumulation(npy_data: Pat
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Trains on digits with mixup and CutMix for two epochs in this process, and returns the run's folder."""
+    """Train on digits with mixup and CutMix for two epochs in this process; return the run's folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert convert.main(["digits", "--out", str(tmp_path / "digits"), "--workers", "1"]) == 0
 
     def call(name: str, *options: str) -> Path:
-        fixed = ["train.epochs=2", "train.warmup_epochs=0", "aug.mix.mixup=0.2", "aug.mix.cutmix=1", f"name={name}",
-                 "aug.mix.mode=elem", "train.loss=bce", "train.bce_threshold=0.2", "train.label_smoothing=0.1",
-                 "train.save_every_steps=5", f"data.path={tmp_path / 'digits'}", f"output={tmp_path}"]  # fmt: skip
+        fixed = [
+            "train.epochs=2",
+            "train.warmup_epochs=0",
+            "aug.mix.mixup=0.2",
+            "aug.mix.cutmix=1",
+            f"name={name}",
+            "aug.mix.mode=elem",
+            "train.loss=bce",
+            "train.bce_threshold=0.2",
+            "train.label_smoothing=0.1",
+            "train.save_every_steps=5",
+            f"data.path={tmp_path / 'digits'}",
+            f"output={tmp_path}",
+        ]
         monkeypatch.setattr(sys, "argv", ["ddp.py", "--cfg", str(DIGITS), "--opts", *fixed, *options])
         ddp.main()
         return tmp_path / name

@@ -1,4 +1,4 @@
-"""Programs: distributed as torchvision draws them, independent of each other and of the batch, within their slots."""
+"""Programs: distributed as in torchvision, independent of each other and of the batch, within their slots."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_jitter_factors_and_orders_match_torchvision_distribution(jitter: dict[s
 
 def test_jitter_factors_and_order_are_independent() -> None:
     ops, values = programs(color_jitter=JITTER)
-    slots = np.argsort(ops, axis=1)  # where each operation stands
+    slots = np.argsort(ops, axis=1)  # position of each operation
     table = np.concatenate([np.take_along_axis(values, slots, axis=1), slots[:, :3]], axis=1)
     correlation = np.corrcoef(table, rowvar=False)[:4]
     correlation[:, :4] -= np.eye(4)

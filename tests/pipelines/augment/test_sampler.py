@@ -1,6 +1,6 @@
-"""What is drawn for DALI's graphs and for the CPU's own is one thing: both give the same training batches, on photos.
+"""The DALI graph and the CPU graph give the same training batches for the same draws, on photos.
 
-On a GPU it is DALI's graph that runs, with inputs of its own form; here it runs on the CPU.
+On a GPU the DALI graph runs, with inputs converted from the draws; here it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ AUGS = {
     "padded": EVERYTHING.model_copy(update={"crop": "pad", "erase": EraseConfig(probability=0.5, fill="mean")}),
     "uncropped": EVERYTHING.model_copy(update={"crop": "none", "flip_mode": "random"}),
 }
-# Mean grey levels of an image. One level more or less before equalize, solarize or auto-contrast makes several.
+# Mean grey levels of an image. Equalize, solarize and auto-contrast amplify a difference of one level.
 OF_MOST_IMAGES, OF_ANY_IMAGE = 0.4, 12.0
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """72 images each: npy of 61x80, and jpeg of several sizes, some smaller than SIZE"""
+    """Data sets of 72 images: npy of 61x80, and jpeg of several sizes, some smaller than SIZE."""
     several = photos(160, 240, 24) + photos(40, 41, 24) + photos(97, 48, 24)
     folder = tmp_path_factory.mktemp("sets")
     return {
@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @lru_cache
 def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
-    """One that is put together as on a GPU, with DALI's graph, and the CPU's own."""
+    """Return a loader with the DALI graph, as on a GPU, and one with the CPU graph."""
     data = DataConfig(path=str(folder), batch_size=BATCH, image_size=SIZE, threads=1)
     by_dali = Backend(resident=False, uses_dali=True, passes_through=False)
     with mock.patch.object(build, "choose_backend", return_value=by_dali):

@@ -1,4 +1,4 @@
-"""timm's RandAugment: its spaces and formulas number by number, and what it draws."""
+"""timm's RandAugment: spaces and formulas number by number, and the distribution of draws."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_values_match_timms_calls_of_pil(spaces: str, negative: bool, monkeypatc
         rows = np.arange(len(space.ops))
         values = op_values(space, rows, magnitude, np.full(len(rows), negative), SIZE)
         ours = [(Op(op), value) for op, value in zip(space.ops.tolist(), values.tolist(), strict=True)]
-        # PIL keeps no bits where it is asked for less than none
+        # PIL keeps no bits for negative numbers
         theirs = [(op, max(value, 0.0) if op == Op.POSTERIZE else value) for op, value in theirs]
         assert sorted(in_whole_pixels(*pair) for pair in ours) == sorted(in_whole_pixels(*pair) for pair in theirs)
 

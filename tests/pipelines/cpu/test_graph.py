@@ -1,4 +1,4 @@
-"""The CPU's own graphs against DALI's on the same inputs, and the kernels against NumPy and torch; on real photos."""
+"""The CPU graphs against DALI's on the same inputs, and the kernels against NumPy and torch; on photos."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PHOTOS = load_sample_images().images
 
 
 def photos(height: int, width: int, count: int = BATCH) -> np.ndarray:
-    """Parts of scikit-learn's two photographs: uint8 [count, H, W, 3]."""
+    """Return crops of scikit-learn's two photographs: uint8 [count, H, W, 3]."""
     parts = []
     for number in range(count):
         photo = PHOTOS[number % len(PHOTOS)]
@@ -51,7 +51,7 @@ def photos(height: int, width: int, count: int = BATCH) -> np.ndarray:
 
 
 def images_of(pixels: np.ndarray) -> Images:
-    """What a graph is given, for uint8 [B, H, W, 3]."""
+    """Return the input of a graph for uint8 [B, H, W, 3]."""
     count, height, width, _ = pixels.shape
     begins = np.arange(count) * (height * width * 3)
     return Images(np.ascontiguousarray(pixels).reshape(-1), begins, np.full(count, height), np.full(count, width))
@@ -89,7 +89,7 @@ MACHINE = dali_graph.PipelineConfig(None, BATCH, 1, 0.0)
 
 
 def assert_same_but_for_rounding(first: np.ndarray, second: np.ndarray, share: float) -> None:
-    """At most one grey level apart, in at most `share` of the values."""
+    """Check that values differ by at most one grey level, in at most `share` of them."""
     difference = np.abs(first.astype(int) - second)
     assert difference.max() <= 1
     assert (difference > 0).mean() <= share
@@ -190,7 +190,7 @@ def test_squashed_training_equals_evaluation_with_flips(height: int, width: int,
 def test_resize_without_antialias_equals_torchvision_up_to_rounding(size: int) -> None:
     pixels = photos(80, 61)
     found = by_cpu(cpu_graph.eval_graph(pixels.shape[1:], size, 0.5, "bilinear", False, True), pixels, {})
-    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # of uint8, torch rounds each direction
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # for uint8, torch rounds after each direction
     expected = F.resize(planes, [size, size], antialias=False).permute(0, 2, 3, 1).round().numpy()
     assert_same_but_for_rounding(found, expected, share=0.01)
 
@@ -317,7 +317,7 @@ def central(crop_fraction: float) -> cpu_graph.CpuGraph | None:
 
 @pytest.fixture
 def jpegs(tmp_path: Path) -> Path:
-    """train and val of 24 JPEGs of three sizes"""
+    """Return a split of 24 JPEGs of three sizes."""
     rows = MemoryRows([*photos(160, 240, 8), *photos(301, 200, 8), *photos(97, 111, 8)])
     write(memory_source(train=rows, val=rows), tmp_path / "tiny", Encoding("jpeg"))
     return tmp_path / "tiny"
@@ -340,7 +340,7 @@ def test_decoded_pixels_equal_dali_bitwise(tmp_path: Path) -> None:
 def test_jpegs_of_several_sizes_match_dali(jpegs: Path) -> None:
     split = open_split(jpegs, "val")
     ours = HostJpegs(split, SlotBuffers(1, BATCH, (64, 64, 3)), central(0.875))
-    ours.CHUNK = 2**17  # so that several pieces are needed, some of one image
+    ours.CHUNK = 2**17  # forces several pieces, some of one image
     order = RANDOM.permutation(BATCH)
     found = ours.fill(0, order, {}).numpy()
     pipeline = dali_graph.eval_graph(
@@ -353,7 +353,7 @@ def test_jpegs_of_several_sizes_match_dali(jpegs: Path) -> None:
 
 
 def overwrite(folder: Path, sample: int, content: bytes) -> None:
-    """Put other bytes, filled up with zeros, where a sample's JPEG lies."""
+    """Overwrite a sample's JPEG with other bytes, padded with zeros."""
     split = open_split(folder, "val", verify="off")
     offset, size = int(split.address[sample]) - int(split.shard[sample]) * split.slot_bytes, int(split.size[sample])
     assert len(content) <= size
@@ -375,7 +375,7 @@ def encoded(pixels: np.ndarray, quality: int = 60) -> bytes:
 
 
 def decoded(folder: Path, sample: int) -> np.ndarray:
-    """A stored image, which encoded anew at a lower quality takes fewer bytes."""
+    """Return a stored image; encoded again at a lower quality it takes fewer bytes."""
     split = open_split(folder, "val")
     begin, size = int(split.address[sample]), int(split.size[sample])
     return np.asarray(Image.open(io.BytesIO(split.content[begin : begin + size].tobytes())))

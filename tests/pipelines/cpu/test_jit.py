@@ -1,4 +1,4 @@
-"""Compiled code is kept as long as nothing that it is made of changes, and not longer."""
+"""Compiled code is cached until one of its sources changes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ if __name__ == "__main__":
 
 
 def covered() -> set[Path]:
-    """The files whose change compiles everything anew."""
+    """Return the files whose change recompiles everything."""
     return {file for pattern in jit.SOURCES for file in FOLDER.glob(pattern)}
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A kernel that calls a kernel of another file."""
+    """Write a kernel that calls a kernel of another file."""
     folder = tmp_path / "pipelines" / "cpu"
     folder.mkdir(parents=True)
     shutil.copy(FOLDER / "cpu" / "jit.py", folder)
@@ -56,7 +56,7 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-# As for a user who may not read what another one compiled; root, as whom tests often run, may read everything.
+# Simulates a user who may not read another user's compiled code; tests often run as root, who may read everything.
 DENY = """
 import builtins, os, runpy, sys
 from pathlib import Path
@@ -82,7 +82,7 @@ runpy.run_module("pipelines.cpu.outer_kernels", run_name="__main__")
 
 
 def run(package: Path, *denied: str) -> str:
-    """What a new process finds: the outer kernel's result, and whether its code was kept from an earlier one.
+    """Return the outer kernel's result in a new process, and whether its code came from the cache.
 
     denied: patterns of cached files, separated by commas, that cannot be read; `early`: from the start on.
     """
@@ -122,7 +122,7 @@ def test_unreadable_cache_of_another_user_is_replaced(package: Path, denied: str
 
 @pytest.mark.parametrize("denied", ["*.nbi", "*.nbc", "*.tmp.*"])
 def test_cache_file_refused_on_use_only_costs_compilation(package: Path, denied: str) -> None:
-    if denied != "*.tmp.*":  # which is written
+    if denied != "*.tmp.*":  # temporary files of the cache
         assert run(package) == "20 0"
     assert run(package, denied) == "20 0"
 

@@ -1,4 +1,4 @@
-"""Operations on the CPU against torchvision's on the same uint8 images, alone and in chains; on real photos."""
+"""CPU operations against torchvision's on the same uint8 photos, alone and in programs."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ VALUES: dict[Op, list[float]] = {
     Op.GRAYSCALE: [0],
     Op.BLUR: [0.1, 0.3, 0.7, 1.3, 2.0],
 }
-# No value puts a pixel's source halfway between two pixels, where torch's nearest one is what its rounding errors say.
-# Where float32 sums run in another order: the largest share of values that may lie one grey level apart.
+# No value maps a pixel halfway between two pixels, where rounding errors decide torch's nearest pixel.
+# Operations with another order of float32 sums: the largest share of values that may differ by one grey level.
 ROUNDED = {Op.HUE: 0.001, Op.BLUR: 0.001}
 BILINEAR_ROUNDED = 0.03
 
 
 def photos(side: int, count: int = 8, seed: int = 0) -> np.ndarray:
-    """Parts of scikit-learn's two photographs, some taken every few pixels: uint8 [count, side, side, 3]."""
+    """Return crops of scikit-learn's two photographs, some subsampled: uint8 [count, side, side, 3]."""
     random, parts = np.random.default_rng(seed), []
     for number in range(count):
         step = 1 + number % 4
@@ -77,13 +77,13 @@ def run(
 
 
 def apply(images: np.ndarray, op: Op, value: float, bilinear: bool = False, radius: int = RADIUS) -> np.ndarray:
-    """One operation on all images."""
+    """Apply one operation to all images."""
     shape = (len(images), 1)
     return run(images, np.full(shape, int(op)), np.full(shape, value), bilinear, radius=radius)
 
 
 def torchvisions(images: np.ndarray, op: Op, value: float, bilinear: bool = False) -> np.ndarray:
-    """What `ops` says that the operation is, as float32 hands its value over."""
+    """Apply torchvision's operation, with the value rounded to float32."""
     value = float(np.float32(value))
     mode = InterpolationMode.BILINEAR if bilinear else InterpolationMode.NEAREST
 
@@ -163,7 +163,7 @@ def test_bilinear_warps_equal_torchvision_up_to_rounding(op: Op, side: int) -> N
 def test_fill_appears_outside_of_image(op: Op, value: float, bilinear: bool) -> None:
     images, shape = photos(32, 4), (4, 1)
     ops, values = np.full(shape, int(op)), np.full(shape, value)
-    # The fill's share of each pixel is what a white image loses on black.
+    # The fill's share of each pixel is the level that a white image loses on black.
     white = run(np.full_like(images, 255), ops, values, bilinear).astype(float) / 255
     expected = run(images, ops, values, bilinear) + (1 - white) * np.array(PAINT)
     assert np.abs(run(images, ops, values, bilinear, PAINT) - expected).max() <= (1.5 if bilinear else 0)
@@ -210,7 +210,7 @@ def test_tiny_images_write_nothing_outside(side: int, bilinear: bool) -> None:
         apply_programs(image, ops, values, bilinear, np.zeros(3, np.uint8), RADIUS)
         assert (memory[:64] == 77).all(), op.name
         assert (memory[64 + size :] == 77).all(), op.name
-        if op is not Op.BLUR:  # torch's reflection needs more pixels than its kernel has on each side
+        if op is not Op.BLUR:  # torch's reflection needs more pixels than the kernel's radius
             share = 1 if bilinear and op in GEOMETRIC else ROUNDED.get(op, 0)
             assert_same_but_for_rounding(image, torchvisions(before, op, value, bilinear), share)
 
@@ -222,7 +222,7 @@ def test_blur_of_tiny_image_keeps_its_mean() -> None:
 
 
 def random_programs(count: int, slots: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Any operations with any of their values: ops and values [count, slots]."""
+    """Return random operations with random values: ops and values [count, slots]."""
     random, choices = np.random.default_rng(seed), every_value(set(Op))
     drawn = random.integers(0, len(choices), (count, slots))
     ops = np.array([int(op) for op, _ in choices])[drawn]

@@ -1,4 +1,4 @@
-"""What the graphs do to pixels, against NumPy, Pillow and torchvision on the same draws; on real photos.
+"""Pixels of the DALI graphs against NumPy, Pillow and torchvision with the same draws, on photos.
 
 The tests marked gpu compare a GPU with the CPU and need nothing that a bare GPU machine lacks (hypothesis, webdataset).
 """
@@ -48,25 +48,25 @@ JITTERED = AugConfig(crop="random-resized", color_jitter=ColorJitterConfig(brigh
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """npy, 12 images of 160x240 in train and val"""
+    """Data set of 12 npy images of 160x240."""
     return converted(tmp_path_factory.mktemp("wide") / "tiny", photos(160, 240), "npy")
 
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """npy, 12 images of 96x96"""
+    """Data set of 12 npy images of 96x96."""
     return converted(tmp_path_factory.mktemp("square") / "tiny", photos(96, 96), "npy")
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """jpeg, 12 images of three sizes"""
+    """Data set of 12 JPEGs of three sizes."""
     images = photos(160, 240, 4) + photos(301, 200, 4) + photos(97, 111, 4)
     return converted(tmp_path_factory.mktemp("mixed") / "tiny", images, "jpeg")
 
 
 def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> Loader:
-    """A loader that stands at the beginning of EPOCH."""
+    """Return a loader at the start of EPOCH."""
     data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
     loader = build_train_loader(data, aug, seed=SEED, device=device)
     loader.state = {"epoch": EPOCH, "step": 0}
@@ -79,14 +79,14 @@ def evaluate(folder: Path, device: Any = "cpu", crop_fraction: float = 1.0, **op
 
 
 def pixels(split: Split) -> np.ndarray:
-    """All images of an npy split: uint8 [samples, H, W, 3]."""
+    """Return all images of an npy split: uint8 [samples, H, W, 3]."""
     view, rows = split.pixel_rows()
     assert split.image_shape is not None
     return view[rows].reshape(-1, *split.image_shape)
 
 
 def trained_on(loader: Loader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first batch [B, H, W, 3], the stored images that it comes from, and their sample indices."""
+    """Return the first batch [B, H, W, 3], its stored images, and their sample indices."""
     indices = loader.plan.indices(EPOCH, 0)
     return nhwc(next(iter(loader))), pixels(open_split(folder, "train"))[indices], indices
 
@@ -96,18 +96,18 @@ def nhwc(batch: Batch) -> np.ndarray:
 
 
 def with_torch(function: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
-    """A torchvision function on an image [H, W, 3]."""
+    """Apply a torchvision function to an image [H, W, 3]."""
     return function(torch.from_numpy(image.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
 
 
 def resized_crop(image: np.ndarray, box: list[int], size: int, interpolation: str = "bilinear") -> np.ndarray:
-    """torchvision's; box: top, left, height, width"""
+    """Apply torchvision's resized_crop; box: top, left, height, width."""
     mode = MODES[interpolation]
     return with_torch(lambda x: F.resized_crop(x, *box, [size, size], mode, antialias=True), image)
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of each image, in grey levels [B]."""
+    """Return the mean absolute difference of each image, in grey levels [B]."""
     assert first.shape == second.shape
     return np.abs(first.astype(int) - second).mean(axis=(1, 2, 3))
 
@@ -118,7 +118,7 @@ def drawn_crops(indices: np.ndarray, split: Split, aug: AugConfig) -> np.ndarray
 
 
 def run(pipeline: Any, images: Any, **feeds: np.ndarray) -> np.ndarray:
-    """One batch through a graph: uint8 [B, H, W, 3]."""
+    """Run one batch through a graph: uint8 [B, H, W, 3]."""
     runner = DaliRunner(lambda: pipeline, CPU)
     runner.submit(images, np.arange(len(images)), feeds)
     outputs, labels, _ = runner.result()
@@ -257,7 +257,7 @@ def test_pad_crop_of_other_size_resizes_first(wide: Path) -> None:
 
 
 def erased(images: np.ndarray, fill: Any, aug: AugConfig | None = None, **feeds: np.ndarray) -> np.ndarray:
-    """Square images uint8 [B, side, side, 3] through a training graph that erases and does what else `aug` says."""
+    """Run square images uint8 [B, side, side, 3] through a training graph with erasing and the rest of `aug`."""
     kind = dali_graph.ImageSpec("npy", images.shape[1:], False, mean=(0.1, 0.5, 0.9))
     aug = (aug or AugConfig(flip=0)).model_copy(update={"erase": EraseConfig(probability=0.5, fill=fill)})
     machine = dali_graph.PipelineConfig(None, len(images), 1, 0.0)
@@ -358,7 +358,7 @@ def test_evaluation_of_square_images_matches_torchvision(
 
 
 def central(image: np.ndarray, size: int, crop_fraction: float, interpolation: str = "bilinear") -> np.ndarray:
-    """torchvision's resize and a central crop, but both sides rounded, where torchvision truncates the longer one."""
+    """Apply torchvision's resize and a central crop, with both sides rounded; torchvision truncates the longer one."""
     height, width = image.shape[:2]
     scale = round(size / crop_fraction) / min(height, width)
     to = [round(height * scale), round(width * scale)]
@@ -412,7 +412,7 @@ def test_evaluation_of_mixed_size_jpegs_takes_same_square(mixed: Path) -> None:
 
 
 def decoded(files: list[bytes], side: int) -> np.ndarray:
-    """JPEG files of side x side pixels through the evaluation graph, which then only decodes."""
+    """Run JPEG files of side x side pixels through the evaluation graph, which only decodes them."""
     machine = dali_graph.PipelineConfig(None, len(files), 1, 0.0)
     pipeline = dali_graph.eval_graph(
         dali_graph.ImageSpec("jpeg", (side, side, 3), False), machine, side, 1.0, "bilinear", True, False
@@ -433,7 +433,7 @@ def test_jpeg_files_decode_like_pillow(options: dict[str, Any]) -> None:
 
 def test_orientation_tag_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees when shown
+    exif[0x0112] = 6  # rotate by 90 degrees for display
     buffer = io.BytesIO()
     Image.fromarray(photos(96, 96)[0]).save(buffer, "JPEG", quality=95, exif=exif)
     rows = MemoryRows([buffer.getvalue()])
@@ -462,13 +462,13 @@ def test_real_jpeg_files_decode_like_pillow(shared_data: Path) -> None:
 # On a GPU
 
 
-# Pixels that lie on the device are gathered by a kernel, those of the host are only copied.
+# Pixels on the device are gathered by a kernel; those on the host are only copied.
 PLACEMENTS = pytest.mark.parametrize("placement", ["host", pytest.param("device", marks=pytest.mark.gpu_values)])
 AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["random-resized", "pad", "jittered"])
 
 
 def epoch(loader: Loader) -> list[Batch]:
-    """One epoch from EPOCH on, copied to the host batch by batch."""
+    """Return one epoch from EPOCH on, copied to the host batch by batch."""
     loader.state = {"epoch": EPOCH, "step": 0}
     return [Batch(images.cpu(), labels.cpu()) for images, labels in loader]
 
@@ -482,7 +482,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """npy, 400 images of 64x64: enough batches that buffers are used again"""
+    """Data set of 400 npy images of 64x64: enough batches to reuse buffers."""
     return converted(tmp_path_factory.mktemp("many") / "tiny", photos(64, 64, 400), "npy")
 
 
@@ -520,7 +520,7 @@ def test_gpu_applies_all_augmentations_like_cpu(placement: str, square: Path) ->
     on_gpu = train(square, aug, "cuda", placement=placement, image_size=64)
     found = distance(nhwc(next(iter(on_gpu))), nhwc(next(iter(train(square, aug, image_size=64)))))
     assert np.median(found) <= 1
-    assert found.max() <= 12  # where one level more or less is spread by equalize or auto-contrast
+    assert found.max() <= 12  # equalize and auto-contrast amplify a difference of one level
 
 
 @pytest.mark.gpu
@@ -568,7 +568,7 @@ def test_gpu_batches_kept_by_user_are_not_overwritten(aug: AugConfig, placement:
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_slow_gpu_stream_reads_the_right_batches(aug: AugConfig, placement: str, many: Path) -> None:
-    """The host runs far ahead of the GPU: a buffer used again too early would change under its reader."""
+    """The host runs far ahead of the GPU, so a buffer reused too early would change under its reader."""
     expected = epoch(train(many, aug, "cuda", placement=placement))
     busy = torch.randn(4096, 4096, device="cuda")
     seen = []
@@ -584,12 +584,12 @@ def test_slow_gpu_stream_reads_the_right_batches(aug: AugConfig, placement: str,
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_dali_output_outlives_its_reading_stream(placement: str, many: Path) -> None:
-    """Each batch is read behind a kernel of some 50 ms and dropped at once, while DALI works on the next ones."""
+    """Each batch is read after a kernel of about 50 ms and dropped at once, while DALI works on the next ones."""
     expected = epoch(train(many, RANDOM_RESIZED, "cuda", placement=placement))
     seen, read = [], []
     overlaps = 0
     for images, labels in train(many, RANDOM_RESIZED, "cuda", placement=placement):
-        overlaps += bool(read and not read[-1].query())  # the next batch came before the last one was read
+        overlaps += bool(read and not read[-1].query())  # the next batch arrived before the last one was read
         torch.cuda._sleep(100_000_000)
         seen.append(Batch(images.clone(), labels.clone()))
         read.append(torch.cuda.current_stream().record_event())

@@ -1,4 +1,4 @@
-"""Programs in the DALI graph against torchvision's functional operations with the same values, on real photos.
+"""Programs in the DALI graph against torchvision's functional operations with the same values, on photos.
 
 The tests marked gpu compare a GPU with the CPU.
 """
@@ -39,7 +39,7 @@ VALUES: dict[Op, list[float]] = {
     Op.HUE: [-0.5, -0.3, -0.1, 0, 0.05, 0.25, 0.5],
     Op.BLUR: [0.1, 0.5, 1, 2],
 }
-# Mean and largest difference in grey levels; what is not listed is equal but for single pixels.
+# Mean and largest difference in grey levels; operations not listed are equal except for single pixels.
 LIMITS = {Op.COLOR: (0.6, 1), Op.CONTRAST: (0.1, 1), Op.EQUALIZE: (0.5, 1)}
 NEARLY_EQUAL = (0.02, 1)
 JITTER = frozenset({Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR})
@@ -63,7 +63,7 @@ def built(programs: Programs, side: int, count: int, gpu: bool = False) -> DaliR
 def by_dali(
     programs: Programs, images: np.ndarray, ops: np.ndarray, values: np.ndarray, room: int = 0, gpu: bool = False
 ) -> np.ndarray:
-    """A batch through the graph, whose largest batch is `room`: uint8 [B, side, side, 3]."""
+    """Run a batch through a graph of batch size `room`: uint8 [B, side, side, 3]."""
     side = images.shape[1]
     runner = built(programs, side, room or len(images), gpu)
     feeds = program_inputs(programs, ops.astype(np.int32), values.astype(np.float32), side)
@@ -118,14 +118,14 @@ def one(op: Op, value: float, image: torch.Tensor, programs: Programs) -> torch.
 
 
 def each_value(op: Op, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Photos [B, side, side, 3] with every value of an operation, as programs of one slot."""
+    """Return photos [B, side, side, 3] with every value of an operation, as programs of one slot."""
     values = np.repeat(np.array(VALUES.get(op, [0]), np.float32), COUNT)
     images = np.stack(photos(side, side, len(values)))
     return images, np.full((len(values), 1), op), values[:, None]
 
 
 def drawn(slots: SlotOps, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Programs with operations and values in turn of what each slot allows, in a different order in each slot."""
+    """Return programs that cycle through the operations of each slot, in a different order per slot."""
     random = np.random.default_rng(1)
     ops, values = np.zeros((count, len(slots)), np.int32), np.zeros((count, len(slots)), np.float32)
     for slot, allowed in enumerate(slots):
@@ -156,7 +156,7 @@ def test_pixel_operation_matches_torchvision(op: Op, side: int) -> None:
 def test_nearest_warp_matches_torchvision(op: Op, fill: tuple[int, int, int], side: int) -> None:
     programs, batch = programs_of((frozenset({op}),), fill=fill), each_value(op, side)
     found = differences(by_dali(programs, *batch), by_torchvision(programs, *batch))
-    assert found.mean(axis=(1, 2, 3)).max() < 2  # diagonals run along the edges of pixels
+    assert found.mean(axis=(1, 2, 3)).max() < 2  # diagonals follow the edges of pixels
     assert np.median(found.mean(axis=(1, 2, 3))) == 0
 
 
@@ -167,7 +167,7 @@ def test_bilinear_warp_matches_torchvision_except_at_edges(op: Op, fill: tuple[i
     programs, batch = programs_of((frozenset({op}),), bilinear=True, fill=fill), each_value(op, side)
     found = differences(by_dali(programs, *batch), by_torchvision(programs, *batch))
     assert found.mean(axis=(1, 2, 3)).max() < 4
-    assert (found > 1).any(axis=3).mean(axis=(1, 2)).max() < 5 / side  # torchvision fades the edge in twice
+    assert (found > 1).any(axis=3).mean(axis=(1, 2)).max() < 5 / side  # torchvision blends the edge twice
 
 
 @SIDES
@@ -176,7 +176,7 @@ def test_programs_match_torchvision(side: int) -> None:
     images, (ops, values) = np.stack(photos(side, side, 56)), drawn(programs.slots, 56)
     found = differences(by_dali(programs, images, ops, values), by_torchvision(programs, images, ops, values))
     assert found.mean() < 0.6
-    assert found.mean(axis=(1, 2, 3)).max() < 4  # what is one level off may be spread by what follows
+    assert found.mean(axis=(1, 2, 3)).max() < 4  # later operations may amplify a difference of one level
 
 
 def test_slots_of_all_operations_match_torchvision() -> None:
@@ -220,7 +220,7 @@ def test_program_pixels_are_independent_of_batch() -> None:
 def test_images_of_few_levels_match_torchvision(op: Op) -> None:
     photo = photos(32, 32, 1)[0]
     bright, flat = photo.copy(), photo.copy()
-    bright[:26] = 255  # so many that equalize has less than a pixel for each of the other levels
+    bright[:26] = 255  # so many that equalize has less than one pixel per other level
     flat[..., 1] = 77
     levels = [np.full_like(photo, level) for level in (0, 77, 255)]
     images = np.stack([*levels, bright, flat, photo & 0xC0, photo & 0x80])

@@ -1,4 +1,4 @@
-"""The fused kernel of device placement against NumPy, in Triton's interpreter where there is no GPU."""
+"""The fused kernel of device placement against NumPy; in Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PADDING = 4
 def reference(
     images: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], size: int, padding_mode: Any
 ) -> np.ndarray:
-    """Pad, crop and mirror one image after the other; images uint8 [N, H, W, 3] -> uint8 [B, size, size, 3]."""
+    """Pad, crop and flip image by image: uint8 [N, H, W, 3] to uint8 [B, size, size, 3]."""
     out = np.zeros((len(indices), size, size, 3), np.uint8)
     for number, index in enumerate(indices):
         top, left = draws["offset"][number] if "offset" in draws else (0, 0)
@@ -34,7 +34,7 @@ def reference(
 
 
 def drawn(samples: int, *names: str) -> dict[str, np.ndarray]:
-    """Offsets in -PADDING..PADDING, both ends among them, and flips."""
+    """Return offsets in -PADDING..PADDING, including both ends, and flips."""
     random = np.random.default_rng(0)
     offsets = random.integers(-PADDING, PADDING, (samples, 2), dtype=np.int32, endpoint=True)
     offsets[0], offsets[-1] = (-PADDING, PADDING), (PADDING, -PADDING)
@@ -43,7 +43,7 @@ def drawn(samples: int, *names: str) -> dict[str, np.ndarray]:
 
 
 def compare(device: str) -> None:
-    """Every kind of call against the reference; run in a process of its own, since Triton reads its mode once."""
+    """Compare all variants with the reference. Runs in a separate process, since Triton reads its mode once."""
     from pipelines.gpu.triton_crop_flip import TritonCropFlip
 
     random = np.random.default_rng(1)

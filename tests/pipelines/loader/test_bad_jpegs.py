@@ -1,4 +1,4 @@
-"""Loaders on JPEGs that cannot be decoded: the stream with substitutes is that of sound data, however it is read."""
+"""Loaders of undecodable JPEGs: the stream with substitutes equals that of sound data, for any reader."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import StagedLoader
 from pipelines.storage.open import open_split
 
-BAD = (17, 18, 19, 250, 519)  # three in a row, and the last one, for which the first stands in
+BAD = (17, 18, 19, 250, 519)  # three in a row, and the last sample, whose substitute is the first
 AUG = AugConfig(crop="random-resized", flip=0.5, color_jitter=ColorJitterConfig(brightness=0.4))
 SKIP = {"image_size": 24, "on_bad_sample": "skip"}
 READ = pytest.mark.parametrize(
@@ -54,20 +54,20 @@ def _unsaid() -> None:
 
 @pytest.fixture(scope="module")
 def damaged(jpeg_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """jpeg_data with BAD samples, each damaged in another way; read only."""
+    """jpeg_data with BAD samples, each damaged differently; read only."""
     folder = Path(shutil.copytree(jpeg_data, tmp_path_factory.mktemp("damaged") / "tiny"))
     damage_in_turn(folder, BAD)
     return folder
 
 
 def expected_of(folder: Path, *arguments: Any, **options: Any) -> Loader:
-    """The loader of sound data with substitutes."""
+    """Return the loader of sound data with substitutes."""
     return substituted(train(folder, *arguments, image_size=24, **options), open_split(folder, "train"), BAD)
 
 
 @pytest.fixture(params=["kernels", "DALI"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By which way samples come."""
+    """The backend of the loader."""
     if request.param == "DALI":
         use_dali(monkeypatch)
     return str(request.param)
@@ -147,7 +147,7 @@ def test_evaluation_stops_at_bad_sample_despite_skip(kind: str, choice: str, way
     with pytest.raises(UserError) as error:
         copies(evaluation(jpeg_copy, image_size=24, on_bad_sample=choice))
     assert str(error.value).startswith(where)
-    assert ("an evaluation can do without none" in str(error.value)) == (choice == "skip")
+    assert ("an evaluation needs every sample" in str(error.value)) == (choice == "skip")
 
 
 def test_wrong_header_size_is_rejected_before_decoding(jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_wrong_header_size_is_rejected_before_decoding(jpeg_copy: Path, monkeypa
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_dali_is_never_fed_a_wrong_header(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a batch such a file may end the process."""
+    """In a batch such a file may crash the process."""
     use_dali(monkeypatch)
     loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
     sides = set(zip(split.heights.tolist(), split.widths.tolist(), strict=True))
@@ -187,7 +187,7 @@ def test_dali_is_never_fed_a_wrong_header(choice: Any, damaged: Path, monkeypatc
 def test_file_only_dali_decodes_is_not_replaced(
     batch_size: int, jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would else depend on the other samples of its batch."""
+    """Otherwise it would depend on the other samples of its batch."""
     use_dali(monkeypatch)
     damage(jpeg_copy, 5, broken_in_the_middle)
     expected = labels_of(copies(train(jpeg_copy, batch_size, AUG, **SKIP)))
@@ -204,7 +204,7 @@ def test_file_only_dali_decodes_is_not_replaced(
 
 def test_file_only_pillow_decodes_is_bad_for_dali(jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = damage(jpeg_copy, 5, stray_bytes)
-    assert len(copies(train(jpeg_copy, 40, AUG, image_size=24))) == 13  # by the CPU's kernels
+    assert len(copies(train(jpeg_copy, 40, AUG, image_size=24))) == 13  # with the CPU kernels
     use_dali(monkeypatch)
     for read in (train(jpeg_copy, 40, AUG, image_size=24), evaluation(jpeg_copy, 40, split="train", image_size=24)):
         with pytest.raises(UserError, match=re.escape(f"{where} cannot be decoded: the data set is damaged")):

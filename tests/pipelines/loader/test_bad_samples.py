@@ -1,4 +1,4 @@
-"""Substitutes for samples that cannot be decoded: who they are, how many, and what is said of them."""
+"""Substitutes of samples that cannot be decoded: their choice, their limit, and the messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLES = 53
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
-    warnings.warn.cache_clear()  # what one test has been told is news to the next
+    warnings.warn.cache_clear()  # warnings are shown once per process
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_bad_substitutes_count_towards_the_budget(split: Split) -> None:
     asked: list[int] = []
     with pytest.raises(UserError, match=r"5 samples .* data\.max_bad_samples=4"):
         bad_samples(split, budget=4).add({0: WRONG}, lambda sample: asked.append(sample) or WRONG)  # type: ignore[func-returns-value]
-    assert asked == [1, 2, 3, 4]  # no search through a split that is bad as a whole
+    assert asked == [1, 2, 3, 4]  # no search through a completely bad split
 
 
 def test_split_without_sound_samples_is_an_error(split: Split) -> None:
@@ -118,7 +118,7 @@ def test_evaluation_replaces_no_sample(split: Split, choice: str) -> None:
     with pytest.raises(UserError) as error:
         table.add({6: WRONG}, among({6}))
     assert str(error.value).startswith(f"{split.describe(6)} {WRONG}: ")
-    assert ("an evaluation can do without none" in str(error.value)) == (choice == "skip")
+    assert ("an evaluation needs every sample" in str(error.value)) == (choice == "skip")
     assert not table.can_replace
 
 

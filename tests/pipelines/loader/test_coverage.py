@@ -1,4 +1,4 @@
-"""The checksum of samples: whatever the order and however they are cut into batches, and different for any others."""
+"""The checksum of samples: independent of order and batches, different for other samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums, split_ch
 
 
 def plain_checksum(samples: list[int]) -> int:
-    """splitmix64, one sample after the other, in whole numbers without an end."""
+    """Sum splitmix64 sample by sample, in Python integers."""
     total, mask = 0, 2**64 - 1
     for sample in samples:
         value = (sample + 0x9E3779B97F4A7C15) & mask

@@ -1,4 +1,4 @@
-"""The loader: every sample once, exact resume, the same pixels at every world size, batches that stay as they are."""
+"""The loader: each sample once, exact resume, same pixels at any world size, batches that are not overwritten."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ALL_AUG = AugConfig(
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 
 
-# What an epoch holds
+# Contents of an epoch
 
 
 @WORLD_SIZES
@@ -251,7 +251,7 @@ def test_replaced_iterator_raises_when_used(loader_of: LoaderOf, npy_data: Path,
     for _ in range(2):
         with pytest.raises(RuntimeError, match="one iterator at a time"):
             next(first)
-    if loader.plan.repeats:  # every iteration of an evaluation starts anew
+    if loader.plan.repeats:  # each iteration of an evaluation starts from the beginning
         seen = []
     assert_same(seen + copies(second), expected)
 
@@ -282,7 +282,7 @@ def test_iterator_raises_after_state_was_set(npy_data: Path) -> None:
     expected = copies(train(npy_data, 50))
     loader = train(npy_data, 50)
     first = iter(loader)
-    loader.state = {"epoch": 0, "step": 3}  # one that has not begun begins there
+    loader.state = {"epoch": 0, "step": 3}  # an iterator that has not started starts there
     assert_same(copies(itertools.islice(first, 1)), expected[3:4])
     loader.state = {"epoch": 0, "step": 5}
     with pytest.raises(RuntimeError, match="state was set"):
@@ -307,7 +307,7 @@ def test_batches_kept_by_user_are_not_overwritten(
 
 def test_views_kept_by_user_are_not_overwritten(npy_data: Path) -> None:
     expected = [images[3, 0].clone() for images, _ in train(npy_data, 10)]
-    kept = [images[3, 0].numpy() for images, _ in train(npy_data, 10)]  # the batches themselves are gone
+    kept = [images[3, 0].numpy() for images, _ in train(npy_data, 10)]  # the batches themselves are freed
     assert all(np.array_equal(a, b) for a, b in zip(kept, expected, strict=True))
 
 
@@ -342,7 +342,7 @@ def test_device_placement_works_without_huge_pages(npy_data: Path, monkeypatch: 
 
 
 def threads_of_a_new_thread() -> int:
-    """How many threads torch would use in a thread that starts now, such as autograd's."""
+    """Return the number of threads torch would use in a new thread, as autograd does."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(torch.get_num_threads).result()
 
@@ -370,7 +370,7 @@ def test_wait_time_of_consumer_is_counted(npy_data: Path) -> None:
 
 
 class Recorder(SampleSource):
-    """Source and runner of an imaginary GPU that reads a slot until it says so; complains of slots filled earlier."""
+    """Source and runner of an imaginary GPU; fails if a slot is filled before the GPU has read it."""
 
     def __init__(self) -> None:
         self.reading: set[int] = set()
@@ -398,8 +398,16 @@ def test_slot_is_refilled_only_after_its_reader_finished(threads: int, npy_data:
     plan = EvalBatches(0, 60, 2)
     plan.repeats = False
     bad = for_training(open_split(npy_data, "train"), data_of(npy_data))
-    loader = Loader(plan, recorder, recorder, BufferConfig(8, threads, 1), bad, labels=np.arange(60), image_size=1,
-                    device=torch.device("cpu"))  # fmt: skip
+    loader = Loader(
+        plan,
+        recorder,
+        recorder,
+        BufferConfig(8, threads, 1),
+        bad,
+        labels=np.arange(60),
+        image_size=1,
+        device=torch.device("cpu"),
+    )
     seen = []
     for count in (1, 5, 99, 2, 99, 99):
         for _, labels in itertools.islice(loader, count):
@@ -458,7 +466,7 @@ def test_background_error_reaches_the_consumer(
     state = loader.state
     assert state["step"] <= failing
     expected = copies(train(npy_data, 50, aug))
-    assert_same(copies(loader), expected[state["step"] :])  # and the loader can still be used
+    assert_same(copies(loader), expected[state["step"] :])  # the loader is still usable
 
 
 def test_undecodable_image_is_named(jpeg_copy: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loaders of stages: sizes change as scheduled, and nothing else does."""
+"""Loaders with stages: only the sizes change, as scheduled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(
 
 
 def epoch_of(loader: TrainLoader) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images and labels of the rest of an epoch."""
+    """Return all images and labels of the rest of an epoch."""
     batches = [(images.clone(), labels.clone()) for images, labels in loader]
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
@@ -133,7 +133,7 @@ def test_invalid_stage_is_rejected_before_training(npy_data: Path) -> None:
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_gpu_stages_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
-    """The stored size needs no DALI where pixels are resident; the other stages do, and share the pixels."""
+    """With resident pixels the stored size needs no DALI; the other stages do, and share the pixels."""
     data = DataConfig(path=str(npy_data), stages=STAGES, batch_size=32, threads=1, placement=placement)  # type: ignore[arg-type]
     aug = AugConfig(crop="pad", padding=2, flip=0.5)
     on_gpu, on_cpu = (build_train_loader(data, aug, seed=SEED, device=device) for device in ("cuda", "cpu"))

@@ -1,4 +1,4 @@
-"""What configs ask for can be put together."""
+"""The parts of a config fit together."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from train.optim.param_groups import parameter_groups
 from train.optim.schedule import Timeline, learning_rate, scale_learning_rates
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
-CLASSES = {"cifar10": 10, "digits": 10}  # 200 else
+CLASSES = {"cifar10": 10, "digits": 10}  # others have 200
 STORED = {"cifar10": 32, "digits": 32, "medium-imagenet-96": 96}
 PIXELS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 def sizes_of(config: Config) -> list[int]:
-    """The side of the images that the model is built for, then those that it is trained at."""
+    """Return the image size of the model, then those of training."""
     size = config.data.image_size or STORED[Path(config.data.path).name]
     return [config.eval.image_size or size, *(stage.image_size or size for stage in config.data.stages), size]
 
@@ -39,7 +39,7 @@ def test_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     check_proxy(train, 1, mixing_enabled(config.aug.mix))
     check_mixing(config.data, config.aug.mix)
     classes = CLASSES.get(Path(config.data.path).name, 200)
-    # shapes only, where that can be: autocast, which is a part of the speedruns' networks, knows no meta device
+    # shapes only if possible: the speedruns' networks contain autocast, which does not support the meta device
     with torch.device("cpu" if config.model.name.startswith("speedrun") else "meta"):
         model = build_from_config(config.model, classes, image_size=sizes[0], **PIXELS).eval()
         for size in sizes:
@@ -56,8 +56,14 @@ def test_parts_of_a_shipped_config_fit_together(path: Path) -> None:
 
 
 def test_training_state_has_configured_parts_and_scaled_rates() -> None:
-    options = ["train.ema.decay=0.9", "train.lookahead.every_steps=2", "train.proxy.model=lenet", "aug.mix.mixup=0",
-               "model.freeze=[conv1.*]", "train.lr_batch_size=32"]  # fmt: skip
+    options = [
+        "train.ema.decay=0.9",
+        "train.lookahead.every_steps=2",
+        "train.proxy.model=lenet",
+        "aug.mix.mixup=0",
+        "model.freeze=[conv1.*]",
+        "train.lr_batch_size=32",
+    ]
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)
     dataset = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
     with alone():
@@ -71,4 +77,4 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     assert training.notes == ("frozen: 2 of 10 tensors, 456 of 83,126 parameters",)
     assert (plain.ema, plain.lookahead, plain.proxy, plain.notes) == (None, None, None, ())
     for ours, theirs in zip(training.network.parameters(), plain.network.parameters(), strict=True):
-        assert torch.equal(ours, theirs)  # what stands beside the network draws after it
+        assert torch.equal(ours, theirs)  # other parts draw after the network
