@@ -103,7 +103,7 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     local_world_size: int | None = None,
-    replaces: bool = False,
+    replace_bad_samples: bool = False,
 ) -> Loader:
     """Build the loader of an evaluation split: this rank's contiguous part in stored order, every sample once.
 
@@ -117,10 +117,10 @@ def build_eval_loader(
         device: None: the current GPU, or the CPU if there is none.
         rank, world_size: Position of this process among all that evaluate.
         local_world_size: Ranks on this machine, which share its cores; None: all of them.
-        replaces: Apply data.on_bad_sample. False where samples are counted.
+        replace_bad_samples: Apply data.on_bad_sample. False where samples are counted.
     """
     evaluation = evaluation or EvalConfig()
-    skips = replaces and data.on_bad_sample == "skip"
+    skips = replace_bad_samples and data.on_bad_sample == "skip"
     opened = open_split(data.path, split or data.val_split, verify=data.verify, allow_damaged_images=skips)
     device = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
@@ -129,7 +129,7 @@ def build_eval_loader(
     transforms = _eval_transforms(opened, data, evaluation, size)
     backend = choose_backend(placed_on_device(data, opened, device), opened, device, transforms)
     spec = LoaderSpec(opened, data, size, device, local_world_size or world_size)
-    bad = bad_samples.for_training(opened, data) if replaces else bad_samples.for_evaluation(opened, data)
+    bad = bad_samples.for_training(opened, data) if replace_bad_samples else bad_samples.for_evaluation(opened, data)
     return assemble(spec, plan, transforms, backend, lambda: load_resident(opened, device), bad)
 
 

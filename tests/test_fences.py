@@ -20,8 +20,10 @@ MAY_IMPORT = {
     "tools": {"tools", "train", "models", "pipelines", "configs"},
 }
 ONLY_IN = {
-    "nvidia": ("pipelines/*", "tools/benchmarks/suites/dali_checks.py", "tools/benchmarks/peers/dali_loader.py"),
+    "nvidia": ("pipelines/gpu/*", "tools/benchmarks/suites/dali_checks.py", "tools/benchmarks/peers/dali_loader.py"),
+    "triton": ("pipelines/gpu/*",),
     "numba": ("pipelines/cpu/*",),
+    "llvmlite": ("pipelines/cpu/*",),
     "torch.distributed": ("train/distributed/*",),
     "h5py": ("tools/*",),
 }

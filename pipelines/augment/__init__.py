@@ -1,0 +1,1 @@
+"""Random augmentation of samples: draws and programs. NumPy only."""

@@ -1,0 +1,1 @@
+"""Transforms on the CPU, as Numba kernels."""

@@ -1,0 +1,1 @@
+"""Transforms on a GPU: the DALI graph and the Triton kernel."""

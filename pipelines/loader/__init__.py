@@ -1,0 +1,1 @@
+"""The data loader: threads, buffers, batches and bad samples."""

@@ -29,7 +29,7 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
     section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
     loader = build_eval_loader(section, evaluation, split=data.train_split, device=state.device,
-                               replaces=True)  # fmt: skip
+                               replace_bad_samples=True)  # fmt: skip
     images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
     if state.device.type == "cuda":
         for one in state.parts():

@@ -237,7 +237,7 @@ def test_held_batches_outlive_a_failed_graph(damaged: Path, jpeg_data: Path, mon
 
 def test_images_for_display_may_have_substitutes(way: str, damaged: Path, jpeg_data: Path) -> None:
     data = data_of(damaged, 40, **SKIP)
-    seen = copies(build_eval_loader(data, split="train", device="cpu", replaces=True))
+    seen = copies(build_eval_loader(data, split="train", device="cpu", replace_bad_samples=True))
     sound = copies(
         substituted(evaluation(jpeg_data, 40, split="train", image_size=24), open_split(jpeg_data, "train"), BAD)
     )
