@@ -60,21 +60,22 @@ def open_plain(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_small_text(path: Path, errors: str = "strict") -> str:
-    """Read a text file of at most MAX_TEXT_BYTES.
+def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a text file of limited size.
 
     Args:
         path: The file.
         errors: How to decode invalid UTF-8, see `bytes.decode`.
+        max_bytes: The largest size allowed.
 
     Raises:
         OSError: If it is not a regular file, or is too large.
         ValueError: If it is not text.
     """
     with open_plain(path) as file:
-        content = file.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_TEXT_BYTES:,} bytes", str(path))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return content.decode(errors=errors)
 
 

@@ -1,5 +1,4 @@
-"""Runs that are killed, checkpoints that are damaged, settings that changed, disks that are full: nothing is lost or
-goes on silently as something else."""
+"""Killed runs, damaged checkpoints, changed settings and full disks: nothing is lost or silently different."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def arguments(data: Path, output: Path, *options: str) -> list[str | Path]:
 
 @pytest.fixture(scope="session")
 def fault_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits, converted; read only."""
+    """scikit-learn's digits, converted. Do not modify."""
     out = tmp_path_factory.mktemp("faults") / "digits"
     assert convert.main(["digits", "--out", str(out), "--workers", "1"]) == 0
     return out
@@ -52,7 +51,7 @@ def fault_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(fault_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happened to; its notes are beside it."""
+    """The folder of an uninterrupted run, with its notes beside it."""
     output = tmp_path_factory.mktemp("unbroken")
     assert run(arguments(fault_digits, output), output / "notes") == 0, printed(output / "notes")
     assert len(samples_of(output / "notes")) == 2 * STEPS_PER_EPOCH * 32
@@ -61,7 +60,7 @@ def unbroken(fault_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def interrupted(fault_digits: Path, tmp_path: Path) -> Path:
-    """The folder of a run that was killed in its first epoch; its notes are beside it."""
+    """The folder of a run that was killed in its first epoch, with its notes beside it."""
     process = start(arguments(fault_digits, tmp_path), tmp_path / "notes", step_s=0.03)
     assert kill_when(lambda: saved_position(tmp_path / "digits_lenet") > (0, 9), process)
     return tmp_path / "digits_lenet"
@@ -80,8 +79,10 @@ def steps_of(position: tuple[int, int]) -> int:
 
 
 def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path) -> None:
-    """Runs that are killed, resumed and killed, until there were so many kills, compared with the unbroken one at their
-    ends. Half of the kills come at any instant, the others as soon as a checkpoint is being written."""
+    """Kill and resume runs `kills` times, and compare their ends with the uninterrupted run.
+
+    Half of the kills come at any instant, the others while a checkpoint is being written.
+    """
     instants = seeded()
     done = in_saves = chains = 0
     while done < kills:
@@ -98,11 +99,11 @@ def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path)
             if not kill_when(instant, start(command, notes, flush_s=flush_s)):
                 break
             done += 1
-            in_saves += waits_for_a_save and is_being_written(folder)  # else the file may be an earlier kill's
+            in_saves += waits_for_a_save and is_being_written(folder)  # otherwise the file may be from an earlier kill
             if has_checkpoint(folder):
                 position = saved_position(folder)  # it was loaded
                 assert position >= stood
-                assert last_step(notes) - steps_of(position) <= 2 * every  # with the save under way
+                assert last_step(notes) - steps_of(position) <= 2 * every  # with the save in progress
                 stood = position
             else:
                 assert stood == (-1, 0)
@@ -118,7 +119,7 @@ def after(delay_s: float) -> Callable[[], bool]:
 
 
 def in_a_save(folder: Path, steps: int) -> Callable[[], bool]:
-    """As soon as the first checkpoint after so many steps is being written."""
+    """Return a condition: the first checkpoint after `steps` steps is being written."""
     is_near = False
 
     def is_now() -> bool:
@@ -138,7 +139,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def last_step(notes: Path) -> int:
-    """The last optimizer step of the run that was begun, from 0."""
+    """Return the last optimizer step that was started, counted from 0."""
     return max(epoch * STEPS_PER_EPOCH + position // 32 for epoch, position in samples_of(notes))
 
 
@@ -155,7 +156,7 @@ def test_fifty_kills_at_any_instant_lose_nothing(fault_digits: Path, unbroken: P
 
 
 def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Single bits of a last.pt, each time another one."""
+    """Flip single bits of a last.pt, each time another one."""
     places = seeded()
     last, previous = (tmp_path / name for name in ("last.pt", "previous.pt"))
     whole, before = (run_folder / "last.pt").read_bytes(), {"epoch": 1, "step": 40}
@@ -165,7 +166,7 @@ def flip_bits(flips: int, run_folder: Path, tmp_path: Path, capsys: pytest.Captu
         damaged = bytearray(whole)
         damaged[place] ^= 1 << bit
         last.write_bytes(damaged)
-        warn.cache_clear()  # what was said once is not said again
+        warn.cache_clear()  # a warning is printed only once
         path, content = store.load_newest([last, previous])
         assert (path, content["position"]) == (previous, before), f"bit {bit} of byte {place}"
         message = capsys.readouterr().err
@@ -208,7 +209,7 @@ def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
-    """The run folder in an output folder of its own, and its notes beside it."""
+    """Copy a run folder and its notes to another output folder."""
     for notes in folder.parent.glob("notes.*"):
         shutil.copy(notes, tmp_path)
     return Path(shutil.copytree(folder, tmp_path / folder.name))
@@ -262,7 +263,7 @@ def test_other_world_size_sees_the_same_stream(interrupted: Path, fault_digits: 
 
 
 def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) -> None:
-    """With one clear sentence, and every checkpoint that there is can be loaded."""
+    """Check that the run ended with one clear sentence, and that all checkpoints can be loaded."""
     assert code == 2, printed(notes)
     assert "Traceback" not in printed(notes)
     errors = [line for line in printed(notes).splitlines() if line.startswith("error: ")]
@@ -276,7 +277,7 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
 
 def test_exceeded_quota_is_one_error_and_the_run_resumes(interrupted: Path, fault_digits: Path, unbroken: Path) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
-    store.recover_interrupted_save(interrupted)  # as the next run does; the kill may have come within a save
+    store.recover_interrupted_save(interrupted)  # like the next run: the kill may have interrupted a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
     code = run(command, notes, largest=300_000)  # bytes, a third of a checkpoint
     assert_ended_by("File too large", code, interrupted, notes)
@@ -287,7 +288,7 @@ def test_exceeded_quota_is_one_error_and_the_run_resumes(interrupted: Path, faul
 
 
 def mount(*options: str | Path) -> None:
-    """Skips the test where this user or system cannot."""
+    """Mount, or skip the test if this user or system cannot."""
     done = subprocess.run(["mount", *map(str, options)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
@@ -295,7 +296,7 @@ def mount(*options: str | Path) -> None:
 
 @contextmanager
 def mounted(*options: str | Path) -> Iterator[None]:
-    """At the last of the options, inside."""
+    """Mount at the last of the options."""
     mount(*options)
     try:
         yield

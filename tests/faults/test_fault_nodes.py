@@ -1,4 +1,4 @@
-"""Several machines: two torchrun agents that meet through c10d on the loopback, and one or its ranks are killed."""
+"""Two machines: torchrun agents that meet through c10d on the loopback, one of which or whose rank is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.training import free_port
 from tools import convert
 
 EPOCHS = 3
-# Else an agent that comes later waits for an address that those before it gave away in an earlier round (torch 2.15).
+# Without this, a later agent waits in vain for the address of rank 0 (torch 2.15).
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 pytestmark = pytest.mark.campaign  # two agents and two ranks are started twice
@@ -32,7 +32,7 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def agents_of(restarts: int) -> tuple[list[str], list[str]]:
-    """torchrun's arguments on the machine that holds the meeting, without which there is none, and on any other."""
+    """Return torchrun's arguments on the machine that hosts the rendezvous, and on the other."""
     same = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
             "--rdzv-id=zhu", "--local-addr=127.0.0.1", f"--max-restarts={restarts}"]  # fmt: skip
     return [*same, "--rdzv-conf=is_host=1"], [*same, "--rdzv-conf=is_host=0"]
@@ -58,7 +58,7 @@ def test_run_completes_after_a_machine_is_lost_and_returns(
             with Launch(tmp_path, other, command, **OWN_STORE) as third:
                 assert [first.wait(200), third.wait(200)] == [0, 0], first.printed + third.printed
     assert (tmp_path / NAME).is_dir()
-    assert not (tmp_path / f"{NAME}-2").exists()  # also where the new agent's ranks know of no earlier start
+    assert not (tmp_path / f"{NAME}-2").exists()  # even if the new agent's ranks do not know of the earlier start
     assert_same_weights(tmp_path / NAME, unbroken)
 
 
@@ -73,7 +73,7 @@ def test_lost_machine_ends_the_other_within_a_minute(digits: Path, tmp_path: Pat
 
 
 def test_signal_to_every_agent_ends_the_run_completely(digits: Path, tmp_path: Path) -> None:
-    """As srun passes it on to the agents, which give it to their ranks."""
+    """srun sends it to the agents, which forward it to their ranks."""
     (host, other), command = agents_of(restarts=3), arguments(digits, tmp_path, 2, 1000)
     with Launch(tmp_path, host, command) as first, Launch(tmp_path, other, command) as second:
         wait_until(lambda: saved_steps(tmp_path / NAME) > 0)

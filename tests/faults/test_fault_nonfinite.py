@@ -1,4 +1,4 @@
-"""A loss that becomes nan at step k: found within one log interval, on all ranks; the good checkpoint stays."""
+"""A loss that becomes nan: found within one log interval on all ranks, and the good checkpoint stays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from helpers.faults import command_with, content, digits_in, run_arguments, run_to_its_end
 from helpers.training import strict_lines
 
-NAN_AT = 36  # an update, counted from 0: step 37, which is looked at after step 40
+NAN_AT = 36  # counted from 0; detected after 40 steps
 
 
 @pytest.fixture(scope="module")

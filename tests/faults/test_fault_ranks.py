@@ -64,8 +64,10 @@ def test_runs_of_three_ranks_complete_despite_random_kills(digits: Path, tmp_pat
 
 
 def killed_launches_complete(count: int, ranks: int, digits: Path, tmp_path: Path, kills: int) -> None:
-    """`count` launches of `torchrun --max-restarts` without --resume, each with up to `kills` SIGKILLs of any rank, the
-    first after the first checkpoint, further ones at any time, in start-up too."""
+    """Start `torchrun --max-restarts` without --resume `count` times, each with up to `kills` SIGKILLs of any rank.
+
+    The first kill comes after the first checkpoint, further ones at any time, also during startup.
+    """
     instants = seeded()
     expected = run_unbroken(digits, tmp_path / "unbroken", ranks, KILLED_EPOCHS)
     for number in range(count):
@@ -84,7 +86,7 @@ def killed_launch_completes(ranks: int, digits: Path, output: Path, instants: ra
             time.sleep(instants.uniform(0.0, 10.0))
             launch.kill_rank(instants.randrange(ranks))
         assert launch.wait(300) == 0, launch.printed
-    assert [path.name for path in output.iterdir()] == [NAME]  # it went on in its own folder
+    assert [path.name for path in output.iterdir()] == [NAME]  # it resumed in its own folder
     assert "resumed from" in launch.printed
 
 
@@ -102,7 +104,7 @@ def test_all_ranks_end_within_a_minute_of_a_kill(rank: int, digits: Path, tmp_pa
 
 @pytest.mark.campaign
 def test_restart_leaves_another_launch_of_the_name_alone(digits: Path, tmp_path: Path) -> None:
-    """Both run at the same time; the later one took NAME-2, and is killed once."""
+    """Both run at the same time. The later one uses NAME-2, and is killed once."""
     output, launcher = tmp_path / "output", ["--standalone", "--nproc_per_node=1", "--max-restarts=1"]
     expected = unbroken(1, digits, tmp_path)
     with Launch(tmp_path, launcher, arguments(digits, output, 1, EPOCHS)) as first:

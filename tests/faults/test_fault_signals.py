@@ -1,4 +1,4 @@
-"""Signals in mid-run: the step ends, a checkpoint stands, the exit is soon, and the resumed run is the unbroken one."""
+"""Signals during a run: it ends soon with a checkpoint, and the resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "digits_lenet"
 
 
-def stop_and_go_on(
+def stop_and_resume(
     number: signal.Signals,
     digits: Path,
     output: Path,
@@ -53,8 +53,11 @@ def stop_and_go_on(
     processes: int = 0,
     **faults: object,
 ) -> tuple[int, str]:
-    """Send a signal once the log has `after`, or that file is there, then resume; the exit code of the stopped run, and
-    where it stood."""
+    """Send a signal once the log contains `after`, or that file exists, then resume.
+
+    Returns:
+        The exit code of the stopped run, and the position of its checkpoint.
+    """
     options = [f"data.batch_size={64 // max(processes, 1)}"]
     folder, command = output / "digits_lenet", run_arguments(digits, output, *options)
     process = start(command_with(dict(faults), command, processes))
@@ -78,14 +81,14 @@ def test_run_stopped_by_signal_resumes_like_the_unbroken_one(
     number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
-    code, where = stop_and_go_on(number, digits, tmp_path, "epoch 0:", **pause)
+    code, where = stop_and_resume(number, digits, tmp_path, "epoch 0:", **pause)
     assert code == 128 + number
     assert where in {f"epoch 1 step {step}" for step in range(1, 8)}
     assert_same_run(tmp_path / "digits_lenet", unbroken)
 
 
 def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
-    """As of an ssh session: SIGHUP comes, and nothing can be printed any more."""
+    """As with a closed ssh session: SIGHUP arrives, and nothing can be printed anymore."""
     ours, terminal = pty.openpty()
 
     def take_it() -> None:
@@ -102,7 +105,7 @@ def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: 
     while not logged(folder, "epoch 0:"):
         assert time.monotonic() < end_s
         if select.select([ours], [], [], 0.02)[0]:
-            os.read(ours, 65536)  # else it would wait for room
+            os.read(ours, 65536)  # otherwise the run blocks on a full buffer
     os.close(ours)
     assert process.wait(EXIT_S) == 128 + signal.SIGHUP
     assert logged(folder, "stopped by SIGHUP after step")
@@ -111,7 +114,7 @@ def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: 
 
 def test_evaluation_interrupted_by_signal_is_repeated(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     begun = tmp_path / "evaluates"
-    code, where = stop_and_go_on(signal.SIGTERM, digits, tmp_path, begun, evaluation_s=3.0, evaluates=str(begun))
+    code, where = stop_and_resume(signal.SIGTERM, digits, tmp_path, begun, evaluation_s=3.0, evaluates=str(begun))
     assert code == 128 + signal.SIGTERM
     assert where == f"epoch 0 step {STEPS}"
     assert_same_run(tmp_path / "digits_lenet", unbroken)
@@ -123,7 +126,7 @@ def test_two_ranks_stop_at_one_step_and_resume(number: signal.Signals, digits: P
     done = run_to_its_end(command_with({}, run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32"), 2))
     assert done.returncode == 0, done.stderr
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
-    code, where = stop_and_go_on(number, digits, tmp_path / "stopped", "epoch 0:", processes=2, **pause)
+    code, where = stop_and_resume(number, digits, tmp_path / "stopped", "epoch 0:", processes=2, **pause)
     assert code != 0
     assert where.startswith("epoch 1")
     assert_same_run(tmp_path / "stopped" / "digits_lenet", tmp_path / "unbroken" / "digits_lenet")
@@ -154,7 +157,7 @@ def test_ranks_of_a_killed_torchrun_stop_with_a_checkpoint(digits: Path, tmp_pat
 
 
 def steps_in(log: Path) -> int:
-    """Lines about steps: as soon as there is a new one, the run that wrote it has come forward."""
+    """Return the number of lines about steps: a new one shows progress."""
     return log.read_text().count(" step ") if log.exists() else 0
 
 

@@ -1,4 +1,4 @@
-"""Epoch after epoch: memory stays, and so do threads and descriptors."""
+"""Memory, threads and file descriptors do not grow over epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of faults share: the digits, short runs on them as processes, and comparison with an unbroken run."""
+"""Short runs on the digits as processes, with faults, and comparison with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_arguments(data: Path, output: Path, *opts: str) -> list[str | Path]:
 
 
 def command_with(faults: dict[str, Any], arguments: list[str | Path], processes: int = 0) -> list[str]:
-    """train/ddp.py with faults built in, see with_faults.py; by torchrun with a number of processes."""
+    """Return the command of train/ddp.py with faults, see with_faults.py. processes: under torchrun if not 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return [sys.executable, *launcher, str(SCRIPT), json.dumps(faults), *map(str, arguments)]
 
@@ -52,7 +52,7 @@ def run_to_its_end(command: list[str], timeout_s: float = 300, **environment: st
 
 
 def wait_for(process: subprocess.Popen[str], condition: Any, timeout_s: float = 120) -> None:
-    """Until `condition()` holds, while the process runs."""
+    """Wait for `condition()` while the process runs."""
     end = time.monotonic() + timeout_s
     while not condition():
         if process.poll() is not None:
@@ -64,7 +64,7 @@ def wait_for(process: subprocess.Popen[str], condition: Any, timeout_s: float = 
 
 
 def logged(folder: Path, text: str) -> bool:
-    """Whether the run's log has the text."""
+    """Return whether the log of the run contains the text."""
     log = folder / "log.txt"
     return log.exists() and text in log.read_text()
 
@@ -75,12 +75,12 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def forged(saved: bytes, epoch: int | None = None, step: int | None = None) -> bytes:
-    """What torch.save wrote as a checkpoint whose manifest fits it, as whoever forges one can write it too."""
+    """Append a valid manifest to the output of torch.save, as an attacker could."""
     return saved + format._manifest(len(saved), hashlib.sha256(saved).hexdigest(), epoch, step)
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:
-    """Bitwise the same weights, optimizer and results of every epoch."""
+    """Compare weights, optimizer and results of every epoch, bitwise."""
     ours, theirs = content(folder / "last.pt"), content(unbroken / "last.pt")
     for part in ("model", "optimizer", "position", "progress"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)

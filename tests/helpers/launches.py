@@ -1,4 +1,4 @@
-"""Launches by torchrun whose processes are killed, and the same training unbroken, to compare with."""
+"""Launches by torchrun whose processes are killed, and the same training without interruption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME = "digits_lenet"  # of the run folder
 
 
 def options_of(ranks: int, epochs: int) -> list[str]:
-    """Settings of a short training; global batch 32, or a bit less where it cannot be cut evenly."""
+    """Return settings of a short training. Global batch 32, or slightly less if ranks do not divide it."""
     return [
         f"train.epochs={epochs}", "train.warmup_epochs=0", "train.lr=3e-3", "train.save_every_steps=5",
         f"data.batch_size={32 // ranks}", "aug.flip=0.5", "model.drop_rate=null",
@@ -39,15 +39,15 @@ def arguments(data: Path, output: Path, ranks: int, epochs: int, *more: str) -> 
 
 
 def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
-    """train/ddp.py as this rank, each with its own command line; without what would take most of the time."""
-    figures.save = lambda *_: None  # type: ignore[assignment]  # of this process: curves.png
+    """Run train/ddp.py as this rank, with its command line, but without drawing curves."""
+    figures.save = lambda *_: None  # type: ignore[assignment]  # in this process only
     launcher.SHUTDOWN_GRACE_S = 1.0
     sys.argv = ["train/ddp.py", *commands[ranks.rank]]
     return ddp.main()
 
 
 def run_unbroken(data: Path, output: Path, ranks: int, epochs: int) -> Path:
-    """The run folder of a training that nobody disturbs."""
+    """Train without interruption, and return the run folder."""
     ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks,
                    timeout_s=300)  # fmt: skip
     assert ended.codes == [0] * ranks, ended.printed
@@ -55,12 +55,12 @@ def run_unbroken(data: Path, output: Path, ranks: int, epochs: int) -> Path:
 
 
 def end_of_commands(folder: Path, commands: list[list[str]]) -> Ended:
-    """train/ddp.py with a command line for each rank, without torchrun."""
+    """Run train/ddp.py with a command line for each rank, without torchrun."""
     return end_of(len(commands), train_here, folder, commands)
 
 
 class Launch:
-    """A torchrun that runs until the context ends; its output goes to a file, in the order of time."""
+    """A torchrun that runs until the context ends. Its output goes to a file."""
 
     def __init__(self, folder: Path, launcher: list[str], command: list[str], **environment: str) -> None:
         number = len(list(folder.glob("printed*.txt")))
@@ -83,7 +83,7 @@ class Launch:
         return self._printed.read_text()
 
     def workers(self) -> dict[int, int]:
-        """Process ids by rank, of those that run now."""
+        """Return the process ids of the running ranks."""
         found = {}
         for status in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError, ValueError, StopIteration):
@@ -94,7 +94,7 @@ class Launch:
         return found
 
     def kill_rank(self, rank: int, signum: int = signal.SIGKILL) -> bool:
-        """Whether there was one."""
+        """Send a signal to a rank. Returns whether it was running."""
         if (pid := self.workers().get(rank)) is None:
             return False
         with suppress(ProcessLookupError):
@@ -102,7 +102,7 @@ class Launch:
         return True
 
     def kill_all(self) -> None:
-        """The agent first, so that it starts nothing more."""
+        """Kill the agent, then its ranks, so that it starts no new ones."""
         workers = self.workers()
         self.process.kill()
         for pid in workers.values():
@@ -111,7 +111,7 @@ class Launch:
         self.process.wait()
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code; fails where it takes longer."""
+        """Return the exit code. Fails after `timeout_s`."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -119,7 +119,7 @@ class Launch:
 
 
 def saved_steps(folder: Path) -> int:
-    """Optimizer steps that the last checkpoint holds; -1 without one."""
+    """Return the optimizer steps of the last checkpoint, -1 without one."""
     try:
         position = torch.load(folder / "last.pt", weights_only=True)["position"]
     except FileNotFoundError:
@@ -127,15 +127,15 @@ def saved_steps(folder: Path) -> int:
     return int(position["epoch"] * STEPS_PER_EPOCH + position["step"])
 
 
-def wait_until(holds: Callable[[], Any], timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
     end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "what was waited for did not come"
+    while not condition():
+        assert time.monotonic() < end, f"the condition did not hold within {timeout_s} s"
         time.sleep(0.02)
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:
-    """Bitwise, in the last checkpoints of two runs that are at the same position."""
+    """Compare last.pt of two runs at the same position, bitwise."""
     one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (ours, theirs))
     assert one["position"] == other["position"]
     assert [name for name in other["model"] if not torch.equal(one["model"][name], other["model"][name])] == []

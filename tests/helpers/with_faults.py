@@ -1,9 +1,13 @@
-"""train/ddp.py with a fault built in: with_faults.py '{"nan_at": [37], "rank": 1}' --cfg …
+"""Run train/ddp.py with faults: with_faults.py '{"nan_at": [37], "rank": 1}' --cfg …
 
-nan_at: optimizer updates, counted from 0, whose loss is nan, on all ranks or on `rank` alone; times: how often each of
-them is (default: always). pause_at: updates that wait for a second first; evaluation_s: how long each batch of an
-evaluation takes longer; evaluates: a file that is made when the first one begins. census: a file that gets a line at
-the end of each epoch: memory (MiB), threads, descriptors.
+Faults:
+    nan_at: Optimizer steps, counted from 0, whose loss is nan.
+    rank: The only rank with a nan. Default: all.
+    times: How often each of these steps has a nan. Default: always.
+    pause_at: Optimizer steps before which to wait a second.
+    evaluation_s: Additional time of each batch of an evaluation.
+    evaluates: A file to create when the first evaluation starts.
+    census: A file that gets a line of memory (MiB), threads and file descriptors at the end of each epoch.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ def build_in(faults: dict[str, Any]) -> None:
     def counted(log: RunLog, metrics: dict[str, Any]) -> None:
         epoch(log, metrics)
         if "census" in faults:
-            savings[-1].wait()  # whose files would be counted
+            savings[-1].wait()  # otherwise its open files would be counted
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             line = {
                 "memory_mib": int(status["VmRSS"].split()[0]) / 1024,

@@ -1,4 +1,4 @@
-"""tools/slurm.sbatch without Slurm: its commands are replaced by scripts that note what they were asked for."""
+"""tools/slurm.sbatch without Slurm, whose commands are replaced by scripts that record their arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STUBS = {
     "scontrol": 'echo "scontrol $*" >> calls; [ "$1" = show ] && echo 127.0.0.1; true',
     "scancel": 'echo "scancel $*" >> calls; kill -TERM "$(cat step)"',
 }
-# A training that ends as a file says, or on SIGTERM as torchrun does.
+# A training that ends with the code in a file, or on SIGTERM like torchrun.
 TRAINING = """
 echo "training $*" >> calls; trap "exit 1" TERM; touch started
 while [ ! -f code ]; do sleep 0.05; done; exit "$(cat code)"
@@ -32,12 +32,12 @@ while [ ! -f code ]; do sleep 0.05; done; exit "$(cat code)"
 
 
 class Job:
-    """Started by Slurm on two machines; the working folder holds what the stubs note."""
+    """A job that Slurm starts on two machines. The stubs write to its working folder."""
 
     def __init__(
         self, folder: Path, *command: str, python: str = "training", scontrol: str = "true", **variables: str
     ) -> None:
-        """scontrol: what it does before it answers."""
+        """scontrol: commands to run before it answers."""
         self.folder = folder
         bin_folder = folder / "bin"
         bin_folder.mkdir(exist_ok=True)

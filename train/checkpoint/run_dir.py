@@ -142,20 +142,20 @@ def create_run_dir(config: Config) -> Path:
 
 
 @contextmanager
-def lock_run_dir(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
     All ranks call this together. Completes an interrupted save of an earlier process, so look for checkpoints inside
     the context, see `refresh_candidates`.
 
     Raises:
-        UserError: If another process still holds the lock after LOCK_TIMEOUT_S.
+        UserError: If another process still holds the lock after `timeout_s`.
     """
     locks: list[BinaryIO] = []
 
     def lock() -> None:
         _refuse_links(folder)
-        locks.extend(_lock(folder))
+        locks.extend(_lock(folder, timeout_s))
         if locks:  # without a lock, another process may be saving
             store.recover_interrupted_save(folder)
 
@@ -193,7 +193,7 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def _lock(folder: Path) -> list[BinaryIO]:
+def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Return the locked file; empty if the file system has no locks or is read-only, which is reported elsewhere.
 
     The kernel releases a POSIX lock when the process ends, and child processes do not inherit it. Nothing else in this
@@ -215,13 +215,13 @@ def _lock(folder: Path) -> list[BinaryIO]:
             return []
         else:
             break
-        if time.monotonic() - start_s >= LOCK_TIMEOUT_S:
+        if time.monotonic() - start_s >= timeout_s:
             lock.close()
             raise UserError(
                 f"{holder} is still training in {folder}; end it or wait for it, or give this run another name "
                 "(--opts name=NAME) without --resume"
             )
-        warn(f"{holder} is training in {folder}; waiting for it, up to {LOCK_TIMEOUT_S:.0f} s")
+        warn(f"{holder} is training in {folder}; waiting for it, up to {timeout_s:.0f} s")
         time.sleep(0.2)
     with suppress(OSError):  # a full disk
         lock.truncate(0)

@@ -20,10 +20,13 @@ class StopConsensus:
     Args:
         pending_signal: Returns the signal that this rank received, 0 for none.
         is_due: Returns whether a checkpoint is due. Only the answer of rank 0 counts.
+        poll_interval_s: Approximate time between two communications.
     """
 
-    def __init__(self, pending_signal: Callable[[], int], is_due: Callable[[], bool]) -> None:
-        self._pending_signal, self._is_due = pending_signal, is_due
+    def __init__(
+        self, pending_signal: Callable[[], int], is_due: Callable[[], bool], poll_interval_s: float = POLL_INTERVAL_S
+    ) -> None:
+        self._pending_signal, self._is_due, self._poll_interval_s = pending_signal, is_due, poll_interval_s
         self._is_alone = get_world_size() == 1
         self.reset(0)
 
@@ -51,6 +54,6 @@ class StopConsensus:
         return collectives.max_over_ranks([self._pending_signal()])[0]
 
     def _next_interval(self, steps_done: int) -> int:
-        """Return the number of steps that take POLL_INTERVAL_S, at most twice the previous one."""
+        """Return the number of steps that take the poll interval, at most twice the previous one."""
         step_s = (time.monotonic() - self._time_s) / max(steps_done - self._last, 1)
-        return max(1, min(2 * self._interval, int(POLL_INTERVAL_S / max(step_s, 1e-6))))
+        return max(1, min(2 * self._interval, int(self._poll_interval_s / max(step_s, 1e-6))))

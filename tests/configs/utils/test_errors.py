@@ -1,4 +1,4 @@
-"""What is shown of errors."""
+"""Printed errors and exit codes of entry points."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('tol
     ],
 )
 def test_unprintable_output_is_no_traceback(redirected: str, code: int, err: str) -> None:
-    wait = "import time; time.sleep(0.3)\n" if redirected == "| true" else ""  # until its reader is gone
+    wait = "import time; time.sleep(0.3)\n" if redirected == "| true" else ""  # until its reader has ended
     command = f'set -o pipefail; "$0" -c "$1" {redirected}'
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, wait + SCRIPT],
@@ -132,7 +132,7 @@ def test_names_beyond_the_locale_work_and_print_as_escapes(options: list[str], t
         [sys.executable, *options, tmp_path / "named.py", tmp_path, "größe_日本"],
         capture_output=True, check=False, env=environment, cwd=ROOT,
     )  # fmt: skip
-    if options:  # the program cannot change it: one sentence, and no endless restarts
+    if options:  # the program cannot change it: one sentence, no endless restarts
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
         return
     shown = b"gr\\xf6\\xdfe_\\u65e5\\u672c\n"

@@ -1,4 +1,4 @@
-"""Files that may be a stranger's."""
+"""Paths, files of unknown origin, and atomic writes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ def test_other_than_regular_files_never_block_or_stay_open(tmp_path: Path) -> No
     assert not {str(tmp_path), str(tmp_path / "pipe"), "/dev/zero"} & set(opened)
 
 
-def test_small_text_is_limited_and_must_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 10)
+def test_small_text_is_limited_and_must_be_text(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 11)
     with pytest.raises(OSError, match="it has more than 10 bytes"):
-        read_small_text(tmp_path / "file")
+        read_small_text(tmp_path / "file", max_bytes=10)
     (tmp_path / "file").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="invalid start byte"):
         read_small_text(tmp_path / "file")

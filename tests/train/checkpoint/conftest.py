@@ -15,13 +15,14 @@ from train.checkpoint import store
 
 @pytest.fixture
 def group_unless_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process group of one rank, except for tests on a GPU."""
     with nullcontext() if request.node.get_closest_marker("gpu") else alone():
         yield
 
 
 @pytest.fixture(scope="session")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint after one step; read only."""
+    """A checkpoint after one step. Do not modify."""
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     with alone():
         training = stepped_training()

@@ -1,4 +1,4 @@
-"""What a resumed run must agree in with its checkpoint, and what it may change."""
+"""Data and settings that a resumed run must share with its checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from train.optim.factory import with_timm_defaults
 PATH = Path("last.pt")
 STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
 PLATEAU = ("train.schedule=plateau",)
-# What results do not follow from, or not to the last digit; schedule plateau watches some of it.
-AFTER_A_FAULT = {"train.on_nonfinite"}
+# Settings that affect results at most in the last digits. Schedule plateau depends on some of them.
+AFTER_A_FAILURE = {"train.on_nonfinite"}
 BOOKKEEPING = {"name", "output", "resume", "eval.only", "model.num_classes"}
 WATCHED = {"train.eval_every_epochs"}
 SPEED = {
     "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
     "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
 }  # fmt: skip
-DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # without which they change nothing
+DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # no effect without damaged samples
 IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
 IN_DATA_SET = {"data.path"}
 
@@ -38,7 +38,7 @@ def config_of(*options: str) -> Config:
 
 
 def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label: str = "ten") -> dict[str, Any]:
-    """A dataset.json whose train split lies in so many shards."""
+    """Return a dataset.json whose train split has `shards` shards."""
     files = [
         {"file": f"{number}.tar", "samples": samples // shards, "bytes": 9, "sha256": label} for number in range(shards)
     ]
@@ -47,13 +47,13 @@ def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label:
 
 
 def checkpoint_of(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+    """Return the entries about the run."""
     position = {"epoch": 1, "step": 0}
     return {"config": to_yaml(config), "stream": stream, "position": position, "progress": {"best_top1": 0.5}}
 
 
 def check(then: Config, now: Config, text: str | None = None, passes: tuple[int, int] = (1, 1)) -> None:
-    """Go on with `now` from a checkpoint of `then`, whose config is `text`."""
+    """Resume with `now` from a checkpoint of `then`, whose config is `text` if given."""
     data_set = data_set_of()
     content = checkpoint_of(then, stream_info(then, data_set, passes[0])) | ({"config": text} if text else {})
     check_same_run(content, now, stream_info(now, data_set, passes[1]), PATH)
@@ -164,10 +164,10 @@ def test_every_setting_is_fingerprinted_or_known_as_neutral() -> None:
         | IN_GLOBAL_BATCH
         | IN_DATA_SET
         | DAMAGE
-        | AFTER_A_FAULT
+        | AFTER_A_FAILURE
     )
     assert settings - named == others
-    assert named - settings == {"data", "global"}  # what is no setting: the data set, the global batch
+    assert named - settings == {"data", "global"}  # not settings: the data set, the global batch
     config = config_of()
     assert (
         named - {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))} == WATCHED
@@ -220,7 +220,7 @@ def test_settings_missing_in_old_versions_count_as_defaults() -> None:
 
 
 def test_old_checkpoint_with_wrong_timm_defaults_still_resumes() -> None:
-    """It wrote its own defaults, and the optimizer ran with timm's."""
+    """The old version recorded its own defaults, but the optimizer ran with those of timm."""
     lion = "train.optimizer.name=lion"
     old = config_of(
         lion, "train.optimizer.betas=[0.9, 0.999]", "train.optimizer.eps=1e-8", "train.optimizer.nesterov=true"

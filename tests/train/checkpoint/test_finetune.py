@@ -1,4 +1,4 @@
-"""Runs that start from another run's weights, or from a file's, and freeze some: what is taken, trained and left."""
+"""Runs that start from the weights of another run or a file, and freeze some of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows(samples: int, classes: int) -> MemoryRows:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Two data sets of 48 and 16 images, by their numbers of classes."""
+    """Two data sets of 48 and 16 images, by number of classes."""
     folder = tmp_path_factory.mktemp("data")
     write(memory_source(train=rows(48, 12), val=rows(16, 12)), folder / "12")
     five = Source("few", "tests", CLASSES[3:8], "1" * 64, {"train": rows(48, 5), "val": rows(16, 5)})
@@ -62,13 +62,13 @@ class Result:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Of the last checkpoint."""
+        """The weights of last.pt."""
         model: dict[str, Tensor] = torch.load(self.folder / "last.pt", weights_only=True)["model"]
         return model
 
 
 def run(data: Path, folder: Path, *opts: str, flags: tuple[str, ...] = ()) -> Result:
-    """train/ddp.py in this process; folder: of the run."""
+    """Run train/ddp.py in this process. folder: the run folder."""
     command = ["--cfg", ROOT / "configs" / "digits_lenet.yaml", "--data-path", data, "--output", folder.parent,
                *flags, "--opts", f"name={folder.name}", *OPTS, *opts]  # fmt: skip
     out, err = io.StringIO(), io.StringIO()
@@ -82,7 +82,7 @@ def run(data: Path, folder: Path, *opts: str, flags: tuple[str, ...] = ()) -> Re
 
 @pytest.fixture(scope="module")
 def source(data: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run on 12 classes; read only."""
+    """A run on 12 classes. Do not modify."""
     result = run(data[12], tmp_path_factory.mktemp("source") / "source")
     assert (result.code, result.err) == (0, "")
     return result
@@ -90,7 +90,7 @@ def source(data: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> R
 
 @pytest.fixture(scope="module")
 def tuned(source: Result, data: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run on 5 classes from the weights of `source`, with its first layers frozen; read only."""
+    """A run on 5 classes from the weights of `source`, with its first layers frozen. Do not modify."""
     result = run(data[5], tmp_path_factory.mktemp("tuned") / "tuned", f"model.finetune={source.folder}", FREEZE)
     assert (result.code, result.err) == (0, "")
     return result
@@ -255,7 +255,7 @@ def test_weights_of_another_activation_are_refused(source: Result, data: dict[in
     assert "was trained with model.activation=gelu, this config has relu; set model.activation=gelu" in refused.err
 
 
-# What is taken
+# Loading weights
 
 
 def resaved(content: dict[str, Any], path: Path) -> None:

@@ -44,7 +44,7 @@ def test_truncated_checkpoint_is_a_user_error(intact: Path, tmp_path: Path) -> N
 
 def test_any_flipped_bit_is_a_user_error(intact: Path, tmp_path: Path) -> None:
     whole, flipped, places = intact.read_bytes(), tmp_path / "flipped.pt", random.Random(0)
-    tables = len(whole) - 6000  # of the archive: a bit there once made torch.load return memory that nobody had written
+    tables = len(whole) - 6000  # of the archive: a bit there once made torch.load return uninitialized memory
     manifest = whole.rindex(b"\n", 0, -1)
     for start in [0] * 30 + [tables] * 30 + [manifest] * 60:
         content = bytearray(whole)
@@ -189,7 +189,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(kind: str, tmp_path: Path) 
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
-    path.write_bytes(with_checksum(path.read_bytes()))  # which whoever writes such a file can compute as well
+    path.write_bytes(with_checksum(path.read_bytes()))  # an attacker can compute the checksum too
     with pytest.raises(UserError):
         store.load(path)
     assert not trace.exists()
@@ -198,7 +198,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(kind: str, tmp_path: Path) 
 
 
 def repacked(content: dict[str, Any], **more: Any) -> bytes:
-    """As torch.save writes it, but with other options of zipfile, and more records."""
+    """Save like torch.save, but with other options of zipfile, and more records."""
     buffer, repacked = io.BytesIO(), io.BytesIO()
     torch.save(content, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(repacked, "w", **more) as target:

@@ -1,4 +1,4 @@
-"""Which folder a launch goes on in when torchrun has started its ranks again, and how a launch is known."""
+"""The run folder of a launch after torchrun has restarted its ranks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def config_of(output: Path) -> Config:
     return load_config(DIGITS, ["name=run"], output=str(output))
 
 
-def folder_of(output: Path, name: str, launch: list[str], *checkpoints: str) -> Path:
+def make_run_dir(output: Path, name: str, launchers: list[str], *checkpoints: str) -> Path:
     (output / name).mkdir(parents=True)
     for checkpoint in checkpoints:
         (output / name / checkpoint).touch()
-    return relaunch.record_launch(output / name, launch)
+    return relaunch.record_launch(output / name, launchers)
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
 def test_first_start_ignores_other_launches(resume: str | None, tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert relaunch.find_active_run_dir(config, resume, OURS) == (None, resume)
-    folder_of(tmp_path, "run", THEIRS, "last.pt")
-    folder_of(tmp_path, "run-2", [], "last.pt")
+    make_run_dir(tmp_path, "run", THEIRS, "last.pt")
+    make_run_dir(tmp_path, "run-2", [], "last.pt")
     assert relaunch.find_active_run_dir(config, resume, OURS) == (None, resume)
     assert relaunch.find_active_run_dir(config, resume, []) == (None, resume)
 
@@ -41,9 +41,9 @@ def test_first_start_ignores_other_launches(resume: str | None, tmp_path: Path) 
 @pytest.mark.parametrize("resume", [None, "auto", "/elsewhere/best.pt"])
 @pytest.mark.parametrize("checkpoint", ["last.pt", "previous.pt", "best.pt"])
 def test_restart_resumes_in_the_folder_of_its_launch(resume: str | None, checkpoint: str, tmp_path: Path) -> None:
-    folder_of(tmp_path, "run", THEIRS, "last.pt")
-    used = folder_of(tmp_path, "run-7", OURS, checkpoint)
-    folder_of(tmp_path, "run-8", THEIRS, "last.pt")
+    make_run_dir(tmp_path, "run", THEIRS, "last.pt")
+    used = make_run_dir(tmp_path, "run-7", OURS, checkpoint)
+    make_run_dir(tmp_path, "run-8", THEIRS, "last.pt")
     assert relaunch.find_active_run_dir(config_of(tmp_path), resume, OURS) == (used, str(used))
 
 
@@ -53,13 +53,13 @@ def test_restart_resumes_in_the_folder_of_its_launch(resume: str | None, checkpo
 def test_restart_without_checkpoint_starts_again_in_its_folder(
     resume: str | None, then: str | None, tmp_path: Path
 ) -> None:
-    used = folder_of(tmp_path, "run", OURS)
-    folder_of(tmp_path, "run-2", THEIRS, "last.pt")  # which --resume auto would take
+    used = make_run_dir(tmp_path, "run", OURS)
+    make_run_dir(tmp_path, "run-2", THEIRS, "last.pt")  # --resume auto would use it
     assert relaunch.find_active_run_dir(config_of(tmp_path), resume, OURS) == (used, then)
 
 
 def test_launch_is_the_same_while_one_machine_stays(tmp_path: Path) -> None:
-    used = folder_of(tmp_path, "run", OURS, "last.pt")
+    used = make_run_dir(tmp_path, "run", OURS, "last.pt")
     survivors = [OURS[1], "machine 3 boot 4 300"]
     assert relaunch.find_active_run_dir(config_of(tmp_path), None, survivors) == (used, str(used))
     relaunch.record_launch(used, survivors)
@@ -68,7 +68,7 @@ def test_launch_is_the_same_while_one_machine_stays(tmp_path: Path) -> None:
 
 
 def test_run_resumed_from_another_folder_is_found_there(tmp_path: Path) -> None:
-    elsewhere = folder_of(tmp_path, "moved", OURS, "last.pt")
+    elsewhere = make_run_dir(tmp_path, "moved", OURS, "last.pt")
     config = config_of(tmp_path / "output")
     assert relaunch.find_active_run_dir(config, str(elsewhere), OURS) == (elsewhere, str(elsewhere))
 
@@ -77,7 +77,7 @@ def test_run_resumed_from_another_folder_is_found_there(tmp_path: Path) -> None:
     "text", ["", "{", "[]", "[" * 200_000, '{"agents": 3}', '{"agents": [{}]}', '{"agent": ["machine 1 boot 7 100"]}']
 )
 def test_unreadable_launch_file_matches_no_launch(text: str, tmp_path: Path) -> None:
-    used = folder_of(tmp_path, "run", OURS, "last.pt")
+    used = make_run_dir(tmp_path, "run", OURS, "last.pt")
     (used / relaunch.LAUNCH_FILE).write_text(text)
     assert relaunch.find_active_run_dir(config_of(tmp_path), None, OURS) == (None, None)
 

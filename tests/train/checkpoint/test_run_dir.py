@@ -1,4 +1,4 @@
-"""Which folder a run goes on in, which checkpoints it may start from, and that one process trains there at a time."""
+"""Run folders: which one a run resumes in, its checkpoints, and its lock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def make(folder: Path, *names: str, config: Config | None = None) -> Path:
-    """A folder with these files; of a run of this config, where one is given."""
+    """Create a folder with these empty files, and the config and log of a run if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_bytes(b"")
@@ -50,12 +50,12 @@ def test_auto_resolves_to_latest_run_and_newest_checkpoint(config: Config, tmp_p
     assert resolve_resume(config, "auto") == (first, (first / "last.pt",))
     second = make(tmp_path / "net-2", "last.pt", "previous.pt", "best.pt", "last.pt.tmp")
     assert resolve_resume(config, "auto") == (second, (second / "last.pt", second / "previous.pt"))
-    third = make(tmp_path / "net-3", "last.pt.tmp")  # killed before its first checkpoint: it begins anew
+    third = make(tmp_path / "net-3", "last.pt.tmp")  # killed before its first checkpoint
     assert resolve_resume(config, "auto") == (third, ())
 
 
 def test_latest_run_is_the_one_with_highest_number(config: Config, tmp_path: Path) -> None:
-    """An old run was removed while a later one went on."""
+    """An old run was removed."""
     third = make(tmp_path / "net-3", "last.pt", config=config)
     assert resolve_resume(config, "auto") == (third, (third / "last.pt",))
     assert create_run_dir(config) == tmp_path / "net-4"
@@ -67,8 +67,8 @@ def test_run_named_like_a_number_is_not_confused(config: Config, tmp_path: Path)
 
     for name in ("net-2", "net-64", "net-64-2", "net-1", "nets", "net-2-3"):
         make(tmp_path / name, "last.pt", config=named(name))
-    make(tmp_path / "net-99")  # no run at all
-    (tmp_path / "net").touch()  # no folder at all
+    make(tmp_path / "net-99")  # not a run
+    (tmp_path / "net").touch()  # not a folder
     assert resolve_resume(config, "auto") == (None, ())
     (tmp_path / "net").unlink()
     assert create_run_dir(config) == tmp_path / "net"
@@ -88,7 +88,7 @@ def test_renamed_run_folder_is_found_by_its_new_name(config: Config, tmp_path: P
     "text", ["name: net\nremoved_setting: 3\n", "name: [", "name: 3", "- 3", "\xff", "link", "pipe"]
 )
 def test_only_the_name_of_a_config_is_read(text: str, config: Config, tmp_path: Path) -> None:
-    """Of an older version it may hold other settings, of a stranger anything."""
+    """The config may be from an older version with other settings, or from someone else."""
     make(tmp_path / "net", "last.pt", config=config)
     folder = make(tmp_path / "net-3", "last.pt")
     if text == "link":
@@ -106,7 +106,7 @@ def test_only_the_name_of_a_config_is_read(text: str, config: Config, tmp_path: 
 def test_folder_with_links_is_refused_and_targets_are_unchanged(tmp_path: Path) -> None:
     folder, target = make(tmp_path / "net", "best.pt"), tmp_path / "target"
     target.write_bytes(b"a stranger's")
-    for name in ("last.pt", "config.yaml", ".#config.yaml", "notes"):  # which are replaced, or nothing to a run
+    for name in ("last.pt", "config.yaml", ".#config.yaml", "notes"):  # replaced, or not used by a run
         (folder / name).symlink_to(target)
     with alone():
         with lock_run_dir(folder):
@@ -130,7 +130,7 @@ def test_run_with_only_best_checkpoint_resumes_from_it(config: Config, tmp_path:
     folder = make(tmp_path / "net", "best.pt", config=config)
     for resume in ("auto", str(folder), str(folder / "best.pt")):
         assert resolve_resume(config, resume) == (folder, (folder / "best.pt",))
-    assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, and not there
+    assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, but missing
 
 
 def test_auto_uses_previous_checkpoint_if_last_is_missing(config: Config, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def another_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether another process can have the lock."""
+    """Return whether another process can take the lock."""
     attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", attempt, str(folder / run_dir.LOCK_FILE)]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -196,7 +196,7 @@ def test_folder_is_locked_inside_and_always_released(tmp_path: Path) -> None:
 
 
 def test_locking_a_folder_completes_a_killed_save(config: Config, tmp_path: Path) -> None:
-    """Killed within its second save: the first one would else lie there under a name that nobody looks at."""
+    """Killed during its second save: the first checkpoint has only its temporary name."""
     folder = make(tmp_path / "net", "best.pt.tmp", config=config)
     for name, step in (("last.pt", 2), ("previous.pt.tmp", 1)):
         store.write(folder / name, {"format": 1, "position": {"epoch": 0, "step": step}})
@@ -238,14 +238,13 @@ def test_explicit_checkpoint_is_distinguished_from_a_run(resume: str | None, is_
 
 def test_without_lock_the_save_of_others_is_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "net", "last.pt", "last.pt.tmp")
-    monkeypatch.setattr(run_dir, "_lock", lambda _: [])
+    monkeypatch.setattr(run_dir, "_lock", lambda *_: [])
     with alone(), lock_run_dir(folder):
         assert (folder / "last.pt.tmp").exists()
 
 
-def test_locked_folder_is_refused_and_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_S", 0.0)
-    with another_run(tmp_path), alone(), pytest.raises(UserError) as error, lock_run_dir(tmp_path):
+def test_locked_folder_is_refused_and_its_holder_named(tmp_path: Path) -> None:
+    with another_run(tmp_path), alone(), pytest.raises(UserError) as error, lock_run_dir(tmp_path, timeout_s=0.0):
         pass
     assert str(error.value).startswith(f"process 7 on machine 1 is still training in {tmp_path}; end it")
 

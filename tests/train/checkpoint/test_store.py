@@ -121,7 +121,7 @@ def test_damaged_checkpoint_never_replaces_an_intact_one(tmp_path: Path) -> None
 def test_newest_intact_checkpoint_survives_interrupted_save(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(BaseException):
+    class Killed(BaseException):
         pass
 
     calls, stop_before = 0, -1
@@ -131,7 +131,7 @@ def test_newest_intact_checkpoint_survives_interrupted_save(
             nonlocal calls
             calls += 1
             if calls - 1 == stop_before:
-                raise Stopped
+                raise Killed
             if error is not None:
                 raise error
             return function(*arguments)
@@ -142,7 +142,7 @@ def test_newest_intact_checkpoint_survives_interrupted_save(
     monkeypatch.setattr(Path, "rename", stopping(Path.rename))
     refused = None if links else OSError(errno.EPERM, "no links")
     monkeypatch.setattr(Path, "hardlink_to", stopping(Path.hardlink_to, refused))
-    for before in (0, 1, 2, 5):  # checkpoints that there are
+    for before in (0, 1, 2, 5):  # existing checkpoints
         for place in range(20):
             folder = tmp_path / f"{before}-{place}"
             folder.mkdir()
@@ -152,19 +152,19 @@ def test_newest_intact_checkpoint_survives_interrupted_save(
             calls, stop_before = 0, place
             try:
                 store.write_last(folder, numbered(before))
-            except Stopped:
+            except Killed:
                 found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
                 epochs = [epoch_of(path) for path in found]
                 assert len(epochs) >= min(before, 1 if not links else 2)
                 assert epochs[:1] in ([], [before - 1], [before])
                 assert links is False or before == 0 or (folder / "last.pt").exists()
                 stop_before = -1
-                settled = shutil.copytree(folder, tmp_path / f"{folder.name} settled", copy_function=os.link)
-                store.recover_interrupted_save(settled)
-                kept = [epoch_of(path) for path in sorted(settled.iterdir())]  # last.pt before previous.pt
+                recovered = shutil.copytree(folder, tmp_path / f"{folder.name} recovered", copy_function=os.link)
+                store.recover_interrupted_save(recovered)
+                kept = [epoch_of(path) for path in sorted(recovered.iterdir())]  # last.pt before previous.pt
                 assert len(kept) >= len(epochs)
                 assert kept == [epochs[0] - back for back in range(len(kept))]  # no gap between them
-                store.write_last(folder, numbered(before))  # what was left behind is in nobody's way
+                store.write_last(folder, numbered(before))  # leftovers do not matter
             else:
                 assert place > 2
                 break
@@ -194,7 +194,7 @@ def test_killed_save_leaves_the_old_checkpoint_intact(
         with pytest.raises(KeyboardInterrupt):
             store.save(path, training, training.sums, **STATE)
     assert path.read_bytes() == before
-    store.save(path, training, training.sums, **STATE)  # what was left behind is in nobody's way
+    store.save(path, training, training.sums, **STATE)  # leftovers do not matter
     assert_equal_trees(store.load(path)["model"], training.network.state_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 

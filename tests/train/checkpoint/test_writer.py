@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training: what they hold, what training waits for, and what an error does."""
+"""Background writes: their contents, what training waits for, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save(saving: CheckpointWriter, training: TrainState, *names: str, steps: int
 
 
 class Held:
-    """Stands in for checkpoint.write, and waits for a permission."""
+    """Replaces store.write, and waits for permission."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[dict[str, Any]] = []
@@ -58,7 +58,7 @@ def test_background_write_saves_the_state_at_the_call(
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
     with CheckpointWriter(tmp_path, training, {"config": "a"}) as saving:
         save(saving, training, "best.pt")
-        assert held.written == []  # and yet we are here
+        assert held.written == []  # save has returned before the write
         for seed in range(3):
             train_step(training, random_batch(8, seed=seed, classes=12))
         held.may_write.set()
@@ -77,7 +77,7 @@ def test_one_checkpoint_is_written_at_a_time(
         save(saving, training, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
         save(saving, training, "best.pt")
-        assert len(held.written) >= 1  # the first stands before the second begins
+        assert len(held.written) >= 1  # the first is complete before the second starts
     assert len(held.written) == 2
 
 
@@ -101,7 +101,7 @@ def test_write_error_is_raised_once_by_the_next_call(
         patch.setattr(store, "write", fail)
         save(saving, training, "best.pt")
         assert saving._write is not None
-        saving._write.exception(timeout=60)  # until it has failed
+        saving._write.exception(timeout=60)  # wait for the failure
         with pytest.raises(UserError, match="cannot write"):
             save(saving, training) if through == "save" else getattr(saving, through)()
         saving.check()
@@ -117,7 +117,7 @@ def test_exit_waits_for_a_write_in_progress(
         with CheckpointWriter(tmp_path, training, {}) as saving:
             save(saving, training)
             threading.Timer(0.1, held.may_write.set).start()
-            raise KeyError  # whatever ends a run
+            raise KeyError  # any error that ends a run
 
     with pytest.raises(KeyError):
         save_and_fail()

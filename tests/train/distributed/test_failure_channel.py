@@ -1,4 +1,4 @@
-"""Connections among ranks, as threads of one process: who failed first, who is gone, and who is not one of them."""
+"""The failure channel, with ranks as threads of one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = "127.0.0.1"
 
 
 class Dictionary:
-    """A store."""
+    """A store in memory."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -37,29 +37,29 @@ def ranks(rank: int, world_size: int) -> Ranks:
 
 
 class Group:
-    """A lifeline for each rank, and the failures that each was called for."""
+    """A channel for each rank, and the failures that its callback received."""
 
     def __init__(self, world_size: int, store: Dictionary) -> None:
         self.called: list[list[Failure]] = [[] for _ in range(world_size)]
-        self.lines = [
+        self.channels = [
             connect(ranks(rank, world_size), store, HERE, self.called[rank].append, timeout_s=10)
             for rank in range(world_size)
         ]
-        self.lines[0].all_connected(10)
+        self.channels[0].all_connected(10)
 
 
 @contextmanager
 def group(world_size: int, store: Dictionary | None = None) -> Iterator[Group]:
     with ExitStack() as stack:
         made = Group(world_size, store or Dictionary())
-        for line in made.lines:
-            stack.callback(line.close)
+        for channel in made.channels:
+            stack.callback(channel.close)
         yield made
 
 
-def die(line: FailureChannel) -> None:
-    """As the system does for a killed process."""
-    connection = line._peer.connection  # type: ignore[attr-defined]
+def die(channel: FailureChannel) -> None:
+    """Close the connection, as the kernel does for a killed process."""
+    connection = channel._peer.connection  # type: ignore[attr-defined]
     connection.shutdown(socket.SHUT_RDWR)
     connection.close()
 
@@ -68,8 +68,8 @@ def die(line: FailureChannel) -> None:
 def test_failure_reaches_all_ranks_and_calls_only_others(rank: int) -> None:
     with group(4) as made:
         failure = Failure(rank, "no shard 7", is_user_error=True)
-        assert made.lines[rank].report_failure(failure) == failure
-        assert [line.first_failure(5) for line in made.lines] == [failure] * 4
+        assert made.channels[rank].report_failure(failure) == failure
+        assert [channel.first_failure(5) for channel in made.channels] == [failure] * 4
         for other in set(range(4)) - {rank}:
             wait_for(lambda other=other: made.called[other])
         assert made.called == [[] if at == rank else [failure] for at in range(4)]
@@ -89,7 +89,7 @@ def test_simultaneous_failures_yield_one_first_failure() -> None:
 
         def fail(rank: int) -> None:
             begin.wait()
-            answers.append(made.lines[rank].report_failure(Failure(rank, f"error {rank}")))
+            answers.append(made.channels[rank].report_failure(Failure(rank, f"error {rank}")))
 
         threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(6)]
         for thread in threads:
@@ -98,16 +98,16 @@ def test_simultaneous_failures_yield_one_first_failure() -> None:
             thread.join()
         assert len(answers) == 6
         assert len({answer.rank for answer in answers}) == 1
-        assert len({line.first_failure(5) for line in made.lines}) == 1
+        assert len({channel.first_failure(5) for channel in made.channels}) == 1
 
 
 def test_lost_rank_is_reported_and_closed_rank_is_not() -> None:
     with group(4) as made:
-        made.lines[1].close()
-        assert made.lines[0].first_failure(0.2) is None
-        die(made.lines[3])
+        made.channels[1].close()
+        assert made.channels[0].first_failure(0.2) is None
+        die(made.channels[3])
         for at in (0, 2):
-            failure = made.lines[at].first_failure(5)
+            failure = made.channels[at].first_failure(5)
             assert failure is not None
             assert (failure.rank, failure.is_lost) == (3, True)
         assert made.called[1] == []
@@ -115,13 +115,13 @@ def test_lost_rank_is_reported_and_closed_rank_is_not() -> None:
 
 def test_lost_rank_0_is_noticed_and_closed_is_not() -> None:
     with group(3) as made:
-        made.lines[0].close()
-        assert [line.first_failure(0.2) for line in made.lines] == [None] * 3
+        made.channels[0].close()
+        assert [channel.first_failure(0.2) for channel in made.channels] == [None] * 3
     with group(3) as made:
-        with made.lines[0]._lock:  # dead, it says nothing to anybody
-            for peer in made.lines[0]._peers:  # type: ignore[attr-defined]
+        with made.channels[0]._lock:  # a lost rank sends nothing
+            for peer in made.channels[0]._peers:  # type: ignore[attr-defined]
                 peer.connection.shutdown(socket.SHUT_RDWR)
-        failures = [made.lines[at].first_failure(5) for at in (1, 2)]
+        failures = [made.channels[at].first_failure(5) for at in (1, 2)]
         assert [(failure.rank, failure.is_lost) for failure in failures if failure] == [(0, True)] * 2
 
 
@@ -134,12 +134,12 @@ def test_late_rank_learns_of_an_earlier_failure() -> None:
     wait_for(lambda: first.missing_ranks() == [1])
     assert (first.missing_ranks(), late.missing_ranks()) == ([1], [])
     assert late.first_failure(5) == failure
-    for line in (late, first):
-        line.close()
+    for channel in (late, first):
+        channel.close()
 
 
 def test_address_of_an_earlier_launch_is_ignored() -> None:
-    """torchrun keeps the store when it starts ranks again: what it holds may lead nowhere, or to another program."""
+    """torchrun keeps the store over restarts, so its address may be free, or belong to another program."""
     store = Dictionary()
     with socket.create_server((HERE, 0)) as stranger:
         gone = stranger.getsockname()[1]
@@ -159,13 +159,13 @@ def test_address_of_an_earlier_launch_is_ignored() -> None:
         thread.join(20)
         connection.close()
     assert found[0].launch_id == first.launch_id != "earlier"
-    for line in (*found, first):
-        line.close()
+    for channel in (*found, first):
+        channel.close()
 
 
 def test_connection_without_launch_id_is_ignored() -> None:
     with group(2) as made:
-        port = made.lines[0].port  # type: ignore[attr-defined]
+        port = made.channels[0].port  # type: ignore[attr-defined]
         for sent in (
             b"",
             b"GET / HTTP/1.1\n\n",
@@ -174,9 +174,9 @@ def test_connection_without_launch_id_is_ignored() -> None:
         ):
             with suppress(ConnectionError), socket.create_connection((HERE, port)) as stranger:
                 stranger.sendall(sent)
-        assert made.lines[0].first_failure(0.3) is None
+        assert made.channels[0].first_failure(0.3) is None
         failure = Failure(1, "a real one")
-        assert made.lines[1].report_failure(failure) == failure
+        assert made.channels[1].report_failure(failure) == failure
 
 
 def test_missing_rank_0_is_an_error_with_its_address() -> None:

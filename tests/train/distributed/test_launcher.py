@@ -23,13 +23,13 @@ from train.distributed.launcher import run_distributed
 from train.distributed.process_group import Ranks
 
 
-def sums_for_ever() -> None:
+def sums_forever() -> None:
     while True:
         collectives.sum_over_ranks(torch.ones(1))
 
 
 def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> None:
-    """One rank raises, the others wait for it: in a collective, or to make the group."""
+    """Raise on one rank while the others wait for it, in a collective or to create the group."""
     if not in_group:
         launcher.SHUTDOWN_GRACE_S = 3.0  # of this process
         if ranks.rank == rank:
@@ -38,7 +38,7 @@ def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> Non
         collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == rank:
             raise error
-        sums_for_ever()
+        sums_forever()
 
 
 @pytest.mark.parametrize(("rank", "in_group"), [(2, True), (0, True), (1, False)])
@@ -92,7 +92,7 @@ def one_is_killed(ranks: Ranks, rank: int, busy_s: float) -> None:
         if ranks.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(busy_s)
-        sums_for_ever()
+        sums_forever()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -108,24 +108,24 @@ def test_killed_rank_is_named_by_all_others(rank: int, tmp_path: Path) -> None:
 
 
 def test_busy_rank_is_stopped_as_well(tmp_path: Path) -> None:
-    ended = end_of(2, with_little_patience, tmp_path)
+    ended = end_of(2, with_short_grace, tmp_path)
     assert ended.codes == [-9, 1]
     assert ended.lines[-1] == "rank 1 stopped because rank 0 was lost without an error"
 
 
-def with_little_patience(ranks: Ranks) -> None:
+def with_short_grace(ranks: Ranks) -> None:
     launcher.SHUTDOWN_GRACE_S = 0.5  # of this process
     one_is_killed(ranks, 0, 1000)
 
 
 def one_is_stopped(ranks: Ranks) -> None:
-    """The group gives up a rank that neither comes nor ends."""
+    """Stop one rank, so that it neither answers nor ends."""
     process_group.GROUP_TIMEOUT = timedelta(seconds=6)  # of this process
     with process_group.process_group(ranks):
         collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        sums_for_ever()
+        sums_forever()
 
 
 def test_stopped_rank_is_awaited_until_the_group_timeout(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def exits(ranks: Ranks, code: int) -> int:
     with process_group.process_group(ranks):
         collectives.sum_over_ranks(torch.ones(1))
         if ranks.rank == 0:
-            time.sleep(0.5)  # the others have left by then, and none of them is missed
+            time.sleep(0.5)  # the others have closed the channel by then
         if code == 143:
             sys.exit(code)
         return code
@@ -207,10 +207,10 @@ def test_missing_ranks_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(launcher, "JOIN_WARNING_S", 0.1)
-    ending = launcher.RankSupervisor(Ranks(rank, rank, 6, 6))
+    supervisor = launcher.RankSupervisor(Ranks(rank, rank, 6, 6))
     if missing is not None:
-        monkeypatch.setattr(ending, "_channel", SimpleNamespace(missing_ranks=lambda: missing))
-    ending._warn_missing(600.0)
+        monkeypatch.setattr(supervisor, "_channel", SimpleNamespace(missing_ranks=lambda: missing))
+    supervisor._warn_missing(600.0)
     said = f"warning: rank {rank} has waited 0 s for {who} to start (killed, or slow?), and waits up to "
     assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
 
@@ -231,7 +231,7 @@ launcher.run_distributed(main)
 
 
 def test_late_rank_triggers_warning_and_is_awaited() -> None:
-    """All of it: the thread that warns, while torch waits for all ranks, and a run that goes on well."""
+    """The warning comes from a thread while torch waits for all ranks, and the run succeeds."""
     port = free_port()
     common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
@@ -253,18 +253,18 @@ def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else rank 0, which failed while others were starting, would wait for those that torchrun stopped meanwhile."""
+    """Rank 0 failed while others were starting, and torchrun stopped these meanwhile."""
 
-    class Nobody:
+    class NoRanks:
         def all_connected(self, timeout_s: float) -> bool:
             os.kill(os.getpid(), signal.SIGTERM)
             return False
 
     monkeypatch.setattr(launcher, "JOIN_TIMEOUT_S", 1000.0)
-    ending = launcher.RankSupervisor(Ranks(0, 0, 2, 2))
-    monkeypatch.setattr(ending, "_channel", Nobody())
-    before = signal.signal(signal.SIGTERM, ending._on_sigterm)
+    supervisor = launcher.RankSupervisor(Ranks(0, 0, 2, 2))
+    monkeypatch.setattr(supervisor, "_channel", NoRanks())
+    before = signal.signal(signal.SIGTERM, supervisor._on_sigterm)
     try:
-        ending._wait_for_others()
+        supervisor._wait_for_others()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The flag that signals set, in this process; whole runs are in tests/faults."""
+"""The flag that signals set, in this process. Whole runs are in tests/faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.distributed.signals import SIGNALS, Preempted, catch_signals, die_wit
 
 @pytest.fixture(autouse=True)
 def _as_in_a_terminal() -> Iterator[None]:
-    """Who starts the tests may have SIGINT or SIGHUP ignored, and what is ignored stays so."""
+    """Do not ignore SIGINT and SIGHUP, as the process that starts the tests may do."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
@@ -44,7 +44,7 @@ def test_first_signal_counts() -> None:
 
 def test_only_a_later_second_ctrl_c_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with catch_signals() as pending:
-        for _ in range(2):  # as the terminal and torchrun send it, both at once
+        for _ in range(2):  # the terminal and torchrun send one each
             os.kill(os.getpid(), signal.SIGINT)
         assert pending.number == signal.SIGINT
         clock = time.monotonic

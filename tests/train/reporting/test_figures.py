@@ -1,4 +1,4 @@
-"""Pictures of training: that they are drawn of whatever there is, and whole when their name appears."""
+"""Figures: drawn for any data, and written atomically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_curves_are_drawn_for_any_epochs(lines: list[dict[str, Any]], tmp_path: 
     figures.save(figures.curves(lines, "test"), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1200, 480)
-        assert len(image.convert("RGB").getcolors(10**6) or []) > 10  # there is something on it
+        assert len(image.convert("RGB").getcolors(10**6) or []) > 10  # not empty
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
@@ -95,7 +95,7 @@ def test_long_class_names_are_shortened_at_an_axis() -> None:
     assert len(figures.shorten("x" * 99)) == figures.NAME_LETTERS
 
 
-ODD = ["$\\frac$", "_$a_$b", "_hidden", "100 % of $5"]  # formulas that matplotlib refuses, and what it leaves out
+ODD = ["$\\frac$", "_$a_$b", "_hidden", "100 % of $5"]  # invalid formulas of matplotlib, and names that it omits
 
 
 def test_any_name_is_drawn_unchanged() -> None:

@@ -1,4 +1,4 @@
-"""Pictures from tensors: captions and colours say what the logits say, and count as training counts."""
+"""Image grids from tensors: captions, colors and counts match the logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise(count: int, side: int = 6) -> torch.Tensor:
 
 
 def captions_of(figure: Figure) -> list[tuple[str, str]]:
-    """(caption with blanks for line breaks, colour) of each image."""
+    """Return (caption with spaces for line breaks, color) of each image."""
     titles = [axis.title for axis in figure.axes if axis.get_images()]
     return [(" ".join(title.get_text().split()), to_hex(str(title.get_color()))) for title in titles]
 

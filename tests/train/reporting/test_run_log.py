@@ -1,4 +1,4 @@
-"""The records of a run: log.txt, metrics.jsonl, curves.png; trackers are in test_trackers.py."""
+"""The log of a run: log.txt, metrics.jsonl, curves.png. Trackers are in test_trackers.py."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
 
 
 def test_unwritable_curves_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "curves.png").mkdir()  # where nothing can be renamed to
+    (tmp_path / "curves.png").mkdir()  # a file cannot be renamed to it
     written = run_log(tmp_path, metrics(0))
     assert f"cannot write {tmp_path / 'curves.png'}" in capsys.readouterr().out
     written.log_epoch(metrics(1))
@@ -154,6 +154,6 @@ def test_final_curves_contain_the_last_epoch(tmp_path: Path, monkeypatch: pytest
     draw = figures.curves
     monkeypatch.setattr(figures, "curves", lambda lines, *rest: drawn.append(len(lines)) or draw(lines, *rest))
     written = run_log(tmp_path, *(metrics(epoch) for epoch in range(4)))
-    assert drawn == [1]  # at once, and then not at every epoch
+    assert drawn == [1]  # immediately, then not at every epoch
     written.finish()
     assert drawn == [1, 4]

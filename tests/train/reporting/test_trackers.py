@@ -1,4 +1,4 @@
-"""W&B and TensorBoard: what they are given, read back with their own readers, and that they are no reason to fail."""
+"""W&B and TensorBoard: their data, read back with their own readers, and failures that do not end the run."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ CURVES = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", 
 PICTURES = ("train_samples", "confusion_matrix", "predictions")
 
 
-# A whole run with both trackers, which stops after step 56 and goes on from its checkpoint of step 50
+# A whole run with both trackers, which stops after step 56 and resumes from its checkpoint of step 50
 
 
 @pytest.fixture(scope="module")
 def tracked(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run; read only."""
+    """The run folder. Do not modify."""
 
     class Stop(Exception):
         pass
@@ -91,12 +91,12 @@ def offline_runs(folder: Path) -> list[Path]:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """Everything that W&B's own file of an offline run holds: a LevelDB log of protocol buffers."""
+    """Return the records of an offline run: its file is a LevelDB log of protocol buffers."""
     (path,) = folder.glob("run-*.wandb")
     content, block, found, begun = path.read_bytes(), 32768, [], b""
-    at = 7  # of the file's own header
+    at = 7  # the header of the file
     while at + 7 <= len(content):
-        if block - at % block < 7:  # too short for a record's header
+        if block - at % block < 7:  # too short for the header of a record
             at += block - at % block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
@@ -109,13 +109,13 @@ def wandb_records(folder: Path) -> list[Any]:
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, a dict for each step."""
+    """Return what was logged, a dict for each step."""
     records = [record.history.item for record in wandb_records(folder) if record.HasField("history")]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in records]
 
 
 def wandb_values(folder: Path, field: str) -> dict[str, Any]:
-    """The last config or summary of an offline run."""
+    """Return the last config or summary of an offline run."""
     values: dict[str, Any] = {}
     for record in wandb_records(folder):
         if record.HasField(field):
@@ -200,11 +200,11 @@ def test_tensorboard_has_every_point_once_after_resume(tracked: Path) -> None:
     assert b'"best_val_top1"' in texts[1]
 
 
-# What W&B is asked for
+# Calls of W&B
 
 
 class FakeRun:
-    """Remembers; fails or hangs as told."""
+    """Records its calls, and fails or hangs on request."""
 
     def __init__(self, folder: Path, fail_at: str = "", hang: threading.Event | None = None) -> None:
         self.logged: list[dict[str, Any]] = []
@@ -329,7 +329,7 @@ def test_sweep_agent_names_project_and_run(
     assert (tmp_path / "run" / "wandb_id.txt").read_text() == "fake\n"
 
 
-# What goes wrong
+# Failures
 
 
 def test_missing_wandb_is_reported_and_the_run_continues(
@@ -397,7 +397,7 @@ def test_call_with_timeout_raises_the_error_of_the_function() -> None:
 
 @pytest.fixture
 def server() -> Iterator[dict[str, str]]:
-    """The addresses of a server that refuses and of one that never answers."""
+    """Addresses of a server that refuses requests, and of one that never answers."""
 
     class Refuse(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -436,7 +436,7 @@ def test_broken_server_or_key_makes_the_run_offline(
     assert captured.out == said(tmp_path)
 
 
-# Where the pictures come from
+# Pictures
 
 
 def test_showing_samples_keeps_the_stream_position(npy_data: Path) -> None:
