@@ -1,7 +1,7 @@
-"""Shards, order, draws, graph, loader: from a converted data set to batches on the device. Knows no model.
+"""Input pipeline: from a converted data set to batches on the device.
 
-`from pipelines import build_train_loader, build_eval_loader` is all that a training loop of one's own needs. They are
-imported when first used, since converting a data set needs neither torch nor DALI.
+A custom training loop needs `from pipelines import build_train_loader, build_eval_loader` only. Both are imported on
+first use, since converting a data set needs neither torch nor DALI.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
     """Return the number of scans and why a decoder may refuse the file or decode other colors.
 
     Decoders differ in what they accept. libjpeg skips bytes between segments, which nvImageCodec's parser refuses.
-    libjpeg knows RGB files, where nvImageCodec assumes YCbCr for three components. Huffman-coded baseline, extended
-    and progressive frames of 8 bits are what all decoders read. Data behind the end of the image is not looked at.
+    libjpeg detects RGB files, where nvImageCodec assumes YCbCr for three components. All decoders read Huffman-coded
+    baseline, extended and progressive frames of 8 bits. Data after the end of the image is ignored.
 
     Returns:
-        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments"; None for a
-        file that all decoders decode alike.
+        The number of scans, at most MAX_SCANS + 1, and the reason, for example "with bytes between segments"; None for
+        a file that all decoders decode alike.
     """
     place, scans, in_scan = 2, 0, False
     reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
@@ -31,11 +31,11 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
         # Any number of 0xff may fill the space in front of a marker.
         if not in_scan and bytes(content[place : found.start()]).strip(b"\xff"):
             reason = reason or "with bytes between segments"
-        marker, begin = found.group(1)[0], found.end()
+        marker, start = found.group(1)[0], found.end()
         if marker == EOI:
             return scans, reason or _frame_reason(frame, transform, is_jfif)
-        length = int.from_bytes(content[begin : begin + 2], "big")  # of the segment, these two bytes included
-        place = begin + max(length, 2)
+        length = int.from_bytes(content[start : start + 2], "big")  # of the segment, these two bytes included
+        place = start + max(length, 2)
         if place > len(content):
             reason = reason or "without an end-of-image marker"
         elif length < 2:
@@ -48,11 +48,11 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
         elif SOF0 <= marker <= SOF15 and marker not in NON_FRAME_MARKERS:
             if frame:
                 reason = reason or "with several frames"
-            frame = bytes((marker, *content[begin + 2 : place]))
+            frame = bytes((marker, *content[start + 2 : place]))
         elif marker == APP0:
-            is_jfif = is_jfif or bytes(content[begin + 2 : begin + 7]) == b"JFIF\0"
-        elif marker == APP14 and bytes(content[begin + 2 : begin + 7]) == b"Adobe":
-            transform = content[begin + 13] if place >= begin + 14 and place <= len(content) else None
+            is_jfif = is_jfif or bytes(content[start + 2 : start + 7]) == b"JFIF\0"
+        elif marker == APP14 and bytes(content[start + 2 : start + 7]) == b"Adobe":
+            transform = content[start + 13] if place >= start + 14 and place <= len(content) else None
     return MAX_SCANS + 1, reason
 
 

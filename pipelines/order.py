@@ -1,7 +1,7 @@
-"""Which samples make up batch `step` of `epoch` for `rank` of `world_size`: pure functions of integers.
+"""Sample indices of each batch, as pure functions of seed, epoch, batch, rank and world size.
 
-Knows no images, no shards but by number, no DALI. Every rank computes the one global order and takes its positions
-from it, so that the global batch of a step is the same whatever the world size.
+Every rank computes the same global order and takes its own positions from it, so the global batch does not depend on
+the world size.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pipelines.rng import hash64, stream
 
 
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(samples), int64, from (seed, epoch).
+    """Return a permutation of range(samples) for (seed, epoch): int64 [samples].
 
-    Samples sorted by a hash, so the result does not depend on the version of NumPy, as its own generators' streams
-    may. Each key carries its sample in its low bits, since sorting integers is faster than an argsort.
+    Samples are sorted by a hash, so the result does not depend on the version of NumPy, unlike its random generators.
+    The low bits of each key are the sample, since sorting integers is faster than an argsort.
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
@@ -26,16 +26,25 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """An order for data larger than memory: shards at random, samples shuffled within windows of several shards.
+    """Return an order for data larger than memory: random shards, samples shuffled in windows of several shards.
 
-    shard: int [samples], the shard of each sample. A window's shards can be read ahead and forgotten together.
+    The shards of a window can be read ahead and dropped together.
+
+    Args:
+        shard: int [samples], the shard of each sample.
+        window_shards: shards per window.
+        seed: of the run.
+        epoch: counted from 0.
+
+    Returns:
+        int64 [samples].
     """
     window = shard_windows(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
     return np.lexsort((_keys(len(shard), seed, epoch), window))
 
 
 def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [shards]: the window of `window_permutation` that each shard belongs to, counted in reading order."""
+    """Return the window of each shard in `window_permutation`, counted in reading order: int64 [shards]."""
     return np.argsort(permutation(shards, seed, epoch)) // window_shards
 
 
@@ -44,16 +53,19 @@ def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
-    """Batches per rank and epoch in training: whole optimizer steps only, the last partial one is dropped."""
+    """Return the training batches per rank and epoch, without those of the last incomplete optimizer step."""
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps
 
 
-def train_batch(order: np.ndarray, step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """The sample indices of this rank's batch `step`: its part of positions step * global batch … of the order."""
-    start = (step * world_size + rank) * batch_size
+def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """Return the sample indices of one batch of this rank: int64 [batch_size].
+
+    batch: counted from 0 in each epoch. Its samples on all ranks are consecutive in `order`.
+    """
+    start = (batch * world_size + rank) * batch_size
     return order[start : start + batch_size]
 
 
 def eval_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous piece [start, stop) of a split that this rank evaluates; the pieces cover every sample once."""
+    """Return the range [start, stop) of a split that a rank evaluates. The ranges cover every sample once."""
     return samples * rank // world_size, samples * (rank + 1) // world_size

@@ -21,7 +21,7 @@ from pipelines.storage import tar_format
 
 
 def check_classes(source: Source) -> None:
-    """Names of classes are shown in terminals, tables and pictures."""
+    """Raise UserError for class names with control characters, which terminals and tables would interpret."""
     for name in source.classes:
         if printable(name) != name:
             raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
@@ -38,19 +38,21 @@ def check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> Non
 
 
 def check_shapes(layouts: dict[str, SplitLayout]) -> None:
-    """npy stores one shape in all splits; the samples of each are compared when they are encoded."""
+    """Raise UserError if npy splits differ in shape. Samples within a split are compared when they are encoded."""
     shapes = {
         split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
         for split, layout in layouts.items()
         if layout.image_shape
     }
     if len({layout.image_shape for layout in layouts.values()}) > 1:
-        raise UserError(f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; "
-                        "give --size N or --encoding jpeg")  # fmt: skip
+        raise UserError(
+            f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; give --size N or "
+            "--encoding jpeg"
+        )
 
 
 def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Refuse before the first byte when the result and its spool cannot fit."""
+    """Raise UserError if result and spool do not fit on the disk."""
     need = 64 * 2**20
     for layout in layouts.values():
         need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
@@ -66,7 +68,7 @@ def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
 
 @contextmanager
 def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
-    """The spool folder of this very conversion, locked; refuses an `out` that holds anything else."""
+    """Lock the spool folder of this conversion and yield it; raise UserError if `out` contains anything else."""
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -89,19 +91,21 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
             )
         record = spool / "request.json"
         if record.exists() and _read_request(record) != request:
-            raise UserError(f"{out} holds an unfinished conversion of another source, or of this one before it was "
-                            "changed, or with other options; choose another --out or delete the folder")  # fmt: skip
-        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run, and perhaps what filled the disk
+            raise UserError(
+                f"{out} holds an unfinished conversion of another source, or of this one before it was changed, or "
+                "with other options; choose another --out or delete the folder"
+            )
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run; they may fill the disk
             left.unlink(missing_ok=True)
         commit(record, json.dumps(request).encode(), spool)
         yield spool
 
 
 def _read_request(record: Path) -> Any:
-    """What an unfinished conversion was asked for."""
+    """Read the request of an unfinished conversion; None if it is damaged."""
     try:
         return json.loads(read_small_text(record))
     except OSError as error:
-        raise UserError(f"{record} cannot be read ({error.strerror}); mend that, or choose another --out") from None
+        raise UserError(f"{record} cannot be read ({error.strerror}); fix that, or choose another --out") from None
     except (ValueError, RecursionError):
         return None

@@ -1,4 +1,4 @@
-"""What one source sample becomes in a shard: raw pixels (npy) or JPEG bytes. Decodes, converts to RGB, resizes.
+"""Encode one source sample for a shard, as raw pixels (npy) or JPEG: decode, convert to RGB, resize.
 
 A sample that cannot be used raises `Defect`; the writer quarantines and counts it.
 """
@@ -20,49 +20,48 @@ from pipelines.storage.dataset import MAX_PIXELS
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-# Those that start no other programs. An MPO is opened as JPEG. tools/sources/folder_scan.py lists the extensions.
+# Formats that Pillow decodes without starting other programs. An MPO is opened as JPEG. tools/sources/folder_scan.py
+# lists the extensions.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_MESSAGE = 150  # characters of what libtiff says about a file
+MAX_MESSAGE = 150  # characters of a message of libtiff
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
-# What decoding may take beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
+# Memory for decoding, beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 
 class Defect(Exception):
-    """A sample that cannot be used; the message is the reason that dataset.json records."""
+    """Raised for a sample that cannot be used; dataset.json records the message."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored."""
+    """Storage format of images."""
 
     name: Literal["npy", "jpeg"]
     quality: int = 95  # of JPEG, 1 to 100
     subsampling: str = "4:2:0"  # of JPEG chroma
-    size: int | None = (
-        None  # pixels: npy crops to size x size after the shorter side got that length; jpeg keeps the rest
-    )
+    size: int | None = None  # pixels of the shorter side after resizing; npy also crops to size x size
     max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One stored image with what the index and the statistics need."""
+    """One encoded image with its entries for the index and the statistics."""
 
     payload: bytes  # npy: the pixels, without the .npy header; jpeg: the file
     height: int
     width: int
     sums: np.ndarray  # int64 [2, 3]: per channel, the sum of values and of squares over all pixels
-    reencoded: str | None = None  # as jpeg: why the bytes of an image file were not kept
+    reencoded: str | None = None  # jpeg: why the bytes of the image file were not kept
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
-    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in any format that Pillow reads.
+    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
 
-    As jpeg, the bytes of a JPEG file are kept where every decoder that may read them gives the same RGB pixels.
+    With jpeg, the bytes of a JPEG file are kept if every decoder in use gives the same RGB pixels for them.
     """
-    changed: str | None = "pixels"  # why the source's bytes cannot be stored
+    changed: str | None = "pixels"  # why the bytes of the source cannot be stored
     if isinstance(source, np.ndarray):
         pixels = source
     else:
@@ -86,7 +85,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
 
 
 def _sums(pixels: np.ndarray) -> np.ndarray:
-    """Exact per-channel sums of values and squares, so that mean and std do not depend on the order of samples."""
+    """Return exact per-channel sums of values and squares, so that mean and std do not depend on sample order."""
     histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
     values = np.arange(256, dtype=np.int64)
     return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
@@ -100,18 +99,18 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     if scans > jpeg_format.MAX_SCANS:
         raise Defect(f"a JPEG of more than {jpeg_format.MAX_SCANS} scans")
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
-    messages: list[str] = []  # that libtiff prints
+    messages: list[str] = []  # printed by libtiff
     try:
         with warnings.catch_warnings(), memory_limit.at_most(extra_bytes), ExitStack() as captured:
             if content.startswith(TIFF_MAGIC):
                 captured.enter_context(stderr_capture.capture_stderr(messages))
-            warnings.simplefilter("ignore")  # our own limit stands in for Pillow's warning about large images
+            warnings.simplefilter("ignore")  # max_pixels replaces Pillow's warning about large images
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise Defect(f"{width} x {height} pixels exceed the limit of {max_pixels:,} (--max-pixels)")
-                kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with further images behind it
+                kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG followed by further images
                 if kind != "JPEG":
                     reason = kind
                 elif reason is not None or image.mode not in ("RGB", "L"):
@@ -121,25 +120,27 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
         raise
     except MemoryError:
         raise Defect(f"cannot be decoded within {extra_bytes >> 20:,} MiB of memory") from None
-    except UnidentifiedImageError:  # whose own message holds a memory address
+    except UnidentifiedImageError:  # its own message contains a memory address
         if content.startswith(TIFF_MAGIC):
-            raise Defect("cannot be decoded: a broken TIFF, or one whose bits per sample, sample format or colours "
-                         "Pillow does not read; save it with 8 or 16 bits") from None  # fmt: skip
+            raise Defect(
+                "cannot be decoded: a broken TIFF, or one whose bits per sample, sample format or colours Pillow does "
+                "not read; save it with 8 or 16 bits"
+            ) from None
         raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow raises many types on hostile bytes; none may stop a conversion
+    except Exception as error:  # Pillow raises many types for malformed files; none may end a conversion
         said = f"; {messages[-1][:MAX_MESSAGE]}" if messages else ""
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error}{said})") from None
     return pixels, reason
 
 
 def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
-    """Return uint8 [H, W, 3]; transparency is dropped."""
+    """Convert to uint8 [H, W, 3]; transparency is dropped."""
     if image.mode == "F" or image.mode.startswith("I"):
         if (grey := greyscale.to_eight_bits(image, content)) is None:
             raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
         return np.repeat(grey[..., None], 3, axis=2)
-    is_wide = ";16" in str(image.tile[:1])  # 16-bit colour, of which Pillow keeps the upper bytes
-    opened = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
+    is_wide = ";16" in str(image.tile[:1])  # 16-bit color, of which Pillow keeps the upper bytes
+    opened = image.convert("LA") if image.mode == "La" else image  # La can only be converted to LA
     pixels = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
     if is_wide and pixels.max() < 1 << 4:  # the upper bytes of 12 bits
         raise Defect("16-bit colours within 0..4095 have no known range; save it with 8 bits")
@@ -147,7 +148,7 @@ def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Shorter side to `encoding.size` (bicubic, antialiased); for npy, the central square of it."""
+    """Resize the shorter side to `encoding.size` (bicubic, antialiased); npy also crops the central square."""
     size = encoding.size or 0
     height, width = pixels.shape[:2]
     shorter = min(height, width)

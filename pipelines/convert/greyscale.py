@@ -1,6 +1,6 @@
-"""Turn greyscale of more than 8 bits into 8 bits, by the range that the file declares.
+"""Convert greyscale of more than 8 bits to 8 bits, by the range that the file declares.
 
-Pillow clips such values at 255, and most files use a part of what their container holds. The range is, in this order:
+Pillow clips such values at 255, and most files use a part of their container's range. The range is, in this order:
 
 - what the file declares: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, sBIT of a PNG;
 - values within 0..255: they stay as they are;
@@ -18,9 +18,9 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a
 
 
 def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Return uint8 [H, W] of an image in a mode I, I;16 or F; None where its range is unknown.
+    """Convert an image of mode I, I;16 or F to uint8 [H, W]; None if its range is unknown.
 
-    content: the file that `image` was opened from.
+    content: bytes of the file that `image` was opened from.
     """
     grey = np.asarray(image)
     low, high = grey.min(), grey.max()
@@ -29,7 +29,7 @@ def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
         bits = 12 if high < 1 << 12 else 16
     if bits is not None:
         grey = grey >> bits - 8 if bits > 8 else grey * 255 // ((1 << bits) - 1)
-    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # in this form true of NaN
+    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # written so that NaN is included
         return None
     result = (np.rint(grey) if image.mode == "F" else grey).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
@@ -43,8 +43,8 @@ def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int 
         return 12
     if image.format != "PNG" or (significant := _significant_bits(content)) is None:
         return None
-    # The PNG standard has the encoder scale samples to 16 bits, after which low bits of values this small are 0 or 1.
-    # Some writers set sBIT and leave the samples as they are.
+    # By the PNG standard, the encoder scales samples to 16 bits; low bits of values this small are then 0 or 1.
+    # Some writers set sBIT without scaling the samples.
     low_bits = grey & ((1 << (16 - significant)) - 1)
     return significant if grey.max() < 1 << significant and low_bits.max() > 1 else 16
 

@@ -1,4 +1,4 @@
-"""Layout of a split that is converted: blocks of rows, shards, and the names of their files."""
+"""Layout of a converted split: blocks of source rows, shards, and the names of their files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pipelines.convert.source import Options
 
-GROUPS = 16  # the spool of a split is deleted in so many parts
+GROUPS = 16  # parts in which the spool of a split is deleted
 
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """How one split is laid out: everything that both passes need, known before the first sample is encoded."""
+    """Layout of one split, fixed before the first sample is encoded and used by both passes."""
 
     dataset: str
     split: str
@@ -56,11 +56,11 @@ class SplitLayout:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
     def block_size(self, block: int) -> int:
-        """Rows of one block; the last may be smaller."""
+        """Return the rows of a block; the last may be smaller."""
         return min(self.block_rows, self.rows - block * self.block_rows)
 
     def shard_size(self, shard: int) -> int:
-        """Rows of one shard before any is quarantined."""
+        """Return the rows of a shard, quarantined ones included."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def group_shard_numbers(self, group: int) -> set[int]:

@@ -1,7 +1,7 @@
-"""A bound on what foreign bytes may make a library take, around one call: beyond it the allocation fails.
+"""Limit the memory that a library may allocate during one call.
 
-Decoders size their buffers by what a file claims, or by what it inflates to; one check in front of each of their ways
-to do so would miss the next one. Knows no format.
+A decoder allocates the size that a header claims, so a tiny file can ask for gigabytes. Limiting the address space
+catches every such path at once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_STATM = Path("/proc/self/statm")  # its first number: the process's address space in pages
+_STATM = Path("/proc/self/statm")  # first number: address space of the process in pages
 
 
 @contextmanager
 def at_most(extra_bytes: int) -> Iterator[None]:
-    """Let this process grow by `extra_bytes` at most, other threads included; what needs more gets a MemoryError.
+    """Let this process grow by at most `extra_bytes`, all threads together; larger allocations raise MemoryError.
 
-    Costs some 10 µs. Without effect where the kernel does not tell how large the process is.
+    Takes about 10 µs. Has no effect if the kernel does not report the size of the process.
     """
     try:
         size = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()

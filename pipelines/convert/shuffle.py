@@ -1,8 +1,8 @@
-"""The two passes that turn a split's rows into shards, and the spool between them. See `shard_writer`.
+"""External shuffle of a split's rows into shards, in two passes with spool files between them. See `writer`.
 
-Pass 1, `partition`: a block of source rows is encoded, sorted by destination and written to spool files. Pass 2,
-`merge`: the pieces of one shard are collected and its tar is written. Both run in worker processes; a pass over a
-block or a shard is done when its table stands under its final name, so it can be repeated after a kill.
+Pass 1, `partition`, encodes a block of source rows, sorts it by destination and writes it to spool files. Pass 2,
+`merge`, collects the samples of one shard and writes its tar. Both run in worker processes. A block or shard is
+finished once its table has its final name, so a pass can be repeated after a kill.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from pipelines.storage.index import INDEX_COLUMNS
 
 @dataclass(frozen=True)
 class SplitTask:
-    """What each worker process holds of one split."""
+    """Layout and rows of one split, held by each worker process."""
 
     layout: SplitLayout
     rows: SplitSource
 
 
 def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
-    """Pass 1 for one block: encode its rows, write them to the spool sorted by destination, then the block's table."""
+    """Encode the rows of a block, write them to the spool sorted by destination, then write the block's table.
+
+    task: the split and the number of the block, which is returned.
+    """
     layout, rows, block = workers[task[0]].layout, workers[task[0]].rows, task[1]
     start = block * layout.block_rows
     stop = start + layout.block_size(block)
@@ -51,7 +54,7 @@ def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
         except Defect as defect:
             if layout.options.strict:
                 raise UserError(
-                    f"{rows.describe(row)}: {defect}; mend or remove it or leave out --strict, and delete {layout.out}"
+                    f"{rows.describe(row)}: {defect}; fix or remove it, or leave out --strict, and delete {layout.out}"
                 ) from None
             defects.append((row, str(defect)))
             payloads.append(None)
@@ -62,7 +65,7 @@ def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
             reencoded[encoded.reencoded] += 1
         payloads.append(encoded)
     if len(payloads) != stop - start:
-        raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows where {stop - start} were due")
+        raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows instead of {stop - start}")
     order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
     kept = [payload for i in order if (payload := payloads[i]) is not None]
     group_of = positions[order] // layout.shard_rows // layout.group_shards
@@ -81,7 +84,7 @@ def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
         "reencoded_reason": np.array([*reencoded], dtype=str),
         "reencoded_count": np.array([*reencoded.values()], np.int64),
     }
-    sync_folder(layout.spool)  # a table on disk says that all of its block is on disk, also after a power cut
+    sync_folder(layout.spool)  # pieces before their table, also after a power cut
     commit_npz(layout.block_table(block), table)
     return block
 
@@ -96,7 +99,10 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
 
 
 def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
-    """Pass 2 for one shard: collect its samples from every block, write tar and index, then the shard's table."""
+    """Collect the samples of a shard from every block, write tar and .idx, then write the shard's table.
+
+    task: the split and the number of the shard, which is returned.
+    """
     layout, labels, shard = workers[task[0]].layout, workers[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
     extension = EXTENSIONS[layout.options.encoding.name]
@@ -141,7 +147,7 @@ def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
 
 
 def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
-    """(position, row, payload, height, width) of the shard's samples, block by block: one contiguous read a block."""
+    """Yield (position, row, payload, height, width) of a shard's samples, with one contiguous read per block."""
     group = shard // layout.group_shards
     for block in range(layout.blocks):
         table = load_table(layout.block_table(block))
@@ -150,9 +156,9 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
         chosen = np.flatnonzero(shard_of == shard)
         if not len(chosen):
             continue
-        begin = int(table["size"][in_group & (shard_of < shard)].sum())
+        start = int(table["size"][in_group & (shard_of < shard)].sum())
         with layout.block_group(block, group).open("rb") as file:
-            file.seek(begin)
+            file.seek(start)
             content = memoryview(file.read(int(table["size"][chosen].sum())))
         if len(content) < table["size"][chosen].sum():
             raise UserError(f"{file.name} was cut short; {spool_damage_hint(layout.spool)}")
@@ -170,7 +176,7 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
 
 @lru_cache(maxsize=1)
 def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
-    """int64 [rows]: where each source row goes in the stored order."""
+    """Return the position of each source row in stored order: int64 [rows]."""
     if not shuffled:
         return np.arange(rows)
     positions = np.empty(rows, np.int64)

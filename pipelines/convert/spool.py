@@ -1,4 +1,4 @@
-"""Files of an unfinished conversion: written whole or not at all."""
+"""Atomic writes and reads of the files of an unfinished conversion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_table(file: Path) -> dict[str, np.ndarray]:
 
 
 def spool_damage_hint(spool: Path) -> str:
-    """The end of an error's sentence: what a kill leaves is whole, so a disk or somebody else has changed it."""
+    """Return the end of an error message. A kill leaves complete files, so the disk or another program damaged it."""
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 
 
@@ -37,9 +37,9 @@ def commit(file: Path, content: bytes, spool: Path) -> None:
 
 
 def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
-    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all.
+    """Write a file atomically: to a temporary name in the spool, flushed to disk, then renamed.
 
-    What a kill leaves of the temporary file lies in the spool, and the next run deletes it.
+    The next run deletes temporary files that a killed one left in the spool.
     """
     temporary = spool / f"{file.name}.{os.getpid()}.tmp"
     with temporary.open("wb", buffering=2**20) as opened:
@@ -51,7 +51,7 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: a rename alone may be undone by a power cut."""
+    """Flush the names in a folder to disk: a power cut may undo a rename that was not flushed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A pool of worker processes that each hold one shared object, take tasks in order and die with their parent."""
+"""Pool of worker processes that hold one shared object, run tasks in order and die with their parent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _init_worker(shared: str, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     with open(shared, "rb") as file:
-        _shared = pickle.load(file)  # of this program's own memory
+        _shared = pickle.load(file)  # written by this program
 
 
 def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
@@ -38,11 +38,11 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come at its end, where what it makes must not be left half made.
+    """Defer Ctrl-C and SIGTERM to the end of the block, so that it is not interrupted half way.
 
-    Handlers are replaced, since a mask would be of this thread alone, and Python handles what any thread is sent.
+    Replaces the handlers: a signal mask would apply to this thread only, while any thread may receive the signal.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
     held: list[int] = []
@@ -56,12 +56,12 @@ def defer_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for came in dict.fromkeys(held):
-            signal.raise_signal(came)
+        for received in dict.fromkeys(held):
+            signal.raise_signal(received)
 
 
 class WorkerPool:
-    """`imap` runs `function(shared, task)` for each task in `workers` processes, or in this one when `workers` is 1."""
+    """Pool that calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, workers: int, shared: Any) -> None:
         self._shared = shared
@@ -75,7 +75,7 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nobody wants what may be under way. No worker is asked to end: one that was killed may hold their queue."""
+        """Kill the workers. They cannot be asked to stop, since a worker that was killed may hold their queue."""
         if self._executor is None:
             return
         for process in set(multiprocessing.active_children()) - self._others:
@@ -84,7 +84,7 @@ class WorkerPool:
         os.close(self._memory)
 
     def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results in the order of tasks; at most two tasks per worker are under way, so reading stays sequential."""
+        """Yield results in the order of tasks. At most two tasks per worker are pending, so reads stay sequential."""
         if self._workers == 1:
             for task in tasks:
                 yield function(self._shared, task)
@@ -100,19 +100,19 @@ class WorkerPool:
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed (out of memory?); use fewer --workers, then run the same command again: "
-                "it goes on where it stopped"
+                "it continues where it stopped"
             ) from None
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
-        """May start a worker, which inherits that signals are held: sent to a whole group, they are the parent's."""
+        """Submit a task. May start a worker, which inherits deferred signals: the parent handles those of the group."""
         executor = self._start_executor()
         with defer_signals():
             return executor.submit(_run_task, function, task)
 
     def _start_executor(self) -> ProcessPoolExecutor:
-        """Started with the first task, so that a pass with nothing to do costs no process."""
+        """Start the executor with the first task, so that a pass without tasks starts no process."""
         if self._executor is None:
-            # Python would send it through a pipe, and wait forever for a worker that is killed before it has read all
+            # Python would use a pipe, and wait forever for a worker that was killed before it has read everything.
             self._memory = os.memfd_create("shared")
             with open(self._memory, "wb", closefd=False) as file:
                 pickle.dump(self._shared, file)

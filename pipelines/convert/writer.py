@@ -1,10 +1,11 @@
-"""Writing side of the format: a source of samples becomes shards, in parallel, resumable, in bounded memory.
+"""Convert a source to shards: in parallel, resumable and in bounded memory.
 
-Two passes, both sequential on disk, because train is shuffled globally while a source larger than memory may only be
-read from front to back. Pass 1 (scatter): workers take blocks of source rows in order, encode them, sort them by
-destination and write them to spool files. Pass 2 (gather): workers collect the pieces of one shard each and write its
-tar. Where a sample goes depends on seed, split and row alone, so neither workers nor kills change a byte of the result.
-The spool lies in OUT/.spool and is deleted group by group while shards appear: the peak is about 1.1 times the result.
+The train split is shuffled globally, but a source larger than memory can only be read from front to back. So there are
+two passes, both sequential on disk. Pass 1 (`shuffle.partition`): workers encode blocks of source rows in order, sort
+them by destination and write them to spool files. Pass 2 (`shuffle.merge`): workers collect the samples of one shard
+each and write its tar. The place of a sample depends on seed, split and row only, so neither workers nor kills change a
+byte of the result. The spool in OUT/.spool is deleted group by group as shards appear: the peak on disk is about 1.1
+times the result.
 """
 
 from __future__ import annotations
@@ -34,17 +35,30 @@ from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, load_dataset
 from pipelines.storage.index import INDEX_COLUMNS, sample_stride
 
-BLOCK_BYTES = 512 * 2**20  # what a worker holds in memory of one block of source rows
-SMALL_SOURCE = 4096  # rows that are written faster than worker processes start
-RULES_VERSION = 2  # version of what becomes of a file: a conversion is finished by the rules that it began with
-PROBED_ROWS = 32  # encoded ahead, to learn the size of a JPEG
+BLOCK_BYTES = 512 * 2**20  # of source rows that a worker holds in memory as one block
+SMALL_SOURCE = 4096  # rows; fewer are written faster than worker processes start
+RULES_VERSION = 2  # of the encoding: a conversion is finished by the version that started it
+PROBED_ROWS = 32  # encoded first, to estimate the size of a JPEG
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
-    """Convert `source` into `out`; returns the content of dataset.json. Progress goes to stderr.
+    """Convert `source` into the folder `out`, with progress on stderr.
 
-    Raises UserError for a folder that holds something else, too little disk, a defective sample with `strict`, and
-    images of several shapes in npy. Interrupted at any instant, a second call finishes with identical bytes.
+    After an interruption at any point, a second call finishes with identical bytes.
+
+    Args:
+        source: the data set to convert.
+        out: new folder, or one with an unfinished conversion of the same source.
+        options: encoding, shard size and seed.
+        workers: number of processes.
+        name: name of the data set, with which shard files start.
+
+    Returns:
+        The content of dataset.json.
+
+    Raises:
+        UserError: if `out` contains something else, the disk is too small, a sample is defective (with `strict`) or
+            npy images differ in shape.
     """
     checks.check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
@@ -54,8 +68,10 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             print(f"{out} already holds this data set: nothing to do", file=sys.stderr)
             shutil.rmtree(out / ".spool", ignore_errors=True)
             return dataset
-        raise UserError(f"{out} already holds the data set {dataset['name']!r}, converted from another source or with "
-                        "other options; choose another --out or delete the folder")  # fmt: skip
+        raise UserError(
+            f"{out} already holds the data set {dataset['name']!r}, converted from another source or with other "
+            "options; choose another --out or delete the folder"
+        )
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
     checks.check_shapes(layouts)
     checks.check_disk(layouts, out)
@@ -64,7 +80,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
         with WorkerPool(workers, {split: SplitTask(layouts[split], source.splits[split]) for split in layouts}) as pool:
-            # train is last: it is the largest, and its spool then shares the disk with finished shards only
+            # train is the largest: converted last, its spool shares the disk with finished shards only
             for split in sorted(layouts, key=lambda split: split == "train"):
                 written[split] = _write_split(source, layouts[split], pool)
         mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
@@ -81,7 +97,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             "splits": {split: written[split].entry for split in source.splits},
             "unordered": list(source.unordered),
         }
-        if options.encoding.name == "jpeg":  # beside the splits, whose entries say what the samples are
+        if options.encoding.name == "jpeg":  # not in the entries of splits, which the fingerprint covers
             dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
         info = {
             split: {
@@ -93,7 +109,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             for split, entry in dataset["splits"].items()
         }
         commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
-        sync_folder(out)  # everything that dataset.json names stands before it does
+        sync_folder(out)  # all files are on disk before dataset.json names them
         commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
         sync_folder(out)
         shutil.rmtree(spool)
@@ -140,7 +156,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
-    """A few evenly spaced samples, encoded: what shape and size to expect."""
+    """Encode a few evenly spaced samples, to learn their shape and size."""
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []
     for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():
@@ -157,18 +173,18 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
 
 @dataclass(frozen=True)
 class WrittenSplit:
-    """What a finished split adds to dataset.json."""
+    """A finished split: its entry of dataset.json and its statistics."""
 
     entry: dict[str, Any]
     sums: np.ndarray  # int64 [2, 3], see Encoded
     pixels: int
     shapes: set[tuple[int, int]]
-    fresh: dict[str, str]  # sha256 of the shards that this process has written, by file name
+    fresh: dict[str, str]  # sha256 of the shards written by this process, by file name
     reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
 
 
 def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
-    """Both passes over one split."""
+    """Run both passes over one split and write its index."""
     layout.spool.mkdir(exist_ok=True)
     rows = source.splits[layout.split]
     labels = rows.labels
@@ -248,24 +264,24 @@ def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writt
 
 
 def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
-    with defer_signals():  # a bar that is not whole complains when it goes
+    with defer_signals():  # an interrupted constructor prints an error when it is deleted
         return tqdm(
             total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
         )
 
 
 def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
-    """Count a shard as written; the spool of its group goes when it was the group's last."""
+    """Count a shard as written, and delete the spool of its group after the last one."""
     group = shard // layout.group_shards
     left[group].discard(shard)
     if not left[group]:
-        sync_folder(layout.spool)  # the tables that say so stand before the pieces go
+        sync_folder(layout.spool)  # tables are on disk before the pieces are deleted
         for block in range(layout.blocks):
             layout.block_group(block, group).unlink(missing_ok=True)
 
 
 def _mean_std(written: WrittenSplit) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation over all pixels of a split, in units of 0..1."""
+    """Return mean and standard deviation per channel over all pixels of a split, in units of 0..1."""
     mean = written.sums[0] / written.pixels
     variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
     std = np.maximum(np.sqrt(variance), 1.0)  # a constant channel must not divide by zero

@@ -1,4 +1,4 @@
-"""dataset.json: what a data set holds, checked when it is read, so that nobody else needs to check. Knows no shards."""
+"""Read dataset.json, the description of a converted data set, and check everything that other modules rely on."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from configs.utils.errors import UserError, printable, readable
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
 RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
-MAX_BYTES = 2**25  # some 200,000 shards; what JSON grows to in memory is up to 20 times that
+MAX_BYTES = 2**25  # of dataset.json: about 200,000 shards; parsed JSON takes up to 20 times as much memory
 MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 HDF5_SUFFIXES = (".hdf5", ".h5")
-CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # our command, and how its official files begin
+CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command, prefix of the official file names
 
 
 def refuse_external_link(file: Path) -> None:
-    """Raise for a file of the data set that lies elsewhere."""
-    real = Path(os.path.realpath(file))  # which unlike Path.resolve puts up with a circle
+    """Raise UserError for a file that is a link to a place outside of the data set."""
+    real = Path(os.path.realpath(file))  # unlike Path.resolve, it accepts a circle of links
     if not real.is_relative_to(os.path.realpath(file.parent)):
         raise UserError(
             f"{file} is a link to {real}, outside of the data set; put the file itself there, or link the whole folder"
@@ -33,14 +33,14 @@ def refuse_external_link(file: Path) -> None:
 
 
 def load_dataset(folder: str | Path) -> dict[str, Any]:
-    """The content of dataset.json, checked for what this version needs."""
+    """Load and check dataset.json. Raises UserError with a hint for anything else than a converted data set."""
     path = Path(folder) / "dataset.json"
     with readable(path):
         if not path.parent.exists():
             raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
         if not path.is_file():
             reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
-            raise UserError(f"{str(folder)!r} is no converted data set ({reason}); {convert_hint(folder)}")
+            raise UserError(f"{str(folder)!r} is not a converted data set ({reason}); {convert_hint(folder)}")
         refuse_external_link(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -66,15 +66,16 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 
 
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
-    """Whether a split's samples are stored in the order of the source's rows, as predictions for a contest need them.
+    """Return whether the samples of a split are stored in the order of the source's rows.
 
-    Data sets converted before this was recorded have a shuffled train split and no other.
+    Predictions for a contest need this order. Older data sets do not record it: their train split is shuffled, other
+    splits are not.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """sha256 over what the samples are: two data sets with one fingerprint give a training run the same stream."""
+    """Return a sha256 of the samples: data sets with equal fingerprints give a training run the same batches."""
     content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +100,7 @@ _FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
 
 
 def _check(dataset: dict[str, Any]) -> None:
-    """Raise for anything that the code relies on and that is not there."""
+    """Raise ValueError, TypeError or KeyError for anything missing or invalid that other modules rely on."""
     _check_fields(dataset, _DATASET_FIELDS)
     if not all(type(name) is str for name in dataset["classes"]):
         raise TypeError("classes are not all text")
@@ -121,12 +122,12 @@ def _check(dataset: dict[str, Any]) -> None:
         if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
             raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
     if min(dataset["std"]) == 0:
-        raise ValueError("std is 0, which must not divide")
+        raise ValueError("std holds 0, by which pixels cannot be divided")
     for name, split in dataset["splits"].items():
         _check_split(name, split)
-    if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent likewise
+    if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent in older data sets
         raise TypeError(f"unordered is {_format_value(dataset['unordered'])}")
-    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in data sets of earlier versions
+    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in older data sets
         _check_fields(reasons, dict.fromkeys(reasons, int))
     files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
@@ -160,15 +161,18 @@ def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
 
 
 def _format_value(value: Any) -> str:
-    """For an error message, which stays one readable line whatever the file holds."""
-    if isinstance(value, int) and value.bit_length() > 200:  # which takes long to write in decimal
+    """Return a short representation of any JSON value for an error message."""
+    if isinstance(value, int) and value.bit_length() > 200:  # slow to write in decimal
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def convert_hint(folder: str | Path) -> str:
-    """The end of an error's sentence about `folder`, which is no converted data set."""
+    """Return the tools/convert.py command for `folder`, a source or a data set that does not exist yet.
+
+    Looks at file names only; `tools/sources` checks what a source contains. The text ends an error message.
+    """
     path = Path(folder)
     command, source, out = _command(path)
     if not command:
@@ -179,12 +183,12 @@ def convert_hint(folder: str | Path) -> str:
 
 
 def _command(path: Path) -> tuple[str, list[str], Path]:
-    """Subcommand of tools/convert.py (empty: unknown), its options for the source, and its --out."""
+    """Return the subcommand of tools/convert.py ("" if unknown), the options for its source, and its --out."""
     try:
         if not path.exists():
             return _for_missing(path)
         files = [path] if path.is_file() else sorted(path.iterdir())
-    except OSError:  # not ours to read
+    except OSError:  # not readable for this user
         return "", [], path
     names = [file.name for file in files]
     for file in files:
@@ -193,14 +197,14 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
     for command, beginning in CIFAR.items():
         if path.name.startswith(f"{beginning}-") or any(name.startswith(f"{beginning}-") for name in names):
             return command, ["--source", str(path)], Path("data") / command
-    # As tools.sources.imagefolder names it, which this package may not import.
+    # The names are those of tools.sources.imagefolder, which this package may not import.
     if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
         return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
     return "", [], path
 
 
 def _for_missing(path: Path) -> tuple[str, list[str], Path]:
-    """By the folder's name alone, as configs of this project and of the homework call their data sets."""
+    """Guess from the name of a missing folder, as the configs of this project and of the homework use it."""
     if path.name in CIFAR:
         return path.name, ["--download"], path
     if path.name == "digits":

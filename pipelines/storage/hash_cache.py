@@ -1,8 +1,7 @@
-"""What the shards of a data set hold: their sha256, computed once after a file has last been changed.
+"""Hashes of shards: each file is read once after its last change, and its sha256 is kept in the user's cache.
 
-A record in the user's cache says which content each file had when its inode, size and times were what they are now; a
-shard that it knows is not read again. It lies outside of the data set, which may be read-only and which two conversions
-write alike. Knows file names and dataset.json, no tar.
+A cache entry is valid while inode, size and times of the file are unchanged. The cache is not part of the data set,
+which may be read-only and must be identical for two conversions of the same source.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from tqdm import tqdm
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 
-MAX_ENTRIES = 8  # per file: the nodes of a cluster may share a home, but have copies of the data each
+MAX_ENTRIES = 8  # per file: nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
 MAX_THREADS = 8
 TIMESTAMP_TICK_NS = 20_000_000  # a file system's clock ticks every 10 ms or faster: later changes show in its times
 SAVE_INTERVAL_S = 5.0
-LOCK_TIMEOUT_S = 30.0  # with another process that reads the same shards, and has stopped
+LOCK_TIMEOUT_S = 30.0  # without a heartbeat of the process that holds the lock
 MAX_CACHE_BYTES = 2**27
-NOTE_BYTES = 2**34  # bytes
+NOTE_BYTES = 2**34  # reading more than this is announced in a log
 
 
 class FileStamp(NamedTuple):
-    """What changes with the content of a file."""
+    """File attributes that change with the content."""
 
     inode: int
     bytes: int
     modified_ns: int
-    changed_ns: int  # which no program can set
+    changed_ns: int  # cannot be set by programs
 
     @classmethod
     def from_stat(cls, status: os.stat_result) -> FileStamp:
@@ -49,21 +48,22 @@ class FileStamp(NamedTuple):
 
     @property
     def content_key(self) -> tuple[int, int, int]:
-        """Without what also changes with a file's name, links or permissions."""
+        """The stamp without the change time, which renaming, linking and chmod also update."""
         return self[:3]
 
 
 class HashedFile(NamedTuple):
-    """What a file held when it had this stamp."""
+    """The sha256 of a file at the time of a stamp."""
 
     stamp: FileStamp
     sha256: str
 
 
 def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
-    """What each shard of a split holds now; those that the record does not know to be as dataset.json says are read.
+    """Return the hash of each shard of a split, reading the files that have no valid cache entry.
 
-    One process of the machine reads and the others wait for it, so that ranks that start together share its work.
+    A cached hash that differs from dataset.json is not used: such a file is read again. One process per machine reads
+    while the others wait, so ranks that start together share the work.
     """
     shards = dataset["splits"][split]["shards"]
     record = HashCache(folder, dataset)
@@ -71,21 +71,35 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
     if None not in found:
         return [content for content in found if content is not None]
     with record.exclusive() as heartbeat:
-        found = record.lookup(shards)  # somebody may have read them by now
+        found = record.lookup(shards)  # another process may have read them meanwhile
         missing = [number for number, content in enumerate(found) if content is None]
         files = [folder / shards[number]["file"] for number in missing]
         total = sum(shards[number]["bytes"] for number in missing)
-        if total >= NOTE_BYTES and not sys.stderr.isatty():  # a log shows no bar, and this takes minutes
-            print(f"checking {total / 2**30:,.0f} GiB of split {split!r}, which is done once for each copy of a data "
-                  "set (not with data.verify=off)", file=sys.stderr)  # fmt: skip
+        if total >= NOTE_BYTES and not sys.stderr.isatty():  # no progress bar in a log, and this takes minutes
+            print(
+                f"checking {total / 2**30:,.0f} GiB of split {split!r}, which is done once for each copy of a data "
+                "set (not with data.verify=off)",
+                file=sys.stderr,
+            )
         saved = time.monotonic()
         try:
-            with tqdm(total=total, desc=f"checking {split}", unit="B", unit_scale=True, unit_divisor=1024,
-                      file=sys.stderr, delay=1, disable=None, leave=False) as bar:  # fmt: skip
+            with tqdm(
+                total=total,
+                desc=f"checking {split}",
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                file=sys.stderr,
+                delay=1,
+                disable=None,
+                leave=False,
+            ) as bar:
                 for number, content in hash_files(files, bar, heartbeat):
                     if isinstance(content, OSError):
-                        raise UserError(f"{files[number]} cannot be read ({content.strerror}); mend that and start "
-                                        "again, or set data.verify=off")  # fmt: skip
+                        raise UserError(
+                            f"{files[number]} cannot be read ({content.strerror}); fix that and start again, or set "
+                            "data.verify=off"
+                        )
                     found[missing[number]] = content
                     record.add(files[number].name, content)
                     if time.monotonic() - saved > SAVE_INTERVAL_S:
@@ -97,7 +111,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
 
 
 def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
-    """Put into the record what was just written: the sha256 of files by name."""
+    """Add the hashes of files just written, by file name, to the cache."""
     record = HashCache(folder, dataset)
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
     with suppress(OSError), record.exclusive():
@@ -107,19 +121,19 @@ def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) 
 
 
 class HashCache:
-    """The file in the user's cache that belongs to a data set's folder. Without a usable cache it is just empty."""
+    """The cache file of one data set folder. Without a usable cache folder it is empty."""
 
     def __init__(self, folder: Path, dataset: dict[str, Any]) -> None:
         self._folder = folder
         self._names = {shard["file"] for split in dataset["splits"].values() for shard in split["shards"]}
         self._new: dict[str, HashedFile] = {}
         self._path: Path | None = None
-        with suppress(OSError, RuntimeError):  # a user without a home, a folder that is not there any more
+        with suppress(OSError, RuntimeError):  # no home folder, or the data set was removed
             name = os.fsencode(folder.resolve())
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
     def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
-        """For each entry of dataset.json the file's content, where the record says that it is the one given there."""
+        """Return the hash of each shard entry of dataset.json, None where the cache does not confirm it."""
         known = self._load()
         found: list[HashedFile | None] = []
         for shard in shards:
@@ -134,7 +148,7 @@ class HashCache:
         self._new[name] = content
 
     def save(self, warn_on_error: bool = False) -> None:
-        """Write what was added, beside what others have written meanwhile."""
+        """Merge the added entries into the file, which other processes may have written meanwhile."""
         if not self._new:
             return
         try:
@@ -161,7 +175,7 @@ class HashCache:
                 )
 
     def _load(self) -> dict[str, list[HashedFile]]:
-        """What stands there; a damaged record counts as empty."""
+        """Return the stored entries; a damaged file counts as empty."""
         try:
             if self._path is None or self._path.stat().st_size > MAX_CACHE_BYTES:
                 return {}
@@ -175,9 +189,9 @@ class HashCache:
 
     @contextmanager
     def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Wait until no other process of this machine is in here; gives a function that says that we are still alive.
+        """Exclude other processes of this machine; yields a heartbeat function for the holder to call.
 
-        Never for ever: where locks do not work, and where the other one has stopped, nobody waits.
+        Does not wait where locks do not work or where the holder has stopped.
         """
         lock = None
         with suppress(OSError):
@@ -198,7 +212,7 @@ class HashCache:
 
 
 def _acquire(lock: int) -> None:
-    """Lock an open file; gives up when its owner shows no sign of life."""
+    """Lock an open file; give up after `LOCK_TIMEOUT_S` without a heartbeat of its owner."""
     seen, since = -1, time.monotonic()
     while time.monotonic() - since < LOCK_TIMEOUT_S:
         try:
@@ -213,7 +227,7 @@ def _acquire(lock: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Where records lie, in the user's cache."""
+    """Return the folder of the cache files."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "model-zhu" / "verified"
 
@@ -221,9 +235,9 @@ def cache_folder() -> Path:
 def hash_files(
     files: list[Path], bar: tqdm, heartbeat: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, HashedFile | OSError]]:
-    """The number of each file with its content or why it cannot be read, as they are done; several are read at once.
+    """Hash files in parallel and yield the number of each with its hash or error, in order of completion.
 
-    alive is called about once a second.
+    `heartbeat` is called about once a second.
     """
     read, shown = [0] * len(files), 0
     stop = threading.Event()
@@ -248,15 +262,15 @@ def hash_files(
                 heartbeat()
                 bar.update(sum(read) - shown)
                 shown = sum(read)
-                for future in sorted(done, key=lambda one: one.exception() is not None):  # what is known is not lost
+                for future in sorted(done, key=lambda one: one.exception() is not None):  # results before exceptions
                     yield waiting.pop(future), future.result()
-        finally:  # Ctrl-C, or a caller who has seen enough
+        finally:  # Ctrl-C, or the caller stopped iterating
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> HashedFile:
-    """The content of a file that nobody changes meanwhile; `count` gets the bytes of each piece that was read."""
+    """Hash a file, again if it changes meanwhile; `count` is called with the bytes of each piece that was read."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for _ in range(3):
         with file.open("rb", buffering=0) as opened:
@@ -264,7 +278,7 @@ def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> H
             age = time.time_ns() - before.changed_ns
             if 0 <= age < TIMESTAMP_TICK_NS:
                 time.sleep((TIMESTAMP_TICK_NS - age) / 1e9)
-            digest, left = hashlib.sha256(), before.bytes  # and no more, of a file that grows all the time
+            digest, left = hashlib.sha256(), before.bytes  # a file that grows is read up to its first size
             while left and (size := opened.readinto(buffer[: min(left, CHUNK_BYTES)])):
                 digest.update(buffer[:size])
                 left -= size

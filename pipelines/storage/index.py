@@ -1,4 +1,4 @@
-"""SPLIT.index.npz: where each sample of a split lies, checked so that no address leads out of its shard."""
+"""Read SPLIT.index.npz, the position of each sample, and check that all samples are within their shards."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, OverflowEr
 
 
 def sample_stride(size: int, labelled: bool, classes: int) -> int:
-    """Bytes from one sample to the next in a shard whose image members hold `size` bytes each."""
+    """Return the bytes from one sample to the next in a shard whose image members have `size` bytes each."""
     stride = tar_format.BLOCK + tar_format.padded(size)
     return stride + tar_format.BLOCK + tar_format.padded(len(tar_format.label_text(0, classes))) if labelled else stride
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise for a file of the data set that is missing, of another size, or elsewhere."""
+    """Raise UserError for a file of the data set that is missing, of another size, or outside of the folder."""
     with readable(file):
         refuse_external_link(file)
         if not file.is_file():
@@ -45,7 +45,7 @@ def check_size(file: Path, expected: int) -> None:
 
 
 def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
-    """The columns of a split's index, each [samples]; every sample lies inside of its shard."""
+    """Load the columns of a split's index, each [samples], and check them against dataset.json."""
     entry = dataset["splits"][name]
     file, samples = folder / entry["index"]["file"], entry["samples"]
     check_size(file, entry["index"]["bytes"])
@@ -76,7 +76,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
 
 
 def _columns(content: bytes) -> dict[str, np.ndarray]:
-    """What np.load gives, but without room for what a file only claims to hold."""
+    """Parse the columns like np.load, but without allocating the size that a damaged file claims."""
     index = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name, dtype in INDEX_COLUMNS.items():

@@ -1,7 +1,7 @@
-"""What counts as a stored JPEG file that cannot be decoded. Knows opened splits, no graphs.
+"""Checks of stored JPEG files: whether they can be decoded, and to the size that the index gives.
 
-A header is looked at before anything is made of its size: the index says which size that is, and one that claims
-65,000 x 65,000 pixels would else cost 12 GB.
+The header is compared with the index before anything of its size is allocated. A damaged header may claim
+65,000 x 65,000 pixels, which is 12 GB.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ ImageSize = tuple[int, int]  # height, width, pixels
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
-    """What is wrong with a file whose image should have these sides, as far as its header says; decodes nothing."""
+    """Return what is wrong with the header of a JPEG that should have the given size; None if nothing is.
+
+    file: uint8 [bytes]. sides: height and width according to the index.
+    """
     try:
         claimed = simplejpeg.decode_jpeg_header(file)[:2]
-    except ValueError:  # also for a way to store colours that libjpeg-turbo has no name for
+    except ValueError:  # also for color spaces unknown to libjpeg-turbo
         try:
             with _open_jpeg(file) as image:
                 claimed = image.height, image.width
@@ -34,7 +37,7 @@ def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
 
 
 def decode_with_pillow(file: np.ndarray, sides: ImageSize) -> np.ndarray | None:
-    """uint8 [H, W, 3]; None where Pillow cannot decode it, or it is of other sides, of which it then makes nothing."""
+    """Decode to uint8 [H, W, 3]; None if Pillow cannot decode the file, or its header gives another size."""
     try:
         with _open_jpeg(file) as image:
             return np.asarray(image.convert("RGB")) if (image.height, image.width) == sides else None

@@ -1,4 +1,4 @@
-"""Maps a split's shards into one range of addresses, guarded against files that are cut short. Knows no format."""
+"""Map the shards of a split into one range of addresses, protected against truncated files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2
 
 
 class MappedShards(NamedTuple):
-    """Files that lie one behind another at slots of equal size."""
+    """Files mapped one behind another at slots of equal size."""
 
     content: np.ndarray  # uint8 [files * slot]
-    fault_address: np.ndarray  # int64 [files]: not 0 where reading a file failed, then the address (see `bus_guard`)
+    fault_address: np.ndarray  # int64 [files]: 0, or the address at which reading the file failed (see `sigbus`)
     stamps: list[FileStamp]  # of the files when they were mapped
 
 
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
-    """Map the files read-only at address 0, slot, 2 * slot … of one reserved range.
+    """Map files read-only at offsets 0, slot, 2 * slot … of one reserved range of addresses.
 
-    Python's own mmap cannot choose addresses; with them, a batch over any number of shards is one index_select.
+    Python's mmap cannot choose addresses. With a common range, a batch over any number of shards is one gather.
     """
-    from pipelines.storage import sigbus  # imports Numba, which converting does without
+    from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
     total = slot * len(files)
     if total > MAX_ADDRESSES:
@@ -51,7 +51,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
             raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
         return result
 
-    # Zeros between the files, not forbidden: whoever prints the whole array reads its ends.
+    # The space between files reads as zeros, so that printing the whole array does not crash.
     base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
     starts = base + np.arange(len(files), dtype=np.int64) * slot
@@ -62,15 +62,15 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         sigbus.unregister(guarded)
         _libc.munmap(base, total)
 
-    weakref.finalize(buffer, unmap).atexit = False  # a gathering thread may still read at exit
+    weakref.finalize(buffer, unmap).atexit = False  # a loader thread may still read at exit
     stamps = []
-    for begin, file, size in zip(starts.tolist(), files, sizes, strict=True):
+    for start, file, size in zip(starts.tolist(), files, sizes, strict=True):
         with readable(file), file.open("rb") as opened:
-            map_at(begin, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
+            map_at(start, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
             stamps.append(FileStamp.from_stat(os.fstat(opened.fileno())))
     return MappedShards(np.frombuffer(memoryview(buffer), np.uint8), fault_address, stamps)
 
 
-def advise(content: np.ndarray, begin: int, size: int, advice: int) -> None:
-    """Give the kernel `advice` (mmap.MADV_WILLNEED …) on part of mapped content; a hint, so failures are ignored."""
-    _libc.madvise(content.ctypes.data + begin, size, advice)
+def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:
+    """Give the kernel advice (mmap.MADV_WILLNEED …) about a part of mapped content; failures are ignored."""
+    _libc.madvise(content.ctypes.data + start, size, advice)

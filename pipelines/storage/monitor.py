@@ -1,7 +1,7 @@
-"""Notices that shards change under a run: cut short, written over, replaced or removed. Knows files, no samples.
+"""Detects shards that change during a run: truncated, overwritten, replaced or removed.
 
-A map shows what is done to its file at once. A batch that was read from a changed one may have been trained on by the
-time that it is noticed, half a second later at most; `check` before a checkpoint keeps that from being saved.
+A mapping shows changes of its file immediately. Up to half a second of batches may be trained on before a change is
+noticed; calling `check` before a checkpoint keeps their effect from being saved.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.hash_cache import CHUNK_BYTES, FileStamp
 
-EVERY_S = 0.5
-SHARE = 0.01  # of a thread's time, at most, that looking at many files takes
+POLL_INTERVAL_S = 0.5  # between checks
+MAX_SHARE = 0.01  # of a thread's time that checking many files may take
 
 
 class ShardMonitor:
-    """Over the mapped shards of one split; any thread may call it."""
+    """Monitor of the mapped shards of one split; thread-safe.
+
+    Args:
+        split: name of the split, for messages.
+        files: the shards.
+        sha256: hash of each file when it was mapped.
+        stamps: attributes of each file when it was mapped.
+        fault_address: see `memory_map.MappedShards`.
+        mapped: returns the mapped bytes of a file by its number, uint8 [bytes].
+    """
 
     def __init__(
         self,
@@ -34,37 +43,36 @@ class ShardMonitor:
         fault_address: np.ndarray,
         mapped: Callable[[int], np.ndarray],
     ) -> None:
-        """stamps, sha256: of what the files hold; lost: see `mapping.Mapped`; mapped(number): a file's bytes, uint8."""
         self._split, self._files, self._sha256, self._mapped = split, files, sha256, mapped
-        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in stamps]  # None: it is gone
+        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in stamps]  # None: removed
         self._fault_address = fault_address
         self._lock = threading.Lock()
-        self._next = time.monotonic() + EVERY_S
+        self._next = time.monotonic() + POLL_INTERVAL_S
         self._error: str | None = None
 
     def poll(self) -> None:
-        """After every batch that was read: raise a UserError if any file is known to have lost its content.
+        """Raise UserError if a file is known to have changed, and run `check` once per interval.
 
-        Costs a microsecond or two; now and then it checks.
+        Cheap enough to call after every batch: about two microseconds.
         """
         if self._error is not None:
             raise UserError(self._error)
         now = time.monotonic()
         if now >= self._next or self._fault_address.any():
-            self._next = now + EVERY_S  # one of several threads is enough
+            self._next = now + POLL_INTERVAL_S  # so that other threads do not check as well
             self.check()
 
     def check(self) -> None:
-        """Look at all files now: raise a UserError if what the maps show is not what they showed at the start.
+        """Check all files now and raise UserError if their mapped content has changed since the start.
 
-        Costs about two microseconds per file.
+        Takes about two microseconds per file.
         """
         with self._lock:
-            begin = time.monotonic()
+            start = time.monotonic()
             if self._error is None:
                 self._error = self._fault_error() or self._change_error()
             now = time.monotonic()
-            self._next = now + max(EVERY_S, (now - begin) / SHARE)
+            self._next = now + max(POLL_INTERVAL_S, (now - start) / MAX_SHARE)
         if self._error is not None:
             raise UserError(self._error)
 
@@ -102,17 +110,17 @@ class ShardMonitor:
         return None
 
     def _digest(self, number: int) -> str:
-        """sha256 of what the map shows."""
+        """Return the sha256 of the mapped bytes; "" if they cannot be read."""
         content, digest = self._mapped(number).data, hashlib.sha256()
         for start in range(0, len(content), CHUNK_BYTES):
             digest.update(content[start : start + CHUNK_BYTES])
         return "" if self._fault_address[number] else digest.hexdigest()
 
     def _warn_replaced(self, file: Path, what: str) -> None:
-        """The map still shows the file that was opened, whatever its name now leads to."""
+        """Warn of a name that leads to another file; the mapping still shows the file that was opened."""
         warn(
-            f"{file.name} of split {self._split!r} {what} while it is in use: this run goes on with the bytes that it "
-            "has opened, but cannot be resumed unless the file is what it was"
+            f"{file.name} of split {self._split!r} {what} while it is in use: this run continues with the bytes that "
+            "it has opened, but cannot be resumed unless the file is what it was"
         )
 
     def _message(self, number: int, what: str) -> str:

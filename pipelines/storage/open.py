@@ -1,8 +1,8 @@
-"""The format on disk, reading side: `open_split` maps the shards of one split and proves that they are sound.
+"""Open a split of a converted data set: map its shards and check them against dataset.json.
 
-A data set is a folder: `dataset.json`, and per split `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention) with
-DALI's `.idx` beside them and `SPLIT.index.npz`, arrays over all samples: shard, offset and size of the image member's
-content in bytes, label (-1: none), height and width in pixels. `shard_writer` is the writing side. Knows no DALI.
+A data set is a folder with `dataset.json` and, for each split, `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention),
+DALI's `.idx` files and `SPLIT.index.npz`. The index has one entry per sample: shard, offset and size of the image in
+bytes, label (-1 if there is none), height and width in pixels. `convert.writer` writes this format.
 """
 
 from __future__ import annotations
@@ -30,11 +30,19 @@ def open_split(
     verify: Literal["changed", "off"] = "changed",
     allow_damaged_images: bool = False,
 ) -> Split:
-    """Map one split's shards and load its index; nothing is used that is not what dataset.json says.
+    """Map the shards of a split, load its index, and check both against dataset.json.
 
-    Costs one read of the index: 1.5 M samples open in well under a second. Shards are read whole by the first start
-    after they were changed (see `verified`), with verify "off" never: sizes are all that is compared then.
-    tolerates_content: a JPEG shard in which images differ, but neither headers, keys nor labels, is a warning.
+    Takes well under a second for 1.5 million samples once the shards are in the cache of hashes.
+
+    Args:
+        folder: the data set.
+        name: the split.
+        verify: "changed" reads shards that have changed since their last check (see `hash_cache`); "off" compares
+            sizes only.
+        allow_damaged_images: warn, instead of raising, of a JPEG shard in which only image bytes are damaged.
+
+    Raises:
+        UserError: if anything is missing or differs from dataset.json.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -85,10 +93,10 @@ def open_split(
 
 
 def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise for a shard whose content is not what dataset.json says; warn of one that may be used nevertheless."""
+    """Raise UserError for a damaged shard, or warn if it may be used nevertheless."""
     damage = tar_check.diagnose(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
-    # A damaged pixel of an npy split cannot be told from a sound one when it is trained on.
+    # Damaged pixels of an npy split cannot be detected when they are read for training.
     is_usable = damage.in_content_only and split.encoding == "jpeg"
     if not (allow_damaged_images and is_usable):
         advice = ", or train with substitutes for bad samples: data.on_bad_sample=skip" if is_usable else ""

@@ -1,8 +1,8 @@
-"""Mapped files may be cut short while they are read, or lie on a disk that fails: noted here, where it would kill.
+"""Turn SIGBUS on a mapped shard (truncated file, failing disk) into a flag instead of a crash.
 
-The system answers such a read with SIGBUS, which ends a process without a word. A handler, see `bus_guard_kernels`,
-puts zeros where the file is gone and notes which file it was; who reads looks at the note before the bytes are used.
-A SIGBUS of any other memory goes to the handler that was there before. Knows addresses, no files.
+Reading a mapped page that its file no longer has raises SIGBUS, which ends a process without a message. The handler in
+`cpu.sigbus_handler` maps zeros at the page and stores its address in a table. Readers check the table before they use
+the bytes. A SIGBUS at any other address is passed to the previous handler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.cpu import sigbus_handler as layout
 
-MAX_ROWS = 2**20  # mapped files of a process; memory is taken as they come
+MAX_ROWS = 2**20  # mapped files of a process; memory is used as they are registered
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTART = 4, 0x08000000, 0x10000000
 
 
@@ -34,15 +34,19 @@ class _Action(ctypes.Structure):
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _lock = threading.Lock()
-_before = _Action()  # what the signal did until now; the handler reads it for as long as the process lives
+_before = _Action()  # previous action of the signal, read by the handler until the process ends
 _table = np.empty(0, np.int64)
-_free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> first rows of groups that were given back
+_free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> first rows of unregistered groups
 
 
 def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Watch over ranges of addresses, int64 [files, 2] (begin, end), whole pages each; the first call installs.
+    """Register ranges of addresses for the handler, which the first call installs.
 
-    Returns what `unregister` wants, and int64 [files]: 0, or the address at which reading a file failed.
+    Args:
+        ranges: int64 [files, 2], start and end of each mapped file, multiples of the page size.
+
+    Returns:
+        The rows to pass to `unregister`, and int64 [files]: 0, or the address at which reading the file failed.
     """
     with _lock:
         if not len(_table):
@@ -62,21 +66,21 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unregister(rows: np.ndarray) -> None:
-    """No longer watch over rows that `register` returned; before the memory is given back."""
+    """Remove rows that `register` returned. Call it before the memory is unmapped."""
     rows[:, layout.START] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
     _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock
 
 
 def _rows(first: int, count: int) -> np.ndarray:
-    begin = layout.FIRST_ROW + first * layout.COLUMNS
-    return _table[begin : begin + count * layout.COLUMNS].reshape(count, layout.COLUMNS)
+    start = layout.FIRST_ROW + first * layout.COLUMNS
+    return _table[start : start + count * layout.COLUMNS].reshape(count, layout.COLUMNS)
 
 
 def _install() -> None:
     global _table
     size = 8 * (layout.FIRST_ROW + layout.COLUMNS * MAX_ROWS)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork has its own
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork has its own table
     table = np.frombuffer(memory, np.int64)
     table[layout.PAGE], table[layout.PREVIOUS] = mmap.PAGESIZE, ctypes.addressof(_before)
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)

@@ -16,7 +16,7 @@ from pipelines.storage.monitor import ShardMonitor
 
 @dataclass(frozen=True)
 class Split:
-    """One split, opened. Arrays run over its samples in stored order; image bytes stay in the page cache."""
+    """One opened split. Arrays cover its samples in stored order; image bytes stay in the page cache."""
 
     dataset: dict[str, Any]  # dataset.json
     name: str
@@ -25,11 +25,11 @@ class Split:
     files: tuple[Path, ...]
     heights: np.ndarray  # int32 [samples], pixels
     widths: np.ndarray
-    address: np.ndarray  # int64 [samples]: where the sample's content begins in `content`, bytes
-    size: np.ndarray  # int32 [samples]: bytes of the content (an .npy header included)
+    address: np.ndarray  # int64 [samples]: byte at which the sample's image starts in `content`
+    size: np.ndarray  # int32 [samples]: bytes of the image, .npy header included
     content: np.ndarray  # uint8: all shards, mapped one behind another at slots of equal size
-    slot_bytes: int  # shard k begins at k * slot_bytes of `content`
-    monitor: ShardMonitor  # over `files`, for as long as `content` is read
+    slot_bytes: int  # shard k starts at k * slot_bytes of `content`
+    monitor: ShardMonitor  # of `files`, to poll while `content` is read
 
     def __len__(self) -> int:
         return len(self.address)
@@ -44,7 +44,7 @@ class Split:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(height, width, 3) where all images have one shape, else None."""
+        """(height, width, 3) if all images have one shape, else None."""
         shape = self.dataset["image_shape"]
         return tuple(shape) if shape else None
 
@@ -58,10 +58,13 @@ class Split:
         return int(self.heights[sample]), int(self.widths[sample])
 
     def pixel_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The images of an npy split as one strided map: uint8 [rows, height * width * 3] and each sample's row, int64.
+        """Return the images of an npy split as one strided view, and the row of each sample in it.
 
-        Members of equal size lie at a constant stride, and the slots are whole strides, so one view spans all
-        shards; the rows between two shards are never addressed.
+        Members of equal size have a constant stride, and slots are multiples of it, so one view spans all shards.
+        Rows between two shards belong to no sample.
+
+        Returns:
+            uint8 [rows, height * width * 3] and int64 [samples].
         """
         if self.encoding != "npy" or self.image_shape is None:
             raise ValueError(f"split {self.name!r} stores {self.encoding}, which has no constant stride")
@@ -73,26 +76,26 @@ class Split:
         return view, (self.address - tar_format.BLOCK) // stride
 
     def pixel_starts(self) -> np.ndarray:
-        """Where in `content` the pixels of each sample of an npy split begin: int64 [samples]."""
+        """Return the byte at which the pixels of each sample start in `content`: int64 [samples], npy only."""
         assert self.image_shape is not None
         return self.address + len(tar_format.npy_header(self.image_shape))
 
     def source_rows(self) -> np.ndarray:
-        """Which row of the source each sample comes from, as its key in the tar says: int64 [samples].
+        """Return the source row of each sample, which is its key in the tar: int64 [samples].
 
-        Touches a page per sample: about as dear as reading a split of small images once.
+        Touches one page per sample, which costs about as much as reading a split of small images once.
         """
         keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
         return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
-        """Give the kernel `advice` (mmap.MADV_WILLNEED …) on whole shards; a hint, so failures are ignored."""
+        """Give the kernel advice (mmap.MADV_WILLNEED …) about whole shards; failures are ignored."""
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
             advise(self.content, shard * self.slot_bytes, size, advice)
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies and what it is called there, for an error message."""
+        """Return the position and key of a sample for an error message."""
         shard, address = int(self.shard[sample]), int(self.address[sample])
         header = self.content[address - tar_format.BLOCK : address].tobytes()
         key = header[: tar_format.KEY_DIGITS].decode("ascii", "replace")
@@ -101,5 +104,5 @@ class Split:
         return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, {named}, offset {offset})"
 
     def check_unchanged(self) -> None:
-        """Raise a UserError if a shard is not what it was when the split was opened: before anything is saved."""
+        """Raise UserError if a shard has changed since it was opened. Call it before saving a checkpoint."""
         self.monitor.check()

@@ -1,7 +1,7 @@
-"""Compares what lies in a mapped shard with the index, and names what does not fit; knows opened splits, no files.
+"""Compare a mapped shard with the index and name the differences.
 
-Headers and labels are compared many at once, images one by one: who only wants to know whether a shard is sound asks
-for its sha256 instead.
+Headers and labels are compared in chunks, images one by one. To learn only whether a shard is intact, compare its
+sha256 instead.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_LISTED = 3  # samples
 
 
 class Damage(NamedTuple):
-    """Why a shard is not what it was when it was written."""
+    """Why a shard differs from the one that was written."""
 
     text: str
-    in_content_only: bool  # headers, keys and labels are right, so every sample is still found where it was
+    in_content_only: bool  # headers, keys and labels are intact, so every sample is at its place
 
 
 def diagnose(split: Split, number: int, sha256: str) -> Damage:
-    """What is wrong with shard `number`, whose content has this sha256, as far as it can be told."""
+    """Return the damage of shard `number`, whose content has the given sha256."""
     entries = split.dataset["splits"][split.name]["shards"]
     for name, other in split.dataset["splits"].items():
         for entry in other["shards"]:
@@ -52,16 +52,16 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
 
 
 def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
-    """The first thing in a shard's tar that is not as the index says: places, headers, keys, labels, the end.
+    """Return the first difference between a shard's tar and the index: offsets, headers, keys, labels or the end.
 
-    chosen: int64 [N], the shard's samples.
+    chosen: int64 [N], the samples of the shard.
     """
-    begin = number * split.slot_bytes
-    content = split.content[begin : begin + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
+    start_byte = number * split.slot_bytes
+    content = split.content[start_byte : start_byte + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
     width = len(tar_format.label_text(0, len(split.classes)))
     label_bytes = 0 if split.labels is None else tar_format.BLOCK + tar_format.padded(width)
     sizes = split.size[chosen].astype(np.int64)
-    offsets = split.address[chosen] - begin
+    offsets = split.address[chosen] - start_byte
     strides = tar_format.BLOCK + -(-sizes // tar_format.BLOCK) * tar_format.BLOCK + label_bytes
     expected = np.cumsum(strides) - strides + tar_format.BLOCK
     if (wrong := offsets != expected).any():
@@ -97,7 +97,7 @@ def _header_error(
 def _label_error(
     split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
 ) -> str | None:
-    """headers: int64 [N], where those of the label members begin."""
+    """Return the first wrong label member. headers: int64 [N], offsets of their tar headers."""
     assert split.labels is not None
     found = content[headers[:, None] + np.arange(tar_format.BLOCK + width)]
     digits = split.labels[samples][:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")
@@ -114,7 +114,7 @@ def _label_error(
 
 
 def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
-    """keys: uint8 [N, KEY_DIGITS]; they are rows of the source, so none comes twice."""
+    """Return the first key that is not a unique row of the source. keys: uint8 [N, KEY_DIGITS]."""
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
     wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
@@ -126,7 +126,7 @@ def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | Non
 
 
 def _describe_header(header: np.ndarray) -> str:
-    """Says what a header is of."""
+    """Return name and size of the member that a tar header describes."""
     try:
         member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
     except tarfile.TarError as error:
@@ -135,15 +135,15 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Return what is wrong with a stored image.
+    """Return what is wrong with a stored image, or None.
 
-    decodes: decode a JPEG, as the bytes may have changed; else only check that every decoder can.
+    decodes: decode a JPEG, whose bytes may have changed; otherwise check only that all decoders support it.
     """
     file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":
         shape = split.image_shape
         if shape is None or not file.tobytes().startswith(tar_format.npy_header(shape)):
-            return "is no .npy file of the data set's shape"
+            return "is not a .npy file of the data set's shape"
         if shape[:2] != sides:
             return f"has {shape[0]:,} x {shape[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
         return None
@@ -161,7 +161,7 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
 
 
 def sample_keys(split: Split, chosen: np.ndarray) -> Iterator[str]:
-    """The keys in a shard whose layout is sound."""
+    """Yield the keys of samples in a shard whose layout is intact."""
     for sample in chosen.tolist():
-        begin = int(split.address[sample]) - tar_format.BLOCK
-        yield split.content[begin : begin + tar_format.KEY_DIGITS].tobytes().decode("ascii")
+        start = int(split.address[sample]) - tar_format.BLOCK
+        yield split.content[start : start + tar_format.KEY_DIGITS].tobytes().decode("ascii")

@@ -1,4 +1,4 @@
-"""Proves that a data set is what dataset.json says: every sha256, and index against tar, member by member."""
+"""Verify a data set: every sha256 of dataset.json, and the index against each member of the shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.storage.split import Split
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Problems found, one sentence each, in reading order; empty when the data set is sound."""
+    """Return the problems found, one sentence each, in reading order; empty for an intact data set."""
     folder = Path(folder)
     dataset = load_dataset(folder)
     total = sum(shard["bytes"] for split in dataset["splits"].values() for shard in split["shards"])
@@ -41,7 +41,7 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
     except UserError as error:
         return problems or [str(error).removesuffix(f"; {RECONVERT}")]
     for number, (content, shard) in enumerate(zip(found, entry["shards"], strict=True)):
-        if content is None:  # a problem already
+        if content is None:  # already reported
             continue
         if content.sha256 == shard["sha256"]:
             problem = _members_error(split, number)
@@ -55,7 +55,7 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
 def _hash_shards(
     folder: Path, entries: list[dict[str, Any]], bar: tqdm
 ) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
-    """What each shard holds, None where that cannot be told, and the problems that there are without looking inside."""
+    """Hash the shards. Returns the hashes, None where a file cannot be used, and the problems of those files."""
     found: list[hash_cache.HashedFile | None] = [None] * len(entries)
     problems = {}
     for number, entry in enumerate(entries):
@@ -78,7 +78,7 @@ def _hash_shards(
 
 
 def _members_error(split: Split, number: int) -> str | None:
-    """Compare one tar's members with the index: names, order, offsets, sizes and labels, and DALI's .idx beside it."""
+    """Compare the members of a tar with the index, and DALI's .idx file with both."""
     file, chosen = split.files[number], np.flatnonzero(split.shard == number)
     if problem := tar_check.layout_error(split, number, chosen):
         return f"{file.name}: {problem}"
@@ -96,7 +96,7 @@ def _members_error(split: Split, number: int) -> str | None:
 
 
 def _read_start(file: Path, most: int) -> bytes:
-    """Up to `most` bytes of a plain file; raises FileNotFoundError for a pipe, which might never end."""
+    """Read up to `most` bytes of a regular file; raise FileNotFoundError for a pipe, which may never end."""
     if not file.is_file():
         raise FileNotFoundError
     with file.open("rb") as opened:
@@ -108,7 +108,7 @@ def _reason(error: OSError) -> str:
 
 
 def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
-    """DALI's index of a shard whose members are as the index says."""
+    """Return DALI's index of a shard that agrees with `SPLIT.index.npz`."""
     extension = EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes

@@ -343,7 +343,7 @@ def test_broken_links_and_other_files_among_pictures_are_skipped(
     (folder / "3.png").symlink_to("nothing.png")
     run("--checkpoint", model, "--split", folder, "--out", tmp_path / "out")
     assert [row[1] for row in table(tmp_path / "out/predictions.csv")[1:]] == ["1.png", "2.PGM"]
-    assert "note: passed over 1 entry: 1 .png, link that leads nowhere (3.png)" in capsys.readouterr().err
+    assert "note: skipped 1 entry: 1 .png, link that leads nowhere (3.png)" in capsys.readouterr().err
 
 
 def test_split_precedes_folder_and_data_set_is_refused(

@@ -1,5 +1,5 @@
-"""What `tools/convert.py` can read, one module per kind of source; each module's `open_*` returns a
-`pipelines.source.Source`. Owns validation and fingerprints of sources; knows nothing of shards.
+"""Sources that `tools/convert.py` reads, one module per kind.
 
-The modules are imported where they are used: a worker process needs h5py or scikit-learn only for its own source.
+Each `open_*` function validates a source and returns a `pipelines.convert.source.Source`. Import the modules where they
+are used, since a worker process needs h5py or scikit-learn for its own source only.
 """

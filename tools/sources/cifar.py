@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as published: pickled batches in a folder, or in its .tar.gz, which is never unpacked to disk.
+"""CIFAR-10 and CIFAR-100 as published: pickled batches in a folder, or in its .tar.gz, which is not unpacked to disk.
 
-From a folder, each worker process reads the batches it needs by itself; the pixels of an archive, which can only be
-read from front to back, are read once and sent to the workers (150 MB).
+From a folder, each worker process reads the batches it needs. An archive can only be read from front to back, so its
+pixels are read once and sent to the workers (150 MB).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tools.sources.tar_gz import read_members
 
 SIZE = 32  # pixels
 ROW_BYTES = 3 * SIZE * SIZE
-MAX_FILE_BYTES = 512 << 20  # the largest official file has 155 MB; what is larger is no batch but a bomb
-MAX_ARCHIVE_BYTES = 1 << 30  # of what it inflates to; the official ones have 186 MB
+MAX_FILE_BYTES = 512 << 20  # the largest official file has 155 MB
+MAX_ARCHIVE_BYTES = 1 << 30  # uncompressed; the official archives have 186 MB
 
 
 @dataclass(frozen=True)
 class CifarEdition:
-    """One edition: its official folder and archive, and the keys of its pickles."""
+    """CIFAR-10 or CIFAR-100: official folder and archive, and the keys of the pickles."""
 
     kind: str
     folder: str
@@ -71,7 +71,7 @@ EDITIONS = {
 
 
 class CifarSplit:
-    """The rows of some batches, one behind another."""
+    """The rows of several batches, one after another."""
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class CifarSplit:
         return sum(self._batches.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._path.is_file():  # a pass over the archive in each worker would cost more than sending pixels once
+        if self._path.is_file():  # sending pixels once is cheaper than reading the archive in each worker
             return self.__dict__
         return {**self.__dict__, "_loaded": {}}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Images start..stop, uint8 [32, 32, 3]; batches stay in memory once read (150 MB in all)."""
+        """Yield images start..stop, uint8 [32, 32, 3]. Batches stay in memory (150 MB in total)."""
         first = 0
         for file, rows in self._batches.items():
             if start < first + rows and first < stop:
@@ -121,9 +121,9 @@ class CifarSplit:
 
 
 def open_cifar(kind: str, source: Path) -> Source:
-    """The official folder, the folder above it, or the official .tar.gz; the test batch becomes val and test.
+    """Open the official folder, the folder above it, or the official .tar.gz. The test batch becomes val and test.
 
-    Reads every byte once: labels, the sha256 of each file, and whether an archive is whole.
+    Reads every byte once: for labels, the sha256 of each file, and whether an archive is complete.
     """
     edition = EDITIONS[kind]
     path = _locate(edition, source)
@@ -177,7 +177,7 @@ def _locate(edition: CifarEdition, source: Path) -> Path:
 
 
 def _read_files(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files among `names` that the folder or archive holds; an archive is read to its end."""
+    """Yield name and content of the files among `names`. An archive is read to its end."""
     if path.is_file():
         yield from read_members(path, names, _check_file_size, MAX_ARCHIVE_BYTES)
         return
@@ -199,7 +199,7 @@ def _check_file_size(size: int, file: str) -> None:
 
 
 def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [rows, 3072] and labels int64 [rows] of one batch."""
+    """Return the pixels, uint8 [rows, 3072], and the labels, int64 [rows], of a batch."""
     batch = load_pickle(content, file)
     missing = [key for key in ("data", edition.labels) if key not in batch]
     if missing:
@@ -211,12 +211,14 @@ def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.n
         found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise UserError(f"{file}: data is {found}; CIFAR's is uint8 (rows, {ROW_BYTES})")
     labels = batch[edition.labels]
-    if isinstance(labels, np.ndarray) and labels.ndim == 1:  # an array of more axes may be empty with a huge shape
+    if (
+        isinstance(labels, np.ndarray) and labels.ndim == 1
+    ):  # an array of more axes may have a huge shape and no elements
         labels = labels.tolist()
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         raise UserError(f"{file}: {edition.labels} must be one number for each of the {len(pixels)} images of data")
     if not all(type(number) is int and 0 <= number < 1 << 31 for number in labels):
-        raise UserError(f"{file}: {edition.labels} holds other things than class numbers; fetch the file again")
+        raise UserError(f"{file}: {edition.labels} holds values that are not class numbers; fetch the file again")
     return pixels, np.array(labels, np.int64)
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as 32x32 RGB images: a data set without any download, for tests and first runs."""
+"""scikit-learn's handwritten digits as 32x32 RGB images, for tests and first runs without a download."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image
 
 from pipelines.convert.source import Source, SplitSource
 
-SIZE = 32  # pixels; the side that LeNet and CIFAR's models expect
+SIZE = 32  # pixels, the side that LeNet and models for CIFAR expect
 VAL_FRACTION = 0.2
 
 
 class DigitsSplit:
-    """Rows of one split: images uint8 [rows, 32, 32, 3], and the number that each row has in scikit-learn's set."""
+    """Images of one split, uint8 [rows, 32, 32, 3], and the row of each in scikit-learn's data set."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
         self._images, self._rows = images, rows
@@ -26,7 +26,7 @@ class DigitsSplit:
         return len(self._images)
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Images start..stop, uint8 [32, 32, 3]."""
+        """Yield images start..stop, uint8 [32, 32, 3]."""
         yield from self._images[start:stop]
 
     def describe(self, row: int) -> str:
@@ -34,8 +34,8 @@ class DigitsSplit:
 
 
 def open_digits() -> Source:
-    """All 1,797 digits, cut by class into train and val (80 : 20), always in the same way."""
-    from sklearn.datasets import load_digits  # here: half a second to import
+    """Split all 1,797 digits into train and val (80 : 20), stratified by class, with a fixed seed."""
+    from sklearn.datasets import load_digits  # deferred: takes half a second
     from sklearn.model_selection import train_test_split
 
     grey, numbers = load_digits(return_X_y=True)  # [1797, 64], 0..16
@@ -56,6 +56,6 @@ def open_digits() -> Source:
 
 
 def _enlarge(values: np.ndarray) -> np.ndarray:
-    """8x8 values of 0..16 to uint8 [32, 32, 3]."""
+    """Resize 8x8 values of 0..16 to uint8 [32, 32, 3]."""
     grey = Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
     return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))

@@ -1,4 +1,4 @@
-"""Fetches one official archive to a temporary name, checks its md5 and renames it. Nothing else uses the network."""
+"""Download an official archive: to a temporary name, renamed after its md5 was checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def download(archive: str, md5: str, folder: Path) -> Path:
-    """The path of `archive` in `folder`; it is fetched unless it already lies there whole."""
+    """Return the path of `archive` in `folder`, after downloading it unless it is already there."""
     path = folder / archive
     if path.is_file() and _md5_of(path) == md5:
         return path
@@ -40,7 +40,7 @@ def download(archive: str, md5: str, folder: Path) -> Path:
 
 
 def _fetch(url: str, part: Path) -> str:
-    """Write the URL's content to `part`; its md5."""
+    """Write the content of the URL to `part` and return its md5."""
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
         total = int(response.headers.get("Content-Length") or 0) or None

@@ -1,4 +1,4 @@
-"""List image files below a folder in a fixed order, and count by extension and reason what is passed over."""
+"""List image files below a folder in a fixed order, and count skipped entries by extension and reason."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 
 from configs.utils.errors import UserError, printable
 
-# Those of the formats that pipelines.encode decodes. Not .pfm: its values have no declared range.
+# Those of the formats that pipelines.convert.encode decodes. Not .pfm: its values have no declared range.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",
               ".pbm", ".pnm", ".gif", ".tif", ".tiff")  # fmt: skip
-MAX_FILE_BYTES = 1 << 30  # of an image; the largest that may be decoded has a third of it as raw pixels
-LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, in any case
-MAX_SUFFIX = 10  # characters of an extension that is named in a note
-MAX_LISTED = 10  # classes that are named in a note
-MAX_LISTED_GROUPS = 8  # groups of passed-over entries that are named in a note
+MAX_FILE_BYTES = 1 << 30  # the largest image that may be decoded has a third of this as raw pixels
+LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, case-insensitive
+MAX_SUFFIX = 10  # characters of an extension that a note names
+MAX_LISTED = 10  # classes that a note names
+MAX_LISTED_GROUPS = 8  # groups of skipped entries that a note names
 
 
 class Scan:
-    """List folders in order, refuse links that leave the root, count what is passed over."""
+    """Lister of folders that refuses links out of the root and counts skipped entries."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.touched = hashlib.sha256()  # of the times at which the files were changed last
+        self.touched = hashlib.sha256()  # of the modification times of the files
         self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason): count, first path
 
     def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
-        """Return the names of subfolders, and of image files with their sizes in bytes, each sorted by name.
+        """Return the names of subfolders, and names and sizes in bytes of image files, both sorted by name.
 
-        folder: relative to the root. expected: the name of a file that is neither listed nor counted.
+        folder: relative to the root. expected: name of a file that is neither listed nor counted as skipped.
         """
         folders, files = [], []
         try:
@@ -52,7 +52,7 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return path and size in bytes of every image file at any depth, sorted by path.
 
-        Links to folders are passed over: the files are listed where they lie, and a circle would never end.
+        Links to folders are skipped: their files are listed at their real path, and a circle would never end.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]
@@ -77,10 +77,12 @@ class Scan:
         self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
-        """Return what was passed over: '3 .txt, no image (train/a/x.txt …); 1 .jpg, hidden (train/.x.jpg)', or ''."""
+        """Return the skipped entries, '' if none: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'."""
         groups = sorted(self._skipped.items(), key=lambda item: (-item[1][0], item[0]))
-        texts = [f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
-                 for (kind, reason), (count, first) in groups[:MAX_LISTED_GROUPS]]  # fmt: skip
+        texts = [
+            f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
+            for (kind, reason), (count, first) in groups[:MAX_LISTED_GROUPS]
+        ]
         if rest := sum(count for _, (count, _) in groups[MAX_LISTED_GROUPS:]):
             texts.append(f"{rest:,} more")
         return "; ".join(texts)
@@ -88,10 +90,10 @@ class Scan:
     def note_skipped(self) -> None:
         if self._skipped:
             total = sum(count for count, _ in self._skipped.values())
-            note(f"passed over {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
+            note(f"skipped {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
     def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
-        """Return why an entry is passed over; '' for folders, image files and the expected file."""
+        """Return why an entry is skipped; '' for folders, image files and the expected file."""
         if entry.name.startswith("."):
             return "hidden"
         if entry.is_symlink() and not self._has_target(Path(entry.path)):
@@ -99,11 +101,11 @@ class Scan:
         if entry.is_dir():
             return ""
         if not entry.name.lower().endswith(EXTENSIONS) and entry.name != expected:
-            return "no image"
-        return "" if entry.is_file() else "no regular file"
+            return "not an image"
+        return "" if entry.is_file() else "not a regular file"
 
     def _has_target(self, link: Path) -> bool:
-        """Return whether a link has a target; raise UserError where that lies outside of the root."""
+        """Return whether the target of a link exists; raise UserError if it is outside of the root."""
         try:
             target = link.resolve(strict=True)
         except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
@@ -125,9 +127,9 @@ class Scan:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Read a file found by a scan.
+    """Read a file found by a scan; raise UserError if it was replaced since.
 
-    It may have become something else since: a pipe would never end, a huge file would fill the memory.
+    Reading a pipe would never end, and a huge file would fill the memory.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
@@ -137,7 +139,7 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def is_litter(name: str) -> bool:
-    """Return whether an archive or a file manager left this file or folder."""
+    """Return whether an archiver or a file manager created this file or folder."""
     return name.startswith("._") or name.lower() in LITTER
 
 

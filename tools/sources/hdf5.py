@@ -1,8 +1,8 @@
-"""MediumImageNet's HDF5 layout: `images-SPLIT` and `labels-SPLIT` for train, val and test, images uint8 [N, 3, H, W]
-or [N, H, W, 3].
+"""HDF5 files in MediumImageNet's layout: `images-SPLIT` and `labels-SPLIT` for train, val and test.
 
-Such a file is read forwards only, in large pieces: random rows of a chunked or compressed file, or of a spinning
-disk, cost a hundred times as much. What HDF5 can tell about missing pixels is asked before anything is read.
+Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read forwards only and in large pieces: random rows of a
+chunked or compressed file, or of a spinning disk, take a hundred times as long. Missing pixels are detected from
+HDF5's metadata before anything is read.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
-READ_BYTES = 64 << 20  # one read; large against the seek of a disk, small against memory
+READ_BYTES = 64 << 20  # per read: long compared with a disk seek, small compared with memory
 FINGERPRINT_ROWS = 64
-# What one read may take beyond chunk and result: a compressed chunk may inflate to a thousand times of what it claims.
+# Memory of one read beyond chunk and result: a compressed chunk may inflate to a thousand times its declared size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
 
 class Hdf5Split:
-    """The images of one split. The file is opened at the first read of each process and stays open."""
+    """Images of one split. Each process opens the file at its first read and keeps it open."""
 
     def __init__(self, path: Path, images: h5py.Dataset, labels: np.ndarray | None, channels_first: bool) -> None:
         self._path, self._key = path, images.name.lstrip("/")
@@ -52,7 +52,7 @@ class Hdf5Split:
         return {**self.__dict__, "_file": None}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Images start..stop, uint8 [H, W, 3]; at most `READ_BYTES` of them in memory, or one row of chunks."""
+        """Yield images start..stop, uint8 [H, W, 3], holding `READ_BYTES` or one row of chunks in memory."""
         if self._file is None:
             with _report_damage(str(self._path)):
                 self._file = _open_file(self._path)
@@ -71,10 +71,10 @@ class Hdf5Split:
 
 
 def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
-    """Check the file as far as HDF5 can tell and read all labels; rows keep their order.
+    """Check the file by its metadata and read all labels. Rows keep their order.
 
-    The train split is required, val and test are not. Labels that are all -1 in test mean a split without labels.
-    Without `classes_file` (one name per line), classes are called 0, 1, … up to the highest label of train.
+    The train split is required, val and test are optional. Test labels that are all -1 mean a split without labels.
+    Without `classes_file` (one name per line), classes are named 0, 1, … up to the highest label of train.
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
@@ -103,7 +103,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
             row = int(labels.argmax())
             raise UserError(
                 f"{path}: labels-{name}[{row}] is {labels[row]}, but the highest label of train is {highest}; "
-                "mend it, or name all classes with --classes FILE"
+                "fix it, or name all classes with --classes FILE"
             )
     classes = names or tuple(str(label) for label in range(highest + 1))
     for name, labels in labelled.items():
@@ -120,7 +120,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
 
 
 def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
-    """Print the class numbers that no row of a split has, on stderr."""
+    """Print a note of the classes that have no row in a split."""
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(missing):
         shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
@@ -128,7 +128,7 @@ def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: i
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
-    """Train needs images and labels, val and test need both as soon as one exists; labels-test may be missing."""
+    """Raise UserError for missing keys: train needs both, val both or none; labels-test needs images-test."""
     needed = ["images-train", "labels-train"]
     needed += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys]
     needed += ["labels-val"] if "images-val" in keys else []
@@ -141,7 +141,7 @@ def _check_keys(path: Path, keys: set[str]) -> None:
 
 
 def load_class_names(file: Path) -> tuple[str, ...]:
-    """One class name per line, in the order of the labels."""
+    """Load class names, one per line, in the order of the labels."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +155,7 @@ def load_class_names(file: Path) -> tuple[str, ...]:
 
 
 def _open_file(path: Path) -> h5py.File:
-    while h5py.h5pl.size():  # folders in which HDF5 looks for plugins: a file must not choose what code is loaded
+    while h5py.h5pl.size():  # plugin folders of HDF5: a file must not choose the code that is loaded
         h5py.h5pl.remove(0)
     try:
         return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
@@ -166,7 +166,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _explain_refusal(path: Path, error: OSError) -> str | None:
-    """Return why HDF5 refuses a file whose content may be sound and how to fix it; None for all other errors."""
+    """Return why HDF5 refuses a possibly intact file and how to fix it; None for all other errors."""
     text = str(error)
     if "unable to lock file" in text:
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -175,7 +175,7 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
             f"the file system of {path} refuses to lock it (errno {error.errno}); once no process writes to the file, "
             "set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
         )
-    if "already open for" in text:  # flags in the superblock, which a writer sets and clears when it closes the file
+    if "already open for" in text:  # flags of the superblock that a writer sets, and clears when it closes the file
         return (
             f"{path} is marked as open for writing: a process still writes to it, or one ended without closing it; "
             "close it there, or if no process writes to it, write the file again or remove the mark with "
@@ -188,7 +188,10 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 @contextmanager
 def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
-    """HDF5's errors as one sentence; on damaged bytes it raises any of these. held_bytes: of the results and chunks."""
+    """Turn errors of HDF5 into one UserError; damaged bytes raise any of `DAMAGE`.
+
+    held_bytes: memory of the results and chunks, which the memory limit adds.
+    """
     try:
         with memory_limit.at_most(READING_BYTES + 2 * held_bytes):
             yield
@@ -204,7 +207,7 @@ def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
 
 
 def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
-    """Add what tells this content from another: shape, type, all labels and some rows, the first and last included."""
+    """Add shape, type, all labels and evenly spaced rows, first and last included, to the fingerprint."""
     digest.update(f"{name} {images.shape} {images.dtype}".encode())
     digest.update(b"" if split.labels is None else split.labels.tobytes())
     for row in np.unique(np.linspace(0, len(split) - 1, FINGERPRINT_ROWS).astype(int)).tolist():
@@ -212,7 +215,7 @@ def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Datase
 
 
 def _channels_last(image: np.ndarray) -> np.ndarray:
-    """[3, H, W] to contiguous [H, W, 3], three times as fast as ascontiguousarray of a transpose."""
+    """Transpose [3, H, W] to contiguous [H, W, 3], three times as fast as np.ascontiguousarray."""
     result = np.empty((*image.shape[1:], 3), np.uint8)
     for channel in range(3):
         result[..., channel] = image[channel]

@@ -1,4 +1,4 @@
-"""Check the data sets of an HDF5 source: where their bytes lie, their types, shapes and labels."""
+"""Check the data sets of an HDF5 source: storage, types, shapes and labels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from configs.utils.errors import UserError
 
-MAX_CHUNK_BYTES = 512 << 20  # of pixels; a worker holds a chunk of each data set in memory
+MAX_CHUNK_BYTES = 512 << 20  # a worker holds a chunk of each data set in memory
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-MAX_CLASSES = 100_000  # without a list of names; a label beyond it is damage rather than a class
+MAX_CLASSES = 100_000  # without a list of names; a higher label is treated as damage
 
 
 def chunk_bytes(dataset: h5py.Dataset) -> int:
@@ -21,10 +21,10 @@ def chunk_bytes(dataset: h5py.Dataset) -> int:
 
 
 def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """Return the data set, once it is certain that all its bytes lie in this file and were written.
+    """Return a data set after checking that all its bytes are in this file and were written.
 
-    A link or external storage may point at any file of this machine, whose bytes would come back as pixels; missing
-    sources of a virtual data set and pieces never written read as zeros, without an error.
+    A link or external storage may point at any file of this machine, whose bytes would be read as pixels. Missing
+    sources of a virtual data set, and pieces that were never written, read as zeros without an error.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
@@ -41,7 +41,7 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     if foreign:
         raise UserError(
             f"{path}: {key} is stored with the HDF5 filter {', '.join(map(str, sorted(foreign)))}, which is not read "
-            "here; store it anew with gzip or without a filter, for instance with h5repack"
+            "here; store it again with gzip or without a filter, for instance with h5repack"
         )
     if (size := chunk_bytes(dataset)) > MAX_CHUNK_BYTES:
         raise UserError(
@@ -64,7 +64,7 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
 
 
 def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
-    """Return whether images are [N, 3, H, W] rather than [N, H, W, 3]; raises UserError for other types and shapes."""
+    """Return whether images are [N, 3, H, W], not [N, H, W, 3]; raise UserError for other types and shapes."""
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
         raise UserError(
@@ -93,7 +93,7 @@ ENCODED_HINT = (
 
 
 def _type_hint(dtype: np.dtype) -> str:
-    """Return how to get uint8 pixels from what has this type."""
+    """Return how to convert data of this type to uint8 pixels."""
     is_opaque = dtype.kind == "V" and dtype.names is None
     if is_opaque or h5py.check_string_dtype(dtype) or h5py.check_vlen_dtype(dtype) in (np.uint8, np.int8):
         return ENCODED_HINT
@@ -102,12 +102,12 @@ def _type_hint(dtype: np.dtype) -> str:
     if dtype.kind == "b":
         return "store them as uint8, multiplied by 255"
     if dtype.kind in "iu":
-        return "store values within 0..255 as uint8 as they are, and scale wider ranges, such as 0..65535, to 0..255"
+        return "store values within 0..255 as uint8 as they are, and scale wider ranges (0..65535) to 0..255"
     return "store an array (N, H, W, 3) of uint8"
 
 
 def _shape_hint(shape: tuple[int, ...]) -> str:
-    """Return how to get RGB images from uint8 data of this shape."""
+    """Return how to convert uint8 data of this shape to RGB images."""
     if len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3])):
         return "repeat the channel of greyscale images three times"
     if len(shape) == 4 and 4 in (shape[1], shape[3]):
@@ -120,7 +120,7 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 
 def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Return the labels int64 [rows], all within the classes; None where test has -1 throughout."""
+    """Load and check the labels of a split: int64 [rows]; None if test has only -1."""
     key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)
     if dataset.dtype.kind not in "iu":
@@ -142,7 +142,7 @@ def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int
         source = "the class names" if classes is not None else "a list of class names (--classes)"
         raise UserError(
             f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} "
-            f"do not): mend the labels or {source}"
+            f"do not): fix the labels or {source}"
         )
     return labels.astype(np.int64)
 

@@ -1,6 +1,7 @@
-"""Image files in folders: ROOT/SPLIT/CLASS/*.jpg, as torchvision's ImageFolder, timm and most tutorials lay them out.
+"""Image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-Paths of 1.5 M files are kept as one bytes object: a third of the memory of strings, and quickly sent to workers.
+Paths are kept as one bytes object, which for 1.5 M files takes a third of the memory of strings and is sent to workers
+quickly.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from configs.utils.errors import UserError, readable
 from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, join_path, note, read_regular_file
 
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-                 "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class, box, separated by tabs
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
 
@@ -26,7 +35,7 @@ Files = list[tuple[str, int]]  # path relative to the root, size in bytes
 
 
 class ImageFolderSplit:
-    """The files of one split in a fixed order: relative paths, sizes in bytes, labels."""
+    """Files of one split in a fixed order: relative paths, sizes in bytes, labels."""
 
     def __init__(self, root: Path, files: Files, labels: list[int] | None) -> None:
         encoded = [os.fsencode(path) for path, _ in files]
@@ -40,14 +49,14 @@ class ImageFolderSplit:
         return len(self._ends)
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Contents of the files start..stop, as they are."""
+        """Yield the contents of files start..stop."""
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
                 yield read_regular_file(path)
             except OSError as error:
                 raise UserError(
-                    f"cannot read {path} ({error.strerror}); mend or remove the file and start again"
+                    f"cannot read {path} ({error.strerror}); fix or remove the file and start again"
                 ) from None
 
     def describe(self, row: int) -> str:
@@ -58,11 +67,11 @@ class ImageFolderSplit:
 
 
 def open_imagefolder(root: Path) -> Source:
-    """List every split. Classes are the folders of train, sorted; rows are sorted by class, then by path.
+    """List every split. Classes are the sorted folders of train; rows are sorted by class, then by path.
 
-    Images count for a class at any depth below its folder. Tiny ImageNet's layout as published is read as well:
-    val/images with labels in val/val_annotations.txt, and test/images without labels.
-    Raises UserError for another layout, links out of `root`, and files larger than any image.
+    Images belong to a class at any depth below its folder. Tiny ImageNet's published layout is supported as well:
+    val/images with labels in val/val_annotations.txt, and test/images without labels. Raises UserError for another
+    layout, links out of `root`, and files larger than `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -79,7 +88,7 @@ def open_imagefolder(root: Path) -> Source:
         listed = train if name == "train" else scan.entries(folder, ANNOTATIONS if name == "val" else "")
         files, labels = _list_split(scan, name, folder, listed, classes, digest)
         if not files:
-            hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+            hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
             raise UserError(f"{root / folder} holds no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
         for path, size in files:
             digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
@@ -102,14 +111,14 @@ def open_imagefolder(root: Path) -> Source:
 
 
 def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
-    """All image files in a folder and the folders in it, sorted by path: one split without labels.
+    """Open all image files at any depth below a folder, sorted by path, as one split without labels.
 
-    classes: those that a model is to choose from.
+    classes: of the model that predicts them.
     """
     scan = Scan(folder.resolve())
     files = scan.images(".")
     if not files:
-        hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+        hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
         raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
     scan.note_skipped()
     rows = ImageFolderSplit(scan.root, files, None)
@@ -118,13 +127,13 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
 
 
 def is_in_numeric_order(paths: Sequence[str]) -> bool:
-    """Return whether files whose names differ in numbers alone come in the order of these; true of all others."""
+    """Return whether files whose names differ in numbers only are sorted by them; True for all other files."""
     numbers = name_numbers([Path(path).stem for path in paths])
     return numbers is None or numbers == sorted(numbers)
 
 
 def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in names that differ in nothing else (`img_1`, `img_10`); None for all others."""
+    """Return the numbers in names that differ in numbers only (`img_1`, `img_10`); None for all others."""
     parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
         return None
@@ -132,7 +141,7 @@ def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
 
 
 def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
-    """Return the folder of each split that is there, in the order train, val, test; note every other folder."""
+    """Return the folder of each existing split, in the order train, val, test; note every other folder."""
     top, images = scan.entries(".")
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
@@ -143,13 +152,15 @@ def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
         if len(folders) > 1:
             raise UserError(f"{root} has {' and '.join(folders)}, which all mean split {name!r}; keep one of them")
     if not found["train"]:
-        hint = f"; passed over: {summary}" if (summary := scan.summary()) else ""
+        hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
         raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}){hint}; {LAYOUT}")
     for name, _ in images:
         scan.skip(name, "outside of the class folders")
     if others:
-        note(f"{root} has folders that mean no split and are not read: {', '.join(others)}; "
-             f"splits are {', '.join(SPLIT_FOLDERS)}, in any case")  # fmt: skip
+        note(
+            f"{root} has folders that mean no split and are not read: {', '.join(others)}; splits are "
+            f"{', '.join(SPLIT_FOLDERS)}, in any case"
+        )
     return {name: folders[0] for name, folders in found.items() if folders}
 
 
@@ -169,9 +180,15 @@ def _list_split(
     classes: tuple[str, ...],
     digest: hashlib._Hash,
 ) -> tuple[Files, list[int] | None]:
-    """Return files and labels (None for test images outside of class folders) of one split.
+    """Return the files of one split and their labels, None for test images outside of class folders.
 
-    listed: the entries of the split's folder. digest: updated by labels that no path tells.
+    Args:
+        scan: of the source.
+        split: train, val or test.
+        folder: of the split, relative to the root.
+        listed: subfolders and image files in `folder`.
+        classes: of train.
+        digest: updated with labels that are not part of the paths.
     """
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
@@ -210,11 +227,16 @@ def _list_split(
 def _list_annotated(
     scan: Scan, top: str, sizes: dict[str, int], numbers: dict[str, int], digest: hashlib._Hash
 ) -> tuple[Files, list[int]]:
-    """Return files and labels of Tiny ImageNet's val as published; sizes: of the images in `top`/images, by name."""
+    """Return files and labels of Tiny ImageNet's val as published.
+
+    sizes: bytes of the images in `top`/images, by name.
+    """
     path = scan.root / top / ANNOTATIONS
     if not path.is_file():
-        raise UserError(f"{path.parent / 'images'} holds images outside of class folders, and there is no {path} that "
-                        f"names their classes; {LAYOUT}")  # fmt: skip
+        raise UserError(
+            f"{path.parent / 'images'} holds images outside of class folders, and there is no {path} that names their "
+            f"classes; {LAYOUT}"
+        )
     with readable(path):
         lines = read_regular_file(path).decode("utf-8", "replace").splitlines()
     label_of: dict[str, int] = {}
@@ -224,8 +246,10 @@ def _list_annotated(
         name, _, rest = line.partition("\t")
         class_name = rest.partition("\t")[0].strip()
         if class_name not in numbers:
-            raise UserError(f"{path}, line {place}: {class_name!r} is not a class folder of train; a line is FILE, "
-                            "CLASS and a box, separated by tabs")  # fmt: skip
+            raise UserError(
+                f"{path}, line {place}: {class_name!r} is not a class folder of train; a line is FILE, CLASS and a "
+                "box, separated by tabs"
+            )
         if label_of.setdefault(name, numbers[class_name]) != numbers[class_name]:
             raise UserError(f"{path}, line {place}: {name!r} has a second class, {class_name!r}; keep one of them")
     for name in sorted(sizes.keys() - label_of.keys()):
@@ -239,14 +263,16 @@ def _list_annotated(
 
 
 def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[str, ...]) -> None:
-    """Note classes without images in a split with labels."""
+    """Print a note of the classes without images in a split with labels."""
     if labels is not None and (missing := sorted(set(range(len(classes))).difference(labels))):
         names = ", ".join(classes[number] for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
         note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
 
 
 def _note_order(folder: str, files: Files) -> None:
-    """Note images without labels that come in another order than their numbers."""
+    """Print a note of images without labels that are not sorted by their numbers."""
     names = ", ".join(Path(path).name for path, _ in files[:3])
-    note(f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them "
-         "with leading zeros where a submission's ids mean the numbers")  # fmt: skip
+    note(
+        f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them with "
+        "leading zeros where a submission's ids mean the numbers"
+    )

@@ -1,11 +1,11 @@
-"""Unpickle the dict of a CIFAR batch without running anything that the pickle names.
+"""Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
 `find_class` maps the names under which NumPy pickles arrays, dtypes and scalars to the functions below. They check
 their arguments and allocate no more than the pickle holds. Every other name is refused.
 
-The base class is the standard library's unpickler written in Python. The one in C has no hook before it hashes a dict
-key or sets an object's state: some 100 bytes can make a key that takes years to hash (a tuple that holds one tuple
-twice, and so on), and 8 bytes can make it allocate 64 GiB for its memo.
+The base class is the standard library's unpickler written in Python. The C version has no hook before it hashes a dict
+key or sets the state of an object: 100 bytes can make a key that takes years to hash (nested tuples that each contain
+one tuple twice), and 8 bytes can make it allocate 64 GiB for its memo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
 
 LOADING_BYTES = 256 << 20  # for labels, file names and the unpickler itself
-COPIES = 3  # of the pixels, which protocol 2 of Python 3 decodes from UTF-8 and encodes as Latin-1
+COPIES = 3  # of the pixels: protocol 2 of Python 3 decodes them from UTF-8 and encodes them as Latin-1
 MAX_TEXT = 200  # characters of a reason
 
 
@@ -42,13 +42,13 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
             return dict(zip(keys, map(_to_plain, loaded.values()), strict=True))
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle raises any type of error
         reason = f"{type(error).__name__}: {str(error)[:MAX_TEXT]}".removesuffix(": ")
         raise UserError(f"{file} is damaged ({reason}); fetch the file again") from None
 
 
 class _Content(io.BytesIO):
-    """Raise EOFError where the pickle ends early, so that a name that was cut is not taken for another name."""
+    """Stream that raises EOFError if the pickle ends early, so that a truncated name is not used."""
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
@@ -64,7 +64,7 @@ class _Content(io.BytesIO):
 
 
 class _Dtype:
-    """Stand for numpy.dtype, whose own `__setstate__` trusts sizes and flags."""
+    """Stand-in for numpy.dtype, whose `__setstate__` trusts sizes and flags."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         text = name.decode() if isinstance(name, bytes) else name
@@ -73,7 +73,7 @@ class _Dtype:
         self.type = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        """Take the byte order; the rest of the state repeats the name."""
+        """Set the byte order; the rest of the state repeats the name."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order not in ("|", "<", ">", "="):
             raise pickle.UnpicklingError("an unknown byte order")
@@ -81,7 +81,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stand for the empty array that NumPy makes first, until the state with its content follows."""
+    """Stand-in for the empty array that NumPy creates before it sets the state with the content."""
 
     content: np.ndarray | None = None
 
@@ -94,7 +94,7 @@ class _Array:
 
 
 def _to_plain(value: Any) -> Any:
-    """Return a value of the dict with its stand-in replaced by the array, and arrays of text as lists."""
+    """Return a value of the dict with the stand-in replaced by its array, and arrays of text as lists."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
@@ -132,7 +132,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickle one file. Only functions of this module are ever called, and only text is ever hashed."""
+    """Unpickler of one file that calls only functions of this module and hashes only text."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -141,7 +141,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._file, self._text_left = file, len(content)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for `module.name`; raises UserError unless NumPy writes it for arrays and scalars."""
+        """Return the stand-in for `module.name`; raise UserError unless NumPy pickles arrays or scalars with it."""
         full_name = f"{module}.{name}"
         if full_name == "_codecs.encode":
             return self._encode
@@ -156,7 +156,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         """Return the bytes that Python 3 pickles as Latin-1 text in protocols 0 to 2."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
-        self._text_left -= len(text)  # one text fetched from the memo and encoded a million times would take hours
+        self._text_left -= len(text)  # encoding one text of the memo a million times would take hours
         if self._text_left < 0:
             raise pickle.UnpicklingError("more encoded text than it holds")
         return text.encode("latin-1")

@@ -1,8 +1,8 @@
-"""Read a .tar.gz from front to back: wanted members by their bare names, everything else is passed over.
+"""Read members of a .tar.gz by their bare names, from front to back.
 
-Nothing is unpacked, and no path, link or device of the archive is used. This replaces Python's tarfile, which takes a
-damaged header for the end of the archive, reads a header of any claimed size at once, and before Python 3.10.15,
-3.11.10 and 3.12.6 spends quadratic time on extended headers (CVE-2024-6232).
+Nothing is unpacked, and no path, link or device of the archive is used. This replaces Python's tarfile, which treats a
+damaged header as the end of the archive, reads a header of any claimed size at once, and before Python 3.10.15, 3.11.10
+and 3.12.6 spends quadratic time on extended headers (CVE-2024-6232).
 """
 
 from __future__ import annotations
@@ -23,10 +23,18 @@ PLAIN_FILE = (b"0", b"\0")
 def read_members(
     path: Path, names: tuple[str, ...], check_size: Callable[[int, str], None], max_bytes: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Bare name and content of the plain files among `names`. Reads to the end, where gzip compares its checksum.
+    """Yield bare name and content of the regular files among `names`.
 
-    check_size: raises for a member too large to be held in memory. max_bytes: what the archive may inflate to. Raises
-    UserError for what is no whole archive.
+    Reads to the end, where gzip compares its checksum.
+
+    Args:
+        path: the archive.
+        names: bare names of the wanted members.
+        check_size: called with size and name of a member; raises if it is too large to hold in memory.
+        max_bytes: limit of the uncompressed archive.
+
+    Raises:
+        UserError: if the archive is incomplete or damaged.
     """
     try:
         with gzip.open(path) as opened:
@@ -45,12 +53,12 @@ def read_members(
                 pass
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(
-            f"{path} is no whole .tar.gz archive ({error}); fetch it again, for instance with --download"
+            f"{path} is not a complete .tar.gz archive ({error}); fetch it again, for instance with --download"
         ) from None
 
 
 class _Bounded:
-    """A stream that may not turn out longer than it should be."""
+    """Stream that raises ValueError after `max_bytes`."""
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile, max_bytes: int) -> None:
         self._stream, self._max_bytes, self._left = stream, max_bytes, max_bytes
@@ -77,7 +85,7 @@ class _Bounded:
 
 
 def _parse(header: bytes) -> tuple[str, int, bytes]:
-    """Name, size in bytes and type of a member."""
+    """Return name, size in bytes and type of a member."""
     if len(header) < BLOCK:
         raise EOFError("it ends within a header")
     if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _octal(header[148:156]):
@@ -88,5 +96,5 @@ def _parse(header: bytes) -> tuple[str, int, bytes]:
 def _octal(field: bytes) -> int:
     text = field.split(b"\0", 1)[0].strip()
     if text.strip(b"01234567"):
-        raise ValueError("a header holds no number where one is due")
+        raise ValueError("a field of a header is not a number")
     return int(text or b"0", 8)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
-from pipelines.convert import checks, shuffle, writer
+from pipelines.convert import checks, layout, writer
 from pipelines.convert.encode import Defect, Encoding, encode
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -116,7 +116,7 @@ def test_how_the_spool_is_cut_changes_no_byte(
     groups: int, block_bytes: int, encoding: str, tmp_path: Path, request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(shuffle, "GROUPS", groups)
+    monkeypatch.setattr(layout, "GROUPS", groups)
     monkeypatch.setattr(writer, "BLOCK_BYTES", block_bytes)
     write(tiny_source(encoding), tmp_path / "tiny", encoding)
     assert contents(tmp_path / "tiny") == contents(request.getfixturevalue(f"{encoding}_data"))
@@ -443,7 +443,7 @@ def test_a_source_that_gives_too_few_rows_is_an_error(tmp_path: Path) -> None:
         def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
             return super().read(start, min(stop, 9))
 
-    with pytest.raises(UserError, match="gave 9 rows where 10 were due"):
+    with pytest.raises(UserError, match="gave 9 rows instead of 10"):
         write(memory_source(train=Short(10)), tmp_path / "out")
 
 

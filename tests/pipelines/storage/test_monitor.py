@@ -86,7 +86,7 @@ def test_a_loader_ends_with_the_name_of_a_shard_that_was_changed(
     change: Change, says: str, encoding: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "POLL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(monitor, "SHARE", math.inf)
+    monkeypatch.setattr(monitor, "MAX_SHARE", math.inf)
     loader, file = loader_of(encoding, request)
     batches = iter(loader)
     next(batches)
@@ -108,7 +108,7 @@ def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(monitor, "POLL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(monitor, "SHARE", math.inf)
+    monkeypatch.setattr(monitor, "MAX_SHARE", math.inf)
     loader, file = loader_of(encoding, request)
     expected = [batch.images.sum() for batch in copies(loader)]
     loader.state = {"epoch": 0, "step": 0}

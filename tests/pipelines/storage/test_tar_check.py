@@ -172,7 +172,7 @@ def test_a_damaged_npy_header_is_told(npy_copy: Path) -> None:
     change(split, int(split.address[SAMPLE]) + 40, b"x")
     found = found_in(npy_copy)
     assert found.in_content_only
-    assert "is no .npy file of the data set's shape" in found.text
+    assert "is not a .npy file of the data set's shape" in found.text
 
 
 def test_only_jpegs_that_differ_in_content_are_tolerated_and_only_where_that_is_asked_for(

@@ -235,14 +235,14 @@ def test_every_truncation_of_a_batch_is_an_error_of_one_kind() -> None:
         ({"data": pixels_of(4, 0)}, "lacks labels"),
         ({"data": pixels_of(4, 0), "labels": [0, 1, 2]}, "one number for each of the 4 images"),
         ({"data": pixels_of(4, 0), "labels": [0, 1, 2, 10]}, "labels up to 10, but batches.meta names 10 classes"),
-        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, -1]}, "other things than class numbers"),
-        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, 1 << 80]}, "other things than class numbers"),
-        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, "3"]}, "other things than class numbers"),
+        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, -1]}, "values that are not class numbers"),
+        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, 1 << 80]}, "values that are not class numbers"),
+        ({"data": pixels_of(4, 0), "labels": [0, 1, 2, "3"]}, "values that are not class numbers"),
         ({"data": pixels_of(4, 0)[:, :3071], "labels": [0] * 4}, r"uint8 \(4, 3071\); CIFAR's is uint8 \(rows, 3072\)"),
         ({"data": pixels_of(4, 0).astype(np.int16), "labels": [0] * 4}, "int16"),
-        ({"data": pixels_of(4, 0), "labels": [True] * 4}, "other things than class numbers"),
+        ({"data": pixels_of(4, 0), "labels": [True] * 4}, "values that are not class numbers"),
         ({"data": pixels_of(4, 0), "labels": np.zeros((4, 1), int)}, "one number for each of the 4 images"),
-        ({"data": pixels_of(4, 0), "labels": np.zeros(4)}, "other things than class numbers"),
+        ({"data": pixels_of(4, 0), "labels": np.zeros(4)}, "values that are not class numbers"),
         ({"data": [1, 2], "labels": [0, 0]}, "data is list"),
         ({"data": pixels_of(0, 0), "labels": []}, "one number for each of the 0 images"),
         ([1, 2], "holds a list"),
@@ -273,7 +273,7 @@ def test_every_truncation_of_an_archive_is_refused(tmp_path: Path) -> None:
     content = archive.read_bytes()
     for length in (0, 5, len(content) // 3, len(content) // 2, len(content) - 9, len(content) - 1):
         archive.write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"cifar.tar.gz (is no whole|lacks)"):
+        with pytest.raises(UserError, match=r"cifar.tar.gz (is not a complete|lacks)"):
             open_cifar("cifar10", archive)
 
 

@@ -133,10 +133,10 @@ def test_what_is_passed_over_is_counted_by_extension_and_reason(
     (tmp_path / "train/a/gone.jpg").symlink_to("nothing.jpg")
     assert contents(tmp_path, "train") == ["train/a/1.jpg"]
     assert capsys.readouterr().err == (
-        "note: passed over 10 entries: 2 .jpg, outside of the class folders (loose.jpg …); 2 .txt, no image "
+        "note: skipped 10 entries: 2 .jpg, outside of the class folders (loose.jpg …); 2 .txt, not an image "
         "(train/a/x.txt …); 1 .jpg, hidden (train/a/.hidden.jpg); 1 .jpg, link that leads nowhere "
-        "(train/a/gone.jpg); 1 .jpg, no regular file (train/a/pipe.jpg); 1 .md, no image (README.md); 1 folder, hidden "
-        "(train/.ipynb_checkpoints); 1 without extension, no image (train/a/LICENSE)\n"
+        "(train/a/gone.jpg); 1 .jpg, not a regular file (train/a/pipe.jpg); 1 .md, not an image (README.md); 1 folder, "
+        "hidden (train/.ipynb_checkpoints); 1 without extension, not an image (train/a/LICENSE)\n"
     )
 
 
@@ -178,7 +178,7 @@ def test_links_within_the_source_are_followed_and_broken_ones_passed_over(
     (root / "train/a/4.jpg").symlink_to("nothing")
     for open_source in (open_imagefolder, lambda root: open_image_files(root, "train", ("a",))):
         assert len(open_source(root).splits["train"]) == 2
-        assert "passed over 2 entries: 2 .jpg, link that leads nowhere (train/a/3.jpg …)" in capsys.readouterr().err
+        assert "skipped 2 entries: 2 .jpg, link that leads nowhere (train/a/3.jpg …)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_links_within_the_source_are_followed_and_broken_ones_passed_over(
         ([], "has no folder 'train'"),
         (["a/1.jpg", "b/1.jpg"], r"has no folder 'train' \(it has a, b\); the layout is"),
         (["train/a/1.txt"], "train holds no images"),
-        (["train/a/1.txt", "train/1.jpg"], "holds no images .*passed over: 1 .jpg, outside .*; 1 .txt, no image"),
+        (["train/a/1.txt", "train/1.jpg"], "holds no images .*skipped: 1 .jpg, outside .*; 1 .txt, not an image"),
         (["train/a/1.jpg", "val/a/1.txt"], "val holds no images"),
         (["train/a/1.jpg", "val/b/1.jpg", "val/c/1.jpg"], "2 class folders that train lacks, such as 'b'"),
         (["train/a/1.jpg", "val/a/1.jpg", "Valid/a/1.jpg"], "has Valid and val, which all mean split 'val'"),
@@ -238,7 +238,7 @@ def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
     assert list(rows.read(0, 4)) == [name.encode() for name in names]
     assert (rows.labels, source.classes) == (None, ("x", "y"))
     assert (
-        "passed over 3 entries: 1 .txt, no image (a/notes.txt); 1 folder, hidden (.hidden); 1 folder, link to a "
+        "skipped 3 entries: 1 .txt, not an image (a/notes.txt); 1 folder, hidden (.hidden); 1 folder, link to a "
         in (capsys.readouterr().err)
     )
     (tmp_path / "empty").mkdir()
@@ -267,7 +267,7 @@ def test_tiny_imagenet_is_read_as_published(tmp_path: Path, capsys: pytest.Captu
     assert labels_of(source, "val") == [0, 1, 1]
     assert contents(root, "test") == [f"test/images/test_{place}.JPEG" for place in range(3)]
     assert source.splits["test"].labels is None
-    assert capsys.readouterr().err.splitlines()[0] == "note: passed over 4 entries: 4 .txt, no image (wnids.txt …)"
+    assert capsys.readouterr().err.splitlines()[0] == "note: skipped 4 entries: 4 .txt, not an image (wnids.txt …)"
 
 
 def test_tiny_imagenets_labels_are_part_of_the_fingerprint(tmp_path: Path) -> None:
