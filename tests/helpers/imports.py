@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imported_by(source: Path) -> set[str]:
-    """Every module that a file imports anywhere, `from a import b` as a.b, and torch.distributed where it is used."""
+    """Return the modules that a file imports anywhere; `from a import b` counts as a.b."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / source).read_text())):
         if isinstance(node, ast.Import):
