@@ -195,7 +195,7 @@ def test_every_setting_of_a_complete_resnet_config(write: Write) -> None:
     }
 
 
-def test_what_a_file_leaves_out_is_as_the_homework_trains(write: Write) -> None:
+def test_missing_keys_have_homework_defaults(write: Write) -> None:
     assert changes(load_config(write())) == {
         "data.path": "data/cifar10",
         "data.image_size": 224,
@@ -215,24 +215,24 @@ def test_what_a_file_leaves_out_is_as_the_homework_trains(write: Write) -> None:
     }
 
 
-def test_every_key_means_a_setting_of_ours_or_nothing() -> None:
+def test_every_key_maps_to_a_setting_or_nothing() -> None:
     known = {key for key, _ in all_settings()}
     assert {key for key, rule in KEYS.items() if rule.target not in known} == {
         "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "TEST.SEQUENTIAL", "TEST.SHUFFLE",
     }  # fmt: skip
 
 
-def test_empty_sections_and_nulls_are_as_if_left_out(write: Write) -> None:
+def test_empty_sections_and_nulls_count_as_missing(write: Write) -> None:
     empty = write("DATA:\nTRAIN: {LR: null, OPTIMIZER: }\nTEST: {}\nSEED:\nBASE:\n")
     assert load_config(empty) == load_config(write(name="minimal.yaml"))
 
 
 @pytest.mark.parametrize("value", ["null", '""', "none", "None", "off"])
-def test_a_policy_is_switched_off_by_a_word_or_null(write: Write, value: str) -> None:
+def test_word_or_null_disables_policy(write: Write, value: str) -> None:
     assert load_config(write(f"AUG: {{RAND_AUGMENT: {value}}}")).aug.auto.policy == "none"
 
 
-def test_a_null_switches_color_jitter_off(write: Write) -> None:
+def test_null_disables_color_jitter(write: Write) -> None:
     assert load_config(write("AUG: {COLOR_JITTER: null}")).aug.color_jitter.brightness == 0
 
 
@@ -247,14 +247,12 @@ def test_a_null_switches_color_jitter_off(write: Write) -> None:
         ("medium_imagenet", 224, "data/medium-imagenet-224"),
     ],
 )
-def test_without_a_path_the_name_and_the_size_choose_the_data_set(
-    write: Write, dataset: str, size: int, path: str
-) -> None:
+def test_name_and_size_choose_data_set_without_path(write: Write, dataset: str, size: int, path: str) -> None:
     section = f"DATA: {{DATASET: {dataset}, IMG_SIZE: {size}, DATA_PATH: ''}}"
     assert load_config(write(section)).data.path == path
 
 
-def test_a_path_makes_the_data_sets_name_unimportant(write: Write) -> None:
+def test_path_overrides_data_set_name(write: Write) -> None:
     assert load_config(write("DATA: {DATASET: cifar100, DATA_PATH: data/cifar100}")).data.path == "data/cifar100"
     assert load_config(write("DATA: {DATASET: cifar100}"), **{"data.path": "x"}).data.path == "x"
 
@@ -280,12 +278,12 @@ def test_a_path_makes_the_data_sets_name_unimportant(write: Write) -> None:
         ("one-cycle", "one-cycle"),
     ],
 )
-def test_schedules_are_known_by_torchs_names_too(write: Write, name: str, schedule: str) -> None:
+def test_schedules_accept_torch_names(write: Write, name: str, schedule: str) -> None:
     section = f"{{NAME: {name}{', MULTISTEPS: [30]' * (schedule == 'multistep')}}}"
     assert load_config(write(f"TRAIN: {{LR_SCHEDULER: {section}}}")).train.schedule == schedule
 
 
-def test_one_cycle_gets_no_second_warm_up_and_refuses_one_that_is_asked_for(write: Write) -> None:
+def test_one_cycle_rejects_second_warm_up(write: Write) -> None:
     one_cycle = "TRAIN: {LR_SCHEDULER: {NAME: OneCycleLR}"
     assert load_config(write(one_cycle + "}")).train.warmup_epochs == 0
     with pytest.raises(UserError, match=r"has a warm-up of its own; set train\.warmup_epochs to 0"):
@@ -293,18 +291,18 @@ def test_one_cycle_gets_no_second_warm_up_and_refuses_one_that_is_asked_for(writ
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adam", "RMSprop"])
-def test_optimizers_in_any_case_have_torchs_weight_decay(write: Write, name: str) -> None:
+def test_optimizers_have_torch_weight_decay_in_any_case(write: Write, name: str) -> None:
     torchs = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))]).defaults["weight_decay"]
     optimizer = load_config(write(f"TRAIN: {{OPTIMIZER: {{NAME: {name}}}}}")).train.optimizer
     assert (optimizer.name, optimizer.weight_decay, optimizer.decay_biases) == (name.lower(), torchs, True)
 
 
-def test_sgd_has_nesterov_momentum(write: Write) -> None:
+def test_sgd_uses_nesterov_momentum(write: Write) -> None:
     optimizer = load_config(write("TRAIN: {OPTIMIZER: {NAME: SGD}}")).train.optimizer
     assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
 
 
-def test_an_optimizer_of_timm_keeps_its_own_settings_but_for_those_written(write: Write) -> None:
+def test_timm_optimizer_keeps_defaults_of_missing_keys(write: Write) -> None:
     def settings(text: str) -> tuple[Any, Any, Any]:
         optimizer = load_config(write(f"TRAIN: {{OPTIMIZER: {{{text}}}}}")).train.optimizer
         return optimizer.betas, optimizer.eps, optimizer.nesterov
@@ -314,14 +312,12 @@ def test_an_optimizer_of_timm_keeps_its_own_settings_but_for_those_written(write
     assert settings("NAME: adamw")[:2] == ((0.9, 0.999), 1e-8)
 
 
-def test_sgd_may_do_without_momentum(write: Write) -> None:
+def test_sgd_accepts_zero_momentum(write: Write) -> None:
     optimizer = load_config(write("TRAIN: {OPTIMIZER: {NAME: sgd, MOMENTUM: 0}}")).train.optimizer
     assert (optimizer.momentum, optimizer.nesterov) == (0, False)
 
 
-def test_a_written_dropout_of_zero_switches_alexnets_own_off_with_a_note(
-    write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explicit_zero_dropout_disables_alexnets_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_config(write("MODEL: {NAME: alexnet}", head="")).model.drop_rate is None
     assert "dropout of" not in capsys.readouterr().err
     assert load_config(write("MODEL: {NAME: alexnet, DROP_RATE: 0.0}", head="")).model.drop_rate == 0
@@ -340,21 +336,21 @@ def test_a_written_dropout_of_zero_switches_alexnets_own_off_with_a_note(
         ("lenet", "lenet"),
     ],
 )
-def test_a_run_lies_in_the_output_folder_by_the_models_name(write: Write, output: str, folder: str) -> None:
+def test_run_folder_is_output_and_model_name(write: Write, output: str, folder: str) -> None:
     config = load_config(write(f"OUTPUT: '{output}'"))
     assert Path(config.output) / str(config.name) == Path(folder)
     named = load_config(write(f"OUTPUT: '{output}'"), ["name=other"])
     assert Path(named.output) / str(named.name) == Path(output or "output") / "other"
 
 
-def test_test_crop_says_how_evaluation_cuts(write: Write) -> None:
+def test_test_crop_sets_evaluation_crop_mode(write: Write) -> None:
     for crop, mode in (("true", "center"), ("false", "squash")):
         evaluation = load_config(write(f"TEST: {{CROP: {crop}}}")).eval
         assert (evaluation.crop_mode, evaluation.crop_fraction) == (mode, 1.0)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_config_loads_and_survives_to_yaml(
+def test_shipped_config_loads_and_survives_to_yaml(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(path)
@@ -378,7 +374,7 @@ def test_bases_are_merged_and_later_ones_win(write: Write) -> None:
     assert (config.train.optimizer.eps, config.train.optimizer.momentum) == (1e-6, 0.5)
 
 
-def test_the_last_layer_wins_whichever_of_both_spellings_it_has(write: Write) -> None:
+def test_last_layer_wins_in_either_spelling(write: Write) -> None:
     write("data: {path: x}\ntrain: {lr: 0.3, epochs: 40}\naug: {color_jitter: 0.2, flip: 0}", "ours.yaml", head="")
     write("BASE: ours.yaml\nTRAIN: {LR: 0.2}\nAUG: {COLOR_JITTER: 0.1}\nOUTPUT: theirs", "theirs.yaml")
     config = load_config(write("base: theirs.yaml\noutput: ours\naug: {color_jitter: {hue: 0.1}}", head=""))
@@ -390,7 +386,7 @@ def test_the_last_layer_wins_whichever_of_both_spellings_it_has(write: Write) ->
     assert (overridden.train.lr, overridden.output) == (0.6, "b")
 
 
-def test_overrides_take_both_spellings_on_both_kinds_of_files(write: Write) -> None:
+def test_overrides_accept_both_spellings_for_both_file_kinds(write: Write) -> None:
     overrides = ["TRAIN.LR", "1e-3", "DATA.BATCH_SIZE=64", "train.epochs", "30", "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)"]
     ours = write("data: {path: x}\nmodel: {name: lenet}\ntrain: {lr: 0.5, epochs: 2}", "ours.yaml", head="")
     for path in (write(), ours):
@@ -399,7 +395,7 @@ def test_overrides_take_both_spellings_on_both_kinds_of_files(write: Write) -> N
         assert config.train.optimizer.betas == (0.8, 0.9)
 
 
-def test_an_override_in_capitals_brings_no_defaults_into_a_file_of_ours(write: Write) -> None:
+def test_uppercase_override_adds_no_homework_defaults(write: Write) -> None:
     ours = write("data: {path: x}\nmodel: {name: lenet}", "ours.yaml", head="")
     overridden = load_config(ours, ["TRAIN.LR=0.1", "DATA.DATASET=cifar10", "MODEL.NAME=resnet18"])
     wanted = {"train.lr": 0.1, "data.path": "data/cifar10", "model.name": "resnet18"}
@@ -407,7 +403,7 @@ def test_an_override_in_capitals_brings_no_defaults_into_a_file_of_ours(write: W
     assert overridden.name == "ours"
 
 
-def test_flags_of_the_command_line_win(write: Write) -> None:
+def test_command_line_flags_win(write: Write) -> None:
     config = load_config(write(LENET, head=""), **{"data.batch_size": 8, "data.path": "x", "output": "y"})
     assert (config.data.batch_size, config.data.path, config.output, config.name) == (8, "x", "y", "lenet")
 
@@ -415,9 +411,7 @@ def test_flags_of_the_command_line_win(write: Write) -> None:
 # Warnings
 
 
-def test_a_key_given_twice_counts_the_last_time_with_a_warning(
-    write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_last_of_repeated_keys_counts_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("PRINT_FREQ: 1\nTRAIN: {LR: 1, LR: 2}\nPRINT_FREQ: 5\nSEED: 3")
     config = load_config(path)
     assert (config.log.every_steps, config.train.lr, config.seed) == (5, 2, 3)
@@ -427,12 +421,12 @@ def test_a_key_given_twice_counts_the_last_time_with_a_warning(
     ]
 
 
-def test_a_section_given_twice_counts_as_a_whole(write: Write) -> None:
+def test_last_of_repeated_sections_counts_as_whole(write: Write) -> None:
     config = load_config(write("TRAIN: {LR: 1, EPOCHS: 77}\nTRAIN: {LR: 2}"))
     assert (config.train.lr, config.train.epochs) == (2, 300)
 
 
-def test_one_line_names_all_keys_without_use_and_what_to_use(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_warning_names_all_unused_keys_and_alternatives(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("DATA: {PIN_MEMORY: true}\nTEST: {SHUFFLE: true, SEQUENTIAL: false}")
     load_config(path, ["DATA.NUM_WORKERS=8"])
     (line,) = notes_besides_the_list(capsys)
@@ -441,7 +435,7 @@ def test_one_line_names_all_keys_without_use_and_what_to_use(write: Write, capsy
     assert "data.threads and data.prefetch" in line
 
 
-def test_a_warning_is_said_once_and_by_the_first_rank(
+def test_warning_is_printed_once_by_first_rank(
     write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write("SEED: 1\nSEED: 2")
@@ -455,7 +449,7 @@ def test_a_warning_is_said_once_and_by_the_first_rank(
     assert len(notes_besides_the_list(capsys)) == 1
 
 
-def test_a_warm_up_longer_than_the_run_is_cut_with_a_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warm_up_longer_than_run_is_cut_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(LENET, head="")
     assert load_config(path, ["TRAIN.EPOCHS", "1"]).train.warmup_epochs == 1
     assert (
@@ -466,9 +460,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_with_a_warning(write: Write, capsy
     assert load_config(write(), ["train.epochs=3"]).train.warmup_epochs == 0
 
 
-def test_learning_rates_above_a_changed_lr_are_cut_with_a_warning(
-    write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_learning_rates_above_lr_are_cut_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(LENET, head="")
     train = load_config(path, ["TRAIN.LR=1e-5"]).train
     assert (train.lr, train.min_lr, train.warmup_lr) == (1e-5, 1e-5, 1e-5)
@@ -479,9 +471,7 @@ def test_learning_rates_above_a_changed_lr_are_cut_with_a_warning(
     assert "train.min_lr=0.1 must not exceed train.lr=1e-05" in error_of(path, "train.lr=1e-5", "train.min_lr=0.1")
 
 
-def test_outputs_that_the_named_data_set_does_not_have_are_left_out_with_a_warning(
-    write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_number_of_classes_is_dropped_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(LENET.replace("NUM_CLASSES: 10", "NUM_CLASSES: 200"), head="")
     assert load_config(path).model.num_classes is None
     assert f"MODEL.NUM_CLASSES=200 ({path}:10) does not fit cifar10" in capsys.readouterr().err
@@ -495,7 +485,7 @@ def test_outputs_that_the_named_data_set_does_not_have_are_left_out_with_a_warni
 # Errors
 
 
-def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Write) -> None:
+def test_unknown_key_error_names_line_and_allowed_keys(write: Write) -> None:
     message = error_of(write("TRAIN:\n  LR: 0.1\n  EPOCH: 5"))
     assert re.search(
         r"run\.yaml:4: TRAIN\.EPOCH=5 is unknown; did you mean TRAIN\.EPOCHS or .*\? allowed in TRAIN: ", message
@@ -533,13 +523,13 @@ def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Writ
         ("EVAL_MODE=yes", 'EVAL_MODE="yes" (eval.only) must be a valid boolean'),
     ],
 )
-def test_a_wrong_value_is_named_as_the_user_wrote_it(write: Write, override: str, expected: str) -> None:
+def test_wrong_value_error_quotes_users_spelling(write: Write, override: str, expected: str) -> None:
     message = error_of(write(), override)
     assert message.startswith("--opts: ")
     assert expected in message
 
 
-def test_a_wrong_value_names_the_file_and_line_of_the_layer_that_it_came_from(write: Write) -> None:
+def test_wrong_value_error_names_file_and_line(write: Write) -> None:
     write("TRAIN:\n  LR: fast\n", "base.yaml", head="")
     child = write("BASE: [base.yaml]\nSEED: 1")
     assert re.search(r'base\.yaml:2: TRAIN\.LR="fast" \(train\.lr\)', error_of(child))
@@ -558,7 +548,7 @@ def test_a_wrong_value_names_the_file_and_line_of_the_layer_that_it_came_from(wr
         ("MODEL: {NAME: lenet}\nseed: 1\nseed: 2", "run.yaml:3: key seed is given twice (first in line 2); keep one"),
     ],
 )
-def test_a_malformed_file_is_named(write: Write, text: str, expected: str) -> None:
+def test_malformed_file_error_names_file(write: Write, text: str, expected: str) -> None:
     assert expected in error_of(write(text, head=""))
 
 
@@ -569,9 +559,7 @@ def test_a_malformed_file_is_named(write: Write, text: str, expected: str) -> No
         st.text(), st.sampled_from(["", "-1", "0", "1", "1e9", "true", "[]", "[1, 2]", "{}", "{A: 1}", "x"])
     ),
 )
-def test_any_value_of_any_key_raises_nothing_but_user_errors(
-    key: str, text: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_random_values_raise_only_user_errors(key: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any_key.yaml"
     path.write_text(MINIMAL)
     try:
@@ -587,7 +575,7 @@ def lrs_of(log: str) -> list[float]:
     return [float(found) for found in re.findall(r"step \d+: loss .*?, lr ([\d.e-]+),", log)]
 
 
-def test_a_config_trains_with_its_batch_size_warm_up_and_jitter(
+def test_run_uses_batch_size_warm_up_and_jitter(
     write: Write, call: Callable[..., tuple[int, str, str]], npy_data: Path, tmp_path: Path
 ) -> None:
     text = LENET.replace("EPOCHS: 50", "EPOCHS: 1")
@@ -609,7 +597,7 @@ def test_a_config_trains_with_its_batch_size_warm_up_and_jitter(
     assert '"image_size": 34' in (folder / "facts.json").read_text()
 
 
-def test_a_config_with_sgd_and_a_policy_trains_goes_on_and_is_evaluated_only(
+def test_sgd_run_trains_resumes_and_evaluates(
     write: Write, call: Callable[..., tuple[int, str, str]], npy_data: Path, tmp_path: Path
 ) -> None:
     path = write(
@@ -645,7 +633,7 @@ PRINT_FREQ: 1
     assert load_config(folder / "config.yaml").log.every_steps == 7
 
 
-def test_evaluation_only_needs_a_checkpoint_and_the_flag_goes_before_the_config(
+def test_evaluation_needs_checkpoint_and_flag_overrides_config(
     write: Write, call: Callable[..., tuple[int, str, str]], npy_data: Path
 ) -> None:
     path = write(f"DATA: {{DATA_PATH: {npy_data}, IMG_SIZE: 32}}\nEVAL_MODE: true")
@@ -666,7 +654,7 @@ def test_evaluation_only_needs_a_checkpoint_and_the_flag_goes_before_the_config(
         ("DATA_PATH: raw/pixels.hdf5", "tools/convert.py hdf5 --source raw/pixels.hdf5 --out data/pixels, and give"),
     ],
 )
-def test_a_data_set_that_is_not_converted_names_the_command_that_does_it(
+def test_unconverted_data_set_error_names_convert_command(
     write: Write, call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     section: str, expected: str,
 ) -> None:  # fmt: skip

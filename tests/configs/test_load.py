@@ -42,7 +42,7 @@ def error_of(path: Path, *overrides: str, **replacements: Any) -> str:
 # Values
 
 
-def test_defaults_fill_all_but_the_data_path_and_the_model_name(write: Write) -> None:
+def test_only_data_path_and_model_name_are_required(write: Write) -> None:
     assert load_config(write()) == Config.model_validate(
         {"data": {"path": "data/x"}, "model": {"name": "lenet"}, "name": "run"}
     )
@@ -56,12 +56,12 @@ def test_numbers_in_scientific_notation_are_floats(write: Write, text: str, lr: 
 
 
 @pytest.mark.parametrize("text", ["(0.9, 0.95)", "[0.9, 0.95]", "( 9e-1,0.95 )"])
-def test_a_pair_may_stand_in_parentheses_or_brackets(write: Write, text: str) -> None:
+def test_pair_accepts_parentheses_and_brackets(write: Write, text: str) -> None:
     assert load_config(write(f"train:\n  optimizer:\n    betas: {text}")).train.optimizer.betas == (0.9, 0.95)
     assert load_config(write(), [f"train.optimizer.betas={text}"]).train.optimizer.betas == (0.9, 0.95)
 
 
-def test_off_is_text_and_not_a_boolean(write: Write) -> None:
+def test_off_is_text_not_boolean(write: Write) -> None:
     assert load_config(write("train: {amp: off, compile: off}")).train.amp == "off"
 
 
@@ -70,17 +70,17 @@ def test_one_color_jitter_number_sets_brightness_contrast_and_saturation(write: 
     assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.4, 0.4, 0.4, 0.0)
 
 
-def test_a_hue_is_added_to_the_one_color_jitter_number(write: Write) -> None:
+def test_hue_extends_single_color_jitter_number(write: Write) -> None:
     jitter = load_config(write("aug: {color_jitter: 0.4}"), ["aug.color_jitter.hue=0.1"]).aug.color_jitter
     assert (jitter.brightness, jitter.hue) == (0.4, 0.1)
 
 
-def test_the_name_defaults_to_the_stem_of_the_file(write: Write) -> None:
+def test_name_defaults_to_file_stem(write: Write) -> None:
     assert load_config(write(name="my.run.yaml")).name == "my.run"
     assert load_config(write("name: other")).name == "other"
 
 
-def test_a_config_is_frozen(write: Write) -> None:
+def test_config_is_frozen(write: Write) -> None:
     config = load_config(write())
     with pytest.raises(ValidationError):
         config.seed = 1  # type: ignore[misc]
@@ -91,12 +91,12 @@ def test_a_config_is_frozen(write: Write) -> None:
 # Errors
 
 
-def test_a_missing_field_is_named_with_its_meaning(write: Write) -> None:
+def test_missing_field_error_names_field_and_meaning(write: Write) -> None:
     message = error_of(write("data: {batch_size: 2}\nmodel: {name: lenet}", head=""))
     assert re.search(r"run\.yaml:1: data\.path is missing: Folder of the converted", message)
 
 
-def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Write) -> None:
+def test_unknown_key_error_names_line_and_allowed_keys(write: Write) -> None:
     message = error_of(write("train:\n  lr: 0.1\n  epoch: 5"))
     assert re.search(
         r"run\.yaml:5: train\.epoch=5 is unknown; did you mean train\.epochs or train\.first_epoch\? allowed in ",
@@ -114,11 +114,11 @@ def test_an_unknown_key_names_file_line_closest_key_and_allowed_keys(write: Writ
         ("Train", "train"),
     ],
 )
-def test_a_key_in_the_wrong_section_or_in_capitals_finds_its_place(write: Write, key: str, known: str) -> None:
+def test_misplaced_key_error_suggests_correct_key(write: Write, key: str, known: str) -> None:
     assert f"did you mean {known}" in error_of(write(), f"{key}=3")
 
 
-def test_a_misspelt_required_key_is_reported_before_the_missing_one(write: Write) -> None:
+def test_misspelt_required_key_is_reported_before_missing_one(write: Write) -> None:
     message = error_of(write("data: {pth: x}\nmodel: {name: y}", head=""))
     assert "data.pth" in message
     assert message.endswith("(and 1 more error)")
@@ -129,7 +129,7 @@ def test_several_errors_become_one_line_with_a_count(write: Write) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_config_can_be_cut_to_one_epoch(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_config_loads_with_one_epoch(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warnings.warn.cache_clear()
     long = load_config(path)
     assert load_config(path, ["train.epochs=1"]).train.warmup_epochs == min(1, long.train.warmup_epochs)
@@ -137,7 +137,7 @@ def test_every_config_can_be_cut_to_one_epoch(path: Path, capsys: pytest.Capture
     assert (cut in capsys.readouterr().err) == (long.train.warmup_epochs > 1)
 
 
-def test_a_warm_up_longer_than_the_run_is_cut_with_its_place(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warm_up_longer_than_run_is_cut_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("train: {epochs: 3, warmup_epochs: 3.5}")
     assert load_config(path).train.warmup_epochs == 3
     assert f"{path}:3: train.warmup_epochs=3.5 is longer than the run and is cut to 3" in capsys.readouterr().err
@@ -181,15 +181,13 @@ def test_a_warm_up_longer_than_the_run_is_cut_with_its_place(write: Write, capsy
         ("name=5", 'quote it: "5"'),
     ],
 )
-def test_a_value_out_of_range_names_key_value_and_what_is_allowed(
-    write: Write, override: str, requirement: str
-) -> None:
+def test_out_of_range_error_names_key_value_and_limits(write: Write, override: str, requirement: str) -> None:
     message = error_of(write(), override)
     assert message.startswith("--opts: " + re.split("[={]", override)[0])
     assert requirement in message
 
 
-def test_a_bad_value_names_the_layer_that_it_came_from(write: Write) -> None:
+def test_bad_value_error_names_its_layer(write: Write) -> None:
     write("train:\n  epochs: 0", "base.yaml", head="")
     child = write("base: base.yaml\nseed: 1")
     assert "base.yaml:2: train.epochs=0" in error_of(child)
@@ -216,11 +214,11 @@ def test_a_bad_value_names_the_layer_that_it_came_from(write: Write) -> None:
         ("train.epochs: 5", ":1: train.epochs=5 is unknown; a file nests sections"),
     ],
 )
-def test_a_malformed_file_is_named_with_the_line(write: Write, text: str, expected: str) -> None:
+def test_malformed_file_error_names_line(write: Write, text: str, expected: str) -> None:
     assert f"run.yaml{expected}" in error_of(write(text, head=""))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_file_error_names_file(tmp_path: Path) -> None:
     assert "none.yaml cannot be read (No such file" in error_of(tmp_path / "none.yaml")
     assert "cannot be read (Is a directory)" in error_of(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
@@ -238,7 +236,7 @@ def test_bases_are_merged_deeply_and_later_ones_win(write: Write) -> None:
     assert (config.train.optimizer.eps, config.train.optimizer.betas) == (1e-6, (0.8, 0.9))
 
 
-def test_a_base_is_relative_to_the_file_and_may_have_a_base(write: Write) -> None:
+def test_base_is_relative_to_file_and_may_be_nested(write: Write) -> None:
     write("seed: 7", "root.yaml")
     write("base: ../root.yaml", "folder/middle.yaml", head="")
     assert load_config(write("base: folder/middle.yaml", head="")).seed == 7
@@ -251,15 +249,13 @@ def test_two_bases_may_share_a_base(write: Write) -> None:
     assert load_config(write("base: [one.yaml, two.yaml]", head="")).seed == 7
 
 
-def test_a_cycle_of_bases_is_an_error_that_shows_the_path(write: Write) -> None:
+def test_cycle_of_bases_error_shows_path(write: Write) -> None:
     write("base: run.yaml", "other.yaml")
     assert re.search(r"is a cycle \(.*run\.yaml -> .*other\.yaml -> .*run\.yaml\)", error_of(write("base: other.yaml")))
     assert "is a cycle" in error_of(write("base: self.yaml", "self.yaml"))
 
 
-def test_bases_lie_beside_the_config_in_the_working_folder_or_among_the_projects_configs(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_must_be_near_config_or_project(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("seed: 5", "other/base.yaml", head="")
     own = write("base: ../other/base.yaml", "mine/own.yaml")
     with pytest.raises(UserError, match=r"own\.yaml: base .*base\.yaml is outside of .*mine and .*copy the file there"):
@@ -270,9 +266,7 @@ def test_bases_lie_beside_the_config_in_the_working_folder_or_among_the_projects
     assert load_config(write(f"base: {projects}", "mine/own.yaml", head="")).model.name == "lenet"
 
 
-def test_a_base_may_lie_in_a_folder_above_the_config_wherever_the_program_starts(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_may_be_in_folder_above_config(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("seed: 5", "common.yaml", head="")
     (tmp_path / "elsewhere").mkdir()
     for folder in ("mine", "elsewhere"):
@@ -286,7 +280,7 @@ def test_a_base_may_lie_in_a_folder_above_the_config_wherever_the_program_starts
         load_config(write("base: ../link.yaml", "mine/own.yaml"))
 
 
-def test_a_base_is_a_plain_file_that_is_named_as_a_config(write: Write, tmp_path: Path) -> None:
+def test_base_must_be_plain_file_named_like_config(write: Write, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("password: secret")
     error = error_of(write("base: notes.txt"))
     assert "is not named like a config" in error
@@ -295,25 +289,25 @@ def test_a_base_is_a_plain_file_that_is_named_as_a_config(write: Write, tmp_path
     assert "is not a plain file" in error_of(write("base: folder.yaml"))
 
 
-def test_bases_of_bases_are_counted(write: Write) -> None:
+def test_nested_bases_are_limited(write: Write) -> None:
     for number in range(10):
         write(f"base: [many{number + 1}.yaml, many{number + 1}.yaml]", f"many{number}.yaml", head="")
     write("seed: 1", "many10.yaml", head="")
     assert "is one file too many: a config may have up to 63 bases" in error_of(write("base: many0.yaml"))
 
 
-def test_a_missing_base_names_both_files(write: Write) -> None:
+def test_missing_base_error_names_both_files(write: Write) -> None:
     assert re.search(r"run\.yaml: base .*none\.yaml cannot be read", error_of(write("base: none.yaml")))
 
 
-def test_a_base_of_another_type_is_an_error(write: Write) -> None:
+def test_base_of_wrong_type_is_an_error(write: Write) -> None:
     assert "run.yaml:3: base=5 must be a file name or a list" in error_of(write("base: 5"))
 
 
 # Overrides
 
 
-def test_overrides_take_both_forms_in_one_list_and_the_last_wins(write: Write) -> None:
+def test_overrides_mix_both_forms_and_last_wins(write: Write) -> None:
     overrides = ["train.epochs=5", "train.lr", "3e-4", "data.path", "a=b", "train.epochs", "6", "log.wandb.tags=[a, b]"]
     config = load_config(write("train: {epochs: 4}"), overrides)
     assert (config.train.epochs, config.train.lr, config.data.path) == (6, 3e-4, "a=b")
@@ -321,7 +315,7 @@ def test_overrides_take_both_forms_in_one_list_and_the_last_wins(write: Write) -
 
 
 @pytest.mark.parametrize("null", ["null", "None", "~"])
-def test_null_and_none_reset_an_optional_field_in_an_override_and_in_a_file(null: str, write: Write) -> None:
+def test_null_and_none_reset_optional_fields(null: str, write: Write) -> None:
     path = write(f"train: {{epochs: 4, clip_grad_norm: {null}}}")
     config = load_config(path, ["data.image_size=9", f"data.image_size={null}", f"name={null}"])
     assert (config.data.image_size, config.train.clip_grad_norm, config.name) == (None, None, "run")
@@ -332,7 +326,7 @@ def test_null_and_none_reset_an_optional_field_in_an_override_and_in_a_file(null
 @pytest.mark.parametrize(
     "override", [["train.clip_grad_norm="], ["train.clip_grad_norm", ""], ["name=  "], ["MODEL.RESUME="]]
 )
-def test_an_empty_override_is_an_error_that_names_null(override: list[str], write: Write) -> None:
+def test_empty_override_error_suggests_null(override: list[str], write: Write) -> None:
     assert "has an empty value; write null for none, or '\"\"' for an empty text" in error_of(write(), *override)
 
 
@@ -349,14 +343,14 @@ def test_an_empty_override_is_an_error_that_names_null(override: list[str], writ
         ("&x y", "&x y"),
     ],
 )  # fmt: skip
-def test_the_value_of_an_override_is_taken_whole(text: str, value: str, write: Write) -> None:
+def test_override_value_keeps_special_characters(text: str, value: str, write: Write) -> None:
     for override in ([f"name={text}"], ["name", text]):
         config = load_config(write(), override)
         assert config.name == value
         assert parse_config(to_yaml(config), "config.yaml") == config
 
 
-def test_a_number_or_list_with_something_behind_it_is_refused_instead_of_cut(write: Write) -> None:
+def test_trailing_text_after_value_is_an_error(write: Write) -> None:
     assert 'train.epochs="5 #6" must be a valid integer' in error_of(write(), "train.epochs=5 #6")
     for text in ("[a, b #c]", "[a] #b", '"a" #b', "[a, #b\n]"):
         assert "# does not start a comment here; put the text that contains it in quotes" in error_of(
@@ -365,9 +359,7 @@ def test_a_number_or_list_with_something_behind_it_is_refused_instead_of_cut(wri
     assert load_config(write(), ["log.wandb.tags=[a, 'b #c']"]).log.wandb.tags == ("a", "b #c")
 
 
-def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tilde_is_home_folder_in_path_settings(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = ["data.path=~/a", "output=~/b", "resume=~/c", "model.finetune=~/d", "model.pretrained=~/e"]
     (tmp_path / "base.yaml").write_text("seed: 5")
@@ -397,11 +389,11 @@ def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(
         (["base=x.yaml"], "--opts: base="),
     ],
 )
-def test_a_malformed_override_is_an_error(write: Write, overrides: list[str], expected: str) -> None:
+def test_malformed_override_is_an_error(write: Write, overrides: list[str], expected: str) -> None:
     assert error_of(write(), *overrides).startswith(expected)
 
 
-def test_replacements_win_over_overrides_and_none_stands_for_not_given(write: Write) -> None:
+def test_replacements_win_and_none_means_not_given(write: Write) -> None:
     flags: dict[str, Any] = {"data.batch_size": 8, "output": None, "train": {"epochs": 3}}
     config = load_config(write("output: runs"), ["data.batch_size=4", "train.lr=0.5"], **flags)
     assert (config.data.batch_size, config.output, config.train.epochs, config.train.lr) == (8, "runs", 3, 0.5)
@@ -411,7 +403,7 @@ def test_replacements_win_over_overrides_and_none_stands_for_not_given(write: Wr
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_config_loads_and_survives_to_yaml(path: Path, tmp_path: Path) -> None:
+def test_shipped_config_loads_and_survives_to_yaml(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -446,9 +438,7 @@ YAML_PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(text=st.one_of(st.text(), st.lists(YAML_PIECES, max_size=30).map("".join)))
-def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
-    text: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_random_text_raises_only_user_errors(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "random.yaml").write_bytes(text.encode())
     (folder / "valid.yaml").write_text(MINIMAL)
@@ -462,13 +452,13 @@ def test_random_text_as_a_file_or_as_a_value_raises_nothing_but_user_errors(
 # Documentation
 
 
-def test_every_field_is_documented() -> None:
+def test_every_setting_is_documented() -> None:
     assert [key for key, field in all_settings() if not field.description] == []
     table = markdown_table(Config)
     assert all(f"| `{key}` |" in table for key, _ in all_settings())
 
 
-def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file() -> None:
+def test_settings_table_has_one_row_per_setting() -> None:
     head, _, *rows = markdown_table(Config).splitlines()
     assert {row.count("|") for row in (head, *rows)} == {5}
     cells = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:4]] for row in rows}
@@ -490,14 +480,14 @@ def test_the_table_of_settings_has_one_line_each_in_the_words_of_a_config_file()
     assert {key: cells[key] for key in expected} == expected
 
 
-def test_every_field_is_read_somewhere() -> None:
+def test_every_setting_is_read_somewhere() -> None:
     folders = ("pipelines", "models", "train", "tools")
     sources = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     fields = {key: key.rsplit(".", 1)[-1] for key, field in all_settings() if not is_section(field)}
     assert [key for key, name in fields.items() if not re.search(rf"\.{name}\b", sources)] == []
 
 
-def test_multistep_without_milestones_is_refused(write: Callable[[str], Path]) -> None:
+def test_multistep_without_milestones_is_an_error(write: Callable[[str], Path]) -> None:
     message = error_of(write("train: {schedule: multistep}"))
     assert "train.schedule_options" in message
     assert "needs milestones for schedule multistep, such as {milestones: [30, 60]}" in message
@@ -505,6 +495,6 @@ def test_multistep_without_milestones_is_refused(write: Callable[[str], Path]) -
     assert options.schedule_options.milestones == (3,)
 
 
-def test_a_threshold_for_targets_is_refused_without_the_loss_that_has_it(write: Write) -> None:
+def test_bce_threshold_needs_bce_loss(write: Write) -> None:
     assert "train.bce_threshold=0.2 applies to loss bce only" in error_of(write("train: {bce_threshold: 0.2}"))
     assert load_config(write("train: {loss: bce, bce_threshold: 0.2}")).train.bce_threshold == 0.2

@@ -30,14 +30,14 @@ MINIMAL = "data: {path: data/tiny}\nmodel: {name: lenet}\n"
         ("aug.auto.magnitude=31", "aug.auto.bins=31 must exceed aug.auto.magnitude=31"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_refused_in_a_sentence(override: str, sentence: str, tmp_path: Path) -> None:
+def test_wrong_value_error_is_one_sentence(override: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(UserError, match=rf"^(--opts|{re.escape(str(file))}): {re.escape(sentence)}$"):
         load_config(file, [override])
 
 
-def test_a_union_counts_as_one_error_beside_others(tmp_path: Path) -> None:
+def test_union_counts_as_one_error(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(UserError, match=r"model\.pretrained=3 must be bool or str \(and 1 more error\)$"):

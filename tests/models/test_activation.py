@@ -28,7 +28,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def test_the_names_of_activations_are_those_of_the_settings() -> None:
+def test_activation_names_match_schema() -> None:
     literal, _ = get_args(ModelConfig.model_fields["activation"].annotation)
     assert set(ACTIVATIONS) == set(get_args(literal)) == set(FUNCTIONS)
 
@@ -67,7 +67,7 @@ def drawn_as_before(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["lenet", "alexnet", "resnet18"])
-def test_by_default_models_are_drawn_bitwise_as_before_they_had_options(name: str) -> None:
+def test_default_weights_match_reference_bitwise(name: str) -> None:
     ours = build_model(name, 10).state_dict()
     torch.manual_seed(0)
     before = drawn_as_before(name)
@@ -101,7 +101,7 @@ def plain_forward(network: nn.Module, name: str, activation: Callable[[Tensor], 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "resnet50"])
 @pytest.mark.parametrize("activation", FUNCTIONS)
-def test_every_activation_stands_between_all_layers(name: str, activation: str) -> None:
+def test_activation_follows_every_layer(name: str, activation: str) -> None:
     options = {} if name == "lenet" else {"width": 4}
     network = build_model(name, 10, activation=activation, **options).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -109,7 +109,7 @@ def test_every_activation_stands_between_all_layers(name: str, activation: str) 
         torch.testing.assert_close(network(images), plain_forward(network, name, FUNCTIONS[activation], images))
 
 
-def test_alexnets_activation_stands_between_all_layers() -> None:
+def test_activation_follows_every_layer_of_alexnet() -> None:
     network = build_model("alexnet", 10, activation="mish").eval()
     images = torch.randn(1, 3, 63, 63)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_alexnets_activation_stands_between_all_layers() -> None:
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
-def test_activations_in_place_give_the_gradients_of_the_plain_function(activation: str) -> None:
+def test_inplace_activations_match_gradients_of_functions(activation: str) -> None:
     inputs = torch.linspace(-3, 3, 61, dtype=torch.float64)
     gradients = []
     for function in (build_activation(activation), FUNCTIONS[activation]):
@@ -129,12 +129,12 @@ def test_activations_in_place_give_the_gradients_of_the_plain_function(activatio
 
 
 @pytest.mark.parametrize("activation", [name for name in FUNCTIONS if name != "sigmoid"])
-def test_the_gain_keeps_the_mean_square_of_normal_signals(activation: str) -> None:
+def test_gain_keeps_mean_square_of_normal_signals(activation: str) -> None:
     signals = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
     assert (init_gain(activation) * FUNCTIONS[activation](signals)).square().mean() == pytest.approx(1, abs=0.01)
 
 
-def test_the_gain_of_relu_is_torchs_and_lenets_first_layers_have_their_activations() -> None:
+def test_relu_gain_is_torchs_and_lenet_applies_gains() -> None:
     assert init_gain("relu") == pytest.approx(nn.init.calculate_gain("relu"))
     bound = (6 / (3 * 25 + 6 * 25)) ** 0.5  # Xavier's
     for activation in ("relu", "mish"):
@@ -143,13 +143,13 @@ def test_the_gain_of_relu_is_torchs_and_lenets_first_layers_have_their_activatio
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
-def test_lenet_starts_with_logits_that_differ_between_images_whatever_its_activation(activation: str) -> None:
+def test_initial_lenet_logits_differ_for_every_activation(activation: str) -> None:
     network = build_model("lenet", 10, activation=activation)
     assert network(torch.randn(256, 3, 32, 32)).std(dim=0).mean() > 0.01
 
 
 @pytest.mark.parametrize(("name", "layer"), [("lenet", "fc2"), ("lenet", "fc3"), ("resnet18", "fc")])
-def test_dropout_empties_its_share_of_a_layers_input_in_training_only(name: str, layer: str) -> None:
+def test_dropout_zeroes_its_share_in_training_only(name: str, layer: str) -> None:
     network = build_model(name, 10, drop_rate=0.4)
     seen: list[Tensor] = []
     network.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -161,7 +161,7 @@ def test_dropout_empties_its_share_of_a_layers_input_in_training_only(name: str,
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_narrow_resnet_is_the_wide_one_with_every_width_divided(name: str) -> None:
+def test_narrow_resnet_divides_every_width(name: str) -> None:
     with torch.device("meta"):
         wide, narrow = build_model(name, 10).state_dict(), build_model(name, 10, width=16).state_dict()
     assert list(narrow) == list(wide)
@@ -171,7 +171,7 @@ def test_a_narrow_resnet_is_the_wide_one_with_every_width_divided(name: str) -> 
         assert list(narrow[key].shape) == divided, key
 
 
-def test_resnet18_of_width_16_has_701_466_parameters_with_10_classes() -> None:
+def test_resnet18_of_width_16_has_701_466_parameters() -> None:
     stages = sum(9 * (2 * w * w + w * before + w * w) + 8 * w + (w * before + 2 * w if w != before else 0)
                  for before, w in ((16, 16), (16, 32), (32, 64), (64, 128)))  # fmt: skip
     assert 3 * 9 * 16 + 2 * 16 + stages + 128 * 10 + 10 == 701_466
@@ -179,7 +179,7 @@ def test_resnet18_of_width_16_has_701_466_parameters_with_10_classes() -> None:
         assert sum(p.numel() for p in build_model("resnet18", 10, width=16).parameters()) == 701_466
 
 
-def test_an_activation_is_refused_where_a_model_is_made_for_its_own() -> None:
+def test_speedrun_models_reject_activation() -> None:
     for name in SPEEDRUNS:
         with pytest.raises(
             UserError, match=f"activation=gelu cannot be applied: model '{name}' has a fixed activation"

@@ -47,7 +47,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({"architecture": "aarch64"}, {"bf16": False}, False),
     ],
 )
-def test_bf16_is_native_where_the_cpu_has_its_instructions_and_onednn_may_use_them(
+def test_bf16_needs_cpu_instructions_and_onednn_permission(
     features: dict[str, Any], options: dict[str, Any], is_native: bool, cpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu(features, **options)
@@ -57,12 +57,12 @@ def test_bf16_is_native_where_the_cpu_has_its_instructions_and_onednn_may_use_th
     assert not bf16_is_native()
 
 
-def test_torch_answers_these_questions_of_this_cpu() -> None:
+def test_torch_reports_capabilities_of_this_cpu() -> None:
     assert isinstance(bf16_is_native(), bool)
     assert torch.cpu.get_capabilities()["architecture"]
 
 
-def test_fp16_is_slow_in_training_on_every_cpu_and_in_evaluation_on_those_without_it(cpu: Any) -> None:
+def test_fp16_is_slow_in_cpu_training(cpu: Any) -> None:
     cpu(BF16, fp16=True)
     assert slow_precision_reason(torch.float16) is not None
     assert slow_precision_reason(torch.float16, trains=False) is None
@@ -88,7 +88,7 @@ def test_fp16_is_slow_in_training_on_every_cpu_and_in_evaluation_on_those_withou
         ("off", X86, ""),
     ],
 )
-def test_training_with_an_emulated_precision_warns_and_auto_never_chooses_one(
+def test_emulated_precision_warns_and_is_never_auto(
     amp: str, features: dict[str, Any], warning: str, cpu: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cpu(features)

@@ -61,24 +61,24 @@ def torchvision_resnet(name: str, num_classes: int) -> nn.Module:
 # Architectures
 
 
-def test_lenet_has_83_126_parameters_with_10_classes_and_99_276_with_200() -> None:
+def test_lenet_has_83_126_parameters_with_10_classes() -> None:
     assert [count_parameters("lenet", classes) for classes in (10, 200)] == [83_126, 99_276]
 
 
-def test_alexnet_has_57_044_810_parameters_with_10_classes_and_57_823_240_with_200() -> None:
+def test_alexnet_has_57_044_810_parameters_with_10_classes() -> None:
     assert [count_parameters("alexnet", classes) for classes in (10, 200)] == [57_044_810, 57_823_240]
 
 
-def test_resnet18_has_11_173_962_parameters_with_10_classes_and_11_271_432_with_200() -> None:
+def test_resnet18_has_11_173_962_parameters_with_10_classes() -> None:
     assert [count_parameters("resnet18", classes) for classes in (10, 200)] == [11_173_962, 11_271_432]
 
 
-def test_lenet_shapes_at_32_are_those_of_the_homework() -> None:
+def test_lenet_shapes_at_32_match_homework() -> None:
     shapes = shapes_of(build_model("lenet", 10), ["conv1", "conv2", "fc1", "fc2", "fc3"], 32)
     assert shapes == [(6, 32, 32), (16, 12, 12), (120,), (84,), (10,)]
 
 
-def test_lenet_equals_its_layers_in_the_order_of_the_homework() -> None:
+def test_lenet_equals_layers_in_homework_order() -> None:
     network = build_model("lenet", 10)
     sigmoid, pool = nn.Sigmoid(), nn.AvgPool2d(2)
     layers = [network.conv1, sigmoid, pool, network.conv2, sigmoid, pool, nn.Flatten()]
@@ -87,12 +87,12 @@ def test_lenet_equals_its_layers_in_the_order_of_the_homework() -> None:
     torch.testing.assert_close(network(images), nn.Sequential(*layers)(images))
 
 
-def test_lenet_starts_off_the_plateau_with_logits_that_differ_between_images() -> None:
+def test_initial_lenet_logits_differ_between_images() -> None:
     """torch's default initialisation spreads them by 0.00006, Xavier with gain 4 by 0.03 (measured)."""
     assert build_model("lenet", 10)(torch.randn(256, 3, 32, 32)).std(dim=0).mean() > 0.01
 
 
-def test_alexnet_loads_torchvisions_state_and_gives_its_logits() -> None:
+def test_alexnet_with_torchvision_state_gives_its_logits() -> None:
     theirs = torchvision.models.alexnet(num_classes=10).eval()
     ours = build_model("alexnet", 10, image_size=70).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -100,13 +100,13 @@ def test_alexnet_loads_torchvisions_state_and_gives_its_logits() -> None:
     torch.testing.assert_close(ours(images), theirs(images))
 
 
-def test_resnet18_shapes_at_32_are_those_of_the_homework() -> None:
+def test_resnet18_shapes_at_32_match_homework() -> None:
     shapes = shapes_of(build_model("resnet18", 10), ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"], 32)
     assert shapes == [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (10,)]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_resnet_loads_torchvisions_state_and_gives_its_logits_and_running_statistics(name: str) -> None:
+def test_resnet_with_torchvision_state_gives_its_logits_and_statistics(name: str) -> None:
     theirs, ours = torchvision_resnet(name, 10), build_model(name, 10)
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(4, 3, 32, 32)
@@ -126,7 +126,7 @@ def test_resnet_convolutions_start_kaiming_normal_by_fan_out() -> None:
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
 
-def test_zero_init_residual_makes_every_block_start_as_its_shortcut() -> None:
+def test_zero_init_residual_starts_blocks_as_shortcuts() -> None:
     for name, options in (("resnet18", {"zero_init_residual": True}), ("resnet50", {"zero_init_residual": True})):
         network = build_model(name, 10, **options)
         features = torch.randn(2, network.layer1[0].conv1.in_channels, 8, 8)
@@ -137,7 +137,7 @@ def test_zero_init_residual_makes_every_block_start_as_its_shortcut() -> None:
                 torch.testing.assert_close(features, expected)
 
 
-def test_resnet_blocks_do_not_start_as_their_shortcut_by_default() -> None:
+def test_resnet_blocks_start_with_residuals_by_default() -> None:
     block = build_model("resnet18", 10).layer1[0]
     features = torch.randn(2, 64, 8, 8)
     assert (block(features) - features.relu()).abs().max() > 0.1
@@ -181,7 +181,7 @@ def test_models_have_no_graph_breaks_under_autocast(name: str, image_size: int) 
         torch.testing.assert_close(logits, network(images))
 
 
-def test_a_wrong_size_raises_the_user_error_from_a_compiled_model_too() -> None:
+def test_wrong_size_error_passes_through_compiled_model() -> None:
     torch.compiler.reset()
     network = torch.compile(build_model("lenet", 10), backend="eager")
     network(torch.zeros(2, 3, 32, 32))
@@ -192,7 +192,7 @@ def test_a_wrong_size_raises_the_user_error_from_a_compiled_model_too() -> None:
 # Normalisation
 
 
-def test_normalize_equals_torchvisions_on_uint8_and_keeps_channels_last() -> None:
+def test_normalize_matches_torchvision_and_keeps_channels_last() -> None:
     images = random_pixels(4, 7, 5)
     expected = pixels.normalize(pixels.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
     normalized = Normalize(MEAN, STD)(images)
@@ -202,7 +202,7 @@ def test_normalize_equals_torchvisions_on_uint8_and_keeps_channels_last() -> Non
     assert not normalized.is_contiguous()
 
 
-def test_normalize_takes_floats_to_be_in_0_to_255() -> None:
+def test_normalize_expects_floats_in_0_to_255() -> None:
     images, normalize = random_pixels(2, 4), Normalize(MEAN, STD)
     for dtype in (torch.float16, torch.float32, torch.float64):
         torch.testing.assert_close(normalize(images.to(dtype)), normalize(images), rtol=0, atol=0)
@@ -214,13 +214,13 @@ def test_normalize_computes_in_float64_after_double() -> None:
     torch.testing.assert_close(normalize(images), (images.double() / 255 - mean) / std, rtol=0, atol=1e-14)
 
 
-def test_a_model_with_pixel_input_computes_in_float64_after_double() -> None:
+def test_pixel_classifier_computes_in_float64_after_double() -> None:
     network = build_model("resnet18", 10, mean=MEAN, std=STD).double()
     assert network(random_pixels(2, 25)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_normalize_emits_autocasts_dtype_rounded_once_from_float32(dtype: torch.dtype) -> None:
+def test_normalize_rounds_once_to_autocast_dtype(dtype: torch.dtype) -> None:
     images, normalize = random_pixels(2, 16), Normalize(MEAN, STD)
     exact = normalize(images)
     with torch.autocast("cpu", dtype=dtype):
@@ -229,7 +229,7 @@ def test_normalize_emits_autocasts_dtype_rounded_once_from_float32(dtype: torch.
     assert normalized.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_mean_and_std_are_buffers_in_the_state_and_not_trained() -> None:
+def test_mean_and_std_are_buffers_in_state_dict() -> None:
     network = build_model("lenet", 10, mean=MEAN, std=STD)
     assert isinstance(network, PixelClassifier)
     plain = build_model("lenet", 10)
@@ -239,7 +239,7 @@ def test_mean_and_std_are_buffers_in_the_state_and_not_trained() -> None:
     assert len(list(network.parameters())) == len(list(plain.parameters()))
 
 
-def test_a_model_with_pixel_input_equals_the_plain_one_on_normalised_images() -> None:
+def test_pixel_classifier_equals_network_on_normalised_images() -> None:
     network, images = build_model("lenet", 10, mean=MEAN, std=STD), random_pixels(2, 32)
     normalised = pixels.normalize(pixels.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
     torch.testing.assert_close(network(images), network.network(normalised), rtol=1e-4, atol=1e-5)
@@ -254,7 +254,7 @@ def test_a_model_with_pixel_input_equals_the_plain_one_on_normalised_images() ->
         ({"mean": (0.5,), "std": (0.5,)}, r"mean=\[0.5\] is not three numbers"),
     ],
 )
-def test_bad_statistics_are_named(arguments: dict[str, tuple[float, ...]], message: str) -> None:
+def test_bad_statistics_error_names_value(arguments: dict[str, tuple[float, ...]], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model("lenet", 10, **arguments)
 
@@ -263,7 +263,7 @@ def test_bad_statistics_are_named(arguments: dict[str, tuple[float, ...]], messa
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("lenet", 32), ("alexnet", 63), *((name, 25) for name in RESNETS)])
-def test_one_pixel_below_the_smallest_size_is_an_error_that_names_it(name: str, smallest: int) -> None:
+def test_image_below_smallest_size_is_an_error(name: str, smallest: int) -> None:
     with torch.device("meta"):
         network = build_model(name, 10, image_size=smallest).eval()
         assert network(torch.empty(1, 3, smallest, smallest)).shape == (1, 10)
@@ -274,13 +274,13 @@ def test_one_pixel_below_the_smallest_size_is_an_error_that_names_it(name: str, 
             build_model(name, 10, image_size=smallest - 1)
 
 
-def test_lenet_takes_35_pixels_and_not_36() -> None:
+def test_lenet_accepts_35_pixels_but_not_36() -> None:
     assert build_model("lenet", 10, image_size=35)(torch.zeros(1, 3, 35, 35)).shape == (1, 10)
     with pytest.raises(UserError, match="smallest is 32, so make both sides from 32 to 35"):
         build_model("lenet", 10, image_size=36)
 
 
-def test_alexnet_itself_fails_below_its_smallest_size_even_without_the_check() -> None:
+def test_alexnet_layers_fail_below_smallest_size() -> None:
     with torch.device("meta"), pytest.raises(RuntimeError, match="too small"):
         build_model("alexnet", 10).features(torch.empty(1, 3, 62, 62))
 
@@ -288,18 +288,18 @@ def test_alexnet_itself_fails_below_its_smallest_size_even_without_the_check() -
 # Names and options
 
 
-def test_available_names_are_sorted_and_each_builds() -> None:
+def test_listed_models_are_sorted_and_build() -> None:
     assert models.list_models() == sorted(["lenet", "alexnet", *RESNETS, *SPEEDRUNS])
     with torch.device("meta"):
         assert all(isinstance(build_model(name, 10), nn.Module) for name in models.list_models())
 
 
-def test_an_unknown_name_is_an_error_with_the_allowed_names_and_the_way_to_timm() -> None:
+def test_unknown_model_error_names_allowed_models() -> None:
     with pytest.raises(UserError, match=r"'resnet8' is unknown; use one of alexnet, lenet, .*resnet50, .*or timm/NAME"):
         build_model("resnet8", 10)
 
 
-def test_drop_rate_sets_both_dropouts_of_alexnet_and_defaults_to_a_half() -> None:
+def test_drop_rate_sets_both_dropouts_of_alexnet() -> None:
     for drop_rate, expected in ((None, 0.5), (0.0, 0.0), (0.2, 0.2)):
         with torch.device("meta"):
             network = build_model("alexnet", 10, drop_rate=drop_rate)
@@ -307,7 +307,7 @@ def test_drop_rate_sets_both_dropouts_of_alexnet_and_defaults_to_a_half() -> Non
 
 
 @pytest.mark.parametrize("name", ["speedrun94", "speedrun96_proxy"])
-def test_a_drop_rate_above_0_is_an_error_where_there_is_no_dropout(name: str) -> None:
+def test_drop_rate_needs_model_with_dropout(name: str) -> None:
     assert isinstance(build_model(name, 10, drop_rate=0.0), nn.Module)
     with pytest.raises(UserError, match=f"drop_rate=0.1 cannot be applied: model '{name}' has no dropout"):
         build_model(name, 10, drop_rate=0.1)
@@ -331,7 +331,7 @@ def test_a_drop_rate_above_0_is_an_error_where_there_is_no_dropout(name: str) ->
         ),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_bad_argument_error_names_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model("resnet18", **arguments)
 
@@ -340,7 +340,7 @@ def configured(**settings: Any) -> PixelClassifier:
     return build_from_config(ModelConfig(**settings), 7, image_size=32, mean=MEAN, std=STD)
 
 
-def test_a_model_section_describes_the_whole_architecture() -> None:
+def test_model_section_describes_whole_architecture() -> None:
     options = {"width": 8, "zero_init_residual": True}
     network = configured(name="resnet18", activation="gelu", drop_rate=0.3, options=options).network
     assert network.fc.weight.shape == (7, 64)
@@ -359,7 +359,7 @@ def test_a_model_section_describes_the_whole_architecture() -> None:
         ({"depth": 3}, "depth=3 is not an option of model 'resnet18'"),
     ],
 )
-def test_options_that_are_settings_or_unknown_are_refused(options: dict[str, Any], message: str) -> None:
+def test_reserved_and_unknown_options_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         configured(name="resnet18", options=options)
 
@@ -367,14 +367,14 @@ def test_options_that_are_settings_or_unknown_are_refused(options: dict[str, Any
 # timm
 
 
-def test_an_option_of_null_is_the_models_own_whatever_the_model() -> None:
+def test_null_option_means_models_default() -> None:
     for name in ("resnet18", "lenet", "timm/test_resnet"):
         ours = configured(name=name, options={"width": None}).network.state_dict()
         plain = configured(name=name).network.state_dict()
         assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in plain.items()}
 
 
-def test_options_of_a_config_reach_timms_constructor() -> None:
+def test_options_reach_timm_constructor() -> None:
     network = configured(name="timm/resnet18", options={"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}).network
     assert len(network.layer2) == 1
 
@@ -384,7 +384,7 @@ def test_options_of_a_config_reach_timms_constructor() -> None:
     ("name", "was", "number"),
     [("timm/resnet18", nn.ReLU, 17), ("timm/test_vit", nn.GELU, 6), ("timm/test_vit_relpos", nn.GELU, 9)],
 )
-def test_an_activation_takes_the_place_of_that_of_a_timm_model(name: str, was: type[nn.Module], number: int) -> None:
+def test_activation_replaces_that_of_timm_model(name: str, was: type[nn.Module], number: int) -> None:
     plain, changed = (
         build_model(name, 10, image_size=32, activation=activation) for activation in (None, "leaky_relu")
     )
@@ -397,14 +397,14 @@ def count(network: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in network.modules())
 
 
-def test_an_activation_that_a_timm_model_does_not_take_is_a_user_error() -> None:
+def test_unsupported_activation_of_timm_model_is_an_error() -> None:
     with pytest.raises(UserError, match=r"activation=mish cannot be applied to model 'timm/tnt_s_.*leave it out"):
         build_model("timm/tnt_s_patch16_224", 10, activation="mish")
     with pytest.raises(UserError, match="activation=mish and the option act_layer='relu' are the same setting"):
         build_model("timm/test_resnet", 10, activation="mish", act_layer="relu")
 
 
-def test_options_with_which_a_timm_model_gives_no_logits_are_named_instead_of_the_size() -> None:
+def test_timm_option_without_logits_is_named_instead_of_size() -> None:
     with pytest.raises(
         UserError, match=r"'timm/test_vit' does not run with \{'global_pool': ''\}.*instead of \[1, 10\]"
     ):
@@ -413,34 +413,34 @@ def test_options_with_which_a_timm_model_gives_no_logits_are_named_instead_of_th
         build_model("timm/test_resnet", 10, drop_path_rate="much")
 
 
-def test_importing_models_and_building_a_built_in_one_does_not_import_timm() -> None:
+def test_building_built_in_model_does_not_import_timm() -> None:
     program = "import sys, models; models.build_model('lenet', 10, image_size=32); sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(models.__path__[0])).returncode == 0
 
 
-def test_a_timm_resnet_takes_uint8_at_32_pixels() -> None:
+def test_timm_resnet_takes_uint8_at_32_pixels() -> None:
     network = build_model("timm/resnet18", 7, image_size=32, mean=MEAN, std=STD).eval()
     assert network(random_pixels(2, 32)).shape == (2, 7)
 
 
-def test_a_timm_vit_is_built_for_the_image_size() -> None:
+def test_timm_vit_is_built_for_image_size() -> None:
     network = build_model("timm/vit_tiny_patch16_224", 7, image_size=96, drop_rate=0.1).eval()
     assert network.patch_embed.img_size == (96, 96)
     assert network.head_drop.p == 0.1
     assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 7)
 
 
-def test_a_size_that_a_timm_model_cannot_take_is_an_error_that_names_the_smallest() -> None:
+def test_impossible_timm_size_error_names_smallest_size() -> None:
     for name, image_size, smallest in (("vgg11", 31, 32), ("vit_tiny_patch16_224", 8, 16)):
         with pytest.raises(UserError, match=f"{image_size}x{image_size}.*timm/{name}.*the smallest is {smallest},"):
             build_model(f"timm/{name}", 10, image_size=image_size)
 
 
-def test_an_unknown_timm_name_is_an_error_with_close_names() -> None:
+def test_unknown_timm_name_error_suggests_close_names() -> None:
     with pytest.raises(UserError, match=r"'timm/resnet81' is unknown to timm .*close names: .*timm/resnet18"):
         build_model("timm/resnet81", 10)
 
 
-def test_an_option_that_timm_does_not_know_is_an_error_that_names_it() -> None:
+def test_unknown_timm_option_error_names_option() -> None:
     with pytest.raises(UserError, match=r"'timm/resnet18' cannot be built with .*'widht'"):
         build_model("timm/resnet18", 10, widht=2)

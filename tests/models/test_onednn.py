@@ -81,7 +81,7 @@ def losses_with(which: str, **limit: str) -> list[list[float]]:
 
 @needs_avx2
 @pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.campaign)])
-def test_a_narrow_resnet_trains_ten_steps_with_avx2_with_the_losses_of_the_default(which: str) -> None:
+def test_avx2_losses_of_narrow_resnet_match_default(which: str) -> None:
     default, avx2 = losses_with(which), losses_with(which, ONEDNN_MAX_CPU_ISA="AVX2")
     for case, expected, found in zip(CASES[which], default, avx2, strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE), case
@@ -108,7 +108,7 @@ def test_a_narrow_resnet_trains_ten_steps_with_avx2_with_the_losses_of_the_defau
         (NOTHING, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, 0),
     ],
 )
-def test_the_block_of_channels_follows_the_cpu_and_onednns_limit(
+def test_block_channels_follow_cpu_and_onednn_limit(
     features: dict[str, Any], limits: dict[str, str], channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in LIMITS:
@@ -138,7 +138,7 @@ def test_the_block_of_channels_follows_the_cpu_and_onednns_limit(
         (nn.Linear(4, 8), False),
     ],
 )
-def test_the_affected_layers(layer: nn.Module, affected: bool) -> None:
+def test_only_narrow_strided_1x1_convolutions_are_affected(layer: nn.Module, affected: bool) -> None:
     assert is_affected(layer, 8) is affected
     assert is_affected(layer, 0) is False
 
@@ -157,7 +157,7 @@ def with_block(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
 
 @pytest.mark.parametrize("stride", [2, 3, (1, 2), (2, 1)])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)])
-def test_the_changed_layer_gives_the_results_and_gradients_of_the_unchanged_one(
+def test_changed_layer_keeps_results_and_gradients(
     stride: int | tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_block(monkeypatch, 8)
@@ -176,7 +176,7 @@ def test_the_changed_layer_gives_the_results_and_gradients_of_the_unchanged_one(
     torch.testing.assert_close(*results)
 
 
-def test_names_of_parameters_and_modules_stay_and_a_second_call_changes_nothing(
+def test_workaround_keeps_names_and_is_idempotent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_block(monkeypatch, 8)
@@ -193,9 +193,7 @@ def test_names_of_parameters_and_modules_stay_and_a_second_call_changes_nothing(
 
 
 @pytest.mark.parametrize(("width", "channels"), [(4, 0), (8, 8), (16, 16)])
-def test_other_cpus_and_wide_models_run_the_same_modules_without_hooks(
-    width: int, channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_cpus_and_wide_models_get_no_hooks(width: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, channels)
     model = narrow(width)
     before = repr(model)
@@ -204,7 +202,7 @@ def test_other_cpus_and_wide_models_run_the_same_modules_without_hooks(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_log_says_which_layers_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_names_changed_layers_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 16)
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}",
                                                                   "model.freeze=[conv1.*]"])  # fmt: skip
@@ -216,7 +214,7 @@ def test_the_log_says_which_layers_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert "corrupts memory on this CPU" in training.notes[1]
 
 
-def test_a_model_that_is_only_evaluated_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluated_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 16)
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}"])
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -227,7 +225,7 @@ def test_a_model_that_is_only_evaluated_is_not_changed(monkeypatch: pytest.Monke
     assert plain.notes == ()
 
 
-def test_the_changed_model_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_model_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 8)
     model = narrow().eval()
     images = random_batch(2).images

@@ -68,7 +68,7 @@ def is_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, boo
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_all_but_the_head_comes_from_the_file_and_the_head_is_drawn_as_without(ending: str, tmp_path: Path) -> None:
+def test_head_is_new_and_all_else_from_file(ending: str, tmp_path: Path) -> None:
     weights, path = source_of("test_resnet", 33).state_dict(), tmp_path / f"weights{ending}"
     save_file(weights, path) if ending == ".safetensors" else torch.save({"state_dict": weights}, path)
     model, note = start("timm/test_resnet", str(path))
@@ -81,7 +81,7 @@ def test_all_but_the_head_comes_from_the_file_and_the_head_is_drawn_as_without(e
     )
 
 
-def test_drawing_goes_on_after_pretrained_weights_as_without_them(tmp_path: Path) -> None:
+def test_pretrained_weights_do_not_change_later_random_numbers(tmp_path: Path) -> None:
     save_file(source_of("test_resnet", 33).state_dict(), tmp_path / "weights.safetensors")
     start("timm/test_resnet", str(tmp_path / "weights.safetensors"))
     after = torch.rand(3)
@@ -89,7 +89,7 @@ def test_drawing_goes_on_after_pretrained_weights_as_without_them(tmp_path: Path
     assert torch.equal(torch.rand(3), after)
 
 
-def test_with_as_many_classes_the_head_is_taken_too(tmp_path: Path) -> None:
+def test_equal_number_of_classes_keeps_head(tmp_path: Path) -> None:
     weights = source_of("test_resnet", 10).state_dict()
     save_file(weights, tmp_path / "weights.safetensors")
     model, note = start("timm/test_resnet", str(tmp_path / "weights.safetensors"))
@@ -97,7 +97,7 @@ def test_with_as_many_classes_the_head_is_taken_too(tmp_path: Path) -> None:
     assert "new:" not in note
 
 
-def test_a_vit_of_another_image_size_gets_resampled_position_embeddings(tmp_path: Path) -> None:
+def test_vit_position_embeddings_are_resampled_to_image_size(tmp_path: Path) -> None:
     theirs = source_of("test_vit", 33)  # made for 160 pixels
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     model, _ = start("timm/test_vit", str(tmp_path / "weights.safetensors"))
@@ -107,7 +107,7 @@ def test_a_vit_of_another_image_size_gets_resampled_position_embeddings(tmp_path
     torch.testing.assert_close(model.network.pos_embed, expected)
 
 
-def test_options_and_activation_hold_for_the_weights_too(tmp_path: Path) -> None:
+def test_options_and_activation_apply_to_pretrained_model(tmp_path: Path) -> None:
     theirs = source_of("test_resnet", 5, layers=[1, 1, 2, 1])
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     options = {"layers": [1, 1, 2, 1]}
@@ -116,7 +116,7 @@ def test_options_and_activation_hold_for_the_weights_too(tmp_path: Path) -> None
     assert isinstance(model.network.act1, timm.layers.GELU)
 
 
-def test_images_are_normalised_as_the_weights_want_them(tmp_path: Path) -> None:
+def test_images_are_normalised_by_published_statistics(tmp_path: Path) -> None:
     save_file(source_of("test_resnet", 10).state_dict(), tmp_path / "weights.safetensors")
     model, _ = start("timm/test_resnet", str(tmp_path / "weights.safetensors"))
     published = timm.get_pretrained_cfg("test_resnet")
@@ -135,7 +135,7 @@ def exported(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["lenet", "timm/test_resnet"])
-def test_images_are_normalised_as_the_config_json_beside_the_file_says(name: str, tmp_path: Path) -> None:
+def test_images_are_normalised_by_config_json_statistics(name: str, tmp_path: Path) -> None:
     path = exported(tmp_path / "export", name)
     model, note = start(name, str(path), size=32)
     assert (shortest_decimals(model.normalize.mean), shortest_decimals(model.normalize.std)) == (
@@ -155,7 +155,7 @@ def test_images_are_normalised_as_the_config_json_beside_the_file_says(name: str
     assert f"{by}, since no config.json beside the file specifies others" in note
 
 
-def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp_path: Path) -> None:
+def test_older_timm_config_is_read_and_foreign_one_ignored(tmp_path: Path) -> None:
     path = exported(tmp_path / "export", "lenet")
     older = path.with_name("config.json")
     older.write_text('{"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "input_size": [3, 28, 28]}')
@@ -168,7 +168,7 @@ def test_timms_older_layout_is_read_and_a_config_json_of_others_says_nothing(tmp
     assert "since no config.json beside the file specifies others" in note
 
 
-def test_a_head_for_other_classes_of_the_same_number_is_new_and_other_arguments_are_noted(tmp_path: Path) -> None:
+def test_head_is_new_for_other_classes_of_same_number(tmp_path: Path) -> None:
     path = exported(tmp_path / "export", "lenet")
     config = ModelConfig(name="lenet", pretrained=str(path), activation="gelu")
     settings: dict[str, Any] = {"image_size": 32, "mean": MEAN, "std": STD}
@@ -191,7 +191,7 @@ def test_a_head_for_other_classes_of_the_same_number_is_new_and_other_arguments_
     ],
     ids=lambda content: content[:30],
 )  # fmt: skip
-def test_a_broken_config_json_is_an_error_that_names_it(content: str, tmp_path: Path) -> None:
+def test_invalid_config_json_error_names_file(content: str, tmp_path: Path) -> None:
     path = exported(tmp_path / "export", "lenet")
     path.with_name("config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(
@@ -205,7 +205,7 @@ def test_a_broken_config_json_is_an_error_that_names_it(content: str, tmp_path: 
         start("lenet", str(path), size=32)
 
 
-def test_published_weights_come_from_the_hubs_cache(hub: Path) -> None:
+def test_published_weights_come_from_hub_cache(hub: Path) -> None:
     weights = source_of("test_resnet", 1000).state_dict()
     repository = timm.get_pretrained_cfg("test_resnet").hf_hub_id
     folder = hub / f"models--{repository.replace('/', '--')}"
@@ -218,7 +218,7 @@ def test_published_weights_come_from_the_hubs_cache(hub: Path) -> None:
     assert [name for name, one in same.items() if not one] == ["fc.weight", "fc.bias"]
 
 
-def test_weights_that_are_not_there_are_a_sentence_that_says_where_and_how(hub: Path) -> None:
+def test_missing_published_weights_error_names_cache_and_command(hub: Path) -> None:
     for name in ("resnet10t", "resnet10t.c3_in1k"):
         with pytest.raises(UserError) as caught:
             start(f"timm/{name}", True)
@@ -229,7 +229,7 @@ def test_weights_that_are_not_there_are_a_sentence_that_says_where_and_how(hub: 
         assert "\n" not in message
 
 
-def test_older_weights_are_found_in_torchs_cache(hub: Path) -> None:
+def test_older_weights_are_found_in_torch_cache(hub: Path) -> None:
     with pytest.raises(UserError, match=r"gcvit_tiny are not in .*torch/checkpoints"):
         published_file("timm/gcvit_tiny")
     file = hub.parent / "torch" / "checkpoints" / Path(timm.get_pretrained_cfg("gcvit_tiny").url).name
@@ -238,7 +238,7 @@ def test_older_weights_are_found_in_torchs_cache(hub: Path) -> None:
     assert published_file("timm/gcvit_tiny") == file
 
 
-def test_what_has_no_published_weights_is_refused() -> None:
+def test_model_without_published_weights_is_an_error() -> None:
     with pytest.raises(UserError, match="pretrained=true needs published weights, but model 'resnet18' has none;"):
         start("resnet18", True)
     with pytest.raises(UserError, match="timm publishes no weights of timm/botnet50ts_256"):
@@ -247,7 +247,7 @@ def test_what_has_no_published_weights_is_refused() -> None:
         start("timm/resnet18.none_such", True)
 
 
-def test_weights_of_another_architecture_are_refused_also_where_the_classes_differ(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_an_error(tmp_path: Path) -> None:
     for number, network in enumerate((source_of("resnet10t", 33), source_of("test_resnet", 33, layers=[1, 1, 2, 1]),
                                       source_of("test_vit", 33))):  # fmt: skip
         path = tmp_path / f"{number}.safetensors"
@@ -259,7 +259,7 @@ def test_weights_of_another_architecture_are_refused_also_where_the_classes_diff
         assert "\n" not in str(caught.value)
 
 
-def test_a_built_in_model_takes_a_file_but_for_a_head_of_other_shape(tmp_path: Path) -> None:
+def test_built_in_model_loads_file_except_different_head(tmp_path: Path) -> None:
     theirs = build_model("resnet18", 33, width=8)
     torch.save({f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "weights.pth")
     model, note = start("resnet18", str(tmp_path / "weights.pth"), options={"width": 8})
@@ -269,7 +269,7 @@ def test_a_built_in_model_takes_a_file_but_for_a_head_of_other_shape(tmp_path: P
     torch.testing.assert_close(model.normalize.mean, torch.tensor(MEAN))
 
 
-def test_torchvisions_other_stem_and_other_widths_are_listed(tmp_path: Path) -> None:
+def test_tensors_of_other_shape_are_listed(tmp_path: Path) -> None:
     weights = build_model("resnet18", 10).state_dict()
     weights["conv1.weight"] = torch.zeros(64, 3, 7, 7)  # as of ImageNet's models
     torch.save(weights, tmp_path / "weights.pth")
@@ -291,9 +291,7 @@ class Evil:
         return Path.touch, (Path("run-by-a-pickle"),)
 
 
-def test_files_that_are_no_weights_are_refused_and_no_code_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_files_are_refused_without_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     contents = {"evil.pth": {"a": Evil()}, "text.pth": {"a": "b"}, "list.bin": [torch.zeros(1)],
                 "ours.pt": {"format": 1, "stream": {}, "model": {}}}  # fmt: skip

@@ -31,7 +31,7 @@ def fitted(images: Tensor, **settings: float) -> Whitening:
     return layer
 
 
-def test_whitening_gives_patches_the_identity_as_covariance() -> None:
+def test_whitened_patches_have_identity_covariance() -> None:
     images = smooth_images(50)
     responses = fitted(images, eps=0.0)(images).permute(0, 2, 3, 1).flatten(0, 2)
     half = responses[:, :12]
@@ -39,19 +39,19 @@ def test_whitening_gives_patches_the_identity_as_covariance() -> None:
     torch.testing.assert_close(responses[:, 12:], -half)
 
 
-def test_whitening_holds_directions_weaker_than_its_epsilon_down() -> None:
+def test_epsilon_limits_weak_directions_of_whitening() -> None:
     images = smooth_images(20) * 1e-3
     assert fitted(images)(images).square().mean() < 0.2
 
 
-def test_whitening_is_the_same_in_every_batch_size_and_memory_format() -> None:
+def test_whitening_is_independent_of_memory_format() -> None:
     images = smooth_images(20)
     torch.testing.assert_close(
         fitted(images).weight, fitted(images.contiguous(memory_format=torch.channels_last)).weight
     )
 
 
-def test_whitening_reads_raw_pixels_through_the_models_own_normalisation() -> None:
+def test_whitening_is_fitted_to_normalised_pixels() -> None:
     model = build_model("speedrun96_proxy", 10, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     fit_whitening(model, pixels)
@@ -67,7 +67,7 @@ def test_whitening_reads_raw_pixels_through_the_models_own_normalisation() -> No
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (4, 9), (9, 4)])
-def test_identity_convolutions_pass_channels_through(inputs: int, outputs: int) -> None:
+def test_identity_convolution_passes_channels_through(inputs: int, outputs: int) -> None:
     features = torch.randn(2, inputs, 7, 7)
     result = identity_conv(inputs, outputs)(features)
     shared = min(inputs, outputs)
@@ -76,7 +76,7 @@ def test_identity_convolutions_pass_channels_through(inputs: int, outputs: int) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_models_have_their_parameters_of_which_norm_scales_are_not_trained(name: str) -> None:
+def test_parameter_counts_match_and_norm_scales_are_frozen(name: str) -> None:
     model = build_model(name, 10)
     assert sum(p.numel() for p in model.parameters()) == NAMES[name]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -86,7 +86,7 @@ def test_models_have_their_parameters_of_which_norm_scales_are_not_trained(name:
 
 
 @pytest.mark.parametrize("side", [25, 32, 48])
-def test_sizes_from_25_to_48_end_in_logits_and_others_are_refused(side: int) -> None:
+def test_sizes_from_25_to_48_are_accepted(side: int) -> None:
     model = build_model("speedrun96_proxy", 7, image_size=side)
     assert model(torch.zeros(2, 3, side, side)).shape == (2, 7)
     for wrong in (24, 49):
@@ -114,7 +114,7 @@ def plain_forward(model: SpeedrunNet, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-def test_the_network_equals_its_layers_in_the_published_order(depth: int) -> None:
+def test_network_equals_layers_in_published_order(depth: int) -> None:
     model = SpeedrunNet(10, (24, 30, 30), depth=depth).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +123,7 @@ def test_the_network_equals_its_layers_in_the_published_order(depth: int) -> Non
     torch.testing.assert_close(model(images), plain_forward(model, images))
 
 
-def test_the_94_percent_model_begins_with_unit_head_weights_and_tiny_logits() -> None:
+def test_speedrun94_has_unit_head_weights_and_tiny_logits() -> None:
     model = build_model("speedrun94", 10)
     assert isinstance(model, SpeedrunNet)
     assert float(model.head.weight.detach().std()) == pytest.approx(1)
