@@ -1,4 +1,4 @@
-"""Claims about configs in the homework's keys: what they mean here, their defaults, their errors; and they train."""
+"""Configs in the homework's keys: translation, defaults, errors and whole runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config, all_settings
 from configs.utils import warnings
 from configs.utils.errors import UserError
-from helpers.config_models import Write, writer
+from helpers.config_files import Write, load_error, writer
 from helpers.training import ROOT, strict_lines
 
 SHIPPED = sorted((ROOT / "configs" / "homework").glob("*.yaml"))
@@ -85,21 +85,12 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture(autouse=True)
-def _unsaid() -> None:
-    warnings.warn.cache_clear()  # what one test has been told is news to the next
-
-
-def error_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "pydantic" not in message
-    return message
+def _clear_warnings() -> None:
+    warnings.warn.cache_clear()  # each warning is printed once per process
 
 
 def notes_besides_the_list(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What was written to stderr, without the one line that lists what was left out."""
+    """Return the lines on stderr without the one that lists the defaults."""
     lists = " keys not given have the homework's defaults: "
     lines = capsys.readouterr().err.splitlines()
     assert sum(lists in line for line in lines) == 1
@@ -107,7 +98,7 @@ def notes_besides_the_list(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """Every setting under its dotted key."""
+    """Return every setting by its dotted key."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -121,12 +112,12 @@ def flat_settings(config: Config) -> dict[str, Any]:
 
 
 def changes(config: Config) -> dict[str, Any]:
-    """The settings that are not our own defaults."""
+    """Return the settings that differ from the schema's defaults."""
     plain = flat_settings(Config.model_validate({"data": {"path": "-"}, "model": {"name": "-"}}))
     return {key: value for key, value in flat_settings(config).items() if value != plain[key]}
 
 
-# Meanings
+# Translation
 
 
 def test_every_setting_of_a_complete_lenet_config(write: Write) -> None:
@@ -218,8 +209,11 @@ def test_missing_keys_have_homework_defaults(write: Write) -> None:
 def test_every_key_maps_to_a_setting_or_nothing() -> None:
     known = {key for key, _ in all_settings()}
     assert {key for key, rule in KEYS.items() if rule.target not in known} == {
-        "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "TEST.SEQUENTIAL", "TEST.SHUFFLE",
-    }  # fmt: skip
+        "DATA.PIN_MEMORY",
+        "DATA.NUM_WORKERS",
+        "TEST.SEQUENTIAL",
+        "TEST.SHUFFLE",
+    }
 
 
 def test_empty_sections_and_nulls_count_as_missing(write: Write) -> None:
@@ -378,7 +372,7 @@ def test_last_layer_wins_in_either_spelling(write: Write) -> None:
     write("data: {path: x}\ntrain: {lr: 0.3, epochs: 40}\naug: {color_jitter: 0.2, flip: 0}", "ours.yaml", head="")
     write("BASE: ours.yaml\nTRAIN: {LR: 0.2}\nAUG: {COLOR_JITTER: 0.1}\nOUTPUT: theirs", "theirs.yaml")
     config = load_config(write("base: theirs.yaml\noutput: ours\naug: {color_jitter: {hue: 0.1}}", head=""))
-    assert (config.data.path, config.train.epochs, config.aug.flip) == ("x", 40, 0)  # of the first file, not defaults
+    assert (config.data.path, config.train.epochs, config.aug.flip) == ("x", 40, 0)  # from the first file, not defaults
     assert (config.train.lr, config.output) == (0.2, "ours")
     assert (config.aug.color_jitter.contrast, config.aug.color_jitter.hue) == (0.1, 0.1)
     overrides = ["train.lr=0.5", "TRAIN.LR=0.6", "OUTPUT=a", "output=b"]
@@ -468,7 +462,7 @@ def test_learning_rates_above_lr_are_cut_with_warning(write: Write, capsys: pyte
     assert f"TRAIN.MIN_LR=3e-05 ({path}:16) is cut to TRAIN.LR=1e-05" in line
     assert f"TRAIN.WARMUP_LR=2e-05 ({path}:17) is cut to TRAIN.LR=1e-05" in line
     assert load_config(path, ["train.lr=2.5e-5"]).train.min_lr == 2.5e-5
-    assert "train.min_lr=0.1 must not exceed train.lr=1e-05" in error_of(path, "train.lr=1e-5", "train.min_lr=0.1")
+    assert "train.min_lr=0.1 must not exceed train.lr=1e-05" in load_error(path, "train.lr=1e-5", "train.min_lr=0.1")
 
 
 def test_wrong_number_of_classes_is_dropped_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -486,7 +480,7 @@ def test_wrong_number_of_classes_is_dropped_with_warning(write: Write, capsys: p
 
 
 def test_unknown_key_error_names_line_and_allowed_keys(write: Write) -> None:
-    message = error_of(write("TRAIN:\n  LR: 0.1\n  EPOCH: 5"))
+    message = load_error(write("TRAIN:\n  LR: 0.1\n  EPOCH: 5"))
     assert re.search(
         r"run\.yaml:4: TRAIN\.EPOCH=5 is unknown; did you mean TRAIN\.EPOCHS or .*\? allowed in TRAIN: ", message
     )
@@ -524,7 +518,7 @@ def test_unknown_key_error_names_line_and_allowed_keys(write: Write) -> None:
     ],
 )
 def test_wrong_value_error_quotes_users_spelling(write: Write, override: str, expected: str) -> None:
-    message = error_of(write(), override)
+    message = load_error(write(), override)
     assert message.startswith("--opts: ")
     assert expected in message
 
@@ -532,9 +526,9 @@ def test_wrong_value_error_quotes_users_spelling(write: Write, override: str, ex
 def test_wrong_value_error_names_file_and_line(write: Write) -> None:
     write("TRAIN:\n  LR: fast\n", "base.yaml", head="")
     child = write("BASE: [base.yaml]\nSEED: 1")
-    assert re.search(r'base\.yaml:2: TRAIN\.LR="fast" \(train\.lr\)', error_of(child))
-    assert error_of(child, "train.lr=slow").startswith('--opts: train.lr="slow" must')
-    assert error_of(child, "TRAIN.LR=slow").startswith('--opts: TRAIN.LR="slow" (train.lr) must')
+    assert re.search(r'base\.yaml:2: TRAIN\.LR="fast" \(train\.lr\)', load_error(child))
+    assert load_error(child, "train.lr=slow").startswith('--opts: train.lr="slow" must')
+    assert load_error(child, "TRAIN.LR=slow").startswith('--opts: TRAIN.LR="slow" (train.lr) must')
 
 
 @pytest.mark.parametrize(
@@ -549,7 +543,7 @@ def test_wrong_value_error_names_file_and_line(write: Write) -> None:
     ],
 )
 def test_malformed_file_error_names_file(write: Write, text: str, expected: str) -> None:
-    assert expected in error_of(write(text, head=""))
+    assert expected in load_error(write(text, head=""))
 
 
 @hypothesis_settings(max_examples=200)
@@ -655,9 +649,13 @@ def test_evaluation_needs_checkpoint_and_flag_overrides_config(
     ],
 )
 def test_unconverted_data_set_error_names_convert_command(
-    write: Write, call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    section: str, expected: str,
-) -> None:  # fmt: skip
+    write: Write,
+    call: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    expected: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "pixels.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n")

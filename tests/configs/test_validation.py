@@ -1,4 +1,4 @@
-"""Wrong values end in one sentence that names the setting, also in lists, mappings and unions."""
+"""Errors about wrong values are one sentence that names the setting, also in lists, mappings and unions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ MINIMAL = "data: {path: data/tiny}\nmodel: {name: lenet}\n"
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("data.stages=[{image_size: 3}]", "data.stages.epoch is missing: First epoch of the stage, counted from 0; "
-         "the stage lasts until the next one starts"),
+        (
+            "data.stages=[{image_size: 3}]",
+            "data.stages.epoch is missing: First epoch of the stage, counted from 0; "
+            "the stage lasts until the next one starts",
+        ),
         ("data.stages=[{epoch: -1}]", "data.stages.epoch=-1 must be greater than or equal to 0"),
         ("data.stages=[{epoch: 0, image_size: 3.5}]", "data.stages.image_size=3.5 must be a valid integer or null"),
-        ("data.stages=[{epoch: 0, size: 3}]",
-         "data.stages.size=3 is unknown; allowed in data.stages: epoch, image_size, batch_size"),
+        (
+            "data.stages=[{epoch: 0, size: 3}]",
+            "data.stages.size=3 is unknown; allowed in data.stages: epoch, image_size, batch_size",
+        ),
         ("data.stages=[3]", "data.stages=3 must be a section; allowed in data.stages: epoch, image_size, batch_size"),
         ("data.stages=3", "data.stages=3 must be a list, such as [first, second]"),
         ("train.optimizer.lr_scales={a: x}", 'train.optimizer.lr_scales.a="x" must be a valid number'),
@@ -29,7 +34,7 @@ MINIMAL = "data: {path: data/tiny}\nmodel: {name: lenet}\n"
         ("model.pretrained=3", "model.pretrained=3 must be bool or str"),
         ("aug.auto.magnitude=31", "aug.auto.bins=31 must exceed aug.auto.magnitude=31"),
     ],
-)  # fmt: skip
+)
 def test_wrong_value_error_is_one_sentence(override: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(MINIMAL)

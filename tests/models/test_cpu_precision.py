@@ -19,7 +19,7 @@ BF16 = {**X86, "avx512_bf16": True}
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let torch find these features, and oneDNN say whether it supports bf16 and fp16 at all."""
+    """Simulate a CPU with these features, and oneDNN with or without support of bf16 and fp16."""
 
     def make(features: dict[str, Any], *, bf16: bool = True, fp16: bool = False, limit: str = "") -> None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
@@ -40,7 +40,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         (BF16, {"limit": "AVX512_CORE_AMX"}, True),
         (BF16, {"limit": "AVX512_CORE"}, False),
         (BF16, {"limit": "avx512_core_vnni"}, False),
-        (BF16, {"limit": "AVX2", "bf16": False}, False),  # oneDNN knows of its limit
+        (BF16, {"limit": "AVX2", "bf16": False}, False),  # oneDNN takes its limit into account
         ({**X86, "avx512_f": True, "avx512_bf16": False}, {}, False),
         ({**X86, "avx2": True, "avx_ne_convert": True}, {"bf16": False}, False),
         ({"architecture": "aarch64"}, {"bf16": True}, True),

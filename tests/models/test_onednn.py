@@ -1,7 +1,7 @@
-"""Narrow ResNets train on every instruction set, and the layers that the guard changes compute what they did.
+"""Narrow ResNets train with every instruction set, and changed layers keep their results.
 
-Run as a script, this file prints the losses of narrow ResNets: a crash or a hang in native code must end a process of
-its own.
+Run as a script, this file prints the losses of narrow ResNets, since crashes and hangs in native code need a separate
+process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEW = [
 ]
 ALL = list(itertools.product((4, 6, 8, 12), (1, 4, 16), (32, 64), (True, False)))
 CASES = {"few": FEW, "all": ALL}
-# Instruction sets sum in different orders, and each update enlarges the difference: 2e-4 of the loss after ten updates.
+# Instruction sets sum in different orders, and every step enlarges the difference: 2e-4 of the loss after ten steps.
 TOLERANCE = 1e-3
 NOTHING: dict[str, Any] = {}
 AVX512 = dict.fromkeys(("avx2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"), True)
@@ -63,9 +63,9 @@ def print_losses(cases: list[tuple[int, int, int, bool]]) -> None:
 
 
 def losses_with(which: str, **limit: str) -> list[list[float]]:
-    """Of FEW or ALL; two threads, since a single one cannot hang in a barrier."""
+    """Return the losses of the cases FEW or ALL, with two threads, since a single one cannot hang in a barrier."""
     kept = {name: value for name, value in CLEAN.items() if name not in LIMITS}
-    # passive: on shared cores, threads that spin while they wait make steps a hundred times as long
+    # passive, since spinning threads make steps a hundred times slower on shared cores
     env = {
         **kept,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
@@ -87,7 +87,7 @@ def test_avx2_losses_of_narrow_resnet_match_default(which: str) -> None:
         assert found == pytest.approx(expected, rel=TOLERANCE), case
 
 
-# Which layers, on which CPUs
+# Affected layers
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_only_narrow_strided_1x1_convolutions_are_affected(layer: nn.Module, aff
     assert is_affected(layer, 0) is False
 
 
-# What the guard does
+# Workaround
 
 
 def narrow(width: int = 4) -> nn.Module:
@@ -204,8 +204,8 @@ def test_other_cpus_and_wide_models_get_no_hooks(width: int, channels: int, monk
 
 def test_log_names_changed_layers_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 16)
-    config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}",
-                                                                  "model.freeze=[conv1.*]"])  # fmt: skip
+    overrides = ["model.name=resnet18", "model.options={width: 4}", "model.freeze=[conv1.*]"]
+    config = load_config(ROOT / "configs" / "digits_lenet.yaml", overrides)
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:
         training = build_all(config, dataset, 2, 32, device)

@@ -1,4 +1,4 @@
-"""Weights that others trained: taken from a file or the hub's cache, all that fits, never over a network."""
+"""Pretrained weights are loaded from a file or the hub's cache, without network access."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no file in torch's."""
+    """Set up empty caches of the hub and of torch."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path / "hub"
 
 
 def source_of(name: str, classes: int, **options: Any) -> nn.Module:
-    """A model of timm as others would have trained it: no tensor is what a new one has."""
+    """Build a timm model in which every tensor differs from its initial value."""
     torch.manual_seed(7)
     network: nn.Module = timm.create_model(name, num_classes=classes, **options)
     with torch.no_grad():
@@ -50,8 +50,9 @@ def source_of(name: str, classes: int, **options: Any) -> nn.Module:
     return network
 
 
-def start(name: str, pretrained: bool | str, classes: int = 10, size: int = 64, **model: Any,
-          ) -> tuple[PixelClassifier, str]:  # fmt: skip
+def start(
+    name: str, pretrained: bool | str, classes: int = 10, size: int = 64, **model: Any
+) -> tuple[PixelClassifier, str]:
     torch.manual_seed(0)
     config = ModelConfig(name=name, pretrained=pretrained, **model)
     return build_pretrained(config, classes, image_size=size, mean=MEAN, std=STD)
@@ -126,7 +127,7 @@ def test_images_are_normalised_by_published_statistics(tmp_path: Path) -> None:
 
 
 def exported(folder: Path, name: str) -> Path:
-    """Weights of this project's export, with its config.json beside them."""
+    """Export a model with its config.json; return the path of the weights."""
     model = build_from_config(ModelConfig(name=name), 10, image_size=32, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7])
     folder.mkdir()
     names = tuple(f"class {number}" for number in range(10))
@@ -248,8 +249,12 @@ def test_model_without_published_weights_is_an_error() -> None:
 
 
 def test_weights_of_another_architecture_are_an_error(tmp_path: Path) -> None:
-    for number, network in enumerate((source_of("resnet10t", 33), source_of("test_resnet", 33, layers=[1, 1, 2, 1]),
-                                      source_of("test_vit", 33))):  # fmt: skip
+    networks = (
+        source_of("resnet10t", 33),
+        source_of("test_resnet", 33, layers=[1, 1, 2, 1]),
+        source_of("test_vit", 33),
+    )
+    for number, network in enumerate(networks):
         path = tmp_path / f"{number}.safetensors"
         save_file(network.state_dict(), path)
         with pytest.raises(
@@ -271,7 +276,7 @@ def test_built_in_model_loads_file_except_different_head(tmp_path: Path) -> None
 
 def test_tensors_of_other_shape_are_listed(tmp_path: Path) -> None:
     weights = build_model("resnet18", 10).state_dict()
-    weights["conv1.weight"] = torch.zeros(64, 3, 7, 7)  # as of ImageNet's models
+    weights["conv1.weight"] = torch.zeros(64, 3, 7, 7)  # as in torchvision's ImageNet models
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"conv1.weight is \[64, 3, 7, 7\] there and \[64, 3, 3, 3\] here; take"):
         start("resnet18", str(tmp_path / "weights.pth"))
@@ -293,8 +298,12 @@ class Evil:
 
 def test_other_files_are_refused_without_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    contents = {"evil.pth": {"a": Evil()}, "text.pth": {"a": "b"}, "list.bin": [torch.zeros(1)],
-                "ours.pt": {"format": 1, "stream": {}, "model": {}}}  # fmt: skip
+    contents = {
+        "evil.pth": {"a": Evil()},
+        "text.pth": {"a": "b"},
+        "list.bin": [torch.zeros(1)],
+        "ours.pt": {"format": 1, "stream": {}, "model": {}},
+    }
     for file, content in contents.items():
         torch.save(content, tmp_path / file)
     (tmp_path / "bytes.safetensors").write_bytes(b"\0" * 100)

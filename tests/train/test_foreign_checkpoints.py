@@ -19,7 +19,7 @@ from torch import nn
 
 from configs.schema import DataConfig, EvalConfig
 from configs.utils.errors import UserError
-from helpers.config_models import Write, writer
+from helpers.config_files import Write, writer
 from helpers.training import alone, make_state
 from models import build_model
 from models.weights import copy_weights, read_weights

@@ -15,7 +15,7 @@ import yaml
 from configs.load import load_config
 from configs.schema import Config
 from configs.utils import warnings
-from helpers.config_models import Write, writer
+from helpers.config_files import Write, writer
 from helpers.training import CPU, lenet, strict_lines
 from models import build_from_config
 from pipelines import build_eval_loader, build_train_loader

@@ -1,4 +1,4 @@
-"""Activations, dropout and widths of the built-in models: each is used, and without them models are as they were."""
+"""Activations and normalisation, and the options of built-in models that use them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as pixels
 
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from models import build_model
+from helpers.models import MEAN, SPEEDRUNS, STD, random_pixels
+from models import Normalize, PixelClassifier, build_model
 from models.layers import ACTIVATIONS, build_activation, init_gain
 
 FUNCTIONS = {
-    "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "hardswish": F.hardswish, "mish": F.mish,
-}  # fmt: skip
-SPEEDRUNS = ("speedrun94", "speedrun95", "speedrun96", "speedrun96_proxy")
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +41,22 @@ def test_activation_names_match_schema() -> None:
     assert set(ACTIVATIONS) == set(get_args(literal)) == set(FUNCTIONS)
 
 
-def drawn_as_before(name: str) -> dict[str, Tensor]:
-    """The initial state of a model as it was drawn before it had an activation, a drop rate or a width.
+def reference_state(name: str) -> dict[str, Tensor]:
+    """Return the initial state of a model without options for activation, dropout and width.
 
-    LeNet and ResNet-18 layer by layer in the order of their construction; AlexNet is torchvision's.
+    LeNet and ResNet-18 layer by layer in the order of construction; AlexNet from torchvision.
     """
     if name == "alexnet":
         return torchvision.models.alexnet(num_classes=10).state_dict()
     layers: dict[str, nn.Module]
     if name == "lenet":
-        layers = {"conv1": nn.Conv2d(3, 6, 5), "conv2": nn.Conv2d(6, 16, 5), "fc1": nn.Linear(576, 120),
-                  "fc2": nn.Linear(120, 84), "fc3": nn.Linear(84, 10)}  # fmt: skip
+        layers = {
+            "conv1": nn.Conv2d(3, 6, 5),
+            "conv2": nn.Conv2d(6, 16, 5),
+            "fc1": nn.Linear(576, 120),
+            "fc2": nn.Linear(120, 84),
+            "fc3": nn.Linear(84, 10),
+        }
         for layer, module in layers.items():
             nn.init.xavier_uniform_(module.weight, gain=1.0 if layer == "fc3" else 4.0)
             nn.init.zeros_(module.bias)
@@ -52,11 +65,17 @@ def drawn_as_before(name: str) -> dict[str, Tensor]:
         before = 64
         for stage, width in enumerate((64, 128, 256, 512), 1):
             for block in range(2):
-                inside = {"conv1": nn.Conv2d(before, width, 3, bias=False), "bn1": nn.BatchNorm2d(width),
-                          "conv2": nn.Conv2d(width, width, 3, bias=False), "bn2": nn.BatchNorm2d(width)}  # fmt: skip
+                inside = {
+                    "conv1": nn.Conv2d(before, width, 3, bias=False),
+                    "bn1": nn.BatchNorm2d(width),
+                    "conv2": nn.Conv2d(width, width, 3, bias=False),
+                    "bn2": nn.BatchNorm2d(width),
+                }
                 if before != width:
-                    inside |= {"downsample.0": nn.Conv2d(before, width, 1, bias=False),
-                               "downsample.1": nn.BatchNorm2d(width)}  # fmt: skip
+                    inside |= {
+                        "downsample.0": nn.Conv2d(before, width, 1, bias=False),
+                        "downsample.1": nn.BatchNorm2d(width),
+                    }
                 layers |= {f"layer{stage}.{block}.{layer}": module for layer, module in inside.items()}
                 before = width
         layers["fc"] = nn.Linear(512, 10)
@@ -70,13 +89,13 @@ def drawn_as_before(name: str) -> dict[str, Tensor]:
 def test_default_weights_match_reference_bitwise(name: str) -> None:
     ours = build_model(name, 10).state_dict()
     torch.manual_seed(0)
-    before = drawn_as_before(name)
+    before = reference_state(name)
     assert list(ours) == list(before)
     assert [key for key in before if not torch.equal(ours[key], before[key])] == []
 
 
 def plain_forward(network: nn.Module, name: str, activation: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The logits of a network's layers with this activation between them, in evaluation."""
+    """Return the logits of a network in evaluation mode, computed with this activation between its layers."""
     if name == "alexnet":
         layers = [*network.features, network.avgpool, nn.Flatten(), *network.classifier]
         for layer in layers:
@@ -172,8 +191,10 @@ def test_narrow_resnet_divides_every_width(name: str) -> None:
 
 
 def test_resnet18_of_width_16_has_701_466_parameters() -> None:
-    stages = sum(9 * (2 * w * w + w * before + w * w) + 8 * w + (w * before + 2 * w if w != before else 0)
-                 for before, w in ((16, 16), (16, 32), (32, 64), (64, 128)))  # fmt: skip
+    stages = sum(
+        9 * (2 * w * w + w * before + w * w) + 8 * w + (w * before + 2 * w if w != before else 0)
+        for before, w in ((16, 16), (16, 32), (32, 64), (64, 128))
+    )
     assert 3 * 9 * 16 + 2 * 16 + stages + 128 * 10 + 10 == 701_466
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model("resnet18", 10, width=16).parameters()) == 701_466
@@ -185,3 +206,73 @@ def test_speedrun_models_reject_activation() -> None:
             UserError, match=f"activation=gelu cannot be applied: model '{name}' has a fixed activation"
         ):
             build_model(name, 10, activation="gelu")
+
+
+# Normalisation
+
+
+def test_normalize_matches_torchvision_and_keeps_channels_last() -> None:
+    images = random_pixels(4, 7, 5)
+    expected = pixels.normalize(pixels.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
+    normalized = Normalize(MEAN, STD)(images)
+    torch.testing.assert_close(normalized, expected, rtol=1e-5, atol=1e-6)
+    assert normalized.dtype == torch.float32
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+    assert not normalized.is_contiguous()
+
+
+def test_normalize_expects_floats_in_0_to_255() -> None:
+    images, normalize = random_pixels(2, 4), Normalize(MEAN, STD)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        torch.testing.assert_close(normalize(images.to(dtype)), normalize(images), rtol=0, atol=0)
+
+
+def test_normalize_computes_in_float64_after_double() -> None:
+    images, normalize = random_pixels(2, 4), Normalize(MEAN, STD).double()
+    mean, std = normalize.mean.view(3, 1, 1), normalize.std.view(3, 1, 1)
+    torch.testing.assert_close(normalize(images), (images.double() / 255 - mean) / std, rtol=0, atol=1e-14)
+
+
+def test_pixel_classifier_computes_in_float64_after_double() -> None:
+    network = build_model("resnet18", 10, mean=MEAN, std=STD).double()
+    assert network(random_pixels(2, 25)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalize_rounds_once_to_autocast_dtype(dtype: torch.dtype) -> None:
+    images, normalize = random_pixels(2, 16), Normalize(MEAN, STD)
+    exact = normalize(images)
+    with torch.autocast("cpu", dtype=dtype):
+        normalized = normalize(images)
+    torch.testing.assert_close(normalized, exact.to(dtype), rtol=0, atol=0)
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mean_and_std_are_buffers_in_state_dict() -> None:
+    network = build_model("lenet", 10, mean=MEAN, std=STD)
+    assert isinstance(network, PixelClassifier)
+    plain = build_model("lenet", 10)
+    assert list(network.state_dict()) == ["normalize.mean", "normalize.std"] + [
+        f"network.{k}" for k in plain.state_dict()
+    ]
+    assert len(list(network.parameters())) == len(list(plain.parameters()))
+
+
+def test_pixel_classifier_equals_network_on_normalised_images() -> None:
+    network, images = build_model("lenet", 10, mean=MEAN, std=STD), random_pixels(2, 32)
+    normalised = pixels.normalize(pixels.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
+    torch.testing.assert_close(network(images), network.network(normalised), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mean": MEAN}, "std=None must be given together"),
+        ({"mean": (125, 123, 114), "std": STD}, r"mean=\[125, 123, 114\].*from 0 to 1"),
+        ({"mean": MEAN, "std": (0.2, 0.0, 0.2)}, r"std=\[0.2, 0.0, 0.2\].*above 0"),
+        ({"mean": (0.5,), "std": (0.5,)}, r"mean=\[0.5\] is not three numbers"),
+    ],
+)
+def test_bad_statistics_error_names_value(arguments: dict[str, tuple[float, ...]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model("lenet", 10, **arguments)

@@ -1,4 +1,4 @@
-"""models/speedrun.py: whitening, identity initialisation, shapes."""
+"""Speedrun networks: whitening, identity initialisation, shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _seed() -> None:
 
 
 def smooth_images(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Neighbouring pixels and channels are alike, as in photos; means near 0: [N, 3, 20, 20]."""
+    """Return images [N, 3, 20, 20] with correlated pixels and channels, as in photos, and means near 0."""
     noise = torch.randn(count, 1, 24, 24, dtype=dtype) + 0.3 * torch.randn(count, 3, 24, 24, dtype=dtype)
     return F.avg_pool2d(noise, 5, stride=1)
 
@@ -95,7 +95,7 @@ def test_sizes_from_25_to_48_are_accepted(side: int) -> None:
 
 
 def plain_forward(model: SpeedrunNet, x: Tensor) -> Tensor:
-    """Layer by layer, as published."""
+    """Return the logits, layer by layer as published."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def norm(x: Tensor, name: str) -> Tensor:
