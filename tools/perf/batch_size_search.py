@@ -1,8 +1,7 @@
-"""Measure which batch sizes train how fast, and find the largest that memory holds: powers of two, then bisection.
+"""Search for the fastest batch size and the largest that fits: powers of two, then bisection.
 
-The largest and the fastest are measured again, since the fastest of many short measurements is often a lucky one.
-
-Each size has a process of its own, so that one that does not fit ends nothing else and leaves nothing behind.
+The largest and the fastest size are measured again, since the fastest of many short measurements is often an outlier.
+Each size runs in a separate process, so that running out of memory does not affect the others.
 """
 
 from __future__ import annotations
@@ -21,33 +20,34 @@ from tools.benchmarks.engine import ours, process_memory
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import WARM_UP_TIMEOUT_S, Measurement, measure
 
-SIZES = (256, 512, 1024, 2048)  # that `search_fastest` tries
-MIN_GAIN = 1.02  # a doubled batch that gives less is not worth its memory
+SIZES = (256, 512, 1024, 2048)  # tried by `search_fastest`
+MIN_GAIN = 1.02  # minimum speed-up for which `search_fastest` doubles the batch size again
+TIMEOUT_STEPS = 10  # expected durations of a step that are added to the timeout
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model whose batch sizes are tried; limit_bytes: of a GPU's memory or of the process's, None: all there is."""
+    """A model whose batch sizes are searched."""
 
     name: str
     config: Config
-    synthetic: bool = False  # noise instead of a data set's images
+    synthetic: bool = False  # train on noise instead of images of a data set
     on_gpu: bool = False
-    limit_bytes: int | None = None
+    limit_bytes: int | None = None  # of GPU memory, or of the process's memory; None: all memory
 
 
 @dataclass
 class Trial:
-    """What one batch size reached: `rates` where it fits, else `error`, which may be another than its memory's."""
+    """Result of one batch size: rates if it fits, else an error, which may have another cause than memory."""
 
     batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
-    memory_gib: float | None = None  # peak: of torch's tensors on a GPU, resident on the CPU
-    reserved_gib: float | None = None  # peak held by torch's allocator, on a GPU
-    device_memory_gib: float | None = None  # in use on the GPU altogether
-    gpu_memory_gib: float | None = None  # the GPU's whole memory
+    memory_gib: float | None = None  # peak of torch's tensors on a GPU, peak resident memory on the CPU
+    reserved_gib: float | None = None  # peak reserved by torch's allocator on a GPU
+    device_memory_gib: float | None = None  # in use on the GPU in total
+    gpu_memory_gib: float | None = None  # size of the GPU's memory
     error: str | None = None
-    origin: str = "doubling"  # or bisection
+    origin: str = "doubling"  # or bisection, repeat
     is_repeated: bool = False
 
     @property
@@ -56,88 +56,95 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """The median round."""
+        """Median rate of the rounds, in images/s."""
         return median(self.rates)
 
     @property
     def is_failure(self) -> bool:
-        """Whether it ended by an error that has nothing to do with memory."""
+        """Whether the trial ended with an error other than out of memory."""
         return self.error is not None and not process_memory.is_out_of_memory(self.error)
 
 
 class OutOfTime(Exception):
-    """The time given was over before a size was measured."""
+    """The deadline passed before a batch size was measured."""
 
 
 def run_trial(
-    target: Target, batch: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
+    target: Target, batch_size: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
 ) -> Trial:
-    """Train on one batch of this size for some rounds; step_s: about how long a step may take, for patience."""
-    config = with_batch(target.config, batch)
-    is_watched = target.limit_bytes is not None and not target.on_gpu
+    """Train on one resident batch of this size.
+
+    Args:
+        seconds: Duration of a round.
+        deadline: On the clock of time.monotonic().
+        step_s: Expected duration of a step, which extends the timeout.
+
+    Raises:
+        OutOfTime: If the deadline has passed and the trial has no result.
+    """
+    config = with_batch_size(target.config, batch_size)
+    process_limit = None if target.on_gpu else target.limit_bytes
     candidate = Candidate(
-        f"batch {batch}",
+        f"batch {batch_size}",
         partial(ours.resident, synthetic=target.synthetic, limit_bytes=target.limit_bytes),
         (config,),
-        partial(process_memory.check_limit, target.limit_bytes) if is_watched and target.limit_bytes else None,
+        partial(process_memory.check_limit, process_limit) if process_limit else None,
     )
-    (measurement,) = measure(
-        [candidate], seconds, rounds, deadline, WARM_UP_TIMEOUT_S + 10 * step_s, show_progress=False
-    )
+    timeout_s = WARM_UP_TIMEOUT_S + TIMEOUT_STEPS * step_s
+    (measurement,) = measure([candidate], seconds, rounds, deadline, timeout_s, show_progress=False)
     if measurement.error is None and not measurement.rates:
         measurement.error = "not measured"
     is_late = deadline is not None and time.monotonic() > deadline
     if is_late and measurement.error is not None and not process_memory.is_out_of_memory(measurement.error):
         raise OutOfTime(measurement.error)
-    return _size(batch, measurement, target.limit_bytes if is_watched else None)
+    return _trial(batch_size, measurement, process_limit)
 
 
-def _size(batch: int, measurement: Measurement, limit_bytes: int | None) -> Trial:
-    size = Trial(batch, error=measurement.error)
+def _trial(batch_size: int, measurement: Measurement, limit_bytes: int | None) -> Trial:
+    trial = Trial(batch_size, error=measurement.error)
     if measurement.error is not None:
-        return size
-    size.rates = measurement.rates
+        return trial
+    trial.rates = measurement.rates
     for name in ("memory_gib", "reserved_gib", "device_memory_gib", "gpu_memory_gib"):
-        setattr(size, name, measurement.details.get(name))
-    if (
-        limit_bytes is not None and (size.memory_gib or 0) * process_memory.GIB > limit_bytes
-    ):  # since the watch last looked
-        size.error = process_memory.limit_error(limit_bytes)
-    return size
+        setattr(trial, name, measurement.details.get(name))
+    # the limit may have been exceeded after the last check of the process
+    if limit_bytes is not None and (trial.memory_gib or 0) * process_memory.GIB > limit_bytes:
+        trial.error = process_memory.limit_error(limit_bytes)
+    return trial
 
 
-def with_batch(config: Config, batch: int) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch})})
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch_size})})
 
 
-def doublings(reach: Callable[[int], Trial], first: int, most: int | None) -> Iterator[Trial]:
-    """`first`, twice, four times as many, at last `most` itself; ends after the first that does not fit or fails."""
-    batch = first if most is None else min(first, most)
+def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:
+    """Double the batch size from `first` up to `maximum`. Stop after the first that does not fit or fails."""
+    batch_size = first if maximum is None else min(first, maximum)
     while True:
-        size = reach(batch)
-        yield size
-        if not size.fits or batch == most:
+        trial = measure_size(batch_size)
+        yield trial
+        if not trial.fits or batch_size == maximum:
             return
-        batch = 2 * batch if most is None else min(2 * batch, most)
+        batch_size = 2 * batch_size if maximum is None else min(2 * batch_size, maximum)
 
 
-def bisection(reach: Callable[[int], Trial], fits: int, fails: int, tolerance: float) -> Iterator[Trial]:
-    """Sizes between one that fits and one that does not, until these two are within `tolerance` of the smaller.
+def bisection(measure_size: Callable[[int], Trial], fits: int, too_large: int, tolerance: float) -> Iterator[Trial]:
+    """Bisect between a size that fits and one that does not, until they differ by at most `tolerance` of the smaller.
 
-    tolerance 0: until they are neighbours. Ends after an error that is not memory's.
+    Tolerance 0 continues until they are neighbours. Stop after an error other than out of memory.
     """
-    while fails - fits > max(1, int(fits * tolerance)):
-        middle = (fits + fails) // 2
-        size = reach(middle)
-        yield size
-        if size.is_failure:
+    while too_large - fits > max(1, int(fits * tolerance)):
+        middle = (fits + too_large) // 2
+        trial = measure_size(middle)
+        yield trial
+        if trial.is_failure:
             return
-        fits, fails = (middle, fails) if size.fits else (fits, middle)
+        fits, too_large = (middle, too_large) if trial.fits else (fits, middle)
 
 
 @dataclass
 class BatchSizeSearch:
-    """All sizes tried of one model; `end` says why there are no more, and is empty while they go on."""
+    """Trials of one model. `end` is the reason why the search ended, or empty while it runs."""
 
     target: Target
     trials: list[Trial] = field(default_factory=list)
@@ -145,7 +152,7 @@ class BatchSizeSearch:
 
     @property
     def fitting(self) -> list[Trial]:
-        return sorted((size for size in self.trials if size.fits), key=lambda size: size.batch_size)
+        return sorted((trial for trial in self.trials if trial.fits), key=lambda trial: trial.batch_size)
 
     @property
     def largest(self) -> int | None:
@@ -153,74 +160,82 @@ class BatchSizeSearch:
 
     @property
     def reliable(self) -> list[Trial]:
-        """Return the fitting sizes but those that have one round of bisection alone, where there are others."""
+        """Fitting trials with more than the single round of bisection, or all if there are no others."""
         fitting = self.fitting
-        return [size for size in fitting if size.origin == "doubling" or size.is_repeated] or fitting
+        return [trial for trial in fitting if trial.origin == "doubling" or trial.is_repeated] or fitting
 
     @property
     def best(self) -> Trial | None:
-        """Return the fastest of the settled sizes by the median of its rounds."""
-        return max(self.reliable, key=lambda size: size.rate, default=None)
+        """The fastest of the reliable trials."""
+        return max(self.reliable, key=lambda trial: trial.rate, default=None)
 
     @property
     def too_large(self) -> int | None:
-        """The smallest batch that did not fit."""
-        return min((size.batch_size for size in self.trials if not size.fits and not size.is_failure), default=None)
+        """The smallest batch size that did not fit."""
+        sizes = (trial.batch_size for trial in self.trials if not trial.fits and not trial.is_failure)
+        return min(sizes, default=None)
 
     @property
     def failure(self) -> Trial | None:
-        """The size that ended by an error other than memory's."""
-        return next((size for size in self.trials if size.is_failure), None)
+        """The trial that ended with an error other than out of memory."""
+        return next((trial for trial in self.trials if trial.is_failure), None)
 
+    def run(
+        self, measure_size: Callable[[int, str], Trial], *, first: int, maximum: int | None, tolerance: float
+    ) -> Iterator[Trial]:
+        """Run the search trial by trial.
 
-def search(
-    result: BatchSizeSearch, reach: Callable[[int, str], Trial], *, first: int, most: int | None, tolerance: float
-) -> Iterator[Trial]:
-    """Fill `result` size by size; reach(batch, "doubling", "bisection" or "repeat") may raise TimeOver."""
-
-    def noted(sizes: Iterator[Trial]) -> Iterator[Trial]:
-        for size in sizes:
-            result.trials.append(size)
-            yield size
-
-    try:
-        yield from noted(doublings(lambda batch: reach(batch, "doubling"), first, most))
-        if result.largest is not None and result.too_large is not None:
-            between = bisection(lambda batch: reach(batch, "bisection"), result.largest, result.too_large, tolerance)
-            yield from noted(between)
-    except OutOfTime:
-        result.end = "time"
-        return
-    with suppress(OutOfTime):  # the search itself is complete
-        yield from repeats(result, lambda batch: reach(batch, "repeat"))
-    result.end = "error" if result.failure else "memory" if result.too_large is not None else "most"
-
-
-def repeats(result: BatchSizeSearch, reach: Callable[[int], Trial]) -> Iterator[Trial]:
-    """Measure the largest batch once more, and the fastest until the fastest of all has been repeated.
-
-    The rounds are added to those of the first time, but for the one round of bisection: a size that was chosen by its
-    rate in one round was probably lucky in it.
-    """
-    while result.fitting:
-        fastest = max(result.fitting, key=lambda size: size.rate)
-        size = next((one for one in (result.fitting[-1], fastest) if not one.is_repeated), None)
-        if size is None:
+        Args:
+            measure_size: Called with a batch size and "doubling", "bisection" or "repeat". May raise OutOfTime.
+            first: Smallest batch size.
+            maximum: Largest batch size. None: no limit.
+            tolerance: See `bisection`.
+        """
+        try:
+            yield from self._recorded(doublings(lambda size: measure_size(size, "doubling"), first, maximum))
+            if self.largest is not None and self.too_large is not None:
+                between = bisection(
+                    lambda size: measure_size(size, "bisection"), self.largest, self.too_large, tolerance
+                )
+                yield from self._recorded(between)
+        except OutOfTime:
+            self.end = "time"
             return
-        again = reach(size.batch_size)
-        size.is_repeated, size.error = True, again.error
-        size.rates = again.rates if size.origin == "bisection" else size.rates + again.rates
-        size.memory_gib = max(filter(None, (size.memory_gib, again.memory_gib)), default=None)
-        yield size
+        with suppress(OutOfTime):  # the search is complete
+            yield from self._repeats(lambda size: measure_size(size, "repeat"))
+        self.end = "error" if self.failure else "memory" if self.too_large is not None else "most"
+
+    def _recorded(self, trials: Iterator[Trial]) -> Iterator[Trial]:
+        for trial in trials:
+            self.trials.append(trial)
+            yield trial
+
+    def _repeats(self, measure_size: Callable[[int], Trial]) -> Iterator[Trial]:
+        """Measure the largest size again, and the fastest until the fastest of all has been repeated.
+
+        The rounds are added to those of the first trial. They replace the single round of bisection: a size that was
+        chosen by the rate of one round was probably an outlier in it.
+        """
+        while self.fitting:
+            fastest = max(self.fitting, key=lambda trial: trial.rate)
+            trial = next((trial for trial in (self.fitting[-1], fastest) if not trial.is_repeated), None)
+            if trial is None:
+                return
+            repeat = measure_size(trial.batch_size)
+            trial.is_repeated, trial.error = True, repeat.error
+            trial.rates = repeat.rates if trial.origin == "bisection" else trial.rates + repeat.rates
+            trial.memory_gib = max(filter(None, (trial.memory_gib, repeat.memory_gib)), default=None)
+            yield trial
 
 
 def search_fastest(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Trial]:
-    """Try SIZES from the smallest on; ends after the first doubling that does not fit, fails or gains too little."""
+    """Try SIZES in order. Stop after the first that does not fit, fails or gains less than MIN_GAIN."""
     target = Target(config.model.name, config, on_gpu=torch.cuda.is_available())
+    measure_size = partial(run_trial, target, seconds=seconds, rounds=rounds, deadline=deadline)
     best_rate = 0.0
     with suppress(OutOfTime):
-        for size in doublings(lambda batch: run_trial(target, batch, seconds, rounds, deadline), SIZES[0], SIZES[-1]):
-            yield size
-            if not size.fits or size.rate < MIN_GAIN * best_rate:
+        for trial in doublings(measure_size, SIZES[0], SIZES[-1]):
+            yield trial
+            if not trial.fits or trial.rate < MIN_GAIN * best_rate:
                 return
-            best_rate = size.rate
+            best_rate = trial.rate

@@ -1,9 +1,9 @@
-"""Where the time of training steps goes: phases named from outside of the step, and their times read from the trace.
+"""Time of training steps by phase, read from a profiler trace.
 
-A moment belongs to one phase, so that the phases add up to the wall time. On the CPU it is the phase that the training
-thread is in. On a GPU it is the phase that launched what the device is computing, since the host runs ahead; while the
-device rests, it is `data` if the host waits for a batch. Of the all-reduce only that counts as `reduce` during which
-nothing else is computed: what hides behind backward costs nothing. The rest is `host`.
+Each moment belongs to one phase, so that the phases add up to the wall time. On the CPU it is the phase of the training
+thread. On a GPU it is the phase that launched the work of the device, since the host runs ahead. While the device is
+idle, it is `data` if the host waits for a batch. `reduce` is the part of the all-reduce during which nothing else is
+computed, since an all-reduce that overlaps with backward costs no time. The rest is `host`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from train.optim.freeze import set_training_mode
 from train.throughput import endless_batches
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, REDUCE, HOST = "data", "forward", "backward", "optimizer", "reduce", "host"
-PROXY = "proxy"  # the choice of samples, where train.proxy is on
+PROXY = "proxy"  # selection of samples by train.proxy
 PHASES = (DATA, HOST, PROXY, FORWARD, BACKWARD, REDUCE, OPTIMIZER)
-PREFIX = "step: "  # of the ranges' names in the trace
+PREFIX = "step: "  # of range names in the trace
 WINDOW = f"{PREFIX}all of them"
 WARM_STEPS = 3
-TOP = 10
+MAX_OPERATORS = 10
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 Interval = tuple[float, float]
@@ -45,28 +45,28 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Of `steps` steps: ms per step by phase, which add up to step_ms; the operators or kernels that took most."""
+    """Mean time of a step by phase, and the operators or kernels that took most time."""
 
     steps: int
     step_ms: float
-    phases: dict[str, float]
-    operators: list[dict[str, Any]]  # name, ms (its own, per step), calls (per step)
+    phases: dict[str, float]  # ms per step, adding up to step_ms
+    operators: list[dict[str, Any]]  # name, ms (per step, without called operators), calls (per step)
 
 
-def profile_steps(training: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
-    """Profile so many steps with data of the loader, and write their Chrome trace (.json.gz).
+def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
+    """Profile `steps` steps and write their Chrome trace (.json.gz).
 
-    Other ranks must `run_alongside` meanwhile.
+    The other ranks must call `run_alongside` meanwhile.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # quiet: else it calls it an error that there is no GPU
-    on_gpu = training.device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
+    on_gpu = state.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     batches = endless_batches(loader)
-    with annotate_phases(training):
+    with annotate_phases(state):
         with torch.profiler.profile(activities=activities):
-            _run(training, batches, WARM_STEPS)  # the first use of the profiler takes its time
+            _run(state, batches, WARM_STEPS)  # the first use of the profiler is slow
         with torch.profiler.profile(activities=activities) as profiler, record_function(WINDOW):
-            _run(training, batches, steps)
+            _run(state, batches, steps)
     profiler.export_chrome_trace(str(trace))
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events: list[Event] = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
@@ -77,73 +77,75 @@ def profile_steps(training: TrainState, loader: Loader, steps: int, trace: Path)
     return StepProfile(steps, total / 1e3 / steps, {name: time / 1e3 / steps for name, time in times.items()}, per_step)
 
 
-def run_alongside(training: TrainState, loader: Loader, steps: int) -> None:
-    """The steps of another rank that profiles."""
+def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
+    """Run the same steps on a rank that does not profile."""
     batches = endless_batches(loader)
-    _run(training, batches, WARM_STEPS)
-    _run(training, batches, steps)
+    _run(state, batches, WARM_STEPS)
+    _run(state, batches, steps)
 
 
-def _run(training: TrainState, batches: Iterator[Batch], count: int) -> None:
-    """So many steps, and the wait until the device has done them."""
-    set_training_mode(training.forward)
+def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
+    """Run `count` steps and wait for the device."""
+    set_training_mode(state.forward)
     for number in range(1, count + 1):
         with record_function(PREFIX + DATA):
             batch = next(batches)
-        run_step(training, batch, number, optimizer_step=number % training.config.accumulation_steps == 0)
-    if training.device.type == "cuda":
-        torch.cuda.synchronize(training.device)
+        run_step(state, batch, number, optimizer_step=number % state.config.accumulation_steps == 0)
+    if state.device.type == "cuda":
+        torch.cuda.synchronize(state.device)
 
 
 @contextmanager
-def annotate_phases(training: TrainState) -> Iterator[None]:
-    """Inside, the phases of a step are ranges in a profile. They are put around what the step calls, for this time
-    only: the step itself knows nothing of it."""
+def annotate_phases(state: TrainState) -> Iterator[None]:
+    """Mark the phases of a step as ranges of a profile.
+
+    The functions that a step calls are wrapped temporarily; the step itself has no annotations.
+    """
     inside = False
 
-    def ranged(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
+    def annotated(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             nonlocal inside
-            if inside:  # the proxy's backward is the proxy's
-                return function(*arguments, **named)
+            if inside:  # a nested call, such as the backward pass of the proxy
+                return function(*arguments, **keywords)
             inside = True
             try:
                 with record_function(PREFIX + phase):
-                    return function(*arguments, **named)
+                    return function(*arguments, **keywords)
             finally:
                 inside = False
 
         return call
 
-    places: list[tuple[Any, str, str]] = [
-        (training, "loss_and_counts", FORWARD),
+    functions: list[tuple[Any, str, str]] = [
+        (state, "loss_and_counts", FORWARD),
         (torch.Tensor, "backward", BACKWARD),
-        (training.scaler, "unscale_", OPTIMIZER),
+        (state.scaler, "unscale_", OPTIMIZER),
         (nn.utils, "clip_grad_norm_", OPTIMIZER),
-        (training.scaler, "step", OPTIMIZER),
-        (training.scaler, "update", OPTIMIZER),
-        (training.optimizer, "zero_grad", OPTIMIZER),
+        (state.scaler, "step", OPTIMIZER),
+        (state.scaler, "update", OPTIMIZER),
+        (state.optimizer, "zero_grad", OPTIMIZER),
     ]
-    if training.proxy is not None:
-        places.append((training.proxy, "select", PROXY))
+    if state.proxy is not None:
+        functions.append((state.proxy, "select", PROXY))
     with ExitStack() as stack:
-        for owner, name, phase in places:
-            stack.enter_context(_replaced(owner, name, ranged(getattr(owner, name), phase)))
+        for owner, name, phase in functions:
+            stack.enter_context(_replaced(owner, name, annotated(getattr(owner, name), phase)))
         yield
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    own, before = name in vars(owner), getattr(owner, name)
+    is_own, original = name in vars(owner), getattr(owner, name)
     setattr(owner, name, function)
     try:
         yield
     finally:
-        setattr(owner, name, before) if own else delattr(owner, name)  # a method of its class shows again
+        setattr(owner, name, original) if is_own else delattr(owner, name)  # uncovers the method of the class
 
 
 def phase_times(events: Sequence[Event]) -> dict[str, float]:
-    """Microseconds of the whole window by phase; events: the complete ones ("ph": "X") of a Chrome trace."""
+    """Return the µs of the window by phase. `events` are complete events ("ph": "X") of a Chrome trace."""
     (window,) = (event for event in events if event["name"] == WINDOW and event["cat"] == "user_annotation")
     thread = window["tid"]
     ranges: dict[str, list[Interval]] = defaultdict(list)
@@ -159,15 +161,18 @@ def phase_times(events: Sequence[Event]) -> dict[str, float]:
 def _host_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """In backward the thread computes, or waits for the all-reduces that other threads do, or sees to autograd."""
-    here = [event for event in events if event["cat"] == "cpu_op" and event["tid"] == thread]
-    asked = [_span(event) for event in here if event["name"].startswith("c10d::")]
-    computed = [_span(event) for event in here]
+    """Return the intervals of each phase on the CPU.
+
+    During backward the thread computes, waits for all-reduces of other threads, or runs autograd.
+    """
+    own = [event for event in events if event["cat"] == "cpu_op" and event["tid"] == thread]
+    requested = [_span(event) for event in own if event["name"].startswith("c10d::")]
+    computed = [_span(event) for event in own]
     reduced = [_span(event) for event in events if "all_reduce" in event["name"] and event["tid"] != thread]
     whole = [(phase, ranges[phase]) for phase in (DATA, PROXY, FORWARD, OPTIMIZER)]
     within = [
         (phase, intersect(spans, ranges[BACKWARD]))
-        for phase, spans in ((REDUCE, asked), (BACKWARD, computed), (REDUCE, reduced))
+        for phase, spans in ((REDUCE, requested), (BACKWARD, computed), (REDUCE, reduced))
     ]
     return [*whole, *within, (BACKWARD, ranges[BACKWARD])]
 
@@ -175,21 +180,23 @@ def _host_claims(
 def _device_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """What the device does belongs to the phase in which the training thread, or autograd's, launched it.
+    """Return the intervals of each phase on a GPU: work belongs to the phase that launched it.
 
-    Other threads than these are the loader's.
+    Launches by other threads than those of training and autograd belong to the loader.
     """
-    ours = {thread} | {event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")}
+    training_threads = {thread} | {
+        event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")
+    }
     launches = {
         event["args"]["correlation"]: event
         for event in events
         if event["cat"] in LAUNCHES and "correlation" in event.get("args", {})
     }
     spans = sorted(
-        (begin, end, phase)
+        (start, end, phase)
         for phase, intervals in ranges.items()
         if f"{PREFIX}{phase}" != WINDOW
-        for begin, end in intervals
+        for start, end in intervals
     )
     work: dict[str, list[Interval]] = defaultdict(list)
     for event in events:
@@ -199,19 +206,19 @@ def _device_claims(
         if "nccl" in event["name"].lower():
             work[REDUCE].append(_span(event))
         elif launch is not None:
-            work[_phase_at(launch["ts"], spans) if launch["tid"] in ours else DATA].append(_span(event))
+            work[_phase_at(launch["ts"], spans) if launch["tid"] in training_threads else DATA].append(_span(event))
     computed = [(phase, work[phase]) for phase in (FORWARD, BACKWARD, OPTIMIZER, PROXY, HOST)]
     return [*computed, (REDUCE, work[REDUCE]), (DATA, work[DATA] + ranges[DATA])]
 
 
 def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
-    """The phase whose range holds the moment; ranges do not overlap."""
+    """Return the phase whose range contains the moment. Ranges do not overlap."""
     position = bisect.bisect_right(spans, moment, key=lambda span: span[0]) - 1
     return spans[position][2] if position >= 0 and moment <= spans[position][1] else HOST
 
 
 def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
-    """Time of the window by name: a moment belongs to the first that claims it, what nobody claims to HOST."""
+    """Return the time of the window by name. A moment belongs to the first claim, or to HOST if there is none."""
     times: dict[str, float] = defaultdict(float)
     taken: list[Interval] = []
     for name, intervals in claims:
@@ -223,30 +230,30 @@ def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interv
 
 
 def merge(intervals: list[Interval]) -> list[Interval]:
-    """The same moments as sorted intervals that do not touch."""
+    """Return the union of the intervals as sorted, disjoint intervals."""
     result: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if result and begin <= result[-1][1]:
+    for start, end in sorted(intervals):
+        if result and start <= result[-1][1]:
             result[-1] = (result[-1][0], max(result[-1][1], end))
         else:
-            result.append((begin, end))
+            result.append((start, end))
     return result
 
 
 def intersect(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """The moments that lie in both."""
+    """Return the intersection of two unions of intervals."""
     result, first, second = [], merge(left), merge(right)
     i = j = 0
     while i < len(first) and j < len(second):
-        begin, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
-        if begin < end:
-            result.append((begin, end))
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < end:
+            result.append((start, end))
         i, j = (i + 1, j) if first[i][1] < second[j][1] else (i, j + 1)
     return result
 
 
 def _length(intervals: list[Interval]) -> float:
-    return sum(end - begin for begin, end in intervals)
+    return sum(end - start for start, end in intervals)
 
 
 def _span(event: Event) -> Interval:
@@ -254,17 +261,17 @@ def _span(event: Event) -> Interval:
 
 
 def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """The operators that took most of the CPU's time themselves, in ms, all calls together."""
+    """Return the operators that took most CPU time, without called operators, in ms over all calls."""
     entries = [entry for entry in profiler.key_averages() if not entry.is_user_annotation]
     entries.sort(key=lambda entry: entry.self_cpu_time_total, reverse=True)
-    return [{"name": e.key, "ms": e.self_cpu_time_total / 1e3, "calls": e.count} for e in entries[:TOP]]
+    return [{"name": e.key, "ms": e.self_cpu_time_total / 1e3, "calls": e.count} for e in entries[:MAX_OPERATORS]]
 
 
 def top_kernels(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """The kernels and copies that took most of the GPU's time, in ms, all calls together."""
+    """Return the kernels and copies that took most GPU time, in ms over all calls."""
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event["cat"] in DEVICE_WORK:
             times[event["name"]].append(event["dur"])
     longest = sorted(times.items(), key=lambda item: sum(item[1]), reverse=True)
-    return [{"name": name, "ms": sum(spans) / 1e3, "calls": len(spans)} for name, spans in longest[:TOP]]
+    return [{"name": name, "ms": sum(spans) / 1e3, "calls": len(spans)} for name, spans in longest[:MAX_OPERATORS]]

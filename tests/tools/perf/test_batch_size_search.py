@@ -84,9 +84,8 @@ def ramp_with(
 def climbed(largest: int, first: int, most: int | None, tolerance: float) -> BatchSizeSearch:
     result = BatchSizeSearch(Target("fake", ANY_CONFIG))
     reach = fake(largest)
-    for _ in batch_size_search.search(
-        result, lambda batch, _: reach(result.target, batch), first=first, most=most, tolerance=tolerance
-    ):
+    measure_size = lambda batch_size, _: reach(result.target, batch_size)  # noqa: E731
+    for _ in result.run(measure_size, first=first, maximum=most, tolerance=tolerance):
         pass
     return result
 

@@ -1,0 +1,143 @@
+"""Results of a search for batch sizes: rows, summary and the files ramp.csv, ramp.json and ramp.png."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from tools.benchmarks.engine import process_memory, results
+from tools.common.tables import Row, write_csv, write_text
+from tools.perf import plots
+from tools.perf.batch_size_search import BatchSizeSearch, Trial
+from train.reporting.figures import save
+
+NEAR_BEST = 0.95  # share of the best rate
+NOISY = 2.0  # ratio of the fastest round of a size to its slowest, from which the summary mentions it
+
+
+def trial_rows(searches: list[BatchSizeSearch]) -> list[Row]:
+    """Return a row per trial, for the CSV and JSON files."""
+    return [_trial_row(search, trial) for search in searches for trial in _by_size(search)]
+
+
+def display_rows(searches: list[BatchSizeSearch]) -> list[Row]:
+    """Return a row per trial, for the console."""
+    return [_display_row(search, trial) for search in searches for trial in _by_size(search)]
+
+
+def _by_size(search: BatchSizeSearch) -> list[Trial]:
+    return sorted(search.trials, key=lambda trial: trial.batch_size)
+
+
+def _trial_row(search: BatchSizeSearch, trial: Trial) -> Row:
+    rates = [trial.rate, min(trial.rates), max(trial.rates)] if trial.fits else [None, None, None]
+    return {
+        "model": search.target.name,
+        "batch": trial.batch_size,
+        **dict(zip(("images_per_s", "lowest", "highest"), map(_significant, rates), strict=True)),
+        "ms_per_step": _significant(1e3 * trial.batch_size / trial.rate) if trial.fits else None,
+        "memory_gib": _rounded(trial.memory_gib),
+        "reserved_gib": _rounded(trial.reserved_gib),
+        "device_memory_gib": _rounded(trial.device_memory_gib),
+        "fits": None if trial.is_failure else trial.fits,
+        "step": trial.origin,
+        "rounds": len(trial.rates),
+        "error": trial.error,
+    }
+
+
+def _significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _rounded(gib: float | None) -> float | None:
+    return None if gib is None else round(gib, 4)
+
+
+def _display_row(search: BatchSizeSearch, trial: Trial) -> Row:
+    row = _trial_row(search, trial)
+    names = ["model", "batch", "images_per_s", "lowest", "highest", "ms_per_step", "memory_gib"]
+    if search.target.on_gpu:
+        names.append("device_memory_gib")
+    remark = ""
+    if trial.is_failure:
+        remark = f"failed: {trial.error}"
+    elif not trial.fits:
+        remark = "does not fit"
+    elif trial.batch_size == search.largest and search.end == "memory":
+        remark = "largest that fits"
+    shown = {name.replace("_per_", "/").replace("_", " ").replace("gib", "GiB"): row[name] for name in names}
+    return shown | {"": remark}
+
+
+def summary(search: BatchSizeSearch) -> Row:
+    """Return the largest batch size, why the search ended, the best rate, and the smallest size near it."""
+    best = search.best
+    near_best = (trial.batch_size for trial in search.reliable if best and trial.rate >= NEAR_BEST * best.rate)
+    return {
+        "model": search.target.name,
+        "end": search.end,
+        "largest_batch": search.largest,
+        "too_large_batch": search.too_large,
+        "best_images_per_s": _significant(best.rate) if best else None,
+        "best_batch": best.batch_size if best else None,
+        "best_lowest": _significant(min(best.rates)) if best else None,
+        "best_highest": _significant(max(best.rates)) if best else None,
+        "near_best_batch": next(near_best, None),
+    }
+
+
+def summary_sentence(search: BatchSizeSearch) -> str:
+    """Return the summary as text."""
+    values = summary(search)
+    name, largest, too_large = search.target.name, values["largest_batch"], values["too_large_batch"]
+    limit_bytes = search.target.limit_bytes
+    memory = f"{limit_bytes / process_memory.GIB:.3g} GiB" if limit_bytes else "memory"
+    reason = {
+        "most": "the last one asked for",
+        "time": "the time was over",
+        "error": "a larger one failed" if largest else "the first one failed",
+        "interrupted": "interrupted",
+    }.get(search.end, "")
+    if largest is None:
+        return f"{name}: no batch was measured ({f'{too_large} does not fit into {memory}' if too_large else reason})."
+    bound = f"{too_large:,} does not fit into {memory}" if too_large else reason
+    if too_large and search.end != "memory":
+        bound += f"; {reason}"
+    spread, noisiest = max((max(trial.rates) / min(trial.rates), trial.batch_size) for trial in search.fitting)
+    noise = f" The rounds of batch {noisiest:,} differ {spread:.1f} times: the machine is busy." * (spread > NOISY)
+    best_range = f"{values['best_lowest']:,.0f} to {values['best_highest']:,.0f}"
+    return (
+        f"{name}: largest batch {'' if search.end == 'memory' else 'at least '}{largest:,} ({bound}); "
+        f"best {values['best_images_per_s']:,.0f} images/s ({best_range}) at batch {values['best_batch']:,}, "
+        f"{values['near_best_batch']:,} is the smallest within {100 - 100 * NEAR_BEST:.0f} % of it.{noise}"
+    )
+
+
+def write_results(searches: list[BatchSizeSearch], limit_bytes: int | None, out: Path) -> None:
+    """Write ramp.csv, ramp.json and ramp.png."""
+    environment = results.environment()
+    trials = [trial for search in searches for trial in search.trials]
+    limit_gib = None if limit_bytes is None else limit_bytes / process_memory.GIB
+    gpu_gib = next((trial.gpu_memory_gib for trial in trials if trial.gpu_memory_gib), None)
+    rows = trial_rows(searches)
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment,
+        "memory_limit_gib": _rounded(limit_gib),
+        "gpu_memory_gib": _rounded(gpu_gib),
+        "models": [summary(search) for search in searches],
+        "sizes": rows,
+    }
+    write_csv(out / "ramp.csv", rows)
+    write_text(out / "ramp.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    written = ["ramp.csv", "ramp.json"]
+    if any(search.fitting for search in searches):
+        limit_line = (limit_gib, "limit") if limit_gib else (gpu_gib, "the GPU's memory") if gpu_gib else None
+        machine = f"{environment['device']}, {environment['cores']} cores, {environment['date']}"
+        save(plots.plot_batch_sizes(searches, limit_line, machine), out / "ramp.png")
+        written.append("ramp.png")
+    with suppress(BrokenPipeError):
+        print(f"wrote {', '.join(str(out / name) for name in written)}\n", flush=True)
