@@ -1,7 +1,4 @@
-"""Puts a training together from a config and what a data set says of itself; every command that runs a model does so.
-
-Knows all parts of a training and none of its steps.
-"""
+"""Builds the training state of a config, for every command that runs a model."""
 
 from __future__ import annotations
 
@@ -35,10 +32,18 @@ def build_all(
     *,
     trains: bool = True,
 ) -> TrainState:
-    """The model as config.seed draws it or as it is to start, its optimizer, and what config.train puts beside them.
+    """Build the model, its optimizer, and the other parts of config.train.
 
-    Learning rates are those of the global batch. A model that a checkpoint is loaded into is built from
-    `without_pretrained(config)`; one that is only evaluated from `inference_config(config)`, without `trains`.
+    Learning rates are scaled to the global batch. Before loading a checkpoint, build from `without_pretrained(config)`;
+    for evaluation only, from `inference_config(config)` with trains=False.
+
+    Args:
+        config: Config of the run; config.seed initializes the model.
+        dataset: Contents of dataset.json.
+        classes: Outputs of the model.
+        image_size: Image size in pixels.
+        device: Device of the model.
+        trains: False if only forward passes are made.
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
@@ -66,12 +71,16 @@ def build_all(
         train, lambda name: on_device(build_from_config(ModelConfig(name=name), classes, **shape)), device
     )
     parts = state.parts()
-    state.notes = (*notes, *dict.fromkeys(note for one in parts for note in one.notes))
+    state.notes = (*notes, *dict.fromkeys(note for part in parts for note in part.notes))
     return state
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:
-    """The model's number of outputs, which is the data set's number of classes."""
+    """Return the model's number of outputs, which is the data set's number of classes.
+
+    Raises:
+        UserError: model.num_classes differs from it, or a split does not exist or has no labels.
+    """
     classes = len(dataset["classes"])
     wanted = config.model.num_classes
     if wanted is not None and wanted != classes:
@@ -82,9 +91,9 @@ def check_classes(config: Config, dataset: dict[str, Any]) -> int:
     for split in (config.data.train_split, config.data.val_split):
         entry = dataset["splits"].get(split)
         if entry is None or not entry["labelled"]:
-            fit_for_use = [name for name, other in dataset["splits"].items() if other["labelled"]]
+            labelled = [name for name, other in dataset["splits"].items() if other["labelled"]]
             missing = "does not exist" if entry is None else "has no labels"
-            raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {fit_for_use}")
+            raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {labelled}")
     return classes
 
 

@@ -1,6 +1,6 @@
 """Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml
 
-Reads from top to bottom as the whole run: config, data, model, training, evaluation, checkpoints.
+`main` reads from top to bottom as a run: config, data, model, training, evaluation, checkpoints.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ from train.trainer import Trainer, fit, restore_run
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="settings that override the file: train.epochs=5 or train.epochs 5")  # fmt: skip
+    parser.add_argument(
+        "--opts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that override the file: train.epochs=5 or train.epochs 5",
+    )
     parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
@@ -86,8 +92,8 @@ def main() -> int:
     resume = config.resume if arguments.resume is None else arguments.resume
     evaluates_only = arguments.eval or config.eval.only
     if evaluates_only and resume is None:
-        asks = "--eval" if arguments.eval else "eval.only"
-        raise UserError(f"{asks} needs a checkpoint; give --resume PATH or --resume auto")
+        flag_name = "--eval" if arguments.eval else "eval.only"
+        raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
     dataset = load_dataset(config.data.path)
     classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
@@ -96,25 +102,29 @@ def main() -> int:
         check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
         check_mixing(config.data, config.aug.mix)
 
-    with process_group(ranks) as device, ExitStack() as until_the_end:
-        where: dict[str, Any] = {
+    with process_group(ranks) as device, ExitStack() as stack:
+        placement: dict[str, Any] = {
             "device": device,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
             "local_world_size": ranks.local_world_size,
         }
-        val_loader = build_eval_loader(config.data, config.eval, **where)
+        val_loader = build_eval_loader(config.data, config.eval, **placement)
         val_samples = dataset["splits"][config.data.val_split]["samples"]
 
         trains = not (evaluates_only or arguments.throughput)
         launcher_ids = relaunch.launcher_ids() if trains else []
-        in_use, resume = collectives.from_first_rank(lambda: relaunch.find_active_run_dir(config, resume, launcher_ids))
+        active_run_dir, resume = collectives.from_first_rank(
+            lambda: relaunch.find_active_run_dir(config, resume, launcher_ids)
+        )
         folder, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
-        folder = in_use or folder
-        is_run = not candidates or any(path.exists() for path in candidates)  # else refused, and nothing is left there
-        if folder is not None and trains and is_run:  # before its checkpoints are read
-            until_the_end.enter_context(lock_run_dir(folder))
-            is_explicit = in_use is None and is_explicit_checkpoint(resume)
+        folder = active_run_dir or folder
+        is_run = not candidates or any(
+            path.exists() for path in candidates
+        )  # else the run is refused and must leave nothing there
+        if folder is not None and trains and is_run:  # before reading its checkpoints
+            stack.enter_context(lock_run_dir(folder))
+            is_explicit = active_run_dir is None and is_explicit_checkpoint(resume)
             candidates = collectives.from_first_rank(
                 partial(refresh_candidates, folder, candidates, is_explicit=is_explicit)
             )
@@ -125,7 +135,7 @@ def main() -> int:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
         source, content = load_newest_on_all_ranks(candidates) if candidates else (None, None)
-        if content is None or "threads" not in content:  # else `restore_threads` takes those that the run began with
+        if content is None or "threads" not in content:  # else `restore_threads` sets them
             limit_threads(device)
 
         stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)
@@ -134,14 +144,14 @@ def main() -> int:
         start = config if content is None else without_pretrained(config)
         state = build_all(start, dataset, classes, val_loader.image_size, device)
         train_loader = build_train_loader(
-            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **where
+            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **placement
         )
         check_image_sizes(state, train_loader, val_loader.image_size)
         if arguments.throughput:
             print_throughput(config, state, train_loader, ranks)
             return 0
 
-        uses_ema(state.ema, config.eval.weights)  # raises where there is none
+        uses_ema(state.ema, config.eval.weights)  # raises if there is none
         timeline = build_timeline(state.config, train_loader)
         position = {"epoch": config.train.first_epoch, "step": 0}
         progress: dict[str, Any] = {"best_top1": -1.0}
@@ -151,30 +161,30 @@ def main() -> int:
         else:
             position, progress = restore_run(state, train_loader, timeline, content, source), content["progress"]
             clock.restore(content)
-            content = None  # a second copy of the weights
-        done = timeline.first(position["epoch"]) + position["step"]
+            content = None  # frees a second copy of the weights
+        done = timeline.first_step(position["epoch"]) + position["step"]
         if folder is None:
             folder = collectives.from_first_rank(lambda: create_run_dir(config))
-            until_the_end.enter_context(lock_run_dir(folder))
+            stack.enter_context(lock_run_dir(folder))
         collectives.from_first_rank(lambda: relaunch.record_launch(folder, launcher_ids))
-        about: dict[str, Any] = {
+        run_info: dict[str, Any] = {
             "stream": stream,
             "config": to_yaml(config),
             "dataset": dataset_info(dataset, val_loader.image_size),
-            "progress": progress,  # changes in training
-            "times": clock.times,  # likewise
+            "progress": progress,  # updated during training
+            "times": clock.times,  # updated during training
         }
         facts = collect_run_info(config, dataset, state, train_loader, ranks)
         log_folder, peers_wait = folder if ranks.is_first else None, ranks.world_size > 1
         run_log = RunLog(log_folder, peers_wait=peers_wait, loss=config.train.loss)
-        with run_log as log, CheckpointWriter(folder, state, about) as saving:
-            log.write_config(about["config"], facts)
+        with run_log as log, CheckpointWriter(folder, state, run_info) as saving:
+            log.write_config(run_info["config"], facts)
             log.drop_epochs_from(position["epoch"])
             if source is not None:
                 saving.mark_saved(source, done)
                 log.info(f"resumed from {source} at {position}")
             elif resume is not None:
-                log.info(f"a new run, since there is no checkpoint yet to go on from (--resume {resume})")
+                log.info(f"a new run, since there is no checkpoint to resume from yet (--resume {resume})")
             log.info(summary_line(config, facts, device))
             for note in (*state.notes, *stage_warnings(config), *config_warnings(config.train, timeline)):
                 log.info(note)
@@ -189,22 +199,36 @@ def main() -> int:
             prepared_s = prepare()
             if state.needs_warmup:
                 log.info(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
-            if config.log.images and done == timeline.first(config.train.first_epoch):
+            if config.log.images and done == timeline.first_step(config.train.first_epoch):
                 show_samples(log, train_loader, dataset["classes"])
-            begin = time.monotonic()
-            run = Trainer(config, state, train_loader, val_loader, val_samples, timeline, progress, saving, log, ranks,
-                      clock, prepare)  # fmt: skip
+            start_s = time.monotonic()
+            trainer = Trainer(
+                config,
+                state,
+                train_loader,
+                val_loader,
+                val_samples,
+                timeline,
+                progress,
+                saving,
+                log,
+                ranks,
+                clock,
+                prepare,
+            )
             try:
                 with catch_signals() as pending:
-                    fit(run, position, pending)
-            except Preempted as stopped:
+                    fit(trainer, position, pending)
+            except Preempted as preempted:
                 log.fast_shutdown = True
-                return stopped.exit_code
+                return preempted.exit_code
             if progress.get("left_out"):
-                log.info(f"updates left out in all: {progress['left_out']} of {timeline.total}")
+                log.info(f"steps skipped in total: {progress['left_out']} of {timeline.total}")
             which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
-            log.info(f"done in {time.monotonic() - begin:.1f} s: best {config.data.val_split} top1{which} "
-                    f"{progress['best_top1']:.4f}; the run lies in {folder}")  # fmt: skip
+            log.info(
+                f"done in {time.monotonic() - start_s:.1f} s: best {config.data.val_split} top1{which} "
+                f"{progress['best_top1']:.4f}; the run is in {folder}"
+            )
             if not isnan(clock.training_s):
                 log.info(f"epochs and last evaluation {clock.training_s:.2f} s")
                 log.update_summary({"training_s": clock.training_s})

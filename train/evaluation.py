@@ -1,4 +1,4 @@
-"""Build the model that --eval evaluates, from a checkpoint of train/ddp.py or from weights of another program."""
+"""The model of --eval, from a checkpoint of train/ddp.py or from weights of another program."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from train.checkpoint.restore import restore_weights
 from train.checkpoint.store import load_newest_on_all_ranks
 from train.engine.state import TrainState
 
-# Mean and standard deviation by which the homework normalises, for pixels from 0 to 1. It divides the pixels of
-# MediumImageNet by 256, not by 255, before it subtracts ImageNet's mean.
+# Mean and standard deviation of the homework, for pixels from 0 to 1. The homework divides the pixels of
+# MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
 CIFAR10_STATS = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 IMAGENET_STATS = (
     [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
@@ -33,11 +33,20 @@ IMAGENET_STATS = (
 def build_for_evaluation(
     config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
 ) -> tuple[TrainState, str]:
-    """Return the model that --resume names, with its weights, and in words what it is.
+    """Build the model of --resume with its weights, and return it with its description.
 
-    candidates: the checkpoints that may be meant, of which the first intact one counts. A file of another program holds
-    no config: the model is that of `config`, with as many outputs as the weights have, and pixels are normalised as in
-    the homework. Raises UserError where there is no checkpoint, or where it does not fit the model or the data set.
+    A file of another program contains no config. The model is then that of `config`, with as many outputs as the
+    weights have, and pixels are normalized as in the homework.
+
+    Args:
+        config: Config of the command.
+        dataset: Contents of dataset.json.
+        candidates: Checkpoints in order of preference; the first intact one is used.
+        image_size: Image size of the evaluation.
+        device: Device of the model.
+
+    Raises:
+        UserError: There is no checkpoint, or it does not fit the model or the data set.
     """
     if len(candidates) == 1 and store.is_foreign(candidates[0]):
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
@@ -62,18 +71,20 @@ def _build_foreign(
             f"the weights {path} have {outputs} outputs, but the data set in {config.data.path} has {classes} classes; "
             "give the data set that they were trained on, or start a run from them with model.pretrained"
         )
-    as_there = {**dataset, "mean": mean, "std": std}
-    state = build_all(inference_config(config), as_there, outputs, image_size, device, trains=False)
+    homework_dataset = {**dataset, "mean": mean, "std": std}
+    state = build_all(inference_config(config), homework_dataset, outputs, image_size, device, trains=False)
     network: Any = state.network
     copy_weights(network.network, weights, (), f"the weights {path}")
-    more = f", of which the data set has the first {classes}" if outputs > classes else ""
-    warn(f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{more}, "
-         f"and pixels are normalised as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}")  # fmt: skip
+    extra = f", of which the data set has the first {classes}" if outputs > classes else ""
+    warn(
+        f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{extra}, "
+        f"and pixels are normalized as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}"
+    )
     return state
 
 
 def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
-    """Return the number of outputs that the weights are for; `classes` where they name no last layer of the model."""
+    """Return the number of outputs of the weights, or `classes` if they contain no last layer of the model."""
     with torch.device("meta"):
         model = build_from_config(
             config.model, classes, image_size=image_size, mean=CIFAR10_STATS[0], std=CIFAR10_STATS[1]

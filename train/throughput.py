@@ -1,4 +1,4 @@
-"""Training images/s of a config, as --throughput prints and tools/benchmark.py tabulates."""
+"""Training throughput of a config in images/s, for --throughput and tools/benchmark.py."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ from train.optim.freeze import set_training_mode
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
-    """Batches of epoch after epoch."""
+    """Yield batches of epoch after epoch."""
     while True:
         yield from loader
 
 
-def full_step(state: TrainState, batch: Batch, number: int, *, optimizer_step: bool) -> None:
-    """The step and, after an update, the moving average's; number: of the step, from 1."""
-    run_step(state, batch, number, optimizer_step=optimizer_step)
+def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
+    """Run the step and, after an optimizer step, update the moving average; `step` counts from 1."""
+    run_step(state, batch, step, optimizer_step=optimizer_step)
     if optimizer_step and state.ema is not None:
-        state.ema.update(number)
+        state.ema.update(step)
 
 
 def measure_images_per_s(
     state: TrainState, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
 ) -> float:
-    """Images/s of all ranks over about `seconds` of training, after a warm-up (compilation, caches, clocks).
+    """Return images/s over all ranks in about `seconds` of training, after a warm-up.
 
-    Steps are run in groups that take about a second, and the device is waited for between groups only.
+    Steps are run in groups of about a second. The device is synchronized between groups only. The result is the median.
+
+    Args:
+        state: Training state.
+        loader: Data loader of one stage.
+        world_size: Number of ranks.
+        warmup_steps: Steps before the measurement, for compilation, caches and clocks; made twice.
+        seconds: Approximate duration of the measurement.
     """
     warm_up(state, loader)
     set_training_mode(state.forward)
@@ -46,27 +53,26 @@ def measure_images_per_s(
 
     def run(steps: int) -> float:
         nonlocal batch_size
-        begin = time.perf_counter()
+        start_s = time.perf_counter()
         for step in range(1, steps + 1):
             batch = next(batches)
             batch_size = len(batch.labels)
             full_step(state, batch, step, optimizer_step=step % state.config.accumulation_steps == 0)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
-        return time.perf_counter() - begin
+        return time.perf_counter() - start_s
 
     run(warmup_steps)
     warm_s = run(warmup_steps)
-    steps = collectives.from_first_rank(
-        lambda: max(1, int(warmup_steps / warm_s))
-    )  # equal, or ranks would wait for ever
+    # equal on all ranks; otherwise they would wait for each other forever
+    steps = collectives.from_first_rank(lambda: max(1, int(warmup_steps / warm_s)))
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
     return steps * batch_size * world_size / times[len(times) // 2]
 
 
 def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
-    """A line for each stage."""
+    """Print a line for each stage."""
     for stage in train_loader.stages:
         throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:

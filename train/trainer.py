@@ -1,7 +1,7 @@
-"""The epochs of a run: what follows each optimizer update and each epoch, and how a run ends early or goes back.
+"""The training loop over epochs: logging, evaluation, checkpoints, early stop and rewind.
 
-Steps are optimizer updates of the whole run, counted from 1. The loop over batches is `loop`'s. What was trained on
-files that changed under the run is not saved: each rank looks at its files before all of them add up their sums.
+Numbers of finished steps (`done`) are those of the whole run. Nothing is saved that was trained on files that changed
+during the run: each rank checks its files before the sums are reduced.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from train.optim.schedule import Timeline, learning_rate, update_plateau
 from train.reporting.bad_samples import report_bad_samples
 from train.reporting.run_log import RunLog
 
-RESULTS = ("loss", "top1", "top5")  # of an evaluation, in metrics
-MAX_REWINDS = 5  # in one run; what comes again and again is not chance
-MAX_SKIPPED_STEPS = 10  # updates in a row, without a single good one
+RESULTS = ("loss", "top1", "top5")  # of an evaluation; suffixes of metric names
+MAX_REWINDS = 5  # in one run; repeated failures are not due to chance
+MAX_SKIPPED_STEPS = 10  # consecutive steps
 
 
 @dataclass
 class Trainer:
-    """The parts of a run, as train/ddp.py puts them together."""
+    """The parts of a run, assembled by train/ddp.py."""
 
     config: Config
     state: TrainState
@@ -54,110 +54,135 @@ class Trainer:
     val_loader: Loader
     val_samples: int
     timeline: Timeline
-    progress: dict[str, Any]  # what the run has achieved, changed here: best_top1, plateau, passed_over
+    progress: dict[str, Any]  # best_top1, plateau, passed_over, left_out; updated here
     saving: CheckpointWriter
     log: RunLog
     ranks: Ranks
     clock: RunTimer
-    prepare: Callable[[], object]  # compiles and captures the step again after the optimizer's state was loaded
+    prepare: Callable[[], object]  # compiles and captures the step again after a restore
 
 
-def fit(run: Trainer, position: dict[str, int], pending: PendingSignal) -> None:
-    """Epochs from `position` on, with the checkpoints that train.save_every_* ask for.
+def fit(trainer: Trainer, position: dict[str, int], pending: PendingSignal) -> None:
+    """Run the epochs from `position` on, with the checkpoints of train.save_every_*.
 
-    position: epoch, and steps done in it. Raises Stopped, after a checkpoint, when a signal asks for it.
+    Args:
+        trainer: Parts of the run.
+        position: Epoch, and steps done in it.
+        pending: Signal that this process received.
+
+    Raises:
+        Preempted: A signal asked to stop, and a checkpoint has been written.
     """
-    config, loader = run.config.train, run.train_loader
-    is_due = run.saving.is_due if config.save_every_steps is None else lambda: False
-    health, agreement = FiniteCheck(run.state), StopConsensus(lambda: pending.number, is_due)
+    config, loader = trainer.config.train, trainer.train_loader
+    is_due = trainer.saving.is_due if config.save_every_steps is None else lambda: False
+    finite_check, consensus = FiniteCheck(trainer.state), StopConsensus(lambda: pending.number, is_due)
     epoch, step = position["epoch"], position["step"]
-    if config.on_nonfinite == "rewind" and not run.saving.has_own_checkpoint:
-        done = run.timeline.first(epoch) + step
-        run.saving.save((LAST,), position, health.sums(done), done)
+    if config.on_nonfinite == "rewind" and not trainer.saving.has_own_checkpoint:
+        done = trainer.timeline.first_step(epoch) + step
+        trainer.saving.save((LAST,), position, finite_check.sums(done), done)
     stage = None
     while epoch < config.epochs:
         if len(loader.stages) > 1 and loader.at(epoch) is not stage:
             stage = loader.at(epoch)
-            run.log.info(f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
-                        f"{run.timeline.updates[epoch]} steps at global batch {_global_batch(run, epoch)}")  # fmt: skip
-        done = run.timeline.first(epoch) + step
-        health.begin(done)
-        agreement.reset(done)
+            trainer.log.info(
+                f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
+                f"{trainer.timeline.steps[epoch]} steps at global batch {_global_batch(trainer, epoch)}"
+            )
+        done = trainer.timeline.first_step(epoch) + step
+        finite_check.start(done)
+        consensus.reset(done)
         try:
-            _train_epoch(run, epoch, step, health, agreement)
-            _finish_epoch(run, epoch, pending, health, agreement)
+            _train_epoch(trainer, epoch, step, finite_check, consensus)
+            _finish_epoch(trainer, epoch, pending, finite_check, consensus)
         except NonFiniteError as found:
-            epoch, step = _rewind(run, found)
+            epoch, step = _rewind(trainer, found)
         else:
             epoch, step = epoch + 1, 0
-    collectives.from_first_rank(run.saving.wait)
+    collectives.from_first_rank(trainer.saving.wait)
 
 
-def _train_epoch(run: Trainer, epoch: int, step: int, health: FiniteCheck, agreement: StopConsensus) -> None:
-    """Train the rest of an epoch of which `step` steps are done."""
-    config, state, loader, timeline, log = run.config, run.state, run.train_loader, run.timeline, run.log
-    first, steps, save_every = timeline.first(epoch), timeline.updates[epoch], config.train.save_every_steps
-    bar = tqdm(total=steps, initial=step, desc=f"epoch {epoch + 1}/{config.train.epochs}", unit="step", leave=False,
-               disable=log.is_disabled or not sys.stderr.isatty(), file=sys.stderr)  # fmt: skip
+def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCheck, consensus: StopConsensus) -> None:
+    """Train the rest of an epoch in which `step` steps are done."""
+    config, state, loader = trainer.config, trainer.state, trainer.train_loader
+    timeline, log = trainer.timeline, trainer.log
+    first, steps, save_every = timeline.first_step(epoch), timeline.steps[epoch], config.train.save_every_steps
+    bar = tqdm(
+        total=steps,
+        initial=step,
+        desc=f"epoch {epoch + 1}/{config.train.epochs}",
+        unit="step",
+        leave=False,
+        disable=log.is_disabled or not sys.stderr.isatty(),
+        file=sys.stderr,
+    )
     meter = ThroughputMeter(loader)
-    loss, _, seen = health.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
-    meter.begin(first + step, loss, seen, images_per_step=_global_batch(run, epoch))
+    loss, _, seen = finite_check.sums(first + step).tolist() if step else (0.0, 0.0, 0.0)
+    meter.start(first + step, loss, seen, images_per_step=_global_batch(trainer, epoch))
 
-    def after_step(update: int, lr: float) -> None:
+    def after_step(step: int, lr: float) -> None:
         bar.update()
-        done = update + 1
-        run.saving.check()
-        signal, saves = agreement.poll(done)
+        done = step + 1
+        trainer.saving.check()
+        signal, saves = consensus.poll(done)
         saves = saves or signal != 0 or (save_every is not None and done % save_every == 0)
         logs = done % config.log.every_steps == 0
         if not (saves or logs):
             return
         if saves:
             loader.check_unchanged()
-        sums = health.sums(done)  # synchronises, once per log interval
+        sums = finite_check.sums(done)  # synchronizes, once per log interval
         if logs:
             loss, _, seen = sums.tolist()
             measured = {**meter.read(done, loss, seen), "lr": lr, **memory_usage(state.device)}
             bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
             log.log_step(measured, done)
-            _report_skipped(run, health, done)
+            _report_skipped(trainer, finite_check, done)
         if saves:
-            run.clock.count(done)
-            run.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
+            trainer.clock.count(done)
+            trainer.saving.save((LAST,), {"epoch": epoch, "step": done - first}, sums, done)
         if signal:
-            _stop(run, signal, done)
+            _stop(trainer, signal, done)
 
-    if step == steps:  # the run had been stopped in the evaluation
+    if step == steps:  # stopped during the evaluation
         return
-    skip_steps = {update for begin, end in run.progress.get("passed_over", []) for update in range(begin - 1, end)}
-    run.clock.begin(first + step, loader, images_per_step=_global_batch(run, epoch))
+    skipped = trainer.progress.get("passed_over", [])  # first and last steps, counted from 1
+    skip_steps = {step for first_step, last_step in skipped for step in range(first_step - 1, last_step)}
+    trainer.clock.start_epoch(first + step, loader, images_per_step=_global_batch(trainer, epoch))
     with bar:
-        train_epoch(state, loader, seed=config.seed, rank=run.ranks.rank, after_step=after_step,
-                    timeline=timeline, decays=_decays(run), skip_steps=skip_steps)  # fmt: skip
-    run.clock.count(first + steps)
+        train_epoch(
+            state,
+            loader,
+            seed=config.seed,
+            rank=trainer.ranks.rank,
+            after_step=after_step,
+            timeline=timeline,
+            decays=_decays(trainer),
+            skip_steps=skip_steps,
+        )
+    trainer.clock.count(first + steps)
 
 
-def _global_batch(run: Trainer, epoch: int) -> int:
-    """Images of an optimizer update."""
-    batch_size = run.train_loader.at(epoch).plan.batch_size
-    return batch_size * run.ranks.world_size * run.config.train.accumulation_steps
+def _global_batch(trainer: Trainer, epoch: int) -> int:
+    """Return the images of an optimizer step over all ranks."""
+    batch_size = trainer.train_loader.at(epoch).plan.batch_size
+    return batch_size * trainer.ranks.world_size * trainer.config.train.accumulation_steps
 
 
-def _decays(run: Trainer) -> int:
-    """Of schedule plateau so far."""
-    return int(run.progress.get("plateau", {}).get("decays", 0))
+def _decays(trainer: Trainer) -> int:
+    """Return the decays of schedule plateau so far."""
+    return int(trainer.progress.get("plateau", {}).get("decays", 0))
 
 
 def _finish_epoch(
-    run: Trainer, epoch: int, pending: PendingSignal, health: FiniteCheck, agreement: StopConsensus
+    trainer: Trainer, epoch: int, pending: PendingSignal, finite_check: FiniteCheck, consensus: StopConsensus
 ) -> None:
-    """Evaluate, write metrics and checkpoints."""
-    config, state, progress = run.config, run.state, run.progress
-    done, is_last = run.timeline.first(epoch + 1), epoch + 1 == config.train.epochs
-    run.train_loader.check_unchanged()
-    sums = health.sums(done)
+    """Evaluate, and write metrics and checkpoints."""
+    config, state, progress = trainer.config, trainer.state, trainer.progress
+    done, is_last = trainer.timeline.first_step(epoch + 1), epoch + 1 == config.train.epochs
+    trainer.train_loader.check_unchanged()
+    sums = finite_check.sums(done)
     loss, correct, seen = sums.tolist()
-    _report_skipped(run, health, done)
+    _report_skipped(trainer, finite_check, done)
     weights = ("",) if state.ema is None else ("", "ema_")
     metrics = {
         "epoch": epoch,
@@ -165,126 +190,149 @@ def _finish_epoch(
         "train_loss": loss / seen if seen else nan,
         "train_top1": correct / seen if seen else nan,
         **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
-        "lr": learning_rate(done - 1, run.timeline, state.config, _decays(run)),
-        **run.clock.rates(),
+        "lr": learning_rate(done - 1, trainer.timeline, state.config, _decays(trainer)),
+        **trainer.clock.rates(),
         **memory_usage(state.device),
     }
     improved = False
     if is_last or (epoch + 1) % config.train.eval_every_epochs == 0:
         try:
-            with run.clock if is_last else nullcontext():
-                results, top1 = _validate(run, pending)
+            with trainer.clock if is_last else nullcontext():
+                results, top1 = _validate(trainer, pending)
         except EvaluationInterrupted:
-            run.saving.save((LAST,), {"epoch": epoch, "step": run.timeline.updates[epoch]}, sums, done)
-            _stop(run, agreement.poll_now(), done)
+            trainer.saving.save((LAST,), {"epoch": epoch, "step": trainer.timeline.steps[epoch]}, sums, done)
+            _stop(trainer, consensus.poll_now(), done)
         metrics |= results
         improved = top1 > progress["best_top1"]
         progress["best_top1"] = max(progress["best_top1"], top1)
     if config.train.schedule == "plateau":
         progress["plateau"] = update_plateau(progress.get("plateau", {}), metrics, config.train.schedule_options)
-    run.log.log_epoch(metrics)
-    if (report := report_bad_samples(run.train_loader)) is not None:
-        run.log.info(report)
+    trainer.log.log_epoch(metrics)
+    if (report := report_bad_samples(trainer.train_loader)) is not None:
+        trainer.log.info(report)
     state.sums.zero_()
-    run.clock.end_epoch()
+    trainer.clock.end_epoch()
     names = (BEST,) if improved else ()
     if is_last or (epoch + 1) % config.train.save_every_epochs == 0:
         names = (*names, LAST)
     if names:
-        run.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
+        trainer.saving.save(names, {"epoch": epoch + 1, "step": 0}, torch.zeros_like(sums), done)
 
 
-def _validate(run: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
-    """Results of the weights, and of their moving average where one is kept; and the accuracy of those that count."""
-    state, tta = run.state, run.config.eval.tta
-    what = run.val_loader, run.val_samples, tta, lambda: pending.number != 0
+def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
+    """Evaluate the weights and their moving average, if any.
+
+    Returns:
+        The metrics, and the accuracy of the weights of eval.weights.
+    """
+    state, tta = trainer.state, trainer.config.eval.tta
+    what = trainer.val_loader, trainer.val_samples, tta, lambda: pending.number != 0
     evaluations = {"": evaluate(state, *what)}
     if state.ema is not None:
         with state.ema.swapped_in():
             evaluations["ema_"] = evaluate(state, *what)
     results = {f"{which}val_{result}": getattr(one, result) for which, one in evaluations.items() for result in RESULTS}
-    return results, evaluations["ema_" if uses_ema(state.ema, run.config.eval.weights) else ""].top1
+    return results, evaluations["ema_" if uses_ema(state.ema, trainer.config.eval.weights) else ""].top1
 
 
-def _stop(run: Trainer, signal: int, done: int) -> None:
-    """Raise Stopped once the checkpoint stands."""
-    collectives.from_first_rank(run.saving.wait)
+def _stop(trainer: Trainer, signal: int, done: int) -> None:
+    """Wait for the checkpoint and raise Preempted."""
+    collectives.from_first_rank(trainer.saving.wait)
     stopped = Preempted(signal)
-    run.log.info(f"{stopped} after step {done} of {run.timeline.total}, which {run.saving.folder / LAST} holds; "
-                "--resume auto goes on from there")  # fmt: skip
+    trainer.log.info(
+        f"{stopped} after step {done} of {trainer.timeline.total}, which {trainer.saving.folder / LAST} holds; "
+        "--resume auto continues from there"
+    )
     raise stopped
 
 
-def _report_skipped(run: Trainer, health: FiniteCheck, done: int) -> None:
-    """What train.on_nonfinite=skip has done since the last report; raises UserError where it helps nothing."""
-    count, since = health.skipped()
+def _report_skipped(trainer: Trainer, finite_check: FiniteCheck, done: int) -> None:
+    """Log the steps that train.on_nonfinite=skip has skipped since the last report.
+
+    Raises:
+        UserError: All recent steps were skipped.
+    """
+    count, since = finite_check.skipped()
     if count:
-        run.progress["left_out"] = run.progress.get("left_out", 0) + count
-        run.log.info(
-            f"step {done}: {count} of the last {since} updates left out, since their gradients were not finite"
+        trainer.progress["left_out"] = trainer.progress.get("left_out", 0) + count
+        trainer.log.info(
+            f"step {done}: {count} of the last {since} steps skipped, since their gradients were not finite"
         )
     if count == since >= MAX_SKIPPED_STEPS:
         raise UserError(
-            f"the gradients of all updates from step {done - since + 1} to {done} are not finite, and "
-            f"train.on_nonfinite=skip left out all of them; {_last_good(run)}; lower train.lr={run.config.train.lr}, "
-            "clip gradients (train.clip_grad_norm), or use train.amp=off"
+            f"the gradients of all steps from step {done - since + 1} to {done} are not finite, and "
+            f"train.on_nonfinite=skip skipped all of them; {_last_checkpoint(trainer)}; "
+            f"lower train.lr={trainer.config.train.lr}, clip gradients (train.clip_grad_norm), or use train.amp=off"
         )
 
 
-def _last_good(run: Trainer) -> str:
-    newest, steps = run.saving.newest, run.saving.steps
+def _last_checkpoint(trainer: Trainer) -> str:
+    newest, steps = trainer.saving.newest, trainer.saving.steps
     return f"the last good checkpoint is {newest} of step {steps}" if newest else "no checkpoint had been written yet"
 
 
-def _rewind(run: Trainer, found: NonFiniteError) -> tuple[int, int]:
-    """To the last checkpoint, where train.on_nonfinite says so; (epoch, steps done in it) to go on from."""
-    train, skip_steps = run.config.train, run.progress.get("passed_over", [])
-    collectives.from_first_rank(run.saving.wait)  # so that the checkpoint that is named stands
-    sentence = f"{found.what} not finite in {found.steps}; {_last_good(run)}"
+def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
+    """Return to the last checkpoint if train.on_nonfinite=rewind.
+
+    Returns:
+        The epoch, and the steps done in it, to continue from.
+
+    Raises:
+        UserError: Rewinding is not enabled, or there were too many rewinds.
+    """
+    train, skipped = trainer.config.train, trainer.progress.get("passed_over", [])
+    collectives.from_first_rank(trainer.saving.wait)  # so that the checkpoint in the message exists
+    sentence = f"{found.what} not finite in {found.steps}; {_last_checkpoint(trainer)}"
     if train.on_nonfinite != "rewind":
-        goes_on = "go on from there with --resume auto and" if run.saving.newest else "start again with"
+        advice = "continue from there with --resume auto and" if trainer.saving.newest else "start again with"
         raise UserError(
             f"{sentence}; lower train.lr={train.lr}, clip gradients (train.clip_grad_norm) or use train.amp=off, or "
-            f"{goes_on} train.on_nonfinite=rewind, which passes over these steps"
+            f"{advice} train.on_nonfinite=rewind, which skips these steps"
         )
-    if len(skip_steps) >= MAX_REWINDS:
+    if len(skipped) >= MAX_REWINDS:
         raise UserError(
-            f"{sentence}, and the run has gone back {MAX_REWINDS} times already; lower train.lr={train.lr}, clip "
+            f"{sentence}, and the run has been rewound {MAX_REWINDS} times already; lower train.lr={train.lr}, clip "
             "gradients (train.clip_grad_norm) or use train.amp=off"
         )
-    source, content = load_newest_on_all_ranks(latest_checkpoints(run.saving.folder))
-    position = restore_run(run.state, run.train_loader, run.timeline, content, source)
-    run.progress.clear()
-    run.progress |= content["progress"]
-    run.clock.restore(content)
-    run.progress["passed_over"] = [*skip_steps, [found.first, found.last]]
-    run.saving.mark_saved(source, run.timeline.first(position["epoch"]) + position["step"])
-    run.prepare()
-    run.log.drop_epochs_from(position["epoch"])
-    run.log.info(f"{found.what} not finite in {found.steps}: went back to {source} of step {run.saving.steps}, and "
-                f"from there passes over {found.steps}")  # fmt: skip
+    source, content = load_newest_on_all_ranks(latest_checkpoints(trainer.saving.folder))
+    position = restore_run(trainer.state, trainer.train_loader, trainer.timeline, content, source)
+    trainer.progress.clear()
+    trainer.progress |= content["progress"]
+    trainer.clock.restore(content)
+    trainer.progress["passed_over"] = [*skipped, [found.first, found.last]]
+    trainer.saving.mark_saved(source, trainer.timeline.first_step(position["epoch"]) + position["step"])
+    trainer.prepare()
+    trainer.log.drop_epochs_from(position["epoch"])
+    trainer.log.info(
+        f"{found.what} not finite in {found.steps}: rewound to {source} of step {trainer.saving.steps}; "
+        f"skipping {found.steps}"
+    )
     return position["epoch"], position["step"]
 
 
 def restore_run(
     state: TrainState, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
 ) -> dict[str, int]:
-    """Put all that a step changes, and the loader, where a checkpoint has them; its position."""
+    """Load the training state and the loader's position from a checkpoint and return the position.
+
+    Raises:
+        UserError: The position does not exist in this run.
+    """
     restore_state(state, content, source)
     if not is_first_rank():
         state.sums.zero_()  # the checkpoint holds the sums over all ranks
-    for one in state.parts():
-        if one.guard is not None:
-            one.guard.begin()
+    for part in state.parts():
+        if part.guard is not None:
+            part.guard.start()
     position: dict[str, int] = content["position"]
     epoch, step = position["epoch"], position["step"]
-    steps = (*timeline.updates, 0)
+    steps = (*timeline.steps, 0)
     if not (0 <= epoch < len(steps) and 0 <= step <= steps[epoch]):
         raise UserError(
-            f"checkpoint {source} stands at {position}, outside of {len(timeline.updates)} epochs of these steps: "
-            f"{sorted(set(timeline.updates))}; take another one"
+            f"checkpoint {source} is at {position}, outside of {len(timeline.steps)} epochs with these numbers of "
+            f"steps: {sorted(set(timeline.steps))}; use another checkpoint"
         )
-    if step and step == timeline.updates[epoch]:  # all of the epoch but its evaluation
+    if step and step == timeline.steps[epoch]:  # all of the epoch but its evaluation
         loader.state = {"epoch": epoch + 1, "step": 0}
     else:
         loader.state = {"epoch": epoch, "step": step * state.config.accumulation_steps}

@@ -45,7 +45,7 @@ def test_rewind_skips_the_steps_and_completes(digits: Path, tmp_path: Path) -> N
     code, out, err = run(digits, tmp_path, "train.on_nonfinite=rewind")
     folder = tmp_path / "digits_lenet"
     assert (code, err) == (0, "")
-    assert f"went back to {folder / 'last.pt'} of step 30, and from there passes over steps 31 to 40" in out
+    assert f"rewound to {folder / 'last.pt'} of step 30; skipping steps 31 to 40" in out
     lines = strict_lines(folder / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert all(math.isfinite(line["train_loss"]) for line in lines)
@@ -57,7 +57,7 @@ def test_rewind_skips_the_steps_and_completes(digits: Path, tmp_path: Path) -> N
 def test_skip_omits_only_that_step_and_completes(digits: Path, tmp_path: Path) -> None:
     code, out, err = run(digits, tmp_path, "train.on_nonfinite=skip")
     assert (code, err) == (0, "")
-    assert "step 40: 1 of the last 10 updates left out, since their gradients were not finite" in out
+    assert "step 40: 1 of the last 10 steps skipped, since their gradients were not finite" in out
     assert content(tmp_path / "digits_lenet" / "last.pt")["progress"]["left_out"] == 1
     assert strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")[-1]["val_top1"] > 0.8
 
@@ -67,10 +67,10 @@ def test_nan_at_every_step_ends_the_run_in_all_modes(digits: Path, tmp_path: Pat
     always = {"nan_at": [*range(NAN_AT, 1000)]}
     code, _, err = run(digits, tmp_path / "rewind", "train.on_nonfinite=rewind", **always)
     assert code == 2
-    assert "and the run has gone back 5 times already; lower train.lr" in err
+    assert "and the run has been rewound 5 times already; lower train.lr" in err
     code, _, err = run(digits, tmp_path / "skip", "train.on_nonfinite=skip", **always)
     assert code == 2
-    assert "train.on_nonfinite=skip left out all of them; the last good checkpoint is" in err
+    assert "train.on_nonfinite=skip skipped all of them; the last good checkpoint is" in err
     for name in ("rewind", "skip"):
         assert weights_are_finite(tmp_path / name / "digits_lenet")
 
@@ -87,7 +87,7 @@ def test_nan_on_one_rank_is_found_by_all_three(setting: str, digits: Path, tmp_p
         assert content(folder / "last.pt")["position"] == {"epoch": 1, "step": 8}
     else:
         assert code == 0, err
-        assert ("went back to" in out) == (setting == "rewind")
+        assert ("rewound to" in out) == (setting == "rewind")
         assert len(strict_lines(folder / "metrics.jsonl")) == 6
 
 

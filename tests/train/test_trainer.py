@@ -27,7 +27,7 @@ def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
     [
         (None, 0, "no checkpoint had been written yet", "start again with train.on_nonfinite=rewind"),
         (Path("a/last.pt"), 30, "the last good checkpoint is a/last.pt of step 30",
-         "go on from there with --resume auto and train.on_nonfinite=rewind"),
+         "continue from there with --resume auto and train.on_nonfinite=rewind"),
     ],
 )  # fmt: skip
 def test_the_checkpoint_that_is_named_stands_and_without_one_no_resume_is_advised(
@@ -38,4 +38,4 @@ def test_the_checkpoint_that_is_named_stands_and_without_one_no_resume_is_advise
         trainer._rewind(run_with(newest, steps, written), NonFiniteError("the loss is", 31, 40))
     assert written == ["stands"]
     assert str(error.value).startswith(f"the loss is not finite in steps 31 to 40; {last_good}; lower train.lr=0.1, ")
-    assert str(error.value).endswith(f" or {advice}, which passes over these steps")
+    assert str(error.value).endswith(f" or {advice}, which skips these steps")

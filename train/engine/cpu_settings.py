@@ -1,11 +1,11 @@
-"""Choose how many threads compute on the CPU: those that find a free core.
+"""Number of threads and memory allocation for training on the CPU.
 
-OpenMP's threads spin while they wait for each other after every parallel loop. Where other processes want the cores,
-all of them wait for the one that was preempted. LeNet on two cores trained 200 to 1,800 images/s with two threads
-beside two busy processes, and 3,000 to 5,000 with one; on quiet cores 13,000 and 6,300.
+OpenMP threads spin while they wait for each other after each parallel loop. If other processes occupy cores, all
+threads wait for the preempted one. On two cores beside two busy processes, LeNet trained 200 to 1,800 images/s with
+two threads and 3,000 to 5,000 with one; on idle cores 13,000 and 6,300.
 
-The number is chosen once, when a run begins, and a resumed run takes it from the checkpoint, since sums of float32
-depend on it. OMP_NUM_THREADS fixes it.
+The number of threads is chosen at the start of a run. A resumed run uses that of the checkpoint, since float32 sums
+depend on it. OMP_NUM_THREADS overrides both.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from configs.utils.warnings import warn
 
 WINDOWS, INTERVAL_S = 3, 0.1
-FIXED_BY = "OMP_NUM_THREADS"  # also set by torchrun where it starts several processes
+FIXED_BY = "OMP_NUM_THREADS"  # also set by torchrun if it starts several processes
 HINT = f"set {FIXED_BY} for another number"
 
 
 def limit_threads(device: torch.device) -> None:
-    """Where the CPU computes, lower torch's number of threads by the cores that other processes keep busy."""
+    """Reduce torch's CPU threads by the cores that other processes occupy, if training runs on the CPU."""
     if device.type != "cpu" or FIXED_BY in os.environ:
         return
     before, busy, cores = torch.get_num_threads(), busy_cores(), len(os.sched_getaffinity(0))
@@ -34,15 +34,14 @@ def limit_threads(device: torch.device) -> None:
     if threads < before:
         torch.set_num_threads(threads)
         warn(
-            f"other processes keep {busy:.1f} of {cores} cores busy, so that {threads} of {before} threads compute; "
-            f"{HINT}"
+            f"other processes keep {busy:.1f} of {cores} cores busy, so {threads} of {before} threads are used; {HINT}"
         )
 
 
 def restore_threads(threads: int) -> None:
-    """Compute with as many threads as the run began with, for bitwise the same weights; at most one for each core.
+    """Use the number of threads that the run started with, for bitwise equal weights, up to one per core.
 
-    threads: 0 where that is not known. Warns of fewer free cores.
+    Warn if fewer cores are idle. `threads` is 0 if the number is unknown.
     """
     if FIXED_BY in os.environ or threads < 1:
         return
@@ -51,15 +50,15 @@ def restore_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     if threads > 1 and threads > max(1, cores - round(busy := busy_cores())):
         warn(
-            f"other processes keep {busy:.1f} of {cores} cores busy, and {threads} threads compute, as when the run "
-            f"began; {HINT}, which changes the last bits of results"
+            f"other processes keep {busy:.1f} of {cores} cores busy, and {threads} threads are used, as when the run "
+            f"started; {HINT}, which changes the last bits of results"
         )
 
 
 def busy_cores() -> float:
-    """Return how many of the cores that this process may use are busy while it waits; 0 where the system does not tell.
+    """Return how many of this process's cores are busy while it waits; 0 if the system does not tell.
 
-    The least of up to three tenths of a second, so that a short burst does not count.
+    It is the minimum over up to three tenths of a second, so that short bursts do not count.
     """
     least = float("inf")
     try:
@@ -85,16 +84,16 @@ def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """Return idle and total time of each core since the start of the system, clock ticks; without stolen time."""
+    """Return idle and total time of each core since boot in clock ticks, without stolen time."""
     found = re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(encoding="ascii"), re.MULTILINE)
     times = {int(core): [int(value) for value in values.split()[:7]] for core, values in found}  # user to softirq
     return {core: (values[3] + values[4], sum(values)) for core, values in times.items()}
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse the memory of large tensors instead of giving it back to the system at every free.
+    """Let the C library keep freed memory of large tensors instead of returning it to the system.
 
-    Each step's activations would else be mapped, zeroed and faulted in anew, page by page.
+    Otherwise each step's activations are mapped, zeroed and faulted in again, page by page.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc

@@ -1,4 +1,8 @@
-"""A training step as CUDA graphs: the host launches one thing per step instead of hundreds of kernels."""
+"""A training step captured as CUDA graphs.
+
+A captured step is forward, backward, update and sums over static buffers. The host launches one graph per micro-step
+instead of hundreds of kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,35 @@ from train.engine.step import train_step
 
 
 class CapturedStep:
-    """train_step as CUDA graphs, and called like it, for batches of a few shapes. Replaying does not synchronise.
+    """`train_step` as CUDA graphs, for batches of a few shapes. Replaying does not synchronize.
 
-    A replay draws from the device's default generator as it stands then, as uncaptured kernels would: torch copies seed
-    and offset to the device before each replay. So seeding it before a step works as it does without graphs.
+    A replay uses the default generator's current state: torch copies seed and offset to the device before each replay.
+    Seeding it before a step works as without graphs.
     """
 
-    def __init__(self, state: TrainState, batches: list[Batch], updates: list[bool], stream: torch.cuda.Stream) -> None:
-        """batches: one of each shape; they become the graphs' input buffers."""
+    def __init__(
+        self, state: TrainState, batches: list[Batch], optimizer_steps: list[bool], stream: torch.cuda.Stream
+    ) -> None:
+        """Capture the step for each shape.
+
+        Args:
+            state: Training state.
+            batches: One batch of each shape; they become the input buffers of the graphs.
+            optimizer_steps: Kinds of micro-steps: with and without an optimizer step.
+            stream: Stream of the capture, see `side_stream`.
+
+        Raises:
+            UserError: The step cannot be captured.
+        """
         self._batches = {batch.images.shape: batch for batch in batches}
-        self._graphs = {(shape, update): torch.cuda.CUDAGraph() for shape in self._batches for update in updates}
-        pool = torch.cuda.graph_pool_handle()  # one for all, since no graph leaves a result there for another
+        kinds = [(shape, optimizer_step) for shape in self._batches for optimizer_step in optimizer_steps]
+        self._graphs = {kind: torch.cuda.CUDAGraph() for kind in kinds}
+        pool = torch.cuda.graph_pool_handle()  # shared, since no graph reads another's results from it
         try:
-            for (shape, update), graph in self._graphs.items():
-                # thread_local: what the loader's and NCCL's threads do meanwhile is no business of this capture
+            for (shape, optimizer_step), graph in self._graphs.items():
+                # thread_local: calls of loader and NCCL threads must not fail the capture
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    train_step(state, self._batches[shape], optimizer_step=update)
+                    train_step(state, self._batches[shape], optimizer_step=optimizer_step)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -37,7 +54,7 @@ class CapturedStep:
             ) from error
 
     def __call__(self, state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
-        del state  # the graphs know it
+        del state  # the graphs hold its tensors
         shape = batch.images.shape
         buffers = self._batches.get(shape)
         if buffers is None:
@@ -53,9 +70,9 @@ class CapturedStep:
 
 @contextmanager
 def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
-    """A current stream that can be captured, as the default stream cannot; without graphs things stay as they are.
+    """Make a stream current that can be captured, unlike the default stream; no-op without graphs.
 
-    The passes before a capture must run where it will, since libraries keep handles and workspaces per stream.
+    The steps before a capture must run on it, since libraries keep handles and workspaces per stream.
     """
     if not state.uses_cuda_graph:
         yield None

@@ -1,4 +1,4 @@
-"""The loop over the batches of an epoch. Nothing here waits for the device between log lines."""
+"""The loop over the batches of an epoch. The host waits for the device only at its end."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Host times of one epoch, or of the rest of it after a resume."""
+    """Host times of an epoch, or of the rest of it after a resume."""
 
     micro_steps: int
     time_s: float
-    wait_s: float  # of it, for data
+    wait_s: float  # part of time_s spent waiting for data
 
 
 def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
-    """Of a run with this loader; config: with learning rates at the global batch, see `schedule.scaled`.
+    """Return the timeline of a run with this loader.
 
-    Where stages change the batch size, learning rates follow it as train.lr_scaling says.
+    Where stages change the batch size, learning rates follow it by train.lr_scaling. The learning rates of `config` are
+    those at the global batch; see `schedule.scale_learning_rates`.
     """
     accumulation = config.accumulation_steps
-    loaders = [loader.at(epoch) for epoch in range(config.epochs)]
+    stages = [loader.at(epoch) for epoch in range(config.epochs)]
     factors = tuple(
-        lr_factor(config, one.plan.batch_size * get_world_size() * accumulation) if len(loader.stages) > 1 else 1.0
-        for one in loaders
+        lr_factor(config, stage.plan.batch_size * get_world_size() * accumulation) if len(loader.stages) > 1 else 1.0
+        for stage in stages
     )
-    updates = tuple(len(one) // accumulation for one in loaders)
-    return Timeline(updates, factors if set(factors) != {1.0} else ())
+    steps = tuple(len(stage) // accumulation for stage in stages)
+    return Timeline(steps, factors if set(factors) != {1.0} else ())
 
 
 def train_epoch(
@@ -57,47 +58,54 @@ def train_epoch(
     decays: int = 0,
     skip_steps: Collection[int] = (),
 ) -> EpochTimes:
-    """Train the rest of the loader's epoch; after_update(update, lr) follows every optimizer update, counted from 0.
+    """Train the rest of the loader's epoch.
 
-    timeline: of the whole run; None: all epochs are as long as this one. decays: of schedule plateau so far.
-    passed_over: updates that are not made, nor followed by anything.
+    The random generator, e.g. for dropout, is seeded for each batch, so a resumed run draws the same numbers.
 
-    Dropout and the like draw from torch's generator, which is seeded for each batch: a resumed run draws the same.
+    Args:
+        state: Training state.
+        loader: Data loader, at the position to start from.
+        seed: Seed of the run.
+        rank: Rank of this process.
+        after_step: Called as after_step(step, lr) after each optimizer step of the run, from 0.
+        timeline: Timeline of the run. None: all epochs have the length of this one.
+        decays: Decays of schedule plateau so far.
+        skip_steps: Steps to skip, for which `after_step` is not called.
     """
     set_training_mode(state.forward)
     set_whitening_bias_grad(state, loader.state["epoch"])
     on_gpu = state.device.type == "cuda"
     accumulation = state.config.accumulation_steps
     timeline = timeline or build_timeline(state.config, loader)
-    epoch, first, steps = loader.state["epoch"], loader.state["step"], len(loader)
-    # torch.manual_seed, which seeds all devices, and a hash at every batch would cost 0.15 ms per batch
+    epoch, first, batches = loader.state["epoch"], loader.state["step"], len(loader)
+    # torch.manual_seed, which seeds all devices, and one hash per batch would take 0.15 ms per batch
     generator = torch.cuda.default_generators[state.device.index] if on_gpu else torch.default_generator
-    seeds = hash64(np.arange(steps, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
-    begin, waited = time.perf_counter(), loader.wait_s
-    for step, batch in enumerate(loader, first):
-        update, micro = timeline.first(epoch) + step // accumulation, step % accumulation
-        if update in skip_steps:
+    seeds = hash64(np.arange(batches, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
+    start_s, wait_s = time.perf_counter(), loader.wait_s
+    for index, batch in enumerate(loader, first):
+        step, micro_step = timeline.first_step(epoch) + index // accumulation, index % accumulation
+        if step in skip_steps:
             continue
-        lr = learning_rate(update, timeline, state.config, decays)
-        whitening_lr = whitening_learning_rate(update, timeline, state.config, decays)
-        for one in state.parts():
-            set_learning_rate(one.optimizer, lr, whitening_lr)
-        generator.manual_seed(int(seeds[step]))
-        last = micro == accumulation - 1
-        run_step(state, batch, update, optimizer_step=last)
-        if last:
-            update_averages(state, update, timeline)
-            after_step(update, lr)
+        lr = learning_rate(step, timeline, state.config, decays)
+        whitening_lr = whitening_learning_rate(step, timeline, state.config, decays)
+        for part in state.parts():
+            set_learning_rate(part.optimizer, lr, whitening_lr)
+        generator.manual_seed(int(seeds[index]))
+        is_last = micro_step == accumulation - 1
+        run_step(state, batch, step, optimizer_step=is_last)
+        if is_last:
+            update_averages(state, step, timeline)
+            after_step(step, lr)
     if on_gpu:
-        torch.cuda.synchronize(state.device)  # once per epoch, so that its time is its own
-    return EpochTimes(steps - first, time.perf_counter() - begin, loader.wait_s - waited)
+        torch.cuda.synchronize(state.device)  # once per epoch, so that its time is complete
+    return EpochTimes(batches - first, time.perf_counter() - start_s, loader.wait_s - wait_s)
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
-    """Take the bias of a whitening layer out of the backward pass after `whiten_bias_epochs`.
+    """Exclude the bias of a whitening layer from the backward pass after `whiten_bias_epochs`.
 
-    Its learning rate is 0 then anyhow, so that this only saves time: the gradient of the largest activations. DDP and
-    captured graphs expect the same gradients in every step, and keep it.
+    Its learning rate is 0 then, so this only saves the time of a gradient of the largest activations. DDP and captured
+    graphs need the same gradients in every step, so they keep it.
     """
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
@@ -107,5 +115,5 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
 
 
 def is_trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer changes it: model.freeze holds for the whole run."""
+    """Return whether the optimizer updates the parameter; model.freeze excludes some."""
     return any(parameter is one for group in optimizer.param_groups for one in group["params"])

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, and test-time augmentation."""
+"""Evaluation on a split: predictions, test-time augmentation, loss and accuracy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipelines.loader.loader import Loader
 from train.distributed import collectives
 from train.engine.state import TrainState
 
-HALF = 2**32  # a checksum travels in halves, whose sums over ranks fit into 64 bits with a sign
+HALF = 2**32  # sums over ranks of 32-bit halves of a checksum fit into int64
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a whole split; top1 and top5 are fractions."""
+    """Means over a whole split. `top1` and `top5` are fractions."""
 
     loss: float
     top1: float
@@ -28,28 +28,31 @@ class Evaluation:
     samples: int
 
     def sentence(self, split: str) -> str:
-        """As every command says it, of a split by this name."""
+        """Return the sentence that commands print about the split of this name."""
         return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
 
 
 class EvaluationInterrupted(Exception):
-    """An evaluation that was broken off, on all ranks alike."""
+    """An evaluation was interrupted, on all ranks together."""
 
 
 def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits float32 [B, num_classes], labels int64 [B], -1 where there is none) of each batch, in the loader's order.
+    """Yield (logits, labels) of each batch, in the order of the loader.
 
-    tta: test-time augmentation, eval.tta.
+    Logits are float32 [B, num_classes], labels int64 [B] with -1 for unlabelled samples. The last batch is padded to
+    the size of the others, so that a compiled model sees one shape; the padding is removed from its logits.
 
-    The last batch is filled up to the size of the others, so that a compiled model sees one shape; the filling is cut
-    off its logits.
+    Args:
+        state: Training state.
+        loader: Batches of this rank.
+        tta: Test-time augmentation, see eval.tta.
     """
     collectives.broadcast_buffers(state.network)
     state.infer.eval()
-    full = 0
+    full_size = 0
     for images, labels in loader:
-        full = max(full, len(labels))
-        missing = full - len(labels)
+        full_size = max(full_size, len(labels))
+        missing = full_size - len(labels)
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), state.autocast():
             logits = mean_logits(state.infer, images, tta)
@@ -63,11 +66,20 @@ def evaluate(
     tta: str = "none",
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss and accuracy over all ranks' pieces of a split of `samples`; fails when they do not add up to it.
+    """Return loss and accuracy on a split, over all ranks.
 
-    is_interrupted: asked between batches; once it is true on any rank, all of them raise Interrupted.
+    Args:
+        state: Training state.
+        loader: Batches of this rank.
+        samples: Samples of the split.
+        tta: Test-time augmentation, see eval.tta.
+        is_interrupted: Polled between batches.
+
+    Raises:
+        EvaluationInterrupted: `is_interrupted` returned true on any rank.
+        RuntimeError: Some samples were missed or counted twice.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last: ranks that were interrupted
+    sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last: interrupted ranks
     for logits, labels in predictions(state, loader, tta):
         if is_interrupted():
             sums[4] = 1
@@ -83,7 +95,10 @@ def evaluate(
 
 
 def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Float64 [4]: sums over the batch of loss, top-1 and top-5 hits, and labelled samples. Does not synchronise."""
+    """Return the sums of loss, top-1 hits, top-5 hits and labelled samples over a batch, float64 [4].
+
+    Does not synchronize.
+    """
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == labels[:, None]
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
@@ -91,8 +106,13 @@ def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_full_coverage(loader: Iterable[Batch]) -> None:
-    """Raise RuntimeError unless the last iteration over an evaluation's loader, finished on all ranks, has handed over
-    each sample of the split once. Other batches, such as those that a model is warmed up with, have no samples."""
+    """Check that the last evaluation pass visited every sample of the split exactly once across all ranks.
+
+    All ranks must call it. Batches that do not come from a loader, e.g. for warm-up, are ignored.
+
+    Raises:
+        RuntimeError: Samples were missed or counted twice.
+    """
     if not isinstance(loader, Loader):
         return
     loader.check_unchanged()
@@ -112,10 +132,10 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
-    """(weight, images [B, 3, H, W]) of each view that `eval.tta` asks for; the weights sum to 1.
+    """Yield (weight, images [B, 3, H, W]) of each view of `eval.tta`; the weights sum to 1.
 
-    Source: arXiv:2404.00498, section 3.5: the image, and the image shifted by a pixel up-left and down-right with its
-    edge reflected, each also mirrored.
+    Source: arXiv:2404.00498, section 3.5. The image, and the image shifted by one pixel up-left and down-right with
+    reflected edges; each also mirrored.
     """
     if tta == "none":
         yield 1.0, images
@@ -129,7 +149,7 @@ def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
 
 
 def shift(images: Tensor, by: int) -> Tensor:
-    """Shifted by one pixel, down and right for 1, up and left for -1; the line left free mirrors the second one."""
+    """Shift by one pixel, down and right for 1, up and left for -1, with reflected edges."""
     for axis in (2, 3):
         length = images.shape[axis]
         if by > 0:
@@ -141,10 +161,13 @@ def shift(images: Tensor, by: int) -> Tensor:
 
 
 def mean_logits(infer: Callable[[Tensor], Tensor], images: Tensor, tta: str) -> Tensor:
-    """Float32 [B, num_classes]. Every view has the shape of `images`, so that a compiled model sees one shape."""
+    """Return the weighted mean of the logits of all views, float32 [B, num_classes].
+
+    Every view has the shape of `images`, so that a compiled model sees one shape.
+    """
     total: Tensor | None = None
     for weight, view in views(images, tta):
-        logits = infer(view).float() * weight  # a new tensor, as replaying a CUDA graph overwrites the old one
+        logits = infer(view).float() * weight  # a new tensor, since replaying a CUDA graph overwrites its output
         total = logits if total is None else total + logits
     assert total is not None
     return total

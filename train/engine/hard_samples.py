@@ -1,7 +1,7 @@
-"""Chooses the hard samples of each batch by the losses of a small network that is trained beside the model.
+"""Selection of hard samples by the losses of a small proxy network, trained beside the model.
 
-The published way trains the small network for the whole run first and notes what it chooses. Batches being a pure
-function of the step, choosing at each step is the same and needs no notes.
+The published method first trains the proxy for the whole run and records its choices. Here batches are a pure function
+of the step, so selecting at each step gives the same samples without a record.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ from train.optim.freeze import set_training_mode
 
 
 class HardSampleSelector:
-    """training: of the small network, by the same `train` section as the model's; capturable, but for fp16's scaler."""
+    """Selects the samples of highest loss of each batch.
+
+    `state` is that of the small network, built from the same `train` section. It can be captured, except with fp16.
+    """
 
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
         self.state = state
         self._config = config
         self._losses = state.compiled(sample_losses)
 
-    def select(self, batch: Batch, update: int) -> Batch:
-        """The samples of highest loss, always equally many; every few updates the small network learns from them."""
-        state, learns = self.state, update % self._config.every_steps == 0
+    def select(self, batch: Batch, step: int) -> Batch:
+        """Return the samples of highest loss, always the same number.
+
+        Every few optimizer steps, the small network is trained on them.
+        """
+        state, learns = self.state, step % self._config.every_steps == 0
         smoothing = state.config.label_smoothing
         with torch.set_grad_enabled(learns), state.autocast():
             losses = self._losses(state.forward, batch, smoothing)
@@ -46,25 +52,31 @@ class HardSampleSelector:
                 state.guard.step(state.scaler)
             state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
-        images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # stays channels_last
+        images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # keeps channels_last
         return Batch(images, batch.labels.index_select(0, hard))
 
 
 def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """float [B]; a function of its own, so that all of it is compiled."""
+    """Return the losses, float [B]. A separate function, so that it is compiled as a whole."""
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
 def build_proxy(
     config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device
 ) -> HardSampleSelector | None:
-    """build: a model for raw pixels on its device, by its name; the bias of its whitening layer stays as it is."""
+    """Build the selector of train.proxy, or return None.
+
+    Args:
+        config: Train section.
+        build: Returns a model for raw pixels on its device by its name. The bias of a whitening layer is not trained.
+        device: Device of the model.
+    """
     if config.proxy.model is None:
         return None
     network = build(config.proxy.model)
     if (whitening := find_whitening(network)) is not None:
         whitening.bias.requires_grad_(False)
-    # the model's layers and names are not the small network's
+    # these settings name layers of the model
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
     optimizer = build_optimizer(network, settings, config.lr)
     state = build_state(network, optimizer, config, device)
@@ -77,9 +89,15 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
 
 
 def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
-    """Raise where the choice would depend on how a global batch is cut up, or not be by the loss of what is trained on.
+    """Check that the selection does not depend on how a global batch is split.
 
-    mixes: whether samples are mixed with each other.
+    Args:
+        config: Train section.
+        world_size: Number of ranks.
+        mixes: Samples are mixed with each other.
+
+    Raises:
+        UserError: There are several ranks or micro-steps per step, mixed samples, or a loss other than cross-entropy.
     """
     if config.proxy.model is None:
         return

@@ -1,4 +1,7 @@
-"""The losses of a training step, and mixup and CutMix of images and labels."""
+"""Losses of a training step, with mixup and CutMix on the device.
+
+Mixing is one expression without branches on values. It is compiled into the forward pass and captured with it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,10 @@ LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
 def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
-    """(model, batch, label_smoothing) -> the mean loss, and float64 [3]: loss * samples, correct, samples.
+    """Return a function (model, batch, label_smoothing) -> (mean loss, float64 [3]: loss * samples, correct, samples).
 
-    Each is one function, so that all of it is compiled. mixes: batches are a MixedBatch, whose images are mixed here;
-    a prediction that is the label then counts by the share of the sample, and one that is the neighbour's label by the
-    rest.
+    The function is compiled as a whole. With `mixes`, it mixes the images of a MixedBatch; a prediction of the sample's
+    label counts by the share of the sample, and one of the partner's label by the rest.
     """
     if config.loss == "cross-entropy":
         return mixed_loss_and_counts if mixes else loss_and_counts
@@ -35,7 +37,7 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy."""
+    """Cross-entropy of plain labels."""
     logits = model(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     correct = (logits.detach().argmax(1) == batch.labels).sum()
@@ -43,26 +45,26 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
 
 
 def mixed_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the mixed labels."""
+    """Cross-entropy of mixed labels."""
     logits, targets, correct = _soft(model, batch, label_smoothing)
     return _with_counts(F.cross_entropy(logits, targets), correct, batch)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:
-    """The mean over samples and classes of each class's binary cross-entropy, as timm's BinaryCrossEntropy; [B, C]."""
+    """Return the mean binary cross-entropy over samples and classes of [B, C], as timm's BinaryCrossEntropy."""
     if threshold is not None:
         targets = (targets > threshold).to(targets.dtype)
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """[B, classes] of labels, int64 [B]; smoothing is spread over all classes, the true one among them."""
+    """Return targets [B, classes] of labels, int64 [B]. Smoothing is spread over all classes, the true one included."""
     is_label = labels[:, None] == torch.arange(classes, device=labels.device)
     return is_label.to(dtype) * (1.0 - label_smoothing) + label_smoothing / classes
 
 
 def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and targets [B, C], in float32 or wider, and the number of correct predictions."""
+    """Return logits and targets [B, C] in float32 or wider, and the number of correct predictions."""
     images, labels = batch
     mix = batch.mix if isinstance(batch, MixedBatch) else None
     logits = model(images if mix is None else mix_images(images, mix))
@@ -82,32 +84,46 @@ def _with_counts(loss: Tensor, correct: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """values [B, ...] of the other sample of each pair 2i, 2i + 1, with the same strides."""
+    """Return values [B, ...] with the samples of each pair (2i, 2i + 1) swapped, with the same strides."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
-    """Float32 [B, 3, H, W] in 0..255 with the strides of images, uint8 [B, 3, H, W]; mix: float32 [B, 5]."""
+    """Mix the images of each pair.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        mix: Table of `pipelines.augment.mixup`, float32 [B, 5].
+
+    Returns:
+        float32 [B, 3, H, W] in 0..255, with the strides of `images`.
+    """
     own, top, bottom, left, right = mix[:, :, None, None].unbind(1)  # each [B, 1, 1]
     row = torch.arange(images.shape[2], device=images.device)[:, None]
     column = torch.arange(images.shape[3], device=images.device)
     is_inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
-    # torch.where would copy its numbers from the host, which waits for the device and cannot be captured
-    outside = own.masked_fill(top < bottom, 1.0)  # a box leaves the rest of the image as it is
+    # torch.where would copy its constants from the host, which synchronizes and cannot be captured
+    outside = own.masked_fill(top < bottom, 1.0)  # a box leaves the rest of the image unchanged
     weight = (outside * ~is_inside)[:, None]
     pixels = images.float()
     return torch.lerp(swap_pairs(pixels), pixels, weight)
 
 
 def identity_mix(batch: Batch) -> MixedBatch:
-    """The batch for a step that mixes, but with shares of 1."""
+    """Return the batch as a MixedBatch with shares of 1."""
     table = torch.from_numpy(identity_table(len(batch.labels)))
     return MixedBatch(batch.images, batch.labels, table.to(batch.images.device))
 
 
 class RenderedBatch(NamedTuple):
-    """A batch as the model sees it, for pictures: images uint8 [B, 3, H, W], rounded; labels and the labels that are
-    mixed in, int64 [B]; shares of the former, float32 [B]."""
+    """A batch as the model sees it, for pictures.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], rounded.
+        labels: int64 [B].
+        others: Labels that are mixed in, int64 [B].
+        shares: Shares of `labels`, float32 [B].
+    """
 
     images: Tensor
     labels: Tensor
@@ -116,7 +132,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(batch: Batch) -> RenderedBatch:
-    """Copies, which stay when the loader reuses its buffers."""
+    """Return copies, which stay valid when the loader reuses its buffers."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
         return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))

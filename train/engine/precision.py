@@ -1,4 +1,4 @@
-"""What train.amp, train.compile and train.cuda_graph mean on a device."""
+"""Meaning of train.amp and train.cuda_graph on a device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from configs.utils.errors import UserError
 from train.distributed.process_group import get_world_size
 from train.optim.factory import capture_obstacle, is_fused
 
-GPU_COMPILE_MODE = "default"  # what train.compile=auto means there; the CPU runs uncompiled
-MAX_COMPILED_MODELS = 64  # in one process, as benchmarks have them: torch runs the ninth model of a function uncompiled
+GPU_COMPILE_MODE = "default"  # train.compile=auto on a GPU; the CPU runs uncompiled
+MAX_COMPILED_MODELS = 64  # in one process, for benchmarks; torch's default is 8
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type that `train.amp` means on this device; None: float32."""
+    """Return the autocast dtype of train.amp on this device, or None for float32."""
     if name == "auto":
         if device.type != "cuda":
             return None
@@ -23,13 +23,17 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
-    """Whether the step is replayed as CUDA graphs. Raises UserError where train.cuda_graph=on cannot be had."""
+    """Return whether the step is replayed as CUDA graphs.
+
+    Raises:
+        UserError: train.cuda_graph=on is not possible; the message gives the reasons.
+    """
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",
         f"there are {get_world_size()} ranks": get_world_size() > 1,
-        "fp16 looks at its gradients on the host before every update": amp == torch.float16,
-        "compile=reduce-overhead makes graphs of its own": config.compile == "reduce-overhead",
-        f"on_nonfinite=skip looks at the gradients of {config.optimizer.name} on the host before every update": (
+        "fp16 checks gradients on the host before every step": amp == torch.float16,
+        "compile=reduce-overhead captures its own graphs": config.compile == "reduce-overhead",
+        f"on_nonfinite=skip checks the gradients of {config.optimizer.name} on the host before every step": (
             config.on_nonfinite == "skip" and not is_fused(config.optimizer)
         ),
     }

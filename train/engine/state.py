@@ -1,4 +1,4 @@
-"""The state that a training step reads or updates, and how it is built."""
+"""The state that a training step reads or updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.optim.nonfinite import SkipNonFinite
 
 
 class SampleSelector(Protocol):
-    """Chooses a part of each batch to train on, by a small network."""
+    """Selects the samples of each batch to train on; see `hard_samples`."""
 
     state: TrainState
 
@@ -34,7 +34,10 @@ class SampleSelector(Protocol):
 
 @dataclass
 class TrainState:
-    """What a step changes, and the functions it runs. `network` holds the weights; `forward` and `infer` are it."""
+    """Everything a training step reads or updates.
+
+    `forward` (DDP) and `infer` (compiled) wrap `network`, which owns the weights.
+    """
 
     network: nn.Module
     forward: nn.Module  # data-parallel
@@ -45,26 +48,26 @@ class TrainState:
     amp: torch.dtype | None
     config: TrainConfig
     device: torch.device
-    sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the epoch began
-    compiled: Callable[[Any], Any]  # compiles a function as the settings say, or gives it back
-    needs_warmup: bool  # there is something to compile, tune or capture before the first step
-    uses_cuda_graph: bool  # the step shall be replayed as CUDA graphs
-    static_grads: bool  # several graphs add to the gradients of one update, and must find them where they lay
-    captured_step: Callable[..., None] | None = None  # replaces train_step, and is called like it
-    mixes: bool = False  # its batches are a MixedBatch
-    guard: SkipNonFinite | None = None  # leaves out updates that are not finite
+    sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the start of the epoch
+    compiled: Callable[[Any], Any]  # compiles a function, or returns it unchanged
+    needs_warmup: bool  # the step is compiled, tuned or captured before the first one
+    uses_cuda_graph: bool  # the step is replayed as CUDA graphs
+    static_grads: bool  # gradients keep their storage, since the graphs of one accumulated step share it
+    captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
+    mixes: bool = False  # batches are MixedBatch
+    guard: SkipNonFinite | None = None  # skips non-finite steps
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: SampleSelector | None = None
-    is_fresh_init: bool = True  # weights start as torch drew them, so that a whitening layer is still to be fitted
-    notes: tuple[str, ...] = ()  # what the log shall say of how the network was made
+    is_fresh_init: bool = True  # weights are newly initialized, so a whitening layer must be fitted
+    notes: tuple[str, ...] = ()  # messages for the log about how the network was built
 
     def parts(self) -> list[TrainState]:
-        """Return this state and, where there is one, that of the proxy."""
+        """Return this state, and the proxy's if there is one."""
         return [self] if self.proxy is None else [self, self.proxy.state]
 
     def drop_graph(self) -> None:
-        """Forget a captured step, whose tensors are about to be replaced."""
+        """Discard the captured step, because tensors it uses are replaced."""
         self.captured_step = None
 
     def floating_tensors(self) -> list[Tensor]:
@@ -96,13 +99,19 @@ def build_state(
     mixes: bool = False,
     trains: bool = True,
 ) -> TrainState:
-    """Wrap a network that is on its device (`memory_format` applied) for training.
+    """Wrap a network for training. It must be on its device in the final memory format.
 
-    mixes: with mixup or CutMix. trains: False where only forward passes are made.
+    Args:
+        network: The model.
+        optimizer: Its optimizer.
+        config: Train section, with learning rates at the global batch.
+        device: Device of the network.
+        mixes: Batches use mixup or CutMix.
+        trains: False if only forward passes are made.
     """
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes are static: the fastest convolution is looked for once
-        torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
+        torch.backends.cudnn.benchmark = True  # shapes are static, so the fastest convolution is searched once
+        torch.set_float32_matmul_precision("high")  # TF32 for operations that autocast leaves in float32
     else:
         keep_freed_memory()
     note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
@@ -114,17 +123,17 @@ def build_state(
     mode = config.compile if config.compile != "auto" else (GPU_COMPILE_MODE if device.type == "cuda" else "off")
     if mode != "off":
         torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
-        # As in pipelines.device_kernels; the processes that compile inherit it.
+        # As in pipelines.gpu.triton_crop_flip; compile workers inherit it.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     captures = uses_cuda_graph(config, device, amp)
     if captures:
         make_capturable(optimizer, device)
         if mode == "max-autotune":
-            mode = "max-autotune-no-cudagraphs"  # the whole step is the graph; the compiler's own cannot lie inside
+            mode = "max-autotune-no-cudagraphs"  # graphs cannot be nested
     parallel = data_parallel(network, device, config.accumulation_steps)
 
     def compiled(function: Any) -> Any:
-        # Each shape has kernels of its own: those for any shape are slower, and there are few.
+        # Kernels for each shape: dynamic ones are slower, and there are few shapes.
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
     return TrainState(
@@ -149,7 +158,10 @@ def build_state(
 
 
 def restart_in_place(state: TrainState, fresh: TrainState) -> None:
-    """Begin another run in place, compiled steps and all, with the weights of `fresh`, which has not been stepped."""
+    """Start another run in place, with compiled and captured steps kept.
+
+    `fresh` holds the new weights and must not have made a step.
+    """
     for one, other in zip(state.parts(), fresh.parts(), strict=True):
         one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
@@ -157,7 +169,7 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
         if not one.uses_cuda_graph:
             one.optimizer.load_state_dict(other.optimizer.state_dict())
             continue
-        for buffers in one.optimizer.state.values():  # in place, where graphs know it
+        for buffers in one.optimizer.state.values():  # in place, since graphs hold addresses
             for value in buffers.values():
                 if isinstance(value, Tensor):
                     value.zero_()
@@ -165,7 +177,7 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
 
 
 def reset_averages(state: TrainState) -> None:
-    """What keeps copies of the weights begins at those that there are now."""
+    """Restart the averages of the weights at the current weights."""
     if state.lookahead is not None:
         state.lookahead.start()
     if state.ema is not None:
@@ -173,7 +185,7 @@ def reset_averages(state: TrainState) -> None:
 
 
 def _nested_tensors(values: list[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dicts, as optimizers keep them."""
+    """Yield the tensors in nested lists, tuples and dicts of an optimizer's state."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

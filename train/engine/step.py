@@ -1,4 +1,4 @@
-"""The training step: forward, backward and, with the last micro-step, the optimizer's step."""
+"""The training step. With gradient accumulation it is several micro-steps, of which the last updates the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from train.optim.schedule import Timeline
 
 
 def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
-    """Forward and backward of one batch; with `optimizer_step` also the optimizer's step. Does not synchronise."""
+    """Run forward and backward on one batch and, if `optimizer_step`, update the weights.
+
+    Does not synchronize.
+    """
     config = state.config
     with nullcontext() if optimizer_step else without_reduction(state.forward):
         with state.autocast():
@@ -38,37 +41,45 @@ def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) 
 
 
 def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """The step, captured or not, on the batch or on what the proxy chooses of it; step: of the run, from 0."""
+    """Run the step, captured or not, on the batch or on the samples that the proxy selects.
+
+    Args:
+        state: Training state.
+        batch: Batch on the device.
+        step: Optimizer step of the run, from 0.
+        optimizer_step: Update the weights.
+    """
     if state.proxy is not None:
         batch = state.proxy.select(batch, step)
     (state.captured_step or train_step)(state, batch, optimizer_step=optimizer_step)
 
 
-def update_averages(state: TrainState, update: int, timeline: Timeline) -> None:
-    """What keeps copies of the weights sees them after optimizer update `update` of the run."""
+def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
+    """Update the averages of the weights after optimizer step `step` of the run."""
     if state.lookahead is not None:
-        state.lookahead.update(update, timeline.total)
+        state.lookahead.update(step, timeline.total)
     if state.ema is not None:
-        state.ema.update(update + 1 - timeline.first(state.config.first_epoch))
+        state.ema.update(step + 1 - timeline.first_step(state.config.first_epoch))
 
 
 def clips_gradients(config: TrainConfig) -> bool:
+    """Return whether gradients are clipped."""
     return (config.clip_grad_norm, config.clip_grad_value, config.clip_grad_adaptive) != (None, None, None)
 
 
 def clip_gradients(network: nn.Module, config: TrainConfig) -> None:
-    """By the norm of all, by value, or adaptively (AGC, Brock and others, arXiv:2102.06171): one of them at most.
+    """Clip gradients by norm, by value or adaptively. Does not synchronize.
 
-    AGC leaves out the last linear layer, as its authors do.
+    Adaptive clipping (AGC, Brock et al., arXiv:2102.06171) excludes the last linear layer, as in the paper.
     """
     if config.clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad_norm)
     elif config.clip_grad_value is not None:
         nn.utils.clip_grad_value_(network.parameters(), config.clip_grad_value)
     elif config.clip_grad_adaptive is not None:
-        from timm.utils.agc import adaptive_clip_grad  # seconds, which most runs do without
+        from timm.utils.agc import adaptive_clip_grad  # imported here, since it takes seconds
 
         head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
-        left_out = {id(parameter) for module in head for parameter in module.parameters()}
-        clipped = [parameter for parameter in network.parameters() if id(parameter) not in left_out]
+        excluded = {id(parameter) for module in head for parameter in module.parameters()}
+        clipped = [parameter for parameter in network.parameters() if id(parameter) not in excluded]
         adaptive_clip_grad(clipped, clip_factor=config.clip_grad_adaptive)

@@ -1,6 +1,6 @@
-"""What must happen before the first step, and before the clock: compiling, tuning and capturing the step.
+"""Work before the first step: compile, tune and capture the step and the evaluation.
 
-None of it leaves a trace in what a step changes.
+It leaves the training state unchanged, and run times do not include it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,27 @@ from train.engine.state import TrainState
 from train.engine.step import train_step
 from train.optim.freeze import set_training_mode
 
-WARM_UP_STEPS = 3  # before a capture: kernels are compiled in the first, tuned up to the second
+WARM_UP_STEPS = 3  # before a capture: the first compiles kernels, the first two tune them
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
-    """Prepare `training` for the loaders' batches; seconds that it took. One rank that compiles nothing does nothing.
+    """Prepare the state for the batches of the loaders and return the seconds it took.
 
-    Several ranks need their first backward passes here even then: DDP lays gradients out anew after the first one, and
-    how a sum over three ranks is rounded depends on that. So the first step of a resumed run is as any other.
+    No-op on one rank without compilation. DDP rebuilds its buckets after the first backward pass, which changes the
+    summation order; running that pass here keeps resumed runs bitwise identical.
 
-    tta: as `evaluate` will be told. To be called again when the optimizer's state was loaded since, as
-    checkpoint.restore does. Raises UserError when the model cannot be captured.
+    Call it again after loading the optimizer's state.
+
+    Args:
+        state: Training state.
+        loader: Training batches; each stage's shape is prepared.
+        val_loader: Evaluation batches.
+        tta: Test-time augmentation of the evaluation.
+
+    Raises:
+        UserError: The model cannot be captured.
     """
-    begin = time.perf_counter()
+    start_s = time.perf_counter()
     if state.needs_warmup or is_data_parallel(state.forward):
         if val_loader is not None:
             warm_up_evaluation(state, val_loader, tta)
@@ -47,19 +55,25 @@ def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = 
         warm_up_training(state, *(blank_batch(*shape, state.device) for shape in shapes))
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start_s
 
 
 def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
-    """A batch of black images in the memory format of a loader's."""
+    """Return a batch of black images in the memory format of the loaders."""
     images = torch.zeros((samples, image_size, image_size, 3), dtype=torch.uint8, device=device)
     return Batch(images.permute(0, 3, 1, 2), torch.zeros(samples, dtype=torch.int64, device=device))
 
 
 def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) -> None:
-    """Raise UserError where the model does not take the images of training, which is else found in mid-training.
+    """Check that the model accepts the training image sizes, before training starts.
 
-    built_for: height and width in pixels that the model was built for, and is evaluated at.
+    Args:
+        state: Training state.
+        loader: Training batches.
+        built_for: Image size that the model was built for and is evaluated at, in pixels.
+
+    Raises:
+        UserError: The model does not accept a size.
     """
     state.network.eval()
     for stage in loader.stages:
@@ -68,7 +82,7 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
         try:
             with torch.no_grad(), state.autocast():
                 state.network(blank_batch(1, stage.image_size, state.device).images)
-        except Exception as error:  # models of timm fail in every way
+        except Exception as error:  # timm models raise all kinds of errors
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise UserError(
                 f"the model is trained on images of {stage.image_size} pixels (data.image_size, data.stages), but was "
@@ -79,35 +93,35 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
 
 
 def warm_up_training(state: TrainState, *batches: Batch) -> None:
-    """Run all kinds of steps on each of `batches`, undo what they changed, and capture them where that was asked for.
+    """Run all kinds of steps on each batch, undo their changes, and capture the steps if configured.
 
-    What the first step makes of the optimizer's state must start from zero, as it does in torch's optimizers.
+    State that the optimizer creates in its first step must start from zero, as in torch's optimizers.
     """
     set_training_mode(state.forward)
-    updates = [True] if state.config.accumulation_steps == 1 else [False, True]
+    optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
     with side_stream(state) as stream, preserved_state(state):
-        ready = [_passes(state, identity_mix(batch) if state.mixes else batch, updates) for batch in batches]
+        ready = [_run_steps(state, identity_mix(batch) if state.mixes else batch, optimizer_steps) for batch in batches]
         if state.lookahead is not None:
             state.lookahead.sync(1.0)
     if stream is not None:
-        state.captured_step = CapturedStep(state, ready, updates, stream)
+        state.captured_step = CapturedStep(state, ready, optimizer_steps, stream)
 
 
-def _passes(state: TrainState, batch: Batch, updates: list[bool]) -> Batch:
-    """Steps of all kinds; the batch, or what the proxy chooses of it."""
+def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
+    """Run steps of all kinds; return the batch, or the samples that the proxy selects from it."""
     if state.proxy is not None:
         chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
         batch = chosen[-1]
-    for epoch in {0, state.config.whiten_bias_epochs or 0}:  # with and without the whitening layer's bias
+    for epoch in {0, state.config.whiten_bias_epochs or 0}:  # with and without the gradient of the whitening bias
         set_whitening_bias_grad(state, epoch)
         for _ in range(WARM_UP_STEPS):
-            for update in updates:
-                train_step(state, batch, optimizer_step=update)
+            for optimizer_step in optimizer_steps:
+                train_step(state, batch, optimizer_step=optimizer_step)
     return batch
 
 
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
-    """Evaluate a blank batch of the loader's size; every rank must come here, also one without samples."""
+    """Evaluate a blank batch of the loader's size. All ranks must call it, even those without samples."""
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
     samples = collectives.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
     evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
@@ -115,14 +129,14 @@ def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> 
 
 @contextmanager
 def preserved_state(state: TrainState) -> Iterator[None]:
-    """Undo on leaving all that steps change, in place: captured graphs know tensors by their addresses."""
+    """Undo on exit everything that steps change, in place, since captured graphs hold addresses."""
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
-    # where no graph knows addresses, whatever an optimizer keeps, such as counts of steps that are plain numbers
-    free = [one.optimizer for one in state.parts() if not one.uses_cuda_graph]
-    optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in free]
+    # without a graph, all of the optimizer's state, including step counts that are plain numbers
+    uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
+    optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in uncaptured]
     scalers = [(one.scaler, one.scaler.state_dict()) for one in state.parts()]
     devices = [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the generators
+    with torch.random.fork_rng(devices):
         yield
     with torch.no_grad():
         for name, tensor in _tensors(state).items():
@@ -134,9 +148,9 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 
 
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
-    """All that a step changes, by name; the optimizer makes some of it in its first step.
+    """Return the tensors that a step changes. The optimizer creates some of them in its first step.
 
-    Without a captured graph the optimizer's state is not among it.
+    The optimizer's state is left out without a captured graph.
     """
     tensors: dict[Any, torch.Tensor] = {}
     for number, one in enumerate(state.parts()):

@@ -1,4 +1,4 @@
-"""Fits whitening first layers to training images."""
+"""Whitening first layers, fitted to training images."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 
 
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
-    """The first train images as they are evaluated, uint8 [N, 3, H, W]; None where no layer is to be whitened.
+    """Return the first training images as evaluated, uint8 [N, 3, H, W], or None if no layer needs them.
 
-    On a GPU the whitening is computed once and dropped: loading cuSOLVER, which the first eigendecomposition of a
-    process does, then takes no time of the first `whiten`, which is part of a speedrun's clock.
+    On a GPU, the whitening is computed once and discarded. The first eigendecomposition of a process loads cuSOLVER,
+    which then takes no time of the first `whiten`, whose duration is part of a speedrun's time.
     """
     if all(find_whitening(one.network) is None for one in state.parts()):
         return None
-    section = data.model_copy(update={"placement": "host", "prefetch": 1})  # not the whole split on the device again
+    section = data.model_copy(update={"placement": "host", "prefetch": 1})  # the split may be on the device already
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
-    loader = build_eval_loader(section, evaluation, split=data.train_split, device=state.device,
-                               replace_bad_samples=True)  # fmt: skip
+    loader = build_eval_loader(
+        section, evaluation, split=data.train_split, device=state.device, replace_bad_samples=True
+    )
     images = torch.cat([batch.images.clone() for batch in islice(loader, WHITENING_SAMPLES // WHITENING_BATCH)])
     if state.device.type == "cuda":
         for one in state.parts():
@@ -40,9 +41,11 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
 
 
 def whiten(state: TrainState, images: Tensor | None) -> float:
-    """Whiten the first layers, equally on all ranks, but for one that came with trained weights, which expect it as it
-    was; returns the time it took in seconds."""
-    begin = time.perf_counter()
+    """Whiten newly initialized first layers, equally on all ranks, and return the seconds it took.
+
+    Layers with trained weights are left unchanged.
+    """
+    start_s = time.perf_counter()
     if images is not None:
         for one in state.parts():
             if one.is_fresh_init:
@@ -51,4 +54,4 @@ def whiten(state: TrainState, images: Tensor | None) -> float:
         reset_averages(state)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start_s

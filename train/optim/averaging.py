@@ -1,4 +1,7 @@
-"""Averages of the weights: the moving average, timm's ModelEmaV3, and Lookahead's slow copy."""
+"""Averages of the weights: the moving average (timm's ModelEmaV3) and Lookahead.
+
+Both also average floating-point buffers, e.g. batch norm statistics. The moving average copies integer buffers.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from train.distributed import collectives
 
 
 class Ema:
-    """Follows a network that it was built beside, on its device; it is a second network in memory."""
+    """Exponential moving average of a network on its device, held as a second network."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
-        from timm.utils.model_ema import ModelEmaV3  # seconds, which runs without an average save
+        from timm.utils.model_ema import ModelEmaV3  # imported here, since it takes seconds
 
         assert config.decay is not None
         self._network, self._every_steps = network, config.every_steps
@@ -27,19 +30,19 @@ class Ema:
         )
 
     def start(self) -> None:
-        """The average begins at the weights as they are now."""
+        """Set the average to the current weights."""
         self._average.set(self._network)
 
     def update(self, done: int) -> None:
-        """After `done` optimizer updates of the run: the first update of the average takes the weights as they are.
+        """Update the average after `done` optimizer steps of the run. The first update copies the weights.
 
-        Does not synchronise, and is no part of a captured graph: the share that is kept depends on `done`.
+        Does not synchronize. It cannot be part of a captured graph, since the decay depends on `done`.
         """
         if done % self._every_steps == 0:
             self._average.update(self._network, step=done // self._every_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """Of the same names as the network's."""
+        """Return the average under the names of the network's state dict."""
         tensors: dict[str, Tensor] = self._average.module.state_dict()
         return tensors
 
@@ -48,9 +51,10 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The network holds the average inside, on all ranks the first rank's, and its own weights again on leaving.
+        """Put the average into the network, and restore its own weights on exit.
 
-        It keeps its tensors, so that what was compiled for it serves both. Needs memory for a third copy.
+        All ranks use the average of rank 0. Tensors keep their addresses, so compiled functions stay valid. Needs
+        memory for a third copy.
         """
         collectives.broadcast_buffers(self._average.module)
         tensors = list(self._network.state_dict().values())
@@ -73,14 +77,18 @@ def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
 
 
 def uses_ema(ema: Ema | None, weights: str) -> bool:
-    """Whether it is the average whose results count; weights: eval.weights. Raises UserError where there is none."""
+    """Return whether results are those of the moving average.
+
+    Raises:
+        UserError: `weights` (eval.weights) is ema, but there is no average.
+    """
     if weights == "ema" and ema is None:
         raise UserError("eval.weights=ema, but no average is kept; set train.ema.decay, or use eval.weights=auto")
     return ema is not None and weights != "raw"
 
 
 def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
-    """The network holds the weights that count inside; see `uses_ema`."""
+    """Hold the weights of eval.weights in the network inside the context; see `uses_ema`."""
     if uses_ema(ema, weights):
         assert ema is not None
         return ema.swapped_in()
@@ -88,7 +96,13 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
 
 
 class Lookahead:
-    """`slow`: a copy of all floating-point tensors of the network's state, by name, on its device."""
+    """Lookahead: slow weights that the trained ones are reset to every few steps.
+
+    `slow` has a copy of each floating-point tensor of the network's state, by name, on its device.
+
+    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610, with
+    the increasing decay of arXiv:2404.00498, and applied to batch norm statistics too.
+    """
 
     def __init__(self, network: nn.Module, config: LookaheadConfig) -> None:
         assert config.every_steps is not None
@@ -97,27 +111,32 @@ class Lookahead:
         self.slow = {name: value.clone() for name, value in self._fast.items()}
 
     def start(self) -> None:
-        """The slow copy begins at the weights as they are now."""
+        """Set the slow weights to the current ones."""
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
-    def update(self, update: int, updates: int) -> None:
-        """After update `update` (from 0) of `updates`: both copies meet at some; the last leaves the slow one."""
-        done = update + 1
+    def update(self, step: int, steps: int) -> None:
+        """Synchronize every few steps, and after the last one.
+
+        Args:
+            step: Optimizer step that was made, from 0.
+            steps: Optimizer steps of the run.
+        """
+        done = step + 1
         if done % self._every_steps == 0:
-            self.sync(kept_share(done / updates, self._config))
-        if done == updates:
+            self.sync(kept_share(done / steps, self._config))
+        if done == steps:
             self.sync(1.0)
 
     @torch.no_grad()
     def sync(self, kept: float) -> None:
-        """slow = kept * slow + (1 - kept) * fast, then fast = slow; does not synchronise."""
+        """Set slow = kept * slow + (1 - kept) * fast, then fast = slow. Does not synchronize with the host."""
         fast, slow = list(self._fast.values()), list(self.slow.values())
         torch._foreach_lerp_(slow, fast, 1 - kept)
         torch._foreach_copy_(fast, slow)
 
 
 def kept_share(progress: float, config: LookaheadConfig) -> float:
-    """The share of the slow copy that a meeting keeps, after the share `progress` of all updates."""
+    """Return the share of the slow weights to keep after the share `progress` of all steps."""
     return config.decay * progress**3
 
 

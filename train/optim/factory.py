@@ -1,4 +1,4 @@
-"""The optimizer by its name, and what is done to one from outside. Which parameters are special is known elsewhere."""
+"""Optimizers by name, and changes to an optimizer from outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from configs.utils.errors import UserError
 from train.optim.muon import Muon
 from train.optim.param_groups import parameter_groups
 
-# Class, the settings that it takes, and the implementation with the fewest kernels.
+# Class, its settings, and the implementation with the fewest kernels.
 TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
     "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
     "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
@@ -32,19 +32,20 @@ RESERVED_OPTIONS = {
     "weight_decay",
     "capturable",
     "differentiable",
-}  # no options: other settings say it
+}  # set by other settings, not options
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Torch's fused optimizers, our Muon, or any of timm's; see `parameter_groups` for the groups.
+    """Build one of torch's fused optimizers, Muon, or any optimizer of timm.
 
-    Raises UserError for a name or an option that does not exist.
+    Raises:
+        UserError: The name or an option does not exist.
     """
     groups = parameter_groups(model, config, lr)
     if config.name == "muon":
         if config.options:
             raise UserError(
-                f"train.optimizer.options={config.options} cannot be used: muon has settings of its own in "
+                f"train.optimizer.options={config.options} cannot be used: muon has its settings in "
                 "train.optimizer; leave it out, or take timm/muon, which has options"
             )
         return Muon(
@@ -70,9 +71,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
 
 
 def with_timm_defaults(config: Config) -> Config:
-    """Replace null by what timm's optimizer uses by itself, so that the config of a run records it.
+    """Replace null settings by the defaults of the timm optimizer, so that the saved config records them.
 
-    Raises UserError as `build_optimizer` does.
+    Raises:
+        UserError: As `build_optimizer`.
     """
     asked = config.train.optimizer
     if asked.name in BUILT_IN_OPTIMIZERS:
@@ -86,8 +88,8 @@ def with_timm_defaults(config: Config) -> Config:
 
 
 def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Pass on what the config says; what it leaves out differs between methods and is timm's own."""
-    import timm.optim  # seconds, which most runs do without
+    """Build a timm optimizer with the settings given; settings left out keep timm's defaults."""
+    import timm.optim  # imported here, since it takes seconds
 
     name = config.name.removeprefix("timm/")
     names = [str(known) for known in timm.optim.list_optimizers()]
@@ -112,7 +114,7 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
         kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (ImportError, AssertionError) as error:
         raise UserError(
-            f"train.optimizer.name={config.name} is not to be had here ({error}); install that, or take another"
+            f"train.optimizer.name={config.name} is not available here ({error}); install it or use another"
         ) from None
     arguments: dict[str, Any] = {"momentum": config.momentum} if info.has_momentum else {}
     if info.has_betas and config.betas is not None and "betas" not in config.options:
@@ -134,7 +136,7 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
 
 
 def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
-    """train.optimizer.options as arguments of the class; raises UserError for one that it does not take."""
+    """Return train.optimizer.options as arguments of the class; raise UserError for unknown ones."""
     taken = [name for name in inspect.signature(kind).parameters if name not in RESERVED_OPTIONS]
     for name, value in config.options.items():
         if name not in taken:
@@ -153,9 +155,9 @@ def _refused(config: OptimizerConfig, error: Exception) -> UserError:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
-    """Give all parameter groups their multiple of one learning rate; group `whitening` that of `whitening_lr`.
+    """Set the learning rate of all groups, times their `lr_scale`.
 
-    Does not synchronise.
+    The whitening group uses `whitening_lr` if given. Does not synchronize.
     """
     for group in optimizer.param_groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
@@ -167,9 +169,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep the learning rates, and Adam's count of steps, on the device, where each replay of a CUDA graph finds them.
+    """Keep learning rates and Adam's step counts on the device, as CUDA graphs need.
 
-    As numbers they would be frozen into the graph. float32, since that is what torch's fused kernels read.
+    As Python numbers they would be constants of the graph. The dtype is float32, as torch's fused kernels expect.
     """
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
@@ -178,12 +180,12 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def is_fused(config: OptimizerConfig) -> bool:
-    """Whether it is one of torch's fused optimizers, which can leave out a step without the host."""
+    """Return whether it is a fused torch optimizer, which can skip a step without the host."""
     return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
 
 
 def capture_obstacle(config: OptimizerConfig) -> str | None:
-    """Why a step of this optimizer cannot be replayed as a CUDA graph; None: it can."""
+    """Return the reason why this optimizer cannot run in a CUDA graph, or None."""
     if config.name not in CAPTURABLE:
         return f"optimizer {config.name} is not one that is known to run as a CUDA graph ({', '.join(CAPTURABLE)})"
     if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):

@@ -1,6 +1,6 @@
-"""Parameters that are not trained, and norms that stand still with them. Knows modules, and nothing of what runs them.
+"""Frozen parameters, and norm layers that keep their statistics when frozen.
 
-What is frozen is what needs no gradient: there is no list beside the parameters that could disagree with them.
+A parameter is frozen if it does not require gradients; there is no second list.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from configs.utils.errors import UserError
 
-PREFIX = "network."  # of the parameters of a model with `Normalize` in front; patterns may leave it out
+PREFIX = "network."  # of parameter names behind the pixel normalization; optional in patterns
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
-    """Take the parameters that match a pattern out of training; in words how many.
+    """Freeze the parameters that match a pattern and return a sentence with their number.
 
-    To be called before the optimizer is built and before the model is wrapped for several ranks. Raises UserError for
-    a pattern that matches nothing, and where nothing would be left to train.
+    Call it before the optimizer is built and before the model is wrapped for several ranks.
+
+    Raises:
+        UserError: A pattern matches nothing, or no parameter is left to train.
     """
     parameters = dict(model.named_parameters())
     frozen: set[str] = set()
@@ -41,12 +43,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Of both without the prefix, so that [!f]* does not match network.fc.weight."""
+    """Match without the prefix, so that [!f]* does not match network.fc.weight."""
     return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
 
 
 def _hint(pattern: str, names: Iterable[str]) -> str:
-    """What may have been meant."""
+    """Suggest a pattern that may have been meant."""
     if any(_matches(name, f"{pattern}.*") for name in names):
         return f"did you mean {pattern}.*?"
     plain = [name.removeprefix(PREFIX) for name in names]
@@ -55,9 +57,9 @@ def _hint(pattern: str, names: Iterable[str]) -> str:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """model.train(), but for norms all of whose parameters are frozen: their running statistics stand still.
+    """Call model.train(), but leave fully frozen norm layers in evaluation mode.
 
-    They normalise by these statistics, in training as in evaluation. To be called instead of train() everywhere.
+    Frozen norms then normalize by their running statistics, which stay unchanged. Use it everywhere instead of train().
     """
     model.train()
     for module in model.modules():

@@ -1,6 +1,6 @@
-"""Muon, for the filters of convolutions, and SGD for all else, in one optimizer.
+"""Muon for convolution filters and SGD for all other parameters, in one optimizer.
 
-SGD's momentum, made orthogonal. Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks",
+Muon orthogonalizes SGD's momentum. Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks",
 2024 (kellerjordan.github.io).
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the polynomial a x + b x^3 + c x^5, repeated: the steepest at 0 whose iterates stay near 1, not exactly at it.
+# Coefficients of a x + b x^3 + c x^5: steepest at 0 among those whose iterates stay near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """U V^T, roughly, of matrices U S V^T [N, rows, columns]: five steps bring singular values to about 0.7 to 1.2.
+    """Return approximately U V^T of matrices U S V^T, shape [N, rows, columns].
 
-    Newton-Schulz iteration in the matrices' own dtype; small singular values need more steps than large ones.
+    Newton-Schulz iteration in the dtype of the matrices. Five steps bring singular values to about 0.7 to 1.2; small
+    singular values need more steps than large ones.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -33,9 +34,9 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def as_matrices(filters: Iterable[Tensor]) -> Tensor:
-    """Weights [filters, channels, height, width] of one shape -> [N, filters, height * width * channels].
+    """Stack weights of one shape [filters, channels, height, width] as [N, filters, height * width * channels].
 
-    Any order of the columns will do; this is the one that channels_last weights lie in.
+    The order of the columns does not matter. This one matches the memory layout of channels_last weights.
     """
     return torch.stack([weight.permute(0, 2, 3, 1).flatten(1) for weight in filters])
 
@@ -45,9 +46,9 @@ def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `muon` true hold 4-D weights of convolutions, the others anything, trained by Nesterov SGD.
+    """Optimizer with Muon for groups where `muon` is true and SGD for the others.
 
-    Nothing here waits for the device; lr may be a number or a tensor on the device.
+    Muon groups hold 4-D convolution weights. `step` does not synchronize; lr may be a number or a tensor on the device.
     """
 
     def __init__(
@@ -61,7 +62,15 @@ class Muon(torch.optim.Optimizer):
         normalize: bool = False,
         sgd_momentum: float = 0.9,
     ) -> None:
-        """momentum, nesterov, steps, normalize: of the muon groups. normalize: weights get the norm sqrt(filters)."""
+        """Args:
+        groups: Parameter groups with `muon`, `lr` and `weight_decay`.
+        lr: Learning rate of groups that set none.
+        momentum: Momentum of the muon groups.
+        nesterov: Use Nesterov momentum in the muon groups.
+        steps: Newton-Schulz iterations.
+        normalize: Scale weights of the muon groups to norm sqrt(filters) instead of decaying them.
+        sgd_momentum: Momentum of the SGD groups, which use Nesterov if it is above 0.
+        """
         super().__init__(groups, {"lr": lr, "muon": False, "weight_decay": 0.0})
         self._momentum, self._nesterov, self._steps, self._normalize = momentum, nesterov, steps, normalize
         self._sgd_momentum = sgd_momentum
@@ -77,7 +86,7 @@ class Muon(torch.optim.Optimizer):
                 self._sgd(parameters, group["lr"], group["weight_decay"])
 
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
-        """The momentum's average of the gradients, with Nesterov one step ahead; advances the momentum."""
+        """Update the momentum buffers and return the step's direction."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -98,13 +107,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)])
         elif weight_decay:
             torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        alike = defaultdict(list)  # matrices of one shape share their products: few large kernels
+        same_shape = defaultdict(list)  # batch the products of matrices of one shape: few large kernels
         for parameter, update in zip(parameters, updates, strict=True):
-            alike[parameter.shape].append((parameter, update))
-        for (filters, channels, height, width), pairs in alike.items():
+            same_shape[parameter.shape].append((parameter, update))
+        for (filters, channels, height, width), pairs in same_shape.items():
             matrices = as_matrices(update for _, update in pairs)
             matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
-            # 8 bits are enough: the iteration is only roughly orthogonal anyhow
+            # bfloat16 is precise enough: the result is only approximately orthogonal
             rounded = matrices.to(torch.bfloat16) if matrices.dtype == torch.float32 else matrices
             steps = orthogonalize(rounded, self._steps).to(matrices.dtype) * lr
             for (parameter, _), step in zip(pairs, steps, strict=True):

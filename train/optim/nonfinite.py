@@ -1,4 +1,8 @@
-"""Values that are not finite: found in a run's state, and kept out of it by train.on_nonfinite=skip."""
+"""Non-finite values: detection in losses, weights and optimizer states, and train.on_nonfinite=skip.
+
+State stays on the device and is checked at log intervals and before each checkpoint. No step waits for a check, and
+every checkpoint that is written is finite.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +17,58 @@ from train.distributed.process_group import get_world_size
 
 @torch.no_grad()
 def max_abs(tensors: list[Tensor]) -> Tensor:
-    """The largest absolute value of all elements, float32 []; nan where one is nan. Does not synchronise."""
+    """Return the largest absolute value of all elements as float32 [], nan if one is nan. Does not synchronize."""
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], float("inf"))
     return torch.stack([norm.float() for norm in norms]).amax()
 
 
 class SkipNonFinite:
-    """Of a network that lies on its device, and its optimizer. left_out: float64 [], updates left out so far."""
+    """Skips optimizer steps with non-finite gradients, as if their batch had not occurred.
+
+    The check runs on the device. The host takes part only if the optimizer cannot skip a step itself, as torch's fused
+    optimizers can.
+
+    Attributes:
+        skipped: Number of skipped steps, float64 [].
+        last_good_buffers: Floating-point buffers after the last step that was not skipped.
+    """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer
-        # Statistics of batch norm have seen a bad batch before anyone knows that it is bad.
+        # Batch norm updates its statistics in the forward pass, before the gradients are checked.
         self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         self.last_good_buffers = [buffer.clone() for buffer in self._buffers]
         self.skipped = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        self._is_bad = torch.zeros((), dtype=torch.bool)  # this update
+        self._is_bad = torch.zeros((), dtype=torch.bool)  # the current step
 
-    def begin(self) -> None:
-        """The buffers as they are now are good."""
+    def start(self) -> None:
+        """Mark the current buffers as good."""
         _copy(self._buffers, self.last_good_buffers)
 
     def mask_counts(self, counts: Tensor) -> Tensor:
-        """A pass's sums, or zeros where its loss is not finite."""
+        """Return the sums of a micro-step, or zeros if its loss is not finite."""
         return torch.where(counts.isfinite().all(), counts, 0.0)
 
     def check(self) -> None:
-        """See whether the update is to be left out. Gradients are the same on all ranks by now, and so is this."""
+        """Check the gradients. They are equal on all ranks at this point, and so is the result."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._is_bad = max_abs(gradients).isfinite().logical_not()
         self.skipped += self._is_bad
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """The optimizer's step, unless it is to be left out; after `look`, and after any clipping."""
+        """Make the optimizer's step unless `check` found non-finite gradients. Call it after clipping."""
         optimizer, is_bad = self._optimizer, self._is_bad
         if scaler.is_enabled():
-            scaler.step(optimizer)  # leaves out the same updates by itself
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # told as torch's own scaler tells them
+            scaler.step(optimizer)  # skips the same steps itself
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # the protocol of torch's GradScaler
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        elif not is_bad:  # waits for the device
+        elif not is_bad:  # synchronizes
             optimizer.step()
-        for buffer, sound in zip(self._buffers, self.last_good_buffers, strict=True):
-            torch.where(is_bad, sound, buffer, out=sound)
+        for buffer, good in zip(self._buffers, self.last_good_buffers, strict=True):
+            torch.where(is_bad, good, buffer, out=good)
         _copy(self.last_good_buffers, self._buffers)
 
 
@@ -67,7 +79,10 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 class NonFiniteError(Exception):
-    """Raised on all ranks at the same update. Steps are optimizer updates of the run, counted from 1."""
+    """Non-finite values, raised on all ranks at the same step.
+
+    `first` and `last` are steps of the run, counted from 1 as in metrics.
+    """
 
     def __init__(self, what: str, first: int, last: int) -> None:
         super().__init__(what)
@@ -88,22 +103,26 @@ class CheckedState(Protocol):
 
 
 class FiniteCheck:
-    """Of one training: `done` below is how many optimizer updates of the run are done."""
+    """Checks a training state for non-finite values, on all ranks together.
+
+    `done` is the number of finished optimizer steps of the run.
+    """
 
     def __init__(self, state: CheckedState) -> None:
         self._state = state
-        self.begin(0)
+        self.start(0)
 
-    def begin(self, done: int) -> None:
-        """The run stands after `done` updates, in a state that is known to be good."""
+    def start(self, done: int) -> None:
+        """Start after `done` steps, in a state that is known to be finite."""
         self._good = self._reported = done
         guard = self._state.guard
-        self._left_out = 0.0 if guard is None else float(guard.skipped)
+        self._skipped = 0.0 if guard is None else float(guard.skipped)
 
     def sums(self, done: int) -> Tensor:
-        """The training's sums over all ranks, float64 [3] on the host: loss * samples, correct, samples; synchronises.
+        """Return the sums over all ranks, float64 [3] on the host: loss * samples, correct, samples. Synchronizes.
 
-        Raises NotFinite for the steps since it was last asked.
+        Raises:
+            NonFiniteError: For the steps since the last call.
         """
         state = self._state
         own = torch.cat([state.sums, max_abs(state.floating_tensors()).isfinite()[None].double()])
@@ -116,13 +135,13 @@ class FiniteCheck:
         return total
 
     def skipped(self) -> tuple[int, int]:
-        """Updates that train.on_nonfinite=skip left out, of how many, since this was last asked.
+        """Return the number of skipped steps since the last call, and the number of steps.
 
-        To be asked after `sums`, which has waited for the device.
+        Call it after `sums`, which has waited for the device.
         """
         guard = self._state.guard
         if guard is None:
             return 0, 0
-        before, since = self._left_out, self._reported
-        self._left_out, self._reported = float(guard.skipped), self._good
-        return int(self._left_out - before), self._good - since
+        before, since = self._skipped, self._reported
+        self._skipped, self._reported = float(guard.skipped), self._good
+        return int(self._skipped - before), self._good - since

@@ -1,4 +1,4 @@
-"""Which parameters share a weight decay and a learning rate. Knows names and layers of networks, but no optimizer."""
+"""Parameter groups: weight decay and learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
-    """Trained parameters by what is special about them, those with weight decay first.
+    """Group trained parameters by weight decay, learning rate and kind, decayed groups first.
 
-    A group's `lr_scale` is its peak learning rate divided by `lr`; group `whitening` holds a whitening layer's bias.
+    A group's `lr_scale` is its peak learning rate divided by `lr`. Group `whitening` holds a whitening layer's bias.
     """
     whitening = find_whitening(model)
     undecayed = names_without_decay(model)
@@ -42,8 +42,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
             decays = (parameter.ndim > 1 or config.decay_biases) and not (muon and config.normalize_filters)
             decays = decays and name not in undecayed
             group = {
-                # divided, so that a rate of its own leaves a parameter's decay at lr * weight_decay per step; with the
-                # factor of its layer or name the decay shrinks, as in BEiT (arXiv:2106.08254) and timm
+                # Divide by own_scale, so that a separate rate keeps the decay at lr * weight_decay per step. Factors
+                # by layer or name also scale the decay, as in BEiT (arXiv:2106.08254) and timm.
                 "weight_decay": config.weight_decay / own_scale if decays else 0.0,
                 "lr": lr * lr_scale,
                 "lr_scale": lr_scale,
@@ -56,12 +56,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
 
 
 def inner_network(model: nn.Module) -> tuple[str, nn.Module]:
-    """The network proper, without what normalises pixels, and the prefix of its parameters' names in the model."""
+    """Return the prefix of parameter names and the network without the pixel normalization."""
     return ("network.", model.network) if isinstance(model, PixelClassifier) else ("", model)
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
-    """Parameters that a model of timm wants without weight decay, such as position embeddings."""
+    """Return the parameters that a timm model excludes from weight decay, e.g. position embeddings."""
     prefix, network = inner_network(model)
     listed: Any = getattr(network, "no_weight_decay", set)
     patterns = listed()
@@ -70,7 +70,7 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 
 def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """What layer_decay and lr_scales together make of the learning rate, by name; no entry: nothing."""
+    """Return the factor by layer_decay and lr_scales for each parameter name. Names without an entry have factor 1."""
     prefix, network = inner_network(model)
     factors: dict[str, float] = {}
     if config.layer_decay is not None:
@@ -94,7 +94,7 @@ def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
 
 
 def layer_indices(network: nn.Module) -> dict[str, int]:
-    """The layer of each parameter, from 0 at the input: timm's, else `layers_by_registration`."""
+    """Return the layer of each parameter, 0 at the input, by timm's matcher or `layers_by_registration`."""
     matcher: Any = getattr(network, "group_matcher", None)
     if matcher is None:
         return layers_by_registration(network)
@@ -105,10 +105,10 @@ def layer_indices(network: nn.Module) -> dict[str, int]:
 
 
 def layers_by_registration(network: nn.Module) -> dict[str, int]:
-    """Stem, stages and head of a network whose modules are registered from input to output.
+    """Number stem, stages and head of a network whose modules are registered from input to output.
 
-    A child that holds weights of two or more dimensions begins a layer; one that does not, such as a norm, belongs to
-    the layer before. A sequence of plain modules counts as these.
+    A child with weights of two or more dimensions starts a layer. Other children, e.g. norms, belong to the layer
+    before. The children of a sequence of plain modules are counted one by one.
     """
     parts: list[tuple[str, nn.Module]] = []
     for name, child in network.named_children():
@@ -116,11 +116,11 @@ def layers_by_registration(network: nn.Module) -> dict[str, int]:
         parts += [(f"{name}.{inner}", each) for inner, each in child.named_children()] if is_plain else [(name, child)]
     layer = 0
     layers = dict.fromkeys((name for name, _ in network.named_parameters(recurse=False)), 0)
-    begun = False  # the layer has weights
+    has_weights = False  # of the current layer
     for path, part in parts:
         parameters = dict(part.named_parameters(prefix=path))
         if any(parameter.ndim > 1 for parameter in parameters.values()):
-            layer += begun
-            begun = True
+            layer += has_weights
+            has_weights = True
         layers |= dict.fromkeys(parameters, layer)
     return layers

@@ -1,7 +1,4 @@
-"""Learning rates as pure functions of the update, to be plotted and tested; plateau's state is three numbers.
-
-Knows the settings and how many updates each epoch has, but neither optimizers nor loaders.
-"""
+"""Learning rates as pure functions of the optimizer step. The state of plateau is three numbers."""
 
 from __future__ import annotations
 
@@ -15,80 +12,86 @@ from typing import Any
 
 from configs.schema import ScheduleConfig, TrainConfig
 
-OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in the optimizer's section
-MIN_TIME_CONSTANTS = 4.0  # time constants of the moving average, after which 2 % of the initial weights are left
-ROUNDING = 1e-9  # epochs: positions are quotients of updates, which lie further apart than that
+OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in train.optimizer
+MIN_TIME_CONSTANTS = 4.0  # of the moving average; 2 % of the initial weights are left after 4
+ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than one step
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """How many optimizer updates each epoch of a run has, and what its learning rates are multiplied by.
+    """Number of optimizer steps and learning rate factor of each epoch of a run.
 
-    They differ from epoch to epoch where the batch size does; factors: empty where all are 1.
+    They differ between epochs if the batch size does. `factors` is empty if all are 1.
     """
 
-    updates: tuple[int, ...]
+    steps: tuple[int, ...]
     factors: tuple[float, ...] = ()
 
     @classmethod
-    def even(cls, epochs: int, updates_per_epoch: int) -> Timeline:
-        return cls((updates_per_epoch,) * epochs)
+    def even(cls, epochs: int, steps_per_epoch: int) -> Timeline:
+        return cls((steps_per_epoch,) * epochs)
 
     @cached_property
     def _firsts(self) -> list[int]:
-        return list(accumulate(self.updates, initial=0))
+        return list(accumulate(self.steps, initial=0))
 
     @property
     def total(self) -> int:
         return self._firsts[-1]
 
-    def first(self, epoch: int) -> int:
-        """The epoch's first update, which is the number of updates before it; epoch: up to and with their number."""
+    def first_step(self, epoch: int) -> int:
+        """Return the epoch's first step, i.e. the number of steps before it. `epoch` may be the number of epochs."""
         return self._firsts[epoch]
 
-    def epoch_of(self, update: int) -> int:
-        """The epoch that the update belongs to; from the end on, the number of epochs."""
-        return bisect_right(self._firsts, update) - 1
+    def epoch_at(self, step: int) -> int:
+        """Return the epoch of a step; for steps past the end, the number of epochs."""
+        return bisect_right(self._firsts, step) - 1
 
-    def factor(self, update: int) -> float:
-        """Of the epoch that the update belongs to."""
-        return self.factors[min(self.epoch_of(update), len(self.factors) - 1)] if self.factors else 1.0
+    def factor(self, step: int) -> float:
+        """Return the learning rate factor at a step."""
+        return self.factors[min(self.epoch_at(step), len(self.factors) - 1)] if self.factors else 1.0
 
-    def position(self, update: int) -> float:
-        """Epochs done before the update, a begun one as the share of its updates."""
-        epoch = self.epoch_of(update)
-        if epoch >= len(self.updates):
-            return float(len(self.updates))
-        return epoch + (update - self.first(epoch)) / self.updates[epoch]
+    def epochs_before(self, step: int) -> float:
+        """Return the epochs done before a step, with a fraction."""
+        epoch = self.epoch_at(step)
+        if epoch >= len(self.steps):
+            return float(len(self.steps))
+        return epoch + (step - self.first_step(epoch)) / self.steps[epoch]
 
-    def updates_until(self, position: float) -> float:
-        """Updates before this position in epochs, with their fraction; past the end, as the last epoch goes on."""
-        epoch = min(int(position), len(self.updates) - 1)
-        each = self.updates[epoch]
-        return position * each + (self.first(epoch) - epoch * each)
+    def steps_until(self, position: float) -> float:
+        """Return the steps before a fractional epoch. Past the end, the last epoch is extrapolated."""
+        epoch = min(int(position), len(self.steps) - 1)
+        each = self.steps[epoch]
+        return position * each + (self.first_step(epoch) - epoch * each)
 
 
-def learning_rate(update: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
-    """The learning rate of optimizer update `update` (from 0): linear warm-up, then what `schedule` says.
+def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
+    """Return the learning rate of an optimizer step (from 0): linear warm-up, then the schedule.
 
-    step and multistep count epochs from the start of training; cosine, linear, polynomial and exponential begin at the
-    end of the warm-up, with lr. With schedule_options.per_epoch all updates of an epoch have the rate of its first one,
-    or of the first one after the warm-up. decays: plateau's so far.
+    step and multistep count epochs from the start of training. cosine, linear, polynomial and exponential start with lr
+    at the end of the warm-up. With schedule_options.per_epoch, all steps of an epoch have the rate of its first step,
+    or of its first step after the warm-up.
+
+    Args:
+        step: Optimizer step of the run.
+        timeline: Steps of each epoch.
+        config: Train section, with learning rates at the global batch.
+        decays: Decays of schedule plateau so far.
     """
-    return timeline.factor(update) * _scheduled(update, timeline, config, decays)
+    return timeline.factor(step) * _scheduled(step, timeline, config, decays)
 
 
-def _scheduled(update: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
+def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
     """At the global batch that `config` is meant for."""
     if config.schedule == "one-cycle":
-        return max(config.min_lr, one_cycle(update, timeline.total, config))
-    warmup = round(timeline.updates_until(config.warmup_epochs))
-    if update < warmup:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * (update + 1) / warmup
+        return max(config.min_lr, one_cycle(step, timeline.total, config))
+    warmup = round(timeline.steps_until(config.warmup_epochs))
+    if step < warmup:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / warmup
     options = config.schedule_options
-    if options.per_epoch and update < timeline.total:
-        update = max(warmup, timeline.first(timeline.epoch_of(update)))
-    progress = min(1.0, (update - warmup) / max(1, timeline.total - warmup))
+    if options.per_epoch and step < timeline.total:
+        step = max(warmup, timeline.first_step(timeline.epoch_at(step)))
+    progress = min(1.0, (step - warmup) / max(1, timeline.total - warmup))
     if config.schedule in ("cosine", "linear", "polynomial"):
         share = {
             "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
@@ -96,53 +99,53 @@ def _scheduled(update: int, timeline: Timeline, config: TrainConfig, decays: int
             "polynomial": (1 - progress) ** options.power,
         }[config.schedule]
         return config.min_lr + (config.lr - config.min_lr) * share
-    position = timeline.position(update)
+    position = timeline.epochs_before(step)
     exponent = {
         "constant": 0,
         "step": math.floor(position / options.epochs + ROUNDING),
         "multistep": sum(milestone <= position + ROUNDING for milestone in options.milestones),
-        "exponential": position - timeline.position(warmup),
+        "exponential": position - timeline.epochs_before(warmup),
         "plateau": decays,
     }[config.schedule]
     return max(config.min_lr, config.lr * options.rate**exponent)
 
 
-def one_cycle(update: int, updates: int, config: TrainConfig) -> float:
-    """A cosine up to lr in the share `peak` of the updates, and one down: torch's OneCycleLR, arXiv:1708.07120."""
+def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
+    """Cosine up to lr over the share `peak` of the steps and down again: torch's OneCycleLR, arXiv:1708.07120."""
     options = config.schedule_options
     lowest = config.lr / options.div_factor
-    top = options.peak * updates - 1
-    if update < top:
-        begin, end, progress = lowest, config.lr, update / top
+    top = options.peak * steps - 1
+    if step < top:
+        start, end, progress = lowest, config.lr, step / top
     else:
-        begin, end = config.lr, lowest / options.final_div_factor
-        progress = min(1.0, (update - top) / (updates - 1 - top))
-    return end + (begin - end) / 2 * (1 + math.cos(math.pi * progress))
+        start, end = config.lr, lowest / options.final_div_factor
+        progress = min(1.0, (step - top) / (steps - 1 - top))
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
 
 
-def whitening_learning_rate(update: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
-    """The same for the bias of a whitening layer, which is trained for the first `whiten_bias_epochs` only."""
+def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
+    """Return the learning rate of a whitening layer's bias, 0 after `whiten_bias_epochs`."""
     if config.whiten_bias_epochs is None:
-        return learning_rate(update, timeline, config, decays)
-    updates = timeline.updates_until(config.whiten_bias_epochs)
-    if update >= updates:
+        return learning_rate(step, timeline, config, decays)
+    steps = timeline.steps_until(config.whiten_bias_epochs)
+    if step >= steps:
         return 0.0
     if config.whiten_bias_anneal:
-        return timeline.factor(update) * config.lr * (1 - update / updates)
-    return learning_rate(update, timeline, config, decays)
+        return timeline.factor(step) * config.lr * (1 - step / steps)
+    return learning_rate(step, timeline, config, decays)
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """What schedule plateau knows at the end of an epoch, as torch's ReduceLROnPlateau with an absolute threshold."""
+    """State of schedule plateau: torch's ReduceLROnPlateau with an absolute threshold."""
 
     best: float | None = None
     bad_epochs: int = 0
     decays: int = 0
 
     def after(self, value: float, options: ScheduleConfig) -> Plateau:
-        """One epoch later; value: of `options.metric`, where nan is no improvement."""
-        sign = -1.0 if options.metric == "val_top1" else 1.0  # the smaller, the better
+        """Return the state one epoch later; `value` is the metric, and nan is no improvement."""
+        sign = -1.0 if options.metric == "val_top1" else 1.0  # smaller is better
         best = math.inf if self.best is None else sign * self.best
         if sign * value < best - options.threshold:
             return Plateau(value, 0, self.decays)
@@ -151,36 +154,41 @@ class Plateau:
         return Plateau(self.best, 0, self.decays + 1)
 
 
-def update_plateau(state: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
-    """The plateau's fields after an epoch with these metrics; epochs without the metric change nothing.
+def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
+    """Return the plateau's fields after an epoch. Epochs without the metric change nothing.
 
-    state: its fields before; empty at the start.
+    Args:
+        fields: Fields before; empty at the start.
+        metrics: Metrics of the epoch.
+        options: Settings of the schedule.
     """
     value = metrics[options.metric]
-    return state if value is None else asdict(Plateau(**state).after(value, options))
+    return fields if value is None else asdict(Plateau(**fields).after(value, options))
 
 
 def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
-    """What of the settings has no effect, or an unwanted one, in a run of this length."""
-    found = []
+    """Return warnings about settings without effect, or with an unwanted one, in a run of this length."""
+    warnings = []
     options, decay = config.schedule_options, config.ema.decay
     first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
     if first >= config.epochs:
-        found.append(f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
-                     "does not reach: the learning rate stays as it is")  # fmt: skip
+        warnings.append(
+            f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
+            "does not reach: the learning rate stays as it is"
+        )
     averages = timeline.total // config.ema.every_steps
     if decay is not None and not config.ema.warmup and averages * (1 - decay) < MIN_TIME_CONSTANTS:
-        found.append(
-            f"train.ema.decay={decay:g} looks back over {1 / (1 - decay):,.0f} updates, but the run has {averages:,}: "
+        warnings.append(
+            f"train.ema.decay={decay:g} looks back over {1 / (1 - decay):,.0f} steps, but the run has {averages:,}: "
             "the average keeps much of the initial weights; use a smaller decay or train.ema.warmup=true"
         )
-    return found
+    return warnings
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
-    """What the learning rates of the config are multiplied by at this global batch.
+    """Return the factor of the learning rates at this global batch.
 
-    Linear: Goyal and others, arXiv:1706.02677; square root: Krizhevsky, arXiv:1404.5997.
+    Linear: Goyal et al., arXiv:1706.02677. Square root: Krizhevsky, arXiv:1404.5997.
     """
     if config.lr_batch_size is None:
         return 1.0
@@ -189,10 +197,10 @@ def lr_factor(config: TrainConfig, global_batch: int) -> float:
 
 
 def scale_learning_rates(config: TrainConfig, global_batch: int) -> TrainConfig:
-    """The config with all its learning rates as they are at this global batch."""
+    """Return the config with all learning rates scaled to this global batch."""
     factor = lr_factor(config, global_batch)
     own = {name: rate * factor for name in OWN_RATES if (rate := getattr(config.optimizer, name)) is not None}
     rates = {name: getattr(config, name) * factor for name in ("lr", "min_lr", "warmup_lr")}
-    # the batch as well, so that scaling once more changes nothing
+    # set the batch too, so that scaling again changes nothing
     batch = {"lr_batch_size": global_batch} if config.lr_batch_size is not None else {}
     return config.model_copy(update={**rates, **batch, "optimizer": config.optimizer.model_copy(update=own)})

@@ -1,4 +1,4 @@
-"""Which samples training had to do without, over all ranks, for the log."""
+"""Report of the samples that training has replaced, over all ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from train.distributed import collectives
 
 
 def report_bad_samples(loader: TrainLoader) -> str | None:
-    """Which samples any rank has replaced since the start of this process, for the log; None where there are none.
+    """Return a sentence about the samples that any rank has replaced since its start, or None.
+
+    All ranks must call it.
 
     Raises:
-        UserError: where all ranks together have found more than data.max_bad_samples, which each alone has not.
+        UserError: All ranks together exceed data.max_bad_samples.
     """
     samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):
@@ -28,7 +30,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 
 
 def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
-    """int64, ascending. Costs a small reduction as long as there are none."""
+    """Return the samples replaced on any rank, int64, ascending. Costs one small reduction if there are none."""
     if not bad.can_replace:
         return np.empty(0, np.int64)
     found = [sample for sample, _ in bad.found]

@@ -89,7 +89,7 @@ def test_a_run_that_goes_back_goes_back_to_the_times_of_its_checkpoint(
 
     monkeypatch.setattr(epoch, "run_step", fail_once)
     run_here(*arguments(digits_run.data, tmp_path, "train.save_every_steps=10", "train.on_nonfinite=rewind"))
-    assert "went back to" in (tmp_path / "digits_lenet" / "log.txt").read_text()
+    assert "rewound to" in (tmp_path / "digits_lenet" / "log.txt").read_text()
     # the checkpoint of step 10, and the end of the epoch; what came after that checkpoint does not count
     assert [seconds for seconds, _ in times_of(tmp_path)] == [1, 2]
 

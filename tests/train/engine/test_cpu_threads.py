@@ -41,7 +41,7 @@ def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: busy)
     cpu_settings.limit_threads(CPU)
     assert torch.get_num_threads() == threads
-    note = f"other processes keep {busy:.1f} of 4 cores busy, so that {threads} of 4 threads compute"
+    note = f"other processes keep {busy:.1f} of 4 cores busy, so {threads} of 4 threads are used"
     assert (note in capsys.readouterr().err) == (threads < 4)
 
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
     assert torch.get_num_threads() == 1
     assert "keep" not in capsys.readouterr().err
     cpu_settings.restore_threads(2)
-    assert "3.0 of 4 cores busy, and 2 threads compute, as when the run began" in capsys.readouterr().err
+    assert "3.0 of 4 cores busy, and 2 threads are used, as when the run started" in capsys.readouterr().err
     cpu_settings.restore_threads(64)  # of a larger machine
     assert torch.get_num_threads() == 4
     assert invalid_entry({**content, "threads": "4"}) == "threads"

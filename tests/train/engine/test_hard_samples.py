@@ -41,7 +41,7 @@ def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> No
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 8), (0.3, 5), (1.0, 16), (0.01, 1)])
 def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, count: int) -> None:
     batch = random_batch(16)
-    chosen = new_proxy(keep).select(batch, update=1)
+    chosen = new_proxy(keep).select(batch, step=1)
     losses = F.cross_entropy(lenet()(batch.images), batch.labels, label_smoothing=0.2, reduction="none")
     hardest = set(losses.argsort(descending=True)[:count].tolist())
     found = {
@@ -71,9 +71,9 @@ def test_an_update_of_it_that_is_not_finite_is_left_out_where_the_models_are() -
     proxy = HardSampleSelector(make_state(lenet(), SGD, lr=0.1, on_nonfinite="skip"), config)
     network, batch = proxy.state.network, random_batch(16)
     before = copy.deepcopy(network.state_dict())
-    proxy.select(batch._replace(images=batch.images.float() * float("inf")), update=0)
+    proxy.select(batch._replace(images=batch.images.float() * float("inf")), step=0)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    proxy.select(batch, update=1)
+    proxy.select(batch, step=1)
     assert not all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
 

@@ -157,10 +157,10 @@ def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], referenc
         ({"name": "x_lamb"}, r"name=x_lamb is unknown"),  # timm would take it for lamb
         ({"name": "adahessian"}, r"name=adahessian needs second derivatives.*; take one of first order"),
         ({"name": "lookahead_lamb"}, r"use train\.optimizer\.name=lamb train\.lookahead\.every_steps"),
-        ({"name": "bnbadam8bit"}, r"name=bnbadam8bit is not to be had here"),
+        ({"name": "bnbadam8bit"}, r"name=bnbadam8bit is not available here"),
         ({"options": {"alpha": 0.9}}, r"options\.alpha=0\.9 is not an option of adamw; it has betas, .*amsgrad"),
         ({"name": "lamb", "options": {"lr": 0.9}}, r"options\.lr=0\.9 is not an option of lamb; it has bias_corr"),
-        ({"name": "muon", "options": {"eps": 1}}, r"muon has settings of its own in train\.optimizer"),
+        ({"name": "muon", "options": {"eps": 1}}, r"muon has its settings in train\.optimizer"),
         (
             {"name": "adan", "betas": (0.5, 0.6)},
             r"betas=\[0\.5, 0\.6\] are not the 3 that adan takes; give 3, or leave it out",

@@ -117,7 +117,7 @@ def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
         config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))
         assert precision.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
         if not captures:
-            with pytest.raises(UserError, match=f"looks at the gradients of {name} on the host"):
+            with pytest.raises(UserError, match=f"checks the gradients of {name} on the host"):
                 precision.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
 
 

@@ -69,7 +69,7 @@ def test_steps_are_those_since_it_was_last_known_to_be_good(begin: int, done: in
     with alone():
         training = stepped()
         health = FiniteCheck(training)
-        health.begin(begin)
+        health.start(begin)
         training.sums[0] = float("nan")
         with pytest.raises(NonFiniteError) as found:
             health.sums(done)

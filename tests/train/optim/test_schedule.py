@@ -129,13 +129,13 @@ def test_every_learning_rate_lies_between_the_lowest_setting_and_the_peak(
 def test_positions_follow_the_updates_of_each_epoch() -> None:
     timeline = Timeline((4, 2, 5))
     assert timeline.total == 11
-    assert [timeline.first(epoch) for epoch in range(4)] == [0, 4, 6, 11]
-    assert [timeline.epoch_of(update) for update in range(12)] == [0] * 4 + [1] * 2 + [2] * 5 + [3]
+    assert [timeline.first_step(epoch) for epoch in range(4)] == [0, 4, 6, 11]
+    assert [timeline.epoch_at(update) for update in range(12)] == [0] * 4 + [1] * 2 + [2] * 5 + [3]
     expected = [0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.2, 2.4, 2.6, 2.8, 3, 3]
-    assert [timeline.position(update) for update in range(13)] == pytest.approx(expected)
+    assert [timeline.epochs_before(update) for update in range(13)] == pytest.approx(expected)
     for update in range(12):
-        assert timeline.updates_until(timeline.position(update)) == pytest.approx(update)
-    assert timeline.updates_until(4) == pytest.approx(16)  # as if the last epoch went on
+        assert timeline.steps_until(timeline.epochs_before(update)) == pytest.approx(update)
+    assert timeline.steps_until(4) == pytest.approx(16)  # as if the last epoch went on
     assert Timeline.even(3, 7) == Timeline((7, 7, 7))
 
 
@@ -485,7 +485,7 @@ def test_settings_that_have_no_effect_in_so_short_a_run_are_remarked_on() -> Non
 def test_an_average_that_keeps_the_initial_weights_is_remarked_on() -> None:
     timeline = Timeline.even(10, 100)
     (remark,) = config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999)), timeline)
-    assert "looks back over 10,000 updates, but the run has 1,000" in remark
+    assert "looks back over 10,000 steps, but the run has 1,000" in remark
     assert config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999, warmup=True)), timeline) == []
     assert config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99)), timeline) == []
     assert len(config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.99, every_steps=10)), timeline)) == 1
