@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, Run, alone
-from models import Normalize, PixelClassifier, build_model, list_models
 from pipelines import build_eval_loader
 from pipelines.storage.dataset import load_dataset
 from tools import export
-from tools.inference import export_check, exporter
-from tools.inference.export_formats import FORMATS, Exportable, first_and_last_layers
+from tools.inference import export_check
+from tools.inference.export_formats import FORMATS
 from tools.inference.trained_model import load_trained_model
 from train.build import build_all
 from train.checkpoint import store
@@ -245,88 +243,6 @@ def test_differing_format_is_not_written_and_others_continue(
     assert run_export(digits_run.folder, tmp_path, *arguments[:2]).code == 1
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert run_export(digits_run.folder, tmp_path, *arguments, "--tolerance", "3e-4").code == 0
-
-
-@pytest.mark.parametrize(
-    ("largest", "differs_by", "fits"), [(1.0, 2e-4, False), (500.0, 2e-4, True), (500.0, 2e-3, False)]
-)
-def test_tolerance_is_at_least_a_millionth_of_the_largest_logit(
-    largest: float, differs_by: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = torch.full((3, 10), largest)
-    wrong = replace(
-        FORMATS["onnx"], write=lambda *_: "", load=lambda _: lambda images: logits[: len(images)] + differs_by
-    )
-    monkeypatch.setitem(FORMATS, "onnx", wrong)
-    expected = export_check.ExpectedLogits(torch.zeros((3, 3, 2, 2), dtype=torch.uint8), logits, "", "")
-    outcome = nullcontext() if fits else pytest.raises(UserError, match="is allowed")
-    with outcome:
-        exporter.export_format("onnx", None, expected, 1e-4, tmp_path)  # type: ignore[arg-type]
-
-
-class DataDependent(nn.Module):
-    """Network with a Python branch on pixel values, which cannot be traced."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = images.flatten(1)[:, :10]
-        return -logits if images.mean() > 0 else logits
-
-
-class TwoImages(nn.Module):
-    """Network that only takes batches of the example's size."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.reshape(2, -1)[:, :10]
-
-
-def exportable(network: nn.Module) -> Exportable:
-    model = PixelClassifier(Normalize((0.5,) * 3, (0.5,) * 3), network).eval()
-    return Exportable(model, "own", tuple("0123456789"), 4, "bilinear", "center", 1.0, {})
-
-
-@pytest.mark.parametrize("name", ["torch", "onnx"])
-@pytest.mark.parametrize(
-    ("network", "why"), [(DataDependent(), "data-dependent"), (TwoImages(), r"constant \(2\)")], ids=["data", "two"]
-)
-def test_untraceable_network_is_a_one_line_error(
-    name: str, network: nn.Module, why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
-    expected = export_check.ExpectedLogits(images, torch.zeros(9, 10), "random pixels", "9 images")
-    with pytest.raises(UserError, match=f"^format {name} cannot be exported: .*{why}") as caught:
-        exporter.export_format(name, exportable(network), expected, 1e-4, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-    assert capfd.readouterr() == ("", "")
-
-
-def test_comparison_covers_each_image_once_in_all_batch_sizes() -> None:
-    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 2, 2)
-    seen: list[Tensor] = []
-
-    def predict(batch: Tensor) -> Tensor:
-        seen.append(batch[:, 0, 0, 0])
-        return batch.flatten(1).float()
-
-    logits = images.flatten(1).float()
-    result = export_check.compare_logits(predict, export_check.ExpectedLogits(images, logits, "", ""))
-    assert [len(batch) for batch in seen] == [1, 7, 64, 1, 7, 64, 1, 7, 48]
-    assert torch.equal(torch.cat(seen), images[:, 0, 0, 0])
-    assert (result.max_difference, result.same_top1) == (0.0, 200)
-    logits = logits.clone()
-    logits[199, 5] -= 500
-    assert (
-        export_check.compare_logits(predict, export_check.ExpectedLogits(images, logits, "", "")).max_difference == 500
-    )
-
-
-@pytest.mark.parametrize("name", list_models())
-def test_built_in_models_have_first_and_last_layers(name: str) -> None:
-    with torch.device("meta"):
-        network = build_model(name, 10)
-    ends = first_and_last_layers(network.state_dict())
-    assert network.get_submodule(ends["first_conv"]).weight.shape[1] == 3
-    assert network.get_submodule(ends["classifier"]).weight.shape == (10, ends["num_features"])
 
 
 def test_diverged_checkpoint_is_refused(timm_checkpoint: Path, tmp_path: Path) -> None:

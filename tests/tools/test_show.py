@@ -24,9 +24,7 @@ from pipelines.loader.batches import MixedBatch
 from pipelines.storage.open import open_split
 from tools import show
 from tools.inference.trained_model import load_trained_model
-from tools.visualize.dataset import class_examples
-from tools.visualize.predictions import confident_mistakes, confused_pairs
-from tools.visualize.samples import augmented_samples, sample_figure
+from tools.visualize.samples import augmented_samples
 from tools.visualize.subset import load_images
 from train.engine.evaluate import evaluate, predictions
 from train.engine.losses import mix_images, swap_pairs
@@ -117,11 +115,6 @@ def test_mistakes_are_wrong_and_sorted_by_confidence(shown: Shown) -> None:
     assert confidence[0] == pytest.approx(float(shown.logits.softmax(1).max(1).values[wrong].max()), abs=1e-5)
 
 
-def test_mistakes_exclude_unlabelled_samples() -> None:
-    logits = torch.tensor([[9.0, 0], [3, 0], [5, 0], [0, 1], [8, 0]])
-    assert confident_mistakes(logits, torch.tensor([-1, 1, 1, 0, 0])).tolist() == [2, 1, 3]
-
-
 def test_class_scores_equal_scikit_learn(shown: Shown) -> None:
     report: dict[str, Any] = classification_report(
         shown.labels, shown.predicted, labels=range(10), output_dict=True, zero_division=0
@@ -149,10 +142,6 @@ def test_confusions_equal_scikit_learn(shown: Shown) -> None:
         true, guess = int(row["truth"]), int(row["prediction"])
         assert int(row["samples"]) == expected[true, guess]
         assert float(row["share_of_true_class"]) == pytest.approx(expected[true, guess] / expected[true].sum())
-
-
-def test_perfect_matrix_has_no_confused_pairs() -> None:
-    assert confused_pairs(np.eye(3, dtype=np.int64), ("a", "b", "c")) == []
 
 
 def test_seed_selects_the_samples(shown: Shown, digits_run: Run, tmp_path: Path) -> None:
@@ -258,19 +247,6 @@ def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_pa
         assert row["epoch 4"] == row["class"]  # no longer mixed
 
 
-def test_images_of_one_sample_share_a_column() -> None:
-    def marked(row: int) -> torch.Tensor:
-        return (torch.arange(13, dtype=torch.uint8) + 20 * row)[:, None, None, None].expand(13, 3, 4, 4)
-
-    figure = sample_figure(marked(0), [marked(1), marked(2)], [7, 9], [f"name {n}" for n in range(13)], "test")
-    shown = [int(axis.get_images()[0].get_array()[0, 0, 0]) for axis in figure.axes if axis.get_images()]
-    blank = [255] * 7
-    assert shown[:30] == [*range(10), *range(20, 30), *range(40, 50)]
-    assert shown[30:] == [10, 11, 12, *blank, 30, 31, 32, *blank, 50, 51, 52, *blank]
-    assert [axis.get_title() for axis in figure.axes][30:34] == ["name 10", "name 11", "name 12", ""]
-    assert figure.axes[50].get_title() == "epoch 9"
-
-
 def test_selected_samples_keep_the_given_order(npy_data: Path) -> None:
     config = training_config(npy_data)
     samples = np.random.default_rng(0).permutation(700)[:300]  # more than one batch
@@ -298,15 +274,6 @@ def test_class_counts_match_the_labels(
     assert "test samples" not in rows[0]
     captions = [axis.get_title() for axis in drawn["examples.png"].axes if axis.get_images()]
     assert captions == [row["class"] for row in table(tmp_path / "examples.csv")] == [f"class {n}" for n in range(12)]
-
-
-def test_examples_contain_one_sample_per_class(npy_data: Path) -> None:
-    split = open_split(npy_data, "train")
-    assert split.labels is not None
-    assert split.labels[class_examples(split, 20, seed=0)].tolist() == list(range(12))
-    few = split.labels[class_examples(split, 5, seed=0)].tolist()
-    assert len(few) == 5
-    assert few == sorted(set(few))
 
 
 @pytest.mark.parametrize(
