@@ -124,9 +124,7 @@ def check_that_nothing_changed_was_saved(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(values, theirs["model"][name]) for name, values in ours["model"].items())
 
 
-def test_a_run_ends_by_name_when_its_shard_is_cut(
-    digits: dict[str, Path], tmp_path: Path, chance: random.Random
-) -> None:
+def test_run_names_its_truncated_shard(digits: dict[str, Path], tmp_path: Path, chance: random.Random) -> None:
     check_run_under_change(digits["npy"], tmp_path, "train", cut, chance)
 
 

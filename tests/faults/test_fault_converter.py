@@ -118,7 +118,7 @@ def test_a_kill_at_a_random_instant_changes_no_byte(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.campaign)]
 )
-def test_a_stopped_conversion_says_so_in_one_line_and_goes_on(
+def test_stopped_conversion_prints_one_line_and_can_resume(
     sources: dict[str, Conversion], unbroken: Unbroken, number: int, code: int, tmp_path: Path
 ) -> None:
     """Sent to the whole group, as a terminal and a scheduler do."""
@@ -179,9 +179,7 @@ def test_a_disk_full_at_twenty_places_loses_nothing(
     assert full == 20
 
 
-def test_a_file_beyond_the_limit_of_the_process_loses_nothing(
-    sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
-) -> None:
+def test_file_size_limit_loses_nothing(sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def limit() -> None:
@@ -257,7 +255,7 @@ def test_a_quota_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_source_that_changes_between_kill_and_rerun_is_refused(encoding: str, tmp_path: Path) -> None:
+def test_source_changed_between_kill_and_rerun_is_refused(encoding: str, tmp_path: Path) -> None:
     """Also where its size, its names and the rows that a fingerprint looks at stay."""
     conversion = conversions(tmp_path)[encoding]
     out = tmp_path / "out"
@@ -281,7 +279,9 @@ def test_a_source_that_changes_between_kill_and_rerun_is_refused(encoding: str, 
     assert contents(out) == before
 
 
-def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_samples_are_noticed_before_dataset_json_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     collect = shuffle._shard_samples
     monkeypatch.setattr(shuffle, "_shard_samples", lambda plan, shard: list(collect(plan, shard))[1:])
     with pytest.raises(UserError, match=r"106 samples written and 0 quarantined are not the 107 rows"):
@@ -294,7 +294,7 @@ def test_lost_samples_are_noticed_before_dataset_json_stands(tmp_path: Path, mon
     [("val/block-000000.npz", "cannot be read"), ("val/block-000000.group-00.bin", "was cut short"),
      ("request.json", "unfinished conversion of another source")],
 )  # fmt: skip
-def test_a_spool_that_a_disk_has_damaged_is_one_sentence(
+def test_damaged_spool_is_one_error_message(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> int:
@@ -324,9 +324,7 @@ def test_nothing_is_written_through_a_link_in_a_spool(name: str, tmp_path: Path)
     assert target.is_file() or list(target.iterdir()) == []
 
 
-def test_everything_that_dataset_json_names_is_on_disk_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_on_disk_before_dataset_json_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is flushed after the last rename and before that of dataset.json, and once more after it."""
     events: list[str] = []
     rename, sync = Path.rename, shuffle.sync_folder

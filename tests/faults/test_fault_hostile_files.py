@@ -122,18 +122,18 @@ def script(*arguments: str | Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", pickles(Path("marker")))
-def test_no_pickle_in_a_cifar_batch_runs_code_or_takes_memory(scene: Scene, name: str) -> None:
+def test_cifar_pickle_cannot_run_code_or_exhaust_memory(scene: Scene, name: str) -> None:
     source = cifar_with(scene.folder, pickles(scene.marker)[name])
     scene.check_refused(*scene.convert("cifar10", "--source", source))
 
 
-def test_a_pickle_of_a_few_bytes_takes_no_memory_in_a_process(scene: Scene) -> None:
+def test_tiny_pickle_cannot_exhaust_memory_of_a_process(scene: Scene) -> None:
     source = cifar_with(scene.folder, pickles(scene.marker)["memo-of-4-billion"])
     command = script("cifar10", "--source", source, "--out", scene.folder / "out")
     scene.check_refused(*bounded(command, 200, 20, scene.folder))
 
 
-def test_a_batch_that_is_a_link_out_of_its_folder_is_not_read(scene: Scene) -> None:
+def test_batch_file_linked_from_elsewhere_is_not_read(scene: Scene) -> None:
     source = write_cifar10(scene.folder)
     scene.secret.write_text(f"I{SECRET}\n.")  # whose first line an error of a pickle would show
     (source / "data_batch_2").unlink()
@@ -154,7 +154,7 @@ def test_names_in_an_archive_lead_nowhere(scene: Scene, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_members_that_are_no_plain_files_are_no_batches(scene: Scene, kind: bytes) -> None:
+def test_only_regular_files_of_an_archive_are_batches(scene: Scene, kind: bytes) -> None:
     archive = linking_archive(scene.folder / "x.tar.gz", kind, scene.secret)
     code, out, error = scene.convert("cifar10", "--source", archive)
     scene.check_refused(code, out, error)
@@ -185,7 +185,7 @@ def test_a_nested_chain_of_long_names_ends(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("name", HDF5_IMAGES)
-def test_hdf5_images_from_elsewhere_or_of_absurd_size_are_refused(scene: Scene, name: str) -> None:
+def test_hdf5_images_from_elsewhere_or_too_large_are_refused(scene: Scene, name: str) -> None:
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES[name], scene.secret)
     scene.check_refused(*scene.convert("hdf5", "--source", source))
 
@@ -229,7 +229,7 @@ def test_links_out_of_an_image_folder_are_refused(scene: Scene, place: str) -> N
 
 
 @pytest.mark.parametrize("target", ["nothing", "2.jpg"])
-def test_broken_and_circular_links_are_passed_over(scene: Scene, target: str) -> None:
+def test_broken_and_circular_links_are_skipped(scene: Scene, target: str) -> None:
     source = photos(scene.folder / "photos")
     (source / "train/cat/2.jpg").symlink_to(target)
     code, out, error = scene.convert("imagefolder", "--source", source)
@@ -238,7 +238,7 @@ def test_broken_and_circular_links_are_passed_over(scene: Scene, target: str) ->
     assert "train: 2 samples" in out
 
 
-def test_pipes_sockets_and_devices_are_passed_over_without_waiting(scene: Scene) -> None:
+def test_pipes_sockets_and_devices_are_skipped_without_waiting(scene: Scene) -> None:
     source = photos(scene.folder / "photos")
     os.mkfifo(source / "train/cat/pipe.jpg")
     if os.geteuid() == 0:
@@ -249,7 +249,7 @@ def test_pipes_sockets_and_devices_are_passed_over_without_waiting(scene: Scene)
     assert "train: 2 samples" in out
 
 
-def test_a_file_that_becomes_a_pipe_while_converting_is_not_waited_for(scene: Scene) -> None:
+def test_file_replaced_by_a_pipe_does_not_block(scene: Scene) -> None:
     from configs.utils.errors import UserError
     from tools.sources.imagefolder import open_imagefolder
 
@@ -261,7 +261,7 @@ def test_a_file_that_becomes_a_pipe_while_converting_is_not_waited_for(scene: Sc
         list(rows.read(0, 1))
 
 
-def test_a_file_too_large_for_an_image_is_named_before_the_work(scene: Scene) -> None:
+def test_oversized_image_file_is_refused_before_converting(scene: Scene) -> None:
     source = photos(scene.folder / "photos")
     with (source / "train/cat/2.jpg").open("wb") as file:
         file.truncate(1 << 40)  # a hole
@@ -270,7 +270,7 @@ def test_a_file_too_large_for_an_image_is_named_before_the_work(scene: Scene) ->
     assert "2.jpg has 1,099,511,627,776 bytes" in error
 
 
-def test_images_that_claim_or_inflate_to_gigabytes_are_quarantined_within_bounds(scene: Scene) -> None:
+def test_decompression_bombs_are_quarantined_within_memory_bounds(scene: Scene) -> None:
     source = photos(scene.folder / "photos")
     bombs = [name for name in IMAGES if not name.endswith(".svg")]
     for name in bombs:
@@ -290,7 +290,7 @@ def test_images_that_claim_or_inflate_to_gigabytes_are_quarantined_within_bounds
     scene.check_harmless(out, error)
 
 
-def test_names_of_files_and_folders_send_nothing_to_the_terminal(scene: Scene) -> None:
+def test_control_characters_of_names_do_not_reach_the_terminal(scene: Scene) -> None:
     source = photos(scene.folder / "photos\x1b[31m")
     for name in (b"red\x1b[31m\n.jpg", b"\xff\xfe.jpg", b"\xc2\x9b31m.jpg", "\u202egpj.jpg".encode(), b"\x1b.txt"):
         Path(os.fsdecode(os.fsencode(source / "train/cat") + b"/" + name)).write_bytes(b"garbage")

@@ -67,7 +67,7 @@ def assert_refused(folder: Path, *names: str) -> str:
 
 @BOTH
 @COUNTS
-def test_a_shard_that_was_cut_anywhere_is_refused_by_name(count: int, folder: Path, chance: random.Random) -> None:
+def test_shard_truncated_anywhere_is_refused_by_name(count: int, folder: Path, chance: random.Random) -> None:
     for _ in range(count):
         file = chance.choice(shards_of(folder))
         with restored(file) as content:
@@ -77,9 +77,7 @@ def test_a_shard_that_was_cut_anywhere_is_refused_by_name(count: int, folder: Pa
 
 @BOTH
 @COUNTS
-def test_a_flipped_bit_in_any_tar_header_is_refused_by_shard_and_sample(
-    count: int, folder: Path, chance: random.Random
-) -> None:
+def test_flipped_bit_of_a_tar_header_is_refused_by_sample(count: int, folder: Path, chance: random.Random) -> None:
     split = open_split(folder, "train")
     for _ in range(count):
         sample = chance.randrange(len(split))
@@ -97,9 +95,7 @@ def test_a_flipped_bit_in_any_tar_header_is_refused_by_shard_and_sample(
 
 @BOTH
 @COUNTS
-def test_a_flipped_bit_anywhere_in_the_index_is_refused_by_name(
-    count: int, folder: Path, chance: random.Random
-) -> None:
+def test_any_flipped_bit_of_the_index_is_refused(count: int, folder: Path, chance: random.Random) -> None:
     file = folder / "train.index.npz"
     for _ in range(count):
         with restored(file) as content:
@@ -110,9 +106,7 @@ def test_a_flipped_bit_anywhere_in_the_index_is_refused_by_name(
 
 @BOTH
 @COUNTS
-def test_verify_finds_a_flipped_bit_anywhere_in_an_image_and_a_start_does_as_well(
-    count: int, folder: Path, chance: random.Random
-) -> None:
+def test_verify_and_start_find_any_flipped_bit_of_an_image(count: int, folder: Path, chance: random.Random) -> None:
     split = open_split(folder, "train")
     for _ in range(count):
         sample = chance.randrange(len(split))
@@ -148,7 +142,7 @@ def test_shards_that_were_swapped_are_refused_by_name(encoding: str, folder: Pat
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_shard_of_another_data_set_with_the_same_size_is_refused_by_name(labelled: bool, tmp_path: Path) -> None:
+def test_shard_of_another_data_set_is_refused_by_name(labelled: bool, tmp_path: Path) -> None:
     for name, first in (("ours", 0), ("theirs", 5000)):
         rows = MemoryRows([marked_image(row) for row in range(first, first + 700)], labelled=labelled)
         write(memory_source(train=rows), tmp_path / name)
@@ -159,9 +153,7 @@ def test_a_shard_of_another_data_set_with_the_same_size_is_refused_by_name(label
             assert_refused(tmp_path / "ours", ours.name)
 
 
-def test_training_refuses_each_kind_of_damage_before_anything_is_written(
-    digits: Path, tmp_path: Path, call: Call
-) -> None:
+def test_training_refuses_each_damage_before_writing_anything(digits: Path, tmp_path: Path, call: Call) -> None:
     data = Path(shutil.copytree(digits, tmp_path / "digits"))
     train, val = "digits-train-000000.tar", "digits-val-000000.tar"
     for name, damage in ((train, "header"), (val, "cut"), ("train.index.npz", "bit"), (train, "pixel")):

@@ -164,7 +164,7 @@ def test_damaged_files_of_new_kinds_are_read_or_refused(all_targets: dict[str, T
     print(f"{name}: {rounds} rounds of {ROUND_EXAMPLES} examples")
 
 
-def test_the_watch_ends_what_hangs_and_what_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_ends_hanging_and_memory_hungry_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("test_fuzz.EXAMPLE_SECONDS", 0.2)
         with pytest.raises(Hang):

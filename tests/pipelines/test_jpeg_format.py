@@ -80,7 +80,7 @@ REENCODED = {
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_the_bytes_of_a_jpeg_are_kept_that_all_decoders_decode_alike(kind: str) -> None:
+def test_jpeg_that_all_decoders_decode_alike_keeps_its_bytes(kind: str) -> None:
     file = KEPT[kind]
     encoded = encode(file, Encoding("jpeg"))
     assert (encoded.payload, encoded.reencoded) == (file, None)
@@ -90,7 +90,7 @@ def test_the_bytes_of_a_jpeg_are_kept_that_all_decoders_decode_alike(kind: str) 
 
 
 @pytest.mark.parametrize("kind", REENCODED)
-def test_other_files_are_encoded_as_a_jpeg_that_all_decode(kind: str) -> None:
+def test_other_files_become_jpegs_that_all_decoders_read(kind: str) -> None:
     file, reason = REENCODED[kind]
     encoded = encode(file, Encoding("jpeg"))
     assert encoded.reencoded == reason
@@ -172,7 +172,7 @@ def test_a_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
         assert check.decodes(np.frombuffer(file, np.uint8)) == (not is_unlike or kind == "PNG")
 
 
-def test_any_cut_or_flipped_byte_is_inspected_without_an_error() -> None:
+def test_damaged_files_are_inspected_without_an_error() -> None:
     for file in (*KEPT.values(), REENCODED["RGB by the Adobe segment"][0]):
         for place in range(0, len(file), 7):
             jpeg_format.inspect(file[:place])
@@ -228,7 +228,7 @@ def test_greyscale_jpegs_are_read_as_rgb(by_dali: bool, tmp_path: Path, monkeypa
     np.testing.assert_array_equal(images, np.broadcast_to(square[None, ..., None], images.shape))
 
 
-def test_an_error_that_no_file_has_caused_is_not_blamed_on_one() -> None:
+def test_unrelated_error_is_not_blamed_on_a_file() -> None:
     class NoMemory:
         def feed_input(self, *_: Any) -> None: ...
 

@@ -40,7 +40,7 @@ def test_the_hash_is_splitmix64() -> None:
     assert splitmix64(1234567) == 6457827717110365317  # the first output published for this seed
 
 
-def test_the_order_of_a_seed_stays_the_same_in_every_version() -> None:
+def test_order_of_a_seed_is_stable_across_versions() -> None:
     # resumed runs and comparisons with older ones rely on it
     assert order.permutation(12, seed=0, epoch=0).tolist() == [1, 11, 3, 6, 5, 0, 7, 9, 10, 4, 8, 2]
 
@@ -65,7 +65,7 @@ def test_every_position_is_as_likely_for_a_sample() -> None:
 
 
 @pytest.mark.parametrize("samples", [107, 10_007])
-def test_the_global_batch_of_a_step_is_the_same_at_every_world_size(samples: int) -> None:
+def test_global_batch_does_not_depend_on_world_size(samples: int) -> None:
     positions = order.permutation(samples, seed=3, epoch=1)
     for step in range(order.batches_per_epoch(samples, 24, 1)):
         expected = global_batch(positions, step, 24, 1)
@@ -75,9 +75,7 @@ def test_the_global_batch_of_a_step_is_the_same_at_every_world_size(samples: int
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("samples", [107, 10_007])
-def test_an_epoch_has_each_sample_at_most_once_and_drops_less_than_a_global_batch(
-    samples: int, world_size: int
-) -> None:
+def test_epoch_has_samples_once_and_drops_less_than_a_batch(samples: int, world_size: int) -> None:
     positions = order.permutation(samples, seed=3, epoch=1)
     steps = order.batches_per_epoch(samples, 4, world_size)
     seen = np.concatenate([global_batch(positions, step, 4, world_size) for step in range(steps)])
@@ -94,7 +92,7 @@ def test_steps_are_whole_optimizer_steps_that_fit(samples: int, batch: int, worl
     assert steps * batch * world_size <= samples < (steps + accumulation) * batch * world_size
 
 
-def test_window_order_has_every_sample_once_and_keeps_windows_together() -> None:
+def test_window_order_has_samples_once_and_keeps_windows_together() -> None:
     shard = np.repeat(np.arange(7), [50, 50, 50, 50, 50, 50, 13])
     drawn = order.window_permutation(shard, 3, seed=5, epoch=2)
     np.testing.assert_array_equal(np.sort(drawn), np.arange(len(shard)))
@@ -113,7 +111,7 @@ def test_window_order_has_every_sample_once_and_keeps_windows_together() -> None
         begin += length
 
 
-def test_window_order_changes_with_the_epoch_and_takes_shards_at_random() -> None:
+def test_window_order_depends_on_epoch_and_shuffles_shards() -> None:
     shard = np.repeat(np.arange(40), 5)
     first, second = (order.window_permutation(shard, 4, seed=5, epoch=epoch) for epoch in (0, 1))
     windows = [set(shard[drawn[:20]].tolist()) for drawn in (first, second)]

@@ -17,7 +17,7 @@ def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
     ]
 
 
-def test_draws_of_a_sample_do_not_depend_on_the_rest_of_the_batch() -> None:
+def test_draws_of_a_sample_do_not_depend_on_the_batch() -> None:
     samples = np.random.default_rng(0).permutation(1_500_000)[:64]
     whole = all_draws(samples, seed=9, epoch=4)
     for i in (0, 17, 63):

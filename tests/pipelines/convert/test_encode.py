@@ -47,7 +47,7 @@ def grey_of(file: bytes) -> np.ndarray:
         pgm_of(RAMP, 255),
     ],
 )
-def test_values_within_8_bits_stay_as_they_are_in_any_container(file: bytes) -> None:
+def test_values_within_8_bits_are_unchanged_in_any_container(file: bytes) -> None:
     np.testing.assert_array_equal(grey_of(file), RAMP)
 
 
@@ -70,7 +70,7 @@ def test_values_within_8_bits_stay_as_they_are_in_any_container(file: bytes) -> 
         (pgm_of(RAMP_16, 65535), 16),
     ],
 )
-def test_wide_greyscale_is_scaled_by_the_range_of_the_file(file: bytes, bits: int) -> None:
+def test_wide_greyscale_is_scaled_by_its_declared_range(file: bytes, bits: int) -> None:
     assert np.abs(grey_of(file).astype(int) - RAMP).max() <= 1, bits
 
 
@@ -108,7 +108,7 @@ def test_values_of_an_unknown_range_are_a_defect(file: bytes) -> None:
         encode(file, Encoding("npy"))
 
 
-def test_16_bit_colours_that_use_their_range_keep_their_upper_bytes() -> None:
+def test_16_bit_colors_keep_their_upper_bytes() -> None:
     colours = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), np.uint16)
     stored = np.frombuffer(encode(png_of(colours, colour=2), Encoding("npy")).payload, np.uint8)
     np.testing.assert_array_equal(stored.reshape(5, 7, 3), colours >> 8)

@@ -11,14 +11,14 @@ from pipelines.convert import memory_limit
 MIB = 1 << 20
 
 
-def test_what_fits_is_allocated_and_what_does_not_is_refused() -> None:
+def test_allocations_beyond_the_limit_fail() -> None:
     with memory_limit.at_most(256 * MIB):
         assert len(bytearray(64 * MIB)) == 64 * MIB
         with pytest.raises(MemoryError):
             bytearray(512 * MIB)
 
 
-def test_the_limit_goes_with_its_call_also_after_an_error() -> None:
+def test_limit_is_restored_after_an_error() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(ZeroDivisionError), memory_limit.at_most(256 * MIB):
         raise ZeroDivisionError

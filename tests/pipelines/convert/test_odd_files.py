@@ -34,7 +34,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_every_file_is_kept_or_encoded_again_or_quarantined_with_a_reason(odd: Path) -> None:
+def test_every_file_is_kept_reencoded_or_quarantined_with_a_reason(odd: Path) -> None:
     assert len(KEPT) + len(REENCODED) + len(DEFECTIVE) >= 60
     dataset = json.loads((odd / "dataset.json").read_text())
     entry = dataset["splits"]["train"]

@@ -35,7 +35,7 @@ def fail(shared: np.ndarray, task: int) -> int:
 LARGE = np.full(1 << 20, 7)  # more than a pipe takes at once
 
 
-def test_results_come_in_the_order_of_tasks_from_a_shared_object_of_any_size() -> None:
+def test_results_keep_task_order_for_any_size_of_shared_object() -> None:
     for workers in (1, 2):
         with WorkerPool(workers, LARGE) as pool:
             assert list(pool.imap(add, range(9))) == [7 + task for task in range(9)]
@@ -47,7 +47,7 @@ def test_a_killed_worker_is_one_sentence() -> None:
         list(pool.imap(end_itself, range(5)))
 
 
-def test_a_worker_killed_while_it_waits_does_not_keep_the_pool() -> None:
+def test_pool_closes_after_a_waiting_worker_was_killed() -> None:
     """It may hold the lock of the queue that the others wait for."""
     with WorkerPool(2, LARGE) as pool:
         assert len(list(pool.imap(add, range(4)))) == 4
@@ -55,7 +55,7 @@ def test_a_worker_killed_while_it_waits_does_not_keep_the_pool() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_an_error_does_not_wait_for_what_is_under_way() -> None:
+def test_error_does_not_wait_for_pending_tasks() -> None:
     """The other tasks would take an hour."""
     with pytest.raises(UserError, match="as planned"), WorkerPool(2, LARGE) as pool:
         list(pool.imap(fail, [1, 0, 2]))

@@ -70,7 +70,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("encoding", "step"), [("npy", 11), ("jpeg", 9)])
-def test_a_kill_between_any_two_changes_of_files_leaves_no_trace(
+def test_kill_between_any_two_file_operations_leaves_no_trace(
     encoding: str, step: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Killed again and again, each time a few flushes or renames further on, until a run comes through."""
@@ -90,7 +90,7 @@ def test_a_kill_between_any_two_changes_of_files_leaves_no_trace(
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-def test_kills_at_random_instants_and_other_workers_give_identical_bytes(
+def test_random_kills_and_worker_counts_give_identical_bytes(
     encoding: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
@@ -122,7 +122,7 @@ def test_how_the_spool_is_cut_changes_no_byte(
     assert contents(tmp_path / "tiny") == contents(request.getfixturevalue(f"{encoding}_data"))
 
 
-def test_train_is_shuffled_by_the_seed_and_other_splits_keep_the_source_order(tmp_path: Path, npy_data: Path) -> None:
+def test_train_is_shuffled_and_other_splits_keep_source_order(tmp_path: Path, npy_data: Path) -> None:
     write(tiny_source("npy"), tmp_path / "other", seed=1)
     splits = [open_split(folder, "train") for folder in (npy_data, tmp_path / "other")]
     orders = [rows_of(pixels_of(split).transpose(0, 3, 1, 2)) for split in splits]
@@ -163,7 +163,7 @@ BAD = [0, 2, 3, 5, 6, 8]
 
 
 @pytest.mark.parametrize("encoding", [Encoding("jpeg"), Encoding("npy", size=32)])
-def test_samples_that_cannot_be_used_are_quarantined_counted_and_listed(encoding: Encoding, tmp_path: Path) -> None:
+def test_unusable_samples_are_quarantined_counted_and_listed(encoding: Encoding, tmp_path: Path) -> None:
     files: list[np.ndarray | bytes] = [*defective([jpeg_file(row) for row in range(6)])]
     out = tmp_path / "out"
     dataset = write(memory_source(train=MemoryRows(files), val=MemoryRows(files, labelled=False)), out, encoding)
@@ -186,20 +186,20 @@ def test_samples_that_cannot_be_used_are_quarantined_counted_and_listed(encoding
     assert verify(out) == []
 
 
-def test_strict_makes_a_defective_sample_an_error_that_names_it(tmp_path: Path) -> None:
+def test_strict_raises_for_a_defective_sample_by_name(tmp_path: Path) -> None:
     files: list[np.ndarray | bytes] = [jpeg_file(0), jpeg_file(1), b"garbage"]
     with pytest.raises(UserError, match=r"row\[2\].*cannot be decoded.*--strict"):
         write(memory_source(train=MemoryRows(files)), tmp_path / "out", "jpeg", strict=True)
 
 
-def test_a_split_without_a_single_usable_image_is_an_error(tmp_path: Path) -> None:
+def test_split_without_usable_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'train'.*could be decoded"):
         write(memory_source(train=MemoryRows([b"", b"garbage"])), tmp_path / "out", "jpeg")
     with pytest.raises(UserError, match=r"'train'.*no rows"):
         write(memory_source(train=MemoryRows([])), tmp_path / "empty", "jpeg")
 
 
-def test_a_shard_whose_samples_are_all_quarantined_does_no_harm(tmp_path: Path) -> None:
+def test_shard_with_only_quarantined_samples_is_valid(tmp_path: Path) -> None:
     good = [marked_image(row) for row in range(230)]
     first = next(iter(write(memory_source(val=MemoryRows([*good])), tmp_path / "whole")["splits"]["val"]["shards"]))
     lost = first["samples"]
@@ -244,7 +244,7 @@ def test_every_colour_space_becomes_rgb(case: Converted) -> None:
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_of_an_unknown_range_are_a_defect_instead_of_black_or_white(mode: str) -> None:
+def test_pixels_of_unknown_range_are_a_defect(mode: str) -> None:
     values = np.linspace(0, 1e6, 35).reshape(5, 7).astype(np.float32 if mode == "F" else np.int32)
     with pytest.raises(Defect, match="range"):
         encode(file_of(Image.fromarray(values), "TIFF"), Encoding("npy"))
@@ -256,7 +256,7 @@ def test_rgb_jpeg_files_keep_their_bytes(tmp_path: Path) -> None:
     assert payloads(open_split(tmp_path / "out", "val")) == files
 
 
-def test_size_crops_npy_to_a_square_and_keeps_the_shape_of_jpeg(tmp_path: Path) -> None:
+def test_size_crops_npy_and_keeps_the_jpeg_aspect_ratio(tmp_path: Path) -> None:
     wide, tall = Image.fromarray(marked_image(1, 48, 90)), Image.fromarray(marked_image(2, 90, 48))
     files: list[np.ndarray | bytes] = [file_of(wide), file_of(tall)]
     write(memory_source(val=MemoryRows(files)), tmp_path / "npy", Encoding("npy", size=32))
@@ -269,19 +269,19 @@ def test_size_crops_npy_to_a_square_and_keeps_the_shape_of_jpeg(tmp_path: Path) 
     assert [Image.open(io.BytesIO(file)).size for file in payloads(split)] == [(60, 32), (32, 60)]
 
 
-def test_a_jpeg_that_already_has_the_size_keeps_its_bytes() -> None:
+def test_jpeg_of_the_requested_size_keeps_its_bytes() -> None:
     file = file_of(Image.fromarray(marked_image(1, 32, 50)), "JPEG")
     assert encode(file, Encoding("jpeg", size=32)).payload == file
     assert encode(file, Encoding("jpeg", size=31)).payload != file
 
 
-def test_a_line_of_pixels_that_a_resize_would_blow_up_is_a_defect() -> None:
+def test_resize_of_a_line_beyond_the_limit_is_a_defect() -> None:
     line = file_of(Image.fromarray(np.zeros((1, 60_000, 3), np.uint8)))
     with pytest.raises(Defect, match="limit"):
         encode(line, Encoding("jpeg", size=224))
 
 
-def test_a_side_that_no_jpeg_can_have_is_a_defect() -> None:
+def test_side_beyond_the_jpeg_limit_is_a_defect() -> None:
     long = file_of(Image.fromarray(np.zeros((2, 65_501, 3), np.uint8)))
     with pytest.raises(Defect, match="65501 x 2 pixels, of which a JPEG holds up to 65,500"):
         encode(long, Encoding("jpeg"))
@@ -321,7 +321,7 @@ def test_labels_that_name_no_class_are_refused(labels: list[int], tmp_path: Path
         write(memory_source(train=rows), tmp_path / "out")
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_content_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "train.index.npz").write_text("mine")
     before = contents(tmp_path)
@@ -332,7 +332,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
         write(tiny_source("npy"), tmp_path / "thesis.txt")
 
 
-def test_a_finished_data_set_refuses_other_options_and_stays_as_it_is(npy_copy: Path) -> None:
+def test_finished_data_set_refuses_other_options_and_is_unchanged(npy_copy: Path) -> None:
     before = contents(npy_copy)
     for other in ({"seed": 1}, {"shard_mib": 2}, {"strict": True}):
         with pytest.raises(UserError, match=r"already holds the data set 'tiny'"):
@@ -353,9 +353,7 @@ def test_an_unfinished_data_set_refuses_other_options(tmp_path: Path) -> None:
     assert contents(out) == before
 
 
-def test_an_unfinished_data_set_of_a_version_with_other_rules_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_conversion_by_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks may hold files that are no longer kept as they are."""
     out = tmp_path / "out"
     convert(out, "npy", 1, 40).communicate()
@@ -423,7 +421,7 @@ def test_mean_and_std_are_those_of_the_train_pixels(tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset["std"], pixels.std(axis=0), atol=1e-6)
 
 
-def test_a_constant_channel_has_a_std_that_can_be_divided_by(tmp_path: Path) -> None:
+def test_constant_channel_has_a_nonzero_std(tmp_path: Path) -> None:
     dataset = write(memory_source(train=MemoryRows([np.full((8, 8, 3), 7, np.uint8)])), tmp_path / "out")
     assert dataset["std"] == pytest.approx([1 / 255] * 3, abs=1e-6)
 
@@ -438,7 +436,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, m
     write(tiny_source("npy"), tmp_path / "out", shard_mib=2)  # so that other options can be tried
 
 
-def test_a_source_that_gives_too_few_rows_is_an_error(tmp_path: Path) -> None:
+def test_source_with_too_few_rows_is_an_error(tmp_path: Path) -> None:
     class Short(MemoryRows):
         def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
             return super().read(start, min(stop, 9))
@@ -447,7 +445,7 @@ def test_a_source_that_gives_too_few_rows_is_an_error(tmp_path: Path) -> None:
         write(memory_source(train=Short(10)), tmp_path / "out")
 
 
-def test_the_record_of_a_defect_is_the_same_in_every_conversion(tmp_path: Path) -> None:
+def test_recorded_reason_of_a_defect_is_reproducible(tmp_path: Path) -> None:
     files: list[np.ndarray | bytes] = [b"no image at all", jpeg_file(0), jpeg_file(1)[:200]]
     first, second = (
         write(memory_source(val=MemoryRows(list(files))), tmp_path / name, "jpeg")["splits"]["val"]["quarantined"]

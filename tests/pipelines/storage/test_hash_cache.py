@@ -53,7 +53,7 @@ def names_of(folder: Path, split: str = "train") -> list[str]:
     return [shard["file"] for shard in load_dataset(folder)["splits"][split]["shards"]]
 
 
-def test_shards_are_read_by_the_first_start_and_no_other(npy_copy: Path, read: list[str]) -> None:
+def test_shards_are_read_by_the_first_start_only(npy_copy: Path, read: list[str]) -> None:
     open_split(npy_copy, "train")
     assert sorted(read) == names_of(npy_copy)
     read.clear()
@@ -122,7 +122,7 @@ def test_only_a_shard_that_was_changed_is_read_again(way: str, npy_copy: Path, r
     assert read == [file.name]
 
 
-def test_a_change_within_a_tick_of_the_clock_is_seen(npy_copy: Path) -> None:
+def test_change_within_a_clock_tick_is_detected(npy_copy: Path) -> None:
     """The times of a file have steps of some milliseconds, in which it can be hashed and changed."""
     file = npy_copy / "tiny-val-000000.tar"
     for number in range(20):
@@ -169,7 +169,7 @@ def test_entries_do_not_grow_without_bound(npy_copy: Path) -> None:
     "content",
     [b"", b"{", b"[]", b"null", b'{"files": 3}', b'{"files": {"tiny-val-000000.tar": [[1]]}}', b"\xff", b"[" * 10**5],
 )
-def test_a_damaged_record_counts_as_empty_and_is_written_anew(content: bytes, npy_copy: Path, read: list[str]) -> None:
+def test_damaged_cache_counts_as_empty_and_is_rewritten(content: bytes, npy_copy: Path, read: list[str]) -> None:
     open_split(npy_copy, "val")
     sound = record_of(npy_copy).read_bytes()
     record_of(npy_copy).write_bytes(content)
@@ -186,7 +186,7 @@ def test_nothing_is_written_into_the_data_set(npy_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["a file", "no home"])
-def test_without_a_cache_every_start_reads_and_says_so_once(
+def test_every_start_reads_and_warns_without_a_cache(
     cache: str, npy_copy: Path, tmp_path: Path, read: list[str],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -266,9 +266,7 @@ with hash_cache.HashCache(folder, load_dataset(folder)).exclusive():
 """
 
 
-def test_nobody_waits_for_a_process_that_has_stopped(
-    npy_copy: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_process_is_not_awaited(npy_copy: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_cache, "LOCK_TIMEOUT_S", 0.3)
     with subprocess.Popen([sys.executable, "-c", HOLDS, npy_copy], stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None
@@ -278,7 +276,7 @@ def test_nobody_waits_for_a_process_that_has_stopped(
         holder.kill()
 
 
-def test_what_was_read_before_an_interruption_is_not_read_again(
+def test_interrupted_check_does_not_read_files_again(
     npy_copy: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hash_cache, "MAX_THREADS", 1)
@@ -299,7 +297,7 @@ def test_what_was_read_before_an_interruption_is_not_read_again(
     assert sorted(done + read) == names_of(npy_copy)
 
 
-def test_a_file_that_is_written_to_all_the_time_is_refused(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constantly_changing_file_is_refused(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = npy_copy / "tiny-val-000000.tar"
 
     def grow(size: int) -> None:
@@ -310,7 +308,7 @@ def test_a_file_that_is_written_to_all_the_time_is_refused(npy_copy: Path, monke
         hash_cache.hash_file(file, grow)
 
 
-def test_a_file_that_cannot_be_read_is_an_error_that_names_it(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_named_in_the_error(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(file: Path, *_: object) -> hash_cache.HashedFile:
         raise OSError(5, "Input/output error")
 

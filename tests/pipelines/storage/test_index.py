@@ -83,12 +83,12 @@ def test_what_is_only_claimed_takes_no_memory(content: bytes, says: str, npy_cop
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
-def test_an_index_that_is_far_larger_than_its_samples_need_is_not_read(npy_copy: Path) -> None:
+def test_oversized_index_is_not_read(npy_copy: Path) -> None:
     put(npy_copy, npz() + bytes(200_000))
     with pytest.raises(UserError, match=r"train.index.npz has [\d,]+ bytes, too many for 700 samples"):
         open_split(npy_copy, "train")
 
 
-def test_columns_that_nobody_reads_do_no_harm(npy_copy: Path) -> None:
+def test_unused_index_columns_are_accepted(npy_copy: Path) -> None:
     rewrite_index(npy_copy, "val", lambda index: index.update(weight=np.zeros(107)))
     assert len(open_split(npy_copy, "val")) == 107

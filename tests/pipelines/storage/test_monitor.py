@@ -82,7 +82,7 @@ def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[Loader, Pa
 
 @BOTH
 @by_name(ENDS)
-def test_a_loader_ends_with_the_name_of_a_shard_that_was_changed(
+def test_loader_stops_and_names_the_changed_shard(
     change: Change, says: str, encoding: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "POLL_INTERVAL_S", 0.0)
@@ -99,7 +99,7 @@ def test_a_loader_ends_with_the_name_of_a_shard_that_was_changed(
 
 @BOTH
 @by_name(GOES_ON)
-def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
+def test_loader_continues_with_the_opened_bytes(
     change: Change,
     says: str | None,
     encoding: str,
@@ -124,7 +124,7 @@ def test_a_loader_goes_on_with_the_bytes_that_it_has_opened(
 
 @pytest.mark.parametrize("way", ["kernels", "DALI"])
 @BOTH
-def test_a_shard_that_was_cut_short_is_noticed_by_the_first_batch_that_reads_there(
+def test_truncated_shard_is_noticed_by_the_first_batch_reading_it(
     encoding: str, way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "POLL_INTERVAL_S", math.inf)
@@ -136,9 +136,7 @@ def test_a_shard_that_was_cut_short_is_noticed_by_the_first_batch_that_reads_the
         copies(loader)
 
 
-def test_a_whole_data_set_that_was_removed_is_read_to_the_end(
-    jpeg_copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_removed_data_set_is_read_to_the_end(jpeg_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loader = train(jpeg_copy, 16, image_size=32)
     remove_all(jpeg_copy / NAME)
     assert len(copies(loader)) == len(loader)
@@ -159,9 +157,7 @@ def test_a_removed_file_that_came_back_is_another_one(npy_copy: Path, capsys: py
     assert "was replaced" in said[1]
 
 
-def test_files_are_looked_at_now_and_then_and_not_for_every_batch(
-    npy_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_monitor_polls_at_most_every_interval(npy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Path] = []
     stat, now = Path.stat, [1000.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
@@ -175,7 +171,7 @@ def test_files_are_looked_at_now_and_then_and_not_for_every_batch(
     assert looked == 3 * list(split.files)
 
 
-def test_a_split_that_lies_in_memory_does_not_care_any_more(npy_copy: Path) -> None:
+def test_resident_split_ignores_later_changes(npy_copy: Path) -> None:
     loader = train(npy_copy, 16, placement="device")
     expected = copies(loader)
     truncate(npy_copy / NAME)
@@ -184,7 +180,7 @@ def test_a_split_that_lies_in_memory_does_not_care_any_more(npy_copy: Path) -> N
     loader.check_unchanged()
 
 
-def test_a_split_that_changes_while_it_is_read_into_memory_is_refused(
+def test_split_that_changes_while_loading_into_memory_is_refused(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixel_rows = type(open_split(npy_copy, "train")).pixel_rows
@@ -198,7 +194,7 @@ def test_a_split_that_changes_while_it_is_read_into_memory_is_refused(
         train(npy_copy, 16, placement="device")
 
 
-def test_a_shard_that_changes_between_verifying_and_mapping_is_refused(
+def test_shard_changed_between_verifying_and_mapping_is_refused(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.storage import open as opening

@@ -36,7 +36,7 @@ def opened(files: tuple[Path, ...]) -> MappedShards:
     return map_files(files, [SIZE] * len(files), SLOT)
 
 
-def test_what_is_gone_reads_as_zeros_and_the_file_is_noted(files: tuple[Path, ...]) -> None:
+def test_truncated_pages_read_as_zeros_and_set_the_flag(files: tuple[Path, ...]) -> None:
     mapped = opened(files)
     assert mapped.content.sum() == 3 * SIZE
     os.truncate(files[1], 5000)
@@ -78,7 +78,7 @@ def test_kernels_torch_and_many_threads_survive(files: tuple[Path, ...]) -> None
     assert mapped.fault_address.all()
 
 
-def test_addresses_that_were_given_back_are_no_longer_watched_and_their_rows_are_used_again() -> None:
+def test_unregistered_addresses_are_ignored_and_their_rows_reused() -> None:
     first, _ = sigbus.register(np.array([[4096, 8192]] * 5))
     place = first.ctypes.data
     sigbus.unregister(first)
@@ -98,7 +98,7 @@ def test_a_closed_split_gives_its_rows_back(files: tuple[Path, ...]) -> None:
     assert len(set(used)) == 1
 
 
-def test_the_handler_calls_nothing_that_is_not_allowed_in_one() -> None:
+def test_handler_calls_only_async_signal_safe_functions() -> None:
     pointer = types.CPointer(types.int64)
     compiled = cfunc(types.void(types.int32, pointer, pointer))(sigbus_handler._handle).inspect_llvm()
     called = set(re.findall(r"\bcall [^@\n]*@([\w.]+)\(", compiled))
@@ -139,7 +139,7 @@ def run(file: Path, way: str, *options: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_a_fork_has_a_note_of_its_own(files: tuple[Path, ...]) -> None:
+def test_fork_has_its_own_table(files: tuple[Path, ...]) -> None:
     result = run(files[0], "fork")
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 

@@ -203,12 +203,12 @@ def test_a_sound_data_set_has_no_problems(encoding: str, request: pytest.Fixture
     assert verify(folder_of(encoding, request)) == []
 
 
-def test_an_unknown_split_is_an_error_that_lists_the_known_ones(npy_data: Path) -> None:
+def test_unknown_split_error_lists_the_known_splits(npy_data: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'validation'; it has train, val, test"):
         open_split(npy_data, "validation")
 
 
-def test_a_folder_that_is_no_data_set_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_a_data_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_split(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"holds no dataset.json"):
@@ -216,9 +216,7 @@ def test_a_folder_that_is_no_data_set_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["shard", "index"])
-def test_a_file_that_is_a_link_out_of_the_data_set_is_refused_and_one_within_is_not(
-    what: str, npy_copy: Path, tmp_path: Path
-) -> None:
+def test_external_link_is_refused_and_internal_link_accepted(what: str, npy_copy: Path, tmp_path: Path) -> None:
     entry = load_dataset(npy_copy)["splits"]["train"]
     file = npy_copy / (entry["shards"][0] if what == "shard" else entry["index"])["file"]
     elsewhere, within = tmp_path / "elsewhere", npy_copy / "within"
@@ -237,7 +235,7 @@ def test_a_file_that_is_a_link_out_of_the_data_set_is_refused_and_one_within_is_
     open_split(linked, "train")
 
 
-def test_a_dataset_json_that_is_a_link_out_of_the_data_set_is_refused(npy_copy: Path, tmp_path: Path) -> None:
+def test_dataset_json_linked_from_elsewhere_is_refused(npy_copy: Path, tmp_path: Path) -> None:
     (npy_copy / "dataset.json").rename(tmp_path / "elsewhere")
     (npy_copy / "dataset.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"dataset\.json is a link to .*elsewhere, outside of the data set"):
@@ -294,7 +292,7 @@ def test_a_changed_byte_in_the_index_is_refused(share: float, npy_copy: Path) ->
     assert any("train.index.npz" in problem for problem in verify(npy_copy))
 
 
-def test_an_index_that_is_no_npz_is_refused(npy_copy: Path) -> None:
+def test_index_that_is_not_an_npz_file_is_refused(npy_copy: Path) -> None:
     for content in (b"garbage", (npy_copy / "train.index.npz").read_bytes()[:5000]):
         (npy_copy / "train.index.npz").write_bytes(content)
         dataset = json.loads((npy_copy / "dataset.json").read_text())
@@ -309,7 +307,7 @@ def half_the_rows(index: dict[str, np.ndarray]) -> None:
         index[name] = index[name][::2]
 
 
-def test_an_index_of_half_the_rows_is_refused_when_dataset_json_still_counts_all(npy_copy: Path) -> None:
+def test_index_with_fewer_rows_than_dataset_json_is_refused(npy_copy: Path) -> None:
     entry = json.loads((npy_copy / "dataset.json").read_text())["splits"]["train"]
     rewrite_index(npy_copy, "train", half_the_rows)
     del entry["index"]
@@ -338,7 +336,7 @@ LIES = pytest.mark.parametrize(
 
 @BOTH
 @LIES
-def test_a_consistently_rewritten_index_that_disagrees_with_its_tar_is_found(
+def test_rewritten_index_that_disagrees_with_its_tar_is_found(
     encoding: str, lie: Callable[[dict[str, np.ndarray]], None], request: pytest.FixtureRequest
 ) -> None:
     folder = folder_of(encoding, request, copied=True)
@@ -385,7 +383,7 @@ def no_heights(index: dict[str, np.ndarray]) -> None:
     [outside, before, negative_size, unknown_label, negative_shard, unknown_shard, no_rows, no_heights],
     ids=lambda f: f.__name__,
 )
-def test_an_index_that_cannot_be_true_is_refused_when_opened(
+def test_contradictory_index_is_refused(
     encoding: str, lie: Callable[[dict[str, np.ndarray]], None], request: pytest.FixtureRequest
 ) -> None:
     folder = folder_of(encoding, request, copied=True)
@@ -400,7 +398,7 @@ def test_npy_samples_off_the_constant_stride_are_refused(npy_copy: Path) -> None
         open_split(npy_copy, "val")
 
 
-def test_an_image_shape_that_the_samples_do_not_have_is_refused(npy_copy: Path) -> None:
+def test_wrong_image_shape_is_refused(npy_copy: Path) -> None:
     # the pixels would reach past the end of the last shard, into memory that is not mapped
     edit_dataset(npy_copy, lambda dataset: dataset.update(image_shape=[64, 64, 3]))
     with pytest.raises(UserError, match=r"train.index.npz .*\[64, 64, 3\]"):
@@ -418,7 +416,7 @@ def test_an_idx_that_disagrees_is_found(npy_copy: Path) -> None:
 
 @pytest.mark.parametrize("method", ["open", "stat"])
 @pytest.mark.parametrize("name", ["dataset.json", "train.index.npz", "*-train-000000.tar"])
-def test_a_file_that_may_not_be_read_is_one_sentence(
+def test_file_without_read_permission_is_one_error_message(
     name: str, method: str, npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = npy_copy.glob(name)
@@ -429,7 +427,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["train.index.npz", "*-train-000000.tar", "*-train-000000.idx", "_info.json"])
-def test_verify_tells_of_a_file_that_may_not_be_read(
+def test_verify_reports_a_file_without_read_permission(
     name: str, npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = npy_copy.glob(name)
@@ -472,7 +470,7 @@ def test_timms_info_is_verified(npy_copy: Path) -> None:
         ({"source_rows": True}, "source_rows is True"),
     ],
 )
-def test_a_split_whose_numbers_do_not_add_up_is_refused(change: dict[str, Any], says: str, npy_copy: Path) -> None:
+def test_split_with_inconsistent_counts_is_refused(change: dict[str, Any], says: str, npy_copy: Path) -> None:
     edit_dataset(npy_copy, lambda dataset: dataset["splits"]["val"].update(change))
     for use in (lambda: open_split(npy_copy, "train"), lambda: verify(npy_copy)):
         with pytest.raises(UserError, match=rf"dataset\.json is damaged .*{re.escape(says)}"):
@@ -496,7 +494,7 @@ def test_a_split_whose_numbers_do_not_add_up_is_refused(change: dict[str, Any], 
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_true_of_a_data_set_is_refused(change: dict[str, Any], says: str, npy_copy: Path) -> None:
+def test_contradictory_dataset_json_is_refused(change: dict[str, Any], says: str, npy_copy: Path) -> None:
     edit_dataset(npy_copy, lambda dataset: dataset.update(change))
     with pytest.raises(UserError, match=rf"dataset\.json is damaged .*{re.escape(says)}") as refusal:
         open_split(npy_copy, "train")
@@ -515,7 +513,7 @@ def test_a_file_that_is_listed_twice_is_refused(npy_copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../tiny-train-000000.tar", "/etc/passwd", "a/b.tar", "..", ""])
 @pytest.mark.parametrize("where", ["shard", "index"])
-def test_file_names_that_lead_out_of_the_folder_are_refused(name: str, where: str, npy_copy: Path) -> None:
+def test_file_names_leading_out_of_the_folder_are_refused(name: str, where: str, npy_copy: Path) -> None:
     def change(dataset: dict[str, Any]) -> None:
         entry = dataset["splits"]["train"]
         (entry["shards"][0] if where == "shard" else entry["index"])["file"] = name
@@ -527,7 +525,7 @@ def test_file_names_that_lead_out_of_the_folder_are_refused(name: str, where: st
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format": "other"}', b"\xff\xfe", b"[" * 100_000])
-def test_a_file_that_is_no_dataset_json_is_refused(content: bytes, npy_copy: Path) -> None:
+def test_invalid_dataset_json_is_refused(content: bytes, npy_copy: Path) -> None:
     (npy_copy / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match=r"dataset\.json is damaged or of another program"):
         open_split(npy_copy, "train")
@@ -629,7 +627,7 @@ print(len(split), int(split.labels[-1]), peak() - before)
     assert growth < 200e6, growth
 
 
-def test_a_million_samples_are_addressed_right_and_give_a_first_batch(million: Path) -> None:
+def test_million_samples_are_addressed_and_give_a_first_batch(million: Path) -> None:
     view, rows = open_split(million, "train", verify="off").pixel_rows()
     np.testing.assert_array_equal(view[rows[1_234_567]].reshape(96, 96, 3), marked_image(1, 96, 96))
     assert not view[rows[[0, 1_234_566, 1_234_568, SAMPLES - 1]]].any()

@@ -31,7 +31,7 @@ def _unsaid() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9 - 1), st.integers(0, 2**31 - 1)), min_size=1, max_size=20))
-def test_many_headers_are_those_that_are_written_one_by_one(rows: list[tuple[int, int]]) -> None:
+def test_vectorized_headers_equal_those_written_one_by_one(rows: list[tuple[int, int]]) -> None:
     keys = [tar_format.key_of(row) for row, _ in rows]
     digits = np.array([[*key.encode()] for key in keys], np.uint8)
     found = tar_format.headers(digits, "jpg", np.array([size for _, size in rows]))
@@ -80,7 +80,7 @@ def test_a_sound_shard_has_no_problem(encoding: str, request: pytest.FixtureRequ
         (-512 + 500, "damaged tar header (bad checksum)"),  # beyond what a header uses
     ],
 )
-def test_a_flipped_bit_in_a_header_is_told_with_its_sample(
+def test_flipped_header_bit_is_reported_with_its_sample(
     place: int, says: str, encoding: str, request: pytest.FixtureRequest
 ) -> None:
     folder = copy_of(encoding, request)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_a_header_is_told_with_its_sample(
 
 @BOTH
 @pytest.mark.parametrize(("place", "says"), [(20, "as the label of"), (512, "it gives b'"), (600, "as the label of")])
-def test_damage_to_a_label_is_told_with_its_sample(
+def test_label_damage_is_reported_with_its_sample(
     place: int, says: str, encoding: str, request: pytest.FixtureRequest
 ) -> None:
     folder = copy_of(encoding, request)
@@ -113,7 +113,7 @@ def test_damage_to_a_label_is_told_with_its_sample(
 
 
 @pytest.mark.parametrize("key", ["000000700", "0000 0001", "of another sample"])
-def test_a_key_that_no_row_of_the_source_has_or_another_sample_is_told(key: str, npy_copy: Path) -> None:
+def test_unknown_and_repeated_keys_are_reported(key: str, npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
     begin = int(split.address[SAMPLE]) - tar_format.BLOCK
     if key == "of another sample":
@@ -129,7 +129,7 @@ def test_a_key_that_no_row_of_the_source_has_or_another_sample_is_told(key: str,
 
 
 @BOTH
-def test_something_behind_the_last_sample_is_told(encoding: str, request: pytest.FixtureRequest) -> None:
+def test_bytes_after_the_last_sample_are_reported(encoding: str, request: pytest.FixtureRequest) -> None:
     folder = copy_of(encoding, request)
     split = open_split(folder, "train")
     size = split.files[0].stat().st_size
@@ -138,7 +138,7 @@ def test_something_behind_the_last_sample_is_told(encoding: str, request: pytest
     assert found == ("it does not end where the index says", False)
 
 
-def test_a_shard_that_holds_what_belongs_into_another_is_told(npy_copy: Path) -> None:
+def test_swapped_shards_are_reported(npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
     shards = split.dataset["splits"]["train"]["shards"]
     found = tar_check.diagnose(split, 1, shards[2]["sha256"])
@@ -146,7 +146,7 @@ def test_a_shard_that_holds_what_belongs_into_another_is_told(npy_copy: Path) ->
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_images_that_cannot_be_decoded_are_told_and_the_rest_is_sound(kind: str, jpeg_copy: Path) -> None:
+def test_undecodable_images_are_reported_and_the_rest_is_intact(kind: str, jpeg_copy: Path) -> None:
     where = [damage(jpeg_copy, sample, DAMAGE[kind]) for sample in (SAMPLE + 2, SAMPLE + 4)]
     found = found_in(jpeg_copy)
     assert found.in_content_only
@@ -154,20 +154,20 @@ def test_images_that_cannot_be_decoded_are_told_and_the_rest_is_sound(kind: str,
     assert ("has 65,000 x 65,000 pixels" if "claims" in kind else "cannot be decoded") in found.text
 
 
-def test_no_more_samples_are_named_than_fit_into_a_sentence(jpeg_copy: Path) -> None:
+def test_error_names_only_the_first_samples(jpeg_copy: Path) -> None:
     for sample in range(200, 206):
         damage(jpeg_copy, sample, DAMAGE["emptied"])
     assert found_in(jpeg_copy, 200).text.count("cannot be decoded") == tar_check.MAX_LISTED
 
 
-def test_a_damaged_pixel_of_a_jpeg_that_can_be_decoded_is_a_difference_of_content(jpeg_copy: Path) -> None:
+def test_damaged_but_decodable_jpeg_differs_in_content_only(jpeg_copy: Path) -> None:
     split = open_split(jpeg_copy, "train")
     begin, size = int(split.address[SAMPLE]), int(split.size[SAMPLE])
     change(split, begin + size - 20, b"\x55")
     assert found_in(jpeg_copy) == ("headers, labels and sizes are right, so the bytes of images differ", True)
 
 
-def test_a_damaged_npy_header_is_told(npy_copy: Path) -> None:
+def test_damaged_npy_header_is_reported(npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
     change(split, int(split.address[SAMPLE]) + 40, b"x")
     found = found_in(npy_copy)
@@ -175,7 +175,7 @@ def test_a_damaged_npy_header_is_told(npy_copy: Path) -> None:
     assert "is not a .npy file of the data set's shape" in found.text
 
 
-def test_only_jpegs_that_differ_in_content_are_tolerated_and_only_where_that_is_asked_for(
+def test_only_damaged_jpeg_images_are_allowed_and_only_on_request(
     jpeg_copy: Path, npy_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (npy_copy, jpeg_copy):
@@ -194,9 +194,7 @@ def test_only_jpegs_that_differ_in_content_are_tolerated_and_only_where_that_is_
         open_split(jpeg_copy, "train", allow_damaged_images=True)
 
 
-def test_no_image_is_decoded_that_is_larger_than_a_source_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_above_the_pixel_limit_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index and file agree on the size of a bomb."""
     out = tmp_path / "out"
     write(memory_source(train=MemoryRows(3, files=True)), out, "jpeg")

@@ -49,7 +49,7 @@ def test_any_slice_of_rows_reads_the_same_images(tmp_path: Path) -> None:
         np.testing.assert_array_equal(list(rows.read(start, stop)), whole[start:stop])
 
 
-def test_the_test_batch_is_val_and_again_test_without_labels(tmp_path: Path) -> None:
+def test_test_batch_becomes_val_and_unlabelled_test(tmp_path: Path) -> None:
     source = open_cifar("cifar10", write_cifar10(tmp_path))
     np.testing.assert_array_equal(images_of(source, "val"), images_of(source, "test"))
     assert labels_of(source, "val") == [5, 6, 7, 8]
@@ -65,7 +65,7 @@ def test_folder_parent_folder_and_archive_give_the_same_source(tmp_path: Path) -
         np.testing.assert_array_equal(images_of(sources[0], split), images_of(sources[2], split))
 
 
-def test_a_split_of_an_archive_sent_to_a_worker_needs_the_archive_no_more(tmp_path: Path) -> None:
+def test_pickled_archive_split_no_longer_needs_the_archive(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "cifar.tar.gz", write_cifar10(tmp_path))
     rows = open_cifar("cifar10", archive).splits["train"]
     first, sent = list(rows.read(0, 20)), pickle.dumps(rows)
@@ -73,7 +73,7 @@ def test_a_split_of_an_archive_sent_to_a_worker_needs_the_archive_no_more(tmp_pa
     np.testing.assert_array_equal(list(pickle.loads(sent).read(0, 20)), first)
 
 
-def test_a_split_of_a_folder_sent_to_a_worker_carries_no_pixels_and_reads_the_same(tmp_path: Path) -> None:
+def test_pickled_folder_split_carries_no_pixels_and_reads_the_same(tmp_path: Path) -> None:
     rows = open_cifar("cifar10", write_cifar10(tmp_path, rows=50)).splits["train"]
     first = list(rows.read(0, 250))
     sent = pickle.dumps(rows)
@@ -134,7 +134,7 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_that_names_a_foreign_class_is_refused_by_file_and_class(
+def test_pickle_naming_a_foreign_class_is_refused(
     tmp_path: Path, protocol: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_cifar10(tmp_path)
@@ -157,7 +157,7 @@ def test_no_name_but_numpys_reconstruction_names_is_admitted(name: str) -> None:
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("array", [np.array(["a", None], object), np.zeros(2, "V3"), np.zeros(1, "M8[s]")])
-def test_arrays_of_other_things_than_numbers_or_text_are_refused(array: np.ndarray, protocol: int) -> None:
+def test_arrays_of_objects_are_refused(array: np.ndarray, protocol: int) -> None:
     with pytest.raises(UserError, match="batch is damaged"):
         load_pickle(pickle.dumps({"data": array}, protocol=protocol), "batch")
 
@@ -189,9 +189,7 @@ def names_of_numpy_1(content: bytes) -> bytes:
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, ">i4"])
 @pytest.mark.parametrize("kind", ["scalars", "array"])
-def test_labels_may_be_numpy_scalars_or_an_array_in_every_protocol(
-    tmp_path: Path, protocol: int, dtype: Any, kind: str
-) -> None:
+def test_labels_may_be_numpy_scalars_or_arrays(tmp_path: Path, protocol: int, dtype: Any, kind: str) -> None:
     def dump(content: dict[str, Any]) -> bytes:
         content = dict(content)
         if "labels" in content:
@@ -217,12 +215,12 @@ def test_class_names_may_be_numpy_text(names: Any, protocol: int) -> None:
     assert _parse_classes(EDITIONS["cifar10"], content, "meta") == tuple(NAMES)
 
 
-def test_a_pickle_may_take_no_more_memory_than_its_size_allows() -> None:
+def test_pickle_memory_is_bounded_by_its_size() -> None:
     with pytest.raises(UserError, match=r"batch is damaged \(MemoryError\)"):
         load_pickle(b"\x80\x05\x96" + struct.pack("<Q", 1 << 30) + b"abc.", "batch")  # claims a bytearray of a GiB
 
 
-def test_every_truncation_of_a_batch_is_an_error_of_one_kind() -> None:
+def test_truncated_batch_is_a_user_error() -> None:
     content = official_pickle({"data": pixels_of(1, 0), "labels": [1]})
     for length in (*range(60), *range(60, len(content), 97), len(content) - 1):
         with pytest.raises(UserError, match="batch is damaged"):
@@ -262,7 +260,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         open_cifar("cifar10", folder)
 
 
-def test_a_folder_without_cifar_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_folder_without_cifar_error_lists_the_expected_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"no cifar10 at .*cifar-10-batches-py.*--download"):
             open_cifar("cifar10", path)

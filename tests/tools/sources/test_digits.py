@@ -9,7 +9,7 @@ import numpy as np
 from tools.sources.digits import open_digits
 
 
-def test_digits_are_32x32_rgb_with_the_full_range_of_grey() -> None:
+def test_digits_are_32x32_rgb_with_full_range() -> None:
     rows = open_digits().splits["train"]
     images = np.stack(list(rows.read(0, 100)))
     assert (images.shape, images.dtype) == ((100, 32, 32, 3), np.uint8)
@@ -18,7 +18,7 @@ def test_digits_are_32x32_rgb_with_the_full_range_of_grey() -> None:
     assert (images.min(), images.max()) == (0, 255)
 
 
-def test_every_digit_is_in_train_or_val_once_and_val_has_a_fifth_of_each_class() -> None:
+def test_digits_split_is_complete_and_stratified() -> None:
     source = open_digits()
     train, val = source.splits["train"], source.splits["val"]
     names = [rows.describe(row) for rows in (train, val) for row in range(len(rows))]

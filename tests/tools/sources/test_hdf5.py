@@ -57,7 +57,7 @@ STORAGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("channels_first", [True, False])
-def test_every_layout_and_storage_gives_the_same_images_in_row_order(
+def test_every_layout_and_storage_gives_the_same_images(
     tmp_path: Path, channels_first: bool, storage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hdf5, "READ_BYTES", 5 * HEIGHT * WIDTH * 3)  # several reads per split
@@ -73,16 +73,14 @@ def test_every_layout_and_storage_gives_the_same_images_in_row_order(
     assert source.splits["train"].describe(7) == "images-train[7]"
 
 
-def test_images_already_handed_out_do_not_change_while_reading_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_yielded_images_do_not_change_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hdf5, "READ_BYTES", 2 * HEIGHT * WIDTH * 3)
     rows = open_hdf5(write_hdf5(tmp_path / "x.hdf5", channels_first=False), None, MAX_PIXELS).splits["train"]
     kept = list(rows.read(0, len(rows)))
     np.testing.assert_array_equal(kept, pixels())
 
 
-def test_a_split_sent_to_a_worker_opens_the_file_there(tmp_path: Path) -> None:
+def test_pickled_split_opens_the_file_in_the_worker(tmp_path: Path) -> None:
     rows = open_hdf5(write_hdf5(tmp_path / "x.hdf5"), None, MAX_PIXELS).splits["val"]
     next(rows.read(0, 1))
     np.testing.assert_array_equal(list(pickle.loads(pickle.dumps(rows)).read(0, ROWS)), pixels())
@@ -95,7 +93,7 @@ def test_class_names_come_from_the_file_or_count_up(tmp_path: Path) -> None:
     assert open_hdf5(path, names, MAX_PIXELS).classes == ("cat", "great white shark", "crane", "crane", "never seen")
 
 
-def test_fewer_class_names_than_labels_are_refused_with_row_value_and_range(tmp_path: Path) -> None:
+def test_too_few_class_names_are_refused_with_row_and_range(tmp_path: Path) -> None:
     names = tmp_path / "classes.txt"
     names.write_text("cat\ndog\n")
     with pytest.raises(UserError, match=r"labels-train\[2\] is 2; labels must lie within 0 to 1"):
@@ -103,7 +101,7 @@ def test_fewer_class_names_than_labels_are_refused_with_row_value_and_range(tmp_
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "empty"), ("a\n\nb\n", "line 2 is empty"), (None, "cannot read")])
-def test_a_class_file_without_one_name_per_line_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_class_file_without_one_name_per_line_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "classes.txt"
     if text is not None:
         file.write_text(text)
@@ -119,7 +117,7 @@ def test_labels_of_any_integer_type_are_read(tmp_path: Path, dtype: str, shape: 
     assert labels_of(source, "train") == (np.arange(ROWS) % 4).tolist()
 
 
-def test_test_labels_that_are_missing_or_all_minus_one_mean_none(tmp_path: Path) -> None:
+def test_missing_or_minus_one_test_labels_mean_none(tmp_path: Path) -> None:
     unlabelled = np.full(ROWS, -1)
     assert open_hdf5(write_hdf5(tmp_path / "a.hdf5"), None, MAX_PIXELS).splits["test"].labels is None
     path = write_hdf5(tmp_path / "b.hdf5", replace={"labels-test": unlabelled})
@@ -158,9 +156,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("replace", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_is_not_the_layout_is_refused_with_key_and_value(
-    tmp_path: Path, replace: dict[str, Any], message: str
-) -> None:
+def test_wrong_layout_is_refused_with_key_and_value(tmp_path: Path, replace: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=replace), None, MAX_PIXELS)
 
@@ -199,9 +195,7 @@ HINTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("replace", "hint"), HINTS, ids=range(len(HINTS)))
-def test_a_refusal_says_how_to_get_the_layout_from_what_is_there(
-    tmp_path: Path, replace: dict[str, Any], hint: str
-) -> None:
+def test_refusal_explains_how_to_convert_the_arrays(tmp_path: Path, replace: dict[str, Any], hint: str) -> None:
     with pytest.raises(UserError, match=hint) as raised:
         open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=replace), None, MAX_PIXELS)
     assert "convert them to 0..255" not in str(raised.value)
@@ -210,7 +204,7 @@ def test_a_refusal_says_how_to_get_the_layout_from_what_is_there(
 WRITER = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
 
 
-def test_a_file_that_another_process_holds_open_for_writing_is_called_that(tmp_path: Path) -> None:
+def test_file_open_for_writing_elsewhere_is_reported_as_such(tmp_path: Path) -> None:
     path = write_hdf5(tmp_path / "x.hdf5")
     command = [sys.executable, "-c", WRITER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
@@ -224,7 +218,7 @@ def test_a_file_that_another_process_holds_open_for_writing_is_called_that(tmp_p
 
 
 @pytest.mark.parametrize("is_swmr", [False, True])
-def test_a_file_whose_writer_never_closed_it_is_called_that(tmp_path: Path, is_swmr: bool) -> None:
+def test_file_left_open_by_its_writer_is_reported_as_such(tmp_path: Path, is_swmr: bool) -> None:
     with h5py.File(tmp_path / "written.hdf5", "w", libver="latest") as file:
         file["images-train"], file["labels-train"] = IMAGES, np.arange(ROWS)
         file.flush()
@@ -244,7 +238,7 @@ def test_a_file_whose_writer_never_closed_it_is_called_that(tmp_path: Path, is_s
         (OSError("bad object header version number"), "still being written"),
     ],
 )
-def test_a_file_that_cannot_be_opened_is_called_damaged_only_if_it_may_be(
+def test_unopenable_file_is_called_damaged_only_if_it_may_be(
     tmp_path: Path, error: OSError, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -273,9 +267,7 @@ def test_class_numbers_without_samples_are_noted_for_each_split(
     assert source.classes == ("0", "1", "2", "3", "4", "5")
 
 
-def test_a_long_list_of_class_numbers_without_samples_is_shortened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_list_of_empty_classes_is_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, names = write_hdf5(tmp_path / "x.hdf5", replace={"labels-val": None, "images-val": None}), tmp_path / "names"
     names.write_text("".join(f"class {number}\n" for number in range(1200)))
     open_hdf5(path, names, MAX_PIXELS)
@@ -367,7 +359,7 @@ def test_missing_files_folders_and_other_formats_are_refused(tmp_path: Path) -> 
         open_hdf5(tmp_path / "text.hdf5", None, MAX_PIXELS)
 
 
-def test_the_fingerprint_is_of_the_content_and_not_of_the_storage(tmp_path: Path) -> None:
+def test_fingerprint_covers_content_and_not_storage(tmp_path: Path) -> None:
     one = open_hdf5(write_hdf5(tmp_path / "a.hdf5"), None, MAX_PIXELS).fingerprint
     assert open_hdf5(write_hdf5(tmp_path / "b.hdf5", chunks=(4, 3, 6, 5)), None, MAX_PIXELS).fingerprint == one
     images, labels = IMAGES.copy(), np.arange(ROWS) % 4

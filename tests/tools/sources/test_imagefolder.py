@@ -34,7 +34,7 @@ def contents(root: Path, split: str) -> list[str]:
     return [bytes(content).decode() for content in read]
 
 
-def test_rows_are_sorted_by_class_then_name_whatever_the_extension(tmp_path: Path) -> None:
+def test_rows_are_sorted_by_class_then_name(tmp_path: Path) -> None:
     write_files(tmp_path, "train/b/2.PNG", "train/b/10.jpg", "train/a/z.JPEG", "train/a/b.webp", "val/b/1.bmp")
     source = open_imagefolder(tmp_path)
     assert source.classes == ("a", "b")
@@ -55,7 +55,7 @@ def test_splits_have_their_usual_names_in_any_case(tmp_path: Path, folder: str, 
     assert contents(tmp_path, split) == [f"{folder}/a/2.jpg"]
 
 
-def test_every_extension_that_torchvision_and_the_decoder_know_is_read(tmp_path: Path) -> None:
+def test_extensions_of_torchvision_and_the_decoder_are_read(tmp_path: Path) -> None:
     Image.init()
     decoded = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
     assert set(EXTENSIONS) == decoded - {".pfm"}
@@ -66,7 +66,7 @@ def test_every_extension_that_torchvision_and_the_decoder_know_is_read(tmp_path:
     assert len(open_imagefolder(tmp_path).splits["train"]) == len(pictures) == len(names)
 
 
-def test_images_in_sub_folders_of_a_class_are_its_images_sorted_by_path(tmp_path: Path) -> None:
+def test_images_in_subfolders_belong_to_the_class_sorted_by_path(tmp_path: Path) -> None:
     write_files(tmp_path, "train/b/images/1.jpg", "train/a/z.jpg", "train/a/m/n/2.jpg", "train/a/a.jpg")
     (tmp_path / "train/a/m/back").symlink_to(tmp_path / "train/a", target_is_directory=True)  # a circle
     expected = ["train/a/a.jpg", "train/a/m/n/2.jpg", "train/a/z.jpg", "train/b/images/1.jpg"]
@@ -74,7 +74,7 @@ def test_images_in_sub_folders_of_a_class_are_its_images_sorted_by_path(tmp_path
     assert labels_of(open_imagefolder(tmp_path), "train") == [0, 0, 0, 1]
 
 
-def test_a_slice_of_rows_survives_the_way_to_a_worker(tmp_path: Path) -> None:
+def test_slice_of_rows_survives_pickling(tmp_path: Path) -> None:
     rows = open_imagefolder(write_files(tmp_path, *(f"train/a/{i}.jpg" for i in range(5)))).splits["train"]
     assert list(pickle.loads(pickle.dumps(rows)).read(1, 3)) == [b"train/a/1.jpg", b"train/a/2.jpg"]
     assert rows.bytes_per_row == len("train/a/1.jpg")
@@ -85,7 +85,7 @@ def test_names_in_any_script_are_read(tmp_path: Path) -> None:
     assert contents(tmp_path, "train") == ["train/猫/ü é.jpg"]
 
 
-def test_file_names_that_are_not_utf8_are_read_and_described(tmp_path: Path) -> None:
+def test_file_names_outside_utf8_are_read_and_described(tmp_path: Path) -> None:
     write_files(tmp_path, "train/a/1.jpg")
     (tmp_path / "train/a" / os.fsdecode(b"\xff.jpg")).write_bytes(b"content")
     rows = open_imagefolder(tmp_path).splits["train"]
@@ -110,9 +110,7 @@ def test_test_images_in_class_folders_have_labels(tmp_path: Path) -> None:
     assert labels_of(source, "test") == [1]
 
 
-def test_a_class_may_have_no_images_which_is_noted_in_every_split(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_without_images_are_noted_in_every_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(tmp_path, "train/b/1.jpg", "val/a/1.jpg", "test/a/1.jpg", "test/b/1.jpg")
     (tmp_path / "train/a").mkdir()
     source = open_imagefolder(tmp_path)
@@ -124,7 +122,7 @@ def test_a_class_may_have_no_images_which_is_noted_in_every_split(
     ]
 
 
-def test_what_is_passed_over_is_counted_by_extension_and_reason(
+def test_skipped_entries_are_counted_by_extension_and_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_files(tmp_path, "train/a/1.jpg", "train/a/x.txt", "train/a/deeper/y.TXT", "train/flat.jpg", "README.md",
@@ -165,7 +163,7 @@ def test_links_out_of_the_source_are_refused_by_name(tmp_path: Path) -> None:
         shutil.rmtree(root)
 
 
-def test_links_within_the_source_are_followed_and_broken_ones_passed_over(
+def test_links_within_the_source_are_followed_broken_ones_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_files(tmp_path / "root", "train/a/1.jpg")
@@ -215,7 +213,7 @@ def test_a_file_that_vanishes_while_reading_is_named(tmp_path: Path) -> None:
         list(rows.read(0, 1))
 
 
-def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_the_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_names_and_sizes_not_on_location(tmp_path: Path) -> None:
     one = write_files(tmp_path / "one", "train/a/1.jpg", "val/a/1.jpg")
     moved = write_files(tmp_path / "moved", "train/a/1.jpg", "val/a/1.jpg")
     fingerprint = open_imagefolder(one).fingerprint
@@ -226,9 +224,7 @@ def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_the_place(tmp_pat
     assert open_imagefolder(one).fingerprint != fingerprint
 
 
-def test_pictures_are_all_image_files_at_any_depth_sorted_by_path(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(tmp_path, "b.jpg", "a/2.PNG", "a/10.jpg", "a/deep/er/1.webp", "a/notes.txt", ".hidden/3.jpg")
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a circle
     source = open_image_files(tmp_path, "pictures", ("x", "y"))
@@ -276,7 +272,7 @@ def test_tiny_imagenets_labels_are_part_of_the_fingerprint(tmp_path: Path) -> No
     assert open_imagefolder(tiny_imagenet(tmp_path, other)).fingerprint != first
 
 
-def test_tiny_imagenets_images_without_a_label_and_labels_without_an_image_are_passed_over(
+def test_unmatched_images_and_labels_of_tiny_imagenet_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tiny_imagenet(tmp_path, "val_0.JPEG n2\nval_9.JPEG n1")
@@ -298,7 +294,7 @@ def test_wrong_annotations_are_refused_by_line(tmp_path: Path, annotations: str,
         open_imagefolder(tiny_imagenet(tmp_path, annotations))
 
 
-def test_annotations_are_not_read_through_a_link_out_of_the_source(tmp_path: Path) -> None:
+def test_annotations_linked_from_elsewhere_are_not_read(tmp_path: Path) -> None:
     root = tiny_imagenet(tmp_path / "root", "val_0.JPEG n1")
     (root / "val/val_annotations.txt").rename(tmp_path / "outside.txt")
     (root / "val/val_annotations.txt").symlink_to(tmp_path / "outside.txt")
@@ -321,7 +317,7 @@ def test_a_class_called_images_stays_a_class(tmp_path: Path) -> None:
         (["b1.jpg", "a2.jpg", "a10.jpg"], False),
     ],
 )
-def test_numbered_test_images_out_of_their_numbers_order_are_noted(
+def test_test_images_not_in_numeric_order_are_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], noted: bool
 ) -> None:
     write_files(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/a/10.jpg", *(f"test/{name}" for name in names))
