@@ -1,4 +1,4 @@
-"""Shards that change under a run: it ends by name, never by a signal, or goes on with the bytes that it has opened."""
+"""Shards that change during a run: it names the shard and stops, or continues with the opened bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _unsaid() -> None:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By encoding; read only."""
+    """Return data sets by encoding; do not modify them."""
     return {one: converted_digits(tmp_path_factory.mktemp(one), one) for one in ("npy", "jpeg")}
 
 
@@ -50,7 +50,7 @@ def overwrite(file: Path, chance: random.Random) -> None:
 
 
 def copy_over(file: Path, chance: random.Random) -> None:
-    """As cp does: cut to nothing, then written."""
+    """Overwrite like cp: truncate, then write."""
     content = file.read_bytes()
     with file.open("wb") as opened:
         opened.write(chance.randbytes(len(content)))
@@ -68,7 +68,7 @@ def remove(file: Path, chance: random.Random) -> None:
 
 ENDS: dict[Any, str] = {cut: "was truncated", overwrite: "was overwritten", copy_over: "was "}
 GOES_ON: dict[Any, str] = {replace: "was replaced by another file", remove: "cannot be found any more"}
-SHORT, LONG = 12, 400  # epochs of runs that complete, and of those that are ended long before
+SHORT, LONG = 12, 400  # epochs of runs that complete, and of runs that are stopped early
 OPTS = [
     "data.placement=host", "data.threads=1", "train.save_every_steps=3", "log.every_steps=3", "train.warmup_epochs=1",
 ]  # fmt: skip
@@ -77,7 +77,7 @@ OPTS = [
 def changed_under_a_run(
     data: Path, output: Path, split: str, change: Any, chance: random.Random
 ) -> subprocess.CompletedProcess[str]:
-    """A run whose shard is changed at a random instant after its first checkpoint; how it ended."""
+    """Run and change a shard at a random time after the first checkpoint; return how the run ended."""
     epochs = SHORT if change in GOES_ON else LONG
     arguments = ["--cfg", DIGITS, "--data-path", data, "--output", output, "--opts", *OPTS, f"train.epochs={epochs}"]
     process = subprocess.Popen(
@@ -94,7 +94,7 @@ def changed_under_a_run(
 
 
 def check_run_under_change(source: Path, tmp_path: Path, split: str, change: Any, chance: random.Random) -> None:
-    """It ends as it should, and what it has saved continues as that of a run whose shards nobody touched."""
+    """The run ends as expected, and its checkpoint continues like that of a run with unchanged shards."""
     data, output = tmp_path / "digits", tmp_path / "out"
     shutil.copytree(source, data)
     result = changed_under_a_run(data, output, split, change, chance)
@@ -115,7 +115,7 @@ def check_run_under_change(source: Path, tmp_path: Path, split: str, change: Any
 
 
 def check_that_nothing_changed_was_saved(source: Path, tmp_path: Path) -> None:
-    """The last checkpoint is that of a run on sound shards which stops at the same place."""
+    """The last checkpoint equals that of a run on intact shards that stops at the same position."""
     ours = store.load(tmp_path / "out" / "digits_lenet" / "last.pt")
     arguments = ["--cfg", DIGITS, "--data-path", source, "--output", tmp_path / "sound", "--opts", *OPTS]
     run_here(*arguments, f"train.epochs={LONG}", stop_at=ours["position"])
@@ -145,7 +145,7 @@ def test_runs_whose_shards_are_changed_at_random_instants(
 def test_a_loader_survives_cuts_at_random_places_and_instants(
     count: int, encoding: str, tmp_path: Path, chance: random.Random, request: pytest.FixtureRequest
 ) -> None:
-    """In this process, which a signal would end."""
+    """Train in this process, which a signal would end."""
     for number in range(count):
         folder = Path(shutil.copytree(request.getfixturevalue(f"{encoding}_data"), tmp_path / str(number)))
         loader = train(folder, 8, image_size=32, placement="host", threads=2)

@@ -1,4 +1,4 @@
-"""Conversions that are killed, stopped, or find no room: the same command goes on, and no byte differs."""
+"""Conversions that are killed, stopped or run out of space: the same command resumes, and no byte differs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Unbroken = Callable[[str], tuple[Contents, float]]
 
 @pytest.fixture(scope="module")
 def unbroken(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """Of an undisturbed conversion to this encoding: all files, and for how many seconds it wrote."""
+    """Return all files of an undisturbed conversion and its duration in seconds."""
 
     @functools.cache
     def convert_once(encoding: str) -> tuple[Contents, float]:
@@ -72,13 +72,13 @@ def unbroken(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFa
 def kill_and_go_on(
     conversion: Conversion, expected: tuple[Contents, float], tmp_path: Path, kills: int, *, worker_only: bool
 ) -> None:
-    """Each time: a new folder, one kill at a random instant of writing, the same command again, and a comparison."""
+    """Repeat: new folder, one kill at a random time, the same command again, comparison."""
     chance, whole = seeded(), 0
     for number in range(kills):
         out = tmp_path / f"out{number}"
         process = start(conversion.command(out))
         wait_for((out / ".spool").exists, process)
-        if not worker_only or chance.random() < 0.7:  # else at once: a worker that has just been started
+        if not worker_only or chance.random() < 0.7:  # else at once: a worker that has just started
             time.sleep(chance.uniform(0, expected[1]))
         if worker_only:
             wait_for(lambda: bool(workers_of(process)), process)  # noqa: B023 - used at once
@@ -121,7 +121,7 @@ def test_a_kill_at_a_random_instant_changes_no_byte(
 def test_stopped_conversion_prints_one_line_and_can_resume(
     sources: dict[str, Conversion], unbroken: Unbroken, number: int, code: int, tmp_path: Path
 ) -> None:
-    """Sent to the whole group, as a terminal and a scheduler do."""
+    """Send the signal to the whole group, like a terminal or a scheduler."""
     out = tmp_path / "out"
     process = start(sources["npy"].command(out), preexec_fn=restore_signal_handlers)
     wait_for((out / ".spool" / "val").exists, process)
@@ -212,7 +212,7 @@ def test_a_read_only_folder_is_one_sentence(sources: dict[str, Conversion], tmp_
 def test_an_error_at_any_flush_or_rename_loses_nothing(
     encoding: str, number: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Goes wrong again and again, each time some calls further on, as where a quota is used up."""
+    """Fail repeatedly, each time some calls later, like a quota that is used up."""
     expected, out = contents(request.getfixturevalue(f"{encoding}_data")), tmp_path / "tiny"
     calls, fails_at = 0, 3
 
@@ -256,7 +256,7 @@ def test_a_quota_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_source_changed_between_kill_and_rerun_is_refused(encoding: str, tmp_path: Path) -> None:
-    """Also where its size, its names and the rows that a fingerprint looks at stay."""
+    """The change is noticed even if size, names and fingerprinted rows are unchanged."""
     conversion = conversions(tmp_path)[encoding]
     out = tmp_path / "out"
     process = start(conversion.command(out, workers=1))
@@ -325,7 +325,7 @@ def test_nothing_is_written_through_a_link_in_a_spool(name: str, tmp_path: Path)
 
 
 def test_files_are_on_disk_before_dataset_json_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is flushed after the last rename and before that of dataset.json, and once more after it."""
+    """The folder is flushed before the rename of dataset.json and once more after it."""
     events: list[str] = []
     rename, sync = Path.rename, shuffle.sync_folder
 

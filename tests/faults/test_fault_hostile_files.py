@@ -50,12 +50,12 @@ Call = Callable[..., tuple[int, str, str]]
 
 @dataclass
 class Scene:
-    """A folder to write hostile files into, and what they must not reach."""
+    """A folder for malicious files, and targets that they must not reach."""
 
     folder: Path
     capsys: pytest.CaptureFixture[str]
     secret: Path = field(init=False)  # outside of every source
-    marker: Path = field(init=False)  # what code that runs would make
+    marker: Path = field(init=False)  # file that malicious code would create
 
     def __post_init__(self) -> None:
         self.marker = self.folder / "marker"
@@ -64,7 +64,7 @@ class Scene:
         self.secret.write_text(SECRET)
 
     def convert(self, *arguments: str | Path) -> tuple[int, str, str]:
-        """tools/convert.py in this process, as its script does: (exit code, stdout, stderr)."""
+        """Run tools/convert.py in this process; return exit code, stdout and stderr."""
         self.capsys.readouterr()
         command = [*map(str, arguments), "--out", str(self.folder / "out"), "--workers", "1"]
         with pytest.raises(SystemExit) as stopped:
@@ -73,7 +73,7 @@ class Scene:
         return int(stopped.value.code or 0), captured.out, captured.err
 
     def check_refused(self, code: int, out: str, error: str) -> None:
-        """One sentence, and none of the harm."""
+        """Check for one error message and no harm."""
         assert (code, out) == (2, ""), error
         assert error.startswith("error: ")
         assert error.count("\n") == 1, error
@@ -94,7 +94,7 @@ def scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Scene]
     assert not made.marker.exists()
 
 
-# Stands between this process, with whose size a child's peak would begin, and the command: peak in KiB, CPU seconds.
+# Runs a command from a small process, since the peak of a child starts at its parent's size. Prints peak KiB, CPU s.
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[2:]).returncode
@@ -105,7 +105,7 @@ sys.exit(code)
 
 
 def bounded(command: list[str], mib: int, seconds: float, folder: Path) -> tuple[int, str, str]:
-    """A command in a process of its own, whose peak of memory and whose CPU time are looked at when it has ended."""
+    """Run a command in a new process and check its peak memory and CPU time."""
     usage = folder / "usage"
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, usage, *command], capture_output=True, text=True, timeout=300,
@@ -135,7 +135,7 @@ def test_tiny_pickle_cannot_exhaust_memory_of_a_process(scene: Scene) -> None:
 
 def test_batch_file_linked_from_elsewhere_is_not_read(scene: Scene) -> None:
     source = write_cifar10(scene.folder)
-    scene.secret.write_text(f"I{SECRET}\n.")  # whose first line an error of a pickle would show
+    scene.secret.write_text(f"I{SECRET}\n.")  # an error of pickle would show its first line
     (source / "data_batch_2").unlink()
     (source / "data_batch_2").symlink_to(scene.secret)
     code, out, error = scene.convert("cifar10", "--source", source)
@@ -197,7 +197,7 @@ def test_a_chunk_that_inflates_to_gigabytes_stays_within_bounds(scene: Scene) ->
 
 
 def test_hdf5_loads_no_plugin(scene: Scene) -> None:
-    """Also where the environment names a folder of them, whose library a file would choose."""
+    """No plugin is loaded even if the environment names a folder of them."""
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES["own_filter"], scene.secret)
     code = ("import sys, h5py; from pathlib import Path; from configs.utils.errors import UserError\n"
             "from tools.sources.hdf5 import open_hdf5\n"
@@ -210,7 +210,7 @@ def test_hdf5_loads_no_plugin(scene: Scene) -> None:
 
 
 def photos(folder: Path) -> Path:
-    """A small image folder to add to."""
+    """Write a small image folder for further files."""
     for name in ("train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image_file("JPEG"))
@@ -302,7 +302,7 @@ def test_control_characters_of_names_do_not_reach_the_terminal(scene: Scene) -> 
     code, out, error = scene.convert("imagefolder", "--source", source, "--name", "x", "--strict")
     scene.check_harmless(out, error)
     assert code == 2
-    assert error.count("\n") == 2, error  # the note of what was passed over, and the error
+    assert error.count("\n") == 2, error  # the note of skipped entries, and the error
 
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\x9b2J", "\u202e"])
@@ -380,7 +380,7 @@ def test_no_config_runs_code_reads_elsewhere_or_takes_forever(
 
 
 def checkpoints(scene: Scene) -> dict[str, bytes]:
-    """Pickles where tensors belong: plain, as torch saves, and with what follows a checkpoint of ours."""
+    """Pickles in place of tensors: plain, saved by torch, and with the end of a checkpoint of ours."""
     plain = pickle.dumps({"format": 1, "model": Touch(scene.marker)}, protocol=2)
     file = scene.folder / "made.pt"
     torch.save({"format": 1, "stream": {}, "model": Touch(scene.marker)}, file)

@@ -1,4 +1,4 @@
-"""Shards that are damaged before a run starts are refused by name. See `test_fault_changes` for those under a run."""
+"""Shards damaged before a run starts are refused by name. See `test_fault_changes` for changes during a run."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _unsaid() -> None:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
+    """Return a data set that tests do not modify."""
     return converted_digits(tmp_path_factory.mktemp("npy"), "npy")
 
 
 @pytest.fixture
 def folder(encoding: str, request: pytest.FixtureRequest) -> Path:
-    """A data set to damage: several shards of train."""
+    """Return a data set to damage, with several shards of train."""
     copied: Path = request.getfixturevalue(f"{encoding}_copy")
     return copied
 
@@ -54,7 +54,7 @@ def restored(file: Path) -> Iterator[bytearray]:
 
 
 def assert_refused(folder: Path, *names: str) -> str:
-    """By all that opens a split, also where damaged images would be skipped, and by verify; the error's text."""
+    """Check that opening (with and without skipping of damaged images) and verify refuse it; return the error."""
     with pytest.raises(UserError) as first:
         open_split(folder, "train")
     with pytest.raises(UserError) as second:
@@ -82,7 +82,7 @@ def test_flipped_bit_of_a_tar_header_is_refused_by_sample(count: int, folder: Pa
     for _ in range(count):
         sample = chance.randrange(len(split))
         begin = int(split.address[sample]) - 512
-        if chance.random() < 0.5:  # that of its label
+        if chance.random() < 0.5:  # the header of its label
             begin += 512 + -(-int(split.size[sample]) // 512) * 512
         number, begin = divmod(begin, split.slot_bytes)
         file = split.files[number]
@@ -135,7 +135,7 @@ def test_shards_that_were_swapped_are_refused_by_name(encoding: str, folder: Pat
         for other in files[number + 1 :]:
             swapped(files[number], other)
             text = assert_refused(folder, files[number].name, other.name)
-            if encoding == "npy" and other != files[-1]:  # all but the last are of one size
+            if encoding == "npy" and other != files[-1]:  # all but the last have the same size
                 assert f"it holds what belongs into {other.name} of split 'train'" in text
             swapped(files[number], other)
     open_split(folder, "train")
@@ -184,6 +184,6 @@ def test_the_script_itself_refuses_damage(damage: str, digits: Path, tmp_path: P
         swapped(file, data / "digits-val-000000.tar")
     done = run_script("--cfg", DIGITS, "--data-path", data, "--output", tmp_path / "out")
     assert done.returncode == 2, done.stderr
-    named = data / "digits-val-000000.tar" if damage == "swapped" else file  # the one that is opened first
+    named = data / "digits-val-000000.tar" if damage == "swapped" else file  # the first that is opened
     assert done.stderr.startswith(f"error: {named} ")
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it ends well or with a UserError of one line, in bounded time and memory.
+"""Reading any file succeeds or raises a one-line UserError, in bounded time and memory.
 
 Some examples of each kind in `make test`, always the same ones. `make fuzz` draws others for ZHU_FUZZ_MINUTES in all; a
 failure shows how to draw it again: ZHU_FUZZ_SEED for the round, and Hypothesis's own line for the example.
@@ -26,7 +26,7 @@ import helpers.fuzz as kinds
 from configs.utils.errors import UserError, printable
 from pipelines.convert import memory_limit
 
-EXAMPLE_SECONDS = 20  # of one example, on a busy machine
+EXAMPLE_SECONDS = 20  # limit of one example on a busy machine
 EXAMPLE_BYTES = 1 << 30
 ROUND_EXAMPLES = 200
 MINUTES = float(os.environ.get("ZHU_FUZZ_MINUTES", 0))
@@ -37,7 +37,7 @@ class Target:
     examples: st.SearchStrategy[Any]
     read: Callable[[Any], None]
     quick: int = 40  # examples in `make test`
-    apart: bool = False  # in a process of its own, since a library in C may crash
+    apart: bool = False  # in a separate process, since a C library may crash
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -75,12 +75,12 @@ NAMES = ["batch", "names", "opcodes", "tar", "gzip", "hdf5", "image", "config", 
 
 
 class Hang(BaseException):
-    """An example takes too long."""
+    """Raised when an example takes too long."""
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Bounds time and memory of one example; a hang within C ends the process, with a traceback."""
+    """Limit time and memory of one example; a hang in C ends the process with a traceback."""
 
     def stop(*_: object) -> None:
         raise Hang(f"no end within {EXAMPLE_SECONDS} s")
@@ -106,7 +106,7 @@ def hold(read: Callable[[Any], None], example: Any) -> None:
 
 
 def hold_apart(read: Callable[[Any], None], example: Any) -> None:
-    """In a forked process, whose death by a signal is a failure like any other."""
+    """Run an example in a forked process, whose death by a signal counts as a failure."""
     receiver, sender = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -127,7 +127,7 @@ def hold_apart(read: Callable[[Any], None], example: Any) -> None:
 
 
 def run(target: Target, examples: int, round_seed: int | None) -> None:
-    """Draw examples; round_seed None: always the same ones."""
+    """Draw examples; the same ones each time if `round_seed` is None."""
 
     @settings(
         max_examples=examples, derandomize=round_seed is None, deadline=None, database=None, print_blob=True,

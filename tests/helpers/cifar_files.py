@@ -1,4 +1,4 @@
-"""Write CIFAR-10 files as the official archive holds them."""
+"""Write CIFAR-10 files in the format of the official archive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.sources.cifar import EDITIONS
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
-    """Writes bytes as Python 2 wrote its strings; with them the official batches are pickled."""
+    """Pickler that writes bytes like strings of Python 2, which the official batches contain."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Sources large enough for several worker processes, and conversions of them as a user starts them."""
+"""Sources large enough for several worker processes, and their conversion by command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(ROOT / "tools" / "convert.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-ROWS = {"train": 4000, "val": 300, "test": 60}  # above shard_writer.SMALL_SOURCE, so that there are workers
+ROWS = {"train": 4000, "val": 300, "test": 60}  # above writer.SMALL_SOURCE, so that workers are used
 Contents = dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source and how it is converted."""
+    """A source and the options of its conversion."""
 
     source: Path
     arguments: tuple[str, ...]
@@ -37,7 +37,7 @@ class Conversion:
 
 
 def contents(folder: Path) -> Contents:
-    """Every file of a folder, hidden ones too."""
+    """Return the contents of all files of a folder, including hidden ones."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -52,7 +52,7 @@ def write_hdf5(path: Path) -> Path:
 
 
 def write_photos(root: Path) -> Path:
-    """JPEG files of several sizes; the same forty under many names, and one in 500 damaged."""
+    """Write JPEG files of several sizes: the same forty under many names, one in 500 damaged."""
     random = np.random.default_rng(0)
     for number in range(40):
         pixels = random.integers(0, 256, (*random.integers(16, 32, 2), 3), np.uint8)
@@ -78,7 +78,7 @@ def conversions(folder: Path) -> dict[str, Conversion]:
 
 
 def start(command: Sequence[str], **options: Callable[[], None]) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell starts it."""
+    """Start a conversion in a new process group, like a shell."""
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         **options,  # type: ignore[call-overload]
@@ -86,26 +86,26 @@ def start(command: Sequence[str], **options: Callable[[], None]) -> subprocess.P
 
 
 def run(command: Sequence[str], **options: Callable[[], None]) -> tuple[int, str]:
-    """Exit code and stderr without the progress bars."""
+    """Return the exit code, and stderr without progress bars."""
     process = start(command, **options)
     error = process.communicate(timeout=300)[1]
     return process.returncode, said(error)
 
 
 def said(error: str) -> str:
-    """What stderr says besides progress bars, which end in carriage returns and hold a bar."""
+    """Return stderr without progress bars, which end in carriage returns and contain a bar."""
     lines = [line for text in error.split("\n") if (line := text.split("\r")[-1]) and "images/s]" not in line]
     return "\n".join(lines)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until the condition holds or the process has ended."""
+    """Wait until the condition is true or the process has ended."""
     while not condition() and process.poll() is None:
         time.sleep(0.002)
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of its worker processes, without multiprocessing's tracker."""
+    """Return the ids of the worker processes, without the tracker of multiprocessing."""
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -114,7 +114,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def is_gone(group: int) -> bool:
-    """Whether no process of the group is left, after some patience."""
+    """Return whether all processes of the group end within some seconds."""
     for _ in range(500):
         try:
             os.killpg(group, 0)

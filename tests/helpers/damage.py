@@ -1,4 +1,4 @@
-"""Damage to the JPEGs of a converted data set, in place, and what training on it should look like."""
+"""Damage JPEGs of a converted data set in place, and compute the expected training batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.storage.split import Split
 
 
 def segments(file: bytes) -> list[tuple[int, int]]:
-    """(marker, where it begins) of a JPEG's segments up to the first scan."""
+    """Return (marker, start) of the segments of a JPEG up to the first scan."""
     found, place = [], 2
     while True:
         found.append((file[place + 1], place))
@@ -26,14 +26,14 @@ def segments(file: bytes) -> list[tuple[int, int]]:
 
 
 def without_scan(file: bytes) -> bytes:
-    """The header as it was, zeros for all that is compressed."""
+    """Replace compressed data by zeros and keep the header."""
     scan = segments(file)[-1][1]
     begin = scan + 2 + int.from_bytes(file[scan + 2 : scan + 4], "big")
     return file[:begin].ljust(len(file), b"\0")
 
 
 def claiming(height: int, width: int) -> Callable[[bytes], bytes]:
-    """Other sides in the header."""
+    """Change the size in the header."""
 
     def change(file: bytes) -> bytes:
         frame = next(place for marker, place in segments(file) if marker in (0xC0, 0xC1, 0xC2))
@@ -43,13 +43,13 @@ def claiming(height: int, width: int) -> Callable[[bytes], bytes]:
 
 
 def broken_in_the_middle(file: bytes) -> bytes:
-    """Pillow refuses it, DALI and a decoder that tolerates warnings make grey blocks of it."""
+    """Return a file that Pillow refuses and that DALI and lenient decoders decode to grey blocks."""
     middle = len(file) // 2
     return file[:middle] + b"\xff" * 30 + file[middle + 30 :]
 
 
 def stray_bytes(file: bytes) -> bytes:
-    """Make the last four bytes of the first segment bytes between segments, which libjpeg skips and DALI refuses."""
+    """Move four bytes between two segments, where libjpeg skips them and DALI refuses the file."""
     _, place = segments(file)[0]
     length = int.from_bytes(file[place + 2 : place + 4], "big")
     return file[: place + 2] + struct.pack(">H", length - 4) + file[place + 4 :]
@@ -64,7 +64,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damage(folder: Path, sample: int, change: Callable[[bytes], bytes], split: str = "train") -> str:
-    """Change a stored JPEG's bytes, not their number, as if the source had been so; returns how errors describe it."""
+    """Change bytes of a stored JPEG and the hashes with them; return the sample's description in errors."""
     opened = open_split(folder, split, verify="off")
     begin, size = int(opened.address[sample]), int(opened.size[sample])
     content = change(opened.content[begin : begin + size].tobytes())
@@ -77,7 +77,7 @@ def damage(folder: Path, sample: int, change: Callable[[bytes], bytes], split: s
 
 
 def adopt(folder: Path) -> None:
-    """Make dataset.json agree with the shards as they are."""
+    """Make dataset.json agree with the current shards."""
     path = folder / "dataset.json"
     dataset = json.loads(path.read_text())
     for split in dataset["splits"].values():
@@ -87,13 +87,13 @@ def adopt(folder: Path) -> None:
 
 
 def damage_in_turn(folder: Path, samples: Collection[int]) -> list[str]:
-    """Each sample in another of the ways of DAMAGE; returns their descriptions."""
+    """Damage each sample in another way of DAMAGE; return their descriptions."""
     ways = list(DAMAGE.values())
     return [damage(folder, sample, ways[number % len(ways)]) for number, sample in enumerate(samples)]
 
 
 def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
-    """Who stands at each sample's place, in the plainest way: int64 [samples]."""
+    """Return the substitute of each sample, by a simple reference: int64 [samples]."""
     places = []
     for sample in range(samples):
         while sample in bad:
@@ -103,7 +103,7 @@ def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
 
 
 def substituted(loader: Loader, split: Split, bad: Collection[int]) -> Loader:
-    """A loader of sound data that asks for the substitutes itself."""
+    """Return a loader of intact data whose indices are the substitutes."""
     places, indices = substitutes(len(split), bad), loader.plan.indices
     loader.plan.indices = lambda epoch, step: places[indices(epoch, step)]  # type: ignore[method-assign]
     return loader

@@ -1,4 +1,4 @@
-"""What the fuzz tests draw from: sound files of every kind that the project reads, and ways to damage them.
+"""Inputs of the fuzz tests: valid files of every kind that the project reads, and ways to damage them.
 
 A target is a function that takes one drawn example and reads it as the project does. It may end or raise UserError.
 """
@@ -48,7 +48,7 @@ NUMBERS = [b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3, b"\xff" * 3 + b"\x7f",
 
 @st.composite
 def damaged(draw: Draw, *sound: bytes, most: int = 6) -> bytes:
-    """One of the sound contents after some edits: bytes set, put in, taken out, doubled, cut off."""
+    """Draw a valid file with some edits: bytes set, inserted, removed, repeated or cut off."""
     content = bytearray(draw(st.sampled_from(sound)))
     for _ in range(draw(st.integers(1, most))):
         place = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -81,7 +81,7 @@ JSON_VALUES = st.recursive(
 
 @st.composite
 def altered(draw: Draw, value: Any) -> Any:
-    """A JSON value with one to three places in it replaced, removed or doubled."""
+    """Draw a JSON value with one to three parts replaced, removed or repeated."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
         holder: Any = None
@@ -160,7 +160,7 @@ def zipped(content: bytes) -> bytes:
 
 
 def hdf5_files(folder: Path) -> list[bytes]:
-    """Small files of every layout, in the old and in the new format."""
+    """Return small files of every layout, in the old and the new format."""
     storages: list[dict[str, Any]] = [{}, {"chunks": (2, 3, 4, 4)}, {"chunks": (2, 3, 4, 4), "compression": "gzip"},
                                       {"chunks": (4, 3, 8, 8), "compression": "lzf", "fletcher32": True}]  # fmt: skip
     found = []
@@ -238,7 +238,7 @@ def nested(key: str, value: str) -> str:
 
 @st.composite
 def config_texts(draw: Draw) -> str:
-    """One of the project's configs, or settings of the schema with any values; then some words put in and taken out."""
+    """Draw a config of the project, or settings with any values, and insert and remove some words."""
     if draw(st.booleans()):
         sound = [file.read_text() for file in sorted((ROOT / "configs").glob("*.yaml"))]
         text = draw(st.sampled_from(sound))
@@ -266,7 +266,7 @@ def read_config(folder: Path) -> Callable[[tuple[str, list[str]]], None]:
     return read
 
 
-# Data sets. An example is what some files of a sound one are replaced by.
+# Data sets. An example replaces some files of a valid one.
 
 
 def make_data(folder: Path, encoding: str) -> Files:
@@ -276,7 +276,7 @@ def make_data(folder: Path, encoding: str) -> Files:
 
 
 def sealed(files: Files, changed: Files) -> Files:
-    """With sizes and checksums in dataset.json that fit the changed files, as a hostile maker would see to."""
+    """Make sizes and checksums in dataset.json agree with the changed files, as an attacker would."""
     dataset = json.loads(files["dataset.json"])
     for split in dataset["splits"].values():
         for entry in (split["index"], *split["shards"]):
@@ -287,7 +287,7 @@ def sealed(files: Files, changed: Files) -> Files:
 
 @st.composite
 def damaged_data(draw: Draw, files: Files) -> Files:
-    """Some file altered: dataset.json by its values, an index by its columns, any by its bytes."""
+    """Draw altered files: values of dataset.json, columns of an index, or bytes of any file."""
     kind = draw(st.sampled_from(["json", "json", "columns", "bytes", "info"]))
     if kind in ("json", "info"):
         name = "dataset.json" if kind == "json" else "_info.json"
@@ -376,7 +376,7 @@ def read_weights_file(folder: Path, suffix: str) -> Callable[[bytes], None]:
 
 
 def run_files(folder: Path) -> Files:
-    """Of two epochs of a run."""
+    """Return checkpoints of two epochs of a run."""
     (folder / "made.yaml").write_text("data: {path: x}\nmodel: {name: lenet}")
     line = {"epoch": 0, "step": 10, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.6,
             "val_top5": 1.0, "lr": 0.1, "images_per_s": 1e4, "epoch_time_s": 2.0, "memory_gib": None}  # fmt: skip
@@ -398,7 +398,7 @@ def damaged_run(draw: Draw, files: Files) -> Files:
 
 
 def read_run_folder(folder: Path, files: Files) -> Callable[[Files], None]:
-    """As tools/compare.py does, but for the picture."""
+    """Compare runs like tools/compare.py, without the plot."""
 
     def read(changed: Files) -> None:
         for name, content in {**files, **changed}.items():

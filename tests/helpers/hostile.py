@@ -1,4 +1,4 @@
-"""Files made to do harm: run code, read other files, fill the memory, take forever. Each function makes one of them."""
+"""Malicious files that try to run code, read other files, fill the memory or take forever, one per function."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from PIL import Image
 from helpers.cifar_files import write_cifar10
 
 SECRET = "correct-horse-battery-staple"
-TOP = 2_000  # side in pixels of what decodes
+TOP = 2_000  # side in pixels of images that decode
 
 
 class Touch:
-    """Unpickling it makes a file."""
+    """Object whose unpickling creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -32,11 +32,11 @@ class Touch:
         return os.system, (f"touch {self.marker}",)
 
 
-# Pickles. Each as the content of a CIFAR batch.
+# Pickles, each the content of a CIFAR batch.
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
-    """By what they try."""
+    """Return malicious pickles by name of the attempt."""
     os_system = b"cos\nsystem\n"
     u1 = b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R"
     reconstruct, encode = b"cnumpy.core.multiarray\n_reconstruct\n", b"c_codecs\nencode\n"
@@ -89,7 +89,7 @@ def pickles(marker: Path) -> dict[str, bytes]:
 
 
 def cifar_with(folder: Path, batch: bytes) -> Path:
-    """An official folder in which one batch is this one."""
+    """Write an official folder with this content as one batch."""
     source = write_cifar10(folder)
     (source / "data_batch_3").write_bytes(batch)
     return source
@@ -107,20 +107,20 @@ def archive_of(path: Path, members: dict[tarfile.TarInfo, bytes]) -> Path:
 
 
 def escaping_archive(path: Path, source: Path, prefix: str) -> Path:
-    """Sound batches whose names lead elsewhere."""
+    """Return valid batches whose names lead elsewhere."""
     members = {tarfile.TarInfo(f"{prefix}{file.name}"): file.read_bytes() for file in sorted(source.iterdir())}
     return archive_of(path, members)
 
 
 def linking_archive(path: Path, kind: bytes, target: Path) -> Path:
-    """A batch that is a link, a device or a pipe."""
+    """Return a batch that is a link, a device or a pipe."""
     member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
     member.type, member.linkname, member.devmajor, member.devminor = kind, str(target), 1, 5
     return archive_of(path, {member: b""})
 
 
 def claiming_archive(path: Path, kind: bytes, claimed: int) -> Path:
-    """A header that says of the name, or of other headers, that it has so many bytes."""
+    """Return a header that claims a size of the name or of other headers."""
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = kind, claimed
     blob = member.tobuf(tarfile.GNU_FORMAT)
@@ -130,7 +130,7 @@ def claiming_archive(path: Path, kind: bytes, claimed: int) -> Path:
 
 
 def inflating_archive(path: Path, mib: int) -> Path:
-    """A kilobyte for each megabyte, of empty members."""
+    """Return empty members, a kilobyte for each megabyte."""
     compressor = zlib.compressobj(9, wbits=31)
     member = tarfile.TarInfo("filler")
     member.size = mib << 20
@@ -139,7 +139,7 @@ def inflating_archive(path: Path, mib: int) -> Path:
     return path
 
 
-# HDF5 files. Each has sound labels; images are what differs.
+# HDF5 files with valid labels and malicious images.
 
 Images = Callable[[h5py.File, Path], None]
 SHAPE = (4, 3, 16, 16)
@@ -218,7 +218,7 @@ def _huge_images(file: h5py.File, _: Path) -> None:
 
 
 def inflating_images(file: h5py.File, _: Path) -> None:
-    """A chunk of 48 KiB that inflates to a GiB."""
+    """Write a chunk of 48 KiB that inflates to a GiB."""
     dataset = file.create_dataset("images-train", SHAPE, np.uint8, chunks=SHAPE, compression="gzip")
     compressor, piece = zlib.compressobj(1), bytes(1 << 26)
     stored = b"".join([*(compressor.compress(piece) for _ in range(16)), compressor.flush()])

@@ -1,4 +1,4 @@
-"""A tiny source of samples in memory. Without torch and DALI, since killed converters in subprocesses import it too.
+"""Tiny source of samples in memory. Imports neither torch nor DALI, for fast converter subprocesses.
 
 `python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it; KILL_AT n kills the process
 at its n-th flush, rename or removal, the instants between which files change.
@@ -28,19 +28,19 @@ SIDE = 32
 
 
 def marked_image(row: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Noise that carries its row in its corners, so that a flipped image can still be told: uint8 [H, W, 3]."""
+    """Return noise with the row encoded in the corners, readable after a flip: uint8 [H, W, 3]."""
     image = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image[[0, 0, -1, -1], [0, -1, 0, -1]] = row >> 8, row & 255, 17
     return image
 
 
 def rows_of(images: Any) -> list[int]:
-    """The rows that `marked_image` gave to these pixels [B, 3, H, W]."""
+    """Return the rows that `marked_image` encoded in pixels [B, 3, H, W]."""
     return [int(high) * 256 + int(low) for high, low in np.asarray(images)[:, :2, 0, 0]]
 
 
 def jpeg_file(row: int) -> bytes:
-    """A JPEG of its own size and quality, smooth with some noise, as photos are."""
+    """Return a JPEG whose size and quality depend on the row, smooth with some noise like a photo."""
     random = np.random.default_rng(row)
     height, width = random.integers(40, 90, 2)
     y, x = np.mgrid[:height, :width] / 20
@@ -53,7 +53,7 @@ def jpeg_file(row: int) -> bytes:
 
 @dataclass
 class MemoryRows:
-    """One split: `content` holds the images or files, made when asked for where it is a number of rows."""
+    """One split. `content` is a list of images or files, or a number of rows to generate."""
 
     content: list[np.ndarray | bytes] | int
     labelled: bool = True
@@ -83,7 +83,7 @@ def memory_source(**splits: MemoryRows) -> Source:
 
 
 def tiny_source(encoding: str) -> Source:
-    """train of several shards of 1 MiB, val of 107 samples, test without labels."""
+    """Return a source with several shards of train (1 MiB), 107 samples of val, and test without labels."""
     if encoding == "npy":
         return memory_source(train=MemoryRows(700), val=MemoryRows(107), test=MemoryRows(41, labelled=False))
     train, val, test = (
@@ -97,13 +97,13 @@ def tiny_source(encoding: str) -> Source:
 def write(
     source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Convert with shards of 1 MiB; returns the content of dataset.json."""
+    """Convert with shards of 1 MiB; return the content of dataset.json."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
     return write_dataset(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
 
 
 def kill_at(count: int) -> None:
-    """Let this process die just before its `count`-th flush, rename or removal of a file."""
+    """Make this process exit before its `count`-th flush, rename or removal of a file."""
     calls = 0
 
     def wrap(owner: Any, name: str) -> None:
@@ -125,7 +125,7 @@ def kill_at(count: int) -> None:
 
 if __name__ == "__main__":
     out, encoding, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    writer.SMALL_SOURCE = 0  # use the workers asked for, though one would be faster
+    writer.SMALL_SOURCE = 0  # use all workers, though one would be faster
     if len(sys.argv) > 4:
         kill_at(int(sys.argv[4]))
     write(tiny_source(encoding), out, encoding, workers)

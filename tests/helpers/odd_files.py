@@ -1,4 +1,4 @@
-"""Image files of unusual kinds, as they come from cameras, browsers, scanners, and failed downloads."""
+"""Unusual image files of cameras, browsers, scanners and failed downloads."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def saved(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
 
 
 def with_inserted(file: bytes, content: bytes, segment: int) -> bytes:
-    """A JPEG with bytes in front of one of its segments, which are counted from 0."""
+    """Return a JPEG with bytes inserted before a segment, counted from 0."""
     place = segments(file)[segment][1]
     return file[:place] + content + file[place:]
 
 
 def ycck() -> bytes:
-    """CMYK that the Adobe segment calls YCCK."""
+    """Return a CMYK JPEG that its Adobe segment declares as YCCK."""
     file = bytearray(saved(RGB.convert("CMYK"), "JPEG"))
     adobe = next(place for marker, place in segments(bytes(file)) if marker == 0xEE)
     file[adobe + 15] = 2
@@ -55,13 +55,13 @@ def ycck() -> bytes:
 
 
 def frame_of(file: bytes, offset: int, value: int) -> bytes:
-    """A JPEG with another byte in its frame header; offset 1: its type, 4: bits, 5 and 6: height."""
+    """Return a JPEG with a changed byte of the frame header; offset 1: type, 4: bits, 5 and 6: height."""
     place = next(place for marker, place in segments(file) if marker in (0xC0, 0xC2))
     return file[: place + offset] + bytes([value]) + file[place + offset + 1 :]
 
 
 def png_of(samples: np.ndarray, colour: int = 0, significant: int | None = None) -> bytes:
-    """A PNG of 16-bit samples [H, W] or [H, W, C]; significant: the bits of an sBIT chunk."""
+    """Return a PNG of 16-bit samples [H, W] or [H, W, C]. significant: bits of an sBIT chunk."""
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     declared = [b"sBIT" + bytes([significant])] if significant else []
@@ -72,7 +72,10 @@ def png_of(samples: np.ndarray, colour: int = 0, significant: int | None = None)
 
 
 def tiff_of(samples: np.ndarray, bits: int, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
-    """An uncompressed greyscale TIFF; photometric: 1 black is zero, 0 white is; kind: 1 unsigned, 2 signed, 3 float."""
+    """Return an uncompressed greyscale TIFF.
+
+    photometric: 1 if black is zero, 0 if white is. kind: 1 unsigned, 2 signed, 3 float.
+    """
     height, width = samples.shape
     if bits == 12:
         rows = ["".join(f"{value:012b}" for value in row) for row in samples.tolist()]
@@ -98,7 +101,7 @@ def oriented(orientation: int) -> bytes:
 
 
 def kept_files() -> dict[str, bytes]:
-    """JPEG files whose bytes are kept."""
+    """Return JPEG files whose bytes are kept."""
     jpeg = saved(RGB, "JPEG")
     return {
         "baseline.jpg": jpeg,
@@ -126,7 +129,7 @@ def kept_files() -> dict[str, bytes]:
 
 
 def reencoded_files() -> dict[str, bytes]:
-    """Files that are decoded and stored as new JPEG files."""
+    """Return files that are stored as new JPEG files."""
     jpeg, rgb_jpeg = saved(RGB, "JPEG"), saved(RGB, "JPEG", keep_rgb=True)
     palette = RGB.quantize(16)
     wide = GREY.astype(np.uint16)
@@ -181,7 +184,7 @@ def reencoded_files() -> dict[str, bytes]:
 
 
 def defective_files() -> dict[str, bytes]:
-    """Files that are quarantined with a reason."""
+    """Return files that are quarantined with a reason."""
     jpeg, png, tiff = saved(RGB, "JPEG"), saved(RGB, "PNG"), saved(RGB, "TIFF", compression="tiff_lzw")
     return {
         "empty.jpg": b"",

@@ -1,4 +1,4 @@
-"""What the tests of faults in shards share."""
+"""Helpers for the tests of faults in shards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tools import convert
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """Of the train split."""
+    """Return the shards of the train split."""
     return [folder / shard["file"] for shard in load_dataset(folder)["splits"]["train"]["shards"]]
 
 
 def converted_digits(folder: Path, encoding: str) -> Path:
-    """scikit-learn's digits, a shard per split."""
+    """Convert scikit-learn's digits with one shard per split."""
     convert.main(["digits", "--encoding", encoding, "--out", str(folder / "digits")])
     return folder / "digits"

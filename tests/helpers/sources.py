@@ -1,4 +1,4 @@
-"""What the tests of the sources share."""
+"""Helpers for the tests of the sources."""
 
 from __future__ import annotations
 

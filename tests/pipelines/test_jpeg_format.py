@@ -1,4 +1,4 @@
-"""JPEG bytes are kept exactly where Pillow, libjpeg-turbo and DALI decode the same pixels; others are re-encoded."""
+"""JPEG bytes are kept if Pillow, libjpeg-turbo and DALI decode the same pixels; others are re-encoded."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def saved(mode: str = "RGB", kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def inserted(content: bytes, segment: int = 1, file: bytes | None = None) -> bytes:
-    """Put bytes in front of a segment of a JPEG; segments are counted from 0, the last is the scan."""
+    """Insert bytes before a segment of a JPEG. Segments are counted from 0; the last is the scan."""
     file = saved() if file is None else file
     place = segments(file)[segment][1]
     return file[:place] + content + file[place:]
 
 
 def frame_changed(change: Callable[[bytearray, int], None]) -> bytes:
-    """A JPEG whose frame header, which begins at the second argument of `change`, is another."""
+    """Return a JPEG with a changed frame header, whose start is the second argument of `change`."""
     file = bytearray(saved())
     change(file, next(place for marker, place in segments(bytes(file)) if marker == 0xC0))
     return bytes(file)
 
 
 def without_adobe_segment() -> bytes:
-    """RGB components that only their names, "RGB", tell from YCbCr."""
+    """RGB components that differ from YCbCr in their names only."""
     file = saved(keep_rgb=True)
     return file[:2] + file[segments(file)[1][1] :]
 
@@ -155,7 +155,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_a_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
-    """In a batch with other files they may end the process; alone they raise."""
+    """Such files may end the process when decoded in a batch; alone they raise."""
     file, is_unlike = HEADERS[kind]
     content = np.frombuffer(saved() + file + saved(), np.uint8).copy()
     sizes = np.array([len(saved()), len(file), len(saved())], np.int32)
@@ -204,7 +204,7 @@ def test_conversion_counts_what_it_encodes_again(tmp_path: Path) -> None:
 
 
 def test_verify_tells_a_jpeg_that_not_every_decoder_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version stored it."""
+    """Store the file like an earlier version."""
     with monkeypatch.context() as patch:
         patch.setattr(jpeg_format, "inspect", lambda content: (1, None))
         write(memory_source(train=MemoryRows([stray_bytes(jpeg_file(0))])), tmp_path / "out", "jpeg")

@@ -1,4 +1,4 @@
-"""Which samples make up which batch: each once, the same globally at every world size, a pure function."""
+"""Sample order: each sample once, global batches independent of world size, a pure function."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_hash_is_splitmix64() -> None:
 
 
 def test_order_of_a_seed_is_stable_across_versions() -> None:
-    # resumed runs and comparisons with older ones rely on it
+    # resumed runs and comparisons with older runs rely on it
     assert order.permutation(12, seed=0, epoch=0).tolist() == [1, 11, 3, 6, 5, 0, 7, 9, 10, 4, 8, 2]
 
 

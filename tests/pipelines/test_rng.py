@@ -54,5 +54,5 @@ def test_normal_draws_are_normal_finite_and_uncorrelated() -> None:
     assert np.isfinite(drawn).all()
     for column in drawn.T:
         assert stats.kstest(column, "norm").pvalue > 0.01
-    for table in (drawn, np.abs(drawn)):  # pairs of one radius would be uncorrelated, but for their size
+    for table in (drawn, np.abs(drawn)):  # pairs that share a radius are uncorrelated, but their sizes are not
         assert np.abs(np.corrcoef(table, rowvar=False) - np.eye(3)).max() < 5 / np.sqrt(10 * MANY)

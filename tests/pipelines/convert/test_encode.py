@@ -1,4 +1,4 @@
-"""Greyscale of every depth keeps its brightness or is a defect with a reason; libtiff's messages become reasons."""
+"""Encoding: greyscale of every depth keeps its brightness or is a defect; messages of libtiff become reasons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pgm_of(samples: np.ndarray, maximum: int) -> bytes:
 
 
 def grey_of(file: bytes) -> np.ndarray:
-    """The stored pixels of a greyscale file, [5, 7]."""
+    """Return the stored pixels of a greyscale file, [5, 7]."""
     pixels = np.frombuffer(encode(file, Encoding("npy")).payload, np.uint8).reshape(5, 7, 3)
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]

@@ -1,4 +1,4 @@
-"""The bound on memory around a call."""
+"""Memory limit of a call."""
 
 from __future__ import annotations
 

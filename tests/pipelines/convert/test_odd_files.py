@@ -1,4 +1,4 @@
-"""Unusual files are kept, encoded again, or quarantined with a reason, and every decoder reads what is stored."""
+"""Unusual files are kept, re-encoded or quarantined with a reason, and every decoder reads the stored ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of worker processes: order, errors, and workers that are killed."""
+"""Pool of worker processes: order, errors and killed workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fail(shared: np.ndarray, task: int) -> int:
     return task
 
 
-LARGE = np.full(1 << 20, 7)  # more than a pipe takes at once
+LARGE = np.full(1 << 20, 7)  # larger than the buffer of a pipe
 
 
 def test_results_keep_task_order_for_any_size_of_shared_object() -> None:
@@ -48,7 +48,7 @@ def test_a_killed_worker_is_one_sentence() -> None:
 
 
 def test_pool_closes_after_a_waiting_worker_was_killed() -> None:
-    """It may hold the lock of the queue that the others wait for."""
+    """A killed worker may hold the lock of the queue on which the others wait."""
     with WorkerPool(2, LARGE) as pool:
         assert len(list(pool.imap(add, range(4)))) == 4
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)

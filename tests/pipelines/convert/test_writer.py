@@ -1,4 +1,4 @@
-"""Writing data sets: what a sample becomes, what is refused, and that a kill at any instant changes no byte."""
+"""Writing data sets: encoding of samples, refused input, and identical bytes after a kill at any point."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SCRIPT = ROOT / "tests" / "helpers" / "memory_source.py"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too."""
+    """Return the contents of all files of a folder, including hidden ones."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def convert(out: Path, *arguments: object) -> subprocess.Popen[bytes]:
-    """Convert tiny_source in a process of its own."""
+    """Convert tiny_source in a new process."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return subprocess.Popen(
         [sys.executable, SCRIPT, out, *map(str, arguments)], env=environment, stderr=subprocess.PIPE
@@ -63,7 +63,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims a size."""
+    """Return a tiny PNG whose header claims a size."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"")]
     framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
@@ -73,7 +73,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_kill_between_any_two_file_operations_leaves_no_trace(
     encoding: str, step: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Killed again and again, each time a few flushes or renames further on, until a run comes through."""
+    """Kill conversions, each a few flushes or renames later than the last, until one finishes."""
     out = tmp_path / "tiny"
     for attempt in range(100):
         process = convert(out, encoding, 1, step + attempt)
@@ -151,7 +151,7 @@ def test_images_and_labels_stay_together(encoding: str, request: pytest.FixtureR
 
 
 def defective(good: list[bytes]) -> list[bytes]:
-    """Ten files, of which those at 0, 2, 3, 5, 6 and 8 cannot be used."""
+    """Return ten files, of which numbers 0, 2, 3, 5, 6 and 8 cannot be used."""
     jpeg = bytearray(good[0])
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # claims 65,535 x 65,535
@@ -217,7 +217,7 @@ class Converted(NamedTuple):
 
 
 def convertible() -> Iterator[Converted]:
-    """Files in other colour spaces and the RGB pixels that they mean."""
+    """Yield files in other color spaces with their RGB pixels."""
     grey = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     triple = np.repeat(grey[..., None], 3, axis=2)
@@ -354,7 +354,7 @@ def test_an_unfinished_data_set_refuses_other_options(tmp_path: Path) -> None:
 
 
 def test_unfinished_conversion_by_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks may hold files that are no longer kept as they are."""
+    """Its blocks may contain files that this version would encode differently."""
     out = tmp_path / "out"
     convert(out, "npy", 1, 40).communicate()
     monkeypatch.setattr(writer, "RULES_VERSION", writer.RULES_VERSION + 1)
@@ -383,7 +383,7 @@ def test_a_second_writer_into_the_same_folder_is_refused(tmp_path: Path, npy_dat
 
     class Racing(MemoryRows):
         def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-            if (tmp_path / "tiny" / ".spool" / "train").exists():  # the first writer is at work
+            if (tmp_path / "tiny" / ".spool" / "train").exists():  # the first writer has started
                 with pytest.raises(UserError, match="another process is converting") as refusal:
                     write(tiny_source("npy"), tmp_path / "tiny")
                 refusals.append(refusal)
@@ -456,7 +456,7 @@ def test_recorded_reason_of_a_defect_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_only_the_scans_of_the_image_itself_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phones append a film of the moment to a photo, and what it holds may look like any marker."""
+    """Phones append a film to a photo, whose bytes may look like any marker."""
     image = marked_image(3, 40, 48)
     film = b"\xff\xda\xff\xdb" * 500
     sound = file_of(Image.fromarray(image), "JPEG", comment=film[:2000], progressive=True) + film

@@ -1,4 +1,4 @@
-"""Whoever names a source in place of a converted data set is told the command that converts it."""
+"""Errors for sources and missing data sets suggest the command that converts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard is read whole once after it was changed; what is known of it lies in the user's cache and only there."""
+"""Cache of hashes: a shard is read once after each change, and entries are stored in the user's cache only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are read whole."""
+    """Return a list to which the names of hashed files are added."""
     names: list[str] = []
     hash_file = hash_cache.hash_file
 
@@ -70,7 +70,7 @@ def test_what_was_just_converted_is_not_read_again(tmp_path: Path, read: list[st
 
 
 def test_shards_that_an_interrupted_conversion_left_are_read(tmp_path: Path, read: list[str]) -> None:
-    """Only what this conversion wrote itself is known."""
+    """The cache has only entries of shards that this conversion wrote."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "memory_source.py"), str(tmp_path / "out"), "npy", "1"]
     for count in range(40, 400, 20):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -113,7 +113,7 @@ def test_only_a_shard_that_was_changed_is_read_again(way: str, npy_copy: Path, r
         content[2000] ^= 1
         with file.open("r+b") as opened:
             opened.write(content)
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a tool that wants to keep times does
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # like a tool that preserves times
         with pytest.raises(UserError, match=f"{file.name} does not have the sha256"):
             open_split(npy_copy, "train")
         assert read == [file.name]
@@ -123,7 +123,7 @@ def test_only_a_shard_that_was_changed_is_read_again(way: str, npy_copy: Path, r
 
 
 def test_change_within_a_clock_tick_is_detected(npy_copy: Path) -> None:
-    """The times of a file have steps of some milliseconds, in which it can be hashed and changed."""
+    """File times have steps of some milliseconds, within which a file can be hashed and changed."""
     file = npy_copy / "tiny-val-000000.tar"
     for number in range(20):
         content = bytearray(file.read_bytes())
@@ -139,7 +139,7 @@ def test_change_within_a_clock_tick_is_detected(npy_copy: Path) -> None:
 
 
 def test_copies_on_other_machines_are_remembered_beside_this_one(npy_copy: Path, read: list[str]) -> None:
-    """A home that several machines share, each with the data under the same path."""
+    """Several machines share a home folder and have the data under the same path."""
     other = npy_copy.parent / "elsewhere"
     shutil.copytree(npy_copy, other)
     open_split(npy_copy, "val")
@@ -329,7 +329,7 @@ def test_a_log_says_what_takes_long(
     open_split(npy_copy, "train")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(hash_cache, "NOTE_BYTES", 1)
-    open_split(npy_copy, "train")  # known by now
+    open_split(npy_copy, "train")  # cached by now
     assert capsys.readouterr().err == ""
     open_split(npy_copy, "val")
     assert "checking 0 GiB of split 'val', which is done once" in capsys.readouterr().err

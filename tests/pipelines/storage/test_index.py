@@ -1,4 +1,4 @@
-"""An index that dataset.json agrees with and that lies all the same: no address leads out, no claim takes memory."""
+"""Malformed index that dataset.json agrees with: no address leaves its shard, no claimed size is allocated."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def set_one(column: str, value: int) -> Callable[[dict[str, np.ndarray]], object
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("offset", 2**63 - 1),  # with its size it would be below zero again
+        ("offset", 2**63 - 1),  # overflows when the size is added
         ("offset", -(2**63)),
         ("size", 2**31 - 1),
-        ("shard", 2**31 - 1),  # counting shards up to it would take 16 GiB
+        ("shard", 2**31 - 1),  # counting shards up to this number would take 16 GiB
         ("height", 0),
         ("width", 2**31 - 1),
         ("label", -1),
@@ -46,14 +46,14 @@ def test_extreme_values_are_refused(column: str, value: int, encoding: str, requ
 
 
 def put(folder: Path, content: bytes) -> None:
-    """Another index, with which dataset.json agrees."""
+    """Write another index and make dataset.json agree with it."""
     (folder / "train.index.npz").write_bytes(content)
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     edit_dataset(folder, lambda dataset: dataset["splits"]["train"]["index"].update(entry))
 
 
 def npz(compression: int = zipfile.ZIP_STORED, claim: int = 700, samples: int = 700, kind: str = "<i8") -> bytes:
-    """Columns of zeros whose headers claim to hold `claim` rows."""
+    """Write columns of zeros whose headers claim `claim` rows."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name in INDEX_COLUMNS:

@@ -1,4 +1,4 @@
-"""Shards that change under a loader: bytes that are not what they were are never handed on for long, nor saved."""
+"""Shards that change under a loader: changed bytes are noticed soon and never saved."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def by_name(changes: dict[Change, str | None]) -> pytest.MarkDecorator:
 
 
 def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[Loader, Path]:
-    """One that reads from the map, and its second shard."""
+    """Return a loader that reads from the mapping, and its second shard."""
     folder: Path = request.getfixturevalue(f"{encoding}_copy")
     return train(folder, 16, image_size=32, placement="host"), folder / NAME
 
@@ -93,7 +93,7 @@ def test_loader_stops_and_names_the_changed_shard(
     change(file)
     with pytest.raises(UserError, match=rf"{NAME} {says}"):
         copies(batches)
-    with pytest.raises(UserError, match=rf"{NAME} {says}"):  # and does not forget it
+    with pytest.raises(UserError, match=rf"{NAME} {says}"):  # the error persists
         loader.check_unchanged()
 
 

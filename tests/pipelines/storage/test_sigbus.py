@@ -1,4 +1,4 @@
-"""Reading a mapped file that was cut short gives zeros and a note; any other SIGBUS kills as it always did."""
+"""Reading a truncated mapped file gives zeros and sets a flag; any other SIGBUS still kills the process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE, SLOT = 300_000, 2**20
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, ...]:
-    """Three files of ones."""
+    """Write three files of ones."""
     paths = tuple(tmp_path / f"{number}.tar" for number in range(3))
     for path in paths:
         path.write_bytes(b"\1" * SIZE)
@@ -44,13 +44,13 @@ def test_truncated_pages_read_as_zeros_and_set_the_flag(files: tuple[Path, ...])
     assert mapped.fault_address.nonzero()[0].tolist() == [1]
     assert (
         mapped.fault_address[1] - mapped.content.ctypes.data - SLOT == 8192
-    )  # the first page without a byte of the file
+    )  # the first page behind the end of the file
 
 
 def test_what_stays_is_still_read_from_the_file(files: tuple[Path, ...]) -> None:
     mapped = opened(files)
     os.truncate(files[0], SIZE // 2)
-    for place in range(SIZE - 1, 0, -4096):  # from the end: every page is another fault
+    for place in range(SIZE - 1, 0, -4096):  # from the end, so that every page is a new fault
         assert mapped.content[place] == (place < SIZE // 2)
     assert mapped.content[: SIZE // 2].all()
 
@@ -148,4 +148,4 @@ def test_fork_has_its_own_table(files: tuple[Path, ...]) -> None:
 def test_another_bus_error_kills_as_it_always_did(way: str, files: tuple[Path, ...]) -> None:
     result = run(files[0], way, "-X", "faulthandler")
     assert (result.returncode, result.stdout) == (-signal.SIGBUS, "")
-    assert "Fatal Python error: Bus error" in result.stderr  # by the handler that was there before ours
+    assert "Fatal Python error: Bus error" in result.stderr  # by the previous handler

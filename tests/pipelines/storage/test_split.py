@@ -1,4 +1,4 @@
-"""The format on disk: other programs read it, damage is found and named, and size costs little."""
+"""Format on disk: other programs read it, damage is found and named, large data sets open quickly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder_of(encoding: str, request: pytest.FixtureRequest, copied: bool = Fals
 
 
 def stored(split: Split) -> list[bytes]:
-    """The content of each sample's image member."""
+    """Return the image member of each sample."""
     places = zip(split.address.tolist(), split.size.tolist(), strict=True)
     return [split.content[begin : begin + size].tobytes() for begin, size in places]
 
@@ -437,7 +437,7 @@ def test_verify_reports_a_file_without_read_permission(
 
 
 def forbid(file: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As chmod does, but also for root."""
+    """Remove read permission, as chmod does, but also for root."""
     allowed = getattr(Path, method)
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -538,7 +538,7 @@ def test_another_version_of_the_format_is_refused(npy_copy: Path) -> None:
 
 
 def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """The way to every value inside nested dicts and lists."""
+    """Yield the path to every value inside nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] * bool(path) + [found for key, inner in items for found in paths_of(inner, (*path, key))]
 
@@ -546,7 +546,7 @@ def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | i
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(data=st.data())
 def test_no_change_to_dataset_json_makes_opening_crash(npy_copy: Path, npy_data: Path, data: st.DataObject) -> None:
-    """Either a UserError, or the pixels are still there to be read."""
+    """Opening raises UserError, or all pixels can be read."""
     dataset = json.loads((npy_data / "dataset.json").read_text())
     *way, last = data.draw(st.sampled_from(paths_of(dataset)))
     changed = copy.deepcopy(dataset)
@@ -572,7 +572,7 @@ SAMPLES = 1_500_000
 
 @pytest.fixture(scope="module")
 def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An npy data set of 1.5 M samples of 96x96 whose shards are sparse files: 44 GB that take no space."""
+    """Return an npy data set of 1.5 M samples of 96x96 in sparse files: 44 GB that take no space."""
     folder = tmp_path_factory.mktemp("million")
     shape, classes = (96, 96, 3), 1000
     size = len(tar_format.npy_header(shape)) + math.prod(shape)
@@ -614,7 +614,7 @@ def test_opening_a_million_samples_takes_less_than_200_mb(million: Path) -> None
     script = f"""
 import re
 from pathlib import Path
-import pipelines.cpu.sigbus_handler  # Numba, of which a training has other use
+import pipelines.cpu.sigbus_handler  # imports Numba, which training needs anyway
 from pipelines.storage.open import open_split
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()

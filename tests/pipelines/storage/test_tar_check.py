@@ -1,4 +1,4 @@
-"""What is wrong with a shard is told from its bytes: which sample, and whether the others can still be found."""
+"""Diagnosis of damaged shards: the affected sample, and whether the others can still be found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_vectorized_headers_equal_those_written_one_by_one(rows: list[tuple[int,
     found = tar_format.headers(digits, "jpg", np.array([size for _, size in rows]))
     for header, key, (_, size) in zip(found, keys, rows, strict=True):
         assert header.tobytes() == tar_format.MemberWriter("jpg", size).member(key)[0]
-        member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "strict")  # which compares the checksum
+        member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "strict")  # checks the checksum
         assert (member.name, member.size) == (f"{key}.jpg", size)
 
 
@@ -47,7 +47,7 @@ def copy_of(encoding: str, request: pytest.FixtureRequest) -> Path:
 
 
 def change(split: Split, place: int, content: bytes) -> None:
-    """Write bytes at a place of a split's shards, as its addresses count."""
+    """Write bytes at an address of a split's shards."""
     with split.files[place // split.slot_bytes].open("r+b") as file:
         file.seek(place % split.slot_bytes)
         file.write(content)
@@ -77,7 +77,7 @@ def test_a_sound_shard_has_no_problem(encoding: str, request: pytest.FixtureRequ
         (-512 + 3, "damaged tar header (bad checksum)"),  # the key
         (-512 + 126, "damaged tar header (bad checksum)"),  # the size
         (-512 + 150, "damaged tar header"),  # the checksum
-        (-512 + 500, "damaged tar header (bad checksum)"),  # beyond what a header uses
+        (-512 + 500, "damaged tar header (bad checksum)"),  # an unused byte of the header
     ],
 )
 def test_flipped_header_bit_is_reported_with_its_sample(
@@ -101,7 +101,7 @@ def test_label_damage_is_reported_with_its_sample(
     folder = copy_of(encoding, request)
     split = open_split(folder, "train")
     label = int(split.address[SAMPLE]) + tar_format.padded(int(split.size[SAMPLE]))
-    if place == 600:  # padding, which nobody reads
+    if place == 600:  # unused padding
         change(split, label + place, b"x")
         assert found_in(folder) == ("headers, labels and sizes are right, so the bytes of images differ", True)
         return
@@ -195,7 +195,7 @@ def test_only_damaged_jpeg_images_are_allowed_and_only_on_request(
 
 
 def test_images_above_the_pixel_limit_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Index and file agree on the size of a bomb."""
+    """Index and file agree on a size of gigabytes."""
     out = tmp_path / "out"
     write(memory_source(train=MemoryRows(3, files=True)), out, "jpeg")
     damage(out, 1, claiming(60_000, 60_000))

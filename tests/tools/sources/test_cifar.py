@@ -1,4 +1,4 @@
-"""CIFAR sources: official layouts, archives, hostile and damaged pickles, the download."""
+"""CIFAR sources: official layouts, archives, malicious and damaged pickles, download."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_arrays_keep_values_type_and_order_in_every_protocol(array: np.ndarray, 
 
 
 def names_of_numpy_1(content: bytes) -> bytes:
-    """Rename the modules in a pickle as NumPy 1 calls them; for protocols that store no length of names."""
+    """Rename the modules in a pickle to those of NumPy 1, for protocols without the length of names."""
     return content.replace(b"numpy._core", b"numpy.core")
 
 
@@ -300,7 +300,7 @@ def test_paths_inside_an_archive_write_nothing_anywhere(tmp_path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the web site; it holds the official archive's name, with an md5 to match."""
+    """Return a folder that replaces the web site, with an archive of the official name and a matching md5."""
     folder = tmp_path / "site"
     write_cifar10(tmp_path / "made")
     folder.mkdir()

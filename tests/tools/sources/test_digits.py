@@ -1,4 +1,4 @@
-"""scikit-learn's digits: pixels, and a split that never changes."""
+"""scikit-learn's digits: pixels and a fixed split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDF5 sources: layouts, row order, labels, and everything that would silently give wrong pixels."""
+"""HDF5 sources: layouts, row order, labels, and causes of silently wrong pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pixels(seed: int = 0) -> np.ndarray:
 
 
 def write_hdf5(path: Path, channels_first: bool = True, replace: dict[str, Any] | None = None, **storage: Any) -> Path:
-    """A sound file of three splits; `replace` swaps or (None) removes keys."""
+    """Write a valid file of three splits; `replace` swaps keys, or removes them (None)."""
     images = pixels().transpose(0, 3, 1, 2) if channels_first else pixels()
     content: dict[str, Any] = {f"images-{split}": images for split in ("train", "val", "test")}
     content |= {f"labels-{split}": np.arange(ROWS) % 4 for split in ("train", "val")}
@@ -165,7 +165,7 @@ JPEGS = [b"\xff\xd8\xff\xe0" + bytes(row) for row in range(ROWS)]
 
 
 def vlen_bytes(dtype: Any) -> np.ndarray:
-    """JPEGS as arrays of different lengths, to be stored with a type of variable length."""
+    """Return JPEGs as arrays of different lengths, for a type of variable length."""
     values = np.empty(ROWS, h5py.vlen_dtype(dtype))
     values[:] = [np.frombuffer(jpeg, dtype) for jpeg in JPEGS]
     return values
@@ -224,7 +224,7 @@ def test_file_left_open_by_its_writer_is_reported_as_such(tmp_path: Path, is_swm
         file.flush()
         if is_swmr:
             file.swmr_mode = True
-        shutil.copy(tmp_path / "written.hdf5", tmp_path / "x.hdf5")  # as a writer that was killed leaves it
+        shutil.copy(tmp_path / "written.hdf5", tmp_path / "x.hdf5")  # like a writer that was killed
     with pytest.raises(UserError, match=r"x\.hdf5 is marked as open for writing.*h5clear -s") as raised:
         open_hdf5(tmp_path / "x.hdf5", None, MAX_PIXELS)
     assert "truncated" not in str(raised.value)

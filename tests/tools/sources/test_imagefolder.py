@@ -1,4 +1,4 @@
-"""Image folders: order, classes, sub-folders, links, what is passed over, Tiny ImageNet's layout, unlabelled images."""
+"""Image folders: order, classes, sub-folders, links, skipped entries, Tiny ImageNet's layout, unlabelled images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCHVISION = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 
 
 def write_files(root: Path, *names: str) -> Path:
-    """Files whose content is their own name: the source hands bytes on and decodes nothing."""
+    """Write files whose content is their name; the source passes bytes on without decoding."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
@@ -243,7 +243,7 @@ def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pyt
 
 
 def tiny_imagenet(root: Path, annotations: str) -> Path:
-    """Files of the layout as published; annotations: lines of FILE CLASS, to which a box is added."""
+    """Write files in the published layout. annotations: lines of FILE CLASS, to which a box is added."""
     write_files(root, "wnids.txt", "words.txt", "train/n2/n2_boxes.txt", "train/n1/n1_boxes.txt",
                 *(f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2) for place in range(3)),
                 *(f"{name}/images/{name}_{place}.JPEG" for name in ("val", "test") for place in range(3)))  # fmt: skip
