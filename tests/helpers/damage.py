@@ -49,7 +49,7 @@ def broken_in_the_middle(file: bytes) -> bytes:
 
 
 def stray_bytes(file: bytes) -> bytes:
-    """Move four bytes between two segments, where libjpeg skips them and DALI refuses the file."""
+    """Shorten the first segment, so that four bytes follow it, which libjpeg skips and DALI refuses."""
     _, place = segments(file)[0]
     length = int.from_bytes(file[place + 2 : place + 4], "big")
     return file[: place + 2] + struct.pack(">H", length - 4) + file[place + 4 :]
@@ -64,7 +64,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damage(folder: Path, sample: int, change: Callable[[bytes], bytes], split: str = "train") -> str:
-    """Change bytes of a stored JPEG and the hashes with them; return the sample's description in errors."""
+    """Change a stored JPEG, keeping its size, and update the hashes; return the sample's description in errors."""
     opened = open_split(folder, split, verify="off")
     begin, size = int(opened.address[sample]), int(opened.size[sample])
     content = change(opened.content[begin : begin + size].tobytes())

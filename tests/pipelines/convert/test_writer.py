@@ -113,9 +113,13 @@ def test_random_kills_and_worker_counts_give_identical_bytes(
 @pytest.mark.parametrize("block_bytes", [2**29, 100_000])
 @pytest.mark.parametrize(("encoding", "groups"), [("npy", 1), ("npy", 3), ("jpeg", 1)])
 def test_how_the_spool_is_cut_changes_no_byte(
-    groups: int, block_bytes: int, encoding: str, tmp_path: Path, request: pytest.FixtureRequest,
+    groups: int,
+    block_bytes: int,
+    encoding: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(layout, "GROUPS", groups)
     monkeypatch.setattr(writer, "BLOCK_BYTES", block_bytes)
     write(tiny_source(encoding), tmp_path / "tiny", encoding)

@@ -187,9 +187,13 @@ def test_nothing_is_written_into_the_data_set(npy_copy: Path) -> None:
 
 @pytest.mark.parametrize("cache", ["a file", "no home"])
 def test_every_start_reads_and_warns_without_a_cache(
-    cache: str, npy_copy: Path, tmp_path: Path, read: list[str],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    cache: str,
+    npy_copy: Path,
+    tmp_path: Path,
+    read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if cache == "a file":
         (tmp_path / "cache").write_text("")
     else:
