@@ -36,7 +36,7 @@ test-faults: $(ENVIRONMENT)
 
 # The model tests again, with oneDNN's convolutions for older CPUs.
 ISAS := AVX2 SSE41
-MODEL_TESTS := $(addprefix tests/models/test_,models.py layers.py factory.py speedrun.py pretrained.py) \
+MODEL_TESTS := $(addprefix tests/models/test_,models.py layers.py factory.py timm_models.py speedrun.py pretrained.py) \
 	$(addprefix tests/train/optim/test_,freeze.py clipping.py muon.py factory.py) \
 	tests/train/checkpoint/test_finetune.py tests/train/engine/test_gradients.py
 test-isa: $(ENVIRONMENT)

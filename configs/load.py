@@ -224,6 +224,7 @@ def _overlay(old: _Layer, new: _Layer) -> _Layer:
 
 
 def _remove(values: Any, key_path: KeyPath) -> Any:
+    """Return nested values without this key."""
     first, *rest = key_path
     if not isinstance(values, Mapping) or first not in values:
         return values
@@ -232,6 +233,7 @@ def _remove(values: Any, key_path: KeyPath) -> Any:
 
 
 def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
+    """Return {a: {b: value}} for the key a.b."""
     for key in reversed(dotted_key.split(".")):
         value = {key: value}
     return dict(value)
@@ -247,6 +249,7 @@ def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
 
 
 def _key_paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield the path of every key of nested values, sections first."""
     if path:
         yield path
     if isinstance(values, Mapping):

@@ -113,7 +113,7 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
     """Return model.options without nulls, which mean the model's default. Raise `UserError` for a reserved key."""
     for key in sorted(RESERVED & config.options.keys()):
         raise UserError(
-            f"model.options={config.options} must not hold {key!r}, which is set elsewhere"
+            f"model.options={config.options} must not contain {key!r}, which is set elsewhere"
             + (f": use model.{key}" if key in ModelConfig.model_fields else "; leave it out")
         )
     return {key: value for key, value in config.options.items() if value is not None}

@@ -22,15 +22,19 @@ from torch import Tensor, nn
 MAX_NAMES_SHOWN = 3  # in the note
 
 
-def avoid_narrow_strided_convs(network: nn.Module) -> str | None:
+def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) -> str | None:
     """Move the stride of affected convolutions of a network on the CPU to a forward pre-hook.
 
     Affected layers get stride 1 and a hook that selects the positions. Parameters, names and results stay the same.
 
+    Args:
+        network: the network, changed in place.
+        channels: see `is_affected`; None: those of this CPU.
+
     Returns:
         A note for the log; None if no layer is affected.
     """
-    channels = block_channels()
+    channels = block_channels() if channels is None else channels
     convs = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
     affected = [(name, module) for name, module in convs if is_affected(module, channels)]
     if not affected:

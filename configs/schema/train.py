@@ -120,7 +120,7 @@ class TrainConfig(Section):
     @classmethod
     def _one_warmup(cls, schedule: str, info: ValidationInfo) -> str:
         if schedule == "one-cycle" and info.data.get("warmup_epochs"):
-            raise ValueError("has a warm-up of its own; set train.warmup_epochs to 0")
+            raise ValueError("includes its own warm-up; set train.warmup_epochs to 0")
         return schedule
 
     @field_validator("bce_threshold")

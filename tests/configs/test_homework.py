@@ -280,7 +280,7 @@ def test_schedules_accept_torch_names(write: Write, name: str, schedule: str) ->
 def test_one_cycle_rejects_second_warm_up(write: Write) -> None:
     one_cycle = "TRAIN: {LR_SCHEDULER: {NAME: OneCycleLR}"
     assert load_config(write(one_cycle + "}")).train.warmup_epochs == 0
-    with pytest.raises(UserError, match=r"has a warm-up of its own; set train\.warmup_epochs to 0"):
+    with pytest.raises(UserError, match=r"includes its own warm-up; set train\.warmup_epochs to 0"):
         load_config(write(one_cycle + ", WARMUP_EPOCHS: 2}"))
 
 

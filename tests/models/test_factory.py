@@ -87,10 +87,10 @@ def test_model_section_describes_whole_architecture() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_rate": 0.1}, "must not hold 'drop_rate', which is set elsewhere: use model.drop_rate"),
-        ({"image_size": 64}, "must not hold 'image_size', which is set elsewhere; leave it out"),
+        ({"drop_rate": 0.1}, "must not contain 'drop_rate', which is set elsewhere: use model.drop_rate"),
+        ({"image_size": 64}, "must not contain 'image_size', which is set elsewhere; leave it out"),
         ({"num_classes": 3}, "use model.num_classes"),
-        ({"pretrained_cfg": {}}, "must not hold 'pretrained_cfg'"),
+        ({"pretrained_cfg": {}}, "must not contain 'pretrained_cfg'"),
         ({"depth": 3}, "depth=3 is not an option of model 'resnet18'"),
     ],
 )

@@ -429,7 +429,7 @@ def test_a_run_scales_its_rates_to_its_batch_says_so_and_keeps_the_config_as_giv
     [
         (
             ["train.schedule=one-cycle", "train.warmup_epochs=1"],
-            r"one-cycle.* has a warm-up of its own",
+            r"one-cycle.* includes its own warm-up",
         ),
         (["train.epochs=3", "train.first_epoch=3"], r"train\.first_epoch=3 must be below train\.epochs=3"),
         (
