@@ -76,7 +76,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--project", metavar="NAME", help="W&B project; the runs form one group in it")
     parsed = parser.parse_intermixed_args(arguments)
     if not parsed.axes and not parsed.variant:  # KEY=VALUES after --opts would be taken for overrides
-        raise UserError("nothing to vary; give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3 before --opts, or --variant")
+        raise UserError("nothing to vary; give KEY=VALUE,VALUE (train.lr=1e-3,3e-3) before --opts, or --variant")
     return parsed
 
 

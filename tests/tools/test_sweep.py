@@ -190,7 +190,7 @@ def test_failed_run_is_listed_and_retried(digits_run: Run, finished: tuple[Path,
     [
         (["train.epoch=1,2"], "train.epoch=1 is unknown"),
         (["train.lr=1e-3,1e-2", "--opts", "data.path=/nowhere"], "'/nowhere' does not exist"),
-        (["--opts", "seed=1", "train.lr=1e-3,1e-2"], "give KEY=VALUE,VALUE such as train.lr=1e-3,3e-3 before --opts"),
+        (["--opts", "seed=1", "train.lr=1e-3,1e-2"], "give KEY=VALUE,VALUE (train.lr=1e-3,3e-3) before --opts"),
         (["train.lr=1e-3", "--parallel", "0"], "--parallel 0 is not"),
     ],
 )

@@ -40,7 +40,7 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
         aside = Path(temporary)
         try:
             with quiet():
-                holds = form.write(exportable, aside)
+                contents = form.write(exportable, aside)
         except Exception as error:  # exporters raise all kinds of errors for unsupported models
             raise UserError(
                 f"format {name} cannot be exported: {root_cause(error)}; leave it out with --format"
@@ -65,7 +65,7 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
     return {
         "format": name,
         "file": ", ".join(file.name for file in files),
-        "holds": holds,
+        "holds": contents,
         "size, MiB": round(size_mib, 3),
         "max difference": result.max_difference,
         "same top-1": f"{result.same_top1} of {len(expected.images)}",

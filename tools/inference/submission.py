@@ -135,9 +135,7 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
     bad = next((number for number, line in enumerate(lines) if len(line) != 2), None)
     if not lines or bad is not None:
         found = f"its row {bad + 1} is {','.join(lines[bad])[:80]!r}" if bad is not None else "it is empty"
-        raise UserError(
-            f"sample submission {path} must have two columns, such as {ID_COLUMN},{CATEGORY_COLUMN}, but {found}"
-        )
+        raise UserError(f"sample submission {path} must have two columns ({ID_COLUMN},{CATEGORY_COLUMN}), but {found}")
     ids = [line[0] for line in lines[1:]]
     seen: set[str] = set()
     twice = next((text for text in ids if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]

@@ -71,7 +71,7 @@ def suggest_lr(curve: LossCurve) -> Suggestion:
     noise = float(np.std(loss[: max(10, start)] - smoothed[: max(10, start)]))
     fall = first - float(smoothed[lowest])
     if lowest <= start or fall < max(MIN_RELATIVE_FALL * first, MIN_FALL_TO_NOISE * noise):
-        reason = f"the loss falls from {first:.4g} to {smoothed[lowest]:.4g} at best, which is no clear descent"
+        reason = f"the loss falls from {first:.4g} to {smoothed[lowest]:.4g} at best, which is not a clear descent"
         return Suggestion(None, None, reason)
     steepest = min(range(start, lowest + 1), key=lambda middle: slope_around(decades, smoothed, middle))
     return Suggestion(float(curve.lr[steepest]), float(curve.lr[lowest]), "steepest descent of the smoothed loss")

@@ -59,7 +59,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder; give run folders, or folders that contain them, such as output")
+            raise UserError(f"{path} is not a folder; give run folders, or folders that contain them (output)")
         inside = [path] if _is_run_folder(path) else sorted(filter(_is_run_folder, path.iterdir()), key=_natural_key)
         if not inside:
             raise UserError(f"{path} contains no run (config.yaml, metrics.jsonl) and no run folder; name one")
@@ -119,19 +119,19 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
         return names
     keys = differing_keys([record.config for record in records])
     settings = [
-        ", ".join(f"{key}={format_value(settings_by_key(record.config)[key])}" for key in keys) for record in records
+        ", ".join(f"{key}={format_setting(settings_by_key(record.config)[key])}" for key in keys) for record in records
     ]
     if len(set(settings)) == len(records) and max(map(len, settings), default=0) <= MAX_SETTINGS_LENGTH:
         return settings
     return names if len(set(names)) == len(records) else [str(record.folder) for record in records]
 
 
-def format_value(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Return a setting's value as on a command line, numbers in their shortest form."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
-        return f"[{','.join(map(format_value, value))}]"
+        return f"[{','.join(map(format_setting, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -230,4 +230,4 @@ def _progress(record: RunRecord) -> str:
 
 
 def _cell(value: Any) -> Any:
-    return format_value(value) if isinstance(value, list | bool) else value
+    return format_setting(value) if isinstance(value, list | bool) else value

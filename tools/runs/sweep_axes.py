@@ -64,7 +64,7 @@ def _parse_range(key: str, kind: str, inside: str, text: str) -> Callable[[float
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (kind == "uniform" or low > 0)):
         above = " above 0" if kind == "loguniform" else ""
-        raise UserError(f"{text!r}: {kind} needs two finite numbers{above}, the smaller one first, such as 1e-4,1e-1")
+        raise UserError(f"{text!r}: {kind} needs two finite numbers{above}, the smaller one first: 1e-4,1e-1")
 
     def draw(share: float) -> Settings:
         value = low + share * (high - low) if kind == "uniform" else low * (high / low) ** share

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tools.common.tables import Row
-from tools.runs.records import differing_keys, format_value, settings_by_key
+from tools.runs.records import differing_keys, format_setting, settings_by_key
 from tools.runs.sweep_points import Point
 from train.reporting import figures
 
@@ -40,7 +40,7 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
     if len(numeric) == 1 and not (names != [""] and keys == ["seed"]):
         others = [key for key in keys if key not in numeric]
         labels = [
-            ", ".join([*filter(None, [point.variant]), *(f"{other}={format_value(one[other])}" for other in others)])
+            ", ".join([*filter(None, [point.variant]), *(f"{other}={format_setting(one[other])}" for other in others)])
             for point, one in zip(points, settings, strict=True)
         ]
         return _line_plot(numeric[0], [one[numeric[0]] for one in settings], labels, rows, title)
@@ -126,8 +126,8 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
             for one, value in zip(settings, values, strict=True):
                 cells[vertical.index(one[keys[1]])][horizontal.index(one[keys[0]])] = value
             shown = axis.imshow(cells, origin="lower", aspect="auto", **colors)
-            axis.set_xticks(range(len(horizontal)), map(format_value, horizontal))
-            axis.set_yticks(range(len(vertical)), map(format_value, vertical))
+            axis.set_xticks(range(len(horizontal)), map(format_setting, horizontal))
+            axis.set_yticks(range(len(vertical)), map(format_setting, vertical))
             for row, column in ((r, c) for r in range(len(vertical)) for c in range(len(horizontal))):
                 value = cells[row][column]
                 text = "" if math.isnan(value) else f"{value:.4f}" if quantity == "best_val_top1" else f"{value:.3g}"
@@ -154,7 +154,7 @@ def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
         axis.set_xscale("log")
         axis.set_xticks([], minor=True)
     if len(tried) <= 8:
-        axis.set_xticks(tried, map(format_value, tried))
+        axis.set_xticks(tried, map(format_setting, tried))
 
 
 def _spans_orders(values: Sequence[float]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError
-from tools.runs.records import compared_settings, format_value, settings_by_key
+from tools.runs.records import compared_settings, format_setting, settings_by_key
 from tools.runs.sweep_axes import Axis, Settings, parse_axis, parse_variants
 from train.optim.factory import with_timm_defaults
 
@@ -153,7 +153,7 @@ def _name_points(axes: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ..
         parts = [variant]
         for key in sorted(short):
             text = next(text for text in settings if text.startswith(f"{key}=")).partition("=")[2]
-            parts.append(f"{short[key]}={format_value(values[key]) if key in values else text}")
+            parts.append(f"{short[key]}={format_setting(values[key]) if key in values else text}")
         name = re.sub(r"[^\w.,=+\-\[\]]+", "_", ",".join(filter(None, parts)))
         if len(name) > MAX_NAME_LENGTH or name in {point.name for point in result} or name.startswith("."):
             digest = hashlib.sha256(same.encode()).hexdigest()[:8]

@@ -18,7 +18,7 @@ from tools.runs.records import (
     comparison_rows,
     curve_rows,
     differing_keys,
-    format_value,
+    format_setting,
     read_global_batch,
     settings_by_key,
 )
@@ -96,7 +96,7 @@ def runs_of_another_sweep(sweep: Sweep) -> list[str]:
 def write_report(sweep: Sweep) -> None:
     """Write tables and plots. Print the table, the best setting and the command that trains it."""
     rows = write_tables(sweep)
-    pictures = draw_plots(sweep, rows)
+    plots = draw_plots(sweep, rows)
     print(tables.markdown(rows))
     if (best := best_row(rows)) is not None:
         point = sweep.points[best]
@@ -105,7 +105,7 @@ def write_report(sweep: Sweep) -> None:
         print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
         for hint in edge_hints([one.config for one in sweep.points], best):
             print(hint)
-    print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *pictures])}", flush=True)
+    print(f"{sweep.folder}: {', '.join(['sweep.csv', 'sweep.json', 'curves.csv', *plots])}", flush=True)
 
 
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
@@ -116,7 +116,7 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
         values = sorted({one[key] for one in settings if type(one[key]) in (int, float)})
         if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
             which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
-            hints.append(f"{key}={format_value(value)} is the {which} that was tried; {others} ones may be better")
+            hints.append(f"{key}={format_setting(value)} is the {which} that was tried; {others} ones may be better")
     return hints
 
 

@@ -22,7 +22,7 @@ from typing import IO
 from configs.load import to_yaml
 from configs.utils.errors import UserError
 from tools.common.tables import write_text
-from tools.runs.records import compared_settings, format_value, read_run
+from tools.runs.records import compared_settings, format_setting, read_run
 from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_points import Point
 from train.checkpoint.run_dir import resolve_resume
@@ -93,7 +93,7 @@ def is_finished(point: Point) -> bool:
     run = read_run(folder)
     there, here = compared_settings(run.config), compared_settings(point.config)
     if different := [
-        f"{key}: {format_value(there[key])} there, {format_value(here[key])} here"
+        f"{key}: {format_setting(there[key])} there, {format_setting(here[key])} here"
         for key in here
         if here[key] != there[key]
     ]:

@@ -78,7 +78,7 @@ def test_rows_sorted_by_unknown_names_are_not_matched_by_number() -> None:
 
 
 def test_unordered_rows_get_no_submission(tmp_path: Path) -> None:
-    """Holds with a sample submission and with counted ids."""
+    """Applies with a sample submission and with counted ids."""
     sample = tmp_path / "sample.csv"
     sample.write_text("Id,Category\n" + "".join(f"{number},0\n" for number in range(1, 12)), encoding="utf-8")
     for path in (sample, None):

@@ -56,9 +56,9 @@ def test_gpu_groups_run_one_point_at_a_time(tmp_path: Path, fake: Fake) -> None:
     run_fakes(tmp_path, slots, "seed=0,1,2,3,4,5")
     used: dict[str, list[tuple[float, float]]] = {}
     for number in range(6):
-        gpus, threads, begin, end = (tmp_path / f"seed={number}.log").read_text().split()
+        gpus, threads, start, end = (tmp_path / f"seed={number}.log").read_text().split()
         assert threads == "3"
-        used.setdefault(gpus, []).append((float(begin), float(end)))
+        used.setdefault(gpus, []).append((float(start), float(end)))
         assert load_config(tmp_path / f"seed={number}.yaml").data.threads == 3
     assert set(used) == {"0,1", "GPU-a"}
     for times in used.values():
