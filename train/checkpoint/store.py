@@ -171,21 +171,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """`load_newest`, the same on all ranks: the first one chooses.
+    """Load the checkpoint that `load_newest` chooses on rank 0, on every rank.
 
-    Raises UserError where another rank finds another checkpoint there.
+    Raises:
+        UserError: As in `load_newest`, or if another rank finds a checkpoint of another position at that path.
     """
-    mine: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}  # on rank 0
 
     def choose() -> tuple[Path, dict[str, int]]:
-        path, mine["content"] = load_newest(candidates)
-        return path, mine["content"].get("position", {})
+        path, chosen["checkpoint"] = load_newest(candidates)
+        return path, chosen["checkpoint"].get("position", {})
 
     path, position = collectives.from_first_rank(choose)
-    content: dict[str, Any] = mine["content"] if mine else load(path)
-    if content.get("position", {}) != position:
+    checkpoint: dict[str, Any] = chosen["checkpoint"] if chosen else load(path)
+    if checkpoint.get("position", {}) != position:
         raise UserError(
-            f"checkpoint {path} stands at {content.get('position')} on one rank and at {position} on the first; give "
+            f"checkpoint {path} is at {checkpoint.get('position')} on one rank and at {position} on rank 0; give "
             "--output a folder that all machines share"
         )
-    return path, content
+    return path, checkpoint

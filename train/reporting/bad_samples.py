@@ -24,7 +24,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
     loader.bad.check_budget(samples)
     shown = ", ".join(map(str, samples[:20].tolist())) + (" …" if len(samples) > 20 else "")
     return (
-        f"bad samples so far: {len(samples)} of at most {loader.bad.budget}, which others stand in for "
+        f"bad samples so far: {len(samples)} of at most {loader.bad.budget}, replaced by others "
         f"(split {loader.bad.split.name!r}: {shown})"
     )
 

@@ -140,7 +140,7 @@ def test_bad_samples_are_reported_with_their_number_and_the_budget(damaged: Path
         assert report_bad_samples(loader) is None
         for _ in range(2):
             assert report_bad_samples(finished(loader)) == (
-                "bad samples so far: 3 of at most 16, which others stand in for (split 'train': 3, 4, 200)"
+                "bad samples so far: 3 of at most 16, replaced by others (split 'train': 3, 4, 200)"
             )
 
 
