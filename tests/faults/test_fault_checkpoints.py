@@ -32,9 +32,17 @@ from train.checkpoint import store
 Call = Callable[..., tuple[int, str, str]]
 STEPS_PER_EPOCH = 44  # 1,437 samples in global batches of 32
 OPTIONS = [
-    "train.epochs=2", "train.warmup_epochs=0", "train.lr=3e-3", "train.save_every_steps=6", "data.batch_size=32",
-    "aug.crop=pad", "aug.padding=2", "aug.flip=0.5", "model.drop_rate=0.2", "log.every_steps=10",
-]  # fmt: skip
+    "train.epochs=2",
+    "train.warmup_epochs=0",
+    "train.lr=3e-3",
+    "train.save_every_steps=6",
+    "data.batch_size=32",
+    "aug.crop=pad",
+    "aug.padding=2",
+    "aug.flip=0.5",
+    "model.drop_rate=0.2",
+    "log.every_steps=10",
+]
 
 
 def arguments(data: Path, output: Path, *options: str) -> list[str | Path]:

@@ -33,8 +33,15 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def agents_of(restarts: int) -> tuple[list[str], list[str]]:
     """Return torchrun's arguments on the machine that hosts the rendezvous, and on the other."""
-    same = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-            "--rdzv-id=zhu", "--local-addr=127.0.0.1", f"--max-restarts={restarts}"]  # fmt: skip
+    same = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=zhu",
+        "--local-addr=127.0.0.1",
+        f"--max-restarts={restarts}",
+    ]
     return [*same, "--rdzv-conf=is_host=1"], [*same, "--rdzv-conf=is_host=0"]
 
 

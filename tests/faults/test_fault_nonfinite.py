@@ -34,8 +34,9 @@ def test_stop_ends_within_a_log_interval_and_keeps_the_checkpoint(digits: Path, 
     folder = tmp_path / "digits_lenet"
     assert code == 2
     (line,) = err.splitlines()
-    assert line.startswith("error: the loss is not finite in steps 31 to 40; the last good checkpoint is "
-                           f"{folder / 'last.pt'} of step 30;")  # fmt: skip
+    assert line.startswith(
+        f"error: the loss is not finite in steps 31 to 40; the last good checkpoint is {folder / 'last.pt'} of step 30;"
+    )
     assert "step 40:" not in out
     assert content(folder / "last.pt")["position"] == {"epoch": 1, "step": 8}
     assert weights_are_finite(folder)

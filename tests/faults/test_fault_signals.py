@@ -97,9 +97,14 @@ def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: 
 
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
     process = subprocess.Popen(
-        command_with(pause, run_arguments(digits, tmp_path)), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=take_it, env={**CLEAN, "PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+        command_with(pause, run_arguments(digits, tmp_path)),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_it,
+        env={**CLEAN, "PYTHONUNBUFFERED": ""},
+    )
     os.close(terminal)
     folder, end_s = tmp_path / "digits_lenet", time.monotonic() + 120
     while not logged(folder, "epoch 0:"):

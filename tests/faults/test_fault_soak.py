@@ -19,8 +19,19 @@ LENET = ROOT / "configs" / "cifar10_lenet.yaml"
 def soak(config: Path, data: Path, output: Path, *opts: str) -> None:
     census = output / "census.jsonl"
     output.mkdir()
-    command = ["--cfg", config, "--data-path", data, "--output", output, "--opts", f"train.epochs={EPOCHS}",
-               "train.warmup_epochs=0", "name=run", *opts]  # fmt: skip
+    command = [
+        "--cfg",
+        config,
+        "--data-path",
+        data,
+        "--output",
+        output,
+        "--opts",
+        f"train.epochs={EPOCHS}",
+        "train.warmup_epochs=0",
+        "name=run",
+        *opts,
+    ]
     done = run_to_its_end(command_with({"census": str(census)}, command), timeout_s=3600)
     assert done.returncode == 0, done.stderr
     lines = strict_lines(census)

@@ -40,9 +40,13 @@ def command_with(faults: dict[str, Any], arguments: list[str | Path], processes:
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**CLEAN, **environment},
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**CLEAN, **environment},
         preexec_fn=restore_signal_handlers,
-    )  # fmt: skip
+    )
 
 
 def run_to_its_end(command: list[str], timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -28,14 +28,28 @@ NAME = "digits_lenet"  # of the run folder
 def options_of(ranks: int, epochs: int) -> list[str]:
     """Return settings of a short training. Global batch 32, or slightly less if ranks do not divide it."""
     return [
-        f"train.epochs={epochs}", "train.warmup_epochs=0", "train.lr=3e-3", "train.save_every_steps=5",
-        f"data.batch_size={32 // ranks}", "aug.flip=0.5", "model.drop_rate=null",
-    ]  # fmt: skip
+        f"train.epochs={epochs}",
+        "train.warmup_epochs=0",
+        "train.lr=3e-3",
+        "train.save_every_steps=5",
+        f"data.batch_size={32 // ranks}",
+        "aug.flip=0.5",
+        "model.drop_rate=null",
+    ]
 
 
 def arguments(data: Path, output: Path, ranks: int, epochs: int, *more: str) -> list[str]:
-    return ["--cfg", str(DIGITS), "--data-path", str(data), "--output", str(output), *more,
-            "--opts", *options_of(ranks, epochs)]  # fmt: skip
+    return [
+        "--cfg",
+        str(DIGITS),
+        "--data-path",
+        str(data),
+        "--output",
+        str(output),
+        *more,
+        "--opts",
+        *options_of(ranks, epochs),
+    ]
 
 
 def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
@@ -48,8 +62,7 @@ def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
 
 def run_unbroken(data: Path, output: Path, ranks: int, epochs: int) -> Path:
     """Train without interruption, and return the run folder."""
-    ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks,
-                   timeout_s=300)  # fmt: skip
+    ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks, timeout_s=300)
     assert ended.codes == [0] * ranks, ended.printed
     return output / NAME
 
@@ -68,8 +81,11 @@ class Launch:
         self._file = self._printed.open("a")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train" / "ddp.py"), *command],
-            stdout=self._file, stderr=subprocess.STDOUT, env={**CLEAN, **environment}, start_new_session=True,
-        )  # fmt: skip
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            env={**CLEAN, **environment},
+            start_new_session=True,
+        )
 
     def __enter__(self) -> Launch:
         return self

@@ -45,8 +45,12 @@ class Job:
         for name, text in stubs.items():
             (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
             (bin_folder / name).chmod(0o755)
-        slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2",
-                 "SLURM_GPUS_ON_NODE": "8"}  # fmt: skip
+        slurm = {
+            "SLURM_JOB_ID": "4242",
+            "SLURM_JOB_NODELIST": "gpu[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS_ON_NODE": "8",
+        }
         environment = {
             **CLEAN,
             **slurm,
@@ -56,8 +60,13 @@ class Job:
         }
         (folder / "train").exists() or (folder / "train").symlink_to(ROOT / "train")
         self.printed = folder / "printed"
-        self.process = subprocess.Popen(["bash", str(SCRIPT), *command], cwd=folder, env=environment,
-                                        stdout=self.printed.open("a"), stderr=subprocess.STDOUT)  # fmt: skip
+        self.process = subprocess.Popen(
+            ["bash", str(SCRIPT), *command],
+            cwd=folder,
+            env=environment,
+            stdout=self.printed.open("a"),
+            stderr=subprocess.STDOUT,
+        )
 
     @property
     def calls(self) -> list[str]:
@@ -161,8 +170,13 @@ def test_requeued_training_completes_with_the_same_weights(tmp_path: Path) -> No
     output = tmp_path / "output"
     variables = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": str(free_port())}
     for restarts in range(2):
-        job = Job(tmp_path, *arguments(data, output, 1, epochs), python=sys.executable,
-                  SLURM_RESTART_COUNT=str(restarts), **variables)  # fmt: skip
+        job = Job(
+            tmp_path,
+            *arguments(data, output, 1, epochs),
+            python=sys.executable,
+            SLURM_RESTART_COUNT=str(restarts),
+            **variables,
+        )
         if restarts == 0:
             wait_until(lambda: saved_steps(output / NAME) > 20)
             job.process.send_signal(signal.SIGUSR1)

@@ -16,8 +16,17 @@ from pipelines.storage.dataset import fingerprint
 from train.checkpoint.state import require_keys
 
 # Train settings that a resumed run may change: they affect results at most in the last digits, or only after a failure.
-CHANGEABLE_SETTINGS = ("accumulation_steps", "amp", "compile", "cuda_graph", "channels_last", "save_every_steps",
-                       "save_every_epochs", "eval_every_epochs", "on_nonfinite")  # fmt: skip
+CHANGEABLE_SETTINGS = (
+    "accumulation_steps",
+    "amp",
+    "compile",
+    "cuda_graph",
+    "channels_last",
+    "save_every_steps",
+    "save_every_epochs",
+    "eval_every_epochs",
+    "on_nonfinite",
+)
 EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # best.pt is chosen by them
 
 

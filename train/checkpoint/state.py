@@ -14,10 +14,21 @@ from train.checkpoint.format import FORMAT
 from train.engine.state import TrainState
 
 ENTRY_TYPES: dict[str, type] = {
-    "model": dict, "optimizer": dict, "scaler": dict, "lookahead": dict, "ema": dict, "proxy": dict,
-    "sums": torch.Tensor, "position": dict, "progress": dict, "times": dict, "stream": dict, "config": str,
-    "dataset": dict, "threads": int,
-}  # fmt: skip
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "lookahead": dict,
+    "ema": dict,
+    "proxy": dict,
+    "sums": torch.Tensor,
+    "position": dict,
+    "progress": dict,
+    "times": dict,
+    "stream": dict,
+    "config": str,
+    "dataset": dict,
+    "threads": int,
+}
 TENSOR_ENTRIES = ("model", "lookahead", "ema")
 
 

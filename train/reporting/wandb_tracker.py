@@ -28,8 +28,17 @@ FINISH_TIMEOUT_S = 30.0  # for the remaining upload
 FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
 FAST_FINISH_S = 5.0  # instead of both, after a signal
 TEARDOWN_TIMEOUT_S = 5.0
-EPOCH_METRICS = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "ema_val_loss", "ema_val_top1",
-                 "ema_val_top5", "epoch_time_s")  # fmt: skip
+EPOCH_METRICS = (
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "ema_val_loss",
+    "ema_val_top1",
+    "ema_val_top5",
+    "epoch_time_s",
+)
 
 
 class WandbTracker:

@@ -62,8 +62,11 @@ def test_unprintable_output_is_no_traceback(redirected: str, code: int, err: str
     command = f'set -o pipefail; "$0" -c "$1" {redirected}'
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, wait + SCRIPT],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(err)
     assert len(done.stderr.splitlines()) == (1 if err else 0)
@@ -84,9 +87,12 @@ def test_closed_terminal_changes_only_the_code_of_lost_results(end: str, code: i
     script = f"import sys\nfrom configs.utils.errors import UserError, run_main\n{main}run_main(main)"
     ours, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=terminal, stderr=terminal,
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=terminal,
+        stderr=terminal,
         env={**os.environ, "PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+    )
     os.close(terminal)
     os.close(ours)
     process.communicate(b"\n", timeout=60)
@@ -94,12 +100,17 @@ def test_closed_terminal_changes_only_the_code_of_lost_results(end: str, code: i
 
 
 def test_closed_stderr_does_not_write_into_later_files(tmp_path: Path) -> None:
-    script = SCRIPT.replace("print('told')", "import sys; file = open(sys.argv[1], 'w'); print('x', file=sys.stderr); "
-                                             "import os; os.write(2, b'y'); print(sys.stderr.isatty())")  # fmt: skip
+    script = SCRIPT.replace(
+        "print('told')",
+        "import sys; file = open(sys.argv[1], 'w'); print('x', file=sys.stderr); "
+        "import os; os.write(2, b'y'); print(sys.stderr.isatty())",
+    )
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" "$2" 2>&-', sys.executable, script, tmp_path / "file"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "False\n")
     assert (tmp_path / "file").read_bytes() == b""
 
@@ -130,8 +141,11 @@ def test_names_beyond_the_locale_work_and_print_as_escapes(options: list[str], t
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *options, tmp_path / "named.py", tmp_path, "größe_日本"],
-        capture_output=True, check=False, env=environment, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+    )
     if options:  # the program cannot change it: one sentence, no endless restarts
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
         return

@@ -33,8 +33,11 @@ def test_other_than_regular_files_never_block_or_stay_open(tmp_path: Path) -> No
     ):
         with pytest.raises(OSError, match=reason):
             open_plain(path)
-    opened = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
-              if os.path.lexists(f"/proc/self/fd/{number}")]  # fmt: skip
+    opened = [
+        os.readlink(f"/proc/self/fd/{number}")
+        for number in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{number}")
+    ]
     assert not {str(tmp_path), str(tmp_path / "pipe"), "/dev/zero"} & set(opened)
 
 

@@ -25,9 +25,18 @@ AFTER_A_FAILURE = {"train.on_nonfinite"}
 BOOKKEEPING = {"name", "output", "resume", "eval.only", "model.num_classes"}
 WATCHED = {"train.eval_every_epochs"}
 SPEED = {
-    "data.placement", "data.prefetch", "data.threads", "data.hw_decoder_load", "eval.batch_size", "train.amp",
-    "train.compile", "train.cuda_graph", "train.channels_last", "train.save_every_steps", "train.save_every_epochs",
-}  # fmt: skip
+    "data.placement",
+    "data.prefetch",
+    "data.threads",
+    "data.hw_decoder_load",
+    "eval.batch_size",
+    "train.amp",
+    "train.compile",
+    "train.cuda_graph",
+    "train.channels_last",
+    "train.save_every_steps",
+    "train.save_every_epochs",
+}
 DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # no effect without damaged samples
 IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
 IN_DATA_SET = {"data.path"}
@@ -139,12 +148,17 @@ def test_checkpoint_without_run_entries_is_refused(part: str) -> None:
 @pytest.mark.parametrize(
     "crafted",
     [
-        {"stream": {}}, {"stream": {"data set": 3, "global batch": 64}}, {"progress": {}},
-        {"stream": {"data set": "a", "global batch": 0}}, {"stream": {"data set": "a", "global batch": "64"}},
+        {"stream": {}},
+        {"stream": {"data set": 3, "global batch": 64}},
+        {"progress": {}},
+        {"stream": {"data set": "a", "global batch": 0}},
+        {"stream": {"data set": "a", "global batch": "64"}},
         {"stream": {"data set": "a", "global batch": 64, "data set in detail": []}},
-        {"progress": {"best_top1": "high"}}, {"config": "train: 3"}, {"config": "[" * 999},
+        {"progress": {"best_top1": "high"}},
+        {"config": "train: 3"},
+        {"config": "[" * 999},
     ],
-)  # fmt: skip
+)
 def test_invalid_stream_entry_is_one_user_error(crafted: dict[str, Any]) -> None:
     config = config_of()
     stream = stream_info(config, data_set_of(), 1)
@@ -175,8 +189,15 @@ def test_every_setting_is_fingerprinted_or_known_as_neutral() -> None:
 
 
 def test_neutral_settings_may_change() -> None:
-    faster = ["train.amp=off", "train.compile=off", "train.save_every_steps=3", "train.eval_every_epochs=2",
-              "data.prefetch=1", "data.on_bad_sample=skip", "data.max_bad_samples=9"]  # fmt: skip
+    faster = [
+        "train.amp=off",
+        "train.compile=off",
+        "train.save_every_steps=3",
+        "train.eval_every_epochs=2",
+        "data.prefetch=1",
+        "data.on_bad_sample=skip",
+        "data.max_bad_samples=9",
+    ]
     check(config_of(), config_of(*faster))
     with pytest.raises(UserError, match=r"train\.eval_every_epochs: 1 then, 2 now\)"):
         check(config_of(*PLATEAU), config_of(*PLATEAU, *faster))

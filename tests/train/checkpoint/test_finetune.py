@@ -29,9 +29,13 @@ from train.checkpoint import format, store
 from train.checkpoint.finetune import load_finetune, without_pretrained
 
 OPTS = [
-    "data.batch_size=16", "train.epochs=2", "train.lr=3e-3", "model.name=resnet18", "model.activation=gelu",
+    "data.batch_size=16",
+    "train.epochs=2",
+    "train.lr=3e-3",
+    "model.name=resnet18",
+    "model.activation=gelu",
     "model.options={width: 16}",
-]  # fmt: skip
+]
 FROZEN = ("network.conv1.", "network.bn1.", "network.layer1.")
 FREEZE = 'model.freeze=["conv1.*", "bn1.*", "network.layer1.*"]'
 
@@ -69,8 +73,19 @@ class Result:
 
 def run(data: Path, folder: Path, *opts: str, flags: tuple[str, ...] = ()) -> Result:
     """Run train/ddp.py in this process. folder: the run folder."""
-    command = ["--cfg", ROOT / "configs" / "digits_lenet.yaml", "--data-path", data, "--output", folder.parent,
-               *flags, "--opts", f"name={folder.name}", *OPTS, *opts]  # fmt: skip
+    command = [
+        "--cfg",
+        ROOT / "configs" / "digits_lenet.yaml",
+        "--data-path",
+        data,
+        "--output",
+        folder.parent,
+        *flags,
+        "--opts",
+        f"name={folder.name}",
+        *OPTS,
+        *opts,
+    ]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -139,8 +154,10 @@ def test_fine_tuned_run_resumes_bitwise_without_its_source(
 
 def test_tools_need_neither_source_nor_data_set(tuned: Result, tmp_path: Path) -> None:
     content = torch.load(tuned.folder / "last.pt", weights_only=True)
-    lines = [f"  finetune: {tmp_path / 'gone'}" if line.startswith("  finetune:") else line
-             for line in content["config"].splitlines()]  # fmt: skip
+    lines = [
+        f"  finetune: {tmp_path / 'gone'}" if line.startswith("  finetune:") else line
+        for line in content["config"].splitlines()
+    ]
     content["config"] = "\n".join(lines)
     assert str(tmp_path / "gone") in content["config"]
     resaved(content, tmp_path / "last.pt")
@@ -179,8 +196,12 @@ def test_weights_file_is_needed_only_for_the_start(data: dict[int, Path], tmp_pa
     theirs: nn.Module = timm.create_model("test_resnet", num_classes=9)
     file = tmp_path / "weights.safetensors"
     save_file(theirs.state_dict(), file)
-    options = ("model.name=timm/test_resnet", "model.options.width=null", f"model.pretrained={file}",
-               'model.freeze=["layer1.*"]')  # fmt: skip
+    options = (
+        "model.name=timm/test_resnet",
+        "model.options.width=null",
+        f"model.pretrained={file}",
+        'model.freeze=["layer1.*"]',
+    )
     result = run(data[5], tmp_path / "run", *options)
     assert (result.code, result.err) == (0, "")
     assert "new: fc.weight, fc.bias" in result.out
@@ -222,8 +243,13 @@ def test_loaded_whitening_layer_is_not_fitted_again(data: dict[int, Path], tmp_p
     torch.manual_seed(1)
     theirs = build_model("speedrun96_proxy", 4, mean=[0.5] * 3, std=[0.5] * 3)
     path = saved(tmp_path / "last.pt", theirs)
-    speedrun = ("model.name=speedrun96_proxy", "model.activation=null", "model.options.width=null", "train.epochs=1",
-                "train.warmup_epochs=0")  # fmt: skip
+    speedrun = (
+        "model.name=speedrun96_proxy",
+        "model.activation=null",
+        "model.options.width=null",
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+    )
     results = [
         run(data[5], tmp_path / f"run-{bool(more)}", *speedrun, *more) for more in ((), (f"model.finetune={path}",))
     ]
@@ -276,8 +302,11 @@ def test_finetune_uses_the_average_if_it_counts(tmp_path: Path) -> None:
     raw, average, ours = (lenet(4, seed) for seed in (1, 2, 3))
     config = {weights: to_yaml(load_config(DIGITS, [f"eval.weights={weights}"])) for weights in ("auto", "raw")}
     path = tmp_path / "last.pt"
-    for ema, weights, expected in ((average.state_dict(), "auto", average), (average.state_dict(), "raw", raw),
-                                   ({}, "auto", raw)):  # fmt: skip
+    for ema, weights, expected in (
+        (average.state_dict(), "auto", average),
+        (average.state_dict(), "raw", raw),
+        ({}, "auto", raw),
+    ):
         load_finetune(ours, str(saved(path, raw, ema=ema, config=config[weights])), "abcd")
         assert differing(ours.state_dict(), expected.state_dict()) == set()
 

@@ -103,9 +103,18 @@ def test_manifest_with_another_position_counts_as_damage(intact: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"\n", b"{}", b"[" * 1000, b"9" * 1000, b"\xff" * 5000, b"null", b'{"bytes": 0, "epoch": 1}',
-     *(b'{"bytes": %s, "epoch": 1, "step": 1}' % size for size in (b"-1", b"1e999", b"9" * 30, b"true", b'"1"'))],
-)  # fmt: skip
+    [
+        b"",
+        b"\n",
+        b"{}",
+        b"[" * 1000,
+        b"9" * 1000,
+        b"\xff" * 5000,
+        b"null",
+        b'{"bytes": 0, "epoch": 1}',
+        *(b'{"bytes": %s, "epoch": 1, "step": 1}' % size for size in (b"-1", b"1e999", b"9" * 30, b"true", b'"1"')),
+    ],
+)
 def test_any_invalid_manifest_is_a_user_error(line: bytes, intact: Path, tmp_path: Path) -> None:
     whole, path = intact.read_bytes(), tmp_path / "last.pt"
     for content in (whole[: whole.rindex(b"\n", 0, -1)], b""):

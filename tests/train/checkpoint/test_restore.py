@@ -45,12 +45,16 @@ def test_last_learning_rate_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "crafted",
     [
-        {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"sums": torch.zeros(2)},
-        {"optimizer": {"state": {}, "param_groups": [3]}}, {"optimizer": {"state": 3, "param_groups": 3}},
-        {"model": {}}, {"optimizer": "shapes"},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"sums": torch.zeros(2)},
+        {"optimizer": {"state": {}, "param_groups": [3]}},
+        {"optimizer": {"state": 3, "param_groups": 3}},
+        {"model": {}},
+        {"optimizer": "shapes"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_invalid_state_is_one_user_error(crafted: dict[str, Any], intact: Path) -> None:
     content = store.load(intact)
     if crafted == {"optimizer": "shapes"}:

@@ -23,13 +23,26 @@ pytestmark = pytest.mark.usefixtures("group_unless_gpu")
 @pytest.mark.parametrize(
     "crafted",
     [
-        {"model": [1]}, {"model": {"weight": 3}}, {"model": {3: torch.zeros(3)}}, {"optimizer": []}, {"scaler": 1},
-        {"sums": [0.0] * 3}, {"lookahead": None}, {"ema": {"weight": "much"}}, {"proxy": "none"}, {"position": {}},
-        {"position": {"epoch": -1, "step": 0}}, {"position": {"epoch": 1.5, "step": 0}}, {"position": None},
-        {"progress": 0.5}, {"stream": "a"}, {"config": {"seed": 0}}, {"dataset": ["cat"]},
+        {"model": [1]},
+        {"model": {"weight": 3}},
+        {"model": {3: torch.zeros(3)}},
+        {"optimizer": []},
+        {"scaler": 1},
+        {"sums": [0.0] * 3},
+        {"lookahead": None},
+        {"ema": {"weight": "much"}},
+        {"proxy": "none"},
+        {"position": {}},
+        {"position": {"epoch": -1, "step": 0}},
+        {"position": {"epoch": 1.5, "step": 0}},
+        {"position": None},
+        {"progress": 0.5},
+        {"stream": "a"},
+        {"config": {"seed": 0}},
+        {"dataset": ["cat"]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_entry_of_wrong_type_is_named(crafted: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "crafted.pt"
     store.write(path, {"format": format.FORMAT, "model": {}, **STATE, **crafted})

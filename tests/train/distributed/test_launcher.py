@@ -235,10 +235,15 @@ def test_late_rank_triggers_warning_and_is_awaited() -> None:
     port = free_port()
     common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", LATE], stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", LATE],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert "warning: rank 0 has waited 1 s for other ranks to start" in errors[0]

@@ -54,9 +54,16 @@ def tracked(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     output = tmp_path_factory.mktemp("tracked")
     opts = [
-        "train.epochs=2", "train.warmup_epochs=0", "train.lr=3e-3", "data.batch_size=32", "train.save_every_steps=10",
-        "log.every_steps=4", "log.wandb.project=zhu", "log.wandb.mode=offline", "log.tensorboard=true",
-    ]  # fmt: skip
+        "train.epochs=2",
+        "train.warmup_epochs=0",
+        "train.lr=3e-3",
+        "data.batch_size=32",
+        "train.save_every_steps=10",
+        "log.every_steps=4",
+        "log.wandb.project=zhu",
+        "log.wandb.mode=offline",
+        "log.tensorboard=true",
+    ]
     command = ["ddp.py", "--cfg", DIGITS, "--data-path", digits_run.data, "--output", output, "--opts", *opts]
     steps = RunLog.log_step
 
@@ -165,14 +172,18 @@ def test_wandb_has_config_facts_and_best_values(tracked: Path) -> None:
 
 
 def test_run_ended_by_an_error_is_marked_failed(tracked: Path) -> None:
-    codes = [[record.exit.exit_code for record in wandb_records(folder) if record.HasField("exit")]
-             for folder in offline_runs(tracked)]  # fmt: skip
+    codes = [
+        [record.exit.exit_code for record in wandb_records(folder) if record.HasField("exit")]
+        for folder in offline_runs(tracked)
+    ]
     assert codes == [[1], [0]]
 
 
 def test_pictures_are_drawn_once_into_the_run_files(tracked: Path) -> None:
-    drawn = [sorted(path.name.rsplit("_", 2)[0] for path in folder.glob("files/media/images/pictures/*.png"))
-             for folder in offline_runs(tracked)]  # fmt: skip
+    drawn = [
+        sorted(path.name.rsplit("_", 2)[0] for path in folder.glob("files/media/images/pictures/*.png"))
+        for folder in offline_runs(tracked)
+    ]
     assert drawn == [["train_samples"], ["confusion_matrix", "predictions"]]
 
 
@@ -285,9 +296,15 @@ def test_disabled_trackers_are_not_imported(tmp_path: Path) -> None:
     ],
 )
 def test_environment_overrides_config_and_online_needs_login(
-    mode: Any, environment: str | None, login: str | None, expected: str | None, asked: list[dict[str, Any]],
-    run_log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    mode: Any,
+    environment: str | None,
+    login: str | None,
+    expected: str | None,
+    asked: list[dict[str, Any]],
+    run_log: RunLog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "home").mkdir()
     if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -416,9 +433,13 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.mark.parametrize(("case", "key"), [("refuses", "0" * 40), ("is silent", "0" * 40), ("refuses", "garbage")])
 def test_broken_server_or_key_makes_the_run_offline(
-    case: str, key: str, server: dict[str, str], capfd: pytest.CaptureFixture[str], tmp_path: Path,
+    case: str,
+    key: str,
+    server: dict[str, str],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     without_login(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", server[case])
