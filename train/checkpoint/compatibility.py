@@ -69,6 +69,7 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
     """
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
+    has_average = train.ema.decay is not None  # without one, eval.weights has no effect
     return {
         "data set": stream["data set"],
         "seed": config.seed,
@@ -84,14 +85,12 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
         **{
             f"model.{key}": value
             for key, value in config.model.model_dump(mode="json").items()
-            if key != "num_classes"  # a check that the data set has as many
+            if key != "num_classes"  # only checked against the data set
         },
         **flatten_settings("train", train, without=CHANGEABLE_SETTINGS),
         "data.val_split": data.val_split,
         **{f"eval.{key}": getattr(config.eval, key) for key in EVALUATION_SETTINGS},
-        "eval.weights": "raw"
-        if train.ema.decay is not None and config.eval.weights == "raw"
-        else "auto",  # as it counts
+        "eval.weights": "raw" if has_average and config.eval.weights == "raw" else "auto",
         **(plateau_settings(config) if train.schedule == "plateau" else {}),
     }
 
@@ -134,9 +133,8 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
         UserError: If data or settings differ. Names each difference, and how to keep the global batch.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
-    if not _is_valid_stream(checkpoint["stream"]) or not isinstance(
-        checkpoint["progress"].get("best_top1"), int | float
-    ):
+    has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
+    if not has_accuracy or not _is_valid_stream(checkpoint["stream"]):
         raise UserError(
             f"checkpoint {path} does not record the data of its run, as those of train/ddp.py do; give another one"
         )
@@ -144,12 +142,10 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
     then, now = run_fingerprint(before, checkpoint["stream"]), run_fingerprint(config, stream)
     then |= _used_by_timm(checkpoint, then, now)
     if then["data set"] != now["data set"]:
-        then, now = (
-            then | _detailed_dataset(checkpoint["stream"], stream),
-            now | _detailed_dataset(stream, checkpoint["stream"]),
-        )
+        then |= _detailed_dataset(checkpoint["stream"], stream)
+        now |= _detailed_dataset(stream, checkpoint["stream"])
     changed = [
-        f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now"
+        f"{key}: {_format(then.get(key))} then, {_format(now.get(key))} now"
         for key in {**now, **then}
         if then.get(key) != now.get(key)
     ]
@@ -178,7 +174,7 @@ def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[st
     return {key: list(value) if isinstance(value, tuple) else value for key, value in used.items()}
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     """Format a value in one line, as in YAML."""
     return json.dumps(value, ensure_ascii=False)
 
