@@ -1,14 +1,14 @@
-"""Find a learning rate for a config: the loss while the rate grows from update to update, and what it suggests.
+"""Find a learning rate: train with a growing rate, plot the loss and suggest a rate.
 
     python tools/find_lr.py --cfg configs/cifar10_lenet.yaml --data-path data/cifar10
     python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as the tool prints
 
-The range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate that
-grows exponentially: real batches and real updates, as the config says, from fresh weights that are thrown away. It ends
-when the smoothed loss is several times its minimum. The suggestion is the rate where the smoothed loss falls most
-steeply per decade; a tenth of the rate at its minimum is printed as a second opinion. train.lr is the peak of a
-schedule, for the global batch that was tested: with data.stages, that of the first one. Written to --out: find_lr.png,
-find_lr.csv (every update) and find_lr.json.
+This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
+that grows exponentially. It takes real optimizer steps on real batches, as the config says, from fresh weights, which
+are discarded. It ends when the smoothed loss is several times its minimum. The suggestion is the rate where the
+smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second opinion. train.lr
+is the peak of a schedule, for the global batch of the test (with data.stages, of the first stage). The tool writes
+find_lr.png, find_lr.csv (every step) and find_lr.json to --out.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ from train.throughput import endless_batches
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MIN_STEPS, MAX_STEPS = 100, 300  # updates by default: an epoch within these bounds
-SYNC_EVERY = 10  # updates between two looks at the device's losses
+MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default, one epoch
+MIN_CURVE_STEPS = 20
+SYNC_EVERY = 10  # steps between two reads of the losses on the device
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -66,7 +67,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
     parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
-    parser.add_argument("--steps", type=int, help=f"updates (default: an epoch, but {MIN_STEPS} to {MAX_STEPS})")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps (default: an epoch, but {MIN_STEPS} to {MAX_STEPS})"
+    )
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
     return parser.parse_args(arguments)
 
@@ -75,13 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if not 0 < options.first < options.last < math.inf:
         raise UserError(f"--from={options.first:g} --to={options.last:g} must be positive and in ascending order")
-    if options.steps is not None and options.steps < 20:
-        raise UserError(f"--steps={options.steps} is too few updates for a curve; use at least 20")
+    if options.steps is not None and options.steps < MIN_CURVE_STEPS:
+        raise UserError(f"--steps={options.steps} is too few for a curve; use at least {MIN_CURVE_STEPS}")
     config = load_config(options.cfg, options.opts, **{"data.path": options.data_path})
     config = config_at(config, config.train.first_epoch)
     out = options.out or Path(config.output) / f"{config.name}-find-lr"
     if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
-        raise UserError(f"{out} is the folder of a run; give another --out")
+        raise UserError(f"{out} is the folder of a run; choose another --out")
     ranks = Ranks.alone("tools/find_lr.py")
     check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
     dataset = load_dataset(config.data.path)
@@ -94,38 +97,38 @@ def main(arguments: list[str] | None = None) -> None:
             config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation
         ).at(0)
         steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // accumulation))
-        training = build_all(config, dataset, classes, loader.image_size, device)
-        whiten(training, whitening_images(training, config.data))
-        warm_up(training, loader)
-        curve = range_test(training, loader, np.geomspace(options.first, options.last, steps))
+        state = build_all(config, dataset, classes, loader.image_size, device)
+        whiten(state, whitening_images(state, config.data))
+        warm_up(state, loader)
+        curve = range_test(state, loader, np.geomspace(options.first, options.last, steps))
     suggestion = suggest_lr(curve)
     write_results(out, config, curve, suggestion)
     print(summary(config, curve, suggestion))
     print(f"curve and figures are in {out}")
 
 
-def range_test(training: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
-    """Train with one rate after another until the loss diverges; `training` is of no use afterwards.
+def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
+    """Train one step per learning rate until the loss diverges. `state` cannot be used afterwards.
 
-    Waits for the device once in READ_EVERY updates.
+    Synchronizes with the device every SYNC_EVERY steps.
     """
-    set_training_mode(training.forward)
-    set_whitening_bias_grad(training, 0)
+    set_training_mode(state.forward)
+    set_whitening_bias_grad(state, 0)
     losses: list[float] = []
-    sums: list[torch.Tensor] = []  # training.sums after each update, on the device
-    before = training.sums.clone()
-    accumulation = training.config.accumulation_steps
-    timeline = build_timeline(training.config, loader)
+    sums: list[torch.Tensor] = []  # state.sums after each step, on the device
+    before = state.sums.clone()
+    accumulation = state.config.accumulation_steps
+    timeline = build_timeline(state.config, loader)
     batches = endless_batches(loader)
-    for update, lr in enumerate(tqdm(rates, unit="update", leave=False, disable=not sys.stderr.isatty())):
-        for one in training.parts():
-            set_learning_rate(one.optimizer, float(lr))
-        for micro in range(accumulation):
-            run_step(training, next(batches), update, optimizer_step=micro == accumulation - 1)
-        update_averages(training, update, timeline)
-        sums.append(training.sums.clone())
-        if (update + 1) % SYNC_EVERY == 0 or update + 1 == len(rates):
-            differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronises
+    for step, lr in enumerate(tqdm(rates, unit="step", leave=False, disable=not sys.stderr.isatty())):
+        for part in state.parts():
+            set_learning_rate(part.optimizer, float(lr))
+        for micro_step in range(accumulation):
+            run_step(state, next(batches), step, optimizer_step=micro_step == accumulation - 1)
+        update_averages(state, step, timeline)
+        sums.append(state.sums.clone())
+        if (step + 1) % SYNC_EVERY == 0 or step + 1 == len(rates):
+            differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronizes
             losses.extend(differences[:, 0] / differences[:, 2])
             before, sums = sums[-1], []
             if (end := divergence_index(smooth_losses(losses, rates))) is not None:
@@ -136,9 +139,10 @@ def range_test(training: TrainState, loader: Loader, rates: np.ndarray) -> LossC
 
 
 def options_for(config: Config, lr: float) -> str:
-    """What to add after --opts: all rates of the config are moved along with train.lr, as the test moved them.
+    """Return the values for --opts. All rates of the config are scaled with train.lr, as in the test.
 
-    lr: at the global batch that was tested; the config's is for train.lr_batch_size, where that is set.
+    Args:
+        lr: Learning rate for the tested global batch. The printed one is for train.lr_batch_size, if that is set.
     """
     train = config.train
     lr /= lr_factor(train, global_batch(config, 1))
@@ -150,15 +154,16 @@ def options_for(config: Config, lr: float) -> str:
 
 
 def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
+    """Return the result as text."""
     ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
-    lines = [f"{title(config)}: {len(curve.lr)} updates from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
+    lines = [f"{title(config)}: {len(curve.lr)} steps from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
-        lines.append(f"no suggestion: {suggestion.reason}; look at the curve, or try --from, --to and more --steps")
+        lines.append(f"no suggestion: {suggestion.reason}; check the curve, or change --from, --to or --steps")
     else:
         minimum, tenth = suggestion.lr_at_minimum, suggestion.tenth_of_minimum
         lines.append(f"second opinion: a tenth of {minimum:.2g}, where the smoothed loss is lowest, is {tenth:.2g}")
         lines.append(f"suggestion (steepest descent): --opts {options_for(config, suggestion.lr)}")
-        lines.append(f"the config has train.lr={config.train.lr:.2g}")
+        lines.append(f"the config sets train.lr={config.train.lr:.2g}")
         if config.train.lr_batch_size is not None:
             lines.append(f"train.lr is for train.lr_batch_size={config.train.lr_batch_size}, the curve for this batch")
     return "\n".join(lines)
@@ -169,11 +174,12 @@ def title(config: Config) -> str:
 
 
 def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -> None:
+    """Write find_lr.csv, find_lr.json and find_lr.png."""
     rows = [
-        {"update": update, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
-        for update, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
+        {"update": step, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
+        for step, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
     ]
-    facts: dict[str, Any] = {
+    content: dict[str, Any] = {
         "name": config.name,
         "model": config.model.name,
         "data": config.data.path,
@@ -186,21 +192,23 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
         "source": "arXiv:1506.01186",
     }
     write_csv(out / "find_lr.csv", rows)
-    write_text(out / "find_lr.json", json.dumps(facts, indent=2) + "\n")
+    write_text(out / "find_lr.json", json.dumps(content, indent=2) + "\n")
     figures.save(plot(config, curve, suggestion), out / "find_lr.png")
 
 
 def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
-    """Loss over learning rate; losses that left the range of the others are cut off."""
+    """Plot the loss over the learning rate. The axis does not extend to the losses of the divergence."""
     figure, (axis,) = figures.new_figure(size=(8, 5))
-    axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one update")
+    axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one step")
     axis.plot(curve.lr, curve.smoothed, color="#1f4e89", label="smoothed")
     if suggestion.lr is not None and suggestion.tenth_of_minimum is not None:
         axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
         second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
         axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
-    if curve.lr[0] <= (now := scale_learning_rates(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
-        axis.axvline(now, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {now:.2g}")
+    if curve.lr[0] <= (config_lr := scale_learning_rates(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
+        axis.axvline(
+            config_lr, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {config_lr:.2g}"
+        )
     finite = curve.loss[np.isfinite(curve.loss)]
     if len(finite):
         low, high = float(finite.min()), float(finite[: max(10, len(finite) // 5)].max())
@@ -209,8 +217,8 @@ def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
     axis.set_xlim(curve.lr[0], curve.lr[-1])
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
-    none = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
-    axis.set_title(f"Learning-rate range test: {title(config)}{none}", fontsize=11, parse_math=False)
+    remark = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
+    axis.set_title(f"Learning-rate range test: {title(config)}{remark}", fontsize=11, parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     return figure

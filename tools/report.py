@@ -1,7 +1,7 @@
-"""Turns the JSON of a whole run into documents: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
+"""Write the documents of benchmark runs: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
 
-python tools/report.py                    every docs/benchmarks/*.json of this format: documents and README's table anew
-python tools/report.py --check            exit code 1 when README's table is not what the JSON files give
+python tools/report.py              write the documents of all docs/benchmarks/*.json and README's tables
+python tools/report.py --check      exit code 1 if README's tables differ from the JSON files
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.benchmarks.engine.markdown import headline, parts_table, run_markdown
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-HOW_TO_READ = """All rows of a table took turns in short rounds, each in a process of its own; a figure is the median
+HOW_TO_READ = """All rows of a table took turns in short rounds, each in a separate process; a figure is the median
 round. *ours / this* is our figure divided by the row's, *of resident* the row's divided by ours on one resident batch,
 and *share* the row's divided by the tightest bound, which was measured in the same run."""
 Run = dict[str, Any]
@@ -31,31 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
     parser.add_argument("--readme", type=path_argument, default=ROOT / "docs" / "benchmarks" / "README.md")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing, compare README's table with the JSON files"
-    )
+    parser.add_argument("--check", action="store_true", help="only compare README's table with the JSON files")
     options = parser.parse_args(arguments)
     runs = load_runs(options.folder)
+    text = with_block(options.readme, readme_block(runs, options.folder, options.readme))
     if options.check:
-        if with_block(options.readme, readme_block(runs, options.folder, options.readme)) == options.readme.read_text(
-            encoding="utf-8"
-        ):
+        if text == options.readme.read_text(encoding="utf-8"):
             return 0
-        print(
-            f"{options.readme}: the table is not what {options.folder} gives; run python tools/report.py",
-            file=sys.stderr,
-        )
+        message = f"{options.readme}: the table differs from {options.folder}; run python tools/report.py"
+        print(message, file=sys.stderr)
         return 1
     for run in runs.values():
         document(run, options.folder)
-    options.readme.write_text(
-        with_block(options.readme, readme_block(runs, options.folder, options.readme)), encoding="utf-8"
-    )
+    options.readme.write_text(text, encoding="utf-8")
     return 0
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """DEVICE.json, .md and .png of a run; and README's table, where the folder is the project's own."""
+    """Write DEVICE.json, .md and .png of a run, and README's table if the folder is docs/benchmarks."""
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
     written = [path, *document(run, folder)]
@@ -67,7 +60,7 @@ def write(run: Run, folder: Path) -> list[Path]:
 
 
 def load_runs(folder: Path) -> dict[str, Run]:
-    """The whole runs among the JSON files of a folder, by file name without its ending."""
+    """Load the runs among the JSON files of a folder, by file name without suffix."""
     runs = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -84,14 +77,14 @@ def load_runs(folder: Path) -> dict[str, Run]:
 
 
 def slug(run: Run) -> str:
-    """The device's name as a file name."""
+    """Return the device's name as a file name."""
     name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def document(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.md and, where there are figures, DEVICE.png."""
-    from tools.benchmarks.engine import charts  # here: matplotlib takes a while
+    """Write DEVICE.md and, if the run has rates, DEVICE.png."""
+    from tools.benchmarks.engine import charts  # deferred, since matplotlib is slow to import
 
     name = slug(run)
     failed = results.failure_lines(run["groups"])
@@ -113,7 +106,7 @@ def document(run: Run, folder: Path) -> list[Path]:
 
 
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
-    """README's table: per device and group our figure, the ratios to the peers, and the share of the bound."""
+    """Return README's tables: for each device our rates, the ratios to peers, and the shares of bounds."""
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
         text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
@@ -173,23 +166,23 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
-    """A cell for each peer; they belong to the first of our rows, which they are ratios to."""
+    """Return a cell for each peer. Ratios relate to the first of our rows and are shown there only."""
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]
 
 
 def _title(group: dict[str, Any], row: Row) -> str:
-    """The group's title, and which of its rows of ours this is, where there are several."""
+    """Return the title of the table and, if we have several rows, the name of this one."""
     which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
     return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
 
 
 def with_block(readme: Path, block: str) -> str:
-    """The text of a README with the part between the two markers replaced."""
+    """Return the text of a README with the part between the two markers replaced."""
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(
-            f"{readme} does not hold one line {BEGIN} and, after it, one line {END}; put them back around the table"
+            f"{readme} must contain one line {BEGIN} and, after it, one line {END}; put them back around the table"
         )
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{block}\n\n{text[text.index(END) :]}"
 

@@ -1,16 +1,16 @@
-"""Run a config from several seeds in one process and print its accuracy and time, as speedruns are compared.
+"""Run a config with several seeds in one process; print accuracy and time as speedruns report them.
 
     python tools/speedrun.py --cfg configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
 
-The data are loaded and the steps compiled once, before the first run. A run's `time_s` is what airbench counts:
-whitening, the epochs, and the evaluation after the last one. `first_result_s` is the wall clock of a whole command with
-one run: start-up, loading, compilation, training and evaluation.
+The data are loaded and the steps compiled once, before the first run. `time_s` of a run counts what airbench counts:
+whitening, the epochs, and the evaluation after the last one. `first_result_s` is the wall time of a command with one
+run: start-up, loading, compilation, training and evaluation.
 
-The peer beside it, on the same card and in the same minutes: https://github.com/KellerJordan/cifar10-airbench at any
-checkout; `python airbench94_muon.py`, `python legacy/airbench95.py` and `python airbench96_faster.py` print the time of
-each of their runs in the last column and the mean accuracy at the end. Lower the number of runs at the end of the file;
-to give it the very same pixels, save this project's arrays as its cifar10/train.pt and cifar10/test.pt, dictionaries of
-`images` (uint8 [N, 32, 32, 3]), `labels` (int64 [N]) and `classes`.
+To compare with https://github.com/KellerJordan/cifar10-airbench, run it on the same card at the same time:
+`python airbench94_muon.py`, `python legacy/airbench95.py` and `python airbench96_faster.py` print the time of each run
+in the last column and the mean accuracy at the end. Lower the number of runs at the end of the file. To use the same
+pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dictionaries of `images` (uint8
+[N, 32, 32, 3]), `labels` (int64 [N]) and `classes`.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data-path", help="data.path, the converted data set")
-    parser.add_argument("--runs", type=int, default=10, help="seeds, from the config's on (default 10)")
+    parser.add_argument("--runs", type=int, default=10, help="number of seeds, starting at the config's (default 10)")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the result there as well")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    clock = RunTimer()
+    timer = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     config = load_config(arguments.cfg, arguments.opts, **{"data.path": arguments.data_path})
     if arguments.runs < 1:
-        raise UserError(f"--runs={arguments.runs} is not a positive whole number; use 1 or more")
+        raise UserError(f"--runs={arguments.runs} must be at least 1")
     if config.train.schedule == "plateau":
         raise UserError(
-            "train.schedule=plateau needs an evaluation after every epoch, which speedruns do without; use another one"
+            "train.schedule=plateau needs an evaluation after every epoch, but speedruns evaluate once; "
+            "use another schedule"
         )
     ranks = Ranks.alone("tools/speedrun.py")
     check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
@@ -79,8 +80,8 @@ def main() -> None:
     with process_group(ranks) as device:
         limit_threads(device)
         val_loader = build_eval_loader(config.data, config.eval, device=device)
-        training = build_all(config, dataset, classes, val_loader.image_size, device)
-        images = whitening_images(training, config.data)
+        state = build_all(config, dataset, classes, val_loader.image_size, device)
+        images = whitening_images(state, config.data)
         runs: list[dict[str, Any]] = []
         first_result_s = 0.0
         for seed in range(config.seed, config.seed + arguments.runs):
@@ -88,16 +89,16 @@ def main() -> None:
                 config.data, config.aug, seed=seed, device=device, accumulation_steps=config.train.accumulation_steps
             )
             if not runs:
-                check_image_sizes(training, train_loader, val_loader.image_size)
-                warm_up(training, train_loader, val_loader, config.eval.tta)
+                check_image_sizes(state, train_loader, val_loader.image_size)
+                warm_up(state, train_loader, val_loader, config.eval.tta)
             seeded = config.model_copy(update={"seed": seed})
-            restart_in_place(training, build_all(seeded, dataset, classes, val_loader.image_size, device))
-            runs.append({"seed": seed, **run(seeded, training, images, train_loader, val_loader, val_samples)})
-            first_result_s = first_result_s or clock.command_s
+            restart_in_place(state, build_all(seeded, dataset, classes, val_loader.image_size, device))
+            runs.append({"seed": seed, **run(seeded, state, images, train_loader, val_loader, val_samples)})
+            first_result_s = first_result_s or timer.command_s
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
             result = summary(config, runs, device)
-            result |= {"first_result_s": first_result_s, "command_s": clock.command_s}
-            if arguments.json is not None:  # after every run, so that one that is cut off loses no other
+            result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
+            if arguments.json is not None:  # after every run, so that an interruption loses one run only
                 write_text(arguments.json, json.dumps(result, indent=2) + "\n")
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "
@@ -108,29 +109,29 @@ def main() -> None:
 
 def run(
     config: Config,
-    training: TrainState,
+    state: TrainState,
     images: Tensor | None,
     train_loader: TrainLoader,
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:
-    """One training from the weights that `training` holds: top1 and time_s."""
-    clock = RunTimer()
-    clock.add(whiten(training, images))
+    """Train from the weights of `state` and evaluate. Return top1 and time_s."""
+    timer = RunTimer()
+    timer.add(whiten(state, images))
     train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
     for _ in range(config.train.first_epoch, config.train.epochs):
-        times = train_epoch(training, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
-        clock.add(times.time_s)
-    with clock, eval_weights(training.ema, config.eval.weights):
-        top1 = evaluate(training, val_loader, val_samples, config.eval.tta).top1
-    return {"top1": top1, "time_s": clock.training_s}
+        times = train_epoch(state, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
+        timer.add(times.time_s)
+    with timer, eval_weights(state.ema, config.eval.weights):
+        top1 = evaluate(state, val_loader, val_samples, config.eval.tta).top1
+    return {"top1": top1, "time_s": timer.training_s}
 
 
 def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Means and standard deviations (0 of a single run), and where they come from."""
+    """Return means and standard deviations (0 for a single run), the machine and the versions."""
     figures: dict[str, Any] = {"name": config.name, "runs": runs}
     for name in ("top1", "time_s"):
-        values = [float(one[name]) for one in runs]
+        values = [float(run[name]) for run in runs]
         figures[f"{name}_mean"] = statistics.fmean(values)
         figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return figures | {
