@@ -1,4 +1,4 @@
-"""Image classifiers, built by name with `build_model`; must not import pipelines or train."""
+"""Image classifiers, built by name with `build_model`."""
 
 from models.alexnet import AlexNet
 from models.factory import build_from_config, build_model, list_models, model_options
