@@ -13,11 +13,11 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from helpers.backends import use_dali
 from helpers.damage import claiming, segments, stray_bytes
 from helpers.loaders import evaluation
 from helpers.memory_source import MemoryRows, jpeg_file, memory_source, write
-from pipelines import build, jpeg_format
-from pipelines.assemble import Backend
+from pipelines import jpeg_format
 from pipelines.convert.encode import Encoding, encode
 from pipelines.cpu import jpeg_headers
 from pipelines.gpu import dali_graph
@@ -215,9 +215,7 @@ def test_verify_tells_a_jpeg_that_not_every_decoder_reads(tmp_path: Path, monkey
 @pytest.mark.parametrize("by_dali", [False, True], ids=["kernels", "DALI"])
 def test_greyscale_jpegs_are_read_as_rgb(by_dali: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_dali:
-        monkeypatch.setattr(
-            build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False)
-        )
+        use_dali(monkeypatch)
     write(memory_source(val=MemoryRows([KEPT["greyscale"]] * 2)), tmp_path / "out", "jpeg")
     height, width = PIXELS.shape[:2]
     (batch,) = evaluation(tmp_path / "out", 2, image_size=min(height, width))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
+from helpers.backends import use_dali
 from helpers.photos import converted, photos
-from pipelines import build, build_train_loader
-from pipelines.assemble import Backend
+from pipelines import build_train_loader
 from pipelines.loader.loader import Loader
 
 BATCH, SIZE, STEPS = 24, 48, 3
@@ -58,8 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
     """Return a loader with the DALI graph, as on a GPU, and one with the CPU graph."""
     data = DataConfig(path=str(folder), batch_size=BATCH, image_size=SIZE, threads=1)
-    by_dali = Backend(resident=False, uses_dali=True, passes_through=False)
-    with mock.patch.object(build, "choose_backend", return_value=by_dali):
+    with pytest.MonkeyPatch.context() as patch:
+        use_dali(patch)
         dalis = build_train_loader(data, AUGS[name], seed=7, device="cpu")
     return dalis.at(0), build_train_loader(data, AUGS[name], seed=7, device="cpu").at(0)
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from configs.schema import AugConfig
+from helpers.backends import use_dali
 from helpers.loaders import copies, train
 from helpers.odd_files import HEIGHT, WIDTH, defective_files, kept_files, pixels, reencoded_files
-from pipelines import build
-from pipelines.assemble import Backend
 from pipelines.storage.open import open_split
 from tools import convert
 
@@ -51,9 +50,7 @@ def test_every_file_is_kept_reencoded_or_quarantined_with_a_reason(odd: Path) ->
 @pytest.mark.parametrize("by_dali", [False, True], ids=["kernels", "DALI"])
 def test_every_stored_file_is_read(by_dali: bool, choice: Any, odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_dali:
-        monkeypatch.setattr(
-            build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False)
-        )
+        use_dali(monkeypatch)
     aug = AugConfig(crop="random-resized", scale=(1.0, 1.0), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT), flip=0)
     loader = train(odd, 8, aug, image_size=WIDTH, on_bad_sample=choice)
     batches = copies(loader)
