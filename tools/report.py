@@ -96,7 +96,7 @@ def document(run: Run, folder: Path) -> list[Path]:
         f"{headline(run)} The whole run took {run['duration_s'] / 60:.1f} minutes:",
         how,
         HOW_TO_READ,
-        *([f"![images/s by contestant]({picture.name})"] if picture else []),
+        *([f"![images/s by candidate]({picture.name})"] if picture else []),
         *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
         run_markdown(run),
     ]

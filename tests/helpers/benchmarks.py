@@ -1,5 +1,4 @@
-"""What the tests of the benchmarks share: contestants that run, fail and die, and a run as tools/benchmark.py writes
-it."""
+"""Helpers for tests of benchmarks: candidates that run, fail and die, and a run as tools/benchmark.py writes it."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> RunFile
 
 @contextmanager
 def steady(seconds: float = 0.001) -> Iterator[dict[str, Workload]]:
-    """Items that take `seconds` each."""
+    """Yield items that take `seconds` each."""
 
     def items() -> Iterator[None]:
         while True:
@@ -41,7 +40,7 @@ def steady(seconds: float = 0.001) -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def sleeps() -> Iterator[dict[str, Workload]]:
-    """Never gets warm."""
+    """Never finish the build."""
     time.sleep(600)
     yield {}
 
@@ -54,7 +53,7 @@ def cannot_be_built() -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def half_broken() -> Iterator[dict[str, Workload]]:
-    """One stream that fails at its first item, beside a good one."""
+    """Build a workload that fails at its first item, beside a good one."""
 
     def broken() -> Iterator[None]:
         raise MemoryError("out of memory")
@@ -66,7 +65,7 @@ def half_broken() -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def dies(after: int) -> Iterator[dict[str, Workload]]:
-    """The whole process is killed at an item."""
+    """Kill the process after some items."""
 
     def items() -> Iterator[None]:
         for _ in range(after):
@@ -79,7 +78,7 @@ def dies(after: int) -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def grows() -> Iterator[dict[str, Workload]]:
-    """Takes 512 MiB more with every item."""
+    """Allocate 512 MiB more with every item."""
 
     def items() -> Iterator[None]:
         held = []
@@ -93,7 +92,7 @@ def grows() -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def counts_in_a_thread(path: str) -> Iterator[dict[str, Workload]]:
-    """A busy background thread appends a byte to a file every millisecond, as an eager prefetcher works."""
+    """Append a byte to a file every millisecond in a thread, like a prefetcher."""
     import threading
 
     def work() -> None:
@@ -112,7 +111,7 @@ SPEEDRUN = {"name": "94", "ours": True, "error": None, "runs": 10, "time_s_mean"
 
 
 def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
-    """A small whole run, with a failure in it."""
+    """Return a small run that contains a failure."""
     common = {"device": "cpu", "batch_size": 512, "error": None}
 
     def row(name: str, rate: float, ours: bool = False, **facts: Any) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""tools/benchmark.py: that it measures the real loader and step, in turns, and survives what fails. No figure is
-asserted."""
+"""tools/benchmark.py: the real loader and step, interleaved rounds, failures and deadlines. No rates are asserted."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def titles_and_values(file: Path) -> list[tuple[str, int | None]]:
     return [(one["title"], one["rows"][0].get("value")) for one in json.loads(file.read_text())["groups"]]
 
 
-def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path: Path) -> None:
+def test_loader_stage_reports_our_share_of_the_bound(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "run.json"
     quick = ("--seconds", 0.02, "--rounds", 1, "--batch-size", 32, "--scratch", tmp_path)
     result = run("loader", "--data-path", digits, *quick, "--json", file)
@@ -82,17 +81,17 @@ def test_loader_stage_writes_ours_and_the_bound_beside_it(digits: Path, tmp_path
         assert ours["images_per_s"] > 0
         assert ours["share"] == pytest.approx(ours["images_per_s"] / bound["images_per_s"], rel=0.01)
         assert group["title"] in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["new folder"]  # nothing is left in the scratch folder
+    assert [path.name for path in tmp_path.iterdir()] == ["new folder"]  # the scratch folder is empty
 
 
-def test_titles_name_all_that_the_loader_does() -> None:
+def test_titles_name_every_augmentation() -> None:
     assert describe(AugConfig(crop="pad", flip=0.5)) == "pad and crop, flip"
     assert describe(AugConfig(flip=0)) == "no augmentation"
     aug = AugConfig(auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, grayscale=0.1, erase=EraseConfig(probability=0.25))  # type: ignore[arg-type]
     assert describe(aug) == "flip, rand-m9-mstd0.5-inc1, colour jitter, greyscale, erasing"
 
 
-def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path: Path) -> None:
+def test_peers_are_compared_with_crop_and_flip_only(digits: Path, tmp_path: Path) -> None:
     more = ["aug.auto=rand-m9-mstd0.5-inc1", "aug.mix.mixup=0.2", "aug.cutout=3", "aug.crop=pad", "aug.padding=2"]
     arguments = ["peers", "--cfg", "configs/digits_lenet.yaml", "--data-path", str(digits), "--opts", *more]
     reading, loading, training = single_stage.stage_tables(benchmark.parse_arguments(arguments), "cpu", tmp_path)
@@ -111,7 +110,7 @@ def test_beside_peers_crops_and_flips_alone_are_measured(digits: Path, tmp_path:
     assert {source.aug for source in sources} == {expected}
 
 
-def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits: Path, tmp_path: Path) -> None:
+def test_train_stage_reports_ratio_to_resident_batch(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
     result = run("train", *config, "--seconds", 0.05, "--rounds", 2, "--json", file)
@@ -121,7 +120,7 @@ def test_train_stage_gives_the_ratio_of_end_to_end_to_the_resident_batch(digits:
     assert end_to_end["bound"]["name"] == "matrix multiplication"
 
 
-def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
+def test_stage_changes_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     stages = "data.stages=[{epoch: 0, image_size: 32}, {epoch: 4, image_size: 34, batch_size: 32}]"
     config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits, "--opts", stages)
@@ -137,7 +136,7 @@ def test_changes_of_stages_are_measured_by_pairs_of_epochs(digits: Path, tmp_pat
     assert "fewer than two stages" in without.stderr
 
 
-def test_nothing_to_measure_is_a_user_error_and_leaves_no_file(tmp_path: Path) -> None:
+def test_nothing_to_measure_is_a_user_error_without_files(tmp_path: Path) -> None:
     result = run("loader", "--json", tmp_path / "run.json")
     assert not list(tmp_path.iterdir())
     assert result.returncode == 2
@@ -145,7 +144,7 @@ def test_nothing_to_measure_is_a_user_error_and_leaves_no_file(tmp_path: Path) -
     assert "Traceback" not in result.stderr
 
 
-def test_what_fails_crashes_or_dies_costs_only_its_own_row() -> None:
+def test_failing_or_killed_candidate_costs_only_its_row() -> None:
     candidates = [
         Candidate("first", fixtures.steady),
         Candidate("unbuildable", fixtures.cannot_be_built),
@@ -165,21 +164,21 @@ def test_what_fails_crashes_or_dies_costs_only_its_own_row() -> None:
         assert 0 < measurements[key].rate < fixtures.UNITS / 0.001
 
 
-def test_each_contestant_has_a_process_of_its_own_which_rests_outside_of_its_turns(tmp_path: Path) -> None:
+def test_candidate_process_is_stopped_between_its_rounds(tmp_path: Path) -> None:
     file = tmp_path / "ticks"
     candidates = [
         Candidate("eager", fixtures.counts_in_a_thread, (str(file),)),
         Candidate("slow", fixtures.steady, (0.01,)),
     ]
     measurements = measure(candidates, seconds=0.3, rounds=2)
-    ticks = file.stat().st_size  # warm-up and two rounds of 0.3 s, but not the other's turns
+    ticks = file.stat().st_size  # from warm-up and two rounds of 0.3 s, not from rounds of the other
     time.sleep(0.05)
     assert file.stat().st_size == ticks
     assert ticks < 1300
     assert len({measurement.details["pid"] for measurement in measurements}) == 2
 
 
-def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_unbuildable_table_is_a_failed_row(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
 
     def broken() -> Iterator[InterleavedTable]:
@@ -194,7 +193,7 @@ def test_a_part_that_cannot_be_made_is_a_failed_row_and_the_rest_goes_on(tmp_pat
     assert results.failure_lines(record.added_tables()) == ["whole part: whole part: OSError: no space left"]
 
 
-def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwanted_ones_are_left_out(
+def test_parts_after_the_deadline_are_not_failures(
     tmp_path: Path,
 ) -> None:
     settings = settings_in(tmp_path, deadline=time.monotonic() - 1, only=("scale",))
@@ -208,7 +207,7 @@ def test_after_the_deadline_parts_are_unmeasured_rows_without_a_failure_and_unwa
     assert results.failure_lines(record.added_tables()) == []
 
 
-def test_only_unwanted_parts_after_the_deadline_is_exit_code_0(digits: Path, tmp_path: Path) -> None:
+def test_run_after_the_deadline_exits_with_code_0(digits: Path, tmp_path: Path) -> None:
     late = ("--minutes", 1e-9, "--only", "stages", "--seconds", 0.01, "--rounds", 1, "--json", tmp_path / "run.json")
     result = run("all", "--small", digits, *late)
     assert result.returncode == 0, result.stderr
@@ -217,7 +216,7 @@ def test_only_unwanted_parts_after_the_deadline_is_exit_code_0(digits: Path, tmp
     assert "failed" not in result.stderr
 
 
-def test_an_unknown_part_is_a_user_error() -> None:
+def test_unknown_part_is_a_user_error() -> None:
     result = run("all", "--part", "nonsense")
     assert result.returncode == 2
     assert "--part nonsense is not one of 32x32, LeNet" in result.stderr
@@ -225,10 +224,8 @@ def test_an_unknown_part_is_a_user_error() -> None:
         suite.choose(cpu.PARTS, [], ["ramp"])
 
 
-def test_every_part_of_the_run_on_a_gpu_can_be_made(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As far as a machine without one shows: data sets, configs and contestants; nothing is run."""
+def test_every_gpu_part_can_be_built(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds data sets, configs and candidates only, since there may be no GPU."""
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
     monkeypatch.setattr(
         gpu, "search_fastest", lambda *_: iter([Trial(256, [1000.0]), Trial(512, error="out of memory")])
@@ -272,7 +269,7 @@ def test_every_part_of_the_run_on_a_gpu_can_be_made(
     ]
 
 
-def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digits: Path, tmp_path: Path) -> None:
+def test_resnet50_is_profiled_without_measured_batch_size(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
     _, profile, training = gpu.resnet50(settings)  # the first table is not run, as with --only
     assert (profile.stage, training.stage) == ("profile", "training")
@@ -280,7 +277,7 @@ def test_resnet50_is_profiled_and_trained_where_no_batch_size_was_measured(digit
     assert training.candidates[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
 
 
-def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_path: Path) -> None:
+def test_free_space_is_needed_for_missing_data_sets_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name another folder with --data"):
         check_free_space(tmp_path, 2**60, "--data")
     made = tmp_path / "digits-96"
@@ -291,7 +288,7 @@ def test_room_for_data_sets_is_needed_for_those_that_are_still_to_be_made(tmp_pa
     check_free_space(tmp_path, 2**40, "--data")
 
 
-def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path) -> None:
+def test_generated_data_sets_are_reused(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
     made = image_dataset(settings, 224, "jpeg")
     assert made.parent == tmp_path
@@ -300,7 +297,7 @@ def test_made_data_sets_are_kept_from_part_to_part(digits: Path, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
 
 
-def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_path: Path) -> None:
+def test_data_set_is_not_generated_shortly_before_the_deadline(digits: Path, tmp_path: Path) -> None:
     settings = settings_in(
         tmp_path,
         device="cuda",
@@ -314,10 +311,10 @@ def test_a_data_set_is_not_begun_shortly_before_the_deadline(digits: Path, tmp_p
         image_dataset(settings, 224)
 
 
-def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_part_adds_to_them(
+def test_killed_run_keeps_its_rows_and_can_be_extended(
     tmp_path: Path,
 ) -> None:
-    """A kill in the midst of the second table of the second part, whose first row had been measured."""
+    """Killed during the second table of the second part, after its first row."""
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -348,7 +345,7 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
     printed = list(itertools.takewhile(lambda line: line != "hangs\n", process.stdout))
     process.kill()
     process.wait()
-    assert "### b\n" in printed  # tables are printed as they come
+    assert "### b\n" in printed  # tables are printed once measured
     left = json.loads((tmp_path / "run.json").read_text())
     assert {name: part["is_complete"] for name, part in left["parts"].items()} == {"one": True, "two": False}
     assert [(one["title"], [row["name"] for row in one["rows"]]) for one in left["groups"]] == [
@@ -367,7 +364,7 @@ def test_a_run_that_is_killed_keeps_all_rows_but_that_in_progress_and_the_next_p
     assert [one["title"] for one in record.added_tables()] == ["d"]
 
 
-def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tmp_path: Path) -> None:
+def test_unmeasured_table_does_not_replace_a_measured_one(tmp_path: Path) -> None:
     def part(*tables: tuple[str, str | None]) -> Part:
         made = [RowTable(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
         return Part("one", ("dali",), lambda _: iter(made), needs_limits=False)
@@ -389,14 +386,14 @@ def test_a_part_measured_again_replaces_its_tables_but_not_by_unmeasured_ones(tm
     assert [one["title"] for one in third.run["groups"]] == ["a", "b"]
 
 
-def test_a_table_measured_as_a_whole_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
+def test_whole_table_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
     (changes,) = progressive.stage_changes(settings_in(tmp_path, small=digits))
     assert changes.title == "changes of image and batch size, lenet"
     (cost,) = cpu.cost_per_sample(settings_in(tmp_path))
     assert cost.title == "Cost per sample by size of the data set, 96x96 raw"
 
 
-def test_a_part_that_is_not_complete_removes_no_earlier_table(tmp_path: Path) -> None:
+def test_incomplete_part_removes_no_earlier_table(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
 
     def measure_again(part: Part, only: tuple[str, ...] = ()) -> tuple[list[tuple[str, int | None]], bool]:
@@ -420,9 +417,7 @@ def test_a_part_that_is_not_complete_removes_no_earlier_table(tmp_path: Path) ->
     assert measure_again(part_of(table_of("a", value(3)))) == ([("a", 3)], True)
 
 
-def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crashed_program_is_a_failed_row_and_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(found: roofline.Limits) -> Iterator[results.Row]:
         program = Program([sys.executable, "-c", "raise SystemExit('no such set')"], tmp_path / "log", None)
         return (program.row("crashes", {}) for _ in program.run())
@@ -436,7 +431,7 @@ def test_a_program_that_runs_then_crashes_is_a_failed_row_and_exit_code_1(
     assert row["error"] == "exit code 1: no such set"
 
 
-def test_a_failure_is_reported_where_the_earlier_table_is_kept(tmp_path: Path) -> None:
+def test_failure_is_reported_although_earlier_table_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     first = empty_record(file)
     suite.run_parts([part_of(table_of("a", value(1)))], settings_in(tmp_path), first)
@@ -451,20 +446,20 @@ def test_a_failure_is_reported_where_the_earlier_table_is_kept(tmp_path: Path) -
     assert results.failure_lines(second.added_tables()) == ["a: x: crash"]
 
 
-def test_the_figures_of_a_program_that_still_runs_are_in_the_file(tmp_path: Path) -> None:
+def test_figures_of_a_running_program_are_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     seen = []
 
     def rows(found: roofline.Limits) -> Iterator[results.Row]:
         for figures in ({}, {"value": 1}, {"value": 2}):
             yield results.skipped_row("x", results.RUNNING) | figures
-            seen.append(titles_and_values(file))  # what a kill would leave
+            seen.append(titles_and_values(file))  # as after a kill
 
     suite.run_parts([part_of(RowTable("a", "dali", ("value",), rows))], settings_in(tmp_path), empty_record(file))
     assert seen == [[("a", None)], [("a", 1)], [("a", 2)]]
 
 
-def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
+def test_call_ended_by_the_deadline_is_not_a_failure(tmp_path: Path) -> None:
     def rows(found: roofline.Limits) -> Iterator[results.Row]:
         yield value(1)
         run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
@@ -484,14 +479,14 @@ def test_a_call_that_the_deadline_ends_is_no_failure(tmp_path: Path) -> None:
         assert not record.run["parts"]["one"]["is_complete"]
 
 
-def test_a_group_is_kept_after_every_round(tmp_path: Path) -> None:
+def test_table_is_kept_after_every_round(tmp_path: Path) -> None:
     kept: list[int] = []
     group = InterleavedTable("a", "loading", [Candidate("ours", fixtures.steady)], [{"ours": True}])
     group.run({}, 0.02, 3, None, lambda entry: kept.append(len(entry["rows"])))
     assert kept == [1, 1, 1]
 
 
-def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> None:
+def test_limits_of_the_same_day_are_reused(tmp_path: Path) -> None:
     found = {"memory copy": 6e9, "matrix multiplication": 2e12}
     rows = roofline.limit_rows([Measurement("limits", name, [rate]) for name, rate in found.items()])
     record = empty_record()
@@ -501,12 +496,12 @@ def test_limits_are_taken_from_the_record_of_the_same_day(tmp_path: Path) -> Non
     assert suite.machine_limits(settings_in(tmp_path), record) == pytest.approx(found)
     late = settings_in(tmp_path, deadline=time.monotonic() - 1)
     record.run["parts"][suite.LIMITS]["date"] = "2026-11-22"
-    assert suite.machine_limits(late, record) == {}  # of another day: measured again, but there was no time
+    assert suite.machine_limits(late, record) == {}  # of another day: measured again, but out of time
     record.run["parts"][suite.LIMITS]["date"] = "2026-11-23"
-    assert suite.machine_limits(late, record) == {}  # some are missing for time: measured again
+    assert suite.machine_limits(late, record) == {}  # incomplete: measured again
 
 
-def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_batch_size_that_fits_is_found(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
 
     def reaches(**rates: float) -> tuple[int, list[int]]:
@@ -525,7 +520,7 @@ def test_the_ramp_takes_the_fastest_batch_that_fits(digits: Path, monkeypatch: p
     assert reaches() == (0, [256])
 
 
-def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits: Path, tmp_path: Path) -> None:
+def test_broken_placement_costs_only_its_row(digits: Path, tmp_path: Path) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
     variants = {"host": {"placement": "host"}, "missing": {"path": str(tmp_path / "missing")}}
     resident, host, missing = measure([Candidate("ours", ours.training, (config, variants))], 0.05, 1)
@@ -535,12 +530,12 @@ def test_placements_share_one_network_and_a_broken_one_costs_its_own_row(digits:
     assert "does not exist" in str(missing.error)
 
 
-def test_after_the_deadline_nothing_new_is_started() -> None:
+def test_no_candidate_is_started_after_the_deadline() -> None:
     (measurement,) = measure([Candidate("late", fixtures.steady)], 0.02, 1, deadline=time.monotonic() - 1)
     assert measurement.error == OUT_OF_TIME
 
 
-def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure() -> None:
+def test_candidate_ended_at_the_deadline_is_not_a_failure() -> None:
     begin = time.monotonic()
     measurements = measure([Candidate("slow", fixtures.sleeps)], 0.02, 1, deadline=begin + 2)
     assert time.monotonic() - begin < 10
@@ -548,7 +543,7 @@ def test_a_contestant_that_is_not_warm_at_the_deadline_is_ended_and_no_failure()
     assert (row["error"], row["note"]) == (None, OUT_OF_TIME)
 
 
-def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> None:
+def test_call_in_subprocess_returns_result_or_raises() -> None:
     assert run_in_subprocess(int, "7") == 7
     with pytest.raises(TimeoutError):
         run_in_subprocess(int, "7", deadline=time.monotonic() - 1)
@@ -556,7 +551,7 @@ def test_a_function_called_apart_returns_its_result_or_raises_its_error() -> Non
         run_in_subprocess(int, "seven")
 
 
-def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: Path) -> None:
+def test_program_is_read_while_running_and_stopped_at_deadline(tmp_path: Path) -> None:
     file, log = tmp_path / "count", tmp_path / "log"
     script = f"import time\nfor n in range(10**6): open({str(file)!r}, 'w').write(str(n)); time.sleep(0.01)"
     program = Program([sys.executable, "-c", script], log, time.monotonic() + 3)
@@ -571,7 +566,7 @@ def test_a_program_is_read_while_it_runs_and_stopped_at_its_deadline(tmp_path: P
     assert [program.row("fails", {}) for _ in program.run()][-1]["error"] == "exit code 1: no such set"
 
 
-def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missing(digits: Path, tmp_path: Path) -> None:
+def test_reference_runs_on_the_same_pixels_if_present(digits: Path, tmp_path: Path) -> None:
     (missing,) = programs.reference(None, digits, 2, tmp_path, {}, None)
     assert not missing["error"]
     assert "--reference FOLDER" in missing["note"]
@@ -591,7 +586,7 @@ def test_the_reference_is_run_on_the_same_pixels_and_left_out_where_it_is_missin
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["reference"]  # no file in a set named cifar10
 
 
-def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target() -> None:
+def test_run_reports_best_accuracy_and_time_to_target() -> None:
     lines = [
         {"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
         for n, top1 in enumerate((0.5, None, 0.8, 0.7))
@@ -600,6 +595,6 @@ def test_what_a_run_has_reached_is_its_best_accuracy_and_the_time_of_its_target(
     assert (found["top1"], found["epochs"], found["epochs_per_s"], found["target_reached_s"]) == (0.8, 4, 0.5, 6.0)
     assert programs.accuracy_fields(lines, 0.9)["target_reached_s"] is None
     assert programs.accuracy_fields([], 0.9) == {}
-    lines[1] |= {"epoch_time_s": None, "images_per_s": None}  # of an epoch that was begun by an older version
+    lines[1] |= {"epoch_time_s": None, "images_per_s": None}  # as written by an older version
     found = programs.accuracy_fields(lines, 0.75)
     assert (found["images_per_s"], found["training_s"], found["target_reached_s"]) == (100.0, None, None)

@@ -1,4 +1,4 @@
-"""The learning-rate range test: what it suggests for a curve, and that its updates are the training's own."""
+"""tools/find_lr.py: suggestions for loss curves, and steps equal to those of training."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def noise() -> np.ndarray:
 
 
 def descent(at: float) -> np.ndarray:
-    """From 2.3 to 0.5, most steeply at the rate `at`, over about a decade; from 1 on the loss rises."""
+    """Return losses from 2.3 to 0.5, steepest at rate `at`, within about a decade. They rise from rate 1 on."""
     decades = np.log10(RATES)
     fall = 1.8 / (1 + np.exp(-6 * (decades - np.log10(at))))
     return 2.3 - fall + np.clip(decades, 0, None) ** 2 * 5
 
 
 @pytest.mark.parametrize("at", [1e-4, 3e-3, 0.05])
-def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
+def test_suggestion_is_where_loss_falls_most_steeply(at: float) -> None:
     suggestion = suggest_lr(curve_of(descent(at) + noise()))
     assert suggestion.lr is not None
     assert at / 1.5 < suggestion.lr < at * 3  # the smoothed loss lags a quarter of a decade behind
@@ -61,13 +61,13 @@ def test_the_suggestion_is_where_the_loss_falls_most_steeply(at: float) -> None:
     ],
     ids=["flat", "rising", "nan", "infinite", "too short"],
 )
-def test_a_curve_without_a_clear_descent_gives_no_suggestion(losses: np.ndarray) -> None:
+def test_curve_without_clear_descent_gives_no_suggestion(losses: np.ndarray) -> None:
     suggestion = suggest_lr(curve_of(losses))
     assert (suggestion.lr, suggestion.tenth_of_minimum) == (None, None)
     assert suggestion.reason
 
 
-def test_losses_that_are_not_finite_at_the_end_do_not_hide_the_descent() -> None:
+def test_nonfinite_losses_at_the_end_are_ignored() -> None:
     losses = descent(1e-3) + noise()
     whole = suggest_lr(curve_of(losses))
     assert whole.lr is not None
@@ -75,7 +75,7 @@ def test_losses_that_are_not_finite_at_the_end_do_not_hide_the_descent() -> None
     assert suggest_lr(curve_of(losses)) == whole
 
 
-def test_smoothing_is_corrected_for_its_start_and_lags_by_a_share_of_a_decade() -> None:
+def test_smoothing_is_unbiased_and_lags_by_a_fixed_share() -> None:
     for count in (50, 500):
         rates = np.geomspace(1e-6, 10, count)
         assert smooth_losses([2.0] * count, rates) == pytest.approx(2.0)
@@ -83,7 +83,7 @@ def test_smoothing_is_corrected_for_its_start_and_lags_by_a_share_of_a_decade() 
         assert decades[-1] - smooth_losses(list(decades), rates)[-1] == pytest.approx(DELAY_DECADES, rel=1e-3)
 
 
-def test_the_end_is_the_first_loss_out_of_bounds() -> None:
+def test_divergence_is_the_first_loss_out_of_bounds() -> None:
     assert divergence_index(np.array([3.0, 2.0, 1.0, 3.9, 4.1, 1.0])) == 4
     assert divergence_index(np.array([3.0, 2.0, np.nan, 1.0])) == 2
     assert divergence_index(np.array([3.0, np.inf, 1.0])) == 1
@@ -91,7 +91,7 @@ def test_the_end_is_the_first_loss_out_of_bounds() -> None:
 
 
 class Repeated:
-    """A loader of one batch, twice per epoch, in the same size at every epoch."""
+    """Loader that yields one batch twice per epoch."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -108,7 +108,7 @@ class Repeated:
         return iter([self._batch, self._batch])
 
 
-def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
+def test_every_step_runs_at_its_rate_and_reports_its_loss() -> None:
     batch, rates = random_batch(16), np.geomspace(1e-3, 1e-2, 23)
     with alone():
         tested = make_state(lenet_of(), {"linear_lr": 2e-3}, lr=1e-3, accumulation_steps=2)
@@ -128,7 +128,7 @@ def test_every_update_runs_at_its_rate_and_gives_its_own_loss() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_the_test_stops_when_the_loss_diverges() -> None:
+def test_range_test_stops_when_the_loss_diverges() -> None:
     with alone():
         training = make_state(lenet_of(), lr=1e-3)
         curve = range_test(training, Repeated(random_batch(16)), np.geomspace(1e-2, 1e6, 200))  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def test_the_test_stops_when_the_loss_diverges() -> None:
     assert divergence_index(curve.smoothed) == len(curve.lr) - 1
 
 
-def test_rates_of_their_own_move_along_with_the_suggestion() -> None:
+def test_separate_learning_rates_scale_with_the_suggestion() -> None:
     overrides = ["train.optimizer.bias_lr=0.06", "train.min_lr=6e-5"]
     config = load_config(DIGITS, overrides)
     options = options_for(config, 0.012)
@@ -144,7 +144,7 @@ def test_rates_of_their_own_move_along_with_the_suggestion() -> None:
     assert load_config(DIGITS, [*overrides, *options.split()]).train.lr == 0.012
 
 
-def test_with_a_batch_that_rates_are_for_the_suggestion_is_for_that_batch() -> None:
+def test_suggestion_is_for_the_reference_batch_size() -> None:
     overrides = ["train.lr_batch_size=256", "train.min_lr=6e-5", "data.batch_size=64", "train.accumulation_steps=2"]
     options = options_for(load_config(DIGITS, overrides), 0.012)  # tested at half of that batch
     assert options == "train.lr=0.024 train.min_lr=0.00024"
@@ -152,7 +152,7 @@ def test_with_a_batch_that_rates_are_for_the_suggestion_is_for_that_batch() -> N
     assert scale_learning_rates(config.train, 128).lr == 0.012
 
 
-def test_digits_get_a_rate_near_the_one_of_their_config(
+def test_digits_get_a_rate_near_their_configs(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -174,11 +174,11 @@ def test_digits_get_a_rate_near_the_one_of_their_config(
     ("arguments", "problem"),
     [(["--from", "1", "--to", "0.1"], "ascending"), (["--from", "0"], "positive"), (["--steps", "3"], "at least 20")],
 )
-def test_senseless_ranges_are_refused(arguments: list[str], problem: str) -> None:
+def test_invalid_ranges_are_refused(arguments: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         find_lr.main(["--cfg", str(DIGITS), *arguments])
 
 
-def test_a_run_folder_is_not_written_into(digits_run: Run) -> None:
+def test_run_folder_is_not_overwritten(digits_run: Run) -> None:
     with pytest.raises(UserError, match="folder of a run"):
         find_lr.main(["--cfg", str(DIGITS), "--data-path", str(digits_run.data), "--out", str(digits_run.folder)])

@@ -1,4 +1,4 @@
-"""tools/report.py: the documents and README's table are what the JSON files give."""
+"""tools/report.py: documents and README's tables match the JSON files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def call(folder: Path, readme: Path, *flags: str) -> int:
     return report.main(["--folder", str(folder), "--readme", str(readme), *flags])
 
 
-def test_the_readme_s_table_is_what_the_json_files_give() -> None:
+def test_readme_table_matches_the_json_files() -> None:
     assert report.main(["--check"]) == 0
 
 
-def test_a_run_survives_the_round_trip_and_its_documents_name_figures_failures_and_versions(tmp_path: Path) -> None:
+def test_documents_contain_figures_failures_and_versions(tmp_path: Path) -> None:
     run = a_run()
     json_file, document, picture = report.write(run, tmp_path)
     assert report.load_runs(tmp_path) == {"Test": run}
@@ -45,7 +45,7 @@ def test_a_run_survives_the_round_trip_and_its_documents_name_figures_failures_a
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_check_fails_until_the_table_is_made_anew(
+def test_check_fails_until_the_table_is_rewritten(
     tmp_path: Path, readme: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "docs"
@@ -66,13 +66,13 @@ def test_check_fails_until_the_table_is_made_anew(
     assert "No figure from a GPU yet" not in readme.read_text()
 
 
-def test_a_readme_without_its_markers_is_a_user_error(tmp_path: Path, readme: Path) -> None:
+def test_readme_without_markers_is_a_user_error(tmp_path: Path, readme: Path) -> None:
     readme.write_text("# Title\n")
     with pytest.raises(UserError, match="put them back"):
         call(tmp_path, readme)
 
 
-def test_files_of_other_formats_are_left_alone_and_broken_ones_are_named(tmp_path: Path) -> None:
+def test_other_formats_are_ignored_and_broken_files_named(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("[]")
     assert report.load_runs(tmp_path) == {}
     (tmp_path / "broken.json").write_text("{")

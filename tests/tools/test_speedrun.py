@@ -1,4 +1,4 @@
-"""The speedruns from the command line: train/ddp.py with all of their settings, and tools/speedrun.py. Small models."""
+"""Speedruns on the command line with small models: train/ddp.py with their configs, and tools/speedrun.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seconds(pattern: str, text: str) -> float:
 
 
 @pytest.mark.parametrize("percent", [94, 95, 96])
-def test_a_speedrun_trains_and_reports_its_time_twice(percent: int, npy_data: Path, tmp_path: Path) -> None:
+def test_speedrun_reports_training_and_command_time(percent: int, npy_data: Path, tmp_path: Path) -> None:
     arguments = ("--cfg", config(percent), "--data-path", npy_data, "--output", tmp_path, "--opts", *SMALL)
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
@@ -50,7 +50,7 @@ def test_a_speedrun_trains_and_reports_its_time_twice(percent: int, npy_data: Pa
     assert resolved.optimizer == load_config(config(percent)).train.optimizer
 
 
-def test_a_proxy_under_two_processes_is_one_sentence(npy_data: Path, tmp_path: Path) -> None:
+def test_proxy_on_two_processes_is_a_user_error(npy_data: Path, tmp_path: Path) -> None:
     result = run_script("--cfg", config(96), "--data-path", npy_data, "--output", tmp_path, processes=2)
     assert result.returncode != 0
     assert "error: train.proxy.model=speedrun96_proxy chooses" in result.stderr
@@ -58,7 +58,7 @@ def test_a_proxy_under_two_processes_is_one_sentence(npy_data: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tool_runs_several_seeds_and_writes_their_means(npy_data: Path, tmp_path: Path) -> None:
+def test_tool_runs_several_seeds_and_writes_means(npy_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, "tools/speedrun.py", "--cfg", config(95), "--data-path", npy_data, "--runs", 2]
     command += ["--json", out, "--opts", *SMALL]
@@ -74,12 +74,12 @@ def test_the_tool_runs_several_seeds_and_writes_their_means(npy_data: Path, tmp_
     assert "± " in result.stdout
 
 
-def test_the_configs_hold_the_published_settings_for_a_loss_that_is_a_mean() -> None:
+def test_configs_contain_the_published_settings_for_a_mean_loss() -> None:
     muon, sgd, hard = (load_config(config(percent)).train for percent in (94, 95, 96))
     assert muon.optimizer.bias_lr == muon.optimizer.norm_bias_lr == pytest.approx(0.053 * 2000)
     assert muon.optimizer.linear_lr == pytest.approx(0.67 * 2000)
     assert muon.lr * muon.optimizer.weight_decay == pytest.approx(2e-6 * 2000)
-    # in units of 1024 samples, and of the steps that Nesterov momentum makes of a steady gradient
+    # per 1024 samples, and per step size of Nesterov momentum for a constant gradient
     for train, lr, decay, kept in ((sgd, 10.0, 0.0153, 1024), (hard, 9.0, 0.012, 512)):
         steps = 1024 * (1 + 1 / (1 - train.optimizer.momentum))
         assert train.lr == pytest.approx(lr / steps * kept)

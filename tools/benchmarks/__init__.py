@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures: contestants that take turns, the limits of the machine, peers, and the tables."""
+"""Benchmarks of tools/benchmark.py: interleaved measurement, limits of the machine, peers and suites."""

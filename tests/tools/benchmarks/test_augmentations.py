@@ -1,4 +1,4 @@
-"""tools/benchmarks/suites/augmentations.py: each kind on its own, ours and torchvision's, on data sets of all sorts."""
+"""tools/benchmarks/suites/augmentations.py: one kind at a time, ours and torchvision's, for each encoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def made(folder: Path, scratch: Path | None) -> InterleavedTable:
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-def test_every_contestant_gives_batches_of_one_shape(
+def test_every_candidate_yields_batches_of_one_shape(
     encoding: str, npy_data: Path, jpeg_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(augmentations, "SIDE", SIDE)
@@ -39,12 +39,12 @@ def test_every_contestant_gives_batches_of_one_shape(
         assert images.dtype == torch.uint8
 
 
-def test_without_a_scratch_folder_there_are_no_peers(npy_data: Path) -> None:
+def test_no_peers_without_a_scratch_folder(npy_data: Path) -> None:
     assert all(facts["ours"] for facts in made(npy_data, None).rows)
 
 
 def measured(group: InterleavedTable, rates: dict[str, float | str]) -> list[dict[str, Any]]:
-    """The rows of a run in which contestants reached these rates, or failed with these words."""
+    """Return the rows of candidates with these rates or errors."""
     measurements = []
     for candidate in group.candidates:
         reached = rates.get(candidate.name, 1000.0)
@@ -55,7 +55,7 @@ def measured(group: InterleavedTable, rates: dict[str, float | str]) -> list[dic
     return group.entry(measurements, Limits())["rows"]
 
 
-def test_the_table_has_shares_of_the_flip_alone_and_ratios_to_torchvision(npy_data: Path, tmp_path: Path) -> None:
+def test_table_has_shares_of_flip_and_ratios_to_torchvision(npy_data: Path, tmp_path: Path) -> None:
     rates: dict[str, float | str] = {
         "Model Zhu, flip alone": 4000.0,
         f"{PEER}, flip alone": 500.0,

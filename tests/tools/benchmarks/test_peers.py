@@ -1,4 +1,4 @@
-"""tools/benchmarks/peers: every peer does the same work as ours, each sample at most once per epoch."""
+"""tools/benchmarks/peers: every peer does the same work as our loader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = [(name, encoding) for name, peer in peers.LOADERS.items() for encoding i
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As many classes as samples: a label tells which sample it is."""
+    """Data sets with a class per sample, so that a label identifies a sample."""
     out = tmp_path_factory.mktemp("peers")
     rows = memory_source.MemoryRows(SAMPLES)
     rows.labels = np.arange(SAMPLES)
@@ -51,7 +51,7 @@ def batches_of(name: str, source: PeerTask) -> Any:
 
 @pytest.mark.parametrize("aug", [PAD, RESIZED], ids=["pad", "random-resized"])
 @pytest.mark.parametrize(("name", "encoding"), CASES)
-def test_an_epoch_has_each_sample_at_most_once_in_the_right_shape_and_type(
+def test_epoch_has_each_sample_at_most_once(
     folders: dict[str, Path], tmp_path: Path, name: str, encoding: str, aug: AugConfig
 ) -> None:
     size = SIZE if aug.crop == "pad" else 24
@@ -64,12 +64,12 @@ def test_an_epoch_has_each_sample_at_most_once_in_the_right_shape_and_type(
         assert tensor.float().std() > 0
         seen += torch.as_tensor(labels).flatten().tolist()
     assert len(seen) == SAMPLES
-    if not name.startswith("DALI"):  # whose reader does not tell its shuffle buffer's end from the next epoch's begin
+    if not name.startswith("DALI"):  # its shuffle buffer may contain samples of the next epoch
         assert len(set(seen)) == SAMPLES
 
 
 @pytest.mark.parametrize("name", peers.LOADERS)
-def test_reading_alone_gives_the_very_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_reading_alone_yields_the_stored_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     batches = batches_of(name, PeerTask(folders["npy"], tmp_path, BATCH, 1, SIZE))
     split = open_split(folders["npy"], "train")
     view, rows = split.pixel_rows()
@@ -81,9 +81,7 @@ def test_reading_alone_gives_the_very_images(folders: dict[str, Path], tmp_path:
 
 
 @pytest.mark.parametrize("name", peers.LOOPS)
-def test_a_loop_trains_the_same_model_and_its_loss_stays_finite(
-    folders: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_training_loop_keeps_a_finite_loss(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     config = Config(
         data=DataConfig(path=str(folders["npy"]), batch_size=BATCH), aug=PAD, model=ModelConfig(name="lenet")
     )
@@ -94,13 +92,13 @@ def test_a_loop_trains_the_same_model_and_its_loss_stays_finite(
     assert np.isfinite(values).all()
 
 
-def test_a_peer_whose_library_is_missing_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_without_its_library_is_reported_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_installed", lambda library: library != "ffcv")
     assert "FFCV" not in peers.available(peers.LOADERS, "npy")
     assert peers.missing(peers.LOADERS) == ["FFCV"]
 
 
-def test_a_made_set_repeats_its_samples_and_has_the_size_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_variant_repeats_samples_at_the_requested_size(folders: dict[str, Path], tmp_path: Path) -> None:
     split = open_split(make_variant(folders["npy"], tmp_path / "large", size=48, samples=2 * SAMPLES), "train")
     assert split.image_shape == (48, 48, 3)
     assert split.labels is not None

@@ -1,4 +1,4 @@
-"""tools/benchmarks/engine/roofline.py: bounds are measured, positive, and above what they bound."""
+"""tools/benchmarks/engine/roofline.py: limits are positive and bound the rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.benchmarks.engine.results import add_bound
 from tools.benchmarks.suites.loading import loading_table
 
 
-def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_limit_of_a_cpu_is_positive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measurements = measure([Candidate("limits", roofline.limit_workloads, ("cpu", tmp_path))], 0.05, 1)
     found = roofline.limits_from(measurements)
     assert set(found) == {roofline.MEMORY, roofline.ARITHMETIC, roofline.DISK}
@@ -24,7 +24,7 @@ def test_every_limit_of_a_cpu_is_measured_and_positive(tmp_path: Path, monkeypat
     assert all("value" in row for row in roofline.limit_rows(measurements))
 
 
-def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
+def test_reading_is_slower_than_one_copy(npy_data: Path) -> None:
     size = open_split(npy_data, "train").image_shape
     group = loading_table(npy_data, None, size=(size or (0,))[0], batch_size=128, device="cpu")
     ours, *bounds = group.run({}, 0.1, 3, None)["rows"]
@@ -33,16 +33,14 @@ def test_reading_stays_below_one_copy_of_its_bytes(npy_data: Path) -> None:
     assert ours["bound"]["images_per_s"] == pytest.approx(fastest, rel=1e-3)
 
 
-# forward multiply-adds, from the homework's own counts; backward costs twice as much, less the first layer's input
+# forward multiply-adds as counted in the homework; backward costs twice as much, without the first layer's input
 @pytest.mark.parametrize(("name", "size", "multiply_adds"), [("lenet", 32, 0.886e6), ("resnet18", 32, 555.4e6)])
-def test_training_flops_are_three_forward_passes_at_2_per_multiply_add(
-    name: str, size: int, multiply_adds: float
-) -> None:
+def test_training_flops_are_three_forward_passes(name: str, size: int, multiply_adds: float) -> None:
     passes = roofline.training_flops(ModelConfig(name=name), 10, size) / (2 * multiply_adds)
     assert 2.4 < passes <= 3.01
 
 
-def test_the_tightest_bound_is_the_one_that_is_named() -> None:
+def test_tightest_bound_is_named() -> None:
     found = {roofline.PINNED: 50e9, roofline.MEMORY: 100e9, roofline.DEVICE_MEMORY: 2000e9}
     sizes = {"stored_bytes": 1000, "output_bytes": 2000}
     host = roofline.loading_bounds(found, placement="host", device="cuda", **sizes)

@@ -1,4 +1,4 @@
-"""tools/benchmarks/suites/scale.py: the made sets are what the loader takes for real ones."""
+"""tools/benchmarks/suites/scale.py: the loader accepts the generated data sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipelines.storage.open import open_split
 from tools.benchmarks.suites import scale
 
 
-def test_a_sparse_set_opens_as_any_other_and_takes_no_room(tmp_path: Path) -> None:
+def test_sparse_data_set_opens_and_takes_no_space(tmp_path: Path) -> None:
     scale.make_sparse_set(tmp_path / "made", samples=40_000, side=96)
     split = open_split(tmp_path / "made", "train", verify="off")
     assert len(split) == 40_000
@@ -18,7 +18,7 @@ def test_a_sparse_set_opens_as_any_other_and_takes_no_room(tmp_path: Path) -> No
     assert sum(file.stat().st_blocks * 512 for file in split.files) < 2**20
 
 
-def test_every_size_has_its_cost_its_memory_and_its_time_to_the_first_batch(tmp_path: Path) -> None:
+def test_every_size_reports_cost_memory_and_first_batch(tmp_path: Path) -> None:
     group = scale.measure_scale(tmp_path, 0.02, sizes=(10_000, 20_000), side=8)
     assert [row["samples"] for row in group["rows"]] == [10_000, 20_000]
     for row in group["rows"]:

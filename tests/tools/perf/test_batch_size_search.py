@@ -1,4 +1,4 @@
-"""tools/benchmark.py ramp: the search, what counts as memory, and that neither files are lost nor processes left."""
+"""tools/benchmark.py ramp: the search, memory errors, and that results are kept and no processes remain."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def processes_with(mark: str) -> list[str]:
-    """Command lines of the processes that inherited `mark` in their environment."""
+    """Return the command lines of processes with `mark` in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -58,7 +58,7 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 def fake(largest: int, *, broken_from: int | None = None, late_from: int | None = None) -> Callable[..., Trial]:
-    """An attempt that runs nothing: up to `largest` images fit."""
+    """Return a trial function that runs nothing. Up to `largest` images fit."""
 
     def attempt(target: Target, batch: int, *_: object) -> Trial:
         if late_from is not None and batch >= late_from:
@@ -75,7 +75,7 @@ def fake(largest: int, *, broken_from: int | None = None, late_from: int | None 
 def ramp_with(
     attempt: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str
 ) -> tuple[int, dict[str, Any]]:
-    """The exit code and ramp.json of a whole stage over `run_trial`."""
+    """Run the stage with this trial function. Return the exit code and ramp.json."""
     monkeypatch.setattr(batch_size_search, "run_trial", attempt)
     parsed = benchmark.parse_arguments(["ramp", "--model", "lenet", "--out", str(out), *arguments])
     return batch_size_command.main(parsed), json.loads((out / "ramp.json").read_text())
@@ -91,9 +91,7 @@ def climbed(largest: int, first: int, most: int | None, tolerance: float) -> Bat
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300), st.sampled_from([0.0, 1 / 32, 0.5]))
-def test_the_search_finds_the_largest_batch_that_fits_within_its_tolerance(
-    largest: int, first: int, tolerance: float
-) -> None:
+def test_search_finds_largest_batch_within_tolerance(largest: int, first: int, tolerance: float) -> None:
     result = climbed(largest, first, None, tolerance)
     tried = [size.batch_size for size in result.trials]
     assert len(tried) == len(set(tried))
@@ -110,14 +108,14 @@ def test_the_search_finds_the_largest_batch_that_fits_within_its_tolerance(
 
 
 @given(st.integers(1, 10**5), st.integers(1, 10**5))
-def test_the_search_ends_at_the_last_batch_asked_for(largest: int, most: int) -> None:
+def test_search_ends_at_the_maximum_batch_size(largest: int, most: int) -> None:
     result = climbed(largest, 1, most, 0.0)
     assert result.largest == min(largest, most)
     assert result.end == ("most" if most <= largest else "memory")
     assert max(size.batch_size for size in result.trials) <= most
 
 
-def test_a_limit_ends_the_ramp_with_table_files_and_picture(
+def test_search_up_to_a_limit_writes_all_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, content = ramp_with(fake(100), monkeypatch, tmp_path, "--memory-limit", "2", "--exact")
@@ -136,15 +134,13 @@ def test_a_limit_ends_the_ramp_with_table_files_and_picture(
     assert (tmp_path / "ramp.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_lucky_round_makes_no_batch_the_fastest_and_what_is_marked_has_a_range(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outlier_round_does_not_make_a_size_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     def attempt(target: Target, batch: int, *rest: object) -> Trial:
         tried.append(batch)
         size = fake(100)(target, batch, *rest)
-        if size.fits:  # the smaller the better, but for one round of bisection at batch 96
+        if size.fits:  # smaller is faster, except in one round of bisection at batch 96
             size.rates = [20_000.0] if batch == 96 and tried.count(96) == 1 else [9_000.0 - batch, 9_200.0 - batch]
         return size
 
@@ -167,8 +163,8 @@ def test_a_lucky_round_makes_no_batch_the_fastest_and_what_is_marked_has_a_range
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [9_099])
 
 
-def test_pictures_of_benchmarks_show_names_as_they_are(tmp_path: Path) -> None:
-    odd = "_$\\frac$"  # a formula that matplotlib refuses, under a name that it leaves out of legends
+def test_plots_show_names_literally(tmp_path: Path) -> None:
+    odd = "_$\\frac$"  # an invalid formula, with a prefix that matplotlib omits from legends
     one = climbed(100, 1, None, 0.0)
     one.target = Target(odd, ANY_CONFIG)
     figure = plots.plot_batch_sizes([one], (2.0, "limit"), odd)
@@ -193,9 +189,7 @@ def test_pictures_of_benchmarks_show_names_as_they_are(tmp_path: Path) -> None:
     assert charts.draw_chart(run, tmp_path / "chart.png") is not None
 
 
-def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_that_fails_its_repeat_is_not_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     def attempt(target: Target, batch: int, *rest: object) -> Trial:
@@ -208,7 +202,7 @@ def test_a_largest_batch_that_does_not_fit_again_is_not_the_largest(
     assert found["largest_batch"] == found["best_batch"] < 100
 
 
-def test_another_error_than_memory_fails_its_model_and_the_others_go_on(
+def test_other_error_fails_only_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def attempt(target: Target, batch: int, *rest: object) -> Trial:
@@ -225,7 +219,7 @@ def test_another_error_than_memory_fails_its_model_and_the_others_go_on(
 
 
 @pytest.mark.parametrize(("how", "end"), [({"late_from": 64}, "time"), ({}, "most")])
-def test_a_ramp_that_ended_before_memory_did_says_at_least(
+def test_search_ended_early_reports_at_least(
     how: dict[str, int], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, content = ramp_with(fake(10**6, **how), monkeypatch, tmp_path, "--max-batch", "48" if not how else "10000")
@@ -234,7 +228,7 @@ def test_a_ramp_that_ended_before_memory_did_says_at_least(
     assert f"at least {32 if how else 48}" in capsys.readouterr().out
 
 
-def test_what_does_not_begin_is_told_and_not_drawn(
+def test_model_that_never_fits_is_reported_not_plotted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, content = ramp_with(fake(0), monkeypatch, tmp_path, "--memory-limit", "2")
@@ -244,12 +238,12 @@ def test_what_does_not_begin_is_told_and_not_drawn(
 
 
 def message_of(call: Callable[[], object]) -> str:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (whatever the library raises)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (libraries raise different errors)
         call()
     return f"{caught.type.__name__}: {caught.value}"
 
 
-def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
+def test_allocator_errors_and_kernel_kill_count_as_memory() -> None:
     (killed,) = measure([Candidate("dies", fixtures.dies, (1,))], 0.02, 1)
     texts = [
         str(killed.error),
@@ -272,8 +266,8 @@ def test_what_allocators_say_and_the_kernels_kill_count_as_memory() -> None:
         assert not process_memory.is_out_of_memory(text), text
 
 
-def test_a_contestant_that_outgrows_its_limit_is_ended_and_told_why() -> None:
-    limit = 3 * 2**30  # more than what a contestant begins with, less than eleven items of one that grows
+def test_candidate_over_its_memory_limit_is_killed() -> None:
+    limit = 3 * 2**30  # between the initial memory of a candidate and eleven items of a growing one
     candidates = [
         Candidate("grows", fixtures.grows, (), partial(process_memory.check_limit, limit)),
         Candidate("steady", fixtures.steady, (), partial(process_memory.check_limit, limit)),
@@ -310,7 +304,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_batch_beyond_the_users_ulimit_does_not_fit(tmp_path: Path) -> None:
+def test_batch_beyond_the_ulimit_does_not_fit(tmp_path: Path) -> None:
     script = tmp_path / "restricted.py"
     script.write_text(RESTRICTED)
     environment = {**CLEAN, "PYTHONPATH": str(ROOT)}
@@ -319,14 +313,12 @@ def test_a_batch_beyond_the_users_ulimit_does_not_fit(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     own, small, large = done.stdout.splitlines()
-    assert own == "own True"  # a forked process's peak is not its parent's
+    assert own == "own True"  # the peak of a forked process excludes its parent's
     assert small == "8 True False None"
     assert large.startswith("300000 False False")
 
 
-def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_process(
-    digits_run: Run, tmp_path: Path
-) -> None:
+def test_real_search_exceeds_data_set_and_leaves_no_process(digits_run: Run, tmp_path: Path) -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     environment = {**CLEAN, **dict([mark.split("=")])}
     config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits_run.data, "--out", tmp_path)
@@ -355,7 +347,7 @@ def test_the_real_step_climbs_past_its_data_set_to_the_limit_and_leaves_no_proce
 
 
 @pytest.mark.gpu
-def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
+def test_gpu_memory_limit_bounds_the_batch_size() -> None:
     config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
     target = Target("lenet", config, synthetic=True, on_gpu=True, limit_bytes=process_memory.GIB)
     small, large = (batch_size_search.run_trial(target, batch, 0.02, 1, None) for batch in (64, 200_000))
@@ -367,7 +359,7 @@ def test_a_gpus_share_is_a_limit_and_what_exceeds_it_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize(("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
-def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
+def test_interrupted_search_keeps_results_and_leaves_no_process(
     kill: Callable[[int, int], None], number: int, tmp_path: Path
 ) -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
@@ -384,8 +376,8 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     )
     file = tmp_path / "ramp.csv"
     assert wait_for(lambda: file.exists() and len(file.read_text().splitlines()) >= 3, 90)
-    assert len(processes_with(mark)) >= 2  # else nothing would be left anyhow
-    kill(process.pid, number)  # Ctrl-C comes to all of the terminal's foreground group
+    assert len(processes_with(mark)) >= 2  # so that there are processes to end
+    kill(process.pid, number)  # Ctrl-C reaches the whole foreground group
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in err
@@ -397,7 +389,7 @@ def test_ctrl_c_and_sigterm_keep_what_was_measured_and_leave_no_process(
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
 
 
-def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_killed() -> None:
+def test_candidate_in_a_long_step_dies_with_its_parent() -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     script = (
         "from helpers import benchmarks as fixtures\n"
@@ -407,7 +399,7 @@ def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_k
     )
     environment = {**CLEAN, **dict([mark.split("=")]), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)
-    assert wait_for(lambda: len(processes_with(mark)) >= 4, 60)  # it, its two helpers, and the contestant
+    assert wait_for(lambda: len(processes_with(mark)) >= 4, 60)  # this process, two helpers and the candidate
     process.kill()
     process.wait()
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
@@ -422,6 +414,6 @@ def test_a_contestant_in_the_midst_of_a_step_ends_when_whoever_waits_for_it_is_k
         (("--model", "lenet", "--min-batch", "8", "--max-batch", "4"), "--max-batch 4 is below"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+def test_invalid_arguments_are_user_errors(arguments: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(benchmark.UserError, match=sentence):
         batch_size_command.main(benchmark.parse_arguments(["ramp", *arguments]))

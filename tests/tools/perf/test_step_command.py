@@ -1,4 +1,4 @@
-"""tools/benchmark.py profile: phases that add up to the step, on a CPU as it runs and on a GPU as its trace says."""
+"""tools/benchmark.py profile: phases add up to the step, on a real CPU run and for a GPU trace."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def moments(spans: list[tuple[float, float]]) -> set[int]:
 
 
 @given(intervals, intervals)
-def test_what_two_lists_of_intervals_have_in_common_is_in_both(left: Any, right: Any) -> None:
+def test_intersection_contains_the_common_moments(left: Any, right: Any) -> None:
     assert moments(step_trace.intersect(left, right)) == moments(left) & moments(right)
     assert moments(step_trace.merge(left)) == moments(left)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), intervals), max_size=5))
-def test_every_moment_of_the_window_belongs_to_its_first_claim(claims: Any) -> None:
+def test_every_moment_belongs_to_its_first_claim(claims: Any) -> None:
     times = step_trace.exclusive_times(claims, (5, 30))
     owner = dict.fromkeys(range(5, 30), step_trace.HOST)
     for name, spans in reversed(claims):
@@ -57,8 +57,8 @@ def event(cat: str, name: str, begin: float, end: float, tid: int = 1, correlati
     return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": end - begin, "tid": tid, "args": args}
 
 
-def test_on_a_gpu_time_belongs_to_the_phase_that_launched_the_work() -> None:
-    """The host runs ahead: kernels of forward run while it is in backward or waits for the next batch."""
+def test_gpu_time_belongs_to_the_launching_phase() -> None:
+    """The host runs ahead: forward kernels run while it is in backward or waits for the next batch."""
     events = [
         event("user_annotation", WINDOW, 0, 200),
         event("user_annotation", "step: data", 0, 20),
@@ -86,9 +86,7 @@ def test_on_a_gpu_time_belongs_to_the_phase_that_launched_the_work() -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("train.clip_grad_norm=1", "train.accumulation_steps=2", "train.compile=off")])
-def test_the_phases_of_real_steps_add_up_and_nothing_of_the_profiling_stays(
-    options: tuple[str, ...], digits_run: Run, tmp_path: Path
-) -> None:
+def test_phases_add_up_and_annotations_are_removed(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
     config = load_config("configs/digits_lenet.yaml", options, **{"data.path": str(digits_run.data)})
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     with alone() as device:
@@ -115,8 +113,8 @@ def test_the_phases_of_real_steps_add_up_and_nothing_of_the_profiling_stays(
     assert any("convolution_backward" in each["name"] and each["calls"] == 2 for each in found.operators)
 
 
-def test_what_a_phase_calls_is_its_own() -> None:
-    """As the proxy's backward, which is no part of the model's."""
+def test_nested_calls_belong_to_the_outer_phase() -> None:
+    """For example the backward pass of the proxy, which is not a part of the model's."""
 
     def with_backward(*_: object) -> None:
         torch.ones(3, requires_grad=True).sum().backward()
@@ -134,7 +132,7 @@ def test_what_a_phase_calls_is_its_own() -> None:
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("options", [(), ("train.compile=off",)])
-def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
+def test_gpu_phases_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
     graph = ("train.cuda_graph=off", *options)
     config = load_config("configs/digits_lenet.yaml", graph, **{"data.path": str(digits_run.data)})
     with process_group(Ranks()) as device:
@@ -148,7 +146,7 @@ def test_the_phases_of_a_gpu_add_up(options: tuple[str, ...], digits_run: Run, t
     assert found.operators
 
 
-def test_two_ranks_write_one_profile_in_which_they_reduce(digits_run: Run, tmp_path: Path) -> None:
+def test_two_ranks_write_one_profile_with_reduce(digits_run: Run, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/benchmark.py"),
         *("profile", "--cfg", "configs/digits_lenet.yaml", "--data-path", digits_run.data),
@@ -187,6 +185,6 @@ def test_two_ranks_write_one_profile_in_which_they_reduce(digits_run: Run, tmp_p
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),  # another chip
     ],
 )
-def test_a_data_sheet_is_the_devices_own(device: str, dtype: torch.dtype, teraflops: float | None) -> None:
+def test_peak_flops_match_the_exact_device(device: str, dtype: torch.dtype, teraflops: float | None) -> None:
     found = gpu_specs.peak_flops(device, dtype)
     assert (found and found[0]) == (teraflops and teraflops * 1e12)
