@@ -37,8 +37,8 @@ test-faults: $(ENVIRONMENT)
 # The model tests again, with oneDNN's convolutions for older CPUs.
 ISAS := AVX2 SSE41
 MODEL_TESTS := $(addprefix tests/models/test_,models.py layers.py factory.py timm_models.py speedrun.py pretrained.py) \
-	$(addprefix tests/train/optim/test_,freeze.py clipping.py muon.py factory.py) \
-	tests/train/checkpoint/test_finetune.py tests/train/engine/test_gradients.py
+	$(addprefix tests/train/optim/test_,freeze.py muon.py factory.py) \
+	tests/train/checkpoint/test_finetune.py tests/train/engine/test_clipping.py tests/train/engine/test_gradients.py
 test-isa: $(ENVIRONMENT)
 	$(PY) -m pytest -m campaign tests/models/test_onednn.py
 	set -e; for isa in $(ISAS); do \

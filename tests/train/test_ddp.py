@@ -133,7 +133,7 @@ def test_a_run_leaves_config_log_metrics_curves_and_checkpoints(unbroken: Unbrok
         assert image.format == "PNG"
 
 
-def test_metrics_have_one_line_per_epoch_with_exactly_these_fields(unbroken: Unbroken) -> None:
+def test_metrics_have_one_line_per_epoch_with_fixed_fields(unbroken: Unbroken) -> None:
     lines = strict_lines(unbroken("lenet") / "metrics.jsonl")
     assert [list(line) for line in lines] == [METRICS] * EPOCHS
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 44), (1, 88), (2, 132)]
@@ -147,7 +147,7 @@ def test_metrics_have_one_line_per_epoch_with_exactly_these_fields(unbroken: Unb
     assert lines[-1]["val_top1"] > 0.6
 
 
-def test_the_last_learning_rates_and_the_best_checkpoint_are_those_of_the_metrics(unbroken: Unbroken) -> None:
+def test_last_rates_and_best_checkpoint_match_metrics(unbroken: Unbroken) -> None:
     folder = unbroken("lenet")
     lines = strict_lines(folder / "metrics.jsonl")
     assert lines[0]["lr"] > lines[1]["lr"] > lines[2]["lr"] > 0
@@ -157,9 +157,7 @@ def test_the_last_learning_rates_and_the_best_checkpoint_are_those_of_the_metric
     assert content["position"] == {"epoch": best["epoch"] + 1, "step": 0}
 
 
-def test_a_run_of_the_same_name_gets_the_next_number_and_leaves_the_first_alone(
-    digits: Path, tmp_path: Path, call: Call
-) -> None:
+def test_second_run_of_same_name_gets_next_number(digits: Path, tmp_path: Path, call: Call) -> None:
     command = arguments(digits, tmp_path, "train.epochs=1", "name=twice")
     assert call(*command)[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "twice").iterdir()}
@@ -187,9 +185,7 @@ def test_training_metrics_are_those_of_their_epoch_alone(
     assert [line["train_top1"] for line in lines] == [correct / seen for _, correct, seen in sums]
 
 
-def test_evaluation_every_other_epoch_and_after_the_last_leaves_null_between(
-    digits: Path, tmp_path: Path, call: Call
-) -> None:
+def test_skipped_evaluations_are_null_in_metrics(digits: Path, tmp_path: Path, call: Call) -> None:
     code, _, _ = call(*arguments(digits, tmp_path, "train.eval_every_epochs=2", "data.batch_size=256"))
     assert code == 0
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
@@ -209,7 +205,7 @@ def saved_steps(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_run_killed_at_any_instant_goes_on_to_bitwise_the_weights_of_the_unbroken_run(
+def test_run_killed_at_any_instant_resumes_bitwise(
     model: str, unbroken: Unbroken, digits: Path, tmp_path: Path
 ) -> None:
     expected = unbroken(model)
@@ -250,7 +246,7 @@ def interrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "digits_lenet"
 
 
-def test_two_processes_with_accumulation_go_on_where_one_stopped_within_an_epoch(
+def test_two_accumulating_processes_resume_run_of_one(
     digits: Path, tmp_path: Path, unbroken: Unbroken, interrupted: Path
 ) -> None:
     folder = copy_of(interrupted, tmp_path)
@@ -267,9 +263,7 @@ def assert_same_curves(ours: Path, theirs: Path) -> None:
         assert (line["step"], line["lr"]) == (other["step"], other["lr"])
 
 
-def test_two_processes_at_the_same_global_batch_give_the_curves_of_one(
-    digits: Path, tmp_path: Path, unbroken: Unbroken
-) -> None:
+def test_two_processes_give_curves_of_one(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
     done = run_script(*arguments(digits, tmp_path, "data.batch_size=16"), processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
@@ -278,7 +272,7 @@ def test_two_processes_at_the_same_global_batch_give_the_curves_of_one(
 
 
 @pytest.mark.parametrize("what", ["last.pt", "", "best.pt"], ids=["last.pt", "the folder", "best.pt"])
-def test_resume_takes_a_checkpoint_or_a_folder_and_metrics_repeat_no_epoch(
+def test_resume_from_file_or_folder_repeats_no_epoch(
     what: str, digits: Path, tmp_path: Path, call: Call, unbroken: Unbroken, interrupted: Path
 ) -> None:
     folder = copy_of(interrupted, tmp_path)
@@ -292,7 +286,7 @@ def test_resume_takes_a_checkpoint_or_a_folder_and_metrics_repeat_no_epoch(
     assert_same_curves(folder, unbroken("lenet"))
 
 
-def test_the_best_checkpoint_of_a_resumed_run_is_kept_until_a_better_one_comes(
+def test_best_checkpoint_survives_resume_until_improved(
     digits: Path, tmp_path: Path, call: Call, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of(interrupted, tmp_path)
@@ -314,9 +308,7 @@ def test_the_best_checkpoint_of_a_resumed_run_is_kept_until_a_better_one_comes(
     assert torch.load(folder / "best.pt", weights_only=True)["progress"] == {"best_top1": best + 0.01}
 
 
-def test_resume_auto_starts_anew_where_no_run_has_a_checkpoint_and_repeats_no_epoch(
-    digits: Path, tmp_path: Path, call: Call
-) -> None:
+def test_resume_auto_without_checkpoint_starts_new_run(digits: Path, tmp_path: Path, call: Call) -> None:
     folder = tmp_path / "digits_lenet"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"epoch": 0, "train_loss": 77}\n')  # killed before the first checkpoint
@@ -335,7 +327,7 @@ def test_resume_auto_takes_the_latest_run_of_the_name(digits: Path, tmp_path: Pa
     assert f"resumed from {tmp_path / 'digits_lenet-2' / 'last.pt'}" in out
 
 
-def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_no_result(
+def test_finished_run_reports_nothing_to_do_and_changes_nothing(
     digits: Path, tmp_path: Path, call: Call, unbroken: Unbroken
 ) -> None:
     folder = copy_of(unbroken("lenet"), tmp_path)
@@ -347,7 +339,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_no_result(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_without_save_every_steps_the_clock_decides_after_each_step(
+def test_save_interval_applies_without_save_every_steps(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[dict[str, int]] = []
@@ -358,9 +350,7 @@ def test_without_save_every_steps_the_clock_decides_after_each_step(
     assert saved == [*({"epoch": 0, "step": step} for step in range(1, 45)), {"epoch": 1, "step": 0}]
 
 
-def test_a_step_at_which_one_is_due_ends_with_a_checkpoint_also_at_the_end_of_an_epoch(
-    digits: Path, tmp_path: Path, call: Call
-) -> None:
+def test_due_checkpoint_is_written_also_at_epoch_end(digits: Path, tmp_path: Path, call: Call) -> None:
     saved: list[tuple[str, int, int]] = []
     opts = ["train.save_every_steps=44", "train.save_every_epochs=3", "train.eval_every_epochs=3"]
     with after_each_save(lambda name, position: saved.append((name, position["epoch"], position["step"]))):
@@ -371,7 +361,7 @@ def test_a_step_at_which_one_is_due_ends_with_a_checkpoint_also_at_the_end_of_an
 # Refused resumes
 
 
-def test_other_seed_batch_data_or_optimizer_is_refused_by_name_and_the_run_stays_as_it_was(
+def test_resume_with_other_settings_is_refused_by_name(
     digits: Path, tmp_path: Path, call: Call, unbroken: Unbroken, npy_data: Path
 ) -> None:
     folder = copy_of(unbroken("lenet"), tmp_path)
@@ -394,7 +384,7 @@ def test_other_seed_batch_data_or_optimizer_is_refused_by_name_and_the_run_stays
 # --eval and --throughput
 
 
-def test_eval_prints_the_accuracy_of_the_metrics_and_writes_nothing(
+def test_eval_prints_metrics_accuracy_and_writes_nothing(
     digits: Path, tmp_path: Path, call: Call, unbroken: Unbroken
 ) -> None:
     folder = copy_of(unbroken("lenet"), tmp_path)
@@ -460,7 +450,7 @@ def assert_refused(code: int, err: str, *fragments: str) -> None:
     ],
     ids=lambda value: "-".join(value).replace("/", "_")[:40] if isinstance(value, list) else None,
 )
-def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(
+def test_bad_input_is_refused_before_run_directory(
     options: list[str], fragments: list[str], digits: Path, tmp_path: Path, call: Call
 ) -> None:
     code, out, err = call(*arguments(digits, tmp_path / "output"), *options)
@@ -481,7 +471,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_script_itself(digits: Path, tmp_
 @pytest.mark.parametrize(
     "options", [[], ["--cfg"], ["--cfg", str(DIGITS), "--batch-size", "many"], ["--cfg", str(DIGITS), "--epochs", "5"]]
 )
-def test_a_malformed_command_line_exits_with_2_and_shows_the_usage(options: list[str], call: Call) -> None:
+def test_malformed_command_line_exits_with_2_and_usage(options: list[str], call: Call) -> None:
     code, out, err = call(*options)
     assert (code, out) == (2, "")
     assert err.startswith("usage: ")
@@ -534,7 +524,7 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_resnet18_learns_cifar10_in_two_epochs_through_torchrun_on_a_gpu(tmp_path: Path) -> None:
+def test_resnet18_learns_cifar10_in_two_epochs_on_gpu(tmp_path: Path) -> None:
     data = ROOT / "data" / "cifar10"
     unpack = ROOT.parent / "shared" / "data" / "unpack.py"
     if not data.is_dir():

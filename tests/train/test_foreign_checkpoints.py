@@ -77,7 +77,7 @@ def lenet_of_200() -> nn.Module:
     return build_model("lenet", OUTPUTS)
 
 
-def test_evaluation_of_a_homework_checkpoint_is_that_of_its_network(
+def test_homework_checkpoint_evaluates_like_its_network(
     write: Write, call: Call, npy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = lenet_of_200().eval()
@@ -97,7 +97,7 @@ def test_evaluation_of_a_homework_checkpoint_is_that_of_its_network(
     assert "by mean [0.4914, 0.4822, 0.4465] and std [0.2023, 0.1994, 0.201]" in err
 
 
-def test_pixels_of_other_data_sets_are_normalised_by_imagenets_figures_and_256(
+def test_other_data_sets_use_imagenet_statistics_and_256(
     write: Write, call: Call, npy_data: Path, tmp_path: Path
 ) -> None:
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", lenet_of_200())
@@ -115,7 +115,7 @@ def test_a_run_starts_from_a_homework_checkpoint(write: Write, call: Call, npy_d
     assert f"loaded 8 tensors from {path}; new: fc3.weight, fc3.bias" in log
 
 
-def test_going_on_from_a_homework_checkpoint_says_what_to_do_instead(
+def test_resuming_homework_checkpoint_is_refused_with_advice(
     write: Write, call: Call, npy_data: Path, tmp_path: Path
 ) -> None:
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", lenet_of_200())
@@ -129,7 +129,7 @@ def test_going_on_from_a_homework_checkpoint_says_what_to_do_instead(
     assert not out.exists()
 
 
-def test_other_commands_refuse_a_homework_checkpoint_with_the_same_advice(tmp_path: Path) -> None:
+def test_other_commands_refuse_homework_checkpoint_with_advice(tmp_path: Path) -> None:
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", lenet_of_200())
     for read in (
         lambda: load(path),
@@ -150,7 +150,7 @@ def test_an_archive_with_a_broken_name_is_no_checkpoint(tmp_path: Path) -> None:
     assert not is_foreign(path)
 
 
-def test_a_damaged_checkpoint_of_this_program_is_no_foreign_one(tmp_path: Path) -> None:
+def test_damaged_own_checkpoint_is_not_foreign(tmp_path: Path) -> None:
     path, state = tmp_path / "last.pt", {"position": {"epoch": 1, "step": 0}, "progress": {}, "stream": {}}
     with alone():
         training = make_state(lenet_of_200())
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_of_this_program_is_no_foreign_one(tmp_path: Path) 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
-def test_state_dicts_are_found_under_their_usual_names_and_prefixes(tmp_path: Path, key: str, prefix: str) -> None:
+def test_state_dicts_are_found_under_usual_names(tmp_path: Path, key: str, prefix: str) -> None:
     network = lenet_of_200()
     state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
     torch.save({key: state, "epoch": 3}, tmp_path / "x.pth")
@@ -178,9 +178,7 @@ class Evil:
         return open, ("run-by-a-pickle", "w")
 
 
-def test_objects_beside_the_weights_are_passed_over_and_nothing_of_them_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_objects_beside_weights_are_ignored_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     network = lenet_of_200()
     path = homework_checkpoint(tmp_path / "x.pth", network, evil=Evil(), deep=[{"a": Evil()}])
@@ -188,7 +186,7 @@ def test_objects_beside_the_weights_are_passed_over_and_nothing_of_them_is_run(
     assert not (tmp_path / "run-by-a-pickle").exists()
 
 
-def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(tmp_path: Path) -> None:
+def test_pickled_module_is_refused_with_advice(tmp_path: Path) -> None:
     for content in ({"model": nn.Sequential(nn.Linear(2, 2))}, nn.Linear(2, 2)):
         torch.save(content, tmp_path / "x.pth")
         message = r"refused, since the file contains objects of classes .*state_dict\(\), FILE"
@@ -209,9 +207,7 @@ def test_other_names_are_listed_and_equal_shapes_are_told(tmp_path: Path) -> Non
         copy_weights(network, dict(list(theirs.items())[1:]), (), "weights x.pth")
 
 
-def test_evaluation_refuses_weights_that_do_not_fit_or_have_too_few_outputs(
-    write: Write, call: Call, npy_data: Path, tmp_path: Path
-) -> None:
+def test_evaluation_refuses_unsuitable_weights(write: Write, call: Call, npy_data: Path, tmp_path: Path) -> None:
     networks = {"net.pth": nn.Sequential(nn.Linear(2, 2)), "small.pth": build_model("lenet", 5)}
     reasons = {"net.pth": "unexpected: 0.weight, 0.bias", "small.pth": "have 5 outputs, but the data set in"}
     for name, network in networks.items():

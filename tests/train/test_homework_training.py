@@ -108,7 +108,7 @@ def rates_there(keys: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("left_out", LEFT_OUT)
-def test_a_key_that_is_left_out_is_as_the_homework_trains_and_all_others_are_the_files(
+def test_missing_key_uses_homework_default_others_the_file(
     write: Write, capsys: pytest.CaptureFixture[str], file: str, left_out: str
 ) -> None:
     written = {key: value for key, value in FILES[file].items() if key != left_out}
@@ -163,14 +163,14 @@ def check_the_rest(config: Config, keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_of_the_files_can_be_cut_to_one_epoch(write: Write, capsys: pytest.CaptureFixture[str], file: str) -> None:
+def test_every_homework_file_runs_with_one_epoch(write: Write, capsys: pytest.CaptureFixture[str], file: str) -> None:
     path = write(text_of(FILES[file]))
     config = load_config(path, ["TRAIN.EPOCHS", "1"])
     assert (config.train.epochs, config.train.warmup_epochs) == (1, 1)
     assert "TRAIN.WARMUP_EPOCHS=10 is longer than the run and is cut to 1" in capsys.readouterr().err
 
 
-def test_without_a_warm_up_an_epoch_has_one_learning_rate_that_falls_to_zero(write: Write) -> None:
+def test_homework_rate_without_warm_up_falls_per_epoch(write: Write) -> None:
     train = load_config(write(text_of({"MODEL.NAME": "lenet", "TRAIN.EPOCHS": 4, "TRAIN.LR": 0.2}))).train
     rates = [learning_rate(update, Timeline.even(4, 3), train) for update in range(12)]
     assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(3)])

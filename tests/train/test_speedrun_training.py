@@ -96,7 +96,7 @@ def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
 
 
 @RECIPES
-def test_a_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
+def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     training, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
     begun = {name: value.clone() for name, value in training.network.state_dict().items()}
     training.needs_warmup = True  # as where something is compiled
@@ -109,7 +109,7 @@ def test_a_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
 
 
 @RECIPES
-def test_a_second_run_in_the_same_training_equals_a_first_one(recipe: str, npy_data: Path) -> None:
+def test_run_restarted_in_place_equals_first_run(recipe: str, npy_data: Path) -> None:
     training = finished(recipe, npy_data, seed=5)
     restart_in_place(training, speedrun(recipe))
     whiten(training, whitening_images(training, section_of(npy_data)))
@@ -117,7 +117,7 @@ def test_a_second_run_in_the_same_training_equals_a_first_one(recipe: str, npy_d
     assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
 
 
-def test_a_second_run_of_an_optimizer_that_counts_in_plain_numbers_equals_a_first_one() -> None:
+def test_restart_in_place_resets_plain_number_step_counts() -> None:
     def three_steps(training: TrainState) -> dict[str, torch.Tensor]:
         for number in range(3):
             torch.manual_seed(number)
@@ -130,7 +130,7 @@ def test_a_second_run_of_an_optimizer_that_counts_in_plain_numbers_equals_a_firs
     assert_equal_trees(three_steps(training), three_steps(first))
 
 
-def test_a_checkpoint_holds_learning_rates_as_numbers_also_the_proxys(tmp_path: Path) -> None:
+def test_checkpoint_stores_learning_rates_as_numbers(tmp_path: Path) -> None:
     training = speedrun("sgd")
     assert training.proxy is not None
     for optimizer in (training.optimizer, training.proxy.state.optimizer):
@@ -147,16 +147,14 @@ class Interrupted(Exception):
 
 @RECIPES
 @pytest.mark.parametrize("break_at", [2, STEPS - 1, STEPS + 1, 3 * STEPS - 1])
-def test_a_speedrun_that_breaks_goes_on_to_bitwise_the_same(
-    recipe: str, break_at: int, npy_data: Path, tmp_path: Path
-) -> None:
+def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_data: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     training, loader = speedrun(recipe), loaders(npy_data)[0]
     whiten(training, whitening_images(training, section_of(npy_data)))
 
     def save_and_break(update: int, lr: float) -> None:
         if update == break_at:
-            store.save(path, training, training.sums, state=loader.state)
+            store.save(path, training, training.sums, loader_state=loader.state)
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -166,13 +164,13 @@ def test_a_speedrun_that_breaks_goes_on_to_bitwise_the_same(
     warm_up(resumed, loader, val_loader, "flip")
     content = store.load(path)
     restore_state(resumed, content, path)
-    loader.state = content["state"]
+    loader.state = content["loader_state"]
     train(resumed, loader)
     assert_equal_trees(everything(resumed)["networks"], everything(finished(recipe, npy_data))["networks"])
 
 
 @RECIPES
-def test_the_whitening_bias_moves_in_its_epochs_only_and_costs_no_gradient_later(recipe: str, npy_data: Path) -> None:
+def test_whitening_bias_trains_in_its_epochs_only(recipe: str, npy_data: Path) -> None:
     training, loader = speedrun(recipe), loaders(npy_data)[0]
     layer = find_whitening(training.network)
     assert layer is not None
@@ -206,7 +204,7 @@ def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
     return [p.detach().clone() for p in training.network.parameters()]
 
 
-def test_muon_and_whitening_give_the_same_weights_on_one_and_on_two_ranks(npy_data: Path) -> None:
+def test_muon_and_whitening_equal_on_one_and_two_ranks(npy_data: Path) -> None:
     alone_ = muon_on_ranks(Ranks(), npy_data)
     first, second = on_ranks(2, muon_on_ranks, npy_data)
     for one, two, three in zip(alone_, first, second, strict=True):

@@ -62,9 +62,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return strict_lines(folder / "metrics.jsonl")
 
 
-def test_each_stage_trains_at_its_sizes_with_its_learning_rate_and_counts_its_updates(
-    digits_run: Run, tmp_path: Path
-) -> None:
+def test_stage_uses_its_sizes_learning_rate_and_steps(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path, *PLAIN, passes=2))
     lines = lines_of(tmp_path / "digits_lenet")
     assert [line["step"] for line in lines] == UPDATES
@@ -76,7 +74,7 @@ def test_each_stage_trains_at_its_sizes_with_its_learning_rate_and_counts_its_up
     assert "4 epochs of 7 steps at global batch 48" in log
 
 
-def test_a_run_broken_within_a_stage_goes_on_bitwise_as_the_unbroken_one(
+def test_run_interrupted_within_stage_resumes_bitwise(
     digits_run: Run, unbroken: Path, broken: Path, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(broken, tmp_path / "output"))
@@ -108,9 +106,7 @@ def test_stages_after_the_last_epoch_are_remarked_upon(digits_run: Run, tmp_path
     assert "data.stages from epoch 3 on are not reached with train.epochs=2\n" in log
 
 
-def test_a_size_that_the_model_does_not_take_is_refused_at_the_start_and_leaves_no_folder(
-    digits_run: Run, tmp_path: Path
-) -> None:
+def test_unsupported_image_size_is_refused_before_run_directory(digits_run: Run, tmp_path: Path) -> None:
     for option in ("data.stages=[{epoch: 1, image_size: 40}]", "data.image_size=40"):
         with pytest.raises(UserError) as error:
             run_here(*arguments(digits_run.data, tmp_path, option, "eval.image_size=32"))
@@ -121,7 +117,7 @@ def test_a_size_that_the_model_does_not_take_is_refused_at_the_start_and_leaves_
 
 
 @pytest.mark.parametrize("is_for_more", [False, True])
-def test_a_timm_model_for_one_size_is_refused_unless_it_is_built_for_more(is_for_more: bool, digits_run: Run) -> None:
+def test_fixed_size_timm_model_is_refused_unless_dynamic(is_for_more: bool, digits_run: Run) -> None:
     data = DataConfig(path=str(digits_run.data), batch_size=8, image_size=48)
     with alone() as device:
         shape: dict[str, Any] = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}

@@ -30,7 +30,7 @@ def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
          "continue from there with --resume auto and train.on_nonfinite=rewind"),
     ],
 )  # fmt: skip
-def test_the_checkpoint_that_is_named_stands_and_without_one_no_resume_is_advised(
+def test_rewind_error_names_existing_checkpoint_or_none(
     newest: Path | None, steps: int, last_good: str, advice: str
 ) -> None:
     written: list[str] = []

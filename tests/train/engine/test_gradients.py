@@ -88,7 +88,7 @@ def gradients_within_an_accumulated_step(ranks: Ranks, compiled: bool) -> list[t
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_gradients_stay_on_their_rank_until_the_last_pass_of_a_step(compiled: bool) -> None:
+def test_gradients_are_reduced_in_last_micro_step_only(compiled: bool) -> None:
     first, second = on_ranks(2, gradients_within_an_accumulated_step, compiled)
     for rank, ours in enumerate((first, second)):
         model = lenet().double()
@@ -112,7 +112,7 @@ def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[t
     return [p.detach().clone() for p in network.parameters()], [own, *(b.clone() for b in network.buffers())]
 
 
-def test_ranks_begin_with_the_first_ranks_weights_and_take_its_statistics_for_evaluation() -> None:
+def test_ranks_share_initial_weights_and_evaluation_statistics() -> None:
     (first, (own_mean, *buffers)), (second, (other_mean, *other_buffers)) = on_ranks(2, weights_after_construction)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert own_mean.abs().max() < 10 < 80 < other_mean.abs().min()  # no rank took over the other's in a step
@@ -182,7 +182,7 @@ def sums_and_an_error(ranks: Ranks) -> tuple[list[float], str, str]:
     return values, "", "no error"
 
 
-def test_every_rank_gets_the_sum_the_first_ranks_value_and_the_first_ranks_user_error() -> None:
+def test_collectives_share_sums_values_and_user_errors() -> None:
     assert on_ranks(2, sums_and_an_error) == [([2.0, 1.0], "from rank 0", "bad luck on rank 0")] * 2
 
 
@@ -201,7 +201,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_ranks_come_from_torchruns_environment_and_are_one_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_come_from_torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert Ranks.from_environment() == Ranks(rank=5, local_rank=1, world_size=8, local_world_size=4)

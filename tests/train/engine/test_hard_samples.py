@@ -30,7 +30,7 @@ def new_proxy(keep: float = 0.5) -> HardSampleSelector:
     return HardSampleSelector(make_state(lenet(), SGD, lr=0.1, label_smoothing=0.2), config)
 
 
-def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> None:
+def test_proxy_ignores_layer_settings_of_model() -> None:
     settings = {"lr_scales": {"layer1.*": 0.1}, "layer_decay": 0.5}
     config = TrainConfig.model_validate({"proxy": {"model": "lenet"}, "optimizer": settings})
     proxy = build_proxy(config, lambda _: lenet(), CPU)
@@ -39,7 +39,7 @@ def test_names_and_layers_of_the_model_mean_nothing_to_the_small_network() -> No
 
 
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 8), (0.3, 5), (1.0, 16), (0.01, 1)])
-def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, count: int) -> None:
+def test_selector_returns_samples_of_highest_loss(keep: float, count: int) -> None:
     batch = random_batch(16)
     chosen = new_proxy(keep).select(batch, step=1)
     losses = F.cross_entropy(lenet()(batch.images), batch.labels, label_smoothing=0.2, reduction="none")
@@ -52,7 +52,7 @@ def test_it_chooses_the_samples_of_highest_loss_with_their_labels(keep: float, c
     assert chosen.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> None:
+def test_proxy_trains_every_fourth_step_only() -> None:
     proxy, batch = new_proxy(), random_batch(16)
     network = proxy.state.network
     for update in range(6):
@@ -66,7 +66,7 @@ def test_it_learns_from_what_it_chose_in_every_fourth_update_and_only_then() -> 
             torch.testing.assert_close(new.detach(), old.detach() - learnt, rtol=1e-4, atol=1e-6)
 
 
-def test_an_update_of_it_that_is_not_finite_is_left_out_where_the_models_are() -> None:
+def test_proxy_skips_non_finite_step_like_model() -> None:
     config = ProxyConfig(model="lenet", keep=0.5, every_steps=1)
     proxy = HardSampleSelector(make_state(lenet(), SGD, lr=0.1, on_nonfinite="skip"), config)
     network, batch = proxy.state.network, random_batch(16)
@@ -78,7 +78,7 @@ def test_an_update_of_it_that_is_not_finite_is_left_out_where_the_models_are() -
     assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
 
 
-def test_its_whitening_bias_is_not_trained() -> None:
+def test_proxy_whitening_bias_is_not_trained() -> None:
     def build(name: str) -> torch.nn.Module:
         return build_model(name, 10, mean=[0.5] * 3, std=[0.5] * 3)
 
@@ -91,7 +91,7 @@ def test_its_whitening_bias_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "accumulation", "named"), [(2, 1, "world_size=2"), (1, 3, "steps=3")])
-def test_several_ranks_or_passes_are_refused_in_one_sentence(world_size: int, accumulation: int, named: str) -> None:
+def test_proxy_refuses_several_ranks_or_micro_steps(world_size: int, accumulation: int, named: str) -> None:
     config = TrainConfig(proxy=ProxyConfig(model="lenet"), accumulation_steps=accumulation)
     with pytest.raises(UserError, match=rf"train\.proxy\.model=lenet .*{named}; use 1 or set"):
         check_proxy(config, world_size)
@@ -100,7 +100,7 @@ def test_several_ranks_or_passes_are_refused_in_one_sentence(world_size: int, ac
 
 
 @pytest.mark.parametrize(("loss", "mixes", "named"), [("cross-entropy", True, r"aug\.mix"), ("bce", False, "loss=bce")])
-def test_mixed_samples_and_other_losses_are_refused_in_one_sentence(loss: str, mixes: bool, named: str) -> None:
+def test_proxy_refuses_mixed_samples_and_other_losses(loss: str, mixes: bool, named: str) -> None:
     config = TrainConfig(proxy=ProxyConfig(model="lenet"), loss=loss)
     with pytest.raises(UserError, match=rf"train\.proxy\.model=lenet .*{named}.*; train them with .* or set train"):
         check_proxy(config, 1, mixes)

@@ -72,7 +72,7 @@ def test_binary_cross_entropy_of_plain_labels_is_timms(smoothing: float, thresho
     assert int(counts[1]) == int((logits.argmax(1) == batch.labels).sum())
 
 
-def test_a_target_counts_only_above_the_threshold_and_not_at_it() -> None:
+def test_bce_threshold_is_exclusive() -> None:
     images, labels = random_batch(2)
     labels[:] = torch.tensor([3, 4])
     batch = MixedBatch(images, labels, torch.tensor([[0.25, 0, 0, 0, 0]] * 2))
@@ -84,7 +84,7 @@ def test_a_target_counts_only_above_the_threshold_and_not_at_it() -> None:
 
 
 @SETTINGS
-def test_cross_entropy_of_plain_labels_is_bitwise_torchs_and_timms_but_for_rounding(smoothing: float) -> None:
+def test_plain_cross_entropy_equals_torch_bitwise_and_timm_closely(smoothing: float) -> None:
     batch, model = random_batch(SAMPLES), lenet()
     loss, counts = build_loss(TrainConfig(), mixes=False)(model, batch, smoothing)
     logits = model(batch.images)
@@ -95,7 +95,7 @@ def test_cross_entropy_of_plain_labels_is_bitwise_torchs_and_timms_but_for_round
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "bce"}], ids=["cross-entropy", "bce"])
-def test_a_prediction_counts_by_the_shares_of_the_labels_that_it_hits(settings: dict[str, Any]) -> None:
+def test_prediction_counts_by_shares_of_its_labels(settings: dict[str, Any]) -> None:
     class Says(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return F.one_hot(torch.tensor([0, 0, 2, 0, 5, 5]), CLASSES).float()
@@ -110,7 +110,7 @@ def test_a_prediction_counts_by_the_shares_of_the_labels_that_it_hits(settings: 
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "bce", "bce_threshold": 0.2}], ids=["cross-entropy", "bce"])
-def test_one_graph_serves_all_batches_and_gives_the_loss_of_plain_kernels(settings: dict[str, Any]) -> None:
+def test_one_compiled_graph_serves_all_mixed_batches(settings: dict[str, Any]) -> None:
     loss = build_loss(TrainConfig(**settings), mixes=True)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters

@@ -139,7 +139,7 @@ KINDS: dict[str, Settings] = {
 @on_the_cpu
 @pytest.mark.parametrize("steps", [0, 6], ids=["a new run", "a resumed run"])
 @pytest.mark.parametrize("settings", [*KINDS.values(), {"amp": "fp16"}], ids=[*KINDS, "fp16"])
-def test_warm_up_changes_neither_state_nor_what_the_next_steps_make_of_it(settings: Settings, steps: int) -> None:
+def test_warm_up_changes_neither_state_nor_next_steps(settings: Settings, steps: int) -> None:
     warm, cold = make_state(small_net(), **settings), make_state(small_net(), **settings)
     for training in (warm, cold):
         plain_steps(training, steps)
@@ -166,7 +166,7 @@ def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> No
 
 
 @on_the_cpu
-def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_shapes(npy_data: Path) -> None:
+def test_compiled_training_and_evaluation_are_warmed_up_per_shape(npy_data: Path) -> None:
     training = make_state(small_net())
     training.needs_warmup = True  # as with train.compile, but without the minute that it takes
     shapes: set[tuple[bool, tuple[int, ...]]] = set()
@@ -182,7 +182,7 @@ def test_with_compiling_training_and_evaluation_are_warmed_up_in_the_loaders_sha
 
 
 @on_the_cpu
-def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_compiles_more_models_than_torch_default(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend="eager"))
     torch.compiler.reset()
@@ -198,7 +198,7 @@ def test_a_process_compiles_more_models_than_torch_would_by_itself(monkeypatch: 
 
 @pytest.mark.usefixtures("_fake_graphs")
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings: Settings) -> None:
+def test_captured_steps_equal_plain_steps_bitwise(settings: Settings) -> None:
     captured, plain = (make_state(small_net(), lr=LR, cuda_graph=graph, **settings) for graph in ("on", "off"))
     warm_up.warm_up_training(captured, warm_up.blank_batch(8, 32, CPU))
     assert isinstance(captured.captured_step, cuda_graph.CapturedStep)
@@ -210,7 +210,7 @@ def test_captured_steps_over_static_buffers_are_bitwise_the_plain_steps(settings
 
 
 @pytest.mark.usefixtures("_fake_graphs")
-def test_between_updates_gradients_stay_where_captured_graphs_add_to_them() -> None:
+def test_gradients_keep_storage_between_captured_steps() -> None:
     training = make_state(small_net(), accumulation_steps=2, cuda_graph="on")
     warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
 
@@ -251,7 +251,7 @@ SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the last one anew
 
 @pytest.mark.usefixtures("_fake_graphs")
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: Settings) -> None:
+def test_captured_steps_of_several_shapes_equal_plain_steps(settings: Settings) -> None:
     def new(graph: str) -> TrainState:
         torch.manual_seed(0)
         return make_state(PoolingNet(12), lr=LR, cuda_graph=graph, **settings)
@@ -268,7 +268,7 @@ def test_captured_steps_of_several_shapes_are_bitwise_the_plain_steps(settings: 
 
 
 @pytest.mark.usefixtures("_fake_graphs")
-def test_a_batch_of_another_shape_is_refused_by_a_captured_step() -> None:
+def test_captured_step_refuses_batch_of_another_shape() -> None:
     training = make_state(small_net(), cuda_graph="on")
     warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) cannot take part in a step captured for \(8, 3, 32, 32\)"):
@@ -303,7 +303,7 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
 
 
 @on_the_cpu
-def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> None:
+def test_impossible_cuda_graph_is_user_error() -> None:
     with pytest.raises(UserError, match=r"^train\.cuda_graph=on is not possible, since the device is a cpu; use auto"):
         make_state(small_net(), cuda_graph="on")
     assert not make_state(small_net(), cuda_graph="auto").uses_cuda_graph
@@ -320,9 +320,7 @@ def test_graphs_that_are_asked_for_where_they_cannot_be_are_a_user_error() -> No
         ({"optimizer": {"name": "sgd", "options": {"dampening": 0.5}}}, None, "have a dampening"),
     ],
 )
-def test_what_forbids_graphs_on_a_gpu_is_named_and_auto_does_without(
-    settings: Settings, amp: torch.dtype | None, reason: str
-) -> None:
+def test_graph_obstacles_are_named_and_auto_disables(settings: Settings, amp: torch.dtype | None, reason: str) -> None:
     gpu = torch.device("cuda", 0)
     assert precision.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
     assert not precision.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
@@ -399,9 +397,7 @@ def train_epochs(
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("settings", GPU_KINDS.values(), ids=GPU_KINDS)
-def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
-    settings: Settings, npy_data: Path, gpu: torch.device
-) -> None:
+def test_captured_epochs_equal_plain_epochs_on_gpu(settings: Settings, npy_data: Path, gpu: torch.device) -> None:
     results = {}
     for graph in ("on", "off"):
         training = on_gpu(gpu, cuda_graph=graph, **settings)
@@ -416,9 +412,7 @@ def test_epochs_of_captured_steps_are_epochs_of_plain_steps_on_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("kind", ["float32", "accumulated", "compiled", "mixed"])
-def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
-    kind: str, npy_data: Path, gpu: torch.device
-) -> None:
+def test_captured_stages_equal_plain_stages_on_gpu(kind: str, npy_data: Path, gpu: torch.device) -> None:
     stages = (StageConfig(epoch=0, image_size=24), StageConfig(epoch=1, image_size=40, batch_size=20))
     results = {}
     for graph in ("on", "off"):
@@ -433,7 +427,7 @@ def test_stages_of_captured_steps_are_stages_of_plain_steps_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_a_captured_step_leaves_out_an_update_that_is_not_finite(gpu: torch.device) -> None:
+def test_captured_step_skips_non_finite_gradients(gpu: torch.device) -> None:
     training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
     warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
     batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
@@ -463,7 +457,7 @@ def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> 
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_dropout_of_a_captured_step_is_a_pure_function_of_the_seed(npy_data: Path, gpu: torch.device) -> None:
+def test_captured_dropout_is_function_of_seed(npy_data: Path, gpu: torch.device) -> None:
     def weights(seed: int) -> torch.Tensor:
         training = on_gpu(gpu)
         loader, _ = gpu_loaders(npy_data, gpu)
@@ -479,7 +473,7 @@ def test_dropout_of_a_captured_step_is_a_pure_function_of_the_seed(npy_data: Pat
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-def test_dropout_masks_of_a_replay_are_those_of_plain_kernels_with_the_same_seed(gpu: torch.device) -> None:
+def test_replayed_dropout_equals_plain_kernels_with_same_seed(gpu: torch.device) -> None:
     class Masked(SmallNet):
         """Its weights become the masks, so that a step shows them."""
 
@@ -528,7 +522,7 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("optimizer", [SGD, SMOOTH_RMSPROP], ids=["sgd", "rmsprop"])
 @pytest.mark.parametrize(("then", "now"), [("on", "on"), ("on", "off"), ("off", "on")])
-def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
+def test_run_with_captured_steps_resumes_from_checkpoint(
     then: str, now: str, optimizer: Settings, npy_data: Path, tmp_path: Path, gpu: torch.device
 ) -> None:
     class Interrupted(Exception):
@@ -546,7 +540,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
 
     def save_and_break(update: int, lr: float) -> None:
         if update == 9:
-            store.save(tmp_path / "last.pt", training, training.sums, state=loader.state)
+            store.save(tmp_path / "last.pt", training, training.sums, loader_state=loader.state)
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -555,7 +549,7 @@ def test_a_run_of_captured_steps_that_breaks_goes_on_from_its_checkpoint(
     training, loader = new(now)
     restore_state(training, content, tmp_path / "last.pt")
     warm_up.warm_up(training, loader)
-    loader.state = content["state"]
+    loader.state = content["loader_state"]
     torch.testing.assert_close(train_epochs(training, loader), whole, **CLOSE)
 
 
@@ -586,9 +580,7 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
 
 
 @pytest.mark.gpu
-def test_a_model_that_reads_its_results_on_the_host_is_refused_with_the_way_out(
-    gpu: torch.device, failed_capture: None
-) -> None:
+def test_model_that_synchronizes_is_refused_with_advice(gpu: torch.device, failed_capture: None) -> None:
     class Reading(SmallNet):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             logits = super().forward(images)

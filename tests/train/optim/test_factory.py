@@ -29,7 +29,7 @@ SCALED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])
-def test_biases_and_linear_layers_have_learning_rates_of_their_own_and_decay_alike(name: Any) -> None:
+def test_bias_and_linear_rates_keep_weight_decay(name: Any) -> None:
     model = build_model("speedrun96_proxy", 10)
     optimizer = build_optimizer(model, OptimizerConfig(name=name, **SCALED), lr=2.0)
     names = {p: n for n, p in model.named_parameters()}
@@ -62,7 +62,7 @@ def test_the_learning_rate_is_set_in_every_parameter_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_weight_decay_leaves_out_biases_and_norms_and_no_parameter_is_lost(name: Any) -> None:
+def test_weight_decay_excludes_biases_and_norms(name: Any) -> None:
     model = build_model("resnet18", 10)
     optimizer = build_optimizer(model, OptimizerConfig(name=name, weight_decay=0.3), lr=1.0)
     of_group = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -173,9 +173,7 @@ def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], referenc
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_an_optimizer_or_option_that_there_is_not_is_refused_with_the_mend(
-    settings: dict[str, Any], reason: str
-) -> None:
+def test_unknown_optimizer_or_option_is_refused_with_advice(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as refused:
         build_optimizer(nn.Linear(3, 4), OptimizerConfig(**settings), lr=0.1)
     assert "\n" not in str(refused.value)
@@ -187,7 +185,7 @@ TIMM += ["cadamw", "clion", "csgdw"]
 
 
 @pytest.mark.parametrize("name", [f"timm/{name}" for name in TIMM] + ["adamw", "sgd", "rmsprop", "muon"])
-def test_a_config_with_the_used_settings_says_what_the_optimizer_has_and_builds_the_same(name: str) -> None:
+def test_config_with_timm_defaults_builds_the_same_optimizer(name: str) -> None:
     def built(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         optimizer = build_optimizer(nn.Linear(2, 2), config.train.optimizer, 0.1)
         group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
@@ -204,7 +202,7 @@ def test_a_config_with_the_used_settings_says_what_the_optimizer_has_and_builds_
     assert built(again) == (group, attributes)
 
 
-def test_the_used_settings_of_lion_and_lamb_are_theirs_unless_the_config_says_otherwise() -> None:
+def test_timm_defaults_fill_unset_optimizer_settings() -> None:
     def used(*settings: str) -> tuple[Any, Any]:
         optimizer = with_timm_defaults(load_config(DIGITS, settings)).train.optimizer
         return optimizer.betas, optimizer.eps
@@ -218,9 +216,7 @@ def test_the_used_settings_of_lion_and_lamb_are_theirs_unless_the_config_says_ot
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timms_optimizers_step_to_finite_weights_and_go_on_from_a_checkpoint_and_through_a_warm_up(
-    name: str, tmp_path: Path
-) -> None:
+def test_timm_optimizers_step_resume_and_warm_up(name: str, tmp_path: Path) -> None:
     def new(seed: int) -> TrainState:
         return make_state(small_net(10, seed), {"name": f"timm/{name}", "layer_decay": 0.9}, lr=1e-3)
 

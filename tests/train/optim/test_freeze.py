@@ -100,7 +100,7 @@ def test_only_norms_that_are_frozen_whole_stay_in_evaluation() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_norms_without_parameters_and_those_of_the_speedrun_networks_go_on_learning() -> None:
+def test_norms_without_frozen_parameters_keep_learning() -> None:
     for model in (nn.Sequential(nn.BatchNorm2d(3, affine=False)), build_model("speedrun96_proxy", 10)):
         set_training_mode(model)
         assert all(module.training for module in model.modules())
@@ -135,7 +135,7 @@ def test_warm_up_leaves_frozen_norms_in_evaluation() -> None:
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_a_frozen_whitening_bias_stays_frozen_in_the_epochs_that_train_it() -> None:
+def test_frozen_whitening_bias_stays_frozen() -> None:
     for patterns, trained in ((["whitening.bias"], False), ((), True)):
         model = build_model("speedrun96_proxy", 10, mean=[0.5] * 3, std=[0.25] * 3)
         freeze(model, patterns)
@@ -144,7 +144,7 @@ def test_a_frozen_whitening_bias_stays_frozen_in_the_epochs_that_train_it() -> N
         assert model.network.whitening.bias.requires_grad is trained
 
 
-def test_no_part_of_the_project_puts_a_whole_training_into_training_mode_by_itself() -> None:
+def test_training_mode_is_set_in_one_place_only() -> None:
     from helpers.training import ROOT
 
     for package in ("train", "tools"):
@@ -173,7 +173,7 @@ def test_frozen_parameters_and_norms_stand_still_on_two_ranks() -> None:
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_an_epoch_leaves_frozen_norms_in_evaluation_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_keeps_frozen_norms_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resnet()
     freeze(model, ["layer1.*"])
     training = make_state(model)

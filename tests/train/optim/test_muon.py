@@ -20,7 +20,7 @@ def matrices(rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 60), (60, 16)])
-def test_five_iterations_bring_singular_values_near_one_and_keep_the_directions(rows: int, columns: int) -> None:
+def test_five_iterations_orthogonalize_approximately(rows: int, columns: int) -> None:
     before = matrices(rows, columns)
     after = orthogonalize(before, steps=5)
     u, _, vh = torch.linalg.svd(before, full_matrices=False)
@@ -30,7 +30,7 @@ def test_five_iterations_bring_singular_values_near_one_and_keep_the_directions(
     torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-9)
 
 
-def test_an_iteration_is_the_quintic_polynomial_of_every_singular_value() -> None:
+def test_iteration_applies_polynomial_to_singular_values() -> None:
     before = matrices(8, 8)
     u, s, vh = torch.linalg.svd(before)
     for steps in (1, 2, 3):
@@ -44,7 +44,7 @@ def test_bfloat16_gives_the_same_to_a_few_percent() -> None:
     assert torch.linalg.matrix_norm(rounded - orthogonalize(before, 5)).max() < 0.05 * 4
 
 
-def test_matrices_have_a_row_for_each_filter_in_either_memory_format() -> None:
+def test_matrices_have_one_row_per_filter() -> None:
     weight = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
     expected = torch.stack([weight[:, :, y, x] for y in range(2) for x in range(2)], dim=1).flatten(1)
     for given in (weight, weight.contiguous(memory_format=torch.channels_last)):

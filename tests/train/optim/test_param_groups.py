@@ -52,13 +52,13 @@ def test_layers_of_our_models_are_stem_stages_and_head(name: str, expected: list
     assert [set(each.split()) for each in expected] == parts
 
 
-def test_a_norm_before_the_first_weights_belongs_to_the_first_layer() -> None:
+def test_norm_before_first_weights_belongs_to_first_layer() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Linear(4, 2))
     assert layers_by_registration(network) == {"0.weight": 0, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1,
                                         "3.bias": 1}  # fmt: skip
 
 
-def test_the_rate_of_a_layer_falls_with_the_layers_above_it() -> None:
+def test_layer_decay_falls_with_distance_to_head() -> None:
     scales = by_name(build_model("resnet18", 10, **PIXELS), "lr_scale", layer_decay=0.5)
     above = {"conv1": 5, "bn1": 5, "layer1.0.conv1": 4, "layer3.1.bn2": 2, "layer4.0.conv1": 1, "fc": 0}
     for name, layers in above.items():
@@ -68,7 +68,7 @@ def test_the_rate_of_a_layer_falls_with_the_layers_above_it() -> None:
 # Patterns
 
 
-def test_the_last_pattern_that_matches_scales_the_rate_with_or_without_the_prefix() -> None:
+def test_last_matching_pattern_scales_learning_rate() -> None:
     model = build_model("resnet18", 10, **PIXELS)
     patterns = {"layer*": 0.5, "network.layer1.*": 0.1, "layer2.0.conv?.weight": 3.0, "fc.bias": 0.0}
     scales = by_name(model, "lr_scale", lr_scales=patterns)
@@ -79,7 +79,7 @@ def test_the_last_pattern_that_matches_scales_the_rate_with_or_without_the_prefi
     assert scales["network.fc.bias"] == 0.0
 
 
-def test_factors_of_layers_patterns_and_own_rates_are_multiplied_and_only_own_rates_leave_the_decay_alone() -> None:
+def test_learning_rate_factors_multiply_and_own_rates_keep_decay() -> None:
     model = build_model("lenet", 10, **PIXELS)
     settings: dict[str, Any] = {
         "layer_decay": 0.5, "lr_scales": {"fc1.*": 0.1}, "linear_lr": 0.6, "bias_lr": 0.4, "weight_decay": 0.3,
@@ -96,7 +96,7 @@ def test_factors_of_layers_patterns_and_own_rates_are_multiplied_and_only_own_ra
     assert {taken[name] for name in taken if name.endswith("bias")} == {0.0}
 
 
-def test_layers_of_a_timm_model_decay_and_learn_as_timm_would_have_it() -> None:
+def test_timm_model_layers_get_timm_decay_and_rates() -> None:
     from timm.optim import param_groups_layer_decay
 
     model = build_model(VIT, 10, **PIXELS)
@@ -117,7 +117,7 @@ def test_layers_of_a_timm_model_decay_and_learn_as_timm_would_have_it() -> None:
         assert (scale, decay) == pytest.approx(theirs[parameter])
 
 
-def test_a_rate_of_zero_leaves_a_parameter_as_it_is() -> None:
+def test_zero_learning_rate_keeps_parameter_unchanged() -> None:
     model = build_model("lenet", 10, **PIXELS)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = OptimizerConfig(weight_decay=0.5, lr_scales={"conv1.*": 0.0})
@@ -149,7 +149,7 @@ def test_patterns_that_cannot_be_meant_are_refused(scales: Values, reason: str) 
 # Weight decay
 
 
-def test_what_a_model_of_timm_lists_is_not_decayed_even_where_biases_are() -> None:
+def test_timm_no_weight_decay_list_is_respected() -> None:
     model = build_model(VIT, 10, **PIXELS)
     listed = model.network.no_weight_decay()  # type: ignore[operator, union-attr]
     expected = {f"network.{name}" for name in listed if name in dict(model.network.named_parameters())}  # type: ignore[union-attr, operator]
@@ -162,5 +162,5 @@ def test_what_a_model_of_timm_lists_is_not_decayed_even_where_biases_are() -> No
             assert decays[name] == (0.0 if kept else 0.3)
 
 
-def test_a_model_without_such_a_list_decays_all_but_biases_and_norms() -> None:
+def test_model_without_list_decays_all_but_biases_and_norms() -> None:
     assert names_without_decay(build_model("resnet18", 10, **PIXELS)) == set()

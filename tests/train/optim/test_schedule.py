@@ -40,7 +40,7 @@ def schedule(steps_per_epoch: int, **settings: Any) -> list[float]:
     return [learning_rate(step, timeline, config) for step in range(timeline.total)]
 
 
-def test_warmup_rises_by_the_same_amount_at_every_step_and_ends_at_the_peak() -> None:
+def test_warmup_rises_linearly_to_peak() -> None:
     rates = schedule(10, epochs=5, lr=0.8, warmup_epochs=2, warmup_lr=0.1)
     rises = [after - before for before, after in zip([0.1, *rates], rates[:20], strict=False)]
     assert rises == pytest.approx([0.7 / 20] * 20)
@@ -69,7 +69,7 @@ def test_cosine_is_torchs_cosine_annealing_at_every_step() -> None:
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_cosine_starts_at_the_peak_after_warmup_and_reaches_min_lr_when_the_last_step_is_done() -> None:
+def test_cosine_falls_from_peak_to_min_lr_after_last_step() -> None:
     settings: dict[str, Any] = {"epochs": 4, "lr": 0.5, "min_lr": 0.1, "warmup_epochs": 1}
     config, timeline = TrainConfig(**settings), Timeline.even(4, 10)
     assert learning_rate(10, timeline, config) == pytest.approx(0.5)
@@ -84,14 +84,14 @@ def test_a_constant_schedule_stays_at_the_peak() -> None:
 
 
 @pytest.mark.parametrize("lowest", [0.0, 0.02])
-def test_linear_with_a_warmup_is_the_triangle_of_its_formula(lowest: float) -> None:
+def test_linear_schedule_with_warmup_equals_formula(lowest: float) -> None:
     rates = schedule(10, epochs=5, lr=0.8, warmup_epochs=1, warmup_lr=0.16, min_lr=lowest, schedule="linear")
     rising = [0.16 + 0.64 * (step + 1) / 10 for step in range(10)]
     falling = [0.8 + (lowest - 0.8) * step / 40 for step in range(40)]
     assert rates == pytest.approx(rising + falling)
 
 
-def test_a_whitening_bias_follows_the_schedule_or_falls_to_zero_in_its_own_epochs() -> None:
+def test_whitening_bias_rate_follows_schedule_or_anneals() -> None:
     def rates(**settings: Any) -> list[float]:
         config = TrainConfig(epochs=4, lr=0.5, schedule="linear", **settings)
         return [whitening_learning_rate(step, Timeline.even(4, 5), config) for step in range(20)]
@@ -112,7 +112,7 @@ def test_a_whitening_bias_follows_the_schedule_or_falls_to_zero_in_its_own_epoch
     lowest=st.floats(0, 1),
     kind=st.sampled_from(["cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial"]),
 )
-def test_every_learning_rate_lies_between_the_lowest_setting_and_the_peak(
+def test_learning_rates_stay_between_minimum_and_peak(
     epochs: int, steps_per_epoch: int, warmup: float, lr: float, lowest: float, kind: Any
 ) -> None:
     low = lr * lowest
@@ -159,7 +159,7 @@ def before_timelines(step: int, steps_per_epoch: int, config: TrainConfig) -> fl
     lowest=st.floats(0, 1),
     kind=st.sampled_from(["cosine", "linear", "constant"]),
 )
-def test_with_even_epochs_cosine_linear_and_constant_are_to_the_last_bit_what_they_were(
+def test_even_epochs_equal_earlier_formula_bitwise(
     epochs: int, steps_per_epoch: int, warmup: float, lr: float, lowest: float, kind: Any
 ) -> None:
     settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "min_lr": lr * lowest, "schedule": kind}
@@ -169,7 +169,7 @@ def test_with_even_epochs_cosine_linear_and_constant_are_to_the_last_bit_what_th
     assert [learning_rate(step, timeline, config) for step in range(timeline.total)] == expected
 
 
-def test_with_uneven_epochs_decays_come_at_epochs_and_the_warm_up_ends_at_its_epoch() -> None:
+def test_uneven_epochs_decay_and_warm_up_by_epoch() -> None:
     timeline = Timeline((4, 2, 5))
     stepped = TrainConfig(epochs=3, lr=1.0, schedule="step", schedule_options=ScheduleConfig(epochs=1, rate=0.5))
     assert [learning_rate(update, timeline, stepped) for update in range(11)] == [1] * 4 + [0.5] * 2 + [0.25] * 5
@@ -208,7 +208,7 @@ PER_EPOCH = 5
     ],
     ids=["step", "multistep", "exponential"],
 )  # fmt: skip
-def test_decays_by_epoch_are_torchs_at_the_start_of_every_epoch(settings: dict[str, Any], build: Any) -> None:
+def test_epoch_decays_equal_torch(settings: dict[str, Any], build: Any) -> None:
     rates = schedule(PER_EPOCH, epochs=8, lr=0.3, **settings)
     assert rates[::PER_EPOCH] == pytest.approx(of_torch(build, 8), rel=1e-12)
     if settings["schedule"] != "exponential":  # which falls within epochs as well
@@ -247,7 +247,7 @@ def test_schedules_by_update_are_torchs(settings: dict[str, Any], build: Any) ->
     assert rates[:-1] == pytest.approx(of_torch(build, 39), rel=1e-9)
 
 
-def test_per_epoch_the_learning_rate_is_torchs_stepped_once_per_epoch() -> None:
+def test_per_epoch_schedule_equals_torch() -> None:
     options = {"per_epoch": True}
     rates = schedule(PER_EPOCH, epochs=8, lr=0.3, min_lr=0.02, schedule_options=options)
     stepped = of_torch(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.02), 8)
@@ -259,7 +259,7 @@ def test_per_epoch_the_learning_rate_is_torchs_stepped_once_per_epoch() -> None:
     assert warm[10::PER_EPOCH] == by_update[10::PER_EPOCH]
 
 
-def test_one_cycle_starts_and_ends_as_its_factors_say_and_peaks_where_it_shall() -> None:
+def test_one_cycle_follows_its_factors_and_peak() -> None:
     options = {"peak": 0.25, "div_factor": 10, "final_div_factor": 100}
     rates = schedule(10, epochs=8, lr=0.5, schedule="one-cycle", schedule_options=options)
     assert (rates[0], rates[-1]) == pytest.approx((0.05, 0.0005))
@@ -336,14 +336,14 @@ def test_plateau_decays_where_torchs_reduce_lr_on_plateau_does(metric: Any, mode
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def test_an_epoch_without_the_metric_leaves_plateau_as_it_was() -> None:
+def test_plateau_ignores_epoch_without_metric() -> None:
     state = update_plateau({}, {"val_loss": 1.0}, ScheduleConfig())
     assert state == {"best": 1.0, "bad_epochs": 0, "decays": 0}
     assert update_plateau(state, {"val_loss": None}, ScheduleConfig()) == state
     assert Plateau(**state).after(2.0, ScheduleConfig(patience=0)) == Plateau(1.0, 0, 1)
 
 
-def test_plateau_keeps_the_warm_up_and_never_falls_below_min_lr() -> None:
+def test_plateau_keeps_warm_up_and_min_lr() -> None:
     options = ScheduleConfig(rate=0.1)
     config = TrainConfig(epochs=3, lr=1.0, min_lr=0.05, warmup_epochs=1, schedule="plateau", schedule_options=options)
     timeline = Timeline.even(3, 4)
@@ -366,7 +366,7 @@ RUN = [
     "kind",
     ["cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial", "plateau", "one-cycle"],
 )
-def test_a_run_broken_within_an_epoch_goes_on_with_the_learning_rates_of_the_unbroken_one(
+def test_learning_rates_resume_within_epoch(
     kind: str, npy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted: list[tuple[int, float]] = []
@@ -408,9 +408,7 @@ def test_a_run_begins_with_its_first_epoch(npy_data: Path, tmp_path: Path) -> No
     assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - 5 / 9), 0.01 * (1 - 8 / 9)])
 
 
-def test_a_run_scales_its_rates_to_its_batch_says_so_and_keeps_the_config_as_given(
-    npy_data: Path, tmp_path: Path
-) -> None:
+def test_run_scales_learning_rates_and_keeps_config(npy_data: Path, tmp_path: Path) -> None:
     opts = [*RUN, "train.schedule=constant", "train.warmup_epochs=0", "train.lr_batch_size=10", "train.epochs=1"]
     run_here("--cfg", DIGITS, "--data-path", npy_data, "--output", tmp_path, "--opts", *opts)
     folder = tmp_path / "digits_lenet"
@@ -449,7 +447,7 @@ def test_settings_that_exclude_each_other_are_refused(options: list[str], reason
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
-def test_all_learning_rates_grow_with_the_batch_and_nothing_else_does(rule: Any, factor: float) -> None:
+def test_batch_scaling_changes_learning_rates_only(rule: Any, factor: float) -> None:
     rates = {"lr": 0.1, "min_lr": 0.01, "warmup_lr": 0.02}
     own = {"norm_bias_lr": 0.3, "bias_lr": None, "linear_lr": 0.5, "weight_decay": 0.1}
     config = TrainConfig.model_validate({**rates, "optimizer": own, "lr_batch_size": 64, "lr_scaling": rule})
@@ -467,7 +465,7 @@ def test_all_learning_rates_grow_with_the_batch_and_nothing_else_does(rule: Any,
 # Remarks
 
 
-def test_settings_that_have_no_effect_in_so_short_a_run_are_remarked_on() -> None:
+def test_settings_without_effect_trigger_warning() -> None:
     timeline = Timeline.even(10, 100)
     assert config_warnings(TrainConfig(epochs=10), timeline) == []
     for late in (
@@ -482,7 +480,7 @@ def test_settings_that_have_no_effect_in_so_short_a_run_are_remarked_on() -> Non
     assert config_warnings(TrainConfig(epochs=10, schedule="step", schedule_options=early), timeline) == []
 
 
-def test_an_average_that_keeps_the_initial_weights_is_remarked_on() -> None:
+def test_average_of_initial_weights_triggers_warning() -> None:
     timeline = Timeline.even(10, 100)
     (remark,) = config_warnings(TrainConfig(epochs=10, ema=EmaConfig(decay=0.9999)), timeline)
     assert "looks back over 10,000 steps, but the run has 1,000" in remark

@@ -1,4 +1,4 @@
-"""Updates that are left out: as if their batch had not been there."""
+"""Skipped steps leave no trace, as if their batch had not occurred."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any
     assert torch.equal(ours.sums, plain.sums)
 
 
-def test_without_a_guard_the_same_batch_spoils_weights_and_statistics() -> None:
+def test_without_guard_bad_batch_corrupts_weights() -> None:
     training = make_state(small_net())
     bad_step(training, random_batch(8, classes=12))
     assert not training.network.state_dict()["norm.running_mean"].isfinite().all()
     assert not training.network.state_dict()["head.weight"].isfinite().all()
 
 
-def test_an_accumulated_update_with_one_bad_pass_is_left_out_whole() -> None:
+def test_step_with_one_bad_micro_step_is_skipped() -> None:
     training = guarded(accumulation_steps=2)
     before = state_of(training)
     bad_step(training, random_batch(8, classes=12), update=False)
@@ -111,7 +111,7 @@ def test_fp16_leaves_out_what_its_scaler_does() -> None:
     assert float(training.guard.skipped) == 1
 
 
-def test_an_optimizer_that_needs_the_host_for_it_is_not_captured() -> None:
+def test_optimizer_that_needs_host_is_not_captured() -> None:
     gpu = torch.device("cuda")
     for name, captures in (("adamw", True), ("sgd", True), ("muon", False), ("rmsprop", False)):
         config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))

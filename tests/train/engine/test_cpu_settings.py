@@ -35,7 +35,7 @@ def _four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("busy", "threads"), [(0, 4), (0.4, 4), (1, 3), (2, 2), (3, 1), (4, 1), (1.6, 2)])
-def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
+def test_busy_cores_reduce_threads(
     busy: float, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: busy)
@@ -45,7 +45,7 @@ def test_threads_are_left_out_for_cores_that_other_processes_keep_busy(
     assert (note in capsys.readouterr().err) == (threads < 4)
 
 
-def test_threads_that_are_fewer_than_the_cores_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_threads_are_reduced_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 2)
     torch.set_num_threads(2)  # of four cores, as a job may have them
     cpu_settings.limit_threads(CPU)
@@ -66,7 +66,7 @@ def test_a_run_on_a_gpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.get_num_threads() == 4
 
 
-def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
+def test_resumed_run_keeps_its_number_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 3.0)

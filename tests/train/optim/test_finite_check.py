@@ -1,4 +1,4 @@
-"""What is not finite is found on all ranks at the same update, and named by its steps."""
+"""Non-finite losses, weights and optimizer states raise an error on all ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> 
 
 
 @pytest.mark.parametrize("what", ["weights", "momentum"])
-def test_what_a_proxy_goes_on_from_is_looked_at_as_well(what: str) -> None:
+def test_proxy_state_is_checked_too(what: str) -> None:
     with alone():
         training = stepped()
         training.proxy = HardSampleSelector(stepped(), ProxyConfig(model="lenet"))
@@ -65,7 +65,7 @@ def test_what_a_proxy_goes_on_from_is_looked_at_as_well(what: str) -> None:
 
 
 @pytest.mark.parametrize(("begin", "done", "steps"), [(0, 1, "step 1"), (7, 8, "step 8"), (7, 9, "steps 8 to 9")])
-def test_steps_are_those_since_it_was_last_known_to_be_good(begin: int, done: int, steps: str) -> None:
+def test_error_names_steps_since_last_good_check(begin: int, done: int, steps: str) -> None:
     with alone():
         training = stepped()
         health = FiniteCheck(training)

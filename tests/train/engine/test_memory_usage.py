@@ -24,7 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def test_memory_of_a_gpu_is_the_peak_of_torch_s_tensors_and_what_the_device_has_in_use(gpu: torch.device) -> None:
+def test_gpu_memory_is_tensor_peak_and_device_use(gpu: torch.device) -> None:
     assert memory_usage(gpu) == {"memory_gib": 3.0, "device_memory_gib": 6.0}
 
 
@@ -39,7 +39,7 @@ def test_memory_of_the_cpu_is_the_resident_set_alone() -> None:
     assert set(benchmark_memory.memory_usage(torch.device("cpu"))) == {"memory_gib"}
 
 
-def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_of_its_parent(
+def test_cpu_memory_excludes_memory_before_exec(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
@@ -49,7 +49,7 @@ def test_memory_of_the_cpu_is_this_process_s_own_and_not_what_it_had_as_a_copy_o
     assert memory_usage(torch.device("cpu"))["memory_gib"] == 128
 
 
-def test_the_result_of_a_run_is_the_largest_memory_of_its_epochs() -> None:
+def test_result_of_run_is_peak_memory_over_epochs() -> None:
     lines = [{"epoch": 0, "memory_gib": 3.0, "device_memory_gib": 6.0}, {"epoch": 1, "memory_gib": 2.0}]
     assert summarize_metrics(lines)["device_memory_gib"] == 6.0
     assert summarize_metrics(lines)["memory_gib"] == 3.0

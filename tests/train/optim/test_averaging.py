@@ -1,4 +1,4 @@
-"""The moving average: its numbers, and whole runs that keep one, with what their tools make of it."""
+"""The moving average is timm's ModelEmaV3, and Lookahead follows its formula."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from configs.schema import DataConfig, EmaConfig, EvalConfig
+from configs.schema import DataConfig, EmaConfig, EvalConfig, LookaheadConfig
 from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, alone, make_state, on_ranks, random_batch, run_here, small_net, strict_lines
 from pipelines import build_eval_loader, build_train_loader
@@ -24,20 +24,24 @@ from train.engine.evaluate import evaluate
 from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
 from train.engine.warm_up import blank_batch, warm_up_training
-from train.optim.averaging import Ema, build_ema, eval_weights, uses_ema
+from train.optim.averaging import Ema, Lookahead, build_ema, build_lookahead, eval_weights, kept_share, uses_ema
 from train.reporting.metrics_file import best_results
 
 VAL_SAMPLES = 107
 State = dict[str, Tensor]
+in_a_group = pytest.mark.usefixtures("_process_group")
+# Whole runs
+
+OPTS = [
+    "train.epochs=3", "data.batch_size=256", "train.warmup_epochs=0", "train.lr=0.02", "train.save_every_steps=7",
+    "log.every_steps=1000", "train.ema.decay=0.9", "train.ema.every_steps=2",
+]  # fmt: skip
 
 
 @pytest.fixture
 def _process_group() -> Iterator[None]:
     with alone():
         yield
-
-
-in_a_group = pytest.mark.usefixtures("_process_group")
 
 
 def copy_of(state: State) -> State:
@@ -82,7 +86,7 @@ def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], share
 
 
 @in_a_group
-def test_an_epoch_counts_from_the_first_update_of_the_run_on(npy_data: Path) -> None:
+def test_average_counts_steps_from_start_of_run(npy_data: Path) -> None:
     averages = []
     for first in (0, 1):
         training = make_state(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
@@ -100,7 +104,7 @@ def test_an_epoch_counts_from_the_first_update_of_the_run_on(npy_data: Path) -> 
 
 
 @in_a_group
-def test_the_network_holds_the_average_inside_and_its_own_weights_again_outside() -> None:
+def test_swapped_in_average_is_restored_on_exit() -> None:
     training, ema = training_with(decay=0.5)
     for number in range(3):
         train_step(training, random_batch(8, seed=number))
@@ -121,7 +125,7 @@ def test_the_network_holds_the_average_inside_and_its_own_weights_again_outside(
 
 
 @in_a_group
-def test_a_warm_up_leaves_the_average_alone_and_a_new_start_begins_it_anew() -> None:
+def test_warm_up_keeps_average_and_restart_resets_it() -> None:
     training, ema = training_with(decay=0.5)
     begun = copy_of(ema.state())
     warm_up_training(training, blank_batch(8, 32, CPU))
@@ -132,7 +136,7 @@ def test_a_warm_up_leaves_the_average_alone_and_a_new_start_begins_it_anew() -> 
 
 
 @in_a_group
-def test_which_weights_count_is_said_by_the_setting_and_by_whether_there_is_an_average() -> None:
+def test_eval_weights_depend_on_setting_and_average() -> None:
     with_one, without = training_with(decay=0.5)[0], make_state(small_net())
     assert [uses_ema(with_one.ema, weights) for weights in ("auto", "ema", "raw")] == [True, True, False]
     assert [uses_ema(without.ema, weights) for weights in ("auto", "raw")] == [False, False]
@@ -163,14 +167,6 @@ def test_several_ranks_evaluate_the_first_ranks_average(npy_data: Path) -> None:
         assert result == pytest.approx(expected, rel=1e-5)
 
 
-# Whole runs
-
-OPTS = [
-    "train.epochs=3", "data.batch_size=256", "train.warmup_epochs=0", "train.lr=0.02", "train.save_every_steps=7",
-    "log.every_steps=1000", "train.ema.decay=0.9", "train.ema.every_steps=2",
-]  # fmt: skip
-
-
 def command(data: Path, output: Path, *opts: str) -> list[str | Path]:
     return ["--cfg", DIGITS, "--data-path", data, "--output", output, "--opts", *OPTS, *opts]
 
@@ -183,9 +179,7 @@ def averaged(digits_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "digits_lenet"
 
 
-def test_a_run_broken_within_an_epoch_goes_on_with_its_average_bitwise(
-    averaged: Path, digits_run: Any, tmp_path: Path
-) -> None:
+def test_average_resumes_bitwise_within_epoch(averaged: Path, digits_run: Any, tmp_path: Path) -> None:
     run_here(*command(digits_run.data, tmp_path), stop_at={"epoch": 1, "step": 2})
     run_here(*command(digits_run.data, tmp_path), "--resume", "auto")
     ours, theirs = (store.load(folder / "last.pt") for folder in (tmp_path / "digits_lenet", averaged))
@@ -198,7 +192,7 @@ def test_a_run_broken_within_an_epoch_goes_on_with_its_average_bitwise(
         assert [line[key] for key in keys] == [other[key] for key in keys]
 
 
-def test_both_are_evaluated_and_the_average_counts_unless_raw_weights_shall(
+def test_average_is_evaluated_and_counts_by_default(
     averaged: Path, digits_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_here(*command(digits_run.data, tmp_path, "eval.weights=raw"))
@@ -219,16 +213,14 @@ def test_both_are_evaluated_and_the_average_counts_unless_raw_weights_shall(
         assert ("(moving average)" in out) == bool(prefix)
 
 
-def test_epochs_without_an_evaluation_have_none_of_the_average_either(digits_run: Any, tmp_path: Path) -> None:
+def test_epoch_without_evaluation_evaluates_no_average(digits_run: Any, tmp_path: Path) -> None:
     run_here(*command(digits_run.data, tmp_path, "train.epochs=2", "train.eval_every_epochs=2"))
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
     assert [line["ema_val_top1"] is None for line in lines] == [True, False]
     assert best_results(lines)["best_ema_val_top1"] == lines[1]["ema_val_top1"]
 
 
-def test_tools_load_the_average_unless_the_config_says_raw_and_refuse_one_that_is_not_there(
-    averaged: Path, digits_run: Any, tmp_path: Path
-) -> None:
+def test_tools_load_average_unless_raw_or_missing(averaged: Path, digits_run: Any, tmp_path: Path) -> None:
     content = store.load(averaged / "last.pt")
     with alone():
         for weights, part in (("auto", "ema"), ("ema", "ema"), ("raw", "model")):
@@ -265,7 +257,43 @@ def test_comparisons_show_the_average_and_count_it(averaged: Path, digits_run: A
     assert "ema_val_loss" not in curve_rows(records[1:], ["plain"])[0]
 
 
-def test_a_run_that_shall_count_an_average_but_keeps_none_is_refused(digits_run: Any, tmp_path: Path) -> None:
+def test_eval_weights_ema_without_average_is_refused(digits_run: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.weights=ema, but no average is kept"):
         run_here(*command(digits_run.data, tmp_path, "train.ema.decay=null", "eval.weights=ema"))
     assert list(tmp_path.iterdir()) == []
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+
+
+def test_lookahead_equals_formula_and_ends_with_slow_weights() -> None:
+    ours, config = network(), LookaheadConfig(every_steps=3, decay=0.8)
+    lookahead = Lookahead(ours, config)
+    fast = {name: value.clone() for name, value in network().state_dict().items() if value.is_floating_point()}
+    slow = {name: value.clone() for name, value in fast.items()}
+    updates = 10
+    for update in range(updates):
+        for number, (name, value) in enumerate(fast.items()):
+            change = 0.01 * (update + 1) * (number + 1)
+            value += change
+            ours.state_dict()[name].add_(change)
+        lookahead.update(update, updates)
+        if update in (2, 5, 8):
+            kept = 0.8 * ((update + 1) / updates) ** 3
+            for name in fast:
+                slow[name] = kept * slow[name] + (1 - kept) * fast[name]
+                fast[name] = slow[name].clone()
+    for name in fast:
+        torch.testing.assert_close(ours.state_dict()[name], slow[name])
+        assert not torch.allclose(fast[name], slow[name])  # the last update was taken back
+
+
+def test_lookahead_decay_grows_with_cube_of_progress() -> None:
+    config = LookaheadConfig(every_steps=1, decay=0.8)
+    assert [kept_share(progress, config) for progress in (0, 0.5, 1)] == pytest.approx([0, 0.1, 0.8])
+
+
+def test_without_a_number_of_steps_there_is_none() -> None:
+    assert build_lookahead(network(), LookaheadConfig()) is None

@@ -52,7 +52,7 @@ def test_every_element_is_cut_to_the_limit_by_value() -> None:
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e-1])
-def test_adaptive_clipping_is_its_formula_and_timms_and_leaves_the_head_alone(limit: float) -> None:
+def test_adaptive_clipping_equals_timm_and_excludes_head(limit: float) -> None:
     plain, model = gradients(), lenet()
     weights = dict(model.named_parameters())
     changed = 0

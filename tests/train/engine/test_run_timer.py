@@ -59,9 +59,7 @@ def training_s(output: Path) -> float:
     ],
     ids=["unbroken", "once", "several times", "before the evaluation"],
 )
-def test_an_epoch_takes_the_time_of_all_starts_of_the_run(
-    stops: list[int], last_s: int, digits_run: Run, tmp_path: Path
-) -> None:
+def test_epoch_time_includes_all_starts(stops: list[int], last_s: int, digits_run: Run, tmp_path: Path) -> None:
     for step in stops:
         run_here(*arguments(digits_run.data, tmp_path), stop_at={"epoch": 1, "step": step})
     run_here(*arguments(digits_run.data, tmp_path))
@@ -70,16 +68,14 @@ def test_an_epoch_takes_the_time_of_all_starts_of_the_run(
     assert training_s(tmp_path) == UPDATES + 1 + last_s + 1  # and the last evaluation
 
 
-def test_a_run_that_is_resumed_between_epochs_adds_its_earlier_ones(digits_run: Run, tmp_path: Path) -> None:
+def test_resume_between_epochs_adds_earlier_times(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path), stop_at={"epoch": 1, "step": 0})
     run_here(*arguments(digits_run.data, tmp_path))
     assert [seconds for seconds, _ in times_of(tmp_path)] == [UPDATES + 1] * 2
     assert training_s(tmp_path) == 2 * (UPDATES + 1) + 1
 
 
-def test_a_run_that_goes_back_goes_back_to_the_times_of_its_checkpoint(
-    digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewind_restores_times_of_checkpoint(digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_step: Callable[..., None] = epoch.run_step
 
     def fail_once(training: Any, batch: Any, number: int, *, optimizer_step: bool) -> None:
@@ -94,7 +90,7 @@ def test_a_run_that_goes_back_goes_back_to_the_times_of_its_checkpoint(
     assert [seconds for seconds, _ in times_of(tmp_path)] == [1, 2]
 
 
-def test_an_epoch_begun_by_an_older_version_has_no_time_and_the_next_one_has(digits_run: Run, tmp_path: Path) -> None:
+def test_epoch_of_older_checkpoint_has_no_time(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path), stop_at={"epoch": 0, "step": 3})
     last = tmp_path / "digits_lenet" / "last.pt"
     content = store.load(last)
@@ -118,7 +114,7 @@ def test_a_checkpoint_whose_times_are_no_numbers_is_refused(digits_run: Run, tmp
             store.load(tmp_path / "last.pt")
 
 
-def test_the_time_of_a_broken_off_evaluation_is_left_out() -> None:
+def test_interrupted_evaluation_time_is_not_counted() -> None:
     timed = metrics.RunTimer()
     with pytest.raises(EvaluationInterrupted), timed:
         raise EvaluationInterrupted

@@ -1,0 +1,55 @@
+"""The measurement of training throughput."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import AugConfig, DataConfig
+from helpers.training import CPU, alone, make_state, on_ranks, small_net
+from pipelines import build_train_loader
+from pipelines.loader.loader import Loader
+from train.distributed.process_group import Ranks
+from train.throughput import measure_images_per_s
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with alone():
+        yield
+
+
+def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
+    section = DataConfig(path=str(data), batch_size=batch_size)
+    return build_train_loader(
+        section, AugConfig(crop="pad", flip=0.5), seed=3, device=CPU, accumulation_steps=accumulation_steps
+    )
+
+
+# Throughput
+
+
+def throughput(ranks: Ranks, data: Path) -> int:
+    """How many batches the measurement took; clocks run fast, to make it short, and at another speed on each rank."""
+    batches = 0
+
+    def count(*_: Any) -> None:
+        nonlocal batches
+        batches += 1
+
+    clock = time.perf_counter
+    time.perf_counter = lambda: clock() * 20 * (1 + 2 * ranks.rank)  # type: ignore[assignment]
+    training = make_state(small_net())
+    training.network.register_forward_hook(count)
+    loader = train_loader(data, batch_size=4)
+    measure_images_per_s(training, loader, ranks.world_size, warmup_steps=10, seconds=0.1)
+    return batches
+
+
+def test_throughput_makes_same_steps_on_all_ranks(npy_data: Path) -> None:
+    first, second = on_ranks(2, throughput, npy_data)
+    assert first == second > 2 * 10
