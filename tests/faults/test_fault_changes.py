@@ -70,8 +70,12 @@ ENDS: dict[Any, str] = {cut: "was truncated", overwrite: "was overwritten", copy
 GOES_ON: dict[Any, str] = {replace: "was replaced by another file", remove: "cannot be found any more"}
 SHORT, LONG = 12, 400  # epochs of runs that complete, and of runs that are stopped early
 OPTS = [
-    "data.placement=host", "data.threads=1", "train.save_every_steps=3", "log.every_steps=3", "train.warmup_epochs=1",
-]  # fmt: skip
+    "data.placement=host",
+    "data.threads=1",
+    "train.save_every_steps=3",
+    "log.every_steps=3",
+    "train.warmup_epochs=1",
+]
 
 
 def changed_under_a_run(

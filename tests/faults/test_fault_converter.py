@@ -140,8 +140,10 @@ def fill_and_go_on(conversion: Conversion, expected: Contents, tmp_path: Path, r
 
     Its free space is looked up before a conversion begins, so that this runs as it would where others fill the disk.
     """
-    blind = ("import shutil, sys; usage = shutil.disk_usage(sys.argv.pop(1)); shutil.disk_usage = lambda _: usage; "
-             "import tools.convert as c; c.run_main(c.main)")  # fmt: skip
+    blind = (
+        "import shutil, sys; usage = shutil.disk_usage(sys.argv.pop(1)); shutil.disk_usage = lambda _: usage; "
+        "import tools.convert as c; c.run_main(c.main)"
+    )
     room, copy = tmp_path / "room", tmp_path / "copy"
     room.mkdir(exist_ok=True)
     command = [sys.executable, "-c", blind, str(tmp_path), *conversion.command(room / "out", 2)[2:]]
@@ -291,9 +293,12 @@ def test_lost_samples_are_noticed_before_dataset_json_is_written(
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("val/block-000000.npz", "cannot be read"), ("val/block-000000.group-00.bin", "was cut short"),
-     ("request.json", "unfinished conversion of another source")],
-)  # fmt: skip
+    [
+        ("val/block-000000.npz", "cannot be read"),
+        ("val/block-000000.group-00.bin", "was cut short"),
+        ("request.json", "unfinished conversion of another source"),
+    ],
+)
 def test_damaged_spool_is_one_error_message(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,9 +108,12 @@ def bounded(command: list[str], mib: int, seconds: float, folder: Path) -> tuple
     """Run a command in a new process and check its peak memory and CPU time."""
     usage = folder / "usage"
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, usage, *command], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", MEASURE, usage, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**CLEAN, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     peak, spent = map(float, usage.read_text().split())
     assert peak / 1024 < mib
     assert spent < seconds
@@ -199,10 +202,12 @@ def test_a_chunk_that_inflates_to_gigabytes_stays_within_bounds(scene: Scene) ->
 def test_hdf5_loads_no_plugin(scene: Scene) -> None:
     """No plugin is loaded even if the environment names a folder of them."""
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES["own_filter"], scene.secret)
-    code = ("import sys, h5py; from pathlib import Path; from configs.utils.errors import UserError\n"
-            "from tools.sources.hdf5 import open_hdf5\n"
-            "try: open_hdf5(Path(sys.argv[1]), None, 1000)\n"
-            "except UserError as error: print(h5py.h5pl.size(), error)")  # fmt: skip
+    code = (
+        "import sys, h5py; from pathlib import Path; from configs.utils.errors import UserError\n"
+        "from tools.sources.hdf5 import open_hdf5\n"
+        "try: open_hdf5(Path(sys.argv[1]), None, 1000)\n"
+        "except UserError as error: print(h5py.h5pl.size(), error)"
+    )
     environment = {**CLEAN, "PYTHONPATH": str(ROOT), "HDF5_PLUGIN_PATH": str(scene.folder)}
     result = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, env=environment)
     assert result.stdout.startswith("0 "), result.stderr
@@ -386,8 +391,11 @@ def checkpoints(scene: Scene) -> dict[str, bytes]:
     torch.save({"format": 1, "stream": {}, "model": Touch(scene.marker)}, file)
     saved = file.read_bytes()
     file.unlink()
-    return {"plain": plain, "saved": saved, **{f"{name}-sealed": forged(content)
-                                               for name, content in (("plain", plain), ("saved", saved))}}  # fmt: skip
+    return {
+        "plain": plain,
+        "saved": saved,
+        **{f"{name}-sealed": forged(content) for name, content in (("plain", plain), ("saved", saved))},
+    }
 
 
 @pytest.mark.parametrize("name", ["plain", "saved", "plain-sealed", "saved-sealed"])

@@ -62,16 +62,34 @@ def targets(folder: Path) -> dict[str, Target]:
         "npy data set": Target(kinds.damaged_data(npy), kinds.read_data(own("npy"), npy), 60),
         "jpeg data set": Target(kinds.damaged_data(jpeg), kinds.read_data(own("jpeg"), jpeg)),
         "checkpoint": Target(kinds.damaged(saved), kinds.read_checkpoint(own("checkpoint"), is_sealed=True)),
-        "unsealed checkpoint": Target(kinds.damaged(kinds.forged(saved, 1, 0)),
-                                      kinds.read_checkpoint(own("checkpoint"), is_sealed=False)),
-        **{f"weights {suffix}": Target(kinds.damaged(content), kinds.read_weights_file(own("weights"), suffix))
-           for suffix, content in weights.items()},
+        "unsealed checkpoint": Target(
+            kinds.damaged(kinds.forged(saved, 1, 0)), kinds.read_checkpoint(own("checkpoint"), is_sealed=False)
+        ),
+        **{
+            f"weights {suffix}": Target(kinds.damaged(content), kinds.read_weights_file(own("weights"), suffix))
+            for suffix, content in weights.items()
+        },
         "run folder": Target(kinds.damaged_run(run), kinds.read_run_folder(own("run"), run)),
-    }  # fmt: skip
+    }
 
 
-NAMES = ["batch", "names", "opcodes", "tar", "gzip", "hdf5", "image", "config", "npy data set", "jpeg data set",
-         "checkpoint", "unsealed checkpoint", "weights .safetensors", "weights .pth", "run folder"]  # fmt: skip
+NAMES = [
+    "batch",
+    "names",
+    "opcodes",
+    "tar",
+    "gzip",
+    "hdf5",
+    "image",
+    "config",
+    "npy data set",
+    "jpeg data set",
+    "checkpoint",
+    "unsealed checkpoint",
+    "weights .safetensors",
+    "weights .pth",
+    "run folder",
+]
 
 
 class Hang(BaseException):
@@ -130,9 +148,13 @@ def run(target: Target, examples: int, round_seed: int | None) -> None:
     """Draw examples; the same ones each time if `round_seed` is None."""
 
     @settings(
-        max_examples=examples, derandomize=round_seed is None, deadline=None, database=None, print_blob=True,
+        max_examples=examples,
+        derandomize=round_seed is None,
+        deadline=None,
+        database=None,
+        print_blob=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(target.examples)
     def holds(example: Any) -> None:
         (hold_apart if target.apart else hold)(target.read, example)

@@ -32,8 +32,20 @@ class Conversion:
     arguments: tuple[str, ...]
 
     def command(self, out: Path, workers: int = 3) -> list[str]:
-        return [*SCRIPT, *self.arguments, "--source", str(self.source), "--out", str(out), "--name", "x",
-                "--shard-mib", "1", "--workers", str(workers)]  # fmt: skip
+        return [
+            *SCRIPT,
+            *self.arguments,
+            "--source",
+            str(self.source),
+            "--out",
+            str(out),
+            "--name",
+            "x",
+            "--shard-mib",
+            "1",
+            "--workers",
+            str(workers),
+        ]
 
 
 def contents(folder: Path) -> Contents:
@@ -80,9 +92,14 @@ def conversions(folder: Path) -> dict[str, Conversion]:
 def start(command: Sequence[str], **options: Callable[[], None]) -> subprocess.Popen[str]:
     """Start a conversion in a new process group, like a shell."""
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         **options,  # type: ignore[call-overload]
-    )  # fmt: skip
+    )
 
 
 def run(command: Sequence[str], **options: Callable[[], None]) -> tuple[int, str]:

@@ -76,8 +76,13 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "frozenset-of-2-to-the-40": b"\x80\x04()" + b"2\x86" * 40 + b"\x91.",
         "dict-of-2-to-the-40": b"\x80\x02()" + b"2\x86" * 40 + b"K\x01d.",
         "numbers-of-one-hash": b"\x80\x02}(" + b"".join(same_hash) + b"u.",
-        "text-encoded-again-and-again": b"\x80\x02" + encode + b"q\0X\0\0\x10\0" + b"a" * (1 << 20)
-        + b"q\1X\6\0\0\0latin1\x86q\2" + b"h\0h\2R0" * 100_000 + b".",
+        "text-encoded-again-and-again": b"\x80\x02"
+        + encode
+        + b"q\0X\0\0\x10\0"
+        + b"a" * (1 << 20)
+        + b"q\1X\6\0\0\0latin1\x86q\2"
+        + b"h\0h\2R0" * 100_000
+        + b".",
         "a-million-lists": b"\x80\x02" + b"]" * 1_000_000 + b".",
         "a-million-deep": b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b".",
         "objects": pickle.dumps({"data": np.array([Touch(marker)], object), "labels": [0]}, protocol=4),
@@ -85,7 +90,7 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "array-of-a-tebibyte": pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}, protocol=2).replace(
             b"K\x00M\x00\x0c\x86", b"J\xff\xff\xff\x7fM\x00\x0c\x86"
         ),
-    }  # fmt: skip
+    }
 
 
 def cifar_with(folder: Path, batch: bytes) -> Path:
@@ -206,14 +211,16 @@ def _never_written(file: h5py.File, _: Path) -> None:
 
 def _huge_chunk(file: h5py.File, _: Path) -> None:
     shape = (4, 3, 64, 64)
-    dataset = file.create_dataset("images-train", shape, np.uint8, chunks=(200_000, 3, 64, 64),
-                                  maxshape=(None, 3, 64, 64), compression="gzip")  # fmt: skip
+    dataset = file.create_dataset(
+        "images-train", shape, np.uint8, chunks=(200_000, 3, 64, 64), maxshape=(None, 3, 64, 64), compression="gzip"
+    )
     dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(1 << 20)))
 
 
 def _huge_images(file: h5py.File, _: Path) -> None:
-    dataset = file.create_dataset("images-train", (4, 3, 60_000, 60_000), np.uint8, chunks=(4, 3, 4_000, 4_000),
-                                  compression="gzip")  # fmt: skip
+    dataset = file.create_dataset(
+        "images-train", (4, 3, 60_000, 60_000), np.uint8, chunks=(4, 3, 4_000, 4_000), compression="gzip"
+    )
     dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(1 << 20)))
 
 
@@ -228,10 +235,19 @@ def inflating_images(file: h5py.File, _: Path) -> None:
 HDF5_IMAGES: dict[str, Images] = {
     function.__name__.strip("_"): function
     for function in (
-        _external_storage, _external_link, _external_link_above, _virtual, _references, _objects, _own_type,
-        _own_filter, _never_written, _huge_chunk, _huge_images,
+        _external_storage,
+        _external_link,
+        _external_link_above,
+        _virtual,
+        _references,
+        _objects,
+        _own_type,
+        _own_filter,
+        _never_written,
+        _huge_chunk,
+        _huge_images,
     )
-}  # fmt: skip
+}
 
 
 # Images, of a few bytes to some megabytes.
@@ -280,8 +296,14 @@ def tiff(entries: list[tuple[int, int, int, int]], content: bytes) -> bytes:
 
 
 def _tiff_entries(width: int, compression: int) -> list[tuple[int, int, int, int]]:
-    return [(256, 4, 1, width), (257, 4, 1, width), (258, 3, 1, 8), (259, 3, 1, compression), (262, 3, 1, 1),
-            (277, 3, 1, 1)]  # fmt: skip
+    return [
+        (256, 4, 1, width),
+        (257, 4, 1, width),
+        (258, 3, 1, 8),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+        (277, 3, 1, 1),
+    ]
 
 
 def huge_tile_tiff(side: int = 32_000) -> bytes:

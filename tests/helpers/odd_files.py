@@ -83,8 +83,18 @@ def tiff_of(samples: np.ndarray, bits: int, order: str = "<", photometric: int =
     else:
         data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
     start = 8 + 2 + 10 * 12 + 4  # of the pixels, behind ten tags
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, start), (277, 1),
-            (278, height), (279, len(data)), (339, kind)]  # fmt: skip
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, start),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+        (339, kind),
+    ]
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
     magic = b"II*\0" if order == "<" else b"MM\0*"
     return magic + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + data

@@ -120,8 +120,10 @@ def set_frame_type(marker: int) -> bytes:
         (set_frame_type(0xC3), "of frame type SOF3"),
         (set_frame_type(0xC9), "of frame type SOF9"),
         (frame_changed(lambda file, place: file.__setitem__(place + 4, 12)), "of 12 bits"),
-        (frame_changed(lambda file, place: file.__setitem__(slice(place + 5, place + 7), bytes(2))),
-         "without a height in its frame header"),
+        (
+            frame_changed(lambda file, place: file.__setitem__(slice(place + 5, place + 7), bytes(2))),
+            "without a height in its frame header",
+        ),
         (frame_changed(lambda file, place: file.__setitem__(place + 9, 2)), "of 2 components"),
         (frame_changed(lambda file, place: file.__setitem__(place + 9, 9)), "without a frame header"),
         (b"\xff\xd8\xff\xd9", "without a frame header"),
@@ -135,7 +137,7 @@ def set_frame_type(marker: int) -> bytes:
         (inserted(b"\xff\xfe\0\0"), "with a segment of impossible length"),
         (inserted(saved()[segments(saved())[-2][1] : segments(saved())[-1][1]] * 3, -1), None),  # further tables
     ],
-)  # fmt: skip
+)
 def test_a_header_says_what_decoders_differ_in(file: bytes, reason: str | None) -> None:
     assert jpeg_format.inspect(file)[1] == reason
 

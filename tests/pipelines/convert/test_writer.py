@@ -159,8 +159,18 @@ def defective(good: list[bytes]) -> list[bytes]:
     jpeg = bytearray(good[0])
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # claims 65,535 x 65,535
-    return [b"", good[0], b"garbage", good[1][: len(good[1]) // 2], good[2], bytes(jpeg), png_header(20_000, 20_000),
-            good[3], good[4][:20], good[5]]  # fmt: skip
+    return [
+        b"",
+        good[0],
+        b"garbage",
+        good[1][: len(good[1]) // 2],
+        good[2],
+        bytes(jpeg),
+        png_header(20_000, 20_000),
+        good[3],
+        good[4][:20],
+        good[5],
+    ]
 
 
 BAD = [0, 2, 3, 5, 6, 8]
@@ -264,8 +274,10 @@ def test_size_crops_npy_and_keeps_the_jpeg_aspect_ratio(tmp_path: Path) -> None:
     wide, tall = Image.fromarray(marked_image(1, 48, 90)), Image.fromarray(marked_image(2, 90, 48))
     files: list[np.ndarray | bytes] = [file_of(wide), file_of(tall)]
     write(memory_source(val=MemoryRows(files)), tmp_path / "npy", Encoding("npy", size=32))
-    resized = [np.asarray(wide.resize((60, 32), Image.Resampling.BICUBIC))[:, 14:46],
-               np.asarray(tall.resize((32, 60), Image.Resampling.BICUBIC))[14:46]]  # fmt: skip
+    resized = [
+        np.asarray(wide.resize((60, 32), Image.Resampling.BICUBIC))[:, 14:46],
+        np.asarray(tall.resize((32, 60), Image.Resampling.BICUBIC))[14:46],
+    ]
     np.testing.assert_array_equal(pixels_of(open_split(tmp_path / "npy", "val")), resized)
     write(memory_source(val=MemoryRows(files)), tmp_path / "jpeg", Encoding("jpeg", size=32))
     split = open_split(tmp_path / "jpeg", "val")

@@ -597,11 +597,25 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.truncate(bytes_)
     content = (folder / "train.index.npz").read_bytes()
     entry = {"file": "train.index.npz", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    split = {"samples": SAMPLES, "labelled": True, "source_rows": SAMPLES, "quarantined": [], "index": entry,
-             "shards": shards}  # fmt: skip
-    dataset = {"format": "model-zhu-shards", "version": 1, "name": "m", "classes": [str(c) for c in range(classes)],
-               "encoding": "npy", "image_shape": shape, "mean": [0.5] * 3, "std": [0.2] * 3,
-               "splits": {"train": split}}  # fmt: skip
+    split = {
+        "samples": SAMPLES,
+        "labelled": True,
+        "source_rows": SAMPLES,
+        "quarantined": [],
+        "index": entry,
+        "shards": shards,
+    }
+    dataset = {
+        "format": "model-zhu-shards",
+        "version": 1,
+        "name": "m",
+        "classes": [str(c) for c in range(classes)],
+        "encoding": "npy",
+        "image_shape": shape,
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "splits": {"train": split},
+    }
     (folder / "dataset.json").write_text(json.dumps(dataset))
     marked = 1_234_567
     with (folder / shards[marked // per_shard]["file"]).open("r+b") as file:

@@ -172,10 +172,18 @@ def vlen_bytes(dtype: Any) -> np.ndarray:
 
 
 HINTS: list[tuple[dict[str, Any], str]] = [
-    *(({"images-train": value}, "imagefolder") for value in (
-        vlen_bytes(np.uint8), vlen_bytes(np.int8), np.array(JPEGS), np.array(JPEGS, "V30"),
-        np.array([b"text"] * ROWS, h5py.string_dtype()), np.zeros((ROWS, 40), np.uint8), np.zeros(ROWS, np.uint8),
-    )),
+    *(
+        ({"images-train": value}, "imagefolder")
+        for value in (
+            vlen_bytes(np.uint8),
+            vlen_bytes(np.int8),
+            np.array(JPEGS),
+            np.array(JPEGS, "V30"),
+            np.array([b"text"] * ROWS, h5py.string_dtype()),
+            np.zeros((ROWS, 40), np.uint8),
+            np.zeros(ROWS, np.uint8),
+        )
+    ),
     ({"images-train": IMAGES / np.float32(255)}, "dtype float32.*floats of 0..1 by 255"),
     ({"images-train": IMAGES > 127}, "dtype bool.*multiplied by 255"),
     ({"images-train": IMAGES.astype(np.uint16)}, "dtype uint16.*scale wider ranges"),
@@ -191,7 +199,7 @@ HINTS: list[tuple[dict[str, Any], str]] = [
     ({"labels-train": np.zeros(ROWS)}, r"astype\('int64'\)"),
     ({"labels-train": np.array([b"cat"] * ROWS)}, "number the class names from 0 on.*--classes"),
     ({"labels-train": np.eye(ROWS, dtype=int)}, r"argmax\(axis=1\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("replace", "hint"), HINTS, ids=range(len(HINTS)))

@@ -47,9 +47,16 @@ def test_rows_are_sorted_by_class_then_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "split"),
-    [(name, split) for split, names in {"train": ["train", "Training"], "test": ["TEST", "testing"],
-                                        "val": ["val", "Valid", "VALIDATION", "dev"]}.items() for name in names],
-)  # fmt: skip
+    [
+        (name, split)
+        for split, names in {
+            "train": ["train", "Training"],
+            "test": ["TEST", "testing"],
+            "val": ["val", "Valid", "VALIDATION", "dev"],
+        }.items()
+        for name in names
+    ],
+)
 def test_splits_have_their_usual_names_in_any_case(tmp_path: Path, folder: str, split: str) -> None:
     write_files(tmp_path, f"{folder}/a/2.jpg", *(["train/a/1.jpg"] if split != "train" else []))
     assert contents(tmp_path, split) == [f"{folder}/a/2.jpg"]
@@ -125,8 +132,18 @@ def test_classes_without_images_are_noted_in_every_split(tmp_path: Path, capsys:
 def test_skipped_entries_are_counted_by_extension_and_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_files(tmp_path, "train/a/1.jpg", "train/a/x.txt", "train/a/deeper/y.TXT", "train/flat.jpg", "README.md",
-                "train/a/.hidden.jpg", "train/.ipynb_checkpoints/1.jpg", "loose.jpg", "train/a/LICENSE")  # fmt: skip
+    write_files(
+        tmp_path,
+        "train/a/1.jpg",
+        "train/a/x.txt",
+        "train/a/deeper/y.TXT",
+        "train/flat.jpg",
+        "README.md",
+        "train/a/.hidden.jpg",
+        "train/.ipynb_checkpoints/1.jpg",
+        "loose.jpg",
+        "train/a/LICENSE",
+    )
     os.mkfifo(tmp_path / "train/a/pipe.jpg")
     (tmp_path / "train/a/gone.jpg").symlink_to("nothing.jpg")
     assert contents(tmp_path, "train") == ["train/a/1.jpg"]
@@ -141,8 +158,16 @@ def test_skipped_entries_are_counted_by_extension_and_reason(
 def test_litter_of_archives_and_file_managers_is_ignored_quietly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_files(tmp_path, "train/a/1.jpg", "__MACOSX/train/a/._1.jpg", "train/a/._1.jpg", "train/.DS_Store",
-                "train/a/Thumbs.db", "train/a/__MACOSX/2.jpg", "Desktop.ini")  # fmt: skip
+    write_files(
+        tmp_path,
+        "train/a/1.jpg",
+        "__MACOSX/train/a/._1.jpg",
+        "train/a/._1.jpg",
+        "train/.DS_Store",
+        "train/a/Thumbs.db",
+        "train/a/__MACOSX/2.jpg",
+        "Desktop.ini",
+    )
     for rows in (open_imagefolder(tmp_path).splits["train"], open_image_files(tmp_path, "p", ("a",)).splits["p"]):
         assert [rows.describe(row) for row in range(len(rows))] == ["train/a/1.jpg"]
     assert capsys.readouterr().err == ""
@@ -244,9 +269,15 @@ def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pyt
 
 def tiny_imagenet(root: Path, annotations: str) -> Path:
     """Write files in the published layout. annotations: lines of FILE CLASS, to which a box is added."""
-    write_files(root, "wnids.txt", "words.txt", "train/n2/n2_boxes.txt", "train/n1/n1_boxes.txt",
-                *(f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2) for place in range(3)),
-                *(f"{name}/images/{name}_{place}.JPEG" for name in ("val", "test") for place in range(3)))  # fmt: skip
+    write_files(
+        root,
+        "wnids.txt",
+        "words.txt",
+        "train/n2/n2_boxes.txt",
+        "train/n1/n1_boxes.txt",
+        *(f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2) for place in range(3)),
+        *(f"{name}/images/{name}_{place}.JPEG" for name in ("val", "test") for place in range(3)),
+    )
     lines = [line.split() for line in annotations.splitlines()]
     (root / "val/val_annotations.txt").write_text("".join(f"{name}\t{label}\t0\t32\t44\t62\n" for name, label in lines))
     return root
@@ -256,8 +287,9 @@ def test_tiny_imagenet_is_read_as_published(tmp_path: Path, capsys: pytest.Captu
     root = tiny_imagenet(tmp_path, "val_0.JPEG n2\nval_1.JPEG n1\nval_2.JPEG n2")
     source = open_imagefolder(root)
     assert source.classes == ("n1", "n2")
-    assert contents(root, "train") == [f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2)
-                                       for place in range(3)]  # fmt: skip
+    assert contents(root, "train") == [
+        f"train/n{number}/images/n{number}_{place}.JPEG" for number in (1, 2) for place in range(3)
+    ]
     assert labels_of(source, "train") == [0, 0, 0, 1, 1, 1]
     assert contents(root, "val") == [f"val/images/val_{place}.JPEG" for place in (1, 0, 2)]
     assert labels_of(source, "val") == [0, 1, 1]
