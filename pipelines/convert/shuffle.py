@@ -28,19 +28,19 @@ from pipelines.storage.index import INDEX_COLUMNS
 
 
 @dataclass(frozen=True)
-class SplitTask:
+class SplitInput:
     """Layout and rows of one split, held by each worker process."""
 
     layout: SplitLayout
     rows: SplitSource
 
 
-def partition(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
+def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
     """Encode the rows of a block, write them to the spool sorted by destination, then write the block's table.
 
     task: the split and the number of the block, which is returned.
     """
-    layout, rows, block = workers[task[0]].layout, workers[task[0]].rows, task[1]
+    layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
     start = block * layout.block_rows
     stop = start + layout.block_size(block)
     positions = _positions(layout.rows, layout.options.seed, layout.shuffled)[start:stop]
@@ -98,12 +98,12 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
         )
 
 
-def merge(workers: dict[str, SplitTask], task: tuple[str, int]) -> int:
+def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
     """Collect the samples of a shard from every block, write tar and .idx, then write the shard's table.
 
     task: the split and the number of the shard, which is returned.
     """
-    layout, labels, shard = workers[task[0]].layout, workers[task[0]].rows.labels, task[1]
+    layout, labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
     extension = EXTENSIONS[layout.options.encoding.name]
     head = tar_format.npy_header(layout.image_shape) if layout.image_shape else b""

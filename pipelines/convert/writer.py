@@ -27,7 +27,7 @@ from configs.utils.errors import UserError
 from pipelines.convert import checks
 from pipelines.convert.encode import Defect, Encoded, Encoding, encode
 from pipelines.convert.layout import SplitLayout
-from pipelines.convert.shuffle import SplitTask, merge, partition
+from pipelines.convert.shuffle import SplitInput, merge, partition
 from pipelines.convert.source import Options, Source, SplitSource
 from pipelines.convert.spool import commit, load_table, spool_damage_hint, sync_folder
 from pipelines.convert.worker_pool import WorkerPool, defer_signals
@@ -39,6 +39,8 @@ BLOCK_BYTES = 512 * 2**20  # of source rows that a worker holds in memory as one
 SMALL_SOURCE = 4096  # rows; fewer are written faster than worker processes start
 RULES_VERSION = 2  # of the encoding: a conversion is finished by the version that started it
 PROBED_ROWS = 32  # encoded first, to estimate the size of a JPEG
+
+Table = dict[str, np.ndarray]
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
@@ -79,42 +81,57 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         written: dict[str, WrittenSplit] = {}
         if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
             workers = 1
-        with WorkerPool(workers, {split: SplitTask(layouts[split], source.splits[split]) for split in layouts}) as pool:
+        with WorkerPool(
+            workers, {split: SplitInput(layouts[split], source.splits[split]) for split in layouts}
+        ) as pool:
             # train is the largest: converted last, its spool shares the disk with finished shards only
             for split in sorted(layouts, key=lambda split: split == "train"):
                 written[split] = _write_split(source, layouts[split], pool)
-        mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
-        shapes = set().union(*(part.shapes for part in written.values()))
-        dataset = {
-            "format": FORMAT,
-            "version": VERSION,
-            **request,
-            "classes": list(source.classes),
-            "encoding": options.encoding.name,
-            "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
-            "mean": mean,
-            "std": std,
-            "splits": {split: written[split].entry for split in source.splits},
-            "unordered": list(source.unordered),
-        }
-        if options.encoding.name == "jpeg":  # not in the entries of splits, which the fingerprint covers
-            dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
-        info = {
-            split: {
-                "name": split,
-                "num_samples": entry["samples"],
-                "filenames": [shard["file"] for shard in entry["shards"]],
-                "shard_lengths": [shard["samples"] for shard in entry["shards"]],
-            }
-            for split, entry in dataset["splits"].items()
-        }
-        commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+        dataset = _describe(source, options, request, written)
+        _write_info(out, dataset, spool)
         sync_folder(out)  # all files are on disk before dataset.json names them
         commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
         sync_folder(out)
         shutil.rmtree(spool)
     hash_cache.store_hashes(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return json.loads(json.dumps(dataset))
+
+
+def _describe(
+    source: Source, options: Options, request: dict[str, Any], written: dict[str, WrittenSplit]
+) -> dict[str, Any]:
+    """Return the content of dataset.json."""
+    mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
+    shapes = set().union(*(part.shapes for part in written.values()))
+    dataset = {
+        "format": FORMAT,
+        "version": VERSION,
+        **request,
+        "classes": list(source.classes),
+        "encoding": options.encoding.name,
+        "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
+        "mean": mean,
+        "std": std,
+        "splits": {split: written[split].entry for split in source.splits},
+        "unordered": list(source.unordered),
+    }
+    if options.encoding.name == "jpeg":  # not in the entries of splits, which the fingerprint covers
+        dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
+    return dataset
+
+
+def _write_info(out: Path, dataset: dict[str, Any], spool: Path) -> None:
+    """Write _info.json, which other readers of WebDataset folders use (timm, for example)."""
+    info = {
+        split: {
+            "name": split,
+            "num_samples": entry["samples"],
+            "filenames": [shard["file"] for shard in entry["shards"]],
+            "shard_lengths": [shard["samples"] for shard in entry["shards"]],
+        }
+        for split, entry in dataset["splits"].items()
+    }
+    commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
 
 
 def _source_entry(source: Source) -> dict[str, str]:
@@ -186,14 +203,66 @@ class WrittenSplit:
 def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
     """Run both passes over one split and write its index."""
     layout.spool.mkdir(exist_ok=True)
+    blocks = _encode_blocks(layout, pool)
+    shards, fresh = _merge_shards(layout, pool)
     rows = source.splits[layout.split]
-    labels = rows.labels
-    blocks = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
+    quarantined = [
+        {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
+        for table in blocks
+        for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
+    ]
+    samples = sum(len(table["offset"]) for table in shards)
+    if samples == 0:
+        raise UserError(
+            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
+        )
+    if samples + len(quarantined) != layout.rows:
+        raise UserError(
+            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
+            f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
+        )
+    columns = _index_columns(shards)
+    entry = {
+        "samples": samples,
+        "labelled": rows.labels is not None,
+        "source_rows": layout.rows,
+        "shuffled": layout.shuffled,
+        "quarantined": quarantined,
+        "index": _write_index(layout, columns),
+        "shards": [
+            {
+                "file": layout.shard_file(shard).name,
+                "samples": len(table["offset"]),
+                "bytes": int(table["bytes"]),
+                "sha256": str(table["sha256"]),
+            }
+            for shard, table in enumerate(shards)
+        ],
+    }
+    heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
+    shapes = {(int(h), int(w)) for h, w in np.unique(np.stack([heights, widths], axis=1), axis=0)}
+    return WrittenSplit(
+        entry=entry,
+        sums=sum((table["sums"] for table in blocks), np.zeros((2, 3), np.int64)),
+        pixels=int(heights @ widths),
+        shapes=shapes,
+        fresh={layout.shard_file(shard).name: str(shards[shard]["sha256"]) for shard in fresh},
+        reencoded=_count_reencoded(blocks),
+    )
+
+
+def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
+    """Run pass 1 for the blocks without a table; return the tables of all blocks."""
+    missing = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
     with _progress_bar(layout, "read") as bar:
-        bar.update(layout.rows - sum(layout.block_size(block) for block in blocks))
-        for block in pool.imap(partition, [(layout.split, block) for block in blocks]):
+        bar.update(layout.rows - sum(layout.block_size(block) for block in missing))
+        for block in pool.imap(partition, [(layout.split, block) for block in missing]):
             bar.update(layout.block_size(block))
-    tables = [load_table(layout.block_table(block)) for block in range(layout.blocks)]
+    return [load_table(layout.block_table(block)) for block in range(layout.blocks)]
+
+
+def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], list[int]]:
+    """Run pass 2 for the unfinished shards; return the tables of all shards, and the numbers of the new ones."""
     with _progress_bar(layout, "write") as bar:
         left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
         missing = []
@@ -207,60 +276,33 @@ def _write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writt
         for shard in pool.imap(merge, [(layout.split, shard) for shard in missing]):
             bar.update(layout.shard_size(shard))
             _release_spool(layout, left, shard)
-    written = [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)]
-    quarantined = [
-        {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
-        for table in tables
-        for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
-    ]
-    samples = sum(len(table["offset"]) for table in written)
-    if samples == 0:
-        raise UserError(
-            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
-        )
-    if samples + len(quarantined) != layout.rows:
-        raise UserError(
-            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
-            f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
-        )
-    columns = {name: np.concatenate([table[name] for table in written]) for name in INDEX_COLUMNS if name != "shard"}
-    columns["shard"] = np.repeat(np.arange(layout.shard_count), [len(table["offset"]) for table in written])
+    return [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)], missing
+
+
+def _index_columns(shards: list[Table]) -> Table:
+    """Return the columns of a split's index, each [samples]."""
+    columns = {name: np.concatenate([table[name] for table in shards]) for name in INDEX_COLUMNS if name != "shard"}
+    columns["shard"] = np.repeat(np.arange(len(shards)), [len(table["offset"]) for table in shards])
+    return columns
+
+
+def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
+    """Write SPLIT.index.npz and return its entry of dataset.json."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
-    index_file = layout.out / f"{layout.split}.index.npz"
-    commit(index_file, buffer.getvalue(), layout.spool)
-    entry = {
-        "samples": samples,
-        "labelled": labels is not None,
-        "source_rows": layout.rows,
-        "shuffled": layout.shuffled,
-        "quarantined": quarantined,
-        "index": {
-            "file": index_file.name,
-            "bytes": len(buffer.getvalue()),
-            "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        },
-        "shards": [
-            {
-                "file": layout.shard_file(shard).name,
-                "samples": len(table["offset"]),
-                "bytes": int(table["bytes"]),
-                "sha256": str(table["sha256"]),
-            }
-            for shard, table in enumerate(written)
-        ],
-    }
-    fresh = {layout.shard_file(shard).name: str(written[shard]["sha256"]) for shard in missing}
-    heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
-    sums = sum((table["sums"] for table in tables), np.zeros((2, 3), np.int64))
-    sides = np.unique(np.stack([heights, widths], axis=1), axis=0)
-    reencoded: Counter[str] = Counter()
-    for table in tables:
-        reasons, counts = table["reencoded_reason"].tolist(), table["reencoded_count"].tolist()
-        reencoded.update(dict(zip(reasons, counts, strict=True)))
-    shapes = {(int(h), int(w)) for h, w in sides}
-    return WrittenSplit(entry, sums, int(heights @ widths), shapes, fresh, dict(reencoded.most_common()))
+    content = buffer.getvalue()
+    file = layout.out / f"{layout.split}.index.npz"
+    commit(file, content, layout.spool)
+    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
+    """Return the number of files whose bytes were not kept as jpeg, by reason, most frequent first."""
+    counts: Counter[str] = Counter()
+    for table in blocks:
+        counts.update(dict(zip(table["reencoded_reason"].tolist(), table["reencoded_count"].tolist(), strict=True)))
+    return dict(counts.most_common())
 
 
 def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
