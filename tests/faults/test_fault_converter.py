@@ -35,7 +35,7 @@ from helpers.converter import (
 )
 from helpers.memory_source import tiny_source, write
 from helpers.training import restore_signal_handlers
-from pipelines.convert import shuffle, writer
+from pipelines.convert import shuffle, split_writer, writer
 from tools import convert
 
 ENCODINGS = ("npy", "jpeg")
@@ -305,11 +305,11 @@ def test_damaged_spool_is_one_error_message(
     def stop(*_: object) -> int:
         raise OSError(errno.EIO, "stopped")
 
-    merge = writer.merge
-    monkeypatch.setattr(writer, "merge", stop)
+    merge = split_writer.merge
+    monkeypatch.setattr(split_writer, "merge", stop)
     with pytest.raises(OSError, match="stopped"):
         write(tiny_source("npy"), tmp_path / "out")
-    monkeypatch.setattr(writer, "merge", merge)
+    monkeypatch.setattr(split_writer, "merge", merge)
     file = tmp_path / "out" / ".spool" / name
     for damaged in sorted(file.parent.glob(file.name)):
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])

@@ -1,0 +1,156 @@
+"""Write one split: both passes of the shuffle, then the index."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.utils.errors import UserError
+from pipelines.convert.layout import SplitLayout
+from pipelines.convert.shuffle import merge, partition
+from pipelines.convert.source import Source
+from pipelines.convert.spool import commit, load_table, spool_damage_hint, sync_folder
+from pipelines.convert.worker_pool import WorkerPool, defer_signals
+from pipelines.storage.index import INDEX_COLUMNS
+
+Table = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class WrittenSplit:
+    """A finished split: its entry of dataset.json and its statistics."""
+
+    entry: dict[str, Any]
+    sums: np.ndarray  # int64 [2, 3], see Encoded
+    pixels: int
+    shapes: set[tuple[int, int]]
+    fresh: dict[str, str]  # sha256 of the shards written by this process, by file name
+    reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
+
+
+def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
+    """Run both passes over one split and write its index."""
+    layout.spool.mkdir(exist_ok=True)
+    blocks = _encode_blocks(layout, pool)
+    shards, fresh = _merge_shards(layout, pool)
+    rows = source.splits[layout.split]
+    quarantined = [
+        {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
+        for table in blocks
+        for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
+    ]
+    samples = sum(len(table["offset"]) for table in shards)
+    if samples == 0:
+        raise UserError(
+            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
+        )
+    if samples + len(quarantined) != layout.rows:
+        raise UserError(
+            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
+            f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
+        )
+    columns = _index_columns(shards)
+    entry = {
+        "samples": samples,
+        "labelled": rows.labels is not None,
+        "source_rows": layout.rows,
+        "shuffled": layout.shuffled,
+        "quarantined": quarantined,
+        "index": _write_index(layout, columns),
+        "shards": [
+            {
+                "file": layout.shard_file(shard).name,
+                "samples": len(table["offset"]),
+                "bytes": int(table["bytes"]),
+                "sha256": str(table["sha256"]),
+            }
+            for shard, table in enumerate(shards)
+        ],
+    }
+    heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
+    shapes = {(int(h), int(w)) for h, w in np.unique(np.stack([heights, widths], axis=1), axis=0)}
+    return WrittenSplit(
+        entry=entry,
+        sums=sum((table["sums"] for table in blocks), np.zeros((2, 3), np.int64)),
+        pixels=int(heights @ widths),
+        shapes=shapes,
+        fresh={layout.shard_file(shard).name: str(shards[shard]["sha256"]) for shard in fresh},
+        reencoded=_count_reencoded(blocks),
+    )
+
+
+def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
+    """Run pass 1 for the blocks without a table; return the tables of all blocks."""
+    missing = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
+    with _progress_bar(layout, "read") as bar:
+        bar.update(layout.rows - sum(layout.block_size(block) for block in missing))
+        for block in pool.imap(partition, [(layout.split, block) for block in missing]):
+            bar.update(layout.block_size(block))
+    return [load_table(layout.block_table(block)) for block in range(layout.blocks)]
+
+
+def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], list[int]]:
+    """Run pass 2 for the unfinished shards; return the tables of all shards, and the numbers of the new ones."""
+    with _progress_bar(layout, "write") as bar:
+        left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
+        missing = []
+        for shard in range(layout.shard_count):
+            files = (layout.shard_table(shard), layout.shard_file(shard), layout.shard_file(shard).with_suffix(".idx"))
+            if all(file.exists() for file in files):
+                bar.update(layout.shard_size(shard))
+                _release_spool(layout, left, shard)
+            else:
+                missing.append(shard)
+        for shard in pool.imap(merge, [(layout.split, shard) for shard in missing]):
+            bar.update(layout.shard_size(shard))
+            _release_spool(layout, left, shard)
+    return [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)], missing
+
+
+def _index_columns(shards: list[Table]) -> Table:
+    """Return the columns of a split's index, each [samples]."""
+    columns = {name: np.concatenate([table[name] for table in shards]) for name in INDEX_COLUMNS if name != "shard"}
+    columns["shard"] = np.repeat(np.arange(len(shards)), [len(table["offset"]) for table in shards])
+    return columns
+
+
+def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
+    """Write SPLIT.index.npz and return its entry of dataset.json."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
+    np.savez(buffer, **arrays)
+    content = buffer.getvalue()
+    file = layout.out / f"{layout.split}.index.npz"
+    commit(file, content, layout.spool)
+    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
+    """Return the number of files whose bytes were not kept as jpeg, by reason, most frequent first."""
+    counts: Counter[str] = Counter()
+    for table in blocks:
+        counts.update(dict(zip(table["reencoded_reason"].tolist(), table["reencoded_count"].tolist(), strict=True)))
+    return dict(counts.most_common())
+
+
+def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
+    with defer_signals():  # an interrupted constructor prints an error when it is deleted
+        return tqdm(
+            total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
+        )
+
+
+def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
+    """Count a shard as written, and delete the spool of its group after the last one."""
+    group = shard // layout.group_shards
+    left[group].discard(shard)
+    if not left[group]:
+        sync_folder(layout.spool)  # tables are on disk before the pieces are deleted
+        for block in range(layout.blocks):
+            layout.block_group(block, group).unlink(missing_ok=True)
