@@ -32,7 +32,7 @@ ENTRY_TYPES: dict[str, type] = {
 TENSOR_ENTRIES = ("model", "lookahead", "ema")
 
 
-def collect_state(state: TrainState, sums: torch.Tensor, **entries: Any) -> dict[str, Any]:
+def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> dict[str, Any]:
     """Return the contents of a checkpoint.
 
     Tensors are shared with the live model; call `to_host` for a copy.

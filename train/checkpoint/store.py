@@ -52,7 +52,7 @@ def recover_interrupted_save(folder: Path) -> None:
         files.remove_temporary(folder / BEST)
 
 
-def save(path: Path, state: TrainState, sums: torch.Tensor, **entries: Any) -> None:
+def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
     """Write a checkpoint synchronously. Arguments as in `collect_state`."""
     write(path, to_host(collect_state(state, sums, **entries)))
 
