@@ -1,4 +1,4 @@
-"""Shared inputs: two tiny data sets, converted once per session, and the real images that only some machines have."""
+"""Shared fixtures: two tiny data sets, converted once per session, and real images where available."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _expected_faults: list[str] = []
 
 @pytest.fixture
 def failed_capture() -> None:
-    """Requested by tests of a capture that must fail, which the stand-in driver may report."""
+    """Marks tests of a capture that must fail; the stand-in driver may report it."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def _no_driver_faults(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under the stand-in driver, fail a run with any other fault, as one of a fixture of several tests."""
+    """Under the stand-in driver, fail a run with any other fault, e.g. in a shared fixture."""
     if IS_STAND_IN and len(faults()) > len(_expected_faults):
         print(f"faults of the driver in {FAULT_LOG}", file=sys.stderr)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -100,13 +100,13 @@ def jpeg_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def npy_copy(npy_data: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy that may be damaged."""
     return Path(shutil.copytree(npy_data, tmp_path / "npy"))
 
 
 @pytest.fixture
 def jpeg_copy(jpeg_data: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy that may be damaged."""
     return Path(shutil.copytree(jpeg_data, tmp_path / "jpeg"))
 
 
@@ -131,7 +131,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run train/ddp.py as its script does, but in this process: (exit code, stdout, stderr)."""
+    """Run train/ddp.py like its script, but in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(*command: str | Path) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Give the tests, and the processes that they start, a user cache of their own and a fixed number of threads."""
+"""Set a private user cache and a fixed number of threads for the tests and their child processes."""
 
 from __future__ import annotations
 

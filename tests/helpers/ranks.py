@@ -1,4 +1,4 @@
-"""Groups of processes that end as those of train/ddp.py do: exit codes, and what they print, in the order of time."""
+"""Groups of processes that end like those of train/ddp.py, with their exit codes and output in order."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def end_of(
     stopped: int = -1,
     timeout_s: float = 60,
 ) -> Ended:
-    """Run run_distributed(main) on each rank without torchrun: main(ranks, *arguments). Fails where a rank hangs,
-    but for the one that stops itself, which is killed in the end."""
+    """Run run_distributed(main) on each rank without torchrun, as main(ranks, *arguments).
+
+    Fail if a rank hangs, except for the one that stops itself, which is killed at the end.
+    """
     printed = folder / "printed"
     port = free_port()
     processes = [

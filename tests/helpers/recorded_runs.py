@@ -1,4 +1,4 @@
-"""Whole runs of train/ddp.py in processes that start fast, note every batch they train on, and can be killed."""
+"""Runs of train/ddp.py in processes that start fast, record every batch, and can be killed."""
 
 from __future__ import annotations
 
@@ -43,9 +43,15 @@ def start(
     step_s: float = 0.0,
     flush_s: float = 0.0,
 ) -> BaseProcess:
-    """Start train/ddp.py with these arguments, as this rank of several; its batches and its output are added to
-    NOTES.jsonl and NOTES.txt. largest: bytes of a file that it can write, as with a quota; step_s: how long each batch
-    takes longer, for a kill to come in time; flush_s: how long each flush to the disk takes longer at most."""
+    """Start train/ddp.py with these arguments, as this rank of several.
+
+    Batches are appended to NOTES.jsonl and output to NOTES.txt.
+
+    Args:
+        largest: Maximum file size in bytes, as with a quota.
+        step_s: Delay of each batch, so that a kill comes in time.
+        flush_s: Maximum delay of each flush to disk.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.training", "pipelines.build", "torch._dynamo"])  # once, for all processes
     variables = {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
@@ -70,19 +76,19 @@ def exit_code(process: BaseProcess) -> int | None:
 
 
 def run(arguments: Sequence[str | Path], notes: Path, **options: Any) -> int | None:
-    """Its exit code."""
+    """Return the exit code."""
     return exit_code(start(arguments, notes, **options))
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    """Or until the run ended. Looks all the time, so that it misses no short instant."""
+    """Wait for the condition or the end of the run. Polls without pause, so that it misses no short moment."""
     end = time.monotonic() + TIMEOUT_S
     while process.is_alive() and not condition():
         assert time.monotonic() < end, "the condition never came true"
 
 
 def kill_when(condition: Callable[[], bool], process: BaseProcess) -> bool:
-    """Send SIGKILL as soon as the condition holds; false where the run ended before."""
+    """Send SIGKILL as soon as the condition holds; return False if the run ended before."""
     wait_until(condition, process)
     process.kill()
     return exit_code(process) == -signal.SIGKILL
@@ -107,8 +113,7 @@ def _run(
 
 
 def note_batches(path: Path, step_s: float = 0.0) -> None:
-    """Have training loaders of this process add a line to the file for every batch before it is trained on, and take
-    that much longer."""
+    """Make training loaders append a line to the file before each batch, and delay it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     ranks, iterate = Ranks.from_environment(), Loader.__iter__
 
@@ -137,7 +142,7 @@ def note_batches(path: Path, step_s: float = 0.0) -> None:
 
 
 def samples_of(notes: Path) -> dict[Sample, str]:
-    """All samples that a run trained on, with all its beginnings; one that came again must have been the same."""
+    """Return all samples that a run trained on, over all starts. Repeated ones must be equal."""
     samples: dict[Sample, str] = {}
     for line in strict_lines(notes.with_suffix(".jsonl")):
         for position, sample in enumerate(line["samples"], line["first"]):
@@ -150,7 +155,7 @@ def printed(notes: Path) -> str:
 
 
 def saved_position(folder: Path) -> tuple[int, int]:
-    """(epoch, step) of last.pt, or of the one before it; (-1, 0) before the first."""
+    """Return (epoch, step) of last.pt or the previous checkpoint; (-1, 0) before the first."""
     for name in ("last.pt", "previous.pt"):
         if (folder / name).exists():
             position = store.load(folder / name)["position"]
@@ -159,19 +164,19 @@ def saved_position(folder: Path) -> tuple[int, int]:
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """What differs in the ends of two runs: weights and all other state, and results of every epoch."""
+    """Return the differences between two finished runs: weights, other state and results of every epoch."""
     first, second = (store.load(folder / "last.pt") for folder in (ours, theirs))
     found = [part for part in TRAINED if not _is_equal(first[part], second[part])]
     return found if results_of(ours) == results_of(theirs) else [*found, "metrics.jsonl"]
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of every epoch but for times."""
+    """Return the contents of metrics.jsonl without times."""
     return [{key: line[key] for key in RESULTS} for line in strict_lines(folder / "metrics.jsonl")]
 
 
 def _is_equal(ours: Any, theirs: Any) -> bool:
-    """Bitwise, through dicts and lists."""
+    """Compare bitwise, through dicts and lists."""
     if isinstance(theirs, torch.Tensor):
         return isinstance(ours, torch.Tensor) and torch.equal(ours, theirs)
     if isinstance(theirs, dict):

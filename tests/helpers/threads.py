@@ -1,4 +1,4 @@
-"""What the tests share that call one thing from several threads."""
+"""Helpers for tests that call a function from several threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THREADS = 6
 
 
 def at_once(compute: Callable[[], np.ndarray]) -> list[np.ndarray]:
-    """What `compute` returns in each of THREADS threads that begin together."""
+    """Return the results of `compute` in THREADS threads that start together."""
     barrier = Barrier(THREADS)
 
     def wait_and_compute(_: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the tests of train/ share: whole runs, small trainings, and groups of several processes."""
+"""Helpers for tests of train/: whole runs, small training states, and groups of processes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ CLEAN = {
 
 
 def restore_signal_handlers() -> None:
-    """A preexec_fn: who starts the tests in the background may ignore SIGINT, or SIGHUP as nohup does, which every
-    child would inherit."""
+    """Restore default handlers of SIGINT and SIGHUP, as a preexec_fn.
+
+    A shell that starts the tests in the background, or nohup, ignores them, and children inherit this.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -59,7 +61,7 @@ class Run:
 
 @contextmanager
 def alone() -> Iterator[torch.device]:
-    """A process group of this process alone, on the CPU."""
+    """A process group of this process only, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         with process_group(Ranks()) as device:
@@ -67,7 +69,7 @@ def alone() -> Iterator[torch.device]:
 
 
 def command_line(*arguments: str | Path, processes: int = 0) -> list[str]:
-    """`python train/ddp.py …`; with a number of processes, by torchrun."""
+    """Return `python train/ddp.py …`, run by torchrun if `processes` is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return [sys.executable, *launcher, str(ROOT / "train" / "ddp.py"), *map(str, arguments)]
 
@@ -79,7 +81,7 @@ def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.Complet
 
 @contextmanager
 def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
-    """Runs in this process call look(name, position) once a checkpoint stands, for each of the names it goes by."""
+    """Call look(name, position) after each checkpoint that runs in this process write, for each of its names."""
     save = CheckpointWriter.save
 
     def save_and_look(saving: CheckpointWriter, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
@@ -95,7 +97,7 @@ def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[Non
 
 @contextmanager
 def broken_after(is_enough: Callable[[str, dict[str, int]], bool]) -> Iterator[None]:
-    """A run inside, in this process, ends with the first checkpoint of which is_enough(name, position) holds."""
+    """Stop a run inside, in this process, after the first checkpoint for which is_enough(name, position) is true."""
 
     class Stop(Exception):
         pass
@@ -109,9 +111,10 @@ def broken_after(is_enough: Callable[[str, dict[str, int]], bool]) -> Iterator[N
 
 
 def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> None:
-    """train/ddp.py in this process, on the CPU, without curves.png, which would take most of the time of a short run.
+    """Run train/ddp.py in this process on the CPU, without curves.png, which would take most of the time.
 
-    stop_at: the position of the checkpoint after which the run is broken.
+    Args:
+        stop_at: Position of the checkpoint after which the run is stopped.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -123,7 +126,7 @@ def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> N
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """A longer file of this process cannot be written, as with a quota."""
+    """Limit the size of files that this process writes, as a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -133,7 +136,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, read by a parser that knows no NaN."""
+    """Return the lines of a metrics.jsonl, parsed without accepting NaN."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
@@ -142,7 +145,7 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class SmallNet(nn.Module):
-    """Dropout and batch norm, so that the generator's state and train or eval mode show in the results."""
+    """A network with dropout and batch norm, so that random state and train or eval mode affect results."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -171,21 +174,21 @@ def small_net(num_classes: int = 12, seed: int = 0) -> nn.Module:
 def make_state(
     network: nn.Module, optimizer: dict[str, Any] | None = None, *, mixes: bool = False, **settings: Any
 ) -> TrainState:
-    """`network` wrapped for training on the CPU with these fields of the `train` section."""
+    """Wrap `network` for training on the CPU with these fields of the `train` section."""
     config = TrainConfig(optimizer=OptimizerConfig(**(optimizer or {})), **settings)
     built = build_optimizer(network, config.optimizer, config.lr)
     return build_state(network, built, config, CPU, mixes=mixes)
 
 
 def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:
-    """Noise of 32x32 with labels."""
+    """Return a batch of 32x32 noise with labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (samples, 32, 32, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
     return Batch(images, torch.randint(0, classes, (samples,), generator=generator))
 
 
 def record_gradients(training: TrainState) -> list[list[torch.Tensor]]:
-    """A list that gets the gradients of every optimizer step, as the optimizer finds them."""
+    """Return a list that receives the gradients of every optimizer step."""
     seen: list[list[torch.Tensor]] = []
 
     def note(*_: Any) -> None:
@@ -202,7 +205,7 @@ def free_port() -> int:
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(ranks, *arguments) in a gloo group of `world_size` processes; returns what each rank returned."""
+    """Run function(ranks, *arguments) in a gloo group of `world_size` processes and return the results."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.training", "pipelines.build", "torch._dynamo"])  # once, for all groups
     port = free_port()

@@ -8,7 +8,7 @@ import torch
 
 
 def assert_equal_trees(ours: Any, theirs: Any) -> None:
-    """Bitwise, through dicts and lists."""
+    """Compare bitwise, through dicts and lists."""
     if isinstance(theirs, torch.Tensor):
         assert torch.equal(ours, theirs)
     elif isinstance(theirs, dict):

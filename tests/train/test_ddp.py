@@ -1,4 +1,4 @@
-"""Whole runs of train/ddp.py, from the command line to the run folder; and how it refuses bad input."""
+"""Whole runs of train/ddp.py, from command line to run directory, and refused input."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def arguments(data: Path, output: Path, *opts: str) -> list[str | Path]:
 
 @pytest.fixture(scope="session")
 def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a finished run of one process of one of MODELS; read only."""
+    """The directory of a finished one-process run of one of MODELS; read only."""
     folders: dict[str, Path] = {}
 
     def run(model: str) -> Path:
@@ -102,13 +102,13 @@ Unbroken = Callable[[str], Path]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model, statistics included, of the last checkpoint."""
+    """Return the model's state of the last checkpoint."""
     model: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["model"]
     return model
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
-    """The run folder in an output folder of its own, to be written to."""
+    """Copy the run directory to a new output folder that may be written to."""
     target = tmp_path / "output" / folder.name
     target.mkdir(parents=True)
     for path in folder.iterdir():
@@ -197,7 +197,7 @@ def test_skipped_evaluations_are_null_in_metrics(digits: Path, tmp_path: Path, c
 
 
 def saved_steps(folder: Path) -> int:
-    """Optimizer steps that the last checkpoint holds; -1 without one."""
+    """Return the optimizer steps of the last checkpoint; -1 without one."""
     if not (folder / "last.pt").exists():
         return -1
     position = torch.load(folder / "last.pt", weights_only=True)["position"]
@@ -235,7 +235,7 @@ def test_run_killed_at_any_instant_resumes_bitwise(
 
 @pytest.fixture(scope="session")
 def interrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that stopped after step 26 of its second epoch; to be copied."""
+    """The directory of a run stopped after step 26, in its second epoch; to be copied."""
 
     output = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:

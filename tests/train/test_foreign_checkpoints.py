@@ -1,4 +1,4 @@
-"""Claims about checkpoints of the homework's own code, ckpt_best.pth: dictionaries with a state dict as `model`."""
+"""Checkpoints of the homework's code, ckpt_best.pth: dictionaries with a state dict as `model`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(tmp_path: Path) -> Write:
 
 @contextmanager
 def settings_class(name: str = "yacs.config") -> Iterator[type]:
-    """A class CfgNode of a module of this name, which cannot be imported any more afterwards."""
+    """A class CfgNode of a module of this name, which cannot be imported afterwards."""
 
     class CfgNode(dict):  # type: ignore[type-arg]
         def __init__(self, *arguments: Any) -> None:
@@ -59,7 +59,7 @@ def settings_class(name: str = "yacs.config") -> Iterator[type]:
 
 
 def homework_checkpoint(path: Path, network: nn.Module, **more: Any) -> Path:
-    """What the homework's code saves of an epoch: weights, optimizer, schedule, and its settings as a CfgNode."""
+    """Write what the homework's code saves: weights, optimizer, schedule, and settings as a CfgNode."""
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     with settings_class() as kind:

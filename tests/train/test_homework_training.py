@@ -1,5 +1,4 @@
-"""Claims about files in the homework's keys: optimizer, learning rates and augmentation are the file's where it speaks
-and as the homework trains where it does not."""
+"""Homework config files: optimizer, learning rates and augmentation follow the file, else the homework's defaults."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ def _unsaid() -> None:
 
 
 def text_of(keys: dict[str, Any]) -> str:
-    """The YAML of these dotted keys, without those that are None."""
+    """Return the YAML of these dotted keys without None values."""
     nested: dict[str, Any] = {}
     for key, value in keys.items():
         *sections, leaf = key.split(".")
@@ -82,7 +81,7 @@ def text_of(keys: dict[str, Any]) -> str:
 
 
 def optimizer_there(name: str, keys: dict[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer of the homework, with torch's own weight decay."""
+    """Return the homework's optimizer, with torch's weight decay."""
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     if name == "sgd":
         return torch.optim.SGD(
@@ -94,7 +93,7 @@ def optimizer_there(name: str, keys: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 def rates_there(keys: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of each update: torch's cosine, stepped once per epoch; before it, the warm-up of the file."""
+    """Return the rate of each step: the file's warm-up, then torch's cosine, stepped once per epoch."""
     epochs, warmup = keys["TRAIN.EPOCHS"], keys["TRAIN.WARMUP_EPOCHS"]
     first, updates = keys["TRAIN.WARMUP_LR"], warmup * UPDATES
     rates = [first + (keys["TRAIN.LR"] - first) * (update + 1) / updates for update in range(updates)]
@@ -134,7 +133,7 @@ def test_missing_key_uses_homework_default_others_the_file(
 
 
 def not_read(keys: dict[str, Any]) -> tuple[str, ...]:
-    """Keys that mean nothing here, or not to the file's optimizer."""
+    """Return keys without meaning here, or for the file's optimizer."""
     of_sgd, of_adam = ("TRAIN.OPTIMIZER.MOMENTUM",), ("TRAIN.OPTIMIZER.EPS", "TRAIN.OPTIMIZER.BETAS")
     of_others = of_adam if keys["TRAIN.OPTIMIZER.NAME"] == "SGD" else of_sgd
     return ("", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", *of_others)

@@ -1,4 +1,4 @@
-"""A speedrun's training: warm-up and reuse leave no trace, a resumed run is bitwise the same, frozen things stay."""
+"""Speedruns: warm-up and reuse leave no trace, resumes are bitwise equal, frozen parameters stay."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def network(seed: int) -> nn.Module:
 
 
 def speedrun(recipe: str, seed: int = 0, **settings: Any) -> TrainState:
-    """Muon alone, or SGD with Lookahead and a proxy; small."""
+    """Return a small state with Muon alone, or SGD with Lookahead and a proxy."""
     shared: dict[str, Any] = {"epochs": EPOCHS, "lr": 0.05, "schedule": "linear", "whiten_bias_epochs": 1, **settings}
     if recipe == "muon":
         return make_state(network(seed), MUON, **shared, whiten_bias_anneal=True)
@@ -62,7 +62,7 @@ def speedrun(recipe: str, seed: int = 0, **settings: Any) -> TrainState:
 
 
 def section_of(data: Path, batch_size: int = 16) -> DataConfig:
-    """Trains on the 107 samples of val: few, to be quick."""
+    """Train on the 107 samples of val, to be quick."""
     return DataConfig(path=str(data), batch_size=batch_size, train_split="val")
 
 
@@ -78,7 +78,7 @@ def train(training: TrainState, loader: Loader, after_step: Callable[[int, float
 
 
 def everything(training: TrainState) -> dict[str, Any]:
-    """All that must agree of two runs."""
+    """Return everything that must agree between two runs."""
     trainings = [training] + ([training.proxy.state] if training.proxy is not None else [])
     return {
         "networks": [one.network.state_dict() for one in trainings],
@@ -188,7 +188,7 @@ def test_whitening_bias_trains_in_its_epochs_only(recipe: str, npy_data: Path) -
 
 
 def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
-    """Weights after training at a global batch of 16, of a network without batch statistics."""
+    """Return weights after training at global batch 16 without batch statistics."""
     torch.manual_seed(0)
     model = PixelClassifier(Normalize([0.5] * 3, [0.3] * 3), SpeedrunNet(12, (24, 24, 24))).double()
     for module in model.modules():

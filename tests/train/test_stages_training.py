@@ -1,4 +1,4 @@
-"""Whole runs with stages: what each stage trains at, and that a broken run goes on as the unbroken one."""
+"""Whole runs with stages: sizes of each stage, and bitwise resume."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESULTS = ["train_loss", "val_loss", "ema_val_loss", "train_top1", "val_top1", "
 
 
 def arguments(data: Path, output: Path, *options: str, passes: int = 1, ranks: int = 1) -> list[str | Path]:
-    """The same global batches, however they are cut."""
+    """Return arguments with the same global batches, however they are split."""
     batch = 48 // (passes * ranks)
     return ["--cfg", DIGITS, "--data-path", data, "--output", output, "--resume", "auto", "--opts",
             "data.train_split=val", "train.epochs=4", f"data.batch_size={batch}", f"train.accumulation_steps={passes}",
@@ -43,7 +43,7 @@ def arguments(data: Path, output: Path, *options: str, passes: int = 1, ranks: i
 
 @pytest.fixture(scope="module")
 def unbroken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run with EVERYTHING, of two forward passes per update; read only."""
+    """The directory of a finished run with EVERYTHING and two micro-steps per step; read only."""
     output = tmp_path_factory.mktemp("unbroken")
     run_here(*arguments(digits_run.data, output, *EVERYTHING, passes=2))
     return output / "digits_lenet"
@@ -51,7 +51,7 @@ def unbroken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of such a run that stopped in the middle of a stage and of an epoch; to be copied."""
+    """The output of such a run stopped within a stage and an epoch; to be copied."""
     output = tmp_path_factory.mktemp("broken")
     at = {"epoch": 2, "step": 7}
     run_here(*arguments(digits_run.data, output, *EVERYTHING, passes=2), stop_at=at)

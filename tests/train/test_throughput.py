@@ -34,7 +34,7 @@ def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1)
 
 
 def throughput(ranks: Ranks, data: Path) -> int:
-    """How many batches the measurement took; clocks run fast, to make it short, and at another speed on each rank."""
+    """Return the number of measured batches. Clocks run fast, and at another speed on each rank."""
     batches = 0
 
     def count(*_: Any) -> None:

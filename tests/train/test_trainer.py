@@ -1,4 +1,4 @@
-"""What a run says when it cannot go on; whole runs that stop and go back are in tests/faults."""
+"""Messages of a run that cannot continue; whole runs that stop and rewind are in tests/faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.optim.nonfinite import NonFiniteError
 
 
 def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
-    """As much of a Run as is looked at."""
+    """Return the fields of a Trainer that `_rewind` reads."""
     saving = SimpleNamespace(newest=newest, steps=steps, wait=lambda: written.append("stands"))
     return SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(on_nonfinite="stop", lr=0.1)), progress={}, saving=saving

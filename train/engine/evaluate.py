@@ -33,7 +33,7 @@ class Evaluation:
 
 
 class EvaluationInterrupted(Exception):
-    """An evaluation was interrupted, on all ranks together."""
+    """The evaluation was interrupted, on all ranks together."""
 
 
 def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:

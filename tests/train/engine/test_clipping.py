@@ -1,4 +1,4 @@
-"""Gradients before the optimizer sees them: by value, and adaptively; by norm is in test_loop.py."""
+"""Clipping of gradients by value and adaptively; clipping by norm is in test_step.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _process_group() -> Iterator[None]:
 
 
 def gradients(**settings: Any) -> dict[str, Tensor]:
-    """Of the first step, as the optimizer finds them."""
+    """Return the gradients of the first step, as the optimizer receives them."""
     training = make_state(lenet(), **settings)
     seen = record_gradients(training)
     train_step(training, random_batch(16))
@@ -34,7 +34,7 @@ def gradients(**settings: Any) -> dict[str, Tensor]:
 
 
 def clipped_unit_by_unit(weight: Tensor, gradient: Tensor, limit: float) -> Tensor:
-    """Equation 3 of arXiv:2102.06171, in float64: a row at a time, a bias as a whole."""
+    """Equation 3 of arXiv:2102.06171 in float64, per row of weights and for a bias as a whole."""
     rows = [(weight, gradient)] if weight.ndim <= 1 else list(zip(weight, gradient, strict=True))
     result = []
     for w, g in rows:
@@ -112,7 +112,7 @@ def test_four_passes_of_64_samples_are_one_of_256(
 
 
 def lenet_of_12() -> nn.Module:
-    """For the classes of the tiny data set."""
+    """LeNet for the classes of the tiny data set."""
     torch.manual_seed(0)
     model = lenet()
     model.network.fc3 = nn.Linear(84, 12)  # type: ignore[union-attr]

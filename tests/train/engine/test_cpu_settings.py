@@ -1,4 +1,4 @@
-"""Threads on the CPU: fewer beside busy processes, the same again after a resume, and what OMP_NUM_THREADS says."""
+"""CPU threads: fewer beside busy processes, kept after a resume, and fixed by OMP_NUM_THREADS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.engine import cpu_settings
 
 @pytest.fixture(autouse=True)
 def _four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on four cores, whose number nothing fixes."""
+    """Simulate four cores without OMP_NUM_THREADS."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
@@ -91,7 +91,7 @@ def test_resumed_run_keeps_its_number_of_threads(
 
 
 def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores 0 to 3 of eight: one idle, one half busy, one busy, one that waits for a disk; other cores do not count."""
+    """Cores 0 to 3 of eight are idle, half busy, busy and waiting for a disk. Other cores do not count."""
     core = [[10, 0, 0, 100, 0, 0, 0, 50, 9, 9] for _ in range(4)]
     changes = ((3, 10), (0, 5), (3, 5), (1, 8), (4, 10))  # column and clock ticks: idle, user, idle, nice, iowait
 

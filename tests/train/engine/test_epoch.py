@@ -82,7 +82,7 @@ def train_both_epochs(training: TrainState, loader: Loader, after_step: Callable
 
 
 def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int = 0, rank: int = 0) -> dict[str, Any]:
-    """Weights and statistics after `epochs` without a break."""
+    """Return weights and statistics after `epochs` without interruption."""
     training = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
     loader = train_loader(data, batch_size=50, accumulation_steps=accumulation_steps)
     for _ in range(epochs):

@@ -55,13 +55,13 @@ def val_loader(data: Path, ranks: Ranks, batch_size: int = 16) -> Loader:
 
 
 def gather_statistics(network: nn.Module, rank: int = 0) -> None:
-    """Batch norm's, other than those of any batch, so that train mode would show, and different from rank to rank."""
+    """Set batch norm statistics that differ from any batch's, so that train mode shows, and between ranks."""
     for seed in range(20):
         network(random_batch(8, seed=seed).images // (1 + rank))
 
 
 def evaluate_on_rank(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, list[int]]:
-    """The result, and the sizes of this rank's batches."""
+    """Return the result and this rank's batch sizes."""
     loader = val_loader(data, ranks, batch_size)
     training = make_state(small_net(), label_smoothing=0.2)
     gather_statistics(training.network, ranks.rank)
@@ -69,7 +69,7 @@ def evaluate_on_rank(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Ev
 
 
 def plain_evaluation(data: Path) -> Evaluation:
-    """One sample after the other, in the plainest way."""
+    """Evaluate sample by sample."""
     network = small_net()
     gather_statistics(network)
     network.eval()
@@ -114,7 +114,7 @@ def test_ranks_without_any_sample_take_part_in_evaluation(npy_data: Path) -> Non
 
 
 def tiny_evaluation(ranks: Ranks, data: Path) -> Evaluation:
-    """Of the first two samples, which the last two ranks hold."""
+    """Evaluate the first two samples, which the last two ranks hold."""
     batches = list(val_loader(data, Ranks(), batch_size=1))[:1] if ranks.rank else []
     return evaluate(make_state(small_net()), batches, samples=2)  # type: ignore[arg-type]
 
@@ -151,7 +151,7 @@ def finished(loader: Loader) -> Loader:
 
 
 def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -> None:
-    """check_each_once of one finished loader per rank, in this process."""
+    """Call check_full_coverage for one finished loader per rank, in this process."""
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(
         collectives, "sum_over_ranks", lambda values: (parts.append(values), torch.zeros_like(values))[1]
@@ -242,7 +242,7 @@ def images(height: int = 9, width: int = 7) -> Tensor:
 
 
 def plain_views(pixels: Tensor, tta: str) -> list[tuple[float, Tensor]]:
-    """By torch's own reflection padding."""
+    """Return the views by torch's reflection padding."""
     height, width = pixels.shape[2:]
     padded = F.pad(pixels.double(), (1, 1, 1, 1), mode="reflect").to(pixels.dtype)
     right_down, left_up = padded[:, :, :height, :width], padded[:, :, 2:, 2:]

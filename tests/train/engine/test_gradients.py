@@ -1,4 +1,4 @@
-"""The gradients of a global batch are plain torch's for any number of processes and forward passes."""
+"""Gradients of a global batch equal plain torch for any number of processes and micro-steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _process_group() -> Iterator[None]:
 
 
 def gradients(ranks: Ranks, accumulation_steps: int, compiled: bool = False) -> list[list[torch.Tensor]]:
-    """Gradients of LeNet in float64 at each of STEPS optimizer steps, by the code that trains."""
+    """Return LeNet's float64 gradients at each of STEPS optimizer steps of the training code."""
     training = make_state(
         lenet().double(), PLAIN_SGD, accumulation_steps=accumulation_steps, lr=0.1, label_smoothing=0.1
     )
@@ -46,7 +46,7 @@ def gradients(ranks: Ranks, accumulation_steps: int, compiled: bool = False) -> 
 
 
 def plain_gradients() -> list[list[torch.Tensor]]:
-    """The same of one plain model that sees each global batch at once."""
+    """Return the same of one plain model that sees each global batch at once."""
     model = lenet().double()
     seen = []
     for step in range(STEPS):
@@ -100,7 +100,7 @@ def test_gradients_are_reduced_in_last_micro_step_only(compiled: bool) -> None:
 
 
 def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Of a model that began differently on each rank: parameters after two steps, its own statistics, those of all."""
+    """Start models that differ between ranks; return parameters after two steps, local and shared statistics."""
     network = small_net(seed=ranks.rank)
     training = make_state(network)
     mean = network.get_buffer("norm.running_mean")
@@ -121,7 +121,7 @@ def test_ranks_share_initial_weights_and_evaluation_statistics() -> None:
 
 
 class Buffers(nn.Module):
-    """Buffers of every kind of size, shape and memory format, different on each rank."""
+    """Buffers of all sizes, shapes and memory formats, different on each rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()

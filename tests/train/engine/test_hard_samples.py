@@ -1,4 +1,4 @@
-"""The small network that chooses the hard samples."""
+"""The proxy network that selects hard samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and counts of a step against timm's losses, with and without mixing."""
+"""Losses and counts of a step equal timm's losses, with and without mixing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mixed_batch(step: int = 0) -> MixedBatch:
 
 
 def timms_targets(batch: MixedBatch, smoothing: float) -> torch.Tensor:
-    """mixup_target pairs sample i with sample B - 1 - i; a batch of two is paired as ours."""
+    """timm's mixup_target pairs sample i with B - 1 - i; a batch of two is paired as here."""
     rows = []
     for i in range(SAMPLES):
         pair = batch.labels[[i, i ^ 1]]

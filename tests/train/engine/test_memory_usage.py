@@ -1,4 +1,4 @@
-"""train/engine/meter.py: which memory is reported, and by which names."""
+"""Memory in metrics and benchmarks: what is reported, under which names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.engine.metrics import GIB, memory_usage
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A GPU of 80 GiB on which torch holds 3 GiB and has reserved 4, and DALI's pools and the context 2 more."""
+    """A GPU of 80 GiB: torch uses 3 GiB and reserves 4; DALI's pools and the context use 2 more."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (74 * GIB, 80 * GIB))

@@ -1,4 +1,4 @@
-"""Times of epochs and of a run: the same however often the run is stopped and resumed."""
+"""Times of epochs and runs are the same however often a run is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMED = ["epoch_time_s", "images_per_s", "data_wait_fraction"]
 
 @pytest.fixture(autouse=True)
 def _clock_that_counts_its_readings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reading is a second later than the one before, so that times are exact."""
+    """Advance the clock by one second per reading, so that times are exact."""
     readings = count(1.0)
     monkeypatch.setattr(
         metrics,
@@ -44,7 +44,7 @@ def times_of(output: Path) -> list[tuple[float, float]]:
 
 
 def training_s(output: Path) -> float:
-    """Return what the last start of the run says of all of it."""
+    """Return the time of the run that its last start reports."""
     text = (output / "digits_lenet" / "log.txt").read_text()
     return float(re.findall(r"epochs and last evaluation ([\d.]+) s", text)[-1])
 

@@ -1,6 +1,6 @@
-"""Warm-up leaves no trace, and steps captured as CUDA graphs are the plain steps.
+"""Warm-up leaves no trace, and captured steps equal plain steps.
 
-On the CPU, graphs are played back by calling train_step again on the buffers that were captured: all but CUDA itself.
+On the CPU, graphs are replayed by calling train_step on the captured buffers, which covers all but CUDA itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ on_the_cpu = pytest.mark.usefixtures("_process_group")
 
 
 class FakeGraph:
-    """A CUDA graph that holds calls of train_step instead of kernels."""
+    """A CUDA graph that records calls of train_step instead of kernels."""
 
     capturing: FakeGraph | None = None
 
@@ -108,7 +108,7 @@ def assert_equal_trees(ours: Any, theirs: Any) -> None:
 
 
 def plain_steps(training: TrainState, count: int, first: int = 0) -> None:
-    """As train_epoch does, with dropout seeded for each batch."""
+    """Train like train_epoch, with the generator seeded for each batch."""
     accumulation = training.config.accumulation_steps
     for step in range(first, first + count):
         torch.manual_seed(step)
@@ -223,7 +223,7 @@ def test_gradients_keep_storage_between_captured_steps() -> None:
 
 
 def staged_steps(training: TrainState, count: int, shapes: list[tuple[int, int]]) -> None:
-    """Updates on noise of (samples, image size), one shape after the other."""
+    """Train on noise of (samples, image size), one shape after the other."""
     accumulation = training.config.accumulation_steps
     for step in range(count):
         torch.manual_seed(step)
@@ -240,7 +240,7 @@ def resized(batch: Batch, size: int) -> Batch:
 
 
 class PoolingNet(SmallNet):
-    """For images of any size."""
+    """A network for images of any size."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.adaptive_avg_pool2d(images.float(), 32))

@@ -145,7 +145,7 @@ def test_eval_weights_depend_on_setting_and_average() -> None:
 
 
 def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
-    """Losses of both, with averages and statistics that differ from rank to rank."""
+    """Evaluate both, with averages and statistics that differ between ranks."""
     training, ema = training_with(decay=0.5)
     for number in range(2):
         training.network(random_batch(8, seed=number).images // (1 + ranks.rank))
@@ -173,7 +173,7 @@ def command(data: Path, output: Path, *opts: str) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def averaged(digits_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run; read only."""
+    """The directory of a finished run; read only."""
     output = tmp_path_factory.mktemp("averaged")
     run_here(*command(digits_run.data, output))
     return output / "digits_lenet"

@@ -1,4 +1,4 @@
-"""Optimizers by their names, against torch's and timm's own; see test_parameter_groups.py for the groups."""
+"""Optimizers by name equal those of torch and timm; groups are in test_param_groups.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen parameters, and the norms that stand still with them: in a step, in an epoch, on several ranks."""
+"""Frozen parameters and norms stay unchanged in a step, in an epoch, and on several ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon, against its formula in float64."""
+"""Muon equals its formula in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.optim.muon import as_matrices, orthogonalize
 
 
 def matrices(rows: int, columns: int) -> Tensor:
-    """Three random ones of norm 1, float64."""
+    """Three random matrices of norm 1, float64."""
     drawn = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return drawn / torch.linalg.matrix_norm(drawn, keepdim=True)
 
@@ -66,7 +66,7 @@ SETTINGS: dict[str, Any] = {"name": "muon", "momentum": 0.6, "newton_schulz_step
 
 
 def plain_muon(weight: Tensor, buffer: Tensor, gradient: Tensor, lr: float, normalize: bool, decay: float) -> None:
-    """One update by singular values, with nothing shared with ours but the polynomial."""
+    """One step by singular values, which shares only the polynomial with Muon."""
     buffer.mul_(0.6).add_(gradient)
     direction = (gradient + 0.6 * buffer).flatten(1)
     u, s, vh = torch.linalg.svd(direction / (direction.norm() + 1e-7), full_matrices=False)

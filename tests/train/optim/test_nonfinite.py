@@ -34,7 +34,7 @@ def guarded(optimizer: dict[str, Any] | None = None, **settings: Any) -> TrainSt
 
 
 def bad_step(training: TrainState, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
-    """A step whose first layer gives `value` in one place, so that the loss and batch norm's statistics follow it."""
+    """Train a step whose first layer yields `value` once, which reaches the loss and batch norm statistics."""
 
     def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()

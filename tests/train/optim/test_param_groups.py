@@ -1,4 +1,4 @@
-"""Which parameters decay and how fast each of them learns."""
+"""Weight decay and learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Values = dict[str, float]
 
 
 def by_name(model: nn.Module, key: str, lr: float = 1.0, **settings: Any) -> Values:
-    """A value of each parameter's group."""
+    """Return a value of each parameter's group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, OptimizerConfig(**settings), lr)
     found = [(names[id(parameter)], group[key]) for group in groups for parameter in group["params"]]

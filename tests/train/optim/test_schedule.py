@@ -1,4 +1,4 @@
-"""Learning rates update by update: against the published formulas, torch's schedulers and timm's."""
+"""Learning rates of each step equal the published formulas and the schedulers of torch and timm."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_positions_follow_the_updates_of_each_epoch() -> None:
 
 
 def before_timelines(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """As the learning rate was computed when all epochs had the same number of updates."""
+    """Compute the learning rate by the earlier formula for epochs of equal length."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / warmup
