@@ -282,13 +282,13 @@ RESTRICTED = """
 import os, resource
 from configs.load import load_config
 from tools.perf import batch_size_search
-from train.engine import meter
+from tools.benchmarks.engine.process_memory import peak_rss_bytes
 
 def main():
     block = bytearray(2**29)
     del block
     if os.fork() == 0:
-        print("own", meter.peak_rss_bytes() < 2**29 and meter.peak_rss_bytes() > 2**20, flush=True)
+        print("own", peak_rss_bytes() < 2**29 and peak_rss_bytes() > 2**20, flush=True)
         os._exit(0)
     os.wait()
     size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
