@@ -14,7 +14,7 @@ from torch import nn
 import models
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from helpers.models import MEAN, RESNETS, SPEEDRUNS, STD
+from helpers.config_models import MEAN, RESNETS, SPEEDRUNS, STD
 from models import PixelClassifier, build_from_config, build_model
 
 

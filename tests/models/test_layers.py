@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as pixels
 
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from helpers.models import MEAN, SPEEDRUNS, STD, random_pixels
+from helpers.config_models import MEAN, SPEEDRUNS, STD, random_pixels
 from models import Normalize, PixelClassifier, build_model
 from models.layers import ACTIVATIONS, build_activation, init_gain
 

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from configs.utils.errors import UserError
-from helpers.models import MEAN, RESNETS, STD, random_pixels
+from helpers.config_models import MEAN, RESNETS, STD, random_pixels
 from models import build_model
 
 

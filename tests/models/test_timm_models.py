@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
-from helpers.models import MEAN, STD, random_pixels
+from helpers.config_models import MEAN, STD, random_pixels
 from models import build_from_config, build_model
 
 
