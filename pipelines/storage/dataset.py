@@ -122,7 +122,7 @@ def _check(dataset: dict[str, Any]) -> None:
         if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
             raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
     if min(dataset["std"]) == 0:
-        raise ValueError("std holds 0, by which pixels cannot be divided")
+        raise ValueError("std is 0, by which pixels cannot be divided")
     for name, split in dataset["splits"].items():
         _check_split(name, split)
     if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent in older data sets

@@ -188,7 +188,7 @@ def test_damaged_files_of_new_kinds_are_read_or_refused(all_targets: dict[str, T
 
 def test_watchdog_ends_hanging_and_memory_hungry_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("test_fuzz.EXAMPLE_SECONDS", 0.2)
+        patch.setattr(f"{__name__}.EXAMPLE_SECONDS", 0.2)
         with pytest.raises(Hang):
             hold(lambda _: time.sleep(5), None)
     with pytest.raises(MemoryError):
