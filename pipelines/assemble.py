@@ -1,4 +1,4 @@
-"""Assembly of a loader: chooses the backend, the source, the runner, and the number of buffers and threads."""
+"""Assemble a loader: choose its backend, source, runner, and number of buffers and threads."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from pipelines.loader.runner import CopyRunner
 from pipelines.loader.sources import DevicePixels, HostPixels
 from pipelines.storage.split import Split
 
-MAX_COPY_THREADS = 2  # more threads that only copy would wait for memory
-MAX_GROUP = 8  # batches gathered at once if they are small …
-GROUP_BYTES = 2**24  # … up to this size
+MAX_COPY_THREADS = 2  # copying is bound by memory bandwidth beyond this
+MAX_GROUP = 8  # batches gathered at once, if they are small
+GROUP_BYTES = 2**24  # maximum size of such a group
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of the samples, for DALI and for the CPU kernels."""
+    """Transforms applied to each sample, for DALI and for the CPU kernels."""
 
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
     cpu: CpuGraph | None  # None: stored pixels are not changed
-    crops_and_flips: bool = False  # and nothing else, on pixels stored at the size of the batch
-    padding_mode: str = "constant"  # of crops: "constant" (black) or "reflect"
+    crops_and_flips: bool = False  # nothing else is applied, and images are stored at the batch's size
+    padding_mode: str = "constant"  # for crops: "constant" (black) or "reflect"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Backend:
     """How samples reach the device."""
 
     resident: bool  # the whole split is in the device's memory
-    uses_dali: bool  # a DALI graph transforms them; else a kernel gathers and transforms at once
+    uses_dali: bool  # True: a DALI graph transforms samples. False: one kernel gathers and transforms
     passes_through: bool  # stored pixels are not changed
 
 
@@ -58,9 +58,9 @@ class LoaderSpec:
 
     split: Split
     data: DataConfig
-    image_size: int  # of a batch, pixels
+    image_size: int  # height and width of the batch's images, pixels
     device: torch.device
-    ranks: int  # on this machine, which share its cores
+    ranks: int  # ranks on this machine; they share its cores
 
 
 def choose_backend(resident: bool, split: Split, device: torch.device, transforms: Transforms) -> Backend:
@@ -83,10 +83,10 @@ def assemble(
     Args:
         spec: Data, image size and device.
         plan: Batches of an epoch.
-        transforms: Of the samples.
-        backend: As `choose_backend` returns it.
-        pixels: Returns the pixels of a resident split, see `load_resident`.
-        bad: Samples to replace.
+        transforms: Transforms applied to each sample.
+        backend: Result of `choose_backend`.
+        pixels: Function that returns the pixels of a resident split, see `load_resident`.
+        bad: Record of the bad samples to replace.
     """
     split, data, device, size = spec.split, spec.data, spec.device, spec.image_size
     on_gpu = device.type == "cuda"
@@ -94,14 +94,14 @@ def assemble(
     gathers_stored = backend.uses_dali or backend.passes_through
     gathered_shape = (split.image_shape or (0, 0, 0)) if gathers_stored else (size, size, 3)
     if (backend.uses_dali and split.encoding != "npy") or (backend.resident and on_gpu):
-        gather_threads = 1  # it only lists encoded files, or launches kernels
+        gather_threads = 1  # the thread only lists encoded files or launches kernels
     else:
         gather_threads = min(MAX_COPY_THREADS, threads) if gathers_stored else threads
     buffers = _buffer_config(data, plan.batch_size * math.prod(gathered_shape), gather_threads)
     images = ImageSpec(split.encoding, split.image_shape, backend.resident, tuple(split.dataset["mean"]))
     pipeline = PipelineConfig(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
-    with torch.cuda.stream(stream):  # its memory goes to no other stream before its last gather has ended
+    with torch.cuda.stream(stream):  # the allocator reuses the source's memory only after this stream is done with it
         if backend.uses_dali and split.encoding != "npy":
             source: SampleSource = _mapped_files(split, images, pipeline)
         else:
@@ -143,7 +143,7 @@ def _pixel_source(
     if raw and backend.resident and on_gpu:
         if backend.uses_dali or backend.passes_through:
             return DevicePixels(pixels(), stored_shape, slot_size, slots, waits=backend.uses_dali)
-        from pipelines.gpu.triton_crop_flip import TritonCropFlip  # needs Triton, which only GPU builds of torch have
+        from pipelines.gpu.triton_crop_flip import TritonCropFlip  # Triton comes with GPU builds of torch only
 
         return TritonCropFlip(pixels(), stored_shape, spec.image_size, slot_size, slots, transforms.padding_mode)
     handed_out = not backend.uses_dali and not on_gpu
@@ -159,12 +159,12 @@ def _pixel_source(
 
 def _buffer_config(data: DataConfig, batch_bytes: int, threads: int) -> BufferConfig:
     group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
-    groups = -(-max(data.prefetch, IN_FLIGHT + CONSUMER_HELD) // group) + 1  # plus one that the consumer is reading
+    groups = -(-max(data.prefetch, IN_FLIGHT + CONSUMER_HELD) // group) + 1  # plus one for the consumer
     return BufferConfig((-(-groups // threads) + 2) * threads, threads, group)
 
 
 def default_threads(ranks: int) -> int:
-    """Return the CPU threads of one rank: the cores of this process, shared by the ranks of the machine."""
+    """Return the number of CPU threads per rank: the available cores divided by the ranks of this machine."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 

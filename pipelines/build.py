@@ -38,14 +38,14 @@ def build_train_loader(
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
 ) -> Loader | StagedLoader:
-    """Build the loader of `data.train_split`: shuffled, augmented, in whole batches of `data.batch_size` per rank.
+    """Build the loader of `data.train_split`: shuffled, augmented, in full batches of `data.batch_size` per rank.
 
     Args:
-        data: With data.stages, the image and batch size change from epoch to epoch.
-        aug: Augmentation; None: the defaults.
-        seed: Of the order and of the augmentation.
-        device: None: the current GPU, or the CPU if there is none.
-        rank, world_size: Position of this process among all that train.
+        data: Config section `data`. With data.stages, image and batch size depend on the epoch.
+        aug: Config section `aug`. None: the defaults.
+        seed: Seed of the sample order and of the augmentation.
+        device: Device of the batches. None: the current GPU, or the CPU if there is none.
+        rank, world_size: Position of this process among all training processes.
         local_world_size: Ranks on this machine, which share its cores; None: all of them.
         accumulation_steps: Batches per optimizer step; len(loader) is a multiple of it.
     """
@@ -62,7 +62,7 @@ def build_train_loader(
     bad = bad_samples.for_training(split, data)
 
     if mixup.mixing_enabled(aug.mix):
-        mixup.mix_table(aug.mix, seed, 0, 0, 2, 1)  # imports SciPy now instead of during the first epoch
+        mixup.mix_table(aug.mix, seed, 0, 0, 2, 1)  # import SciPy now instead of during the first epoch
 
     def build(section: DataConfig) -> Loader:
         batch_size = section.batch_size
@@ -105,19 +105,19 @@ def build_eval_loader(
     local_world_size: int | None = None,
     replace_bad_samples: bool = False,
 ) -> Loader:
-    """Build the loader of an evaluation split: this rank's contiguous part in stored order, every sample once.
+    """Build the loader of an evaluation split: a contiguous part per rank in stored order, every sample once.
 
-    Ranks may have different numbers of batches, and the last batch may be smaller. Each iteration starts from the
-    first sample.
+    Ranks may have different numbers of batches, and the last batch may be smaller. Each iteration starts at the first
+    sample.
 
     Args:
-        data: Section of the config.
-        evaluation: Section of the config; None: the defaults.
-        split: None: data.val_split.
-        device: None: the current GPU, or the CPU if there is none.
-        rank, world_size: Position of this process among all that evaluate.
+        data: Config section `data`.
+        evaluation: Config section `eval`. None: the defaults.
+        split: Name of the split. None: data.val_split.
+        device: Device of the batches. None: the current GPU, or the CPU if there is none.
+        rank, world_size: Position of this process among all evaluating processes.
         local_world_size: Ranks on this machine, which share its cores; None: all of them.
-        replace_bad_samples: Apply data.on_bad_sample. False where samples are counted.
+        replace_bad_samples: Apply data.on_bad_sample. False for evaluations, which count every sample once.
     """
     evaluation = evaluation or EvalConfig()
     skips = replace_bad_samples and data.on_bad_sample == "skip"
@@ -167,7 +167,7 @@ def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, siz
 
 
 def _check_sizes(aug: AugConfig, size: int) -> None:
-    """Raise UserError for settings that do not fit images of `size` pixels."""
+    """Raise UserError for a padding or cutout too large for images of `size` pixels."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
@@ -187,7 +187,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _image_size(wanted: int | None, data: DataConfig, split: Split) -> int:
-    """Return the height and width of a batch: that of the config, or that of the stored images."""
+    """Return the side of a batch's images in pixels: the configured one, or that of the stored images."""
     if wanted is not None:
         return wanted
     shape = split.image_shape

@@ -1,1 +1,1 @@
-"""Random augmentation of samples: draws and programs. NumPy only."""
+"""Draw the random augmentation of each sample. Uses NumPy only."""

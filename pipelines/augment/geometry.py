@@ -1,4 +1,4 @@
-"""Random geometry of the samples of a batch: crop boxes, flips, cutout and erased rectangles."""
+"""Draw the random geometry of each sample: crop boxes, flips, cutout squares and erased rectangles."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def random_resized_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Draw crop boxes (top, left, height, width) in pixels, int32 [B, 4], as torchvision's RandomResizedCrop.
+    """Draw crop boxes (top, left, height, width) in pixels, int32 [B, 4], like torchvision's RandomResizedCrop.
 
-    Ten attempts draw an area (share `scale` of the image) and an aspect ratio (log-uniform in `ratio`). The first box
-    that fits is taken, else the largest central box within the ratio bounds.
+    Up to ten attempts draw an area (a share of the image, uniform in `scale`) and an aspect ratio (log-uniform in
+    `ratio`). If no box fits, the crop is the largest central box within the ratio bounds.
     """
     attempts = 10
     drawn = uniform(samples, seed, epoch, "random-resized-crop", 2 * attempts + 2)
@@ -63,7 +63,7 @@ def random_resized_crops(
     left = np.floor(drawn[:, -1] * (widths - box_width + 1))
     if not (found := fits.any(axis=1)).all():
         whole = widths / heights
-        # torchvision rounds the box of a one-pixel line to nothing; keep one pixel
+        # torchvision rounds the box of a one-pixel line to an empty one; keep one pixel
         fallback_width = np.where(whole > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
         fallback_height = np.where(whole < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
         box_height = np.where(found, box_height, fallback_height)
@@ -82,10 +82,10 @@ def erase_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Draw boxes (top, left, height, width) in images of side `size`, int32 [B, 4] pixels; all 0: nothing is erased.
+    """Draw boxes (top, left, height, width) in images of side `size`, int32 [B, 4] pixels; all 0 erases nothing.
 
-    As torchvision's RandomErasing: ten attempts draw an area (share `scale` of the image) and a ratio height / width
-    (log-uniform in `ratio`). The first box smaller than the image is taken, or none.
+    Like torchvision's RandomErasing: up to ten attempts draw an area (a share of the image, uniform in `scale`) and a
+    ratio height / width (log-uniform in `ratio`). The first box smaller than the image is used; otherwise none.
     """
     boxes = np.zeros((len(samples), 4), np.int32)
     rows = np.flatnonzero(uniform(samples, seed, epoch, "erase", 1)[:, 0] < probability)
@@ -100,7 +100,7 @@ def erase_boxes(
     height, width = np.take_along_axis(heights, first, 1)[:, 0], np.take_along_axis(widths, first, 1)[:, 0]
     top = np.floor(drawn[:, -2] * (size - height + 1))
     left = np.floor(drawn[:, -1] * (size - width + 1))
-    # a box smaller than a pixel rounds to nothing but counts as drawn
+    # a box smaller than one pixel rounds to an empty box, and no further attempt is made
     erased = fits.any(axis=1) & (height > 0) & (width > 0)
     boxes[rows] = np.where(erased[:, None], np.stack([top, left, height, width], axis=1), 0)
     return boxes
@@ -109,7 +109,7 @@ def erase_boxes(
 def erase_colors(
     samples: np.ndarray, seed: int, epoch: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> np.ndarray:
-    """Draw normally distributed colors, uint8 [B, 3]; mean and standard deviation are shares of 255."""
+    """Draw normally distributed colors, uint8 [B, 3]; `mean` and `std` are in units of 255."""
     drawn = normal(samples, seed, epoch, "erase-color", 3)
     colors = 255.0 * (np.array(mean) + np.array(std) * drawn)
     return np.clip(np.rint(colors), 0, 255).astype(np.uint8)

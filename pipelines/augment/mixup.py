@@ -1,8 +1,8 @@
-"""Draws of mixup and CutMix: the share of each sample, and the box that its neighbour fills.
+"""Draw mixup and CutMix: the share of each sample, and the box filled by its neighbour.
 
 Neighbours are positions 2i and 2i + 1 of an epoch's order. Batches are contiguous parts of that order with an even
-length, so mixing depends neither on ranks nor on how a global batch is split. Images and labels are mixed in
-`train.engine`.
+length, so mixing is independent of the number of ranks and of how a global batch is split. `train.engine` mixes the
+images and labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipelines.rng import uniform
 
 
 def mixing_enabled(mix: MixConfig) -> bool:
-    """Return whether any sample of any epoch is mixed."""
+    """Return True if any sample of any epoch may be mixed."""
     return (mix.mixup > 0 or mix.cutmix > 0) and mix.probability > 0 and mix.off_epoch != 0
 
 
@@ -53,21 +53,21 @@ def mix_table(
     """Draw how a batch of this rank is mixed.
 
     Args:
-        mix: Section of the config.
-        seed: Of the run.
-        epoch, step: Of the batch; step counts batches.
-        samples: Of the batch.
+        mix: Config section `aug.mix`.
+        seed: Seed of the run.
+        epoch, step: Position of the batch; step counts batches.
+        samples: Number of samples in the batch.
         size: Height and width of the images, pixels.
         rank, world_size: Position of this process.
         accumulation_steps: Batches per optimizer step.
 
     Returns:
-        float32 [B, 5]: the share of the sample in its image and label, which is exactly the area outside of CutMix's
-        box; and the neighbour's box (top, bottom, left, right), all 0 for mixup and for samples that are not mixed.
+        float32 [B, 5]: the share of the sample in its image and label (for CutMix, exactly the area outside the box),
+        then the neighbour's box (top, bottom, left, right), all 0 for mixup and for samples that are not mixed.
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
         return identity_table(samples)
-    positions = (step * world_size + rank) * samples + np.arange(samples)  # in the epoch's order
+    positions = (step * world_size + rank) * samples + np.arange(samples)  # positions in the epoch's order
     if mix.mode == "batch":
         one = draw_mixes(mix, np.array([step // accumulation_steps]), seed, epoch, size)
         return np.repeat(one, samples, axis=0)
@@ -77,12 +77,12 @@ def mix_table(
 
 
 def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Draw rows of `mix_table` for keys, int64 [N], that number optimizer steps, pairs or samples: float32 [N, 5].
+    """Draw rows of `mix_table`, float32 [N, 5]; keys: int64 [N], numbers of optimizer steps, pairs or samples.
 
     The distributions are those of timm's Mixup. The CutMix box has a uniform center and the drawn share of the area,
     and is clipped to the image.
     """
-    from scipy.special import betaincinv  # takes 0.1 s, and most runs do not mix
+    from scipy.special import betaincinv  # deferred: importing takes 0.1 s, and most runs do not mix
 
     drawn = uniform(keys, seed, epoch, "mix", 5)
     is_mixed = drawn[:, 0] < mix.probability

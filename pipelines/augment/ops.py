@@ -1,9 +1,9 @@
 """Operations of augmentation programs, and the meaning of their values.
 
-A program is the list of operations applied to one sample after crop and flip (a sub-policy in AutoAugment's terms): one
-operation in each of a fixed number of slots. For a batch it is two arrays, `ops`, int32 [B, slots] (numbers of `Op`),
-and `values`, float32 [B, slots]. `policies` draws programs; `gpu.dali_ops` runs them in DALI, and `cpu.programs` on the
-CPU. Values are arguments of torchvision.transforms.v2.functional, for uint8 images of the training size.
+A program is the list of operations applied to one sample after crop and flip (a sub-policy in AutoAugment's terms), one
+per slot; the number of slots is fixed. The programs of a batch are two arrays: `ops`, int32 [B, slots], members of
+`Op`, and `values`, float32 [B, slots]. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs`
+on the CPU. Values are arguments of torchvision.transforms.v2.functional, for uint8 images of the training size.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from enum import IntEnum
 
 
 class Op(IntEnum):
-    """Operations, each with the meaning of its value and torchvision's function."""
+    """Operations. Comments give the meaning of the value and torchvision's function."""
 
     IDENTITY = 0  # no value
     SHEAR_X = 1  # tangent of the angle about the top-left corner; affine(shear=[degrees(atan(v)), 0], center=[0, 0])
-    SHEAR_Y = 2  # the same; affine(shear=[0, degrees(atan(v))], center=[0, 0])
+    SHEAR_Y = 2  # likewise; affine(shear=[0, degrees(atan(v))], center=[0, 0])
     TRANSLATE_X = 3  # whole pixels to the right; affine(translate=[value, 0])
     TRANSLATE_Y = 4  # whole pixels down; affine(translate=[0, value])
-    ROTATE = 5  # degrees counter-clockwise about the center, keeping the size; rotate
+    ROTATE = 5  # degrees counter-clockwise about the center, at the same image size; rotate
     BRIGHTNESS = 6  # factor; adjust_brightness
     COLOR = 7  # factor; adjust_saturation
     CONTRAST = 8  # factor, about the mean grey of the image; adjust_contrast
     SHARPNESS = 9  # factor; adjust_sharpness
-    POSTERIZE = 10  # bits that are kept, 0 to 8; posterize
-    SOLARIZE = 11  # threshold 0 to 256: pixels at or above it are inverted; solarize
+    POSTERIZE = 10  # bits to keep, 0 to 8; posterize
+    SOLARIZE = 11  # threshold, 0 to 256: pixels at or above it are inverted; solarize
     SOLARIZE_ADD = 12  # 0 to 128, added to pixels below 128; timm's solarize_add, not in torchvision
     AUTO_CONTRAST = 13  # no value; autocontrast
     EQUALIZE = 14  # no value; equalize
@@ -38,16 +38,16 @@ class Op(IntEnum):
 
 
 GEOMETRIC = frozenset({Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE})
-SlotOps = tuple[frozenset[Op], ...]  # the operations that each slot may have, besides IDENTITY
+SlotOps = tuple[frozenset[Op], ...]  # possible operations of each slot, besides IDENTITY
 
 
 def blur_radius(largest_sigma: float) -> int:
-    """Return the radius in pixels for blurs up to this standard deviation; the kernel has 2 * radius + 1 pixels."""
+    """Return the radius in pixels for blurs up to this standard deviation; a kernel has 2 * radius + 1 pixels."""
     return max(1, round(3 * largest_sigma))
 
 
 def grey_levels(mean: Sequence[float]) -> tuple[int, int, int]:
-    """Convert a color from shares, 0 to 1, to whole grey levels: red, green, blue."""
+    """Convert an RGB color from 0..1 to whole grey levels 0..255."""
     red, green, blue = (round(255 * share) for share in mean)
     return red, green, blue
 
@@ -57,6 +57,6 @@ class Programs:
     """Properties common to all programs of a run."""
 
     slots: SlotOps
-    bilinear: bool  # interpolation of GEOMETRIC operations; else nearest
-    fill: tuple[int, int, int]  # grey levels outside of the image, red green blue
-    radius: int  # of BLUR, see `blur_radius`
+    bilinear: bool  # True: GEOMETRIC operations interpolate. False: nearest pixel
+    fill: tuple[int, int, int]  # RGB color outside of the image, grey levels
+    radius: int  # kernel radius of BLUR, see `blur_radius`

@@ -1,7 +1,7 @@
-"""Draws augmentation programs, see `ops`.
+"""Draw augmentation programs, see `ops`.
 
-Slots in order: the layers of aug.auto, color jitter, grayscale, blur. Each draws from its own random streams, so that
-switching one on or off never changes the draws of the others.
+The slots in order: the layers of aug.auto, color jitter, grayscale, blur. Each has separate random streams, so
+enabling or disabling one never changes the draws of the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # per slot, operations [B] and 
 
 
 def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
-    """Return the common properties of the programs of `aug`; None without programs. mean: Of the data set, 0 to 1."""
+    """Return the properties common to all programs of `aug`; None without programs.
+
+    mean: Per-channel mean of the data set, 0 to 1.
+    """
     slots = _auto_slots(aug.auto) + _jitter_slots(aug.color_jitter)
     if aug.grayscale > 0:
         slots += (frozenset({Op.GRAYSCALE}),)
@@ -44,7 +47,7 @@ def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs
 def draw_programs(
     aug: AugConfig, samples: np.ndarray, seed: int, epoch: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the programs of samples, int64 [B], trained at `size` x `size` pixels.
+    """Draw the programs of `samples`, int64 [B], for images of `size` x `size` pixels.
 
     Returns:
         ops, int32 [B, slots], and values, float32 [B, slots], for the slots of `build_programs`.
@@ -114,13 +117,13 @@ def _draw_auto_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, 
     for layer in range(2):
         drawn = uniform(samples, seed, epoch, f"auto-{layer}", 2)
         applied = drawn[:, 0] < policies.probabilities[chosen, layer]
-        ops = np.where(applied, policies.ops[chosen, layer], Op.IDENTITY)  # its values in the table are 0
+        ops = np.where(applied, policies.ops[chosen, layer], Op.IDENTITY)  # IDENTITY has only zeros in the table
         layers.append((ops, table[ops, policies.bins[chosen, layer], (drawn[:, 1] * 2).astype(np.int64)]))
     return layers
 
 
 def _strengths(jitter: ColorJitterConfig) -> tuple[float, ...]:
-    """Return the strengths of JITTERS; all 0 if no sample is jittered."""
+    """Return the strength of each of JITTERS; all 0 if no sample is jittered."""
     if jitter.probability == 0:
         return (0.0,) * len(JITTERS)
     return jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
@@ -132,7 +135,7 @@ def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
 
 
 def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
-    """Draw as torchvision's ColorJitter: uniform factors, applied in a random order per sample."""
+    """Draw like torchvision's ColorJitter: uniform factors, applied in a random order per sample."""
     strengths = np.array(_strengths(jitter))
     orders = _orders(tuple((strengths > 0).tolist()))
     if orders.shape[1] == 0:
@@ -152,7 +155,7 @@ def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoc
 def _orders(used: tuple[bool, ...]) -> np.ndarray:
     """Return all 24 orders of the four jitters, each without the unused ones: int64 [24, number of used].
 
-    Always ordering all four keeps the order of the others when one is switched on.
+    All four are always ordered, so enabling one keeps the relative order of the others.
     """
     orders = itertools.permutations(range(len(used)))
     return np.array([[jitter for jitter in order if used[jitter]] for order in orders], np.int64)

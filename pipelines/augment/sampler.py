@@ -1,4 +1,4 @@
-"""All random draws of the samples of a training batch."""
+"""Draw all augmentation of the samples of a training batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class AugmentationSampler:
     """Draw the augmentation of each sample: a pure function of seed, epoch and sample index.
 
     Args:
-        aug: Section of the config.
-        programs: As `build_programs` returns them.
+        aug: Config section `aug`.
+        programs: Result of `build_programs`.
         seed: Seed of the run.
         size: Height and width of training images, pixels.
-        heights, widths: Of the stored images, pixels, int [samples].
-        mean, std: Of the pixels of the train split, from 0 to 1.
+        heights, widths: Size of each stored image, pixels, int [samples].
+        mean, std: Per-channel statistics of the train split's pixels, 0 to 1.
     """
 
     aug: AugConfig
@@ -34,11 +34,11 @@ class AugmentationSampler:
     std: tuple[float, float, float]
 
     def __call__(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the draws of samples, int64 [B].
+        """Return the draws of `samples`, int64 [B].
 
         Returns:
-            The entries that `aug` asks for, among:
-            crop_start, crop_end: float32 [B, 2] (y, x), corners of the cropped region; x swapped where it is flipped.
+            A dict with the entries that `aug` needs, among:
+            crop_start, crop_end: float32 [B, 2] (y, x), corners of the cropped region; x is swapped if it is flipped.
             offset: int32 [B, 2] (y, x), top-left corner of the crop in the unpadded image.
             flip: int32 [B], 0 or 1.
             ops, values: int32 and float32 [B, slots], augmentation programs.

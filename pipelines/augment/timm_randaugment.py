@@ -17,12 +17,12 @@ from pipelines.augment.ops import Op
 from pipelines.rng import normal, uniform
 
 SCALE = 10.0  # the magnitude at which an operation has its full span
-MAX_SIGMA = 2.0  # of BLUR, pixels
+MAX_SIGMA = 2.0  # standard deviation of BLUR, pixels
 _DRAWN = 0  # sign drawn per sample
 
 
 class Formula(NamedTuple):
-    """value = base + sign * span * magnitude / SCALE, clipped to lowest and highest."""
+    """Parameters of value = base + sign * span * magnitude / SCALE, clipped to lowest and highest."""
 
     op: Op
     base: float = 0.0
@@ -33,7 +33,7 @@ class Formula(NamedTuple):
     whole: bool = False  # span * magnitude / SCALE is truncated to a whole number
 
 
-_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # their span is a share of the image size
+_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # operations whose span is a share of the image size
 _WITHOUT_VALUE = tuple(Formula(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT))
 _GEOMETRY = (
     Formula(Op.ROTATE, span=30.0),
@@ -78,7 +78,7 @@ _WEIGHTS_BESIDE_THREE = {
 
 
 class Space(NamedTuple):
-    """The formulas that a layer chooses from, as arrays [formulas]."""
+    """Formulas that a layer chooses from, as arrays [formulas]."""
 
     ops: np.ndarray  # int32
     base: np.ndarray
@@ -93,7 +93,7 @@ class Space(NamedTuple):
 
 @lru_cache
 def space(increasing: bool, operations: str | None) -> Space:
-    """Return the space for the parts `inc` and `t` of a policy string."""
+    """Return the space selected by the parts `inc` and `t` of a policy string."""
     weights: list[float] | None = None
     if operations == "weights":
         formulas = _INCREASING
@@ -121,9 +121,9 @@ def parse(policy: str) -> tuple[RandAugmentSpec, Space]:
 def op_values(
     space: Space, choices: np.ndarray, magnitudes: np.ndarray | float, negative: np.ndarray, size: int
 ) -> np.ndarray:
-    """Return values of the formulas `choices` [B] at magnitudes [B], for images of side `size`: float64 [B].
+    """Return the values of formulas `choices` [B] at `magnitudes` [B], for images of side `size`: float64 [B].
 
-    negative: bool [B], the drawn signs.
+    negative: bool [B], True where the sign is negative.
     """
     shift = space.shift[choices]
     change = magnitudes / SCALE * space.span[choices]
@@ -157,13 +157,13 @@ def _magnitudes(spec: RandAugmentSpec, samples: np.ndarray, seed: int, epoch: in
         magnitudes = uniform(samples, seed, epoch, purpose, 1)[:, 0] * spec.magnitude
     elif spec.deviation > 0:
         magnitudes = spec.magnitude + spec.deviation * normal(samples, seed, epoch, purpose, 1)[:, 0]
-    return np.clip(magnitudes, 0.0, spec.largest or SCALE)  # timm treats mmax0 as no mmax
+    return np.clip(magnitudes, 0.0, spec.largest or SCALE)  # like timm, treat mmax0 as unset
 
 
 def _without_replacement(weights: np.ndarray, samples: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Draw all formulas in a weighted random order, int64 [B, formulas].
 
-    Exponential waiting times with rates `weights` end in the order of weighted draws without replacement.
+    Sorting exponential random numbers with rates `weights` gives the order of weighted draws without replacement.
     Source: Efraimidis and Spirakis, "Weighted Random Sampling with a Reservoir", 2006.
     """
     waiting = -np.log1p(-uniform(samples, seed, epoch, "auto-choice", len(weights))) / weights

@@ -29,8 +29,8 @@ class SubPolicies(NamedTuple):
 def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
     """Return values of the operations for images of side `size`: float32 [len(Op), bins, 2], see `ops`.
 
-    Last axis: the magnitude with plus and minus sign; equal for operations without a sign.
-    wide: TrivialAugment's wide space, else that of RandAugment and AutoAugment.
+    The last axis holds the value for a positive and a negative sign; both are equal for operations without a sign.
+    wide: Use TrivialAugment's wide space instead of that of RandAugment and AutoAugment.
     """
     shear, pixels, degrees, change, bits = (
         (0.99, 32.0, 135.0, 0.99, 6) if wide else (0.3, 150 / 331 * size, 30.0, 0.9, 4)
@@ -44,15 +44,15 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
     table[Op.POSTERIZE] = np.rint(8 - np.arange(bins) / ((bins - 1) / bits))[:, None]
     table[Op.SOLARIZE] = 255.0 * _linspace(1.0, 0.0, bins)
     values = table.astype(np.float32)
-    values.flags.writeable = False  # the array is shared by all callers
+    values.flags.writeable = False  # all callers share the cached array
     return values
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Return torch.linspace of float32 bit by bit, as float64 [steps, 1].
+    """Return bitwise the values of torch.linspace in float32, as float64 [steps, 1].
 
-    torch counts from both ends and fuses product and sum. So 31 steps to 32 pixels contain 15.999999 instead of 16, a
-    difference of one pixel after truncation.
+    torch counts from both ends with fused multiply-adds. So 31 steps to 32 contain 15.999999 instead of 16, which
+    truncates to one pixel less.
     """
     low, high = np.float32(start), np.float32(end)
     step = np.float64((high - low) / np.float32(steps - 1))
@@ -70,7 +70,7 @@ def sub_policies(policy: str) -> SubPolicies:
 
 
 # (operation, probability, magnitude bin) twice. Source: Cubuk et al., "AutoAugment", arXiv:1805.09501, appendix, as
-# read by torchvision. Operations without a value have bin 0.
+# implemented in torchvision. Operations without a value have bin 0.
 _IMAGENET = (
     ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
     ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 0)),

@@ -1,4 +1,4 @@
-"""Checks before the first sample is converted: classes, labels, shapes, disk space and the output folder."""
+"""Check classes, labels, shapes, disk space and the output folder before the first sample is converted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> Non
 
 
 def check_shapes(layouts: dict[str, SplitLayout]) -> None:
-    """Raise UserError if npy splits differ in shape. Samples within a split are compared when they are encoded."""
+    """Raise UserError if npy splits differ in shape. `shuffle.partition` compares the samples of one split."""
     shapes = {
         split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
         for split, layout in layouts.items()
@@ -52,7 +52,7 @@ def check_shapes(layouts: dict[str, SplitLayout]) -> None:
 
 
 def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Raise UserError if result and spool do not fit on the disk."""
+    """Raise UserError if the result and the spool do not fit on the disk."""
     need = 64 * 2**20
     for layout in layouts.values():
         need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
@@ -95,14 +95,14 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
                 f"{out} holds an unfinished conversion of another source, or of this one before it was changed, or "
                 "with other options; choose another --out or delete the folder"
             )
-        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # of a killed run; they may fill the disk
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # left by a killed run; they may fill the disk
             left.unlink(missing_ok=True)
         commit(record, json.dumps(request).encode(), spool)
         yield spool
 
 
 def _read_request(record: Path) -> Any:
-    """Read the request of an unfinished conversion; None if it is damaged."""
+    """Return the recorded request of an unfinished conversion; None if it is damaged."""
     try:
         return json.loads(read_small_text(record))
     except OSError as error:

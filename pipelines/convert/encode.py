@@ -1,6 +1,6 @@
 """Encode one source sample for a shard, as raw pixels (npy) or JPEG: decode, convert to RGB, resize.
 
-A sample that cannot be used raises `Defect`; the writer quarantines and counts it.
+An unusable sample raises `Defect`; the writer quarantines and counts it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pipelines.storage.dataset import MAX_PIXELS
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-# Formats that Pillow decodes without starting other programs. An MPO is opened as JPEG. tools/sources/folder_scan.py
-# lists the extensions.
+# Formats that Pillow decodes without starting other programs. Pillow opens an MPO as JPEG. The extensions are listed in
+# tools/sources/folder_scan.py.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_MESSAGE = 150  # characters of a message of libtiff
+MAX_MESSAGE = 150  # characters of libtiff's message in a reason
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
-# Memory for decoding, beyond the file itself: the largest allowed images take up to 18 bytes per pixel.
+# Memory for decoding, in addition to the file: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 
 class Defect(Exception):
-    """Raised for a sample that cannot be used; dataset.json records the message."""
+    """Raised for an unusable sample; dataset.json records the message."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,29 @@ class Encoding:
     """Storage format of images."""
 
     name: Literal["npy", "jpeg"]
-    quality: int = 95  # of JPEG, 1 to 100
-    subsampling: str = "4:2:0"  # of JPEG chroma
-    size: int | None = None  # pixels of the shorter side after resizing; npy also crops to size x size
+    quality: int = 95  # JPEG quality, 1 to 100
+    subsampling: str = "4:2:0"  # JPEG chroma subsampling
+    size: int | None = None  # shorter side after resizing, pixels; npy also crops to size x size
     max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One encoded image with its entries for the index and the statistics."""
+    """One encoded image and its entries in the index and the statistics."""
 
-    payload: bytes  # npy: the pixels, without the .npy header; jpeg: the file
+    payload: bytes  # npy: pixels without the .npy header; jpeg: the file
     height: int
     width: int
-    sums: np.ndarray  # int64 [2, 3]: per channel, the sum of values and of squares over all pixels
-    reencoded: str | None = None  # jpeg: why the bytes of the image file were not kept
+    sums: np.ndarray  # int64 [2, 3]: per-channel sums of the values and of their squares over all pixels
+    reencoded: str | None = None  # jpeg: why the original bytes were not kept; None: kept
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
     """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
 
-    With jpeg, the bytes of a JPEG file are kept if every decoder in use gives the same RGB pixels for them.
+    With jpeg, the bytes of a JPEG file are kept if all supported decoders give the same RGB pixels for them.
     """
-    changed: str | None = "pixels"  # why the bytes of the source cannot be stored
+    changed: str | None = "pixels"  # why the source bytes cannot be stored as they are
     if isinstance(source, np.ndarray):
         pixels = source
     else:
@@ -85,26 +85,26 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
 
 
 def _sums(pixels: np.ndarray) -> np.ndarray:
-    """Return exact per-channel sums of values and squares, so that mean and std do not depend on sample order."""
+    """Return exact per-channel sums of values and squares; mean and std then do not depend on the sample order."""
     histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
     values = np.arange(256, dtype=np.int64)
     return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
 
 
 def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
-    """Return RGB pixels, uint8 [H, W, 3], and why the bytes themselves cannot be stored; None for a JPEG that can."""
+    """Return RGB pixels, uint8 [H, W, 3], and why the original bytes cannot be stored; None: they can."""
     if not content:
         raise Defect("empty file")
     scans, reason = jpeg_format.inspect(content) if content.startswith(b"\xff\xd8") else (0, None)
     if scans > jpeg_format.MAX_SCANS:
         raise Defect(f"a JPEG of more than {jpeg_format.MAX_SCANS} scans")
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
-    messages: list[str] = []  # printed by libtiff
+    messages: list[str] = []  # lines printed by libtiff
     try:
         with warnings.catch_warnings(), memory_limit.at_most(extra_bytes), ExitStack() as captured:
             if content.startswith(TIFF_MAGIC):
                 captured.enter_context(stderr_capture.capture_stderr(messages))
-            warnings.simplefilter("ignore")  # max_pixels replaces Pillow's warning about large images
+            warnings.simplefilter("ignore")  # max_pixels replaces Pillow's own limit
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 width, height = image.size
@@ -127,7 +127,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
                 "not read; save it with 8 or 16 bits"
             ) from None
         raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow raises many types for malformed files; none may end a conversion
+    except Exception as error:  # Pillow raises many exception types for malformed files; none may end a conversion
         said = f"; {messages[-1][:MAX_MESSAGE]}" if messages else ""
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error}{said})") from None
     return pixels, reason
@@ -139,8 +139,8 @@ def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
         if (grey := greyscale.to_eight_bits(image, content)) is None:
             raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
         return np.repeat(grey[..., None], 3, axis=2)
-    is_wide = ";16" in str(image.tile[:1])  # 16-bit color, of which Pillow keeps the upper bytes
-    opened = image.convert("LA") if image.mode == "La" else image  # La can only be converted to LA
+    is_wide = ";16" in str(image.tile[:1])  # 16-bit color; Pillow keeps the upper bytes
+    opened = image.convert("LA") if image.mode == "La" else image  # Pillow converts La to LA only
     pixels = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
     if is_wide and pixels.max() < 1 << 4:  # the upper bytes of 12 bits
         raise Defect("16-bit colours within 0..4095 have no known range; save it with 8 bits")
@@ -154,7 +154,7 @@ def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
     shorter = min(height, width)
     if shorter != size:
         to = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
-        if to[0] * to[1] > encoding.max_pixels:  # a line of pixels grows in both directions
+        if to[0] * to[1] > encoding.max_pixels:  # a one-pixel line grows in both directions
             raise Defect(
                 f"resized to {to[0]} x {to[1]} pixels, above the limit of {encoding.max_pixels:,} (--max-pixels)"
             )

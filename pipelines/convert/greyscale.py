@@ -1,12 +1,12 @@
-"""Convert greyscale of more than 8 bits to 8 bits, by the range that the file declares.
+"""Convert greyscale images of more than 8 bits to 8 bits.
 
-Pillow clips such values at 255, and most files use a part of their container's range. The range is, in this order:
+Pillow clips values at 255, and most files use only a part of their container's range. The first rule that applies
+gives the range:
 
-- what the file declares: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, sBIT of a PNG;
-- values within 0..255: they stay as they are;
-- of unsigned 16-bit values up to 4095: 12 bits, as sensors deliver them; above: all 16 bits;
-- of anything else (32-bit integers, floating point): unknown. Floating point up to 1 is unknown as well, since 0..1
-  and 0..255 cannot be told apart.
+- The file declares it: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, sBIT of a PNG.
+- Values within 0..255 are kept, except floating point up to 1: its range may be 0..1 or 0..255 and counts as unknown.
+- Unsigned 16-bit values up to 4095 have 12 bits, like those of sensors; larger ones have 16 bits.
+- Any other range (32-bit integers, floating point) is unknown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # two TIFF tags, and a value of the second
 
 
 def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
@@ -29,21 +29,21 @@ def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
         bits = 12 if high < 1 << 12 else 16
     if bits is not None:
         grey = grey >> bits - 8 if bits > 8 else grey * 255 // ((1 << bits) - 1)
-    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # written so that NaN is included
+    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # this form is also true for NaN
         return None
     result = (np.rint(grey) if image.mode == "F" else grey).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
-    return 255 - result if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else result  # Pillow inverts 8 bits only
+    return 255 - result if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else result  # Pillow inverts only 8-bit images
 
 
 def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int | None:
     if image.format == "PPM":
-        return None if image.mode == "F" else 16  # Pillow scales by the file's maximum
+        return None if image.mode == "F" else 16  # Pillow has scaled by the file's maximum
     if image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # type: ignore[attr-defined]
         return 12
     if image.format != "PNG" or (significant := _significant_bits(content)) is None:
         return None
-    # By the PNG standard, the encoder scales samples to 16 bits; low bits of values this small are then 0 or 1.
+    # By the PNG standard the encoder scales samples to 16 bits, which leaves 0 or 1 in the low bits of small values.
     # Some writers set sBIT without scaling the samples.
     low_bits = grey & ((1 << (16 - significant)) - 1)
     return significant if grey.max() < 1 << significant and low_bits.max() > 1 else 16

@@ -1,4 +1,4 @@
-"""Layout of a converted split: blocks of source rows, shards, and the names of their files."""
+"""Layout of a conversion: blocks of source rows, shards, and their file names."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from pipelines.convert.source import Options
 
-GROUPS = 16  # parts in which the spool of a split is deleted
+GROUPS = 16  # number of parts in which a split's spool is deleted
 
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """Layout of one split, fixed before the first sample is encoded and used by both passes."""
+    """Layout of one split, shared by both passes and fixed before the first sample is encoded."""
 
     dataset: str
     split: str
     classes: int
     options: Options
     image_shape: tuple[int, int, int] | None
-    payload_bytes: int  # of one sample; an estimate for JPEG
+    payload_bytes: int  # bytes per sample; an estimate for JPEG
     rows: int
     block_rows: int
     shard_rows: int
@@ -56,11 +56,11 @@ class SplitLayout:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
     def block_size(self, block: int) -> int:
-        """Return the rows of a block; the last may be smaller."""
+        """Return the number of rows of a block; the last block may be smaller."""
         return min(self.block_rows, self.rows - block * self.block_rows)
 
     def shard_size(self, shard: int) -> int:
-        """Return the rows of a shard, quarantined ones included."""
+        """Return the number of rows of a shard, including quarantined ones."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def group_shard_numbers(self, group: int) -> set[int]:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_STATM = Path("/proc/self/statm")  # first number: address space of the process in pages
+_STATM = Path("/proc/self/statm")  # its first number is the address space of the process in pages
 
 
 @contextmanager
 def at_most(extra_bytes: int) -> Iterator[None]:
-    """Let this process grow by at most `extra_bytes`, all threads together; larger allocations raise MemoryError.
+    """Limit the growth of this process to `extra_bytes`, over all threads; larger allocations raise MemoryError.
 
     Takes about 10 µs. Has no effect if the kernel does not report the size of the process.
     """

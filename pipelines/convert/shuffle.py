@@ -38,7 +38,7 @@ class SplitInput:
 def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
     """Encode the rows of a block, write them to the spool sorted by destination, then write the block's table.
 
-    task: the split and the number of the block, which is returned.
+    task: name of the split and number of the block. Returns the number of the block.
     """
     layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
     start = block * layout.block_rows
@@ -65,7 +65,7 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
             reencoded[encoded.reencoded] += 1
         payloads.append(encoded)
     if len(payloads) != stop - start:
-        raise UserError(f"{rows.describe(start)}: the source gave {len(payloads)} rows instead of {stop - start}")
+        raise UserError(f"{rows.describe(start)}: the source returned {len(payloads)} rows instead of {stop - start}")
     order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
     kept = [payload for i in order if (payload := payloads[i]) is not None]
     group_of = positions[order] // layout.shard_rows // layout.group_shards
@@ -84,7 +84,7 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
         "reencoded_reason": np.array([*reencoded], dtype=str),
         "reencoded_count": np.array([*reencoded.values()], np.int64),
     }
-    sync_folder(layout.spool)  # pieces before their table, also after a power cut
+    sync_folder(layout.spool)  # pieces reach the disk before their table
     commit_npz(layout.block_table(block), table)
     return block
 
@@ -99,9 +99,9 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
 
 
 def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
-    """Collect the samples of a shard from every block, write tar and .idx, then write the shard's table.
+    """Collect the samples of a shard from every block, write the tar and .idx, then write the shard's table.
 
-    task: the split and the number of the shard, which is returned.
+    task: name of the split and number of the shard. Returns the number of the shard.
     """
     layout, labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])

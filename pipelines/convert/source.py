@@ -1,4 +1,4 @@
-"""Interface between readers of sources (`tools/sources`) and the shard writer."""
+"""Interface between the source readers in `tools/sources` and the converter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.convert.encode import Encoding
 
 
 class SplitSource(Protocol):
-    """One split of a source. Picklable, since worker processes read it."""
+    """One split of a source. It is pickled for worker processes, which read it."""
 
     labels: np.ndarray | None  # int64 [rows]; None for a split without labels
     bytes_per_row: int  # average bytes read per row
@@ -24,7 +24,7 @@ class SplitSource(Protocol):
         ...
 
     def describe(self, row: int) -> str:
-        """Return the name of a row for messages: 'images-train[17]', 'train/cat/001.jpg'."""
+        """Return the name of a row for messages, e.g. 'images-train[17]', 'train/cat/001.jpg'."""
         ...
 
 
@@ -35,19 +35,19 @@ class Source:
     kind: str
     name: str
     classes: tuple[str, ...]
-    fingerprint: str  # sha256 of the content, or of a cheap part of it
+    fingerprint: str  # sha256 of the content or of a cheap part of it
     splits: dict[str, SplitSource]
-    # Changes with every modification of the files, which the fingerprint may miss. Only an unfinished conversion stores
-    # it, so that its pieces never come from two versions of a source.
+    # Changes with every modification of the files, some of which the fingerprint misses. Stored only by an unfinished
+    # conversion, so that its pieces never come from two versions of a source.
     state: str = ""
-    unordered: tuple[str, ...] = ()  # splits whose rows are numbered files in another order than their numbers
+    unordered: tuple[str, ...] = ()  # splits with numbered files in another order than their numbers
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a conversion. Equal options give byte-identical results for the same source."""
+    """Options of a conversion. The same options and source give byte-identical results."""
 
     encoding: Encoding
     shard_mib: int = 512
     seed: int = 0
-    strict: bool = False  # raise an error instead of quarantining a sample
+    strict: bool = False  # raise UserError for a defective sample instead of quarantining it

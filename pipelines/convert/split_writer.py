@@ -1,4 +1,4 @@
-"""Write one split: both passes of the shuffle, then the index."""
+"""Write one split: run both passes of the shuffle, then write the index."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Table = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class WrittenSplit:
-    """A finished split: its entry of dataset.json and its statistics."""
+    """A finished split: its entry in dataset.json and its statistics."""
 
     entry: dict[str, Any]
     sums: np.ndarray  # int64 [2, 3], see Encoded
     pixels: int
     shapes: set[tuple[int, int]]
-    fresh: dict[str, str]  # sha256 of the shards written by this process, by file name
-    reencoded: dict[str, int]  # files whose bytes were not kept as jpeg, by reason, most frequent first
+    fresh: dict[str, str]  # file name: sha256, for the shards written by this call
+    reencoded: dict[str, int]  # reason: number of files re-encoded to jpeg, most frequent first
 
 
 def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
@@ -96,7 +96,7 @@ def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
 
 
 def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], list[int]]:
-    """Run pass 2 for the unfinished shards; return the tables of all shards, and the numbers of the new ones."""
+    """Run pass 2 for the unfinished shards; return the tables of all shards and the numbers of the new ones."""
     with _progress_bar(layout, "write") as bar:
         left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
         missing = []
@@ -121,7 +121,7 @@ def _index_columns(shards: list[Table]) -> Table:
 
 
 def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
-    """Write SPLIT.index.npz and return its entry of dataset.json."""
+    """Write SPLIT.index.npz and return its entry in dataset.json."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
@@ -132,7 +132,7 @@ def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
 
 
 def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
-    """Return the number of files whose bytes were not kept as jpeg, by reason, most frequent first."""
+    """Count the files re-encoded to jpeg by reason, most frequent first."""
     counts: Counter[str] = Counter()
     for table in blocks:
         counts.update(dict(zip(table["reencoded_reason"].tolist(), table["reencoded_count"].tolist(), strict=True)))
@@ -147,10 +147,10 @@ def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
 
 
 def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
-    """Count a shard as written, and delete the spool of its group after the last one."""
+    """Count a shard as written; after the last shard of its group, delete the group's spool."""
     group = shard // layout.group_shards
     left[group].discard(shard)
     if not left[group]:
-        sync_folder(layout.spool)  # tables are on disk before the pieces are deleted
+        sync_folder(layout.spool)  # tables reach the disk before the pieces are deleted
         for block in range(layout.blocks):
             layout.block_group(block, group).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Atomic writes and reads of the files of an unfinished conversion."""
+"""Read and atomically write the files of an unfinished conversion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def load_table(file: Path) -> dict[str, np.ndarray]:
 
 
 def spool_damage_hint(spool: Path) -> str:
-    """Return the end of an error message. A kill leaves complete files, so the disk or another program damaged it."""
+    """Return the end of an error message about a damaged spool.
+
+    A killed conversion leaves complete files, so the disk or another program caused the damage.
+    """
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 
 
@@ -51,7 +54,7 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk: a power cut may undo a rename that was not flushed."""
+    """Flush a folder's entries to disk; a power failure may undo a rename that was not flushed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Capture messages that a C library prints to file descriptor 2."""
+"""Capture what a C library prints to file descriptor 2."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MAX_BYTES = 4096  # kept of the output
+MAX_BYTES = 4096  # bytes of the output to keep
 
 
 @contextmanager
 def capture_stderr(lines: list[str]) -> Iterator[None]:
-    """Redirect file descriptor 2 of this process, and append the captured lines to `lines` at the end.
+    """Redirect file descriptor 2 of this process; on exit, append the captured lines to `lines`.
 
-    Captures lines of other threads as well, so wrap short calls only. Takes about 10 µs.
+    Output of other threads is captured as well, so wrap short calls only. Takes about 10 µs.
     """
     saved, file = os.dup(2), os.memfd_create("stderr", os.MFD_CLOEXEC)
     os.dup2(file, 2)

@@ -1,4 +1,4 @@
-"""Pool of worker processes that hold one shared object, run tasks in order and die with their parent."""
+"""A pool of worker processes that share one object, return results in order and die with their parent."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PR_SET_PDEATHSIG = 1
 
 def _init_worker(shared: str, parent: int) -> None:
     global _shared
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent must not leave writers behind
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no workers behind
     if os.getppid() != parent:
         os._exit(1)
     with open(shared, "rb") as file:
-        _shared = pickle.load(file)  # written by this program
+        _shared = pickle.load(file)  # trusted: written by the parent
 
 
 def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
@@ -38,18 +38,18 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer Ctrl-C and SIGTERM to the end of the block, so that it is not interrupted half way.
+    """Defer Ctrl-C and SIGTERM to the end of the block.
 
-    Replaces the handlers: a signal mask would apply to this thread only, while any thread may receive the signal.
+    Replaces the handlers, because a signal mask covers one thread only and any thread may receive the signal.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield
         return
     held: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: held.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None: not set from Python
+        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None: installed by C code
     }
     try:
         yield
@@ -61,13 +61,13 @@ def defer_signals() -> Iterator[None]:
 
 
 class WorkerPool:
-    """Pool that calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
+    """Call `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, workers: int, shared: Any) -> None:
         self._shared = shared
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
-        self._memory = -1  # descriptor of the pickled shared object, once workers are started
+        self._memory = -1  # file descriptor of the pickled shared object; None before workers start
         self._others: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> WorkerPool:
@@ -75,7 +75,7 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Kill the workers. They cannot be asked to stop, since a worker that was killed may hold their queue."""
+        """Kill the workers. A regular shutdown could hang, since a killed worker may hold the lock of their queue."""
         if self._executor is None:
             return
         for process in set(multiprocessing.active_children()) - self._others:
@@ -104,15 +104,15 @@ class WorkerPool:
             ) from None
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
-        """Submit a task. May start a worker, which inherits deferred signals: the parent handles those of the group."""
+        """Submit a task. This may start a worker; it inherits the deferred signals, which only the parent handles."""
         executor = self._start_executor()
         with defer_signals():
             return executor.submit(_run_task, function, task)
 
     def _start_executor(self) -> ProcessPoolExecutor:
-        """Start the executor with the first task, so that a pass without tasks starts no process."""
+        """Return the executor; start it at the first call, so that a pass without tasks starts no process."""
         if self._executor is None:
-            # Python would use a pipe, and wait forever for a worker that was killed before it has read everything.
+            # Python would send it through a pipe and wait forever for a worker that was killed before reading it all.
             self._memory = os.memfd_create("shared")
             with open(self._memory, "wb", closefd=False) as file:
                 pickle.dump(self._shared, file)

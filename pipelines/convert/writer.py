@@ -1,11 +1,11 @@
-"""Convert a source to shards: in parallel, resumable and in bounded memory.
+"""Convert a source to shards, in parallel and in bounded memory; an interrupted conversion can be resumed.
 
-The train split is shuffled globally, but a source larger than memory can only be read from front to back. So there are
-two passes, both sequential on disk. Pass 1 (`shuffle.partition`): workers encode blocks of source rows in order, sort
+The train split is shuffled globally, but a source larger than memory can only be read sequentially. So there are two
+passes, both sequential on disk. Pass 1 (`shuffle.partition`): workers encode blocks of source rows in order, sort
 them by destination and write them to spool files. Pass 2 (`shuffle.merge`): workers collect the samples of one shard
-each and write its tar. The place of a sample depends on seed, split and row only, so neither workers nor kills change a
-byte of the result. The spool in OUT/.spool is deleted group by group as shards appear: the peak on disk is about 1.1
-times the result.
+each and write its tar. The position of a sample depends only on seed, split and row, so the result is byte-identical
+for any number of workers and after any interruption. The spool in OUT/.spool is deleted group by group as shards are
+written, so the peak disk usage is about 1.1 times the result.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, load_dataset
 from pipelines.storage.index import sample_stride
 
-BLOCK_BYTES = 512 * 2**20  # of source rows that a worker holds in memory as one block
-SMALL_SOURCE = 4096  # rows; fewer are written faster than worker processes start
-RULES_VERSION = 2  # of the encoding: a conversion is finished by the version that started it
-PROBED_ROWS = 32  # encoded first, to estimate the size of a JPEG
+BLOCK_BYTES = 512 * 2**20  # source rows that a worker holds in memory as one block
+SMALL_SOURCE = 4096  # rows; converting fewer takes less time than starting workers
+RULES_VERSION = 2  # version of the encoding rules; must not change within a conversion
+PROBED_ROWS = 32  # samples encoded first, to estimate the size of a JPEG
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
@@ -45,16 +45,16 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
 
     Args:
         source: the data set to convert.
-        out: new folder, or one with an unfinished conversion of the same source.
+        out: a new folder, or one with an unfinished conversion of the same source.
         options: encoding, shard size and seed.
         workers: number of processes.
-        name: name of the data set, with which shard files start.
+        name: name of the data set, the prefix of shard files.
 
     Returns:
         The content of dataset.json.
 
     Raises:
-        UserError: if `out` contains something else, the disk is too small, a sample is defective (with `strict`) or
+        UserError: `out` contains something else, the disk is too small, a sample is defective (with `strict`), or
             npy images differ in shape.
     """
     checks.check_classes(source)
@@ -79,7 +79,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         with WorkerPool(
             workers, {split: SplitInput(layouts[split], source.splits[split]) for split in layouts}
         ) as pool:
-            # train is the largest: converted last, its spool shares the disk with finished shards only
+            # train is the largest split; converted last, its spool shares the disk with finished shards only
             for split in sorted(layouts, key=lambda split: split == "train"):
                 written[split] = write_split(source, layouts[split], pool)
         dataset = _describe(source, options, request, written)
@@ -110,13 +110,13 @@ def _describe(
         "splits": {split: written[split].entry for split in source.splits},
         "unordered": list(source.unordered),
     }
-    if options.encoding.name == "jpeg":  # not in the entries of splits, which the fingerprint covers
+    if options.encoding.name == "jpeg":  # kept out of the entries of splits, which the fingerprint covers
         dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
     return dataset
 
 
 def _write_info(out: Path, dataset: dict[str, Any], spool: Path) -> None:
-    """Write _info.json, which other readers of WebDataset folders use (timm, for example)."""
+    """Write _info.json for other readers of WebDataset folders, such as timm."""
     info = {
         split: {
             "name": split,
@@ -168,7 +168,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
-    """Encode a few evenly spaced samples, to learn their shape and size."""
+    """Encode a few evenly spaced samples to determine their shape and size."""
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []
     for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():
@@ -179,13 +179,13 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
         if len(found) >= wanted:
             break
     if not found:
-        raise UserError(f"no image of split {split!r} of {source} could be decoded; check that it is what it should be")
+        raise UserError(f"no image of split {split!r} of {source} could be decoded; check the source")
     return found
 
 
 def _mean_std(written: WrittenSplit) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel over all pixels of a split, in units of 0..1."""
+    """Return the per-channel mean and standard deviation of all pixels of a split, scaled to 0..1."""
     mean = written.sums[0] / written.pixels
     variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
-    std = np.maximum(np.sqrt(variance), 1.0)  # a constant channel must not divide by zero
+    std = np.maximum(np.sqrt(variance), 1.0)  # pixels are divided by std, which is 0 for a constant channel
     return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

@@ -1,1 +1,1 @@
-"""Transforms on the CPU, as Numba kernels."""
+"""Numba kernels that transform images on the CPU."""

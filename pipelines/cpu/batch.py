@@ -1,12 +1,12 @@
-"""Numba kernels over a batch of images: copy, crop and flip, resize; and the sort behind the shuffle.
+"""Numba kernels over a batch of images: copy, crop and flip, resize; and the sort used by the shuffle.
 
-Each kernel reads images from one flat array and writes one batch, in one thread, without the GIL: the loader's threads
-work on different batches. Pixels are those of the DALI operators in `dali_graph`. `python -m pipelines.cpu` compiles
-all kernels in advance.
+Each kernel reads images from one flat array and writes one batch, in one thread and without the GIL; the loader's
+threads work on different batches. Pixels match those of the DALI operators in `dali_graph`. `python -m pipelines.cpu`
+compiles all kernels in advance.
 
 Common arguments: content: uint8 [bytes]; image_offsets: int64 [B], byte offset in `content` of each image's first
-pixel, height x width x 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. The kernels check no bounds:
-`pipelines.storage.split` has done so.
+pixel, height x width x 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. The kernels check no bounds;
+`pipelines.storage.index` has checked the offsets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HALF = float32(0.5)
 
 @kernel
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copy out[i].size bytes from image_offsets[i] to out[i]; fastest if images are whole cache lines."""
+    """Copy out[i].size bytes from image_offsets[i] to out[i]; fastest for images of whole cache lines."""
     target = out.reshape(-1)
     size = target.size // max(len(image_offsets), 1)
     last, samples_ahead = len(image_offsets) - 1, max(1, PREFETCH_BYTES // size)
@@ -37,7 +37,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
-        # Scattered samples wait for memory. The outer cache has many more requests in flight than the inner one.
+        # Scattered samples wait for memory; the outer cache has many more requests in flight than the inner one.
         ahead = image_offsets[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)
@@ -46,7 +46,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
 
 @kernel
 def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
-    """Write the sorted keys (uint64 [n]) to out. Linear time for keys spread evenly over uint64, as hashes are."""
+    """Write the sorted keys (uint64 [n]) to out, in linear time for keys spread evenly over uint64, like hashes."""
     bits = 1
     while (1 << bits) < len(keys):
         bits += 1
@@ -56,11 +56,11 @@ def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
         ends[(keys[i] >> shift) + np.uint64(1)] += 1
     for bucket in range(1 << bits):
         ends[bucket + 1] += ends[bucket]
-    for i in range(len(keys)):  # ends[bucket] starts at the start of the bucket and moves to its end
+    for i in range(len(keys)):  # ends[bucket] moves from the start of the bucket to its end
         at = keys[i] >> shift
         out[ends[at]] = keys[i]
         ends[at] += 1
-    for i in range(1, len(keys)):  # insertion sort of the few keys that share a bucket
+    for i in range(1, len(keys)):  # insertion sort of the few keys in each bucket
         key, place = out[i], i
         while place > 0 and out[place - 1] > key:
             out[place] = out[place - 1]
@@ -81,16 +81,16 @@ def crop_flip(
 ) -> None:
     """Crop size x size pixels at offsets (y, x; int32 [B, 2]), mirrored where flips (int32 [B]) is not 0.
 
-    height, width: of all images, pixels. Outside of the image pixels are black, or with `reflect` its reflection.
+    height, width: size of all images, pixels. Pixels outside of an image are black, or its reflection with `reflect`.
     """
     size = out.shape[1]
     target = out.reshape(-1)
     for sample in range(len(image_offsets)):
         top, left = offsets[sample, 0], offsets[sample, 1]
         mirrored = flips[sample] != 0
-        first, last = max(-left, 0), min(width - left, size)  # columns of the crop that the image covers
+        first, last = max(-left, 0), min(width - left, size)  # columns covered by the image
         count = max(last - first, 0)
-        blank = size - last if mirrored else first  # columns of the target before them
+        blank = size - last if mirrored else first  # columns of the target left of the image
         for y in range(size):
             row = (sample * size + y) * size * 3
             source_y = reflect_index(y + top, height) if reflect else y + top
@@ -136,7 +136,7 @@ def resize(
 
     A region whose end is left of its start is mirrored. heights, widths: int64 [B]. The filter is a triangle, or
     Catmull-Rom with `cubic`; with `antialias` it widens by the scale when reducing. Edge pixels repeat outside of the
-    image. The vertical pass keeps float32, so that each pixel is rounded once.
+    image. The vertical pass writes float32, so that each pixel is rounded only once.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -151,7 +151,7 @@ def resize(
     index = np.empty((2, size), np.int64)
     weights = np.empty((2, size, taps), np.float32)
     flat_weights = weights.reshape(-1)
-    columns = size * taps  # where the weights of the columns start
+    columns = size * taps  # start of the weights of the columns
     line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # one row, with repeated edges
     target = out.reshape(-1)
     for sample in range(len(image_offsets)):
@@ -200,7 +200,7 @@ def resize(
                     column = size - 1 - x if mirrored else x
                     of_column = columns + column * taps
                     mix_pixels(target, at + 3 * x, line, index[1, column], flat_weights, of_column, column_taps)
-            column = 0 if mirrored else size - 1  # without the fourth lane, which would overwrite the next row
+            column = 0 if mirrored else size - 1  # avoids the fourth lane, which would overwrite the next row
             for channel in range(3):
                 total = HALF
                 for tap in range(column_taps):

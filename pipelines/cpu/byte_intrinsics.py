@@ -1,6 +1,6 @@
-"""Intrinsics for bytes that Numba does not emit on its own: wide moves, shuffles, prefetches.
+"""Intrinsics for bytes that Numba does not generate by itself: wide moves, shuffles, prefetches.
 
-Each is LLVM IR, so it compiles for any processor. None checks bounds.
+They are LLVM IR, so they compile for any processor. They check no bounds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LINE = 64  # bytes of a cache line
-PIXELS = 16  # moved at once by `mirror_pixels`, `split_pixels` and `join_pixels`
+LINE = 64  # bytes per cache line
+PIXELS = 16  # pixels moved at once by `mirror_pixels`, `split_pixels` and `join_pixels`
 
 _I8, _I32 = ir.IntType(8), ir.IntType(32)
 _INDEX = types.intp
@@ -22,7 +22,7 @@ _INDEX = types.intp
 def address(
     context: Any, builder: ir.IRBuilder, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type
 ) -> Any:
-    """Return a pointer of `kind` to element `offset` of the array that is argument number `array`."""
+    """Return a pointer of type `kind` to element `offset` of argument number `array`."""
     data = context.make_array(signature.args[array])(context, builder, args[array]).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
 
@@ -108,7 +108,7 @@ def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: 
 
 @intrinsic
 def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
-    """Join the channels red[begin:], green[begin:], blue[begin:] of PIXELS pixels in target[at:]; all uint8, flat."""
+    """Join PIXELS pixels of the channels red[begin:], green[begin:], blue[begin:] in target[at:]; all uint8, flat."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)

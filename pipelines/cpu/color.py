@@ -1,8 +1,8 @@
 """Numba kernels that change the colors of one image in place.
 
-Each is the function of torchvision.transforms.v2.functional on uint8 (timm's for solarize_add), with the same order of
-float32 operations and the same rounding. torch adds a scaled tensor with a fused multiply-add, so `fused` is used here:
-its result is defined to the last bit on every processor.
+Each implements a function of torchvision.transforms.v2.functional on uint8 (timm's for solarize_add), with the same
+order of float32 operations and the same rounding. torch adds a scaled tensor with a fused multiply-add; `fused` does
+the same here, with bitwise identical results on every processor.
 
 Common arguments: image: uint8 [pixels * 3], red green blue; planes: uint8 [3, BLOCK], scratch.
 """
@@ -17,11 +17,11 @@ from pipelines.cpu.float_intrinsics import fused
 from pipelines.cpu.jit import kernel
 
 ZERO, ONE, WHITE = float32(0), float32(1), float32(255)
-RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # weights of grey
+RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # weights of the channels in grey
 LEVEL = float32(1 / 255)
 SIXTH = float32(1 / 6)
 ALMOST_256 = float32(255.999)  # torchvision's scale from floats to levels
-BLOCK = 1024  # pixels whose channels are processed separately, in the innermost cache
+BLOCK = 1024  # pixels split into channels at once; they fit into the innermost cache
 
 
 @kernel
@@ -79,7 +79,7 @@ def grayscale(image: np.ndarray, planes: np.ndarray) -> None:
 
 @kernel
 def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
-    """Convert to HSV, rotate the hue by `shift` of the circle, and convert back; without branches per pixel."""
+    """Convert to HSV, rotate the hue by `shift` of the circle, and convert back; no branches per pixel."""
     for start in range(0, len(image) // 3, BLOCK):
         reds, greens, blues = _split(image, start, planes)
         for i in range(len(reds)):
@@ -94,7 +94,7 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
             turn = from_blue - from_green if high == red else (of_green if high == green else of_blue)
             turn = turn * SIXTH + ONE
             turn -= float32(int32(turn))
-            turn += shift + ONE  # never negative, so that truncation rounds down
+            turn += shift + ONE  # not negative, so truncation rounds down
             turn -= float32(int32(turn))
             sixths = turn * float32(6)
             sector = int32(sixths)
@@ -119,7 +119,7 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
 
 @kernel
 def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split up to BLOCK pixels from pixel `start` on into planes, which loops over channels can vectorise."""
+    """Split up to BLOCK pixels from pixel `start` on into planes, so that loops over a channel are vectorised."""
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]
     done = 0
@@ -152,7 +152,7 @@ def posterize(image: np.ndarray, bits: int) -> None:
 
 @kernel
 def solarize(image: np.ndarray, threshold: int) -> None:
-    """Invert levels at or above threshold, 0 to 256."""
+    """Invert levels at or above `threshold`, 0 to 256."""
     for i in range(len(image)):
         level = image[i]
         image[i] = 255 - level if level >= threshold else level
@@ -175,7 +175,7 @@ def invert(image: np.ndarray) -> None:
 
 @kernel
 def auto_contrast(image: np.ndarray, side: int) -> None:
-    """Stretch each channel to the full range; side: pixels of a row."""
+    """Stretch each channel to the full range; side: pixels per row."""
     row = side * 3
     low, high = image[:row].copy(), image[:row].copy()
     for start in range(row, len(image), row):
@@ -197,7 +197,7 @@ def auto_contrast(image: np.ndarray, side: int) -> None:
 @kernel
 def equalize(image: np.ndarray) -> None:
     """Equalize the histogram of each channel with Pillow's formula."""
-    # Neighbours often have the same level: two tables avoid a dependency between consecutive increments.
+    # Neighbours often have the same level; two tables avoid a dependency between consecutive increments.
     counts = np.zeros((2, 3, 256), np.int32)
     pixels = len(image) // 3
     for pixel in range(pixels):

@@ -20,7 +20,7 @@ NEGLIGIBLE = 2.0**-18  # weight of a tap: less than a hundredth of a grey level
 
 @kernel
 def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) -> None:
-    """Sharpen as torchvision's adjust_sharpness: blend with a 3x3 mean in which the pixel itself has weight five.
+    """Sharpen like torchvision's adjust_sharpness: blend with a 3x3 mean whose center has weight five.
 
     Edge pixels stay unchanged. scratch: at least image.size.
     """
@@ -28,7 +28,7 @@ def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) 
         return
     row = side * 3
     copy_bytes(scratch, 0, image, 0, len(image))
-    sums = np.empty(row, np.uint16)  # of three pixels in a column
+    sums = np.empty(row, np.uint16)  # sums of three pixels in a column
     rest = float32(1.0 - factor)
     for y in range(1, side - 1):
         start = y * row
@@ -41,16 +41,16 @@ def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) 
         for i in range(row - 6):
             level = int32(inner[i])
             total = int32(left[i]) + int32(middle[i]) + int32(right[i]) + 4 * level
-            mean = ((total + 6) * 5042) >> 16  # a thirteenth, rounded: exact for all totals, up to 13 * 255
+            mean = ((total + 6) * 5042) >> 16  # divide by 13 and round; exact for all totals up to 13 * 255
             value = fused(float32(mean - level), rest, float32(level))
             target[i] = uint8(int32(min(max(value, ZERO), WHITE)))
 
 
 @kernel
 def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.ndarray) -> None:
-    """Blur as torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels and reflected edges.
+    """Blur like torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels and reflected edges.
 
-    First down the columns into one line of float32, then along that line, so that each pixel is rounded once.
+    For each row, the vertical pass writes a float32 line that the horizontal pass reads, so each pixel is rounded once.
     Negligible taps are skipped. scratch: at least image.size + 2 * radius * side * 3 + LANES.
     """
     weights = np.empty(radius + 1, np.float32)
@@ -87,7 +87,7 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
 
 @kernel
 def reflect_index(position: int, length: int) -> int:
-    """Return the pixel that a position outside of the image reflects to, any number of times; edges do not repeat."""
+    """Return the index in 0..length - 1 of a position reflected any number of times; edges do not repeat."""
     if length == 1:
         return 0
     while position < 0 or position >= length:

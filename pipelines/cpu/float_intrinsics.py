@@ -1,7 +1,7 @@
-"""Intrinsics for float32 that Numba does not emit on its own: vector lanes and fused multiply-adds.
+"""Intrinsics for float32 that Numba does not generate by itself: vector lanes and fused multiply-adds.
 
-Each is LLVM IR, so it compiles for any processor. None checks bounds. Products and sums are fused (rounded once) only
-by explicit calls, never by the compiler, so that every processor gives the same numbers.
+They are LLVM IR, so they compile for any processor. They check no bounds. Products and sums are fused (rounded once)
+only by explicit calls, never by the compiler, so every processor gives the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from pipelines.cpu.byte_intrinsics import address
 
-LANES = 32  # values computed at once by `blur_down` and `blur_across`
+LANES = 32  # values that `blur_down` and `blur_across` compute at once
 
 _I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _FOUR = ir.VectorType(_FLOAT, 4)
@@ -24,7 +24,7 @@ _INDEX = types.intp
 
 
 def _four(builder: ir.IRBuilder, pointer: Any, weight: Any) -> Any:
-    """Return four floats at pointer, times weight."""
+    """Return the four floats at `pointer`, times `weight`."""
     undefined = ir.Constant(_FOUR, ir.Undefined)
     zeros = ir.Constant(ir.VectorType(_I32, 4), [0] * 4)
     lanes = builder.shuffle_vector(builder.insert_element(undefined, weight, _I32(0)), undefined, zeros)
@@ -37,10 +37,11 @@ def _to_levels(builder: ir.IRBuilder, total: Any) -> Any:
 
 @intrinsic
 def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any, taps: Any) -> Any:
-    """target[at : at + 3] = round(sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3]), within 0..255.
+    """Filter one pixel and round it to 0..255.
 
-    target: uint8, line and weights: float32, all flat. Four lanes: line is read one float past the last pixel, and
-    target[at + 3] is overwritten.
+    target[at : at + 3] = sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3]. target: uint8; line and
+    weights: float32; all flat. With four lanes, line is read one float past the last pixel and target[at + 3] is
+    overwritten.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -64,7 +65,7 @@ def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights
 def _mix_of(taps: int) -> Any:
     @intrinsic
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
-        """`mix_pixels` of a fixed number of taps with weights from 0 to 1 that sum up to 1."""
+        """Do `mix_pixels` for a fixed number of taps, with weights from 0 to 1 that sum to 1."""
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
             total = _HALVES
@@ -114,7 +115,7 @@ def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
 
 
 def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
-    """Round floats from 0 to 255 to uint8, halves to even: adding 2 ** 23 leaves no fractional bits."""
+    """Round floats from 0 to 255 to uint8, halves to even; adding 2 ** 23 leaves no fractional bits."""
     count = values.type.count
     moved = builder.fadd(values, ir.Constant(values.type, [2.0**23] * count))
     return builder.trunc(builder.bitcast(moved, ir.VectorType(_I32, count)), ir.VectorType(_I8, count))
@@ -161,8 +162,9 @@ def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach:
 
 @intrinsic
 def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: Any, weights: Any, reach: Any) -> Any:
-    """line[at + i] = sum over k from -reach to reach of weights[abs(k)] * source[begin + k * stride + i], i < LANES.
+    """Filter LANES values vertically.
 
+    line[at + i] = sum over k from -reach to reach of weights[abs(k)] * source[begin + k * stride + i] for i < LANES.
     line, weights: float32; source: uint8.
     """
 
@@ -190,8 +192,9 @@ def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: 
 
 @intrinsic
 def blur_across(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, reach: Any) -> Any:
-    """target[at + i] = sum over k from -reach to reach of weights[abs(k)] * line[begin + 3 * k + i] for i < LANES.
+    """Filter LANES values horizontally.
 
+    target[at + i] = sum over k from -reach to reach of weights[abs(k)] * line[begin + 3 * k + i] for i < LANES.
     target: uint8, rounded; line, weights: float32.
     """
 

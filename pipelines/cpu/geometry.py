@@ -1,4 +1,4 @@
-"""Numba kernels that warp one image: shear, translate and rotate, as torchvision's affine and rotate.
+"""Numba kernels that warp one image: shear, translate and rotate, like torchvision's affine and rotate.
 
 Each operation maps a target pixel (x, y) to a source position (across[0] * x + across[1] * y + across[2],
 down[0] * x + down[1] * y + down[2]) in pixels. Positions are fixed-point numbers with FRACTION fractional bits, so
@@ -19,7 +19,7 @@ from pipelines.cpu.jit import kernel
 
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
-ROUND = float32(2**23)  # adding and subtracting it rounds to a whole number
+ROUND = float32(2**23)  # adding and subtracting it rounds to the nearest integer
 SHEAR_X, SHEAR_Y = int(Op.SHEAR_X), int(Op.SHEAR_Y)
 TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 
@@ -34,7 +34,7 @@ def warp(
         image: uint8 [side * side * 3].
         side: Height and width, pixels.
         op, value: See `ops.Op`.
-        bilinear: Interpolate; else take the nearest pixel.
+        bilinear: True: interpolate. False: take the nearest pixel.
         fill: uint8 [3], color outside of the image.
         scratch: uint8, at least (side + 2) ** 2 * 3 + 4.
     """
@@ -64,7 +64,7 @@ def _fixed(coefficients: tuple[float, float, float]) -> tuple[int, int, int]:
 
 @kernel
 def _frame(image: np.ndarray, side: int, fill: np.ndarray, framed: np.ndarray) -> None:
-    """Write the image with a border of one pixel of fill to framed."""
+    """Copy the image to `framed` with a one-pixel border of `fill`."""
     row = (side + 2) * 3
     for i in range(0, row, 3):
         copy_bytes(framed, i, fill, 0, 3)
@@ -86,9 +86,9 @@ def _resample(
     framed: np.ndarray,
 ) -> None:
     row = (side + 2) * 3
-    shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # rows stay rows, at whole-row distances
+    shifts = across[0] == ONE and down[0] == 0 and down[1] == ONE  # each row maps to one source row
     for y in range(side):
-        # u, v: the first pixel's position in framed, rounded down to a pixel; positions 0 and side + 1 are fill
+        # u, v: position of the first pixel in `framed`, rounded down; positions 0 and side + 1 are fill
         u, v = across[1] * y + across[2] + ONE, down[1] * y + down[2] + ONE
         if not bilinear:
             u, v = u + HALF, v + HALF
@@ -130,7 +130,7 @@ def _shift_row(
         target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
 
 
-# The next two write four bytes per pixel; the next pixel overwrites the fourth. The last pixel is written separately.
+# The next two kernels write four bytes per pixel, and the next pixel overwrites the fourth. The last pixel is separate.
 
 
 @kernel
@@ -156,7 +156,7 @@ def _nearest_row(
 ) -> None:
     row, end = (side + 2) * 3, (side + 2) << FRACTION
     end_u, end_v = u + step_u * (side - 1), v + step_v * (side - 1)
-    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < end:  # then all positions between are inside too
+    if min(u, v, end_u, end_v) >= 0 and max(u, v, end_u, end_v) < end:  # then all positions between are inside as well
         for x in range(side - 1):
             copy_four(image, at + 3 * x, framed, (v >> FRACTION) * row + (u >> FRACTION) * 3)
             u += step_u

@@ -1,8 +1,8 @@
 """Training and evaluation transforms on the CPU: the pixels of `dali_graph`, computed by the kernels.
 
-DALI's CPU operators set up every sample of every operator and copy between operators. Here a batch is a few kernel
-calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey level,
-because float32 sums are taken in another order; programs agree with torchvision to the same degree.
+DALI's CPU operators have a setup cost per sample and operator and copy between operators. Here a batch takes a few
+kernel calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey
+level, because float32 sums are computed in another order; programs differ from torchvision by no more than that.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Images(NamedTuple):
 
 
 Stage = Callable[[Images, Draws, np.ndarray], None]  # writes uint8 [B, side, side, 3]
-Change = Callable[[Draws, np.ndarray], None]  # of uint8 [B, side, side, 3], in place
+Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3] in place
 
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """One or two stages, then changes in place. Runs on small pieces of a batch, which stay in the cache."""
+    """Run one or two stages, then changes in place, on small pieces of a batch that stay in the cache."""
 
     stages: tuple[Stage, ...]
-    sides: tuple[int, ...]  # of the square images that each stage writes, pixels
+    sides: tuple[int, ...]  # side of the square images that each stage writes, pixels
     changes: tuple[Change, ...]
-    _scratch: deque[np.ndarray]  # output of the first of two stages
+    _scratch: deque[np.ndarray]  # output buffer of the first of two stages
 
-    CHUNK = 2**18  # bytes of a piece
+    CHUNK = 2**18  # bytes per piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
         """Write out, uint8 [B, size, size, 3]. Thread-safe."""
@@ -90,13 +90,13 @@ def train_graph(
     """Return the training transforms, for the draws of `AugmentationSampler`; None if stored pixels stay as they are.
 
     Args:
-        image_shape: Of the stored images; None: they differ.
-        aug: Section of the config.
+        image_shape: Shape of all stored images; None: they differ.
+        aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: Widen the filter when reducing.
-        programs: As `build_programs` returns them.
-        mean: Of the train split's pixels, from 0 to 1.
+        programs: Result of `build_programs`.
+        mean: Per-channel mean of the train split's pixels, 0 to 1.
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
@@ -109,7 +109,7 @@ def train_graph(
     if aug.crop == "pad" or aug.flip > 0:
         stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
     if changes and not stages:
-        stages.append((_crop_flip(size), size))  # a copy that, unlike `batch.copy`, leaves pixels in the cache
+        stages.append((_crop_flip(size), size))  # unlike `batch.copy`, leaves the pixels in the cache
     return _graph(stages, changes)
 
 
@@ -145,7 +145,7 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
         )
     if aug.erase.probability > 0:
         changes.append(lambda draws, out: program_kernels.paint(out, draws["erase_box"], draws["erase_color"]))
-    if aug.cutout > 0:  # after the programs, which would change its color
+    if aug.cutout > 0:  # after the programs, which would change the fill color
         side, color = aug.cutout, np.array(grey_levels(mean), np.uint8)
 
         def cut_out(draws: Draws, out: np.ndarray) -> None:
@@ -186,7 +186,7 @@ def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
 def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the region (start, end) that the central crop shows after resizing the shorter side to `shorter`.
 
-    As in DALI, both sides are scaled by one factor, and the longer one is rounded to whole pixels about its center.
+    Like in DALI, both sides are scaled by one factor, and the longer one is rounded to whole pixels about its center.
     """
     sides = np.stack([images.heights, images.widths], axis=1).astype(np.float64)
     scale = sides.min(axis=1, keepdims=True) / shorter  # source pixels per target pixel
@@ -203,7 +203,7 @@ def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
 
 
 def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
-    """Return a stage that crops at the drawn offset (else at `corner`) and flips, for images of one shape."""
+    """Return a stage for images of one shape that crops at the drawn offset, or at `corner` without one, and flips."""
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
         count = len(out)

@@ -1,7 +1,7 @@
 """Numba decorators for kernels. Machine code is cached until one of its sources changes.
 
-The cache is beside the source, or in the user's own cache directory if that folder is not writable or holds unreadable
-files of another user.
+The cache is next to the source, or in the user's own cache directory if that folder is not writable or contains
+unreadable files of another user.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def kernel(function: Callable[..., Any]) -> Any:
             with _in_users_cache():
                 compiled = njit(cache=True, **options)(function)
         cache = compiled._cache
-        # Numba checks only the function's own file, but the cached code also contains the functions that it calls.
+        # Numba checks only the file of the function itself, but the cached code contains the functions it calls too.
         cache_file = cache._cache_file
         cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
         # Another user may write to the folder at any time.
         cache.load_overload, cache.save_overload = map(_or_none, (cache.load_overload, cache.save_overload))
         return compiled
-    except (RuntimeError, AttributeError):  # no folder for compiled code, or another Numba version with other internals
+    except (RuntimeError, AttributeError):  # no cache folder, or a Numba version with other internals
         return njit(**options)(function)
 
 
 def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a C callback at once; `address` of the result is its function pointer. It may not call kernels."""
+    """Compile a C callback immediately; `address` of the result is its function pointer. It must not call kernels."""
 
     def compile_(function: Callable[..., Any]) -> Any:
         try:
             return cfunc(signature, cache=True)(function)
-        except (RuntimeError, OSError):  # no folder for compiled code, or an unreadable one
+        except (RuntimeError, OSError):  # no cache folder, or an unreadable one
             return cfunc(signature)(function)
 
     return compile_
@@ -54,7 +54,7 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Return whether all compiled code in a folder is readable; files of another user may not be."""
+    """Return True if all compiled code in a folder is readable; files of another user may not be."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
     except FileNotFoundError:

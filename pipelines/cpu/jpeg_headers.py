@@ -17,10 +17,10 @@ def find_mismatches(
     widths: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Set out[i] (bool [B]) if a JPEG header cannot be parsed or does not say heights[i] x widths[i] pixels.
+    """Set out[i] (bool [B]) if a JPEG header cannot be parsed or declares other than heights[i] x widths[i] pixels.
 
-    content: uint8 [bytes]; offsets and sizes: [B], of the files in it. Parses as nvImageCodec does: up to the first
-    scan, each segment starts where the previous one ends, with any number of fill bytes between them.
+    content: uint8 [bytes]; offsets, sizes: [B], bytes of each file in `content`. Parses like nvImageCodec:
+    up to the first scan, each segment starts at the end of the previous one, after any number of fill bytes.
     """
     for sample in range(len(offsets)):
         begin = np.int64(offsets[sample])

@@ -1,6 +1,6 @@
-"""The SIGBUS handler: replaces unreadable pages of a mapped file by zeros and records the fault. See `storage.sigbus`.
+"""A SIGBUS handler that replaces unreadable pages of a mapped file by zeros. See `storage.sigbus`.
 
-It may interrupt any thread at any point, so it is machine code compiled by Numba that takes no lock, allocates nothing,
+It may interrupt any thread at any point, so it is machine code compiled by Numba that takes no lock, allocates nothing
 and calls only mmap, sigaction and raise. Structure layouts are those of 64-bit Linux.
 """
 
@@ -14,12 +14,12 @@ from numba.extending import intrinsic
 
 from pipelines.cpu.jit import native_callback
 
-# The table, int64: number of rows, page size in bytes, address of the previous handler; then the rows
+# The table is int64: number of rows, page size in bytes, address of the previous handler, then the rows.
 ROWS, PAGE, PREVIOUS, FIRST_ROW = 0, 1, 2, 3
-START, END, FAULT, COLUMNS = 0, 1, 2, 3  # of a row: addresses of a mapped file; address of its last fault, or 0
-TAKE_TABLE = 0  # no signal has this number
-CODE, ADDRESS = 1, 2  # of siginfo_t, in steps of 8 bytes
-READABLE, FIXED_PRIVATE_ANONYMOUS = 1, 0x32  # of mmap
+START, END, FAULT, COLUMNS = 0, 1, 2, 3  # row: address range of a mapped file; its last fault, or 0
+TAKE_TABLE = 0  # not the number of a signal
+CODE, ADDRESS = 1, 2  # fields of siginfo_t, in units of 8 bytes
+READABLE, FIXED_PRIVATE_ANONYMOUS = 1, 0x32  # flags of mmap
 
 _integers = types.CPointer(types.int64)
 _mmap = types.ExternalFunction(
@@ -31,7 +31,7 @@ _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
 @intrinsic
 def _table_of_process(typing: Any) -> Any:
-    """A global variable of the machine code that holds the table's address, so that the code can be cached on disk."""
+    """Return a global variable that holds the table's address, so that the machine code can be cached on disk."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         pointer = ir.IntType(64).as_pointer()
@@ -49,19 +49,19 @@ def _handle(signal: int, information: Any, context: Any) -> None:
         variable[0] = information
         return
     table = variable[0]
-    is_fault = types.int32(information[CODE]) > 0  # else the signal was sent by a process
+    is_fault = types.int32(information[CODE]) > 0  # otherwise a process sent the signal
     if is_fault:
         address = information[ADDRESS]
         for number in range(table[ROWS]):
             row = FIRST_ROW + number * COLUMNS
             if table[row + START] <= address and address < table[row + END]:
-                table[row + FAULT] = address  # first, so that the zeros are never taken for content
+                table[row + FAULT] = address  # recorded first, so that the zeros are never taken for content
                 page = address & -table[PAGE]
-                size = table[row + END] - page  # to the end of the file: one map per page would be too many
+                size = table[row + END] - page  # to the end of the file: one mapping per page would be too many
                 if _mmap(page, size, READABLE, FIXED_PRIVATE_ANONYMOUS, -1, 0) == page:
                     return
                 break
-    _sigaction(signal, table[PREVIOUS], 0)  # the fault repeats and reaches the previous handler
+    _sigaction(signal, table[PREVIOUS], 0)  # the fault then repeats and reaches the previous handler
     if not is_fault:
         _raise(signal)
 
