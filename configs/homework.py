@@ -1,4 +1,4 @@
-"""Translate the homework's keys to settings, including behaviour of the homework that depends on several keys or none.
+"""Translate the homework's keys to settings, including its behaviour that depends on several keys or on none.
 
 `configs.load` passes in the values with their origins, and validates the result.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from configs.homework_keys import KEYS, HomeworkValue
 from configs.suggestions import format_value, one_line_error
 
-CLASSES = {"cifar10": 10, "medium_imagenet": 200}  # of the data sets that DATA.DATASET can name
-# Behaviour of the homework's code that has no key. torch's optimizers decay every parameter.
+CLASSES = {"cifar10": 10, "medium_imagenet": 200}  # values of DATA.DATASET
+# Homework behaviour that has no key; for example, its optimizers decay every parameter.
 IMPLICIT_SETTINGS = {
     "aug.crop": "squash",
     "aug.flip": 0.5,
@@ -24,7 +24,7 @@ IMPLICIT_SETTINGS = {
 }
 WEIGHT_DECAY = {"adamw": 0.01}  # torch's defaults, which the homework does not change; 0 for all other optimizers
 DROPOUT = {"alexnet": 0.5}  # kept by the homework, since it does not read MODEL.DROP_RATE
-# Keys that must not exceed TRAIN.LR. The homework never validates these, so its files may exceed it.
+# Keys that must not exceed TRAIN.LR. The homework does not check this, so its configs may break the rule.
 LIMITED_BY_LR = ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR")
 DIFFERENCES = (
     "unlike in the homework, the last partial batch of an epoch is dropped, and pixels are normalised by the mean and "
@@ -50,7 +50,7 @@ def translate(
     Args:
         given: values by homework key.
         settings: nested settings given under their own keys; they take precedence over the translation.
-        with_defaults: whether keys that are not given have the homework's defaults instead of the schema's.
+        with_defaults: whether missing keys get the homework's defaults instead of the schema's.
         source: name of the config, for messages.
 
     Raises:
@@ -135,7 +135,7 @@ def _set_data_set(
 def _add_defaults(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig, source: str
 ) -> dict[str, Any]:
-    """Add the homework's defaults that depend on other settings. Return the settings that have no homework key."""
+    """Add the homework's defaults that depend on other settings; return the settings without a homework key."""
 
     def effective(target: str) -> Any:
         return _lookup(settings, target, result.values.get(target))
@@ -162,13 +162,13 @@ def _add_defaults(
 def _resolve_contradictions(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig
 ) -> list[str]:
-    """Lower the learning rates of LIMITED_BY_LR to TRAIN.LR. Return warnings about them and about disabled dropout."""
+    """Limit the learning rates of LIMITED_BY_LR to TRAIN.LR; return warnings about them and about disabled dropout."""
     warnings = []
     name, drop_rate = (_lookup(settings, key, result.values.get(key)) for key in ("model.name", "model.drop_rate"))
     if str(name) in DROPOUT and "MODEL.DROP_RATE" in given and drop_rate == 0:
         warnings.append(
             f"MODEL.DROP_RATE=0 ({given['MODEL.DROP_RATE'].origin}) switches off the dropout of {DROPOUT[name]} in "
-            f"{name}; leave the key out to keep it, as the homework does"
+            f"{name}; leave out the key to keep it, like the homework"
         )
     limit = _lookup(settings, "train.lr", result.values["train.lr"])
     for key in LIMITED_BY_LR:
@@ -182,7 +182,7 @@ def _resolve_contradictions(
 
 
 def _name_run(name: str, settings: Mapping[str, Any], result: TranslatedConfig) -> None:
-    """Put the run into OUTPUT/NAME, or into OUTPUT if that ends in NAME already."""
+    """Set name and output so that the run is in OUTPUT/NAME, or in OUTPUT if it already ends in NAME."""
     result.values["name"] = name
     output = result.values["output"]
     if isinstance(output, str) and PurePath(output).name == name and _lookup(settings, "name") is _UNSET:
@@ -195,7 +195,7 @@ def _describe_defaults(
     result: TranslatedConfig,
     implicit: Mapping[str, Any],
 ) -> str:
-    """Return a sentence that lists the defaults in use; implicit: settings that have no homework key."""
+    """Return a sentence that lists the defaults in use. implicit: settings without a homework key."""
     keys = [
         f"{key}={rule.without or str(rule.default)}"
         for key, rule in KEYS.items()

@@ -1,9 +1,9 @@
 """Keys of the homework's configs (`TRAIN.LR`), with the settings and defaults that they translate to.
 
-A default is the value that the homework's code uses without the key, not the one that it declares: it never reads the
-keys of warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, scheduler and others.
+A default is the value that the homework's code effectively uses, not the one it declares: it never reads the keys for
+warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, the scheduler and others.
 
-A value that needs no translation, or has none, is passed on unchanged; the schema validates it.
+Values without a translation are passed on unchanged; the schema validates them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from configs.suggestions import KeyPath, format_value, one_line_error, suggest_keys
 
-SCHEDULES = {  # by the letters of the name, without a final LR
+SCHEDULES = {  # keys: the name's letters in lower case, without a final "lr"
     **{name: name for name in ("cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial")},
     "cosineannealing": "cosine",
     "none": "constant",
@@ -38,10 +38,10 @@ class KeyRule:
     """Translation of one homework key."""
 
     target: str = ""  # dotted setting; empty: the key has no effect here
-    default: Any = None  # the homework's value without the key; None: the schema's default
+    default: Any = None  # the homework's value if the key is missing; None: the schema's default
     convert: Callable[[Any], Any] = lambda value: value
-    null: Any = None  # meaning of null in the file; None: the default
-    without: str = ""  # description of the behaviour without the key; empty: `default`
+    null: Any = None  # value that null in the file stands for; None: the default
+    without: str = ""  # description of the behaviour if the key is missing; empty: `default`
     optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 
 
@@ -50,7 +50,7 @@ def _lower(value: Any) -> Any:
 
 
 def _schedule(value: Any) -> Any:
-    """Return the schedule named by e.g. cosine, CosineAnnealingLR, StepLR, ReduceLROnPlateau or one_cycle."""
+    """Return the schedule for a name such as cosine, CosineAnnealingLR, StepLR, ReduceLROnPlateau or one_cycle."""
     letters = re.sub("[^a-z]", "", value.lower()).removesuffix("lr") if isinstance(value, str) else ""
     return SCHEDULES.get(letters, value)
 

@@ -1,6 +1,6 @@
 """Load a validated `Config` from a YAML file and command-line overrides, and write it back to YAML.
 
-Settings are merged in this order, later ones win: bases (`base:`) in their order, the file, `--opts`, replacements.
+Settings are merged in this order (later ones win): bases (`base:`) in order, the file, `--opts`, replacements.
 Keys in upper case are the homework's; `configs.homework` translates them.
 """
 
@@ -49,8 +49,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         path: YAML file; its stem is the default of `name`.
         overrides: items after `--opts`: `train.epochs=5`, or `train.epochs` followed by `5`; also the homework's keys,
             in upper case.
-        replacements: top-level keys or, by `**{...}`, dotted keys. A mapping is merged into its section. None means
-            not given.
+        replacements: top-level keys or, by `**{...}`, dotted keys. A mapping is merged into its section. None is
+            ignored.
 
     Raises:
         UserError: the file, a base or a value is invalid.
@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
             labels[key_path], origins[key_path] = label, origin
         warnings += translation.warnings
     for section in ("data", "model"):
-        values.setdefault(section, {})  # so that an error names the missing field instead of the section
+        values.setdefault(section, {})  # so that errors name the missing field instead of the section
     if values.get("name") is None:
         values["name"] = path.stem
     config = _validate(values, origins, labels, str(path))
@@ -149,7 +149,7 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
 
 
 def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> list[str]:
-    """Remove the keys `base` and `BASE` from the values of a file, and return the file names in them."""
+    """Remove the keys `base` and `BASE` from a file's values, and return the file names they contain."""
     bases = []
     for key in ("BASE", "base"):
         names = values.pop(key, None)
@@ -164,7 +164,7 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 
 
 def _check_base(path: Path, place: str, first: Path) -> None:
-    """Check that a base is a config file near the config that the user named, or in the working folder or the project.
+    """Check that a base is a config file near the user's config, in the working folder or in this project.
 
     A config may come from an untrusted source, and error messages quote the content of its bases.
     """
@@ -175,8 +175,8 @@ def _check_base(path: Path, place: str, first: Path) -> None:
     target = path.resolve()
     if target.parent not in beside.parents and not any(target.is_relative_to(folder) for folder in allowed):
         raise one_line_error(
-            f"{place} is outside of {' and '.join(map(str, allowed))}, where bases must be unless they are in a folder "
-            "above the config; copy the file there, or start in a folder that contains both"
+            f"{place} is outside {' and '.join(map(str, allowed))}; a base must be in one of these folders or directly "
+            "in a folder above the config, so copy the file there, or start in a folder that contains both"
         )
     if path.exists() and not path.is_file():
         raise one_line_error(f"{place} is not a plain file; give the path of a YAML file")
@@ -189,7 +189,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
         text = value[0] if value else next(remaining, None)
         if key.count(".") > MAX_KEY_DEPTH:
             raise one_line_error(
-                f"--opts: the key {format_value(key)} has more than {MAX_KEY_DEPTH} dots; no setting is so deep"
+                f"--opts: the key {format_value(key)} has more than {MAX_KEY_DEPTH} dots; settings are not so deep"
             )
         if not key or text is None:
             raise one_line_error(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
@@ -199,7 +199,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
 def _layer(
     values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
-    """Return a layer of values; origin: of all keys, or of each key."""
+    """Return a layer of values. origin: one for all keys, or one per key."""
     homework_values = {key: value for key, value in values.items() if key.isupper()}
     origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin
     settings = {key: value for key, value in values.items() if key not in homework_values}
@@ -209,7 +209,7 @@ def _layer(
 
 
 def _overlay(old: _Layer, new: _Layer) -> _Layer:
-    """Merge `new` over `old`. A homework key in `new` also replaces the setting that it translates to in `old`."""
+    """Merge `new` over `old`; a homework key in `new` also replaces the setting in `old` that it translates to."""
     settings, origins = old.settings, old.origins
     for target in {tuple(KEYS[key].target.split(".")) for key in new.homework_values}:
         settings = _remove(settings, target)
@@ -242,7 +242,7 @@ def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
 def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
     """Merge `new` over `old`: mappings are merged key by key, anything else is replaced."""
     if path in SHORTHANDS:
-        old = SHORTHANDS[path](old)  # so that e.g. a hue can be added to the single number
+        old = SHORTHANDS[path](old)  # so that, for example, a hue can be added to a single number
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     return {**old, **{key: _merge(old.get(key), value, (*path, key)) for key, value in new.items()}}

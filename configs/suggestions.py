@@ -14,7 +14,7 @@ KeyPath = tuple[str, ...]
 
 
 def one_line_error(message: str) -> UserError:
-    """Return a UserError with the message in one line, even where quoted values contain line breaks."""
+    """Return a UserError with the message in one line, even if quoted values contain line breaks."""
     return UserError(" ".join(message.split()))
 
 
@@ -39,5 +39,5 @@ def suggest_keys(key_path: KeyPath, known: Sequence[str]) -> str:
     if ":" in leaf:
         guess = "write a space after a colon; "
     elif "." in leaf:
-        guess = "a file nests sections instead of dots; "
+        guess = "in a file, nest sections instead of writing dots; "
     return f"{guess}allowed in {prefix.rstrip('.') or 'the config'}: {', '.join(siblings.values())}"

@@ -18,13 +18,13 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """Return a sentence about the first error, and the number of further errors.
+    """Describe the first error in one sentence, and count the further ones.
 
     Args:
         error: pydantic's errors.
         origins: file and line of each key.
-        labels: name of a key as written by the user, where it differs (keys of the homework).
-        path: origin of keys that are not in `origins`.
+        labels: name of a key as the user wrote it, if that differs (homework keys).
+        path: origin to report for keys that are not in `origins`.
     """
     errors = error.errors(include_url=False)
     errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
@@ -32,7 +32,7 @@ def describe_error(
     key_path = tuple(part for part in first["loc"] if isinstance(part, str))  # without positions in a list
     field, rest = _setting(key_path)
     if field is not None and get_origin(field.annotation) in (Union, UnionType) and rest:
-        key_path = key_path[: -len(rest)]  # pydantic complains once for each type of the union
+        key_path = key_path[: -len(rest)]  # pydantic reports one error per type of the union
         errors = errors[:1] + [problem for problem in errors if problem["loc"][: len(key_path)] != key_path]
         first = {**first, "type": "union", "msg": f"Input should be {type_name(field.annotation)}"}
     known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in origins), ())

@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         problem = "nested too deeply" if self._depth > MAX_DEPTH else None
-        if self.check_event(yaml.AliasEvent):  # also excludes recursive and exponentially growing documents
+        if self.check_event(yaml.AliasEvent):  # this also rules out recursive and exponentially growing documents
             problem = "aliases are not supported; use base: for shared parts"
         if problem is not None:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _ValueLoader(_Loader):
-    """Rejects comments, which would truncate a value of the command line."""
+    """Loader that rejects comments, which would truncate a command-line value."""
 
     def scan_to_next_token(self) -> None:
         begin = self.pointer
@@ -70,7 +70,7 @@ class _ValueLoader(_Loader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that would be another type in YAML 1.1 or 1.2."""
+    """Dumper that quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
 
 for _tag, _pattern in _CORE_TYPES.items():
@@ -89,9 +89,9 @@ def parse(text: str, source: str) -> Document:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one value of the command line, where `#` does not start a comment and `&` not an anchor.
+    """Parse one command-line value, in which `#` does not start a comment and `&` does not start an anchor.
 
-    Raises UserError that names the source, for an empty value and for invalid YAML.
+    Raises UserError, which names the source, if the value is empty or invalid YAML.
     """
     text = text.strip()
     if not text:

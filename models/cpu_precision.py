@@ -1,4 +1,4 @@
-"""Tell which autocast dtypes a CPU supports natively, and which oneDNN emulates slowly."""
+"""Check whether this CPU supports an autocast dtype natively, or oneDNN emulates it slowly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from models.onednn import isa_limit
 def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str | None:
     """Return why autocast to this dtype is slower than float32 on this CPU; None if it is not slower.
 
-    trains: whether there are backward passes. In bf16 they are 2.6 times slower than in float32 with AVX-512 and 8
-    times with AVX2, in fp16 13 to 240 times (two convolutions of 32 and 64 channels, one thread of a Xeon with AMX,
-    limited by ONEDNN_MAX_CPU_ISA). Wider layers lose more.
+    trains: whether there are backward passes. Compared to float32, they are 2.6 times (AVX-512) or 8 times (AVX2)
+    slower in bf16, and 13 to 240 times slower in fp16 (two convolutions of 32 and 64 channels, one thread of a Xeon
+    with AMX, limited by ONEDNN_MAX_CPU_ISA). Wider layers lose more.
     """
     if amp == torch.float16 and (trains or not _fp16_is_native()):
         return "oneDNN has no fast fp16 kernels for training on a CPU"
@@ -24,13 +24,13 @@ def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str |
 
 
 def bf16_is_native() -> bool:
-    """Return whether oneDNN computes bf16 with native instructions instead of emulating it."""
+    """Return True if oneDNN computes bf16 with native instructions instead of emulating it."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False  # on Arm, whether the CPU has the instructions
+        return False  # on Arm, this check is exact
     has = torch.cpu.get_capabilities()
     if has.get("architecture") != "x86_64":
         return True
-    # On x86 the check above only tests for AVX-512. AVX_NE_CONVERT does not count: as slow as AVX2 (measured).
+    # On x86 the check above only tests for AVX-512. AVX_NE_CONVERT does not count: it is as slow as AVX2 (measured).
     return bool(has.get("avx512_bf16")) and isa_limit() not in ("avx512_core", "avx512_core_vnni")
 
 

@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "speedrun96_proxy": speedrun96_proxy,
 }
 TYPE_NAMES = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
-# Keys not allowed in model.options: another setting decides them, or they would change the 3 input channels or logits.
+# Keys rejected in model.options: another setting controls them, or they would change the input channels or logits.
 RESERVED = {
     "name", "num_classes", "image_size", "mean", "std", "drop_rate", "activation", "pretrained", "finetune", "freeze",
     "in_chans", "features_only", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
@@ -58,7 +58,7 @@ def build_model(
 
     Args:
         name: one of `list_models()`, or timm/NAME.
-        image_size: height and width in pixels to check; timm models built for one size get it. None: no check.
+        image_size: height and width in pixels to check; also passed to timm models built for one size. None: no check.
         mean, std: three numbers each, for pixel values in 0..1. With both, the result is a `PixelClassifier` that takes
             uint8 pixels; without, it is the plain network, which takes normalised floats.
         drop_rate: dropout probability; None: the model's default.
@@ -110,7 +110,7 @@ def build_from_config(
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Return model.options without nulls, which mean the model's default. Raise `UserError` for a reserved key."""
+    """Return model.options without nulls (the model's defaults). Raises `UserError` for a reserved key."""
     for key in sorted(RESERVED & config.options.keys()):
         raise UserError(
             f"model.options={config.options} must not contain {key!r}, which is set elsewhere"
@@ -122,7 +122,7 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 def _build_builtin_model(
     name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Build one of `list_models()`; see `build_model`. settings: drop_rate and activation, None where not set."""
+    """Build one of `list_models()`; see `build_model`. settings: drop_rate and activation; None: not set."""
     if name not in MODELS:
         raise UserError(
             f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Activations by their names in configs. None has parameters, so exchanging one does not rename entries of a state dict.
-# In place where the gradient follows from the result; the others store their input for the backward pass anyway.
+# Activations by their names in configs. They have no parameters, so changing the activation keeps state-dict names.
+# In place if the gradient can be computed from the output; the others store their input for the backward pass anyway.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     "leaky_relu": partial(nn.LeakyReLU, inplace=True),
@@ -32,7 +32,7 @@ def build_activation(name: str) -> nn.Module:
 
 
 def init_gain(name: str) -> float:
-    """Return the factor of Xavier's initial standard deviation for a layer followed by this activation.
+    """Return the gain of Xavier initialisation for a layer followed by this activation.
 
     The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z, which keeps the scale of signals from layer to layer. For
     relu this is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support gelu,
@@ -55,7 +55,7 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
         return
     allowed = f"at least {min_size}" if max_size is None else f"from {min_size} to {max_size}"
     raise UserError(
-        f"image_size {height}x{width} (height x width) is not one that {model} takes: the smallest is {min_size}, so "
+        f"image_size {height}x{width} (height x width) is not supported by {model}: the smallest is {min_size}, so "
         f"make both sides {allowed} or choose another model"
     )
 
@@ -63,12 +63,12 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 class Normalize(nn.Module):
     """Normalises pixels: (images / 255 - mean) / std, for uint8 [B, 3, H, W] or floats in 0..255.
 
-    It is the first module of a model instead of the last step of the loader: uint8 images are a quarter of the bytes to
-    copy to the device, the compiler fuses it into the first convolution's input, and a checkpoint takes raw pixels, so
-    that training and prediction cannot disagree.
+    This is the first module of a model instead of the last step of the loader: copying uint8 images to the device takes
+    a quarter of the bytes, the compiler fuses it into the first convolution's input, and a checkpoint takes raw pixels,
+    so that training and prediction cannot disagree.
 
-    The result has the autocast dtype where autocast is enabled for the device of `images`, else the dtype of the
-    buffers, which `.double()` and `.half()` convert together with the network. Strides (channels_last) are preserved.
+    The result has the autocast dtype if autocast is enabled for the device of `images`, else the dtype of the buffers,
+    which `.double()` and `.half()` convert together with the network. Strides (channels_last) are preserved.
     """
 
     mean: Tensor

@@ -18,7 +18,7 @@ class LeNet(nn.Module):
     -> num_classes.
     """
 
-    # For other sizes, the second pooling does not end at 6x6, i.e. fc1's 576 inputs.
+    # Only these sizes give 6x6 positions after the second pooling, i.e. fc1's 576 inputs.
     min_image_size = 32
     max_image_size: int | None = 35
 
@@ -36,7 +36,7 @@ class LeNet(nn.Module):
         self.reset_parameters(init_gain(activation))
 
     def reset_parameters(self, gain: float) -> None:
-        """Initialise weights by Xavier uniform with the activation's gain, and biases by 0.
+        """Initialise weights with Xavier uniform, scaled by the activation's gain, and biases with 0.
 
         Source: Glorot and Bengio, AISTATS 2010. A sigmoid's gain is 4, because its slope is at most 1/4: with torch's
         default, the difference between images shrinks about tenfold per layer (measured: to 0.00006 in the logits), and

@@ -1,13 +1,13 @@
-"""Workaround for 1x1 convolutions whose backward pass in oneDNN writes outside of its memory.
+"""Workaround for 1x1 convolutions whose backward pass in oneDNN writes outside its memory.
 
-For the gradient of the weight of a 1x1 convolution with a stride, oneDNN copies the selected positions of the
-channels_last input into a workspace of positions * in_channels values, but steps through it in units of positions *
-block, where a block is as many channels as a vector register holds. With fewer input channels than that, it writes past
-the end: the process crashes, hangs in a barrier that was overwritten, or continues with wrong gradients. See
+For the weight gradient of a strided 1x1 convolution, oneDNN copies the selected positions of the channels_last input
+into a workspace of positions * in_channels values, but steps through it in units of positions * block, where a block is
+as many channels as a vector register holds. With fewer input channels than that, it writes past the end: the process
+crashes, hangs in an overwritten barrier, or continues with wrong gradients. See
 https://github.com/uxlfoundation/oneDNN/issues/6035, which is open for the oneDNN of torch 2.15.
 
-Without padding, a 1x1 convolution with stride s is the same convolution with stride 1 of every s-th position. This form
-needs no workspace.
+Without padding, a 1x1 convolution with stride s equals the same convolution with stride 1 applied to every s-th
+position. This form needs no workspace.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ MAX_NAMES_SHOWN = 3  # in the note
 
 
 def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) -> str | None:
-    """Move the stride of affected convolutions of a network on the CPU to a forward pre-hook.
+    """Move the stride of a CPU network's affected convolutions to a forward pre-hook.
 
     Affected layers get stride 1 and a hook that selects the positions. Parameters, names and results stay the same.
 
     Args:
         network: the network, changed in place.
-        channels: see `is_affected`; None: those of this CPU.
+        channels: see `block_channels`; None: this CPU's.
 
     Returns:
         A note for the log; None if no layer is affected.
@@ -53,7 +53,7 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
 
 
 def is_affected(module: nn.Module, channels: int) -> bool:
-    """Return whether oneDNN's backward pass of this layer may write outside of its memory.
+    """Return True if oneDNN's backward pass of this layer may write outside its memory.
 
     channels: see `block_channels`. Batch size, bias, output channels and image size are irrelevant: they only decide
     what is overwritten. The memory format is not considered, since training batches are channels_last.
@@ -84,7 +84,7 @@ def block_channels() -> int:
 
 
 def isa_limit() -> str:
-    """Return the instruction set that oneDNN is limited to, in lower case; empty if it is not.
+    """Return the instruction set that oneDNN is limited to, in lower case; empty if there is no limit.
 
     torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
     ATEN_CPU_CAPABILITY, which does not limit oneDNN. These variables do: oneDNN reads them in this order, ignores case

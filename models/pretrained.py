@@ -103,8 +103,8 @@ def published_file(name: str) -> Path:
     """Return the path of the published weights of the model timm/NAME on this machine."""
     if not name.startswith("timm/"):
         raise UserError(
-            f"model.pretrained=true needs published weights, but model {name!r} has none; give the path of a file "
-            "of weights, or name a model of timm"
+            f"model.pretrained=true needs published weights, but model {name!r} has none; give the path of a "
+            "weights file, or name a timm model"
         )
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -113,7 +113,7 @@ def published_file(name: str) -> Path:
     if not published.has_weights:
         raise UserError(
             f"model.pretrained=true is not possible, since timm publishes no weights of {name}; "
-            "give the path of a file of weights"
+            "give the path of a weights file"
         )
     folder = constants.HF_HUB_CACHE
     if published.hf_hub_id:
@@ -146,9 +146,9 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load weights strictly into a timm model with their number of classes, and copy all but the head.
+    """Load weights strictly into a timm model with as many classes as they have, and copy all but the head.
 
-    timm alone would replace the head and then silently skip other tensors that do not fit.
+    timm itself would replace the head and then silently skip other tensors that do not fit.
 
     Args:
         network: the network to copy to.
@@ -189,15 +189,15 @@ def copy_weights_with_timm(
 
 
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
-    """Return the number of classes of a file of weights.
+    """Return the number of classes of a weights file.
 
-    If the head has an unknown name, this is `described` (from config.json), else the number of the published weights.
+    If the head's name is unknown, returns `described` (from config.json) or else the number of the published weights.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:
         if (weight := weights.get(f"{head}.weight")) is not None:
             classes = len(weight)
-            # some weights have an additional background class in front, which timm removes
+            # some weights start with an additional background class, which timm removes
             return (
                 published.num_classes if classes == published.num_classes + (published.label_offset or 0) else classes
             )

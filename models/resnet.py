@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions: float [B, in_channels, H, W] -> [B, 4 * width, H / stride, W / stride].
 
-    The 3x3 convolution has the stride, as in torchvision ("ResNet V1.5"), instead of the first 1x1 as in the paper.
+    The stride is in the 3x3 convolution, as in torchvision ("ResNet V1.5"), not in the first 1x1 as in the paper.
     """
 
     expansion = 4
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
     [512, 4, 4] -> global mean [512].
     """
 
-    # From 25, layer4 has at least 4x4 positions, the size of the homework's pooling window.
+    # From 25 on, layer4 has at least 4x4 positions, the size of the homework's pooling window.
     min_image_size = 25
     max_image_size: int | None = None
 
@@ -131,7 +131,7 @@ class ResNet(nn.Module):
         self.reset_parameters(zero_init_residual)
 
     def reset_parameters(self, zero_init_residual: bool) -> None:
-        """Initialise convolutions by Kaiming normal, fan out (arXiv:1502.01852); other layers keep torch's defaults."""
+        """Initialise convolutions with Kaiming normal, fan out (arXiv:1502.01852); keep torch's defaults elsewhere."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
 """Networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions, one linear layer.
 
-Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, and the sizes that its author
-published later for 94, 95 and 96 %.
+Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, and the author's later networks for
+94, 95 and 96 %.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class SpeedrunNet(nn.Module):
     [width 3, 3, 3] -> maximum [width 3] -> num_classes.
     """
 
-    # For these sizes, group3 ends at 3x3 to 5x5, which the last pooling reduces to one position.
+    # For these sizes, the output of group3 is 3x3 to 5x5, which the last pooling reduces to one position.
     min_image_size = 25
     max_image_size: int | None = 48
 

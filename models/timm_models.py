@@ -1,4 +1,4 @@
-"""Models of timm, tried on the meta device (shapes only, no memory) before the real one is built.
+"""Build timm models, after trying them on the meta device (shapes only, no memory).
 
 timm is imported inside functions, since the import takes seconds and built-in models do not need it.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Sizes to try for the smallest one when image_size fails: every size up to 96, then every 16th.
+# Sizes to try for the smallest one that works if image_size fails: every size up to 96, then every 16th.
 CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
@@ -101,7 +101,7 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
 
 
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
-    """Return whether the constructor has an img_size; tried out, since timm's entry points take **kwargs."""
+    """Return True if the constructor takes img_size. Tried out, since timm's entry points take **kwargs."""
     problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem
 
@@ -122,10 +122,10 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
         plain = {"num_classes": arguments["num_classes"]}
         if options and caught_error(build_and_run, name, plain, default_size) is None:
             raise UserError(f"model 'timm/{name}' does not run with {options}: {default_problem}; change those options")
-        return  # the model does not run on the meta device at all, which does not depend on the size
+        return  # the model does not run on the meta device at any size
     smallest = find_min_size(name, arguments) or default_size
     raise UserError(
-        f"image_size {image_size}x{image_size} is not one that timm/{name} takes ({problem}): the smallest is "
+        f"image_size {image_size}x{image_size} is not supported by timm/{name} ({problem}): the smallest is "
         f"{smallest}, and its default size is {default_size}"
     )
 

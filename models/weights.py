@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Keys under which files of other programs store the state dict, in order of precedence.
+# Keys under which other programs store the state dict, in order of precedence.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names added by DDP and torch.compile
 MAX_NAMES_SHOWN = 3  # of tensors that do not fit, of each kind
@@ -23,7 +23,7 @@ _MARK = object()
 
 
 class SkippedObject:
-    """Placeholder for an object of NumPy that is not loaded."""
+    """Placeholder for a NumPy object that is not loaded."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -33,9 +33,9 @@ class SkippedObject:
 
 
 class SkippedDict:
-    """Placeholder for any other object that is not loaded; instances are dictionaries with the key `_MARK`.
+    """Placeholder for any other object that is not loaded: an OrderedDict with the key `_MARK`.
 
-    Instances are plain OrderedDicts, since torch's unpickler does not set items of subclasses.
+    Instances are not of this class, since torch's unpickler does not set items of OrderedDict subclasses.
     """
 
     def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
@@ -65,7 +65,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), content)
     if _is_skipped(content) or (isinstance(content, dict) and any(map(_is_skipped, content.values()))):
-        raise _refused(path, "contains objects of classes instead of a state dict, or next to it")
+        raise _refused(path, "contains pickled objects instead of or beside a state dict")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
             f"weights {path} are not tensors by name; give the file of a state dict, or of a dictionary with a "

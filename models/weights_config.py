@@ -1,6 +1,6 @@
 """Read the config.json beside a weights file, in the format of timm's model folders and of tools/export.py.
 
-The file is not trusted: every value in use is validated, all others are ignored.
+The file is not trusted: the values in use are validated, all others are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WeightsConfig:
 
 
 def read_weights_config(weights: Path) -> WeightsConfig | None:
-    """Read the config.json beside `weights`; return None if there is none. Raise UserError if it is invalid."""
+    """Read the config.json beside `weights`; None if there is none. Raises UserError if it is invalid."""
     path = weights.parent / NAME
     try:
         content = json.loads(read_small_text(path))

@@ -10,7 +10,7 @@ from configs.schema.section import IsPath, Section, as_tuple
 
 
 class StageConfig(Section):
-    """A stretch of epochs with its own image size and batch size."""
+    """A range of epochs with one image size and batch size."""
 
     epoch: int = Field(ge=0)
     """First epoch of the stage, counted from 0; the stage lasts until the next one starts."""

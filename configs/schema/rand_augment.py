@@ -20,15 +20,15 @@ class RandAugmentSpec:
 
     magnitude: float = 10.0
     deviation: float = 0.0  # standard deviation of the magnitude; inf: uniform from 0 to magnitude
-    largest: float = 10.0  # magnitudes are clipped to it
+    largest: float = 10.0  # upper limit to which magnitudes are clipped
     layers: int = 2  # operations per sample
     probability: float = 0.5  # of each operation
-    increasing: bool = False  # whether every operation gets stronger with the magnitude
+    increasing: bool = False  # whether every operation gets stronger as the magnitude grows
     operations: str | None = None  # one of OPERATION_SETS
 
 
 def parse_rand_augment(text: str) -> RandAugmentSpec:
-    """Parse a string such as rand-m9-n3-mstd0.5-inc1; raise ValueError where timm would not accept it."""
+    """Parse a string such as rand-m9-n3-mstd0.5-inc1; raise ValueError if timm would reject it."""
     kind, *parts = text.split("-")
     if kind != "rand":
         raise ValueError(

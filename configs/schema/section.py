@@ -54,7 +54,7 @@ def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[f
 
 
 def is_section(field: FieldInfo) -> bool:
-    """Return whether the field is a section with fields of its own."""
+    """Return True if the field is a nested section."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 

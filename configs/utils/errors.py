@@ -59,9 +59,10 @@ def _use_utf8() -> None:
     """Restart in Python's UTF-8 mode if the locale has another encoding, e.g. de_DE.ISO-8859-1.
 
     Otherwise file names could not contain characters that this encoding lacks. Processes of multiprocessing inherit the
-    mode. They are not restarted, since their command line cannot be repeated.
+    mode and are not restarted, since their command line cannot be repeated.
     """
-    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":  # 1 without effect: -X utf8=0
+    # With -X utf8=0, PYTHONUTF8=1 has no effect, so a restart would not help.
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
     from multiprocessing import parent_process
 
@@ -87,7 +88,7 @@ def _open_standard_streams() -> None:
     )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # characters that the terminal lacks, as `\xf6`
+            stream.reconfigure(errors="backslashreplace")  # prints characters that the terminal lacks as `\xf6`
 
 
 def _flush() -> str | None:

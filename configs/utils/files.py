@@ -1,7 +1,7 @@
 """Paths from users, files of unknown origin, and writes that are atomic and durable.
 
-Reading never waits for a pipe or device, and is limited in size. After a write, the file of that name is complete at
-every instant, even if the program is killed: data goes to a temporary file, is flushed to disk, then renamed.
+Reads never wait for a pipe or device, and are limited in size. Writes go to a temporary file that is flushed to disk
+and then renamed, so the file is complete at every instant, even if the program is killed.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace the file at `path` by what `write` writes, once that is on disk."""
+    """Replace the file at `path` with the output of `write`, once that is on disk."""
     _rename(_write_temporary(path, write), path)
 
 
 def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `path` like `atomic_write`, and keep the existing file as `previous`.
 
-    At every instant there are two complete files: the old one with its predecessor, or the new one with one of them.
+    At every instant there are two complete files: the old one with its predecessor, or the new one with either of them.
     """
     remove_temporary(previous)
     temporary, kept = _write_temporary(path, write), _temporary(previous)
@@ -114,7 +114,7 @@ def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]
         file.exists() and filecmp.cmp(kept, file, shallow=False) for file in (path, previous)
     ):
         _rename(kept, previous)  # the new file was already in place
-    else:  # a copy of one of the files, or damaged since
+    else:  # `kept` is damaged, or a copy of one of the files
         remove_temporary(previous)
 
 
@@ -129,7 +129,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    remove_temporary(path)  # it may be a link, and would be written through
+    remove_temporary(path)  # a leftover may be a link, which would be followed
     temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
@@ -150,7 +150,7 @@ def _rename(source: Path, target: Path) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # from file systems without fsync of directories
+        if error.errno != errno.EINVAL:  # file systems that cannot fsync directories
             raise
     finally:
         os.close(folder)

@@ -90,7 +90,7 @@ def _clear_warnings() -> None:
 
 
 def notes_besides_the_list(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Return the lines on stderr without the one that lists the defaults."""
+    """Return the lines on stderr except the list of defaults."""
     lists = " keys not given have the homework's defaults: "
     lines = capsys.readouterr().err.splitlines()
     assert sum(lists in line for line in lines) == 1
@@ -120,7 +120,7 @@ def changes(config: Config) -> dict[str, Any]:
 # Translation
 
 
-def test_every_setting_of_a_complete_lenet_config(write: Write) -> None:
+def test_complete_lenet_config_translates_every_setting(write: Write) -> None:
     assert changes(load_config(write(LENET, head=""))) == {
         "data.path": "data/cifar10",
         "data.batch_size": 256,
@@ -151,7 +151,7 @@ def test_every_setting_of_a_complete_lenet_config(write: Write) -> None:
     }
 
 
-def test_every_setting_of_a_complete_resnet_config(write: Write) -> None:
+def test_complete_resnet_config_translates_every_setting(write: Write) -> None:
     assert changes(load_config(write(RESNET, head=""))) == {
         "data.path": "/data/converted",
         "data.batch_size": 64,
@@ -311,12 +311,12 @@ def test_sgd_accepts_zero_momentum(write: Write) -> None:
     assert (optimizer.momentum, optimizer.nesterov) == (0, False)
 
 
-def test_explicit_zero_dropout_disables_alexnets_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_drop_rate_disables_alexnet_dropout_with_warning(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_config(write("MODEL: {NAME: alexnet}", head="")).model.drop_rate is None
     assert "dropout of" not in capsys.readouterr().err
     assert load_config(write("MODEL: {NAME: alexnet, DROP_RATE: 0.0}", head="")).model.drop_rate == 0
     assert "MODEL.DROP_RATE=0" in (note := capsys.readouterr().err)
-    assert "switches off the dropout of 0.5 in alexnet; leave the key out to keep it" in note
+    assert "switches off the dropout of 0.5 in alexnet; leave out the key to keep it" in note
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_wrong_value_error_names_file_and_line(write: Write) -> None:
         ("BASE: 5\nMODEL: {NAME: lenet}", "run.yaml:1: BASE=5 must be a file name or a list of file names"),
         ("BASE: none.yaml", "none.yaml cannot be read"),
         ("BASE: run.yaml", "is a cycle"),
-        ("MODEL: {NAME: lenet}\nTRAIN.LR: 5", "run.yaml:2: TRAIN.LR=5 is unknown; a file nests sections"),
+        ("MODEL: {NAME: lenet}\nTRAIN.LR: 5", "run.yaml:2: TRAIN.LR=5 is unknown; in a file, nest sections"),
         ("MODEL: {NAME: lenet}\nseed: 1\nseed: 2", "run.yaml:3: key seed is given twice (first in line 2); keep one"),
     ],
 )

@@ -99,7 +99,7 @@ def test_reserved_and_unknown_options_are_errors(options: dict[str, Any], messag
         configured(name="resnet18", options=options)
 
 
-def test_null_option_means_models_default() -> None:
+def test_null_option_means_the_default() -> None:
     for name in ("resnet18", "lenet", "timm/test_resnet"):
         ours = configured(name=name, options={"width": None}).network.state_dict()
         plain = configured(name=name).network.state_dict()

@@ -153,7 +153,7 @@ def test_gain_keeps_mean_square_of_normal_signals(activation: str) -> None:
     assert (init_gain(activation) * FUNCTIONS[activation](signals)).square().mean() == pytest.approx(1, abs=0.01)
 
 
-def test_relu_gain_is_torchs_and_lenet_applies_gains() -> None:
+def test_relu_gain_matches_torch_and_lenet_applies_gains() -> None:
     assert init_gain("relu") == pytest.approx(nn.init.calculate_gain("relu"))
     bound = (6 / (3 * 25 + 6 * 25)) ** 0.5  # Xavier's
     for activation in ("relu", "mish"):

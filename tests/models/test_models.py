@@ -101,7 +101,7 @@ def test_resnet_with_torchvision_state_gives_its_logits_and_statistics(name: str
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_resnet_state_has_torchvisions_names_and_shapes(name: str) -> None:
+def test_resnet_state_matches_torchvision_names_and_shapes(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = build_model(name, 200).state_dict(), torchvision_resnet(name, 200).state_dict()
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}

@@ -1,7 +1,7 @@
 """Narrow ResNets train with every instruction set, and changed layers keep their results.
 
-Run as a script, this file prints the losses of narrow ResNets, since crashes and hangs in native code need a separate
-process.
+Run as a script, this file prints the losses of narrow ResNets: native code may crash or hang, so the tests run it in a
+separate process.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def is_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, boo
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_head_is_new_and_all_else_from_file(ending: str, tmp_path: Path) -> None:
+def test_file_sets_all_weights_except_a_new_head(ending: str, tmp_path: Path) -> None:
     weights, path = source_of("test_resnet", 33).state_dict(), tmp_path / f"weights{ending}"
     save_file(weights, path) if ending == ".safetensors" else torch.save({"state_dict": weights}, path)
     model, note = start("timm/test_resnet", str(path))

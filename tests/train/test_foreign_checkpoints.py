@@ -189,7 +189,7 @@ def test_objects_beside_weights_are_ignored_and_not_executed(tmp_path: Path, mon
 def test_pickled_module_is_refused_with_advice(tmp_path: Path) -> None:
     for content in ({"model": nn.Sequential(nn.Linear(2, 2))}, nn.Linear(2, 2)):
         torch.save(content, tmp_path / "x.pth")
-        message = r"refused, since the file contains objects of classes .*state_dict\(\), FILE"
+        message = r"refused, since the file contains pickled objects .*state_dict\(\), FILE"
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path / "x.pth")
 

@@ -57,7 +57,7 @@ SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('tol
         ("| true", 0, ""),
     ],
 )
-def test_unprintable_output_is_no_traceback(redirected: str, code: int, err: str) -> None:
+def test_unwritable_output_prints_no_traceback(redirected: str, code: int, err: str) -> None:
     wait = "import time; time.sleep(0.3)\n" if redirected == "| true" else ""  # until its reader has ended
     command = f'set -o pipefail; "$0" -c "$1" {redirected}'
     done = subprocess.run(
@@ -81,7 +81,7 @@ def test_unprintable_output_is_no_traceback(redirected: str, code: int, err: str
         ("sys.stderr.write('x'); return 143", 143),
     ],
 )
-def test_closed_terminal_changes_only_the_code_of_lost_results(end: str, code: int) -> None:
+def test_closed_terminal_changes_exit_code_only_if_results_are_lost(end: str, code: int) -> None:
     lines = ["sys.stdin.readline()", "sys.stdout.write('told')", end]
     main = "def main():\n" + "".join(f"    {line}\n" for line in lines)
     script = f"import sys\nfrom configs.utils.errors import UserError, run_main\n{main}run_main(main)"
@@ -136,7 +136,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("options", [[], ["-X", "utf8=0"]], ids=["by the environment", "by an option"])
-def test_names_beyond_the_locale_work_and_print_as_escapes(options: list[str], tmp_path: Path) -> None:
+def test_names_outside_the_locale_work_and_print_escaped(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "named.py").write_text(NAMED)
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -23,7 +23,7 @@ def test_regular_file_is_read_unchanged(tmp_path: Path) -> None:
     assert read_small_text(tmp_path / "file") == "länge\n"
 
 
-def test_other_than_regular_files_never_block_or_stay_open(tmp_path: Path) -> None:
+def test_irregular_files_raise_without_blocking_or_leaking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
         (tmp_path / "pipe", "it is not a regular file"),
