@@ -8,15 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-# images uint8 [B, H, W, 3] and labels int64 [B] on the device; a function that blocks until the slot may be overwritten
+# Images uint8 [B, H, W, 3], labels int64 [B], and a function that blocks until the slot may be overwritten.
 RunnerResult = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
 
 
 class FileMonitor(Protocol):
-    """Detects changes of the files that a source reads; see `pipelines.storage.monitor`."""
+    """Detector of changes to the files that a source reads; see `pipelines.storage.monitor`."""
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed; cheap enough for every batch."""
+        """Raise UserError if a file is known to have changed. Cheap enough to call after every batch."""
         ...
 
     def check(self) -> None:
@@ -25,24 +25,24 @@ class FileMonitor(Protocol):
 
 
 class SampleSource(Protocol):
-    """Fills slots with the samples of a batch, in the loader's background threads."""
+    """Source that fills slots with the samples of a batch, in the loader's background threads."""
 
-    monitor: FileMonitor | None = None  # None: all was read at the start
+    monitor: FileMonitor | None = None  # None: all samples were read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """Return the samples at `indices`, int64 [B]. In host memory the next fill of the slot overwrites them.
+        """Return the samples at `indices`, int64 [B]. In host memory they are valid until the next fill of the slot.
 
         Raises:
-            Undecodable: Samples cannot be decoded. Left out by sources whose decoder is DALI.
+            Undecodable: Samples cannot be decoded. Samples that DALI decodes may also fail later, in the runner.
         """
         ...
 
     def defect(self, sample: int) -> str | None:
-        """Return why a sample cannot be decoded; None: it can."""
+        """Return why a sample cannot be decoded; None if it can."""
         return None
 
     def poll(self) -> None:
-        """Raise UserError if a file that was read is known to have changed; cheap enough for every batch."""
+        """Raise UserError if a file is known to have changed; cheap enough for every batch."""
         if self.monitor is not None:
             self.monitor.poll()
 
@@ -53,12 +53,12 @@ class SampleSource(Protocol):
 
 
 class Runner(Protocol):
-    """Turns filled slots into batches on the device, first in, first out."""
+    """Runner that turns filled slots into batches on the device, first in, first out."""
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
     def result(self) -> RunnerResult:
-        """Return the oldest batch that was submitted."""
+        """Return the oldest submitted batch."""
         ...
 
     def restart(self) -> None:
@@ -67,4 +67,4 @@ class Runner(Protocol):
 
 
 def no_wait() -> None:
-    """Return at once: the slot may be overwritten already."""
+    """Return immediately, for a slot that may be overwritten already."""

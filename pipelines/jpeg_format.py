@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
-MAX_SCANS = 100  # each costs as much as the whole image; a progressive JPEG has about ten, a malicious one thousands
+MAX_SCANS = 100  # each costs as much as the whole image; progressive JPEGs have about ten, malicious ones thousands
 MAX_SEGMENTS = 100_000
 SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, among the markers of frames: SOF0 to SOF15
-_MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # one that a length follows, or EOI
+NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, which lie between SOF0 and SOF15
+_MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # followed by a length, or EOI
 
 
 def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
-    """Return the number of scans and why a decoder may refuse the file or decode other colors.
+    """Return the number of scans and why decoders may disagree about the file.
 
-    Decoders differ in what they accept. libjpeg skips bytes between segments, which nvImageCodec's parser refuses.
-    libjpeg detects RGB files, where nvImageCodec assumes YCbCr for three components. All decoders read Huffman-coded
+    libjpeg skips bytes between segments; nvImageCodec's parser rejects them. libjpeg detects RGB files; nvImageCodec
+    assumes YCbCr for three components. All decoders read Huffman-coded
     baseline, extended and progressive frames of 8 bits. Data after the end of the image is ignored.
 
     Returns:
-        The number of scans, at most MAX_SCANS + 1, and the reason, for example "with bytes between segments"; None for
-        a file that all decoders decode alike.
+        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments"; None if all
+        decoders give the same pixels.
     """
     place, scans, in_scan = 2, 0, False
     reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
@@ -28,13 +28,13 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
     for _ in range(MAX_SEGMENTS):
         if (found := _MARKER.search(content, place)) is None:
             return scans, reason or "without an end-of-image marker"
-        # Any number of 0xff may fill the space in front of a marker.
+        # Any number of 0xff bytes may precede a marker.
         if not in_scan and bytes(content[place : found.start()]).strip(b"\xff"):
             reason = reason or "with bytes between segments"
         marker, start = found.group(1)[0], found.end()
         if marker == EOI:
             return scans, reason or _frame_reason(frame, transform, is_jfif)
-        length = int.from_bytes(content[start : start + 2], "big")  # of the segment, these two bytes included
+        length = int.from_bytes(content[start : start + 2], "big")  # includes these two bytes
         place = start + max(length, 2)
         if place > len(content):
             reason = reason or "without an end-of-image marker"
@@ -57,12 +57,12 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
 
 
 def _frame_reason(frame: bytes, transform: int | None, is_jfif: bool) -> str | None:
-    """Return why a decoder may refuse a frame header.
+    """Return why a decoder may reject a frame header; None if all accept it.
 
     Args:
         frame: the marker's second byte, then the segment without its length.
-        transform: of the Adobe segment: 0 means RGB or CMYK.
-        is_jfif: whether a JFIF segment is there, after which three components are YCbCr.
+        transform: color transform of the Adobe segment; 0 means RGB or CMYK.
+        is_jfif: True if there is a JFIF segment; three components are then YCbCr.
     """
     if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:
         return "without a frame header"

@@ -1,7 +1,7 @@
 """Sample indices of each batch, as pure functions of seed, epoch, batch, rank and world size.
 
-Every rank computes the same global order and takes its own positions from it, so the global batch does not depend on
-the world size.
+Every rank computes the same global order and takes its positions from it, so the global batch does not depend on the
+world size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of range(samples) for (seed, epoch): int64 [samples].
 
     Samples are sorted by a hash, so the result does not depend on the version of NumPy, unlike its random generators.
-    The low bits of each key are the sample, since sorting integers is faster than an argsort.
+    The low bits of each key hold the sample, since sorting integers is faster than an argsort.
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
@@ -33,7 +33,7 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
     Args:
         shard: int [samples], the shard of each sample.
         window_shards: shards per window.
-        seed: of the run.
+        seed: seed of the run.
         epoch: counted from 0.
 
     Returns:
@@ -53,7 +53,7 @@ def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
-    """Return the training batches per rank and epoch, without those of the last incomplete optimizer step."""
+    """Return the number of training batches per rank and epoch; an incomplete last optimizer step is dropped."""
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps
 
 

@@ -1,7 +1,7 @@
 """Counter-based random numbers for one sample in one epoch.
 
-Every draw is a hash of (seed, epoch, sample index, draw number). It does not depend on the batch, the rank, the number
-of workers or earlier draws.
+Every draw is a hash of (seed, epoch, purpose, sample index, draw number). It does not depend on the batch, the rank,
+the number of workers or earlier draws.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def hash64(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@lru_cache(maxsize=64)  # needed for every batch: three hashes of one number each take longer than those of 512
+@lru_cache(maxsize=64)  # cached, since hashing single numbers takes longer than the draws of a batch
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
-    """Return the 64-bit key of a stream of draws. Each purpose has its own, so a new one never changes another."""
+    """Return the 64-bit key of a stream of draws. Adding a purpose never changes the stream of another."""
     key = np.uint64(0)
     for part in (seed, epoch, zlib.crc32(purpose.encode())):
         key = hash64(np.array([int(key) ^ (part & _MASK)], np.uint64))[0]
@@ -36,7 +36,7 @@ def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
 
 
 def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
-    """Draw uniform numbers in [0, 1) for sample indices `samples`: float64 [len(samples), draws]."""
+    """Draw uniform numbers in [0, 1) for each of `samples` (indices): float64 [len(samples), draws]."""
     base = hash64(samples.astype(np.uint64) ^ stream(seed, epoch, purpose))
     counter = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     return (hash64(base[:, None] + counter) >> np.uint64(11)) * 2.0**-53
@@ -45,8 +45,8 @@ def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int
 def normal(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
     """Draw numbers from the standard normal distribution: float64 [len(samples), draws].
 
-    Source: Box and Muller, "A Note on the Generation of Random Normal Deviates", 1958. Each takes two uniform draws.
+    Source: Box and Muller, "A Note on the Generation of Random Normal Deviates", 1958. Each uses two uniform draws.
     """
     drawn = uniform(samples, seed, epoch, purpose, 2 * draws)
-    radius = np.sqrt(-2.0 * np.log1p(-drawn[:, :draws]))  # the logarithm of 1 - u, which is never 0
+    radius = np.sqrt(-2.0 * np.log1p(-drawn[:, :draws]))  # 1 - u is never 0
     return radius * np.cos(2.0 * np.pi * drawn[:, draws:])

@@ -1,8 +1,8 @@
 """DALI graphs for training and evaluation.
 
-A graph has no state and no random operator: images and draws arrive together as inputs, so a batch is a pure function
-of its inputs. Output: uint8 [B, H, W, 3] on the device; the model normalizes. Labels bypass the graph, since every
-input costs the feeding thread about 0.1 us per sample.
+A graph has no state and no random operator; images and draws are its inputs, so a batch is a pure function of them.
+The output is uint8 [B, H, W, 3] on the device; the model normalizes. Labels bypass the graph, since every input costs
+the feeding thread about 0.1 µs per sample.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": typ
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The stored images that are fed to a graph."""
+    """Format of the stored images that are fed to a graph."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
     image_shape: tuple[int, int, int] | None  # None: they differ
-    resident: bool  # npy only: batches are fed in GPU memory
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of the train split's pixels, from 0 to 1
+    resident: bool  # npy only: inputs are already in GPU memory
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per-channel mean of the train split's pixels, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def train_graph(
     """Build the training graph. Its inputs are `images` and those of `dali_inputs.graph_inputs`.
 
     Args:
-        spec: The stored images.
+        spec: Format of the stored images.
         config: Device and resources.
-        aug: Section of the config.
+        aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: Widen the filter when reducing.
-        programs: As `build_programs` returns them.
+        programs: Result of `build_programs`.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
 
@@ -89,7 +89,7 @@ def train_graph(
             chosen = _input("branches") if has_choice(programs) else None
             numbers = _input("numbers") if has_numbers(programs) else None
             images = run_programs(images, programs, size, chosen, numbers)
-        if aug.erase.probability > 0:  # after the programs, which would change its color
+        if aug.erase.probability > 0:  # after the programs, which would change the fill color
             fills: dict[str, Any] = {"mean": mean, "black": 0.0}
             fill = _input("erase_color") if aug.erase.fill == "random" else fills[aug.erase.fill]
             start, shape = _input("erase_start"), _input("erase_shape")
@@ -114,7 +114,7 @@ def eval_graph(
     """Build the evaluation graph. Its only input is `images`.
 
     Args:
-        spec: The stored images.
+        spec: Format of the stored images.
         config: Device and resources.
         size: Height and width of the output, pixels.
         crop_fraction: The shorter side is resized to size / crop_fraction before the central crop.
@@ -139,8 +139,11 @@ def decoding_graph(spec: ImageSpec, config: PipelineConfig) -> Pipeline:
 
 
 def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
-    """Build a pipeline. chooses: operators depend on the sample; transforming `define` then takes a second."""
-    # A queue of one: the loader decides how many iterations are in flight and feeds each of them.
+    """Build a pipeline.
+
+    chooses: Operators depend on the sample. Converting `define` then takes about a second.
+    """
+    # A queue of one, since the loader controls how many batches are in flight.
     options: dict[str, Any] = {
         "batch_size": config.batch_size,
         "num_threads": config.threads,
@@ -159,11 +162,11 @@ def _input(name: str, **options: Any) -> DataNode:
 
 
 def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
-    """Return pixels on the device. Fed buffers are not copied; the loader keeps them alive while DALI reads them."""
+    """Return pixels on the device. Inputs are not copied; the loader keeps them alive while DALI reads them."""
     on_gpu = config.device_id is not None
     if spec.encoding == "jpeg":
         files = fn.external_source(name="images", no_copy=True)
-        # Orientation tags are ignored, as in torchvision and timm, so that a JPEG and its npy conversion agree.
+        # Like torchvision and timm, ignore orientation tags, so that a JPEG and its npy conversion agree.
         how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
         if on_gpu:
             return fn.decoders.image(files, device="mixed", hw_decoder_load=config.hw_decoder_load, **how)

@@ -1,7 +1,7 @@
-"""Inputs of the DALI training graph, from the draws of `AugmentationSampler`. NumPy only.
+"""Convert the draws of `AugmentationSampler` to inputs of the DALI training graph. Uses NumPy only.
 
-A program becomes, per slot, the number of the branch that runs and the numbers that it needs; `dali_ops` holds the
-operators of each branch. Nearly all numbers are linear in an operation's value, so a batch is one table look-up and one
+Each slot of a program becomes the number of a branch and the numeric arguments of its operators, which are in
+`dali_ops`. Nearly all arguments are linear in an operation's value, so a batch takes one table lookup and one
 multiplication.
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 from configs.schema import AugConfig
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
 
-ROWS, COLUMNS = 3, 8  # shape of the numbers of one operation
+ROWS, COLUMNS = 3, 8  # shape of the arguments (`numbers`) of one operation
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-TRUNCATED = -0.499  # added where torchvision truncates and DALI rounds; above -0.5, so that whole levels stay
-SLACK = 255.999 / 255  # torchvision's scale from [0, 1] to grey levels, for hue
+TRUNCATED = -0.499  # added where torchvision truncates and DALI rounds; above -0.5, so whole levels are kept
+SLACK = 255.999 / 255  # torchvision's scale from [0, 1] to grey levels, used by hue
 
-# The function in `dali_ops` of each operation
+# Function in `dali_ops` for each operation.
 OP_BRANCH = {
     **dict.fromkeys(GEOMETRIC, "affine"),
     **dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.INVERT), "linear"),
@@ -34,15 +34,15 @@ OP_BRANCH = {
     Op.HUE: "hue",
     Op.BLUR: "blur",
 }
-# Branches with numbers that leave every pixel unchanged, cheapest first: beside them IDENTITY needs no own branch.
+# Branches that can leave every pixel unchanged, cheapest first; a slot with one of them needs no branch for IDENTITY.
 NEUTRAL = ("linear", "affine", "about_mean", "posterize", "solarize", "solarize_add", "sharpness", "hue")
 WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 
 
 def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
-    """Return the branches of a slot, in the order of the numbers in the input `branches`.
+    """Return the branches of a slot, in the order of their numbers in the input `branches`.
 
-    about_mean includes linear, so a slot with both has only the former.
+    about_mean includes linear, so a slot with both has only about_mean.
     """
     names = {OP_BRANCH[op] for op in allowed if op is not Op.IDENTITY}
     if "about_mean" in names:
@@ -53,25 +53,25 @@ def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
 
 
 def has_choice(programs: Programs) -> bool:
-    """Return whether the graph has the input `branches`: some slot has more than one branch."""
+    """Return True if any slot has more than one branch, so that the graph has the input `branches`."""
     return any(len(branches(allowed)) > 1 for allowed in programs.slots)
 
 
 def has_numbers(programs: Programs) -> bool:
-    """Return whether the graph has the input `numbers`."""
+    """Return True if any branch takes arguments, so that the graph has the input `numbers`."""
     return any(not WITHOUT_NUMBERS.issuperset(branches(allowed)) for allowed in programs.slots)
 
 
 def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """Convert a batch of programs to inputs of the graph.
+    """Convert the programs of a batch to inputs of the graph.
 
     Args:
-        programs: As `build_programs` returns them.
-        ops, values: int32 and float32 [B, S], as `draw_programs` returns them.
+        programs: Result of `build_programs`.
+        ops, values: int32 and float32 [B, S], the result of `draw_programs`.
         size: Height and width of the images, pixels.
 
     Returns:
-        `branches`, int32 [B, S], and `numbers`, float32 [B, S, 3, 8]; only those that the graph has.
+        `branches`, int32 [B, S], and `numbers`, float32 [B, S, 3, 8], each only if the graph has this input.
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
@@ -92,8 +92,8 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
 def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
     """Convert crop offsets to filters: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
 
-    Filtering with one translates the image, and a filter's border can reflect, unlike that of other DALI operators. The
-    result is exact: each pixel is one pixel times 1 plus zeros.
+    Each filter translates an image. DALI's filter operator is the only one with reflected borders. The result is exact:
+    each pixel is one pixel times 1 plus zeros.
     """
     filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
     filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
@@ -106,8 +106,8 @@ def graph_inputs(
     """Convert the draws of `AugmentationSampler` to the inputs of `dali_graph.train_graph`.
 
     Args:
-        draws: Of a batch.
-        aug, programs: Those of the sampler.
+        draws: Draws of a batch.
+        aug, programs: Arguments of the sampler.
         size: Height and width of training images, pixels.
     """
     inputs = dict(draws)
@@ -118,7 +118,7 @@ def graph_inputs(
     if aug.erase.probability > 0:
         boxes, colors = inputs.pop("erase_box"), inputs.pop("erase_color")
         inputs["erase_start"], inputs["erase_shape"] = boxes[:, :2].astype(np.float32), boxes[:, 2:].astype(np.float32)
-        if aug.erase.fill == "random":  # the graph holds the other colors as constants
+        if aug.erase.fill == "random":  # other colors are constants of the graph
             inputs["erase_color"] = colors.astype(np.float32)
     return inputs
 
@@ -148,12 +148,12 @@ def _tables(programs: Programs) -> _Tables:
 
 
 def _lines() -> tuple[np.ndarray, np.ndarray]:
-    """Return constants and slopes of each operation, float32 [len(Op), ROWS, COLUMNS] each."""
+    """Return the constants and slopes of all operations, float32 [len(Op), ROWS, COLUMNS] each."""
     constants, slopes = np.zeros((2, len(Op), ROWS, COLUMNS), np.float32)
     same, grey = np.eye(3), np.tile(GREY, (3, 1))
 
-    # M and T of M @ pixel + T: torchvision blends with a truncated grey, half a level darker on average, and truncates
-    # again.
+    # M and T of M @ pixel + T. torchvision blends with a truncated grey, half a level darker on average, and truncates
+    # the result too.
     constants[[Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.CONTRAST, Op.INVERT, Op.POSTERIZE], :, 3] = TRUNCATED
     slopes[Op.BRIGHTNESS, :, :3] = slopes[Op.CONTRAST, :, :3] = same
     constants[Op.COLOR, :, :3], slopes[Op.COLOR, :, :3] = grey, same - grey
@@ -162,7 +162,7 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
     constants[Op.GRAYSCALE, :, :3] = grey
     constants[Op.INVERT, :, :3] = -same
     constants[Op.INVERT, :, 3] += 255
-    # M and T for the mean pixel, which is added
+    # M and T for the mean pixel, which is added to the result
     constants[Op.CONTRAST, :, 4:7], slopes[Op.CONTRAST, :, 4:7] = grey, -grey
     constants[Op.CONTRAST, :, 7], slopes[Op.CONTRAST, :, 7] = -0.5, 0.5
 
@@ -171,18 +171,18 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
     slopes[Op.SHEAR_X, 0, 1] = slopes[Op.SHEAR_Y, 1, 0] = 1
     slopes[Op.TRANSLATE_X, 0, 2] = slopes[Op.TRANSLATE_Y, 1, 2] = -1
 
-    # saturating steps: 255 from the threshold on, else 0; and the level that a step of 255 adds
+    # saturating steps (255 from the threshold on, otherwise 0), then the level that a step of 255 adds
     constants[Op.SOLARIZE, :, :3], constants[Op.SOLARIZE, :, 3], slopes[Op.SOLARIZE, :, 3] = 255 * same, 255, -255
     slopes[Op.SOLARIZE_ADD, :, :3] = same / 255
 
-    constants[Op.SHARPNESS, :, 3:6] = same  # for the smoothed image
+    constants[Op.SHARPNESS, :, 3:6] = same  # applied to the smoothed image
     slopes[Op.SHARPNESS, :, :3], slopes[Op.SHARPNESS, :, 3:6] = same, -same
     slopes[Op.BLUR, 0, 0] = 1
     return constants, slopes
 
 
 def _identity_numbers(branch: str) -> np.ndarray:
-    """Return numbers with which a branch changes nothing."""
+    """Return arguments with which a branch changes nothing."""
     numbers, same = np.zeros((ROWS, COLUMNS), np.float32), np.eye(3)
     if branch == "affine":
         numbers[:2, :2] = np.eye(2)
@@ -193,11 +193,11 @@ def _identity_numbers(branch: str) -> np.ndarray:
         numbers[:, 4] = -numbers[:, 3]
     if branch == "posterize":
         numbers[:, 4:7] = same
-    return numbers  # zeros for solarize and solarize_add: steps that are 0 everywhere
+    return numbers  # all 0 for solarize and solarize_add: their steps are then 0 everywhere
 
 
 def _write_nonlinear(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
-    """Write the numbers that are not linear in the value to float32 [B * S, ROWS * COLUMNS]."""
+    """Write the arguments that are not linear in the value to `numbers`, float32 [B * S, ROWS * COLUMNS]."""
     rows = np.flatnonzero(ops == Op.ROTATE)
     if rows.size:
         angles = np.radians(values[rows].astype(np.float64))

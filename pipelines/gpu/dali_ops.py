@@ -1,8 +1,8 @@
-"""Operations of augmentation programs as DALI operators, with the results of torchvision's functional operations.
+"""Operations of augmentation programs as DALI operators, matching torchvision's functional operations.
 
 On a GPU each operator costs one or more launches, independent of the number of samples. So each operation uses as few
-operators as possible, and its numbers are operator arguments, which need no GPU memory and no launch. Most use
-coord_transform: M @ pixel + T, rounded and saturated. See `dali_inputs.program_inputs` for the layout of the numbers.
+operators as possible. `numbers` holds their arguments, which need no GPU memory and no launch; see
+`dali_inputs.program_inputs`. Most operations use coord_transform: M @ pixel + T, rounded and saturated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, n
     """
     for slot, allowed in enumerate(programs.slots):
         candidates = [BRANCHES[name] for name in branches(allowed)]
-        number: Any = chosen[slot] if len(candidates) > 1 else None  # a single branch runs for all samples
+        number: Any = chosen[slot] if len(candidates) > 1 else None  # a single branch is applied to all samples
         images = select(candidates, number, images, numbers=numbers, slot=slot, programs=programs, size=size)
     return images
 
@@ -45,7 +45,7 @@ def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
 
 @augmentation
 def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Apply a linear map and contrast: a linear map of the mean pixel is added."""
+    """Apply a linear map and add a linear map of the mean pixel: contrast, and all operations of `linear`."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
     return fn.cast(fn.coord_transform(images, MT=numbers[slot, :, 0:4]) + added, dtype=UINT8)
@@ -53,7 +53,7 @@ def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataN
 
 @augmentation
 def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
-    """Warp; the operator fills with one number, so a fill color is blended in through an alpha channel."""
+    """Shear, translate or rotate. DALI fills with one number, so a fill color is blended in by an alpha channel."""
     how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
     fill = np.array(programs.fill, np.float32)
     if len(set(programs.fill)) == 1:
@@ -66,7 +66,7 @@ def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Pr
 
 @augmentation
 def posterize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Divide, truncate and multiply."""
+    """Posterize: divide, truncate and multiply."""
     levels = fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
     return fn.coord_transform(levels, MT=numbers[slot, :, 4:8], dtype=UINT8)
 
@@ -78,13 +78,13 @@ def solarize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNod
 
 @augmentation
 def solarize_add(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    dark = fn.coord_transform(images, M=-255.0, T=255.0 * 128, dtype=UINT8)  # 255 below 128, else 0
+    dark = fn.coord_transform(images, M=-255.0, T=255.0 * 128, dtype=UINT8)  # 255 below 128, otherwise 0
     return images + fn.coord_transform(dark, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
 def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int) -> DataNode:
-    """Blend with the smoothed image, whose border pixels are unchanged."""
+    """Sharpen: blend with the smoothed image, whose border pixels are unchanged."""
     kernel = np.full((3, 3), 1 / 13, np.float32)
     kernel[1, 1] = 5 / 13
     inside = fn.filter(images, types.Constant(kernel, device=images.device), mode="valid")
@@ -98,7 +98,7 @@ def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int
 def auto_contrast(images: DataNode, _: None) -> DataNode:
     low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
     extent = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - low
-    varies = fn.coord_transform(extent, M=255.0, dtype=UINT8)  # 0 in a channel of one level, which stays unchanged
+    varies = fn.coord_transform(extent, M=255.0, dtype=UINT8)  # 0 for a channel of a single level, which is kept
     low = low & varies
     scale = (extent | (varies ^ _WHITE)) * (1 / 255)
     return fn.cast(math.floor((images - low) / scale), dtype=UINT8)
@@ -106,9 +106,9 @@ def auto_contrast(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def equalize(images: DataNode, _: None, size: int) -> DataNode:
-    """Equalize by Pillow's table, derived from DALI's: Pillow counts the pixels below a level, DALI those up to it.
+    """Equalize like Pillow, which counts the pixels below a level; DALI counts those up to and including it.
 
-    The equalized negative counts the pixels from a level upwards; its complement is the count below. Pillow then
+    Equalizing the negative counts the pixels from a level upwards; its complement is the count below. Pillow then
     divides by a whole number of pixels per level, which excludes the brightest level that occurs.
     """
     pixels = size * size
@@ -118,23 +118,23 @@ def equalize(images: DataNode, _: None, size: int) -> DataNode:
     # 0.25 pixels keep whole quotients from being rounded just below
     step = fn.coord_transform(share, M=-pixels / 255**2, T=(pixels + 0.25) / 255)
     factor = step / math.max(math.floor(step), 1.0)
-    valid = math.floor(factor)  # 1; or 0 with less than a pixel per level, where the channel stays unchanged
+    valid = math.floor(factor)  # 1; or 0 with less than a pixel per level: the channel is kept
     return fn.cast(below * (factor * valid) + images * (1.0 - valid), dtype=UINT8)
 
 
 @augmentation
 def hue(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Rotate the hue in HSV without a division or a table.
+    """Rotate the hue in HSV without divisions or tables.
 
     Let V and m be the largest and smallest channel and C = V - m the chroma. The hue in sixths of the circle from red,
     times C, is U = C - r + g + b - m towards green if g >= b, else towards blue. A channel at distance d, times C, from
     the rotated hue is m + clamp(2 C - d, 0, C). The distance is 3 C - | |t| - 3 C | for a difference t within one turn;
-    `numbers` hold the multiple of C that brings it there.
+    `numbers` holds the multiple of C that brings t into this range.
     """
     largest = fn.reductions.max(images, axes=[2], keep_dims=True)
     smallest = fn.reductions.min(images, axes=[2], keep_dims=True)
     all_five = fn.cat(images, largest, smallest, axis=2)
-    towards_green = _weighted(all_five, [0, 2000, -2000, 0, 0], 1000)  # beyond any hue, with the sign of g - b
+    towards_green = _weighted(all_five, [0, 2000, -2000, 0, 0], 1000)  # larger than any hue, with the sign of g - b
     furthest = _weighted(all_five, [-SLACK, SLACK, SLACK, SLACK, -2 * SLACK])
     hues = math.clamp(towards_green, -furthest, furthest)
     away = math.abs(hues + fn.coord_transform(all_five, M=numbers[slot, :, 0:5]))

@@ -1,4 +1,4 @@
-"""Run DALI graphs: a stream of batches, or single files to test whether DALI decodes them."""
+"""Run DALI graphs on a stream of batches, or on single files to test whether DALI decodes them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from nvidia.dali.tensors import TensorListCPU
 from pipelines.gpu.device_inputs import blocking_event
 from pipelines.interfaces import RunnerResult, no_wait
 
-DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of DALI's messages; the error type is RuntimeError
+DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of the messages of DALI's RuntimeErrors
 
 
 class DaliRunner:
-    """Runs batches through a DALI graph. Its output tensors are passed on without a copy."""
+    """Run batches through a DALI graph. Output tensors are returned without a copy."""
 
     def __init__(self, build: Callable[[], Pipeline], device: torch.device) -> None:
         self._build = build
         self._pipeline = build()
         self._device = device
         self._labels: deque[torch.Tensor] = deque()
-        self._fed: deque[Any] = deque()  # DALI reads fed images in place until their result is ready
+        self._fed: deque[Any] = deque()  # DALI reads inputs in place until the result is ready
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
         self._fed.append(images)
         if isinstance(images, torch.Tensor) and images.is_cuda:
-            self._pipeline.feed_input("images", images, layout="HWC")  # complete: see DevicePixels
+            self._pipeline.feed_input("images", images, layout="HWC")  # gathered already, see DevicePixels
         elif isinstance(images, torch.Tensor):
             batch = TensorListCPU(images.numpy(), layout="HWC", is_pinned=images.is_pinned())
             self._pipeline.feed_input("images", batch)
@@ -50,29 +50,29 @@ class DaliRunner:
         stream = torch.cuda.current_stream(self._device)
         (images,) = self._pipeline.outputs(cuda_stream=stream)
         if isinstance(fed, torch.Tensor) and fed.is_cuda:
-            fed.record_stream(stream)  # waits for the outputs, so the allocator keeps the input until then
+            fed.record_stream(stream)  # waits for the outputs; the allocator keeps the input until then
         labels = labels.pin_memory().to(self._device, non_blocking=True)
         return torch.from_dlpack(images.as_tensor()), labels, blocking_event(stream).synchronize
 
     def restart(self) -> None:
-        """Build the graph again: not every DALI operator survives an error."""
-        del self._pipeline  # first, since both may not fit into GPU memory
+        """Build the graph again, since some DALI operators do not recover from an error."""
+        del self._pipeline  # freed first, since two graphs may not fit into GPU memory
         self._pipeline = self._build()
         self._labels.clear()
         self._fed.clear()
 
 
 class DecodeCheck:
-    """Tests whether a graph with the single input `images` decodes a file. Thread-safe."""
+    """Test whether DALI decodes a file, with a graph whose only input is `images`. Thread-safe."""
 
     def __init__(self, build: Callable[[], Pipeline]) -> None:
-        """build: Returns the graph for batches of one; called for the first file and again after each failure."""
+        """build: Function that returns a graph for batches of one; called at the first file and after each failure."""
         self._build = build
         self._pipeline: Pipeline | None = None
         self._lock = Lock()
 
     def decodes(self, file: np.ndarray) -> bool:
-        """Return whether DALI decodes a file, uint8 [bytes]. Other errors, e.g. out of memory, are raised."""
+        """Return True if DALI decodes a file, uint8 [bytes]. Other errors, such as out of memory, are raised."""
         with self._lock:
             self._pipeline = pipeline = self._pipeline or self._build()
             pipeline.feed_input("images", [file])
@@ -80,7 +80,7 @@ class DecodeCheck:
             try:
                 pipeline.outputs()
             except RuntimeError as error:
-                self._pipeline = None  # no longer valid
+                self._pipeline = None  # a graph is unusable after an error
                 if not any(text in str(error) for text in DECODE_ERRORS):
                     raise
                 return False

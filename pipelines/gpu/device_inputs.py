@@ -7,19 +7,19 @@ import torch
 
 
 class DeviceInputs:
-    """A pinned buffer and a device buffer per slot: int64 [slots, *shape] each."""
+    """A pinned host buffer and a device buffer, int64 [slots, *shape] each."""
 
     def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
-        # Pinned: a copy from pageable memory blocks the calling thread.
+        # Pinned, since a copy from pageable memory blocks the calling thread.
         self._host = torch.empty((slots, *shape), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.empty((slots, *shape), dtype=torch.int64, device=device)
         self._arrays = self._host.numpy()
-        self._copied: dict[int, torch.cuda.Event] = {}  # by slot
+        self._copied: dict[int, torch.cuda.Event] = {}  # event of each slot's last copy
 
     def host(self, slot: int) -> np.ndarray:
-        """Return the host buffer of the slot, int64 [*shape], for writing; wait for its last copy.
+        """Wait for the slot's last copy; return its host buffer, int64 [*shape], for writing.
 
-        The batch of that copy may never have been consumed, so no event of the consumer covers it.
+        If the batch of that copy was never consumed, no event of the consumer covers the copy.
         """
         if slot in self._copied:
             self._copied[slot].synchronize()
@@ -35,7 +35,7 @@ class DeviceInputs:
 
 
 def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
-    """Record an event on a stream (None: the current one). Waiting for it sleeps; spinning would occupy a core."""
+    """Record an event on a stream (None: the current one). Waiting for it sleeps instead of spinning on a core."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event

@@ -1,7 +1,7 @@
-"""Gather, crop and flip in one kernel launch, for splits in GPU memory; the pixels of `dali_graph.train_graph`.
+"""Gather, crop and flip in one kernel launch, for splits in GPU memory. Pixels match `dali_graph.train_graph`.
 
-DALI sets up every sample on the host, which takes longer than the work for images of 32x32. Here a batch costs the host
-one small copy and one launch. Importing this module imports Triton, so only code that uses a GPU may do so.
+DALI sets up every sample on the host, which takes longer than the work on a 32x32 image. Here a batch costs the host
+one small copy and one launch. Importing this module imports Triton, so only code that uses a GPU may import it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import numpy as np
 import torch
 
-# Triton 3.9 warns if this is unset; 1 is the default of all versions up to it.
+# Triton 3.9 warns if this is unset; 1 is the default up to that version.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
@@ -19,8 +19,8 @@ import triton.language as tl
 from pipelines.gpu.device_inputs import DeviceInputs
 from pipelines.interfaces import SampleSource
 
-BLOCK_BYTES = 1024  # of the output, per program: three programs for an image of 32x32
-DRAW_ROWS = 4  # per sample: index, offset y, offset x, flip
+BLOCK_BYTES = 1024  # output bytes per program; an image of 32x32 takes three programs
+DRAW_ROWS = 4  # rows: sample index, offset y, offset x, flip
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _gather_crop_flip(
     REFLECTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """pixels uint8 [N, HEIGHT * WIDTH * 3]; draws int64 [DRAW_ROWS, stride]; out uint8 [B, SIZE * SIZE * 3]."""
+    """Fill out, uint8 [B, SIZE * SIZE * 3]; pixels: uint8 [N, HEIGHT * WIDTH * 3]; draws: int64 [DRAW_ROWS, stride]."""
     sample = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = place < SIZE * SIZE * 3
@@ -54,7 +54,7 @@ def _gather_crop_flip(
             x = WIDTH - 1 - tl.abs(WIDTH - 1 - tl.abs(x))
         else:
             inside = exists & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    row = tl.load(draws + sample) * (HEIGHT * WIDTH * 3)  # 64 bits: a split may exceed 4 GiB
+    row = tl.load(draws + sample) * (HEIGHT * WIDTH * 3)  # 64 bits, since a split may exceed 4 GiB
     values = tl.load(pixels + row + (y * WIDTH + x) * 3 + place % 3, mask=inside, other=0)
     tl.store(out + sample.to(tl.int64) * (SIZE * SIZE * 3) + place, values, mask=exists)
 
@@ -78,8 +78,8 @@ def gather_crop_flip(
         out: uint8 [B, S, S, 3], contiguous.
         shape: (H, W, 3).
         crops, flips: Enable cropping and flipping.
-        padding_mode: Of pixels outside of the image, "constant" (black) or "reflect" as in torch.nn.functional.pad:
-            edges do not repeat, and offsets are smaller than the image.
+        padding_mode: Pixels outside of the image: "constant" (black) or "reflect" as in torch.nn.functional.pad, so
+            edges do not repeat and offsets must be smaller than the image.
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
@@ -92,7 +92,7 @@ def gather_crop_flip(
 
 
 class TritonCropFlip(SampleSource):
-    """The whole split in GPU memory: batches are gathered, cropped and flipped in one launch.
+    """Source that gathers, crops and flips batches of a split in GPU memory in one launch.
 
     Each batch is a new tensor, see `DevicePixels`.
 

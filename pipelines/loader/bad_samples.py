@@ -1,7 +1,7 @@
-"""Samples that cannot be decoded: their substitutes in training, and the limit on their number.
+"""Replace samples that cannot be decoded, up to a limit.
 
-The substitute depends on the sample and the data alone: it is the next sample in stored order that can be decoded. So
-every rank chooses the same one without communication, at any batch size and after a restart.
+The substitute is the next decodable sample in stored order. It depends only on the sample and the data, so every rank
+chooses the same one without communication, at any batch size and after a restart.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.split import Split
 
-MAX_NAMED = 3  # samples in an error message
+MAX_NAMED = 3  # samples named in an error message
 REPAIR = "run `tools/convert.py verify` on the data set and convert the source again"
-FindDefect = Callable[[int], str | None]  # why a sample cannot be decoded; None: it can
+FindDefect = Callable[[int], str | None]  # returns why a sample cannot be decoded; None if it can
 
 
 class Undecodable(Exception):
-    """Samples of a batch that a source cannot decode. Never leaves the loader."""
+    """Raised by a source for samples that it cannot decode. The loader handles it."""
 
     def __init__(self, defects: dict[int, str]) -> None:
-        """defects: Sample index to reason."""
+        """defects: Reason by sample index."""
         super().__init__(f"samples {[*defects]} cannot be decoded")
         self.defects = defects
 
 
 class BadSamples:
-    """The bad samples of one split found by this process, shared by all threads and stages."""
+    """Bad samples of one split that this process has found, shared by all threads and stages."""
 
     def __init__(self, split: Split, budget: int, advice: str) -> None:
-        """budget: Number of samples that may be replaced; advice: ends the error message when it is 0."""
+        """Record up to `budget` replaced samples; with a budget of 0, `advice` ends the error message."""
         self.split = split
         self.budget = budget
         self._advice = advice
-        self._found: dict[int, str] = {}  # reason for each, in the order of discovery
-        # int64 [samples]: substitute of each sample, most often itself; None: no bad samples, the fast case of a batch
+        self._found: dict[int, str] = {}  # reason by sample, in the order of discovery
+        # int64 [samples]: substitute of each sample, usually the sample itself; None: no bad samples, the fast path
         self._substitutes: np.ndarray | None = None
         self._lock = Lock()
 
     @property
     def can_replace(self) -> bool:
-        """Whether bad samples are replaced at all."""
+        """True if bad samples may be replaced."""
         return self.budget > 0
 
     @property
@@ -55,22 +55,22 @@ class BadSamples:
             return [] if self._substitutes is None else [(bad, int(self._substitutes[bad])) for bad in self._found]
 
     def substitute(self, samples: np.ndarray) -> np.ndarray:
-        """Return samples, int64 [N], with the known bad ones replaced."""
+        """Return `samples`, int64 [N], with the known bad ones replaced."""
         return samples if self._substitutes is None else self._substitutes[samples]
 
     def add(self, defects: dict[int, str], defect: FindDefect) -> None:
         """Record bad samples and find their substitutes.
 
         Args:
-            defects: Sample index to reason.
-            defect: Tests further samples.
+            defects: Reason by sample index.
+            defect: Function that tests further samples.
 
         Raises:
-            UserError: No sample may be replaced, or there are more bad samples than the budget.
+            UserError: The number of bad samples exceeds the budget.
         """
         with self._lock:
             for sample, reason in defects.items():
-                if sample not in self._found:  # another thread may have been first
+                if sample not in self._found:  # another thread may have added them
                     self._add(sample, reason, defect)
 
     def _add(self, sample: int, reason: str, defect: FindDefect) -> None:
@@ -87,7 +87,7 @@ class BadSamples:
             raise UserError(f"no sample of split {self.split.name!r} can be decoded; {REPAIR}")
         substitutes = np.arange(len(self.split)) if self._substitutes is None else self._substitutes.copy()
         for one, reason in bad.items():
-            substitutes[substitutes == one] = substitute  # also where it was a substitute itself
+            substitutes[substitutes == one] = substitute  # also replace it as a substitute
             self._found[one] = reason
             warn(
                 f"{self.split.describe(one)} {reason}; sample {substitute} takes its place "
@@ -114,7 +114,7 @@ class BadSamples:
 
 
 def for_training(split: Split, data: DataConfig) -> BadSamples:
-    """Return a record that replaces samples as data.on_bad_sample and data.max_bad_samples say."""
+    """Return a record that replaces samples according to data.on_bad_sample and data.max_bad_samples."""
     advice = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
     return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, advice)
 

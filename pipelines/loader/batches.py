@@ -1,4 +1,4 @@
-"""The batches of a loader, and the samples and draws that each of them consists of."""
+"""Batches, and the plans that determine their samples and draws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class MixedBatch(Batch):
-    """A batch whose samples are to be mixed with their neighbours; mix: float32 [B, 5], see `mixup.mix_table`."""
+    """A batch to be mixed with the samples' neighbours; mix: float32 [B, 5], see `mixup.mix_table`."""
 
     mix: torch.Tensor
 
@@ -33,11 +33,11 @@ class MixedBatch(Batch):
 
 
 class BatchPlan:
-    """The batches of an epoch on this rank. Its methods are pure functions, called from background threads."""
+    """The batches of an epoch on this rank. Methods are pure and are called from background threads."""
 
-    samples: int  # of an epoch
-    batch_size: int  # of all batches except possibly the last
-    repeats = False  # True: every iteration is epoch 0 from its start, as in evaluation
+    samples: int  # samples per epoch
+    batch_size: int  # the last batch may be smaller
+    repeats = False  # True: every iteration starts at the first batch of epoch 0, for evaluation
 
     @property
     def steps(self) -> int:
@@ -49,14 +49,14 @@ class BatchPlan:
         raise NotImplementedError
 
     def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the inputs of the graph besides images and labels, each [N, ...]; samples: int64 [N]."""
+        """Return the draws of `samples`, int64 [N], as arrays [N, ...]: the graph's inputs besides images."""
         return {}
 
     def prepare(self, epoch: int) -> None:
-        """Compute in advance what `indices` needs once per epoch."""
+        """Precompute the state that `indices` needs once per epoch."""
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
-        """Return how a batch of `samples` images of side `size` is mixed, see `mixup.mix_table`; None: not at all."""
+        """Return the `mixup.mix_table` of a batch of `samples` images of side `size`; None without mixing."""
         return None
 
 
@@ -75,7 +75,7 @@ class TrainBatches(BatchPlan):
         *,
         for_dali: bool,
     ) -> None:
-        """for_dali: draws take the form of DALI's inputs."""
+        """for_dali: Convert draws to inputs of the DALI graph."""
         self.samples, self.batch_size = steps * batch_size, batch_size
         self._order, self._rank, self._world_size = epoch_order, rank, world_size
         self._accumulation_steps = accumulation_steps
@@ -129,7 +129,7 @@ class EvalBatches(BatchPlan):
 
 
 class ChosenSamples(BatchPlan):
-    """Chosen samples in a fixed order, the same in every epoch; drawn and mixed as in another plan."""
+    """Chosen samples in a fixed order, the same in every epoch, with the draws and mixing of another plan."""
 
     def __init__(self, plan: BatchPlan, samples: np.ndarray) -> None:
         """samples: int64 [N]"""

@@ -1,4 +1,4 @@
-"""Memory for pixels: the loader's reused slots, and whole splits in the memory of a device."""
+"""Memory for pixels: the loader's reused slots, and whole splits in device memory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import torch
 from pipelines.storage.split import Split
 
 HUGE_PAGE = 2**21  # bytes
-RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which ranks share
+RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which all ranks share
 
 
 class SlotBuffers:
     """Reused buffers in host memory, uint8 [batch_size, H, W, 3] each.
 
-    Fresh memory for every batch would cost more in page faults than the copy itself.
+    Page faults in fresh memory would cost more than the copy itself.
 
     Args:
         count: Number of slots.
         batch_size: Images per slot.
         shape: (H, W, 3).
-        pinned: A GPU can copy from the slots asynchronously.
-        handed_out: Batches reach the user without a copy. A slot that the user still holds is replaced, not
-            overwritten, by a slot that was replaced earlier and is free again, or by a new one.
+        pinned: Use pinned memory, from which a GPU can copy asynchronously.
+        handed_out: Batches reach the user without a copy. A slot that the user still holds is not overwritten but
+            replaced, by an earlier replaced slot that is free again or by a new one.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SlotBuffers:
         self._references_when_idle = self._references(self._slots, 0)
 
     def __call__(self, slot: int, size: int) -> np.ndarray:
-        """Return the first `size` images of a slot for writing, uint8 [size, H, W, 3]."""
+        """Return room for the first `size` images of a slot, uint8 [size, H, W, 3]."""
         if self._handed_out and self._references(self._slots, slot) > self._references_when_idle:
             with self._lock:
                 replaced = range(len(self._replaced))
@@ -59,14 +59,14 @@ class SlotBuffers:
         return self._slots[slot][:size]
 
     def _references(self, arrays: list[np.ndarray], number: int) -> int:
-        """Count references to an array; each tensor that shares its memory holds one."""
+        """Count the references to an array; each tensor that shares its memory holds one."""
         return sys.getrefcount(arrays[number])
 
     def _new(self) -> np.ndarray:
         if self._pinned:
             return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
         slot = _on_huge_pages(*self._shape)
-        slot.fill(0)  # touch the pages now, so that no batch pays for the faults
+        slot.fill(0)  # touch the pages now, so that no batch pays for page faults
         return slot
 
 
@@ -87,7 +87,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 
 
 def resident_fits(split: Split, device: torch.device) -> bool:
-    """Return whether placement `auto` keeps the split in the device's memory: npy, small beside the free memory."""
+    """Return True if placement `auto` keeps the split in device memory: npy, and small relative to free memory."""
     if split.encoding != "npy" or split.image_shape is None:
         return False
     limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES_ON_CPU
@@ -95,7 +95,7 @@ def resident_fits(split: Split, device: torch.device) -> bool:
 
 
 def _on_huge_pages(*shape: int) -> np.ndarray:
-    """Allocate uint8 [*shape] on pages of 2 MiB where the system has them: scattered samples miss the TLB less."""
+    """Allocate uint8 [*shape] on 2 MiB pages if available, which reduces TLB misses of scattered samples."""
     memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE)
     with suppress(OSError):  # kernels built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)

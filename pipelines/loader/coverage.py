@@ -1,4 +1,4 @@
-"""Checksums of the samples that an iteration visited, independent of their order."""
+"""Order-independent checksums of the samples that an iteration visited."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULUS = 2**64
 class SampleChecksum:
     """Number of samples, and the sum of a hash of each sample's index modulo 2^64.
 
-    A sample visited twice in place of another changes the sum, except with probability 2^-64.
+    A sample visited twice in place of another changes the sum with probability 1 - 2^-64.
     """
 
     samples: int = 0
@@ -32,7 +32,7 @@ EMPTY = SampleChecksum()
 def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
     """Return the checksum of each batch of consecutive samples; indices: int64 [N].
 
-    All batches at once, since for few samples the overhead of NumPy's calls dominates.
+    All batches are computed at once, since the overhead of NumPy calls dominates for small batches.
     """
     starts = np.arange(0, len(indices), batch_size)
     sums = np.add.reduceat(hash64(indices.view(np.uint64)), starts)

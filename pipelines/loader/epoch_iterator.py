@@ -16,14 +16,14 @@ _iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
 @atexit.register
 def _close_iterators() -> None:
-    """Close unfinished iterators: a thread inside torch or DALI must not outlive the interpreter."""
+    """Close unfinished iterators, since a thread inside torch or DALI must not outlive the interpreter."""
     for iterator in list(_iterators):
-        with suppress(ValueError, RuntimeError):  # running at this moment, or ended by an error
+        with suppress(ValueError, RuntimeError):  # the generator is running, or ended with an error
             iterator.close()
 
 
 class EpochIterator(Iterator[Item], Generic[Item]):
-    """Iterates over the items of a generator until it is finished or replaced."""
+    """Iterator over the items of a generator until it is finished or replaced."""
 
     def __init__(self, items: Generator[tuple[Item, bool]]) -> None:
         """items: Pairs of an item and whether it is the last one."""
@@ -37,19 +37,19 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         """Return the next item; raise RuntimeError if the iterator was replaced."""
         if self._is_replaced:
             raise RuntimeError(
-                "this iterator of the loader was ended: another one was made, or the loader's state was set, and a "
-                "loader has one set of buffers; use one iterator at a time, and build a second loader for a second one"
+                "this iterator was ended by a newer one or by setting the loader's state; a loader has one set of "
+                "buffers, so use one iterator at a time, or build a second loader"
             )
         self.is_started = True
         item, self._had_last = next(self._items)
         return item
 
     def close(self) -> None:
-        """End the iterator: it raises StopIteration from now on."""
+        """End the iterator: from now on it raises StopIteration."""
         self._items.close()
 
     def replace(self) -> None:
-        """End the iterator: it raises RuntimeError from now on, or StopIteration if no item was left."""
+        """End the iterator: from now on it raises RuntimeError, or StopIteration if no item was left."""
         is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
         self._items.close()
         self._is_replaced |= is_unfinished

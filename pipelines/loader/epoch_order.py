@@ -1,4 +1,4 @@
-"""The order of a training epoch, and read-ahead of its shards for data larger than memory."""
+"""Sample order of a training epoch, and read-ahead of shards for data larger than memory."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class TrainOrder:
 
     def __call__(self, epoch: int) -> np.ndarray:
         """Return the sample indices of an epoch in their order, int64 [samples]."""
-        with self._lock:  # computed once
+        with self._lock:  # other threads wait for the one that computes it
             return self._epoch_order(epoch)
 
 
 class ReadAhead:
     """Ask the kernel to read the next window's shards while the current window is trained on.
 
-    These are hints only: results do not depend on them. Called with each batch, in order, from any thread.
+    These are hints; results do not depend on them. Call it for each batch, in order, from any thread.
     """
 
     def __init__(self, split: Split, window_shards: int, seed: int) -> None:
         self._split = split
         self._lock = Lock()
-        self._reached = (-1, -1)  # epoch and window
+        self._reached = (-1, -1)  # (epoch, window)
         self._windows = lru_cache(maxsize=2)(
             lambda epoch: order.shard_windows(len(split.files), window_shards, seed, epoch)
         )
 
     def __call__(self, epoch: int, indices: np.ndarray) -> None:
-        """indices: int64 [B], the samples of a batch of `epoch`."""
+        """Advise the kernel for a batch of `epoch`; indices: int64 [B], its samples."""
         windows = self._windows(epoch)
         window = int(windows[self._split.shard[indices[-1]]])
         with self._lock:
@@ -59,5 +59,5 @@ class ReadAhead:
             self._reached = (epoch, window)
         for wanted in (window, window + 1):
             self._split.advise(np.flatnonzero(windows == wanted), mmap.MADV_WILLNEED)
-        # The previous window stays: other threads may still gather from it and would fault its pages in again.
+        # Keep the previous window: other threads may still gather from it and would fault its pages in again.
         self._split.advise(np.flatnonzero(windows == window - 2), mmap.MADV_DONTNEED)

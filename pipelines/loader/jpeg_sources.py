@@ -1,4 +1,4 @@
-"""Sources of JPEG shards: decoded here for the CPU graph, or passed on as files that DALI decodes."""
+"""Sources that read JPEG shards: decoded here for the CPU graph, or passed on as files for DALI."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipelines.storage.split import Split
 
 
 class HostJpegs(SampleSource):
-    """Decodes jpeg shards on the CPU, into memory that stays in the cache for the graph."""
+    """Source that decodes JPEG shards on the CPU, into memory that stays in the cache for the graph."""
 
-    CHUNK = 2**20  # bytes of decoded pixels
+    CHUNK = 2**20  # bytes of decoded pixels per piece
 
     def __init__(self, split: Split, slots: SlotBuffers, graph: CpuGraph | None = None) -> None:
         self._split, self._slots, self._graph, self.monitor = split, slots, graph, split.monitor
@@ -36,7 +36,7 @@ class HostJpegs(SampleSource):
         if self._graph is None:
             self._decode(indices, sizes, out.reshape(-1))
             return torch.from_numpy(out)
-        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # samples of one piece are decoded together
+        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # the samples of a piece are decoded, then transformed
         bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
         scratch = self._take_scratch(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
         for start, stop in pairwise(bounds):
@@ -67,7 +67,7 @@ class HostJpegs(SampleSource):
     def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
         """Decode images one after another into pixels (uint8, flat); return the offset of each, int64 [B].
 
-        The decoder is libjpeg-turbo, as in DALI, and gives the same pixels. sizes: Of the decoded images, bytes.
+        The decoder is libjpeg-turbo, like in DALI, with the same pixels. sizes: Bytes of each decoded image.
         """
         split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
         offsets = np.cumsum(sizes) - sizes
@@ -76,9 +76,9 @@ class HostJpegs(SampleSource):
         rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
         for index, address, length, offset, size, sides in rows:  # every operation here matters for small images
             target = pixels[offset : offset + size]
-            try:  # a header whose size does not fit the target is rejected before anything is decoded
+            try:  # a header that does not fit the target is rejected before decoding
                 is_sound = decode(content[address : address + length], buffer=target).shape[:2] == sides
-            except ValueError:  # warnings too; Pillow, which is slower, tells a warning from a truncated image
+            except ValueError:  # also raised for warnings; Pillow, which is slower, distinguishes them from errors
                 is_sound = (decoded := decode_with_pillow(split.image_bytes(index), sides)) is not None
                 if decoded is not None:
                     target[:] = decoded.reshape(-1)
@@ -88,19 +88,19 @@ class HostJpegs(SampleSource):
 
 
 class MappedFiles(SampleSource):
-    """Views of the encoded files of jpeg shards, which DALI reads straight from the page cache."""
+    """Source of encoded JPEG files as views, which DALI reads directly from the page cache."""
 
     def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
-        """decodes: Returns whether DALI decodes a file on its own, uint8 [bytes]."""
+        """decodes: Function that returns True if DALI decodes a single file, uint8 [bytes]."""
         self._split, self._decodes, self.monitor = split, decodes, split.monitor
         self._content, self._address, self._size = split.content, split.address, split.size
-        self._sound: set[int] = set()  # suspects that DALI decodes
+        self._sound: set[int] = set()  # suspicious samples that DALI decodes
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Return B arrays uint8 [bytes].
 
         Raises:
-            Undecodable: DALI cannot parse a header. Such a file may crash the process if it is decoded in a batch: the
+            Undecodable: DALI cannot parse a header. Decoding such a file in a batch may crash the process, since the
                 decoder returns while its threads still work on the other files (DALI 2.4).
         """
         offsets, sizes = self._address[indices], self._size[indices]
@@ -113,10 +113,10 @@ class MappedFiles(SampleSource):
         return [self._content[offset : offset + size] for offset, size in places]
 
     def _check(self, indices: np.ndarray, suspects: np.ndarray) -> None:
-        """Raise Undecodable if DALI cannot decode a suspect; suspects: positions in indices."""
+        """Raise Undecodable if DALI cannot decode a suspicious sample; suspects: positions in indices."""
         bad = [place for place in suspects if indices[place] not in self._sound and self.defect(indices[place])]
         if bad:
-            # Samples before the last bad one are decoded too, so that an error names the first of the batch.
+            # Test all samples up to the last bad one, so that an error names the first bad sample of the batch.
             found = {sample: self.defect(sample) for sample in indices[: bad[-1] + 1].tolist()}
             raise Undecodable({sample: reason for sample, reason in found.items() if reason is not None})
         self._sound.update(indices[suspects].tolist())

@@ -1,7 +1,7 @@
 """The data loader: iterates over batches of torch tensors on the device.
 
-Background threads fill slots with samples; the consumer's thread submits them to a runner, whose own threads (or GPU)
-work ahead, and takes finished batches. The whole state of a loader is (epoch, step).
+Background threads fill slots with samples. The consumer's thread submits the slots to a runner, which works ahead in
+its threads or on the GPU, and takes finished batches. The state of a loader is (epoch, step).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from pipelines.loader.epoch_iterator import EpochIterator
 from pipelines.loader.prefetch import BufferConfig, HostBatch, PrefetchThreads
 from pipelines.storage.split import Split
 
-IN_FLIGHT = 2  # batches submitted to the runner at once
-CONSUMER_HELD = 2  # batches that a consumer usually holds when it asks for the next: its last two
+IN_FLIGHT = 2  # maximum number of batches in the runner
+CONSUMER_HELD = 2  # batches that a consumer usually still holds when it requests the next
 
 
 class Loader:
-    """Iterates over the batches of an epoch; `len` is their number. One iterator at a time.
+    """Iterable over the batches of an epoch; `len` is their number. Only one iterator at a time.
 
     Args:
         plan: Batches of an epoch.
-        source: Fills the slots.
-        runner: Turns filled slots into batches on the device.
-        buffers: Number of slots and of gathering threads.
-        bad: Samples to replace.
+        source: Source that fills the slots.
+        runner: Runner that turns filled slots into batches on the device.
+        buffers: Number of slots and gathering threads.
+        bad: Record of the bad samples to replace.
         labels: int64 [samples of the split]; None if it has none.
         image_size: Height and width of the images of a batch, pixels.
-        device: Of the batches.
-        gather_stream: Of gathers on a GPU.
+        device: Device of the batches.
+        gather_stream: CUDA stream of gathers; None on the CPU.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Loader:
         self.plan = plan
         self.image_size = image_size
         self.device = device
-        self.wait_s = 0.0  # time that the consumer has waited for data since the start; callers take differences
-        self.seen: SampleChecksum = EMPTY  # samples of the last iteration, in evaluation
+        self.wait_s = 0.0  # total time that the consumer waited for data; callers take differences
+        self.seen: SampleChecksum = EMPTY  # samples of the last evaluation iteration
         self.source = source
         self.bad = bad
         self.labels = labels
         self.buffers = buffers
         self.gather_stream = gather_stream
-        # One wait function per slot: blocks until the device has finished reading it. Kept across epochs.
+        # Wait function per slot: blocks until the device has finished reading it. Kept across epochs.
         self.slot_waits: list[Callable[[], None]] = [no_wait] * buffers.slots
         self._runner = runner
-        # A weak reference to the last iterator, so that an iterator dropped by the consumer ends at once.
+        # Weak reference to the last iterator, so that an iterator dropped by the consumer ends immediately.
         self._running: Callable[[], EpochIterator[Batch] | None] = lambda: None
         self._epoch = self._step = 0
 
@@ -77,13 +77,13 @@ class Loader:
         return self.plan.steps
 
     def at(self, epoch: int) -> Loader:
-        """Return itself, the loader of any epoch; a `StagedLoader` has several."""
+        """Return this loader, for any epoch; a `StagedLoader` has several."""
         del epoch
         return self
 
     @property
     def stages(self) -> Sequence[Loader]:
-        """Itself alone; a `StagedLoader` has several."""
+        """Only this loader; a `StagedLoader` has several."""
         return (self,)
 
     @property
@@ -92,7 +92,7 @@ class Loader:
 
     @property
     def state(self) -> dict[str, int]:
-        """Position of the next batch: {"epoch": …, "step": …}, counted from 0 in batches that were consumed."""
+        """Position of the next batch: {"epoch": …, "step": …}, counted from 0; step counts consumed batches."""
         return {"epoch": self._epoch, "step": self._step}
 
     @state.setter
@@ -101,19 +101,19 @@ class Loader:
         if epoch < 0 or not 0 <= step < max(len(self), 1):
             raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
         running = self._running()
-        if running is not None and running.is_started:  # an iterator not yet started begins at the new state
+        if running is not None and running.is_started:  # an iterator that has not started begins at the new state
             running.replace()
         self._epoch, self._step = epoch, step
 
     def check_unchanged(self) -> None:
-        """Raise UserError if a file that batches come from has changed; called before a checkpoint is saved."""
+        """Raise UserError if a file of the data set has changed. Call it before saving a checkpoint."""
         self.source.check_unchanged()
 
     def __iter__(self) -> EpochIterator[Batch]:
         """Iterate over the rest of the current epoch, starting at `state`.
 
-        There is one set of buffers: an earlier iterator raises RuntimeError when it is used again, unless it had no
-        batch left.
+        There is one set of buffers, so an earlier iterator raises RuntimeError when it is used again, unless it had
+        no batch left.
         """
         self.end_iteration()
         iterator = EpochIterator(self._iterate())
@@ -126,7 +126,7 @@ class Loader:
             running.replace()
 
     def _iterate(self) -> Generator[tuple[Batch, bool]]:
-        """Yield each batch, and whether it is the last one."""
+        """Yield pairs of a batch and whether it is the last one."""
         if self.plan.repeats:
             self._epoch = self._step = 0
             self.seen = EMPTY
@@ -143,7 +143,7 @@ class Loader:
             stream=self.gather_stream,
         )
         submitted: deque[HostBatch] = deque()
-        held: deque[HostBatch] = deque()  # by the consumer
+        held: deque[HostBatch] = deque()  # batches that the consumer may still use
         try:
             while remaining:
                 start = time.perf_counter()
@@ -153,7 +153,7 @@ class Loader:
                         break
                     self._submit(host_batch, submitted)
                 host_batch, (images, labels, self.slot_waits[host_batch.slot]) = self._result(submitted, threads)
-                held.append(host_batch._replace(images=None))  # otherwise the slot would seem to be held by the user
+                held.append(host_batch._replace(images=None))  # a reference here would count as the user's
                 if len(held) > CONSUMER_HELD and (oldest := held.popleft()).is_last:
                     threads.release(oldest.slot)
                 batch = self._batch(images, labels)
@@ -163,12 +163,12 @@ class Loader:
                 self._step += 1
                 if self._step == len(self):
                     self._epoch, self._step = self._epoch + 1, 0
-                # On a GPU the host runs ahead and blocks here too: data is late only if the device is idle.
+                # On a GPU the host also blocks here when it runs ahead; data is late only if the device is idle.
                 if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
                     self.wait_s += time.perf_counter() - start
                 yield batch, not remaining
         finally:
-            for host_batch in submitted:  # in flight when the consumer left
+            for host_batch in submitted:  # still in flight when the iteration ended
                 with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
                     *_, self.slot_waits[host_batch.slot] = self._runner.result()
             threads.stop()
@@ -191,19 +191,19 @@ class Loader:
     def _result(self, submitted: deque[HostBatch], threads: PrefetchThreads) -> tuple[HostBatch, RunnerResult]:
         """Return the oldest submitted batch and its result.
 
-        DALI's error names no sample. So the samples that it cannot decode are searched for, and all batches in flight
-        run again with substitutes; if no substitutes are allowed, the error names the samples.
+        DALI's error does not name a sample. So this method searches for the samples that cannot be decoded and runs all
+        batches in flight again with substitutes; if none are allowed, it raises an error that names the samples.
         """
         while True:
             host_batch = submitted.popleft()
             try:
                 result = self._runner.result()
-                self.source.poll()  # DALI has read encoded images only now
+                self.source.poll()  # DALI has read the encoded images only now
                 return host_batch, result
             except RuntimeError as error:
-                self.check_unchanged()  # a changed file explains more than the sample that could not be read
+                self.check_unchanged()  # report a changed file rather than the sample that it broke
                 in_flight = [host_batch, *submitted]
-                defects = next(filter(None, map(self._defects, in_flight)), None)  # usually of the first batch
+                defects = next(filter(None, map(self._defects, in_flight)), None)  # usually in the first batch
                 if defects is None:
                     raise
                 try:
@@ -216,6 +216,6 @@ class Loader:
                 self._submit(threads.regather(one), submitted)
 
     def _defects(self, host_batch: HostBatch) -> dict[int, str]:
-        """Return the bad samples of a batch with reasons. Slow: decodes the samples one by one."""
+        """Return the bad samples of a batch with reasons. Slow, since it decodes the samples one by one."""
         found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
         return {sample: reason for sample, reason in found if reason is not None}

@@ -1,7 +1,7 @@
 """Background threads that fill slots with batches, ahead of the consumer.
 
-A thread fills one slot with a group of consecutive batches at once: for small batches, the calls and the thread wake-up
-cost more than the gather. Threads take groups in turn; each thread owns some of the slots.
+A thread fills one slot with a group of consecutive batches at once, because for small batches the calls and the thread
+wake-up cost more than the gather. Threads take turns; each thread owns some of the slots.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums
 
 @dataclass(frozen=True)
 class BufferConfig:
-    """Number of slots and of the threads that fill them."""
+    """Number and size of slots, and number of threads that fill them."""
 
-    slots: int  # each holds a group; a multiple of threads
+    slots: int  # slots, a multiple of threads; each holds one group
     threads: int
     group: int = 1  # batches
 
@@ -38,22 +38,22 @@ class HostBatch(NamedTuple):
     indices: np.ndarray
     draws: dict[str, np.ndarray]
     slot: int
-    is_last: bool  # of its slot, which is free once the consumer has released this batch
-    checksum: SampleChecksum  # of its samples; EMPTY in training
+    is_last: bool  # last batch of its slot, which is free once the consumer has released it
+    checksum: SampleChecksum  # checksum of its samples; EMPTY in training
 
 
 class PrefetchThreads:
-    """The threads of one iteration over an epoch.
+    """Threads that fill slots during one iteration over an epoch.
 
     Args:
         plan: Batches of the epoch.
-        source: Fills the slots.
+        source: Source that fills the slots.
         labels: int64 [samples of the split]; None if it has none.
         buffers: Number of slots and threads.
-        slot_waits: Per slot, a function that blocks until the slot may be overwritten.
-        bad: Samples to replace.
+        slot_waits: For each slot, a function that blocks until the slot may be overwritten.
+        bad: Record of the bad samples to replace.
         epoch, first: The iteration starts at batch `first` of `epoch`.
-        stream: Of gathers on a GPU.
+        stream: CUDA stream of gathers; None on the CPU.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class PrefetchThreads:
         self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
         self._groups_taken = 0
         self._group: list[HostBatch] = []  # remaining batches of the current group, last first
-        self._error: BaseException | None = None  # of the thread whose turn it is
+        self._error: BaseException | None = None  # error of the thread whose turn it is
 
     def get(self, block: bool) -> HostBatch | None:
         """Return the next batch; None if it is not ready and `block` is false.
 
-        An error of a thread is raised only with `block`: earlier batches may still fail in the runner, and come first.
+        An error of a thread is raised only with `block`, since earlier batches may still fail in the runner.
         """
         if not self._group and self._error is None:
             try:
@@ -93,7 +93,7 @@ class PrefetchThreads:
             if isinstance(group, BaseException):
                 self._error = group
             else:
-                if self._groups_taken == 0:  # not earlier: training waits for the first batch
+                if self._groups_taken == 0:  # not earlier, since training waits for the first batch
                     self._preparer.start()
                 self._groups_taken += 1
                 self._group = group
@@ -111,7 +111,7 @@ class PrefetchThreads:
         """Fill a slot with samples, int64 [N], or their substitutes.
 
         Returns:
-            images, labels int64 [N], sample indices int64 [N], and draws. A substitute has its own label and draws.
+            Images, labels int64 [N], sample indices int64 [N], and draws. Substitutes have their own labels and draws.
         """
         while True:
             indices = self.bad.substitute(wanted)
@@ -128,7 +128,7 @@ class PrefetchThreads:
         try:
             images = self.source.fill(slot, indices, draws)
         except Exception:
-            self.source.check_unchanged()  # a changed file explains more than the sample that could not be read
+            self.source.check_unchanged()  # report a changed file rather than the sample that it broke
             raise
         self.source.poll()
         return images
@@ -145,7 +145,7 @@ class PrefetchThreads:
             thread.free.put(None)
         for thread in self._threads:
             thread.join()
-        if self._preparer.ident is not None:  # it was started
+        if self._preparer.ident is not None:  # only if it was started
             self._preparer.join()
 
     def _prepare_next_epoch(self) -> None:
@@ -153,7 +153,7 @@ class PrefetchThreads:
 
 
 def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
-    """Split batches `first` to `steps` into groups of 1, 2, 4 … up to `largest`; each size `ramp` times.
+    """Split batches `first` to `steps` into groups of 1, 2, 4 … up to `largest` batches, each size `ramp` times.
 
     The first groups are small because training waits for them.
     """
@@ -166,7 +166,7 @@ def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
 
 
 class _GatherThread(threading.Thread):
-    """Fills its slots with its groups."""
+    """Thread that fills its slots with its groups of batches."""
 
     def __init__(self, owner: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)

@@ -12,7 +12,7 @@ from pipelines.interfaces import RunnerResult, no_wait
 
 
 class CopyRunner:
-    """Copies batches to the device: stored pixels, or samples that the source has already augmented.
+    """Runner that copies batches to the device: stored pixels, or samples that the source has already augmented.
 
     Batches in host memory are copied to a GPU on a separate stream, so that the copy overlaps with the model's work on
     the previous batch. Batches that are already on the device are passed on without a copy.
@@ -31,7 +31,7 @@ class CopyRunner:
             return
         self._copy_stream.wait_stream(self._gather_stream)  # type: ignore[arg-type]
         with torch.cuda.stream(self._copy_stream):
-            on_device = images.to(self._device, non_blocking=True)  # no copy if it is already there
+            on_device = images.to(self._device, non_blocking=True)  # no copy if it is already on the device
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
             self._ready.append((on_device, labels_on_device, blocking_event()))
 
@@ -42,8 +42,8 @@ class CopyRunner:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
         for tensor in (images, labels):
-            tensor.record_stream(current)  # allocated on another stream, which must not reuse their memory early
-        # The slot is free once the copy, or the gather before it, has ended, however long the batch lives.
+            tensor.record_stream(current)  # allocated on another stream, which must not reuse the memory early
+        # The slot is free once the copy, or the gather before it, has ended, even while the batch is in use.
         return images, labels, copied.synchronize
 
     def restart(self) -> None:

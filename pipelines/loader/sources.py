@@ -16,15 +16,15 @@ from pipelines.loader.buffers import SlotBuffers
 
 
 class HostPixels(SampleSource):
-    """Raw images in host memory: resident, or the map of all npy shards. A batch is one call of a kernel.
+    """Source of raw images in host memory: resident, or mapped npy shards. One kernel call gathers a batch.
 
     Args:
         content: uint8 [bytes].
         offsets: int64 [samples], byte offset of each sample's pixels.
         shape: (H, W, 3) of the stored images.
-        slots: Buffers that are filled.
-        graph: Transforms the pixels on the way; None: they are copied.
-        monitor: Monitors the mapped files.
+        slots: Buffers to fill.
+        graph: Graph that transforms the pixels; None: they are copied.
+        monitor: Monitor of the mapped files.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class HostPixels(SampleSource):
 
 
 class DevicePixels(SampleSource):
-    """The whole split in GPU memory: batches are gathered there and never cross the bus.
+    """Source that gathers batches of a split in GPU memory, without copies from the host.
 
-    Each batch is a new tensor, so it can be passed on without a copy: torch's allocator reuses its memory once the
+    Each batch is a new tensor, so it can be passed on without a copy. torch's allocator reuses its memory once the
     streams that it was recorded on are done with it.
 
     Args:
@@ -62,8 +62,8 @@ class DevicePixels(SampleSource):
         shape: (H, W, 3).
         batch_size: Images per slot.
         slots: Number of slots.
-        waits: Block until the gather is done. DALI needs this: it waits for no stream before it reads an input that
-            was fed with no_copy.
+        waits: Block until the gather is done. DALI needs this, since it does not wait for a stream before it reads an
+            input that was fed with no_copy.
     """
 
     def __init__(

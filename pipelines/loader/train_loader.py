@@ -1,6 +1,6 @@
 """Progressive resizing: one loader per stage of epochs, behind the interface of a single loader.
 
-All stages are built at the start, so that a change of the image or batch size costs an epoch nothing. The order of the
+All stages are built at the start, so a change of the image or batch size does not delay an epoch. The order of the
 samples and their draws do not depend on the stages.
 """
 
@@ -17,7 +17,7 @@ from pipelines.loader.loader import Loader
 
 
 class StagedLoader:
-    """A `Loader` whose length, plan and image size are those of the current epoch's stage."""
+    """A loader whose length, plan and image size depend on the stage of the current epoch."""
 
     def __init__(self, loaders: Sequence[Loader], starts: Sequence[int]) -> None:
         """starts: First epoch of each loader, ascending from 0. A loader may occur several times."""
@@ -30,7 +30,7 @@ class StagedLoader:
 
     @property
     def stages(self) -> Sequence[Loader]:
-        """All loaders, each of them once."""
+        """All loaders, each once."""
         return tuple(dict.fromkeys(self._loaders))
 
     @property
@@ -88,7 +88,7 @@ class StagedLoader:
         return max(number for number, start in enumerate(self._starts) if start <= epoch)
 
     def _current(self) -> Loader:
-        """Return the loader of the current epoch, which the last used loader has reached."""
+        """Return the loader of the current epoch; on a change of stage, hand the position over to it."""
         state = self._loaders[self._current_stage].state
         stage = self._stage_at(state["epoch"])
         if stage != self._current_stage:
