@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train.throughput
 import train.trainer
 from configs.load import load_config
 from configs.schema import TrainConfig
@@ -407,7 +408,8 @@ def test_eval_prints_metrics_accuracy_and_writes_nothing(
 def test_throughput_prints_images_per_second_and_makes_no_folder(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ddp, "measure_images_per_s", partial(measure_images_per_s, warmup_steps=1, seconds=0.1))
+    quick = partial(measure_images_per_s, warmup_steps=1, seconds=0.1)
+    monkeypatch.setattr(train.throughput, "measure_images_per_s", quick)
     code, out, err = call(*arguments(digits, tmp_path, "train.accumulation_steps=2"), "--throughput")
     assert (code, err) == (0, "")
     shown = re.fullmatch(r"digits_lenet: ([\d,]+) images/s in training on 1 x cpu\n", out)
