@@ -1,4 +1,4 @@
-"""Read dataset.json, the description of a converted data set, and check everything that other modules rely on."""
+"""Read dataset.json, the description of a converted data set, and check all that other modules rely on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from configs.utils.errors import UserError, printable, readable
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
 RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
-MAX_BYTES = 2**25  # of dataset.json: about 200,000 shards; parsed JSON takes up to 20 times as much memory
+MAX_BYTES = 2**25  # size of dataset.json: about 200,000 shards; parsed JSON takes up to 20 times as much
 MAX_SIDE = 2**16  # pixels
-MAX_COUNT = 2**46  # bytes or samples: half of what a process can address
+MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 HDF5_SUFFIXES = (".hdf5", ".h5")
-CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command, prefix of the official file names
+CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # (command, prefix of the official file names)
 
 
 def refuse_external_link(file: Path) -> None:
-    """Raise UserError for a file that is a link to a place outside of the data set."""
-    real = Path(os.path.realpath(file))  # unlike Path.resolve, it accepts a circle of links
+    """Raise UserError if a file is a link to a target outside of the data set."""
+    real = Path(os.path.realpath(file))  # unlike Path.resolve, accepts a cycle of links
     if not real.is_relative_to(os.path.realpath(file.parent)):
         raise UserError(
-            f"{file} is a link to {real}, outside of the data set; put the file itself there, or link the whole folder"
+            f"{file} is a link to {real}, outside of the data set; copy the file itself there, or link the whole folder"
         )
 
 
 def load_dataset(folder: str | Path) -> dict[str, Any]:
-    """Load and check dataset.json. Raises UserError with a hint for anything else than a converted data set."""
+    """Load and check dataset.json; raise UserError with a hint for anything but a converted data set."""
     path = Path(folder) / "dataset.json"
     with readable(path):
         if not path.parent.exists():
@@ -54,7 +54,7 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             _check(dataset)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged or of another program ({type(error).__name__}: {error}); "
+            f"{path} is damaged or from another program ({type(error).__name__}: {error}); "
             "convert the source with tools/convert.py first"
         ) from None
     if version != VERSION:
@@ -66,16 +66,15 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 
 
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
-    """Return whether the samples of a split are stored in the order of the source's rows.
+    """Return True if the samples of a split are stored in the order of the source's rows.
 
-    Predictions for a contest need this order. Older data sets do not record it: their train split is shuffled, other
-    splits are not.
+    Predictions for a contest need this order. Older data sets do not record it; only their train split is shuffled.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """Return a sha256 of the samples: data sets with equal fingerprints give a training run the same batches."""
+    """Return a sha256 of the samples; data sets with equal fingerprints give a run the same batches."""
     content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +99,7 @@ _FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
 
 
 def _check(dataset: dict[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError for anything missing or invalid that other modules rely on."""
+    """Raise ValueError, TypeError or KeyError if an entry that other modules rely on is missing or invalid."""
     _check_fields(dataset, _DATASET_FIELDS)
     if not all(type(name) is str for name in dataset["classes"]):
         raise TypeError("classes are not all text")
@@ -127,7 +126,7 @@ def _check(dataset: dict[str, Any]) -> None:
         _check_split(name, split)
     if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent in older data sets
         raise TypeError(f"unordered is {_format_value(dataset['unordered'])}")
-    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and in older data sets
+    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and older data sets
         _check_fields(reasons, dict.fromkeys(reasons, int))
     files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
@@ -162,7 +161,7 @@ def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
 
 def _format_value(value: Any) -> str:
     """Return a short representation of any JSON value for an error message."""
-    if isinstance(value, int) and value.bit_length() > 200:  # slow to write in decimal
+    if isinstance(value, int) and value.bit_length() > 200:  # converting it to decimal would be slow
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -171,7 +170,7 @@ def _format_value(value: Any) -> str:
 def convert_hint(folder: str | Path) -> str:
     """Return the tools/convert.py command for `folder`, a source or a data set that does not exist yet.
 
-    Looks at file names only; `tools/sources` checks what a source contains. The text ends an error message.
+    Looks at file names only; `tools/sources` checks the content of a source. The text ends an error message.
     """
     path = Path(folder)
     command, source, out = _command(path)
@@ -188,7 +187,7 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
         if not path.exists():
             return _for_missing(path)
         files = [path] if path.is_file() else sorted(path.iterdir())
-    except OSError:  # not readable for this user
+    except OSError:  # not readable by this user
         return "", [], path
     names = [file.name for file in files]
     for file in files:
@@ -197,14 +196,14 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
     for command, beginning in CIFAR.items():
         if path.name.startswith(f"{beginning}-") or any(name.startswith(f"{beginning}-") for name in names):
             return command, ["--source", str(path)], Path("data") / command
-    # The names are those of tools.sources.imagefolder, which this package may not import.
+    # Same names as in tools.sources.imagefolder, which this package must not import.
     if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
         return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
     return "", [], path
 
 
 def _for_missing(path: Path) -> tuple[str, list[str], Path]:
-    """Guess from the name of a missing folder, as the configs of this project and of the homework use it."""
+    """Guess the source from the name of a missing folder, as used in the configs of this project and the homework."""
     if path.name in CIFAR:
         return path.name, ["--download"], path
     if path.name == "digits":

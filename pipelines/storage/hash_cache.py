@@ -1,7 +1,7 @@
-"""Hashes of shards: each file is read once after its last change, and its sha256 is kept in the user's cache.
+"""Cache the sha256 of each shard, so that a file is read only once after its last change.
 
-A cache entry is valid while inode, size and times of the file are unchanged. The cache is not part of the data set,
-which may be read-only and must be identical for two conversions of the same source.
+A cache entry is valid while inode, size and times of the file are unchanged. The cache is in the user's cache folder,
+not in the data set, which may be read-only and must be identical for two conversions of the same source.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tqdm import tqdm
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 
-MAX_ENTRIES = 8  # per file: nodes of a cluster may share a home folder and have local copies of the data
+MAX_ENTRIES = 8  # per file; nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
 MAX_THREADS = 8
-TIMESTAMP_TICK_NS = 20_000_000  # a file system's clock ticks every 10 ms or faster: later changes show in its times
+TIMESTAMP_TICK_NS = 20_000_000  # file system clocks tick at least every 10 ms; later changes alter the times
 SAVE_INTERVAL_S = 5.0
-LOCK_TIMEOUT_S = 30.0  # without a heartbeat of the process that holds the lock
+LOCK_TIMEOUT_S = 30.0  # maximum time without a heartbeat of the process that holds the lock
 MAX_CACHE_BYTES = 2**27
-NOTE_BYTES = 2**34  # reading more than this is announced in a log
+NOTE_BYTES = 2**34  # reading more than this is announced if there is no terminal
 
 
 class FileStamp(NamedTuple):
@@ -48,7 +48,7 @@ class FileStamp(NamedTuple):
 
     @property
     def content_key(self) -> tuple[int, int, int]:
-        """The stamp without the change time, which renaming, linking and chmod also update."""
+        """The stamp without the change time, which renames, links and chmod also update."""
         return self[:3]
 
 
@@ -62,8 +62,8 @@ class HashedFile(NamedTuple):
 def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
     """Return the hash of each shard of a split, reading the files that have no valid cache entry.
 
-    A cached hash that differs from dataset.json is not used: such a file is read again. One process per machine reads
-    while the others wait, so ranks that start together share the work.
+    A file whose cached hash differs from dataset.json is read again. One process per machine reads while the others
+    wait, so ranks that start together share the work.
     """
     shards = dataset["splits"][split]["shards"]
     record = HashCache(folder, dataset)
@@ -75,10 +75,10 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
         missing = [number for number, content in enumerate(found) if content is None]
         files = [folder / shards[number]["file"] for number in missing]
         total = sum(shards[number]["bytes"] for number in missing)
-        if total >= NOTE_BYTES and not sys.stderr.isatty():  # no progress bar in a log, and this takes minutes
+        if total >= NOTE_BYTES and not sys.stderr.isatty():  # without a progress bar, announce what takes minutes
             print(
-                f"checking {total / 2**30:,.0f} GiB of split {split!r}, which is done once for each copy of a data "
-                "set (not with data.verify=off)",
+                f"checking {total / 2**30:,.0f} GiB of split {split!r}, once for each copy of a data set; "
+                "data.verify=off skips this",
                 file=sys.stderr,
             )
         saved = time.monotonic()
@@ -111,7 +111,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
 
 
 def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
-    """Add the hashes of files just written, by file name, to the cache."""
+    """Add the hashes of new files to the cache; sha256: hash by file name."""
     record = HashCache(folder, dataset)
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
     with suppress(OSError), record.exclusive():
@@ -121,7 +121,7 @@ def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) 
 
 
 class HashCache:
-    """The cache file of one data set folder. Without a usable cache folder it is empty."""
+    """The cache file of one data set folder; empty without a usable cache folder."""
 
     def __init__(self, folder: Path, dataset: dict[str, Any]) -> None:
         self._folder = folder
@@ -133,7 +133,7 @@ class HashCache:
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
     def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
-        """Return the hash of each shard entry of dataset.json, None where the cache does not confirm it."""
+        """Return the hash of each shard entry of dataset.json; None if the cache does not confirm it."""
         known = self._load()
         found: list[HashedFile | None] = []
         for shard in shards:
@@ -148,7 +148,7 @@ class HashCache:
         self._new[name] = content
 
     def save(self, warn_on_error: bool = False) -> None:
-        """Merge the added entries into the file, which other processes may have written meanwhile."""
+        """Merge the added entries into the cache file, which other processes may have updated."""
         if not self._new:
             return
         try:
@@ -169,9 +169,8 @@ class HashCache:
         except OSError as error:
             if warn_on_error:
                 warn(
-                    f"which shards have been checked cannot be remembered in {self._path or '~/.cache'} "
-                    f"({error.strerror}), so every start reads them whole; set XDG_CACHE_HOME to a folder that can be "
-                    "written"
+                    f"cannot save the hashes of checked shards in {self._path or '~/.cache'} "
+                    f"({error.strerror}), so every start reads all shards; set XDG_CACHE_HOME to a writable folder"
                 )
 
     def _load(self) -> dict[str, list[HashedFile]]:
@@ -189,9 +188,9 @@ class HashCache:
 
     @contextmanager
     def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Exclude other processes of this machine; yields a heartbeat function for the holder to call.
+        """Exclude other processes of this machine; yield a heartbeat function for the holder to call.
 
-        Does not wait where locks do not work or where the holder has stopped.
+        Does not wait if the file system has no locks or the holder has stopped.
         """
         lock = None
         with suppress(OSError):
@@ -212,7 +211,7 @@ class HashCache:
 
 
 def _acquire(lock: int) -> None:
-    """Lock an open file; give up after `LOCK_TIMEOUT_S` without a heartbeat of its owner."""
+    """Lock an open file; give up after `LOCK_TIMEOUT_S` without a heartbeat of the holder."""
     seen, since = -1, time.monotonic()
     while time.monotonic() - since < LOCK_TIMEOUT_S:
         try:
@@ -264,13 +263,13 @@ def hash_files(
                 shown = sum(read)
                 for future in sorted(done, key=lambda one: one.exception() is not None):  # results before exceptions
                     yield waiting.pop(future), future.result()
-        finally:  # Ctrl-C, or the caller stopped iterating
+        finally:  # after Ctrl-C, or if the caller stops iterating
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> HashedFile:
-    """Hash a file, again if it changes meanwhile; `count` is called with the bytes of each piece that was read."""
+    """Hash a file, again if it changes meanwhile; call `count` with the number of bytes of each piece."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for _ in range(3):
         with file.open("rb", buffering=0) as opened:
@@ -278,7 +277,7 @@ def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> H
             age = time.time_ns() - before.changed_ns
             if 0 <= age < TIMESTAMP_TICK_NS:
                 time.sleep((TIMESTAMP_TICK_NS - age) / 1e9)
-            digest, left = hashlib.sha256(), before.bytes  # a file that grows is read up to its first size
+            digest, left = hashlib.sha256(), before.bytes  # a growing file is read up to its first size
             while left and (size := opened.readinto(buffer[: min(left, CHUNK_BYTES)])):
                 digest.update(buffer[:size])
                 left -= size

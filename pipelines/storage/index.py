@@ -1,4 +1,4 @@
-"""Read SPLIT.index.npz, the position of each sample, and check that all samples are within their shards."""
+"""Read SPLIT.index.npz, which locates each sample, and check that all samples are within their shards."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise UserError for a file of the data set that is missing, of another size, or outside of the folder."""
+    """Raise UserError if a file of the data set is missing, has another size, or is outside of the folder."""
     with readable(file):
         refuse_external_link(file)
         if not file.is_file():
             raise UserError(f"{file} is missing, though dataset.json lists it; {RECONVERT}")
         size = file.stat().st_size
     if size != expected:
-        raise UserError(f"{file} has {size:,} bytes where dataset.json says {expected:,} (truncated?); {RECONVERT}")
+        raise UserError(f"{file} has {size:,} bytes, but dataset.json says {expected:,} (truncated?); {RECONVERT}")
 
 
 def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
         raise UserError(f"{file} cannot be read ({error}); {RECONVERT}") from None
     lengths = {name: len(column) for name, column in index.items()}
     if set(lengths.values()) != {samples}:
-        raise UserError(f"{file} has {lengths} rows where dataset.json says {samples}; {RECONVERT}")
+        raise UserError(f"{file} has {lengths} rows, but dataset.json says {samples}; {RECONVERT}")
     if samples == 0:
         raise UserError(f"{file} lists no samples; {RECONVERT}")
     _check_offsets(file, index, entry)
@@ -101,7 +101,7 @@ def _check_offsets(file: Path, index: dict[str, np.ndarray], entry: dict[str, An
     shards, expected = entry["shards"], [shard["samples"] for shard in entry["shards"]]
     in_range = index["shard"].min() >= 0 and index["shard"].max() < len(shards)
     if not in_range or np.bincount(index["shard"], minlength=len(shards)).tolist() != expected:
-        raise UserError(f"{file} places other numbers of samples in the shards than dataset.json says; {RECONVERT}")
+        raise UserError(f"{file} and dataset.json disagree about the number of samples per shard; {RECONVERT}")
     sizes = np.array([shard["bytes"] for shard in shards], np.int64)[index["shard"]]
     bad = (index["offset"] < tar_format.BLOCK) | (index["size"] < 0) | (index["offset"] > sizes - index["size"])
     if bad.any():

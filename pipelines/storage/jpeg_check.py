@@ -1,4 +1,4 @@
-"""Checks of stored JPEG files: whether they can be decoded, and to the size that the index gives.
+"""Check that stored JPEG files can be decoded, to the size that the index gives.
 
 The header is compared with the index before anything of its size is allocated. A damaged header may claim
 65,000 x 65,000 pixels, which is 12 GB.
@@ -17,19 +17,19 @@ ImageSize = tuple[int, int]  # height, width, pixels
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
-    """Return what is wrong with the header of a JPEG that should have the given size; None if nothing is.
+    """Return what is wrong with the header of a JPEG of the given size; None if it is valid.
 
     file: uint8 [bytes]. sides: height and width according to the index.
     """
     try:
         claimed = simplejpeg.decode_jpeg_header(file)[:2]
-    except ValueError:  # also for color spaces unknown to libjpeg-turbo
+    except ValueError:  # also raised for color spaces unknown to libjpeg-turbo
         try:
             with _open_jpeg(file) as image:
                 claimed = image.height, image.width
         except MemoryError:
             raise
-        except Exception:  # Pillow raises many types on damaged bytes
+        except Exception:  # Pillow raises many exception types on damaged bytes
             return UNDECODABLE
     if claimed == sides:
         return None

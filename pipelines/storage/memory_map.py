@@ -14,7 +14,7 @@ import numpy as np
 from configs.utils.errors import UserError, readable
 from pipelines.storage.hash_cache import FileStamp
 
-MAX_ADDRESSES = 2**46  # bytes; half of what a process has
+MAX_ADDRESSES = 2**46  # bytes; half of the address space of a process
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -26,17 +26,17 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2
 
 
 class MappedShards(NamedTuple):
-    """Files mapped one behind another at slots of equal size."""
+    """Files mapped one after another, in slots of equal size."""
 
     content: np.ndarray  # uint8 [files * slot]
-    fault_address: np.ndarray  # int64 [files]: 0, or the address at which reading the file failed (see `sigbus`)
-    stamps: list[FileStamp]  # of the files when they were mapped
+    fault_address: np.ndarray  # int64 [files]: 0, or the address of a failed read (see `sigbus`)
+    stamps: list[FileStamp]  # stamp of each file when it was mapped
 
 
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
     """Map files read-only at offsets 0, slot, 2 * slot … of one reserved range of addresses.
 
-    Python's mmap cannot choose addresses. With a common range, a batch over any number of shards is one gather.
+    Python's mmap cannot choose addresses. With one range, a batch from any number of shards is a single gather.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
@@ -51,7 +51,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
             raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
         return result
 
-    # The space between files reads as zeros, so that printing the whole array does not crash.
+    # The gaps between files read as zeros, so that printing the whole array does not crash.
     base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
     starts = base + np.arange(len(files), dtype=np.int64) * slot
@@ -72,5 +72,5 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:
-    """Give the kernel advice (mmap.MADV_WILLNEED …) about a part of mapped content; failures are ignored."""
+    """Advise the kernel (mmap.MADV_WILLNEED …) about a part of mapped content; failures are ignored."""
     _libc.madvise(content.ctypes.data + start, size, advice)

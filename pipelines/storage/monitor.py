@@ -1,7 +1,7 @@
-"""Detects shards that change during a run: truncated, overwritten, replaced or removed.
+"""Detect shards that change during a run: truncated, overwritten, replaced or removed.
 
-A mapping shows changes of its file immediately. Up to half a second of batches may be trained on before a change is
-noticed; calling `check` before a checkpoint keeps their effect from being saved.
+A mapping shows changes of its file immediately. Training may use changed data for up to half a second before the change
+is noticed; calling `check` before a checkpoint keeps its effect from being saved.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.hash_cache import CHUNK_BYTES, FileStamp
 
-POLL_INTERVAL_S = 0.5  # between checks
-MAX_SHARE = 0.01  # of a thread's time that checking many files may take
+POLL_INTERVAL_S = 0.5  # minimum time between checks
+MAX_SHARE = 0.01  # maximum share of a thread's time for checks
 
 
 class ShardMonitor:
@@ -59,7 +59,7 @@ class ShardMonitor:
             raise UserError(self._error)
         now = time.monotonic()
         if now >= self._next or self._fault_address.any():
-            self._next = now + POLL_INTERVAL_S  # so that other threads do not check as well
+            self._next = now + POLL_INTERVAL_S  # keeps other threads from checking as well
             self.check()
 
     def check(self) -> None:
@@ -117,17 +117,16 @@ class ShardMonitor:
         return "" if self._fault_address[number] else digest.hexdigest()
 
     def _warn_replaced(self, file: Path, what: str) -> None:
-        """Warn of a name that leads to another file; the mapping still shows the file that was opened."""
+        """Warn that a name now refers to another file; the mapping still shows the opened one."""
         warn(
-            f"{file.name} of split {self._split!r} {what} while it is in use: this run continues with the bytes that "
-            "it has opened, but cannot be resumed unless the file is what it was"
+            f"{file.name} of split {self._split!r} {what} while it was in use: this run continues with the "
+            "original bytes, but cannot be resumed unless the original file is restored"
         )
 
     def _message(self, number: int, what: str) -> str:
         return (
-            f"{self._files[number]} {what} while it was in use, so the run ends before anything that was trained on "
-            "changed bytes is saved; put the file back (`tools/convert.py verify` says whether the data set is whole) "
-            "and resume the run"
+            f"{self._files[number]} {what} while it was in use, so the run ends before it saves anything trained on "
+            "changed bytes; restore the file (check the data set with `tools/convert.py verify`) and resume the run"
         )
 
 

@@ -1,4 +1,4 @@
-"""Open a split of a converted data set: map its shards and check them against dataset.json.
+"""Open a split of a converted data set.
 
 A data set is a folder with `dataset.json` and, for each split, `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention),
 DALI's `.idx` files and `SPLIT.index.npz`. The index has one entry per sample: shard, offset and size of the image in
@@ -32,17 +32,17 @@ def open_split(
 ) -> Split:
     """Map the shards of a split, load its index, and check both against dataset.json.
 
-    Takes well under a second for 1.5 million samples once the shards are in the cache of hashes.
+    Takes well under a second for 1.5 million samples if the hashes of the shards are cached.
 
     Args:
         folder: the data set.
         name: the split.
         verify: "changed" reads shards that have changed since their last check (see `hash_cache`); "off" compares
             sizes only.
-        allow_damaged_images: warn, instead of raising, of a JPEG shard in which only image bytes are damaged.
+        allow_damaged_images: warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
-        UserError: if anything is missing or differs from dataset.json.
+        UserError: a file is missing or differs from dataset.json.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -93,10 +93,10 @@ def open_split(
 
 
 def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise UserError for a damaged shard, or warn if it may be used nevertheless."""
+    """Raise UserError for a damaged shard, or only warn if it may be used."""
     damage = tar_check.diagnose(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
-    # Damaged pixels of an npy split cannot be detected when they are read for training.
+    # Damaged pixels of an npy split cannot be detected during training.
     is_usable = damage.in_content_only and split.encoding == "jpeg"
     if not (allow_damaged_images and is_usable):
         advice = ", or train with substitutes for bad samples: data.on_bad_sample=skip" if is_usable else ""

@@ -1,8 +1,8 @@
 """Turn SIGBUS on a mapped shard (truncated file, failing disk) into a flag instead of a crash.
 
-Reading a mapped page that its file no longer has raises SIGBUS, which ends a process without a message. The handler in
-`cpu.sigbus_handler` maps zeros at the page and stores its address in a table. Readers check the table before they use
-the bytes. A SIGBUS at any other address is passed to the previous handler.
+Reading a mapped page beyond the end of its file raises SIGBUS, which ends a process without a message. The handler in
+`cpu.sigbus_handler` maps zeros there and stores the address of the fault in a table. Readers check the table before
+they use the bytes. A SIGBUS at any other address is passed to the previous handler.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 from pipelines.cpu import sigbus_handler as layout
 
-MAX_ROWS = 2**20  # mapped files of a process; memory is used as they are registered
+MAX_ROWS = 2**20  # mapped files per process; memory is used only for registered ones
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTART = 4, 0x08000000, 0x10000000
 
 
 class _Action(ctypes.Structure):
-    """struct sigaction of the C library."""
+    """`struct sigaction` of the C library."""
 
     _fields_ = (
         ("handler", ctypes.c_void_p),
@@ -34,19 +34,19 @@ class _Action(ctypes.Structure):
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _lock = threading.Lock()
-_before = _Action()  # previous action of the signal, read by the handler until the process ends
+_before = _Action()  # previous action of the signal; the handler reads it until the process ends
 _table = np.empty(0, np.int64)
 _free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> first rows of unregistered groups
 
 
 def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Register ranges of addresses for the handler, which the first call installs.
+    """Register address ranges with the handler; the first call installs it.
 
     Args:
         ranges: int64 [files, 2], start and end of each mapped file, multiples of the page size.
 
     Returns:
-        The rows to pass to `unregister`, and int64 [files]: 0, or the address at which reading the file failed.
+        The rows to pass to `unregister`, and int64 [files]: 0, or the address of a failed read.
     """
     with _lock:
         if not len(_table):
@@ -66,7 +66,7 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unregister(rows: np.ndarray) -> None:
-    """Remove rows that `register` returned. Call it before the memory is unmapped."""
+    """Remove rows returned by `register`. Call it before unmapping the memory."""
     rows[:, layout.START] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
     _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock
@@ -80,7 +80,7 @@ def _rows(first: int, count: int) -> np.ndarray:
 def _install() -> None:
     global _table
     size = 8 * (layout.FIRST_ROW + layout.COLUMNS * MAX_ROWS)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork has its own table
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has a separate table
     table = np.frombuffer(memory, np.int64)
     table[layout.PAGE], table[layout.PREVIOUS] = mmap.PAGESIZE, ctypes.addressof(_before)
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)

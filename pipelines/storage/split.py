@@ -18,18 +18,18 @@ from pipelines.storage.monitor import ShardMonitor
 class Split:
     """One opened split. Arrays cover its samples in stored order; image bytes stay in the page cache."""
 
-    dataset: dict[str, Any]  # dataset.json
+    dataset: dict[str, Any]  # content of dataset.json
     name: str
     labels: np.ndarray | None  # int64 [samples]; None for a split without labels
-    shard: np.ndarray  # int32 [samples]: which of `files` holds the sample
+    shard: np.ndarray  # int32 [samples]: position in `files` of the sample's shard
     files: tuple[Path, ...]
     heights: np.ndarray  # int32 [samples], pixels
     widths: np.ndarray
-    address: np.ndarray  # int64 [samples]: byte at which the sample's image starts in `content`
+    address: np.ndarray  # int64 [samples]: start of the sample's image in `content`, bytes
     size: np.ndarray  # int32 [samples]: bytes of the image, .npy header included
-    content: np.ndarray  # uint8: all shards, mapped one behind another at slots of equal size
+    content: np.ndarray  # uint8: all shards, mapped one after another in slots of equal size
     slot_bytes: int  # shard k starts at k * slot_bytes of `content`
-    monitor: ShardMonitor  # of `files`, to poll while `content` is read
+    monitor: ShardMonitor  # monitor of `files`; poll it while reading `content`
 
     def __len__(self) -> int:
         return len(self.address)
@@ -44,7 +44,7 @@ class Split:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(height, width, 3) if all images have one shape, else None."""
+        """(height, width, 3) if all images have one shape, otherwise None."""
         shape = self.dataset["image_shape"]
         return tuple(shape) if shape else None
 
@@ -54,14 +54,14 @@ class Split:
         return self.content[start : start + int(self.size[sample])]
 
     def image_size(self, sample: int) -> tuple[int, int]:
-        """Return height and width in pixels, as the index has them."""
+        """Return height and width in pixels, from the index."""
         return int(self.heights[sample]), int(self.widths[sample])
 
     def pixel_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the images of an npy split as one strided view, and the row of each sample in it.
+        """Return the images of an npy split as one strided view, and the row of each sample in the view.
 
         Members of equal size have a constant stride, and slots are multiples of it, so one view spans all shards.
-        Rows between two shards belong to no sample.
+        Rows between two shards are not samples.
 
         Returns:
             uint8 [rows, height * width * 3] and int64 [samples].
@@ -76,20 +76,20 @@ class Split:
         return view, (self.address - tar_format.BLOCK) // stride
 
     def pixel_starts(self) -> np.ndarray:
-        """Return the byte at which the pixels of each sample start in `content`: int64 [samples], npy only."""
+        """Return the start of each sample's pixels in `content`, in bytes: int64 [samples], npy only."""
         assert self.image_shape is not None
         return self.address + len(tar_format.npy_header(self.image_shape))
 
     def source_rows(self) -> np.ndarray:
         """Return the source row of each sample, which is its key in the tar: int64 [samples].
 
-        Touches one page per sample, which costs about as much as reading a split of small images once.
+        This reads one page per sample, about as much as reading a split of small images once.
         """
         keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
         return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
-        """Give the kernel advice (mmap.MADV_WILLNEED …) about whole shards; failures are ignored."""
+        """Advise the kernel (mmap.MADV_WILLNEED …) about whole shards; failures are ignored."""
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
             advise(self.content, shard * self.slot_bytes, size, advice)

@@ -1,7 +1,6 @@
 """Compare a mapped shard with the index and name the differences.
 
-Headers and labels are compared in chunks, images one by one. To learn only whether a shard is intact, compare its
-sha256 instead.
+Headers and labels are compared in chunks, images one by one. To check only that a shard is intact, compare its sha256.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, header
 from pipelines.storage.split import Split
 
 CHUNK_SAMPLES = 4096  # samples compared at once: 2 MiB of headers
-MAX_LISTED = 3  # samples
+MAX_LISTED = 3  # samples named in a message
 
 
 class Damage(NamedTuple):
-    """Why a shard differs from the one that was written."""
+    """Damage of a shard."""
 
     text: str
-    in_content_only: bool  # headers, keys and labels are intact, so every sample is at its place
+    in_content_only: bool  # headers, keys and labels are intact, so every sample can be found
 
 
 def diagnose(split: Split, number: int, sha256: str) -> Damage:
@@ -36,7 +35,7 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
     for name, other in split.dataset["splits"].items():
         for entry in other["shards"]:
             if entry["sha256"] == sha256 and entry is not entries[number]:
-                return Damage(f"it holds what belongs into {entry['file']} of split {name!r}", False)
+                return Damage(f"it has the content of {entry['file']} of split {name!r}", False)
     chosen = np.flatnonzero(split.shard == number)
     if problem := layout_error(split, number, chosen):
         return Damage(problem, False)
@@ -97,7 +96,7 @@ def _header_error(
 def _label_error(
     split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
 ) -> str | None:
-    """Return the first wrong label member. headers: int64 [N], offsets of their tar headers."""
+    """Return an error for the first wrong label member. headers: int64 [N], offsets of their tar headers."""
     assert split.labels is not None
     found = content[headers[:, None] + np.arange(tar_format.BLOCK + width)]
     digits = split.labels[samples][:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")
@@ -109,19 +108,19 @@ def _label_error(
         row = int(np.argmax(wrong))
         sample = int(samples[row])
         label = found[row, tar_format.BLOCK :].tobytes()
-        return f"it gives {label!r} as the label of {split.describe(sample)}, the index says {split.labels[sample]}"
+        return f"it gives {label!r} as the label of {split.describe(sample)}, but the index says {split.labels[sample]}"
     return None
 
 
 def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
-    """Return the first key that is not a unique row of the source. keys: uint8 [N, KEY_DIGITS]."""
+    """Return an error for the first key that is not a row of the source or not unique. keys: uint8 [N, KEY_DIGITS]."""
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
     wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
     wrong[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
     if wrong.any():
         sample = int(samples[np.argmax(wrong)])
-        return f"{split.describe(sample)} has a key that no row of the source has, or another sample as well"
+        return f"{split.describe(sample)} has a key that is not a row of the source, or that is used twice"
     return None
 
 
@@ -135,9 +134,9 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Return what is wrong with a stored image, or None.
+    """Return what is wrong with a stored image; None if it is valid.
 
-    decodes: decode a JPEG, whose bytes may have changed; otherwise check only that all decoders support it.
+    decodes: decode a JPEG, whose bytes may have changed; otherwise only check that all decoders support it.
     """
     file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":

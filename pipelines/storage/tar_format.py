@@ -1,7 +1,7 @@
 """Byte format of a shard: USTAR headers, `.npy` headers and the lines of DALI's index.
 
 A shard follows the WebDataset convention: members KEY.npy or KEY.jpg, then KEY.cls if the split has labels. Keys are
-decimal numbers of fixed width, so names contain a single dot and no space, and need no long-name extension.
+decimal numbers of fixed width, so names contain a single dot and no space and need no long-name extension.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ INDEX_VERSION = "v1.2"
 
 
 def padded(size: int) -> int:
-    """Return `size` rounded up to whole 512-byte blocks, the space of a member's content in a tar."""
+    """Return `size` rounded up to whole 512-byte blocks, as a member's content takes in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 
 def key_of(row: int) -> str:
-    """Return the key of a sample: its row in the source, by which predictions are put in order."""
+    """Return the key of a sample, its row in the source; predictions are ordered by it."""
     return f"{row:0{KEY_DIGITS}d}"
 
 
@@ -34,14 +34,14 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def _header(extension: str, size: int) -> bytearray:
-    """Return the header of a member whose key is all zeros, with blanks for the checksum, as its sum requires."""
+    """Return the header of a member with an all-zero key and a blank checksum field, as the checksum requires."""
     header = bytearray(BLOCK)
     name = f"{'0' * KEY_DIGITS}.{extension}".encode()
     header[: len(name)] = name
     header[100:108] = b"0000644\0"
     header[108:116] = header[116:124] = b"0000000\0"
     header[124:136] = f"{size:011o}\0".encode()
-    header[136:148] = b"00000000000\0"  # no modification time, so that equal content gives equal files
+    header[136:148] = b"00000000000\0"  # no modification time, so that equal contents give equal files
     header[148:156] = b" " * 8
     header[156:157] = b"0"
     header[257:265] = b"ustar\x0000"
@@ -53,8 +53,8 @@ def headers(keys: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarray:
 
     Args:
         keys: uint8 [N, KEY_DIGITS], ASCII.
-        extension: of the members' names.
-        sizes: int64 [N], bytes of the contents.
+        extension: extension of the members' names.
+        sizes: int64 [N], sizes of the contents in bytes.
     """
     empty = np.frombuffer(bytes(_header(extension, 0)), np.uint8)
     result = np.tile(empty, (len(keys), 1))
@@ -88,7 +88,7 @@ class MemberWriter:
 
 
 def label_text(label: int, classes: int) -> bytes:
-    """Return the content of a `.cls` member: ASCII of fixed width, which webdataset decodes as an int."""
+    """Return the content of a `.cls` member: an ASCII integer of fixed width, as webdataset decodes it."""
     return f"{label:0{len(str(max(classes - 1, 0)))}d}".encode()
 
 

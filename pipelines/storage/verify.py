@@ -1,4 +1,4 @@
-"""Verify a data set: every sha256 of dataset.json, and the index against each member of the shards."""
+"""Verify a data set: compare every sha256 of dataset.json, and the index with each member of the shards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
 def _hash_shards(
     folder: Path, entries: list[dict[str, Any]], bar: tqdm
 ) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
-    """Hash the shards. Returns the hashes, None where a file cannot be used, and the problems of those files."""
+    """Hash the shards. Return the hashes, with None for unusable files, and the problems of those files."""
     found: list[hash_cache.HashedFile | None] = [None] * len(entries)
     problems = {}
     for number, entry in enumerate(entries):
@@ -64,7 +64,7 @@ def _hash_shards(
             if not file.is_file():
                 problems[number] = f"{file.name} is missing"
             elif (size := file.stat().st_size) != entry["bytes"]:
-                problems[number] = f"{file.name} has {size:,} bytes where dataset.json says {entry['bytes']:,}"
+                problems[number] = f"{file.name} has {size:,} bytes, but dataset.json says {entry['bytes']:,}"
         except OSError as error:
             problems[number] = f"{file.name} {_reason(error)}"
     sized = [number for number in range(len(entries)) if number not in problems]
@@ -108,7 +108,7 @@ def _reason(error: OSError) -> str:
 
 
 def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
-    """Return DALI's index of a shard that agrees with `SPLIT.index.npz`."""
+    """Return DALI's index of a shard, computed from `SPLIT.index.npz`."""
     extension = EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes

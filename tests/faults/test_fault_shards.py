@@ -136,7 +136,7 @@ def test_shards_that_were_swapped_are_refused_by_name(encoding: str, folder: Pat
             swapped(files[number], other)
             text = assert_refused(folder, files[number].name, other.name)
             if encoding == "npy" and other != files[-1]:  # all but the last have the same size
-                assert f"it holds what belongs into {other.name} of split 'train'" in text
+                assert f"it has the content of {other.name} of split 'train'" in text
             swapped(files[number], other)
     open_split(folder, "train")
 

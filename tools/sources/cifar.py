@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as published: pickled batches in a folder, or in its .tar.gz, which is not unpacked to disk.
+"""Read CIFAR-10 and CIFAR-100 as published: pickled batches in a folder or in the .tar.gz archive.
 
-From a folder, each worker process reads the batches it needs. An archive can only be read from front to back, so its
-pixels are read once and sent to the workers (150 MB).
+From a folder, each worker process reads the batches it needs. An archive can only be read sequentially, so its pixels
+are read once, without unpacking it to disk, and sent to the workers (150 MB).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.sources.tar_gz import read_members
 SIZE = 32  # pixels
 ROW_BYTES = 3 * SIZE * SIZE
 MAX_FILE_BYTES = 512 << 20  # the largest official file has 155 MB
-MAX_ARCHIVE_BYTES = 1 << 30  # uncompressed; the official archives have 186 MB
+MAX_ARCHIVE_BYTES = 1 << 30  # uncompressed size; the official archives have 186 MB
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ EDITIONS = {
 
 
 class CifarSplit:
-    """The rows of several batches, one after another."""
+    """The concatenated rows of several batches."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class CifarSplit:
 def open_cifar(kind: str, source: Path) -> Source:
     """Open the official folder, the folder above it, or the official .tar.gz. The test batch becomes val and test.
 
-    Reads every byte once: for labels, the sha256 of each file, and whether an archive is complete.
+    Reads every byte once, for the labels and the sha256 of each file, and to check that an archive is complete.
     """
     edition = EDITIONS[kind]
     path = _locate(edition, source)
@@ -177,7 +177,7 @@ def _locate(edition: CifarEdition, source: Path) -> Path:
 
 
 def _read_files(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files among `names`. An archive is read to its end."""
+    """Yield the name and content of each of `names` that exists. An archive is read to its end."""
     if path.is_file():
         yield from read_members(path, names, _check_file_size, MAX_ARCHIVE_BYTES)
         return

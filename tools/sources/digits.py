@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as 32x32 RGB images, for tests and first runs without a download."""
+"""Provide scikit-learn's handwritten digits as 32x32 RGB images, for tests and first runs without a download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.convert.source import Source, SplitSource
 
-SIZE = 32  # pixels, the side that LeNet and models for CIFAR expect
+SIZE = 32  # pixels; the side that LeNet and models for CIFAR expect
 VAL_FRACTION = 0.2
 
 
@@ -34,8 +34,8 @@ class DigitsSplit:
 
 
 def open_digits() -> Source:
-    """Split all 1,797 digits into train and val (80 : 20), stratified by class, with a fixed seed."""
-    from sklearn.datasets import load_digits  # deferred: takes half a second
+    """Return all 1,797 digits split into train and val (80 : 20), stratified by class, with a fixed seed."""
+    from sklearn.datasets import load_digits  # deferred: importing takes half a second
     from sklearn.model_selection import train_test_split
 
     grey, numbers = load_digits(return_X_y=True)  # [1797, 64], 0..16

@@ -1,4 +1,4 @@
-"""Download an official archive: to a temporary name, renamed after its md5 was checked."""
+"""Download an official archive to a temporary name and rename it once its md5 is verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def download(archive: str, md5: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         found = _fetch(url, part)
         if found != md5:
-            raise UserError(f"{url} arrived with md5 {found}, {md5} is the official one; try again, or {help_text}")
+            raise UserError(f"{url} arrived with md5 {found}, but the official one is {md5}; try again, or {help_text}")
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {url} to {folder} ({error}); check the network, or {help_text}") from None

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from configs.utils.errors import UserError, printable
 
-# Those of the formats that pipelines.convert.encode decodes. Not .pfm: its values have no declared range.
+# Extensions of the formats that pipelines.convert.encode decodes, except .pfm, whose values have no declared range.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",
               ".pbm", ".pnm", ".gif", ".tif", ".tiff")  # fmt: skip
-MAX_FILE_BYTES = 1 << 30  # the largest image that may be decoded has a third of this as raw pixels
-LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # of archives and file managers, case-insensitive
-MAX_SUFFIX = 10  # characters of an extension that a note names
-MAX_LISTED = 10  # classes that a note names
-MAX_LISTED_GROUPS = 8  # groups of skipped entries that a note names
+MAX_FILE_BYTES = 1 << 30  # three times the raw pixels of the largest allowed image
+LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # left by archives and file managers; case-insensitive
+MAX_SUFFIX = 10  # characters of an extension in a note
+MAX_LISTED = 10  # classes named in a note
+MAX_LISTED_GROUPS = 8  # groups of skipped entries in a note
 
 
 class Scan:
@@ -25,8 +25,8 @@ class Scan:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.touched = hashlib.sha256()  # of the modification times of the files
-        self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason): count, first path
+        self.touched = hashlib.sha256()  # hash of the modification times of the files
+        self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason) -> (count, first path)
 
     def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
         """Return the names of subfolders, and names and sizes in bytes of image files, both sorted by name.
@@ -52,7 +52,7 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return path and size in bytes of every image file at any depth, sorted by path.
 
-        Links to folders are skipped: their files are listed at their real path, and a circle would never end.
+        Links to folders are skipped: their files are listed at their real path, and a cycle would never end.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]
@@ -77,7 +77,7 @@ class Scan:
         self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
-        """Return the skipped entries, '' if none: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'."""
+        """Describe the skipped entries, '' if none: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'."""
         groups = sorted(self._skipped.items(), key=lambda item: (-item[1][0], item[0]))
         texts = [
             f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
@@ -105,10 +105,10 @@ class Scan:
         return "" if entry.is_file() else "not a regular file"
 
     def _has_target(self, link: Path) -> bool:
-        """Return whether the target of a link exists; raise UserError if it is outside of the root."""
+        """Return True if the target of a link exists; raise UserError if it is outside of the root."""
         try:
             target = link.resolve(strict=True)
-        except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
+        except (OSError, RuntimeError):  # RuntimeError: a cycle of links, before Python 3.13
             return False
         if not target.is_relative_to(self.root):
             raise UserError(
@@ -120,7 +120,7 @@ class Scan:
         status = entry.stat()
         if status.st_size > MAX_FILE_BYTES:
             raise UserError(
-                f"{entry.path} has {status.st_size:,} bytes, and no image is larger than {MAX_FILE_BYTES:,}; remove it"
+                f"{entry.path} has {status.st_size:,} bytes, but image files may have at most {MAX_FILE_BYTES:,}; remove it"
             )
         self.touched.update(status.st_mtime_ns.to_bytes(8, "little", signed=True))
         return status.st_size
@@ -139,7 +139,7 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def is_litter(name: str) -> bool:
-    """Return whether an archiver or a file manager created this file or folder."""
+    """Return True if an archiver or a file manager created this file or folder."""
     return name.startswith("._") or name.lower() in LITTER
 
 

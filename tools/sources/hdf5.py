@@ -1,8 +1,8 @@
-"""HDF5 files in MediumImageNet's layout: `images-SPLIT` and `labels-SPLIT` for train, val and test.
+"""Read HDF5 files in MediumImageNet's layout: `images-SPLIT` and `labels-SPLIT` for train, val and test.
 
-Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read forwards only and in large pieces: random rows of a
-chunked or compressed file, or of a spinning disk, take a hundred times as long. Missing pixels are detected from
-HDF5's metadata before anything is read.
+Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read sequentially and in large pieces, since random rows of a
+chunked or compressed file, or of a file on a spinning disk, take a hundred times as long. HDF5's metadata reveals
+missing pixels before anything is read.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
-READ_BYTES = 64 << 20  # per read: long compared with a disk seek, small compared with memory
+READ_BYTES = 64 << 20  # bytes per read: slow compared with a disk seek, small compared with memory
 FINGERPRINT_ROWS = 64
-# Memory of one read beyond chunk and result: a compressed chunk may inflate to a thousand times its declared size.
+# Memory of one read besides chunk and result; a compressed chunk may inflate to a thousand times its declared size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
 
 class Hdf5Split:
-    """Images of one split. Each process opens the file at its first read and keeps it open."""
+    """The images of one split. Each process opens the file at its first read and keeps it open."""
 
     def __init__(self, path: Path, images: h5py.Dataset, labels: np.ndarray | None, channels_first: bool) -> None:
         self._path, self._key = path, images.name.lstrip("/")
@@ -41,7 +41,7 @@ class Hdf5Split:
         self.bytes_per_row = math.prod(images.shape[1:])
         rows = max(READ_BYTES // self.bytes_per_row, 1)
         chunk_rows = images.chunks[0] if images.chunks else 1
-        self._rows_per_read = max(rows // chunk_rows, 1) * chunk_rows  # whole chunks: each is decompressed once
+        self._rows_per_read = max(rows // chunk_rows, 1) * chunk_rows  # whole chunks, each decompressed once
         self._chunk_bytes = chunk_bytes(images)
         self._file: h5py.File | None = None
 
@@ -52,7 +52,7 @@ class Hdf5Split:
         return {**self.__dict__, "_file": None}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield images start..stop, uint8 [H, W, 3], holding `READ_BYTES` or one row of chunks in memory."""
+        """Yield images start..stop, uint8 [H, W, 3]. Keeps `READ_BYTES` or one row of chunks in memory."""
         if self._file is None:
             with _report_damage(str(self._path)):
                 self._file = _open_file(self._path)
@@ -71,9 +71,9 @@ class Hdf5Split:
 
 
 def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
-    """Check the file by its metadata and read all labels. Rows keep their order.
+    """Check the metadata of the file and read all labels. Rows keep their order.
 
-    The train split is required, val and test are optional. Test labels that are all -1 mean a split without labels.
+    The train split is required; val and test are optional. If all test labels are -1, the split has no labels.
     Without `classes_file` (one name per line), classes are named 0, 1, … up to the highest label of train.
     """
     if not path.is_file():
@@ -120,7 +120,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
 
 
 def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
-    """Print a note of the classes that have no row in a split."""
+    """Print a note about classes without rows in a split."""
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(missing):
         shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
@@ -128,7 +128,7 @@ def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: i
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
-    """Raise UserError for missing keys: train needs both, val both or none; labels-test needs images-test."""
+    """Raise UserError for missing keys. Train needs both, val both or none, and labels-test needs images-test."""
     needed = ["images-train", "labels-train"]
     needed += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys]
     needed += ["labels-val"] if "images-val" in keys else []
@@ -145,7 +145,7 @@ def load_class_names(file: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read class names from {file} ({error}); write UTF-8 text, a name per line") from None
+        raise UserError(f"cannot read class names from {file} ({error}); write UTF-8 text, one name per line") from None
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:
@@ -155,10 +155,10 @@ def load_class_names(file: Path) -> tuple[str, ...]:
 
 
 def _open_file(path: Path) -> h5py.File:
-    while h5py.h5pl.size():  # plugin folders of HDF5: a file must not choose the code that is loaded
+    while h5py.h5pl.size():  # no HDF5 plugins: a file must not choose the code that is loaded
         h5py.h5pl.remove(0)
     try:
-        return h5py.File(path, "r", locking="best-effort")  # some network file systems offer no locks
+        return h5py.File(path, "r", locking="best-effort")  # some network file systems have no locks
     except OSError as error:
         if message := _explain_refusal(path, error):
             raise UserError(message) from None
@@ -175,11 +175,11 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
             f"the file system of {path} refuses to lock it (errno {error.errno}); once no process writes to the file, "
             "set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
         )
-    if "already open for" in text:  # flags of the superblock that a writer sets, and clears when it closes the file
+    if "already open for" in text:  # a writer sets flags in the superblock and clears them on close
         return (
-            f"{path} is marked as open for writing: a process still writes to it, or one ended without closing it; "
-            "close it there, or if no process writes to it, write the file again or remove the mark with "
-            "`h5clear -s FILE` (of HDF5's command-line tools) and check its content"
+            f"{path} is marked as open for writing: a process is still writing to it, or ended without closing it; "
+            "close it there. If no process writes to it, write the file again, or remove the mark with "
+            "`h5clear -s FILE` (one of HDF5's command-line tools) and check the content"
         )
     if isinstance(error, PermissionError):
         return f"cannot read {path} (permission denied); check its permissions"
@@ -188,9 +188,9 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 @contextmanager
 def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
-    """Turn errors of HDF5 into one UserError; damaged bytes raise any of `DAMAGE`.
+    """Turn HDF5's errors into a UserError; damaged bytes raise any of `DAMAGE`.
 
-    held_bytes: memory of the results and chunks, which the memory limit adds.
+    held_bytes: size of results and chunks, added to the memory limit.
     """
     try:
         with memory_limit.at_most(READING_BYTES + 2 * held_bytes):
@@ -207,7 +207,7 @@ def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
 
 
 def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
-    """Add shape, type, all labels and evenly spaced rows, first and last included, to the fingerprint."""
+    """Add shape, type, all labels and evenly spaced rows, including the first and last, to the fingerprint."""
     digest.update(f"{name} {images.shape} {images.dtype}".encode())
     digest.update(b"" if split.labels is None else split.labels.tobytes())
     for row in np.unique(np.linspace(0, len(split) - 1, FINGERPRINT_ROWS).astype(int)).tolist():

@@ -1,4 +1,4 @@
-"""Check the data sets of an HDF5 source: storage, types, shapes and labels."""
+"""Check storage, types, shapes and labels of an HDF5 source's data sets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from configs.utils.errors import UserError
 
-MAX_CHUNK_BYTES = 512 << 20  # a worker holds a chunk of each data set in memory
+MAX_CHUNK_BYTES = 512 << 20  # a worker keeps one chunk of each data set in memory
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-MAX_CLASSES = 100_000  # without a list of names; a higher label is treated as damage
+MAX_CLASSES = 100_000  # without a list of names; higher labels count as damage
 
 
 def chunk_bytes(dataset: h5py.Dataset) -> int:
@@ -23,7 +23,7 @@ def chunk_bytes(dataset: h5py.Dataset) -> int:
 def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     """Return a data set after checking that all its bytes are in this file and were written.
 
-    A link or external storage may point at any file of this machine, whose bytes would be read as pixels. Missing
+    A link or external storage may point to any file of this machine, whose bytes would be read as pixels. Missing
     sources of a virtual data set, and pieces that were never written, read as zeros without an error.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
@@ -64,7 +64,7 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
 
 
 def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
-    """Return whether images are [N, 3, H, W], not [N, H, W, 3]; raise UserError for other types and shapes."""
+    """Return True for images [N, 3, H, W], False for [N, H, W, 3]; raise UserError for other types and shapes."""
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
         raise UserError(

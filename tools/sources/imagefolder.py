@@ -1,7 +1,7 @@
-"""Image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
+"""Read image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-Paths are kept as one bytes object, which for 1.5 M files takes a third of the memory of strings and is sent to workers
-quickly.
+Paths are stored as one bytes object, which for 1.5 M files takes a third of the memory of strings and is quickly sent
+to workers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class, box, separated by tabs
+ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class and box, separated by tabs
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
 
-Files = list[tuple[str, int]]  # path relative to the root, size in bytes
+Files = list[tuple[str, int]]  # (path relative to the root, size in bytes)
 
 
 class ImageFolderSplit:
@@ -70,8 +70,8 @@ def open_imagefolder(root: Path) -> Source:
     """List every split. Classes are the sorted folders of train; rows are sorted by class, then by path.
 
     Images belong to a class at any depth below its folder. Tiny ImageNet's published layout is supported as well:
-    val/images with labels in val/val_annotations.txt, and test/images without labels. Raises UserError for another
-    layout, links out of `root`, and files larger than `MAX_FILE_BYTES`.
+    val/images with labels in val/val_annotations.txt, and test/images without labels. Raises UserError for any other
+    layout, for links out of `root`, and for files larger than `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -113,7 +113,7 @@ def open_imagefolder(root: Path) -> Source:
 def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
     """Open all image files at any depth below a folder, sorted by path, as one split without labels.
 
-    classes: of the model that predicts them.
+    classes: class names of the model that predicts them.
     """
     scan = Scan(folder.resolve())
     files = scan.images(".")
@@ -127,13 +127,13 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
 
 
 def is_in_numeric_order(paths: Sequence[str]) -> bool:
-    """Return whether files whose names differ in numbers only are sorted by them; True for all other files."""
+    """Return False if the names differ only in numbers and are not sorted by them, otherwise True."""
     numbers = name_numbers([Path(path).stem for path in paths])
     return numbers is None or numbers == sorted(numbers)
 
 
 def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in names that differ in numbers only (`img_1`, `img_10`); None for all others."""
+    """Return the numbers in names that differ only in numbers (`img_1`, `img_10`); None for other names."""
     parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
         return None
@@ -141,7 +141,7 @@ def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
 
 
 def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
-    """Return the folder of each existing split, in the order train, val, test; note every other folder."""
+    """Return the folder of each existing split, in the order train, val, test; print a note about other folders."""
     top, images = scan.entries(".")
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
@@ -180,15 +180,15 @@ def _list_split(
     classes: tuple[str, ...],
     digest: hashlib._Hash,
 ) -> tuple[Files, list[int] | None]:
-    """Return the files of one split and their labels, None for test images outside of class folders.
+    """Return the files of one split and their labels; None as labels for test images outside of class folders.
 
     Args:
-        scan: of the source.
+        scan: scan of the source.
         split: train, val or test.
-        folder: of the split, relative to the root.
+        folder: folder of the split, relative to the root.
         listed: subfolders and image files in `folder`.
-        classes: of train.
-        digest: updated with labels that are not part of the paths.
+        classes: class names of train.
+        digest: fingerprint to update with labels that are not part of the paths.
     """
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
@@ -202,8 +202,8 @@ def _list_split(
     if split == "test" and flat:
         if found:
             raise UserError(
-                f"{scan.root / folder} holds image files beside the folders {', '.join(found[:3])}; either all of its "
-                "images lie in class folders or none"
+                f"{scan.root / folder} holds image files beside the folders {', '.join(found[:3])}; put all of its "
+                "images into class folders, or none"
             )
         return [(f"{folder}/{name}", size) for name, size in flat], None
     for name, _ in flat:
@@ -227,7 +227,7 @@ def _list_split(
 def _list_annotated(
     scan: Scan, top: str, sizes: dict[str, int], numbers: dict[str, int], digest: hashlib._Hash
 ) -> tuple[Files, list[int]]:
-    """Return files and labels of Tiny ImageNet's val as published.
+    """Return the files and labels of Tiny ImageNet's val split as published.
 
     sizes: bytes of the images in `top`/images, by name.
     """
@@ -263,16 +263,16 @@ def _list_annotated(
 
 
 def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[str, ...]) -> None:
-    """Print a note of the classes without images in a split with labels."""
+    """Print a note about classes without images in a split with labels."""
     if labels is not None and (missing := sorted(set(range(len(classes))).difference(labels))):
         names = ", ".join(classes[number] for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
         note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
 
 
 def _note_order(folder: str, files: Files) -> None:
-    """Print a note of images without labels that are not sorted by their numbers."""
+    """Print a note about images without labels that are not sorted by their numbers."""
     names = ", ".join(Path(path).name for path, _ in files[:3])
     note(
-        f"{folder} holds numbered images, which are taken in the order of their names ({names} …); rename them with "
-        "leading zeros where a submission's ids mean the numbers"
+        f"{folder} holds numbered images, which are read in the order of their names ({names} …); rename them with "
+        "leading zeros if the ids of a submission are these numbers"
     )

@@ -20,8 +20,8 @@ import numpy as np
 from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
 
-LOADING_BYTES = 256 << 20  # for labels, file names and the unpickler itself
-COPIES = 3  # of the pixels: protocol 2 of Python 3 decodes them from UTF-8 and encodes them as Latin-1
+LOADING_BYTES = 256 << 20  # memory for labels, file names and the unpickler itself
+COPIES = 3  # copies of the pixels; Python 3's protocol 2 decodes them from UTF-8 and encodes them as Latin-1
 MAX_TEXT = 200  # characters of a reason
 
 
@@ -48,7 +48,7 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
 
 
 class _Content(io.BytesIO):
-    """Stream that raises EOFError if the pickle ends early, so that a truncated name is not used."""
+    """A stream that raises EOFError if the pickle ends early, so that a truncated name is not used."""
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
@@ -69,11 +69,11 @@ class _Dtype:
     def __init__(self, name: Any, *_: Any) -> None:
         text = name.decode() if isinstance(name, bytes) else name
         if not isinstance(text, str) or not re.fullmatch("[biuf][1248]|[SU][0-9]{1,6}", text):
-            raise pickle.UnpicklingError(f"an array of {text[:40]!r}" if isinstance(text, str) else "no type's name")
+            raise pickle.UnpicklingError(f"an array of {text[:40]!r}" if isinstance(text, str) else "a bad type name")
         self.type = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        """Set the byte order; the rest of the state repeats the name."""
+        """Set the byte order; the rest of the state repeats the type name."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order not in ("|", "<", ">", "="):
             raise pickle.UnpicklingError("an unknown byte order")
@@ -94,16 +94,16 @@ class _Array:
 
 
 def _to_plain(value: Any) -> Any:
-    """Return a value of the dict with the stand-in replaced by its array, and arrays of text as lists."""
+    """Return a value of the dict, with a stand-in replaced by its array and an array of text by a list."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    """Return an array that views `raw`, as numpy's `_frombuffer` does."""
+    """Return an array that views `raw`, like NumPy's `_frombuffer`."""
     if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
-        raise pickle.UnpicklingError("an array of other things than numbers or text")
+        raise pickle.UnpicklingError("an array of neither numbers nor text")
     for numbers in (shape, axes or ()):
         if not isinstance(numbers, tuple) or not all(type(number) is int for number in numbers):
             raise pickle.UnpicklingError("an array whose shape is not a tuple of whole numbers")
@@ -121,7 +121,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 _NUMPY: dict[str, Any] = {
     "numpy.ndarray": None,  # names the type to reconstruct; never called
     "numpy.dtype": _Dtype,
-    "__builtin__.bytes": lambda: b"",  # Python 3 in protocols 0 to 2; all other bytes are text to encode
+    "__builtin__.bytes": lambda: b"",  # empty bytes in protocols 0 to 2 of Python 3; other bytes are text to encode
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},  # NumPy 1 and 2
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},  # protocol 5
@@ -132,7 +132,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickler of one file that calls only functions of this module and hashes only text."""
+    """An unpickler that calls only functions of this module and hashes only text."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -147,7 +147,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             return self._encode
         if full_name not in _NUMPY:
             raise UserError(
-                f"{self._file} names {full_name[:120]!r}, which a CIFAR batch never does and which could run code: "
+                f"{self._file} names {full_name[:120]!r}, which no CIFAR batch does and which could run code, so "
                 "nothing was loaded; fetch the file from its official source"
             )
         return _NUMPY[full_name]
@@ -156,7 +156,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         """Return the bytes that Python 3 pickles as Latin-1 text in protocols 0 to 2."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
-        self._text_left -= len(text)  # encoding one text of the memo a million times would take hours
+        self._text_left -= len(text)  # encoding one memoized text a million times would take hours
         if self._text_left < 0:
             raise pickle.UnpicklingError("more encoded text than it holds")
         return text.encode("latin-1")
@@ -179,7 +179,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def load_build(self) -> None:
         if type(self.stack[-2]) not in (_Array, _Dtype):
-            raise pickle.UnpicklingError("a state of what has none")
+            raise pickle.UnpicklingError("a state for an object without one")
         super().load_build()
 
     def load_set(self) -> None:

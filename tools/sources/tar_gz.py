@@ -1,4 +1,4 @@
-"""Read members of a .tar.gz by their bare names, from front to back.
+"""Read members of a .tar.gz by their bare names, sequentially.
 
 Nothing is unpacked, and no path, link or device of the archive is used. This replaces Python's tarfile, which treats a
 damaged header as the end of the archive, reads a header of any claimed size at once, and before Python 3.10.15, 3.11.10
@@ -23,18 +23,18 @@ PLAIN_FILE = (b"0", b"\0")
 def read_members(
     path: Path, names: tuple[str, ...], check_size: Callable[[int, str], None], max_bytes: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield bare name and content of the regular files among `names`.
+    """Yield the bare name and content of each regular file among `names`.
 
-    Reads to the end, where gzip compares its checksum.
+    Reads to the end, where gzip verifies its checksum.
 
     Args:
         path: the archive.
-        names: bare names of the wanted members.
-        check_size: called with size and name of a member; raises if it is too large to hold in memory.
-        max_bytes: limit of the uncompressed archive.
+        names: bare names of the members to read.
+        check_size: function that raises for the size and name of a member too large for memory.
+        max_bytes: maximum size of the uncompressed archive.
 
     Raises:
-        UserError: if the archive is incomplete or damaged.
+        UserError: the archive is incomplete or damaged.
     """
     try:
         with gzip.open(path) as opened:
@@ -58,7 +58,7 @@ def read_members(
 
 
 class _Bounded:
-    """Stream that raises ValueError after `max_bytes`."""
+    """A stream that raises ValueError after `max_bytes`."""
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile, max_bytes: int) -> None:
         self._stream, self._max_bytes, self._left = stream, max_bytes, max_bytes
@@ -85,7 +85,7 @@ class _Bounded:
 
 
 def _parse(header: bytes) -> tuple[str, int, bytes]:
-    """Return name, size in bytes and type of a member."""
+    """Return the name, size in bytes and type of a member."""
     if len(header) < BLOCK:
         raise EOFError("it ends within a header")
     if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _octal(header[148:156]):

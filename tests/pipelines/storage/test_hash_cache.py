@@ -208,7 +208,7 @@ def test_every_start_reads_and_warns_without_a_cache(
     assert len(read) == 2 * len(names_of(npy_copy))
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(said) == 1
-    assert "every start reads them whole; set XDG_CACHE_HOME" in said[0]
+    assert "every start reads all shards; set XDG_CACHE_HOME" in said[0]
 
 
 def test_a_relative_cache_folder_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,4 +336,4 @@ def test_a_log_says_what_takes_long(
     open_split(npy_copy, "train")  # cached by now
     assert capsys.readouterr().err == ""
     open_split(npy_copy, "val")
-    assert "checking 0 GiB of split 'val', which is done once" in capsys.readouterr().err
+    assert "checking 0 GiB of split 'val', once for each copy of a data set" in capsys.readouterr().err

@@ -258,7 +258,7 @@ def test_a_truncated_shard_is_refused_by_name(encoding: str, lost: int, request:
     folder = folder_of(encoding, request, copied=True)
     file = folder / "tiny-train-000001.tar"
     os.truncate(file, file.stat().st_size - lost)
-    with pytest.raises(UserError, match=r"tiny-train-000001.tar has .* bytes where dataset.json says"):
+    with pytest.raises(UserError, match=r"tiny-train-000001.tar has .* bytes, but dataset.json says"):
         open_split(folder, "train")
     assert any("tiny-train-000001.tar has" in problem for problem in verify(folder))
     open_split(folder, "val")
@@ -312,7 +312,7 @@ def test_index_with_fewer_rows_than_dataset_json_is_refused(npy_copy: Path) -> N
     rewrite_index(npy_copy, "train", half_the_rows)
     del entry["index"]
     edit_dataset(npy_copy, lambda dataset: dataset["splits"]["train"].update(entry))
-    with pytest.raises(UserError, match=r"train.index.npz has .* rows where dataset.json says 700"):
+    with pytest.raises(UserError, match=r"train.index.npz has .* rows, but dataset.json says 700"):
         open_split(npy_copy, "train")
 
 
@@ -527,7 +527,7 @@ def test_file_names_leading_out_of_the_folder_are_refused(name: str, where: str,
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format": "other"}', b"\xff\xfe", b"[" * 100_000])
 def test_invalid_dataset_json_is_refused(content: bytes, npy_copy: Path) -> None:
     (npy_copy / "dataset.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"dataset\.json is damaged or of another program"):
+    with pytest.raises(UserError, match=r"dataset\.json is damaged or from another program"):
         open_split(npy_copy, "train")
 
 

@@ -124,7 +124,7 @@ def test_unknown_and_repeated_keys_are_reported(key: str, npy_copy: Path) -> Non
     change(split, begin, bytes(image))
     change(split, begin + stride - 2 * tar_format.BLOCK, bytes(label))
     found = found_in(npy_copy)
-    assert "has a key that no row of the source has, or another sample as well" in found.text
+    assert "has a key that is not a row of the source, or that is used twice" in found.text
     assert not found.in_content_only
 
 
@@ -142,7 +142,7 @@ def test_swapped_shards_are_reported(npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
     shards = split.dataset["splits"]["train"]["shards"]
     found = tar_check.diagnose(split, 1, shards[2]["sha256"])
-    assert found == ("it holds what belongs into tiny-train-000002.tar of split 'train'", False)
+    assert found == ("it has the content of tiny-train-000002.tar of split 'train'", False)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
