@@ -20,7 +20,7 @@ MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 HDF5_SUFFIXES = (".hdf5", ".h5")
-CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # (command, prefix of the official file names)
+CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of the official file names
 
 
 def refuse_external_link(file: Path) -> None:

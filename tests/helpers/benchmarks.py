@@ -1,4 +1,4 @@
-"""Helpers for tests of benchmarks: candidates that run, fail and die, and a run as tools/benchmark.py writes it."""
+"""Benchmark candidates that run, fail or die, and a run in the format of tools/benchmark.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def steady(seconds: float = 0.001) -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def sleeps() -> Iterator[dict[str, Workload]]:
-    """Never finish the build."""
+    """Never finish building."""
     time.sleep(600)
     yield {}
 
@@ -53,7 +53,7 @@ def cannot_be_built() -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def half_broken() -> Iterator[dict[str, Workload]]:
-    """Build a workload that fails at its first item, beside a good one."""
+    """Build a valid workload and one that fails at its first item."""
 
     def broken() -> Iterator[None]:
         raise MemoryError("out of memory")

@@ -16,7 +16,7 @@ from tools.sources.cifar import EDITIONS
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
-    """Pickler that writes bytes like strings of Python 2, which the official batches contain."""
+    """Pickler that writes bytes like the Python 2 strings in the official batches."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 
 
 def writer(folder: Path, minimal: str) -> Write:
-    """Return a function that writes a config file to `folder`: `minimal` (the required settings), then its text."""
+    """Return a function that writes a config file to `folder`: `minimal` (the required settings), then a text."""
 
     def write_file(text: str = "", name: str = "run.yaml", head: str = minimal) -> Path:
         path = folder / name

@@ -1,4 +1,4 @@
-"""Sources large enough for several worker processes, and their conversion by command."""
+"""Convert sources that are large enough for several worker processes, by command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Contents = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source and the options of its conversion."""
+    """A source and its conversion options."""
 
     source: Path
     arguments: tuple[str, ...]
@@ -110,7 +110,7 @@ def run(command: Sequence[str], **options: Callable[[], None]) -> tuple[int, str
 
 
 def said(error: str) -> str:
-    """Return stderr without progress bars, which end in carriage returns and contain a bar."""
+    """Return stderr without progress bars, which contain a bar and end in a carriage return."""
     lines = [line for text in error.split("\n") if (line := text.split("\r")[-1]) and "images/s]" not in line]
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """Return the ids of the worker processes, without the tracker of multiprocessing."""
+    """Return the ids of the worker processes, without multiprocessing's resource tracker."""
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]

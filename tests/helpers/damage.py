@@ -26,14 +26,14 @@ def segments(file: bytes) -> list[tuple[int, int]]:
 
 
 def without_scan(file: bytes) -> bytes:
-    """Replace compressed data by zeros and keep the header."""
+    """Replace the compressed data by zeros; keep the header."""
     scan = segments(file)[-1][1]
     begin = scan + 2 + int.from_bytes(file[scan + 2 : scan + 4], "big")
     return file[:begin].ljust(len(file), b"\0")
 
 
 def claiming(height: int, width: int) -> Callable[[bytes], bytes]:
-    """Change the size in the header."""
+    """Return a function that changes the size in a header."""
 
     def change(file: bytes) -> bytes:
         frame = next(place for marker, place in segments(file) if marker in (0xC0, 0xC1, 0xC2))
@@ -49,7 +49,7 @@ def broken_in_the_middle(file: bytes) -> bytes:
 
 
 def stray_bytes(file: bytes) -> bytes:
-    """Shorten the first segment, so that four bytes follow it, which libjpeg skips and DALI refuses."""
+    """Shorten the first segment, so that four stray bytes follow it: libjpeg skips them, DALI refuses the file."""
     _, place = segments(file)[0]
     length = int.from_bytes(file[place + 2 : place + 4], "big")
     return file[: place + 2] + struct.pack(">H", length - 4) + file[place + 4 :]
@@ -87,13 +87,13 @@ def adopt(folder: Path) -> None:
 
 
 def damage_in_turn(folder: Path, samples: Collection[int]) -> list[str]:
-    """Damage each sample in another way of DAMAGE; return their descriptions."""
+    """Damage the samples with each kind of DAMAGE in turn; return their descriptions."""
     ways = list(DAMAGE.values())
     return [damage(folder, sample, ways[number % len(ways)]) for number, sample in enumerate(samples)]
 
 
 def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
-    """Return the substitute of each sample, by a simple reference: int64 [samples]."""
+    """Return the substitute of each sample, int64 [samples]; a simple reference."""
     places = []
     for sample in range(samples):
         while sample in bad:

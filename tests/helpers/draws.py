@@ -1,4 +1,4 @@
-"""Recorders of the operations that torchvision and timm request, and statistical comparisons of draws."""
+"""Record the operations that torchvision and timm request, and compare draws statistically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = {
 
 
 def op_of(name: str) -> Op:
-    """Return the operation with a name of torchvision or timm."""
+    """Return the operation that has this name in torchvision or timm."""
     name = name.removesuffix("Increasing").removesuffix("Rel")
     return Op[NAMES.get(name, name.upper())]
 
@@ -45,7 +45,7 @@ def compressed(ops: np.ndarray, values: np.ndarray) -> list[Program]:
 
 
 def p_of_counts(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
-    """Return the p-value of a chi-square test that both have one distribution; rare outcomes are merged."""
+    """Return the p-value of a chi-square test of equal distributions; rare outcomes are merged."""
     our_counts, their_counts = Counter(ours), Counter(theirs)
     outcomes = dict.fromkeys([*our_counts, *their_counts])
     table = np.array([[our_counts[outcome], their_counts[outcome]] for outcome in outcomes])
@@ -56,7 +56,7 @@ def p_of_counts(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
 
 
 def p_of_numbers(ours: Any, theirs: Any) -> float:
-    """Return the same for numbers: Kolmogorov-Smirnov, or chi-square for few distinct values."""
+    """Return the p-value for numbers: Kolmogorov-Smirnov, or chi-square for few distinct values."""
     ours, theirs = np.round(np.asarray(ours, float), 4), np.round(np.asarray(theirs, float), 4)
     if len(np.unique(np.concatenate([ours, theirs]))) <= 50:
         return p_of_counts(ours.tolist(), theirs.tolist())
@@ -101,7 +101,7 @@ def record_torchvision(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[]
 
 
 class AskedImage:
-    """Replaces a PIL image; records the number that PIL was called with."""
+    """Stand-in for a PIL image that records the number PIL was called with."""
 
     mode = "RGB"
 
@@ -116,7 +116,7 @@ class AskedImage:
     rotate = note
 
     def transform(self, size: tuple[int, int], method: int, matrix: tuple[float, ...], **_: Any) -> AskedImage:
-        return self.note(sum(matrix) - 2)  # all numbers but one are those of the identity
+        return self.note(sum(matrix) - 2)  # all numbers but one are those of an identity
 
     def point(self, levels: list[int]) -> AskedImage:
         return self.note(levels[0])  # the new level of black
@@ -142,7 +142,7 @@ def record_timm(monkeypatch: pytest.MonkeyPatch) -> Callable[[auto_augment.RandA
     monkeypatch.setattr(auto_augment, "ImageOps", fakes)
 
     def noted(op: Op, original: Callable[..., Any], image: AskedImage, *args: Any, **kwargs: Any) -> AskedImage:
-        image.asked = 8.0  # timm does not call PIL for all 8 bits
+        image.asked = 8.0  # timm does not call PIL if all 8 bits are kept
         original(image, *args, **kwargs)
         program.append((op, image.asked))
         return image

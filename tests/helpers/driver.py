@@ -18,15 +18,15 @@ FAULTS = ("] CAPTURE FAULT:", "] FAULT:", "] RACE:")
 
 
 def faults() -> list[str]:
-    """Return all faults that the stand-in driver has logged so far, in all processes; none without a log."""
+    """Return all faults that the stand-in driver has logged so far in any process; none without a log."""
     lines = FAULT_LOG.read_text(errors="replace").splitlines() if FAULT_LOG.is_file() else []
     return [line for line in lines if any(word in line for word in FAULTS)]
 
 
 def skip_checks_of_values(patch: pytest.MonkeyPatch) -> None:
-    """Skip the two checks of a run that cannot pass if kernels compute nothing.
+    """Skip the two checks of a run that fail if kernels compute nothing.
 
-    They are the number of samples that an evaluation counted, and whether losses and weights are finite.
+    They check that an evaluation counts all samples, and that losses and weights are finite.
     """
     from train.distributed import collectives
     from train.distributed.process_group import get_world_size

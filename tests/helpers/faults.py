@@ -1,4 +1,4 @@
-"""Short runs on the digits as processes, with faults, and comparison with an uninterrupted run."""
+"""Run short trainings on the digits with faults, and compare them with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_arguments(data: Path, output: Path, *opts: str) -> list[str | Path]:
 
 
 def command_with(faults: dict[str, Any], arguments: list[str | Path], processes: int = 0) -> list[str]:
-    """Return the command of train/ddp.py with faults, see with_faults.py. processes: under torchrun if not 0."""
+    """Return the command of train/ddp.py with faults, see with_faults.py. processes: run by torchrun; 0: without it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return [sys.executable, *launcher, str(SCRIPT), json.dumps(faults), *map(str, arguments)]
 
@@ -68,7 +68,7 @@ def wait_for(process: subprocess.Popen[str], condition: Any, timeout_s: float = 
 
 
 def logged(folder: Path, text: str) -> bool:
-    """Return whether the log of the run contains the text."""
+    """Return True if the log of the run contains the text."""
     log = folder / "log.txt"
     return log.exists() and text in log.read_text()
 

@@ -1,6 +1,6 @@
 """Inputs of the fuzz tests: valid files of every kind that the project reads, and ways to damage them.
 
-A target is a function that takes one drawn example and reads it as the project does. It may end or raise UserError.
+A target is a function that reads one drawn example like the project does. It may return or raise UserError.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def altered(draw: Draw, value: Any) -> Any:
     return value
 
 
-# Pickles and archives of CIFAR.
+# CIFAR pickles and archives.
 
 
 def batch_pickle(rows: int = 2) -> bytes:
@@ -266,7 +266,7 @@ def read_config(folder: Path) -> Callable[[tuple[str, list[str]]], None]:
     return read
 
 
-# Data sets. An example replaces some files of a valid one.
+# Data sets. Each example replaces some files of a valid data set.
 
 
 def make_data(folder: Path, encoding: str) -> Files:
@@ -287,7 +287,7 @@ def sealed(files: Files, changed: Files) -> Files:
 
 @st.composite
 def damaged_data(draw: Draw, files: Files) -> Files:
-    """Draw altered files: values of dataset.json, columns of an index, or bytes of any file."""
+    """Draw changed files: values of dataset.json, columns of an index, or bytes of any file."""
     kind = draw(st.sampled_from(["json", "json", "columns", "bytes", "info"]))
     if kind in ("json", "info"):
         name = "dataset.json" if kind == "json" else "_info.json"
@@ -319,7 +319,7 @@ def damaged_index(draw: Draw, content: bytes) -> bytes:
 
 
 def read_data(folder: Path, files: Files) -> Callable[[Files], None]:
-    """Open, read every sample as training does, and verify."""
+    """Return a target that opens a data set, reads every sample like training, and verifies it."""
 
     def read(changed: Files) -> None:
         for name, content in {**files, **changed}.items():
@@ -398,7 +398,7 @@ def damaged_run(draw: Draw, files: Files) -> Files:
 
 
 def read_run_folder(folder: Path, files: Files) -> Callable[[Files], None]:
-    """Compare runs like tools/compare.py, without the plot."""
+    """Return a target that compares runs like tools/compare.py, without the plot."""
 
     def read(changed: Files) -> None:
         for name, content in {**files, **changed}.items():

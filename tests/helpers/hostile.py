@@ -1,4 +1,4 @@
-"""Malicious files that try to run code, read other files, fill the memory or take forever, one per function."""
+"""Malicious files that try to run code, read other files, exhaust memory or never finish."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Touch:
         return os.system, (f"touch {self.marker}",)
 
 
-# Pickles, each the content of a CIFAR batch.
+# Pickles; each is the content of a CIFAR batch.
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ def pickles(marker: Path) -> dict[str, bytes]:
 
 
 def cifar_with(folder: Path, batch: bytes) -> Path:
-    """Write an official folder with this content as one batch."""
+    """Write an official folder in which one batch has this content."""
     source = write_cifar10(folder)
     (source / "data_batch_3").write_bytes(batch)
     return source
@@ -112,20 +112,20 @@ def archive_of(path: Path, members: dict[tarfile.TarInfo, bytes]) -> Path:
 
 
 def escaping_archive(path: Path, source: Path, prefix: str) -> Path:
-    """Return valid batches whose names lead elsewhere."""
+    """Write an archive of valid batches whose names lead out of it."""
     members = {tarfile.TarInfo(f"{prefix}{file.name}"): file.read_bytes() for file in sorted(source.iterdir())}
     return archive_of(path, members)
 
 
 def linking_archive(path: Path, kind: bytes, target: Path) -> Path:
-    """Return a batch that is a link, a device or a pipe."""
+    """Write an archive in which a batch is a link, a device or a pipe."""
     member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
     member.type, member.linkname, member.devmajor, member.devminor = kind, str(target), 1, 5
     return archive_of(path, {member: b""})
 
 
 def claiming_archive(path: Path, kind: bytes, claimed: int) -> Path:
-    """Return a header that claims a size of the name or of other headers."""
+    """Write an archive whose header claims a size for the name or for other headers."""
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = kind, claimed
     blob = member.tobuf(tarfile.GNU_FORMAT)
@@ -135,7 +135,7 @@ def claiming_archive(path: Path, kind: bytes, claimed: int) -> Path:
 
 
 def inflating_archive(path: Path, mib: int) -> Path:
-    """Return empty members, a kilobyte for each megabyte."""
+    """Write an archive of empty members that inflates from a kilobyte per megabyte."""
     compressor = zlib.compressobj(9, wbits=31)
     member = tarfile.TarInfo("filler")
     member.size = mib << 20
@@ -277,7 +277,7 @@ def _png_header(side: int) -> bytes:
 
 
 def inflating_text_png() -> bytes:
-    """Its comments inflate to 100 MB each."""
+    """Return a PNG whose comments inflate to 100 MB each."""
     text = zlib.compress(bytes(100 << 20), 1)
     comments = [b"zTXt" + f"key{number}".encode() + b"\0\0" + text for number in range(3)]
     return _png(_png_header(16), *comments, b"IDAT" + zlib.compress(bytes(16 * 49)), b"IEND")
@@ -289,7 +289,7 @@ def inflating_profile_png() -> bytes:
 
 
 def tiff(entries: list[tuple[int, int, int, int]], content: bytes) -> bytes:
-    """A little-endian TIFF with these (tag, type, count, value) and this content at byte 8."""
+    """Return a little-endian TIFF with (tag, type, count, value) entries, and with `content` at byte 8."""
     directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
     head = b"II*\0" + struct.pack("<I", 8 + len(content))
     return head + content + struct.pack("<H", len(entries)) + directory + bytes(4)
@@ -307,7 +307,7 @@ def _tiff_entries(width: int, compression: int) -> list[tuple[int, int, int, int
 
 
 def huge_tile_tiff(side: int = 32_000) -> bytes:
-    """An image of 10 x 10 pixels in a tile of side x side, 1 GB in 4 MB."""
+    """Return an image of 10 x 10 pixels in a tile of side x side: 1 GB in 4 MB."""
     compressor, row = zlib.compressobj(1), bytes(side * 1000)
     content = b"".join([*(compressor.compress(row) for _ in range(side // 1000)), compressor.flush()])
     entries = [*_tiff_entries(10, 8), (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(content))]
@@ -315,7 +315,7 @@ def huge_tile_tiff(side: int = 32_000) -> bytes:
 
 
 def many_tags_tiff() -> bytes:
-    """50,000 tags of which each is the same megabyte."""
+    """Return a TIFF with 50,000 tags that share one megabyte as their value."""
     content = bytes(1 << 20)
     entries = [*_tiff_entries(10, 1), (273, 4, 1, 8), (278, 4, 1, 10), (279, 4, 1, 100)]
     taken = {entry[0] for entry in entries}
@@ -324,7 +324,7 @@ def many_tags_tiff() -> bytes:
 
 
 def many_scans_jpeg(scans: int) -> bytes:
-    """A progressive JPEG of one colour with its last scan again and again."""
+    """Return a progressive JPEG of one colour that repeats its last scan."""
     buffer = io.BytesIO()
     Image.new("RGB", (TOP, TOP)).save(buffer, "JPEG", progressive=True)
     jpeg = buffer.getvalue()
@@ -333,13 +333,13 @@ def many_scans_jpeg(scans: int) -> bytes:
 
 
 def large_frame_gif() -> bytes:
-    """A screen of 1 x 1 with a frame of 65,000 x 65,000."""
+    """Return a GIF of 1 x 1 pixels with a frame of 65,000 x 65,000."""
     descriptor = b"," + struct.pack("<HHHH", 0, 0, 65_000, 65_000) + b"\0"
     return b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\0\0" + bytes(6) + descriptor + b"\x02\x02\x44\x01\0;"
 
 
 def large_webp() -> bytes:
-    """An animation on a canvas of 16,384 x 16,384."""
+    """Return an animation on a canvas of 16,384 x 16,384 pixels."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
@@ -352,7 +352,7 @@ def large_webp() -> bytes:
 
 
 def run_length_bmp() -> bytes:
-    """60,000 x 60,000 in a run-length encoding of a few bytes."""
+    """Return 60,000 x 60,000 pixels in a run-length encoding of a few bytes."""
     header = struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 8, 1, 0, 1, 1, 256, 0)
     return b"BM" + struct.pack("<IHHI", 14 + len(header) + 1024 + 4, 0, 0, 54 + 1024) + header + bytes(1024) + b"\0\1"
 

@@ -1,4 +1,4 @@
-"""Launches by torchrun whose processes are killed, and the same training without interruption."""
+"""Launch torchrun and kill its processes, and run the same training without interruption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME = "digits_lenet"  # of the run folder
 
 
 def options_of(ranks: int, epochs: int) -> list[str]:
-    """Return settings of a short training. Global batch 32, or slightly less if ranks do not divide it."""
+    """Return the settings of a short training: global batch 32, or slightly less if `ranks` does not divide it."""
     return [
         f"train.epochs={epochs}",
         "train.warmup_epochs=0",
@@ -53,7 +53,7 @@ def arguments(data: Path, output: Path, ranks: int, epochs: int, *more: str) -> 
 
 
 def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
-    """Run train/ddp.py as this rank, with its command line, but without drawing curves."""
+    """Run train/ddp.py as this rank, with its command line, without drawing curves."""
     figures.save = lambda *_: None  # type: ignore[assignment]  # in this process only
     launcher.SHUTDOWN_GRACE_S = 1.0
     sys.argv = ["train/ddp.py", *commands[ranks.rank]]
@@ -61,7 +61,7 @@ def train_here(ranks: Ranks, commands: list[list[str]]) -> int | None:
 
 
 def run_unbroken(data: Path, output: Path, ranks: int, epochs: int) -> Path:
-    """Train without interruption, and return the run folder."""
+    """Train without interruption and return the run folder."""
     ended = end_of(ranks, train_here, output.parent, [arguments(data, output, ranks, epochs)] * ranks, timeout_s=300)
     assert ended.codes == [0] * ranks, ended.printed
     return output / NAME
@@ -73,7 +73,7 @@ def end_of_commands(folder: Path, commands: list[list[str]]) -> Ended:
 
 
 class Launch:
-    """A torchrun that runs until the context ends. Its output goes to a file."""
+    """Context in which a torchrun runs. Its output goes to a file."""
 
     def __init__(self, folder: Path, launcher: list[str], command: list[str], **environment: str) -> None:
         number = len(list(folder.glob("printed*.txt")))
@@ -110,7 +110,7 @@ class Launch:
         return found
 
     def kill_rank(self, rank: int, signum: int = signal.SIGKILL) -> bool:
-        """Send a signal to a rank. Returns whether it was running."""
+        """Send a signal to a rank; return True if it was running."""
         if (pid := self.workers().get(rank)) is None:
             return False
         with suppress(ProcessLookupError):
@@ -127,7 +127,7 @@ class Launch:
         self.process.wait()
 
     def wait(self, timeout_s: float) -> int:
-        """Return the exit code. Fails after `timeout_s`."""
+        """Return the exit code; fail after `timeout_s`."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -135,7 +135,7 @@ class Launch:
 
 
 def saved_steps(folder: Path) -> int:
-    """Return the optimizer steps of the last checkpoint, -1 without one."""
+    """Return the number of optimizer steps in the last checkpoint; -1 without one."""
     try:
         position = torch.load(folder / "last.pt", weights_only=True)["position"]
     except FileNotFoundError:

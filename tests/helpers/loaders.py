@@ -1,4 +1,4 @@
-"""Short functions to build loaders on the CPU and to compare their batches."""
+"""Build loaders on the CPU and compare their batches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tiny source of samples in memory. Imports neither torch nor DALI, for fast converter subprocesses.
+"""A tiny source of samples in memory. Imports neither torch nor DALI, so that subprocesses start fast.
 
-`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it; KILL_AT n kills the process
-at its n-th flush, rename or removal, the instants between which files change.
+`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it. With KILL_AT n, the process is
+killed at its n-th flush, rename or removal of a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDE = 32
 
 
 def marked_image(row: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Return noise with the row encoded in the corners, readable after a flip: uint8 [H, W, 3]."""
+    """Return noise with the row encoded in the corners, legible after a flip: uint8 [H, W, 3]."""
     image = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image[[0, 0, -1, -1], [0, -1, 0, -1]] = row >> 8, row & 255, 17
     return image
@@ -53,7 +53,7 @@ def jpeg_file(row: int) -> bytes:
 
 @dataclass
 class MemoryRows:
-    """One split. `content` is a list of images or files, or a number of rows to generate."""
+    """One split; `content` is a list of images or files, or the number of rows to generate."""
 
     content: list[np.ndarray | bytes] | int
     labelled: bool = True
@@ -97,7 +97,7 @@ def tiny_source(encoding: str) -> Source:
 def write(
     source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Convert with shards of 1 MiB; return the content of dataset.json."""
+    """Convert a source with shards of 1 MiB; return the content of dataset.json."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
     return write_dataset(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
 
@@ -125,7 +125,7 @@ def kill_at(count: int) -> None:
 
 if __name__ == "__main__":
     out, encoding, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    writer.SMALL_SOURCE = 0  # use all workers, though one would be faster
+    writer.SMALL_SOURCE = 0  # use all workers, although one would be faster
     if len(sys.argv) > 4:
         kill_at(int(sys.argv[4]))
     write(tiny_source(encoding), out, encoding, workers)

@@ -14,7 +14,7 @@ from PIL import Image
 from helpers.damage import claiming, segments, stray_bytes
 
 HEIGHT, WIDTH = 24, 32
-# Arithmetic coding, which Pillow decodes and does not encode: `cjpeg -arithmetic -quality 60`, 32 x 24 pixels.
+# Arithmetic coding, which Pillow decodes but does not encode: `cjpeg -arithmetic -quality 60`, 32 x 24 pixels.
 ARITHMETIC = base64.b85decode(
     "|JeWF01!$>Nk#wx0RR9200961|JwjV01XKW3knDg3knMk4h;_zAQcl55)&sJ9v2`kDKRiEDJ?8BI!Zn>HbyrrEkIX6ModmpQ&KWMT47pHU`kO^Py"
     "gEhLjevB4iga*CKVMXPc<zyPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPf!2J01*fP7yuvx0U`hb5di}c0sqV"
@@ -55,7 +55,7 @@ def ycck() -> bytes:
 
 
 def frame_of(file: bytes, offset: int, value: int) -> bytes:
-    """Return a JPEG with a changed byte of the frame header; offset 1: type, 4: bits, 5 and 6: height."""
+    """Return a JPEG with one changed byte in the frame header; offset 1: type, 4: bits, 5 and 6: height."""
     place = next(place for marker, place in segments(file) if marker in (0xC0, 0xC2))
     return file[: place + offset] + bytes([value]) + file[place + offset + 1 :]
 
@@ -82,7 +82,7 @@ def tiff_of(samples: np.ndarray, bits: int, order: str = "<", photometric: int =
         data = b"".join(int(row.ljust(-len(row) // 8 * -8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
     else:
         data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
-    start = 8 + 2 + 10 * 12 + 4  # of the pixels, behind ten tags
+    start = 8 + 2 + 10 * 12 + 4  # start of the pixels, after ten tags
     tags = [
         (256, width),
         (257, height),
@@ -194,7 +194,7 @@ def reencoded_files() -> dict[str, bytes]:
 
 
 def defective_files() -> dict[str, bytes]:
-    """Return files that are quarantined with a reason."""
+    """Return files that are quarantined, each with a reason."""
     jpeg, png, tiff = saved(RGB, "JPEG"), saved(RGB, "PNG"), saved(RGB, "TIFF", compression="tiff_lzw")
     return {
         "empty.jpg": b"",

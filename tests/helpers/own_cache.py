@@ -9,5 +9,5 @@ from pathlib import Path
 _folder = tempfile.TemporaryDirectory(prefix="model-zhu-tests-")  # removed when the tests end
 CACHE = Path(_folder.name)
 os.environ["XDG_CACHE_HOME"] = _folder.name
-# Else it depends on what other processes do, and with it the last bits of weights.
+# By default it depends on other processes, and the last bits of weights depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))

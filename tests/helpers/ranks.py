@@ -1,4 +1,4 @@
-"""Groups of processes that end like those of train/ddp.py, with their exit codes and output in order."""
+"""Run groups of processes that end like those of train/ddp.py, and collect their exit codes and output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from train.distributed.launcher import run_distributed
 from train.distributed.process_group import Ranks
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["helpers.training", "pipelines.build", "torch._dynamo"])  # as on_ranks does: one server
+FORKED.set_forkserver_preload(
+    ["helpers.training", "pipelines.build", "torch._dynamo"]
+)  # same as in on_ranks, to share one server
 
 
 @dataclass(frozen=True)
 class Ended:
-    codes: list[int]  # of each rank; -9: killed
+    codes: list[int]  # exit code of each rank; -9: killed
     printed: str
 
     @property
@@ -38,9 +40,9 @@ def end_of(
     stopped: int = -1,
     timeout_s: float = 60,
 ) -> Ended:
-    """Run run_distributed(main) on each rank without torchrun, as main(ranks, *arguments).
+    """Call run_distributed(main) on each rank without torchrun; it calls main(ranks, *arguments).
 
-    Fail if a rank hangs, except for the one that stops itself, which is killed at the end.
+    Fails if a rank hangs, except for a rank that stops itself, which is killed at the end.
     """
     printed = folder / "printed"
     port = free_port()

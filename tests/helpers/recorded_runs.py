@@ -1,4 +1,4 @@
-"""Runs of train/ddp.py in processes that start fast, record every batch, and can be killed."""
+"""Run train/ddp.py in processes that start fast, record every batch, and can be killed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from train.reporting.run_log import RunLog
 
 TIMEOUT_S = 300.0
 RESULTS = ["epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr"]
-TRAINED = ["model", "optimizer", "scaler", "sums", "position", "progress"]  # in checkpoints
-Sample = tuple[int, int]  # epoch, position in its order
+TRAINED = ["model", "optimizer", "scaler", "sums", "position", "progress"]  # names of checkpoint files
+Sample = tuple[int, int]  # (epoch, position in its order)
 
 
 def start(
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str | Path], notes: Path, **options: Any) -> int | N
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    """Wait for the condition or the end of the run. Polls without pause, so that it misses no short moment."""
+    """Wait for the condition or the end of the run. Polls without sleeping, so that short states are not missed."""
     end = time.monotonic() + TIMEOUT_S
     while process.is_alive() and not condition():
         assert time.monotonic() < end, "the condition never came true"
@@ -134,7 +134,7 @@ def note_batches(path: Path, step_s: float = 0.0) -> None:
                     for index, label, image in zip(indices.tolist(), batch.labels.tolist(), pixels, strict=True)
                 ]
                 line = json.dumps({"epoch": state["epoch"], "first": first, "samples": samples})
-                os.write(file, line.encode() + b"\n")  # at once: a kill leaves no half of a line
+                os.write(file, line.encode() + b"\n")  # in one write, so that a kill leaves no partial line
                 time.sleep(step_s)
             yield batch
 
@@ -142,7 +142,7 @@ def note_batches(path: Path, step_s: float = 0.0) -> None:
 
 
 def samples_of(notes: Path) -> dict[Sample, str]:
-    """Return all samples that a run trained on, over all starts. Repeated ones must be equal."""
+    """Return all samples that a run trained on, over all its starts; repeated samples must be equal."""
     samples: dict[Sample, str] = {}
     for line in strict_lines(notes.with_suffix(".jsonl")):
         for position, sample in enumerate(line["samples"], line["first"]):

@@ -1,4 +1,4 @@
-"""Helpers for the tests of faults in shards."""
+"""Data sets for tests of damaged shards."""
 
 from __future__ import annotations
 

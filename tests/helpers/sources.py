@@ -1,4 +1,4 @@
-"""Helpers for the tests of the sources."""
+"""Helpers for tests of sources."""
 
 from __future__ import annotations
 

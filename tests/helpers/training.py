@@ -81,7 +81,7 @@ def run_script(*arguments: str | Path, processes: int = 0) -> subprocess.Complet
 
 @contextmanager
 def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
-    """Call look(name, position) after each checkpoint that runs in this process write, for each of its names."""
+    """Call look(name, position) for each file of every checkpoint that a run in this process writes."""
     save = CheckpointWriter.save
 
     def save_and_look(saving: CheckpointWriter, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
@@ -97,7 +97,7 @@ def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[Non
 
 @contextmanager
 def broken_after(is_enough: Callable[[str, dict[str, int]], bool]) -> Iterator[None]:
-    """Stop a run inside, in this process, after the first checkpoint for which is_enough(name, position) is true."""
+    """Stop a run in this process after the first checkpoint for which is_enough(name, position) is true."""
 
     class Stop(Exception):
         pass
@@ -126,7 +126,7 @@ def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> N
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Limit the size of files that this process writes, as a quota does."""
+    """Limit the size of files that this process writes, like a quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -145,7 +145,7 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class SmallNet(nn.Module):
-    """A network with dropout and batch norm, so that random state and train or eval mode affect results."""
+    """A network whose dropout and batch norm make results depend on the random state and on train or eval mode."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def free_port() -> int:
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run function(ranks, *arguments) in a gloo group of `world_size` processes and return the results."""
+    """Call function(ranks, *arguments) in a gloo group of `world_size` processes and return the results."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.training", "pipelines.build", "torch._dynamo"])  # once, for all groups
     port = free_port()

@@ -2,7 +2,7 @@
 
 Faults:
     nan_at: Optimizer steps, counted from 0, whose loss is nan.
-    rank: The only rank with a nan. Default: all.
+    rank: The only rank with nan losses. Default: all ranks.
     times: How often each of these steps has a nan. Default: always.
     pause_at: Optimizer steps before which to wait a second.
     evaluation_s: Additional time of each batch of an evaluation.

@@ -43,14 +43,14 @@ def inserted(content: bytes, segment: int = 1, file: bytes | None = None) -> byt
 
 
 def frame_changed(change: Callable[[bytearray, int], None]) -> bytes:
-    """Return a JPEG with a changed frame header, whose start is the second argument of `change`."""
+    """Return a JPEG with a changed frame header; `change` takes the file and the header's start."""
     file = bytearray(saved())
     change(file, next(place for marker, place in segments(bytes(file)) if marker == 0xC0))
     return bytes(file)
 
 
 def without_adobe_segment() -> bytes:
-    """RGB components that differ from YCbCr in their names only."""
+    """Return a JPEG with RGB components that differ from YCbCr only in their names."""
     file = saved(keep_rgb=True)
     return file[:2] + file[segments(file)[1][1] :]
 
@@ -138,7 +138,7 @@ def set_frame_type(marker: int) -> bytes:
         (inserted(saved()[segments(saved())[-2][1] : segments(saved())[-1][1]] * 3, -1), None),  # further tables
     ],
 )
-def test_a_header_says_what_decoders_differ_in(file: bytes, reason: str | None) -> None:
+def test_header_shows_why_decoders_disagree(file: bytes, reason: str | None) -> None:
     assert jpeg_format.inspect(file)[1] == reason
 
 
@@ -156,8 +156,8 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_a_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
-    """Such files may end the process when decoded in a batch; alone they raise."""
+def test_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
+    """In a batch these files may crash the process; alone they raise an error."""
     file, is_unlike = HEADERS[kind]
     content = np.frombuffer(saved() + file + saved(), np.uint8).copy()
     sizes = np.array([len(saved()), len(file), len(saved())], np.int32)
@@ -181,7 +181,7 @@ def test_damaged_files_are_inspected_without_an_error() -> None:
             jpeg_format.inspect(file[:place] + bytes([file[place] ^ 0xFF]) + file[place + 1 :])
 
 
-def test_conversion_counts_what_it_encodes_again(tmp_path: Path) -> None:
+def test_conversion_counts_reencoded_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     files: list[np.ndarray | bytes] = [*KEPT.values(), *(file for file, _ in REENCODED.values())]
     files += [saved(kind="PNG"), b"?"]
@@ -205,8 +205,8 @@ def test_conversion_counts_what_it_encodes_again(tmp_path: Path) -> None:
     assert "reencoded" not in write(memory_source(train=MemoryRows([PIXELS])), tmp_path / "npy")
 
 
-def test_verify_tells_a_jpeg_that_not_every_decoder_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Store the file like an earlier version."""
+def test_verify_reports_jpeg_unsupported_by_some_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Store the file like an earlier version of the converter."""
     with monkeypatch.context() as patch:
         patch.setattr(jpeg_format, "inspect", lambda content: (1, None))
         write(memory_source(train=MemoryRows([stray_bytes(jpeg_file(0))])), tmp_path / "out", "jpeg")

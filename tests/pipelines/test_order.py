@@ -55,7 +55,7 @@ def test_orders_of_other_epochs_and_seeds_are_unrelated() -> None:
             assert np.count_nonzero(first == second) < 10  # chance: 1 on average
 
 
-def test_every_position_is_as_likely_for_a_sample() -> None:
+def test_every_position_of_a_sample_is_equally_likely() -> None:
     samples, epochs = 10, 5000
     counts = np.zeros((samples, samples))
     for epoch in range(epochs):

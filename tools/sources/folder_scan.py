@@ -120,7 +120,7 @@ class Scan:
         status = entry.stat()
         if status.st_size > MAX_FILE_BYTES:
             raise UserError(
-                f"{entry.path} has {status.st_size:,} bytes, but image files may have at most {MAX_FILE_BYTES:,}; remove it"
+                f"{entry.path} has {status.st_size:,} bytes, but at most {MAX_FILE_BYTES:,} are allowed; remove it"
             )
         self.touched.update(status.st_mtime_ns.to_bytes(8, "little", signed=True))
         return status.st_size

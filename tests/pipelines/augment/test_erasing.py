@@ -1,4 +1,4 @@
-"""Random erasing: boxes distributed as in torchvision, colors distributed as the data set."""
+"""Random erasing: boxes are distributed like torchvision's, colors like those of the data set."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_crop_boxes_match_torchvision_distribution(height: int, width: int, scal
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (10, 11), (30, 30), (1, 400), (7, 1)])
 def test_crop_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
-    # an area share above 1 fits in no attempt, so both implementations fall back
+    # an area share above 1 never fits, so both implementations fall back
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 1.5], list(RATIO))
     boxes = crops(np.arange(5), height, width, scale=(1.5, 1.5))
     np.testing.assert_array_equal(boxes, np.broadcast_to(theirs, (5, 4)))

@@ -243,7 +243,7 @@ def test_mixing_is_independent_of_batch_split(mode: str, npy_data: Path) -> None
 
 
 @MODES
-def test_resumed_epoch_is_mixed_like_unbroken_one(mode: str, npy_data: Path) -> None:
+def test_resumed_epoch_is_mixed_like_uninterrupted_one(mode: str, npy_data: Path) -> None:
     mix = MixConfig(**BOTH, mode=mode, off_epoch=2)
     loader = loader_of(npy_data, mix, 100)
     epochs = [[mixed(batch) for batch in loader] for _ in range(3)]

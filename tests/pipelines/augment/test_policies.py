@@ -1,4 +1,4 @@
-"""Programs: distributed as in torchvision, independent of each other and of the batch, within their slots."""
+"""Programs are distributed as in torchvision and independent of each other and of the batch."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_disabling_a_jitter_keeps_other_factors_and_order(off: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-t3aw", "randaugment"])
-def test_additional_layer_keeps_draws_of_earlier_layers(policy: str) -> None:
+def test_adding_a_layer_keeps_draws_of_earlier_layers(policy: str) -> None:
     more: Any = {"policy": policy, "num_ops": 3} if policy == "randaugment" else f"{policy}-n3"
     for two, three in zip(programs(auto=policy), programs(auto=more), strict=True):
         np.testing.assert_array_equal(two, three[:, :2])
@@ -241,5 +241,5 @@ def test_fill_and_interpolation_default_to_policy(
         ({"auto": "rand-t3aw"}, 6),
     ],
 )
-def test_radius_is_that_of_largest_blur(aug: dict[str, Any], radius: int) -> None:
+def test_blur_radius_fits_the_largest_sigma(aug: dict[str, Any], radius: int) -> None:
     assert facts(**aug).radius == radius

@@ -1,6 +1,6 @@
 """The DALI graph and the CPU graph give the same training batches for the same draws, on photos.
 
-On a GPU the DALI graph runs, with inputs converted from the draws; here it runs on the CPU.
+The DALI graph, which training uses on a GPU, runs on the CPU here, with inputs converted from the draws.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OF_MOST_IMAGES, OF_ANY_IMAGE = 0.4, 12.0
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Data sets of 72 images: npy of 61x80, and jpeg of several sizes, some smaller than SIZE."""
+    """Return data sets of 72 images: npy of 61x80, and jpeg of several sizes, some smaller than SIZE."""
     several = photos(160, 240, 24) + photos(40, 41, 24) + photos(97, 48, 24)
     folder = tmp_path_factory.mktemp("sets")
     return {

@@ -1,4 +1,4 @@
-"""timm's RandAugment: spaces and formulas number by number, and the distribution of draws."""
+"""Compare all numbers of timm's RandAugment, and the distribution of its draws."""
 
 from __future__ import annotations
 

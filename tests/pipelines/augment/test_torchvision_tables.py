@@ -1,4 +1,4 @@
-"""torchvision's tables, number by number."""
+"""Compare all numbers of torchvision's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding: greyscale of every depth keeps its brightness or is a defect; messages of libtiff become reasons."""
+"""Encoding: greyscale of any depth keeps its brightness or is a defect; libtiff's messages become reasons."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_fewer_declared_bits_than_eight_are_scaled_up() -> None:
     np.testing.assert_array_equal(grey_of(png_of(values, significant=4)), values * 17)
 
 
-def test_a_declared_range_counts_for_dark_images_too() -> None:
+def test_declared_range_applies_to_dark_images() -> None:
     dark = RAMP_12 // 20  # up to 204 of 4095
     for file in (tiff_of(dark, 12), png_of(dark, significant=12), pgm_of(dark, 4095)):
         np.testing.assert_array_equal(grey_of(file), dark >> 4)
-    scaled = RAMP_16 // 64 & 0xFFF0  # of 12 bits, as the PNG standard wants them: up to 1008 of 65535
+    scaled = RAMP_16 // 64 & 0xFFF0  # 12 bits scaled by the PNG standard: up to 1008 of 65535
     np.testing.assert_array_equal(grey_of(png_of(scaled, significant=12)), scaled >> 8)
     np.testing.assert_array_equal(grey_of(png_of(RAMP_12, significant=16)), RAMP_12 >> 8)
 
@@ -103,12 +103,12 @@ def test_a_declared_range_counts_for_dark_images_too() -> None:
         png_of(np.stack([RAMP_12, RAMP_16], axis=2), colour=4),
     ],
 )
-def test_values_of_an_unknown_range_are_a_defect(file: bytes) -> None:
+def test_unknown_range_is_a_defect(file: bytes) -> None:
     with pytest.raises(Defect, match="have no known range; save it with 8"):
         encode(file, Encoding("npy"))
 
 
-def test_16_bit_colors_keep_their_upper_bytes() -> None:
+def test_16_bit_colors_are_reduced_to_upper_bytes() -> None:
     colours = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), np.uint16)
     stored = np.frombuffer(encode(png_of(colours, colour=2), Encoding("npy")).payload, np.uint8)
     np.testing.assert_array_equal(stored.reshape(5, 7, 3), colours >> 8)
@@ -116,7 +116,7 @@ def test_16_bit_colors_keep_their_upper_bytes() -> None:
 
 
 @pytest.mark.parametrize("file", [tiff_of(RAMP_12, 12, ">"), tiff_of(RAMP_12 // 4, 10)])
-def test_a_tiff_that_pillow_does_not_read_says_why(file: bytes) -> None:
+def test_tiff_unsupported_by_pillow_gives_a_reason(file: bytes) -> None:
     with pytest.raises(Defect, match="cannot be decoded: a broken TIFF, or one whose bits per sample, sample format"):
         encode(file, Encoding("npy"))
 
@@ -131,7 +131,7 @@ def test_one_bit_and_premultiplied_greyscale_become_rgb() -> None:
 
 
 @pytest.mark.parametrize("kind", ["MPO", "DIB"])
-def test_mpo_gives_its_first_frame_and_dib_is_read(kind: str) -> None:
+def test_first_mpo_frame_and_dib_files_are_read(kind: str) -> None:
     first = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     options = {"save_all": True, "append_images": [Image.new("RGB", (7, 5))]} if kind == "MPO" else {}
     file = saved(first, kind, **options)
@@ -142,7 +142,7 @@ def test_mpo_gives_its_first_frame_and_dib_is_read(kind: str) -> None:
     np.testing.assert_array_equal(stored, expected)
 
 
-def test_what_libtiff_prints_becomes_the_reason(capfd: pytest.CaptureFixture[str]) -> None:
+def test_libtiff_output_becomes_the_reason(capfd: pytest.CaptureFixture[str]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     file = bytearray(saved(noise, "TIFF", compression="tiff_deflate"))
     file[200:300] = bytes(100)

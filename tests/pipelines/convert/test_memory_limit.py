@@ -1,4 +1,4 @@
-"""Memory limit of a call."""
+"""Limit the memory of a call."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def test_limit_is_restored_after_an_error() -> None:
     assert len(bytearray(512 * MIB)) == 512 * MIB
 
 
-def test_an_inner_limit_never_widens_the_outer_one() -> None:
+def test_inner_limit_never_raises_the_outer_one() -> None:
     with memory_limit.at_most(128 * MIB), memory_limit.at_most(2048 * MIB), pytest.raises(MemoryError):
         bytearray(512 * MIB)

@@ -42,7 +42,7 @@ def test_results_keep_task_order_for_any_size_of_shared_object() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_killed_worker_is_one_sentence() -> None:
+def test_killed_worker_gives_a_one_sentence_error() -> None:
     with pytest.raises(UserError, match="a worker process was killed"), WorkerPool(2, LARGE) as pool:
         list(pool.imap(end_itself, range(5)))
 
@@ -62,7 +62,7 @@ def test_error_does_not_wait_for_pending_tasks() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_held_signal_comes_at_the_end() -> None:
+def test_deferred_signal_arrives_at_the_end() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:

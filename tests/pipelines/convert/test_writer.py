@@ -1,4 +1,4 @@
-"""Writing data sets: encoding of samples, refused input, and identical bytes after a kill at any point."""
+"""Writing data sets: encoded samples, refused input, and identical bytes after a kill at any point."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_random_kills_and_worker_counts_give_identical_bytes(
 
 @pytest.mark.parametrize("block_bytes", [2**29, 100_000])
 @pytest.mark.parametrize(("encoding", "groups"), [("npy", 1), ("npy", 3), ("jpeg", 1)])
-def test_how_the_spool_is_cut_changes_no_byte(
+def test_spool_layout_does_not_change_the_result(
     groups: int,
     block_bytes: int,
     encoding: str,
@@ -155,7 +155,7 @@ def test_images_and_labels_stay_together(encoding: str, request: pytest.FixtureR
 
 
 def defective(good: list[bytes]) -> list[bytes]:
-    """Return ten files, of which numbers 0, 2, 3, 5, 6 and 8 cannot be used."""
+    """Return ten files; numbers 0, 2, 3, 5, 6 and 8 are unusable."""
     jpeg = bytearray(good[0])
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # claims 65,535 x 65,535
@@ -258,7 +258,7 @@ def test_every_colour_space_becomes_rgb(case: Converted) -> None:
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_of_unknown_range_are_a_defect(mode: str) -> None:
+def test_pixels_of_unknown_range_are_defects(mode: str) -> None:
     values = np.linspace(0, 1e6, 35).reshape(5, 7).astype(np.float32 if mode == "F" else np.int32)
     with pytest.raises(Defect, match="range"):
         encode(file_of(Image.fromarray(values), "TIFF"), Encoding("npy"))
@@ -306,7 +306,7 @@ def test_side_beyond_the_jpeg_limit_is_a_defect() -> None:
     assert encode(longest, Encoding("jpeg")).width == 65_500
 
 
-def test_quality_and_subsampling_are_those_asked_for() -> None:
+def test_quality_and_subsampling_options_are_applied() -> None:
     image = marked_image(3, 64, 64)
     files = {
         (quality, subsampling): encode(image, Encoding("jpeg", quality=quality, subsampling=subsampling)).payload
@@ -330,7 +330,7 @@ def test_npy_refuses_splits_of_several_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[0, 12], [-1, 0], [0]])
-def test_labels_that_name_no_class_are_refused(labels: list[int], tmp_path: Path) -> None:
+def test_labels_without_a_class_are_refused(labels: list[int], tmp_path: Path) -> None:
     rows = MemoryRows([marked_image(0), marked_image(1)])
     rows.labels = np.array(labels, np.int64)
     with pytest.raises(UserError, match=r"'train'.*labels"):
@@ -412,7 +412,7 @@ def test_a_second_writer_into_the_same_folder_is_refused(tmp_path: Path, npy_dat
     assert contents(tmp_path / "tiny") == contents(npy_data)
 
 
-def test_a_writer_that_comes_as_another_finishes_changes_nothing(
+def test_writer_started_as_another_finishes_changes_nothing(
     tmp_path: Path, npy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock = checks.fcntl.flock
@@ -457,7 +457,7 @@ def test_source_with_too_few_rows_is_an_error(tmp_path: Path) -> None:
         def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
             return super().read(start, min(stop, 9))
 
-    with pytest.raises(UserError, match="gave 9 rows instead of 10"):
+    with pytest.raises(UserError, match="returned 9 rows instead of 10"):
         write(memory_source(train=Short(10)), tmp_path / "out")
 
 
@@ -471,8 +471,8 @@ def test_recorded_reason_of_a_defect_is_reproducible(tmp_path: Path) -> None:
     assert [defect["row"] for defect in first] == [0, 2]
 
 
-def test_only_the_scans_of_the_image_itself_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phones append a film to a photo, whose bytes may look like any marker."""
+def test_scans_after_the_image_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phones append a video to a photo, and its bytes may look like any marker."""
     image = marked_image(3, 40, 48)
     film = b"\xff\xda\xff\xdb" * 500
     sound = file_of(Image.fromarray(image), "JPEG", comment=film[:2000], progressive=True) + film

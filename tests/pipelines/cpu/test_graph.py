@@ -1,4 +1,4 @@
-"""The CPU graphs against DALI's on the same inputs, and the kernels against NumPy and torch; on photos."""
+"""Compare the CPU graphs with DALI's on the same inputs, and the kernels with NumPy and torch, on photos."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def encoded(pixels: np.ndarray, quality: int = 60) -> bytes:
 
 
 def decoded(folder: Path, sample: int) -> np.ndarray:
-    """Return a stored image; encoded again at a lower quality it takes fewer bytes."""
+    """Return a stored image; re-encoded at a lower quality it takes fewer bytes."""
     split = open_split(folder, "val")
     begin, size = int(split.address[sample]), int(split.size[sample])
     return np.asarray(Image.open(io.BytesIO(split.content[begin : begin + size].tobytes())))

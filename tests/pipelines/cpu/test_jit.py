@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 
 def covered() -> set[Path]:
-    """Return the files whose change recompiles everything."""
+    """Return the files whose change recompiles all kernels."""
     return {file for pattern in jit.SOURCES for file in FOLDER.glob(pattern)}
 
 
@@ -84,7 +84,7 @@ runpy.run_module("pipelines.cpu.outer_kernels", run_name="__main__")
 def run(package: Path, *denied: str) -> str:
     """Return the outer kernel's result in a new process, and whether its code came from the cache.
 
-    denied: patterns of cached files, separated by commas, that cannot be read; `early`: from the start on.
+    denied: comma-separated patterns of unreadable cache files, then `early` to deny them from the start.
     """
     environment = {
         **os.environ,

@@ -46,8 +46,8 @@ VALUES: dict[Op, list[float]] = {
     Op.GRAYSCALE: [0],
     Op.BLUR: [0.1, 0.3, 0.7, 1.3, 2.0],
 }
-# No value maps a pixel halfway between two pixels, where rounding errors decide torch's nearest pixel.
-# Operations with another order of float32 sums: the largest share of values that may differ by one grey level.
+# No value maps a pixel halfway between two pixels: rounding errors would decide which one torch takes.
+# Largest share of values that may differ by one grey level, for operations with another order of float32 sums.
 ROUNDED = {Op.HUE: 0.001, Op.BLUR: 0.001}
 BILINEAR_ROUNDED = 0.03
 

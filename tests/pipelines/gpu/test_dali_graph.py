@@ -1,6 +1,7 @@
-"""Pixels of the DALI graphs against NumPy, Pillow and torchvision with the same draws, on photos.
+"""Compare the DALI graphs with NumPy, Pillow and torchvision for the same draws, on photos.
 
-The tests marked gpu compare a GPU with the CPU and need nothing that a bare GPU machine lacks (hypothesis, webdataset).
+Tests marked gpu compare a GPU with the CPU. They need neither hypothesis nor webdataset, so that a bare machine can run
+them.
 """
 
 from __future__ import annotations
@@ -568,7 +569,7 @@ def test_gpu_batches_kept_by_user_are_not_overwritten(aug: AugConfig, placement:
 @PLACEMENTS
 @pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED], ids=["none", "random-resized"])
 def test_slow_gpu_stream_reads_the_right_batches(aug: AugConfig, placement: str, many: Path) -> None:
-    """The host runs far ahead of the GPU, so a buffer reused too early would change under its reader."""
+    """The host runs far ahead of the GPU, so a buffer that is reused too early would change while it is read."""
     expected = epoch(train(many, aug, "cuda", placement=placement))
     busy = torch.randn(4096, 4096, device="cuda")
     seen = []

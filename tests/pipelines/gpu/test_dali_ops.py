@@ -1,4 +1,4 @@
-"""Programs in the DALI graph against torchvision's functional operations with the same values, on photos.
+"""Compare programs in the DALI graph with torchvision's functional operations for the same values, on photos.
 
 The tests marked gpu compare a GPU with the CPU.
 """
@@ -39,7 +39,7 @@ VALUES: dict[Op, list[float]] = {
     Op.HUE: [-0.5, -0.3, -0.1, 0, 0.05, 0.25, 0.5],
     Op.BLUR: [0.1, 0.5, 1, 2],
 }
-# Mean and largest difference in grey levels; operations not listed are equal except for single pixels.
+# Mean and largest difference in grey levels. Operations not listed are equal except for single pixels.
 LIMITS = {Op.COLOR: (0.6, 1), Op.CONTRAST: (0.1, 1), Op.EQUALIZE: (0.5, 1)}
 NEARLY_EQUAL = (0.02, 1)
 JITTER = frozenset({Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR})
@@ -220,7 +220,7 @@ def test_program_pixels_are_independent_of_batch() -> None:
 def test_images_of_few_levels_match_torchvision(op: Op) -> None:
     photo = photos(32, 32, 1)[0]
     bright, flat = photo.copy(), photo.copy()
-    bright[:26] = 255  # so many that equalize has less than one pixel per other level
+    bright[:26] = 255  # equalize then has less than one pixel per other level
     flat[..., 1] = 77
     levels = [np.full_like(photo, level) for level in (0, 77, 255)]
     images = np.stack([*levels, bright, flat, photo & 0xC0, photo & 0x80])

@@ -1,4 +1,4 @@
-"""The fused kernel of device placement against NumPy; in Triton's interpreter without a GPU."""
+"""Compare the fused kernel of device placement with NumPy; without a GPU, in Triton's interpreter."""
 
 from __future__ import annotations
 

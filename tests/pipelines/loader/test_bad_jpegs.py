@@ -1,4 +1,4 @@
-"""Loaders of undecodable JPEGs: the stream with substitutes equals that of sound data, for any reader."""
+"""Undecodable JPEGs: with any reader, batches with substitutes equal those of intact data."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def _unsaid() -> None:
 
 @pytest.fixture(scope="module")
 def damaged(jpeg_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """jpeg_data with BAD samples, each damaged differently; read only."""
+    """Return jpeg_data with BAD samples, each damaged differently; read-only."""
     folder = Path(shutil.copytree(jpeg_data, tmp_path_factory.mktemp("damaged") / "tiny"))
     damage_in_turn(folder, BAD)
     return folder
 
 
 def expected_of(folder: Path, *arguments: Any, **options: Any) -> Loader:
-    """Return the loader of sound data with substitutes."""
+    """Return a loader of intact data with substitutes."""
     return substituted(train(folder, *arguments, image_size=24, **options), open_split(folder, "train"), BAD)
 
 
 @pytest.fixture(params=["kernels", "DALI"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The backend of the loader."""
+    """Return the backend of the loader."""
     if request.param == "DALI":
         use_dali(monkeypatch)
     return str(request.param)
@@ -132,7 +132,7 @@ def test_exceeding_the_budget_ends_the_epoch(way: str, damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_stop_names_first_bad_sample_of_the_stream(threads: int, way: str, damaged: Path) -> None:
+def test_error_names_first_bad_sample_of_the_stream(threads: int, way: str, damaged: Path) -> None:
     loader = train(damaged, 16, AUG, image_size=24, threads=threads)
     stream = np.concatenate([loader.plan.indices(0, step) for step in range(len(loader))])
     first = next(sample for sample in stream if sample in BAD)
@@ -168,7 +168,7 @@ def test_wrong_header_size_is_rejected_before_decoding(jpeg_copy: Path, monkeypa
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_dali_is_never_fed_a_wrong_header(choice: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a batch such a file may crash the process."""
+    """Decoding the file in a batch may crash the process."""
     use_dali(monkeypatch)
     loader, split = train(damaged, 48, AUG, **{**SKIP, "on_bad_sample": choice}), open_split(damaged, "train")
     sides = set(zip(split.heights.tolist(), split.widths.tolist(), strict=True))
@@ -187,7 +187,7 @@ def test_dali_is_never_fed_a_wrong_header(choice: Any, damaged: Path, monkeypatc
 def test_file_only_dali_decodes_is_not_replaced(
     batch_size: int, jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise it would depend on the other samples of its batch."""
+    """Otherwise the result would depend on the other samples of the batch."""
     use_dali(monkeypatch)
     damage(jpeg_copy, 5, broken_in_the_middle)
     expected = labels_of(copies(train(jpeg_copy, batch_size, AUG, **SKIP)))

@@ -42,7 +42,7 @@ def among(bad: set[int]) -> Callable[[int], str | None]:
 
 
 @given(st.lists(st.integers(0, SAMPLES - 1), unique=True, min_size=1, max_size=SAMPLES - 1), st.randoms())
-def test_bad_sample_is_replaced_by_next_sound_one(split: Split, bad: list[int], random: object) -> None:
+def test_bad_sample_is_replaced_by_next_intact_one(split: Split, bad: list[int], random: object) -> None:
     met = list(bad)
     random.shuffle(met)  # type: ignore[attr-defined]
     table = bad_samples(split, budget=SAMPLES)
@@ -99,12 +99,12 @@ def test_bad_substitutes_count_towards_the_budget(split: Split) -> None:
     assert asked == [1, 2, 3, 4]  # no search through a completely bad split
 
 
-def test_split_without_sound_samples_is_an_error(split: Split) -> None:
+def test_split_without_decodable_samples_is_an_error(split: Split) -> None:
     with pytest.raises(UserError, match=r"no sample of split 'val' can be decoded"):
         bad_samples(split, budget=SAMPLES).add({5: WRONG}, lambda _: WRONG)
 
 
-def test_stop_names_first_sample_and_suggests_skip(split: Split) -> None:
+def test_error_names_first_sample_and_suggests_skip(split: Split) -> None:
     with pytest.raises(UserError) as error:
         bad_samples(split, choice="stop").add({6: WRONG, 2: WRONG}, among({6, 2}))
     assert str(error.value).startswith(f"{split.describe(6)} {WRONG}: ")

@@ -1,4 +1,4 @@
-"""The checksum of samples: independent of order and batches, different for other samples."""
+"""The checksum is independent of order and batches and differs for other samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: each sample once, exact resume, same pixels at any world size, batches that are not overwritten."""
+"""The loader: each sample once, exact resume, same pixels at any world size, batches never overwritten."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ EVERY_CASE = pytest.mark.parametrize(("encoding", "aug", "image_size"), CASES, i
 
 @EVERY_CASE
 @pytest.mark.parametrize("others", [{}, {"prefetch": 9}, {"prefetch": 1, "threads": 2}], ids=str)
-def test_resumed_run_gives_same_bytes_as_unbroken_run(
+def test_resumed_run_gives_same_bytes_as_uninterrupted_run(
     encoding: str, aug: AugConfig, image_size: int | None, others: dict[str, int], request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"{encoding}_data")
@@ -370,7 +370,7 @@ def test_wait_time_of_consumer_is_counted(npy_data: Path) -> None:
 
 
 class Recorder(SampleSource):
-    """Source and runner of an imaginary GPU; fails if a slot is filled before the GPU has read it."""
+    """Source and runner of a simulated GPU; fails if a slot is filled before the GPU has read it."""
 
     def __init__(self) -> None:
         self.reading: set[int] = set()

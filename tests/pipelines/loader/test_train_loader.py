@@ -1,4 +1,4 @@
-"""Loaders with stages: only the sizes change, as scheduled."""
+"""Loaders with stages: only the sizes change, on schedule."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_iterator_raises_after_another_stage_was_started(npy_data: Path) -> None
             next(first)
 
 
-def test_section_of_an_epoch_has_its_sizes_only() -> None:
+def test_part_of_an_epoch_has_only_its_own_sizes() -> None:
     data = DataConfig(path="x", batch_size=32, image_size=48, stages=STAGES)  # type: ignore[arg-type]
     sections = [data_at(data, epoch) for epoch in range(5)]
     sizes = [(section.image_size, section.batch_size, section.stages) for section in sections]
@@ -133,7 +133,7 @@ def test_invalid_stage_is_rejected_before_training(npy_data: Path) -> None:
 @pytest.mark.gpu_values
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_gpu_stages_give_the_cpus_batches(placement: str, npy_data: Path) -> None:
-    """With resident pixels the stored size needs no DALI; the other stages do, and share the pixels."""
+    """Stages at the stored size do not need DALI if pixels are resident; the others do, and share the pixels."""
     data = DataConfig(path=str(npy_data), stages=STAGES, batch_size=32, threads=1, placement=placement)  # type: ignore[arg-type]
     aug = AugConfig(crop="pad", padding=2, flip=0.5)
     on_gpu, on_cpu = (build_train_loader(data, aug, seed=SEED, device=device) for device in ("cuda", "cpu"))

@@ -1,4 +1,4 @@
-"""Errors for sources and missing data sets suggest the command that converts them."""
+"""Errors about sources and missing data sets suggest a conversion command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tools import convert
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_command_is_one_that_convert_takes(
+def test_suggested_command_is_accepted_by_convert(
     files: list[str], folder: str, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -42,7 +42,7 @@ def test_the_command_is_one_that_convert_takes(
     assert use == ("" if str(parsed["out"]) == folder else f"{parsed['out']} as the data set")
 
 
-def test_what_is_not_known_gets_no_guess(tmp_path: Path) -> None:
+def test_unknown_path_gets_the_general_hint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
         assert convert_hint(path) == "convert the source with tools/convert.py first"

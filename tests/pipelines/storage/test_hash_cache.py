@@ -1,4 +1,4 @@
-"""Cache of hashes: a shard is read once after each change, and entries are stored in the user's cache only."""
+"""Hash cache: a shard is read once after each change, and entries are stored only in the user's cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which the names of hashed files are added."""
+    """Return a list that collects the names of hashed files."""
     names: list[str] = []
     hash_file = hash_cache.hash_file
 
@@ -62,15 +62,15 @@ def test_shards_are_read_by_the_first_start_only(npy_copy: Path, read: list[str]
     assert read == []
 
 
-def test_what_was_just_converted_is_not_read_again(tmp_path: Path, read: list[str]) -> None:
+def test_converted_shards_are_not_read_again(tmp_path: Path, read: list[str]) -> None:
     write(tiny_source("npy"), tmp_path / "out")
     for split in ("train", "val", "test"):
         open_split(tmp_path / "out", split)
     assert read == []
 
 
-def test_shards_that_an_interrupted_conversion_left_are_read(tmp_path: Path, read: list[str]) -> None:
-    """The cache has only entries of shards that this conversion wrote."""
+def test_shards_of_an_interrupted_conversion_are_read(tmp_path: Path, read: list[str]) -> None:
+    """The cache has entries only for shards that this conversion wrote."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "memory_source.py"), str(tmp_path / "out"), "npy", "1"]
     for count in range(40, 400, 20):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -84,7 +84,7 @@ def test_shards_that_an_interrupted_conversion_left_are_read(tmp_path: Path, rea
     assert len(read) in (len(left), len(left) - 1)  # the last may lack its table, and was written again
 
 
-def test_verify_reads_everything_and_is_remembered(npy_copy: Path, read: list[str]) -> None:
+def test_verify_reads_all_shards_and_caches_hashes(npy_copy: Path, read: list[str]) -> None:
     open_split(npy_copy, "train")
     read.clear()
     assert verify(npy_copy) == []
@@ -95,7 +95,7 @@ def test_verify_reads_everything_and_is_remembered(npy_copy: Path, read: list[st
 
 
 @pytest.mark.parametrize("way", ["touched", "replaced by a copy", "renamed and back", "written over"])
-def test_only_a_shard_that_was_changed_is_read_again(way: str, npy_copy: Path, read: list[str]) -> None:
+def test_only_changed_shards_are_read_again(way: str, npy_copy: Path, read: list[str]) -> None:
     open_split(npy_copy, "train")
     read.clear()
     file = npy_copy / "tiny-train-000002.tar"
@@ -123,7 +123,7 @@ def test_only_a_shard_that_was_changed_is_read_again(way: str, npy_copy: Path, r
 
 
 def test_change_within_a_clock_tick_is_detected(npy_copy: Path) -> None:
-    """File times have steps of some milliseconds, within which a file can be hashed and changed."""
+    """File times advance in steps of some milliseconds; a file can be hashed and changed within one step."""
     file = npy_copy / "tiny-val-000000.tar"
     for number in range(20):
         content = bytearray(file.read_bytes())
@@ -138,8 +138,8 @@ def test_change_within_a_clock_tick_is_detected(npy_copy: Path) -> None:
         file.write_bytes(content)
 
 
-def test_copies_on_other_machines_are_remembered_beside_this_one(npy_copy: Path, read: list[str]) -> None:
-    """Several machines share a home folder and have the data under the same path."""
+def test_copies_on_other_machines_have_separate_entries(npy_copy: Path, read: list[str]) -> None:
+    """Machines may share a home folder and have copies of the data under the same path."""
     other = npy_copy.parent / "elsewhere"
     shutil.copytree(npy_copy, other)
     open_split(npy_copy, "val")
@@ -211,7 +211,7 @@ def test_every_start_reads_and_warns_without_a_cache(
     assert "every start reads all shards; set XDG_CACHE_HOME" in said[0]
 
 
-def test_a_relative_cache_folder_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
     assert hash_cache.cache_folder() == Path.home() / ".cache" / "model-zhu" / "verified"
 
@@ -252,7 +252,7 @@ print(len(read))
 """
 
 
-def test_of_processes_that_start_together_one_reads(npy_copy: Path) -> None:
+def test_only_one_of_concurrent_processes_reads(npy_copy: Path) -> None:
     command = [sys.executable, "-c", COUNTS, str(npy_copy)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     counts = [int(process.communicate()[0]) for process in processes]
@@ -322,12 +322,12 @@ def test_unreadable_file_is_named_in_the_error(npy_copy: Path, monkeypatch: pyte
     assert "tiny-val-000000.tar cannot be read (Input/output error)" in verify(npy_copy)
 
 
-def test_a_machine_without_a_terminal_hears_nothing(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_checks_print_nothing_without_a_terminal(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_split(npy_copy, "train")
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_log_says_what_takes_long(
+def test_long_checks_are_announced_in_a_log(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_split(npy_copy, "train")

@@ -1,4 +1,4 @@
-"""Malformed index that dataset.json agrees with: no address leaves its shard, no claimed size is allocated."""
+"""Malformed indexes with valid hashes: no address is outside of its shard, no claimed size is allocated."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def npz(compression: int = zipfile.ZIP_STORED, claim: int = 700, samples: int = 
     ],
     ids=["claims", "bomb", "objects", "floats", "cut"],
 )
-def test_what_is_only_claimed_takes_no_memory(content: bytes, says: str, npy_copy: Path) -> None:
+def test_claimed_sizes_allocate_no_memory(content: bytes, says: str, npy_copy: Path) -> None:
     put(npy_copy, content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=rf"train\.index\.npz cannot be read \(.*{says}"):

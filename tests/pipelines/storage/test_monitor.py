@@ -124,7 +124,7 @@ def test_loader_continues_with_the_opened_bytes(
 
 @pytest.mark.parametrize("way", ["kernels", "DALI"])
 @BOTH
-def test_truncated_shard_is_noticed_by_the_first_batch_reading_it(
+def test_truncated_shard_is_noticed_by_first_batch_reading_it(
     encoding: str, way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "POLL_INTERVAL_S", math.inf)
@@ -144,7 +144,7 @@ def test_removed_data_set_is_read_to_the_end(jpeg_copy: Path, capsys: pytest.Cap
     assert "cannot be found any more (No such file or directory)" in capsys.readouterr().err
 
 
-def test_a_removed_file_that_came_back_is_another_one(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_restored_file_counts_as_replaced(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     split = open_split(npy_copy, "train")
     content = split.files[1].read_bytes()
     split.files[1].unlink()

@@ -44,10 +44,10 @@ def test_truncated_pages_read_as_zeros_and_set_the_flag(files: tuple[Path, ...])
     assert mapped.fault_address.nonzero()[0].tolist() == [1]
     assert (
         mapped.fault_address[1] - mapped.content.ctypes.data - SLOT == 8192
-    )  # the first page behind the end of the file
+    )  # the first page after the end of the file
 
 
-def test_what_stays_is_still_read_from_the_file(files: tuple[Path, ...]) -> None:
+def test_remaining_pages_are_read_from_the_file(files: tuple[Path, ...]) -> None:
     mapped = opened(files)
     os.truncate(files[0], SIZE // 2)
     for place in range(SIZE - 1, 0, -4096):  # from the end, so that every page is a new fault
@@ -89,7 +89,7 @@ def test_unregistered_addresses_are_ignored_and_their_rows_reused() -> None:
     sigbus.unregister(again)
 
 
-def test_a_closed_split_gives_its_rows_back(files: tuple[Path, ...]) -> None:
+def test_closed_split_releases_its_rows(files: tuple[Path, ...]) -> None:
     used = []
     for _ in range(3):
         mapped = opened(files)
@@ -145,7 +145,7 @@ def test_fork_has_its_own_table(files: tuple[Path, ...]) -> None:
 
 
 @pytest.mark.parametrize("way", ["other map", "sent"])
-def test_another_bus_error_kills_as_it_always_did(way: str, files: tuple[Path, ...]) -> None:
+def test_other_sigbus_still_kills_the_process(way: str, files: tuple[Path, ...]) -> None:
     result = run(files[0], way, "-X", "faulthandler")
     assert (result.returncode, result.stdout) == (-signal.SIGBUS, "")
     assert "Fatal Python error: Bus error" in result.stderr  # by the previous handler

@@ -1,4 +1,4 @@
-"""Format on disk: other programs read it, damage is found and named, large data sets open quickly."""
+"""Format on disk: other programs read it, damage is reported, and large data sets open quickly."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def stored(split: Split) -> list[bytes]:
 
 @BOTH
 @pytest.mark.parametrize("split_name", ["train", "val", "test"])
-def test_the_webdataset_library_reads_every_sample_back(
-    encoding: str, split_name: str, request: pytest.FixtureRequest
-) -> None:
+def test_webdataset_reads_every_sample(encoding: str, split_name: str, request: pytest.FixtureRequest) -> None:
     split = open_split(folder_of(encoding, request), split_name)
     read = list(webdataset.WebDataset([str(file) for file in split.files], shardshuffle=False).decode())
     assert len(read) == len(split)
@@ -81,7 +79,7 @@ def test_the_webdataset_library_reads_every_sample_back(
 
 @BOTH
 @pytest.mark.parametrize("split_name", ["train", "test"])
-def test_dalis_webdataset_reader_reads_every_sample_back(
+def test_dalis_webdataset_reader_reads_every_sample(
     encoding: str, split_name: str, request: pytest.FixtureRequest
 ) -> None:
     split = open_split(folder_of(encoding, request), split_name)
@@ -111,7 +109,7 @@ def test_dalis_webdataset_reader_reads_every_sample_back(
 
 @BOTH
 @pytest.mark.parametrize("split_name", ["train", "test"])
-def test_the_index_beside_a_shard_is_what_wds2idx_makes(
+def test_idx_file_equals_the_output_of_wds2idx(
     encoding: str, split_name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     for file in open_split(folder_of(encoding, request), split_name).files:
@@ -120,7 +118,7 @@ def test_the_index_beside_a_shard_is_what_wds2idx_makes(
         assert file.with_suffix(".idx").read_text() == (tmp_path / "made.idx").read_text()
 
 
-def test_timms_reader_understands_the_folder(jpeg_data: Path) -> None:
+def test_timm_reads_the_folder(jpeg_data: Path) -> None:
     info = reader_wds._load_info(str(jpeg_data))
     split = open_split(jpeg_data, "train")
     parsed = reader_wds._parse_split_info("train", info)
@@ -166,7 +164,7 @@ def test_pixel_rows_outlive_the_split(npy_data: Path) -> None:
 
 
 @BOTH
-def test_an_opened_split_says_what_it_holds(encoding: str, request: pytest.FixtureRequest) -> None:
+def test_opened_split_describes_its_content(encoding: str, request: pytest.FixtureRequest) -> None:
     folder = folder_of(encoding, request)
     split = open_split(folder, "val")
     assert (split.name, split.encoding, len(split)) == ("val", encoding, 107 if encoding == "npy" else 53)
@@ -177,7 +175,7 @@ def test_an_opened_split_says_what_it_holds(encoding: str, request: pytest.Fixtu
         assert (height, width) == (32, 32) if encoding == "npy" else Image.open(io.BytesIO(content)).size[::-1]
 
 
-def test_a_samples_description_leads_to_its_bytes(npy_data: Path) -> None:
+def test_sample_description_locates_its_bytes(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     text = split.describe(650)
     key = f"{split.source_rows()[650]:09d}"
@@ -188,7 +186,7 @@ def test_a_samples_description_leads_to_its_bytes(npy_data: Path) -> None:
         assert archive.getmember(f"{key}.npy").offset_data == offset
 
 
-def test_the_fingerprint_tells_data_sets_apart_but_not_copies(npy_data: Path, npy_copy: Path, jpeg_data: Path) -> None:
+def test_fingerprint_distinguishes_data_sets_but_not_copies(npy_data: Path, npy_copy: Path, jpeg_data: Path) -> None:
     assert fingerprint(load_dataset(npy_data)) == fingerprint(load_dataset(npy_copy))
     assert fingerprint(load_dataset(npy_data)) != fingerprint(load_dataset(jpeg_data))
     edit_dataset(npy_copy, lambda dataset: dataset["splits"]["train"]["shards"][0].update(sha256="0" * 64))
@@ -199,7 +197,7 @@ def test_the_fingerprint_tells_data_sets_apart_but_not_copies(npy_data: Path, np
 
 
 @BOTH
-def test_a_sound_data_set_has_no_problems(encoding: str, request: pytest.FixtureRequest) -> None:
+def test_intact_data_set_has_no_problems(encoding: str, request: pytest.FixtureRequest) -> None:
     assert verify(folder_of(encoding, request)) == []
 
 
@@ -405,7 +403,7 @@ def test_wrong_image_shape_is_refused(npy_copy: Path) -> None:
         open_split(npy_copy, "train")
 
 
-def test_an_idx_that_disagrees_is_found(npy_copy: Path) -> None:
+def test_wrong_idx_file_is_found(npy_copy: Path) -> None:
     idx = npy_copy / "tiny-train-000001.idx"
     lines = idx.read_text().splitlines(keepends=True)
     idx.write_text("".join(lines[: len(lines) // 2]))
@@ -437,7 +435,7 @@ def test_verify_reports_a_file_without_read_permission(
 
 
 def forbid(file: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove read permission, as chmod does, but also for root."""
+    """Remove read permission like chmod, but also for root."""
     allowed = getattr(Path, method)
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -448,7 +446,7 @@ def forbid(file: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, method, refuse)
 
 
-def test_timms_info_is_verified(npy_copy: Path) -> None:
+def test_info_json_is_verified(npy_copy: Path) -> None:
     info = npy_copy / "_info.json"
     info.write_text(info.read_text().replace("107", "106"))
     assert verify(npy_copy) == ["_info.json disagrees with dataset.json"]
@@ -501,7 +499,7 @@ def test_contradictory_dataset_json_is_refused(change: dict[str, Any], says: str
     assert len(str(refusal.value)) < 500
 
 
-def test_a_file_that_is_listed_twice_is_refused(npy_copy: Path) -> None:
+def test_file_listed_twice_is_refused(npy_copy: Path) -> None:
     def repeat(dataset: dict[str, Any]) -> None:
         shards = dataset["splits"]["train"]["shards"]
         shards[1]["file"] = shards[0]["file"]
@@ -531,7 +529,7 @@ def test_invalid_dataset_json_is_refused(content: bytes, npy_copy: Path) -> None
         open_split(npy_copy, "train")
 
 
-def test_another_version_of_the_format_is_refused(npy_copy: Path) -> None:
+def test_other_format_versions_are_refused(npy_copy: Path) -> None:
     edit_dataset(npy_copy, lambda dataset: (dataset.update(version=2), dataset.pop("splits")))
     with pytest.raises(UserError, match="format version 2, this program reads 1"):
         open_split(npy_copy, "train")
@@ -546,7 +544,7 @@ def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | i
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(data=st.data())
 def test_no_change_to_dataset_json_makes_opening_crash(npy_copy: Path, npy_data: Path, data: st.DataObject) -> None:
-    """Opening raises UserError, or all pixels can be read."""
+    """Either opening raises UserError or all pixels can be read."""
     dataset = json.loads((npy_data / "dataset.json").read_text())
     *way, last = data.draw(st.sampled_from(paths_of(dataset)))
     changed = copy.deepcopy(dataset)
@@ -572,7 +570,7 @@ SAMPLES = 1_500_000
 
 @pytest.fixture(scope="module")
 def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an npy data set of 1.5 M samples of 96x96 in sparse files: 44 GB that take no space."""
+    """Return an npy data set of 1.5 M samples of 96x96 in sparse files: 44 GB that take no disk space."""
     folder = tmp_path_factory.mktemp("million")
     shape, classes = (96, 96, 3), 1000
     size = len(tar_format.npy_header(shape)) + math.prod(shape)

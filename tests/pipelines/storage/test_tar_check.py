@@ -22,7 +22,7 @@ from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-SHARD, SAMPLE = 1, 270  # of npy's 700 in four and jpeg's 520 in several shards
+SHARD, SAMPLE = 1, 270  # npy has 700 samples in four shards, jpeg 520 in several
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def found_in(folder: Path, sample: int = SAMPLE) -> tar_check.Damage:
 
 
 @BOTH
-def test_a_sound_shard_has_no_problem(encoding: str, request: pytest.FixtureRequest) -> None:
+def test_intact_shard_has_no_problem(encoding: str, request: pytest.FixtureRequest) -> None:
     split = open_split(request.getfixturevalue(f"{encoding}_data"), "train")
     for number in range(len(split.files)):
         assert tar_check.layout_error(split, number, np.flatnonzero(split.shard == number)) is None
@@ -195,7 +195,7 @@ def test_only_damaged_jpeg_images_are_allowed_and_only_on_request(
 
 
 def test_images_above_the_pixel_limit_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Index and file agree on a size of gigabytes."""
+    """Index and file both claim a size of gigabytes."""
     out = tmp_path / "out"
     write(memory_source(train=MemoryRows(3, files=True)), out, "jpeg")
     damage(out, 1, claiming(60_000, 60_000))

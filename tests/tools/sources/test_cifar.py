@@ -30,7 +30,7 @@ def images_of(source: Source, split: str) -> np.ndarray:
     return np.stack(list(rows.read(0, len(rows))))
 
 
-def test_rows_keep_their_order_and_become_channel_last_rgb(tmp_path: Path) -> None:
+def test_rows_keep_their_order_and_become_channels_last(tmp_path: Path) -> None:
     source = open_cifar("cifar10", write_cifar10(tmp_path))
     expected = (
         np.concatenate([pixels_of(4, number) for number in range(5)]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -81,7 +81,7 @@ def test_pickled_folder_split_carries_no_pixels_and_reads_the_same(tmp_path: Pat
     np.testing.assert_array_equal(list(pickle.loads(sent).read(0, 250)), first)
 
 
-def test_another_byte_gives_another_fingerprint(tmp_path: Path) -> None:
+def test_changed_byte_changes_the_fingerprint(tmp_path: Path) -> None:
     one, other = write_cifar10(tmp_path / "one"), write_cifar10(tmp_path / "other")
     before = open_cifar("cifar10", other).fingerprint
     assert open_cifar("cifar10", one).fingerprint == before
@@ -148,7 +148,7 @@ def test_pickle_naming_a_foreign_class_is_refused(
     "name",
     ["os.system", "numpy.core.multiarray.fromstring", "numpy.load", "numpy.core.numeric.dtype", "_codecs.decode"],
 )
-def test_no_name_but_numpys_reconstruction_names_is_admitted(name: str) -> None:
+def test_only_numpys_reconstruction_names_are_allowed(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     content = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."
     with pytest.raises(UserError, match=name):
@@ -286,7 +286,7 @@ def test_a_flipped_byte_in_an_archive_is_refused(tmp_path: Path) -> None:
         content[position] ^= 0x10
 
 
-def test_paths_inside_an_archive_write_nothing_anywhere(tmp_path: Path) -> None:
+def test_paths_inside_an_archive_write_no_files(tmp_path: Path) -> None:
     folder = write_cifar10(tmp_path / "one")
     archive = tmp_path / "evil.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:

@@ -29,7 +29,7 @@ def test_digits_split_is_complete_and_stratified() -> None:
     assert (shares.round(2).min(), shares.round(2).max()) == (0.2, 0.2)
 
 
-def test_the_split_is_the_same_every_time_and_everywhere() -> None:
+def test_digits_split_is_reproducible() -> None:
     source, again = open_digits(), open_digits()
     assert source.fingerprint == again.fingerprint
     val = source.splits["val"]

@@ -1,4 +1,4 @@
-"""HDF5 sources: layouts, row order, labels, and causes of silently wrong pixels."""
+"""HDF5 sources: layouts, row order, labels, and files that would give wrong pixels without an error."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_missing_or_minus_one_test_labels_mean_none(tmp_path: Path) -> None:
     assert labels_of(open_hdf5(path, None, MAX_PIXELS), "test") == (np.arange(ROWS) % 4).tolist()
 
 
-def test_train_alone_is_a_source(tmp_path: Path) -> None:
+def test_only_train_is_required(tmp_path: Path) -> None:
     removed = dict.fromkeys(("images-val", "labels-val", "images-test"))
     assert list(open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=removed), None, MAX_PIXELS).splits) == ["train"]
 
@@ -165,7 +165,7 @@ JPEGS = [b"\xff\xd8\xff\xe0" + bytes(row) for row in range(ROWS)]
 
 
 def vlen_bytes(dtype: Any) -> np.ndarray:
-    """Return JPEGs as arrays of different lengths, for a type of variable length."""
+    """Return JPEGs as arrays of different lengths, for a variable-length type."""
     values = np.empty(ROWS, h5py.vlen_dtype(dtype))
     values[:] = [np.frombuffer(jpeg, dtype) for jpeg in JPEGS]
     return values
@@ -246,7 +246,7 @@ def test_file_left_open_by_its_writer_is_reported_as_such(tmp_path: Path, is_swm
         (OSError("bad object header version number"), "still being written"),
     ],
 )
-def test_unopenable_file_is_called_damaged_only_if_it_may_be(
+def test_only_possibly_damaged_files_are_called_damaged(
     tmp_path: Path, error: OSError, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -344,7 +344,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
         open_hdf5(path, None, MAX_PIXELS)
 
 
-def test_damaged_bytes_end_in_an_error_or_sound_shapes(tmp_path: Path) -> None:
+def test_damaged_bytes_give_an_error_or_valid_shapes(tmp_path: Path) -> None:
     content = write_hdf5(tmp_path / "x.hdf5", chunks=(4, 3, 6, 5), compression="gzip").read_bytes()
     random = np.random.default_rng(0)
     for _ in range(100):

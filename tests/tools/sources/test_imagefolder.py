@@ -1,4 +1,4 @@
-"""Image folders: order, classes, sub-folders, links, skipped entries, Tiny ImageNet's layout, unlabelled images."""
+"""Image folders: order, classes, subfolders, links, skipped entries, Tiny ImageNet's layout, unlabelled images."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rows_are_sorted_by_class_then_name(tmp_path: Path) -> None:
         for name in names
     ],
 )
-def test_splits_have_their_usual_names_in_any_case(tmp_path: Path, folder: str, split: str) -> None:
+def test_usual_split_names_are_accepted_in_any_case(tmp_path: Path, folder: str, split: str) -> None:
     write_files(tmp_path, f"{folder}/a/2.jpg", *(["train/a/1.jpg"] if split != "train" else []))
     assert contents(tmp_path, split) == [f"{folder}/a/2.jpg"]
 
@@ -100,7 +100,7 @@ def test_file_names_outside_utf8_are_read_and_described(tmp_path: Path) -> None:
     assert rows.describe(1) == "train/a/\ufffd.jpg"
 
 
-def test_an_empty_file_is_handed_on_as_empty_bytes(tmp_path: Path) -> None:
+def test_empty_file_is_yielded_as_empty_bytes(tmp_path: Path) -> None:
     write_files(tmp_path, "train/a/1.jpg")
     (tmp_path / "train/a/2.jpg").touch()
     assert list(open_imagefolder(tmp_path).splits["train"].read(1, 2)) == [b""]
@@ -173,7 +173,7 @@ def test_litter_of_archives_and_file_managers_is_ignored_quietly(
     assert capsys.readouterr().err == ""
 
 
-def test_every_other_folder_beside_the_splits_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_not_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_imagefolder(write_files(tmp_path, "train/a/1.jpg", "extra/a/1.jpg", "vall/a/1.jpg", "__MACOSX/a/1.jpg"))
     assert "has folders that mean no split and are not read: extra, vall; splits are" in capsys.readouterr().err
 
@@ -188,7 +188,7 @@ def test_links_out_of_the_source_are_refused_by_name(tmp_path: Path) -> None:
         shutil.rmtree(root)
 
 
-def test_links_within_the_source_are_followed_broken_ones_skipped(
+def test_links_within_the_source_are_followed_and_broken_ones_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_files(tmp_path / "root", "train/a/1.jpg")
@@ -218,7 +218,7 @@ def test_links_within_the_source_are_followed_broken_ones_skipped(
         (["train/a/1.jpg", "test/1.jpg", "test/a/1.jpg"], "image files beside the folders a"),
     ],
 )
-def test_another_layout_is_refused_with_what_was_found(tmp_path: Path, files: list[str], message: str) -> None:
+def test_other_layout_is_refused_with_its_content(tmp_path: Path, files: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_imagefolder(write_files(tmp_path, *files))
 
@@ -334,7 +334,7 @@ def test_annotations_linked_from_elsewhere_are_not_read(tmp_path: Path) -> None:
         open_imagefolder(root)
 
 
-def test_a_class_called_images_stays_a_class(tmp_path: Path) -> None:
+def test_class_named_images_is_still_a_class(tmp_path: Path) -> None:
     source = open_imagefolder(write_files(tmp_path, "train/images/1.jpg", "val/images/1.jpg", "test/images/1.jpg"))
     assert [labels_of(source, split) for split in ("train", "val", "test")] == [[0]] * 3
 
