@@ -1,4 +1,4 @@
-"""Measure images/s of data loaders and training, beside other libraries and the limits of the machine.
+"""Measure images/s of data loaders and training, compared to other libraries and to the limits of the machine.
 
     python tools/benchmark.py loader --data-path data/cifar10
     python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
@@ -12,8 +12,9 @@
     python tools/benchmark.py all --report docs/benchmarks --part training        (make gpu-bench PART=training)
 
 The benchmark drives the real loader and the real training step. Candidates take turns in short rounds, each in a
-separate process, so that a noisy machine slows all of them alike. Each figure is the median of the rounds. A candidate
-that fails costs its row only and sets exit code 1. A row that lacks time or an optional peer is not a failure.
+separate process, so that a noisy machine slows all of them alike. Each figure is the median of the rounds. A failed
+candidate only loses its own row, and the exit code is 1. A row skipped for lack of time or of an optional peer is not a
+failure.
 
 On a GPU `all` measures in parts, each with a time limit. The JSON files of --report and --json are replaced after every
 row, so rows measured before a kill are kept. With --report the parts are added to those of earlier runs in
@@ -48,19 +49,19 @@ from tools.perf import batch_size_command, step_command
 from train.distributed.process_group import Ranks
 
 STAGES = {
-    "loader": "reading alone, and with the config's augmentation, for every placement of the data",
+    "loader": "loading without and with the config's augmentation, for every placement of the data",
     "model": "the training step on one resident batch",
     "train": "end-to-end training, and its ratio to the resident batch",
-    "peers": "the loader and, with --cfg, training, beside other libraries on the same images, with crop and flip",
-    "augment": "the loader with each kind of augmentation, beside torchvision's transforms",
-    "stages": "the cost of a change of image size in progressive resizing; needs a config with data.stages",
+    "peers": "the loader and, with --cfg, training, compared to other libraries on the same images, with crop and flip",
+    "augment": "the loader with each kind of augmentation, compared to torchvision's transforms",
+    "stages": "the cost of changing the image size in progressive resizing; needs a config with data.stages",
     "ramp": "training at batch 1, 2, 4 … until memory is full: images/s, memory, the largest batch",
     "profile": "time of a training step by phase, and its share of the peak arithmetic rate",
     "limits": "limits of the machine: copies, arithmetic, disk",
     "scale": "cost per sample and memory at 10 thousand, 100 thousand and 1.5 million samples",
-    "all": "the whole run for this machine, with the GPU's parts if there is a GPU; --report writes the documents",
+    "all": "all measurements for this machine, including the GPU's if there is one; --report writes the documents",
 }
-COMMANDS = {"ramp": batch_size_command, "profile": step_command}  # stages with arguments and outputs of their own
+COMMANDS = {"ramp": batch_size_command, "profile": step_command}  # commands with separate arguments and outputs
 GIB = 2**30
 FREE_SPACE_BYTES = {"cpu": 3 * GIB, "cuda": 12 * GIB}  # for the data sets of a whole run
 
@@ -82,18 +83,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         elif stage not in ("limits", "scale"):
             _add_config_arguments(command)
         if stage in ("peers", "augment", "all"):
-            command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
+            command.add_argument(
+                "--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes of the peers"
+            )
         command.add_argument("--scratch", type=path_argument, help="folder for temporary files")
-        command.add_argument("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
+        command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
-        command.add_argument("--json", type=path_argument, metavar="FILE", help="write the run there as well")
+        command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the run to this file")
     return parser.parse_args(arguments)
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--cfg", type=path_text, metavar="FILE", help="config file, configs/….yaml")
-    add("--data-path", type=path_text, help="converted data set; enough for a loader without --cfg")
+    add("--data-path", type=path_text, help="converted data set; without --cfg, only loaders are measured")
     add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--batch-size", type=int, help="samples per batch (default: the config's, 512 without one)")
 
@@ -111,13 +114,13 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
         type=path_argument,
         default=Path("output/benchmark-data"),
         metavar="DIR",
-        help="on a GPU: keeps the generated data sets for the following parts (default %(default)s)",
+        help="on a GPU: folder that keeps the generated data sets for later parts (default %(default)s)",
     )
-    add("--minutes", type=float, help="for all parts; measurements that have not started by then are left out")
+    add("--minutes", type=float, help="time limit of the whole run; measurements not started by then are left out")
     add("--part", nargs="+", default=[], metavar="NAME", help=f"on a GPU: {part_names}")
     add("--part-seconds", type=float, help=f"time limit of each part (default: {gpu.PART_S:g} on a GPU)")
     add("--seeds", type=int, default=10, help="runs of each speedrun (default %(default)s)")
-    add("--epochs", type=int, help="of the runs to an accuracy; fewer for a quick try")
+    add("--epochs", type=int, help="epochs of the runs to an accuracy; fewer for a quick try")
     add("--reference", type=path_argument, metavar="DIR", help="checkout of cifar10-airbench, run beside the speedrun")
     add("--report", type=path_argument, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table")
     add("--only", nargs="+", default=[], choices=stages)
@@ -152,7 +155,7 @@ def main() -> int:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Create the output folders and check the files before measuring, so that no figure is lost."""
+    """Create the output folders and check that the files are writable before measuring, so that no result is lost."""
     for folder in (arguments.scratch, getattr(arguments, "report", None)):
         _try_output(_make_folder, folder)
     if arguments.json is not None:
@@ -187,7 +190,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFil
     for given in (arguments.small, arguments.medium):
         if given is not None and open_split(given, datasets.SPLIT).encoding != "npy":
             raise UserError(
-                f"{given} stores JPEG, but the other encodings are made of raw pixels; give an npy data set"
+                f"{given} stores JPEG, but the other encodings are made from raw pixels; give an npy data set"
             )
     data = arguments.data.resolve() if on_gpu else scratch  # absolute, since subprocesses run in the project's folder
     _try_output(_make_folder, data)

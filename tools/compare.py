@@ -3,9 +3,9 @@
     python tools/compare.py output/cifar10_alexnet output/cifar10_lenet output/cifar10_resnet18
     python tools/compare.py output/cifar10_lenet-sweep --out output/learning_rates
 
-A folder that contains runs means all of them. Unfinished runs are shown up to their latest epoch. Prints the table and
-writes to --out: comparison.png (loss and accuracy, train and validation), comparison.csv (one row per run) and
-curves.csv (one row per run and epoch). The column time_ratio is the training time divided by the first run's.
+A folder that contains runs selects all of them. Unfinished runs are shown up to their latest epoch. The tool prints the
+table and writes to --out: comparison.png (loss and accuracy, train and validation), comparison.csv (one row per run)
+and curves.csv (one row per run and epoch). The column time_ratio is the training time divided by the first run's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     figures.save(plot_curves(records, names, f"{len(records)} runs"), out / "comparison.png")
     print(tables.markdown(rows))
     if "batch_per_rank" in rows[0]:
-        print("The batch is that of one rank, since not every run has recorded its global batch.")
+        print("The batch is per rank, since not every run has recorded its global batch.")
     print(f"{out}/comparison.png, comparison.csv, curves.csv")
 
 

@@ -130,7 +130,7 @@ def build_options(args: argparse.Namespace) -> Options:
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """Return the name of the data set and its shards: --name, or that of the source.
+    """Return the name of the data set and its shards: --name, or the source's.
 
     The name does not depend on --out, so that equal input gives equal files in any folder.
     """
@@ -185,7 +185,7 @@ def verify(folder: Path) -> str:
         )
     splits = load_dataset(folder)["splits"].values()
     samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
-    return printable(f"{folder} is sound: {samples:,} samples in {_count(count, 'shard')}")
+    return printable(f"{folder} is intact: {samples:,} samples in {_count(count, 'shard')}")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
     python tools/export.py --checkpoint output/cifar10_lenet
 
-writes to output/cifar10_lenet/export:
+This writes to output/cifar10_lenet/export:
 
   model.safetensors   weights of the network, whose input is normalised floats
   config.json         architecture, mean, std, crop and classes, in the layout of timm's folders. A model timm/NAME is

@@ -1,13 +1,13 @@
 """Find a learning rate: train with a growing rate, plot the loss and suggest a rate.
 
     python tools/find_lr.py --cfg configs/cifar10_lenet.yaml --data-path data/cifar10
-    python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as the tool prints
+    python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as printed
 
 This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
-that grows exponentially. It takes real optimizer steps on real batches, as the config says, from fresh weights, which
-are discarded. It ends when the smoothed loss is several times its minimum. The suggestion is the rate where the
-smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second opinion. train.lr
-is the peak of a schedule, for the global batch of the test (with data.stages, of the first stage). The tool writes
+that grows exponentially. It takes the config's optimizer steps on real batches, starting from fresh weights that are
+discarded, and ends when the smoothed loss is several times its minimum. The suggestion is the rate where the smoothed
+loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second opinion. train.lr is the
+peak of the schedule, for the global batch of the test (with data.stages, the first stage's). The tool writes
 find_lr.png, find_lr.csv (every step) and find_lr.json to --out.
 """
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default, one epoch
 MIN_CURVE_STEPS = 20
-SYNC_EVERY = 10  # steps between two reads of the losses on the device
+SYNC_EVERY = 10  # steps between two reads of losses from the device
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
     parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
     parser.add_argument(
-        "--steps", type=int, help=f"optimizer steps (default: an epoch, but {MIN_STEPS} to {MAX_STEPS})"
+        "--steps", type=int, help=f"optimizer steps (default: one epoch, but {MIN_STEPS} to {MAX_STEPS})"
     )
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
     return parser.parse_args(arguments)
@@ -139,7 +139,7 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
 
 
 def options_for(config: Config, lr: float) -> str:
-    """Return the values for --opts. All rates of the config are scaled with train.lr, as in the test.
+    """Return the --opts values that set this rate. The config's other rates are scaled with it, as in the test.
 
     Args:
         lr: Learning rate for the tested global batch. The printed one is for train.lr_batch_size, if that is set.
@@ -197,7 +197,7 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
 
 
 def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
-    """Plot the loss over the learning rate. The axis does not extend to the losses of the divergence."""
+    """Plot the loss over the learning rate. The axis excludes the diverging losses."""
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one step")
     axis.plot(curve.lr, curve.smoothed, color="#1f4e89", label="smoothed")

@@ -6,8 +6,8 @@
     python tools/predict.py --checkpoint output/run --split test --sample-submission sample.csv --out result
 
 For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files in a
-folder, at any depth) are first converted as the checkpoint's data set was. If a name is both a split and a folder, it
-means the split; ./NAME means the folder.
+folder, at any depth) are first converted like the checkpoint's data set. A name that is both a split and a folder
+selects the split; ./NAME selects the folder.
 
 Output files in --out, in stored order. `row` is an image's row in the source, counted from 0; for pictures, its
 position in the sorted list of paths.
@@ -19,7 +19,7 @@ position in the sorted list of paths.
     metrics.json     loss, top1, top5 (null without labels), samples, checkpoints, images without a prediction
     submission.csv   Id and class number of every row of the source; by default only for split test, see --submission
 
-Images that cannot be read are reported, and listed in metrics.json. A submission with such a gap is refused, since it
+Images that cannot be read are reported and listed in metrics.json. A submission with such gaps is refused, since they
 would shift all later ids, unless --fill gives the class to use.
 """
 
@@ -162,7 +162,7 @@ def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) 
         given = [name for name in options if getattr(arguments, name) is not None]
         if given:
             raise UserError(
-                f"{flag_name(given[0])} belongs to a submission, which only split test has by default; give "
+                f"{flag_name(given[0])} belongs to a submission, which is written by default only for split test; give "
                 "--submission FILE"
             )
         return None

@@ -29,7 +29,9 @@ Row = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="of the JSON files")
+    parser.add_argument(
+        "--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="folder of the JSON files"
+    )
     parser.add_argument("--readme", type=path_argument, default=ROOT / "docs" / "benchmarks" / "README.md")
     parser.add_argument("--check", action="store_true", help="only compare README's table with the JSON files")
     options = parser.parse_args(arguments)
@@ -166,7 +168,7 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
-    """Return a cell for each peer. Ratios relate to the first of our rows and are shown there only."""
+    """Return a cell for each peer. Ratios are those of the first of our rows, and only shown there."""
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]
 

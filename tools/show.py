@@ -5,7 +5,7 @@
     python tools/show.py --data-path data/cifar10                       # classes, samples per class, image sizes
 
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
-classes.png (F1 of each class). It prints loss, top1 and top5 as `train/ddp.py --eval` does, the precision, recall and
+classes.png (F1 of each class). It prints the loss, top1 and top5 of `train/ddp.py --eval`, the precision, recall and
 F1 of each class, and the most frequently confused classes (confused.csv lists all).
 --cfg writes samples.png: the first samples of the first given epoch, as one process trains on them, below the
 unaugmented images.
@@ -81,7 +81,7 @@ def check_arguments(arguments: argparse.Namespace) -> str:
         )
     if given[:2] == ["checkpoint", "cfg"]:
         raise UserError(
-            "--checkpoint and --cfg exclude each other; give --checkpoint for predictions or --cfg for samples"
+            "--checkpoint and --cfg cannot be combined; give --checkpoint for predictions or --cfg for samples"
         )
     kind = given[0]
     for name in ("split", "epoch", "opts", "seed"):

@@ -1,8 +1,8 @@
-"""Run a config with several seeds in one process; print accuracy and time as speedruns report them.
+"""Run a config with several seeds in one process; print accuracy and time in the way of speedruns.
 
     python tools/speedrun.py --cfg configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
 
-The data are loaded and the steps compiled once, before the first run. `time_s` of a run counts what airbench counts:
+The data are loaded and the steps compiled once, before the first run. `time_s` of a run counts the same as airbench:
 whitening, the epochs, and the evaluation after the last one. `first_result_s` is the wall time of a command with one
 run: start-up, loading, compilation, training and evaluation.
 
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--runs", type=int, default=10, help="number of seeds, starting at the config's (default 10)")
-    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the result there as well")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
     return parser.parse_args(arguments)
 
 

@@ -2,8 +2,8 @@
 
     python tools/summary.py lenet alexnet resnet18 --out output/summary
 
-answers "how many parameters does AlexNet have, how does it compare to LeNet, and how much memory do they take up in
-training with the same batch size?". It prints two tables and the ratios in words, and writes the same numbers to
+This answers "how many parameters does AlexNet have, how does it compare to LeNet, and how much memory do they take up
+in training with the same batch size?". It prints two tables and the ratios in words, and writes the same numbers to
 output/summary as summary.csv and a plot, summary.png. A model is a built-in name, timm/NAME, a config file or a run
 folder:
 

@@ -74,7 +74,7 @@ def test_digits_convert_to_a_verified_data_set(tmp_path: Path) -> None:
     assert "val: 360 samples in 1 shard" in result.stdout
     assert "0 quarantined" in result.stdout
     checked = run_script("verify", out)
-    assert (checked.returncode, checked.stdout) == (0, f"{out} is sound: 1,797 samples in 2 shards\n")
+    assert (checked.returncode, checked.stdout) == (0, f"{out} is intact: 1,797 samples in 2 shards\n")
 
 
 def test_hdf5_pixels_and_labels_are_unchanged(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_missing_source_is_a_user_error_and_writes_nothing(
 def test_verify_names_damaged_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_to(out, "hdf5", "--source", write_hdf5(tmp_path / "x.hdf5"))
-    assert convert.verify(out) == f"{out} is sound: 90 samples in 3 shards"
+    assert convert.verify(out) == f"{out} is intact: 90 samples in 3 shards"
     shard = out / "x-val-000000.tar"
     content = shard.read_bytes()
     flipped = bytearray(content)

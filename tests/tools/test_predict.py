@@ -159,7 +159,7 @@ def test_sample_submission_sets_columns_and_ids(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"test/{number:05d}.png" for number in range(100, 100 + TEST_ROWS)]
-    for ids, said in ((range(TEST_ROWS), "ascending"), (names, "in the order of the sample, taken as that of rows")):
+    for ids, said in ((range(TEST_ROWS), "ascending"), (names, "in the sample's order, assumed to be the rows' order")):
         sample = sample_file(tmp_path / "sample.csv", list(ids))
         run("--checkpoint", model, "--split", "test", "--sample-submission", sample, "--out", tmp_path)
         assert said in capsys.readouterr().out

@@ -280,7 +280,7 @@ def test_class_counts_match_the_labels(
     ("arguments", "sentence"),
     [
         ([], "give --checkpoint RUN for predictions, --cfg FILE for training samples, or --data-path"),
-        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and --cfg exclude each other"),
+        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and --cfg cannot be combined"),
         (["--cfg", "FILE", "--split", "val"], "--split goes with --checkpoint, not with --cfg; leave it out"),
         (["--checkpoint", "RUN", "--epoch", "1"], "--epoch goes with --cfg, not with --checkpoint"),
         (["--data-path", "DIR", "--opts", "seed=1"], "--opts goes with --cfg, not with --data-path"),

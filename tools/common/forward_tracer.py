@@ -14,19 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-LOSS = "loss"  # name of the layer for operations outside of the network
+LOSS = "loss"  # name of the layer for operations outside the network
 
 
 @dataclass
 class Layer:
-    """One call of a module, without the modules it calls. Counts are of the whole batch."""
+    """One call of a module, excluding the modules it calls. Counts are for the whole batch."""
 
     name: str
     type: str
     output_shape: tuple[int, ...] | None = None
     parameters: int = 0  # counted at the first call; shared ones in the first module that has them
     flops: int = 0
-    saved_bytes: int = 0  # saved for the backward pass, and not by an earlier layer
+    saved_bytes: int = 0  # saved for the backward pass; shared storages count in the first layer
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -74,7 +74,7 @@ class ForwardTracer:
 
     @contextmanager
     def trace(self, network: nn.Module) -> Iterator[None]:
-        """Trace everything inside the context; operations outside of the network go to the layer `loss`."""
+        """Trace everything inside the context; operations outside the network go to the layer `loss`."""
         self._saved: dict[int, Tensor] = {_storage_id(tensor): tensor for tensor in self.weights}
         handles: list[RemovableHandle] = []
         for name, module in network.named_modules():
@@ -92,7 +92,7 @@ class ForwardTracer:
         self.layers.append(loss)
 
     def _count_flops(self) -> None:
-        """Attribute the FLOPs since the last change of the running call to that call."""
+        """Attribute the FLOPs since the last entry or exit of a module to the running call."""
         total = self.counter.get_total_flops()
         self._stack[-1].flops += total - self._seen_flops
         self._seen_flops = total

@@ -47,7 +47,7 @@ class Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of the memory in use, apart from temporary buffers: gradients replace activations."""
+        """Upper bound of memory without temporary buffers, since gradients partly replace activations."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
@@ -71,7 +71,7 @@ def count_costs(
         amp: autocast's dtype; None: off.
 
     Raises:
-        Exception: torch's own error where the forward pass or the optimizer depends on tensor values.
+        Exception: torch's error if the forward pass or the optimizer depends on tensor values.
     """
     with FakeCopyMode(mode := FakeTensorMode()):
         network = copy.deepcopy(network)

@@ -64,7 +64,7 @@ def predict(
 def predicted_batches(
     model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits and labels of a split, as evaluation does. Releases the loader's memory at the end."""
+    """Yield logits and labels of a split like evaluation, then release the loader's memory."""
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
     yield from predictions(model.state, loader, tta or model.config.eval.tta)
@@ -72,7 +72,7 @@ def predicted_batches(
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
-    """Raise UserError for non-finite logits [B, C], which belong to the images from `start`."""
+    """Raise UserError if the logits [B, C] of the images from `start` on are not finite."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
@@ -83,7 +83,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
 
 
 def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
-    """Return the means of these sums of `loss_and_hits` as a list of one evaluation; empty without labels."""
+    """Return the means of these `loss_and_hits` sums as a list of one evaluation; empty without labels."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 

@@ -75,7 +75,7 @@ def first_images(trained: TrainedModel, path: str, samples: int) -> Tensor:
 
 
 def compare_logits(predict: PredictFunction, expected: ExpectedLogits) -> Comparison:
-    """Run batches of BATCH_SIZES in turn, alternating contiguous and channels_last strides."""
+    """Compare logits on batches of BATCH_SIZES in turn, alternating contiguous and channels_last strides."""
     parts: list[Tensor] = []
     start, sizes = 0, cycle(BATCH_SIZES)
     while start < len(expected.images):

@@ -74,7 +74,7 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
 
 
 def move_files(files: list[Path], folder: Path) -> None:
-    """Move files into `folder` and give them its read permissions: safetensors only lets the owner read."""
+    """Move files into `folder` and give them its read permissions, since safetensors only lets the owner read."""
     try:
         for file in files:
             file.chmod(0o600 | folder.stat().st_mode & 0o066)

@@ -53,7 +53,7 @@ class ImageSet:
 
 
 def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """Return the data set to read splits from: `data_path`, or else the model's own."""
+    """Return the data set to read splits from: `data_path`, or the model's if None."""
     return Path(data_path or model.config.data.path)
 
 
@@ -91,7 +91,7 @@ def open_images(
         split: the split's name; ignored for pictures.
         pictures: the folder of pictures; None: use the split.
         models: the models that will run on the images.
-        data_path: the data set with the split; None: each model's own.
+        data_path: the data set with the split; None: each model's.
         scratch: folder for the converted pictures, which are deleted at the end.
 
     Raises:
@@ -123,9 +123,9 @@ def _convert(source: Source, out: Path, options: Options) -> None:
 
 
 def picture_encoding(model: TrainedModel) -> Encoding:
-    """Return the encoding of pictures for a model: that of its data set, or JPEG if it is not recorded.
+    """Return the encoding of a model's pictures: its data set's, or JPEG if that is not recorded.
 
-    For raw pixels of one square size, pictures are resized to that size.
+    If the data set has raw pixels of one square size, pictures are resized to that size.
     """
     if model.conversion is None:
         return Encoding("jpeg")

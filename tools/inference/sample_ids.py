@@ -53,7 +53,7 @@ def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
 
 
 def check_file_order(files: Sequence[str]) -> None:
-    """Raise UserError for numbered files whose order by name is not that of the numbers."""
+    """Raise UserError for numbered files whose order by name differs from their order by number."""
     if not is_in_numeric_order(files):
         names = ", ".join(Path(file).stem for file in files[:3])
         raise UserError(
@@ -76,7 +76,7 @@ def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -
             "gap nor in ascending order, so they cannot be matched with the images; use the unchanged sample of this "
             "split, or sort it in the order of the images"
         )
-    return IdMatch(tuple(range(len(ids))), "each once, in the order of the sample, taken as that of rows")
+    return IdMatch(tuple(range(len(ids))), "each once, in the sample's order, assumed to be the rows' order")
 
 
 def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:

@@ -52,18 +52,18 @@ def build_form(
         id_start: the first id; None: 1.
         id_column: name of the id column; None: the sample's, or ID_COLUMN.
         category_column: name of the class column; None: the sample's, or CATEGORY_COLUMN.
-        fill: class number of images that cannot be read; None: they are refused.
+        fill: class number of images that cannot be read; None: refuse them.
 
     Raises:
-        UserError: the images have no certain order, some have no prediction, or the sample does not match.
+        UserError: the order of the images is uncertain, some have no prediction, or the sample does not match.
     """
     _check_rows(images)
     if images.is_unordered:
         raise UserError(
-            f"the images of split {images.split!r} are numbered files, stored in the order of their names and not of "
-            "their numbers, so that no row of a submission is certain; give the folder of these images as --split, to "
-            "match its file names with the ids of a --sample-submission, or rename the images with leading zeros and "
-            "convert them again"
+            f"the images of split {images.split!r} are numbered files, stored in the order of their names instead of "
+            "their numbers, so the rows of a submission would be uncertain; give the folder of these images as "
+            "--split, to match its file names with the ids of a --sample-submission, or rename the images with "
+            "leading zeros and convert them again"
         )
     if fill is not None and not 0 <= fill < classes:
         raise UserError(f"--fill={fill} is not a class number; use 0..{classes - 1}")
@@ -145,7 +145,7 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
 
 
 def _check_rows(images: ImageSet) -> None:
-    """Refuse images that are not certainly the source's rows in their order."""
+    """Raise UserError unless the images are certainly the source's rows in order."""
     if not images.in_source_order:
         raise UserError(
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "

@@ -54,12 +54,14 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
         compiled: compile as the run would on this machine, so that logits equal its own evaluations bitwise.
 
     Raises:
-        UserError: not a checkpoint, or one of an old version that did not record its data set.
+        UserError: the file is not a checkpoint, or its old version did not record the data set.
     """
     path, content = store.load_newest(find_checkpoints(path))
     facts: dict[str, Any] | None = content.get("dataset")
     if facts is None:
-        raise UserError(f"checkpoint {path} does not name its classes (it is of an older version); train it again")
+        raise UserError(
+            f"checkpoint {path} does not name its classes (it was written by an older version); train it again"
+        )
     require_keys(content, ("model", "config", "position"), path)
     _check_dataset(facts, path)
     config = parse_config(content["config"], f"the config in {path}")

@@ -11,7 +11,7 @@ import numpy as np
 DIVERGED = 4.0  # ratio of the smoothed loss to its minimum
 DELAY_DECADES = 0.25  # lag of the smoothed loss, for any number of steps per decade
 SLOPE_WINDOW_DECADES = 0.5  # width of the window of a slope's fit
-MIN_RELATIVE_FALL = 0.02  # a clear fall: at least this share of the first loss,
+MIN_RELATIVE_FALL = 0.02  # a clear fall is at least this share of the first loss
 MIN_FALL_TO_NOISE = 3.0  # and this many standard deviations of the noise
 
 

@@ -21,8 +21,8 @@ from configs.utils.files import read_small_text
 from tools.common.tables import Row
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
-# Settings that do not affect results: name, location, resuming, logging and reading. Not the list of a resumed run's
-# free settings (train.checkpoint.compatibility): this one decides whether two runs are the same point of a sweep.
+# Settings that do not affect results: name, location, resuming, logging and reading. They decide whether two runs are
+# the same point of a sweep; train.checkpoint.compatibility has another list, of settings that a resumed run may change.
 NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
 BASE_COLUMNS = {
     "model.name": "model",
@@ -55,7 +55,7 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the run folders among `paths`, or inside of those that are not run folders, each once."""
+    """Return the run folders among `paths`, or inside those that are not run folders, each once."""
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -169,7 +169,7 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
 
 
 def uses_ema(record: RunRecord) -> bool:
-    """Return whether the accuracy of the moving average counts as the run's."""
+    """Return True if the accuracy of the moving average counts as the run's."""
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
@@ -194,13 +194,13 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
 
 def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Return the time of all epochs; None if that of any is unknown, since a partial sum would mislead."""
+    """Return the total time of all epochs; None if any is unknown, since a partial sum would mislead."""
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """Return one row per run and epoch. Non-finite losses are empty, as are averages of runs that keep none."""
+    """Return one row per run and epoch. Cells are empty for non-finite losses and for missing moving averages."""
     averages = [name for name in EMA_QUANTITIES if any(name in line for record in records for line in record.metrics)]
     columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [

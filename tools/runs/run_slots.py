@@ -1,4 +1,4 @@
-"""Slots of a sweep: the GPUs and threads that one run at a time gets."""
+"""Slots of a sweep: groups of GPUs and threads, each used by one run at a time."""
 
 from __future__ import annotations
 

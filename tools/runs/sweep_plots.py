@@ -76,7 +76,7 @@ def _line_plot(
 
 
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
-    """Plot a bar per label, in their order: the median of its runs and, of several, their range."""
+    """Plot a bar per label, in order: the median of its runs and, for several runs, their range."""
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
         return None

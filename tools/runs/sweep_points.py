@@ -113,7 +113,7 @@ def _random_points(axes: Sequence[Axis], draws: int, seed: int) -> list[tuple[Se
         )
     generator = random.Random(seed)
     found: dict[tuple[Settings, ...], None] = {}
-    for _ in range(1000 * draws + 1000):  # gives up where a narrow range has too few values
+    for _ in range(1000 * draws + 1000):  # gives up if a narrow range has too few values
         shares = [generator.random() for _ in axes]
         found[
             tuple(

@@ -82,7 +82,7 @@ def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
 
 
 def is_finished(point: Point) -> bool:
-    """Return whether the run is complete. Raises UserError if its folder contains another run."""
+    """Return True if the run is complete. Raises UserError if its folder contains another run."""
     folder = run_folder(point)
     latest = resolve_resume(point.config, "auto")[0]  # the folder that the run would resume in
     if latest not in (None, folder):
@@ -188,7 +188,7 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
     log = log_path(point).open("ab")
-    log_start = log.tell()  # before the child, which shares the position, writes
+    log_start = log.tell()  # read before the child writes, since it shares the position
     parent = os.getpid()
 
     def die_with_parent() -> None:

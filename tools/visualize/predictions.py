@@ -18,7 +18,7 @@ from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
-MAX_PRINTED_CLASSES = 20  # of more, only the best and the worst are printed
+MAX_PRINTED_CLASSES = 20  # if there are more, only the best and the worst are printed
 BEST_AND_WORST = 5
 MAX_PRINTED_PAIRS = 10
 
