@@ -1,4 +1,4 @@
-"""Builds the training state of a config, for every command that runs a model."""
+"""Build the training state of a config, for every command that runs a model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def build_all(
 ) -> TrainState:
     """Build the model, its optimizer, and the other parts of config.train.
 
-    Learning rates are scaled to the global batch. Before loading a checkpoint, build from `without_pretrained(config)`;
-    for evaluation only, from `inference_config(config)` with trains=False.
+    Learning rates are scaled to the global batch. To load a checkpoint afterwards, pass `without_pretrained(config)`;
+    for evaluation only, pass `inference_config(config)` and trains=False.
 
     Args:
         config: Config of the run; config.seed initializes the model.
@@ -76,10 +76,10 @@ def build_all(
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:
-    """Return the model's number of outputs, which is the data set's number of classes.
+    """Return the number of classes of the data set, which is the model's number of outputs.
 
     Raises:
-        UserError: model.num_classes differs from it, or a split does not exist or has no labels.
+        UserError: model.num_classes differs, or a split does not exist or has no labels.
     """
     classes = len(dataset["classes"])
     wanted = config.model.num_classes

@@ -1,6 +1,6 @@
 """Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml
 
-`main` reads from top to bottom as a run: config, data, model, training, evaluation, checkpoints.
+`main` follows the order of a run: config, data, run folder, model, training.
 """
 
 from __future__ import annotations
@@ -119,10 +119,9 @@ def main() -> int:
         )
         folder, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
         folder = active_run_dir or folder
-        is_run = not candidates or any(
-            path.exists() for path in candidates
-        )  # else the run is refused and must leave nothing there
-        if folder is not None and trains and is_run:  # before reading its checkpoints
+        # Otherwise the run is refused, and must not leave files there.
+        is_run = not candidates or any(path.exists() for path in candidates)
+        if folder is not None and trains and is_run:  # lock before reading its checkpoints
             stack.enter_context(lock_run_dir(folder))
             is_explicit = active_run_dir is None and is_explicit_checkpoint(resume)
             candidates = collectives.from_first_rank(
@@ -135,7 +134,7 @@ def main() -> int:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
         source, content = load_newest_on_all_ranks(candidates) if candidates else (None, None)
-        if content is None or "threads" not in content:  # else `restore_threads` sets them
+        if content is None or "threads" not in content:  # otherwise `restore_threads` sets them
             limit_threads(device)
 
         stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)
@@ -151,7 +150,7 @@ def main() -> int:
             print_throughput(config, state, train_loader, ranks)
             return 0
 
-        uses_ema(state.ema, config.eval.weights)  # raises if there is none
+        uses_ema(state.ema, config.eval.weights)  # raises if eval.weights needs an average and there is none
         timeline = build_timeline(state.config, train_loader)
         position = {"epoch": config.train.first_epoch, "step": 0}
         progress: dict[str, Any] = {"best_top1": -1.0}

@@ -1,4 +1,4 @@
-"""The model of --eval, from a checkpoint of train/ddp.py or from weights of another program."""
+"""Build the model of --eval from a checkpoint of train/ddp.py or weights of another program."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from train.checkpoint.restore import restore_weights
 from train.checkpoint.store import load_newest_on_all_ranks
 from train.engine.state import TrainState
 
-# Mean and standard deviation of the homework, for pixels from 0 to 1. The homework divides the pixels of
-# MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
+# Mean and standard deviation of the homework, for pixels from 0 to 1. The homework divides MediumImageNet's pixels by
+# 256, not 255, before it subtracts ImageNet's mean.
 CIFAR10_STATS = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 IMAGENET_STATS = (
     [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
@@ -33,9 +33,9 @@ IMAGENET_STATS = (
 def build_for_evaluation(
     config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
 ) -> tuple[TrainState, str]:
-    """Build the model of --resume with its weights, and return it with its description.
+    """Build the model of --resume with its weights, and return it with a description.
 
-    A file of another program contains no config. The model is then that of `config`, with as many outputs as the
+    A file of another program contains no config. Its model is then that of `config`, with as many outputs as the
     weights have, and pixels are normalized as in the homework.
 
     Args:

@@ -1,4 +1,4 @@
-"""Training throughput of a config in images/s, for --throughput and tools/benchmark.py."""
+"""Measure the training throughput of a config, for --throughput and tools/benchmark.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from train.optim.freeze import set_training_mode
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
-    """Yield batches of epoch after epoch."""
+    """Yield the batches of one epoch after another."""
     while True:
         yield from loader
 
 
 def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run the step and, after an optimizer step, update the moving average; `step` counts from 1."""
+    """Run the step, and update the moving average after optimizer steps. `step` counts from 1."""
     run_step(state, batch, step, optimizer_step=optimizer_step)
     if optimizer_step and state.ema is not None:
         state.ema.update(step)
@@ -64,7 +64,7 @@ def measure_images_per_s(
 
     run(warmup_steps)
     warm_s = run(warmup_steps)
-    # equal on all ranks; otherwise they would wait for each other forever
+    # equal on all ranks, which would otherwise wait for each other forever
     steps = collectives.from_first_rank(lambda: max(1, int(warmup_steps / warm_s)))
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
@@ -72,7 +72,7 @@ def measure_images_per_s(
 
 
 def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
-    """Print a line for each stage."""
+    """Print one line per stage."""
     for stage in train_loader.stages:
         throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:

@@ -1,7 +1,7 @@
 """The training loop over epochs: logging, evaluation, checkpoints, early stop and rewind.
 
-Numbers of finished steps (`done`) are those of the whole run. Nothing is saved that was trained on files that changed
-during the run: each rank checks its files before the sums are reduced.
+`done` counts the finished steps of the whole run. State trained on files that changed during the run is never saved:
+each rank checks its files before the sums are reduced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from train.reporting.bad_samples import report_bad_samples
 from train.reporting.run_log import RunLog
 
 RESULTS = ("loss", "top1", "top5")  # of an evaluation; suffixes of metric names
-MAX_REWINDS = 5  # in one run; repeated failures are not due to chance
+MAX_REWINDS = 5  # per run; more failures are not due to chance
 MAX_SKIPPED_STEPS = 10  # consecutive steps
 
 
@@ -143,7 +143,7 @@ def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCh
         if signal:
             _stop(trainer, signal, done)
 
-    if step == steps:  # stopped during the evaluation
+    if step == steps:  # the run was stopped during the evaluation
         return
     skipped = trainer.progress.get("passed_over", [])  # first and last steps, counted from 1
     skip_steps = {step for first_step, last_step in skipped for step in range(first_step - 1, last_step)}
@@ -223,7 +223,7 @@ def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float
     """Evaluate the weights and their moving average, if any.
 
     Returns:
-        The metrics, and the accuracy of the weights of eval.weights.
+        The metrics, and the top-1 accuracy of the weights that eval.weights selects.
     """
     state, tta = trainer.state, trainer.config.eval.tta
     what = trainer.val_loader, trainer.val_samples, tta, lambda: pending.number != 0
@@ -240,8 +240,8 @@ def _stop(trainer: Trainer, signal: int, done: int) -> None:
     collectives.from_first_rank(trainer.saving.wait)
     stopped = Preempted(signal)
     trainer.log.info(
-        f"{stopped} after step {done} of {trainer.timeline.total}, which {trainer.saving.folder / LAST} holds; "
-        "--resume auto continues from there"
+        f"{stopped} after step {done} of {trainer.timeline.total}, saved in {trainer.saving.folder / LAST}; "
+        "continue with --resume auto"
     )
     raise stopped
 

@@ -67,14 +67,14 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)
     dataset = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
     with alone():
-        training = build_all(config, dataset, 10, 32, CPU)
+        state = build_all(config, dataset, 10, 32, CPU)
         plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 10, 32, CPU)
-    assert training.config == scale_learning_rates(config.train, 64)
-    assert {group["lr"] for group in training.optimizer.param_groups} == {2 * config.train.lr}
-    assert training.ema is not None
-    assert training.lookahead is not None
-    assert training.proxy is not None
-    assert training.notes == ("frozen: 2 of 10 tensors, 456 of 83,126 parameters",)
+    assert state.config == scale_learning_rates(config.train, 64)
+    assert {group["lr"] for group in state.optimizer.param_groups} == {2 * config.train.lr}
+    assert state.ema is not None
+    assert state.lookahead is not None
+    assert state.proxy is not None
+    assert state.notes == ("frozen: 2 of 10 tensors, 456 of 83,126 parameters",)
     assert (plain.ema, plain.lookahead, plain.proxy, plain.notes) == (None, None, None, ())
-    for ours, theirs in zip(training.network.parameters(), plain.network.parameters(), strict=True):
+    for ours, theirs in zip(state.network.parameters(), plain.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)  # other parts draw after the network

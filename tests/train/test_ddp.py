@@ -173,9 +173,9 @@ def test_training_metrics_are_those_of_their_epoch_alone(
 ) -> None:
     sums: list[list[float]] = []
 
-    def noted(training: Any, *parts: Any, **options: Any) -> Any:
-        times = train_epoch(training, *parts, **options)
-        sums.append(training.sums.tolist())
+    def noted(state: Any, *parts: Any, **options: Any) -> Any:
+        times = train_epoch(state, *parts, **options)
+        sums.append(state.sums.tolist())
         return times
 
     monkeypatch.setattr(train.trainer, "train_epoch", noted)
@@ -509,15 +509,15 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
         network = build_model("resnet18", 10, mean=[0.5] * 3, std=[0.25] * 3)
         network = to_device(network, device, channels_last=True)
         config = TrainConfig(lr=1e-3, amp="auto", compile="default")
-        training = build_state(network, build_optimizer(network, config.optimizer, config.lr), config, device)
-        assert training.amp in (torch.bfloat16, torch.float16)
+        state = build_state(network, build_optimizer(network, config.optimizer, config.lr), config, device)
+        assert state.amp in (torch.bfloat16, torch.float16)
         images, labels = random_batch(64)
         batch = Batch(images.to(device), labels.to(device))
         losses = []
         for _ in range(30):
-            training.sums.zero_()
-            train_step(training, batch)
-            losses.append(float(training.sums[0] / training.sums[2]))
+            state.sums.zero_()
+            train_step(state, batch)
+            losses.append(float(state.sums[0] / state.sums[2]))
         assert losses[-1] < 0.5 * losses[0]
         convolutions = [p for p in network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)

@@ -151,10 +151,10 @@ def test_an_archive_with_a_broken_name_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_damaged_own_checkpoint_is_not_foreign(tmp_path: Path) -> None:
-    path, state = tmp_path / "last.pt", {"position": {"epoch": 1, "step": 0}, "progress": {}, "stream": {}}
+    path, entries = tmp_path / "last.pt", {"position": {"epoch": 1, "step": 0}, "progress": {}, "stream": {}}
     with alone():
-        training = make_state(lenet_of_200())
-    save(path, training, training.sums, config="", dataset={}, **state)
+        state = make_state(lenet_of_200())
+    save(path, state, state.sums, config="", dataset={}, **entries)
     content = path.read_bytes()
     begin = content.rindex(b'\n{"format"')
     for damaged in (content[:begin], content.replace(b"position", b"positiom"), content[: begin + 5]):

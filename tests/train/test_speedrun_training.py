@@ -52,13 +52,13 @@ def speedrun(recipe: str, seed: int = 0, **settings: Any) -> TrainState:
     if recipe == "muon":
         return make_state(network(seed), MUON, **shared, whiten_bias_anneal=True)
     extras = {"lookahead": {"every_steps": 2, "decay": 0.7}, "proxy": {"model": "x", "every_steps": 2}}
-    training = make_state(network(seed), SGD, **shared, **extras)
+    state = make_state(network(seed), SGD, **shared, **extras)
     small = network(seed + 100)
     find_whitening(small).bias.requires_grad_(False)  # type: ignore[union-attr]
-    training.proxy = HardSampleSelector(make_state(small, SGD, **shared), training.config.proxy)
-    training.proxy.state.forward.train()
-    training.lookahead = build_lookahead(training.network, training.config.lookahead)
-    return training
+    state.proxy = HardSampleSelector(make_state(small, SGD, **shared), state.config.proxy)
+    state.proxy.state.forward.train()
+    state.lookahead = build_lookahead(state.network, state.config.lookahead)
+    return state
 
 
 def section_of(data: Path, batch_size: int = 16) -> DataConfig:
@@ -72,70 +72,70 @@ def loaders(data: Path) -> tuple[Loader, Loader]:
     return build_train_loader(section, aug, seed=3, device=CPU), build_eval_loader(section, EvalConfig(), device=CPU)
 
 
-def train(training: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
+def train(state: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
     while loader.state["epoch"] < EPOCHS:
-        train_epoch(training, loader, seed=0, rank=0, after_step=after_step)
+        train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
 
 
-def everything(training: TrainState) -> dict[str, Any]:
+def everything(state: TrainState) -> dict[str, Any]:
     """Return everything that must agree between two runs."""
-    trainings = [training] + ([training.proxy.state] if training.proxy is not None else [])
+    trainings = [state] + ([state.proxy.state] if state.proxy is not None else [])
     return {
         "networks": [one.network.state_dict() for one in trainings],
         "optimizers": [one.optimizer.state_dict()["state"] for one in trainings],
-        "slow": training.lookahead.slow if training.lookahead is not None else {},
-        "sums": training.sums,
+        "slow": state.lookahead.slow if state.lookahead is not None else {},
+        "sums": state.sums,
     }
 
 
 def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
-    training = speedrun(recipe, seed)
-    whiten(training, whitening_images(training, section_of(data)))
-    train(training, loaders(data)[0])
-    return training
+    state = speedrun(recipe, seed)
+    whiten(state, whitening_images(state, section_of(data)))
+    train(state, loaders(data)[0])
+    return state
 
 
 @RECIPES
 def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
-    training, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
-    begun = {name: value.clone() for name, value in training.network.state_dict().items()}
-    training.needs_warmup = True  # as where something is compiled
-    warm_up(training, loader, val_loader, "flip-translate")
+    state, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
+    begun = {name: value.clone() for name, value in state.network.state_dict().items()}
+    state.needs_warmup = True  # as where something is compiled
+    warm_up(state, loader, val_loader, "flip-translate")
     assert loader.state == {"epoch": 0, "step": 0}
-    assert_equal_trees(training.network.state_dict(), begun)
-    whiten(training, whitening_images(training, section_of(npy_data)))
-    train(training, loader)
-    assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
+    assert_equal_trees(state.network.state_dict(), begun)
+    whiten(state, whitening_images(state, section_of(npy_data)))
+    train(state, loader)
+    assert_equal_trees(everything(state), everything(finished(recipe, npy_data)))
 
 
 @RECIPES
 def test_run_restarted_in_place_equals_first_run(recipe: str, npy_data: Path) -> None:
-    training = finished(recipe, npy_data, seed=5)
-    restart_in_place(training, speedrun(recipe))
-    whiten(training, whitening_images(training, section_of(npy_data)))
-    train(training, loaders(npy_data)[0])
-    assert_equal_trees(everything(training), everything(finished(recipe, npy_data)))
+    state = finished(recipe, npy_data, seed=5)
+    restart_in_place(state, speedrun(recipe))
+    whiten(state, whitening_images(state, section_of(npy_data)))
+    train(state, loaders(npy_data)[0])
+    assert_equal_trees(everything(state), everything(finished(recipe, npy_data)))
 
 
 def test_restart_in_place_resets_plain_number_step_counts() -> None:
-    def three_steps(training: TrainState) -> dict[str, torch.Tensor]:
+    def three_steps(state: TrainState) -> dict[str, torch.Tensor]:
         for number in range(3):
             torch.manual_seed(number)
-            train_step(training, random_batch(8, seed=number))
-        return training.network.state_dict()
+            train_step(state, random_batch(8, seed=number))
+        return state.network.state_dict()
 
-    training, first = (make_state(small_net(seed=seed), {"name": "lamb"}) for seed in (5, 0))
-    three_steps(training)
-    restart_in_place(training, make_state(small_net(), {"name": "lamb"}))
-    assert_equal_trees(three_steps(training), three_steps(first))
+    state, first = (make_state(small_net(seed=seed), {"name": "lamb"}) for seed in (5, 0))
+    three_steps(state)
+    restart_in_place(state, make_state(small_net(), {"name": "lamb"}))
+    assert_equal_trees(three_steps(state), three_steps(first))
 
 
 def test_checkpoint_stores_learning_rates_as_numbers(tmp_path: Path) -> None:
-    training = speedrun("sgd")
-    assert training.proxy is not None
-    for optimizer in (training.optimizer, training.proxy.state.optimizer):
+    state = speedrun("sgd")
+    assert state.proxy is not None
+    for optimizer in (state.optimizer, state.proxy.state.optimizer):
         make_capturable(optimizer, CPU)
-    store.save(tmp_path / "last.pt", training, training.sums)
+    store.save(tmp_path / "last.pt", state, state.sums)
     content = store.load(tmp_path / "last.pt")
     for part in (content, content["proxy"]):
         assert {type(group["lr"]) for group in part["optimizer"]["param_groups"]} == {float}
@@ -149,16 +149,16 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("break_at", [2, STEPS - 1, STEPS + 1, 3 * STEPS - 1])
 def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_data: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    training, loader = speedrun(recipe), loaders(npy_data)[0]
-    whiten(training, whitening_images(training, section_of(npy_data)))
+    state, loader = speedrun(recipe), loaders(npy_data)[0]
+    whiten(state, whitening_images(state, section_of(npy_data)))
 
     def save_and_break(update: int, lr: float) -> None:
         if update == break_at:
-            store.save(path, training, training.sums, loader_state=loader.state)
+            store.save(path, state, state.sums, loader_state=loader.state)
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(training, loader, save_and_break)
+        train(state, loader, save_and_break)
     resumed, (loader, val_loader) = speedrun(recipe, seed=9), loaders(npy_data)
     resumed.needs_warmup = True
     warm_up(resumed, loader, val_loader, "flip")
@@ -171,17 +171,17 @@ def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_da
 
 @RECIPES
 def test_whitening_bias_trains_in_its_epochs_only(recipe: str, npy_data: Path) -> None:
-    training, loader = speedrun(recipe), loaders(npy_data)[0]
-    layer = find_whitening(training.network)
+    state, loader = speedrun(recipe), loaders(npy_data)[0]
+    layer = find_whitening(state.network)
     assert layer is not None
     biases = [layer.bias.detach().clone()]
-    seen = record_gradients(training)
+    seen = record_gradients(state)
     for _ in range(EPOCHS):
-        train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
-        if training.lookahead is None:
+        train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
+        if state.lookahead is None:
             biases.append(layer.bias.detach().clone())
     assert len(seen[0]) == len(seen[STEPS - 1]) == len(seen[STEPS]) + 1 == len(seen[-1]) + 1
-    if training.lookahead is None:
+    if state.lookahead is None:
         first, *later = biases
         assert not torch.equal(first, later[0])
         assert all(torch.equal(later[0], bias) for bias in later[1:])
@@ -194,14 +194,14 @@ def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.forward = lambda x, norm=module: x + norm.bias.view(1, -1, 1, 1)  # type: ignore[method-assign]
-    training = make_state(model, MUON, epochs=2, lr=0.01, schedule="linear", whiten_bias_epochs=1)
+    state = make_state(model, MUON, epochs=2, lr=0.01, schedule="linear", whiten_bias_epochs=1)
     section = section_of(data, 16 // ranks.world_size)
     aug = AugConfig(crop="pad", padding=2, padding_mode="reflect", flip_mode="alternating")
     loader = build_train_loader(section, aug, seed=3, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
-    whiten(training, whitening_images(training, section_of(data)))
+    whiten(state, whitening_images(state, section_of(data)))
     for _ in range(2):
-        train_epoch(training, loader, seed=0, rank=ranks.rank, after_step=lambda *_: None)
-    return [p.detach().clone() for p in training.network.parameters()]
+        train_epoch(state, loader, seed=0, rank=ranks.rank, after_step=lambda *_: None)
+    return [p.detach().clone() for p in state.network.parameters()]
 
 
 def test_muon_and_whitening_equal_on_one_and_two_ranks(npy_data: Path) -> None:

@@ -121,11 +121,11 @@ def test_fixed_size_timm_model_is_refused_unless_dynamic(is_for_more: bool, digi
     data = DataConfig(path=str(digits_run.data), batch_size=8, image_size=48)
     with alone() as device:
         shape: dict[str, Any] = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-        training = make_state(build_model("timm/test_vit", 10, **shape, dynamic_img_size=is_for_more))
+        state = make_state(build_model("timm/test_vit", 10, **shape, dynamic_img_size=is_for_more))
         loader = build_train_loader(data, device=device)
-        check_image_sizes(training, loader, built_for=48)  # is not tried
+        check_image_sizes(state, loader, built_for=48)  # is not tried
         if is_for_more:
-            check_image_sizes(training, loader, built_for=32)
+            check_image_sizes(state, loader, built_for=32)
         else:
             with pytest.raises(UserError, match=r"48 pixels .* \(Input height \(48\) .*dynamic_img_size: true"):
-                check_image_sizes(training, loader, built_for=32)
+                check_image_sizes(state, loader, built_for=32)

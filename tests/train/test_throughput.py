@@ -43,10 +43,10 @@ def throughput(ranks: Ranks, data: Path) -> int:
 
     clock = time.perf_counter
     time.perf_counter = lambda: clock() * 20 * (1 + 2 * ranks.rank)  # type: ignore[assignment]
-    training = make_state(small_net())
-    training.network.register_forward_hook(count)
+    state = make_state(small_net())
+    state.network.register_forward_hook(count)
     loader = train_loader(data, batch_size=4)
-    measure_images_per_s(training, loader, ranks.world_size, warmup_steps=10, seconds=0.1)
+    measure_images_per_s(state, loader, ranks.world_size, warmup_steps=10, seconds=0.1)
     return batches
 
 

@@ -27,14 +27,14 @@ CHANGEABLE_SETTINGS = (
     "eval_every_epochs",
     "on_nonfinite",
 )
-EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # best.pt is chosen by them
+EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # best.pt depends on them
 
 
 def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
     """Return the entry "stream" of a checkpoint: the facts about a run's data that are not in its config.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         dataset: The contents of dataset.json.
         passes: Micro steps per optimizer step, over all ranks.
     """
@@ -46,7 +46,7 @@ def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[st
 
 
 def _dataset_details(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Return facts by which errors can explain a different fingerprint."""
+    """Return facts about the data set that explain a different fingerprint in an error."""
     details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
     details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
     for name, split in dataset["splits"].items():
@@ -63,13 +63,13 @@ def _digest(value: Any) -> str:
 
 
 def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that results depend on, under the names that errors use.
+    """Return all settings that affect results, by the names that errors use.
 
-    Covers samples, augmentation, model, schedule, optimizer and evaluation. stream: from `stream_info`.
+    Covers samples, augmentation, model, schedule, optimizer and evaluation. `stream` is from `stream_info`.
     """
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
-    has_average = train.ema.decay is not None  # without one, eval.weights has no effect
+    has_average = train.ema.decay is not None  # without an average, eval.weights has no effect
     return {
         "data set": stream["data set"],
         "seed": config.seed,
@@ -102,7 +102,7 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
 
 
 def plateau_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that only schedule plateau depends on: when the validation metric is available."""
+    """Return the settings that affect only schedule plateau: when the validation metric is available."""
     if config.train.schedule_options.metric == "train_loss":
         return {}
     return {"train.eval_every_epochs": config.train.eval_every_epochs}
@@ -121,13 +121,13 @@ def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ())
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
-    """Check that a run may resume from a checkpoint. Settings that its version did not have count as defaults.
+    """Check that a run may resume from a checkpoint. Settings that an older checkpoint lacks count as defaults.
 
     Args:
         checkpoint: The checkpoint, from `store.load`.
-        config: Of the run that resumes.
+        config: Config of the run that resumes.
         stream: From `stream_info`.
-        path: The file of the checkpoint, for errors.
+        path: Path of the checkpoint, for errors.
 
     Raises:
         UserError: If data or settings differ. Names each difference, and how to keep the global batch.
@@ -136,7 +136,7 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
     if not has_accuracy or not _is_valid_stream(checkpoint["stream"]):
         raise UserError(
-            f"checkpoint {path} does not record the data of its run, as those of train/ddp.py do; give another one"
+            f"checkpoint {path} has no record of the data of its run, unlike those of train/ddp.py; give another one"
         )
     before = parse_config(checkpoint["config"], f"the config in {path}")
     then, now = run_fingerprint(before, checkpoint["stream"]), run_fingerprint(config, stream)
@@ -158,13 +158,13 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
 
 
 def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that an optimizer of timm actually used, where the two configs differ.
+    """Return the settings that a timm optimizer actually used, if they differ between the two configs.
 
-    Older versions recorded their own defaults, but ran timm's optimizers with the defaults of timm.
+    Older versions recorded their own defaults, but ran timm optimizers with timm's defaults.
     """
     try:
         group = checkpoint["optimizer"]["param_groups"][0]
-    except (KeyError, IndexError, TypeError):  # loading it reports the error
+    except (KeyError, IndexError, TypeError):  # reported when the checkpoint is loaded
         return {}
     if not isinstance(group, dict) or then["train.optimizer.name"] in BUILT_IN_OPTIMIZERS:
         return {}
@@ -175,18 +175,18 @@ def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[st
 
 
 def _format(value: Any) -> str:
-    """Format a value in one line, as in YAML."""
+    """Format a value on one line, like YAML."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _is_valid_stream(stream: dict[str, Any]) -> bool:
-    """Check the entry of a checkpoint of any version. Early versions had no details."""
+    """Return True if the entry "stream" is valid in any version. Early versions had no details."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
 
 def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return details of the data set that replace its fingerprint in errors, if both have different ones."""
+    """Return details of the data set to show instead of its fingerprint, if both sides have different ones."""
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
         return {}

@@ -1,4 +1,4 @@
-"""Start training from the checkpoint of another run, and the configs of models that load a checkpoint."""
+"""Fine-tune from the checkpoint of another run; configs for models that load a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from train.checkpoint.state import require_keys
 
 
 def without_pretrained(config: Config) -> Config:
-    """Return the config with randomly initialized weights, for a model that then loads a checkpoint.
+    """Return the config for random initial weights, for a model that then loads a checkpoint.
 
-    The files that the run started from may no longer exist.
+    The pretrained weights of the run may no longer exist.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
@@ -45,7 +45,7 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
         config: Data and evaluation settings.
         checkpoint: From `store.load`.
         classes: Class names of the data set.
-        path: The file of the checkpoint, for errors.
+        path: Path of the checkpoint, for errors.
 
     Raises:
         UserError: If the model was trained on other classes.
@@ -68,19 +68,19 @@ def _summary(classes: Sequence[str]) -> str:
 
 
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
-    """Load the weights of a checkpoint, including mean and std of the pixels.
+    """Load the weights of a checkpoint, including the mean and std of the pixels.
 
-    If the run has a moving average, its eval.weights decides which weights are loaded. If its classes differ from
-    `classes`, the head is reinitialized, even if their number is the same.
+    If that run has a moving average, its eval.weights decides which weights are loaded. If its classes differ from
+    `classes`, the head is reinitialized, even for the same number of classes.
 
     Args:
         model: The model to load into.
         source: A checkpoint or run folder.
         classes: Class names of the data set.
-        settings: Model settings of this run, of which the activation is compared: weights do not show it.
+        settings: Model settings of this run. The activation must match; weights do not show it.
 
     Returns:
-        A sentence that says which weights were loaded.
+        A sentence about the loaded weights.
 
     Raises:
         UserError: If the checkpoint does not fit the model.

@@ -20,17 +20,17 @@ from typing import Any, BinaryIO
 import torch
 
 FORMAT = 1
-TAIL_BYTES = 1024  # the last line is searched in this many bytes
-DIGEST_BYTES = 64  # a hexadecimal sha256, which files of older versions end with
+TAIL_BYTES = 1024  # the last line is searched for in this many bytes
+DIGEST_BYTES = 64  # a hexadecimal sha256, at the end of files of older versions
 CHUNK_BYTES = 2**20
 DAMAGED = "its checksum is wrong: it is damaged, or from another program"
 NAMES = (b"stream", b"progress", b"position")  # in the pickle of every checkpoint, of any version
-# Allowed besides the module torch itself, which has the types of elements and storages.
+# Allowed in addition to the module torch itself, which has the dtypes and storage classes.
 GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 
 
 class _HashingFile:
-    """A file for torch.save that hashes the data, and keeps an error that torch would replace by its own."""
+    """A file for torch.save that hashes the data and keeps errors, which torch would replace with its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -51,7 +51,7 @@ class _HashingFile:
 
 
 def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint, whose tensors are in host memory, to an open file.
+    """Write a checkpoint with tensors in host memory to an open file.
 
     torch.save releases the GIL when it writes to a Python file, but not when it writes to a path.
     """
@@ -69,7 +69,7 @@ def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
-    """Return the last line of a file. has_crc: of the line itself, which older versions do not have."""
+    """Return the last line of a file. Older versions have no CRC of the line itself."""
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
     crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
     return b"\n" + json.dumps(fields | crc).encode() + b"\n"
@@ -90,7 +90,7 @@ def read(file: BinaryIO) -> dict[str, Any]:
 
 
 def is_foreign(file: BinaryIO) -> bool:
-    """Return whether torch.save wrote the file for another program; False for a damaged one of this program."""
+    """Return True if the file is a torch.save file of another program, and not a damaged one of this program."""
     tail = _tail(file)
     if _fields(tail) or re.fullmatch(rb"[0-9a-f]{64}", tail[-DIGEST_BYTES:]):
         return False
@@ -126,7 +126,7 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def _fields(tail: bytes) -> dict[str, Any]:
-    """Return the fields of the last line, of which only the types are checked; empty if it is not a manifest."""
+    """Return the fields of the last line, or none if it is not a manifest. Checks only their types."""
     try:
         fields = json.loads(tail.splitlines()[-1])
         if type(fields["bytes"]) is int and fields["bytes"] >= 0 and {"epoch", "step"} <= fields.keys():
@@ -147,9 +147,9 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse archives that no checksum excludes: compressed records, and pickles of more than plain data.
+    """Refuse compressed records, and pickles of more than plain data.
 
-    Compressed records could expand to any size in memory.
+    A checksum does not exclude either, and compressed records could expand to any size in memory.
     """
     file.seek(0)
     try:

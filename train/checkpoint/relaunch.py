@@ -1,8 +1,8 @@
 """Find the run folder of a launch whose ranks torchrun has restarted, so that it resumes there.
 
-A launch is identified by its launchers, the torchrun processes of its machines. It is the same launch while one of them
-lives, even if ranks, machines and restart counts change. Other identifiers do not work: `--rdzv-id` may be used again
-by the next launch, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changed. The launcher is the
+A launch is identified by its launchers, the torchrun processes of its machines. It remains the same launch while one of
+them is alive, even if ranks, machines and restart counts change. Other identifiers do not work: the next launch may
+reuse `--rdzv-id`, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changes. The launcher is the
 parent of this process, so a script between the two must `exec`. Without torchrun there are no restarts.
 """
 
@@ -25,7 +25,7 @@ LAUNCH_FILE = "launch.json"  # in a run folder: the launch that uses it
 
 
 def launcher_ids() -> list[str]:
-    """Return the launchers of all ranks, which call this together; empty without torchrun."""
+    """Return the launchers of all ranks; empty without torchrun. All ranks must call it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     return sorted(set(collectives.from_all_ranks(_process_id(os.getppid()))))
@@ -47,13 +47,13 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
     """Find the run folder that this launch already uses.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         resume: The value of --resume.
         launchers: From `launcher_ids`.
 
     Returns:
-        The directory, None on the first start of a launch; and what to resume from: the directory if it has a
-        checkpoint, otherwise the checkpoint that --resume names.
+        The run folder, or None on the first start of a launch; and the value of --resume to use: the folder if it has
+        a checkpoint, otherwise the given one.
     """
     if not launchers:
         return None, resume
@@ -66,7 +66,7 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
 
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
-    """Return the directories of this run name, latest first, and the one that --resume names."""
+    """Return the run folders of this name, latest first, and the one that --resume names."""
     folder = resolve_resume(config, resume)[0]
     return run_dirs(config) if folder is None else [*run_dirs(config), folder]
 
@@ -79,7 +79,7 @@ def _is_used_by(folder: Path, launchers: list[str]) -> bool:
 
 
 def record_launch(folder: Path, launchers: list[str]) -> Path:
-    """Record that this launch uses the run folder, and return the directory."""
+    """Record that this launch uses the run folder, and return the folder."""
     if launchers:
         text = json.dumps({"agents": launchers}, indent=2) + "\n"
         try:

@@ -12,7 +12,7 @@ from train.checkpoint.state import require_keys
 from train.engine import cpu_settings
 from train.engine.state import TrainState
 
-DEVICE_FIELDS = ("lr", "capturable")  # of an optimizer's parameter groups: they depend on the device, not on the run
+DEVICE_FIELDS = ("lr", "capturable")  # of parameter groups; they depend on the device, not on the run
 
 
 def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, weights: str = "raw") -> bool:
@@ -21,21 +21,21 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
     Args:
         state: The run to load into.
         checkpoint: From `store.load`.
-        path: Its file, for errors.
-        weights: Which weights to load, see eval.weights.
+        path: Path of the checkpoint, for errors.
+        weights: Weights to load, see eval.weights.
 
     Returns:
-        Whether the weights are the moving average.
+        True if the weights are the moving average.
 
     Raises:
         UserError: If the checkpoint does not have these weights, or they do not fit the model.
     """
-    average: dict[str, Any] = checkpoint.get("ema") or {}  # missing in checkpoints of older versions
+    average: dict[str, Any] = checkpoint.get("ema") or {}  # older checkpoints have none
     if weights == "ema" and not average:
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
     if state.device.type == "cpu":
-        cpu_settings.restore_threads(checkpoint.get("threads", 0))  # missing in checkpoints of older versions
+        cpu_settings.restore_threads(checkpoint.get("threads", 0))  # older checkpoints have none
     try:
         state.network.load_state_dict(average if is_average else checkpoint["model"])
     except RuntimeError as error:
@@ -90,23 +90,23 @@ def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) ->
     saved = checkpoint["optimizer"]
     try:
         rates = [float(group["lr"]) for group in saved["param_groups"]]
-        # Set them before loading as well: `capturable` decides on which device torch puts the step count.
+        # Set them before loading as well: `capturable` determines the device of the step count.
         groups = [group | fields for group, fields in zip(saved["param_groups"], device_fields, strict=False)]
         optimizer.load_state_dict(saved | {"param_groups": groups + saved["param_groups"][len(groups) :]})
         for parameter, values in optimizer.state.items() if not _is_from_timm(optimizer) else ():
             if wrong := [name for name, value in values.items() if _has_wrong_shape(value, parameter)]:
                 raise ValueError(f"{wrong[0]} of {list(values[wrong[0]].shape)} for {list(parameter.shape)} weights")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        # For example from a version that grouped parameters differently.
+        # e.g. from a version that grouped parameters differently
         raise UserError(
             f"checkpoint {path} does not fit the optimizer of this config ({error}); start a new run without --resume"
         ) from None
     for group, fields, lr in zip(optimizer.param_groups, device_fields, rates, strict=True):
         group.update(fields)
-        if isinstance(group["lr"], torch.Tensor):  # CUDA graphs know it by its address
+        if isinstance(group["lr"], torch.Tensor):  # CUDA graphs hold its address
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    state.drop_graph()  # it would read the tensors that the optimizer had before
-    if checkpoint["scaler"]:  # empty for runs without a scaler, e.g. on a CPU
+    state.drop_graph()  # the graph would read the optimizer's old tensors
+    if checkpoint["scaler"]:  # empty without a scaler, e.g. on a CPU
         state.scaler.load_state_dict(checkpoint["scaler"])

@@ -1,7 +1,7 @@
 """Run folders (OUTPUT/NAME): create them, find the one to resume, and lock it for one process at a time.
 
-Also lists the checkpoints of a directory, the preferred one first, since it may be damaged. Only rank 0 accesses the
-file system, see `collectives.from_first_rank`.
+Checkpoints are listed in order of preference, since the first may be damaged. Only rank 0 accesses the file system,
+see `collectives.from_first_rank`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from train.checkpoint import store
 from train.checkpoint.store import BEST, LAST, PREVIOUS
 from train.distributed import collectives
 
-LOCK_FILE = "lock"  # in a run folder; contains the process that trains there
+LOCK_FILE = "lock"  # in a run folder; names the process that trains there
 WRITTEN_IN_PLACE = (LOCK_FILE, "log.txt", "metrics.jsonl", "wandb_id.txt", ".curves.png", "wandb", "tensorboard")
-# The lock may still be held by a run that writes its last checkpoint, by ranks whose torchrun was killed, or, on a
-# network file system, by a machine that failed, whose locks expire after 90 s.
+# The lock may still be held by a run that is writing its last checkpoint, by ranks whose torchrun was killed, or, on a
+# network file system, by a failed machine, whose locks expire after 90 s.
 LOCK_TIMEOUT_S = 100.0
 
 
 def run_dirs(config: Config) -> list[Path]:
-    """Return the directories that may belong to this run name, the latest first: OUTPUT/NAME-2, OUTPUT/NAME.
+    """Return the folders that may belong to this run name, latest first: OUTPUT/NAME-2, OUTPUT/NAME.
 
-    Numbers may be missing, and some may belong to other runs: NAME-64 may be a run of that name.
+    Numbers may be missing, and some folders may belong to other runs: a run may have the name NAME-64.
     """
     return [_numbered(config, number) for number in sorted(_used_numbers(config), reverse=True)]
 
@@ -52,18 +52,18 @@ def _latest_number(config: Config) -> int:
         if name is None:
             if folder.is_dir() and (number <= contiguous or (folder / LOCK_FILE).exists()):  # killed at its start
                 return number
-        elif name == config.name or not _is_dir_name_of(folder.name, name):  # else it was renamed or copied
+        elif name == config.name or not _is_dir_name_of(folder.name, name):  # otherwise renamed or copied
             return number
     return 0
 
 
 def _is_dir_name_of(folder: str, name: str) -> bool:
-    """Return whether a run of this name creates directories with that name."""
+    """Return True if a run of this name creates folders with that name."""
     return re.fullmatch(re.escape(name) + "(-[1-9][0-9]*)?", folder) is not None
 
 
 def _run_name(folder: Path) -> str | None:
-    """Return the run name in config.yaml, of any version, or None if it cannot be read."""
+    """Return the run name in a config.yaml of any version, or None if it cannot be read."""
     file = folder / "config.yaml"
     try:
         values = yaml.parse(read_small_text(file), str(file)).value
@@ -78,25 +78,25 @@ def _numbered(config: Config, number: int) -> Path:
 
 
 def _used_numbers(config: Config) -> set[int]:
-    """Return the numbers of all existing files and directories that are named like this run."""
+    """Return the numbers of all existing files and folders named like this run."""
     pattern = re.compile(re.escape(str(config.name)) + "(?:-([1-9][0-9]{0,8}))?")
     try:
         found = [pattern.fullmatch(name) for name in os.listdir(config.output)]
-    except OSError:  # it does not exist yet; any other error appears when it is written to
+    except OSError:  # it does not exist yet; writing to it reports any other error
         return set()
     return {int(match[1] or 1) for match in found if match and match[1] != "1"}
 
 
 def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tuple[Path, ...]]:
-    """Find the run folder and the checkpoints that --resume means.
+    """Find the run folder and the checkpoints for a value of --resume.
 
     Args:
-        config: Of the run.
-        resume: None: a new run; "auto": the latest run of this name; otherwise a checkpoint or run folder.
+        config: Config of the run.
+        resume: None for a new run, "auto" for the latest run of this name, otherwise a checkpoint or run folder.
 
     Returns:
-        The run folder to continue in, None if it has to be created; and the checkpoints to start from, of which the
-        first intact one is used. A new run has none.
+        The run folder to continue in, or None to create one; and the checkpoints to start from, in order of
+        preference. A new run has none.
     """
     if resume is None:
         return None, ()
@@ -109,13 +109,13 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
     if path.is_dir():
         return path, latest_checkpoints(path)
     if _run_name(path.parent) != config.name or not (path.parent / "log.txt").exists():
-        return None, (path,)  # a copied checkpoint: the run gets a new directory, and nothing there is modified
+        return None, (path,)  # a copied checkpoint: the run gets a new folder and leaves this one unchanged
     latest = latest_checkpoints(path.parent)
     return path.parent, latest if path == latest[0] else (path,)
 
 
 def is_explicit_checkpoint(resume: str | None) -> bool:
-    """Return whether --resume names a single checkpoint. last.pt means its run."""
+    """Return True if --resume names a single checkpoint. last.pt stands for its run."""
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
 
@@ -128,13 +128,13 @@ def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
 
 
 def create_run_dir(config: Config) -> Path:
-    """Create a directory with the number after the latest one, so that no run overwrites another."""
+    """Create a run folder with the next number, so that no run overwrites another."""
     for number in itertools.count(_latest_number(config) + 1):
         folder = _numbered(config, number)
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # of another run
+        except FileExistsError:  # it belongs to another run
             continue
         except OSError as error:
             raise UserError(f"cannot create the run folder {folder}: {error.strerror}; give another --output") from None
@@ -145,8 +145,8 @@ def create_run_dir(config: Config) -> Path:
 def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
-    All ranks call this together. Completes an interrupted save of an earlier process, so look for checkpoints inside
-    the context, see `refresh_candidates`.
+    All ranks must call it. It completes an interrupted save of an earlier process, so look for checkpoints inside the
+    context, see `refresh_candidates`.
 
     Raises:
         UserError: If another process still holds the lock after `timeout_s`.
@@ -168,23 +168,23 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
 
 def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
-    """Find the candidates of `resolve_resume` again, since the run that held the lock may have saved meanwhile.
+    """Repeat the search of `resolve_resume`, since the run that held the lock may have saved meanwhile.
 
     Args:
         folder: The locked run folder.
         candidates: The earlier candidates.
-        is_explicit: The user named a single checkpoint, which is kept.
+        is_explicit: The user named a single checkpoint, so keep it.
     """
     latest = latest_checkpoints(folder)
     return latest if not is_explicit and any(path.exists() for path in latest) else candidates
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse links and pipes: a run would write through them. The directory may come from someone else."""
+    """Refuse links and pipes: a run would write through them. The folder may come from someone else."""
     for file in (folder / name for name in WRITTEN_IN_PLACE):
         try:
             mode = file.lstat().st_mode
-        except OSError:  # it does not exist yet; any other error appears when it is written
+        except OSError:  # it does not exist yet; writing it reports any other error
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise UserError(
@@ -194,7 +194,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
-    """Return the locked file; empty if the file system has no locks or is read-only, which is reported elsewhere.
+    """Return the locked file, or none if the file system has no locks or is read-only (reported elsewhere).
 
     The kernel releases a POSIX lock when the process ends, and child processes do not inherit it. Nothing else in this
     process may open the file, since closing it would release the lock.
@@ -231,7 +231,7 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
 
 
 def find_checkpoints(path: Path) -> tuple[Path, ...]:
-    """Return the checkpoints of a run folder, the preferred one first: best.pt, then last.pt. A file is itself."""
+    """Return the checkpoints of a run folder, best.pt before last.pt, or the given file."""
     if not path.is_dir():
         return (path,)
     if found := tuple(path / name for name in (BEST, LAST, PREVIOUS) if (path / name).is_file()):

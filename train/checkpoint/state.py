@@ -1,4 +1,4 @@
-"""The contents of a checkpoint: collect them, copy them to host memory, check them."""
+"""The contents of a checkpoint: collect, copy to host memory, check."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
     Args:
         state: The training state.
         sums: The metric sums of the epoch so far, over all ranks.
-        entries: Further entries: tensors, numbers, strings and containers of them.
+        entries: Further entries of tensors, numbers, strings and containers of them.
     """
     return {
         "format": FORMAT,
@@ -55,7 +55,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
 
 
 def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Copy a tree of tensors to host memory. Waits once for each device.
+    """Copy a tree of tensors to host memory. Synchronizes each device once.
 
     Raises:
         TypeError: If the tree contains a value that a checkpoint cannot hold.
@@ -68,7 +68,7 @@ def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy(tree: Any, devices: set[torch.device]) -> Any:
-    """Copy without waiting, and add the GPUs that are copied from to `devices`."""
+    """Copy without synchronizing, and add the source GPUs to `devices`."""
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
         if tensor.device.type == "cpu":
@@ -76,7 +76,7 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
         devices.add(tensor.device)
         # Pinning memory is expensive, but torch caches pinned memory.
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    if isinstance(tree, OrderedDict):  # a module's state_dict, with the versions of its submodules as an attribute
+    if isinstance(tree, OrderedDict):  # keep the attribute of a module's state_dict: the versions of its submodules
         copy = OrderedDict((key, _copy(value, devices)) for key, value in tree.items())
         copy.__dict__.update({key: _copy(value, devices) for key, value in vars(tree).items()})
         return copy
@@ -90,7 +90,7 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
 
 
 def _model_state(state: TrainState) -> dict[str, Any]:
-    """Return model, optimizer and scaler, of the run or of its proxy model."""
+    """Return model, optimizer and scaler of the run or of its proxy model."""
     return {
         "model": state.network.state_dict(),
         "optimizer": _portable(state.optimizer.state_dict()),
@@ -99,7 +99,7 @@ def _model_state(state: TrainState) -> dict[str, Any]:
 
 
 def _portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state without traces of CUDA graphs, so that a run on the CPU can resume from it."""
+    """Return an optimizer's state without settings of CUDA graphs, so that a CPU run can resume from it."""
     groups = [group | {"lr": float(group["lr"])} for group in state_dict["param_groups"]]
     for group in groups:
         if "capturable" in group:
@@ -128,8 +128,8 @@ def _are_tensors(entry: Any) -> bool:
 
 
 def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raise UserError if entries are missing, e.g. in a checkpoint of another program or version."""
+    """Raise UserError for missing entries, e.g. in a checkpoint of another program or version."""
     if missing := [name for name in names if name not in checkpoint]:
         raise UserError(
-            f"checkpoint {path} holds no {' and no '.join(missing)}, as those of train/ddp.py do; give another one"
+            f"checkpoint {path} has no {' and no '.join(missing)}, unlike those of train/ddp.py; give another one"
         )

@@ -19,7 +19,7 @@ from train.checkpoint.state import collect_state, invalid_entry, to_host
 from train.distributed import collectives
 from train.engine.state import TrainState
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous: the one before the last
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt is the one before last.pt
 
 
 # Saving
@@ -46,7 +46,7 @@ def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def recover_interrupted_save(folder: Path) -> None:
-    """Complete a save that was killed, and remove its temporary files where possible."""
+    """Complete an interrupted save, and remove its temporary files if possible."""
     with suppress(OSError):  # the next save reports it
         files.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
         files.remove_temporary(folder / BEST)
@@ -68,7 +68,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         earlier = f"the earlier {' and '.join(there)} there {unchanged}" if there else "there is no earlier one"
         raise UserError(
             f"cannot write checkpoint {path} ({error.strerror or error}); {earlier}: free space, or move the run "
-            "directory and give its new location as --output, then resume with --resume auto"
+            "folder and give its new location as --output, then resume with --resume auto"
         ) from None
 
 
@@ -89,16 +89,16 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """Load the first intact checkpoint, and warn about the ones before it.
+    """Load the first intact checkpoint, and warn about damaged ones before it.
 
     Args:
-        candidates: Files of one directory, the preferred one first.
+        candidates: Files of one folder, in order of preference.
 
     Returns:
         The path and the checkpoint.
 
     Raises:
-        UserError: If none is intact. Names all of them, and another intact file of their directory.
+        UserError: If none is intact. Names all of them, and another intact file of their folder.
     """
     reasons: dict[Path, str] = {}
     for path in candidates:
@@ -123,7 +123,7 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether another program wrote the file with torch.save."""
+    """Return True if another program wrote the file with torch.save."""
     try:
         with open_plain(path) as file:
             return format.is_foreign(file)
@@ -132,7 +132,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether the file is a checkpoint with a correct checksum."""
+    """Return True if the file is a checkpoint with a correct checksum."""
     try:
         with open_plain(path) as file:
             format.verify(file)
@@ -146,11 +146,11 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If it cannot be loaded. The message continues a sentence that starts with the path.
-        UserError: If it is from another program: then no other candidate can replace it.
+        UserError: If it is from another program, since no other candidate can replace it.
     """
     if is_foreign(path):
         raise UserError(
-            f"checkpoint {path} was written by another program, so that only its weights can be used: start a run from "
+            f"checkpoint {path} was written by another program, so only its weights can be used: start a run from "
             f"them with --opts model.pretrained={path} and without --resume, or evaluate them with --eval "
             f"--resume {path}"
         )
@@ -161,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError("does not exist") from None
     except pickle.UnpicklingError:
         raise ValueError("is refused, since it holds more than tensors, numbers and strings") from None
-    except Exception as error:  # torch's unpickler can raise anything for the bytes of another program
+    except Exception as error:  # torch's unpickler can raise any exception for the file of another program
         text = (error.strerror if isinstance(error, OSError) else None) or str(error)
         reason = text.splitlines()[0] if text else type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None
@@ -174,7 +174,7 @@ def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str
     """Load the checkpoint that `load_newest` chooses on rank 0, on every rank.
 
     Raises:
-        UserError: As in `load_newest`, or if another rank finds a checkpoint of another position at that path.
+        UserError: As in `load_newest`, or if another rank finds a checkpoint at another position under that path.
     """
     chosen: dict[str, Any] = {}  # on rank 0
 

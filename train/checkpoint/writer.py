@@ -20,20 +20,20 @@ SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
 
 
 class CheckpointWriter:
-    """Writes on rank 0, and keeps track of the newest checkpoint on all ranks.
+    """Writes checkpoints on rank 0, and tracks the newest one on all ranks.
 
-    Training waits for the copy to host memory, and for the previous checkpoint if that is still being written. The next
-    call of any method raises an error of the background thread.
+    Training waits for the copy to host memory, and for the previous checkpoint if it is still being written. An error
+    of the background thread is raised by the next call of any method.
 
     Args:
         folder: The run folder.
         state: The training state to save.
-        run_info: Entries of every checkpoint of this run. Read when saving, so the caller may change them.
+        run_info: Entries of every checkpoint of this run. They are read at each save, so the caller may change them.
     """
 
     def __init__(self, folder: Path, state: TrainState, run_info: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.newest: Path | None = None  # the checkpoint to resume from; None: there is none yet
+        self.newest: Path | None = None  # the checkpoint to resume from, if any
         self.steps = 0  # optimizer steps of the run at `newest`
         self._state, self._run_info = state, run_info
         self._saved_s = time.monotonic()
@@ -41,12 +41,12 @@ class CheckpointWriter:
         self._write: Future[None] | None = None
 
     def mark_saved(self, newest: Path, steps: int) -> None:
-        """Record that the state of the run is that of this checkpoint."""
+        """Record that this checkpoint holds the current state of the run."""
         self.newest, self.steps = newest, steps
 
     @property
     def has_own_checkpoint(self) -> bool:
-        """Whether the newest checkpoint is in the directory of this run."""
+        """True if the newest checkpoint is in the folder of this run."""
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
@@ -60,7 +60,7 @@ class CheckpointWriter:
 
         Args:
             names: File names, e.g. last.pt and best.pt.
-            position: Epoch, and optimizer steps done in it. Independent of ranks and micro steps.
+            position: Epoch, and optimizer steps done in it. Independent of ranks and micro-steps.
             sums: The metric sums of the epoch so far, over all ranks.
             steps: Optimizer steps of the run so far.
         """
@@ -88,7 +88,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for a write in progress. Its error is ignored: the run has ended by then."""
+        """Wait for a write in progress. Ignore its error, since the run has ended."""
         self._thread.shutdown()
 
 

@@ -21,7 +21,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """Return the maximum of each number over all ranks. Waits for the ranks, but not for the device."""
+    """Return the maximum of each number over all ranks. Waits for the ranks, but does not synchronize the device."""
     numbers = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers]
@@ -57,7 +57,7 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
 
 
 def from_all_ranks(value: str) -> list[str]:
-    """Return the values of all ranks, in the order of ranks."""
+    """Return the values of all ranks, in rank order."""
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,6 +1,6 @@
-"""Agreement of all ranks after an optimizer step: whether to stop and whether to save.
+"""Agreement of all ranks to stop or save after an optimizer step.
 
-Never waits for the device. The ranks communicate about once a second.
+Never synchronizes the device. The ranks communicate about once a second.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ POLL_INTERVAL_S = 1.0
 
 
 class StopConsensus:
-    """Decides on all ranks alike when to stop and when to save.
+    """Makes the same decisions to stop or save on all ranks.
 
     Args:
-        pending_signal: Returns the signal that this rank received, 0 for none.
-        is_due: Returns whether a checkpoint is due. Only the answer of rank 0 counts.
+        pending_signal: Returns the signal that this rank received, or 0.
+        is_due: Returns True if a checkpoint is due. Only the answer of rank 0 counts.
         poll_interval_s: Approximate time between two communications.
     """
 
@@ -31,14 +31,14 @@ class StopConsensus:
         self.reset(0)
 
     def reset(self, steps_done: int) -> None:
-        """Let the ranks communicate after the next step. All ranks call this with the same `steps_done`."""
+        """Make the ranks communicate after the next step. All ranks must pass the same `steps_done`."""
         self._last, self._next, self._interval = steps_done, steps_done + 1, 1
         self._time_s = time.monotonic()
 
     def poll(self, steps_done: int) -> tuple[int, bool]:
-        """Return (signal to stop by or 0, whether to save now), the same on all ranks.
+        """Return (signal that stops the run or 0, True to save now), the same on all ranks.
 
-        Call this after every optimizer step; steps_done: optimizer steps of the run so far.
+        Call it after every optimizer step. `steps_done` counts the optimizer steps of the run.
         """
         if self._is_alone:
             return self._pending_signal(), self._is_due()
@@ -50,10 +50,10 @@ class StopConsensus:
         return signal, bool(due)
 
     def poll_now(self) -> int:
-        """Return the signal to stop by, or 0. The ranks communicate in this call."""
+        """Communicate now, and return the signal that stops the run, or 0."""
         return collectives.max_over_ranks([self._pending_signal()])[0]
 
     def _next_interval(self, steps_done: int) -> int:
-        """Return the number of steps that take the poll interval, at most twice the previous one."""
+        """Return the number of steps in a poll interval, at most twice the previous number."""
         step_s = (time.monotonic() - self._time_s) / max(steps_done - self._last, 1)
         return max(1, min(2 * self._interval, int(self._poll_interval_s / max(step_s, 1e-6))))

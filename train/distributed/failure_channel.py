@@ -22,9 +22,9 @@ from configs.utils.errors import UserError
 from train.distributed.process_group import Ranks
 
 ADDRESS_KEY = "zhu/failure_channel"
-SEND_TIMEOUT_S = 2.0  # for a rank that does not read
-MAX_LINE_BYTES = 200_000  # a peer that sends more is not a rank
-# A machine that fails does not close its connections: after about 55 s without an answer it counts as lost.
+SEND_TIMEOUT_S = 2.0  # limit for a rank that does not read
+MAX_LINE_BYTES = 200_000  # a longer message is not from a rank
+# A failed machine does not close its connections, so it counts as lost after about 55 s without an answer.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
 
@@ -77,11 +77,11 @@ class FailureChannel:
         raise NotImplementedError
 
     def all_connected(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for ranks that are still starting. Only rank 0 has to."""
+        """Wait up to `timeout_s` for ranks that are still starting. Only rank 0 waits."""
         return True
 
     def missing_ranks(self) -> list[int]:
-        """Return the ranks that have not connected yet. Known on rank 0 only."""
+        """Return the ranks that have not connected yet. Only rank 0 knows them."""
         return []
 
     def _set_first(self, failure: Failure) -> None:
@@ -127,7 +127,7 @@ def connect(
 
 
 def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """Connect to rank 0. Raises OSError if it belongs to another launch or another program."""
+    """Connect to rank 0. Raise OSError if the address belongs to another launch or program."""
     connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
     try:
         greeting = b""
@@ -161,7 +161,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 @dataclass
 class _Peer:
-    """One connection and its state. rank None: the peer has not identified itself yet."""
+    """One connection and its state. `rank` is None until the peer has identified itself."""
 
     connection: socket.socket
     rank: int | None = None
@@ -277,7 +277,7 @@ class Coordinator(FailureChannel):
                 self._all_connected.set()
 
     def _record(self, failure: Failure) -> Failure:
-        """Return the first failure: this one, unless another rank failed before."""
+        """Record a failure and return the first one, which may be an earlier one of another rank."""
         with self._lock:
             if self._first is None:
                 self._set_first(failure)

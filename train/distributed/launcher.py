@@ -1,7 +1,7 @@
-"""Entry point for several ranks: if one rank fails, all ranks end, with one clear error and an exit code.
+"""Entry point for several ranks: if one fails, all end, with one clear error and an exit code.
 
-The rank that failed first prints its error. Every other rank prints one line that says why it was stopped. Exit code 2
-means that the user can fix the error, 1 is any other error or a rank that was stopped. No rank waits without a limit.
+The rank that failed first prints its error. Every other rank prints one line with the reason why it stopped. Exit code
+2 is an error that the user can fix, 1 any other error or a stopped rank. No rank waits without a limit.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from train.distributed.process_group import Ranks
 from train.distributed.signals import die_with_launcher
 
 # Time for a rank to end by itself after another one failed, so that it can finish its log and trackers. With NCCL it is
-# blocked in a collective anyway, and the first rank that exits makes NCCL abort the others. So all ranks are fast on a
-# GPU, and the rank that failed exits last.
+# blocked in a collective anyway, and the first rank that exits makes NCCL abort the others. So GPU ranks wait less, and
+# the rank that failed exits last.
 SHUTDOWN_GRACE_S = 10.0
 GPU_SHUTDOWN_GRACE_S = 2.0
 GPU_EXIT_DELAY_S = 3.0
-CAUSE_TIMEOUT_S = 3.0  # how long the cause of a broken connection may take to arrive
-JOIN_WARNING_S = 60.0  # then missing ranks are named; imports from a slow disk take minutes, so nothing ends yet
-JOIN_TIMEOUT_S = 30.0  # how long a rank that ends waits for ranks that are still starting, to tell them
-STOPPED_DELAY_S = 0.3  # lets the error of the first rank be printed before the lines of stopped ranks
+CAUSE_TIMEOUT_S = 3.0  # for the cause of a broken connection to arrive
+JOIN_WARNING_S = 60.0  # then missing ranks are named, but awaited: imports from a slow disk take minutes
+JOIN_TIMEOUT_S = 30.0  # a failed rank waits this long for ranks that are still starting, to tell them
+STOPPED_DELAY_S = 0.3  # so that the error of the first rank is printed before the lines of stopped ranks
 
 LOST = "was lost without an error"
 LOST_CAUSE = "it was probably killed (out of memory?) or crashed"
@@ -43,9 +43,9 @@ LOST_CONNECTION = "lost the connection to another rank, which was probably kille
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point like `run_main`, on all ranks. An error on one rank ends them all.
+    """Run an entry point on all ranks, like `run_main` on one. An error on any rank ends all of them.
 
-    SystemExit and Ctrl-C are not errors, and are not reported to other ranks.
+    SystemExit and Ctrl-C do not count as errors, and are not reported to other ranks.
     """
 
     def run() -> int | None:
@@ -67,7 +67,7 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
 class RankSupervisor:
     """Ends this rank when it or another one fails.
 
-    The main thread and the thread that learns of a failure may both end the process: the first to take `_exit_lock`
+    Both the main thread and the thread that learns of a failure may end the process; the first to take `_exit_lock`
     does.
     """
 
@@ -100,7 +100,7 @@ class RankSupervisor:
         return code
 
     def _warn_missing(self, timeout_s: float) -> None:
-        """Warn about ranks that are late, in a thread of rank 0, and of rank 1 if rank 0 itself is late."""
+        """Warn about late ranks, in a thread of rank 0, or of rank 1 if rank 0 itself is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
@@ -172,7 +172,7 @@ class RankSupervisor:
 
     def _on_peer_failure(self, first: Failure) -> None:
         """End this rank from a thread, since the main thread may be blocked in a collective forever."""
-        if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # one rank speaks for the lost one
+        if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # only one rank prints this
             _print_error(f"rank {first.rank} {LOST}: {LOST_CAUSE}; {_resume_advice()}")
         time.sleep(GPU_SHUTDOWN_GRACE_S if torch.cuda.is_initialized() else SHUTDOWN_GRACE_S)
         self._exit_lock.acquire()
@@ -192,7 +192,7 @@ def _error_line(error: BaseException) -> str:
 
 
 def _resume_advice() -> str:
-    """Return how to resume after a process was killed."""
+    """Return advice on resuming after a process was killed."""
     started, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if started < limit:
         return "torchrun restarts all ranks"
@@ -207,9 +207,9 @@ def _print_error(text: str) -> None:
 
 
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:
-    """Write the file from which torchrun takes the reason of a failure.
+    """Write the file from which torchrun reads the reason for a failure.
 
-    torchrun reports the failure with the earliest second as the cause, so consequences get a later timestamp.
+    torchrun takes the failure with the earliest timestamp, in seconds, as the cause, so consequences get a later one.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
@@ -218,7 +218,7 @@ def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit at once: Python's exit handlers may wait for lost ranks."""
+    """Exit without Python's exit handlers, which may wait for lost ranks."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

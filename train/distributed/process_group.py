@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.utils.errors import UserError
 
-# How long a rank waits for another one that neither joins nor fails, e.g. a stopped process or a machine that hangs.
-# Compilation and autotuning hardly count, since all ranks do them at the same time.
+# Limit for a rank that neither joins nor fails, e.g. a stopped process or a machine that hangs. Compilation and
+# autotuning hardly count, since all ranks do them at the same time.
 GROUP_TIMEOUT = timedelta(minutes=10)
-LAUNCH_ID_VARIABLE = "ZHU_START"  # in the environment: see `train.distributed.failure_channel`
+LAUNCH_ID_VARIABLE = "ZHU_START"  # launch id, see `train.distributed.failure_channel`
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read the variables that torchrun sets. Without them, the process is the only rank.
+        """Read the ranks from the variables that torchrun sets. Without them, the process is the only rank.
 
         Raises:
             UserError: If only some of them are set.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
-        if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # each rank would train a separate model
+        if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # otherwise each rank would train a separate model
             raise UserError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {' and '.join(missing)}; start with "
                 f"torchrun, or set {', '.join(names)}, MASTER_ADDR and MASTER_PORT"
@@ -51,7 +51,7 @@ class Ranks:
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
-        """Return the ranks of a tool with a single process. Raises UserError under torchrun with several."""
+        """Return the ranks of a single-process tool. Raise UserError if torchrun started several processes."""
         if cls.from_environment().world_size > 1:
             raise UserError(f"{tool} is one process; start it with python instead of torchrun")
         return cls()
@@ -85,7 +85,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         is_broken = ranks.world_size > 1
         raise
     finally:
-        if not is_broken:  # it could wait forever for lost ranks; the process exits anyway
+        if not is_broken:  # destroying the group could wait forever for lost ranks
             dist.destroy_process_group()
 
 
@@ -120,7 +120,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Return True if `is_lost_peer` holds because the other rank was silent."""
+    """Return True if an error of `is_lost_peer` is a timeout."""
     return "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
@@ -154,6 +154,6 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Skip the gradient reduction of backward passes in this context, for all but the last micro step."""
+    """Skip the gradient reduction of backward passes in this context, for all micro-steps but the last."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()  # a compiled model forwards the attribute

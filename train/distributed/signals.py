@@ -16,25 +16,25 @@ from typing import Any
 
 from configs.utils.errors import UserError
 
-# SIGTERM: from a scheduler, and from torchrun when it stops; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning, see
-# --signal=USR1; SIGHUP: the terminal was closed.
+# SIGTERM: from a scheduler, or from torchrun when it stops; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning (--signal=USR1);
+# SIGHUP: the terminal was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # of Linux
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 SUBREAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
-REPEATED_SIGINT_S = 1.0  # Ctrl-C may arrive twice at once, from the terminal and from torchrun; a later one is meant
+REPEATED_SIGINT_S = 1.0  # terminal and torchrun may both send Ctrl-C at once; a later one is a second request
 
 
 class Preempted(Exception):
-    """The run stopped early because of a signal, after it had written a checkpoint."""
+    """Raised after a signal, once the checkpoint is written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # the convention of shells
+        self.exit_code = 128 + number  # shell convention
 
 
 @dataclass
 class PendingSignal:
-    """The first signal that arrived; number 0: none."""
+    """The first signal that arrived, or 0."""
 
     number: int = 0
 
@@ -43,7 +43,7 @@ class PendingSignal:
 def catch_signals() -> Iterator[PendingSignal]:
     """Set a flag on SIGNALS instead of ending the process; a second, later Ctrl-C ends it at once.
 
-    Python runs handlers in the main thread only; in any other thread this catches nothing.
+    Python runs handlers in the main thread only, so this does nothing in other threads.
     """
     pending, first_s = PendingSignal(), 0.0
 

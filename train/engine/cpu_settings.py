@@ -1,11 +1,11 @@
 """Number of threads and memory allocation for training on the CPU.
 
 OpenMP threads spin while they wait for each other after each parallel loop. If other processes occupy cores, all
-threads wait for the preempted one. On two cores beside two busy processes, LeNet trained 200 to 1,800 images/s with
-two threads and 3,000 to 5,000 with one; on idle cores 13,000 and 6,300.
+threads wait for the preempted one. On two cores shared with two busy processes, LeNet trained at 200 to 1,800 images/s
+with two threads and at 3,000 to 5,000 with one; on idle cores at 13,000 and 6,300.
 
-The number of threads is chosen at the start of a run. A resumed run uses that of the checkpoint, since float32 sums
-depend on it. OMP_NUM_THREADS overrides both.
+The number of threads is chosen at the start of a run. A resumed run uses the number in the checkpoint, since float32
+sums depend on it. OMP_NUM_THREADS overrides both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def limit_threads(device: torch.device) -> None:
 
 
 def restore_threads(threads: int) -> None:
-    """Use the number of threads that the run started with, for bitwise equal weights, up to one per core.
+    """Use the number of threads that the run started with, so that weights are bitwise equal, but at most one per core.
 
     Warn if fewer cores are idle. `threads` is 0 if the number is unknown.
     """
@@ -56,7 +56,7 @@ def restore_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """Return how many of this process's cores are busy while it waits; 0 if the system does not tell.
+    """Return the number of this process's cores that are busy while it waits; 0 if unknown.
 
     It is the minimum over up to three tenths of a second, so that short bursts do not count.
     """

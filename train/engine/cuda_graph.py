@@ -18,10 +18,10 @@ from train.engine.step import train_step
 
 
 class CapturedStep:
-    """`train_step` as CUDA graphs, for batches of a few shapes. Replaying does not synchronize.
+    """`train_step` as CUDA graphs, for batches of a few shapes. A replay does not synchronize.
 
     A replay uses the default generator's current state: torch copies seed and offset to the device before each replay.
-    Seeding it before a step works as without graphs.
+    So seeding it before a step works.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CapturedStep:
         self._batches = {batch.images.shape: batch for batch in batches}
         kinds = [(shape, optimizer_step) for shape in self._batches for optimizer_step in optimizer_steps]
         self._graphs = {kind: torch.cuda.CUDAGraph() for kind in kinds}
-        pool = torch.cuda.graph_pool_handle()  # shared, since no graph reads another's results from it
+        pool = torch.cuda.graph_pool_handle()  # shared, since no graph reads another's results
         try:
             for (shape, optimizer_step), graph in self._graphs.items():
                 # thread_local: calls of loader and NCCL threads must not fail the capture

@@ -34,7 +34,7 @@ class EpochTimes:
 def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     """Return the timeline of a run with this loader.
 
-    Where stages change the batch size, learning rates follow it by train.lr_scaling. The learning rates of `config` are
+    If stages change the batch size, train.lr_scaling adapts the learning rates. The learning rates of `config` are
     those at the global batch; see `schedule.scale_learning_rates`.
     """
     accumulation = config.accumulation_steps
@@ -60,7 +60,7 @@ def train_epoch(
 ) -> EpochTimes:
     """Train the rest of the loader's epoch.
 
-    The random generator, e.g. for dropout, is seeded for each batch, so a resumed run draws the same numbers.
+    The random generator, e.g. of dropout, is seeded for each batch, so a resumed run draws the same numbers.
 
     Args:
         state: Training state.
@@ -97,15 +97,15 @@ def train_epoch(
             update_averages(state, step, timeline)
             after_step(step, lr)
     if on_gpu:
-        torch.cuda.synchronize(state.device)  # once per epoch, so that its time is complete
+        torch.cuda.synchronize(state.device)  # once per epoch, so that the measured time is complete
     return EpochTimes(batches - first, time.perf_counter() - start_s, loader.wait_s - wait_s)
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
     """Exclude the bias of a whitening layer from the backward pass after `whiten_bias_epochs`.
 
-    Its learning rate is 0 then, so this only saves the time of a gradient of the largest activations. DDP and captured
-    graphs need the same gradients in every step, so they keep it.
+    Its learning rate is then 0, so this only saves the time for a gradient over the largest activations. DDP and
+    captured graphs need the same gradients in every step, so they keep it.
     """
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
@@ -115,5 +115,5 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
 
 
 def is_trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer updates the parameter; model.freeze excludes some."""
+    """Return True if the optimizer updates the parameter; model.freeze excludes some."""
     return any(parameter is one for group in optimizer.param_groups for one in group["params"])

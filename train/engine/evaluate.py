@@ -28,12 +28,12 @@ class Evaluation:
     samples: int
 
     def sentence(self, split: str) -> str:
-        """Return the sentence that commands print about the split of this name."""
+        """Return the sentence about the split of this name that commands print."""
         return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
 
 
 class EvaluationInterrupted(Exception):
-    """The evaluation was interrupted, on all ranks together."""
+    """Raised on all ranks together when the evaluation is interrupted."""
 
 
 def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,7 +79,7 @@ def evaluate(
         EvaluationInterrupted: `is_interrupted` returned true on any rank.
         RuntimeError: Some samples were missed or counted twice.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last: interrupted ranks
+    sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last one counts interrupted ranks
     for logits, labels in predictions(state, loader, tta):
         if is_interrupted():
             sums[4] = 1
@@ -127,15 +127,15 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
     if found != expected:
         raise RuntimeError(
             f"evaluation counted the {expected.samples} samples of split {name!r}, but not each of them once: "
-            "their checksum is not the split's"
+            "their checksum differs from that of the split"
         )
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
     """Yield (weight, images [B, 3, H, W]) of each view of `eval.tta`; the weights sum to 1.
 
-    Source: arXiv:2404.00498, section 3.5. The image, and the image shifted by one pixel up-left and down-right with
-    reflected edges; each also mirrored.
+    Source: arXiv:2404.00498, section 3.5. The views are the image, and the image shifted by one pixel up-left and
+    down-right with reflected edges, each also mirrored.
     """
     if tta == "none":
         yield 1.0, images

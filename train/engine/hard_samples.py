@@ -24,7 +24,7 @@ from train.optim.freeze import set_training_mode
 class HardSampleSelector:
     """Selects the samples of highest loss of each batch.
 
-    `state` is that of the small network, built from the same `train` section. It can be captured, except with fp16.
+    `state` belongs to the small network, built from the same `train` section. Its step can be captured, except in fp16.
     """
 
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
@@ -35,7 +35,7 @@ class HardSampleSelector:
     def select(self, batch: Batch, step: int) -> Batch:
         """Return the samples of highest loss, always the same number.
 
-        Every few optimizer steps, the small network is trained on them.
+        Trains the small network on them every few optimizer steps.
         """
         state, learns = self.state, step % self._config.every_steps == 0
         smoothing = state.config.label_smoothing
@@ -57,7 +57,7 @@ class HardSampleSelector:
 
 
 def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Return the losses, float [B]. A separate function, so that it is compiled as a whole."""
+    """Return the losses, float [B]. It is a separate function so that it is compiled as a whole."""
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
@@ -68,7 +68,7 @@ def build_proxy(
 
     Args:
         config: Train section.
-        build: Returns a model for raw pixels on its device by its name. The bias of a whitening layer is not trained.
+        build: Returns a model for raw pixels by its name, on its device. The bias of a whitening layer is not trained.
         device: Device of the model.
     """
     if config.proxy.model is None:
@@ -94,7 +94,7 @@ def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> No
     Args:
         config: Train section.
         world_size: Number of ranks.
-        mixes: Samples are mixed with each other.
+        mixes: Batches use mixup or CutMix.
 
     Raises:
         UserError: There are several ranks or micro-steps per step, mixed samples, or a loss other than cross-entropy.

@@ -1,6 +1,6 @@
 """Losses of a training step, with mixup and CutMix on the device.
 
-Mixing is one expression without branches on values. It is compiled into the forward pass and captured with it.
+Mixing is one expression without branches on values, so it is compiled into the forward pass and captured with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of plain labels."""
+    """Compute the cross-entropy of plain labels."""
     logits = model(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     correct = (logits.detach().argmax(1) == batch.labels).sum()
@@ -45,20 +45,20 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
 
 
 def mixed_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of mixed labels."""
+    """Compute the cross-entropy of mixed labels."""
     logits, targets, correct = _soft(model, batch, label_smoothing)
     return _with_counts(F.cross_entropy(logits, targets), correct, batch)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:
-    """Return the mean binary cross-entropy over samples and classes of [B, C], as timm's BinaryCrossEntropy."""
+    """Return the mean binary cross-entropy over samples and classes of [B, C], like timm's BinaryCrossEntropy."""
     if threshold is not None:
         targets = (targets > threshold).to(targets.dtype)
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """Return targets [B, classes] of labels, int64 [B]. Smoothing is spread over all classes, the true one included."""
+    """Return targets [B, classes] of labels, int64 [B]. Smoothing covers all classes, including the true one."""
     is_label = labels[:, None] == torch.arange(classes, device=labels.device)
     return is_label.to(dtype) * (1.0 - label_smoothing) + label_smoothing / classes
 
@@ -116,7 +116,7 @@ def identity_mix(batch: Batch) -> MixedBatch:
 
 
 class RenderedBatch(NamedTuple):
-    """A batch as the model sees it, for pictures.
+    """A batch for pictures, as the model sees it.
 
     Attributes:
         images: uint8 [B, 3, H, W], rounded.
@@ -132,7 +132,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(batch: Batch) -> RenderedBatch:
-    """Return copies, which stay valid when the loader reuses its buffers."""
+    """Render a batch into copies, which stay valid when the loader reuses its buffers."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
         return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))

@@ -54,8 +54,8 @@ class ThroughputMeter:
 class RunTimer:
     """Times of a run over all its starts.
 
-    `times` is part of every checkpoint. A rewind to a checkpoint restores its times, so that they cover the steps that
-    count. A time is nan if the checkpoint is of an older version without it. Compilation and loading are not included.
+    `times` is part of every checkpoint. A rewind restores the times of its checkpoint, so that they exclude discarded
+    steps. A time is nan if an older checkpoint lacks it. Compilation and loading are not included.
 
     Attributes:
         times: training_s (whitening, finished epochs and the last evaluation, as CIFAR-10 speedruns are compared),
@@ -103,7 +103,7 @@ class RunTimer:
         self._steps, self._time_s, self._wait_s = steps, now_s, wait_s
 
     def rates(self) -> dict[str, float]:
-        """Return the rates and the time of the current epoch by their names in metrics."""
+        """Return the rates and the time of the current epoch by metric name."""
         time_s = max(self.times["epoch_time_s"], 1e-9)
         return {
             "images_per_s": self.times["epoch_images"] / time_s,
@@ -124,7 +124,7 @@ class RunTimer:
 
     @property
     def command_s(self) -> float:
-        """Seconds since the command was started, with interpreter, imports and, under torchrun, its start."""
+        """Return the seconds since the start of the command, including torchrun, interpreter and imports."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._command_start_s
 
 
@@ -136,10 +136,10 @@ def command_start_s() -> float:
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return the memory in use in GiB, by its names in metrics and benchmarks.
+    """Return the memory in use in GiB, by metric name.
 
     memory_gib is the peak of torch's tensors on a GPU, and the peak resident set of this process on the CPU.
-    device_memory_gib is given on a GPU only; see `device_memory_bytes`.
+    device_memory_gib is present on a GPU only; see `device_memory_bytes`.
     """
     if device.type != "cuda":
         return {"memory_gib": (peak_rss_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / GIB}
@@ -150,11 +150,11 @@ def memory_usage(device: torch.device) -> dict[str, float]:
 
 
 def peak_rss_bytes(process: int | str = "self") -> int:
-    """Return the peak resident set of a process since its fork or exec in bytes; 0 if it is unknown.
+    """Return the peak resident set of a process since its fork or exec, in bytes; 0 if unknown.
 
     This is VmHWM of proc(5). ru_maxrss of getrusage would include the time before exec, as a copy of the parent.
     """
-    with suppress(OSError):  # the process has ended, or there is no /proc
+    with suppress(OSError):  # the process has ended, or the system has no /proc
         for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 2**10
@@ -164,9 +164,9 @@ def peak_rss_bytes(process: int | str = "self") -> int:
 def device_memory_bytes(device: torch.device) -> int:
     """Return the bytes of GPU memory that all processes use.
 
-    These are CUDA contexts, loaded kernels, the reserve of torch's allocator, and DALI's memory pools. Both pools keep
-    freed memory, so the value is close to its peak. It is read from the driver: up to 1 ms on the host, without
-    synchronizing.
+    This includes CUDA contexts, loaded kernels, the pool of torch's allocator and the pools of DALI. These pools keep
+    freed memory, so the value is close to its peak. Reading it from the driver takes up to 1 ms on the host and does
+    not synchronize.
     """
     free, total = torch.cuda.mem_get_info(device)
     return total - free

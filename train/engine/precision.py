@@ -1,4 +1,4 @@
-"""Meaning of train.amp and train.cuda_graph on a device."""
+"""The effect of train.amp and train.cuda_graph on a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
-    """Return whether the step is replayed as CUDA graphs.
+    """Return True if the step is replayed as CUDA graphs.
 
     Raises:
         UserError: train.cuda_graph=on is not possible; the message gives the reasons.

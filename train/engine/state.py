@@ -50,8 +50,8 @@ class TrainState:
     device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the start of the epoch
     compiled: Callable[[Any], Any]  # compiles a function, or returns it unchanged
-    needs_warmup: bool  # the step is compiled, tuned or captured before the first one
-    uses_cuda_graph: bool  # the step is replayed as CUDA graphs
+    needs_warmup: bool  # compile, tune or capture the step before training
+    uses_cuda_graph: bool  # replay the step as CUDA graphs
     static_grads: bool  # gradients keep their storage, since the graphs of one accumulated step share it
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
     mixes: bool = False  # batches are MixedBatch
@@ -59,7 +59,7 @@ class TrainState:
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: SampleSelector | None = None
-    is_fresh_init: bool = True  # weights are newly initialized, so a whitening layer must be fitted
+    is_fresh_init: bool = True  # weights are new, so a whitening layer must be fitted
     notes: tuple[str, ...] = ()  # messages for the log about how the network was built
 
     def parts(self) -> list[TrainState]:
@@ -67,7 +67,7 @@ class TrainState:
         return [self] if self.proxy is None else [self, self.proxy.state]
 
     def drop_graph(self) -> None:
-        """Discard the captured step, because tensors it uses are replaced."""
+        """Discard the captured step, because its tensors are replaced."""
         self.captured_step = None
 
     def floating_tensors(self) -> list[Tensor]:
@@ -160,7 +160,7 @@ def build_state(
 def restart_in_place(state: TrainState, fresh: TrainState) -> None:
     """Start another run in place, with compiled and captured steps kept.
 
-    `fresh` holds the new weights and must not have made a step.
+    `fresh` holds the new weights, and must not have made any steps.
     """
     for one, other in zip(state.parts(), fresh.parts(), strict=True):
         one.network.load_state_dict(other.network.state_dict())

@@ -1,4 +1,4 @@
-"""The training step. With gradient accumulation it is several micro-steps, of which the last updates the weights."""
+"""The training step. With gradient accumulation, it has several micro-steps, and the last one updates the weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) 
 
 
 def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run the step, captured or not, on the batch or on the samples that the proxy selects.
+    """Run the step, captured or not, on the batch or on the samples selected by the proxy.
 
     Args:
         state: Training state.
@@ -63,7 +63,7 @@ def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
 
 
 def clips_gradients(config: TrainConfig) -> bool:
-    """Return whether gradients are clipped."""
+    """Return True if gradients are clipped."""
     return (config.clip_grad_norm, config.clip_grad_value, config.clip_grad_adaptive) != (None, None, None)
 
 

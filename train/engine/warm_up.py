@@ -1,6 +1,6 @@
-"""Work before the first step: compile, tune and capture the step and the evaluation.
+"""Compile, tune and capture the step and the evaluation before training.
 
-It leaves the training state unchanged, and run times do not include it.
+Warm-up leaves the training state unchanged, and run times do not include it.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
     Args:
         state: Training state.
         loader: Training batches.
-        built_for: Image size that the model was built for and is evaluated at, in pixels.
+        built_for: Image size of the evaluation in pixels, for which the model was built.
 
     Raises:
-        UserError: The model does not accept a size.
+        UserError: The model does not accept one of the sizes.
     """
     state.network.eval()
     for stage in loader.stages:
@@ -95,7 +95,7 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
 def warm_up_training(state: TrainState, *batches: Batch) -> None:
     """Run all kinds of steps on each batch, undo their changes, and capture the steps if configured.
 
-    State that the optimizer creates in its first step must start from zero, as in torch's optimizers.
+    The state that an optimizer creates in its first step must start at zero, as in torch's optimizers.
     """
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
@@ -108,7 +108,7 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run steps of all kinds; return the batch, or the samples that the proxy selects from it."""
+    """Run steps of all kinds, and return the batch, or the samples that the proxy selects from it."""
     if state.proxy is not None:
         chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
         batch = chosen[-1]
@@ -131,7 +131,7 @@ def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> 
 def preserved_state(state: TrainState) -> Iterator[None]:
     """Undo on exit everything that steps change, in place, since captured graphs hold addresses."""
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
-    # without a graph, all of the optimizer's state, including step counts that are plain numbers
+    # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
     uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
     optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in uncaptured]
     scalers = [(one.scaler, one.scaler.state_dict()) for one in state.parts()]
@@ -150,7 +150,7 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
     """Return the tensors that a step changes. The optimizer creates some of them in its first step.
 
-    The optimizer's state is left out without a captured graph.
+    Without a captured graph, the optimizer's state is left out.
     """
     tensors: dict[Any, torch.Tensor] = {}
     for number, one in enumerate(state.parts()):

@@ -1,4 +1,4 @@
-"""Whitening first layers, fitted to training images."""
+"""Fit whitening first layers to training images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
     """Return the first training images as evaluated, uint8 [N, 3, H, W], or None if no layer needs them.
 
-    On a GPU, the whitening is computed once and discarded. The first eigendecomposition of a process loads cuSOLVER,
-    which then takes no time of the first `whiten`, whose duration is part of a speedrun's time.
+    On a GPU, also compute the whitening once and discard it: the first eigendecomposition of a process loads cuSOLVER,
+    which would otherwise count towards the speedrun's time in `whiten`.
     """
     if all(find_whitening(one.network) is None for one in state.parts()):
         return None
-    section = data.model_copy(update={"placement": "host", "prefetch": 1})  # the split may be on the device already
+    section = data.model_copy(update={"placement": "host", "prefetch": 1})  # the split may already be on the device
     evaluation = EvalConfig(batch_size=WHITENING_BATCH)
     loader = build_eval_loader(
         section, evaluation, split=data.train_split, device=state.device, replace_bad_samples=True
@@ -41,7 +41,7 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
 
 
 def whiten(state: TrainState, images: Tensor | None) -> float:
-    """Whiten newly initialized first layers, equally on all ranks, and return the seconds it took.
+    """Whiten newly initialized first layers, identically on all ranks, and return the seconds it took.
 
     Layers with trained weights are left unchanged.
     """

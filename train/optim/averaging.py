@@ -36,7 +36,7 @@ class Ema:
     def update(self, done: int) -> None:
         """Update the average after `done` optimizer steps of the run. The first update copies the weights.
 
-        Does not synchronize. It cannot be part of a captured graph, since the decay depends on `done`.
+        Does not synchronize. Cannot be part of a captured graph, since the decay depends on `done`.
         """
         if done % self._every_steps == 0:
             self._average.update(self._network, step=done // self._every_steps)
@@ -77,10 +77,10 @@ def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
 
 
 def uses_ema(ema: Ema | None, weights: str) -> bool:
-    """Return whether results are those of the moving average.
+    """Return True if results are those of the moving average.
 
     Raises:
-        UserError: `weights` (eval.weights) is ema, but there is no average.
+        UserError: `weights` (eval.weights) is "ema", but there is no average.
     """
     if weights == "ema" and ema is None:
         raise UserError("eval.weights=ema, but no average is kept; set train.ema.decay, or use eval.weights=auto")
@@ -88,7 +88,7 @@ def uses_ema(ema: Ema | None, weights: str) -> bool:
 
 
 def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
-    """Hold the weights of eval.weights in the network inside the context; see `uses_ema`."""
+    """Put the weights of eval.weights into the network inside the context; see `uses_ema`."""
     if uses_ema(ema, weights):
         assert ema is not None
         return ema.swapped_in()
@@ -96,9 +96,9 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
 
 
 class Lookahead:
-    """Lookahead: slow weights that the trained ones are reset to every few steps.
+    """Lookahead: slow weights, to which the trained weights are reset every few steps.
 
-    `slow` has a copy of each floating-point tensor of the network's state, by name, on its device.
+    `slow` holds a copy of each floating-point tensor of the network's state by name, on its device.
 
     Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610, with
     the increasing decay of arXiv:2404.00498, and applied to batch norm statistics too.
@@ -115,10 +115,10 @@ class Lookahead:
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
     def update(self, step: int, steps: int) -> None:
-        """Synchronize every few steps, and after the last one.
+        """Move the slow weights every few steps, and after the last one.
 
         Args:
-            step: Optimizer step that was made, from 0.
+            step: Last optimizer step, from 0.
             steps: Optimizer steps of the run.
         """
         done = step + 1
@@ -136,7 +136,7 @@ class Lookahead:
 
 
 def kept_share(progress: float, config: LookaheadConfig) -> float:
-    """Return the share of the slow weights to keep after the share `progress` of all steps."""
+    """Return the share of the slow weights to keep, after a share `progress` of all steps."""
     return config.decay * progress**3
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, and changes to an optimizer from outside."""
+"""Build optimizers by name, and change their learning rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], di
     "sgd": (torch.optim.SGD, ("momentum", "nesterov"), {"fused": True}),
     "rmsprop": (torch.optim.RMSprop, ("momentum", "eps"), {"foreach": True}),
 }
-CAPTURABLE = ("muon", *TORCH)  # all state on the device, and zero before the first step
+CAPTURABLE = ("muon", *TORCH)  # all state is on the device, and zero before the first step
 IMPLEMENTATIONS = {"foreach", "fused"}
 RESERVED_OPTIONS = {
     "self",
@@ -36,7 +36,7 @@ RESERVED_OPTIONS = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build one of torch's fused optimizers, Muon, or any optimizer of timm.
+    """Build one of torch's fused optimizers, Muon, or any timm optimizer.
 
     Raises:
         UserError: The name or an option does not exist.
@@ -88,7 +88,7 @@ def with_timm_defaults(config: Config) -> Config:
 
 
 def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build a timm optimizer with the settings given; settings left out keep timm's defaults."""
+    """Build a timm optimizer with the given settings; others keep timm's defaults."""
     import timm.optim  # imported here, since it takes seconds
 
     name = config.name.removeprefix("timm/")
@@ -169,7 +169,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep learning rates and Adam's step counts on the device, as CUDA graphs need.
+    """Keep learning rates and Adam's step counts on the device, as CUDA graphs require.
 
     As Python numbers they would be constants of the graph. The dtype is float32, as torch's fused kernels expect.
     """
@@ -180,7 +180,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def is_fused(config: OptimizerConfig) -> bool:
-    """Return whether it is a fused torch optimizer, which can skip a step without the host."""
+    """Return True for fused torch optimizers, which can skip a step without the host."""
     return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
 
 

@@ -20,7 +20,7 @@ PREFIX = "network."  # of parameter names behind the pixel normalization; option
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
     """Freeze the parameters that match a pattern and return a sentence with their number.
 
-    Call it before the optimizer is built and before the model is wrapped for several ranks.
+    Call it before building the optimizer and before wrapping the model for several ranks.
 
     Raises:
         UserError: A pattern matches nothing, or no parameter is left to train.
@@ -43,7 +43,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Match without the prefix, so that [!f]* does not match network.fc.weight."""
+    """Match a name without its prefix, so that [!f]* does not match network.fc.weight."""
     return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
 
 
@@ -59,7 +59,7 @@ def _hint(pattern: str, names: Iterable[str]) -> str:
 def set_training_mode(model: nn.Module) -> None:
     """Call model.train(), but leave fully frozen norm layers in evaluation mode.
 
-    Frozen norms then normalize by their running statistics, which stay unchanged. Use it everywhere instead of train().
+    Frozen norms then use their running statistics, which stay unchanged. Call it everywhere instead of train().
     """
     model.train()
     for module in model.modules():

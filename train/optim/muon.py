@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         lr: Learning rate of groups that set none.
         momentum: Momentum of the muon groups.
         nesterov: Use Nesterov momentum in the muon groups.
-        steps: Newton-Schulz iterations.
+        steps: Number of Newton-Schulz iterations.
         normalize: Scale weights of the muon groups to norm sqrt(filters) instead of decaying them.
         sgd_momentum: Momentum of the SGD groups, which use Nesterov if it is above 0.
         """

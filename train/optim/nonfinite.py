@@ -1,7 +1,7 @@
-"""Non-finite values: detection in losses, weights and optimizer states, and train.on_nonfinite=skip.
+"""Detect non-finite losses, weights and optimizer states, and skip steps (train.on_nonfinite=skip).
 
-State stays on the device and is checked at log intervals and before each checkpoint. No step waits for a check, and
-every checkpoint that is written is finite.
+The state is checked on the device, at log intervals and before each checkpoint. So no step waits for a check, and every
+checkpoint is finite.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from train.distributed.process_group import get_world_size
 
 @torch.no_grad()
 def max_abs(tensors: list[Tensor]) -> Tensor:
-    """Return the largest absolute value of all elements as float32 [], nan if one is nan. Does not synchronize."""
+    """Return the largest absolute value of all elements as float32 [], nan if any is nan. Does not synchronize."""
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], float("inf"))
     return torch.stack([norm.float() for norm in norms]).amax()
 
@@ -25,8 +25,8 @@ def max_abs(tensors: list[Tensor]) -> Tensor:
 class SkipNonFinite:
     """Skips optimizer steps with non-finite gradients, as if their batch had not occurred.
 
-    The check runs on the device. The host takes part only if the optimizer cannot skip a step itself, as torch's fused
-    optimizers can.
+    The check runs on the device. The host takes part only if the optimizer cannot skip a step by itself, unlike torch's
+    fused optimizers.
 
     Attributes:
         skipped: Number of skipped steps, float64 [].
@@ -51,16 +51,16 @@ class SkipNonFinite:
         return torch.where(counts.isfinite().all(), counts, 0.0)
 
     def check(self) -> None:
-        """Check the gradients. They are equal on all ranks at this point, and so is the result."""
+        """Check the gradients, which are equal on all ranks here, and so is the result."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._is_bad = max_abs(gradients).isfinite().logical_not()
         self.skipped += self._is_bad
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Make the optimizer's step unless `check` found non-finite gradients. Call it after clipping."""
+        """Run the optimizer step unless `check` found non-finite gradients. Call it after clipping."""
         optimizer, is_bad = self._optimizer, self._is_bad
         if scaler.is_enabled():
-            scaler.step(optimizer)  # skips the same steps itself
+            scaler.step(optimizer)  # the scaler skips the same steps
         elif getattr(optimizer, "_step_supports_amp_scaling", False):  # the protocol of torch's GradScaler
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()  # type: ignore[attr-defined]
             optimizer.step()
@@ -94,7 +94,7 @@ class NonFiniteError(Exception):
 
 
 class CheckedState(Protocol):
-    """The part of a training state that is checked."""
+    """The checked part of a training state."""
 
     sums: Tensor
     guard: SkipNonFinite | None

@@ -70,7 +70,7 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 
 def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """Return the factor by layer_decay and lr_scales for each parameter name. Names without an entry have factor 1."""
+    """Return the factor of layer_decay and lr_scales by parameter name. Names without an entry have factor 1."""
     prefix, network = inner_network(model)
     factors: dict[str, float] = {}
     if config.layer_decay is not None:
@@ -107,8 +107,8 @@ def layer_indices(network: nn.Module) -> dict[str, int]:
 def layers_by_registration(network: nn.Module) -> dict[str, int]:
     """Number stem, stages and head of a network whose modules are registered from input to output.
 
-    A child with weights of two or more dimensions starts a layer. Other children, e.g. norms, belong to the layer
-    before. The children of a sequence of plain modules are counted one by one.
+    A child with weights of two or more dimensions starts a layer. Other children, e.g. norms, belong to the previous
+    layer. The children of a sequence of plain modules count separately.
     """
     parts: list[tuple[str, nn.Module]] = []
     for name, child in network.named_children():

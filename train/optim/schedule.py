@@ -13,7 +13,7 @@ from typing import Any
 from configs.schema import ScheduleConfig, TrainConfig
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in train.optimizer
-MIN_TIME_CONSTANTS = 4.0  # of the moving average; 2 % of the initial weights are left after 4
+MIN_TIME_CONSTANTS = 4.0  # of the moving average; after 4, 2 % of the initial weights are left
 ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than one step
 
 
@@ -52,14 +52,14 @@ class Timeline:
         return self.factors[min(self.epoch_at(step), len(self.factors) - 1)] if self.factors else 1.0
 
     def epochs_before(self, step: int) -> float:
-        """Return the epochs done before a step, with a fraction."""
+        """Return the fractional number of epochs before a step."""
         epoch = self.epoch_at(step)
         if epoch >= len(self.steps):
             return float(len(self.steps))
         return epoch + (step - self.first_step(epoch)) / self.steps[epoch]
 
     def steps_until(self, position: float) -> float:
-        """Return the steps before a fractional epoch. Past the end, the last epoch is extrapolated."""
+        """Return the number of steps before a fractional epoch. Past the end, the last epoch is extrapolated."""
         epoch = min(int(position), len(self.steps) - 1)
         each = self.steps[epoch]
         return position * each + (self.first_step(epoch) - epoch * each)
@@ -68,9 +68,9 @@ class Timeline:
 def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
     """Return the learning rate of an optimizer step (from 0): linear warm-up, then the schedule.
 
-    step and multistep count epochs from the start of training. cosine, linear, polynomial and exponential start with lr
-    at the end of the warm-up. With schedule_options.per_epoch, all steps of an epoch have the rate of its first step,
-    or of its first step after the warm-up.
+    step and multistep count epochs from the start of training. cosine, linear, polynomial and exponential start at lr
+    after the warm-up. With schedule_options.per_epoch, all steps of an epoch have the rate of its first step, or of
+    its first step after the warm-up.
 
     Args:
         step: Optimizer step of the run.
@@ -82,7 +82,7 @@ def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: in
 
 
 def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
-    """At the global batch that `config` is meant for."""
+    """Return the learning rate at the global batch of `config`."""
     if config.schedule == "one-cycle":
         return max(config.min_lr, one_cycle(step, timeline.total, config))
     warmup = round(timeline.steps_until(config.warmup_epochs))
@@ -111,7 +111,7 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Cosine up to lr over the share `peak` of the steps and down again: torch's OneCycleLR, arXiv:1708.07120."""
+    """Return a cosine up to lr over a share `peak` of the steps and down again: torch's OneCycleLR, arXiv:1708.07120."""
     options = config.schedule_options
     lowest = config.lr / options.div_factor
     top = options.peak * steps - 1
@@ -137,14 +137,14 @@ def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, 
 
 @dataclass(frozen=True)
 class Plateau:
-    """State of schedule plateau: torch's ReduceLROnPlateau with an absolute threshold."""
+    """The state of schedule plateau: torch's ReduceLROnPlateau with an absolute threshold."""
 
     best: float | None = None
     bad_epochs: int = 0
     decays: int = 0
 
     def after(self, value: float, options: ScheduleConfig) -> Plateau:
-        """Return the state one epoch later; `value` is the metric, and nan is no improvement."""
+        """Return the state one epoch later. `value` is the metric; nan does not count as an improvement."""
         sign = -1.0 if options.metric == "val_top1" else 1.0  # smaller is better
         best = math.inf if self.best is None else sign * self.best
         if sign * value < best - options.threshold:
@@ -155,7 +155,7 @@ class Plateau:
 
 
 def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
-    """Return the plateau's fields after an epoch. Epochs without the metric change nothing.
+    """Return the fields of Plateau after an epoch. Epochs without the metric change nothing.
 
     Args:
         fields: Fields before; empty at the start.
@@ -167,7 +167,7 @@ def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: 
 
 
 def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
-    """Return warnings about settings without effect, or with an unwanted one, in a run of this length."""
+    """Return warnings about settings with no effect, or an unwanted one, in a run of this length."""
     warnings = []
     options, decay = config.schedule_options, config.ema.decay
     first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
@@ -186,7 +186,7 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
-    """Return the factor of the learning rates at this global batch.
+    """Return the learning rate factor for this global batch.
 
     Linear: Goyal et al., arXiv:1706.02677. Square root: Krizhevsky, arXiv:1404.5997.
     """
@@ -201,6 +201,6 @@ def scale_learning_rates(config: TrainConfig, global_batch: int) -> TrainConfig:
     factor = lr_factor(config, global_batch)
     own = {name: rate * factor for name in OWN_RATES if (rate := getattr(config.optimizer, name)) is not None}
     rates = {name: getattr(config, name) * factor for name in ("lr", "min_lr", "warmup_lr")}
-    # set the batch too, so that scaling again changes nothing
+    # also set the batch, so that scaling again changes nothing
     batch = {"lr_batch_size": global_batch} if config.lr_batch_size is not None else {}
     return config.model_copy(update={**rates, **batch, "optimizer": config.optimizer.model_copy(update=own)})

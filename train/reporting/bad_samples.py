@@ -1,4 +1,4 @@
-"""Report of the samples that training has replaced, over all ranks."""
+"""Report the samples that training has replaced, over all ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from train.distributed import collectives
 
 
 def report_bad_samples(loader: TrainLoader) -> str | None:
-    """Return a sentence about the samples that any rank has replaced since its start, or None.
+    """Return a sentence about the samples that any rank has replaced since the start, or None.
 
     All ranks must call it.
 
     Raises:
-        UserError: All ranks together exceed data.max_bad_samples.
+        UserError: The ranks together exceed data.max_bad_samples.
     """
     samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):

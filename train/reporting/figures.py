@@ -1,4 +1,4 @@
-"""Figures of training: curves, image grids, confusion matrices. They are returned unsaved, for files and trackers.
+"""Figures of training: curves, image grids, confusion matrices. They are returned unsaved, for both files and trackers.
 
 matplotlib is imported inside the functions, since the import takes half a second. pyplot is not used: it keeps figures
 in global state and may open windows.
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 DPI = 120
 RIGHT, WRONG = "#1a7f37", "#c1440e"  # colors of captions
-LABELLED_CLASSES = 250  # a confusion matrix with more classes has no class names
+LABELLED_CLASSES = 250  # more classes get no names in a confusion matrix
 COUNTED_CLASSES = 40  # more classes are drawn smaller
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
-NAME_LETTERS = 28  # of a class name at an axis
+NAME_LETTERS = 28  # limit of a class name at an axis
 VALIDATION_LOSS = "cross-entropy"  # for every train.loss
 
 
@@ -74,8 +74,8 @@ def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy
     """Draw loss and top-1 accuracy of training and validation against epoch, side by side.
 
     Args:
-        metrics: Lines of metrics.jsonl. The validation of a moving average is drawn if there is one.
-        title: Of the figure.
+        metrics: Lines of metrics.jsonl, possibly with the validation of a moving average.
+        title: Title of the figure.
         loss: The value of train.loss.
     """
     figure, axes = new_figure(1, 2, size=(10, 4))
@@ -110,14 +110,14 @@ def image_grid(
     Args:
         images: uint8 [N, H, W, 3].
         captions: One per image.
-        title: Of the figure.
+        title: Title of the figure.
         columns: Maximum number of columns.
-        colors: Of the captions, e.g. RIGHT or WRONG.
+        colors: Colors of the captions, e.g. RIGHT or WRONG.
     """
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
-    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # a few images are narrower than the title
+    width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # a grid of few images is narrower than the title
     figure, axes = new_figure(rows, columns, size=(width, (1.75 + 0.14 * caption_lines) * rows + 0.5))
     for axis in axes:
         axis.set_axis_off()
@@ -131,12 +131,12 @@ def image_grid(
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Draw the share of each true class (row) that was predicted as each class (column).
 
-    counts: int [C, C], true by predicted.
+    `counts` is int [C, C], true by predicted.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     many = len(classes) > COUNTED_CLASSES
-    inches = 0.11 if many else 0.45  # per class; with 200 classes the reader zooms in
+    inches = 0.11 if many else 0.45  # per class; 200 classes are readable when zoomed in
     side = min(28.0, max(5.0, inches * len(classes) + 2))
     figure, (axis,) = new_figure(size=(side + 1, side))
     image = axis.imshow(shares, norm=_shares_scale(), cmap="Blues", interpolation="nearest")
@@ -211,11 +211,11 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     labels = [
         f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}" for split, each in counts.items()
     ]
-    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # not over the bars
+    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # beside the bars
     axis.set_title(title, fontsize=11, parse_math=False)
     return figure
 
 
 def shorten(name: str) -> str:
-    """Shorten a class name, to leave room for the plot."""
+    """Shorten a class name to leave room for the plot."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

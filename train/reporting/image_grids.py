@@ -23,7 +23,7 @@ MIXED_LINES = 2 * CAPTION_LINES
 
 
 def training_grid(rendered: RenderedBatch, classes: Sequence[str], title: str) -> Figure:
-    """Draw images as the model is trained on them, with the classes that are mixed in each."""
+    """Draw images as seen in training, with the classes mixed in each."""
     captions = [wrap_caption(name, lines=MIXED_LINES) for name in mix_captions(rendered, classes)]
     return figures.image_grid(to_numpy(rendered.images), captions, title=title)
 
@@ -46,14 +46,14 @@ def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: s
 
 
 def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Draw images with the predicted class, its probability and the true class; green if correct, red if wrong.
+    """Draw images with predicted class, probability and true class; green if correct, red if wrong.
 
     Args:
         images: uint8 [N, 3, H, W].
         labels: int64 [N], -1 if unknown (black).
         logits: [N, C].
         classes: Class names.
-        title: Of the figure.
+        title: Title of the figure.
     """
     predicted, probabilities = predicted_classes(logits)
     captions, colors = [], []

@@ -12,10 +12,10 @@ from configs.utils.files import read_small_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without a last line that was truncated by a kill.
+    """Return the lines of a run's metrics.jsonl, except a last line that was truncated by a kill.
 
     Raises:
-        UserError: If the file cannot be read, or a line is not one that a run wrote.
+        UserError: If the file cannot be read, or a line was not written by a run.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -43,7 +43,7 @@ def _is_metric(value: Any) -> bool:
 def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Return the best validation loss and accuracy, and the epoch of the best accuracy.
 
-    Includes those of the moving average, if there is one. metrics: from `read_metrics`.
+    Considers the moving average too, if there is one. `metrics` is from `read_metrics`.
     """
     found: dict[str, float] = {}
     for average in ("", "ema_"):
@@ -53,7 +53,7 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
         if losses:
             found[f"best_{loss}"] = min(losses)
         if top1:
-            found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal ones
+            found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal epochs
             found[f"best_{average}epoch"] = -negative_epoch
     return found
 

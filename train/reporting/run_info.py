@@ -1,4 +1,4 @@
-"""Facts about a run, as plain values for trackers and checkpoints, and as a line for the console."""
+"""Facts about a run: plain values for trackers and checkpoints, and a line for the console."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from train.optim.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Return the samples of one optimizer step over all ranks, where data.stages do not change it."""
+    """Return the samples of one optimizer step over all ranks, unless data.stages change it."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def collect_run_info(
     config: Config, dataset: dict[str, Any], state: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return facts that follow from the config, the data set and the machine together.
+    """Return facts that depend on config, data set and machine together.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         dataset: The contents of dataset.json.
         state: The training state.
         loader: The training loader. Sizes are those of the first epoch of a new run.
-        ranks: Of this process.
+        ranks: Rank and world size of this process.
     """
     accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
     stages = {
@@ -58,16 +58,16 @@ def collect_run_info(
 
 
 def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Return the entry "dataset" of a checkpoint, with which the model can be used without its data set."""
+    """Return the entry "dataset" of a checkpoint, so that the model can be used without its data set."""
     return {
         **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
-        "conversion": dataset.get("options", {}).get("encoding"),  # for storing other images in the same way
+        "conversion": dataset.get("options", {}).get("encoding"),  # to store other images in the same way
         "image_size": image_size,
     }
 
 
 def summary_line(config: Config, facts: dict[str, Any], device: torch.device) -> str:
-    """Return one line about the run. facts: from `collect_run_info`."""
+    """Return one line about the run. `facts` are from `collect_run_info`."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
     threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
@@ -88,7 +88,7 @@ def stage_warnings(config: Config) -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor for the CPU."""
+    """Return the name of the GPU or, for the CPU, of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 

@@ -34,7 +34,7 @@ CURVES_INTERVAL_S = 30.0
 
 
 class _Console(logging.StreamHandler):
-    """A handler that warns once about lines it cannot write, instead of printing a traceback for each."""
+    """Handler that warns once about lines it cannot write, instead of printing a traceback for each."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         del record
@@ -56,18 +56,18 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 class RunLog:
-    """Writes the records of one run. As a context manager, finishes at the end, as failed after an exception.
+    """Writes the log of one run. As a context manager, it finishes the log, as failed after an exception.
 
     Args:
         folder: The run folder; None on all ranks but rank 0, where the log does nothing.
-        peers_wait: Other ranks wait for this one, and learn of an error only after the log has finished.
+        peers_wait: Other ranks wait for this one, and learn of an error only after the log is finished.
         loss: The value of train.loss.
     """
 
     def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
         self._folder, self._peers_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
-        self.fast_shutdown = False  # skip at the end what can be done later, e.g. after a signal
+        self.fast_shutdown = False  # at the end, skip what can be done later, e.g. after a signal
         self._drawn_at = -CURVES_INTERVAL_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -108,7 +108,7 @@ class RunLog:
         """Start W&B and TensorBoard if configured.
 
         Args:
-            config: Which trackers to start.
+            config: Settings of the trackers.
             run_config: Plain nested values to show as the config of the run.
             step: Optimizer steps done so far.
         """
@@ -136,7 +136,7 @@ class RunLog:
             _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def drop_epochs_from(self, first: int) -> None:
-        """Drop the metrics of the epochs from `first` on, which a resumed run writes again."""
+        """Drop the metrics of epochs from `first` on, since a resumed run writes them again."""
         if self._folder is None:
             return
         kept = [line for line in read_metrics(self._folder) if line["epoch"] < first]
@@ -146,7 +146,7 @@ class RunLog:
         """Log a point against step: a line on the console, and a point in the trackers.
 
         Args:
-            values: Numbers by name, among them step_loss, lr and images_per_s.
+            values: Numbers by name, including step_loss, lr and images_per_s.
             step: Optimizer steps done.
         """
         loss, lr, rate = (values[name] for name in ("step_loss", "lr", "images_per_s"))
@@ -162,7 +162,7 @@ class RunLog:
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
-                os.fsync(file.fileno())  # before the checkpoint of this epoch, or a power cut could lose the line
+                os.fsync(file.fileno())  # before this epoch's checkpoint, or a power cut could lose the line
         except OSError as error:  # the epoch has no checkpoint yet, so a resumed run logs it again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
@@ -175,7 +175,7 @@ class RunLog:
             self.draw_curves()
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
-        """Show a figure in the trackers. `draw` is called only if there are any."""
+        """Show a figure in the trackers. Calls `draw` only if there are any."""
         if not self.has_trackers:
             return
         try:
@@ -196,7 +196,7 @@ class RunLog:
         self._drawn_at = time.monotonic()
         try:
             figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
-        except UserError as error:  # does not end the run
+        except UserError as error:  # must not end the run
             self.info(str(error))
 
     def finish(self, *, failed: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of a run for trackers: augmented samples, predictions and the confusion matrix."""
+"""Pictures of a run for trackers: augmented samples, predictions and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRID_IMAGES = 20
 
 
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Show the first images of the training stream as the model sees them. The position of `loader` is unchanged."""
+    """Show the first training images as the model sees them. The position of `loader` is unchanged."""
     if not log.has_trackers:
         return
     state = loader.state
@@ -42,13 +42,13 @@ def show_predictions(
 ) -> None:
     """Show the confusion matrix of the validation split, and predictions for some images of rank 0.
 
-    Evaluates the split, so all ranks call this together.
+    Evaluates the split, so all ranks must call it.
 
     Args:
-        log: Shows the pictures.
-        state: The model.
-        loader: Of the validation split.
-        config: Of the run.
+        log: Log with the trackers.
+        state: Training state.
+        loader: Loader of the validation split.
+        config: Config of the run.
         classes: Class names.
         step: Optimizer steps done.
     """

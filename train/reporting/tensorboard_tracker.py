@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-FLUSH_S = 30  # maximum delay of points for a reader
+FLUSH_S = 30  # maximum delay until a reader sees a point
 
 
 class TensorBoardTracker:
@@ -18,7 +18,7 @@ class TensorBoardTracker:
     Args:
         folder: Where to write them.
         config: Plain nested values to show.
-        step: Optimizer steps done. Later points of an earlier start are purged.
+        step: Optimizer steps done. Later points of an earlier start are removed.
     """
 
     title = "TensorBoard"

@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 class Tracker(Protocol):
-    """Receives points and pictures at increasing optimizer steps. A resumed run continues the earlier curves."""
+    """Receives points and pictures at increasing optimizer steps. A resumed run continues the curves."""
 
     title: str
-    advice: str  # what the user can do after a failure
+    advice: str  # what a user can do after a failure
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at a step. With a key `epoch`, they are those of a whole epoch."""
+        """Log values at a step, or of a whole epoch if they have the key `epoch`."""
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
         """Log an image, uint8 [H, W, 3]."""
@@ -60,6 +60,6 @@ def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Resul
 
 
 def single_line(error: Any) -> str:
-    """Return an error's message as one short line, for use within a sentence."""
+    """Return an error's message as one short line, for use in a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

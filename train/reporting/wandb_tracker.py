@@ -1,8 +1,7 @@
 """Weights & Biases as a tracker: online if possible, otherwise offline.
 
-Never blocks the run: for any failure of the network, the server or the key, starting takes at most half a minute and
-finishing a little longer, the points are on disk, and the log names the command that uploads them. wandb is imported
-only if it is on.
+Never blocks the run: if network, server or key fail, starting takes at most half a minute and finishing a little
+longer, the points are on disk, and the log names the command that uploads them. wandb is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from configs.schema import WandbConfig
 from configs.utils.files import read_small_text
 from train.reporting.trackers import call_with_timeout, single_line
 
-INIT_TIMEOUT_S = 20.0  # for an answer of the server
+INIT_TIMEOUT_S = 20.0  # for an answer from the server
 LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
 FINISH_TIMEOUT_S = 30.0  # for the remaining upload
 FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
@@ -56,7 +55,7 @@ class WandbTracker:
         self._wandb = wandb
         self._is_offline = bool(run.settings.mode in ("offline", "dryrun"))
         folder = Path(run.dir).parent
-        # A resumed run has several offline folders, which belong together.
+        # a resumed run has several offline folders
         which = [str(folder.parent)] if self._is_offline else ["--include-online", str(folder)]
         self._is_stuck = False
         self._sync_command = f"wandb sync {shlex.join(which)}"
@@ -68,7 +67,7 @@ class WandbTracker:
             run.define_metric(name, step_metric="epoch")
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        # With our steps as W&B's own, the server ignores points that a resumed run repeats.
+        # If our steps are also W&B's, the server ignores points that a resumed run repeats.
         self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
@@ -89,7 +88,7 @@ class WandbTracker:
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
 
     def _give(self, call: Callable[[], object]) -> None:
-        """Call with a timeout: if wandb's process is stopped or waits for a disk, its pipe fills and writes hang."""
+        """Call with a timeout: if wandb's process is stopped or waits for a disk, its pipe fills up and writes hang."""
         try:
             call_with_timeout(LOG_TIMEOUT_S, call)
         except TimeoutError:
@@ -103,7 +102,7 @@ def start_wandb(
     """Start the tracker of a run. A resumed run continues under its id.
 
     Args:
-        config: Of W&B.
+        config: Settings of W&B.
         folder: The run folder.
         run_config: Plain nested values to show as the config of the run.
         log: Prints a message for the user.
@@ -164,7 +163,7 @@ def start_wandb(
 
 
 def end_service(wandb: Any) -> None:
-    """End wandb's service process. Otherwise this process would wait for it at exit, without a limit.
+    """End wandb's service process, since this process would wait for it at exit without a limit.
 
     Data that is not uploaded yet stays in its files.
     """

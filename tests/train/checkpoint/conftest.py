@@ -25,6 +25,6 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after one step. Do not modify."""
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     with alone():
-        training = stepped_training()
-        store.save(path, training, training.sums, **STATE)
+        state = stepped_training()
+        store.save(path, state, state.sums, **STATE)
     return path

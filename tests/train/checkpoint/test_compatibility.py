@@ -141,7 +141,7 @@ def test_checkpoint_without_run_entries_is_refused(part: str) -> None:
     stream = stream_info(config, data_set_of(), 1)
     content = checkpoint_of(config, stream)
     del content[part]
-    with pytest.raises(UserError, match=f"last.pt holds no {part}, as those of"):
+    with pytest.raises(UserError, match=f"last.pt has no {part}, unlike those of"):
         check_same_run(content, config, stream, PATH)
 
 

@@ -29,8 +29,8 @@ def test_saved_state_is_restored_bitwise(intact: Path) -> None:
     assert_equal_trees(restored.network.state_dict(), saved.network.state_dict())
     assert_equal_trees(restored.optimizer.state_dict(), saved.optimizer.state_dict())
     assert torch.equal(restored.sums, saved.sums)
-    for training in (saved, restored):
-        train_step(training, random_batch(8, seed=1))
+    for state in (saved, restored):
+        train_step(state, random_batch(8, seed=1))
     assert_equal_trees(restored.network.state_dict(), saved.network.state_dict())
 
 
@@ -69,7 +69,7 @@ def test_invalid_state_is_one_user_error(crafted: dict[str, Any], intact: Path) 
 def test_missing_entry_is_named(part: str, intact: Path) -> None:
     content = store.load(intact)
     del content[part]
-    with pytest.raises(UserError, match=rf"last\.pt holds no {part}"):
+    with pytest.raises(UserError, match=rf"last\.pt has no {part}"):
         restore_state(make_state(lenet()), content, intact)
 
 
@@ -84,19 +84,19 @@ def test_checkpoint_of_another_model_is_a_user_error(intact: Path) -> None:
 def test_run_may_resume_in_another_precision(then: str, now: str, tmp_path: Path) -> None:
     saved = stepped_training(amp=then)
     store.save(tmp_path / "last.pt", saved, saved.sums)
-    training = make_state(lenet(seed=1), amp=now)
-    restore_state(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
-    assert_equal_trees(training.network.state_dict(), saved.network.state_dict())
-    train_step(training, random_batch(8))
+    state = make_state(lenet(seed=1), amp=now)
+    restore_state(state, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    assert_equal_trees(state.network.state_dict(), saved.network.state_dict())
+    train_step(state, random_batch(8))
 
 
 def test_scale_of_float16_gradients_is_restored(tmp_path: Path) -> None:
     saved = stepped_training(amp="fp16")
     saved.scaler.update(2.0**7)
     store.save(tmp_path / "last.pt", saved, saved.sums)
-    training = make_state(lenet(), amp="fp16")
-    restore_state(training, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
-    assert training.scaler.get_scale() == 2.0**7
+    state = make_state(lenet(), amp="fp16")
+    restore_state(state, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+    assert state.scaler.get_scale() == 2.0**7
 
 
 def test_optimizer_with_other_groups_is_refused(tmp_path: Path) -> None:

@@ -51,18 +51,18 @@ def test_entry_of_wrong_type_is_named(crafted: dict[str, Any], tmp_path: Path) -
 
 
 def test_host_copy_is_independent_and_keeps_strides_and_versions() -> None:
-    training = stepped_training()
-    weights = training.network.state_dict()
+    state = stepped_training()
+    weights = state.network.state_dict()
     weights["filters"] = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    content = collect_state(training, training.sums, extra={"weights": weights, 3: (1, None, True, "text")})
+    content = collect_state(state, state.sums, extra={"weights": weights, 3: (1, None, True, "text")})
     copied = to_host(content)
     assert_equal_trees(copied, content)
     assert copied["extra"]["weights"]["filters"].is_contiguous(memory_format=torch.channels_last)
-    assert copied["model"]._metadata == training.network.state_dict()._metadata
-    before = training.network.state_dict()["network.fc3.weight"].clone()
-    train_step(training, random_batch(8, seed=1))
+    assert copied["model"]._metadata == state.network.state_dict()._metadata
+    before = state.network.state_dict()["network.fc3.weight"].clone()
+    train_step(state, random_batch(8, seed=1))
     assert torch.equal(copied["model"]["network.fc3.weight"], before)
-    assert torch.equal(content["model"]["network.fc3.weight"], training.network.state_dict()["network.fc3.weight"])
+    assert torch.equal(content["model"]["network.fc3.weight"], state.network.state_dict()["network.fc3.weight"])
     assert not torch.equal(content["model"]["network.fc3.weight"], before)
 
 

@@ -69,8 +69,8 @@ def test_error_names_all_damaged_and_an_intact_checkpoint(intact: Path, tmp_path
 
 
 def test_failed_save_is_one_error_and_changes_nothing(tmp_path: Path) -> None:
-    training = stepped_training()
-    content = to_host(collect_state(training, training.sums, **STATE))
+    state = stepped_training()
+    content = to_host(collect_state(state, state.sums, **STATE))
     store.write(tmp_path / "best.pt", content)
     store.write_last(tmp_path, content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -178,8 +178,8 @@ def test_newest_intact_checkpoint_survives_interrupted_save(
 def test_killed_save_leaves_the_old_checkpoint_intact(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, training = tmp_path / "last.pt", stepped_training()
-    store.save(path, training, training.sums, **STATE)
+    path, state = tmp_path / "last.pt", stepped_training()
+    store.save(path, state, state.sums, **STATE)
     before = path.read_bytes()
 
     def die(content: Any, file: Any = None) -> None:
@@ -188,14 +188,14 @@ def test_killed_save_leaves_the_old_checkpoint_intact(
             file.flush()
         raise KeyboardInterrupt
 
-    train_step(training, random_batch(8, seed=1))
+    train_step(state, random_batch(8, seed=1))
     with monkeypatch.context() as patch:
         patch.setattr(failing, die)
         with pytest.raises(KeyboardInterrupt):
-            store.save(path, training, training.sums, **STATE)
+            store.save(path, state, state.sums, **STATE)
     assert path.read_bytes() == before
-    store.save(path, training, training.sums, **STATE)  # leftovers do not matter
-    assert_equal_trees(store.load(path)["model"], training.network.state_dict())
+    store.save(path, state, state.sums, **STATE)  # leftovers do not matter
+    assert_equal_trees(store.load(path)["model"], state.network.state_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -213,6 +213,6 @@ def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "rename", noted_rename)
-    training = stepped_training()
-    store.save(tmp_path / "last.pt", training, training.sums, **STATE)
+    state = stepped_training()
+    store.save(tmp_path / "last.pt", state, state.sums, **STATE)
     assert events == ["file", "rename", "folder"]

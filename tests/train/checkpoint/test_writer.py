@@ -27,14 +27,14 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture
-def training() -> TrainState:
-    training = make_state(small_net())
-    train_step(training, random_batch(8, classes=12))
-    return training
+def state() -> TrainState:
+    state = make_state(small_net())
+    train_step(state, random_batch(8, classes=12))
+    return state
 
 
-def save(saving: CheckpointWriter, training: TrainState, *names: str, steps: int = 1) -> None:
-    saving.save(names or ("last.pt",), POSITION, training.sums, steps)
+def save(saving: CheckpointWriter, state: TrainState, *names: str, steps: int = 1) -> None:
+    saving.save(names or ("last.pt",), POSITION, state.sums, steps)
 
 
 class Held:
@@ -52,39 +52,39 @@ class Held:
 
 
 def test_background_write_saves_the_state_at_the_call(
-    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
-    before = {name: value.clone() for name, value in training.network.state_dict().items()}
-    with CheckpointWriter(tmp_path, training, {"config": "a"}) as saving:
-        save(saving, training, "best.pt")
+    before = {name: value.clone() for name, value in state.network.state_dict().items()}
+    with CheckpointWriter(tmp_path, state, {"config": "a"}) as saving:
+        save(saving, state, "best.pt")
         assert held.written == []  # save has returned before the write
         for seed in range(3):
-            train_step(training, random_batch(8, seed=seed, classes=12))
+            train_step(state, random_batch(8, seed=seed, classes=12))
         held.may_write.set()
         saving.wait()
     content = store.load(tmp_path / "best.pt")
     assert (content["config"], content["position"]) == ("a", POSITION)
     assert all(torch.equal(content["model"][name], value) for name, value in before.items())
-    assert not torch.equal(training.network.state_dict()["head.weight"], before["head.weight"])
+    assert not torch.equal(state.network.state_dict()["head.weight"], before["head.weight"])
 
 
 def test_one_checkpoint_is_written_at_a_time(
-    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
-    with CheckpointWriter(tmp_path, training, {}) as saving:
-        save(saving, training, "best.pt")
+    with CheckpointWriter(tmp_path, state, {}) as saving:
+        save(saving, state, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
-        save(saving, training, "best.pt")
+        save(saving, state, "best.pt")
         assert len(held.written) >= 1  # the first is complete before the second starts
     assert len(held.written) == 2
 
 
-def test_previous_checkpoint_is_kept_beside_best(training: TrainState, tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, training, {}) as saving:
+def test_previous_checkpoint_is_kept_beside_best(state: TrainState, tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, state, {}) as saving:
         for number in range(3):
-            saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, training.sums, number)
+            saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, state.sums, number)
     positions = {path.name: store.load(path)["position"]["epoch"] for path in tmp_path.iterdir()}
     assert positions == {"last.pt": 2, "previous.pt": 1, "best.pt": 2}
     assert (saving.newest, saving.steps) == (tmp_path / "last.pt", 2)
@@ -92,30 +92,28 @@ def test_previous_checkpoint_is_kept_beside_best(training: TrainState, tmp_path:
 
 @pytest.mark.parametrize("through", ["check", "wait", "save"])
 def test_write_error_is_raised_once_by_the_next_call(
-    through: str, training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    through: str, state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, _: Any) -> None:
         raise UserError(f"cannot write {path}")
 
-    with monkeypatch.context() as patch, CheckpointWriter(tmp_path, training, {}) as saving:
+    with monkeypatch.context() as patch, CheckpointWriter(tmp_path, state, {}) as saving:
         patch.setattr(store, "write", fail)
-        save(saving, training, "best.pt")
+        save(saving, state, "best.pt")
         assert saving._write is not None
         saving._write.exception(timeout=60)  # wait for the failure
         with pytest.raises(UserError, match="cannot write"):
-            save(saving, training) if through == "save" else getattr(saving, through)()
+            save(saving, state) if through == "save" else getattr(saving, through)()
         saving.check()
         saving.wait()
 
 
-def test_exit_waits_for_a_write_in_progress(
-    training: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_waits_for_a_write_in_progress(state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
 
     def save_and_fail() -> None:
-        with CheckpointWriter(tmp_path, training, {}) as saving:
-            save(saving, training)
+        with CheckpointWriter(tmp_path, state, {}) as saving:
+            save(saving, state)
             threading.Timer(0.1, held.may_write.set).start()
             raise KeyError  # any error that ends a run
 

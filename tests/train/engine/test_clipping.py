@@ -26,10 +26,10 @@ def _process_group() -> Iterator[None]:
 
 def gradients(**settings: Any) -> dict[str, Tensor]:
     """Return the gradients of the first step, as the optimizer receives them."""
-    training = make_state(lenet(), **settings)
-    seen = record_gradients(training)
-    train_step(training, random_batch(16))
-    names = [name for name, _ in training.network.named_parameters()]
+    state = make_state(lenet(), **settings)
+    seen = record_gradients(state)
+    train_step(state, random_batch(16))
+    names = [name for name, _ in state.network.named_parameters()]
     return dict(zip(names, seen[0], strict=True))
 
 
@@ -75,10 +75,10 @@ def test_float16_is_clipped_without_its_scale(settings: dict[str, float]) -> Non
     sgd = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     results = []
     for power in (4, 9):
-        training = make_state(lenet(), amp="fp16", optimizer=sgd, lr=1.0, **settings)
-        training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**power})
-        train_step(training, random_batch(16))
-        results.append(training.network.state_dict())
+        state = make_state(lenet(), amp="fp16", optimizer=sgd, lr=1.0, **settings)
+        state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**power})
+        train_step(state, random_batch(16))
+        results.append(state.network.state_dict())
     before = lenet().state_dict()
     for name in before:
         first, second = (result[name] - before[name] for result in results)
@@ -96,15 +96,15 @@ def test_four_passes_of_64_samples_are_one_of_256(
     weights = []
     for batch_size, passes in ((256, 1), (64, 4)):
         settings: dict[str, Any] = {"epochs": 2, "lr": lr, "accumulation_steps": passes, **clipping}
-        training = make_state(lenet_of_12(), {"name": optimizer}, **settings)
+        state = make_state(lenet_of_12(), {"name": optimizer}, **settings)
         section = DataConfig(path=str(npy_data), batch_size=batch_size)
         aug = AugConfig(crop="pad", flip=0.5)
         loader = build_train_loader(section, aug, seed=3, device=CPU, accumulation_steps=passes)
         for _ in range(2):
-            train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
+            train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
         assert loader.state == {"epoch": 2, "step": 0}
         assert len(loader) == 2 * passes  # four updates in all
-        weights.append(training.network.state_dict())
+        weights.append(state.network.state_dict())
     begun = lenet_of_12().state_dict()
     assert max(float((weights[0][name] - begun[name]).abs().max()) for name in begun) > 1e-3  # it learned
     for name, whole in weights[0].items():

@@ -41,24 +41,24 @@ def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1)
 
 def test_learning_rate_changes_per_optimizer_step(npy_data: Path) -> None:
     settings: dict[str, Any] = {"epochs": 2, "lr": 0.1, "warmup_epochs": 1, "accumulation_steps": 3}
-    training = make_state(small_net(), optimizer={"name": "sgd"}, **settings)
+    state = make_state(small_net(), optimizer={"name": "sgd"}, **settings)
     loader = train_loader(npy_data, batch_size=50, accumulation_steps=3)
     assert len(loader) == 12
     used: list[float] = []
-    training.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    state.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     noted: list[tuple[int, float]] = []
     for _ in range(2):
-        train_epoch(training, loader, seed=0, rank=0, after_step=lambda *update: noted.append(update))
-    expected = [learning_rate(update, Timeline.even(2, 4), training.config) for update in range(8)]
+        train_epoch(state, loader, seed=0, rank=0, after_step=lambda *update: noted.append(update))
+    expected = [learning_rate(update, Timeline.even(2, 4), state.config) for update in range(8)]
     assert used == expected
     assert noted == list(enumerate(expected))
     assert len(set(expected[:4])) == 4
 
 
 def test_epoch_equals_plain_loop_over_loader(npy_data: Path) -> None:
-    training = make_state(build_model("lenet", 12, mean=[0.5] * 3, std=[0.3] * 3), epochs=1, schedule="constant")
-    model = copy.deepcopy(training.network)
-    times = train_epoch(training, train_loader(npy_data), seed=0, rank=0, after_step=lambda *_: None)
+    state = make_state(build_model("lenet", 12, mean=[0.5] * 3, std=[0.3] * 3), epochs=1, schedule="constant")
+    model = copy.deepcopy(state.network)
+    times = train_epoch(state, train_loader(npy_data), seed=0, rank=0, after_step=lambda *_: None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.ndim > 1]
     optimizer.add_param_group({"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0})
@@ -66,7 +66,7 @@ def test_epoch_equals_plain_loop_over_loader(npy_data: Path) -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    for ours, theirs in zip(training.network.parameters(), model.parameters(), strict=True):
+    for ours, theirs in zip(state.network.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert times.micro_steps == 7
     assert 0 <= times.wait_s <= times.time_s
@@ -76,18 +76,18 @@ class Interrupted(Exception):
     pass
 
 
-def train_both_epochs(training: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
+def train_both_epochs(state: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
     while loader.state["epoch"] < 2:
-        train_epoch(training, loader, seed=0, rank=0, after_step=after_step)
+        train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
 
 
 def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int = 0, rank: int = 0) -> dict[str, Any]:
     """Return weights and statistics after `epochs` without interruption."""
-    training = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
+    state = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
     loader = train_loader(data, batch_size=50, accumulation_steps=accumulation_steps)
     for _ in range(epochs):
-        train_epoch(training, loader, seed=seed, rank=rank, after_step=lambda *_: None)
-    return training.network.state_dict()
+        train_epoch(state, loader, seed=seed, rank=rank, after_step=lambda *_: None)
+    return state.network.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -97,30 +97,30 @@ def test_run_with_dropout_resumes_bitwise_after_any_step(
     accumulation_steps: int, break_at: int, npy_data: Path, tmp_path: Path
 ) -> None:
     def new() -> tuple[TrainState, Loader]:
-        training = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
-        return training, train_loader(npy_data, batch_size=50, accumulation_steps=accumulation_steps)
+        state = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
+        return state, train_loader(npy_data, batch_size=50, accumulation_steps=accumulation_steps)
 
-    training, loader = new()
+    state, loader = new()
 
     def save_and_break(update: int, lr: float) -> None:
         if update == break_at:
-            store.save(tmp_path / "last.pt", training, training.sums, loader_state=loader.state)
+            store.save(tmp_path / "last.pt", state, state.sums, loader_state=loader.state)
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_both_epochs(training, loader, save_and_break)
+        train_both_epochs(state, loader, save_and_break)
 
     torch.manual_seed(99)
-    training, loader = new()
+    state, loader = new()
     with torch.no_grad():
-        for parameter in training.network.parameters():
+        for parameter in state.network.parameters():
             parameter.fill_(0.5)  # a restore that forgets something shows
     content = store.load(tmp_path / "last.pt")
-    restore_state(training, content, tmp_path / "last.pt")
+    restore_state(state, content, tmp_path / "last.pt")
     loader.state = content["loader_state"]
-    train_both_epochs(training, loader, lambda *_: None)
+    train_both_epochs(state, loader, lambda *_: None)
     expected = trained(npy_data, accumulation_steps)
-    resumed = training.network.state_dict()
+    resumed = state.network.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], resumed[name])] == []
 
 

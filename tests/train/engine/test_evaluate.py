@@ -63,9 +63,9 @@ def gather_statistics(network: nn.Module, rank: int = 0) -> None:
 def evaluate_on_rank(ranks: Ranks, data: Path, batch_size: int = 16) -> tuple[Evaluation, list[int]]:
     """Return the result and this rank's batch sizes."""
     loader = val_loader(data, ranks, batch_size)
-    training = make_state(small_net(), label_smoothing=0.2)
-    gather_statistics(training.network, ranks.rank)
-    return evaluate(training, loader, VAL_SAMPLES), [len(batch.labels) for batch in loader]
+    state = make_state(small_net(), label_smoothing=0.2)
+    gather_statistics(state.network, ranks.rank)
+    return evaluate(state, loader, VAL_SAMPLES), [len(batch.labels) for batch in loader]
 
 
 def plain_evaluation(data: Path) -> Evaluation:
@@ -126,15 +126,15 @@ def test_wrong_number_of_samples_is_an_error(claimed: int, npy_data: Path) -> No
 
 
 def test_evaluation_changes_nothing_that_training_uses(npy_data: Path) -> None:
-    training = make_state(small_net())
-    train_step(training, random_batch(8))
-    before = copy.deepcopy(training.network.state_dict()), training.sums.clone()
-    evaluate(training, val_loader(npy_data, Ranks()), VAL_SAMPLES)
-    assert all(torch.equal(before[0][name], value) for name, value in training.network.state_dict().items())
-    assert torch.equal(before[1], training.sums)
+    state = make_state(small_net())
+    train_step(state, random_batch(8))
+    before = copy.deepcopy(state.network.state_dict()), state.sums.clone()
+    evaluate(state, val_loader(npy_data, Ranks()), VAL_SAMPLES)
+    assert all(torch.equal(before[0][name], value) for name, value in state.network.state_dict().items())
+    assert torch.equal(before[1], state.sums)
     loader = train_loader(npy_data)
-    train_epoch(training, loader, seed=0, rank=0, after_step=lambda *_: None)
-    assert training.network.training  # train_epoch turns dropout on again
+    train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
+    assert state.network.training  # train_epoch turns dropout on again
 
 
 def test_fewer_than_five_classes_give_full_top5(npy_data: Path) -> None:

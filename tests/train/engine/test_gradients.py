@@ -30,18 +30,16 @@ def _process_group() -> Iterator[None]:
 
 def gradients(ranks: Ranks, accumulation_steps: int, compiled: bool = False) -> list[list[torch.Tensor]]:
     """Return LeNet's float64 gradients at each of STEPS optimizer steps of the training code."""
-    training = make_state(
-        lenet().double(), PLAIN_SGD, accumulation_steps=accumulation_steps, lr=0.1, label_smoothing=0.1
-    )
+    state = make_state(lenet().double(), PLAIN_SGD, accumulation_steps=accumulation_steps, lr=0.1, label_smoothing=0.1)
     if compiled:
-        training.loss_and_counts = torch.compile(training.loss_and_counts, backend="aot_eager")
-    seen = record_gradients(training)
+        state.loss_and_counts = torch.compile(state.loss_and_counts, backend="aot_eager")
+    seen = record_gradients(state)
     pieces = accumulation_steps * ranks.world_size
     for step in range(STEPS):
         images, labels = random_batch(SAMPLES, seed=step)
         for micro in range(accumulation_steps):
             piece = slice(*((micro * ranks.world_size + ranks.rank + i) * SAMPLES // pieces for i in (0, 1)))
-            train_step(training, Batch(images[piece], labels[piece]), optimizer_step=micro == accumulation_steps - 1)
+            train_step(state, Batch(images[piece], labels[piece]), optimizer_step=micro == accumulation_steps - 1)
     return seen
 
 
@@ -80,11 +78,11 @@ def test_two_processes_give_the_gradients_of_plain_torch(accumulation_steps: int
 
 
 def gradients_within_an_accumulated_step(ranks: Ranks, compiled: bool) -> list[torch.Tensor]:
-    training = make_state(lenet().double(), PLAIN_SGD, accumulation_steps=2)
+    state = make_state(lenet().double(), PLAIN_SGD, accumulation_steps=2)
     if compiled:
-        training.loss_and_counts = torch.compile(training.loss_and_counts, backend="aot_eager")
-    train_step(training, random_batch(4, seed=ranks.rank), optimizer_step=False)
-    return [parameter.grad.clone() for parameter in training.network.parameters() if parameter.grad is not None]
+        state.loss_and_counts = torch.compile(state.loss_and_counts, backend="aot_eager")
+    train_step(state, random_batch(4, seed=ranks.rank), optimizer_step=False)
+    return [parameter.grad.clone() for parameter in state.network.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -102,11 +100,11 @@ def test_gradients_are_reduced_in_last_micro_step_only(compiled: bool) -> None:
 def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Start models that differ between ranks; return parameters after two steps, local and shared statistics."""
     network = small_net(seed=ranks.rank)
-    training = make_state(network)
+    state = make_state(network)
     mean = network.get_buffer("norm.running_mean")
     for step in range(2):
         mean.fill_(100 * ranks.rank)
-        train_step(training, random_batch(8, seed=2 * step + ranks.rank))
+        train_step(state, random_batch(8, seed=2 * step + ranks.rank))
     own = mean.clone()
     collectives.broadcast_buffers(network)
     return [p.detach().clone() for p in network.parameters()], [own, *(b.clone() for b in network.buffers())]

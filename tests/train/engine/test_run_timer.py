@@ -78,10 +78,10 @@ def test_resume_between_epochs_adds_earlier_times(digits_run: Run, tmp_path: Pat
 def test_rewind_restores_times_of_checkpoint(digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_step: Callable[..., None] = epoch.run_step
 
-    def fail_once(training: Any, batch: Any, number: int, *, optimizer_step: bool) -> None:
-        run_step(training, batch, number, optimizer_step=optimizer_step)
+    def fail_once(state: Any, batch: Any, number: int, *, optimizer_step: bool) -> None:
+        run_step(state, batch, number, optimizer_step=optimizer_step)
         if number == 2 * UPDATES - 2:
-            training.sums.fill_(float("nan"))
+            state.sums.fill_(float("nan"))
 
     monkeypatch.setattr(epoch, "run_step", fail_once)
     run_here(*arguments(digits_run.data, tmp_path, "train.save_every_steps=10", "train.on_nonfinite=rewind"))

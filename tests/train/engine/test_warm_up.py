@@ -62,8 +62,8 @@ class FakeGraph:
         self.calls: list[tuple[TrainState, Batch, bool]] = []
 
     def replay(self) -> None:
-        for training, batch, update in self.calls:
-            train_step(training, batch, optimizer_step=update)
+        for state, batch, update in self.calls:
+            train_step(state, batch, optimizer_step=update)
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
     def stream(_: TrainState) -> Iterator[object]:
         yield object()
 
-    def step(training: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
+    def step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
         if FakeGraph.capturing is None:
-            train_step(training, batch, optimizer_step=optimizer_step)
+            train_step(state, batch, optimizer_step=optimizer_step)
         else:
-            FakeGraph.capturing.calls.append((training, batch, optimizer_step))
+            FakeGraph.capturing.calls.append((state, batch, optimizer_step))
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -93,12 +93,12 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
     monkeypatch.setattr(train_state, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
 
 
-def state_of(training: TrainState) -> dict[str, Any]:
+def state_of(state: TrainState) -> dict[str, Any]:
     return {
-        "network": training.network.state_dict(),
-        "optimizer": [dict(state) for state in training.optimizer.state.values()],
-        "scaler": training.scaler.state_dict(),
-        "sums": training.sums,
+        "network": state.network.state_dict(),
+        "optimizer": [dict(values) for values in state.optimizer.state.values()],
+        "scaler": state.scaler.state_dict(),
+        "sums": state.sums,
         "generator": torch.get_rng_state(),
     }
 
@@ -107,15 +107,15 @@ def assert_equal_trees(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def plain_steps(training: TrainState, count: int, first: int = 0) -> None:
+def plain_steps(state: TrainState, count: int, first: int = 0) -> None:
     """Train like train_epoch, with the generator seeded for each batch."""
-    accumulation = training.config.accumulation_steps
+    accumulation = state.config.accumulation_steps
     for step in range(first, first + count):
         torch.manual_seed(step)
         batch = random_batch(8, seed=step)
-        if training.mixes:
+        if state.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
-        run_step(training, batch, step, optimizer_step=(step + 1) % accumulation == 0)
+        run_step(state, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
 
 KINDS: dict[str, Settings] = {
@@ -141,44 +141,44 @@ KINDS: dict[str, Settings] = {
 @pytest.mark.parametrize("settings", [*KINDS.values(), {"amp": "fp16"}], ids=[*KINDS, "fp16"])
 def test_warm_up_changes_neither_state_nor_next_steps(settings: Settings, steps: int) -> None:
     warm, cold = make_state(small_net(), **settings), make_state(small_net(), **settings)
-    for training in (warm, cold):
-        plain_steps(training, steps)
+    for state in (warm, cold):
+        plain_steps(state, steps)
     before = copy.deepcopy(state_of(warm))
     warm_up.warm_up_training(warm, warm_up.blank_batch(8, 32, CPU))
     after = state_of(warm)
     made = after.pop("optimizer")[len(before["optimizer"]) :]
-    assert all(not value.any() for state in made for value in state.values() if value is not None)
+    assert all(not value.any() for values in made for value in values.values() if value is not None)
     assert_equal_trees(after, {key: value for key, value in before.items() if key != "optimizer"})
-    for training in (warm, cold):
-        plain_steps(training, 6, first=steps)
+    for state in (warm, cold):
+        plain_steps(state, 6, first=steps)
     assert_equal_trees(state_of(warm), state_of(cold))
 
 
 @on_the_cpu
 def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> None:
-    training = make_state(small_net())
+    state = make_state(small_net())
     calls: list[int] = []
-    training.network.register_forward_hook(lambda *_: calls.append(1))
+    state.network.register_forward_hook(lambda *_: calls.append(1))
     loader = build_train_loader(DataConfig(path=str(npy_data)), seed=3, device=CPU)
-    warm_up.warm_up(training, loader)
+    warm_up.warm_up(state, loader)
     assert calls == []
-    assert training.step is train_step
+    assert state.captured_step is None
 
 
 @on_the_cpu
 def test_compiled_training_and_evaluation_are_warmed_up_per_shape(npy_data: Path) -> None:
-    training = make_state(small_net())
-    training.needs_warmup = True  # as with train.compile, but without the minute that it takes
+    state = make_state(small_net())
+    state.needs_warmup = True  # as with train.compile, but without the minute that it takes
     shapes: set[tuple[bool, tuple[int, ...]]] = set()
-    training.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
+    state.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
     section = DataConfig(path=str(npy_data), batch_size=BATCH)
     warm_up.warm_up(
-        training,
+        state,
         build_train_loader(section, seed=3, device=CPU),
         build_eval_loader(section, EvalConfig(batch_size=16), device=CPU),
     )
     assert shapes == {(True, (BATCH, 3, 32, 32)), (False, (16, 3, 32, 32))}
-    assert training.network.training
+    assert state.network.training
 
 
 @on_the_cpu
@@ -203,35 +203,35 @@ def test_captured_steps_equal_plain_steps_bitwise(settings: Settings) -> None:
     warm_up.warm_up_training(captured, warm_up.blank_batch(8, 32, CPU))
     assert isinstance(captured.captured_step, cuda_graph.CapturedStep)
     for first, lr in ((0, LR), (6, LR / 4)):
-        for training in (captured, plain):
-            set_learning_rate(training.optimizer, lr)
-            plain_steps(training, 6, first)
+        for state in (captured, plain):
+            set_learning_rate(state.optimizer, lr)
+            plain_steps(state, 6, first)
     assert_equal_trees(state_of(captured), state_of(plain))
 
 
 @pytest.mark.usefixtures("_fake_graphs")
 def test_gradients_keep_storage_between_captured_steps() -> None:
-    training = make_state(small_net(), accumulation_steps=2, cuda_graph="on")
-    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
+    state = make_state(small_net(), accumulation_steps=2, cuda_graph="on")
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, CPU))
 
     def addresses() -> list[int]:
-        return [p.grad.data_ptr() for p in training.network.parameters() if p.grad is not None]
+        return [p.grad.data_ptr() for p in state.network.parameters() if p.grad is not None]
 
     before = addresses()
-    plain_steps(training, 4)
+    plain_steps(state, 4)
     assert addresses() == before != []
 
 
-def staged_steps(training: TrainState, count: int, shapes: list[tuple[int, int]]) -> None:
+def staged_steps(state: TrainState, count: int, shapes: list[tuple[int, int]]) -> None:
     """Train on noise of (samples, image size), one shape after the other."""
-    accumulation = training.config.accumulation_steps
+    accumulation = state.config.accumulation_steps
     for step in range(count):
         torch.manual_seed(step)
         samples, size = shapes[step * len(shapes) // count]
         batch = resized(random_batch(samples, seed=step), size)
-        if training.mixes:
+        if state.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
-        run_step(training, batch, step, optimizer_step=(step + 1) % accumulation == 0)
+        run_step(state, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -260,8 +260,8 @@ def test_captured_steps_of_several_shapes_equal_plain_steps(settings: Settings) 
     before = copy.deepcopy(captured.network.state_dict())
     warm_up.warm_up_training(captured, *(warm_up.blank_batch(*shape, CPU) for shape in dict.fromkeys(SHAPES)))
     assert_equal_trees(captured.network.state_dict(), before)
-    for training in (captured, plain):
-        staged_steps(training, 24, SHAPES)
+    for state in (captured, plain):
+        staged_steps(state, 24, SHAPES)
     assert_equal_trees(state_of(captured), state_of(plain))
     with pytest.raises(ValueError, match=r"captured for \(8, 3, 32, 32\), \(4, 3, 48, 48\), \(8, 3, 16, 16\)"):
         run_step(captured, resized(random_batch(4), 16), 0, optimizer_step=True)
@@ -269,10 +269,10 @@ def test_captured_steps_of_several_shapes_equal_plain_steps(settings: Settings) 
 
 @pytest.mark.usefixtures("_fake_graphs")
 def test_captured_step_refuses_batch_of_another_shape() -> None:
-    training = make_state(small_net(), cuda_graph="on")
-    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
+    state = make_state(small_net(), cuda_graph="on")
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, CPU))
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) cannot take part in a step captured for \(8, 3, 32, 32\)"):
-        run_step(training, random_batch(1), 0, optimizer_step=True)
+        run_step(state, random_batch(1), 0, optimizer_step=True)
 
 
 @pytest.mark.usefixtures("_fake_graphs")
@@ -283,9 +283,9 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
     then: str, now: str, settings: Settings, tmp_path: Path
 ) -> None:
     def new(graph: str) -> TrainState:
-        training = make_state(small_net(), lr=LR, cuda_graph=graph, **settings)
-        warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, CPU))
-        return training
+        state = make_state(small_net(), lr=LR, cuda_graph=graph, **settings)
+        warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, CPU))
+        return state
 
     saved = new(then)
     plain_steps(saved, 3)
@@ -297,8 +297,8 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
     restore_state(going_on, content, tmp_path / "last.pt")
     assert going_on.captured_step is None  # a graph would use the tensors before the restore
     warm_up.warm_up_training(going_on, warm_up.blank_batch(8, 32, CPU))
-    for training in (saved, going_on):
-        plain_steps(training, 3, first=3)
+    for state in (saved, going_on):
+        plain_steps(state, 3, first=3)
     assert_equal_trees(state_of(saved), state_of(going_on))
 
 
@@ -387,11 +387,11 @@ def gpu_loaders(
 
 
 def train_epochs(
-    training: TrainState, loader: TrainLoader, seed: int = 0, after_step: Callable[[int, float], None] = lambda *_: None
+    state: TrainState, loader: TrainLoader, seed: int = 0, after_step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
     while loader.state["epoch"] < 2:
-        train_epoch(training, loader, seed=seed, rank=0, after_step=after_step)
-    return {**training.network.state_dict(), "sums": training.sums}
+        train_epoch(state, loader, seed=seed, rank=0, after_step=after_step)
+    return {**state.network.state_dict(), "sums": state.sums}
 
 
 @pytest.mark.gpu
@@ -400,12 +400,12 @@ def train_epochs(
 def test_captured_epochs_equal_plain_epochs_on_gpu(settings: Settings, npy_data: Path, gpu: torch.device) -> None:
     results = {}
     for graph in ("on", "off"):
-        training = on_gpu(gpu, cuda_graph=graph, **settings)
-        mix = MIX if training.mixes else None
-        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix)
-        warm_up.warm_up(training, loader)
-        assert isinstance(training.captured_step, cuda_graph.CapturedStep) == (graph == "on")
-        results[graph] = train_epochs(training, loader)
+        state = on_gpu(gpu, cuda_graph=graph, **settings)
+        mix = MIX if state.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, state.config.accumulation_steps, mix)
+        warm_up.warm_up(state, loader)
+        assert isinstance(state.captured_step, cuda_graph.CapturedStep) == (graph == "on")
+        results[graph] = train_epochs(state, loader)
     torch.testing.assert_close(results["on"], results["off"], **CLOSE)
 
 
@@ -417,53 +417,53 @@ def test_captured_stages_equal_plain_stages_on_gpu(kind: str, npy_data: Path, gp
     results = {}
     for graph in ("on", "off"):
         torch.manual_seed(0)
-        training = on_gpu(gpu, PoolingNet(12), cuda_graph=graph, **GPU_KINDS[kind])
-        mix = MIX if training.mixes else None
-        loader, _ = gpu_loaders(npy_data, gpu, training.config.accumulation_steps, mix, stages)
-        warm_up.warm_up(training, loader)
-        results[graph] = train_epochs(training, loader)
+        state = on_gpu(gpu, PoolingNet(12), cuda_graph=graph, **GPU_KINDS[kind])
+        mix = MIX if state.mixes else None
+        loader, _ = gpu_loaders(npy_data, gpu, state.config.accumulation_steps, mix, stages)
+        warm_up.warm_up(state, loader)
+        results[graph] = train_epochs(state, loader)
     torch.testing.assert_close(results["on"], results["off"], **CLOSE)
 
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 def test_captured_step_skips_non_finite_gradients(gpu: torch.device) -> None:
-    training = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
-    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
-    batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), training.network.get_parameter("head.weight")
-    run_step(training, batch, 0, optimizer_step=True)
-    before = copy.deepcopy(training.network.state_dict())
+    state = on_gpu(gpu, cuda_graph="on", on_nonfinite="skip")
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))
+    batch, weight = Batch(*(part.to(gpu) for part in random_batch(8))), state.network.get_parameter("head.weight")
+    run_step(state, batch, 0, optimizer_step=True)
+    before = copy.deepcopy(state.network.state_dict())
     weight.data[0, 0] = float("inf")
-    run_step(training, batch, 0, optimizer_step=True)
+    run_step(state, batch, 0, optimizer_step=True)
     weight.data[0, 0] = before["head.weight"][0, 0]
     before["norm.num_batches_tracked"] += 1  # counts what was seen
-    assert_equal_trees(training.network.state_dict(), before)
-    assert training.guard is not None
-    assert float(training.guard.skipped) == 1
-    run_step(training, batch, 0, optimizer_step=True)
+    assert_equal_trees(state.network.state_dict(), before)
+    assert state.guard is not None
+    assert float(state.guard.skipped) == 1
+    run_step(state, batch, 0, optimizer_step=True)
     assert not torch.equal(weight, before["head.weight"])
-    assert training.network.state_dict()["norm.running_mean"].isfinite().all()
+    assert state.network.state_dict()["norm.running_mean"].isfinite().all()
 
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 def test_warm_up_leaves_no_trace_on_a_gpu(npy_data: Path, gpu: torch.device) -> None:
-    training = on_gpu(gpu)
+    state = on_gpu(gpu)
     loaders = gpu_loaders(npy_data, gpu)
-    before = copy.deepcopy((training.network.state_dict(), training.sums, torch.cuda.get_rng_state(gpu)))
-    warm_up.warm_up(training, *loaders)
-    assert_equal_trees((training.network.state_dict(), training.sums, torch.cuda.get_rng_state(gpu)), before)
+    before = copy.deepcopy((state.network.state_dict(), state.sums, torch.cuda.get_rng_state(gpu)))
+    warm_up.warm_up(state, *loaders)
+    assert_equal_trees((state.network.state_dict(), state.sums, torch.cuda.get_rng_state(gpu)), before)
 
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
 def test_captured_dropout_is_function_of_seed(npy_data: Path, gpu: torch.device) -> None:
     def weights(seed: int) -> torch.Tensor:
-        training = on_gpu(gpu)
+        state = on_gpu(gpu)
         loader, _ = gpu_loaders(npy_data, gpu)
-        warm_up.warm_up(training, loader)
+        warm_up.warm_up(state, loader)
         torch.cuda.manual_seed(seed + 100)
-        head: torch.Tensor = train_epochs(training, loader, seed)["head.weight"]
+        head: torch.Tensor = train_epochs(state, loader, seed)["head.weight"]
         return head
 
     first = weights(0)
@@ -485,15 +485,15 @@ def test_replayed_dropout_equals_plain_kernels_with_same_seed(gpu: torch.device)
             self.mask.copy_(self.dropout(torch.ones_like(self.mask)))
             return super().forward(images)
 
-    training = on_gpu(gpu, Masked())
+    state = on_gpu(gpu, Masked())
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
-    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))
     masks = []
-    for step in (training.step, train_step, training.step):
+    for step in (state.step, train_step, state.step):
         for seed in (1, 2):
             torch.cuda.manual_seed(seed)
-            step(training, batch)
-            masks.append(training.network.mask.clone())  # type: ignore[operator, union-attr]
+            step(state, batch)
+            masks.append(state.network.mask.clone())  # type: ignore[operator, union-attr]
     assert torch.equal(masks[0], masks[2])
     assert torch.equal(masks[1], masks[3])
     assert torch.equal(masks[0], masks[4])
@@ -504,16 +504,16 @@ def test_replayed_dropout_equals_plain_kernels_with_same_seed(gpu: torch.device)
 @pytest.mark.gpu_values
 def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: torch.device) -> None:
     def weights(evaluates: bool) -> dict[str, torch.Tensor]:
-        training = on_gpu(gpu)
+        state = on_gpu(gpu)
         loader, val_loader = gpu_loaders(npy_data, gpu)
-        warm_up.warm_up(training, loader, val_loader)
+        warm_up.warm_up(state, loader, val_loader)
 
         def after_step(*_: Any) -> None:
             if evaluates:
-                evaluate(training, val_loader, 107)
-                training.forward.train()  # as train_epoch does at its start
+                evaluate(state, val_loader, 107)
+                state.forward.train()  # as train_epoch does at its start
 
-        return train_epochs(training, loader, after_step=after_step)
+        return train_epochs(state, loader, after_step=after_step)
 
     torch.testing.assert_close(weights(True), weights(False), **CLOSE)
 
@@ -531,26 +531,26 @@ def test_run_with_captured_steps_resumes_from_checkpoint(
     def new(graph: str) -> tuple[TrainState, TrainLoader]:
         return on_gpu(gpu, cuda_graph=graph, optimizer=optimizer), gpu_loaders(npy_data, gpu)[0]
 
-    training, loader = new("on")
-    warm_up.warm_up(training, loader)
-    whole = train_epochs(training, loader)
+    state, loader = new("on")
+    warm_up.warm_up(state, loader)
+    whole = train_epochs(state, loader)
 
-    training, loader = new(then)
-    warm_up.warm_up(training, loader)
+    state, loader = new(then)
+    warm_up.warm_up(state, loader)
 
     def save_and_break(update: int, lr: float) -> None:
         if update == 9:
-            store.save(tmp_path / "last.pt", training, training.sums, loader_state=loader.state)
+            store.save(tmp_path / "last.pt", state, state.sums, loader_state=loader.state)
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_epochs(training, loader, after_step=save_and_break)
+        train_epochs(state, loader, after_step=save_and_break)
     content = store.load(tmp_path / "last.pt")
-    training, loader = new(now)
-    restore_state(training, content, tmp_path / "last.pt")
-    warm_up.warm_up(training, loader)
+    state, loader = new(now)
+    restore_state(state, content, tmp_path / "last.pt")
+    warm_up.warm_up(state, loader)
     loader.state = content["loader_state"]
-    torch.testing.assert_close(train_epochs(training, loader), whole, **CLOSE)
+    torch.testing.assert_close(train_epochs(state, loader), whole, **CLOSE)
 
 
 @pytest.mark.gpu
@@ -562,19 +562,19 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
 ) -> None:
     settings: Settings = {clipping: 1.0, "accumulation_steps": 2, "ema": {"decay": 0.9}, "optimizer": {"name": name}}
     settings["mixes"] = mixes
-    training = on_gpu(gpu, **settings)
-    training.ema = build_ema(training.network, training.config.ema)
+    state = on_gpu(gpu, **settings)
+    state.ema = build_ema(state.network, state.config.ema)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
     batch = identity_mix(batch) if mixes else batch
-    warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(4):
-            set_learning_rate(training.optimizer, 0.1 / (step + 1))
+            set_learning_rate(state.optimizer, 0.1 / (step + 1))
             torch.cuda.default_generators[gpu.index].manual_seed(step)
-            run_step(training, batch, step, optimizer_step=step % 2 == 1)
+            run_step(state, batch, step, optimizer_step=step % 2 == 1)
             if step % 2 == 1:
-                update_averages(training, step // 2, Timeline.even(2, 50))
+                update_averages(state, step // 2, Timeline.even(2, 50))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -586,6 +586,6 @@ def test_model_that_synchronizes_is_refused_with_advice(gpu: torch.device, faile
             logits = super().forward(images)
             return logits * float(logits.max())
 
-    training = on_gpu(gpu, Reading(10))
+    state = on_gpu(gpu, Reading(10))
     with pytest.raises(UserError, match=r"cannot be captured as a CUDA graph .*; set train\.cuda_graph=off"):
-        warm_up.warm_up_training(training, warm_up.blank_batch(8, 32, gpu))
+        warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))

@@ -49,10 +49,10 @@ def copy_of(state: State) -> State:
 
 
 def training_with(seed: int = 0, **ema: Any) -> tuple[TrainState, Ema]:
-    training = make_state(small_net(seed=seed), lr=0.01, ema=EmaConfig(**ema), epochs=2)
-    training.ema = build_ema(training.network, training.config.ema)
-    assert training.ema is not None
-    return training, training.ema
+    state = make_state(small_net(seed=seed), lr=0.01, ema=EmaConfig(**ema), epochs=2)
+    state.ema = build_ema(state.network, state.config.ema)
+    assert state.ema is not None
+    return state, state.ema
 
 
 # Numbers
@@ -70,18 +70,18 @@ def training_with(seed: int = 0, **ema: Any) -> tuple[TrainState, Ema]:
     ids=["plain", "every other", "warm-up", "warm-up every third"],
 )
 def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], shares: list[float | None]) -> None:
-    training, ema = training_with(**settings)
-    average = {name: value.double() for name, value in training.network.state_dict().items()}
+    state, ema = training_with(**settings)
+    average = {name: value.double() for name, value in state.network.state_dict().items()}
     for number, share in enumerate(shares):
-        train_step(training, random_batch(8, seed=number))
+        train_step(state, random_batch(8, seed=number))
         ema.update(number + 1)
-        for name, value in training.network.state_dict().items():
+        for name, value in state.network.state_dict().items():
             if share is not None:
                 counts = not value.is_floating_point()  # batch norm's number of batches, which is copied
                 average[name] = value.double() if counts else share * average[name] + (1 - share) * value.double()
         for name, value in ema.state().items():
             torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
-    last = training.network.state_dict()
+    last = state.network.state_dict()
     assert not torch.allclose(ema.state()["norm.running_mean"], last["norm.running_mean"])
 
 
@@ -89,15 +89,15 @@ def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], share
 def test_average_counts_steps_from_start_of_run(npy_data: Path) -> None:
     averages = []
     for first in (0, 1):
-        training = make_state(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
-        training.ema = build_ema(training.network, training.config.ema)
+        state = make_state(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
+        state.ema = build_ema(state.network, state.config.ema)
         loader = build_train_loader(DataConfig(path=str(npy_data), batch_size=350), seed=3, device=CPU)
         loader.state = {"epoch": first, "step": 0}
         seen: list[State] = []
-        train_epoch(training, loader, seed=0, rank=0,
-                    after_step=lambda *_, t=training, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip
-        assert training.ema is not None
-        averages.append((training.ema.state(), seen))
+        train_epoch(state, loader, seed=0, rank=0,
+                    after_step=lambda *_, t=state, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip
+        assert state.ema is not None
+        averages.append((state.ema.state(), seen))
     for average, (begun, then) in averages:
         for name in ("head.weight", "norm.running_var"):
             torch.testing.assert_close(average[name], 0.5 * begun[name] + 0.5 * then[name])
@@ -105,33 +105,33 @@ def test_average_counts_steps_from_start_of_run(npy_data: Path) -> None:
 
 @in_a_group
 def test_swapped_in_average_is_restored_on_exit() -> None:
-    training, ema = training_with(decay=0.5)
+    state, ema = training_with(decay=0.5)
     for number in range(3):
-        train_step(training, random_batch(8, seed=number))
+        train_step(state, random_batch(8, seed=number))
         ema.update(number + 1)
-    own, average = copy_of(training.network.state_dict()), copy_of(ema.state())
-    addresses = [value.data_ptr() for value in training.network.state_dict().values()]
+    own, average = copy_of(state.network.state_dict()), copy_of(ema.state())
+    addresses = [value.data_ptr() for value in state.network.state_dict().values()]
 
     def fail_inside() -> None:
         with ema.swapped_in():
-            assert all(torch.equal(value, average[name]) for name, value in training.network.state_dict().items())
+            assert all(torch.equal(value, average[name]) for name, value in state.network.state_dict().items())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
-    assert all(torch.equal(value, own[name]) for name, value in training.network.state_dict().items())
-    assert [value.data_ptr() for value in training.network.state_dict().values()] == addresses
+    assert all(torch.equal(value, own[name]) for name, value in state.network.state_dict().items())
+    assert [value.data_ptr() for value in state.network.state_dict().values()] == addresses
     assert all(torch.equal(value, average[name]) for name, value in ema.state().items())
 
 
 @in_a_group
 def test_warm_up_keeps_average_and_restart_resets_it() -> None:
-    training, ema = training_with(decay=0.5)
+    state, ema = training_with(decay=0.5)
     begun = copy_of(ema.state())
-    warm_up_training(training, blank_batch(8, 32, CPU))
+    warm_up_training(state, blank_batch(8, 32, CPU))
     assert all(torch.equal(value, begun[name]) for name, value in ema.state().items())
     fresh, _ = training_with(seed=5, decay=0.5)
-    restart_in_place(training, fresh)
+    restart_in_place(state, fresh)
     assert all(torch.equal(value, ema.state()[name]) for name, value in fresh.network.state_dict().items())
 
 
@@ -146,16 +146,16 @@ def test_eval_weights_depend_on_setting_and_average() -> None:
 
 def accuracies(ranks: Ranks, data: Path) -> tuple[float, float]:
     """Evaluate both, with averages and statistics that differ between ranks."""
-    training, ema = training_with(decay=0.5)
+    state, ema = training_with(decay=0.5)
     for number in range(2):
-        training.network(random_batch(8, seed=number).images // (1 + ranks.rank))
+        state.network(random_batch(8, seed=number).images // (1 + ranks.rank))
         ema.update(number + 1)
     section, evaluation = DataConfig(path=str(data)), EvalConfig(batch_size=16)
     loader = build_eval_loader(section, evaluation, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
     losses = []
     for weights in ("raw", "ema"):
-        with eval_weights(training.ema, weights):
-            losses.append(evaluate(training, loader, VAL_SAMPLES).loss)
+        with eval_weights(state.ema, weights):
+            losses.append(evaluate(state, loader, VAL_SAMPLES).loss)
     return losses[0], losses[1]
 
 

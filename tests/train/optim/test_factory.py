@@ -220,21 +220,21 @@ def test_timm_optimizers_step_resume_and_warm_up(name: str, tmp_path: Path) -> N
     def new(seed: int) -> TrainState:
         return make_state(small_net(10, seed), {"name": f"timm/{name}", "layer_decay": 0.9}, lr=1e-3)
 
-    def steps(training: TrainState, numbers: range) -> dict[str, torch.Tensor]:
+    def steps(state: TrainState, numbers: range) -> dict[str, torch.Tensor]:
         for number in numbers:
             torch.manual_seed(number)
-            train_step(training, random_batch(8, seed=number))
-        return training.network.state_dict()
+            train_step(state, random_batch(8, seed=number))
+        return state.network.state_dict()
 
     with alone():
-        training, begun = new(0), small_net(10).state_dict()
-        after = steps(training, range(3))
+        state, begun = new(0), small_net(10).state_dict()
+        after = steps(state, range(3))
         assert all(torch.isfinite(value).all() for value in after.values())
         assert not torch.equal(after["head.weight"], begun["head.weight"])
-        store.save(tmp_path / "last.pt", training, training.sums)
+        store.save(tmp_path / "last.pt", state, state.sums)
         other = new(1)
         warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
         restore_state(other, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
         warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))
-        expected, found = (steps(one, range(3, 6)) for one in (training, other))
+        expected, found = (steps(one, range(3, 6)) for one in (state, other))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

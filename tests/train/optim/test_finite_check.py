@@ -17,29 +17,29 @@ STATE = "the weights or the optimizer's state are"
 
 
 def stepped() -> TrainState:
-    training = make_state(small_net())
-    train_step(training, random_batch(8, classes=12))
-    return training
+    state = make_state(small_net())
+    train_step(state, random_batch(8, classes=12))
+    return state
 
 
 def test_sound_sums_are_given_as_they_are() -> None:
     with alone():
-        training = stepped()
-        assert torch.equal(FiniteCheck(training).sums(1), training.sums)
+        state = stepped()
+        assert torch.equal(FiniteCheck(state).sums(1), state.sums)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("what", ["loss", "weights", "statistics", "momentum"])
 def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> None:
     with alone():
-        training = stepped()
-        health = FiniteCheck(training)
+        state = stepped()
+        health = FiniteCheck(state)
         health.sums(10)
         place = {
-            "loss": training.sums,
-            "weights": training.network.get_parameter("head.weight").data.view(-1),
-            "statistics": training.network.get_buffer("norm.running_var"),
-            "momentum": next(iter(training.optimizer.state.values()))["exp_avg"].view(-1),
+            "loss": state.sums,
+            "weights": state.network.get_parameter("head.weight").data.view(-1),
+            "statistics": state.network.get_buffer("norm.running_var"),
+            "momentum": next(iter(state.optimizer.state.values()))["exp_avg"].view(-1),
         }[what]
         place[0] = value
         with pytest.raises(NonFiniteError) as found:
@@ -51,9 +51,9 @@ def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> 
 @pytest.mark.parametrize("what", ["weights", "momentum"])
 def test_proxy_state_is_checked_too(what: str) -> None:
     with alone():
-        training = stepped()
-        training.proxy = HardSampleSelector(stepped(), ProxyConfig(model="lenet"))
-        health, proxys = FiniteCheck(training), training.proxy.state
+        state = stepped()
+        state.proxy = HardSampleSelector(stepped(), ProxyConfig(model="lenet"))
+        health, proxys = FiniteCheck(state), state.proxy.state
         health.sums(1)
         place = {
             "weights": next(proxys.network.parameters()).data,
@@ -67,21 +67,21 @@ def test_proxy_state_is_checked_too(what: str) -> None:
 @pytest.mark.parametrize(("begin", "done", "steps"), [(0, 1, "step 1"), (7, 8, "step 8"), (7, 9, "steps 8 to 9")])
 def test_error_names_steps_since_last_good_check(begin: int, done: int, steps: str) -> None:
     with alone():
-        training = stepped()
-        health = FiniteCheck(training)
+        state = stepped()
+        health = FiniteCheck(state)
         health.start(begin)
-        training.sums[0] = float("nan")
+        state.sums[0] = float("nan")
         with pytest.raises(NonFiniteError) as found:
             health.sums(done)
         assert found.value.steps == steps
 
 
 def found_on(ranks: Ranks, bad_rank: int, what: str) -> str:
-    training = stepped()
+    state = stepped()
     if ranks.rank == bad_rank:
-        (training.sums if what == "loss" else training.network.get_buffer("norm.running_mean"))[0] = float("inf")
+        (state.sums if what == "loss" else state.network.get_buffer("norm.running_mean"))[0] = float("inf")
     try:
-        FiniteCheck(training).sums(5)
+        FiniteCheck(state).sums(5)
     except NonFiniteError as found:
         return f"{found.what} {found.steps}"
     return "nothing"

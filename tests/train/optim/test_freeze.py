@@ -111,11 +111,11 @@ def test_norms_without_frozen_parameters_keep_learning() -> None:
 def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
     model = resnet()
     freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
-    training = make_state(model, {"name": optimizer}, clip_grad_norm=1.0)
+    state = make_state(model, {"name": optimizer}, clip_grad_norm=1.0)
     before = copy_of(model)
-    set_training_mode(training.forward)
+    set_training_mode(state.forward)
     for seed in range(2):
-        train_step(training, random_batch(8, seed))
+        train_step(state, random_batch(8, seed))
     untouched = {name for name in before if name.removeprefix("network.").startswith(("conv1.", "bn1.", "layer1."))}
     assert untouched | {"normalize.mean", "normalize.std"} == set(before) - changed(model, before)
     assert any("running_mean" in name for name in untouched)
@@ -126,9 +126,9 @@ def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
 def test_warm_up_leaves_frozen_norms_in_evaluation() -> None:
     model = resnet()
     freeze(model, ["layer1.*"])
-    training = make_state(model)
+    state = make_state(model)
     before = copy_of(model)
-    warm_up.warm_up_training(training, random_batch(4))
+    warm_up.warm_up_training(state, random_batch(4))
     assert changed(model, before) == set()
     assert not model.network.layer1[0].bn1.training
     assert model.network.layer2[0].bn1.training
@@ -139,8 +139,8 @@ def test_frozen_whitening_bias_stays_frozen() -> None:
     for patterns, trained in ((["whitening.bias"], False), ((), True)):
         model = build_model("speedrun96_proxy", 10, mean=[0.5] * 3, std=[0.25] * 3)
         freeze(model, patterns)
-        training = make_state(model, whiten_bias_epochs=1)
-        set_whitening_bias_grad(training, 0)
+        state = make_state(model, whiten_bias_epochs=1)
+        set_whitening_bias_grad(state, 0)
         assert model.network.whitening.bias.requires_grad is trained
 
 
@@ -156,10 +156,10 @@ def _steps(ranks: Ranks) -> tuple[set[str], dict[str, Tensor]]:
     model = resnet()
     freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
     before = copy_of(model)
-    training = make_state(model)
-    set_training_mode(training.forward)
+    state = make_state(model)
+    set_training_mode(state.forward)
     for seed in range(2):
-        train_step(training, random_batch(4, 10 * seed + ranks.rank))
+        train_step(state, random_batch(4, 10 * seed + ranks.rank))
     return changed(model, before), {name: one.detach() for name, one in model.named_parameters()}
 
 
@@ -176,7 +176,7 @@ def test_frozen_parameters_and_norms_stand_still_on_two_ranks() -> None:
 def test_epoch_keeps_frozen_norms_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resnet()
     freeze(model, ["layer1.*"])
-    training = make_state(model)
+    state = make_state(model)
 
     class Empty:
         state: Any = {"epoch": 0, "step": 0}  # noqa: RUF012
@@ -193,7 +193,7 @@ def test_epoch_keeps_frozen_norms_in_eval_mode(monkeypatch: pytest.MonkeyPatch) 
             yield random_batch(4)
 
     model.eval()
-    loop.train_epoch(training, Empty(), seed=0, rank=0, after_step=lambda *_: None)  # type: ignore[arg-type]
+    loop.train_epoch(state, Empty(), seed=0, rank=0, after_step=lambda *_: None)  # type: ignore[arg-type]
     assert not model.network.layer1[0].bn1.training
     assert model.network.layer1.training
-    assert training.device == CPU
+    assert state.device == CPU

@@ -33,7 +33,7 @@ def guarded(optimizer: dict[str, Any] | None = None, **settings: Any) -> TrainSt
     return make_state(small_net(), optimizer, on_nonfinite="skip", **settings)
 
 
-def bad_step(training: TrainState, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
+def bad_step(state: TrainState, batch: Batch, value: float = float("nan"), *, update: bool = True) -> None:
     """Train a step whose first layer yields `value` once, which reaches the loss and batch norm statistics."""
 
     def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -41,74 +41,74 @@ def bad_step(training: TrainState, batch: Batch, value: float = float("nan"), *,
         output[0, 0, 0, 0] = value
         return output
 
-    handle = training.network.stem.register_forward_hook(spoil)  # type: ignore[operator,union-attr]
-    train_step(training, batch, optimizer_step=update)
+    handle = state.network.stem.register_forward_hook(spoil)  # type: ignore[operator,union-attr]
+    train_step(state, batch, optimizer_step=update)
     handle.remove()
 
 
-def state_of(training: TrainState) -> dict[str, torch.Tensor]:
+def state_of(state: TrainState) -> dict[str, torch.Tensor]:
     counts = {"num_batches_tracked"}  # counts the batches that were seen
-    state = training.network.state_dict()
-    return {name: value.clone() for name, value in state.items() if name.split(".")[-1] not in counts}
+    tensors = state.network.state_dict()
+    return {name: value.clone() for name, value in tensors.items() if name.split(".")[-1] not in counts}
 
 
 @BY_NAME
 @pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 0.1}], ids=str)
 def test_a_bad_update_leaves_no_trace(optimizer: dict[str, Any], settings: dict[str, Any]) -> None:
-    training, other = guarded(optimizer, **settings), guarded(optimizer, **settings)
+    state, other = guarded(optimizer, **settings), guarded(optimizer, **settings)
     batches = [random_batch(8, seed=seed, classes=12) for seed in range(4)]
     for number, batch in enumerate(batches):
         torch.manual_seed(number)
-        train_step(training, batch)
+        train_step(state, batch)
         torch.manual_seed(number)
         train_step(other, batch)
         if number == 1:
-            before = state_of(training)
-            bad_step(training, random_batch(8, seed=9, classes=12))
-            assert all(torch.equal(value, before[name]) for name, value in state_of(training).items())
-    ours, theirs = state_of(training), state_of(other)
+            before = state_of(state)
+            bad_step(state, random_batch(8, seed=9, classes=12))
+            assert all(torch.equal(value, before[name]) for name, value in state_of(state).items())
+    ours, theirs = state_of(state), state_of(other)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert torch.equal(training.sums, other.sums)
-    assert training.guard is not None
-    assert float(training.guard.skipped) == 1
+    assert torch.equal(state.sums, other.sums)
+    assert state.guard is not None
+    assert float(state.guard.skipped) == 1
 
 
 @BY_NAME
 def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any]) -> None:
     ours, plain = guarded(optimizer), make_state(small_net(), optimizer)
     for seed in range(3):
-        for training in (ours, plain):
+        for state in (ours, plain):
             torch.manual_seed(seed)
-            train_step(training, random_batch(8, seed=seed, classes=12))
+            train_step(state, random_batch(8, seed=seed, classes=12))
     pairs = zip(ours.network.state_dict().values(), plain.network.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(ours.sums, plain.sums)
 
 
 def test_without_guard_bad_batch_corrupts_weights() -> None:
-    training = make_state(small_net())
-    bad_step(training, random_batch(8, classes=12))
-    assert not training.network.state_dict()["norm.running_mean"].isfinite().all()
-    assert not training.network.state_dict()["head.weight"].isfinite().all()
+    state = make_state(small_net())
+    bad_step(state, random_batch(8, classes=12))
+    assert not state.network.state_dict()["norm.running_mean"].isfinite().all()
+    assert not state.network.state_dict()["head.weight"].isfinite().all()
 
 
 def test_step_with_one_bad_micro_step_is_skipped() -> None:
-    training = guarded(accumulation_steps=2)
-    before = state_of(training)
-    bad_step(training, random_batch(8, classes=12), update=False)
-    train_step(training, random_batch(8, seed=1, classes=12))
-    assert all(torch.equal(value, before[name]) for name, value in state_of(training).items())
-    assert float(training.sums[2]) == 8  # of the good pass alone
+    state = guarded(accumulation_steps=2)
+    before = state_of(state)
+    bad_step(state, random_batch(8, classes=12), update=False)
+    train_step(state, random_batch(8, seed=1, classes=12))
+    assert all(torch.equal(value, before[name]) for name, value in state_of(state).items())
+    assert float(state.sums[2]) == 8  # of the good pass alone
 
 
 def test_fp16_leaves_out_what_its_scaler_does() -> None:
-    training = guarded(amp="fp16")
-    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**60})
-    before = state_of(training)
-    train_step(training, random_batch(8, classes=12))
-    assert torch.equal(state_of(training)["head.weight"], before["head.weight"])
-    assert training.guard is not None
-    assert float(training.guard.skipped) == 1
+    state = guarded(amp="fp16")
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**60})
+    before = state_of(state)
+    train_step(state, random_batch(8, classes=12))
+    assert torch.equal(state_of(state)["head.weight"], before["head.weight"])
+    assert state.guard is not None
+    assert float(state.guard.skipped) == 1
 
 
 def test_optimizer_that_needs_host_is_not_captured() -> None:

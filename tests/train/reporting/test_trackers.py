@@ -494,10 +494,10 @@ def test_collected_predictions_agree_with_the_evaluation(digits_run: Run) -> Non
     data = DataConfig(path=str(digits_run.data), batch_size=64)
     loader = build_eval_loader(data, device="cpu")
     with alone():
-        training = make_state(lenet())
-        counts, shown, logits = collect_predictions(training, loader, "none", 10)
-        result = evaluate(training, loader, 360)
-        all_logits = torch.cat([logits for logits, _ in predictions(training, loader)])
+        state = make_state(lenet())
+        counts, shown, logits = collect_predictions(state, loader, "none", 10)
+        result = evaluate(state, loader, 360)
+        all_logits = torch.cat([logits for logits, _ in predictions(state, loader)])
     assert counts.sum() == 360
     assert np.trace(counts) / 360 == pytest.approx(result.top1)
     images = torch.cat([batch.images.clone() for batch in loader])
