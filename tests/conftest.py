@@ -23,7 +23,7 @@ try:
 except ImportError:  # on a GPU machine without a package index, where the tests marked gpu still run
     pass
 else:
-    settings.register_profile("project", deadline=None, derandomize=True)  # a slow machine is no error
+    settings.register_profile("project", deadline=None, derandomize=True)  # a slow machine is not an error
     settings.load_profile("project")
 
 
@@ -45,7 +45,7 @@ _expected_faults: list[str] = []
 
 @pytest.fixture
 def failed_capture() -> None:
-    """Marks tests of a capture that must fail; the stand-in driver may report it."""
+    """Mark tests of a capture that must fail, which the stand-in driver may report."""
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def jpeg_copy(jpeg_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images beside the checkout; the test is skipped where it is missing."""
+    """The folder of real images beside the checkout; tests that need it are skipped without it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real images of {SHARED_DATA}")
     return SHARED_DATA
@@ -131,7 +131,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run train/ddp.py like its script, but in this process: (exit code, stdout, stderr)."""
+    """Run train/ddp.py like its script, but in this process; return (exit code, stdout, stderr)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(*command: str | Path) -> tuple[int, str, str]:

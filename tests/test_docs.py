@@ -26,7 +26,7 @@ CITED_MODULE = re.compile(r"python -m ((?:configs|models|pipelines|train|tools)[
 
 
 def commands(page: Path) -> list[str]:
-    """Return the indented lines and code spans that start one of our programs, without comments."""
+    """Return the indented lines and code spans that run one of our programs, without comments."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     return [shlex.join(shlex.split(found, comments=True)) for found in COMMAND.findall(text)]
 
@@ -41,7 +41,7 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
-    """Split a command into the module that it starts and that module's arguments."""
+    """Split a command into the module it runs and the arguments of that module."""
     words = shlex.split(command)
     place = next(number for number, word in enumerate(words) if re.match(r"(tools|train)/\w+\.py", word))
     module = words[place].removesuffix(".py").replace("/", ".")
@@ -49,7 +49,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     missing = []
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
         path = page.parent / target if target else page
@@ -106,7 +106,9 @@ def test_cited_tests_exist(page: Path) -> None:
 @pytest.mark.parametrize("target", ["train", "test-isa", "fuzz"])
 def test_targets_name_existing_files(target: str) -> None:
     dry = ["make", "--dry-run", "--no-print-directory", target, "PY=python3"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of an outer make
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # variables of an outer make
     shown = subprocess.run(dry, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     files = re.findall(rf"(?<=\s)(?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+", shown)
     assert [file for file in files if not (ROOT / file).exists()] == []
@@ -124,10 +126,10 @@ def test_imports_of_python_examples_work(page: Path) -> None:
 def test_commands_are_understood(command: str) -> None:
     name, arguments = arguments_of(command)
     module = importlib.import_module(name)
-    if command == "python tools/report.py":  # whose parser is inside of main
+    if command == "python tools/report.py":  # its parser is inside main
         return
     parse = module.parse_arguments if hasattr(module, "parse_arguments") else module.build_parser().parse_args
-    parse(arguments)  # ends the program if it refuses them
+    parse(arguments)  # exits if it refuses them
     configs = [Path(word) for word in arguments if word.startswith("configs/")]
     assert all((ROOT / config).is_file() for config in configs), configs
 

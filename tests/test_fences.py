@@ -61,7 +61,7 @@ MODULES = {".".join(source.with_suffix("").parts).removesuffix(".__init__"): sou
 
 
 def floor(module: str) -> tuple[int, str]:
-    """Return the number of a module's floor and the folder or module that FLOORS names there."""
+    """Return the number of a module's floor, and the folder or module by which FLOORS names it."""
     places = [(number, place) for number, places in enumerate(FLOORS) for place in places]
     return max((entry for entry in places if f"{module}.".startswith(f"{entry[1]}.")), key=lambda entry: len(entry[1]))
 
@@ -80,7 +80,7 @@ GRAPH = {module: project_imports(source) - {module} for module, source in MODULE
 
 
 def forbidden_imports(module: str, imports: set[str]) -> list[str]:
-    """Return those of a module's imports that the tables above forbid."""
+    """Return the imports of a module that the tables above forbid."""
     found = []
     for imported in sorted(imports):
         if imported in MODULES:

@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "accumulation": ("train.accumulation_steps=2", "train.clip_grad_norm=1.0", *PLAIN),
     "averages": ("train.ema.decay=0.9", "train.lookahead.every_steps=2", "eval.weights=ema", *PLAIN),
-    "skips non-finite updates": ("train.on_nonfinite=skip", *PLAIN),
+    "skips non-finite steps": ("train.on_nonfinite=skip", *PLAIN),
     "muon": ("train.optimizer.name=muon", *RESNET, *PLAIN),
     "plateau": ("train.schedule=plateau", *PLAIN),
     "test-time augmentation": ("eval.tta=flip-translate", "eval.crop_fraction=0.875", *PLAIN),
@@ -68,7 +68,7 @@ def jpeg_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the main function of a command in this process; return its output."""
+    """Run the main function of a command in this process, and return its output."""
 
     def call(main: Callable[[], Any], *command: object) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, command)])
@@ -116,7 +116,7 @@ def test_run_resumes_and_checkpoint_is_usable(
         ddp.main()
     assert f"resumed from {folder / 'last.pt'} at {middle}" in run(ddp.main, *command, "--resume", "auto")
     assert "over 360 samples" in run(ddp.main, *command, "--resume", folder / "best.pt", "--eval")
-    if not IS_STAND_IN:  # where steps take no time
+    if not IS_STAND_IN:  # on which steps take no time
         run(ddp.main, *command, "--throughput")
     run(predict.main, "--checkpoint", folder, "--split", "val", "--tta", "flip", "--out", tmp_path / "predictions")
     assert (tmp_path / "predictions" / "predictions.npz").is_file()

@@ -1,4 +1,4 @@
-"""Shards that change during a run: it names the shard and stops, or continues with the opened bytes."""
+"""Shards that change during a run: the run names the shard and stops, or continues with the opened bytes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def changed_under_a_run(
 
 
 def check_run_under_change(source: Path, tmp_path: Path, split: str, change: Any, chance: random.Random) -> None:
-    """The run ends as expected, and its checkpoint continues like that of a run with unchanged shards."""
+    """Check that the run ends as expected, and that its checkpoint continues like one with unchanged shards."""
     data, output = tmp_path / "digits", tmp_path / "out"
     shutil.copytree(source, data)
     result = changed_under_a_run(data, output, split, change, chance)
@@ -119,7 +119,7 @@ def check_run_under_change(source: Path, tmp_path: Path, split: str, change: Any
 
 
 def check_that_nothing_changed_was_saved(source: Path, tmp_path: Path) -> None:
-    """The last checkpoint equals that of a run on intact shards that stops at the same position."""
+    """Check that the last checkpoint equals that of a run on intact shards that stops at the same position."""
     ours = store.load(tmp_path / "out" / "digits_lenet" / "last.pt")
     arguments = ["--cfg", DIGITS, "--data-path", source, "--output", tmp_path / "sound", "--opts", *OPTS]
     run_here(*arguments, f"train.epochs={LONG}", stop_at=ours["position"])
@@ -136,7 +136,7 @@ def test_run_names_its_truncated_shard(digits: dict[str, Path], tmp_path: Path, 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("change", [*ENDS, *GOES_ON])
 @BOTH
-def test_runs_whose_shards_are_changed_at_random_instants(
+def test_runs_with_shards_changed_at_random_times(
     encoding: str, change: Any, split: str, digits: dict[str, Path], tmp_path: Path, chance: random.Random
 ) -> None:
     check_run_under_change(digits[encoding], tmp_path, split, change, chance)
@@ -146,10 +146,10 @@ def test_runs_whose_shards_are_changed_at_random_instants(
 
 @BOTH
 @pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.campaign)])
-def test_a_loader_survives_cuts_at_random_places_and_instants(
+def test_loader_survives_truncations_at_random_places_and_times(
     count: int, encoding: str, tmp_path: Path, chance: random.Random, request: pytest.FixtureRequest
 ) -> None:
-    """Train in this process, which a signal would end."""
+    """Train in this process, which SIGBUS would end."""
     for number in range(count):
         folder = Path(shutil.copytree(request.getfixturevalue(f"{encoding}_data"), tmp_path / str(number)))
         loader = train(folder, 8, image_size=32, placement="host", threads=2)

@@ -1,4 +1,4 @@
-"""Killed runs, damaged checkpoints, changed settings and full disks: nothing is lost or silently different."""
+"""Killed runs, damaged checkpoints, changed settings and full disks: nothing is lost or silently changed."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def steps_of(position: tuple[int, int]) -> int:
 # Kills
 
 
-def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path) -> None:
+def kill_repeatedly(kills: int, data: Path, unbroken: Path, tmp_path: Path) -> None:
     """Kill and resume runs `kills` times, and compare their ends with the uninterrupted run.
 
-    Half of the kills come at any instant, the others while a checkpoint is being written.
+    Half of the kills come at any time, the others while a checkpoint is being written.
     """
     instants = seeded()
     done = in_saves = chains = 0
@@ -109,9 +109,9 @@ def kill_again_and_again(kills: int, data: Path, unbroken: Path, tmp_path: Path)
             done += 1
             in_saves += waits_for_a_save and is_being_written(folder)  # otherwise the file may be from an earlier kill
             if has_checkpoint(folder):
-                position = saved_position(folder)  # it was loaded
+                position = saved_position(folder)  # it could be loaded
                 assert position >= stood
-                assert last_step(notes) - steps_of(position) <= 2 * every  # with the save in progress
+                assert last_step(notes) - steps_of(position) <= 2 * every  # including the save in progress
                 stood = position
             else:
                 assert stood == (-1, 0)
@@ -152,12 +152,12 @@ def last_step(notes: Path) -> int:
 
 
 def test_repeatedly_killed_run_ends_like_the_unbroken_one(fault_digits: Path, unbroken: Path, tmp_path: Path) -> None:
-    kill_again_and_again(2, fault_digits, unbroken, tmp_path)
+    kill_repeatedly(2, fault_digits, unbroken, tmp_path)
 
 
 @pytest.mark.campaign
-def test_fifty_kills_at_any_instant_lose_nothing(fault_digits: Path, unbroken: Path, tmp_path: Path) -> None:
-    kill_again_and_again(50, fault_digits, unbroken, tmp_path)
+def test_fifty_kills_at_any_time_lose_nothing(fault_digits: Path, unbroken: Path, tmp_path: Path) -> None:
+    kill_repeatedly(50, fault_digits, unbroken, tmp_path)
 
 
 # Damage
@@ -285,7 +285,7 @@ def assert_ended_by(reason: str, code: int | None, folder: Path, notes: Path) ->
 
 def test_exceeded_quota_is_one_error_and_the_run_resumes(interrupted: Path, fault_digits: Path, unbroken: Path) -> None:
     command, notes = arguments(fault_digits, interrupted.parent), interrupted.parent / "notes"
-    store.recover_interrupted_save(interrupted)  # like the next run: the kill may have interrupted a save
+    store.recover_interrupted_save(interrupted)  # as the next run would: the kill may have interrupted a save
     before = {path.name: path.read_bytes() for path in interrupted.glob("*.pt")}
     code = run(command, notes, largest=300_000)  # bytes, a third of a checkpoint
     assert_ended_by("File too large", code, interrupted, notes)

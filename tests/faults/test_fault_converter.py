@@ -69,19 +69,19 @@ def unbroken(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFa
     return convert_once
 
 
-def kill_and_go_on(
+def kill_and_rerun(
     conversion: Conversion, expected: tuple[Contents, float], tmp_path: Path, kills: int, *, worker_only: bool
 ) -> None:
-    """Repeat: new folder, one kill at a random time, the same command again, comparison."""
+    """Repeat in new folders: kill once at a random time, run the same command again, compare."""
     chance, whole = seeded(), 0
     for number in range(kills):
         out = tmp_path / f"out{number}"
         process = start(conversion.command(out))
         wait_for((out / ".spool").exists, process)
-        if not worker_only or chance.random() < 0.7:  # else at once: a worker that has just started
+        if not worker_only or chance.random() < 0.7:  # otherwise kill a worker that has just started
             time.sleep(chance.uniform(0, expected[1]))
         if worker_only:
-            wait_for(lambda: bool(workers_of(process)), process)  # noqa: B023 - used at once
+            wait_for(lambda: bool(workers_of(process)), process)  # noqa: B023 - called immediately
             for pid in chance.sample(workers := workers_of(process), min(1, len(workers))):
                 os.kill(pid, signal.SIGKILL)
             error = said(process.communicate(timeout=60)[1])
@@ -103,16 +103,16 @@ def kill_and_go_on(
 @pytest.mark.parametrize("worker_only", [False, True], ids=["group", "worker"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.campaign
-def test_twenty_kills_at_random_instants_change_no_byte(
+def test_twenty_kills_at_random_times_change_no_byte(
     sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, worker_only: bool, tmp_path: Path
 ) -> None:
-    kill_and_go_on(sources[encoding], unbroken(encoding), tmp_path, 20, worker_only=worker_only)
+    kill_and_rerun(sources[encoding], unbroken(encoding), tmp_path, 20, worker_only=worker_only)
 
 
-def test_a_kill_at_a_random_instant_changes_no_byte(
+def test_one_kill_at_a_random_time_changes_no_byte(
     sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
 ) -> None:
-    kill_and_go_on(sources["npy"], unbroken("npy"), tmp_path, 1, worker_only=False)
+    kill_and_rerun(sources["npy"], unbroken("npy"), tmp_path, 1, worker_only=False)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_stopped_conversion_prints_one_line_and_can_resume(
     assert contents(out) == unbroken("npy")[0]
 
 
-def fill_and_go_on(conversion: Conversion, expected: Contents, tmp_path: Path, room_kib: int) -> bool:
-    """Convert into a file system of `room_kib`, then of enough; returns whether the first was too small.
+def fill_and_rerun(conversion: Conversion, expected: Contents, tmp_path: Path, room_kib: int) -> bool:
+    """Convert into a file system of `room_kib`, then into a larger one; return True if the first was too small.
 
-    Its free space is looked up before a conversion begins, so that this runs as it would where others fill the disk.
+    The converter sees the free space of another file system, as if other programs filled the disk after its check.
     """
     blind = (
         "import shutil, sys; usage = shutil.disk_usage(sys.argv.pop(1)); shutil.disk_usage = lambda _: usage; "
@@ -170,13 +170,13 @@ def fill_and_go_on(conversion: Conversion, expected: Contents, tmp_path: Path, r
 @needs_mount
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.campaign
-def test_a_disk_full_at_twenty_places_loses_nothing(
+def test_disk_full_at_twenty_places_loses_nothing(
     sources: dict[str, Conversion], unbroken: Unbroken, encoding: str, tmp_path: Path
 ) -> None:
     expected, chance = unbroken(encoding)[0], seeded()
     size_kib = sum(map(len, expected.values())) >> 10
     full = sum(
-        fill_and_go_on(sources[encoding], expected, tmp_path, chance.randrange(100, size_kib)) for _ in range(20)
+        fill_and_rerun(sources[encoding], expected, tmp_path, chance.randrange(100, size_kib)) for _ in range(20)
     )
     assert full == 20
 
@@ -196,7 +196,7 @@ def test_file_size_limit_loses_nothing(sources: dict[str, Conversion], unbroken:
 
 
 @needs_mount
-def test_a_read_only_folder_is_one_sentence(sources: dict[str, Conversion], tmp_path: Path) -> None:
+def test_read_only_folder_is_one_error_message(sources: dict[str, Conversion], tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "begun" / ".spool").mkdir(parents=True)
     mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 99; shift; exec "$@"'
@@ -211,7 +211,7 @@ def test_a_read_only_folder_is_one_sentence(sources: dict[str, Conversion], tmp_
 
 
 @pytest.mark.parametrize(("encoding", "number"), [("npy", errno.EDQUOT), ("jpeg", errno.EIO)])
-def test_an_error_at_any_flush_or_rename_loses_nothing(
+def test_error_at_any_flush_or_rename_loses_nothing(
     encoding: str, number: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fail repeatedly, each time some calls later, like a quota that is used up."""
@@ -243,7 +243,7 @@ def test_an_error_at_any_flush_or_rename_loses_nothing(
     assert contents(out) == expected
 
 
-def test_a_quota_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exceeded_quota_is_one_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 

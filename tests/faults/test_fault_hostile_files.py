@@ -1,5 +1,5 @@
-"""Malicious files through the commands that users type: no code of theirs runs, nothing outside of them is read or
-written, memory and time stay bounded, and each gets one sentence. See helpers/hostile.py for how each is made.
+"""Malicious files through the commands that users type: their code never runs, nothing outside of them is read or
+written, memory and time stay bounded, and each yields one error message. See helpers/hostile.py for how each is made.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_tiny_pickle_cannot_exhaust_memory_of_a_process(scene: Scene) -> None:
     scene.check_refused(*bounded(command, 200, 20, scene.folder))
 
 
-def test_batch_file_linked_from_elsewhere_is_not_read(scene: Scene) -> None:
+def test_batch_file_that_is_a_link_elsewhere_is_not_read(scene: Scene) -> None:
     source = write_cifar10(scene.folder)
     scene.secret.write_text(f"I{SECRET}\n.")  # an error of pickle would show its first line
     (source / "data_batch_2").unlink()
@@ -147,7 +147,7 @@ def test_batch_file_linked_from_elsewhere_is_not_read(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["../../", "/", "cifar-10-batches-py/../../../"])
-def test_names_in_an_archive_lead_nowhere(scene: Scene, prefix: str) -> None:
+def test_archive_names_cannot_leave_the_folder(scene: Scene, prefix: str) -> None:
     archive = escaping_archive(scene.folder / "x.tar.gz", write_cifar10(scene.folder / "made"), prefix)
     before = {*scene.folder.rglob("*"), *scene.folder.parent.iterdir()}
     code, _, error = scene.convert("cifar10", "--source", archive)
@@ -165,14 +165,14 @@ def test_only_regular_files_of_an_archive_are_batches(scene: Scene, kind: bytes)
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_SPARSE])
-def test_headers_that_claim_gigabytes_take_none(scene: Scene, kind: bytes) -> None:
+def test_headers_that_claim_gigabytes_use_little_memory(scene: Scene, kind: bytes) -> None:
     archive = claiming_archive(scene.folder / "x.tar.gz", kind, 8 << 30)
     code, out, error = scene.convert("cifar10", "--source", archive)
     scene.check_refused(code, out, error)
     assert "is not a complete .tar.gz archive" in error
 
 
-def test_an_archive_that_inflates_without_end_is_left_early(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endlessly_inflating_archive_is_abandoned_early(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar, "MAX_ARCHIVE_BYTES", 20 << 20)
     archive = inflating_archive(scene.folder / "x.tar.gz", 30)
     assert archive.stat().st_size < 100_000
@@ -181,26 +181,26 @@ def test_an_archive_that_inflates_without_end_is_left_early(scene: Scene, monkey
     assert "it inflates to more than 20,971,520 bytes" in error
 
 
-def test_a_nested_chain_of_long_names_ends(scene: Scene) -> None:
+def test_nested_chain_of_long_names_ends(scene: Scene) -> None:
     members = {tarfile.TarInfo("x" * 101): b"" for _ in range(3000)}
     archive = archive_of(scene.folder / "x.tar.gz", members)
     scene.check_refused(*scene.convert("cifar10", "--source", archive))
 
 
 @pytest.mark.parametrize("name", HDF5_IMAGES)
-def test_hdf5_images_from_elsewhere_or_too_large_are_refused(scene: Scene, name: str) -> None:
+def test_hdf5_images_outside_the_file_or_too_large_are_refused(scene: Scene, name: str) -> None:
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES[name], scene.secret)
     scene.check_refused(*scene.convert("hdf5", "--source", source))
 
 
-def test_a_chunk_that_inflates_to_gigabytes_stays_within_bounds(scene: Scene) -> None:
+def test_chunk_that_inflates_to_gigabytes_stays_within_bounds(scene: Scene) -> None:
     source = hdf5_with(scene.folder / "x.hdf5", inflating_images, scene.secret)
     command = script("hdf5", "--source", source, "--out", scene.folder / "out")
     scene.check_refused(*bounded(command, 600, 20, scene.folder))
 
 
 def test_hdf5_loads_no_plugin(scene: Scene) -> None:
-    """No plugin is loaded even if the environment names a folder of them."""
+    """No plugin is loaded even if the environment names a folder with plugins."""
     source = hdf5_with(scene.folder / "x.hdf5", HDF5_IMAGES["own_filter"], scene.secret)
     code = (
         "import sys, h5py; from pathlib import Path; from configs.utils.errors import UserError\n"
@@ -295,7 +295,7 @@ def test_decompression_bombs_are_quarantined_within_memory_bounds(scene: Scene) 
     scene.check_harmless(out, error)
 
 
-def test_control_characters_of_names_do_not_reach_the_terminal(scene: Scene) -> None:
+def test_control_characters_in_names_do_not_reach_the_terminal(scene: Scene) -> None:
     source = photos(scene.folder / "photos\x1b[31m")
     for name in (b"red\x1b[31m\n.jpg", b"\xff\xfe.jpg", b"\xc2\x9b31m.jpg", "\u202egpj.jpg".encode(), b"\x1b.txt"):
         Path(os.fsdecode(os.fsencode(source / "train/cat") + b"/" + name)).write_bytes(b"garbage")
@@ -311,7 +311,7 @@ def test_control_characters_of_names_do_not_reach_the_terminal(scene: Scene) -> 
 
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\x9b2J", "\u202e"])
-def test_classes_whose_names_hold_control_characters_are_refused(scene: Scene, name: str) -> None:
+def test_class_names_with_control_characters_are_refused(scene: Scene, name: str) -> None:
     source = photos(scene.folder / "photos")
     for split in ("train", "val"):
         (source / split / name).mkdir()
@@ -364,7 +364,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_config_runs_code_reads_elsewhere_or_takes_forever(
+def test_no_config_runs_code_reads_other_files_or_hangs(
     scene: Scene, name: str, call: Call, npy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = scene.folder / "configs"

@@ -1,4 +1,4 @@
-"""Two machines: torchrun agents that meet through c10d on the loopback, one of which or whose rank is killed."""
+"""Two machines: torchrun agents that meet through c10d on the loopback; one agent or its rank is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.training import free_port
 from tools import convert
 
 EPOCHS = 3
-# Without this, a later agent waits in vain for the address of rank 0 (torch 2.15).
+# Without this, a later agent never receives the address of rank 0 (torch 2.15).
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 pytestmark = pytest.mark.campaign  # two agents and two ranks are started twice
@@ -65,7 +65,7 @@ def test_run_completes_after_a_machine_is_lost_and_returns(
             with Launch(tmp_path, other, command, **OWN_STORE) as third:
                 assert [first.wait(200), third.wait(200)] == [0, 0], first.printed + third.printed
     assert (tmp_path / NAME).is_dir()
-    assert not (tmp_path / f"{NAME}-2").exists()  # even if the new agent's ranks do not know of the earlier start
+    assert not (tmp_path / f"{NAME}-2").exists()  # although the new agent's ranks do not know of the earlier start
     assert_same_weights(tmp_path / NAME, unbroken)
 
 

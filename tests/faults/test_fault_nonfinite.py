@@ -1,4 +1,4 @@
-"""A loss that becomes nan: found within one log interval on all ranks, and the good checkpoint stays."""
+"""A loss that becomes nan is found within one log interval on all ranks, and the good checkpoint stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on damaged JPEGs: stopped naming the sample, or completed with reproducible results."""
+"""Whole runs on damaged JPEGs: they stop and name the sample, or complete with reproducible results."""
 
 from __future__ import annotations
 

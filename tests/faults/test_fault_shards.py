@@ -47,7 +47,7 @@ def folder(encoding: str, request: pytest.FixtureRequest) -> Path:
 
 @contextmanager
 def restored(file: Path) -> Iterator[bytearray]:
-    """The content of a file, which is what it was in the end."""
+    """Yield the content of a file, and restore the file at the end."""
     content = file.read_bytes()
     yield bytearray(content)
     file.write_bytes(content)
@@ -129,7 +129,7 @@ def swapped(first: Path, second: Path) -> None:
 
 
 @BOTH
-def test_shards_that_were_swapped_are_refused_by_name(encoding: str, folder: Path) -> None:
+def test_swapped_shards_are_refused_by_name(encoding: str, folder: Path) -> None:
     files = shards_of(folder)
     for number in range(len(files) - 1):
         for other in files[number + 1 :]:
@@ -173,7 +173,7 @@ def test_training_refuses_each_damage_before_writing_anything(digits: Path, tmp_
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("damage", ["cut", "header", "swapped"])
-def test_the_script_itself_refuses_damage(damage: str, digits: Path, tmp_path: Path) -> None:
+def test_script_refuses_damage(damage: str, digits: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(digits, tmp_path / "digits"))
     file = data / "digits-train-000000.tar"
     if damage == "cut":

@@ -12,7 +12,7 @@ from helpers.faults import command_with, run_to_its_end
 from helpers.training import DIGITS, ROOT, strict_lines
 from tools import convert
 
-EPOCHS, MORE = 10, 1.05  # memory after the last epoch against that after the second
+EPOCHS, MORE = 10, 1.05  # limit of memory after the last epoch, relative to the second
 LENET = ROOT / "configs" / "cifar10_lenet.yaml"
 
 
@@ -43,14 +43,14 @@ def soak(config: Path, data: Path, output: Path, *opts: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-def test_ten_epochs_on_digits_need_no_more_than_two(encoding: str, tmp_path: Path) -> None:
+def test_ten_epochs_on_digits_use_no_more_than_two(encoding: str, tmp_path: Path) -> None:
     assert convert.main(["digits", "--out", str(tmp_path / "data"), "--workers", "1", "--encoding", encoding]) == 0
     soak(DIGITS, tmp_path / "data", tmp_path / "output", "train.save_every_steps=7")
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
-def test_ten_epochs_on_cifar10_need_no_more_than_two(encoding: str, shared_data: Path, tmp_path: Path) -> None:
+def test_ten_epochs_on_cifar10_use_no_more_than_two(encoding: str, shared_data: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, shared_data / "unpack.py", tmp_path, "--only", "cifar10"], check=True)
     command = ["cifar10", "--source", str(tmp_path), "--out", str(tmp_path / "data"), "--encoding", encoding]
     assert convert.main(command) == 0

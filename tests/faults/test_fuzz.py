@@ -1,7 +1,7 @@
 """Reading any file succeeds or raises a one-line UserError, in bounded time and memory.
 
-Some examples of each kind in `make test`, always the same ones. `make fuzz` draws others for ZHU_FUZZ_MINUTES in all; a
-failure shows how to draw it again: ZHU_FUZZ_SEED for the round, and Hypothesis's own line for the example.
+`make test` draws a few examples of each kind, always the same ones. `make fuzz` draws others for ZHU_FUZZ_MINUTES in
+total. A failure shows how to repeat it: ZHU_FUZZ_SEED for the round, and Hypothesis's own line for the example.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def hold(read: Callable[[Any], None], example: Any) -> None:
         try:
             read(example)
         except UserError as error:
-            assert len(printable(str(error))) < 5_000  # noqa: PT017 - whatever else is raised fails by itself
+            assert len(printable(str(error))) < 5_000  # noqa: PT017 - any other exception fails by itself
 
 
-def hold_apart(read: Callable[[Any], None], example: Any) -> None:
+def run_isolated(read: Callable[[Any], None], example: Any) -> None:
     """Run an example in a forked process, whose death by a signal counts as a failure."""
     receiver, sender = os.pipe()
     pid = os.fork()
@@ -157,7 +157,7 @@ def run(target: Target, examples: int, round_seed: int | None) -> None:
     )
     @given(target.examples)
     def holds(example: Any) -> None:
-        (hold_apart if target.apart else hold)(target.read, example)
+        (run_isolated if target.apart else hold)(target.read, example)
 
     (holds if round_seed is None else seed(round_seed)(holds))()
 
@@ -168,7 +168,7 @@ def all_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_damaged_file_is_read_or_refused(all_targets: dict[str, Target], name: str) -> None:
+def test_damaged_file_is_read_or_refused(all_targets: dict[str, Target], name: str) -> None:
     assert set(NAMES) == all_targets.keys()
     run(all_targets[name], all_targets[name].quick, None)
 
@@ -194,6 +194,6 @@ def test_watchdog_ends_hanging_and_memory_hungry_targets(monkeypatch: pytest.Mon
     with pytest.raises(MemoryError):
         hold(lambda _: print(len(bytearray(2 << 30))), None)
     with pytest.raises(AssertionError, match="ended by SIGKILL"):
-        hold_apart(lambda _: os.kill(os.getpid(), signal.SIGKILL), None)
+        run_isolated(lambda _: os.kill(os.getpid(), signal.SIGKILL), None)
     with pytest.raises(AssertionError, match="KeyError: 'x'"):
-        hold_apart(lambda example: example["x"], {})
+        run_isolated(lambda example: example["x"], {})

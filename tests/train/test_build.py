@@ -21,7 +21,7 @@ from train.optim.param_groups import parameter_groups
 from train.optim.schedule import Timeline, learning_rate, scale_learning_rates
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
-CLASSES = {"cifar10": 10, "digits": 10}  # others have 200
+CLASSES = {"cifar10": 10, "digits": 10}  # all others have 200
 STORED = {"cifar10": 32, "digits": 32, "medium-imagenet-96": 96}
 PIXELS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -77,4 +77,4 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     assert state.notes == ("frozen: 2 of 10 tensors, 456 of 83,126 parameters",)
     assert (plain.ema, plain.lookahead, plain.proxy, plain.notes) == (None, None, None, ())
     for ours, theirs in zip(state.network.parameters(), plain.network.parameters(), strict=True):
-        assert torch.equal(ours, theirs)  # other parts draw after the network
+        assert torch.equal(ours, theirs)  # other parts draw random numbers after the network

@@ -1,4 +1,4 @@
-"""Whole runs of train/ddp.py, from command line to run directory, and refused input."""
+"""Whole runs of train/ddp.py, from command line to run folder, and refused input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def arguments(data: Path, output: Path, *opts: str) -> list[str | Path]:
 
 @pytest.fixture(scope="session")
 def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a finished one-process run of one of MODELS; read only."""
+    """Return the folder of a finished one-process run of one of MODELS; read only."""
     folders: dict[str, Path] = {}
 
     def run(model: str) -> Path:
@@ -109,7 +109,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
-    """Copy the run directory to a new output folder that may be written to."""
+    """Copy the run folder to a new output folder that may be modified."""
     target = tmp_path / "output" / folder.name
     target.mkdir(parents=True)
     for path in folder.iterdir():
@@ -120,7 +120,7 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
 # The run folder
 
 
-def test_a_run_leaves_config_log_metrics_curves_and_checkpoints(unbroken: Unbroken, digits: Path) -> None:
+def test_run_writes_config_log_metrics_curves_and_checkpoints(unbroken: Unbroken, digits: Path) -> None:
     folder = unbroken("lenet")
     checkpoints = {"last.pt", "previous.pt", "best.pt"}
     names = {"config.yaml", "facts.json", "lock", "log.txt", "metrics.jsonl", "curves.png", *checkpoints}
@@ -206,9 +206,7 @@ def saved_steps(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_run_killed_at_any_instant_resumes_bitwise(
-    model: str, unbroken: Unbroken, digits: Path, tmp_path: Path
-) -> None:
+def test_run_killed_at_any_time_resumes_bitwise(model: str, unbroken: Unbroken, digits: Path, tmp_path: Path) -> None:
     expected = unbroken(model)
     seed = time.time_ns()
     print(f"{seed=}")  # shown when the test fails
@@ -221,7 +219,7 @@ def test_run_killed_at_any_instant_resumes_bitwise(
         time.sleep(0.02)
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+    assert process.wait() == -signal.SIGKILL  # it was still running
     print(f"resumes after {saved_steps(folder)} steps")
 
     done = run_script(*command, "--resume", "auto")
@@ -236,7 +234,7 @@ def test_run_killed_at_any_instant_resumes_bitwise(
 
 @pytest.fixture(scope="session")
 def interrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run stopped after step 26, in its second epoch; to be copied."""
+    """The folder of a run stopped after step 26, in its second epoch; to be copied."""
 
     output = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
@@ -268,7 +266,7 @@ def test_two_processes_give_curves_of_one(digits: Path, tmp_path: Path, unbroken
     done = run_script(*arguments(digits, tmp_path, "data.batch_size=16"), processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
-    assert done.stdout.count("epoch 0:") == 1  # one rank talks
+    assert done.stdout.count("epoch 0:") == 1  # only one rank prints
     assert_same_curves(tmp_path / "digits_lenet", unbroken("lenet"))
 
 
@@ -278,7 +276,7 @@ def test_resume_from_file_or_folder_repeats_no_epoch(
 ) -> None:
     folder = copy_of(interrupted, tmp_path)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 1, "train_loss": 77}\n{"epoch": 1, "tra')  # as a kill between log and save leaves it
+        file.write('{"epoch": 1, "train_loss": 77}\n{"epoch": 1, "tra')  # left by a kill between log and save
     code, out, err = call(*arguments(digits, folder.parent), "--resume", folder / what)
     assert (code, err) == (0, "")
     assert f"resumed from {folder / (what or 'last.pt')} at" in out
@@ -405,7 +403,7 @@ def test_eval_prints_metrics_accuracy_and_writes_nothing(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_throughput_prints_images_per_second_and_makes_no_folder(
+def test_throughput_prints_images_per_second_and_creates_no_folder(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = partial(measure_images_per_s, warmup_steps=1, seconds=0.1)
@@ -452,17 +450,17 @@ def assert_refused(code: int, err: str, *fragments: str) -> None:
     ],
     ids=lambda value: "-".join(value).replace("/", "_")[:40] if isinstance(value, list) else None,
 )
-def test_bad_input_is_refused_before_run_directory(
+def test_bad_input_is_refused_before_creating_a_run_folder(
     options: list[str], fragments: list[str], digits: Path, tmp_path: Path, call: Call
 ) -> None:
     code, out, err = call(*arguments(digits, tmp_path / "output"), *options)
     assert_refused(code, err, *fragments)
     assert out == ""
     assert not (tmp_path / "output").exists()
-    assert not Path(LOCK_FILE).exists()  # of the folder that --resume . names
+    assert not Path(LOCK_FILE).exists()  # in the folder that --resume . names
 
 
-def test_a_damaged_checkpoint_is_refused_by_the_script_itself(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
+def test_script_refuses_a_damaged_checkpoint(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((unbroken("lenet") / "last.pt").read_bytes()[:-1000])
     done = run_script(*arguments(digits, tmp_path), "--resume", damaged)
@@ -483,7 +481,7 @@ def test_malformed_command_line_exits_with_2_and_usage(options: list[str], call:
 # W&B
 
 
-def test_training_ends_well_when_wandb_cannot_start(
+def test_run_completes_if_wandb_cannot_start(
     digits: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb")

@@ -30,7 +30,7 @@ from train.checkpoint.finetune import load_finetune
 from train.checkpoint.store import is_foreign, load, load_newest, save
 
 Call = Callable[..., tuple[int, str, str]]
-OUTPUTS = 200  # of the homework's LeNet, whatever its data set
+OUTPUTS = 200  # of the homework's LeNet, for any data set
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the homework's, of CIFAR-10
 
 
@@ -42,7 +42,7 @@ def write(tmp_path: Path) -> Write:
 
 @contextmanager
 def settings_class(name: str = "yacs.config") -> Iterator[type]:
-    """A class CfgNode of a module of this name, which cannot be imported afterwards."""
+    """Return a class CfgNode of a module with this name, which cannot be imported afterwards."""
 
     class CfgNode(dict):  # type: ignore[type-arg]
         def __init__(self, *arguments: Any) -> None:
@@ -106,7 +106,7 @@ def test_other_data_sets_use_imagenet_statistics_and_256(
     assert "by mean [0.4869, 0.4578, 0.4076] and std [0.2299, 0.2249, 0.2259]" in err  # (x / 256 - 0.485) / 0.229
 
 
-def test_a_run_starts_from_a_homework_checkpoint(write: Write, call: Call, npy_data: Path, tmp_path: Path) -> None:
+def test_run_starts_from_a_homework_checkpoint(write: Write, call: Call, npy_data: Path, tmp_path: Path) -> None:
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", lenet_of_200())
     code, _, err = call("--cfg", write(), "--data-path", npy_data, "--output", tmp_path / "out", "--opts",
                         "TRAIN.EPOCHS=1", f"model.pretrained={path}")  # fmt: skip
@@ -141,7 +141,7 @@ def test_other_commands_refuse_homework_checkpoint_with_advice(tmp_path: Path) -
             read()
 
 
-def test_an_archive_with_a_broken_name_is_no_checkpoint(tmp_path: Path) -> None:
+def test_archive_with_a_broken_name_is_not_a_checkpoint(tmp_path: Path) -> None:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("\u00e9\u00e9/data.pkl", b"x")
@@ -194,7 +194,7 @@ def test_pickled_module_is_refused_with_advice(tmp_path: Path) -> None:
             read_weights(tmp_path / "x.pth")
 
 
-def test_other_names_are_listed_and_equal_shapes_are_told(tmp_path: Path) -> None:
+def test_other_names_are_listed_and_equal_shapes_reported(tmp_path: Path) -> None:
     network, theirs = lenet_of_200(), {f"net.{n}": t for n, t in enumerate(lenet_of_200().state_dict().values())}
     with pytest.raises(UserError) as caught:
         copy_weights(network, theirs, (), "weights x.pth")

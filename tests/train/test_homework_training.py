@@ -22,7 +22,7 @@ from train.optim.factory import build_optimizer
 from train.optim.schedule import Timeline, learning_rate
 
 UPDATES = 5  # per epoch, in the tests of learning rates
-# As the homework's own files are written: the warm-up is longer than one epoch, one key comes twice, CIFAR-10 has 200
+# Like the homework's own files: the warm-up is longer than one epoch, one key comes twice, CIFAR-10 has 200
 # outputs, and OUTPUT may end in the model's name.
 LENET = {
     "AUG.COLOR_JITTER": 0.3, "AUG.RAND_AUGMENT": "rand-m5-n1",
@@ -45,7 +45,7 @@ ALEXNET = LENET | {
     "DATA.IMG_SIZE": 70, "MODEL.NAME": "alexnet", "TRAIN.OPTIMIZER.NAME": "adamw", "OUTPUT": "output/alexnet_cifar",
 }  # fmt: skip
 FILES = {"lenet": LENET, "alexnet": ALEXNET, "resnet18": RESNET}
-# What the homework's code does without each key.
+# The homework's defaults of missing keys.
 UNWRITTEN: dict[str, Any] = {
     "AUG.COLOR_JITTER": 0.4, "AUG.RAND_AUGMENT": "none", "DATA.BATCH_SIZE": 128, "DATA.DATASET": "cifar10",
     "DATA.IMG_SIZE": 224, "DATA.INTERPOLATION": "bilinear", "MODEL.DROP_RATE": None,
@@ -112,7 +112,9 @@ def test_missing_key_uses_homework_default_others_the_file(
 ) -> None:
     written = {key: value for key, value in FILES[file].items() if key != left_out}
     keys = UNWRITTEN | written
-    keys |= {key: min(keys[key], keys["TRAIN.LR"]) for key in ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR")}  # cut, with a note
+    keys |= {
+        key: min(keys[key], keys["TRAIN.LR"]) for key in ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR")
+    }  # reduced, with a note
     config = load_config(write(text_of(written)))
     (listed,) = [line for line in capsys.readouterr().err.splitlines() if "have the homework's defaults" in line]
     assert (f" {left_out}=" in listed) == (left_out not in not_read(keys))
@@ -176,7 +178,7 @@ def test_homework_rate_without_warm_up_falls_per_epoch(write: Write) -> None:
 
 
 def test_training_sees_the_whole_image_squashed(write: Write, jpeg_data: Path) -> None:
-    """The images have several shapes: the central square of most of them would be less than the whole."""
+    """The images have several shapes, so the central square would cut off parts of most."""
     config = load_config(write(text_of({"MODEL.NAME": "lenet", "DATA.IMG_SIZE": 32, "DATA.BATCH_SIZE": 16})),
                          ["aug.flip=0", "aug.color_jitter=0"], **{"data.path": str(jpeg_data)})  # fmt: skip
     squashed, central = (
@@ -189,7 +191,7 @@ def test_training_sees_the_whole_image_squashed(write: Write, jpeg_data: Path) -
     assert not torch.equal(squashed.images, central.images)
 
 
-def test_a_second_run_gets_a_folder_of_its_own(
+def test_second_run_gets_its_own_folder(
     write: Write, call: Callable[..., tuple[int, str, str]], npy_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out" / "lenet"
@@ -203,7 +205,7 @@ def test_a_second_run_gets_a_folder_of_its_own(
     assert sorted(entry.name for entry in out.parent.iterdir()) == ["lenet", "lenet-2"]
 
 
-def test_the_files_models_are_built_with_the_files_dropout(write: Write) -> None:
+def test_model_has_the_dropout_of_the_file(write: Write) -> None:
     for written, rates in ((0.1, {0.1}), (0.0, {0.0}), (None, {0.5})):
         keys = {key: value for key, value in (ALEXNET | {"MODEL.DROP_RATE": written}).items() if value is not None}
         with torch.device("meta"):

@@ -99,7 +99,7 @@ def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
 def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     state, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
     begun = {name: value.clone() for name, value in state.network.state_dict().items()}
-    state.needs_warmup = True  # as where something is compiled
+    state.needs_warmup = True  # like with a compiled step
     warm_up(state, loader, val_loader, "flip-translate")
     assert loader.state == {"epoch": 0, "step": 0}
     assert_equal_trees(state.network.state_dict(), begun)
@@ -204,7 +204,7 @@ def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
     return [p.detach().clone() for p in state.network.parameters()]
 
 
-def test_muon_and_whitening_equal_on_one_and_two_ranks(npy_data: Path) -> None:
+def test_muon_and_whitening_are_equal_on_one_and_two_ranks(npy_data: Path) -> None:
     alone_ = muon_on_ranks(Ranks(), npy_data)
     first, second = on_ranks(2, muon_on_ranks, npy_data)
     for one, two, three in zip(alone_, first, second, strict=True):

@@ -18,11 +18,11 @@ from pipelines import build_train_loader
 from train.checkpoint import store
 from train.engine.warm_up import check_image_sizes
 
-# Trained on the 360 digits of val, to be quick: 7 updates of 48 samples, or 15 of 24 in epochs 1 and 2.
+# Trained on the 360 digits of val, to be quick: 7 steps of 48 samples, or 15 of 24 in epochs 1 and 2.
 UPDATES = [7, 22, 37, 44]  # at the ends of the epochs
 STAGES = "[{{epoch: 1, image_size: 33, batch_size: {}}}, {{epoch: 3, image_size: 35, batch_size: {}}}]"
 PLAIN = ["train.warmup_epochs=0", "train.schedule=constant", "train.lr_batch_size=48"]
-# All that a run may keep beside its weights.
+# Everything that a run may keep beside its weights.
 EVERYTHING = [
     "train.warmup_epochs=0.5", "train.schedule=plateau", "train.schedule_options.metric=train_loss",
     "train.schedule_options.patience=0", "train.schedule_options.threshold=1", "train.schedule_options.rate=0.5",
@@ -34,7 +34,7 @@ RESULTS = ["train_loss", "val_loss", "ema_val_loss", "train_top1", "val_top1", "
 
 
 def arguments(data: Path, output: Path, *options: str, passes: int = 1, ranks: int = 1) -> list[str | Path]:
-    """Return arguments with the same global batches, however they are split."""
+    """Return arguments with the same global batches for any split into ranks and micro-steps."""
     batch = 48 // (passes * ranks)
     return ["--cfg", DIGITS, "--data-path", data, "--output", output, "--resume", "auto", "--opts",
             "data.train_split=val", "train.epochs=4", f"data.batch_size={batch}", f"train.accumulation_steps={passes}",
@@ -43,7 +43,7 @@ def arguments(data: Path, output: Path, *options: str, passes: int = 1, ranks: i
 
 @pytest.fixture(scope="module")
 def unbroken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run with EVERYTHING and two micro-steps per step; read only."""
+    """The folder of a finished run with EVERYTHING and two micro-steps per step; read only."""
     output = tmp_path_factory.mktemp("unbroken")
     run_here(*arguments(digits_run.data, output, *EVERYTHING, passes=2))
     return output / "digits_lenet"
@@ -51,7 +51,7 @@ def unbroken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of such a run stopped within a stage and an epoch; to be copied."""
+    """The output folder of such a run, stopped within a stage and an epoch; to be copied."""
     output = tmp_path_factory.mktemp("broken")
     at = {"epoch": 2, "step": 7}
     run_here(*arguments(digits_run.data, output, *EVERYTHING, passes=2), stop_at=at)
@@ -89,7 +89,7 @@ def test_run_interrupted_within_stage_resumes_bitwise(
     assert "epoch 2: images of 33 x 33 pixels" in log.partition("resumed")[2]
 
 
-def test_two_processes_go_on_with_the_same_global_batches(
+def test_two_processes_continue_with_the_same_global_batches(
     digits_run: Run, unbroken: Path, broken: Path, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(broken, tmp_path / "output"))
@@ -100,13 +100,13 @@ def test_two_processes_go_on_with_the_same_global_batches(
         assert {key: line[key] for key in RESULTS} == pytest.approx({key: other[key] for key in RESULTS}, rel=1e-3)
 
 
-def test_stages_after_the_last_epoch_are_remarked_upon(digits_run: Run, tmp_path: Path) -> None:
+def test_stages_after_the_last_epoch_trigger_warning(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path, *PLAIN, "train.epochs=2"))
     log = (tmp_path / "digits_lenet" / "log.txt").read_text()
     assert "data.stages from epoch 3 on are not reached with train.epochs=2\n" in log
 
 
-def test_unsupported_image_size_is_refused_before_run_directory(digits_run: Run, tmp_path: Path) -> None:
+def test_unsupported_image_size_is_refused_before_creating_a_run_folder(digits_run: Run, tmp_path: Path) -> None:
     for option in ("data.stages=[{epoch: 1, image_size: 40}]", "data.image_size=40"):
         with pytest.raises(UserError) as error:
             run_here(*arguments(digits_run.data, tmp_path, option, "eval.image_size=32"))
@@ -123,7 +123,7 @@ def test_fixed_size_timm_model_is_refused_unless_dynamic(is_for_more: bool, digi
         shape: dict[str, Any] = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
         state = make_state(build_model("timm/test_vit", 10, **shape, dynamic_img_size=is_for_more))
         loader = build_train_loader(data, device=device)
-        check_image_sizes(state, loader, built_for=48)  # is not tried
+        check_image_sizes(state, loader, built_for=48)  # no check at the size of the evaluation
         if is_for_more:
             check_image_sizes(state, loader, built_for=32)
         else:

@@ -34,7 +34,7 @@ def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1)
 
 
 def throughput(ranks: Ranks, data: Path) -> int:
-    """Return the number of measured batches. Clocks run fast, and at another speed on each rank."""
+    """Return the number of measured batches. The clocks run fast, and at a different speed on each rank."""
     batches = 0
 
     def count(*_: Any) -> None:

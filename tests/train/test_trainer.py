@@ -16,7 +16,7 @@ from train.optim.nonfinite import NonFiniteError
 
 def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
     """Return the fields of a Trainer that `_rewind` reads."""
-    saving = SimpleNamespace(newest=newest, steps=steps, wait=lambda: written.append("stands"))
+    saving = SimpleNamespace(newest=newest, steps=steps, wait=lambda: written.append("saved"))
     return SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(on_nonfinite="stop", lr=0.1)), progress={}, saving=saving
     )
@@ -36,6 +36,6 @@ def test_rewind_error_names_existing_checkpoint_or_none(
     written: list[str] = []
     with alone(), pytest.raises(UserError) as error:
         trainer._rewind(run_with(newest, steps, written), NonFiniteError("the loss is", 31, 40))
-    assert written == ["stands"]
+    assert written == ["saved"]
     assert str(error.value).startswith(f"the loss is not finite in steps 31 to 40; {last_good}; lower train.lr=0.1, ")
     assert str(error.value).endswith(f" or {advice}, which skips these steps")

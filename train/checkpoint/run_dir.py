@@ -115,7 +115,7 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
 
 
 def is_explicit_checkpoint(resume: str | None) -> bool:
-    """Return True if --resume names a single checkpoint. last.pt stands for its run."""
+    """Return True if --resume names a single checkpoint. last.pt refers to its run."""
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
 

@@ -111,7 +111,7 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Return a cosine up to lr over a share `peak` of the steps and down again: torch's OneCycleLR, arXiv:1708.07120."""
+    """Return a cosine that peaks at lr after a share `peak` of the steps: OneCycleLR of torch, arXiv:1708.07120."""
     options = config.schedule_options
     lowest = config.lr / options.div_factor
     top = options.peak * steps - 1

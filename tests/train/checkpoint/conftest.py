@@ -15,7 +15,7 @@ from train.checkpoint import store
 
 @pytest.fixture
 def group_unless_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A process group of one rank, except for tests on a GPU."""
+    """Create a process group of one rank, except for tests on a GPU."""
     with nullcontext() if request.node.get_closest_marker("gpu") else alone():
         yield
 

@@ -331,7 +331,7 @@ def test_head_of_timm_model_is_its_classifier(tmp_path: Path) -> None:
         assert note.endswith(f"; new: {head}.weight, {head}.bias")
 
 
-def test_misfits_outside_the_head_are_named_and_nothing_loads(tmp_path: Path) -> None:
+def test_misfits_outside_the_head_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     theirs, ours = (build_model("resnet18", 4, width=width, mean=[0.5] * 3, std=[0.5] * 3) for width in (16, 32))
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(UserError, match=r"network.conv1.weight is \[16, 3, 3, 3\] there and \[32, 3, 3, 3\] here"):

@@ -44,7 +44,7 @@ def test_truncated_checkpoint_is_a_user_error(intact: Path, tmp_path: Path) -> N
 
 def test_any_flipped_bit_is_a_user_error(intact: Path, tmp_path: Path) -> None:
     whole, flipped, places = intact.read_bytes(), tmp_path / "flipped.pt", random.Random(0)
-    tables = len(whole) - 6000  # of the archive: a bit there once made torch.load return uninitialized memory
+    tables = len(whole) - 6000  # archive tables: a flipped bit there once made torch.load return uninitialized memory
     manifest = whole.rindex(b"\n", 0, -1)
     for start in [0] * 30 + [tables] * 30 + [manifest] * 60:
         content = bytearray(whole)
@@ -173,7 +173,7 @@ def test_foreign_file_is_a_user_error_of_one_line(kind: str, checksum: bool, tmp
     with pytest.raises(UserError, match=r"foreign\.pt") as error:
         store.load(path)
     assert len(str(error.value).splitlines()) == 1
-    assert "weights_only" not in str(error.value)  # no advice to load it unsafely
+    assert "weights_only" not in str(error.value)  # gives no advice to load it unsafely
 
 
 @pytest.mark.parametrize("name", ["missing.pt", ""])
@@ -207,7 +207,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(kind: str, tmp_path: Path) 
 
 
 def repacked(content: dict[str, Any], **more: Any) -> bytes:
-    """Save like torch.save, but with other options of zipfile, and more records."""
+    """Save like torch.save, but with other zipfile options and more records."""
     buffer, repacked = io.BytesIO(), io.BytesIO()
     torch.save(content, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(repacked, "w", **more) as target:

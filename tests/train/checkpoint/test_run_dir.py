@@ -99,7 +99,7 @@ def test_only_the_name_of_a_config_is_read(text: str, config: Config, tmp_path: 
         (folder / "config.yaml").write_bytes(text.encode("latin1"))
     is_ours = text.startswith("name: net\n")
     assert resolve_resume(config, "auto")[0] == (folder if is_ours else tmp_path / "net")
-    (folder / "lock").touch()  # as `lock_run_dir` makes it
+    (folder / "lock").touch()  # like that of `lock_run_dir`
     assert resolve_resume(config, "auto")[0] == folder
 
 
@@ -130,7 +130,7 @@ def test_run_with_only_best_checkpoint_resumes_from_it(config: Config, tmp_path:
     folder = make(tmp_path / "net", "best.pt", config=config)
     for resume in ("auto", str(folder), str(folder / "best.pt")):
         assert resolve_resume(config, resume) == (folder, (folder / "best.pt",))
-    assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # named, but missing
+    assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # explicit, but missing
 
 
 def test_auto_uses_previous_checkpoint_if_last_is_missing(config: Config, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_failed_save_is_one_error_and_changes_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*before, "previous.pt"}
 
 
-def test_failed_first_save_says_there_is_no_earlier(tmp_path: Path) -> None:
+def test_failed_first_save_says_no_earlier_checkpoint_exists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(No such file or directory\); there is no earlier one: "):
         store.write(tmp_path / "missing" / "last.pt", {"format": 1})
 
@@ -163,7 +163,7 @@ def test_newest_intact_checkpoint_survives_interrupted_save(
                 store.recover_interrupted_save(recovered)
                 kept = [epoch_of(path) for path in sorted(recovered.iterdir())]  # last.pt before previous.pt
                 assert len(kept) >= len(epochs)
-                assert kept == [epochs[0] - back for back in range(len(kept))]  # no gap between them
+                assert kept == [epochs[0] - back for back in range(len(kept))]  # without a gap
                 store.write_last(folder, numbered(before))  # leftovers do not matter
             else:
                 assert place > 2

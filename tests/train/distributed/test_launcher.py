@@ -1,4 +1,4 @@
-"""One bad rank, all ranks know: exit codes and what is printed, in groups of real processes."""
+"""A failing rank ends all ranks: exit codes and output, in groups of real processes."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 failed while others were starting, and torchrun stopped these meanwhile."""
+    """Rank 0 failed while others were starting, and torchrun stopped them meanwhile."""
 
     class NoRanks:
         def all_connected(self, timeout_s: float) -> bool:

@@ -34,7 +34,7 @@ def gradients(**settings: Any) -> dict[str, Tensor]:
 
 
 def clipped_unit_by_unit(weight: Tensor, gradient: Tensor, limit: float) -> Tensor:
-    """Equation 3 of arXiv:2102.06171 in float64, per row of weights and for a bias as a whole."""
+    """Clip by equation 3 of arXiv:2102.06171 in float64, per row of weights, and a bias as a whole."""
     rows = [(weight, gradient)] if weight.ndim <= 1 else list(zip(weight, gradient, strict=True))
     result = []
     for w, g in rows:
@@ -44,7 +44,7 @@ def clipped_unit_by_unit(weight: Tensor, gradient: Tensor, limit: float) -> Tens
     return result[0] if weight.ndim <= 1 else torch.stack(result)
 
 
-def test_every_element_is_cut_to_the_limit_by_value() -> None:
+def test_clipping_by_value_limits_every_element() -> None:
     plain = gradients()
     limit = float(plain["network.fc3.weight"].abs().median())
     for name, clipped in gradients(clip_grad_value=limit).items():
@@ -90,7 +90,7 @@ def test_float16_is_clipped_without_its_scale(settings: dict[str, float]) -> Non
 @pytest.mark.parametrize(
     "clipping", [{"clip_grad_norm": 0.1}, {"clip_grad_value": 1e-3}, {"clip_grad_adaptive": 0.01}], ids=str
 )
-def test_four_passes_of_64_samples_are_one_of_256(
+def test_four_micro_steps_of_64_equal_one_step_of_256(
     optimizer: str, lr: float, clipping: dict[str, float], npy_data: Path
 ) -> None:
     weights = []
@@ -103,10 +103,10 @@ def test_four_passes_of_64_samples_are_one_of_256(
         for _ in range(2):
             train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
         assert loader.state == {"epoch": 2, "step": 0}
-        assert len(loader) == 2 * passes  # four updates in all
+        assert len(loader) == 2 * passes  # four steps
         weights.append(state.network.state_dict())
     begun = lenet_of_12().state_dict()
-    assert max(float((weights[0][name] - begun[name]).abs().max()) for name in begun) > 1e-3  # it learned
+    assert max(float((weights[0][name] - begun[name]).abs().max()) for name in begun) > 1e-3  # it has learned
     for name, whole in weights[0].items():
         torch.testing.assert_close(weights[1][name], whole, rtol=0, atol=1e-6)
 

@@ -52,7 +52,7 @@ def test_fewer_threads_are_reduced_in_proportion(monkeypatch: pytest.MonkeyPatch
     assert torch.get_num_threads() == 1
 
 
-def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     cpu_settings.limit_threads(CPU)
@@ -60,7 +60,7 @@ def test_the_environment_fixes_the_number(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.get_num_threads() == 4
 
 
-def test_a_run_on_a_gpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_run_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_settings, "busy_cores", lambda: 4)
     cpu_settings.limit_threads(torch.device("cuda"))
     assert torch.get_num_threads() == 4
@@ -79,18 +79,18 @@ def test_resumed_run_keeps_its_number_of_threads(
     assert invalid_entry(content) is None
     restore_state(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
-    del content["threads"]  # as in a checkpoint of an earlier version
+    del content["threads"]  # from a checkpoint of an earlier version
     restore_state(first, content, tmp_path / "last.pt")
     assert torch.get_num_threads() == 1
     assert "keep" not in capsys.readouterr().err
     cpu_settings.restore_threads(2)
     assert "3.0 of 4 cores busy, and 2 threads are used, as when the run started" in capsys.readouterr().err
-    cpu_settings.restore_threads(64)  # of a larger machine
+    cpu_settings.restore_threads(64)  # from a larger machine
     assert torch.get_num_threads() == 4
     assert invalid_entry({**content, "threads": "4"}) == "threads"
 
 
-def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cores_of_this_process_count_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores 0 to 3 of eight are idle, half busy, busy and waiting for a disk. Other cores do not count."""
     core = [[10, 0, 0, 100, 0, 0, 0, 50, 9, 9] for _ in range(4)]
     changes = ((3, 10), (0, 5), (3, 5), (1, 8), (4, 10))  # column and clock ticks: idle, user, idle, nice, iowait
@@ -106,7 +106,7 @@ def test_busy_cores_are_those_that_this_process_may_use(monkeypatch: pytest.Monk
     assert cpu_settings.busy_cores() == 1.5
 
 
-def test_processes_that_compute_make_cores_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computing_processes_make_cores_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     count = len(os.sched_getaffinity(0))
     spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
@@ -121,7 +121,7 @@ def test_processes_that_compute_make_cores_busy(monkeypatch: pytest.MonkeyPatch)
             process.wait()
 
 
-def test_where_the_system_does_not_tell_all_threads_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_threads_are_used_if_core_load_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError
 

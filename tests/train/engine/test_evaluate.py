@@ -55,7 +55,7 @@ def val_loader(data: Path, ranks: Ranks, batch_size: int = 16) -> Loader:
 
 
 def gather_statistics(network: nn.Module, rank: int = 0) -> None:
-    """Set batch norm statistics that differ from any batch's, so that train mode shows, and between ranks."""
+    """Set batch norm statistics that differ between ranks and from any batch, so that train mode would show."""
     for seed in range(20):
         network(random_batch(8, seed=seed).images // (1 + rank))
 
@@ -87,7 +87,7 @@ def plain_evaluation(data: Path) -> Evaluation:
 def assert_equal_results(ours: Evaluation, theirs: Evaluation) -> None:
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert (ours.top1, ours.top5, ours.samples) == (theirs.top1, theirs.top5, theirs.samples)
-    assert 0 < theirs.top1 < theirs.top5 < 1  # the claim is not about nothing
+    assert 0 < theirs.top1 < theirs.top5 < 1  # the comparison is not trivial
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 53, 107, 500])
@@ -107,7 +107,7 @@ def test_validation_counts_every_sample_once_on_several_ranks(world_size: int, n
     assert len({tuple(sizes) for _, sizes in results}) > 1  # the pieces are not equal
 
 
-def test_ranks_without_any_sample_take_part_in_evaluation(npy_data: Path) -> None:
+def test_ranks_without_samples_take_part_in_evaluation(npy_data: Path) -> None:
     results = on_ranks(3, tiny_evaluation, npy_data)
     assert [result.samples for result in results] == [2, 2, 2]
     assert results[0] == results[1] == results[2]
@@ -157,7 +157,7 @@ def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -
         collectives, "sum_over_ranks", lambda values: (parts.append(values), torch.zeros_like(values))[1]
     )
     for loader in loaders:
-        with pytest.raises(RuntimeError):  # nobody has counted anything
+        with pytest.raises(RuntimeError):  # no sample was counted
             check_full_coverage(loader)
     total = torch.stack(parts).sum(0)
     monkeypatch.setattr(collectives, "sum_over_ranks", lambda _: total)
@@ -213,7 +213,7 @@ def test_abandoned_iteration_does_not_count(npy_data: Path, monkeypatch: pytest.
 
 def test_piece_on_two_ranks_is_detected(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaders = [evaluation(npy_data, 10, rank, 3) for rank in (0, 2, 2)]
-    assert [loader.plan.samples for loader in loaders] == [35, 36, 36]  # the second should have 36 others
+    assert [loader.plan.samples for loader in loaders] == [35, 36, 36]  # the second should have 36 other samples
     with pytest.raises(RuntimeError, match=r"counted the 107 samples of split 'val', but not each of them once"):
         check_together([finished(loader) for loader in loaders], monkeypatch)
 

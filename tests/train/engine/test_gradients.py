@@ -18,7 +18,7 @@ from train.distributed import collectives
 from train.distributed.process_group import Ranks, data_parallel, process_group
 from train.engine.step import train_step
 
-SAMPLES, STEPS = 24, 3  # more than one step: DDP plans its reduction in the first
+SAMPLES, STEPS = 24, 3  # several steps, since DDP builds its buckets in the first
 PLAIN_SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
 
 
@@ -44,7 +44,7 @@ def gradients(ranks: Ranks, accumulation_steps: int, compiled: bool = False) -> 
 
 
 def plain_gradients() -> list[list[torch.Tensor]]:
-    """Return the same of one plain model that sees each global batch at once."""
+    """Return the gradients of one plain model that sees each global batch at once."""
     model = lenet().double()
     seen = []
     for step in range(STEPS):
@@ -63,7 +63,7 @@ def assert_same_gradients(ours: list[list[torch.Tensor]], theirs: list[list[torc
     for step_ours, step_theirs in zip(ours, theirs, strict=True):
         largest = max(float((a - b).abs().max()) for a, b in zip(step_ours, step_theirs, strict=True))
         assert largest <= 1e-10
-        assert max(float(gradient.abs().max()) for gradient in step_theirs) > 1e-3  # the claim is not about zeros
+        assert max(float(gradient.abs().max()) for gradient in step_theirs) > 1e-3  # not all zeros
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
@@ -98,7 +98,7 @@ def test_gradients_are_reduced_in_last_micro_step_only(compiled: bool) -> None:
 
 
 def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Start models that differ between ranks; return parameters after two steps, local and shared statistics."""
+    """Return parameters of initially different models after two steps, and local and shared statistics."""
     network = small_net(seed=ranks.rank)
     state = make_state(network)
     mean = network.get_buffer("norm.running_mean")
@@ -113,7 +113,7 @@ def weights_after_construction(ranks: Ranks) -> tuple[list[torch.Tensor], list[t
 def test_ranks_share_initial_weights_and_evaluation_statistics() -> None:
     (first, (own_mean, *buffers)), (second, (other_mean, *other_buffers)) = on_ranks(2, weights_after_construction)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert own_mean.abs().max() < 10 < 80 < other_mean.abs().min()  # no rank took over the other's in a step
+    assert own_mean.abs().max() < 10 < 80 < other_mean.abs().min()  # training steps do not share them
     assert torch.equal(buffers[0], own_mean)
     assert all(torch.equal(a, b) for a, b in zip(buffers, other_buffers, strict=True))
 

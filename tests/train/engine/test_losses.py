@@ -27,8 +27,8 @@ def mixed_batch(step: int = 0) -> MixedBatch:
     return MixedBatch(*random_batch(SAMPLES, seed=step), torch.from_numpy(table))
 
 
-def timms_targets(batch: MixedBatch, smoothing: float) -> torch.Tensor:
-    """timm's mixup_target pairs sample i with B - 1 - i; a batch of two is paired as here."""
+def timm_targets(batch: MixedBatch, smoothing: float) -> torch.Tensor:
+    """Return targets by timm's mixup_target, which pairs sample i with B - 1 - i: our pairs, for a batch of two."""
     rows = []
     for i in range(SAMPLES):
         pair = batch.labels[[i, i ^ 1]]
@@ -45,26 +45,26 @@ def assert_same_loss(loss: torch.Tensor, model: nn.Module, expected: torch.Tenso
 
 
 @SETTINGS
-def test_mixed_cross_entropy_is_timms_with_soft_targets(smoothing: float) -> None:
+def test_mixed_cross_entropy_equals_timm_with_soft_targets(smoothing: float) -> None:
     batch, model, reference = mixed_batch(), lenet(), lenet()
     loss, _ = build_loss(TrainConfig(), mixes=True)(model, batch, smoothing)
     logits = reference(mix_images(batch.images, batch.mix))
-    assert_same_loss(loss, model, SoftTargetCrossEntropy()(logits, timms_targets(batch, smoothing)), reference)
+    assert_same_loss(loss, model, SoftTargetCrossEntropy()(logits, timm_targets(batch, smoothing)), reference)
 
 
 @SETTINGS
 @pytest.mark.parametrize("threshold", [None, 0.2])
-def test_mixed_binary_cross_entropy_is_timms(smoothing: float, threshold: float | None) -> None:
+def test_mixed_binary_cross_entropy_equals_timm(smoothing: float, threshold: float | None) -> None:
     batch, model, reference = mixed_batch(), lenet(), lenet()
     loss, _ = build_loss(TrainConfig(loss="bce", bce_threshold=threshold), mixes=True)(model, batch, smoothing)
     logits = reference(mix_images(batch.images, batch.mix))
     timms = BinaryCrossEntropy(target_threshold=threshold)
-    assert_same_loss(loss, model, timms(logits, timms_targets(batch, smoothing)), reference)
+    assert_same_loss(loss, model, timms(logits, timm_targets(batch, smoothing)), reference)
 
 
 @SETTINGS
 @pytest.mark.parametrize("threshold", [None, 0.2])
-def test_binary_cross_entropy_of_plain_labels_is_timms(smoothing: float, threshold: float | None) -> None:
+def test_binary_cross_entropy_of_plain_labels_equals_timm(smoothing: float, threshold: float | None) -> None:
     batch, model, reference = random_batch(SAMPLES), lenet(), lenet()
     loss, counts = build_loss(TrainConfig(loss="bce", bce_threshold=threshold), mixes=False)(model, batch, smoothing)
     logits = reference(batch.images)
@@ -133,10 +133,10 @@ def test_bf16_logits_are_widened_before_the_loss() -> None:
         logits = model(mix_images(batch.images, batch.mix))
         found, _ = loss(model, batch, 0.0)
     assert logits.dtype == torch.bfloat16
-    expected = BinaryCrossEntropy()(logits.float(), timms_targets(batch, 0.0))
+    expected = BinaryCrossEntropy()(logits.float(), timm_targets(batch, 0.0))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_neighbours_are_the_other_of_each_pair() -> None:
+def test_neighbours_of_each_pair_are_swapped() -> None:
     assert swap_pairs(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
     assert isinstance(mixed_batch(), Batch)

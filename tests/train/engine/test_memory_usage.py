@@ -1,4 +1,4 @@
-"""Memory in metrics and benchmarks: what is reported, under which names."""
+"""Memory in metrics and benchmarks: values and names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_benchmarks_report_the_same_memory_by_the_same_names(gpu: torch.device) 
     assert benchmark_memory.memory_usage(gpu) == memory_usage(gpu) | {"reserved_gib": 4.0, "gpu_memory_gib": 80.0}
 
 
-def test_memory_of_the_cpu_is_the_resident_set_alone() -> None:
+def test_cpu_memory_is_the_resident_set_only() -> None:
     (name,) = found = memory_usage(torch.device("cpu"))
     assert name == "memory_gib"
     assert 0.05 < found[name] < 64
@@ -45,7 +45,7 @@ def test_cpu_memory_excludes_memory_before_exec(
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**27))  # KiB, as after exec
     assert memory_usage(torch.device("cpu"))["memory_gib"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\n")  # a system that does not tell
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\n")  # a system without /proc
     assert memory_usage(torch.device("cpu"))["memory_gib"] == 128
 
 

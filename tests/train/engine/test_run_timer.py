@@ -1,4 +1,4 @@
-"""Times of epochs and runs are the same however often a run is stopped and resumed."""
+"""Times of epochs and runs do not depend on how often a run is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def times_of(output: Path) -> list[tuple[float, float]]:
 
 
 def training_s(output: Path) -> float:
-    """Return the time of the run that its last start reports."""
+    """Return the time of the run as its last start reports it."""
     text = (output / "digits_lenet" / "log.txt").read_text()
     return float(re.findall(r"epochs and last evaluation ([\d.]+) s", text)[-1])
 
@@ -86,7 +86,7 @@ def test_rewind_restores_times_of_checkpoint(digits_run: Run, tmp_path: Path, mo
     monkeypatch.setattr(epoch, "run_step", fail_once)
     run_here(*arguments(digits_run.data, tmp_path, "train.save_every_steps=10", "train.on_nonfinite=rewind"))
     assert "rewound to" in (tmp_path / "digits_lenet" / "log.txt").read_text()
-    # the checkpoint of step 10, and the end of the epoch; what came after that checkpoint does not count
+    # the checkpoint of step 10 and the end of the epoch; steps after that checkpoint do not count
     assert [seconds for seconds, _ in times_of(tmp_path)] == [1, 2]
 
 
@@ -106,7 +106,7 @@ def test_epoch_of_older_checkpoint_has_no_time(digits_run: Run, tmp_path: Path) 
     assert "epochs and last evaluation" not in (tmp_path / "digits_lenet" / "log.txt").read_text()
 
 
-def test_a_checkpoint_whose_times_are_no_numbers_is_refused(digits_run: Run, tmp_path: Path) -> None:
+def test_checkpoint_with_non_numeric_times_is_refused(digits_run: Run, tmp_path: Path) -> None:
     content = store.load(digits_run.folder / "last.pt")
     for times in ({"training_s": "long"}, {"epoch_time_s": True}, [1.0]):
         store.write(tmp_path / "last.pt", content | {"times": times})

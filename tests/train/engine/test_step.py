@@ -48,7 +48,7 @@ def test_gradients_are_clipped_to_norm_limit_only_above_it(share: float) -> None
         torch.testing.assert_close(ours, theirs * factor, rtol=1e-4, atol=1e-7)
 
 
-def test_clipping_sees_the_gradient_of_the_whole_accumulated_step() -> None:
+def test_clipping_applies_to_the_accumulated_gradient() -> None:
     batches = [random_batch(16, seed=seed) for seed in (1, 2)]
     plain = [(a + b) / 2 for a, b in zip(*(plain_gradients(lenet(), batch) for batch in batches), strict=True)]
     limit = 0.5 * total_norm(plain)
@@ -86,7 +86,7 @@ def test_weights_change_in_last_micro_step_only() -> None:
 
 
 def test_sums_count_loss_hits_and_samples() -> None:
-    state = make_state(lenet(), lr=1e-12, optimizer={"weight_decay": 0.0})  # so small that nothing changes
+    state = make_state(lenet(), lr=1e-12, optimizer={"weight_decay": 0.0})  # too small to change the weights
     model, expected = lenet(), torch.zeros(3, dtype=torch.float64)
     for seed, size in enumerate((5, 16, 1)):
         batch = random_batch(size, seed=seed)

@@ -1,6 +1,6 @@
 """Warm-up leaves no trace, and captured steps equal plain steps.
 
-On the CPU, graphs are replayed by calling train_step on the captured buffers, which covers all but CUDA itself.
+On the CPU, a replay calls train_step on the captured buffers, which covers everything but CUDA itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from train.optim.schedule import Timeline
 SGD = {"name": "sgd"}
 BATCH = 50
 MIX = MixConfig(mixup=0.4, cutmix=1.0, mode="elem", probability=0.9)
-LR = 2.0**-6  # the same as a number and as a float32 on the device
+LR = 2.0**-6  # exact in float32 as well
 Settings = dict[str, Any]
 
 
@@ -155,7 +155,7 @@ def test_warm_up_changes_neither_state_nor_next_steps(settings: Settings, steps:
 
 
 @on_the_cpu
-def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> None:
+def test_nothing_is_warmed_up_on_cpu_without_compilation(npy_data: Path) -> None:
     state = make_state(small_net())
     calls: list[int] = []
     state.network.register_forward_hook(lambda *_: calls.append(1))
@@ -168,7 +168,7 @@ def test_without_compiling_on_the_cpu_nothing_is_warmed_up(npy_data: Path) -> No
 @on_the_cpu
 def test_compiled_training_and_evaluation_are_warmed_up_per_shape(npy_data: Path) -> None:
     state = make_state(small_net())
-    state.needs_warmup = True  # as with train.compile, but without the minute that it takes
+    state.needs_warmup = True  # like train.compile, but without its minute of compilation
     shapes: set[tuple[bool, tuple[int, ...]]] = set()
     state.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
     section = DataConfig(path=str(npy_data), batch_size=BATCH)
@@ -193,7 +193,7 @@ def test_process_compiles_more_models_than_torch_default(monkeypatch: pytest.Mon
     assert counters["stats"]["unique_graphs"] == 10
 
 
-# Captured steps, played back on the CPU
+# Captured steps, replayed on the CPU
 
 
 @pytest.mark.usefixtures("_fake_graphs")
@@ -246,7 +246,7 @@ class PoolingNet(SmallNet):
         return super().forward(nn.functional.adaptive_avg_pool2d(images.float(), 32))
 
 
-SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the last one anew
+SHAPES = [(8, 32), (4, 48), (8, 16), (8, 32)]  # the first shape again
 
 
 @pytest.mark.usefixtures("_fake_graphs")
@@ -338,11 +338,11 @@ def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
         precision.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
 
 
-# On a GPU. Deterministic kernels, and SGD, which does not blow rounding errors up as Adam's division by a small root of
-# squares does. What is left between graphs and no graphs is the rounding of cuDNN's choice among deterministic kernels.
+# On a GPU, with deterministic kernels and SGD: Adam would amplify rounding errors, since it divides by small roots of
+# squares. The remaining difference is rounding, since cuDNN chooses among several deterministic kernels.
 
 CLOSE: Settings = {"rtol": 1e-4, "atol": 1e-5}
-SMOOTH_RMSPROP: Settings = {"name": "rmsprop", "eps": 1.0}  # no division by small roots either
+SMOOTH_RMSPROP: Settings = {"name": "rmsprop", "eps": 1.0}  # does not divide by small roots either
 GPU_KINDS: dict[str, Settings] = {
     "float32": {"amp": "off"},
     "bf16": {"amp": "bf16"},
@@ -436,7 +436,7 @@ def test_captured_step_skips_non_finite_gradients(gpu: torch.device) -> None:
     weight.data[0, 0] = float("inf")
     run_step(state, batch, 0, optimizer_step=True)
     weight.data[0, 0] = before["head.weight"][0, 0]
-    before["norm.num_batches_tracked"] += 1  # counts what was seen
+    before["norm.num_batches_tracked"] += 1  # also counts the skipped batch
     assert_equal_trees(state.network.state_dict(), before)
     assert state.guard is not None
     assert float(state.guard.skipped) == 1
@@ -475,7 +475,7 @@ def test_captured_dropout_is_function_of_seed(npy_data: Path, gpu: torch.device)
 @pytest.mark.gpu_values
 def test_replayed_dropout_equals_plain_kernels_with_same_seed(gpu: torch.device) -> None:
     class Masked(SmallNet):
-        """Its weights become the masks, so that a step shows them."""
+        """A network whose weights become the dropout masks, so that a step shows them."""
 
         def __init__(self) -> None:
             super().__init__(10)
@@ -511,7 +511,7 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
         def after_step(*_: Any) -> None:
             if evaluates:
                 evaluate(state, val_loader, 107)
-                state.forward.train()  # as train_epoch does at its start
+                state.forward.train()  # like train_epoch at its start
 
         return train_epochs(state, loader, after_step=after_step)
 

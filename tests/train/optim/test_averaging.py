@@ -69,7 +69,7 @@ def training_with(seed: int = 0, **ema: Any) -> tuple[TrainState, Ema]:
     ],
     ids=["plain", "every other", "warm-up", "warm-up every third"],
 )
-def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], shares: list[float | None]) -> None:
+def test_average_equals_the_one_computed_by_hand(settings: dict[str, Any], shares: list[float | None]) -> None:
     state, ema = training_with(**settings)
     average = {name: value.double() for name, value in state.network.state_dict().items()}
     for number, share in enumerate(shares):
@@ -77,7 +77,7 @@ def test_the_average_is_the_one_computed_by_hand(settings: dict[str, Any], share
         ema.update(number + 1)
         for name, value in state.network.state_dict().items():
             if share is not None:
-                counts = not value.is_floating_point()  # batch norm's number of batches, which is copied
+                counts = not value.is_floating_point()  # batch norm's batch count is copied
                 average[name] = value.double() if counts else share * average[name] + (1 - share) * value.double()
         for name, value in ema.state().items():
             torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
@@ -230,7 +230,7 @@ def test_tools_load_average_unless_raw_or_missing(averaged: Path, digits_run: An
             state = load_trained_model(path, CPU).state.network.state_dict()
             assert all(torch.equal(value, content[part][name]) for name, value in state.items())
             assert load_trained_model(path, CPU).config.train.ema.decay == 0.9
-        old = {key: value for key, value in content.items() if key != "ema"}  # as older versions wrote them
+        old = {key: value for key, value in content.items() if key != "ema"}  # from older versions
         for weights in ("auto", "ema"):
             path = tmp_path / "old.pt"
             store.write(path, old | {"config": content["config"].replace("weights: auto", f"weights: {weights}")})
@@ -287,7 +287,7 @@ def test_lookahead_equals_formula_and_ends_with_slow_weights() -> None:
                 fast[name] = slow[name].clone()
     for name in fast:
         torch.testing.assert_close(ours.state_dict()[name], slow[name])
-        assert not torch.allclose(fast[name], slow[name])  # the last update was taken back
+        assert not torch.allclose(fast[name], slow[name])  # the trained weights were reset
 
 
 def test_lookahead_decay_grows_with_cube_of_progress() -> None:
@@ -295,5 +295,5 @@ def test_lookahead_decay_grows_with_cube_of_progress() -> None:
     assert [kept_share(progress, config) for progress in (0, 0.5, 1)] == pytest.approx([0, 0.1, 0.8])
 
 
-def test_without_a_number_of_steps_there_is_none() -> None:
+def test_lookahead_without_an_interval_is_off() -> None:
     assert build_lookahead(network(), LookaheadConfig()) is None

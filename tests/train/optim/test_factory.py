@@ -55,7 +55,7 @@ def test_normalised_filters_are_not_decayed() -> None:
     assert decays == {True: False, False: True}
 
 
-def test_the_learning_rate_is_set_in_every_parameter_group() -> None:
+def test_learning_rate_is_set_in_every_parameter_group() -> None:
     optimizer = build_optimizer(build_model("resnet18", 10), OptimizerConfig(), lr=1.0)
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
@@ -71,7 +71,7 @@ def test_weight_decay_excludes_biases_and_norms(name: Any) -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_a_step_without_gradients_shrinks_weights_and_nothing_else() -> None:
+def test_step_without_gradients_only_shrinks_weights() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5), lr=0.1)
@@ -83,7 +83,7 @@ def test_a_step_without_gradients_shrinks_weights_and_nothing_else() -> None:
         torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_frozen_parameters_are_left_to_nobody() -> None:
+def test_frozen_parameters_are_in_no_group() -> None:
     model = nn.Linear(3, 4)
     model.weight.requires_grad_(False)
     optimizer = build_optimizer(model, OptimizerConfig(), lr=0.1)
@@ -154,7 +154,7 @@ def test_every_optimizer_setting_takes_effect(settings: dict[str, Any], referenc
     [
         ({"name": "adamww"}, r"name=adamww is unknown; .* such as .*adamw"),
         ({"name": "timm/lam"}, r"name=timm/lam is unknown; .*lamb"),
-        ({"name": "x_lamb"}, r"name=x_lamb is unknown"),  # timm would take it for lamb
+        ({"name": "x_lamb"}, r"name=x_lamb is unknown"),  # timm would build lamb
         ({"name": "adahessian"}, r"name=adahessian needs second derivatives.*; take one of first order"),
         ({"name": "lookahead_lamb"}, r"use train\.optimizer\.name=lamb train\.lookahead\.every_steps"),
         ({"name": "bnbadam8bit"}, r"name=bnbadam8bit is not available here"),
@@ -179,7 +179,7 @@ def test_unknown_optimizer_or_option_is_refused_with_advice(settings: dict[str, 
     assert "\n" not in str(refused.value)
 
 
-# Not: those that need a GPU, second derivatives, or (kron) ten seconds to be compiled; of cautious variants only some.
+# Without those that need a GPU, second derivatives or (kron) ten seconds of compilation; a few cautious variants.
 TIMM = list(timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*", "c*"]))
 TIMM += ["cadamw", "clion", "csgdw"]
 
@@ -233,7 +233,7 @@ def test_timm_optimizers_step_resume_and_warm_up(name: str, tmp_path: Path) -> N
         assert not torch.equal(after["head.weight"], begun["head.weight"])
         store.save(tmp_path / "last.pt", state, state.sums)
         other = new(1)
-        warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))  # state of any kind is undone
+        warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))  # undoes changes to any kind of state
         restore_state(other, store.load(tmp_path / "last.pt"), tmp_path / "last.pt")
         warm_up.warm_up_training(other, warm_up.blank_batch(8, 32, CPU))
         expected, found = (steps(one, range(3, 6)) for one in (state, other))

@@ -22,7 +22,7 @@ def stepped() -> TrainState:
     return state
 
 
-def test_sound_sums_are_given_as_they_are() -> None:
+def test_finite_sums_are_returned_unchanged() -> None:
     with alone():
         state = stepped()
         assert torch.equal(FiniteCheck(state).sums(1), state.sums)
@@ -30,7 +30,7 @@ def test_sound_sums_are_given_as_they_are() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("what", ["loss", "weights", "statistics", "momentum"])
-def test_a_single_value_that_is_not_finite_is_found(what: str, value: float) -> None:
+def test_single_nonfinite_value_is_found(what: str, value: float) -> None:
     with alone():
         state = stepped()
         health = FiniteCheck(state)
@@ -88,6 +88,6 @@ def found_on(ranks: Ranks, bad_rank: int, what: str) -> str:
 
 
 @pytest.mark.parametrize("what", ["loss", "statistics"])
-def test_what_one_rank_has_all_ranks_are_told(what: str) -> None:
+def test_nonfinite_value_on_one_rank_is_reported_on_all(what: str) -> None:
     expected = "the loss is steps 1 to 5" if what == "loss" else f"{STATE} steps 1 to 5"
     assert on_ranks(2, found_on, 1, what) == [expected] * 2

@@ -61,7 +61,7 @@ def test_patterns_match_whole_names_with_or_without_the_prefix() -> None:
         assert frozen_names(model) == expected
 
 
-def test_what_is_frozen_is_said_in_numbers() -> None:
+def test_message_counts_frozen_tensors_and_parameters() -> None:
     model = build_model("lenet", 10, mean=[0.5] * 3, std=[0.25] * 3)
     assert freeze(model, ["conv?.*"]) == "frozen: 4 of 10 tensors, 2,872 of 83,126 parameters"
 
@@ -89,7 +89,7 @@ def test_patterns_that_match_nothing_or_all_are_refused(patterns: list[str], mes
 # Training
 
 
-def test_only_norms_that_are_frozen_whole_stay_in_evaluation() -> None:
+def test_only_fully_frozen_norms_stay_in_evaluation_mode() -> None:
     model = resnet()
     freeze(model, ["layer1.*", "layer2.0.bn1.weight"])
     model.eval()
@@ -108,7 +108,7 @@ def test_norms_without_frozen_parameters_keep_learning() -> None:
 
 @pytest.mark.usefixtures("_process_group")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-def test_a_step_changes_all_but_what_is_frozen(optimizer: str) -> None:
+def test_step_changes_all_parameters_but_frozen_ones(optimizer: str) -> None:
     model = resnet()
     freeze(model, ["conv1.*", "bn1.*", "layer1.*"])
     state = make_state(model, {"name": optimizer}, clip_grad_norm=1.0)
@@ -163,7 +163,7 @@ def _steps(ranks: Ranks) -> tuple[set[str], dict[str, Tensor]]:
     return changed(model, before), {name: one.detach() for name, one in model.named_parameters()}
 
 
-def test_frozen_parameters_and_norms_stand_still_on_two_ranks() -> None:
+def test_frozen_parameters_and_norms_stay_unchanged_on_two_ranks() -> None:
     (names, first), (other_names, second) = on_ranks(2, _steps)
     frozen = ("network.conv1.", "network.bn1.", "network.layer1.", "normalize.")
     assert names == other_names

@@ -24,7 +24,7 @@ def test_five_iterations_orthogonalize_approximately(rows: int, columns: int) ->
     before = matrices(rows, columns)
     after = orthogonalize(before, steps=5)
     u, _, vh = torch.linalg.svd(before, full_matrices=False)
-    inner = u.mT @ after @ vh.mT  # diagonal, where the directions are the same
+    inner = u.mT @ after @ vh.mT  # diagonal if the directions are the same
     values = inner.diagonal(dim1=1, dim2=2)
     assert 0.65 < values.min() <= values.max() < 1.25
     torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-9)
@@ -38,7 +38,7 @@ def test_iteration_applies_polynomial_to_singular_values() -> None:
         torch.testing.assert_close(orthogonalize(before, steps), u @ torch.diag_embed(s) @ vh)
 
 
-def test_bfloat16_gives_the_same_to_a_few_percent() -> None:
+def test_bfloat16_agrees_within_a_few_percent() -> None:
     before = matrices(16, 60)
     rounded = orthogonalize(before.bfloat16(), 5).double()
     assert torch.linalg.matrix_norm(rounded - orthogonalize(before, 5)).max() < 0.05 * 4
@@ -66,7 +66,7 @@ SETTINGS: dict[str, Any] = {"name": "muon", "momentum": 0.6, "newton_schulz_step
 
 
 def plain_muon(weight: Tensor, buffer: Tensor, gradient: Tensor, lr: float, normalize: bool, decay: float) -> None:
-    """One step by singular values, which shares only the polynomial with Muon."""
+    """Compute one step by singular values; it shares only the polynomial with Muon."""
     buffer.mul_(0.6).add_(gradient)
     direction = (gradient + 0.6 * buffer).flatten(1)
     u, s, vh = torch.linalg.svd(direction / (direction.norm() + 1e-7), full_matrices=False)
@@ -80,7 +80,7 @@ def plain_muon(weight: Tensor, buffer: Tensor, gradient: Tensor, lr: float, norm
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_three_updates_equal_the_formula_in_float64(normalize: bool) -> None:
+def test_three_steps_equal_the_formula_in_float64(normalize: bool) -> None:
     torch.manual_seed(0)
     model = Net().double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = OptimizerConfig(**SETTINGS, normalize_filters=normalize, weight_decay=0.1, bias_lr=0.5, linear_lr=0.25)
@@ -106,7 +106,7 @@ def test_three_updates_equal_the_formula_in_float64(normalize: bool) -> None:
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_a_learning_rate_may_be_a_tensor() -> None:
+def test_learning_rate_may_be_a_tensor() -> None:
     def trained(as_tensor: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = Net()

@@ -47,14 +47,14 @@ def bad_step(state: TrainState, batch: Batch, value: float = float("nan"), *, up
 
 
 def state_of(state: TrainState) -> dict[str, torch.Tensor]:
-    counts = {"num_batches_tracked"}  # counts the batches that were seen
+    counts = {"num_batches_tracked"}  # also counts skipped batches
     tensors = state.network.state_dict()
     return {name: value.clone() for name, value in tensors.items() if name.split(".")[-1] not in counts}
 
 
 @BY_NAME
 @pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 0.1}], ids=str)
-def test_a_bad_update_leaves_no_trace(optimizer: dict[str, Any], settings: dict[str, Any]) -> None:
+def test_skipped_step_leaves_no_trace(optimizer: dict[str, Any], settings: dict[str, Any]) -> None:
     state, other = guarded(optimizer, **settings), guarded(optimizer, **settings)
     batches = [random_batch(8, seed=seed, classes=12) for seed in range(4)]
     for number, batch in enumerate(batches):
@@ -74,7 +74,7 @@ def test_a_bad_update_leaves_no_trace(optimizer: dict[str, Any], settings: dict[
 
 
 @BY_NAME
-def test_good_updates_are_bitwise_those_without_a_guard(optimizer: dict[str, Any]) -> None:
+def test_finite_steps_equal_those_without_a_guard_bitwise(optimizer: dict[str, Any]) -> None:
     ours, plain = guarded(optimizer), make_state(small_net(), optimizer)
     for seed in range(3):
         for state in (ours, plain):
@@ -98,10 +98,10 @@ def test_step_with_one_bad_micro_step_is_skipped() -> None:
     bad_step(state, random_batch(8, classes=12), update=False)
     train_step(state, random_batch(8, seed=1, classes=12))
     assert all(torch.equal(value, before[name]) for name, value in state_of(state).items())
-    assert float(state.sums[2]) == 8  # of the good pass alone
+    assert float(state.sums[2]) == 8  # of the good micro-step only
 
 
-def test_fp16_leaves_out_what_its_scaler_does() -> None:
+def test_fp16_overflow_counts_as_a_skipped_step() -> None:
     state = guarded(amp="fp16")
     state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**60})
     before = state_of(state)
@@ -126,9 +126,9 @@ def test_optimizer_that_needs_host_is_not_captured() -> None:
     [([[1.0, -3.0], [2.0]], 3.0), ([[], [2.0]], 2.0), ([[1.0], [float("inf")]], float("inf")),
      ([[1.0, -float("inf")]], float("inf"))],
 )  # fmt: skip
-def test_the_largest_of_all_elements_is_found(tensors: list[list[float]], expected: float) -> None:
+def test_max_abs_finds_the_largest_element(tensors: list[list[float]], expected: float) -> None:
     assert float(max_abs([torch.tensor(values) for values in tensors])) == expected
 
 
-def test_the_largest_is_nan_where_one_element_is() -> None:
+def test_max_abs_is_nan_if_any_element_is() -> None:
     assert max_abs([torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])]).isnan()

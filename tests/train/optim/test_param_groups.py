@@ -24,7 +24,7 @@ def by_name(model: nn.Module, key: str, lr: float = 1.0, **settings: Any) -> Val
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, OptimizerConfig(**settings), lr)
     found = [(names[id(parameter)], group[key]) for group in groups for parameter in group["params"]]
-    assert len(found) == len(dict(found)) == len(names)  # each once
+    assert len(found) == len(dict(found)) == len(names)  # each parameter once
     return dict(found)
 
 
@@ -38,7 +38,7 @@ def by_name(model: nn.Module, key: str, lr: float = 1.0, **settings: Any) -> Val
         ("resnet18", ["conv1 bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
         ("alexnet", ["features.0", "features.3", "features.6", "features.8", "features.10", "classifier.1",
                      "classifier.4", "classifier.6"]),
-        ("speedrun94", ["whitening groups", "head"]),  # of the whitening only the bias is trained
+        ("speedrun94", ["whitening groups", "head"]),  # only the bias of the whitening is trained
     ],
 )  # fmt: skip
 def test_layers_of_our_models_are_stem_stages_and_head(name: str, expected: list[str]) -> None:
@@ -89,7 +89,7 @@ def test_learning_rate_factors_multiply_and_own_rates_keep_decay() -> None:
     assert scales["network.fc1.bias"] == pytest.approx(0.25 * 0.1 * 2)
     assert scales["network.conv1.weight"] == pytest.approx(0.0625)
     decays = by_name(model, "weight_decay", lr=0.2, **settings)
-    taken = {name: decay * scales[name] for name, decay in decays.items()}  # by a step, over lr
+    taken = {name: decay * scales[name] for name, decay in decays.items()}  # decay per step, relative to lr
     assert taken["network.fc1.weight"] == pytest.approx(0.25 * 0.1 * 0.3)
     assert taken["network.conv1.weight"] == pytest.approx(0.0625 * 0.3)
     assert taken["network.fc3.weight"] == pytest.approx(0.3)
@@ -141,7 +141,7 @@ def test_zero_learning_rate_keeps_parameter_unchanged() -> None:
         ({"fc.*": -1.0}, r"lr_scales has -1\.0 for 'fc\.\*'; use 0 or more"),
     ],
 )
-def test_patterns_that_cannot_be_meant_are_refused(scales: Values, reason: str) -> None:
+def test_invalid_patterns_are_refused(scales: Values, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         build_optimizer(build_model("resnet18", 10, **PIXELS), OptimizerConfig(lr_scales=scales), lr=0.1)
 

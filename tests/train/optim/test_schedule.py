@@ -57,7 +57,7 @@ def test_warmup_of_all_epochs_rises_to_the_end() -> None:
     assert rates == pytest.approx([step / 8 for step in range(1, 9)])
 
 
-def test_cosine_is_torchs_cosine_annealing_at_every_step() -> None:
+def test_cosine_equals_torch_at_every_step() -> None:
     rates = schedule(7, epochs=3, lr=0.3, min_lr=0.02)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=21, eta_min=0.02)
@@ -79,7 +79,7 @@ def test_cosine_falls_from_peak_to_min_lr_after_last_step() -> None:
     assert all(after < before for before, after in itertools.pairwise(rates[10:]))
 
 
-def test_a_constant_schedule_stays_at_the_peak() -> None:
+def test_constant_schedule_stays_at_the_peak() -> None:
     assert set(schedule(5, epochs=3, lr=0.25, schedule="constant", min_lr=0.1)) == {0.25}
 
 
@@ -126,7 +126,7 @@ def test_learning_rates_stay_between_minimum_and_peak(
 # Timelines
 
 
-def test_positions_follow_the_updates_of_each_epoch() -> None:
+def test_positions_follow_the_steps_of_each_epoch() -> None:
     timeline = Timeline((4, 2, 5))
     assert timeline.total == 11
     assert [timeline.first_step(epoch) for epoch in range(4)] == [0, 4, 6, 11]
@@ -135,7 +135,7 @@ def test_positions_follow_the_updates_of_each_epoch() -> None:
     assert [timeline.epochs_before(update) for update in range(13)] == pytest.approx(expected)
     for update in range(12):
         assert timeline.steps_until(timeline.epochs_before(update)) == pytest.approx(update)
-    assert timeline.steps_until(4) == pytest.approx(16)  # as if the last epoch went on
+    assert timeline.steps_until(4) == pytest.approx(16)  # the last epoch is extrapolated
     assert Timeline.even(3, 7) == Timeline((7, 7, 7))
 
 
@@ -179,7 +179,7 @@ def test_uneven_epochs_decay_and_warm_up_by_epoch() -> None:
     )
 
 
-# Against torch's schedulers, stepped once an epoch or once an update, as they are meant
+# Comparison with torch's schedulers, stepped per epoch or per optimizer step as intended
 
 
 def of_torch(build: Any, steps: int, lr: float = 0.3) -> list[float]:
@@ -211,7 +211,7 @@ PER_EPOCH = 5
 def test_epoch_decays_equal_torch(settings: dict[str, Any], build: Any) -> None:
     rates = schedule(PER_EPOCH, epochs=8, lr=0.3, **settings)
     assert rates[::PER_EPOCH] == pytest.approx(of_torch(build, 8), rel=1e-12)
-    if settings["schedule"] != "exponential":  # which falls within epochs as well
+    if settings["schedule"] != "exponential":  # exponential also falls within epochs
         assert rates == [rate for rate in rates[::PER_EPOCH] for _ in range(PER_EPOCH)]
 
 
@@ -241,7 +241,7 @@ def test_decays_may_come_after_fractions_of_an_epoch(epochs: float) -> None:
     ],
     ids=["cosine", "linear", "polynomial", "one-cycle", "one-cycle with options"],
 )  # fmt: skip
-def test_schedules_by_update_are_torchs(settings: dict[str, Any], build: Any) -> None:
+def test_per_step_schedules_equal_torch(settings: dict[str, Any], build: Any) -> None:
     rates = schedule(PER_EPOCH, epochs=8, lr=0.3, **settings)
     # OneCycleLR must not be stepped past its end
     assert rates[:-1] == pytest.approx(of_torch(build, 39), rel=1e-9)
@@ -267,7 +267,7 @@ def test_one_cycle_follows_its_factors_and_peak() -> None:
     assert schedule(1, epochs=1, lr=0.5, schedule="one-cycle", schedule_options=options) != []
 
 
-# Against timm's schedulers, stepped once an update
+# Comparison with timm's schedulers, stepped once per optimizer step
 
 
 def of_timm(build: Any, steps: int) -> list[float]:
@@ -293,17 +293,17 @@ def of_timm(build: Any, steps: int) -> list[float]:
          lambda optimizer: StepLRScheduler(optimizer, decay_t=15, decay_rate=0.4, warmup_t=8, warmup_prefix=False,
                                            warmup_lr_init=0.01, t_in_epochs=False)),
         ({"schedule": "multistep", "schedule_options": {"milestones": [3, 5.2], "rate": 0.4}},
-         # timm's decays one update early
+         # timm decays one step early
          lambda optimizer: MultiStepLRScheduler(optimizer, decay_t=[16, 27], decay_rate=0.4, warmup_t=8,
                                                 warmup_prefix=False, warmup_lr_init=0.01, t_in_epochs=False)),
     ],
     ids=["cosine", "polynomial", "step", "multistep"],
 )  # fmt: skip
-def test_after_a_warm_up_schedules_are_timms(settings: dict[str, Any], build: Any) -> None:
+def test_schedules_after_a_warm_up_equal_timm(settings: dict[str, Any], build: Any) -> None:
     rates = schedule(PER_EPOCH, epochs=8, lr=0.3, warmup_epochs=1.6, warmup_lr=0.01, **settings)
     theirs = of_timm(build, 40)
     assert rates[8:] == pytest.approx(theirs[8:], rel=1e-9)
-    # timm's warm-up rises from warmup_lr at its first update and reaches lr one later; ours leaves it at the first
+    # timm's warm-up starts at warmup_lr in its first step and reaches lr one step later than ours
     assert rates[:8] == pytest.approx([*theirs[1:8], 0.3])
 
 
@@ -312,7 +312,7 @@ def test_after_a_warm_up_schedules_are_timms(settings: dict[str, Any], build: An
 
 @pytest.mark.parametrize(("metric", "mode"), [("val_loss", "min"), ("train_loss", "min"), ("val_top1", "max")])
 @given(data=st.data())
-def test_plateau_decays_where_torchs_reduce_lr_on_plateau_does(metric: Any, mode: Any, data: st.DataObject) -> None:
+def test_plateau_equals_torchs_reduce_lr_on_plateau(metric: Any, mode: Any, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.floats(0, 3) | st.sampled_from([0.5, 1.0, math.nan]), max_size=30))
     patience, threshold = data.draw(st.integers(0, 4)), data.draw(st.sampled_from([0.0, 1e-4, 0.3]))
     options = ScheduleConfig(metric=metric, patience=patience, threshold=threshold, rate=0.5)
@@ -357,7 +357,7 @@ RUN = [
     "train.epochs=3", "data.batch_size=35", "data.train_split=val", "train.lr=0.01", "train.save_every_steps=5",
     "log.every_steps=1000",
     "train.schedule_options.epochs=0.5", "train.schedule_options.milestones=[0.4,1.7]",
-    # no epoch but the first improves
+    # only the first epoch improves
     "train.schedule_options.patience=0", "train.schedule_options.threshold=100",
 ]  # fmt: skip
 
@@ -400,7 +400,7 @@ def test_learning_rates_resume_within_epoch(
     assert ours["progress"] == theirs["progress"]
 
 
-def test_a_run_begins_with_its_first_epoch(npy_data: Path, tmp_path: Path) -> None:
+def test_run_begins_with_its_first_epoch(npy_data: Path, tmp_path: Path) -> None:
     opts = [*RUN, "train.first_epoch=1", "train.schedule=linear", "train.warmup_epochs=0"]
     run_here("--cfg", DIGITS, "--data-path", npy_data, "--output", tmp_path, "--opts", *opts)
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
@@ -462,7 +462,7 @@ def test_batch_scaling_changes_learning_rates_only(rule: Any, factor: float) -> 
     assert scale_learning_rates(TrainConfig(), 4096) == TrainConfig()
 
 
-# Remarks
+# Warnings
 
 
 def test_settings_without_effect_trigger_warning() -> None:
@@ -475,7 +475,7 @@ def test_settings_without_effect_trigger_warning() -> None:
         (remark,) = config_warnings(late, timeline)
         assert "train.epochs=10 does not reach" in remark
         rates = {learning_rate(update, timeline, late) for update in range(timeline.total)}
-        assert rates == {late.lr}  # which is why it is remarked on
+        assert rates == {late.lr}  # hence the warning
     early = ScheduleConfig(epochs=3)
     assert config_warnings(TrainConfig(epochs=10, schedule="step", schedule_options=early), timeline) == []
 

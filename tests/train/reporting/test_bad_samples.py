@@ -58,7 +58,7 @@ def test_ranks_share_bad_sample_budget(damaged: Path) -> None:
 
 
 def reports_with_budgets(ranks: Ranks, data: Path) -> list[str]:
-    """With 3 and with 2, which no rank exceeds alone: the first one meets 3 and 4, the second 200."""
+    """Return the reports with budgets of 3 and 2 samples, which no rank exceeds alone."""
     found = []
     for budget in (3, 2):
         loader = train(data, 26, rank=ranks.rank, world_size=2, **SKIP, max_bad_samples=budget)

@@ -116,7 +116,7 @@ def wandb_records(folder: Path) -> list[Any]:
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return what was logged, a dict for each step."""
+    """Return the logged values, one dict per step."""
     records = [record.history.item for record in wandb_records(folder) if record.HasField("history")]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in records]
 
@@ -243,7 +243,7 @@ class FakeRun:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The arguments of each wandb.init, which returns a FakeRun; no login."""
+    """Collect the arguments of each wandb.init, which returns a FakeRun; no login."""
     calls: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> FakeRun:
