@@ -123,7 +123,7 @@ def test_resuming_homework_checkpoint_is_refused_with_advice(
     code, _, err = call("--cfg", write(), "--data-path", npy_data, "--output", out, "--opts",
                         f"MODEL.RESUME={path}")  # fmt: skip
     assert code == 2
-    assert f"{path} was written by another program, so that only its weights can be used" in err
+    assert f"{path} was written by another program, so only its weights can be used" in err
     assert f"--opts model.pretrained={path}" in err
     assert f"--eval --resume {path}" in err
     assert not out.exists()
