@@ -18,7 +18,7 @@ train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 digits: $(ENVIRONMENT)
 	$(PY) tools/convert.py digits --out data/digits
 
-# Tests run in two processes, each file in one of them; WORKERS=0 runs them in this process.
+# Tests run in two processes, each file in one of them; WORKERS=0 runs all in the main process.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
@@ -26,11 +26,11 @@ PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 test: $(ENVIRONMENT)
 	$(PYTEST) -m "not gpu and not campaign and not slow"
 
-# All tests but those that need a GPU and the campaigns.
+# All tests except campaigns and those that need a GPU.
 test-all: $(ENVIRONMENT)
 	$(PYTEST) -m "not gpu and not campaign"
 
-# All faults: hundreds of kills, flipped bits and truncations. ZHU_FAULT_SEED repeats a failed one.
+# Fault campaigns: hundreds of kills, flipped bits and truncations. ZHU_FAULT_SEED=N repeats a failed one.
 test-faults: $(ENVIRONMENT)
 	$(PY) -m pytest -m "not gpu" tests/faults
 
@@ -59,7 +59,7 @@ format: $(ENVIRONMENT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# All benchmarks: other libraries, limits, scale. For example BENCH="--seconds 0.2 --only loading" narrows them down.
+# All benchmarks: other libraries, limits, scale. BENCH="--seconds 0.2 --only loading" selects a few.
 bench: $(ENVIRONMENT)
 	$(PY) tools/benchmark.py all --report docs/benchmarks $(BENCH)
 
@@ -72,8 +72,8 @@ gpu-bench: $(ENVIRONMENT)
 
 GPU_TESTS := $(shell grep -rl --include=test_*.py pytest.mark.gpu tests)
 
-# Correctness on a CUDA GPU. Only files with such tests are imported, since others need packages that the machine may
-# lack. The short benchmarks are left to gpu-bench.
+# Correctness on a CUDA GPU. Imports only files with such tests, since others need packages that the machine may lack.
+# Leaves the short benchmarks to gpu-bench.
 gpu-check: $(ENVIRONMENT)
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu -k "not short_benchmark" --tb=short --durations=10 $(GPU_TESTS)
