@@ -198,7 +198,7 @@ def test_timm_model_loads_from_exported_folder(
     assert config["pretrained_cfg"]["license"] is None
 
 
-def test_data_path_option_is_used_or_must_exist(timm_checkpoint: Path, digits_run: Run, tmp_path: Path) -> None:
+def test_data_path_option_is_used_and_must_exist(timm_checkpoint: Path, digits_run: Run, tmp_path: Path) -> None:
     arguments = ("--format", "safetensors", "--verify-images", "9", "--data-path")
     report = run_export(timm_checkpoint, tmp_path / "out", *arguments, str(digits_run.data)).report
     assert report["verified_on"] == f"9 images of split 'val' of {digits_run.data}"

@@ -152,7 +152,7 @@ def test_suggestion_is_for_the_reference_batch_size() -> None:
     assert scale_learning_rates(config.train, 128).lr == 0.012
 
 
-def test_digits_get_a_rate_near_their_configs(
+def test_suggestion_for_digits_is_near_the_configs_rate(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -37,7 +37,7 @@ class Job:
     def __init__(
         self, folder: Path, *command: str, python: str = "training", scontrol: str = "true", **variables: str
     ) -> None:
-        """scontrol: commands to run before it answers."""
+        """Write the stubs. scontrol: commands that scontrol runs before it answers."""
         self.folder = folder
         bin_folder = folder / "bin"
         bin_folder.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def test_torchrun_accepts_every_option_of_the_job(tmp_path: Path) -> None:
     assert parsed.training_script_args == ["--resume", "auto", "--cfg", "x.yaml"]
 
 
-def test_ranks_have_most_of_the_warning_time_to_end() -> None:
+def test_ranks_get_most_of_the_warning_time_to_stop() -> None:
     script = SCRIPT.read_text()
     lead_s, shutdown_s = (
         int(re.search(pattern, script, re.MULTILINE)[1])  # type: ignore[index]
@@ -158,7 +158,7 @@ def test_failed_training_ends_the_job_with_its_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
-def test_shellcheck_finds_nothing() -> None:
+def test_script_passes_shellcheck() -> None:
     subprocess.run(["shellcheck", "--shell=bash", SCRIPT], check=True)
 
 

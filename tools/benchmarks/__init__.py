@@ -1,1 +1,1 @@
-"""Benchmarks of tools/benchmark.py: interleaved measurement, limits of the machine, peers and suites."""
+"""The benchmarks of tools/benchmark.py: interleaved measurement, limits of the machine, peers and suites."""

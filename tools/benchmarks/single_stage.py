@@ -1,4 +1,4 @@
-"""Measure one stage of tools/benchmark.py: its tables, and the machine's limits where a bound needs them."""
+"""Measure one stage of tools/benchmark.py: its tables, and the machine's limits if a bound needs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tools.benchmarks.suites.loading import crop_and_flip, loading_table
 from tools.benchmarks.suites.training import training_table
 from train.distributed.process_group import Ranks
 
-CROP_SIDE = {96: 64}  # image size after augmentation by stored size, where no config states one
+CROP_SIDE = {96: 64}  # image size after augmentation by stored size, if no config sets one
 DEFAULT_BATCH_SIZE = 512  # without a config
 DEFAULT_SIDE = 224  # of stored images that vary in size
 
@@ -84,7 +84,7 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """Load --cfg, or make a config for the data set alone."""
+    """Load --cfg, or build a config for the data set alone."""
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
         config = load_config(arguments.cfg, arguments.opts, **replacements)

@@ -6,11 +6,11 @@
 Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
 the data set, repeated if there are too few (--cfg), or of noise (--model). After the first size that does not fit,
 bisection finds the largest that does. The largest and the fastest size are measured again; the median of all rounds
-counts. On a GPU each size is compiled as the config says, which takes most of the time. With
+counts. On a GPU each size is compiled as configured, which takes most of the time. With
 --opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.
 
 On the CPU, memory is the peak of the whole process, including libraries. On a GPU it is the peak of torch's tensors;
-the total use of the device is shown beside it. Without --memory-limit, all of a GPU's memory may be used, and on the
+the device's total memory in use is shown beside it. Without --memory-limit, a GPU's whole memory may be used, or on the
 CPU 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a model failed
 with an error other than out of memory.
 """
@@ -44,26 +44,26 @@ from tools.perf.batch_size_report import display_rows, summary_sentence, trial_r
 from tools.perf.batch_size_search import BatchSizeSearch, Target, Trial
 from train.build import check_classes
 
-TOLERANCE = 1 / 32  # of the largest batch size, without --exact
+TOLERANCE = 1 / 32  # share of the largest batch size, without --exact
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--cfg", type=path_text, nargs="+", default=[], metavar="FILE", help="config files, configs/….yaml")
-    add("--model", nargs="+", default=[], metavar="NAME", help="models without a config, on noise")
+    add("--model", nargs="+", default=[], metavar="NAME", help="models without a config, trained on noise")
     add("--size", type=int, default=32, help="side of --model's images in pixels (default %(default)s)")
-    add("--classes", type=int, default=10, help="of --model (default %(default)s)")
+    add("--classes", type=int, default=10, help="number of classes of --model (default %(default)s)")
     add("--data-path", type=path_text, help="data.path of all configs, a converted data set")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of all models")
-    add("--memory-limit", type=float, metavar="GIB", help="that a process, or torch on a GPU, may use")
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for all models")
+    add("--memory-limit", type=float, metavar="GIB", help="memory that a process, or torch on a GPU, may use")
     add("--min-batch", type=int, default=1, metavar="N", help="the first size (default %(default)s)")
     add("--max-batch", type=int, metavar="N", help="the last size to try")
-    add("--minutes", type=float, help="for all models; no size is started after that")
-    add("--exact", action="store_true", help="find the exact largest batch size, not within 3 %%")
-    add("--seconds", type=float, default=0.5, help="of each round (default %(default)s)")
-    rounds = "per size; bisection takes one, the largest and the fastest size twice as many (default %(default)s)"
+    add("--minutes", type=float, help="time limit for all models; no size is started after it")
+    add("--exact", action="store_true", help="find the largest batch size exactly instead of within 3 %%")
+    add("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
+    rounds = "rounds per size; one in bisection, twice as many for the largest and the fastest (default %(default)s)"
     add("--rounds", type=int, default=3, help=rounds)
-    add("--out", type=path_argument, help="folder (default output/NAME-ramp, of several models output/ramp)")
+    add("--out", type=path_argument, help="folder (default output/NAME-ramp, or output/ramp for several models)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -101,7 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def interrupt_on_termination() -> Iterator[None]:
-    """Handle a scheduler's SIGTERM and a closed terminal (SIGHUP) like Ctrl-C, unless ignored, as by nohup."""
+    """Handle a scheduler's SIGTERM and a closed terminal (SIGHUP) like Ctrl-C, unless ignored (nohup)."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int | None) -> list[Target]:
-    """Return the models under unique names. Raise UserError for a config that cannot be trained."""
+    """Return the models under unique names. Raises UserError for a config that cannot be trained."""
     targets: list[Target] = []
 
     def add(name: str, **fields: Any) -> None:

@@ -14,7 +14,7 @@ from tools.perf.batch_size_search import BatchSizeSearch, Trial
 from train.reporting.figures import save
 
 NEAR_BEST = 0.95  # share of the best rate
-NOISY = 2.0  # ratio of the fastest round of a size to its slowest, from which the summary mentions it
+NOISY = 2.0  # ratio of a size's fastest round to its slowest from which the summary mentions it
 
 
 def trial_rows(searches: list[BatchSizeSearch]) -> list[Row]:
@@ -73,7 +73,7 @@ def _display_row(search: BatchSizeSearch, trial: Trial) -> Row:
 
 
 def summary(search: BatchSizeSearch) -> Row:
-    """Return the largest batch size, why the search ended, the best rate, and the smallest size near it."""
+    """Return the largest batch size, the reason why the search ended, the best rate, and the smallest size near it."""
     best = search.best
     near_best = (trial.batch_size for trial in search.reliable if best and trial.rate >= NEAR_BEST * best.rate)
     return {

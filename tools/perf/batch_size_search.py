@@ -22,7 +22,7 @@ from tools.benchmarks.engine.interleaved import WARM_UP_TIMEOUT_S, Measurement, 
 
 SIZES = (256, 512, 1024, 2048)  # tried by `search_fastest`
 MIN_GAIN = 1.02  # minimum speed-up for which `search_fastest` doubles the batch size again
-TIMEOUT_STEPS = 10  # expected durations of a step that are added to the timeout
+TIMEOUT_STEPS = 10  # number of expected step durations added to the timeout
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Target:
 
 @dataclass
 class Trial:
-    """Result of one batch size: rates if it fits, else an error, which may have another cause than memory."""
+    """Result of one batch size: rates if it fits, else an error, not necessarily about memory."""
 
     batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
@@ -61,7 +61,7 @@ class Trial:
 
     @property
     def is_failure(self) -> bool:
-        """Whether the trial ended with an error other than out of memory."""
+        """True if the trial ended with an error other than out of memory."""
         return self.error is not None and not process_memory.is_out_of_memory(self.error)
 
 
@@ -118,7 +118,7 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
 
 
 def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:
-    """Double the batch size from `first` up to `maximum`. Stop after the first that does not fit or fails."""
+    """Double the batch size from `first` up to `maximum`; stop after the first one that does not fit or fails."""
     batch_size = first if maximum is None else min(first, maximum)
     while True:
         trial = measure_size(batch_size)
@@ -160,7 +160,7 @@ class BatchSizeSearch:
 
     @property
     def reliable(self) -> list[Trial]:
-        """Fitting trials with more than the single round of bisection, or all if there are no others."""
+        """Fitting trials with more rounds than bisection's single one, or all fitting trials if there are none."""
         fitting = self.fitting
         return [trial for trial in fitting if trial.origin == "doubling" or trial.is_repeated] or fitting
 
@@ -211,10 +211,10 @@ class BatchSizeSearch:
             yield trial
 
     def _repeats(self, measure_size: Callable[[int], Trial]) -> Iterator[Trial]:
-        """Measure the largest size again, and the fastest until the fastest of all has been repeated.
+        """Measure the largest size again, and then the fastest until the fastest of all has been repeated.
 
-        The rounds are added to those of the first trial. They replace the single round of bisection: a size that was
-        chosen by the rate of one round was probably an outlier in it.
+        The rounds are added to the first trial's, but replace the single round of bisection: a size chosen by the rate
+        of one round was probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)
@@ -229,7 +229,7 @@ class BatchSizeSearch:
 
 
 def search_fastest(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Trial]:
-    """Try SIZES in order. Stop after the first that does not fit, fails or gains less than MIN_GAIN."""
+    """Try SIZES in order; stop after the first one that does not fit, fails or gains less than MIN_GAIN."""
     target = Target(config.model.name, config, on_gpu=torch.cuda.is_available())
     measure_size = partial(run_trial, target, seconds=seconds, rounds=rounds, deadline=deadline)
     best_rate = 0.0

@@ -19,7 +19,7 @@ MIB, MEGA = 2**20, 1e6
 KINDS = ("weights", "gradients", "optimizer", "activations")  # a row has KIND_bytes for each
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 TOTAL = "total"
-MIN_LOG_AXIS_RATIO = 30  # of the largest to the smallest value: draw a logarithmic axis
+MIN_LOG_AXIS_RATIO = 30  # ratio of the largest to the smallest value from which the axis is logarithmic
 
 
 def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
@@ -49,7 +49,7 @@ def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: 
 
 
 def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
-    """Return the rows of layers-NAME.csv: each layer in the order of execution, and their total."""
+    """Return the rows of layers-NAME.csv: the layers in order of execution, and their total."""
     rows: list[Row] = [
         {
             "layer": layer.name.removeprefix("network.") or "(model)",
@@ -123,7 +123,7 @@ def format_report(rows: list[Row]) -> str:
 
 
 def ratio_sentences(rows: list[Row]) -> list[str]:
-    """Return one paragraph that compares each model with the one of the fewest parameters; empty for one model."""
+    """Return a paragraph that compares each model to the one with the fewest parameters; empty for one model."""
     smallest = min(rows, key=lambda row: row["parameters"])
     sentences = []
     for row in rows:

@@ -73,8 +73,8 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
 def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
     """Return the config, number of classes and image size of a config file, a run folder or a checkpoint.
 
-    A run folder without a checkpoint is read from its config.yaml. Values that a config leaves out come from its data
-    set. Command-line options take precedence.
+    For a run folder without a checkpoint, reads its config.yaml. Values missing in a config come from its data set.
+    Command-line options take precedence.
     """
     if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
         path = path / "config.yaml"

@@ -24,7 +24,7 @@ PHASE_COLORS = {
     "optimizer": "#6a8532",
 }
 MAX_NAME_LENGTH = 48  # of operators
-LOG_SCALE_RATIO = 20.0  # of the largest to the smallest rate, from which the axis is logarithmic
+LOG_SCALE_RATIO = 20.0  # ratio of the largest to the smallest rate from which the axis is logarithmic
 
 
 def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] | None, machine: str) -> Figure:
@@ -33,7 +33,7 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
     A star marks the fastest batch size of each model, a diamond the largest that fits.
 
     Args:
-        limit: GiB and name of the memory limit, a dashed line.
+        limit: GiB and name of the memory limit, drawn as a dashed line.
     """
     figure, (rate_axis, memory_axis) = new_figure(1, 2, size=(13, 5))
     searches = [search for search in searches if search.fitting]

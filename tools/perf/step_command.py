@@ -3,13 +3,13 @@
     python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml --steps 20
     torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
 
-Phases: data (waiting for a batch), forward, backward, reduce (the all-reduce of several ranks, as far as it does not
-overlap with backward), optimizer (with clipping and clearing of gradients), host (everything else while the device is
-idle or, on the CPU, between the phases). They add up to the wall time of the step. On a GPU they are times of the
-device, on the CPU of the host. Under torchrun the first rank is profiled.
+Phases: data (waiting for a batch), forward, backward, reduce (the part of the all-reduce that does not overlap with
+backward), optimizer (including clipping and clearing gradients), host (everything else while the device is idle or, on
+the CPU, between the phases). They add up to the wall time of the step. On a GPU they are device times, on the CPU host
+times. Under torchrun the first rank is profiled.
 
 A captured step (CUDA graph) has no phases. It is profiled without capture, and the time of the captured step is
-reported beside it. Model FLOPs utilisation is the arithmetic of forward and backward, 2 operations per multiply-add,
+reported separately. Model FLOPs utilisation is the arithmetic of forward and backward, 2 operations per multiply-add,
 divided by the rate that a large matrix multiplication reaches here. trace.json.gz can be opened in
 https://ui.perfetto.dev or chrome://tracing.
 """
@@ -54,7 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help="data.batch_size, per rank")
     add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--steps", type=int, default=20, help="number of profiled steps (default %(default)s)")
-    add("--seconds", type=float, default=3.0, help="of unprofiled training (default %(default)s)")
+    add("--seconds", type=float, default=3.0, help="length of unprofiled training (default %(default)s)")
     add("--out", type=path_argument, help="folder (default output/NAME-profile)")
 
 
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
         rates = {"uncaptured": measure_rate(state, loader, ranks, arguments.seconds)}
         profile = None
         if ranks.is_first:
-            hidden = out / f".{TRACE}"  # the profiler compresses by this ending
+            hidden = out / f".{TRACE}"  # the profiler compresses files with this ending
             profile = profile_steps(state, loader, arguments.steps, hidden)
             hidden.rename(out / TRACE)
         else:

@@ -25,7 +25,7 @@ TRACE = "trace.json.gz"
 def flops_utilization(
     config: Config, classes: int, image_size: int, device: str, amp: torch.dtype | None, images_per_s: float
 ) -> dict[str, Any]:
-    """Return the model FLOPs utilisation of one device, the operations, and the peak rates that it relates to."""
+    """Return the model FLOPs utilisation of one device, its operations, and the peak rates used as references."""
     flops = roofline.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
     candidate = Candidate("arithmetic", roofline.arithmetic, (device,))

@@ -1,8 +1,8 @@
 """Time of training steps by phase, read from a profiler trace.
 
 Each moment belongs to one phase, so that the phases add up to the wall time. On the CPU it is the phase of the training
-thread. On a GPU it is the phase that launched the work of the device, since the host runs ahead. While the device is
-idle, it is `data` if the host waits for a batch. `reduce` is the part of the all-reduce during which nothing else is
+thread. On a GPU it is the phase that launched the device's work, since the host runs ahead; while the device is idle,
+it is `data` if the host waits for a batch. `reduce` is the part of the all-reduce during which nothing else is
 computed, since an all-reduce that overlaps with backward costs no time. The rest is `host`.
 """
 
@@ -182,7 +182,7 @@ def _device_claims(
 ) -> list[tuple[str, list[Interval]]]:
     """Return the intervals of each phase on a GPU: work belongs to the phase that launched it.
 
-    Launches by other threads than those of training and autograd belong to the loader.
+    Launches by threads other than those of training and autograd belong to the loader.
     """
     training_threads = {thread} | {
         event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")
@@ -218,7 +218,7 @@ def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
 
 
 def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
-    """Return the time of the window by name. A moment belongs to the first claim, or to HOST if there is none."""
+    """Return the time of the window by name. A moment belongs to the first claim on it, or to HOST if there is none."""
     times: dict[str, float] = defaultdict(float)
     taken: list[Interval] = []
     for name, intervals in claims:

@@ -39,7 +39,7 @@ def test_every_candidate_yields_batches_of_one_shape(
         assert images.dtype == torch.uint8
 
 
-def test_no_peers_without_a_scratch_folder(npy_data: Path) -> None:
+def test_peers_need_a_scratch_folder(npy_data: Path) -> None:
     assert all(facts["ours"] for facts in made(npy_data, None).rows)
 
 

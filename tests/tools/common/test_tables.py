@@ -21,7 +21,7 @@ def test_markdown_aligns_all_columns_and_rows() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_csv_round_trip(tmp_path: Path) -> None:
+def test_csv_reads_back_unchanged(tmp_path: Path) -> None:
     tables.write_csv(tmp_path / "t.csv", ROWS)
     with (tmp_path / "t.csv").open() as file:
         read = list(csv.DictReader(file))

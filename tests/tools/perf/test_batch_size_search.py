@@ -219,7 +219,7 @@ def test_other_error_fails_only_its_model(
 
 
 @pytest.mark.parametrize(("how", "end"), [({"late_from": 64}, "time"), ({}, "most")])
-def test_search_ended_early_reports_at_least(
+def test_search_ended_early_reports_a_lower_bound(
     how: dict[str, int], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, content = ramp_with(fake(10**6, **how), monkeypatch, tmp_path, "--max-batch", "48" if not how else "10000")

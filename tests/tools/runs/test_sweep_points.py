@@ -52,7 +52,7 @@ def test_grid_is_product_of_lists_with_order_independent_names() -> None:
         ("seed=0, 1", ["seed=0", "seed=1"]),
     ],
 )
-def test_values_split_outside_brackets_and_named_by_parsed_value(axis: str, expected: list[str]) -> None:
+def test_values_split_outside_brackets_and_are_named_by_parsed_value(axis: str, expected: list[str]) -> None:
     assert names(axis) == expected
 
 

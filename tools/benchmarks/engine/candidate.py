@@ -1,4 +1,4 @@
-"""Candidates of a measurement, and the loop that runs in the process of a candidate."""
+"""Candidates to measure, and the loop that runs in a candidate's process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workload:
     Args:
         items: The iterator. Each item counts `units_per_item` images, bytes or operations.
         details: Called after the last round. Returns further fields of the row.
-        prefetches: Whether items may be ready when a round starts. Those are not counted.
+        prefetches: Whether items may be ready when a round starts; these are not counted.
     """
 
     items: Iterator[Any]
@@ -54,9 +54,9 @@ def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
     The first reply is {workload: error or None}. Each request names a workload; its reply is units/s or an error. The
     reply to None is {workload: details}.
     """
-    os.setpgid(0, 0)  # one group with its workers; the kernel ends a stopped group whose parents are gone
+    os.setpgid(0, 0)  # one group with its workers; the kernel ends stopped groups without parents
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # the default start method, with which a DataLoader starts its workers in a user's program
+    # the default start method, which a DataLoader uses for its workers in a user's program
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
         try:
@@ -76,7 +76,7 @@ def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
 
 
 def _end_with_parent() -> None:
-    """Kill this process group when the parent ends, which a long step would not notice."""
+    """Kill this process group when the parent ends, even during a long step."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -97,7 +97,7 @@ def error_text(error: BaseException) -> str:
 
 
 def _calibrate(workload: Workload, seconds: float) -> int:
-    """Warm up and return the number of items that take about `seconds`, as few as possible if they are slow."""
+    """Warm up and return the number of items that take about `seconds`; slow items are run as few times as possible."""
     min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:
         _time_items(workload.items, 3)

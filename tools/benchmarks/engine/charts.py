@@ -8,7 +8,7 @@ from typing import Any
 from train.reporting.figures import save
 
 OURS, PEER, BOUND = "#c1440e", "#8a9ba8", "#d9dee2"
-LOG_SCALE_RATIO = 20.0  # of largest to smallest rate, from which the axis of a panel is logarithmic
+LOG_SCALE_RATIO = 20.0  # ratio of largest to smallest rate from which a panel's axis is logarithmic
 COLUMNS = 2
 
 
@@ -74,7 +74,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
 
 
 def _power_of_ten(value: float) -> int:
-    """Return the largest power of ten that is not above a positive value."""
+    """Return the largest power of ten up to a positive value."""
     power = 0
     while 10.0 ** (power + 1) <= value:
         power += 1

@@ -65,7 +65,7 @@ def make_variant(
 ) -> Path:
     """Write a variant of the train split of an npy data set, with at least one shard per core.
 
-    An existing data set `out` is returned as it is.
+    If the data set `out` exists, it is returned unchanged.
 
     Args:
         size: Side in pixels. None: the stored size.

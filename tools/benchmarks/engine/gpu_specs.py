@@ -1,7 +1,7 @@
-"""Peak rates of dense matrix products, as NVIDIA's data sheets and white papers state them.
+"""Peak rates of dense matrix products according to NVIDIA's data sheets and white papers.
 
-Data sheets from Hopper on state the rate with sparsity; half of it is listed here. GeForce cards: the rate with float32
-accumulation, as torch computes.
+Data sheets from Hopper on state the rate with sparsity, and half of it is listed here. For GeForce cards, the rate is
+that with float32 accumulation, which torch uses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 BF16, FP16, TF32 = torch.bfloat16, torch.float16, torch.float32  # training computes float32 products in TF32
-# by device name, of which the longest matching prefix counts: TFLOP/s in bf16, fp16 and tf32; source
+# by device name (the longest matching prefix counts): TFLOP/s in bf16, fp16 and tf32; source
 SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
     "NVIDIA B200": (2250, 2250, 1125, "HGX B200 data sheet, halved"),
     "NVIDIA H200": (989.5, 989.5, 494.5, "H200 data sheet, halved"),

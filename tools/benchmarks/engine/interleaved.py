@@ -1,8 +1,8 @@
 """Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
 A process is stopped while the others run. A noisy machine therefore slows all candidates alike, and the threads and
-workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory costs its own row
-only.
+workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory only loses its
+own row.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tqdm import tqdm
 from tools.benchmarks.engine.candidate import Candidate, Workload, serve
 
 WARM_UP_TIMEOUT_S = 300.0  # for one candidate to build, compile and warm up
-OUT_OF_TIME = "not measured: the time of the run was over"  # error of what the deadline left out or interrupted
+OUT_OF_TIME = "not measured: the time of the run was over"  # error of what the deadline left out or cut off
 GRACE_S = 5.0  # after the deadline, for a round that has started
 MONITOR_INTERVAL_S = 0.02
 DETAILS_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
-# imported once for all candidates; on a GPU without DALI, which cannot be used in a process forked after CUDA started
+# imported once for all candidates; on a GPU, DALI is left out: it does not work in processes forked after CUDA started
 PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
 PRELOADED_ON_GPU = ["torch", "torchvision"]
 
@@ -61,7 +61,7 @@ def measure(
     show_progress: bool = True,
     after_round: Callable[[list[Measurement]], None] = lambda measurements: None,
 ) -> list[Measurement]:
-    """Measure candidates in turns.
+    """Measure candidates that take turns.
 
     Args:
         seconds: Duration of a round.
@@ -76,7 +76,7 @@ def measure(
     """
 
     def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
-        """Return the time to wait for a reply, and the error to report if the deadline is what limits it."""
+        """Return the time to wait for a reply, and the error to report if the deadline limits it."""
         left_s = math.inf if deadline is None else max(1.0, deadline + grace_s - time.monotonic())
         return (limit_s, None) if limit_s <= left_s else (left_s, OUT_OF_TIME)
 
@@ -152,7 +152,7 @@ class _CandidateProcess:
         self._pipe.close()
         if kind is None:  # after an exception such as Ctrl-C, do not wait for a long step
             self._process.join(JOIN_TIMEOUT_S)
-        self._signal(signal.SIGKILL)  # also the workers that it left
+        self._signal(signal.SIGKILL)  # also kills workers that it left behind
         self._process.kill()
         self._process.join()
 
@@ -190,7 +190,7 @@ class _CandidateProcess:
         return reply
 
     def _receive(self, timeout_s: float, timeout_error: str | None) -> Any:
-        """Return the reply of the process, or why there is none. A silent process is killed."""
+        """Return the reply of the process, or an error if there is none. A silent process is killed."""
         end, monitor = time.monotonic() + timeout_s, self._candidate.monitor
         try:
             while not self._pipe.poll(timeout_s if monitor is None else MONITOR_INTERVAL_S):
@@ -218,7 +218,7 @@ class _CandidateProcess:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Start processes that never receive Ctrl-C. Only this process handles it."""
+    """Block Ctrl-C in processes started in this context; only this process handles it."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

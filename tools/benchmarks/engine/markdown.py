@@ -103,7 +103,7 @@ def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _columns_table(entry: Entry) -> str:
-    """Return a table of the entry's own columns and a remark."""
+    """Return a table of the columns listed in the entry, and a remark."""
     rows = []
     for row in entry["rows"]:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
@@ -137,7 +137,7 @@ def _scale_cells(row: Row) -> tuple[str, ...]:
 
 
 def _augmentations_table(rows: list[Row]) -> str:
-    """Return one line per kind of augmentation: our figures beside the peer's."""
+    """Return one line per kind of augmentation, with our figures beside the peer's."""
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows if "kind" in row):
         cells = {row["ours"]: row for row in rows if row.get("kind") == kind}
@@ -155,12 +155,12 @@ def _augmentations_table(rows: list[Row]) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Return the figure, or that there is none; the reason is listed below all tables."""
+    """Return images/s, or "failed" if there is no figure; the reason is listed below all tables."""
     return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""
 
 
 def _rates_table(rows: list[Row]) -> str:
-    """Return images/s beside bounds and ratios, without the columns that are empty."""
+    """Return a table of images/s, bounds and ratios, without empty columns."""
     lines = [COLUMNS, *(_rate_cells(row) for row in rows)]
     used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
     header, *cells = [[line[number] for number in used] for line in lines]

@@ -1,4 +1,4 @@
-"""Tables of measurements: candidates in turns, rows one by one, or a table as a whole."""
+"""Tables of measurements: by candidates that take turns, row by row, or as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TableSpec(Protocol):
     """Description of a table that can be measured.
 
     `run` takes the limits of the machine, the seconds per round, the rounds and the deadline. It calls `keep` with
-    what has been measured so far.
+    the measurements so far.
     """
 
     title: str
@@ -71,7 +71,7 @@ class RowTable:
 class WholeTable:
     """Table that is measured as a whole."""
 
-    title: str  # of the row that is shown if it cannot be measured
+    title: str  # name of the row that is shown if the table cannot be measured
     stage: str
     measure: Callable[[], Entry]
 

@@ -1,4 +1,4 @@
-"""The project's own data loader and training step as workloads. Both are the real ones, not copies."""
+"""This project's data loader and training step as workloads: the real code, not copies."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from train.throughput import endless_batches, full_step
 OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
-WARM_ITEMS = 4  # after which memory usage is stable
-DISTINCT_IMAGES = 2048  # of a resident batch; a larger batch repeats them
+WARM_ITEMS = 4  # items after which memory usage is stable
+DISTINCT_IMAGES = 2048  # images of a resident batch; a larger batch repeats them
 READ_BATCH_SIZE = 256  # for reading them
 
 
@@ -41,8 +41,8 @@ def loading(
 ) -> Iterator[dict[str, Workload]]:
     """Measure the train loader alone.
 
-    On a GPU the details contain the memory of a loader and its first batches: DALI's pools, buffers, resident data. No
-    other candidate allocates memory meanwhile.
+    On a GPU the details contain the memory of a loader and its first batches: DALI's pools, buffers and resident data.
+    No other candidate allocates memory meanwhile.
 
     Args:
         variants: Names of workloads, and the fields of `data` that each of them changes.
@@ -93,7 +93,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
 def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Workload]]:
     """Measure the training step on one resident batch of any size.
 
-    The details contain the peak memory; on a GPU without that of the loader, which is freed before.
+    The details contain the peak memory; on a GPU, without the loader's, which is freed before.
 
     Args:
         synthetic: Use noise of size data.image_size. Otherwise images of the data set are repeated as needed.
@@ -137,7 +137,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images, and a description as of a data set."""
+    """Return random images, and a description like that of a data set."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,
@@ -151,7 +151,7 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
 
 
 def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
-    """Yield the items. On a GPU add the memory to `details` once warm, including that of earlier workloads."""
+    """Yield the items; on a GPU, add the memory to `details` once warm, including that of earlier workloads."""
     for number, item in enumerate(items, 1):
         if number == WARM_ITEMS and device.type == "cuda":
             details |= {name: round(gib, 4) for name, gib in process_memory.memory_usage(device).items()}
@@ -159,7 +159,7 @@ def _with_memory(items: Iterator[None], device: torch.device, details: dict[str,
 
 
 def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, common: dict[str, Any]) -> Workload:
-    """Return end-to-end training. Its loader is built on the first item, so that a failure costs one row only."""
+    """Return end-to-end training. Its loader is built on the first item, so a failure only loses one row."""
     loaders: list[Loader] = []
     fields = dict(common)
 

@@ -1,9 +1,9 @@
 """Memory of a candidate's process: its usage, its limit, and errors that mean out of memory.
 
-On the CPU the limit is checked from outside. RLIMIT_AS and RLIMIT_DATA count reserved memory, of which torch, DALI and
-thread stacks never touch gigabytes, and a library whose allocation is refused fails in many ways. The check reads the
-peak resident memory that the kernel records (VmHWM), so it misses no peak between two checks. Libraries and mapped data
-sets count; child processes do not.
+On the CPU another process checks the limit. RLIMIT_AS and RLIMIT_DATA would count gigabytes that torch, DALI and thread
+stacks reserve but never touch, and libraries fail in many ways if an allocation is refused. The check reads the peak
+resident memory that the kernel records (VmHWM), so it misses no peak between two checks. Libraries and mapped data sets
+count; child processes do not.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REFUSED_ALLOCATION = (
 
 
 def is_out_of_memory(error: str) -> bool:
-    """Return whether a candidate's error means that it ran out of memory."""
+    """Return True if a candidate's error means that it ran out of memory."""
     text = error.lower()
     if any(message in text for message in OUT_OF_MEMORY_MESSAGES) or KERNEL_KILL in error:
         return True
@@ -54,7 +54,7 @@ def is_out_of_memory(error: str) -> bool:
 
 
 def has_ulimit() -> bool:
-    """Return whether `ulimit -v` or `-d` is set, which every process inherits."""
+    """Return True if `ulimit -v` or `-d` is set, which every process inherits."""
     return any(
         resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
@@ -65,7 +65,7 @@ def limit_error(limit_bytes: int) -> str:
 
 
 def check_limit(limit_bytes: int, pid: int) -> str | None:
-    """Return an error once the process has used more than the limit. Serves as `Candidate.monitor`."""
+    """Return an error once the process has used more than the limit, for use as `Candidate.monitor`."""
     return limit_error(limit_bytes) if peak_rss_bytes(pid) > limit_bytes else None
 
 
@@ -84,7 +84,7 @@ def available_bytes() -> int:
 
 
 def prefer_oom_kill() -> None:
-    """Let the kernel kill this process first when memory runs out, not the one that waits for it."""
+    """Make the kernel kill this process first when memory runs out, instead of the one that waits for it."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 

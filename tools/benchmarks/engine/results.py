@@ -30,7 +30,7 @@ Entry = dict[str, Any]  # table of a run: title, stage, rows and further fields
 FORMAT, VERSION = "model-zhu-benchmarks", 1
 RUNNING = "not measured to its end: the run was cut off"  # note of a row while its program runs
 STOPPED = "stopped at the deadline"
-BINDS_FROM = 0.6  # minimum share of a bound to name it as what limits the rate
+BINDS_FROM = 0.6  # minimum share of a bound from which it is named as limiting the rate
 PACKAGES = {  # whose versions are recorded
     "torch": "torch",
     "torchvision": "torchvision",
@@ -67,17 +67,17 @@ def failed_row(name: str, error: str, **fields: Any) -> Row:
 
 
 def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
-    """Return a row without figures that is not a failure: time was over, or a peer is missing."""
+    """Return a row without figures that is not a failure: out of time, or a peer is missing."""
     return {"name": name, "ours": True, "error": None, "note": note, **fields}
 
 
 def is_measured(row: Row) -> bool:
-    """Return whether the row has a figure and its program has ended."""
+    """Return True if the row has a figure and its program has ended."""
     return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING)
 
 
 def is_complete(row: Row) -> bool:
-    """Return whether a row was measured and not stopped at the deadline."""
+    """Return True if a row was measured and not stopped at the deadline."""
     return is_measured(row) and row.get("note") != STOPPED
 
 
@@ -90,11 +90,11 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
-    """Set the tightest bound of a row, the share of it that is reached, and what limits the rate.
+    """Set a row's tightest bound, the share of it that is reached, and the limiting factor.
 
     Args:
         bounds: images/s by name.
-        otherwise: What limits the rate if it is far below the bound.
+        otherwise: The limiting factor if the rate is far below the bound.
     """
     bounds = {name: rate for name, rate in bounds.items() if rate > 0}
     if "images_per_s" not in row or not bounds:

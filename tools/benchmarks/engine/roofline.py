@@ -1,7 +1,7 @@
 """Limits of the machine (copies, arithmetic, disk) as workloads, and the bounds that follow from them.
 
 Rates are in bytes/s or FLOP/s. A copy of n bytes counts n, although it reads and writes them, so that rate / (bytes per
-image) is the images/s at which every image is copied once.
+image) is the images/s if every image is copied once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]
 
 @contextmanager
 def arithmetic(device: str) -> Iterator[dict[str, Workload]]:
-    """Build the workload of matrix multiplication only."""
+    """Build only the workload of matrix multiplication."""
     yield {ARITHMETIC: _arithmetic(device)}
 
 
@@ -133,7 +133,7 @@ def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tenso
 
 
 def _disk_reads(file: Path) -> Iterator[int]:
-    """Read blocks sequentially, bypassing the page cache, or after dropping them from it without O_DIRECT."""
+    """Read blocks sequentially, bypassing the page cache, or dropping them from it first if O_DIRECT is missing."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:
@@ -179,7 +179,7 @@ def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes:
 
 
 def disk_bound(limits: Limits, stored_bytes: float, split_bytes: float) -> Limits:
-    """Return the bound by the disk if the split is too large to be cached in memory, else no bound."""
+    """Return the disk's bound if the split is too large to be cached in memory, else an empty dict."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {DISK: limits.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 

@@ -1,8 +1,8 @@
 """Peers: loaders and training loops of other libraries, built from their public interfaces on the same images.
 
 A loader is a function (task: PeerTask) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample at
-most once per epoch. Its docstring lists its settings. Files that a peer needs are written to a scratch folder in the
-peer's fastest format before timing starts.
+most once per epoch. Its docstring lists its settings. Files that a peer needs are written to a scratch folder, in the
+peer's fastest format, before timing starts.
 """
 
 from __future__ import annotations

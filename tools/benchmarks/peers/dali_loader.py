@@ -1,4 +1,4 @@
-"""A DALI pipeline as its users write it: DALI's readers, decoders, random operators and PyTorch iterator."""
+"""A typical DALI pipeline: DALI's readers, decoders, random operators and PyTorch iterator."""
 
 from __future__ import annotations
 

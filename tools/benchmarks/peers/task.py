@@ -23,7 +23,7 @@ Batches = Iterator[tuple[Any, Any]]
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path) -> Split:
-    """Open a split. It is not stored in PeerTask, which is pickled, since a memory map cannot be."""
+    """Open a split. It is not stored in PeerTask, since that is pickled, and memory maps cannot be."""
     return open_split(folder, SPLIT)
 
 
@@ -101,7 +101,7 @@ def _content(split: Split, index: int) -> bytes:
 
 
 def endless(loader: Any, device: str) -> Batches:
-    """Yield the batches of all epochs, copied to the device without blocking, as from pinned memory."""
+    """Yield the batches of all epochs, copied to the device without blocking if they are pinned."""
     while True:
         for images, labels in loader:
             if device == "cuda":

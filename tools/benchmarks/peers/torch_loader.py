@@ -44,7 +44,7 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 class PickledImages(torch.utils.data.Dataset):
-    """Images of a pickle in memory, as PIL images on access, like torchvision's CIFAR10."""
+    """Images of a pickle in memory, converted to PIL images on access, like torchvision's CIFAR10."""
 
     def __init__(self, path: Path, transform: Any) -> None:
         content = pickle.loads(path.read_bytes())  # written by `homework_dataset`
@@ -58,7 +58,7 @@ class PickledImages(torch.utils.data.Dataset):
 
 
 class Hdf5Rows(torch.utils.data.Dataset):
-    """Rows of an HDF5 file, channels first, as the homework's loader for MediumImageNet reads them."""
+    """Rows of an HDF5 file, channels first, like in the homework's loader for MediumImageNet."""
 
     def __init__(self, path: Path, samples: int, transform: Any) -> None:
         self.path, self.samples, self.transform = path, samples, transform

@@ -1,4 +1,4 @@
-"""Cost of each augmentation: images/s of the loader with one kind at a time, beside torchvision's transforms."""
+"""Cost of each augmentation: images/s of the loader with one kind at a time, compared to torchvision's transforms."""
 
 from __future__ import annotations
 

@@ -25,16 +25,16 @@ from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP
 from tools.benchmarks.suites.settings import Settings, is_out_of_time
 
 SIDE = 224
-BATCHES = 4  # fed cyclically
-HOLD_CYCLES = 2**32  # for which a stream is held: about 2 s
-FOLLOWING_BATCHES = 8  # taken while the stream is held
+BATCHES = 4  # number of batches that are fed cyclically
+HOLD_CYCLES = 2**32  # clock cycles for which a stream is held: about 2 s
+FOLLOWING_BATCHES = 8  # number of batches taken while the stream is held
 
 
 @contextmanager
 def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
     """Copy batches to the GPU by torch and as a DALI input, from pinned and from pageable memory, in bytes.
 
-    DALI does not copy the input on the host (no_copy), so from pinned memory it should reach the rate of torch.
+    DALI does not copy the input on the host (no_copy), so it should be as fast as torch from pinned memory.
     """
     shape = (batch_size, SIDE, SIDE, 3)
     pageable = [torch.zeros(shape, dtype=torch.uint8) for _ in range(BATCHES)]
@@ -55,7 +55,7 @@ def _torch_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Copy with one iteration scheduled ahead, as in the loader."""
+    """Copy with one iteration scheduled ahead, like the loader."""
     pipeline = _copy_pipeline(len(batches[0]))
 
     def feed(batch: torch.Tensor) -> None:

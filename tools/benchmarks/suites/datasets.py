@@ -1,4 +1,4 @@
-"""Data sets of a whole run: the given ones, and variants generated from them."""
+"""Data sets of a whole run: those given by the user, and variants generated from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.benchmarks.suites.settings import Settings, check_time
 from tools.sources.digits import open_digits
 
 ROOT = Path(__file__).parents[3]
-# of generated data sets; on a GPU at least a dozen batches per epoch, in a few GiB on disk
+# samples of generated data sets; on a GPU at least a dozen batches per epoch, in a few GiB on disk
 SAMPLES = {"cpu": 4096, "cuda": 16_384}
 GENERATION_S = 20.0  # maximum time to generate a data set
 GIB = 2**30
@@ -52,7 +52,7 @@ def medium_dataset(settings: Settings) -> Path:
 
 
 def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set of this image size and encoding for a GPU. Generate it unless it exists."""
+    """Return a data set of this image size and encoding for a GPU, generating it if it does not exist."""
     if (side, encoding) == (32, "npy"):
         return small_dataset(settings)
     base = small_dataset(settings) if side == 32 else medium_dataset(settings)
@@ -75,7 +75,7 @@ def check_free_space(folder: Path, needed_bytes: int, option: str) -> None:
     """Raise UserError if the disk has too little space for the data sets that are still to be generated.
 
     Args:
-        needed_bytes: Size of all data sets. Those that the folder contains already are subtracted.
+        needed_bytes: Size of all data sets. Those already in the folder are subtracted.
         option: Command-line option that names the folder.
     """
     stat = os.statvfs(folder)

@@ -1,4 +1,4 @@
-"""Parts of the whole run on a GPU, three minutes each at most, the most important first."""
+"""Parts of the whole run on a GPU: at most three minutes each, the most important first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLACEMENTS = {"npy, device": {"placement": "device"}, "npy, host": {"placement":
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
-BATCH_SIZES_SHARE = 0.5  # of the time of part resnet50; the profile gets the rest
+BATCH_SIZES_SHARE = 0.5  # share of the time of part resnet50; the profile gets the rest
 DEFAULT_BATCH_SIZE = 256  # of part resnet50 if no batch sizes were measured
 PROFILED_STEPS = 20
 
@@ -46,10 +46,10 @@ def _training(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Return a table of end-to-end training beside a resident batch, for every placement of the data.
+    """Return a table of training on a resident batch and end to end, for every placement of the data.
 
     Args:
-        name: Config of the project.
+        name: One of this project's configs.
         side: Side of the stored images.
         batch_size: Maximum batch size.
         image_size: Side after augmentation. None: the stored side.
@@ -107,7 +107,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Measure loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
 
-    From the host the bound is the copy from pinned memory, which takes turns with the loader.
+    For the host, the bound is the copy from pinned memory, which takes turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):

@@ -1,4 +1,4 @@
-"""Tables of data loaders: reading alone or with augmentation, beside bounds and other libraries."""
+"""Tables of data loaders, with or without augmentation, compared to bounds and other libraries."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def loading_table(
     Args:
         aug: Augmentation. None: reading alone.
         size: Side of the images after augmentation.
-        workers: Of the peers.
-        data: Settings of our loader; those given here are replaced.
-        placements: Of raw pixels on a GPU. With "host" the copy of a batch from pinned memory is measured as well.
+        workers: Worker processes of the peers.
+        data: Further settings of our loader; the other arguments take precedence.
+        placements: Placements of raw pixels on a GPU. With "host", the copy of a batch from pinned memory is measured
+            too.
     """
     split = open_split(folder, SPLIT)
     encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
@@ -95,7 +96,7 @@ class _LoadingBounds:
     stored_bytes: float  # of one image
     output_bytes: float  # of one image
     split_bytes: float
-    otherwise: str  # what limits a loader that is far below its bound
+    otherwise: str  # limiting factor of a loader that is far below its bound
 
     def add(self, rows: list[Row], limits: Limits) -> None:
         """Add bounds and ratios to the rows of loaders."""

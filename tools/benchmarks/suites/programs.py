@@ -1,7 +1,6 @@
 """Rows from programs: speedruns, the published script, runs to an accuracy, the profile of the step.
 
-The output of a program is read while it runs, so that its results so far are kept if it is interrupted. The program is
-stopped at the deadline.
+A program's output is read while it runs, so that results are kept if it is interrupted. It is stopped at the deadline.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, on which training saves a checkpoint, then SIGKILL to the whole process group."""
+        """Send SIGTERM, so that training saves a checkpoint, then SIGKILL to the whole process group."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -111,7 +110,7 @@ class Program:
 
     @property
     def error(self) -> str | None:
-        """Reason of the failure. None if the program runs, was stopped at the deadline or succeeded."""
+        """Reason of the failure; None if the program is running, was stopped at the deadline or succeeded."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
@@ -120,7 +119,7 @@ class Program:
         return f"exit code {code}: {last_line}"[:300]
 
     def row(self, name: str, figures: Row, **fields: Any) -> Row:
-        """Return a row of the figures so far, with the reason if the program has not succeeded."""
+        """Return a row with the figures so far, and the reason if the program has not succeeded."""
         if self.error is not None:
             return failed_row(name, self.error, **fields) | figures
         if self.is_late:
@@ -159,7 +158,7 @@ def reference(
     """Run the published airbench94_muon.py on the same pixels. Stop it after `seeds` runs.
 
     Args:
-        checkout: Checkout of cifar10-airbench.
+        checkout: Folder of a cifar10-airbench checkout.
         folder: Its subfolder reference/ receives the log and, once, the images in the script's format.
         ours: Row to compare with.
     """

@@ -1,4 +1,4 @@
-"""Cost of a change of data.stages: the epoch after each change beside the next epoch of the same stage."""
+"""Cost of a stage change (data.stages): the epoch after each change, compared to the next epoch of the same stage."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from train.engine.warm_up import warm_up
 
 
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
-    """Measure the rates of epochs after a change of stage, with the real loader, step and epoch.
+    """Measure the rates of epochs after a stage change, with the real loader, step and epoch.
 
-    A round trains two epochs per stage, so that it changes each stage once. The first round warms up and does not
-    count. The ratio of a row is the rate in the epoch after a change divided by that in the following epoch, as the
-    median over the rounds.
+    A round trains two epochs per stage, so it enters each stage once. The first round warms up and does not count. The
+    ratio of a row is the rate of the epoch after a change divided by that of the following epoch: the median over the
+    rounds.
 
     Returns:
         The entry of a run file.

@@ -36,8 +36,8 @@ SIDE = 96  # pixels, as in MediumImageNet
 CLASSES = 200
 SHARD_BYTES = 512 * 2**20
 BATCH_SIZE = 512
-BATCHES = 19  # timed; 10,000 samples have 19
-PREFETCHED_BATCHES = 20  # maximum that the loader prepares beyond them
+BATCHES = 19  # timed batches; 10,000 samples have 19
+PREFETCHED_BATCHES = 20  # maximum number that the loader prepares beyond them
 
 
 def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def title(side: int = SIDE) -> str:
 
 @contextmanager
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measure during the build, in a fresh process. The workload only carries the details."""
+    """Measure while building, in a fresh process; the workload only carries the details."""
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
     torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def private_bytes() -> int:
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Read these samples into the page cache. A page fault on the map would read megabytes around each."""
+    """Read these samples into the page cache. Page faults on the map would read megabytes around each of them."""
     split = open_split(folder, "train", verify="off")
     for number in np.unique(split.shard[samples]).tolist():
         inside = samples[split.shard[samples] == number]

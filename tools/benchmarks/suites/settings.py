@@ -22,10 +22,10 @@ class Settings:
     reference: Path | None = None  # checkout of cifar10-airbench
     seconds: float = 0.5
     rounds: int = 5
-    workers: int = 1  # of the peers
-    seeds: int = 10  # of each speedrun
-    epochs: int | None = None  # of the runs to an accuracy; None: as in their configs
-    samples: int | None = None  # of generated data sets; None: the default of the device
+    workers: int = 1  # worker processes of the peers
+    seeds: int = 10  # runs of each speedrun
+    epochs: int | None = None  # epochs of the runs to an accuracy; None: the configs'
+    samples: int | None = None  # samples of generated data sets; None: the device's default
     only: tuple[str, ...] = ()  # stages; empty: all
     deadline: float | None = None  # of the run or the current part, on the clock of time.monotonic()
     part_s: float | None = None  # time limit of each part

@@ -30,11 +30,11 @@ class Part:
     name: str
     stages: tuple[str, ...]  # of the tables
     tables: Callable[[Settings], Iterator[TableSpec]]
-    needs_limits: bool = True  # of the machine
+    needs_limits: bool = True  # whether it needs the limits of the machine
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
-    """Return the parts of these names (empty: all) with one of the stages `only` (empty: any), in their order."""
+    """Return the parts with these names (empty: all) and any of the stages `only` (empty: any), in order."""
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--part {' '.join(unknown)} is not one of {', '.join(known)}")
@@ -84,7 +84,7 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 
 
 def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entry], None]) -> bool:
-    """Measure and print the tables of a part. Return whether all were measured in time and without a failure.
+    """Measure and print the tables of a part. Return True if all were measured in time and without a failure.
 
     A table that cannot be built is recorded as a table with one failed row.
     """

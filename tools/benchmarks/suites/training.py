@@ -37,7 +37,7 @@ def training_table(
     Args:
         variants: See `ours.training`.
         details: Further fields of the entry.
-        workers: Of the peers.
+        workers: Worker processes of the peers.
     """
     candidates = [Candidate(OURS, ours.training, (config, variants))]
     rows: list[Row] = [{"ours": True, "device": device, "encoding": ""}]
@@ -70,7 +70,7 @@ def training_table(
 
 
 def _limiting_factor(row: Row, is_resident: bool) -> str:
-    """Return what limits training that is far below the peak arithmetic rate."""
+    """Return the factor that limits training far below the peak arithmetic rate."""
     if is_resident:
         return "the step: memory traffic and launches, not arithmetic"
     if not row["ours"]:
