@@ -183,7 +183,7 @@ def main() -> int:
                 saving.mark_saved(source, done)
                 log.info(f"resumed from {source} at {position}")
             elif resume is not None:
-                log.info(f"a new run, since there is no checkpoint to resume from yet (--resume {resume})")
+                log.info(f"starting a new run, since --resume {resume} found no checkpoint")
             log.info(summary_line(config, facts, device))
             for note in (*state.notes, *stage_warnings(config), *config_warnings(config.train, timeline)):
                 log.info(note)

@@ -75,7 +75,7 @@ def _build_foreign(
     state = build_all(inference_config(config), homework_dataset, outputs, image_size, device, trains=False)
     network: Any = state.network
     copy_weights(network.network, weights, (), f"the weights {path}")
-    extra = f", of which the data set has the first {classes}" if outputs > classes else ""
+    extra = f", of which the data set uses the first {classes}" if outputs > classes else ""
     warn(
         f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{extra}, "
         f"and pixels are normalized as in the homework, by mean {_rounded(mean)} and std {_rounded(std)}"

@@ -93,7 +93,7 @@ def test_homework_checkpoint_evaluates_like_its_network(
     logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     accuracy = (logits.argmax(1) == labels).float().mean()
     assert out.startswith(f"{path}: val loss {F.cross_entropy(logits, labels):.4f}, top1 {accuracy:.4f}, top5 ")
-    assert "lenet with 200 outputs, of which the data set has the first 12" in err
+    assert "lenet with 200 outputs, of which the data set uses the first 12" in err
     assert "by mean [0.4914, 0.4822, 0.4465] and std [0.2023, 0.1994, 0.201]" in err
 
 

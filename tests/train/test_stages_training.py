@@ -110,7 +110,7 @@ def test_unsupported_image_size_is_refused_before_creating_a_run_folder(digits_r
     for option in ("data.stages=[{epoch: 1, image_size: 40}]", "data.image_size=40"):
         with pytest.raises(UserError) as error:
             run_here(*arguments(digits_run.data, tmp_path, option, "eval.image_size=32"))
-        sentence = r"the model is trained on images of 40 pixels .* 32 pixels .* does not take both \(.*35.*\); use"
+        sentence = r"the model is trained on images of 40 pixels .* 32 pixels .* does not accept both \(.*35.*\); use"
         assert re.match(sentence, str(error.value))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "digits_lenet").exists()

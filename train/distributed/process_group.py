@@ -101,7 +101,7 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
             f"rank {ranks.rank} of {ranks.world_size} found no rank 0 at {where} ({str(error).splitlines()[0]}); "
-            "start all ranks together and give each the name of rank 0's machine and a port that is free there"
+            "start all ranks together, each with the address of rank 0's machine and a free port there"
         ) from None
     return store, os.environ["MASTER_ADDR"]
 

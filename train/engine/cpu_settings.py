@@ -22,7 +22,7 @@ from configs.utils.warnings import warn
 
 WINDOWS, INTERVAL_S = 3, 0.1
 FIXED_BY = "OMP_NUM_THREADS"  # also set by torchrun if it starts several processes
-HINT = f"set {FIXED_BY} for another number"
+HINT = f"set {FIXED_BY} to choose another number"
 
 
 def limit_threads(device: torch.device) -> None:

@@ -110,6 +110,6 @@ def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> No
     for what, value in (("world_size", world_size), ("train.accumulation_steps", config.accumulation_steps)):
         if value > 1:
             raise UserError(
-                f"train.proxy.model={config.proxy.model} chooses among the samples of one forward pass, which are not "
+                f"train.proxy.model={config.proxy.model} selects from the samples of one forward pass, which is not "
                 f"the global batch with {what}={value}; use 1 or set train.proxy.model to null"
             )

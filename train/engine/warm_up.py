@@ -86,8 +86,8 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise UserError(
                 f"the model is trained on images of {stage.image_size} pixels (data.image_size, data.stages), but was "
-                f"built for those of the evaluation, {built_for} pixels (eval.image_size), and does not take both "
-                f"({reason}); use sizes that it takes or, for a model of timm that can, "
+                f"built for those of the evaluation, {built_for} pixels (eval.image_size), and does not accept both "
+                f"({reason}); use sizes that it accepts or, if a timm model supports it, "
                 "model.options={dynamic_img_size: true}"
             ) from None
 

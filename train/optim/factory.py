@@ -187,7 +187,7 @@ def is_fused(config: OptimizerConfig) -> bool:
 def capture_obstacle(config: OptimizerConfig) -> str | None:
     """Return the reason why this optimizer cannot run in a CUDA graph, or None."""
     if config.name not in CAPTURABLE:
-        return f"optimizer {config.name} is not one that is known to run as a CUDA graph ({', '.join(CAPTURABLE)})"
+        return f"optimizer {config.name} is not known to run as a CUDA graph, unlike {', '.join(CAPTURABLE)}"
     if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):
         return f"train.optimizer.options choose an implementation ({', '.join(chosen)})"
     if config.options.get("dampening"):

@@ -84,7 +84,7 @@ def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
         if not found:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise UserError(
-                f"train.optimizer.lr_scales has {pattern!r}, but no parameter of this model has such a name; "
+                f"train.optimizer.lr_scales has {pattern!r}, which matches no parameter of this model; "
                 f"there are names like {', '.join(near)}"
             )
         if scale < 0:

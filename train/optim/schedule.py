@@ -174,7 +174,7 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
     if first >= config.epochs:
         warnings.append(
             f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
-            "does not reach: the learning rate stays as it is"
+            "does not reach: the learning rate stays constant"
         )
     averages = timeline.total // config.ema.every_steps
     if decay is not None and not config.ema.warmup and averages * (1 - decay) < MIN_TIME_CONSTANTS:

@@ -135,7 +135,7 @@ def test_zero_learning_rate_keeps_parameter_unchanged() -> None:
     [
         (
             {"layer9.*": 0.1},
-            r"lr_scales has 'layer9\.\*', but no parameter .* has such a name; there are names",
+            r"lr_scales has 'layer9\.\*', which matches no parameter .*; there are names",
         ),
         ({"network.conv1.weigth": 0.1}, r"names like network\.conv1\.weight"),
         ({"fc.*": -1.0}, r"lr_scales has -1\.0 for 'fc\.\*'; use 0 or more"),
