@@ -30,7 +30,7 @@ from pipelines.storage.split import Split
 
 MAX_COPY_THREADS = 2  # copying is bound by memory bandwidth beyond this
 MAX_GROUP = 8  # batches gathered at once, if they are small
-GROUP_BYTES = 2**24  # maximum size of such a group
+GROUP_BYTES = 2**24  # maximum size of a group
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def default_threads(ranks: int) -> int:
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    """Return whether data.placement keeps the whole split in the device's memory."""
+    """Return True if data.placement keeps the whole split in device memory."""
     if data.placement == "auto":
         return resident_fits(split, device)
     if data.placement == "device" and split.encoding != "npy":

@@ -7,7 +7,7 @@ import re
 MAX_SCANS = 100  # each costs as much as the whole image; progressive JPEGs have about ten, malicious ones thousands
 MAX_SEGMENTS = 100_000
 SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, which lie between SOF0 and SOF15
+NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, whose values are between SOF0 and SOF15
 _MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # followed by a length, or EOI
 
 

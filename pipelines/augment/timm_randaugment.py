@@ -1,6 +1,6 @@
 """RandAugment as defined by timm: operations, values by magnitude, and the draws of each layer.
 
-Source: timm.data.auto_augment. One difference: translations are rounded to whole pixels, where timm interpolates.
+Source: timm.data.auto_augment. One difference: translations are rounded to whole pixels; timm interpolates.
 `configs.schema.rand_augment` parses the policy strings.
 """
 

@@ -24,7 +24,7 @@ def check_classes(source: Source) -> None:
     """Raise UserError for class names with control characters, which terminals and tables would interpret."""
     for name in source.classes:
         if printable(name) != name:
-            raise UserError(f"{source.name} names a class {name!r}, which holds control characters; rename it")
+            raise UserError(f"{source.name} names a class {name!r}, which contains control characters; rename it")
 
 
 def check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> None:
@@ -75,7 +75,7 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
         raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
     if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
-        raise UserError(f"--out {out} is not empty and holds no conversion; choose another folder or empty it")
+        raise UserError(f"--out {out} is not empty and contains no conversion; choose another folder or empty it")
     try:
         spool.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,7 +92,7 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
         record = spool / "request.json"
         if record.exists() and _read_request(record) != request:
             raise UserError(
-                f"{out} holds an unfinished conversion of another source, or of this one before it was changed, or "
+                f"{out} contains an unfinished conversion of another source, or of this one before it was changed, or "
                 "with other options; choose another --out or delete the folder"
             )
         for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # left by a killed run; they may fill the disk

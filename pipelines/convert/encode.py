@@ -75,7 +75,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
         payload = source
     else:
         if max(height, width) > JPEG_SIDE:
-            raise Defect(f"{width} x {height} pixels, of which a JPEG holds up to {JPEG_SIDE:,} on a side (--size)")
+            raise Defect(f"{width} x {height} pixels, but a JPEG has at most {JPEG_SIDE:,} per side (--size)")
         buffer = io.BytesIO()
         subsampling = SUBSAMPLINGS[encoding.subsampling]
         Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=subsampling)

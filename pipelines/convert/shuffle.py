@@ -29,7 +29,7 @@ from pipelines.storage.index import INDEX_COLUMNS
 
 @dataclass(frozen=True)
 class SplitInput:
-    """Layout and rows of one split, held by each worker process."""
+    """Layout and rows of one split; each worker process has a copy."""
 
     layout: SplitLayout
     rows: SplitSource

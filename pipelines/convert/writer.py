@@ -62,11 +62,11 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     if (out / "dataset.json").exists():
         dataset = load_dataset(out)
         if {key: dataset.get(key) for key in request} == request:
-            print(f"{out} already holds this data set: nothing to do", file=sys.stderr)
+            print(f"{out} already contains this data set: nothing to do", file=sys.stderr)
             shutil.rmtree(out / ".spool", ignore_errors=True)
             return dataset
         raise UserError(
-            f"{out} already holds the data set {dataset['name']!r}, converted from another source or with other "
+            f"{out} already contains the data set {dataset['name']!r}, converted from another source or with other "
             "options; choose another --out or delete the folder"
         )
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}

@@ -1,4 +1,4 @@
-"""Training and evaluation transforms on the CPU: the pixels of `dali_graph`, computed by the kernels.
+"""Training and evaluation transforms on the CPU: kernels that compute the same pixels as `dali_graph`.
 
 DALI's CPU operators have a setup cost per sample and operator and copy between operators. Here a batch takes a few
 kernel calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey
@@ -160,7 +160,7 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
 def _central(
     shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Return stages that resize the shorter side to `shorter` and crop the central size x size pixels, where needed."""
+    """Return stages that resize the shorter side to `shorter` and crop the central size x size pixels, if needed."""
     if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
         return []
     if shape is not None and min(shape[:2]) == shorter:

@@ -180,7 +180,7 @@ def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
 def _central(
     images: DataNode, spec: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> DataNode:
-    """Resize the shorter side to `shorter` and crop the central size x size pixels, where the stored shape needs it."""
+    """Resize the shorter side to `shorter` and crop the central size x size pixels, if the stored shape needs it."""
     shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:
         images = _resized(images, interpolation, antialias, resize_shorter=shorter)

@@ -39,7 +39,7 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
         if not path.parent.exists():
             raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
         if not path.is_file():
-            reason = "it holds no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
+            reason = "it contains no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
             raise UserError(f"{str(folder)!r} is not a converted data set ({reason}); {convert_hint(folder)}")
         refuse_external_link(path)
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ def _check(dataset: dict[str, Any]) -> None:
         raise TypeError("classes are not all text")
     for text in (dataset["name"], *dataset["classes"], *dataset["splits"]):
         if printable(text) != text:
-            raise ValueError(f"{_format_value(text)} holds control characters")
+            raise ValueError(f"{_format_value(text)} contains control characters")
     shape = dataset["image_shape"]
     if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
         raise ValueError(f"encoding {_format_value(dataset['encoding'])} with image shape {_format_value(shape)}")

@@ -67,7 +67,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
     _check_offsets(file, index, entry)
     if entry["labelled"] and not 0 <= index["label"].min() <= index["label"].max() < len(dataset["classes"]):
         raise UserError(
-            f"{file} holds labels from {index['label'].min()} to {index['label'].max()}, "
+            f"{file} has labels from {index['label'].min()} to {index['label'].max()}, "
             f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
         )
     if dataset["encoding"] == "npy":
@@ -89,7 +89,7 @@ def _columns(content: bytes) -> dict[str, np.ndarray]:
                 raise ValueError(f"column {name!r} is of another version of .npy")
             shape, _, kind = np.lib.format.read_array_header_1_0(stream)
             if kind.kind != "i":
-                raise ValueError(f"column {name!r} holds {kind}")
+                raise ValueError(f"column {name!r} has type {kind}")
             values = np.frombuffer(stored, kind, offset=stream.tell())
             if shape != values.shape:
                 raise ValueError(f"column {name!r} is cut short")

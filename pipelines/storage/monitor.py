@@ -83,7 +83,7 @@ class ShardMonitor:
             if known is not None and size is not None and size < known[1]:
                 return self._message(number, f"was truncated to {size:,} of {known[1]:,} bytes")
             place = int(self._fault_address[number]) - self._mapped(number).ctypes.data
-            return self._message(number, f"could not be read at byte {place:,} any more")
+            return self._message(number, f"can no longer be read at byte {place:,}")
         return None
 
     def _change_error(self) -> str | None:
@@ -94,7 +94,7 @@ class ShardMonitor:
             except OSError as error:
                 if known is not None:
                     self._known[number] = None
-                    self._warn_replaced(file, f"cannot be found any more ({error.strerror})")
+                    self._warn_replaced(file, f"can no longer be found ({error.strerror})")
                 continue
             found = FileStamp.from_stat(status).content_key
             if found == known:

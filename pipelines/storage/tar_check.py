@@ -129,8 +129,8 @@ def _describe_header(header: np.ndarray) -> str:
     try:
         member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
     except tarfile.TarError as error:
-        return f"it holds a damaged tar header ({error})"
-    return f"it holds a header of {member.name!r} with {member.size:,} bytes"
+        return f"it has a damaged tar header ({error})"
+    return f"it has a header of {member.name!r} with {member.size:,} bytes"
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:

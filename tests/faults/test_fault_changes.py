@@ -67,7 +67,7 @@ def remove(file: Path, chance: random.Random) -> None:
 
 
 ENDS: dict[Any, str] = {cut: "was truncated", overwrite: "was overwritten", copy_over: "was "}
-GOES_ON: dict[Any, str] = {replace: "was replaced by another file", remove: "cannot be found any more"}
+GOES_ON: dict[Any, str] = {replace: "was replaced by another file", remove: "can no longer be found"}
 SHORT, LONG = 12, 400  # epochs of runs that complete, and of runs that are stopped early
 OPTS = [
     "data.placement=host",

@@ -131,7 +131,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def is_gone(group: int) -> bool:
-    """Return whether all processes of the group end within some seconds."""
+    """Return True if all processes of the group end within some seconds."""
     for _ in range(500):
         try:
             os.killpg(group, 0)

@@ -88,7 +88,7 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
 
 
 def kill_when(condition: Callable[[], bool], process: BaseProcess) -> bool:
-    """Send SIGKILL as soon as the condition holds; return False if the run ended before."""
+    """Send SIGKILL as soon as the condition is true; return False if the run ended before."""
     wait_until(condition, process)
     process.kill()
     return exit_code(process) == -signal.SIGKILL

@@ -139,7 +139,7 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl, parsed without accepting NaN."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 

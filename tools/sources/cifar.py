@@ -142,7 +142,7 @@ def open_cifar(kind: str, source: Path) -> Source:
                 loaded[file] = pixels
     missing = [file for file in edition.files if file not in digests]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source holds {', '.join(edition.files)}")
+        raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source contains {', '.join(edition.files)}")
     for file, (_, labels) in batches.items():
         if labels.max() >= len(classes):
             raise UserError(
@@ -170,7 +170,7 @@ def _locate(edition: CifarEdition, source: Path) -> Path:
     if (source / edition.archive).is_file():
         return source / edition.archive
     raise UserError(
-        f"no {edition.kind} at {str(source)!r}: pass the folder {edition.folder}, which holds "
+        f"no {edition.kind} at {str(source)!r}: pass the folder {edition.folder}, which contains "
         f"{', '.join(edition.files)}, or {edition.archive}, or the folder above either, as --source, or fetch it with "
         "--download"
     )
@@ -218,12 +218,12 @@ def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.n
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         raise UserError(f"{file}: {edition.labels} must be one number for each of the {len(pixels)} images of data")
     if not all(type(number) is int and 0 <= number < 1 << 31 for number in labels):
-        raise UserError(f"{file}: {edition.labels} holds values that are not class numbers; fetch the file again")
+        raise UserError(f"{file}: {edition.labels} contains values that are not class numbers; fetch the file again")
     return pixels, np.array(labels, np.int64)
 
 
 def _parse_classes(edition: CifarEdition, content: bytes, file: str) -> tuple[str, ...]:
     names = load_pickle(content, file).get(edition.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, (bytes, str)) for name in names):
-        raise UserError(f"{file} holds no list {edition.names!r} of class names; fetch the file again")
+        raise UserError(f"{file} contains no list {edition.names!r} of class names; fetch the file again")
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)

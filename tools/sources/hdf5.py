@@ -78,7 +78,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
-        raise UserError(f"source {str(path)!r} {what}; pass the .hdf5 file that holds images-train and labels-train")
+        raise UserError(f"source {str(path)!r} {what}; pass the .hdf5 file that contains images-train and labels-train")
     names = load_class_names(classes_file) if classes_file else None
     digest = hashlib.sha256()
     splits: dict[str, SplitSource] = {}
@@ -136,7 +136,7 @@ def _check_keys(path: Path, keys: set[str]) -> None:
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(keys)) or 'no keys'}, and needs images-SPLIT "
-            "and labels-SPLIT for train, likewise for val and test where they exist (labels-test may be missing)"
+            "and labels-SPLIT for train, likewise for val and test if they exist (labels-test may be missing)"
         )
 
 
@@ -150,7 +150,9 @@ def load_class_names(file: Path) -> tuple[str, ...]:
         lines.pop()
     if not lines or "" in lines:
         where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
-        raise UserError(f"class names in {file}: {where}; it must hold one name per line, in the order of the labels")
+        raise UserError(
+            f"class names in {file}: {where}; it must contain one name per line, in the order of the labels"
+        )
     return tuple(lines)
 
 

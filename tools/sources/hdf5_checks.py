@@ -141,7 +141,7 @@ def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int
         row = int(np.argmax(wrong))
         source = "the class names" if classes is not None else "a list of class names (--classes)"
         raise UserError(
-            f"{path}: {key}[{row}] is {labels[row]}; labels must lie within 0 to {limit - 1} ({wrong.sum()} of {rows} "
+            f"{path}: {key}[{row}] is {labels[row]}; labels must be within 0 to {limit - 1} ({wrong.sum()} of {rows} "
             f"do not): fix the labels or {source}"
         )
     return labels.astype(np.int64)

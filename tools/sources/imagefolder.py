@@ -89,7 +89,7 @@ def open_imagefolder(root: Path) -> Source:
         files, labels = _list_split(scan, name, folder, listed, classes, digest)
         if not files:
             hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
-            raise UserError(f"{root / folder} holds no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
+            raise UserError(f"{root / folder} contains no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
         for path, size in files:
             digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
@@ -119,7 +119,7 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
     files = scan.images(".")
     if not files:
         hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
-        raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
+        raise UserError(f"{folder} contains no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
     scan.note_skipped()
     rows = ImageFolderSplit(scan.root, files, None)
     digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
@@ -202,7 +202,7 @@ def _list_split(
     if split == "test" and flat:
         if found:
             raise UserError(
-                f"{scan.root / folder} holds image files beside the folders {', '.join(found[:3])}; put all of its "
+                f"{scan.root / folder} contains image files beside the folders {', '.join(found[:3])}; put all of its "
                 "images into class folders, or none"
             )
         return [(f"{folder}/{name}", size) for name, size in flat], None
@@ -234,7 +234,7 @@ def _list_annotated(
     path = scan.root / top / ANNOTATIONS
     if not path.is_file():
         raise UserError(
-            f"{path.parent / 'images'} holds images outside of class folders, and there is no {path} that names their "
+            f"{path.parent / 'images'} contains images outside of class folders, and there is no {path} with their "
             f"classes; {LAYOUT}"
         )
     with readable(path):
@@ -273,6 +273,6 @@ def _note_order(folder: str, files: Files) -> None:
     """Print a note about images without labels that are not sorted by their numbers."""
     names = ", ".join(Path(path).name for path, _ in files[:3])
     note(
-        f"{folder} holds numbered images, which are read in the order of their names ({names} …); rename them with "
+        f"{folder} contains numbered images, which are read in the order of their names ({names} …); rename them with "
         "leading zeros if the ids of a submission are these numbers"
     )

@@ -1,7 +1,7 @@
 """Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
 `find_class` maps the names under which NumPy pickles arrays, dtypes and scalars to the functions below. They check
-their arguments and allocate no more than the pickle holds. Every other name is refused.
+their arguments and allocate no more than the pickle contains. Every other name is refused.
 
 The base class is the standard library's unpickler written in Python. The C version has no hook before it hashes a dict
 key or sets the state of an object: 100 bytes can make a key that takes years to hash (nested tuples that each contain
@@ -28,7 +28,7 @@ MAX_TEXT = 200  # characters of a reason
 def load_pickle(content: bytes, file: str) -> dict[str, Any]:
     """Return the dict in a pickle of Python 2 or 3, of any protocol.
 
-    Keys are str. Arrays of numbers are NumPy arrays, arrays of text are lists, NumPy scalars are Python's own types,
+    Keys are str. Arrays of numbers are NumPy arrays, arrays of text are lists, NumPy scalars are Python types,
     and strings of Python 2 are bytes. `file` names the pickle in errors. Raises UserError for any other content.
     """
     try:
@@ -36,7 +36,7 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
             loaded = _to_plain(_Unpickler(content, file).load())
             if not isinstance(loaded, dict):
                 raise UserError(
-                    f"{file} holds a {type(loaded).__name__}, but a CIFAR batch is a dict; fetch the file again"
+                    f"{file} contains a {type(loaded).__name__}, but a CIFAR batch is a dict; fetch the file again"
                 )
             keys = [key.decode() if isinstance(key, bytes) else key for key in loaded]
             return dict(zip(keys, map(_to_plain, loaded.values()), strict=True))
@@ -158,7 +158,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError("an encoding other than latin1")
         self._text_left -= len(text)  # encoding one memoized text a million times would take hours
         if self._text_left < 0:
-            raise pickle.UnpicklingError("more encoded text than it holds")
+            raise pickle.UnpicklingError("more encoded text than it contains")
         return text.encode("latin-1")
 
     def load_setitem(self) -> None:
@@ -183,7 +183,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         super().load_build()
 
     def load_set(self) -> None:
-        raise pickle.UnpicklingError("it holds a set")
+        raise pickle.UnpicklingError("it contains a set")
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems

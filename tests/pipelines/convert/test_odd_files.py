@@ -21,7 +21,7 @@ KEPT, REENCODED, DEFECTIVE = kept_files(), reencoded_files(), defective_files()
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted folder; its val split holds the files that are kept."""
+    """Return the converted folder; its val split has the files that are kept."""
     folder = tmp_path_factory.mktemp("odd")
     for split, files in (("train", {**KEPT, **REENCODED, **DEFECTIVE}), ("val", KEPT)):
         (folder / "source" / split / "all").mkdir(parents=True)

@@ -299,7 +299,7 @@ def test_resize_of_a_line_beyond_the_limit_is_a_defect() -> None:
 
 def test_side_beyond_the_jpeg_limit_is_a_defect() -> None:
     long = file_of(Image.fromarray(np.zeros((2, 65_501, 3), np.uint8)))
-    with pytest.raises(Defect, match="65501 x 2 pixels, of which a JPEG holds up to 65,500"):
+    with pytest.raises(Defect, match="65501 x 2 pixels, but a JPEG has at most 65,500"):
         encode(long, Encoding("jpeg"))
     assert encode(long, Encoding("npy")).width == 65_501
     longest = file_of(Image.fromarray(np.zeros((2, 65_500, 3), np.uint8)))
@@ -351,9 +351,9 @@ def test_folder_with_other_content_is_refused_and_unchanged(tmp_path: Path) -> N
 def test_finished_data_set_refuses_other_options_and_is_unchanged(npy_copy: Path) -> None:
     before = contents(npy_copy)
     for other in ({"seed": 1}, {"shard_mib": 2}, {"strict": True}):
-        with pytest.raises(UserError, match=r"already holds the data set 'tiny'"):
+        with pytest.raises(UserError, match=r"already contains the data set 'tiny'"):
             write(tiny_source("npy"), npy_copy, **other)
-    with pytest.raises(UserError, match="already holds"):
+    with pytest.raises(UserError, match="already contains"):
         write(tiny_source("npy"), npy_copy, Encoding("npy", size=16))
     assert contents(npy_copy) == before
 

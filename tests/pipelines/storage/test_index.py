@@ -69,8 +69,8 @@ def npz(compression: int = zipfile.ZIP_STORED, claim: int = 700, samples: int = 
     [
         (npz(claim=2**50), "is cut short"),
         (npz(zipfile.ZIP_DEFLATED, claim=2**24, samples=2**20), "is compressed"),
-        (npz(kind="|O"), "holds object"),
-        (npz(kind="<f8"), "holds float64"),
+        (npz(kind="|O"), "has type object"),
+        (npz(kind="<f8"), "has type float64"),
         (npz()[:-30], "not a zip file"),
     ],
     ids=["claims", "bomb", "objects", "floats", "cut"],

@@ -66,7 +66,7 @@ def remove_all(file: Path) -> None:
 
 
 ENDS = {truncate: "was truncated", extend: "was extended from", overwrite: "was overwritten with other bytes"}
-GOES_ON = {touch: None, rewrite: None, replace: "was replaced by another file", remove: "cannot be found any more"}
+GOES_ON = {touch: None, rewrite: None, replace: "was replaced by another file", remove: "can no longer be found"}
 Change = Callable[[Path], None]
 
 
@@ -141,7 +141,7 @@ def test_removed_data_set_is_read_to_the_end(jpeg_copy: Path, capsys: pytest.Cap
     remove_all(jpeg_copy / NAME)
     assert len(copies(loader)) == len(loader)
     loader.check_unchanged()
-    assert "cannot be found any more (No such file or directory)" in capsys.readouterr().err
+    assert "can no longer be found (No such file or directory)" in capsys.readouterr().err
 
 
 def test_restored_file_counts_as_replaced(npy_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +153,7 @@ def test_restored_file_counts_as_replaced(npy_copy: Path, capsys: pytest.Capture
     split.check_unchanged()
     split.check_unchanged()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert ["any more" in line for line in said] == [True, False]
+    assert ["no longer" in line for line in said] == [True, False]
     assert "was replaced" in said[1]
 
 

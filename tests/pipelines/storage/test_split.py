@@ -209,7 +209,7 @@ def test_unknown_split_error_lists_the_known_splits(npy_data: Path) -> None:
 def test_folder_without_a_data_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_split(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"holds no dataset.json"):
+    with pytest.raises(UserError, match=r"contains no dataset.json"):
         open_split(tmp_path, "train")
 
 
@@ -246,7 +246,7 @@ def test_names_with_control_characters_are_refused(text: str, npy_copy: Path) ->
         dataset = json.loads((npy_copy / "dataset.json").read_text())
         dataset[key] = text if key == "name" else [text, *dataset["classes"][1:]]
         (npy_copy / "dataset.json").write_text(json.dumps(dataset))
-        with pytest.raises(UserError, match="holds control characters"):
+        with pytest.raises(UserError, match="contains control characters"):
             load_dataset(npy_copy)
 
 

@@ -243,7 +243,7 @@ def test_truncated_batch_is_a_user_error() -> None:
         ({"data": pixels_of(4, 0), "labels": np.zeros(4)}, "values that are not class numbers"),
         ({"data": [1, 2], "labels": [0, 0]}, "data is list"),
         ({"data": pixels_of(0, 0), "labels": []}, "one number for each of the 0 images"),
-        ([1, 2], "holds a list"),
+        ([1, 2], "contains a list"),
     ],
 )
 def test_a_batch_with_other_content_is_refused(tmp_path: Path, batch: Any, message: str) -> None:

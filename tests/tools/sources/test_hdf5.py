@@ -96,7 +96,7 @@ def test_class_names_come_from_the_file_or_count_up(tmp_path: Path) -> None:
 def test_too_few_class_names_are_refused_with_row_and_range(tmp_path: Path) -> None:
     names = tmp_path / "classes.txt"
     names.write_text("cat\ndog\n")
-    with pytest.raises(UserError, match=r"labels-train\[2\] is 2; labels must lie within 0 to 1"):
+    with pytest.raises(UserError, match=r"labels-train\[2\] is 2; labels must be within 0 to 1"):
         open_hdf5(write_hdf5(tmp_path / "x.hdf5"), names, MAX_PIXELS)
 
 
@@ -150,7 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"labels-train": np.where(np.arange(ROWS) == 5, -1, 0)}, r"labels-train\[5\] is -1.* \(1 of 23 do not\)"),
     ({"labels-val": np.full(ROWS, -1)}, r"labels-val\[0\] is -1"),
     ({"labels-test": np.where(np.arange(ROWS) == 5, 1, -1)}, r"labels-test\[0\] is -1"),
-    ({"labels-train": np.full(ROWS, 10**9)}, "is 1000000000; labels must lie within 0 to 99999"),
+    ({"labels-train": np.full(ROWS, 10**9)}, "is 1000000000; labels must be within 0 to 99999"),
     ({"labels-train": np.full(ROWS, 2**64 - 1, np.uint64)}, "is 18446744073709551615"),
 ]
 

@@ -209,12 +209,12 @@ def test_links_within_the_source_are_followed_and_broken_ones_skipped(
     [
         ([], "has no folder 'train'"),
         (["a/1.jpg", "b/1.jpg"], r"has no folder 'train' \(it has a, b\); the layout is"),
-        (["train/a/1.txt"], "train holds no images"),
-        (["train/a/1.txt", "train/1.jpg"], "holds no images .*skipped: 1 .jpg, outside .*; 1 .txt, not an image"),
-        (["train/a/1.jpg", "val/a/1.txt"], "val holds no images"),
+        (["train/a/1.txt"], "train contains no images"),
+        (["train/a/1.txt", "train/1.jpg"], "contains no images .*skipped: 1 .jpg, outside .*; 1 .txt, not an image"),
+        (["train/a/1.jpg", "val/a/1.txt"], "val contains no images"),
         (["train/a/1.jpg", "val/b/1.jpg", "val/c/1.jpg"], "2 class folders that train lacks, such as 'b'"),
         (["train/a/1.jpg", "val/a/1.jpg", "Valid/a/1.jpg"], "has Valid and val, which all mean split 'val'"),
-        (["train/a/1.jpg", "val/images/1.jpg"], "no .*val_annotations.txt that names their classes"),
+        (["train/a/1.jpg", "val/images/1.jpg"], "no .*val_annotations.txt with their classes"),
         (["train/a/1.jpg", "test/1.jpg", "test/a/1.jpg"], "image files beside the folders a"),
     ],
 )
@@ -263,7 +263,7 @@ def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pyt
         in (capsys.readouterr().err)
     )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no images"):
+    with pytest.raises(UserError, match="empty contains no images"):
         open_image_files(tmp_path / "empty", "pictures", ("x",))
 
 
