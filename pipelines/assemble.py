@@ -64,7 +64,7 @@ class LoaderSpec:
 
 
 def choose_backend(resident: bool, split: Split, device: torch.device, transforms: Transforms) -> Backend:
-    """Choose DALI on a GPU unless a single copy or kernel launch does the work; the CPU kernels on the CPU."""
+    """Choose the CPU kernels on the CPU, and DALI on a GPU unless a single copy or kernel launch suffices."""
     passes_through = split.encoding == "npy" and transforms.cpu is None
     without_dali = passes_through or device.type != "cuda" or (resident and transforms.crops_and_flips)
     return Backend(resident, not without_dali, passes_through)

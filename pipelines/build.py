@@ -170,7 +170,7 @@ def _check_sizes(aug: AugConfig, size: int) -> None:
     """Raise UserError for a padding or cutout too large for images of `size` pixels."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
-            f"aug.padding={aug.padding} is too much for padding_mode reflect on images of {size} pixels; "
+            f"aug.padding={aug.padding} is too large for aug.padding_mode=reflect on images of {size} pixels; "
             f"use at most {size - 1}"
         )
     if aug.cutout > size:

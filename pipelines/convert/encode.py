@@ -126,7 +126,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
                 "cannot be decoded: a broken TIFF, or one whose bits per sample, sample format or colours Pillow does "
                 "not read; save it with 8 or 16 bits"
             ) from None
-        raise Defect(f"cannot be decoded: no image of a known format ({', '.join(FORMATS)})") from None
+        raise Defect(f"cannot be decoded: not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises many exception types for malformed files; none may end a conversion
         said = f"; {messages[-1][:MAX_MESSAGE]}" if messages else ""
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error}{said})") from None

@@ -54,7 +54,7 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
         except Defect as defect:
             if layout.options.strict:
                 raise UserError(
-                    f"{rows.describe(row)}: {defect}; fix or remove it, or leave out --strict, and delete {layout.out}"
+                    f"{rows.describe(row)}: {defect}; fix or remove it, or omit --strict, and delete {layout.out}"
                 ) from None
             defects.append((row, str(defect)))
             payloads.append(None)
@@ -161,7 +161,7 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
             file.seek(start)
             content = memoryview(file.read(int(table["size"][chosen].sum())))
         if len(content) < table["size"][chosen].sum():
-            raise UserError(f"{file.name} was cut short; {spool_damage_hint(layout.spool)}")
+            raise UserError(f"{file.name} was truncated; {spool_damage_hint(layout.spool)}")
         ends = np.cumsum(table["size"][chosen]).tolist()
         for i, end in zip(chosen.tolist(), ends, strict=True):
             payload = content[end - int(table["size"][i]) : end]

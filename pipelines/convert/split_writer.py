@@ -52,8 +52,8 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
         )
     if samples + len(quarantined) != layout.rows:
         raise UserError(
-            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined are not the "
-            f"{layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
+            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined do not add up "
+            f"to the {layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
         )
     columns = _index_columns(shards)
     entry = {

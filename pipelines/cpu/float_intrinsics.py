@@ -65,7 +65,7 @@ def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights
 def _mix_of(taps: int) -> Any:
     @intrinsic
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
-        """Do `mix_pixels` for a fixed number of taps, with weights from 0 to 1 that sum to 1."""
+        """Compute `mix_pixels` for a fixed number of taps, with weights from 0 to 1 that sum to 1."""
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
             total = _HALVES

@@ -66,7 +66,7 @@ def _is_readable(folder: str) -> bool:
 
 @contextmanager
 def _in_users_cache() -> Iterator[None]:
-    """Cache the code of functions decorated inside in the user's cache directory."""
+    """Cache functions that are decorated in this context in the user's cache directory."""
     before = numba.config.CACHE_DIR
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     numba.config.CACHE_DIR = str(cache / "numba")

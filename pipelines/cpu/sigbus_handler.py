@@ -43,7 +43,7 @@ def _table_of_process(typing: Any) -> Any:
 
 
 def _handle(signal: int, information: Any, context: Any) -> None:
-    """Handle the signal, see sigaction(2). Called once in advance with TAKE_TABLE and the table."""
+    """Handle SIGBUS, see sigaction(2). First called once with TAKE_TABLE and the address of the table."""
     variable = _table_of_process()
     if signal == TAKE_TABLE:
         variable[0] = information

@@ -74,7 +74,7 @@ def gather_crop_flip(
     Args:
         pixels: uint8 [N, H * W * 3], contiguous.
         draws: int64 [DRAW_ROWS, at least B], contiguous, on the same device: sample index; y and x of the crop's
-            top-left corner in the unpadded image; whether to flip. Rows of disabled crops or flips are not read.
+            top-left corner in the unpadded image; flip, 0 or 1. Rows of disabled crops or flips are not read.
         out: uint8 [B, S, S, 3], contiguous.
         shape: (H, W, 3).
         crops, flips: Enable cropping and flipping.

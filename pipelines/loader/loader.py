@@ -121,7 +121,7 @@ class Loader:
         return iterator
 
     def end_iteration(self) -> None:
-        """End the last iterator, as a new one would."""
+        """End the last iterator, like starting a new one."""
         if (running := self._running()) is not None:
             running.replace()
 

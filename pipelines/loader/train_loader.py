@@ -80,7 +80,7 @@ class StagedLoader:
         return iter(self._current())
 
     def end_iteration(self) -> None:
-        """End the last iterator, as a new one would."""
+        """End the last iterator, like starting a new one."""
         for stage in self.stages:
             stage.end_iteration()
 

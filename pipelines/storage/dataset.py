@@ -121,7 +121,7 @@ def _check(dataset: dict[str, Any]) -> None:
         if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
             raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
     if min(dataset["std"]) == 0:
-        raise ValueError("std is 0, by which pixels cannot be divided")
+        raise ValueError("std is 0, but pixels are divided by it")
     for name, split in dataset["splits"].items():
         _check_split(name, split)
     if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent in older data sets
@@ -148,7 +148,7 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
     if split["samples"] + len(split["quarantined"]) != split["source_rows"]:
         raise ValueError(
             f"split {_format_value(name)}: {split['samples']} samples and {len(split['quarantined'])} quarantined ones "
-            f"do not make up the {split['source_rows']} rows of the source"
+            f"do not add up to the {split['source_rows']} rows of the source"
         )
 
 

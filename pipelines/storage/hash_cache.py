@@ -35,7 +35,7 @@ NOTE_BYTES = 2**34  # reading more than this is announced if there is no termina
 
 
 class FileStamp(NamedTuple):
-    """File attributes that change with the content."""
+    """Attributes of a file that change with its content."""
 
     inode: int
     bytes: int

@@ -86,13 +86,13 @@ def _columns(content: bytes) -> dict[str, np.ndarray]:
             stored = bytearray(archive.read(member))
             stream = io.BytesIO(stored[:4096])
             if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError(f"column {name!r} is of another version of .npy")
+                raise ValueError(f"column {name!r} has an unsupported .npy version")
             shape, _, kind = np.lib.format.read_array_header_1_0(stream)
             if kind.kind != "i":
                 raise ValueError(f"column {name!r} has type {kind}")
             values = np.frombuffer(stored, kind, offset=stream.tell())
             if shape != values.shape:
-                raise ValueError(f"column {name!r} is cut short")
+                raise ValueError(f"column {name!r} is truncated")
             index[name] = values.astype(dtype, copy=False)
     return index
 

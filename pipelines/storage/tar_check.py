@@ -23,7 +23,7 @@ MAX_LISTED = 3  # samples named in a message
 
 
 class Damage(NamedTuple):
-    """Damage of a shard."""
+    """Description of a shard's damage, and whether the damage is only in image bytes."""
 
     text: str
     in_content_only: bool  # headers, keys and labels are intact, so every sample can be found
@@ -47,7 +47,7 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
             break
     if found:
         return Damage(" and ".join(found), True)
-    return Damage("headers, labels and sizes are right, so the bytes of images differ", True)
+    return Damage("headers, labels and sizes are correct, so image bytes differ", True)
 
 
 def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:

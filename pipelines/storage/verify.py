@@ -78,7 +78,7 @@ def _hash_shards(
 
 
 def _members_error(split: Split, number: int) -> str | None:
-    """Compare the members of a tar with the index, and DALI's .idx file with both."""
+    """Return the first disagreement between a tar, the index and DALI's .idx file; None if there is none."""
     file, chosen = split.files[number], np.flatnonzero(split.shard == number)
     if problem := tar_check.layout_error(split, number, chosen):
         return f"{file.name}: {problem}"

@@ -286,7 +286,7 @@ def test_lost_samples_are_noticed_before_dataset_json_is_written(
 ) -> None:
     collect = shuffle._shard_samples
     monkeypatch.setattr(shuffle, "_shard_samples", lambda plan, shard: list(collect(plan, shard))[1:])
-    with pytest.raises(UserError, match=r"106 samples written and 0 quarantined are not the 107 rows"):
+    with pytest.raises(UserError, match=r"106 samples written and 0 quarantined do not add up to the 107 rows"):
         write(tiny_source("npy"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -295,7 +295,7 @@ def test_lost_samples_are_noticed_before_dataset_json_is_written(
     ("name", "says"),
     [
         ("val/block-000000.npz", "cannot be read"),
-        ("val/block-000000.group-00.bin", "was cut short"),
+        ("val/block-000000.group-00.bin", "was truncated"),
         ("request.json", "unfinished conversion of another source"),
     ],
 )

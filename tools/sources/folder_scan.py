@@ -21,7 +21,7 @@ MAX_LISTED_GROUPS = 8  # groups of skipped entries in a note
 
 
 class Scan:
-    """Lister of folders that refuses links out of the root and counts skipped entries."""
+    """List folders, refuse links out of the root, and count skipped entries."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -158,7 +158,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError("an encoding other than latin1")
         self._text_left -= len(text)  # encoding one memoized text a million times would take hours
         if self._text_left < 0:
-            raise pickle.UnpicklingError("more encoded text than it contains")
+            raise pickle.UnpicklingError("more encoded text than the file contains")
         return text.encode("latin-1")
 
     def load_setitem(self) -> None:

@@ -67,7 +67,7 @@ def npz(compression: int = zipfile.ZIP_STORED, claim: int = 700, samples: int = 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (npz(claim=2**50), "is cut short"),
+        (npz(claim=2**50), "is truncated"),
         (npz(zipfile.ZIP_DEFLATED, claim=2**24, samples=2**20), "is compressed"),
         (npz(kind="|O"), "has type object"),
         (npz(kind="<f8"), "has type float64"),

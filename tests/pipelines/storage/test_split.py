@@ -459,8 +459,8 @@ def test_info_json_is_verified(npy_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"source_rows": 108}, "107 samples and 0 quarantined ones do not make up the 108 rows of the source"),
-        ({"quarantined": [{}]}, "107 samples and 1 quarantined ones do not make up the 107 rows of the source"),
+        ({"source_rows": 108}, "107 samples and 0 quarantined ones do not add up to the 108 rows of the source"),
+        ({"quarantined": [{}]}, "107 samples and 1 quarantined ones do not add up to the 107 rows of the source"),
         ({"samples": 106, "source_rows": 106}, "'val' has 106 samples, but its shards 107"),
         ({"samples": -1}, "samples is -1"),
         ({"source_rows": 2**60}, f"source_rows is {2**60}"),

@@ -103,7 +103,7 @@ def test_label_damage_is_reported_with_its_sample(
     label = int(split.address[SAMPLE]) + tar_format.padded(int(split.size[SAMPLE]))
     if place == 600:  # unused padding
         change(split, label + place, b"x")
-        assert found_in(folder) == ("headers, labels and sizes are right, so the bytes of images differ", True)
+        assert found_in(folder) == ("headers, labels and sizes are correct, so image bytes differ", True)
         return
     change(split, label + place, bytes([split.content[label + place] ^ 1]))
     found = found_in(folder)
@@ -164,7 +164,7 @@ def test_damaged_but_decodable_jpeg_differs_in_content_only(jpeg_copy: Path) -> 
     split = open_split(jpeg_copy, "train")
     begin, size = int(split.address[SAMPLE]), int(split.size[SAMPLE])
     change(split, begin + size - 20, b"\x55")
-    assert found_in(jpeg_copy) == ("headers, labels and sizes are right, so the bytes of images differ", True)
+    assert found_in(jpeg_copy) == ("headers, labels and sizes are correct, so image bytes differ", True)
 
 
 def test_damaged_npy_header_is_reported(npy_copy: Path) -> None:
@@ -186,7 +186,7 @@ def test_only_damaged_jpeg_images_are_allowed_and_only_on_request(
             open_split(folder, "train")
     assert len(open_split(jpeg_copy, "train", allow_damaged_images=True)) == 520
     assert f"{file} does not have the sha256" in capsys.readouterr().err
-    with pytest.raises(UserError, match="the bytes of images differ; the data set is damaged"):
+    with pytest.raises(UserError, match="image bytes differ; the data set is damaged"):
         open_split(npy_copy, "train", allow_damaged_images=True)
     split = open_split(jpeg_copy, "train", verify="off")
     change(split, int(split.address[SAMPLE]) - 512, b"9")
