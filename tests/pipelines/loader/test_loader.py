@@ -285,7 +285,7 @@ def test_iterator_raises_after_state_was_set(npy_data: Path) -> None:
     loader.state = {"epoch": 0, "step": 3}  # an iterator that has not started starts there
     assert_same(copies(itertools.islice(first, 1)), expected[3:4])
     loader.state = {"epoch": 0, "step": 5}
-    with pytest.raises(RuntimeError, match="state was set"):
+    with pytest.raises(RuntimeError, match="setting the loader's state"):
         next(first)
     assert_same(copies(loader), expected[5:])
 
