@@ -62,7 +62,7 @@ class AutoAugmentConfig(Section):
     interpolation: Literal["nearest", "bilinear"] | None = None
     """Resampling of shears, translations and rotations; null: bilinear for timm strings, nearest for other policies."""
     fill: Literal["black", "mean"] | None = None
-    """Colour of pixels from outside of the image: black, or the data set's mean; null: mean for timm strings, black for
+    """Colour of pixels from outside the image: black, or the data set's mean; null: mean for timm strings, black for
     other policies."""
 
     @field_validator("policy")

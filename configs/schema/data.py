@@ -32,16 +32,16 @@ class DataConfig(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter for resizing images, in training and evaluation."""
     antialias: bool = True
-    """Whether to widen the filter with the scale when reducing an image, as Pillow does."""
+    """Whether to widen the filter with the scale when reducing an image, like Pillow."""
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(as_tuple)] = ()
     """Progressive resizing: image and batch size by epoch, as [{epoch: 0, image_size: 160}, {epoch: 8, image_size:
     192}]. Before the first stage, data.image_size and data.batch_size apply. Evaluation uses eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
-    """Where samples are kept: in memory-mapped files on the host, or the whole split in GPU memory; auto: depends on
+    """Location of the samples: memory-mapped files on the host, or the whole split in GPU memory; auto: depends on
     the split's size and the free memory."""
     verify: Literal["changed", "off"] = "changed"
-    """Which shards to check against their sha256 at the start: those that changed since their last check, as recorded
-    in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
+    """Shards to verify by sha256 at the start. changed: those that changed since their last check, which is recorded in
+    the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order: a random permutation of all samples per epoch, or shards in random order with samples shuffled
     within a window of shards."""
@@ -55,8 +55,8 @@ class DataConfig(Section):
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder; 0: use the same decoder on every GPU."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """What to do in training when a JPEG cannot be decoded: end the run, or replace the sample by the next one in
-    stored order in every epoch (skip). Evaluation always ends, since it counts every sample exactly once."""
+    """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample by the next one in
+    stored order in every epoch (skip). Evaluation always stops, since it counts every sample exactly once."""
     max_bad_samples: int = Field(default=16, ge=1)
     """Maximum number of samples to replace, for on_bad_sample skip; one more ends the run."""
     train_split: str = Field(default="train", min_length=1)

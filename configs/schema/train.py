@@ -86,9 +86,9 @@ class TrainConfig(Section):
     channels_last: bool = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """What to do when a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with
-    non-finite gradients (skip); or return to the last checkpoint and skip the steps in which it happened, a few times
-    at most (rewind)."""
+    """Action if a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with non-finite
+    gradients (skip); or return to the last checkpoint and skip the steps in which it happened, at most a few times
+    (rewind)."""
     save_every_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of
     epochs."""

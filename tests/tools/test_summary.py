@@ -57,7 +57,7 @@ def test_config_sets_activation_options_and_freezing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["lenet", "--size", "64"], "not one that lenet takes"),
+        (["lenet", "--size", "64"], "not supported by lenet"),
         (["lenett"], "not a model, config file or run folder"),
         (["timm/resnet1"], "unknown to timm"),
         (["lenet", "--batch-size", "0"], "--batch-size=0"),
