@@ -1,7 +1,4 @@
-"""Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml
-
-`main` follows the order of a run: config, data, run folder, model, training.
-"""
+"""Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml"""
 
 from __future__ import annotations
 
@@ -81,6 +78,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run training in order: config, data, run folder, model, epochs."""
     clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
