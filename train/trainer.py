@@ -39,7 +39,7 @@ from train.optim.schedule import Timeline, learning_rate, update_plateau
 from train.reporting.bad_samples import report_bad_samples
 from train.reporting.run_log import RunLog
 
-RESULTS = ("loss", "top1", "top5")  # of an evaluation; suffixes of metric names
+RESULTS = ("loss", "top1", "top5")  # results of an evaluation, as suffixes of metric names
 MAX_REWINDS = 5  # per run; more failures are not due to chance
 MAX_SKIPPED_STEPS = 10  # consecutive steps
 
@@ -332,7 +332,7 @@ def restore_run(
             f"checkpoint {source} is at {position}, outside of {len(timeline.steps)} epochs with these numbers of "
             f"steps: {sorted(set(timeline.steps))}; use another checkpoint"
         )
-    if step and step == timeline.steps[epoch]:  # all of the epoch but its evaluation
+    if step and step == timeline.steps[epoch]:  # only the evaluation of the epoch is left
         loader.state = {"epoch": epoch + 1, "step": 0}
     else:
         loader.state = {"epoch": epoch, "step": step * state.config.accumulation_steps}

@@ -50,7 +50,7 @@ def _latest_number(config: Config) -> int:
         folder = _numbered(config, number)
         name = _run_name(folder)
         if name is None:
-            if folder.is_dir() and (number <= contiguous or (folder / LOCK_FILE).exists()):  # killed at its start
+            if folder.is_dir() and (number <= contiguous or (folder / LOCK_FILE).exists()):  # killed early
                 return number
         elif name == config.name or not _is_dir_name_of(folder.name, name):  # otherwise renamed or copied
             return number
@@ -223,7 +223,7 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
             )
         warn(f"{holder} is training in {folder}; waiting for it, up to {timeout_s:.0f} s")
         time.sleep(0.2)
-    with suppress(OSError):  # a full disk
+    with suppress(OSError):  # the disk is full
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()

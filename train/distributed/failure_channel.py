@@ -211,7 +211,7 @@ class Member(FailureChannel):
     def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
         with suppress(OSError):
             _send(self._peer.connection, {"failure": asdict(failure)})
-        return self.first_failure(timeout_s) or failure  # if rank 0 does not answer
+        return self.first_failure(timeout_s) or failure  # its own, if rank 0 does not answer
 
     def close(self) -> None:
         self._is_closed = True

@@ -10,7 +10,7 @@ from train.distributed.process_group import get_world_size
 from train.optim.factory import capture_obstacle, is_fused
 
 GPU_COMPILE_MODE = "default"  # train.compile=auto on a GPU; the CPU runs uncompiled
-MAX_COMPILED_MODELS = 64  # in one process, for benchmarks; torch's default is 8
+MAX_COMPILED_MODELS = 64  # models compiled in one process, for benchmarks; torch's default is 8
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -27,7 +27,7 @@ from train.engine.state import TrainState
 from train.engine.step import train_step
 from train.optim.freeze import set_training_mode
 
-WARM_UP_STEPS = 3  # before a capture: the first compiles kernels, the first two tune them
+WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the first two tune them
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
@@ -82,7 +82,7 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
         try:
             with torch.no_grad(), state.autocast():
                 state.network(blank_batch(1, stage.image_size, state.device).images)
-        except Exception as error:  # timm models raise all kinds of errors
+        except Exception as error:  # timm models raise errors of any kind
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise UserError(
                 f"the model is trained on images of {stage.image_size} pixels (data.image_size, data.stages), but was "

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from configs.utils.errors import UserError
 
-PREFIX = "network."  # of parameter names behind the pixel normalization; optional in patterns
+PREFIX = "network."  # prefix of parameter names after the pixel normalization; optional in patterns
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.schema import ScheduleConfig, TrainConfig
 
-OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # learning rates in train.optimizer
+OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # further learning rates in train.optimizer
 MIN_TIME_CONSTANTS = 4.0  # of the moving average; after 4, 2 % of the initial weights are left
 ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than one step
 

@@ -23,9 +23,9 @@ from train.reporting.trackers import call_with_timeout, single_line
 
 INIT_TIMEOUT_S = 20.0  # for an answer from the server
 LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
-FINISH_TIMEOUT_S = 30.0  # for the remaining upload
+FINISH_TIMEOUT_S = 30.0  # for uploading the remaining data
 FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
-FAST_FINISH_S = 5.0  # instead of both, after a signal
+FAST_FINISH_S = 5.0  # replaces both after a signal
 TEARDOWN_TIMEOUT_S = 5.0
 EPOCH_METRICS = (
     "train_loss",
