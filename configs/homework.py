@@ -125,7 +125,7 @@ def _set_data_set(
     classes = result.values.get("model.num_classes")
     if dataset not in CLASSES or type(classes) is not int or classes == CLASSES[dataset]:
         return []
-    # The homework's LeNet for CIFAR-10 has 200 outputs, of which 10 are used. Here the data set sets the number.
+    # The homework's LeNet for CIFAR-10 has 200 outputs and uses 10 of them. Here the data set decides the number.
     origin = result.sources.pop("model.num_classes")[1]
     del result.values["model.num_classes"]
     what = dataset if "DATA.DATASET" in given else f"{dataset}, the default of DATA.DATASET"

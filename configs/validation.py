@@ -18,7 +18,7 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """Describe the first error in one sentence, and count the further ones.
+    """Describe the first error in one sentence, and count the others.
 
     Args:
         error: pydantic's errors.

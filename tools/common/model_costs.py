@@ -138,7 +138,7 @@ def free_device_memory() -> None:
 
 
 def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
-    """Return the FLOPs of a convolution's backward pass: those of the forward pass for each wanted gradient.
+    """Return the FLOPs of a convolution's backward pass: those of the forward pass for each gradient required.
 
     Replaces torch's formula, which ignores groups.
     """

@@ -36,7 +36,7 @@ class Exportable:
     crop_mode: str  # of evaluation: center or squash, as in timm
     crop_fraction: float
     origin: dict[str, Any]  # data set, epochs and checkpoint
-    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of build_model: activation, width …
+    arguments: dict[str, Any] = field(default_factory=dict)  # other arguments of build_model: activation, width …
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:

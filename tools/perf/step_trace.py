@@ -56,7 +56,7 @@ class StepProfile:
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` steps and write their Chrome trace (.json.gz).
 
-    The other ranks must call `run_alongside` meanwhile.
+    All other ranks must call `run_alongside` at the same time.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"

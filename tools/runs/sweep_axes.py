@@ -24,7 +24,7 @@ class Axis:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Split at separators (a pattern of one character) outside of brackets and quotes."""
+    """Split at separators (a pattern of one character) outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:

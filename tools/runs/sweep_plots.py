@@ -26,7 +26,7 @@ MAX_BARS = 40  # in the plot by variant
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot the results of finished runs: bars by variant, a line or a heat map over one or two numeric settings.
 
-    If a numeric setting is varied beside variants, each variant is a line. `rows` belong to `points`; results of None
+    If a numeric setting is varied besides variants, each variant is a line. `rows` belong to `points`; results of None
     are left out. Returns None if there is nothing to compare or too much for one plot.
     """
     settings = [settings_by_key(point.config) for point in points]

@@ -69,7 +69,7 @@ def build_points(
 
 
 def _check_keys(axes: Sequence[Axis], fixed: Sequence[str]) -> None:
-    """Refuse settings that the sweep owns, or that are set twice, directly or through their section."""
+    """Raise UserError for settings that the sweep owns, or that are set twice, directly or through their section."""
     owners = [(key, axis) for axis in axes for key in axis.keys]
     for key, _ in owners:
         if key.split(".")[0] in SWEEP_OWNED:

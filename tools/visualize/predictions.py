@@ -91,7 +91,7 @@ def draw_predictions(
     classes: tuple[str, ...],
     title: str,
 ) -> None:
-    """Write NAME.png and NAME.csv of `samples`. `images` are theirs; `logits` and `labels` are the whole split's."""
+    """Write NAME.png and NAME.csv of `samples` and their `images`; `logits` and `labels` are the whole split's."""
     logits, labels = logits[samples], labels[samples]
     figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
     rows: list[Row] = []

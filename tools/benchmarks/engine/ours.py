@@ -42,7 +42,7 @@ def loading(
     """Measure the train loader alone.
 
     On a GPU the details contain the memory of a loader and its first batches: DALI's pools, buffers and resident data.
-    No other candidate allocates memory meanwhile.
+    No other candidate allocates memory at that time.
 
     Args:
         variants: Names of workloads, and the fields of `data` that each of them changes.

@@ -86,7 +86,7 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
     """Check that a dropped batch is not overwritten before a held stream has read it.
 
-    Further batches are taken on another stream meanwhile.
+    Meanwhile, more batches are taken on another stream.
 
     Returns:
         equal: Whether the held stream read the original bytes.
