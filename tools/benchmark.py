@@ -122,7 +122,12 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=10, help="runs of each speedrun (default %(default)s)")
     add("--epochs", type=int, help="epochs of the runs to an accuracy; fewer for a quick try")
     add("--reference", type=path_argument, metavar="DIR", help="checkout of cifar10-airbench, run beside the speedrun")
-    add("--report", type=path_argument, metavar="DIR", help="write DIR/DEVICE.json, .md, .png, README's table")
+    add(
+        "--report",
+        type=path_argument,
+        metavar="DIR",
+        help="write DIR/DEVICE.json, .md, .png and the tables of its README.md",
+    )
     add("--only", nargs="+", default=[], choices=stages)
 
 

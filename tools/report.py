@@ -1,7 +1,7 @@
 """Write the documents of benchmark runs: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
 
-python tools/report.py              write the documents of all docs/benchmarks/*.json and README's tables
-python tools/report.py --check      exit code 1 if README's tables differ from the JSON files
+python tools/report.py              write the documents and README.md of docs/benchmarks from its JSON files
+python tools/report.py --check      exit code 1 if those tables differ from the JSON files
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="folder of the JSON files"
     )
     parser.add_argument("--readme", type=path_argument, default=ROOT / "docs" / "benchmarks" / "README.md")
-    parser.add_argument("--check", action="store_true", help="only compare README's table with the JSON files")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the tables of docs/benchmarks/README.md with the JSON files"
+    )
     options = parser.parse_args(arguments)
     runs = load_runs(options.folder)
     text = with_block(options.readme, readme_block(runs, options.folder, options.readme))
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.json, .md and .png of a run, and README's table if the folder is docs/benchmarks."""
+    """Write DEVICE.json, .md and .png of a run, and README.md's tables if the folder is docs/benchmarks."""
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
     written = [path, *document(run, folder)]
@@ -108,7 +110,7 @@ def document(run: Run, folder: Path) -> list[Path]:
 
 
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
-    """Return README's tables: for each device our rates, the ratios to peers, and the shares of bounds."""
+    """Return the tables of README.md: for each device our rates, the ratios to peers, and the shares of bounds."""
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
         text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")

@@ -151,6 +151,7 @@ def last_step(notes: Path) -> int:
     return max(epoch * STEPS_PER_EPOCH + position // 32 for epoch, position in samples_of(notes))
 
 
+@pytest.mark.slow
 def test_repeatedly_killed_run_ends_like_the_unbroken_one(fault_digits: Path, unbroken: Path, tmp_path: Path) -> None:
     kill_repeatedly(2, fault_digits, unbroken, tmp_path)
 
@@ -193,6 +194,7 @@ def test_two_hundred_flipped_bits_are_found(unbroken: Path, tmp_path: Path, caps
     flip_bits(200, unbroken, tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     interrupted: Path, fault_digits: Path, unbroken: Path
 ) -> None:

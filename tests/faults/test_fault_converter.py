@@ -109,6 +109,7 @@ def test_twenty_kills_at_random_times_change_no_byte(
     kill_and_rerun(sources[encoding], unbroken(encoding), tmp_path, 20, worker_only=worker_only)
 
 
+@pytest.mark.slow
 def test_one_kill_at_a_random_time_changes_no_byte(
     sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_error_on_all_ranks_is_printed_once(digits: Path, tmp_path: Path) -> Non
     assert "'lenet5' is unknown" in ended.lines[0]
 
 
+@pytest.mark.slow
 def test_run_with_a_killed_rank_completes_under_torchrun(digits: Path, tmp_path: Path) -> None:
     killed_launches_complete(1, 2, digits, tmp_path, kills=1)
 

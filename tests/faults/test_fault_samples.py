@@ -147,6 +147,7 @@ def changed(path: Path) -> Any:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+@pytest.mark.slow
 def test_killed_run_finds_same_bad_samples_again(damaged: Path, unbroken: Path, tmp_path: Path) -> None:
     killed_and_resumed(damaged, unbroken, tmp_path, kills=1)
 

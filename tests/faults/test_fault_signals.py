@@ -76,6 +76,7 @@ def stop_and_resume(
     return process.returncode, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_run_stopped_by_signal_resumes_like_the_unbroken_one(
     number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
@@ -117,6 +118,7 @@ def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: 
     assert content(folder / "last.pt")["position"]["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_evaluation_interrupted_by_signal_is_repeated(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     begun = tmp_path / "evaluates"
     code, where = stop_and_resume(signal.SIGTERM, digits, tmp_path, begun, evaluation_s=3.0, evaluates=str(begun))

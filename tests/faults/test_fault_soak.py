@@ -42,6 +42,7 @@ def soak(config: Path, data: Path, output: Path, *opts: str) -> None:
     assert [last[what] for what in ("threads", "descriptors")] == [second[what] for what in ("threads", "descriptors")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 def test_ten_epochs_on_digits_use_no_more_than_two(encoding: str, tmp_path: Path) -> None:
     assert convert.main(["digits", "--out", str(tmp_path / "data"), "--workers", "1", "--encoding", encoding]) == 0

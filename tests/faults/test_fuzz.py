@@ -167,6 +167,7 @@ def all_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     return targets(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_file_is_read_or_refused(all_targets: dict[str, Target], name: str) -> None:
     assert set(NAMES) == all_targets.keys()

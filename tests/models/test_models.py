@@ -143,6 +143,7 @@ def test_channels_last_gives_the_same_logits(name: str, image_size: int) -> None
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "c++", "clang++")),
     reason="torch.compile on the CPU needs a C++ compiler",

@@ -79,6 +79,7 @@ def losses_with(which: str, **limit: str) -> list[list[float]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @needs_avx2
 @pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.campaign)])
 def test_avx2_losses_of_narrow_resnet_match_default(which: str) -> None:

@@ -66,6 +66,7 @@ def titles_and_values(file: Path) -> list[tuple[str, int | None]]:
     return [(one["title"], one["rows"][0].get("value")) for one in json.loads(file.read_text())["groups"]]
 
 
+@pytest.mark.slow
 def test_loader_stage_reports_our_share_of_the_bound(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "run.json"
     quick = ("--seconds", 0.02, "--rounds", 1, "--batch-size", 32, "--scratch", tmp_path)
@@ -110,6 +111,7 @@ def test_peers_are_compared_with_crop_and_flip_only(digits: Path, tmp_path: Path
     assert {source.aug for source in sources} == {expected}
 
 
+@pytest.mark.slow
 def test_train_stage_reports_ratio_to_resident_batch(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     config = ("--cfg", "configs/digits_lenet.yaml", "--data-path", digits)
@@ -120,6 +122,7 @@ def test_train_stage_reports_ratio_to_resident_batch(digits: Path, tmp_path: Pat
     assert end_to_end["bound"]["name"] == "matrix multiplication"
 
 
+@pytest.mark.slow
 def test_stage_changes_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     stages = "data.stages=[{epoch: 0, image_size: 32}, {epoch: 4, image_size: 34, batch_size: 32}]"
@@ -136,6 +139,7 @@ def test_stage_changes_are_measured_by_pairs_of_epochs(digits: Path, tmp_path: P
     assert "fewer than two stages" in without.stderr
 
 
+@pytest.mark.slow
 def test_nothing_to_measure_is_a_user_error_without_files(tmp_path: Path) -> None:
     result = run("loader", "--json", tmp_path / "run.json")
     assert not list(tmp_path.iterdir())
@@ -207,6 +211,7 @@ def test_parts_after_the_deadline_are_not_failures(
     assert results.failure_lines(record.added_tables()) == []
 
 
+@pytest.mark.slow
 def test_run_after_the_deadline_exits_with_code_0(digits: Path, tmp_path: Path) -> None:
     late = ("--minutes", 1e-9, "--only", "stages", "--seconds", 0.01, "--rounds", 1, "--json", tmp_path / "run.json")
     result = run("all", "--small", digits, *late)
@@ -216,6 +221,7 @@ def test_run_after_the_deadline_exits_with_code_0(digits: Path, tmp_path: Path) 
     assert "failed" not in result.stderr
 
 
+@pytest.mark.slow
 def test_unknown_part_is_a_user_error() -> None:
     result = run("all", "--part", "nonsense")
     assert result.returncode == 2
@@ -520,6 +526,7 @@ def test_fastest_batch_size_that_fits_is_found(digits: Path, monkeypatch: pytest
     assert reaches() == (0, [256])
 
 
+@pytest.mark.slow
 def test_broken_placement_costs_only_its_row(digits: Path, tmp_path: Path) -> None:
     config = load_config("configs/digits_lenet.yaml", **{"data.path": str(digits)})
     variants = {"host": {"placement": "host"}, "missing": {"path": str(tmp_path / "missing")}}

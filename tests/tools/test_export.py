@@ -101,6 +101,7 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "arguments"),
     [

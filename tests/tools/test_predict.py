@@ -85,6 +85,7 @@ def logits_of(run_folder: Path, images: list[np.ndarray]) -> np.ndarray:
         return torch.cat([network(batch) for batch in batches]).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tta", [None, "flip-translate"])
 @pytest.mark.parametrize("batch_size", [None, 100])
 def test_metrics_equal_evaluation_bitwise(

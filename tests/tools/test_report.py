@@ -1,4 +1,4 @@
-"""tools/report.py: documents and README's tables match the JSON files."""
+"""tools/report.py: documents and tables of docs/benchmarks/README.md match the JSON files."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ def shown(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return Shown(digits_run, folder, "\n".join(lines), drawn)
 
 
+@pytest.mark.slow
 def test_printed_accuracy_equals_evaluation(shown: Shown) -> None:
     result = shown.evaluation
     expected = f"val loss {result.loss:.4f}, top1 {result.top1:.4f}, top5 {result.top5:.4f} over 360 samples"
@@ -144,6 +145,7 @@ def test_confusions_equal_scikit_learn(shown: Shown) -> None:
         assert float(row["share_of_true_class"]) == pytest.approx(expected[true, guess] / expected[true].sum())
 
 
+@pytest.mark.slow
 def test_seed_selects_the_samples(shown: Shown, digits_run: Run, tmp_path: Path) -> None:
     chosen = {}
     for seed in (0, 1):
@@ -223,6 +225,7 @@ def test_samples_in_several_epochs_equal_training(npy_data: Path) -> None:
     assert not torch.equal(rows[0].images, rows[1].images)
 
 
+@pytest.mark.slow
 def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_path: Path) -> None:
     mix = ["aug.mix.mixup=0.8", "aug.mix.cutmix=1", "aug.mix.mode=elem", "aug.mix.off_epoch=4"]
     options = ("--epoch", "3", "4", "--count", "13", "--opts", "aug.crop=pad", "data.batch_size=64", *mix)

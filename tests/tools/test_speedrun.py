@@ -35,6 +35,7 @@ def seconds(pattern: str, text: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("percent", [94, 95, 96])
 def test_speedrun_reports_training_and_command_time(percent: int, npy_data: Path, tmp_path: Path) -> None:
     arguments = ("--cfg", config(percent), "--data-path", npy_data, "--output", tmp_path, "--opts", *SMALL)

@@ -89,6 +89,7 @@ def finished(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return out, result.stdout
 
 
+@pytest.mark.slow
 def test_sweep_writes_tables_and_plots_and_prints_best_setting(finished: tuple[Path, str], digits_run: Run) -> None:
     out, printed = finished
     table = rows(out)
@@ -110,6 +111,7 @@ def test_sweep_writes_tables_and_plots_and_prints_best_setting(finished: tuple[P
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_sweep_leaves_no_process_and_resumes_missing_runs(
     finished: tuple[Path, str], digits_run: Run, tmp_path: Path
 ) -> None:

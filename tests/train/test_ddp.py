@@ -205,6 +205,7 @@ def saved_steps(folder: Path) -> int:
     return int(position["epoch"] * STEPS_PER_EPOCH + position["step"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_run_killed_at_any_time_resumes_bitwise(model: str, unbroken: Unbroken, digits: Path, tmp_path: Path) -> None:
     expected = unbroken(model)
@@ -245,6 +246,7 @@ def interrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "digits_lenet"
 
 
+@pytest.mark.slow
 def test_two_accumulating_processes_resume_run_of_one(
     digits: Path, tmp_path: Path, unbroken: Unbroken, interrupted: Path
 ) -> None:
@@ -262,6 +264,7 @@ def assert_same_curves(ours: Path, theirs: Path) -> None:
         assert (line["step"], line["lr"]) == (other["step"], other["lr"])
 
 
+@pytest.mark.slow
 def test_two_processes_give_curves_of_one(digits: Path, tmp_path: Path, unbroken: Unbroken) -> None:
     done = run_script(*arguments(digits, tmp_path, "data.batch_size=16"), processes=2)
     assert done.returncode == 0, done.stderr

@@ -108,6 +108,7 @@ def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     assert_equal_trees(everything(state), everything(finished(recipe, npy_data)))
 
 
+@pytest.mark.slow
 @RECIPES
 def test_run_restarted_in_place_equals_first_run(recipe: str, npy_data: Path) -> None:
     state = finished(recipe, npy_data, seed=5)
@@ -145,6 +146,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @RECIPES
 @pytest.mark.parametrize("break_at", [2, STEPS - 1, STEPS + 1, 3 * STEPS - 1])
 def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_data: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_run_interrupted_within_stage_resumes_bitwise(
     assert "epoch 2: images of 33 x 33 pixels" in log.partition("resumed")[2]
 
 
+@pytest.mark.slow
 def test_two_processes_continue_with_the_same_global_batches(
     digits_run: Run, unbroken: Path, broken: Path, tmp_path: Path
 ) -> None:

@@ -296,6 +296,7 @@ def gradients(ranks: Ranks, data: Path, accumulation_steps: int) -> list[list[to
     return seen
 
 
+@pytest.mark.slow
 def test_mixed_gradients_are_independent_of_ranks_and_accumulation(npy_data: Path) -> None:
     with alone():
         expected = gradients(Ranks(), npy_data, 1)
@@ -343,6 +344,7 @@ def last(folder: Path) -> dict[str, Any]:
 STAGED = ("train.accumulation_steps=2", "data.stages=[{epoch: 1, image_size: 35, batch_size: 32}]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "epoch"), [((), 0), (STAGED, 1)], ids=["plain", "in a stage with accumulation"])
 def test_resumed_mixing_run_reaches_identical_weights(
     options: tuple[str, ...], epoch: int, run: Callable[..., Path]

@@ -43,6 +43,7 @@ def test_values_match_timms_calls_of_pil(spaces: str, negative: bool, monkeypatc
         assert sorted(in_whole_pixels(*pair) for pair in ours) == sorted(in_whole_pixels(*pair) for pair in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [

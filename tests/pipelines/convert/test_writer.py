@@ -69,6 +69,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "step"), [("npy", 11), ("jpeg", 9)])
 def test_kill_between_any_two_file_operations_leaves_no_trace(
     encoding: str, step: int, tmp_path: Path, request: pytest.FixtureRequest
@@ -89,6 +90,7 @@ def test_kill_between_any_two_file_operations_leaves_no_trace(
     assert contents(out) == contents(request.getfixturevalue(f"{encoding}_data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 def test_random_kills_and_worker_counts_give_identical_bytes(
     encoding: str, tmp_path: Path, request: pytest.FixtureRequest

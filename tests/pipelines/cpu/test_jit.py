@@ -109,6 +109,7 @@ def test_change_of_a_called_file_recompiles_its_callers(package: Path) -> None:
     assert run(package) == "30 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denied", ["*.nbi", "*.nbc", "*.nbi,*.nbc", "folder"])
 def test_unreadable_cache_of_another_user_is_replaced(package: Path, denied: str) -> None:
     assert run(package) == "20 0"

@@ -133,6 +133,7 @@ def test_all_operations_are_tested() -> None:
     assert VALUES.keys() == set(Op)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("op", [op for op in Op if op not in ROUNDED], ids=lambda op: op.name)
 def test_operations_equal_torchvision_bitwise(op: Op, side: int) -> None:

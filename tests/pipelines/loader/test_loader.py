@@ -507,6 +507,7 @@ def test_sequential_window_advises_kernel_of_each_window(npy_data: Path, monkeyp
     assert dropped == [{shard} for shard in reading[: count - 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aug", ["AugConfig(flip=0)", "AugConfig(crop='random-resized')"], ids=["plain", "graph"])
 def test_program_may_end_within_an_epoch(aug: str, npy_data: Path) -> None:
     script = f"""

@@ -304,6 +304,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_batch_beyond_the_ulimit_does_not_fit(tmp_path: Path) -> None:
     script = tmp_path / "restricted.py"
     script.write_text(RESTRICTED)
@@ -318,6 +319,7 @@ def test_batch_beyond_the_ulimit_does_not_fit(tmp_path: Path) -> None:
     assert large.startswith("300000 False False")
 
 
+@pytest.mark.slow
 def test_real_search_exceeds_data_set_and_leaves_no_process(digits_run: Run, tmp_path: Path) -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     environment = {**CLEAN, **dict([mark.split("=")])}
@@ -358,6 +360,7 @@ def test_gpu_memory_limit_bounds_the_batch_size() -> None:
     assert not large.is_failure, large.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
 def test_interrupted_search_keeps_results_and_leaves_no_process(
     kill: Callable[[int, int], None], number: int, tmp_path: Path
@@ -389,6 +392,7 @@ def test_interrupted_search_keeps_results_and_leaves_no_process(
     assert wait_for(lambda: not processes_with(mark), 10), processes_with(mark)
 
 
+@pytest.mark.slow
 def test_candidate_in_a_long_step_dies_with_its_parent() -> None:
     mark = f"ZHU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     script = (

@@ -146,6 +146,7 @@ def test_gpu_phases_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: 
     assert found.operators
 
 
+@pytest.mark.slow
 def test_two_ranks_write_one_profile_with_reduce(digits_run: Run, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/benchmark.py"),

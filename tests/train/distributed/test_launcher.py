@@ -230,6 +230,7 @@ launcher.run_distributed(main)
 """
 
 
+@pytest.mark.slow
 def test_late_rank_triggers_warning_and_is_awaited() -> None:
     """The warning comes from a thread while torch waits for all ranks, and the run succeeds."""
     port = free_port()

@@ -97,6 +97,7 @@ def test_padded_last_batch_changes_nothing(batch_size: int, npy_data: Path) -> N
     assert_equal_results(result, plain_evaluation(npy_data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_validation_counts_every_sample_once_on_several_ranks(world_size: int, npy_data: Path) -> None:
     expected = plain_evaluation(npy_data)

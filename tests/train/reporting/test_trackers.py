@@ -131,6 +131,7 @@ def wandb_values(folder: Path, field: str) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_wandb_has_a_point_for_every_epoch(tracked: Path) -> None:
     rows = [row for folder in offline_runs(tracked) for row in wandb_rows(folder) if "epoch" in row]
     lines = strict_lines(tracked / "metrics.jsonl")
@@ -431,6 +432,7 @@ def server() -> Iterator[dict[str, str]]:
         refusing.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "key"), [("refuses", "0" * 40), ("is silent", "0" * 40), ("refuses", "garbage")])
 def test_broken_server_or_key_makes_the_run_offline(
     case: str,
