@@ -116,6 +116,7 @@ def test_one_kill_at_a_random_time_changes_no_byte(
     kill_and_rerun(sources["npy"], unbroken("npy"), tmp_path, 1, worker_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.campaign)]
 )
@@ -182,6 +183,7 @@ def test_disk_full_at_twenty_places_loses_nothing(
     assert full == 20
 
 
+@pytest.mark.slow
 def test_file_size_limit_loses_nothing(sources: dict[str, Conversion], unbroken: Unbroken, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

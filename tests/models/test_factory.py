@@ -106,6 +106,7 @@ def test_null_option_means_the_default() -> None:
         assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in plain.items()}
 
 
+@pytest.mark.slow
 def test_building_built_in_model_does_not_import_timm() -> None:
     program = "import sys, models; models.build_model('lenet', 10, image_size=32); sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(models.__path__[0])).returncode == 0

@@ -148,6 +148,7 @@ def test_nothing_to_measure_is_a_user_error_without_files(tmp_path: Path) -> Non
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_failing_or_killed_candidate_costs_only_its_row() -> None:
     candidates = [
         Candidate("first", fixtures.steady),
@@ -230,6 +231,7 @@ def test_unknown_part_is_a_user_error() -> None:
         suite.choose(cpu.PARTS, [], ["ramp"])
 
 
+@pytest.mark.slow
 def test_every_gpu_part_can_be_built(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds data sets, configs and candidates only, since there may be no GPU."""
     settings = settings_in(tmp_path, device="cuda", small=digits, medium=tmp_path / "missing", samples=64)
@@ -317,6 +319,7 @@ def test_data_set_is_not_generated_shortly_before_the_deadline(digits: Path, tmp
         image_dataset(settings, 224)
 
 
+@pytest.mark.slow
 def test_killed_run_keeps_its_rows_and_can_be_extended(
     tmp_path: Path,
 ) -> None:

@@ -64,6 +64,7 @@ def images_of(out: Path, split: str) -> np.ndarray:
     return np.stack([rows.content[end - np.prod(shape) : end].reshape(shape) for end in rows.address + rows.size])
 
 
+@pytest.mark.slow
 def test_digits_convert_to_a_verified_data_set(tmp_path: Path) -> None:
     out = tmp_path / "digits"
     result = run_script("digits", "--out", out, "--workers", "2")

@@ -424,6 +424,7 @@ def test_pictures_are_encoded_like_the_data_set(npy_data: Path, model: Path) -> 
     assert picture_encoding(replace(trained, conversion=None)) == Encoding("jpeg")
 
 
+@pytest.mark.slow
 def test_bad_input_prints_one_line_and_exits_with_2(model: Path) -> None:
     command = [sys.executable, predict.__file__, "--checkpoint", str(model), "--split", "x"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -54,11 +54,12 @@ def test_speedrun_reports_training_and_command_time(percent: int, npy_data: Path
 def test_proxy_on_two_processes_is_a_user_error(npy_data: Path, tmp_path: Path) -> None:
     result = run_script("--cfg", config(96), "--data-path", npy_data, "--output", tmp_path, processes=2)
     assert result.returncode != 0
-    assert "error: train.proxy.model=speedrun96_proxy chooses" in result.stderr
+    assert "error: train.proxy.model=speedrun96_proxy selects" in result.stderr
     assert "world_size=2; use 1 or set train.proxy.model to null" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tool_runs_several_seeds_and_writes_means(npy_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, "tools/speedrun.py", "--cfg", config(95), "--data-path", npy_data, "--runs", 2]

@@ -170,6 +170,7 @@ def test_interrupted_sweep_ends_runs_and_prints_resume_command(
     assert processes_of(out) == []
 
 
+@pytest.mark.slow
 def test_failed_run_is_listed_and_retried(digits_run: Run, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

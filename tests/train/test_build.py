@@ -32,6 +32,7 @@ def sizes_of(config: Config) -> list[int]:
     return [config.eval.image_size or size, *(stage.image_size or size for stage in config.data.stages), size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_parts_of_a_shipped_config_fit_together(path: Path) -> None:
     config = load_config(path)

@@ -95,6 +95,7 @@ def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
     return state
 
 
+@pytest.mark.slow
 @RECIPES
 def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     state, (loader, val_loader) = speedrun(recipe), loaders(npy_data)

@@ -63,6 +63,7 @@ def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
     return dalis.at(0), build_train_loader(data, AUGS[name], seed=7, device="cpu").at(0)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(0, 1000), st.integers(0, STEPS - 1))
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])

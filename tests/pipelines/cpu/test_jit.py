@@ -101,6 +101,7 @@ def run(package: Path, *denied: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_change_of_a_called_file_recompiles_its_callers(package: Path) -> None:
     assert run(package) == "20 0"
     assert run(package) == "20 1"

@@ -49,6 +49,7 @@ def batches_of(name: str, source: PeerTask) -> Any:
     return peers.load_function(peer)(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aug", [PAD, RESIZED], ids=["pad", "random-resized"])
 @pytest.mark.parametrize(("name", "encoding"), CASES)
 def test_epoch_has_each_sample_at_most_once(

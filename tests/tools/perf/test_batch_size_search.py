@@ -266,6 +266,7 @@ def test_allocator_errors_and_kernel_kill_count_as_memory() -> None:
         assert not process_memory.is_out_of_memory(text), text
 
 
+@pytest.mark.slow
 def test_candidate_over_its_memory_limit_is_killed() -> None:
     limit = 3 * 2**30  # between the initial memory of a candidate and eleven items of a growing one
     candidates = [

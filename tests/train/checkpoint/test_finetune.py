@@ -118,6 +118,7 @@ def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_bitwise_and_the_rest_trains(source: Result, tuned: Result) -> None:
     start = torch.load(source.folder / "best.pt", weights_only=True)["model"]
     end = tuned.weights

@@ -41,6 +41,7 @@ def one_raises(ranks: Ranks, rank: int, error: Exception, in_group: bool) -> Non
         sums_forever()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "in_group"), [(2, True), (0, True), (1, False)])
 def test_user_error_on_one_rank_ends_all_ranks(rank: int, in_group: bool, tmp_path: Path) -> None:
     ended = end_of(3, one_raises, tmp_path, rank, UserError("shard 7 is short"), in_group)
@@ -128,6 +129,7 @@ def one_is_stopped(ranks: Ranks) -> None:
         sums_forever()
 
 
+@pytest.mark.slow
 def test_stopped_rank_is_awaited_until_the_group_timeout(tmp_path: Path) -> None:
     ended = end_of(3, one_is_stopped, tmp_path, stopped=1)
     assert ended.codes == [1, -9, 1]

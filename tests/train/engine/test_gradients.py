@@ -71,6 +71,7 @@ def test_one_process_gives_the_gradients_of_plain_torch(accumulation_steps: int)
     assert_same_gradients(gradients(Ranks(), accumulation_steps), plain_gradients())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation_steps", "compiled"), [(1, False), (3, False), (3, True)])
 def test_two_processes_give_the_gradients_of_plain_torch(accumulation_steps: int, compiled: bool) -> None:
     for of_rank in on_ranks(2, gradients, accumulation_steps, compiled):

@@ -109,6 +109,7 @@ def test_prediction_counts_by_shares_of_its_labels(settings: dict[str, Any]) -> 
     assert counts[2].item() == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"loss": "bce", "bce_threshold": 0.2}], ids=["cross-entropy", "bce"])
 def test_one_compiled_graph_serves_all_mixed_batches(settings: dict[str, Any]) -> None:
     loss = build_loss(TrainConfig(**settings), mixes=True)

@@ -515,5 +515,6 @@ def counts_on(ranks: Ranks, path: str) -> list[int]:
     return [int(counts.sum()), len(shown.images), len(logits)]
 
 
+@pytest.mark.slow
 def test_all_ranks_together_count_each_sample_once(digits_run: Run) -> None:
     assert on_ranks(2, counts_on, str(digits_run.data)) == [[360, GRID_IMAGES, GRID_IMAGES]] * 2
