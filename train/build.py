@@ -1,4 +1,4 @@
-"""Build the training state of a config, for every command that runs a model."""
+"""Build the training state of a config, for all commands that run a model."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def build_all(
 ) -> TrainState:
     """Build the model, its optimizer, and the other parts of config.train.
 
-    Learning rates are scaled to the global batch. To load a checkpoint afterwards, pass `without_pretrained(config)`;
-    for evaluation only, pass `inference_config(config)` and trains=False.
+    The learning rates are scaled to the global batch. To load a checkpoint into the result, pass
+    `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False.
 
     Args:
-        config: Config of the run; config.seed initializes the model.
+        config: Config of the run. `config.seed` seeds the initialization of the model.
         dataset: Contents of dataset.json.
-        classes: Outputs of the model.
+        classes: Number of outputs of the model.
         image_size: Image size in pixels.
         device: Device of the model.
-        trains: False if only forward passes are made.
+        trains: False if only forward passes are run.
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
@@ -76,10 +76,10 @@ def build_all(
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:
-    """Return the number of classes of the data set, which is the model's number of outputs.
+    """Return the number of classes of the data set, which is the number of outputs of the model.
 
     Raises:
-        UserError: model.num_classes differs, or a split does not exist or has no labels.
+        UserError: model.num_classes is another number, or a configured split does not exist or has no labels.
     """
     classes = len(dataset["classes"])
     wanted = config.model.num_classes

@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run training in order: config, data, run folder, model, epochs."""
+    """Train, evaluate or measure throughput, as the command line asks, and return the exit status."""
     clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
@@ -117,7 +117,7 @@ def main() -> int:
         )
         folder, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
         folder = active_run_dir or folder
-        # Otherwise the run is refused, and must not leave files there.
+        # If no candidate exists, the run is refused and must not leave files in the folder.
         is_run = not candidates or any(path.exists() for path in candidates)
         if folder is not None and trains and is_run:  # lock before reading its checkpoints
             stack.enter_context(lock_run_dir(folder))

@@ -1,4 +1,4 @@
-"""Build the model of --eval from a checkpoint of train/ddp.py or weights of another program."""
+"""Build the model of --eval from a checkpoint of train/ddp.py or from weights of another program."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ IMAGENET_STATS = (
 def build_for_evaluation(
     config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
 ) -> tuple[TrainState, str]:
-    """Build the model of --resume with its weights, and return it with a description.
+    """Build the model of --resume, and return its state and a description of the weights for messages.
 
-    A file of another program contains no config. Its model is then that of `config`, with as many outputs as the
+    A file of another program contains no config. The model is then built from `config`, with as many outputs as the
     weights have, and pixels are normalized as in the homework.
 
     Args:
         config: Config of the command.
         dataset: Contents of dataset.json.
-        candidates: Checkpoints in order of preference; the first intact one is used.
-        image_size: Image size of the evaluation.
+        candidates: Checkpoints in order of preference. The first intact one is used.
+        image_size: Image size of the evaluation in pixels.
         device: Device of the model.
 
     Raises:
-        UserError: There is no checkpoint, or it does not fit the model or the data set.
+        UserError: There is no checkpoint, or the checkpoint does not fit the model or the data set.
     """
     if len(candidates) == 1 and store.is_foreign(candidates[0]):
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
@@ -84,7 +84,7 @@ def _build_foreign(
 
 
 def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
-    """Return the number of outputs of the weights, or `classes` if they contain no last layer of the model."""
+    """Return the number of outputs of the weights, or `classes` if the weights have no last layer of the model."""
     with torch.device("meta"):
         model = build_from_config(
             config.model, classes, image_size=image_size, mean=CIFAR10_STATS[0], std=CIFAR10_STATS[1]

@@ -20,13 +20,16 @@ from train.optim.freeze import set_training_mode
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
-    """Yield the batches of one epoch after another."""
+    """Yield the batches of all epochs, one epoch after another, without end."""
     while True:
         yield from loader
 
 
 def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run the step, and update the moving average after optimizer steps. `step` counts from 1."""
+    """Run a micro-step and, if `optimizer_step` is True, update the moving average.
+
+    `step` counts micro-steps from 1.
+    """
     run_step(state, batch, step, optimizer_step=optimizer_step)
     if optimizer_step and state.ema is not None:
         state.ema.update(step)
@@ -35,16 +38,17 @@ def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: boo
 def measure_images_per_s(
     state: TrainState, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
 ) -> float:
-    """Return images/s over all ranks in about `seconds` of training, after a warm-up.
+    """Return the training throughput in images/s over all ranks.
 
-    Steps are run in groups of about a second. The device is synchronized between groups only. The result is the median.
+    Steps are run in groups of about one second. The device is synchronized only between groups. The result is the
+    median of the groups.
 
     Args:
         state: Training state.
         loader: Data loader of one stage.
         world_size: Number of ranks.
-        warmup_steps: Steps before the measurement, for compilation, caches and clocks; made twice.
-        seconds: Approximate duration of the measurement.
+        warmup_steps: Number of steps before the measurement, for compilation, caches and clocks. They are run twice.
+        seconds: Approximate duration of the measurement. At least three groups are run.
     """
     warm_up(state, loader)
     set_training_mode(state.forward)
@@ -72,7 +76,7 @@ def measure_images_per_s(
 
 
 def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
-    """Print one line per stage."""
+    """Measure the training throughput of each stage and print it on rank 0."""
     for stage in train_loader.stages:
         throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:

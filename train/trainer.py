@@ -1,7 +1,7 @@
 """The training loop over epochs: logging, evaluation, checkpoints, early stop and rewind.
 
-`done` counts the finished steps of the whole run. State trained on files that changed during the run is never saved:
-each rank checks its files before the sums are reduced.
+`done` counts the finished optimizer steps of the run. No checkpoint contains a state trained on files that changed
+during the run, since each rank checks its files before the sums are reduced.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def fit(trainer: Trainer, position: dict[str, int], pending: PendingSignal) -> N
 
     Args:
         trainer: Parts of the run.
-        position: Epoch, and steps done in it.
-        pending: Signal that this process received.
+        position: Epoch to start in, and number of steps done in it.
+        pending: Signal that this process has received, if any.
 
     Raises:
-        Preempted: A signal asked to stop, and a checkpoint has been written.
+        Preempted: A signal asked to stop. The state is saved in a checkpoint.
+        UserError: Values are not finite and the run cannot continue.
     """
     config, loader = trainer.config.train, trainer.train_loader
     is_due = trainer.saving.is_due if config.save_every_steps is None else lambda: False
@@ -163,20 +164,20 @@ def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCh
 
 
 def _global_batch(trainer: Trainer, epoch: int) -> int:
-    """Return the images of an optimizer step over all ranks."""
+    """Return the number of images in an optimizer step over all ranks."""
     batch_size = trainer.train_loader.at(epoch).plan.batch_size
     return batch_size * trainer.ranks.world_size * trainer.config.train.accumulation_steps
 
 
 def _decays(trainer: Trainer) -> int:
-    """Return the decays of schedule plateau so far."""
+    """Return the number of decays of schedule plateau so far."""
     return int(trainer.progress.get("plateau", {}).get("decays", 0))
 
 
 def _finish_epoch(
     trainer: Trainer, epoch: int, pending: PendingSignal, finite_check: FiniteCheck, consensus: StopConsensus
 ) -> None:
-    """Evaluate, and write metrics and checkpoints."""
+    """Evaluate if due, and write metrics and checkpoints."""
     config, state, progress = trainer.config, trainer.state, trainer.progress
     done, is_last = trainer.timeline.first_step(epoch + 1), epoch + 1 == config.train.epochs
     trainer.train_loader.check_unchanged()
@@ -220,10 +221,10 @@ def _finish_epoch(
 
 
 def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
-    """Evaluate the weights and their moving average, if any.
+    """Evaluate the weights and, if there is one, the moving average.
 
     Returns:
-        The metrics, and the top-1 accuracy of the weights that eval.weights selects.
+        The metrics by name, and the top-1 accuracy of the weights that eval.weights selects.
     """
     state, tta = trainer.state, trainer.config.eval.tta
     what = trainer.val_loader, trainer.val_samples, tta, lambda: pending.number != 0
@@ -236,7 +237,7 @@ def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float
 
 
 def _stop(trainer: Trainer, signal: int, done: int) -> None:
-    """Wait for the checkpoint and raise Preempted."""
+    """Wait until the checkpoint is written, log that the run stops, and raise Preempted."""
     collectives.from_first_rank(trainer.saving.wait)
     stopped = Preempted(signal)
     trainer.log.info(
@@ -250,7 +251,7 @@ def _report_skipped(trainer: Trainer, finite_check: FiniteCheck, done: int) -> N
     """Log the steps that train.on_nonfinite=skip has skipped since the last report.
 
     Raises:
-        UserError: All recent steps were skipped.
+        UserError: All steps since the last report were skipped, and there are at least MAX_SKIPPED_STEPS.
     """
     count, since = finite_check.skipped()
     if count:
@@ -272,10 +273,10 @@ def _last_checkpoint(trainer: Trainer) -> str:
 
 
 def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
-    """Return to the last checkpoint if train.on_nonfinite=rewind.
+    """Restore the last checkpoint if train.on_nonfinite=rewind, so that the run skips the non-finite steps.
 
     Returns:
-        The epoch, and the steps done in it, to continue from.
+        The epoch to continue in, and the number of steps done in it.
 
     Raises:
         UserError: Rewinding is not enabled, or there were too many rewinds.
@@ -313,7 +314,14 @@ def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
 def restore_run(
     state: TrainState, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
 ) -> dict[str, int]:
-    """Load the training state and the loader's position from a checkpoint and return the position.
+    """Load the training state and the loader's position from a checkpoint, and return the position.
+
+    Args:
+        state: Training state.
+        loader: Training loader.
+        timeline: Number of steps in each epoch of the run.
+        content: Contents of the checkpoint.
+        source: File of the checkpoint, for messages.
 
     Raises:
         UserError: The position does not exist in this run.

@@ -1,11 +1,12 @@
 """Number of threads and memory allocation for training on the CPU.
 
-OpenMP threads spin while they wait for each other after each parallel loop. If other processes occupy cores, all
-threads wait for the preempted one. On two cores shared with two busy processes, LeNet trained at 200 to 1,800 images/s
-with two threads and at 3,000 to 5,000 with one; on idle cores at 13,000 and 6,300.
+OpenMP threads spin while they wait for each other after each parallel loop. If another process preempts one of the
+threads, all the others wait for that thread. On two cores shared with two busy processes, LeNet trained at 200 to 1,800
+images/s with two threads and at 3,000 to 5,000 images/s with one. On two idle cores, LeNet trained at 13,000 images/s
+with two threads and at 6,300 images/s with one.
 
 The number of threads is chosen at the start of a run. A resumed run uses the number in the checkpoint, since float32
-sums depend on it. OMP_NUM_THREADS overrides both.
+sums depend on the number of threads. The environment variable OMP_NUM_THREADS overrides both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ HINT = f"set {FIXED_BY} to choose another number"
 
 
 def limit_threads(device: torch.device) -> None:
-    """Reduce torch's CPU threads by the cores that other processes occupy, if training runs on the CPU."""
+    """Reduce torch's CPU threads in proportion to the share of cores that other processes keep busy.
+
+    No-op if training does not run on the CPU or OMP_NUM_THREADS is set.
+    """
     if device.type != "cpu" or FIXED_BY in os.environ:
         return
     before, busy, cores = torch.get_num_threads(), busy_cores(), len(os.sched_getaffinity(0))
@@ -39,9 +43,13 @@ def limit_threads(device: torch.device) -> None:
 
 
 def restore_threads(threads: int) -> None:
-    """Use the number of threads that the run started with, so that weights are bitwise equal, but at most one per core.
+    """Set the number of CPU threads to that of the checkpoint, so that a resumed run computes bitwise equal weights.
 
-    Warn if fewer cores are idle. `threads` is 0 if the number is unknown.
+    At most one thread per core is used. Warn if there are more threads than idle cores. No-op if OMP_NUM_THREADS is set
+    or the number is unknown.
+
+    Args:
+        threads: Number of threads in the checkpoint, or 0 if unknown.
     """
     if FIXED_BY in os.environ or threads < 1:
         return
@@ -56,9 +64,10 @@ def restore_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """Return the number of this process's cores that are busy while it waits; 0 if unknown.
+    """Return how many of this process's cores other processes keep busy, or 0 if unknown.
 
-    It is the minimum over up to three tenths of a second, so that short bursts do not count.
+    This process sleeps for up to three windows of 0.1 s. The result is the minimum over the windows, so that short
+    bursts of load do not count.
     """
     least = float("inf")
     try:
@@ -76,6 +85,7 @@ def busy_cores() -> float:
 
 
 def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]) -> float:
+    """Return the number of busy cores between two readings of `_times`."""
     busy = 0.0
     for core in os.sched_getaffinity(0) & before.keys() & after.keys():
         idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
@@ -84,16 +94,16 @@ def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """Return idle and total time of each core since boot in clock ticks, without stolen time."""
+    """Return (idle, total) times since boot by core, in clock ticks. The total excludes stolen time."""
     found = re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(encoding="ascii"), re.MULTILINE)
     times = {int(core): [int(value) for value in values.split()[:7]] for core, values in found}  # user to softirq
     return {core: (values[3] + values[4], sum(values)) for core, values in times.items()}
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory of large tensors instead of returning it to the system.
+    """Let glibc keep the freed memory of large tensors instead of returning it to the operating system.
 
-    Otherwise each step's activations are mapped, zeroed and faulted in again, page by page.
+    Otherwise, the memory of the activations is mapped, zeroed and faulted in again, page by page, in each step.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc

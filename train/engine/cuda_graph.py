@@ -1,7 +1,8 @@
 """A training step captured as CUDA graphs.
 
-A captured step is forward, backward, update and sums over static buffers. The host launches one graph per micro-step
-instead of hundreds of kernels.
+A graph contains the forward and backward pass of a micro-step, the metric sums and, in the last micro-step, the weight
+update. It reads its inputs from static buffers. The host launches one graph per micro-step instead of hundreds of
+kernels.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from train.engine.step import train_step
 class CapturedStep:
     """`train_step` as CUDA graphs, for batches of a few shapes. A replay does not synchronize.
 
-    A replay uses the default generator's current state: torch copies seed and offset to the device before each replay.
-    So seeding it before a step works.
+    Before each replay, torch copies the seed and offset of the default generator to the device, so seeding the
+    generator before a step takes effect in the replay.
     """
 
     def __init__(
@@ -31,9 +32,9 @@ class CapturedStep:
 
         Args:
             state: Training state.
-            batches: One batch of each shape; they become the input buffers of the graphs.
-            optimizer_steps: Kinds of micro-steps: with and without an optimizer step.
-            stream: Stream of the capture, see `side_stream`.
+            batches: One batch of each shape. The batches become the input buffers of the graphs.
+            optimizer_steps: Kinds of micro-steps to capture. True: with an optimizer step. False: without.
+            stream: Stream to capture on, see `side_stream`.
 
         Raises:
             UserError: The step cannot be captured.
@@ -70,9 +71,13 @@ class CapturedStep:
 
 @contextmanager
 def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
-    """Make a stream current that can be captured, unlike the default stream; no-op without graphs.
+    """Make a new stream current, since the default stream cannot be captured. No-op without CUDA graphs.
 
-    The steps before a capture must run on it, since libraries keep handles and workspaces per stream.
+    The steps before a capture must run on the stream of the capture, since libraries keep handles and workspaces per
+    stream.
+
+    Yields:
+        The new stream, or None without CUDA graphs.
     """
     if not state.uses_cuda_graph:
         yield None

@@ -1,4 +1,7 @@
-"""The loop over the batches of an epoch. The host waits for the device only at its end."""
+"""The loop over the batches of an epoch.
+
+The loop waits for the device only at the end of the epoch. The callback `after_step` may wait more often.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Host times of an epoch, or of the rest of it after a resume."""
+    """Micro-steps and host times of an epoch, or of the rest of an epoch after a resume."""
 
     micro_steps: int
     time_s: float
@@ -34,8 +37,11 @@ class EpochTimes:
 def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     """Return the timeline of a run with this loader.
 
-    If stages change the batch size, train.lr_scaling adapts the learning rates. The learning rates of `config` are
-    those at the global batch; see `schedule.scale_learning_rates`.
+    If the batch size differs between stages, the timeline has learning rate factors according to train.lr_scaling.
+
+    Args:
+        config: Train section, with learning rates at the global batch; see `schedule.scale_learning_rates`.
+        loader: Data loader of the run.
     """
     accumulation = config.accumulation_steps
     stages = [loader.at(epoch) for epoch in range(config.epochs)]
@@ -60,17 +66,19 @@ def train_epoch(
 ) -> EpochTimes:
     """Train the rest of the loader's epoch.
 
-    The random generator, e.g. of dropout, is seeded for each batch, so a resumed run draws the same numbers.
+    The random generator, e.g. of dropout, is seeded for each batch, so that a resumed run draws the same numbers as an
+    uninterrupted run.
 
     Args:
         state: Training state.
         loader: Data loader, at the position to start from.
         seed: Seed of the run.
         rank: Rank of this process.
-        after_step: Called as after_step(step, lr) after each optimizer step of the run, from 0.
-        timeline: Timeline of the run. None: all epochs have the length of this one.
-        decays: Decays of schedule plateau so far.
-        skip_steps: Steps to skip, for which `after_step` is not called.
+        after_step: Called as after_step(step, lr) after each optimizer step. `step` counts the optimizer steps of the
+            run from 0.
+        timeline: Timeline of the run, or None to build it from the loader.
+        decays: Number of decays of schedule plateau so far.
+        skip_steps: Optimizer steps of the run to skip. `after_step` is not called for them.
     """
     set_training_mode(state.forward)
     set_whitening_bias_grad(state, loader.state["epoch"])
@@ -104,8 +112,9 @@ def train_epoch(
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
     """Exclude the bias of a whitening layer from the backward pass after `whiten_bias_epochs`.
 
-    Its learning rate is then 0, so this only saves the time for a gradient over the largest activations. DDP and
-    captured graphs need the same gradients in every step, so they keep it.
+    The learning rate of the bias is then 0, so the exclusion only saves the time to compute a gradient over the largest
+    activations. The bias stays in the backward pass with DDP or CUDA graphs, which need the same gradients in every
+    step.
     """
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
@@ -115,5 +124,5 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
 
 
 def is_trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if the optimizer updates the parameter; model.freeze excludes some."""
+    """Return True if the optimizer updates the parameter. Parameters frozen by model.freeze are not updated."""
     return any(parameter is one for group in optimizer.param_groups for one in group["params"])

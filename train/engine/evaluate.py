@@ -20,7 +20,10 @@ HALF = 2**32  # sums over ranks of 32-bit halves of a checksum fit into int64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a whole split. `top1` and `top5` are fractions."""
+    """Results over a whole split.
+
+    `loss` is the mean cross-entropy. `top1` and `top5` are accuracies from 0 to 1. `samples` is the size of the split.
+    """
 
     loss: float
     top1: float
@@ -28,19 +31,19 @@ class Evaluation:
     samples: int
 
     def sentence(self, split: str) -> str:
-        """Return the sentence about the split of this name that commands print."""
+        """Return the results as a sentence to print. `split` is the name of the split."""
         return f"{split} loss {self.loss:.4f}, top1 {self.top1:.4f}, top5 {self.top5:.4f} over {self.samples} samples"
 
 
 class EvaluationInterrupted(Exception):
-    """Raised on all ranks together when the evaluation is interrupted."""
+    """Raised on all ranks together when the evaluation is interrupted on any rank."""
 
 
 def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (logits, labels) of each batch, in the order of the loader.
 
-    Logits are float32 [B, num_classes], labels int64 [B] with -1 for unlabelled samples. The last batch is padded to
-    the size of the others, so that a compiled model sees one shape; the padding is removed from its logits.
+    Logits are float32 [B, num_classes]. Labels are int64 [B], with -1 for unlabelled samples. The last batch is padded
+    to the size of the other batches, so that a compiled model sees one shape. The logits of the padding are removed.
 
     Args:
         state: Training state.
@@ -66,17 +69,17 @@ def evaluate(
     tta: str = "none",
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Return loss and accuracy on a split, over all ranks.
+    """Return the loss and accuracy on a split, over all ranks.
 
     Args:
         state: Training state.
         loader: Batches of this rank.
-        samples: Samples of the split.
+        samples: Number of samples in the split, over all ranks.
         tta: Test-time augmentation, see eval.tta.
-        is_interrupted: Polled between batches.
+        is_interrupted: Called for each batch. Returning True stops the evaluation.
 
     Raises:
-        EvaluationInterrupted: `is_interrupted` returned true on any rank.
+        EvaluationInterrupted: `is_interrupted` returned True on any rank.
         RuntimeError: Some samples were missed or counted twice.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last one counts interrupted ranks
@@ -97,7 +100,7 @@ def evaluate(
 def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sums of loss, top-1 hits, top-5 hits and labelled samples over a batch, float64 [4].
 
-    Does not synchronize.
+    Samples with label -1 do not count. Does not synchronize.
     """
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == labels[:, None]
@@ -108,10 +111,10 @@ def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def check_full_coverage(loader: Iterable[Batch]) -> None:
     """Check that the last evaluation pass visited every sample of the split exactly once across all ranks.
 
-    All ranks must call it. Batches that do not come from a loader, e.g. for warm-up, are ignored.
+    All ranks must call this function. Batches that do not come from a `Loader`, e.g. for warm-up, are not checked.
 
     Raises:
-        RuntimeError: Samples were missed or counted twice.
+        RuntimeError: Some samples were missed or counted twice.
     """
     if not isinstance(loader, Loader):
         return
@@ -132,10 +135,12 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
-    """Yield (weight, images [B, 3, H, W]) of each view of `eval.tta`; the weights sum to 1.
+    """Yield (weight, images [B, 3, H, W]) of each view of test-time augmentation `tta`. The weights sum to 1.
 
-    Source: arXiv:2404.00498, section 3.5. The views are the image, and the image shifted by one pixel up-left and
-    down-right with reflected edges, each also mirrored.
+    The only view of "none" is the image. "flip" adds the horizontally mirrored image. "flip-translate" also adds the
+    image shifted by one pixel up-left and down-right with reflected edges, and the mirror image of each.
+
+    Source: arXiv:2404.00498, section 3.5.
     """
     if tta == "none":
         yield 1.0, images
@@ -149,7 +154,12 @@ def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
 
 
 def shift(images: Tensor, by: int) -> Tensor:
-    """Shift by one pixel, down and right for 1, up and left for -1, with reflected edges."""
+    """Shift images [B, 3, H, W] by one pixel with reflected edges.
+
+    Args:
+        images: Images to shift.
+        by: 1: down and right. -1: up and left.
+    """
     for axis in (2, 3):
         length = images.shape[axis]
         if by > 0:
@@ -161,9 +171,9 @@ def shift(images: Tensor, by: int) -> Tensor:
 
 
 def mean_logits(infer: Callable[[Tensor], Tensor], images: Tensor, tta: str) -> Tensor:
-    """Return the weighted mean of the logits of all views, float32 [B, num_classes].
+    """Return the weighted mean of the logits over all views, float32 [B, num_classes].
 
-    Every view has the shape of `images`, so that a compiled model sees one shape.
+    The views are evaluated one by one, each in the shape of `images`, so that a compiled model sees one shape.
     """
     total: Tensor | None = None
     for weight, view in views(images, tta):

@@ -1,7 +1,7 @@
-"""Selection of hard samples by the losses of a small proxy network, trained beside the model.
+"""Selection of hard samples by the losses of a small proxy network, which is trained along with the model.
 
-The published method first trains the proxy for the whole run and records its choices. Here batches are a pure function
-of the step, so selecting at each step gives the same samples without a record.
+The published method first trains the proxy for a whole run and records the selected samples. Here, batches are a pure
+function of the step, so selecting during training gives the same samples without a record.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from train.optim.freeze import set_training_mode
 
 
 class HardSampleSelector:
-    """Selects the samples of highest loss of each batch.
+    """Selects the samples with the highest losses from each batch.
 
-    `state` belongs to the small network, built from the same `train` section. Its step can be captured, except in fp16.
+    Attributes:
+        state: Training state of the small network, built from the same `train` section as that of the model. A training
+            step of the small network can be captured, except in fp16.
     """
 
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
@@ -33,9 +35,13 @@ class HardSampleSelector:
         self._losses = state.compiled(sample_losses)
 
     def select(self, batch: Batch, step: int) -> Batch:
-        """Return the samples of highest loss, always the same number.
+        """Return the samples with the highest losses. Their number depends only on the batch size.
 
-        Trains the small network on them every few optimizer steps.
+        Every few optimizer steps (train.proxy.every_steps), also train the small network on these samples.
+
+        Args:
+            batch: Batch on the device.
+            step: Optimizer step of the run, from 0.
         """
         state, learns = self.state, step % self._config.every_steps == 0
         smoothing = state.config.label_smoothing
@@ -57,18 +63,20 @@ class HardSampleSelector:
 
 
 def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Return the losses, float [B]. It is a separate function so that it is compiled as a whole."""
+    """Return the loss of each sample, float [B]. This is a function of its own so that it is compiled as a whole."""
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
 def build_proxy(
     config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device
 ) -> HardSampleSelector | None:
-    """Build the selector of train.proxy, or return None.
+    """Build the selector of train.proxy, or return None if train.proxy.model is not set.
+
+    The bias of a whitening layer in the small network is not trained.
 
     Args:
         config: Train section.
-        build: Returns a model for raw pixels by its name, on its device. The bias of a whitening layer is not trained.
+        build: Returns the model of the given name, for raw pixels and on `device`.
         device: Device of the model.
     """
     if config.proxy.model is None:
@@ -76,7 +84,7 @@ def build_proxy(
     network = build(config.proxy.model)
     if (whitening := find_whitening(network)) is not None:
         whitening.bias.requires_grad_(False)
-    # these settings name layers of the model
+    # these settings refer to layers of the model, which the small network does not have
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
     optimizer = build_optimizer(network, settings, config.lr)
     state = build_state(network, optimizer, config, device)
@@ -89,12 +97,15 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
 
 
 def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
-    """Check that the selection does not depend on how a global batch is split.
+    """Check that the settings allow selection by a proxy. No-op if train.proxy.model is not set.
+
+    The selected samples must not depend on how a global batch is split, and the proxy ranks whole samples by
+    cross-entropy.
 
     Args:
         config: Train section.
         world_size: Number of ranks.
-        mixes: Batches use mixup or CutMix.
+        mixes: True if batches use mixup or CutMix.
 
     Raises:
         UserError: There are several ranks or micro-steps per step, mixed samples, or a loss other than cross-entropy.

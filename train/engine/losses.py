@@ -1,6 +1,6 @@
 """Losses of a training step, with mixup and CutMix on the device.
 
-Mixing is one expression without branches on values, so it is compiled into the forward pass and captured with it.
+Mixing is one expression without branches on tensor values, so it can be compiled and captured with the forward pass.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
 def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
-    """Return a function (model, batch, label_smoothing) -> (mean loss, float64 [3]: loss * samples, correct, samples).
+    """Return the loss function of train.loss, which can be compiled as a whole.
 
-    The function is compiled as a whole. With `mixes`, it mixes the images of a MixedBatch; a prediction of the sample's
-    label counts by the share of the sample, and one of the partner's label by the rest.
+    The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
+    correct, samples), float64 [3]. In a `MixedBatch`, each sample is mixed with a partner. A prediction then counts as
+    correct by the share of the sample if the sample's label is predicted, and by the rest if the partner's label is
+    predicted.
+
+    Args:
+        config: Train section.
+        mixes: True if batches use mixup or CutMix.
     """
     if config.loss == "cross-entropy":
         return mixed_loss_and_counts if mixes else loss_and_counts
@@ -37,7 +43,7 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropy of plain labels."""
+    """Return the mean cross-entropy of a batch that is not mixed, and the sums of `build_loss`."""
     logits = model(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     correct = (logits.detach().argmax(1) == batch.labels).sum()
@@ -45,26 +51,35 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
 
 
 def mixed_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropy of mixed labels."""
+    """Return the mean cross-entropy of a batch that may be mixed, and the sums of `build_loss`."""
     logits, targets, correct = _soft(model, batch, label_smoothing)
     return _with_counts(F.cross_entropy(logits, targets), correct, batch)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:
-    """Return the mean binary cross-entropy over samples and classes of [B, C], like timm's BinaryCrossEntropy."""
+    """Return the mean binary cross-entropy over samples and classes of [B, C], like timm's BinaryCrossEntropy.
+
+    If `threshold` is given, targets above the threshold become 1 and all others 0.
+    """
     if threshold is not None:
         targets = (targets > threshold).to(targets.dtype)
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """Return targets [B, classes] of labels, int64 [B]. Smoothing covers all classes, including the true one."""
+    """Return smoothed one-hot targets [B, classes] of labels, int64 [B].
+
+    Label smoothing spreads its share over all classes, including the true class.
+    """
     is_label = labels[:, None] == torch.arange(classes, device=labels.device)
     return is_label.to(dtype) * (1.0 - label_smoothing) + label_smoothing / classes
 
 
 def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits and targets [B, C] in float32 or wider, and the number of correct predictions."""
+    """Return logits [B, C], targets [B, C], and the number of correct predictions, which mixing makes fractional.
+
+    Logits and targets are float32 or wider.
+    """
     images, labels = batch
     mix = batch.mix if isinstance(batch, MixedBatch) else None
     logits = model(images if mix is None else mix_images(images, mix))
@@ -79,21 +94,22 @@ def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tenso
 
 
 def _with_counts(loss: Tensor, correct: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the sums of `build_loss`."""
     samples = torch.full_like(correct, len(batch.labels))
     return loss, torch.stack([loss.detach().double() * len(batch.labels), correct.double(), samples.double()])
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """Return values [B, ...] with the samples of each pair (2i, 2i + 1) swapped, with the same strides."""
+    """Return values [B, ...] with samples 2i and 2i + 1 swapped, for every i, with unchanged strides."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
-    """Mix the images of each pair.
+    """Mix the images of each pair (2i, 2i + 1), by mixup or CutMix.
 
     Args:
         images: uint8 [B, 3, H, W].
-        mix: Table of `pipelines.augment.mixup`, float32 [B, 5].
+        mix: Table of `pipelines.augment.mixup.mix_table`, float32 [B, 5].
 
     Returns:
         float32 [B, 3, H, W] in 0..255, with the strides of `images`.
@@ -110,19 +126,19 @@ def mix_images(images: Tensor, mix: Tensor) -> Tensor:
 
 
 def identity_mix(batch: Batch) -> MixedBatch:
-    """Return the batch as a MixedBatch with shares of 1."""
+    """Return the batch as a `MixedBatch` whose samples all have share 1, so that mixing changes nothing."""
     table = torch.from_numpy(identity_table(len(batch.labels)))
     return MixedBatch(batch.images, batch.labels, table.to(batch.images.device))
 
 
 class RenderedBatch(NamedTuple):
-    """A batch for pictures, as the model sees it.
+    """A batch for pictures in logs, as the model sees it.
 
     Attributes:
-        images: uint8 [B, 3, H, W], rounded.
-        labels: int64 [B].
-        others: Labels that are mixed in, int64 [B].
-        shares: Shares of `labels`, float32 [B].
+        images: uint8 [B, 3, H, W], mixed and rounded.
+        labels: Labels of the samples, int64 [B].
+        others: Labels of the partners mixed into the samples, int64 [B].
+        shares: Shares of `labels`, float32 [B]. `others` have the rest.
     """
 
     images: Tensor
@@ -132,7 +148,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(batch: Batch) -> RenderedBatch:
-    """Render a batch into copies, which stay valid when the loader reuses its buffers."""
+    """Render a batch into copies, which stay valid when the loader reuses the buffers of the batch."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
         return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))

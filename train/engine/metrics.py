@@ -1,4 +1,4 @@
-"""Throughput, times and memory of a run, measured on the host without synchronizing."""
+"""Throughput, times and memory of a run. Reading them does not synchronize the device."""
 
 from __future__ import annotations
 
@@ -18,27 +18,33 @@ GIB = 2**30
 
 
 class ThroughputMeter:
-    """Loss and rates since the last reading, within an epoch."""
+    """Measures the loss and the rates between two readings within an epoch."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
         self.start(0, 0.0, 0.0, images_per_step=0)
 
     def start(self, steps: int, loss: float, seen: float, *, images_per_step: int) -> None:
-        """Start an epoch, or the rest of one.
+        """Start an epoch or the rest of an epoch.
 
         Args:
-            steps: Optimizer steps of the run done before.
-            loss: Sum of losses over `seen` samples so far in the epoch.
-            seen: Samples so far in the epoch.
-            images_per_step: Images of an optimizer step over all ranks.
+            steps: Number of optimizer steps of the run so far.
+            loss: Sum of the losses of the `seen` samples.
+            seen: Number of samples in the epoch so far.
+            images_per_step: Number of images in an optimizer step over all ranks.
         """
         self._steps, self._loss, self._seen = steps, loss, seen
         self._images_per_step = images_per_step
         self._time_s, self._wait_s = time.perf_counter(), self._loader.wait_s
 
     def read(self, steps: int, loss: float, seen: float) -> dict[str, float]:
-        """Return metrics of the steps since `start` or the last reading. The device must be synchronized."""
+        """Return metrics by name since `start` or the previous reading. The device must be synchronized.
+
+        Args:
+            steps: Number of optimizer steps of the run so far.
+            loss: Sum of the losses of the `seen` samples.
+            seen: Number of samples in the epoch so far.
+        """
         duration_s = max(time.perf_counter() - self._time_s, 1e-9)
         values = {
             "step_loss": (loss - self._loss) / (seen - self._seen)
@@ -52,15 +58,18 @@ class ThroughputMeter:
 
 
 class RunTimer:
-    """Times of a run over all its starts.
+    """Measures the times of a run, including the processes before each resume.
 
-    `times` is part of every checkpoint. A rewind restores the times of its checkpoint, so that they exclude discarded
-    steps. A time is nan if an older checkpoint lacks it. Compilation and loading are not included.
+    Every checkpoint contains `times`. A rewind restores the times of its checkpoint, so the times exclude discarded
+    steps. A time that an older checkpoint lacks is nan. The times exclude start-up and compilation.
 
     Attributes:
-        times: training_s (whitening, finished epochs and the last evaluation, as CIFAR-10 speedruns are compared),
-            epoch_time_s and epoch_wait_s (duration of the current epoch, and its wait for data) in seconds, and
-            epoch_images (images trained on in the current epoch).
+        times: Dict with four entries.
+
+            - training_s: Seconds of whitening, finished epochs and the last evaluation, as in CIFAR-10 speedruns.
+            - epoch_time_s: Seconds of the current epoch.
+            - epoch_wait_s: Seconds of the current epoch spent waiting for data.
+            - epoch_images: Number of images trained on in the current epoch.
     """
 
     def __init__(self) -> None:
@@ -72,11 +81,14 @@ class RunTimer:
         return self.times["training_s"]
 
     def add(self, seconds: float) -> None:
-        """Add to training_s."""
+        """Add `seconds` to training_s."""
         self.times["training_s"] += seconds
 
     def __enter__(self) -> None:
-        """Add the duration of the context to training_s. The device must be synchronized at its end."""
+        """Add the duration of the context to training_s, unless an exception is raised in it.
+
+        The device must be synchronized at the end of the context.
+        """
         self._entered_s = time.perf_counter()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -84,18 +96,22 @@ class RunTimer:
             self.add(time.perf_counter() - self._entered_s)
 
     def start_epoch(self, steps: int, loader: TrainLoader, *, images_per_step: int) -> None:
-        """Start an epoch, or the rest of one.
+        """Start an epoch or the rest of an epoch.
 
         Args:
-            steps: Optimizer steps of the run done before.
-            loader: Data loader, for its wait time.
-            images_per_step: Images of an optimizer step over all ranks.
+            steps: Number of optimizer steps of the run so far.
+            loader: Data loader that measures the time spent waiting for data.
+            images_per_step: Number of images in an optimizer step over all ranks.
         """
         self._steps, self._loader, self._images_per_step = steps, loader, images_per_step
         self._time_s, self._wait_s = time.perf_counter(), loader.wait_s
 
     def count(self, steps: int) -> None:
-        """Add the time since `start_epoch` or the last call. The device must be synchronized."""
+        """Add the time and images since `start_epoch` or the previous call. The device must be synchronized.
+
+        Args:
+            steps: Number of optimizer steps of the run so far.
+        """
         now_s, wait_s = time.perf_counter(), self._loader.wait_s
         self.times["epoch_time_s"] += now_s - self._time_s
         self.times["epoch_wait_s"] += wait_s - self._wait_s
@@ -103,7 +119,7 @@ class RunTimer:
         self._steps, self._time_s, self._wait_s = steps, now_s, wait_s
 
     def rates(self) -> dict[str, float]:
-        """Return the rates and the time of the current epoch by metric name."""
+        """Return images/s, the share of time spent waiting, and the seconds of the current epoch, by metric name."""
         time_s = max(self.times["epoch_time_s"], 1e-9)
         return {
             "images_per_s": self.times["epoch_images"] / time_s,
@@ -112,12 +128,12 @@ class RunTimer:
         }
 
     def end_epoch(self) -> None:
-        """Add the current epoch to training_s and reset its times."""
+        """Add the time of the current epoch to training_s and reset the values of the epoch."""
         self.add(self.times["epoch_time_s"])
         self.times |= {"epoch_time_s": 0.0, "epoch_wait_s": 0.0, "epoch_images": 0.0}
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Load the times of a checkpoint."""
+        """Restore the times from the contents of a checkpoint."""
         within_epoch = nan if content["position"]["step"] else 0.0
         unknown = {key: nan if key == "training_s" else within_epoch for key in self.times}
         self.times |= content.get("times") or unknown
@@ -136,9 +152,9 @@ def command_start_s() -> float:
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return the memory in use in GiB, by metric name.
+    """Return the memory in use by metric name, in GiB.
 
-    memory_gib is the peak of torch's tensors on a GPU, and the peak resident set of this process on the CPU.
+    memory_gib is the peak memory of torch's tensors on a GPU, or the peak resident set of this process on the CPU.
     device_memory_gib is present on a GPU only; see `device_memory_bytes`.
     """
     if device.type != "cuda":
@@ -150,9 +166,10 @@ def memory_usage(device: torch.device) -> dict[str, float]:
 
 
 def peak_rss_bytes(process: int | str = "self") -> int:
-    """Return the peak resident set of a process since its fork or exec, in bytes; 0 if unknown.
+    """Return the peak resident set of a process since its fork or exec, in bytes, or 0 if unknown.
 
-    This is VmHWM of proc(5). ru_maxrss of getrusage would include the time before exec, as a copy of the parent.
+    The value is VmHWM of proc(5). In contrast, ru_maxrss of getrusage(2) includes the time between fork and exec, when
+    the process has the resident set of its parent.
     """
     with suppress(OSError):  # the process has ended, or the system has no /proc
         for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
@@ -162,11 +179,11 @@ def peak_rss_bytes(process: int | str = "self") -> int:
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """Return the bytes of GPU memory that all processes use.
+    """Return the GPU memory in use by all processes, in bytes.
 
-    This includes CUDA contexts, loaded kernels, the pool of torch's allocator and the pools of DALI. These pools keep
-    freed memory, so the value is close to its peak. Reading it from the driver takes up to 1 ms on the host and does
-    not synchronize.
+    The value includes CUDA contexts, loaded kernels, and the memory pools of torch and DALI. The pools keep freed
+    memory, so the value is close to the peak. Reading it from the driver takes up to 1 ms on the host and does not
+    synchronize.
     """
     free, total = torch.cuda.mem_get_info(device)
     return total - free

@@ -1,4 +1,4 @@
-"""The effect of train.amp and train.cuda_graph on a device."""
+"""Resolve train.amp and train.cuda_graph for a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_COMPILED_MODELS = 64  # models compiled in one process, for benchmarks; torc
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype of train.amp on this device, or None for float32."""
+    """Return the autocast dtype of a train.amp setting on this device, or None for float32."""
     if name == "auto":
         if device.type != "cuda":
             return None
@@ -23,10 +23,15 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> bool:
-    """Return True if the step is replayed as CUDA graphs.
+    """Return True if training steps are replayed as CUDA graphs.
+
+    Args:
+        config: Train section.
+        device: Device of the model.
+        amp: Autocast dtype of `amp_dtype`.
 
     Raises:
-        UserError: train.cuda_graph=on is not possible; the message gives the reasons.
+        UserError: train.cuda_graph=on is not possible. The message gives the reasons.
     """
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",

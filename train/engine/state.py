@@ -41,7 +41,7 @@ class TrainState:
 
     network: nn.Module
     forward: nn.Module  # data-parallel
-    loss_and_counts: LossAndCounts  # of `forward`, compiled
+    loss_and_counts: LossAndCounts  # computes the loss of `forward`, compiled
     infer: nn.Module  # for evaluation: compiled, not data-parallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -63,17 +63,18 @@ class TrainState:
     notes: tuple[str, ...] = ()  # messages for the log about how the network was built
 
     def parts(self) -> list[TrainState]:
-        """Return this state, and the proxy's if there is one."""
+        """Return this state, followed by the state of the proxy if there is one."""
         return [self] if self.proxy is None else [self, self.proxy.state]
 
     def drop_graph(self) -> None:
-        """Discard the captured step, because its tensors are replaced."""
+        """Discard the captured step. Call this when the tensors that the step uses are replaced."""
         self.captured_step = None
 
     def floating_tensors(self) -> list[Tensor]:
         """Return the floating-point tensors on the device that a step reads or updates.
 
-        These are the weights, buffers and optimizer states, also of a proxy, and Lookahead's slow weights.
+        These are the weights, buffers and optimizer state of the network and, if present, the proxy, plus Lookahead's
+        slow weights.
         """
         tensors = [
             tensor
@@ -99,15 +100,15 @@ def build_state(
     mixes: bool = False,
     trains: bool = True,
 ) -> TrainState:
-    """Wrap a network for training. It must be on its device in the final memory format.
+    """Wrap a network for training.
 
     Args:
-        network: The model.
-        optimizer: Its optimizer.
+        network: The model, on its device and in its final memory format.
+        optimizer: Optimizer of the model.
         config: Train section, with learning rates at the global batch.
         device: Device of the network.
-        mixes: Batches use mixup or CutMix.
-        trains: False if only forward passes are made.
+        mixes: True if batches use mixup or CutMix.
+        trains: False if only forward passes are run.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static, so the fastest convolution is searched once
@@ -158,9 +159,11 @@ def build_state(
 
 
 def restart_in_place(state: TrainState, fresh: TrainState) -> None:
-    """Start another run in place, with compiled and captured steps kept.
+    """Start another run in the tensors of `state`, which keeps its compiled and captured steps.
 
-    `fresh` holds the new weights, and must not have made any steps.
+    Args:
+        state: Training state to reset.
+        fresh: Training state with the initial weights of the new run, before any step.
     """
     for one, other in zip(state.parts(), fresh.parts(), strict=True):
         one.network.load_state_dict(other.network.state_dict())
@@ -177,7 +180,7 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
 
 
 def reset_averages(state: TrainState) -> None:
-    """Restart the averages of the weights at the current weights."""
+    """Set the moving average and Lookahead's slow weights to the current weights."""
     if state.lookahead is not None:
         state.lookahead.start()
     if state.ema is not None:
@@ -185,7 +188,7 @@ def reset_averages(state: TrainState) -> None:
 
 
 def _nested_tensors(values: list[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dicts of an optimizer's state."""
+    """Yield the tensors in nested lists, tuples and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

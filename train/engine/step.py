@@ -1,4 +1,7 @@
-"""The training step. With gradient accumulation, it has several micro-steps, and the last one updates the weights."""
+"""The training step.
+
+With gradient accumulation, a step consists of several micro-steps. The last micro-step updates the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from train.optim.schedule import Timeline
 
 
 def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
-    """Run forward and backward on one batch and, if `optimizer_step`, update the weights.
+    """Run the forward and backward pass on one batch and, if `optimizer_step` is True, update the weights.
 
-    Does not synchronize.
+    Does not synchronize, unless fp16 or train.on_nonfinite=skip checks the gradients on the host.
     """
     config = state.config
     with nullcontext() if optimizer_step else without_reduction(state.forward):
@@ -41,13 +44,15 @@ def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) 
 
 
 def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run the step, captured or not, on the batch or on the samples selected by the proxy.
+    """Run a step, captured if the state has a captured step.
+
+    With a proxy, the step trains on the samples that the proxy selects from the batch.
 
     Args:
         state: Training state.
         batch: Batch on the device.
         step: Optimizer step of the run, from 0.
-        optimizer_step: Update the weights.
+        optimizer_step: True to update the weights.
     """
     if state.proxy is not None:
         batch = state.proxy.select(batch, step)
@@ -55,7 +60,7 @@ def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool
 
 
 def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
-    """Update the averages of the weights after optimizer step `step` of the run."""
+    """Update the moving average and Lookahead after optimizer step `step` of the run, from 0."""
     if state.lookahead is not None:
         state.lookahead.update(step, timeline.total)
     if state.ema is not None:
@@ -63,14 +68,14 @@ def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
 
 
 def clips_gradients(config: TrainConfig) -> bool:
-    """Return True if gradients are clipped."""
+    """Return True if any kind of gradient clipping is enabled."""
     return (config.clip_grad_norm, config.clip_grad_value, config.clip_grad_adaptive) != (None, None, None)
 
 
 def clip_gradients(network: nn.Module, config: TrainConfig) -> None:
-    """Clip gradients by norm, by value or adaptively. Does not synchronize.
+    """Clip the gradients by norm, by value or adaptively. Does not synchronize.
 
-    Adaptive clipping (AGC, Brock et al., arXiv:2102.06171) excludes the last linear layer, as in the paper.
+    Adaptive clipping excludes the last linear layer, as in the paper (AGC, Brock et al., arXiv:2102.06171).
     """
     if config.clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad_norm)

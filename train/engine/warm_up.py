@@ -1,6 +1,6 @@
-"""Compile, tune and capture the step and the evaluation before training.
+"""Compile, tune and capture the training step and the evaluation before training.
 
-Warm-up leaves the training state unchanged, and run times do not include it.
+Warm-up leaves the training state unchanged. The times of a run do not include warm-up.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the fir
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
-    """Prepare the state for the batches of the loaders and return the seconds it took.
+    """Prepare the state for the batches of the loaders and return the duration in seconds.
 
-    No-op on one rank without compilation. DDP rebuilds its buckets after the first backward pass, which changes the
-    summation order; running that pass here keeps resumed runs bitwise identical.
+    No-op for a single CPU process without compilation. DDP rebuilds its buckets after the first backward pass, which
+    changes the summation order. Running that pass here keeps resumed runs bitwise identical to uninterrupted runs.
 
-    Call it again after loading the optimizer's state.
+    Call this function again after loading the state of the optimizer.
 
     Args:
         state: Training state.
-        loader: Training batches; each stage's shape is prepared.
-        val_loader: Evaluation batches.
+        loader: Training loader. The step is prepared for the batch shape of each stage.
+        val_loader: Evaluation loader, or None to prepare only training.
         tta: Test-time augmentation of the evaluation.
 
     Raises:
-        UserError: The model cannot be captured.
+        UserError: The training step of the model cannot be captured.
     """
     start_s = time.perf_counter()
     if state.needs_warmup or is_data_parallel(state.forward):
@@ -59,17 +59,17 @@ def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = 
 
 
 def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
-    """Return a batch of black images in the memory format of the loaders."""
+    """Return a batch of black images with label 0, in the memory format of the loaders."""
     images = torch.zeros((samples, image_size, image_size, 3), dtype=torch.uint8, device=device)
     return Batch(images.permute(0, 3, 1, 2), torch.zeros(samples, dtype=torch.int64, device=device))
 
 
 def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) -> None:
-    """Check that the model accepts the training image sizes, before training starts.
+    """Check that the model accepts all image sizes of training.
 
     Args:
         state: Training state.
-        loader: Training batches.
+        loader: Training loader.
         built_for: Image size of the evaluation in pixels, for which the model was built.
 
     Raises:
@@ -95,7 +95,8 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
 def warm_up_training(state: TrainState, *batches: Batch) -> None:
     """Run all kinds of steps on each batch, undo their changes, and capture the steps if configured.
 
-    The state that an optimizer creates in its first step must start at zero, as in torch's optimizers.
+    With CUDA graphs, state that the optimizer creates in its first step is undone by setting it to zero. Such state
+    must therefore start at zero, as in torch's optimizers.
     """
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
@@ -108,7 +109,11 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run steps of all kinds, and return the batch, or the samples that the proxy selects from it."""
+    """Run steps of all kinds on a batch.
+
+    Returns:
+        The batch trained on. With a proxy, it contains the samples that the proxy selected.
+    """
     if state.proxy is not None:
         chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
         batch = chosen[-1]
@@ -121,7 +126,7 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
 
 
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
-    """Evaluate a blank batch of the loader's size. All ranks must call it, even those without samples."""
+    """Evaluate a blank batch of the loader's batch size. All ranks must call this, even those without samples."""
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
     samples = collectives.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
     evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
@@ -129,7 +134,7 @@ def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> 
 
 @contextmanager
 def preserved_state(state: TrainState) -> Iterator[None]:
-    """Undo on exit everything that steps change, in place, since captured graphs hold addresses."""
+    """Undo on exit all changes that steps make to the state. Tensors keep their addresses for captured graphs."""
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
     # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
     uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
@@ -148,9 +153,10 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 
 
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
-    """Return the tensors that a step changes. The optimizer creates some of them in its first step.
+    """Return the tensors that a step changes, by a unique key.
 
-    Without a captured graph, the optimizer's state is left out.
+    The tensors of an optimizer are included only with CUDA graphs. The optimizer creates some of them in its first
+    step.
     """
     tensors: dict[Any, torch.Tensor] = {}
     for number, one in enumerate(state.parts()):

@@ -1,4 +1,4 @@
-"""Fit whitening first layers to training images."""
+"""Fit whitening layers, the first layers of speedrun models, to training images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 
 
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
-    """Return the first training images as evaluated, uint8 [N, 3, H, W], or None if no layer needs them.
+    """Return the first training images, without augmentation, or None if no network has a whitening layer.
 
-    On a GPU, also compute the whitening once and discard it: the first eigendecomposition of a process loads cuSOLVER,
-    which would otherwise count towards the speedrun's time in `whiten`.
+    On a GPU, also compute the whitening once and discard the result. The first eigendecomposition of a process loads
+    cuSOLVER, whose loading time would otherwise count as part of `whiten` in the speedrun's time.
+
+    Returns:
+        uint8 [N, 3, H, W] on the device, or None.
     """
     if all(find_whitening(one.network) is None for one in state.parts()):
         return None
@@ -41,9 +44,14 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
 
 
 def whiten(state: TrainState, images: Tensor | None) -> float:
-    """Whiten newly initialized first layers, identically on all ranks, and return the seconds it took.
+    """Fit the whitening layers of newly initialized networks and return the duration in seconds.
 
-    Layers with trained weights are left unchanged.
+    Layers with trained weights are left unchanged. Afterwards, the layers are equal on all ranks, and the averages of
+    the weights restart at the current weights.
+
+    Args:
+        state: Training state.
+        images: Images of `whitening_images`. None: no-op.
     """
     start_s = time.perf_counter()
     if images is not None:

@@ -18,7 +18,7 @@ from train.distributed import collectives
 
 
 class Ema:
-    """Exponential moving average of a network on its device, held as a second network."""
+    """Exponential moving average of a network's weights, held as a second network on the same device."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         from timm.utils.model_ema import ModelEmaV3  # imported here, since it takes seconds
@@ -36,13 +36,14 @@ class Ema:
     def update(self, done: int) -> None:
         """Update the average after `done` optimizer steps of the run. The first update copies the weights.
 
-        Does not synchronize. Cannot be part of a captured graph, since the decay depends on `done`.
+        The average changes only if `done` is a multiple of train.ema.every_steps. Does not synchronize. Cannot be part
+        of a captured graph, since the decay depends on `done`.
         """
         if done % self._every_steps == 0:
             self._average.update(self._network, step=done // self._every_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the average under the names of the network's state dict."""
+        """Return the tensors of the average, named as in the network's state dict."""
         tensors: dict[str, Tensor] = self._average.module.state_dict()
         return tensors
 
@@ -51,10 +52,10 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the average into the network, and restore its own weights on exit.
+        """Put the average into the network, and restore the current weights on exit.
 
-        All ranks use the average of rank 0. Tensors keep their addresses, so compiled functions stay valid. Needs
-        memory for a third copy.
+        All ranks use the averaged buffers of rank 0. Tensors keep their addresses, so compiled functions stay valid. A
+        third copy of the weights is held in memory until exit.
         """
         collectives.broadcast_buffers(self._average.module)
         tensors = list(self._network.state_dict().values())
@@ -77,10 +78,14 @@ def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
 
 
 def uses_ema(ema: Ema | None, weights: str) -> bool:
-    """Return True if results are those of the moving average.
+    """Return True if evaluation uses the weights of the moving average.
+
+    Args:
+        ema: Moving average, or None.
+        weights: Setting eval.weights.
 
     Raises:
-        UserError: `weights` (eval.weights) is "ema", but there is no average.
+        UserError: `weights` is "ema", but there is no moving average.
     """
     if weights == "ema" and ema is None:
         raise UserError("eval.weights=ema, but no average is kept; set train.ema.decay, or use eval.weights=auto")
@@ -88,7 +93,7 @@ def uses_ema(ema: Ema | None, weights: str) -> bool:
 
 
 def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
-    """Put the weights of eval.weights into the network inside the context; see `uses_ema`."""
+    """Put the weights selected by eval.weights into the network for the duration of the context; see `uses_ema`."""
     if uses_ema(ema, weights):
         assert ema is not None
         return ema.swapped_in()
@@ -96,12 +101,13 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
 
 
 class Lookahead:
-    """Lookahead: slow weights, to which the trained weights are reset every few steps.
+    """Slow weights, to which the trained (fast) weights are reset every few steps.
 
-    `slow` holds a copy of each floating-point tensor of the network's state by name, on its device.
+    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610. The
+    increasing decay is that of arXiv:2404.00498. Batch norm statistics are averaged as well.
 
-    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610, with
-    the increasing decay of arXiv:2404.00498, and applied to batch norm statistics too.
+    Attributes:
+        slow: Slow copy of each floating-point tensor of the network's state dict, by name.
     """
 
     def __init__(self, network: nn.Module, config: LookaheadConfig) -> None:
@@ -111,15 +117,15 @@ class Lookahead:
         self.slow = {name: value.clone() for name, value in self._fast.items()}
 
     def start(self) -> None:
-        """Set the slow weights to the current ones."""
+        """Set the slow weights to the current fast weights."""
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
     def update(self, step: int, steps: int) -> None:
-        """Move the slow weights every few steps, and after the last one.
+        """Synchronize slow and fast weights every few steps and after the last step of the run.
 
         Args:
-            step: Last optimizer step, from 0.
-            steps: Optimizer steps of the run.
+            step: Last optimizer step that was run, counted from 0.
+            steps: Number of optimizer steps in the run.
         """
         done = step + 1
         if done % self._every_steps == 0:
@@ -136,7 +142,7 @@ class Lookahead:
 
 
 def kept_share(progress: float, config: LookaheadConfig) -> float:
-    """Return the share of the slow weights to keep, after a share `progress` of all steps."""
+    """Return the share of the slow weights to keep when `progress`, from 0 to 1, of all steps are done."""
     return config.decay * progress**3
 
 

@@ -1,4 +1,4 @@
-"""Build optimizers by name, and change their learning rates."""
+"""Build optimizers by name and change their learning rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from configs.utils.errors import UserError
 from train.optim.muon import Muon
 from train.optim.param_groups import parameter_groups
 
-# Class, its settings, and the implementation with the fewest kernels.
+# By name: the class, the settings it takes, and the option that selects the implementation with the fewest kernels.
 TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
     "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
     "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
@@ -36,10 +36,15 @@ RESERVED_OPTIONS = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build one of torch's fused optimizers, Muon, or any timm optimizer.
+    """Build a torch optimizer, Muon, or a timm optimizer, by `config.name`.
+
+    Args:
+        model: Model whose parameters are optimized.
+        config: Section train.optimizer.
+        lr: Learning rate of the run.
 
     Raises:
-        UserError: The name or an option does not exist.
+        UserError: The name is unknown, an option does not exist, or the optimizer rejects a setting.
     """
     groups = parameter_groups(model, config, lr)
     if config.name == "muon":
@@ -71,10 +76,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
 
 
 def with_timm_defaults(config: Config) -> Config:
-    """Replace null settings by the defaults of the timm optimizer, so that the saved config records them.
+    """Replace null settings with the defaults of the timm optimizer, so that the saved config records them.
 
     Raises:
-        UserError: As `build_optimizer`.
+        UserError: The name is unknown, an option does not exist, or the optimizer rejects a setting.
     """
     asked = config.train.optimizer
     if asked.name in BUILT_IN_OPTIMIZERS:
@@ -88,7 +93,7 @@ def with_timm_defaults(config: Config) -> Config:
 
 
 def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build a timm optimizer with the given settings; others keep timm's defaults."""
+    """Build a timm optimizer with the settings of `config`. Settings that are null keep timm's defaults."""
     import timm.optim  # imported here, since it takes seconds
 
     name = config.name.removeprefix("timm/")
@@ -136,7 +141,11 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
 
 
 def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
-    """Return train.optimizer.options as arguments of the class; raise UserError for unknown ones."""
+    """Return train.optimizer.options as arguments of the optimizer class, with lists as tuples.
+
+    Raises:
+        UserError: The class has no option of a given name.
+    """
     taken = [name for name in inspect.signature(kind).parameters if name not in RESERVED_OPTIONS]
     for name, value in config.options.items():
         if name not in taken:
@@ -155,9 +164,9 @@ def _refused(config: OptimizerConfig, error: Exception) -> UserError:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
-    """Set the learning rate of all groups, times their `lr_scale`.
+    """Set the learning rate of each group to `lr` times the group's `lr_scale`. Does not synchronize.
 
-    The whitening group uses `whitening_lr` if given. Does not synchronize.
+    If `whitening_lr` is given, the group with the bias of a whitening layer uses it instead of `lr`.
     """
     for group in optimizer.param_groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
@@ -171,7 +180,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Keep learning rates and Adam's step counts on the device, as CUDA graphs require.
 
-    As Python numbers they would be constants of the graph. The dtype is float32, as torch's fused kernels expect.
+    A graph would contain Python numbers as constants. The dtype is float32, as torch's fused kernels expect.
     """
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
@@ -180,12 +189,12 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def is_fused(config: OptimizerConfig) -> bool:
-    """Return True for fused torch optimizers, which can skip a step without the host."""
+    """Return True for torch's fused optimizers, which can skip a step without involving the host."""
     return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
 
 
 def capture_obstacle(config: OptimizerConfig) -> str | None:
-    """Return the reason why this optimizer cannot run in a CUDA graph, or None."""
+    """Return why the optimizer cannot be captured as part of a CUDA graph, or None if it can."""
     if config.name not in CAPTURABLE:
         return f"optimizer {config.name} is not known to run as a CUDA graph, unlike {', '.join(CAPTURABLE)}"
     if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):

@@ -1,6 +1,6 @@
-"""Frozen parameters, and norm layers that keep their statistics when frozen.
+"""Freeze parameters, and keep the running statistics of frozen norm layers unchanged.
 
-A parameter is frozen if it does not require gradients; there is no second list.
+A parameter is frozen if requires_grad is False. No separate list of frozen parameters is kept.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PREFIX = "network."  # prefix of parameter names after the pixel normalization; 
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
-    """Freeze the parameters that match a pattern and return a sentence with their number.
+    """Freeze the parameters that match a pattern and return a sentence with their number for the log.
 
-    Call it before building the optimizer and before wrapping the model for several ranks.
+    Call this before building the optimizer and before wrapping the model for several ranks.
 
     Raises:
-        UserError: A pattern matches nothing, or no parameter is left to train.
+        UserError: A pattern matches no parameter, or no parameter is left to train.
     """
     parameters = dict(model.named_parameters())
     frozen: set[str] = set()
@@ -43,12 +43,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Match a name without its prefix, so that [!f]* does not match network.fc.weight."""
+    """Return True if the pattern matches the name, both without the prefix.
+
+    The prefix is removed first, so that [!f]* does not match network.fc.weight.
+    """
     return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
 
 
 def _hint(pattern: str, names: Iterable[str]) -> str:
-    """Suggest a pattern that may have been meant."""
+    """Return a hint with patterns or names close to a pattern that matches no parameter."""
     if any(_matches(name, f"{pattern}.*") for name in names):
         return f"did you mean {pattern}.*?"
     plain = [name.removeprefix(PREFIX) for name in names]
@@ -57,9 +60,10 @@ def _hint(pattern: str, names: Iterable[str]) -> str:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Call model.train(), but leave fully frozen norm layers in evaluation mode.
+    """Call model.train(), but keep fully frozen norm layers in evaluation mode.
 
-    Frozen norms then use their running statistics, which stay unchanged. Call it everywhere instead of train().
+    Frozen norm layers then use their running statistics, which stay unchanged. Call this function instead of
+    model.train().
     """
     model.train()
     for module in model.modules():

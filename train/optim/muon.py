@@ -1,7 +1,7 @@
 """Muon for convolution filters and SGD for all other parameters, in one optimizer.
 
-Muon orthogonalizes SGD's momentum. Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks",
-2024 (kellerjordan.github.io).
+Muon orthogonalizes the update of SGD with momentum. Source: Jordan et al., "Muon: an optimizer for hidden layers in
+neural networks", 2024 (kellerjordan.github.io).
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Return approximately U V^T of matrices U S V^T, shape [N, rows, columns].
+    """Return an approximation of U V^T for matrices with singular value decomposition U S V^T.
 
-    Newton-Schulz iteration in the dtype of the matrices. Five steps bring singular values to about 0.7 to 1.2; small
-    singular values need more steps than large ones.
+    Runs Newton-Schulz iterations in the dtype of the matrices. Five steps bring the singular values to about 0.7 to
+    1.2. Small singular values need more steps than large ones.
+
+    Args:
+        matrices: [N, rows, columns], with singular values of at most 1.
+        steps: Number of iterations.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -36,7 +40,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 def as_matrices(filters: Iterable[Tensor]) -> Tensor:
     """Stack weights of one shape [filters, channels, height, width] as [N, filters, height * width * channels].
 
-    The order of the columns does not matter. This one matches the memory layout of channels_last weights.
+    The order of the columns does not affect the result. The chosen order is the memory layout of channels_last weights.
     """
     return torch.stack([weight.permute(0, 2, 3, 1).flatten(1) for weight in filters])
 
@@ -46,9 +50,19 @@ def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimizer with Muon for groups where `muon` is true and SGD for the others.
+    """Optimizer with Muon for groups where `muon` is True and SGD for all other groups.
 
-    Muon groups hold 4-D convolution weights. `step` does not synchronize; lr may be a number or a tensor on the device.
+    Muon groups hold 4-D convolution weights. `step` does not synchronize. Learning rates may be numbers or tensors on
+    the device.
+
+    Args:
+        groups: Parameter groups with `muon`, `lr` and `weight_decay`.
+        lr: Learning rate of groups without `lr`.
+        momentum: Momentum of the Muon groups.
+        nesterov: Use Nesterov momentum in the Muon groups.
+        steps: Number of Newton-Schulz iterations.
+        normalize: Scale weights of the Muon groups to norm sqrt(filters) instead of decaying them.
+        sgd_momentum: Momentum of the SGD groups, which use Nesterov momentum if it is above 0.
     """
 
     def __init__(
@@ -62,15 +76,6 @@ class Muon(torch.optim.Optimizer):
         normalize: bool = False,
         sgd_momentum: float = 0.9,
     ) -> None:
-        """Args:
-        groups: Parameter groups with `muon`, `lr` and `weight_decay`.
-        lr: Learning rate of groups that set none.
-        momentum: Momentum of the muon groups.
-        nesterov: Use Nesterov momentum in the muon groups.
-        steps: Number of Newton-Schulz iterations.
-        normalize: Scale weights of the muon groups to norm sqrt(filters) instead of decaying them.
-        sgd_momentum: Momentum of the SGD groups, which use Nesterov if it is above 0.
-        """
         super().__init__(groups, {"lr": lr, "muon": False, "weight_decay": 0.0})
         self._momentum, self._nesterov, self._steps, self._normalize = momentum, nesterov, steps, normalize
         self._sgd_momentum = sgd_momentum
@@ -86,7 +91,7 @@ class Muon(torch.optim.Optimizer):
                 self._sgd(parameters, group["lr"], group["weight_decay"])
 
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
-        """Update the momentum buffers and return the step's direction."""
+        """Update the momentum buffers and return the update directions before orthogonalization and learning rate."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -107,13 +112,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)])
         elif weight_decay:
             torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        same_shape = defaultdict(list)  # batch the products of matrices of one shape: few large kernels
+        same_shape = defaultdict(list)  # one batched product per shape, for few large kernels
         for parameter, update in zip(parameters, updates, strict=True):
             same_shape[parameter.shape].append((parameter, update))
         for (filters, channels, height, width), pairs in same_shape.items():
             matrices = as_matrices(update for _, update in pairs)
             matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
-            # bfloat16 is precise enough: the result is only approximately orthogonal
+            # bfloat16 is precise enough, since the result is only approximately orthogonal
             rounded = matrices.to(torch.bfloat16) if matrices.dtype == torch.float32 else matrices
             steps = orthogonalize(rounded, self._steps).to(matrices.dtype) * lr
             for (parameter, _), step in zip(pairs, steps, strict=True):

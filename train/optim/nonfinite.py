@@ -1,7 +1,7 @@
 """Detect non-finite losses, weights and optimizer states, and skip steps (train.on_nonfinite=skip).
 
-The state is checked on the device, at log intervals and before each checkpoint. So no step waits for a check, and every
-checkpoint is finite.
+The state is checked on the device, at log intervals and before each checkpoint. Other steps do not wait for a check of
+the state, and every checkpoint contains only finite values.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from train.distributed.process_group import get_world_size
 
 @torch.no_grad()
 def max_abs(tensors: list[Tensor]) -> Tensor:
-    """Return the largest absolute value of all elements as float32 [], nan if any is nan. Does not synchronize."""
+    """Return the largest absolute value of all elements as float32 [], or nan if any is nan. Does not synchronize."""
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], float("inf"))
     return torch.stack([norm.float() for norm in norms]).amax()
 
 
 class SkipNonFinite:
-    """Skips optimizer steps with non-finite gradients, as if their batch had not occurred.
+    """Skips optimizer steps with non-finite gradients, as if the batch had not occurred.
 
-    The check runs on the device. The host takes part only if the optimizer cannot skip a step by itself, unlike torch's
-    fused optimizers.
+    The check runs on the device. Torch's fused optimizers also skip the step on the device. For other optimizers, the
+    host waits for the result of the check.
 
     Attributes:
         skipped: Number of skipped steps, float64 [].
-        last_good_buffers: Floating-point buffers after the last step that was not skipped.
+        last_good_buffers: Copies of the floating-point buffers after the last step that was not skipped.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -40,24 +40,24 @@ class SkipNonFinite:
         self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         self.last_good_buffers = [buffer.clone() for buffer in self._buffers]
         self.skipped = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        self._is_bad = torch.zeros((), dtype=torch.bool)  # the current step
+        self._is_bad = torch.zeros((), dtype=torch.bool)  # whether the current step has non-finite gradients
 
     def start(self) -> None:
-        """Mark the current buffers as good."""
+        """Take the current buffers as those of the last good step."""
         _copy(self._buffers, self.last_good_buffers)
 
     def mask_counts(self, counts: Tensor) -> Tensor:
-        """Return the sums of a micro-step, or zeros if its loss is not finite."""
+        """Return the sums of a micro-step, or zeros if any of the sums is not finite, e.g. that of the loss."""
         return torch.where(counts.isfinite().all(), counts, 0.0)
 
     def check(self) -> None:
-        """Check the gradients, which are equal on all ranks here, and so is the result."""
+        """Check the gradients. The result is the same on all ranks, since the gradients are already reduced."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._is_bad = max_abs(gradients).isfinite().logical_not()
         self.skipped += self._is_bad
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Run the optimizer step unless `check` found non-finite gradients. Call it after clipping."""
+        """Run the optimizer step unless `check` found non-finite gradients. Call this after clipping."""
         optimizer, is_bad = self._optimizer, self._is_bad
         if scaler.is_enabled():
             scaler.step(optimizer)  # the scaler skips the same steps
@@ -81,7 +81,10 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 class NonFiniteError(Exception):
     """Non-finite values, raised on all ranks at the same step.
 
-    `first` and `last` are steps of the run, counted from 1 as in metrics.
+    Attributes:
+        what: Subject and verb of the message, e.g. "the loss is".
+        first: First optimizer step that may be affected, counted from 1 as in metrics.
+        last: Last optimizer step that may be affected, counted from 1.
     """
 
     def __init__(self, what: str, first: int, last: int) -> None:
@@ -90,11 +93,12 @@ class NonFiniteError(Exception):
 
     @property
     def steps(self) -> str:
+        """Return the affected steps as text, e.g. "steps 3 to 5"."""
         return f"step {self.last}" if self.first == self.last else f"steps {self.first} to {self.last}"
 
 
 class CheckedState(Protocol):
-    """The checked part of a training state."""
+    """The part of a training state that `FiniteCheck` reads."""
 
     sums: Tensor
     guard: SkipNonFinite | None
@@ -105,7 +109,7 @@ class CheckedState(Protocol):
 class FiniteCheck:
     """Checks a training state for non-finite values, on all ranks together.
 
-    `done` is the number of finished optimizer steps of the run.
+    The argument `done` of the methods is the number of finished optimizer steps of the run.
     """
 
     def __init__(self, state: CheckedState) -> None:
@@ -113,7 +117,7 @@ class FiniteCheck:
         self.start(0)
 
     def start(self, done: int) -> None:
-        """Start after `done` steps, in a state that is known to be finite."""
+        """Start after `done` steps. The state at this point must be finite."""
         self._good = self._reported = done
         guard = self._state.guard
         self._skipped = 0.0 if guard is None else float(guard.skipped)
@@ -122,7 +126,7 @@ class FiniteCheck:
         """Return the sums over all ranks, float64 [3] on the host: loss * samples, correct, samples. Synchronizes.
 
         Raises:
-            NonFiniteError: For the steps since the last call.
+            NonFiniteError: The loss or state is not finite. The error names the steps since the previous call.
         """
         state = self._state
         own = torch.cat([state.sums, max_abs(state.floating_tensors()).isfinite()[None].double()])
@@ -135,9 +139,9 @@ class FiniteCheck:
         return total
 
     def skipped(self) -> tuple[int, int]:
-        """Return the number of skipped steps since the last call, and the number of steps.
+        """Return the number of skipped steps and the number of all steps since the previous call.
 
-        Call it after `sums`, which has waited for the device.
+        Call this after `sums`, which waits for the device. Return (0, 0) if the state has no guard.
         """
         guard = self._state.guard
         if guard is None:

@@ -1,4 +1,4 @@
-"""Parameter groups: weight decay and learning rate of each parameter."""
+"""Parameter groups, with the weight decay and learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
-    """Group trained parameters by weight decay, learning rate and kind, decayed groups first.
+    """Group trained parameters by weight decay, learning rate and kind. Groups with weight decay come first.
 
-    A group's `lr_scale` is its peak learning rate divided by `lr`. Group `whitening` holds a whitening layer's bias.
+    The `lr_scale` of a group is its peak learning rate divided by `lr`. `whitening` is True for parameters of a
+    whitening layer.
     """
     whitening = find_whitening(model)
     undecayed = names_without_decay(model)
@@ -56,12 +57,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
 
 
 def inner_network(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the prefix of parameter names and the network without the pixel normalization."""
+    """Return the prefix of the network's parameter names and the network without the pixel normalization."""
     return ("network.", model.network) if isinstance(model, PixelClassifier) else ("", model)
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
-    """Return the parameters that a timm model excludes from weight decay, e.g. position embeddings."""
+    """Return the names of parameters that a timm model excludes from weight decay, e.g. position embeddings."""
     prefix, network = inner_network(model)
     listed: Any = getattr(network, "no_weight_decay", set)
     patterns = listed()
@@ -70,7 +71,11 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 
 def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """Return the factor of layer_decay and lr_scales by parameter name. Names without an entry have factor 1."""
+    """Return the learning rate factors of layer_decay and lr_scales by parameter name. Missing names have factor 1.
+
+    Raises:
+        UserError: A pattern of lr_scales matches no parameter, or its factor is negative.
+    """
     prefix, network = inner_network(model)
     factors: dict[str, float] = {}
     if config.layer_decay is not None:
@@ -94,7 +99,11 @@ def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
 
 
 def layer_indices(network: nn.Module) -> dict[str, int]:
-    """Return the layer of each parameter, 0 at the input, by timm's matcher or `layers_by_registration`."""
+    """Return the layer of each parameter by name, counted from 0 at the input.
+
+    The layers are those of timm's `group_matcher`, or of `layers_by_registration` if the network has no
+    `group_matcher`.
+    """
     matcher: Any = getattr(network, "group_matcher", None)
     if matcher is None:
         return layers_by_registration(network)
@@ -105,10 +114,10 @@ def layer_indices(network: nn.Module) -> dict[str, int]:
 
 
 def layers_by_registration(network: nn.Module) -> dict[str, int]:
-    """Number stem, stages and head of a network whose modules are registered from input to output.
+    """Return the layer of each parameter by name for a network whose modules are registered from input to output.
 
-    A child with weights of two or more dimensions starts a layer. Other children, e.g. norms, belong to the previous
-    layer. The children of a sequence of plain modules count separately.
+    A child module with a parameter of two or more dimensions starts a layer. Other children, e.g. norms, belong to the
+    previous layer. The children of an `nn.Sequential` count individually if none of them has children.
     """
     parts: list[tuple[str, nn.Module]] = []
     for name, child in network.named_children():

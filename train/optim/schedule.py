@@ -1,4 +1,7 @@
-"""Learning rates as pure functions of the optimizer step. The state of plateau is three numbers."""
+"""Learning rates as pure functions of the optimizer step.
+
+Only schedule plateau has state, which consists of three numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 from configs.schema import ScheduleConfig, TrainConfig
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # further learning rates in train.optimizer
-MIN_TIME_CONSTANTS = 4.0  # of the moving average; after 4, 2 % of the initial weights are left
+MIN_TIME_CONSTANTS = 4.0  # of the moving average in a run; the initial weights then have a share of 2 %
 ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than one step
 
 
@@ -21,7 +24,7 @@ ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than
 class Timeline:
     """Number of optimizer steps and learning rate factor of each epoch of a run.
 
-    They differ between epochs if the batch size does. `factors` is empty if all are 1.
+    Both differ between epochs if the batch size does. `factors` is empty if all factors are 1.
     """
 
     steps: tuple[int, ...]
@@ -33,6 +36,7 @@ class Timeline:
 
     @cached_property
     def _firsts(self) -> list[int]:
+        """The first step of each epoch, followed by the number of steps in the run."""
         return list(accumulate(self.steps, initial=0))
 
     @property
@@ -40,49 +44,56 @@ class Timeline:
         return self._firsts[-1]
 
     def first_step(self, epoch: int) -> int:
-        """Return the epoch's first step, i.e. the number of steps before it. `epoch` may be the number of epochs."""
+        """Return the first step of an epoch, which is the number of steps before the epoch.
+
+        If `epoch` is the number of epochs, return the number of steps in the run.
+        """
         return self._firsts[epoch]
 
     def epoch_at(self, step: int) -> int:
-        """Return the epoch of a step; for steps past the end, the number of epochs."""
+        """Return the epoch of a step. For steps past the end of the run, return the number of epochs."""
         return bisect_right(self._firsts, step) - 1
 
     def factor(self, step: int) -> float:
-        """Return the learning rate factor at a step."""
+        """Return the learning rate factor of the epoch of a step."""
         return self.factors[min(self.epoch_at(step), len(self.factors) - 1)] if self.factors else 1.0
 
     def epochs_before(self, step: int) -> float:
-        """Return the fractional number of epochs before a step."""
+        """Return the number of epochs before a step, including the finished fraction of the step's epoch."""
         epoch = self.epoch_at(step)
         if epoch >= len(self.steps):
             return float(len(self.steps))
         return epoch + (step - self.first_step(epoch)) / self.steps[epoch]
 
     def steps_until(self, position: float) -> float:
-        """Return the number of steps before a fractional epoch. Past the end, the last epoch is extrapolated."""
+        """Return the number of steps before a fractional epoch.
+
+        Past the end of the run, every epoch has as many steps as the last one.
+        """
         epoch = min(int(position), len(self.steps) - 1)
         each = self.steps[epoch]
         return position * each + (self.first_step(epoch) - epoch * each)
 
 
 def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
-    """Return the learning rate of an optimizer step (from 0): linear warm-up, then the schedule.
+    """Return the learning rate of an optimizer step.
 
-    step and multistep count epochs from the start of training. cosine, linear, polynomial and exponential start at lr
-    after the warm-up. With schedule_options.per_epoch, all steps of an epoch have the rate of its first step, or of
-    its first step after the warm-up.
+    The learning rate rises linearly in the warm-up and then follows the schedule. step and multistep count epochs from
+    the start of training. cosine, linear, polynomial and exponential start at lr after the warm-up. one-cycle has its
+    own warm-up. With schedule_options.per_epoch, all steps of an epoch after the warm-up have the rate of the first
+    such step.
 
     Args:
-        step: Optimizer step of the run.
+        step: Optimizer step of the run, from 0.
         timeline: Steps of each epoch.
         config: Train section, with learning rates at the global batch.
-        decays: Decays of schedule plateau so far.
+        decays: Number of decays of schedule plateau so far.
     """
     return timeline.factor(step) * _scheduled(step, timeline, config, decays)
 
 
 def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
-    """Return the learning rate at the global batch of `config`."""
+    """Return the learning rate for the global batch of `config`, without the factor of the epoch."""
     if config.schedule == "one-cycle":
         return max(config.min_lr, one_cycle(step, timeline.total, config))
     warmup = round(timeline.steps_until(config.warmup_epochs))
@@ -111,7 +122,10 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Return a cosine that peaks at lr after a share `peak` of the steps: OneCycleLR of torch, arXiv:1708.07120."""
+    """Return the learning rate of a step on a cosine that rises to lr and then falls, like torch's OneCycleLR.
+
+    The learning rate reaches lr after a share `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
+    """
     options = config.schedule_options
     lowest = config.lr / options.div_factor
     top = options.peak * steps - 1
@@ -124,7 +138,7 @@ def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
-    """Return the learning rate of a whitening layer's bias, 0 after `whiten_bias_epochs`."""
+    """Return the learning rate of a whitening layer's bias, which is 0 after `whiten_bias_epochs`."""
     if config.whiten_bias_epochs is None:
         return learning_rate(step, timeline, config, decays)
     steps = timeline.steps_until(config.whiten_bias_epochs)
@@ -137,14 +151,19 @@ def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, 
 
 @dataclass(frozen=True)
 class Plateau:
-    """The state of schedule plateau: torch's ReduceLROnPlateau with an absolute threshold."""
+    """The state of schedule plateau, like torch's ReduceLROnPlateau with an absolute threshold."""
 
     best: float | None = None
     bad_epochs: int = 0
     decays: int = 0
 
     def after(self, value: float, options: ScheduleConfig) -> Plateau:
-        """Return the state one epoch later. `value` is the metric; nan does not count as an improvement."""
+        """Return the state after an epoch.
+
+        Args:
+            value: Metric of the epoch. nan does not count as an improvement.
+            options: Settings of the schedule.
+        """
         sign = -1.0 if options.metric == "val_top1" else 1.0  # smaller is better
         best = math.inf if self.best is None else sign * self.best
         if sign * value < best - options.threshold:
@@ -155,11 +174,11 @@ class Plateau:
 
 
 def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
-    """Return the fields of Plateau after an epoch. Epochs without the metric change nothing.
+    """Return the fields of `Plateau` after an epoch. Epochs without the metric change nothing.
 
     Args:
-        fields: Fields before; empty at the start.
-        metrics: Metrics of the epoch.
+        fields: Fields of `Plateau` before the epoch, or empty at the start.
+        metrics: Metrics of the epoch by name.
         options: Settings of the schedule.
     """
     value = metrics[options.metric]
@@ -167,7 +186,7 @@ def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: 
 
 
 def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
-    """Return warnings about settings with no effect, or an unwanted one, in a run of this length."""
+    """Return warnings about settings that have no effect, or an undesirable one, in a run of this length."""
     warnings = []
     options, decay = config.schedule_options, config.ema.decay
     first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
@@ -186,9 +205,10 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
-    """Return the learning rate factor for this global batch.
+    """Return the factor by which to scale the learning rates of the config for this global batch.
 
-    Linear: Goyal et al., arXiv:1706.02677. Square root: Krizhevsky, arXiv:1404.5997.
+    Source of linear scaling: Goyal et al., arXiv:1706.02677. Source of square-root scaling: Krizhevsky,
+    arXiv:1404.5997.
     """
     if config.lr_batch_size is None:
         return 1.0
