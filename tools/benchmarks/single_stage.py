@@ -1,4 +1,4 @@
-"""Measure one stage of tools/benchmark.py: its tables, and the machine's limits if a bound needs them."""
+"""Measure one stage of tools/benchmark.py, and the limits of the machine if a bound needs them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tools.benchmarks.suites.training import training_table
 from train.distributed.process_group import Ranks
 
 CROP_SIDE = {96: 64}  # image size after augmentation by stored size, if no config sets one
-DEFAULT_BATCH_SIZE = 512  # without a config
-DEFAULT_SIDE = 224  # of stored images that vary in size
+DEFAULT_BATCH_SIZE = 512  # batch size without a config
+DEFAULT_SIDE = 224  # side to assume for stored images that vary in size
 
 
 def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
-    """Return a run with the tables of one stage."""
+    """Measure the tables of `arguments.stage` and return them as a run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
     if arguments.stage == "stages":
@@ -60,7 +60,7 @@ def _run(entries: list[Entry], missing: list[str], start: float) -> run_file.Run
 
 
 def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> list[InterleavedTable]:
-    """Return the tables of the stages loader, model, train, peers and augment."""
+    """Return the tables to measure for `arguments.stage`: loader, model, train, peers or augment."""
     config = _config(arguments)
     folder, batch_size = Path(config.data.path), config.data.batch_size
     if arguments.stage == "augment":
@@ -84,7 +84,7 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """Load --cfg, or build a config for the data set alone."""
+    """Load the config of --cfg, or build one for the data set of --data-path."""
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
         config = load_config(arguments.cfg, arguments.opts, **replacements)

@@ -101,7 +101,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def interrupt_on_termination() -> Iterator[None]:
-    """Handle a scheduler's SIGTERM and a closed terminal (SIGHUP) like Ctrl-C, unless ignored (nohup)."""
+    """Raise KeyboardInterrupt on SIGTERM, which schedulers send, and on SIGHUP, which a closed terminal sends.
+
+    Signals that are ignored, as with nohup, stay ignored.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -116,7 +119,7 @@ def interrupt_on_termination() -> Iterator[None]:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise UserError for arguments that cannot be measured."""
+    """Raise UserError if the arguments name no model or have values out of range."""
     if not arguments.cfg and not arguments.model:
         raise UserError("nothing to measure: give --cfg FILE or --model NAME")
     for name in ("memory_limit", "min_batch", "max_batch", "minutes", "seconds", "rounds", "size", "classes"):
@@ -128,7 +131,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int | None) -> list[Target]:
-    """Return the models under unique names. Raises UserError for a config that cannot be trained."""
+    """Return the models of --cfg and --model under unique names.
+
+    Raises:
+        UserError: If a config cannot be loaded, or its model and data set do not fit together.
+    """
     targets: list[Target] = []
 
     def add(name: str, **fields: Any) -> None:
@@ -152,7 +159,7 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
 
 
 def search_all(searches: list[BatchSizeSearch], arguments: argparse.Namespace, csv: Path) -> None:
-    """Run the searches in order. The CSV file is replaced after every trial."""
+    """Run the searches in order. Replace the CSV file after every trial."""
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     with tqdm(total=None, unit=" sizes", leave=False, file=sys.stderr) as bar:
         for search in searches:

@@ -13,17 +13,17 @@ from tools.perf import plots
 from tools.perf.batch_size_search import BatchSizeSearch, Trial
 from train.reporting.figures import save
 
-NEAR_BEST = 0.95  # share of the best rate
-NOISY = 2.0  # ratio of a size's fastest round to its slowest from which the summary mentions it
+NEAR_BEST = 0.95  # minimum share of the best rate that counts as near
+NOISY = 2.0  # ratio of the fastest to the slowest round of a size above which the summary mentions noise
 
 
 def trial_rows(searches: list[BatchSizeSearch]) -> list[Row]:
-    """Return a row per trial, for the CSV and JSON files."""
+    """Return a row per trial for the CSV and JSON files, ordered by model and batch size."""
     return [_trial_row(search, trial) for search in searches for trial in _by_size(search)]
 
 
 def display_rows(searches: list[BatchSizeSearch]) -> list[Row]:
-    """Return a row per trial, for the console."""
+    """Return a row per trial for the console, ordered by model and batch size."""
     return [_display_row(search, trial) for search in searches for trial in _by_size(search)]
 
 
@@ -73,7 +73,10 @@ def _display_row(search: BatchSizeSearch, trial: Trial) -> Row:
 
 
 def summary(search: BatchSizeSearch) -> Row:
-    """Return the largest batch size, the reason why the search ended, the best rate, and the smallest size near it."""
+    """Return the results of a search: the largest batch size, the best rate, and why the search ended.
+
+    `near_best_batch` is the smallest batch size that reaches at least NEAR_BEST of the best rate.
+    """
     best = search.best
     near_best = (trial.batch_size for trial in search.reliable if best and trial.rate >= NEAR_BEST * best.rate)
     return {
@@ -90,7 +93,7 @@ def summary(search: BatchSizeSearch) -> Row:
 
 
 def summary_sentence(search: BatchSizeSearch) -> str:
-    """Return the summary as text."""
+    """Return the summary of a search as text."""
     values = summary(search)
     name, largest, too_large = search.target.name, values["largest_batch"], values["too_large_batch"]
     limit_bytes = search.target.limit_bytes
@@ -117,7 +120,7 @@ def summary_sentence(search: BatchSizeSearch) -> str:
 
 
 def write_results(searches: list[BatchSizeSearch], limit_bytes: int | None, out: Path) -> None:
-    """Write ramp.csv, ramp.json and ramp.png."""
+    """Write ramp.csv and ramp.json, and ramp.png if any batch size fits."""
     environment = results.environment()
     trials = [trial for search in searches for trial in search.trials]
     limit_gib = None if limit_bytes is None else limit_bytes / process_memory.GIB

@@ -1,4 +1,4 @@
-"""Search for the fastest batch size and the largest that fits: powers of two, then bisection.
+"""Search for the fastest and the largest batch size of a model, by powers of two and then by bisection.
 
 The largest and the fastest size are measured again, since the fastest of many short measurements is often an outlier.
 Each size runs in a separate process, so that running out of memory does not affect the others.
@@ -27,27 +27,30 @@ TIMEOUT_STEPS = 10  # number of expected step durations added to the timeout
 
 @dataclass(frozen=True)
 class Target:
-    """A model whose batch sizes are searched."""
+    """A model for which batch sizes are searched."""
 
     name: str
     config: Config
     synthetic: bool = False  # train on noise instead of images of a data set
     on_gpu: bool = False
-    limit_bytes: int | None = None  # of GPU memory, or of the process's memory; None: all memory
+    limit_bytes: int | None = None  # limit of GPU memory, or of the process on the CPU; None: all memory
 
 
 @dataclass
 class Trial:
-    """Result of one batch size: rates if it fits, else an error, not necessarily about memory."""
+    """Result of one batch size, with rates if it fits, else with an error.
+
+    The cause of the error may be other than memory.
+    """
 
     batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
     memory_gib: float | None = None  # peak of torch's tensors on a GPU, peak resident memory on the CPU
     reserved_gib: float | None = None  # peak reserved by torch's allocator on a GPU
-    device_memory_gib: float | None = None  # in use on the GPU in total
+    device_memory_gib: float | None = None  # GPU memory in use by all processes
     gpu_memory_gib: float | None = None  # size of the GPU's memory
     error: str | None = None
-    origin: str = "doubling"  # or bisection, repeat
+    origin: str = "doubling"  # doubling, bisection or repeat
     is_repeated: bool = False
 
     @property
@@ -72,12 +75,15 @@ class OutOfTime(Exception):
 def run_trial(
     target: Target, batch_size: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
 ) -> Trial:
-    """Train on one resident batch of this size.
+    """Train on one resident batch of this size and return the rates and the memory usage.
 
     Args:
+        target: Model to train.
+        batch_size: Number of images in the batch.
         seconds: Duration of a round.
-        deadline: On the clock of time.monotonic().
-        step_s: Expected duration of a step, which extends the timeout.
+        rounds: Number of rounds.
+        deadline: Time on the clock of time.monotonic().
+        step_s: Expected duration of a step in seconds, which extends the timeout.
 
     Raises:
         OutOfTime: If the deadline has passed and the trial has no result.
@@ -118,7 +124,10 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
 
 
 def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:
-    """Double the batch size from `first` up to `maximum`; stop after the first one that does not fit or fails."""
+    """Measure batch sizes from `first` up to `maximum`, each twice the previous one.
+
+    The search stops after the first size that does not fit or fails. `maximum` itself is measured last. None: no limit.
+    """
     batch_size = first if maximum is None else min(first, maximum)
     while True:
         trial = measure_size(batch_size)
@@ -129,9 +138,10 @@ def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | N
 
 
 def bisection(measure_size: Callable[[int], Trial], fits: int, too_large: int, tolerance: float) -> Iterator[Trial]:
-    """Bisect between a size that fits and one that does not, until they differ by at most `tolerance` of the smaller.
+    """Bisect between a size that fits and one that does not.
 
-    Tolerance 0 continues until they are neighbours. Stop after an error other than out of memory.
+    The bisection ends when both differ by at most `tolerance` times the size that fits; with 0, when they differ by 1.
+    It stops early after an error other than out of memory.
     """
     while too_large - fits > max(1, int(fits * tolerance)):
         middle = (fits + too_large) // 2
@@ -144,7 +154,7 @@ def bisection(measure_size: Callable[[int], Trial], fits: int, too_large: int, t
 
 @dataclass
 class BatchSizeSearch:
-    """Trials of one model. `end` is the reason why the search ended, or empty while it runs."""
+    """Trials of one model. `end` is the reason why the search ended. It is empty while the search runs."""
 
     target: Target
     trials: list[Trial] = field(default_factory=list)
@@ -160,7 +170,10 @@ class BatchSizeSearch:
 
     @property
     def reliable(self) -> list[Trial]:
-        """Fitting trials with more rounds than bisection's single one, or all fitting trials if there are none."""
+        """Fitting trials except those of bisection that were not repeated, which have a single round.
+
+        If there are no others, all fitting trials.
+        """
         fitting = self.fitting
         return [trial for trial in fitting if trial.origin == "doubling" or trial.is_repeated] or fitting
 
@@ -183,10 +196,11 @@ class BatchSizeSearch:
     def run(
         self, measure_size: Callable[[int, str], Trial], *, first: int, maximum: int | None, tolerance: float
     ) -> Iterator[Trial]:
-        """Run the search trial by trial.
+        """Run the search and yield each trial.
 
         Args:
-            measure_size: Called with a batch size and "doubling", "bisection" or "repeat". May raise OutOfTime.
+            measure_size: Called with a batch size and the origin of the trial: "doubling", "bisection" or "repeat". May
+                raise OutOfTime.
             first: Smallest batch size.
             maximum: Largest batch size. None: no limit.
             tolerance: See `bisection`.
@@ -211,10 +225,10 @@ class BatchSizeSearch:
             yield trial
 
     def _repeats(self, measure_size: Callable[[int], Trial]) -> Iterator[Trial]:
-        """Measure the largest size again, and then the fastest until the fastest of all has been repeated.
+        """Measure the largest size again, then the fastest, until the fastest of all sizes has been repeated.
 
-        The rounds are added to the first trial's, but replace the single round of bisection: a size chosen by the rate
-        of one round was probably an outlier.
+        The new rounds are added to those of the first measurement. A single round of bisection is replaced, however,
+        since a size that is the fastest by one round is probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)
@@ -229,7 +243,11 @@ class BatchSizeSearch:
 
 
 def search_fastest(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Trial]:
-    """Try SIZES in order; stop after the first one that does not fit, fails or gains less than MIN_GAIN."""
+    """Measure the batch sizes SIZES in ascending order and yield the trials.
+
+    The search stops after the first size that does not fit, fails, or is less than MIN_GAIN times as fast as the
+    previous one.
+    """
     target = Target(config.model.name, config, on_gpu=torch.cuda.is_available())
     measure_size = partial(run_trial, target, seconds=seconds, rounds=rounds, deadline=deadline)
     best_rate = 0.0

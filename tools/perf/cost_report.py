@@ -23,7 +23,7 @@ MIN_LOG_AXIS_RATIO = 30  # ratio of the largest to the smallest value from which
 
 
 def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
-    """Return a row of summary.csv. FLOPs are per image, bytes are at the batch size."""
+    """Return a row of summary.csv, with FLOPs per image and bytes for the whole batch."""
     batch = case.batch_size
     return {
         "model": case.label,
@@ -49,7 +49,7 @@ def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: 
 
 
 def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
-    """Return the rows of layers-NAME.csv: the layers in order of execution, and their total."""
+    """Return the rows of layers-NAME.csv, which are the layers in order of execution and a total."""
     rows: list[Row] = [
         {
             "layer": layer.name.removeprefix("network.") or "(model)",
@@ -66,7 +66,7 @@ def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
 
 
 def layers_table(rows: list[Row]) -> str:
-    """Return the Markdown table of `layer_rows`."""
+    """Return `layer_rows` as a Markdown table."""
     table = [
         {
             "layer": row["layer"],
@@ -82,7 +82,7 @@ def layers_table(rows: list[Row]) -> str:
 
 
 def format_report(rows: list[Row]) -> str:
-    """Return both tables, the ratios, and notes that explain the columns."""
+    """Return the tables of sizes and of memory, the ratios in words, and notes that explain the columns."""
     sizes = [
         {
             "model": row["model"],
@@ -123,7 +123,10 @@ def format_report(rows: list[Row]) -> str:
 
 
 def ratio_sentences(rows: list[Row]) -> list[str]:
-    """Return a paragraph that compares each model to the one with the fewest parameters; empty for one model."""
+    """Return one paragraph that compares each model to the one with the fewest parameters.
+
+    The list is empty if there is only one model.
+    """
     smallest = min(rows, key=lambda row: row["parameters"])
     sentences = []
     for row in rows:
@@ -136,9 +139,9 @@ def ratio_sentences(rows: list[Row]) -> list[str]:
 
 
 def plot_costs(rows: list[Row]) -> Figure:
-    """Plot parameters, FLOPs and memory of each model as bars, and the shares of the kinds of memory.
+    """Plot parameters, FLOPs and memory of each model as bars, and what the memory consists of.
 
-    The shares have a separate axis, since stacked bars on a logarithmic axis do not show them.
+    The composition of the memory has a separate axis, since stacked bars on a logarithmic axis do not show shares.
     """
     figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]

@@ -1,4 +1,4 @@
-"""Models and training setups to count costs for, from names, config files and run folders."""
+"""Models and training setups whose costs are counted. They are given as names, config files or run folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AMP_NAMES = {"float32": "off", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model and the training setup to count its costs for."""
+    """A model, and the training setup for which its costs are counted."""
 
     label: str
     settings: ModelConfig
@@ -42,7 +42,10 @@ class ModelCase:
 
 
 def build_case(name: str, options: argparse.Namespace) -> ModelCase:
-    """Return the model and training setup that `name` refers to. Command-line options override its config."""
+    """Return the model and training setup for a model name, config file, run folder or checkpoint.
+
+    Command-line options take precedence over the config.
+    """
     path = Path(name)
     if name in list_models() or name.startswith("timm/"):
         label, model, train = name, ModelConfig(name=name), TrainConfig()
@@ -73,8 +76,12 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
 def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
     """Return the config, number of classes and image size of a config file, a run folder or a checkpoint.
 
-    For a run folder without a checkpoint, reads its config.yaml. Values missing in a config come from its data set.
-    Command-line options take precedence.
+    For a run folder without a checkpoint, its config.yaml is read. If the number of classes or the image size is
+    missing from the config, the value is taken from the data set, if there is one. Command-line options take
+    precedence.
+
+    Raises:
+        UserError: If the number of classes or the image size is unknown.
     """
     if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
         path = path / "config.yaml"
@@ -102,7 +109,10 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
 
 
 def default_size(model: str) -> int:
-    """Return the smallest image size of this project's configs with the model; timm: the model's native size."""
+    """Return the smallest image size with which this project's configs train the model.
+
+    For a timm model, return its native size, or 224 if timm does not know one.
+    """
     if model.startswith("timm/"):
         import timm
 

@@ -1,4 +1,4 @@
-"""Plots of the stages ramp and profile. The chart of a whole run is in benchmarks.engine.charts."""
+"""Plots of the stages ramp and profile. For the chart of a whole run see benchmarks.engine.charts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ PHASE_COLORS = {
     "reduce": "#333333",
     "optimizer": "#6a8532",
 }
-MAX_NAME_LENGTH = 48  # of operators
+MAX_NAME_LENGTH = 48  # maximum length of an operator's name
 LOG_SCALE_RATIO = 20.0  # ratio of the largest to the smallest rate from which the axis is logarithmic
 
 
 def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] | None, machine: str) -> Figure:
     """Plot images/s and peak memory over the batch size.
 
-    A star marks the fastest batch size of each model, a diamond the largest that fits.
+    A star marks the fastest batch size of each model, and a diamond the largest that fits.
 
     Args:
-        limit: GiB and name of the memory limit, drawn as a dashed line.
+        searches: Searches to plot, one per model.
+        limit: Size in GiB and name of the memory limit, drawn as a dashed line. None: no line.
+        machine: Description of the machine, for the title.
     """
     figure, (rate_axis, memory_axis) = new_figure(1, 2, size=(13, 5))
     searches = [search for search in searches if search.fitting]
@@ -66,7 +68,7 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
 
 
 def plot_profile(profile: dict[str, Any]) -> Figure:
-    """Plot the phases of a step, the step without the profiler, and the operators that take most time."""
+    """Plot the phases of a step, the step time without the profiler, and the operators that take the most time."""
     figure, (step_axis, operator_axis) = new_figure(2, 1, size=(11, 6.5))
     unprofiled = profile["unprofiled_step_ms"]
     bars = {f"profiled, {profile['steps']} steps": profile["step_ms"]}
@@ -104,7 +106,7 @@ def _legend_text(search: BatchSizeSearch) -> str:
 
 
 def _curve(rate_axis: Axes, memory_axis: Axes, search: BatchSizeSearch, color: str) -> Artist:
-    """Plot the reliable trials and the largest batch size of one model. Return the line for the legend."""
+    """Plot the reliable trials and the largest batch size of one model. Return the line, for use in a legend."""
     trials = [trial for trial in search.fitting if trial in search.reliable or trial.batch_size == search.largest]
     sizes = [trial.batch_size for trial in trials]
     rates = [trial.rate for trial in trials]

@@ -118,5 +118,5 @@ def build_training(
 
 
 def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
-    """Return the images/s of all ranks, without the profiler."""
+    """Return the training rate of all ranks together in images/s, measured without the profiler."""
     return measure_images_per_s(state, loader, ranks.world_size, warmup_steps=WARM_STEPS, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Results of a step profile: model FLOPs utilisation, and the files profile.json, profile.csv and profile.png."""
+"""Results of a step profile: the model FLOPs utilisation and the files profile.json, profile.csv and profile.png."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ TRACE = "trace.json.gz"
 def flops_utilization(
     config: Config, classes: int, image_size: int, device: str, amp: torch.dtype | None, images_per_s: float
 ) -> dict[str, Any]:
-    """Return the model FLOPs utilisation of one device, its operations, and the peak rates used as references."""
+    """Return the model FLOPs utilisation of one device, the FLOPs per image, and the peak rates for comparison.
+
+    Args:
+        config: Config of the training.
+        classes: Number of classes.
+        image_size: Side of the images in pixels.
+        device: "cpu" or "cuda".
+        amp: Autocast precision. None: float32.
+        images_per_s: Training rate of the device.
+    """
     flops = roofline.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
     candidate = Candidate("arithmetic", roofline.arithmetic, (device,))
@@ -64,8 +73,12 @@ def profile_content(
     """Return the content of profile.json. Times are in ms per forward and backward pass.
 
     Args:
-        rates: images/s of all ranks without the profiler, by "uncaptured" and "captured".
-        utilization: See `flops_utilization`.
+        config: Config of the training.
+        ranks: Ranks that trained.
+        amp: Autocast precision. None: float32.
+        profile: Profile of the first rank.
+        rates: images/s of all ranks without the profiler, by mode ("uncaptured", "captured").
+        utilization: Result of `flops_utilization`. None: not computed.
     """
     images = config.data.batch_size * ranks.world_size
     return {

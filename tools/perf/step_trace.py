@@ -1,9 +1,10 @@
 """Time of training steps by phase, read from a profiler trace.
 
-Each moment belongs to one phase, so that the phases add up to the wall time. On the CPU it is the phase of the training
-thread. On a GPU it is the phase that launched the device's work, since the host runs ahead; while the device is idle,
-it is `data` if the host waits for a batch. `reduce` is the part of the all-reduce during which nothing else is
-computed, since an all-reduce that overlaps with backward costs no time. The rest is `host`.
+Each moment belongs to one phase, so that the phases add up to the wall time. On the CPU, a moment belongs to the phase
+of the training thread. On a GPU, it belongs to the phase that launched the device's current work, since the host runs
+ahead. While the device is idle, a moment belongs to `data` if the host waits for a batch. `reduce` is the part of the
+all-reduce during which nothing else is computed, since an all-reduce that overlaps with backward costs no time. The
+rest is `host`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Mean time of a step by phase, and the operators or kernels that took most time."""
+    """Mean time of a step by phase, and the operators or kernels that took the most time."""
 
     steps: int
     step_ms: float
@@ -54,7 +55,7 @@ class StepProfile:
 
 
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
-    """Profile `steps` steps and write their Chrome trace (.json.gz).
+    """Profile `steps` steps and write the trace in Chrome's format (.json.gz).
 
     All other ranks must call `run_alongside` at the same time.
     """
@@ -78,7 +79,7 @@ def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) ->
 
 
 def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
-    """Run the same steps on a rank that does not profile."""
+    """Run the same steps as `profile_steps`, on a rank that does not profile."""
     batches = endless_batches(loader)
     _run(state, batches, WARM_STEPS)
     _run(state, batches, steps)
@@ -97,9 +98,9 @@ def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
 
 @contextmanager
 def annotate_phases(state: TrainState) -> Iterator[None]:
-    """Mark the phases of a step as ranges of a profile.
+    """Mark the phases of steps in this context as named ranges in the profiler's trace.
 
-    The functions that a step calls are wrapped temporarily; the step itself has no annotations.
+    The functions that a step calls are wrapped temporarily, so the code of the step contains no annotations.
     """
     inside = False
 
@@ -141,11 +142,14 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
     try:
         yield
     finally:
-        setattr(owner, name, original) if is_own else delattr(owner, name)  # uncovers the method of the class
+        setattr(owner, name, original) if is_own else delattr(owner, name)  # deletion uncovers the method of the class
 
 
 def phase_times(events: Sequence[Event]) -> dict[str, float]:
-    """Return the µs of the window by phase. `events` are complete events ("ph": "X") of a Chrome trace."""
+    """Return the time in µs of each phase within the profiled window.
+
+    `events` are the complete events ("ph": "X") of a Chrome trace. The window is the event named WINDOW.
+    """
     (window,) = (event for event in events if event["name"] == WINDOW and event["cat"] == "user_annotation")
     thread = window["tid"]
     ranges: dict[str, list[Interval]] = defaultdict(list)
@@ -161,9 +165,9 @@ def phase_times(events: Sequence[Event]) -> dict[str, float]:
 def _host_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """Return the intervals of each phase on the CPU.
+    """Return the phases and their intervals on the CPU, in order of precedence.
 
-    During backward the thread computes, waits for all-reduces of other threads, or runs autograd.
+    During backward the training thread issues all-reduces, computes, or waits while other threads reduce.
     """
     own = [event for event in events if event["cat"] == "cpu_op" and event["tid"] == thread]
     requested = [_span(event) for event in own if event["name"].startswith("c10d::")]
@@ -180,9 +184,10 @@ def _host_claims(
 def _device_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """Return the intervals of each phase on a GPU: work belongs to the phase that launched it.
+    """Return the phases and their intervals on a GPU, in order of precedence.
 
-    Launches by threads other than those of training and autograd belong to the loader.
+    Work of the device belongs to the phase that launched it, except NCCL kernels, which belong to `reduce`. Launches by
+    threads other than the training thread and autograd's threads belong to the loader.
     """
     training_threads = {thread} | {
         event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")
@@ -212,13 +217,19 @@ def _device_claims(
 
 
 def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
-    """Return the phase whose range contains the moment. Ranges do not overlap."""
+    """Return the phase whose span contains the moment, or HOST if none does.
+
+    `spans` are (start, end, phase), sorted by start and without overlaps.
+    """
     position = bisect.bisect_right(spans, moment, key=lambda span: span[0]) - 1
     return spans[position][2] if position >= 0 and moment <= spans[position][1] else HOST
 
 
 def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
-    """Return the time of the window by name. A moment belongs to the first claim on it, or to HOST if there is none."""
+    """Return how much of the window's time belongs to each name, without counting any moment twice.
+
+    A moment belongs to the first claim that contains it, or to HOST if none does.
+    """
     times: dict[str, float] = defaultdict(float)
     taken: list[Interval] = []
     for name, intervals in claims:
@@ -241,7 +252,7 @@ def merge(intervals: list[Interval]) -> list[Interval]:
 
 
 def intersect(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """Return the intersection of two unions of intervals."""
+    """Return the moments that are in both sets of intervals, as sorted, disjoint intervals."""
     result, first, second = [], merge(left), merge(right)
     i = j = 0
     while i < len(first) and j < len(second):
@@ -261,14 +272,17 @@ def _span(event: Event) -> Interval:
 
 
 def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the operators that took most CPU time, without called operators, in ms over all calls."""
+    """Return the operators that took the most CPU time, with their time over all calls in ms.
+
+    The time of an operator excludes that of the operators it calls.
+    """
     entries = [entry for entry in profiler.key_averages() if not entry.is_user_annotation]
     entries.sort(key=lambda entry: entry.self_cpu_time_total, reverse=True)
     return [{"name": e.key, "ms": e.self_cpu_time_total / 1e3, "calls": e.count} for e in entries[:MAX_OPERATORS]]
 
 
 def top_kernels(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the kernels and copies that took most GPU time, in ms over all calls."""
+    """Return the kernels and copies that took the most GPU time, with their time over all calls in ms."""
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event["cat"] in DEVICE_WORK:

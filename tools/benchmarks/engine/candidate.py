@@ -24,7 +24,8 @@ class Workload:
     Args:
         items: The iterator. Each item counts `units_per_item` images, bytes or operations.
         details: Called after the last round. Returns further fields of the row.
-        prefetches: Whether items may be ready when a round starts; these are not counted.
+        prefetches: Whether the iterator prepares items while it is not timed. One item is then dropped before each
+            round.
     """
 
     items: Iterator[Any]
@@ -38,8 +39,9 @@ class Candidate:
     """A program to be measured in a separate process.
 
     Args:
-        build: `build(*arguments)` is called in the candidate's process. Returns workloads by name ("": the only one).
-        monitor: `monitor(pid)` is called periodically while the process runs. Returns the reason to kill it, or None.
+        build: Called with `arguments` in the candidate's process. Returns a context manager that yields workloads by
+            name. The name of a single workload may be "".
+        monitor: Called with the process id while the process runs. Returns the reason to kill the process, or None.
     """
 
     name: str
@@ -49,14 +51,15 @@ class Candidate:
 
 
 def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
-    """Build and warm up a candidate, then answer requests over `pipe` until a request is None.
+    """Build and warm up a candidate, then answer requests over `pipe`.
 
-    The first reply is {workload: error or None}. Each request names a workload; its reply is units/s or an error. The
-    reply to None is {workload: details}.
+    The first message is {workload: error or None}, or an error if the candidate cannot be built. A request is the name
+    of a workload, and the reply is the rate of one round in units/s or an error. The request None is answered with
+    {workload: details} and is the last one.
     """
-    os.setpgid(0, 0)  # one group with its workers; the kernel ends stopped groups without parents
+    os.setpgid(0, 0)  # a process group with its workers; the kernel ends stopped groups without parents
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # the default start method, which a DataLoader uses for its workers in a user's program
+    # the default start method, as for the workers of a DataLoader in a user's program
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(BrokenPipeError, EOFError):
         try:
@@ -84,7 +87,7 @@ def _end_with_parent() -> None:
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of the function, or its exception as text."""
+    """Return the result of the function, or the error as text if it raises an exception."""
     try:
         return function(*arguments)
     except Exception as error:
@@ -97,7 +100,10 @@ def error_text(error: BaseException) -> str:
 
 
 def _calibrate(workload: Workload, seconds: float) -> int:
-    """Warm up and return the number of items that take about `seconds`; slow items are run as few times as possible."""
+    """Warm up the workload and return the number of items that take about `seconds`.
+
+    If the workload does not prefetch and its first item takes at least `seconds`, this item is the only warm-up.
+    """
     min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:
         _time_items(workload.items, 3)
@@ -114,7 +120,7 @@ def _time_round(workload: Workload, count: int) -> float:
 
 
 def _time_items(items: Iterator[Any], count: int) -> float:
-    """Return the seconds for `count` items, including the work of the device."""
+    """Return the seconds for taking `count` items, including their pending work on the GPU."""
     start = time.perf_counter()
     taken = sum(1 for _ in itertools.islice(items, count))
     if torch.cuda.is_available() and torch.cuda.is_initialized():

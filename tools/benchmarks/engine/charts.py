@@ -1,4 +1,7 @@
-"""Bar chart of a run: one panel per table, images/s with the range of the rounds, our rows highlighted."""
+"""Bar chart of a run, with one panel per table.
+
+Bars are images/s with the range of the rounds. The names of this project's rows are bold.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ COLUMNS = 2
 
 
 def draw_chart(run: dict[str, Any], path: Path) -> Path | None:
-    """Write the PNG. Return None if the run has no rates."""
+    """Write the chart as a PNG file and return its path, or None if the run has no rates."""
     from matplotlib.figure import Figure
 
     groups = [(group, [row for row in group["rows"] if "lowest" in row]) for group in run["groups"]]
@@ -74,7 +77,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
 
 
 def _power_of_ten(value: float) -> int:
-    """Return the largest power of ten up to a positive value."""
+    """Return the largest integer n for which 10**n does not exceed a positive value."""
     power = 0
     while 10.0 ** (power + 1) <= value:
         power += 1

@@ -1,4 +1,4 @@
-"""Variants of a data set: other encodings, image sizes, numbers of samples and shards."""
+"""Variants of a data set with another encoding, image size, number of samples or number of shards."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pipelines.storage.dataset import fingerprint, load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
-QUALITY = 95  # of JPEG for all candidates, at 4:2:0
+QUALITY = 95  # JPEG quality for all candidates, with 4:2:0 chroma subsampling
 SPLIT = "train"
 
 
 def read_pixels(split: Split, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Return images of an npy split: uint8 [samples, H, W, 3]."""
+    """Return the images of rows `start` to `stop` of an npy split, uint8 [samples, H, W, 3]."""
     view, rows = split.pixel_rows()
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
 def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
-    """Return the batch size, reduced if the data set has fewer than `batches` batches."""
+    """Return `batch_size`, or less so that the train split has at least `batches` batches."""
     return min(batch_size, len(open_split(folder, SPLIT)) // batches)
 
 
 @dataclass
 class RepeatedRows:
-    """Rows of a converted npy split as a source of another conversion, repeated up to `samples` rows."""
+    """A source for conversion that reads the train split of an npy data set, repeated up to `samples` rows."""
 
     folder: Path
     samples: int
@@ -63,13 +63,17 @@ class RepeatedRows:
 def make_variant(
     folder: Path, out: Path, *, encoding: str = "npy", size: int | None = None, samples: int | None = None
 ) -> Path:
-    """Write a variant of the train split of an npy data set, with at least one shard per core.
+    """Write a variant of the train split of an npy data set to `out` and return its path.
 
-    If the data set `out` exists, it is returned unchanged.
+    If `out` already contains a data set, nothing is written. The shard size is chosen for at least one shard per core,
+    but is not below 1 MiB.
 
     Args:
-        size: Side in pixels. None: the stored size.
-        samples: Number of samples, repeated if there are fewer. None: all.
+        folder: Data set to convert.
+        out: Folder of the variant.
+        encoding: Encoding of the variant, npy or jpeg.
+        size: Side of the images in pixels. None: the stored size.
+        samples: Number of samples. Samples are repeated if the split has fewer. None: all samples of the split.
     """
     if (out / "dataset.json").is_file():
         return out

@@ -1,7 +1,7 @@
 """Peak rates of dense matrix products according to NVIDIA's data sheets and white papers.
 
-Data sheets from Hopper on state the rate with sparsity, and half of it is listed here. For GeForce cards, the rate is
-that with float32 accumulation, which torch uses.
+Where a data sheet states the rate with sparsity, half of it is listed ("halved"). For GeForce cards, the listed rate is
+the one with float32 accumulation, which torch uses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 BF16, FP16, TF32 = torch.bfloat16, torch.float16, torch.float32  # training computes float32 products in TF32
-# by device name (the longest matching prefix counts): TFLOP/s in bf16, fp16 and tf32; source
+# TFLOP/s in bf16, fp16 and tf32, and the source, by device name; the longest matching prefix is used
 SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
     "NVIDIA B200": (2250, 2250, 1125, "HGX B200 data sheet, halved"),
     "NVIDIA H200": (989.5, 989.5, 494.5, "H200 data sheet, halved"),
@@ -33,7 +33,7 @@ SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> tuple[float, str] | None:
-    """Return the peak FLOP/s of dense matrix products and its source, or None if unknown."""
+    """Return the peak FLOP/s of dense matrix products and the source, or None if the rate is unknown."""
     matches = [name for name in SHEETS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))]
     if not matches or "Laptop" in device_name:  # laptops have a smaller chip under the same name
         return None

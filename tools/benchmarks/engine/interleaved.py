@@ -1,8 +1,8 @@
 """Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
-A process is stopped while the others run. A noisy machine therefore slows all candidates alike, and the threads and
-workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory only loses its
-own row.
+A candidate's process is stopped during the rounds of the others. A noisy machine therefore slows all candidates alike,
+and the threads and workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of
+memory loses only its own row.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from tqdm import tqdm
 
 from tools.benchmarks.engine.candidate import Candidate, Workload, serve
 
-WARM_UP_TIMEOUT_S = 300.0  # for one candidate to build, compile and warm up
-OUT_OF_TIME = "not measured: the time of the run was over"  # error of what the deadline left out or cut off
-GRACE_S = 5.0  # after the deadline, for a round that has started
+WARM_UP_TIMEOUT_S = 300.0  # time for one candidate to build, compile and warm up
+OUT_OF_TIME = "not measured: the time of the run was over"  # error of workloads without a result by the deadline
+GRACE_S = 5.0  # time after the deadline for finishing a started round
 MONITOR_INTERVAL_S = 0.02
 DETAILS_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
-# imported once for all candidates; on a GPU, DALI is left out: it does not work in processes forked after CUDA started
+# Modules imported once for all candidates. On a GPU, those that import DALI are left out, since DALI does not work in
+# processes forked after CUDA has started.
 PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
 PRELOADED_ON_GPU = ["torch", "torchvision"]
 
 
 @dataclass
 class Measurement:
-    """Results of one workload. `error` is set if it failed, possibly after some rounds."""
+    """Results of one workload. `error` is set if the workload failed, possibly after some rounds."""
 
     candidate: str
     workload: str
@@ -48,7 +49,7 @@ class Measurement:
 
     @property
     def rate(self) -> float:
-        """Median rate of the rounds."""
+        """Median rate of the rounds, in units/s."""
         return median(self.rates)
 
 
@@ -64,19 +65,21 @@ def measure(
     """Measure candidates that take turns.
 
     Args:
+        candidates: Programs to measure.
         seconds: Duration of a round.
         rounds: Number of rounds per workload.
-        deadline: On the clock of time.monotonic(). Candidates that are not warm by then get the error OUT_OF_TIME;
-            later rounds are left out.
+        deadline: Time on the clock of time.monotonic(). Candidates that are not warm by then get the error OUT_OF_TIME.
+            After the deadline no round starts, except the first.
         warm_up_timeout_s: Time limit for one candidate to build and warm up.
-        after_round: Called with the measurements so far.
+        show_progress: Whether to show progress bars.
+        after_round: Called after each round with the measurements so far.
 
     Returns:
         The measurements of all workloads, in the order of the candidates.
     """
 
     def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
-        """Return the time to wait for a reply, and the error to report if the deadline limits it."""
+        """Return the time to wait for a reply, and the error to report if the deadline shortens this time."""
         left_s = math.inf if deadline is None else max(1.0, deadline + grace_s - time.monotonic())
         return (limit_s, None) if limit_s <= left_s else (left_s, OUT_OF_TIME)
 
@@ -106,10 +109,12 @@ def measure(
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
-    """Call a function in a subprocess and return its result. The calling process gets no CUDA context.
+    """Call a function in a subprocess and return its result.
+
+    CUDA is initialised only in the subprocess.
 
     Raises:
-        TimeoutError: If the deadline ends the call.
+        TimeoutError: If the deadline passes before the function returns.
         RuntimeError: If the function fails.
     """
     candidate = Candidate(getattr(function, "__name__", ""), _call_once, (function, arguments))
@@ -128,7 +133,7 @@ def _call_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iter
 
 
 class _CandidateProcess:
-    """Process of one candidate. It and its workers are stopped (SIGSTOP) between its rounds."""
+    """Process of one candidate. The process and its workers are stopped (SIGSTOP) between rounds."""
 
     def __init__(self, candidate: Candidate, seconds: float) -> None:
         self._candidate, self._seconds = candidate, seconds
@@ -152,12 +157,15 @@ class _CandidateProcess:
         self._pipe.close()
         if kind is None:  # after an exception such as Ctrl-C, do not wait for a long step
             self._process.join(JOIN_TIMEOUT_S)
-        self._signal(signal.SIGKILL)  # also kills workers that it left behind
+        self._signal(signal.SIGKILL)  # also kills workers that the candidate left behind
         self._process.kill()
         self._process.join()
 
     def warm_up(self, timeout_s: float, timeout_error: str | None) -> list[Measurement]:
-        """Wait until the candidate is warm. Return an empty measurement for each of its workloads."""
+        """Wait until the candidate is warm. Return an empty measurement for each of its workloads.
+
+        If the candidate cannot be built or warmed up, return a single measurement with the error.
+        """
         name = self._candidate.name
         reply = self._receive(timeout_s, timeout_error)
         if isinstance(reply, str):
@@ -174,7 +182,7 @@ class _CandidateProcess:
             measurement.rates.append(reply)
 
     def fetch_details(self, measurements: list[Measurement]) -> None:
-        """Set the details of the measurements."""
+        """Fetch the details of all workloads and store them in the measurements."""
         has_rates = any(measurement.rates for measurement in measurements)
         details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
         if isinstance(details, dict):
@@ -190,7 +198,10 @@ class _CandidateProcess:
         return reply
 
     def _receive(self, timeout_s: float, timeout_error: str | None) -> Any:
-        """Return the reply of the process, or an error if there is none. A silent process is killed."""
+        """Return the reply of the process, or an error as text.
+
+        The process is killed if it does not reply within `timeout_s` or if the monitor gives a reason.
+        """
         end, monitor = time.monotonic() + timeout_s, self._candidate.monitor
         try:
             while not self._pipe.poll(timeout_s if monitor is None else MONITOR_INTERVAL_S):
@@ -218,7 +229,7 @@ class _CandidateProcess:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Block Ctrl-C in processes started in this context; only this process handles it."""
+    """Block SIGINT in processes started in this context, so that only this process handles Ctrl-C."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

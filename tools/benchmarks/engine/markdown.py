@@ -40,12 +40,12 @@ STAGES_HEADER = ("stage", "images/s after a change", "of the next epoch", "ratio
 
 
 def run_markdown(run: dict[str, Any]) -> str:
-    """Return all tables of a run and the headline."""
+    """Return all tables of a run, followed by the headline."""
     return tables_markdown(run["groups"], run)
 
 
 def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
-    """Return some of a run's tables and the headline."""
+    """Return tables of a run, followed by the peers that are not installed and the headline."""
     text = [table_markdown(entry) for entry in entries]
     if run["missing_peers"]:
         text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
@@ -69,7 +69,10 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def parts_table(run: dict[str, Any]) -> str:
-    """Return the date and command of each part, and its versions that differ from the headline's."""
+    """Return a table of the date, duration and command of each part of a run.
+
+    Versions of a part are listed if they differ from those in the headline.
+    """
     common = run["environment"]["versions"].items()
     rows = []
     for name, part in run["parts"].items():
@@ -82,7 +85,7 @@ def parts_table(run: dict[str, Any]) -> str:
 
 
 def table(entry: Entry) -> str:
-    """Return the rows as a table with the columns of the entry's stage."""
+    """Return the rows of an entry as a table. The columns are those listed in the entry or those of its stage."""
     rows = entry["rows"]
     if "columns" in entry:
         return _columns_table(entry)
@@ -98,12 +101,12 @@ def table(entry: Entry) -> str:
 
 
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return a table of strings, with all columns but the first aligned to the right."""
+    """Return a table of strings, in which all columns but the first are aligned to the right."""
     return aligned_table(header, rows, right=range(1, len(header)))
 
 
 def _columns_table(entry: Entry) -> str:
-    """Return a table of the columns listed in the entry, and a remark."""
+    """Return a table of the columns listed in the entry and a column for remarks, without empty columns."""
     rows = []
     for row in entry["rows"]:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
@@ -137,7 +140,7 @@ def _scale_cells(row: Row) -> tuple[str, ...]:
 
 
 def _augmentations_table(rows: list[Row]) -> str:
-    """Return one line per kind of augmentation, with our figures beside the peer's."""
+    """Return a table with one line per kind of augmentation, our rate and the peer's."""
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows if "kind" in row):
         cells = {row["ours"]: row for row in rows if row.get("kind") == kind}
@@ -155,7 +158,7 @@ def _augmentations_table(rows: list[Row]) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Return images/s, or "failed" if there is no figure; the reason is listed below all tables."""
+    """Return images/s, or "failed" if the row has no rate. An empty row gives an empty string."""
     return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""
 
 

@@ -1,4 +1,4 @@
-"""Tables of measurements: by candidates that take turns, row by row, or as a whole."""
+"""Tables whose rows come from candidates that take turns, from a generator of rows, or from one function."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def _discard(entry: Entry) -> None:
 
 
 class TableSpec(Protocol):
-    """Description of a table that can be measured.
+    """A table that can be measured.
 
-    `run` takes the limits of the machine, the seconds per round, the rounds and the deadline. It calls `keep` with
-    the measurements so far.
+    `run` measures rounds of `seconds` seconds each until `deadline`, a time on the clock of time.monotonic(). It calls
+    `keep` with the unfinished table whenever a round or row is complete.
     """
 
     title: str
@@ -35,11 +35,11 @@ class TableSpec(Protocol):
 
 @dataclass
 class RowTable:
-    """Table whose rows are measured one by one. A row replaces an earlier one of the same name.
+    """Table whose rows are measured one by one. A row replaces an earlier row of the same name.
 
     Args:
         columns: Fields to show.
-        rows: Called with the limits of the machine.
+        rows: Called with the limits of the machine. Measures and yields the rows.
         details: Further fields of the entry.
     """
 
@@ -69,7 +69,7 @@ class RowTable:
 
 @dataclass
 class WholeTable:
-    """Table that is measured as a whole."""
+    """Table that is measured by one function, without intermediate results."""
 
     title: str  # name of the row that is shown if the table cannot be measured
     stage: str
@@ -84,9 +84,10 @@ class InterleavedTable:
     """Table of candidates that take turns.
 
     Args:
-        rows: Fields of each candidate's rows, `ours` among them.
+        candidates: Programs to measure.
+        rows: Fields of the rows of each candidate, such as `ours`, in the order of the candidates.
         details: Further fields of the entry.
-        add_bounds: Adds bounds and ratios to the measured rows, given the limits of the machine.
+        add_bounds: Called with the measured rows and the limits of the machine. Adds bounds and ratios to the rows.
     """
 
     title: str
@@ -103,11 +104,11 @@ class InterleavedTable:
         return self.entry(measure(self.candidates, seconds, rounds, deadline, after_round=after_round), limits)
 
     def entry(self, measurements: list[Measurement], limits: Limits) -> Entry:
-        """Return the table of these measurements."""
+        """Return the table with a row for each measurement."""
         fields = {candidate.name: row for candidate, row in zip(self.candidates, self.rows, strict=True)}
         rows = [measurement_row(measurement, **fields[measurement.candidate]) for measurement in measurements]
         try:
             self.add_bounds(rows, limits)
-        except Exception as error:  # figures without their bounds are better than none
+        except Exception as error:  # keep the rates without their bounds
             rows.append(failed_row("bounds", f"{type(error).__name__}: {error}"))
         return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}

@@ -1,4 +1,4 @@
-"""This project's data loader and training step as workloads: the real code, not copies."""
+"""This project's data loader and training step as workloads. They run the real code, not copies of it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,25 @@ RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
 WARM_ITEMS = 4  # items after which memory usage is stable
 DISTINCT_IMAGES = 2048  # images of a resident batch; a larger batch repeats them
-READ_BATCH_SIZE = 256  # for reading them
+READ_BATCH_SIZE = 256  # batch size for reading the distinct images
 
 
 @contextmanager
 def loading(
     data: DataConfig, aug: AugConfig, device: str, variants: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[dict[str, Workload]]:
-    """Measure the train loader alone.
+    """Build workloads that iterate over the train loader alone.
 
-    On a GPU the details contain the memory of a loader and its first batches: DALI's pools, buffers and resident data.
-    No other candidate allocates memory at that time.
+    On a GPU the details contain the GPU memory that the loader uses once it is warm: DALI's pools, buffers and resident
+    data. The value is a difference of the GPU's total memory in use. It is correct since other candidates are stopped
+    during the warm-up.
 
     Args:
-        variants: Names of workloads, and the fields of `data` that each of them changes.
+        data: Settings of the loader.
+        aug: Augmentation settings.
+        device: "cpu" or "cuda".
+        variants: Names of the workloads, and the fields of `data` that each of them changes. None: one unchanged
+            workload.
     """
 
     def workload(changes: dict[str, Any]) -> Workload:
@@ -67,11 +72,12 @@ def loading(
 
 @contextmanager
 def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
-    """Measure the training step on one resident batch, and end-to-end training for each variant.
+    """Build workloads that run the training step on one resident batch, and end-to-end training for each variant.
 
-    All share one compiled network, so that they differ only in the loader.
+    All workloads share one compiled network, so that they differ only in the loader.
 
     Args:
+        config: Config of the training.
         variants: Names of workloads, and the fields of `config.data` that each of them changes.
     """
     with process_group(Ranks()) as device:
@@ -91,13 +97,16 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
 
 @contextmanager
 def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Workload]]:
-    """Measure the training step on one resident batch of any size.
+    """Build a workload that runs the training step on one resident batch of any size.
 
-    The details contain the peak memory; on a GPU, without the loader's, which is freed before.
+    The details contain the memory usage. On a GPU the peaks exclude the loader, which is freed before the network is
+    built.
 
     Args:
-        synthetic: Use noise of size data.image_size. Otherwise images of the data set are repeated as needed.
-        limit_bytes: GPU memory that torch may allocate.
+        config: Config of the training.
+        synthetic: Whether to train on noise of side data.image_size instead of images of the data set. Both are
+            repeated to fill the batch.
+        limit_bytes: GPU memory that torch may allocate. None: all of it.
     """
     process_memory.prefer_oom_kill()
     with process_group(Ranks()) as device:
@@ -124,7 +133,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return images as the config's loader yields them, and the data set's description."""
+    """Return distinct images as yielded by the config's loader, and the description of the data set."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
@@ -137,7 +146,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images, and a description like that of a data set."""
+    """Return random images with random labels, and a description like that of a data set."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,
@@ -151,7 +160,10 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
 
 
 def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
-    """Yield the items; on a GPU, add the memory to `details` once warm, including that of earlier workloads."""
+    """Yield the items. On a GPU, record memory use in `details` at item WARM_ITEMS.
+
+    The peak and pools include what earlier workloads in this process used.
+    """
     for number, item in enumerate(items, 1):
         if number == WARM_ITEMS and device.type == "cuda":
             details |= {name: round(gib, 4) for name, gib in process_memory.memory_usage(device).items()}
@@ -159,7 +171,10 @@ def _with_memory(items: Iterator[None], device: torch.device, details: dict[str,
 
 
 def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, common: dict[str, Any]) -> Workload:
-    """Return end-to-end training. Its loader is built on the first item, so a failure only loses one row."""
+    """Return a workload of end-to-end training.
+
+    The loader is built when the first item is taken, so that a failure affects only this workload.
+    """
     loaders: list[Loader] = []
     fields = dict(common)
 

@@ -3,7 +3,7 @@
 On the CPU another process checks the limit. RLIMIT_AS and RLIMIT_DATA would count gigabytes that torch, DALI and thread
 stacks reserve but never touch, and libraries fail in many ways if an allocation is refused. The check reads the peak
 resident memory that the kernel records (VmHWM), so it misses no peak between two checks. Libraries and mapped data sets
-count; child processes do not.
+count towards the limit, but child processes do not.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REFUSED_ALLOCATION = (
 
 
 def is_out_of_memory(error: str) -> bool:
-    """Return True if a candidate's error means that it ran out of memory."""
+    """Return True if a candidate's error means that the candidate ran out of memory."""
     text = error.lower()
     if any(message in text for message in OUT_OF_MEMORY_MESSAGES) or KERNEL_KILL in error:
         return True
@@ -54,7 +54,7 @@ def is_out_of_memory(error: str) -> bool:
 
 
 def has_ulimit() -> bool:
-    """Return True if `ulimit -v` or `-d` is set, which every process inherits."""
+    """Return True if this process has a limit of `ulimit -v` or `ulimit -d`, which candidates inherit."""
     return any(
         resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
@@ -65,12 +65,15 @@ def limit_error(limit_bytes: int) -> str:
 
 
 def check_limit(limit_bytes: int, pid: int) -> str | None:
-    """Return an error once the process has used more than the limit, for use as `Candidate.monitor`."""
+    """Return an error if the process has ever used more than `limit_bytes`, else None.
+
+    `partial(check_limit, limit_bytes)` can be used as `Candidate.monitor`.
+    """
     return limit_error(limit_bytes) if peak_rss_bytes(pid) > limit_bytes else None
 
 
 def available_bytes() -> int:
-    """Return the memory available before the machine swaps or the container reaches its limit."""
+    """Return the bytes of memory that can be used before the machine swaps or the container reaches its limit."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in (
@@ -78,19 +81,23 @@ def available_bytes() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
-            root = Path("/sys/fs/cgroup")  # of this container
+            root = Path("/sys/fs/cgroup")  # control group of this container
             available = min(available, int((root / limit).read_bytes()) - int((root / used).read_bytes()))
     return max(0, available)
 
 
 def prefer_oom_kill() -> None:
-    """Make the kernel kill this process first when memory runs out, instead of the one that waits for it."""
+    """Make the kernel kill this process, and not its parent, when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return the peak memory in GiB; on a GPU also the reserved peak and the size of the GPU's memory."""
+    """Return the memory usage in GiB by name.
+
+    The names are those of `train.engine.metrics.memory_usage`. On a GPU the result also has `reserved_gib`, the peak
+    that torch's allocator reserved, and `gpu_memory_gib`, the size of the GPU's memory.
+    """
     if device.type != "cuda":
         return metrics.memory_usage(device)
     return metrics.memory_usage(device) | {

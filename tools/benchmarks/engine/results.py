@@ -1,13 +1,18 @@
 """Rows of measurements with their bounds and ratios.
 
-Rows are plain dicts, which are written to a JSON file and read again. Their fields:
-    name; ours (bool); device, placement, encoding, batch_size; error (None or text); note (the reason why a row that
-        did not fail has no figure)
-    images_per_s (median of the rounds), lowest, highest
-    ratio: ours / this, in rows of peers
-    bound: {name, images_per_s}; share: of the bound; binds: what limits the rate
-    on a GPU: memory_gib, device_memory_gib
-    in training: of_resident, training_gflop (per image), precision
+Rows are plain dicts that are written to a JSON file and read again. Their fields:
+    name
+    ours: True for rows of this project
+    device, placement, encoding, batch_size
+    error: text if the measurement failed, else None
+    note: reason why a row that did not fail has no figure
+    images_per_s, lowest, highest: median, minimum and maximum of the rounds
+    ratio: our rate divided by the rate of this row, in rows of peers
+    bound: {name, images_per_s} of the tightest bound
+    share: rate divided by the bound
+    binds: what limits the rate
+    memory_gib, device_memory_gib: on a GPU; see `train.engine.metrics.memory_usage`
+    of_resident, training_gflop, precision: in training; rate divided by the resident batch's, GFLOP per image, dtype
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ Entry = dict[str, Any]  # table of a run: title, stage, rows and further fields
 FORMAT, VERSION = "model-zhu-benchmarks", 1
 RUNNING = "not measured to its end: the run was cut off"  # note of a row while its program runs
 STOPPED = "stopped at the deadline"
-BINDS_FROM = 0.6  # minimum share of a bound from which it is named as limiting the rate
-PACKAGES = {  # whose versions are recorded
+BINDS_FROM = 0.6  # minimum share of a bound for which the bound is named as limiting the rate
+PACKAGES = {  # packages whose versions are recorded
     "torch": "torch",
     "torchvision": "torchvision",
     "dali": "nvidia-dali-cuda120",
@@ -57,7 +62,7 @@ def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: A
 
 
 def rate_fields(rounds: list[float]) -> Row:
-    """Return median, minimum and maximum of the rounds, in images/s."""
+    """Return the median, minimum and maximum of the rates of the rounds, in images/s."""
     rates = {"images_per_s": median(rounds), "lowest": min(rounds), "highest": max(rounds)}
     return {name: float(f"{rate:.5g}") for name, rate in rates.items()}
 
@@ -67,22 +72,28 @@ def failed_row(name: str, error: str, **fields: Any) -> Row:
 
 
 def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
-    """Return a row without figures that is not a failure: out of time, or a peer is missing."""
+    """Return a row without figures for something that was not measured and did not fail.
+
+    `note` is the reason, such as that the time was over or that a peer is missing.
+    """
     return {"name": name, "ours": True, "error": None, "note": note, **fields}
 
 
 def is_measured(row: Row) -> bool:
-    """Return True if the row has a figure and its program has ended."""
+    """Return True unless the row failed, was left out for lack of time, or belongs to a running program."""
     return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING)
 
 
 def is_complete(row: Row) -> bool:
-    """Return True if a row was measured and not stopped at the deadline."""
+    """Return True if `is_measured` is true and the program of the row was not stopped at the deadline."""
     return is_measured(row) and row.get("note") != STOPPED
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Set the ratio, ours / this, in all rows of peers. `ours` is the first of our rows with a figure."""
+    """Set `ratio` in the rows of all peers to our rate divided by the peer's.
+
+    Our rate is taken from the first of our rows that has a rate.
+    """
     ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
     for other in rows:
         if ours and not other["ours"] and "images_per_s" in other:
@@ -90,11 +101,12 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
-    """Set a row's tightest bound, the share of it that is reached, and the limiting factor.
+    """Set the tightest bound of a row, the share of this bound that is reached, and the limiting factor.
 
     Args:
+        row: Row to change. A row without a rate is left unchanged.
         bounds: images/s by name.
-        otherwise: The limiting factor if the rate is far below the bound.
+        otherwise: Limiting factor to name if the share is below BINDS_FROM.
     """
     bounds = {name: rate for name, rate in bounds.items() if rate > 0}
     if "images_per_s" not in row or not bounds:
@@ -107,7 +119,7 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine, the versions and the date of a run."""
+    """Return the device, processor, number of cores, GPU memory, versions and today's date."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"device": device_name(device), "processor": processor_name()}
     result["cores"] = len(os.sched_getaffinity(0))
@@ -127,6 +139,6 @@ def _version(package: str) -> str | None:
 
 
 def failure_lines(entries: list[Entry]) -> list[str]:
-    """Return one line per failed row."""
+    """Return one line per failed row, with the table, the row and the error."""
     failures = [(entry, row) for entry in entries for row in entry["rows"] if row["error"]]
     return [f"{entry['title']}: {row['name']}: {row['error']}" for entry, row in failures]

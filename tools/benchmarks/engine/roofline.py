@@ -1,7 +1,7 @@
 """Limits of the machine (copies, arithmetic, disk) as workloads, and the bounds that follow from them.
 
-Rates are in bytes/s or FLOP/s. A copy of n bytes counts n, although it reads and writes them, so that rate / (bytes per
-image) is the images/s if every image is copied once.
+Rates are in bytes/s or FLOP/s. A copy of n bytes counts as n bytes, although it reads n and writes n. The rate divided
+by the bytes per image is then the images/s if every image is copied once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DISK_BLOCK_BYTES = 2**24
 
 @contextmanager
 def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]:
-    """Build the workloads of all limits. `scratch` is a folder on the disk of the data sets."""
+    """Build the workloads of all limits. `scratch` is a folder on the disk that holds the data sets."""
     workloads = {MEMORY: Workload(batch_copies(COPIED_BYTES, 2, torch.get_num_threads()), COPIED_BYTES)}
     if device == "cuda":
         pinned = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -75,7 +75,7 @@ def _arithmetic(device: str) -> Workload:
 
 @contextmanager
 def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
-    """Build copies of one batch in memory, the minimum work of a loader on the CPU."""
+    """Build workloads that copy one batch in memory, which is the minimum work of a loader on the CPU."""
     workloads: dict[str, Workload] = {}
     sources = max(2, OUT_OF_CACHE_BYTES // batch_bytes)
     for threads in sorted({1, torch.get_num_threads()}):  # one thread may be faster when the cores are busy
@@ -87,13 +87,19 @@ def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def pinned_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
-    """Build copies of a batch from pinned memory to the GPU, the minimum work of a loader from the host."""
+    """Build a workload that copies a batch from pinned memory to the GPU.
+
+    This is the minimum work of a loader whose data is on the host.
+    """
     pinned = torch.empty(batch_bytes, dtype=torch.uint8, pin_memory=True)
     yield {"": Workload(_copies(pinned, torch.empty_like(pinned, device="cuda")), images)}
 
 
 def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor]:
-    """Copy `size` bytes per item. Many sources exceed the processor's cache, like samples in random order."""
+    """Copy `size` bytes per item, cycling through `sources` source buffers.
+
+    With many sources the reads miss the processor's cache, as with samples in random order.
+    """
     content = [torch.zeros(size, dtype=torch.uint8) for _ in range(sources)]
     targets = [torch.zeros(size, dtype=torch.uint8) for _ in range(min(4, sources))]
     for number in itertools.count():
@@ -102,7 +108,10 @@ def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor
 
 
 def streaming_copies(size: int, sources: int, threads: int) -> Iterator[None]:
-    """Copy with streaming stores, which bypass the cache and do not read the target first, in sequential order."""
+    """Copy `size` bytes per item in sequential order with streaming stores.
+
+    Streaming stores bypass the cache and do not read the target first.
+    """
     page = mmap.PAGESIZE
     pages = -(-size // page)
     content = np.zeros(sources * pages * page, np.uint8)
@@ -125,7 +134,10 @@ def _copies(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor
 
 
 def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tensor]:
-    """Multiply random matrices. Zeros would need less power and allow a higher clock than training reaches."""
+    """Multiply random matrices.
+
+    Matrices of zeros would need less power, and the GPU's clock would be higher than in training.
+    """
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
     while True:
@@ -133,7 +145,10 @@ def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tenso
 
 
 def _disk_reads(file: Path) -> Iterator[int]:
-    """Read blocks sequentially, bypassing the page cache, or dropping them from it first if O_DIRECT is missing."""
+    """Read the blocks of a file sequentially and repeatedly, bypassing the page cache.
+
+    Blocks are also dropped from the page cache before they are read, for file systems without O_DIRECT.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:
@@ -149,7 +164,7 @@ def _disk_reads(file: Path) -> Iterator[int]:
 
 
 def limits_from(measurements: list[Measurement]) -> Limits:
-    """Return the median rate of each limit that was measured."""
+    """Return the median rate of each limit that was measured, in bytes/s or FLOP/s."""
     return {
         measurement.workload: measurement.rate
         for measurement in measurements
@@ -158,16 +173,22 @@ def limits_from(measurements: list[Measurement]) -> Limits:
 
 
 def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
-    """Return the floating-point operations of forward and backward per image, 2 per multiply-add."""
+    """Return the floating-point operations per image of the forward and backward pass.
+
+    A multiply-add counts as 2 operations.
+    """
     network = build_from_config(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
     return count_costs(network, TrainConfig(), **shape).training_flops / 2  # batch norm needs two samples
 
 
 def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes: float, output_bytes: float) -> Limits:
-    """Return the images/s at which a loader would reach each limit.
+    """Return the images/s at which a loader would reach each limit that applies to it.
 
     Args:
+        limits: Limits of the machine.
+        placement: "device" if raw pixels are stored in GPU memory.
+        device: "cpu" or "cuda".
         stored_bytes: Bytes of one stored image.
         output_bytes: Bytes of one image in a batch.
     """
@@ -179,7 +200,10 @@ def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes:
 
 
 def disk_bound(limits: Limits, stored_bytes: float, split_bytes: float) -> Limits:
-    """Return the disk's bound if the split is too large to be cached in memory, else an empty dict."""
+    """Return the bound by disk reads, in images/s, if the split is larger than the machine's memory.
+
+    Otherwise the split can be cached and the result is empty.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {DISK: limits.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 
@@ -198,5 +222,5 @@ def limit_rows(measurements: list[Measurement]) -> list[Row]:
 
 
 def limits_from_rows(rows: list[Row]) -> Limits:
-    """Return the limits of rows made by `limit_rows`."""
+    """Return the limits in rows made by `limit_rows`, in bytes/s or FLOP/s."""
     return {row["name"]: row["value"] * UNIT_SIZES[row["unit"]] for row in rows if "value" in row}

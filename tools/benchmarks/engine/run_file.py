@@ -1,9 +1,9 @@
-"""JSON files of a run, which are replaced after every row, so that rows measured before a kill are kept.
+"""JSON files of a run. They are replaced whenever a table changes, so that a killed run keeps its rows.
 
 Fields of a run:
     format, version, command, environment, duration_s, missing_peers
     parts: {name: {command, date, versions, duration_s, is_complete}}
-    groups: tables with the name of their part; see `results` for their rows
+    groups: tables, each with the name of its part; see `results` for the fields of a row
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def command() -> str:
 
 
 def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
-    """Return a run without tables."""
+    """Return a run without parts and tables."""
     return {
         "format": results.FORMAT,
         "version": results.VERSION,
@@ -47,12 +47,12 @@ def write_json(run: Run, path: Path) -> None:
 
 
 class RunFile:
-    """A run and its JSON files.
+    """A run and the JSON files that contain it.
 
     Args:
-        run: The run, to which tables are added.
-        files: Written after every table.
-        earlier: Run on the same device, whose tables of other parts are kept.
+        run: Run to which tables are added.
+        files: JSON files, replaced whenever a table is added.
+        earlier: Earlier run on the same device. Its tables are kept until new ones replace them.
     """
 
     def __init__(self, run: Run, files: Sequence[Path], earlier: Run | None = None) -> None:
@@ -64,7 +64,7 @@ class RunFile:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Assign the tables added in this context to a part, and record its duration at the end.
+        """Assign tables added in this context to the named part, and record the part's duration at the end.
 
         The part is incomplete unless `complete` is called in the context.
         """
@@ -79,7 +79,10 @@ class RunFile:
         self._write()
 
     def complete(self) -> None:
-        """Mark the part as complete, and remove its tables of earlier runs that this run has not added."""
+        """Mark the current part as complete.
+
+        Tables of the part from earlier runs are removed if this run has not measured them again.
+        """
         groups = self.run["groups"]
         self.run["groups"] = [
             group for group in groups if group.get("part") != self._part or _key(group) in self._added
@@ -87,9 +90,9 @@ class RunFile:
         self.run["parts"][self._part]["is_complete"] = True
 
     def add(self, entry: Entry) -> None:
-        """Add a table to the part, or replace the table of the same title.
+        """Add a table to the current part, or replace the part's table of the same title.
 
-        A table of an earlier run is replaced only by one that has a measured row.
+        A table from an earlier run is replaced only if the new table has a measured row.
         """
         entry = {"part": self._part, **entry}
         groups, key = self.run["groups"], _key(entry)
@@ -101,7 +104,7 @@ class RunFile:
         self._write()
 
     def added_tables(self) -> list[Entry]:
-        """Return the tables added by this run, including those that did not replace an earlier one."""
+        """Return all tables added by this run, including those that did not replace one from an earlier run."""
         return list(self._added.values())
 
     def _write(self) -> None:

@@ -1,8 +1,8 @@
 """Peers: loaders and training loops of other libraries, built from their public interfaces on the same images.
 
-A loader is a function (task: PeerTask) -> endless iterator of (images [B, ...], labels [B]), shuffled, each sample at
-most once per epoch. Its docstring lists its settings. Files that a peer needs are written to a scratch folder, in the
-peer's fastest format, before timing starts.
+A loader is a function that takes a PeerTask and returns an endless iterator of (images [B, ...], labels [B]). Samples
+are shuffled, and each occurs at most once per epoch. The function's docstring lists the settings of the library. Files
+that a peer needs are written to a scratch folder, in the peer's fastest format, before timing starts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """Description of a peer: the function that builds it and the encodings that it reads."""
+    """A peer: the library it requires, the function that builds it, and the encodings that it reads."""
 
-    library: str  # required
+    library: str  # module that must be importable
     function: str  # MODULE.NAME in tools/benchmarks/peers
     encodings: tuple[str, ...] = ("npy", "jpeg")
 
@@ -46,7 +46,7 @@ LOOPS = {
 def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
     """Return the peers that read the encoding and whose library is installed.
 
-    FFCV has to be built by hand; webdataset is in the extra `dev`.
+    FFCV has to be installed by hand. webdataset is part of the extra `dev`.
     """
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
 
@@ -57,7 +57,7 @@ def missing(table: dict[str, PeerSpec]) -> list[str]:
 
 
 def all_missing() -> list[str]:
-    """Return the names of all loaders and loops whose library is not installed."""
+    """Return the names of all peer loaders and peer training loops whose library is not installed."""
     return [*missing(LOADERS), *missing(LOOPS)]
 
 
@@ -66,12 +66,12 @@ def _installed(library: str) -> bool:
 
 
 def load_function(peer: PeerSpec) -> Any:
-    """Import and return the peer's function."""
+    """Import and return the function that builds the peer."""
     module, name = peer.function.split(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 @contextmanager
 def loading(peer: PeerSpec, task: PeerTask) -> Iterator[dict[str, Workload]]:
-    """Measure the peer's loader, with batches on the device of training."""
+    """Build a workload that iterates over the peer's loader. The batches are on the training device."""
     yield {"": Workload(load_function(peer)(task), task.batch_size)}

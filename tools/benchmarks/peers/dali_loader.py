@@ -13,11 +13,11 @@ from tools.benchmarks.peers.task import Batches, PeerTask
 
 
 def dali(task: PeerTask) -> Batches:
-    """Yield uint8 [B, H, W, 3].
+    """Yield batches of uint8 images [B, H, W, 3].
 
-    Settings: readers.webdataset with index files and a shuffle buffer of 1,024; decoders.numpy or decoders.image (of a
-    random region for a random-resized crop); one thread per core; 2 batches prefetched; on a GPU mixed decoding and GPU
-    operators.
+    Settings: readers.webdataset with index files and a shuffle buffer of 1,024 samples; decoders.numpy or
+    decoders.image (image_random_crop for a random-resized crop of JPEG); `task.workers` threads; 2 batches prefetched,
+    the default; on a GPU mixed decoding and GPU operators.
     """
     files = list(task.split.files)
     device_id = 0 if task.on_gpu else None
@@ -43,7 +43,10 @@ def dali(task: PeerTask) -> Batches:
 
 
 def _parse_labels(digits: torch.Tensor) -> torch.Tensor:
-    """Convert ASCII digits uint8 [B, digits] to int64 [B]. DALI reads .cls members as bytes."""
+    """Convert ASCII digits, uint8 [B, digits], to labels, int64 [B].
+
+    DALI reads .cls members as bytes.
+    """
     places = 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)
     return ((digits.long() - ord("0")) * places).sum(1)
 

@@ -13,11 +13,11 @@ from tools.benchmarks.peers.task import Batches, PeerTask, endless
 
 
 def ffcv(task: PeerTask) -> Batches:
-    """Yield uint8 [B, H, W, 3].
+    """Yield batches of uint8 images [B, H, W, 3].
 
-    Settings: write_mode raw, or jpg with our quality; order RANDOM; os_cache; one worker per core; 3 batches prefetched
-    (the default); on a GPU ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe (RandomHorizontalFlip,
-    RandomTranslate) without Cutout. A random-resized crop follows its ImageNet recipe
+    Settings: write_mode raw, or jpg with the quality of all candidates; order RANDOM; os_cache; `task.workers` workers;
+    3 batches prefetched, the default; on a GPU ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
+    (RandomHorizontalFlip, RandomTranslate) without Cutout. A random-resized crop follows FFCV's ImageNet recipe
     (RandomResizedCropRGBImageDecoder).
     """
     from ffcv.fields.decoders import IntDecoder
@@ -26,7 +26,7 @@ def ffcv(task: PeerTask) -> Batches:
 
     _write(task)
     on_device = [ToDevice(torch.device("cuda:0"), non_blocking=True)] if task.on_gpu else []
-    threads = torch.get_num_threads()  # FFCV's loader lowers it for the whole process
+    threads = torch.get_num_threads()  # FFCV's loader lowers the number for the whole process
     loader = Loader(
         str(task.file(".beton")),
         batch_size=task.batch_size,

@@ -1,4 +1,4 @@
-"""The task of a peer: a converted train split, a scratch folder, and the settings that all loaders share."""
+"""The task of a peer: a converted data set, a scratch folder, and the settings that all loaders share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ Batches = Iterator[tuple[Any, Any]]
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path) -> Split:
-    """Open a split. It is not stored in PeerTask, since that is pickled, and memory maps cannot be."""
+    """Open the train split of a data set, with a cache.
+
+    PeerTask does not store the split, since tasks are pickled and memory maps cannot be.
+    """
     return open_split(folder, SPLIT)
 
 
@@ -53,28 +56,30 @@ class PeerTask:
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels, int64 [samples]. Zeros if the split has none."""
+        """Labels of the train split, int64 [samples]. All are 0 if the split has no labels."""
         return np.zeros(len(self.split), np.int64) if self.split.labels is None else self.split.labels
 
     @property
     def stats(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the split's pixels, scaled to 0 to 1."""
+        """Mean and standard deviation of each colour channel, for pixels scaled to the range 0 to 1."""
         return self.split.dataset["mean"], self.split.dataset["std"]
 
     def pil_image(self, index: int) -> Image.Image:
-        """Return a sample as a PIL image."""
         return pil_image(self.split, index)
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return a sample, uint8 [H, W, 3]."""
+        """Return the decoded pixels of a sample, uint8 [H, W, 3]."""
         return pixels(self.split, index)
 
     def file(self, ending: str) -> Path:
-        """Return the path of this split's file in the scratch folder."""
+        """Return the path for a peer's copy of this split in the scratch folder, with the given ending."""
         return self.scratch / f"{self.folder.name}-{self.encoding}-{QUALITY}{ending}"
 
     def shards_for_workers(self) -> Split:
-        """Return the split in at least as many shards as workers, for libraries that distribute whole shards."""
+        """Return the split with at least as many shards as workers, for libraries that distribute whole shards.
+
+        Only npy splits are converted to more shards.
+        """
         if len(self.split.files) >= self.workers or self.encoding != "npy":
             return self.split
         out = self.file("-shards")
@@ -101,7 +106,10 @@ def _content(split: Split, index: int) -> bytes:
 
 
 def endless(loader: Any, device: str) -> Batches:
-    """Yield the batches of all epochs, copied to the device without blocking if they are pinned."""
+    """Yield the batches of a loader epoch after epoch.
+
+    If `device` is "cuda", batches are copied to the GPU. The host does not wait for copies from pinned memory.
+    """
     while True:
         for images, labels in loader:
             if device == "cuda":

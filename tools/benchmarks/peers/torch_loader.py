@@ -1,4 +1,4 @@
-"""torch's DataLoader with torchvision's transforms: v2, and v1 as in the homework."""
+"""torch's DataLoader with torchvision's transforms v2, or with transforms v1 as in the homework."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and larger image
 
 
 class PILDataset(torch.utils.data.Dataset):
-    """Samples as (transform(PIL image), label). Each worker opens the files itself."""
+    """Samples as (transform(PIL image), label). Each worker process opens the split itself."""
 
     def __init__(self, folder: Path, transform: Any) -> None:
         self.folder, self.transform = folder, transform
@@ -44,7 +44,7 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 class PickledImages(torch.utils.data.Dataset):
-    """Images of a pickle in memory, converted to PIL images on access, like torchvision's CIFAR10."""
+    """Images of a pickle file, held in memory and converted to PIL images on access, as in torchvision's CIFAR10."""
 
     def __init__(self, path: Path, transform: Any) -> None:
         content = pickle.loads(path.read_bytes())  # written by `homework_dataset`
@@ -58,7 +58,7 @@ class PickledImages(torch.utils.data.Dataset):
 
 
 class Hdf5Rows(torch.utils.data.Dataset):
-    """Rows of an HDF5 file, channels first, like in the homework's loader for MediumImageNet."""
+    """Rows of an HDF5 file with the channels first, as in the homework's loader for MediumImageNet."""
 
     def __init__(self, path: Path, samples: int, transform: Any) -> None:
         self.path, self.samples, self.transform = path, samples, transform
@@ -74,10 +74,10 @@ class Hdf5Rows(torch.utils.data.Dataset):
 
 
 def torchvision_v2(task: PeerTask) -> Batches:
-    """Yield uint8 [B, 3, H, W].
+    """Yield batches of uint8 images [B, 3, H, W].
 
-    Settings: torchvision's transforms v2 on PIL images; one persistent worker per core with 2 batches prefetched each;
-    on a GPU pinned memory and non_blocking copies.
+    Settings: torchvision's transforms v2 on PIL images; `task.workers` persistent workers with 2 batches prefetched
+    each; on a GPU pinned memory and non_blocking copies.
     """
     steps = [*crop_and_flip(v2, task), *_colors(task.aug), v2.PILToTensor()]
     steps += _erasing(task.aug)
@@ -85,10 +85,12 @@ def torchvision_v2(task: PeerTask) -> Batches:
 
 
 def homework(task: PeerTask) -> Batches:
-    """Yield float32 [B, 3, H, W], normalised on the CPU, from the homework's DataLoader.
+    """Yield batches of the homework's DataLoader, with images [B, 3, H, W].
 
-    Settings: torchvision's transforms v1 (none for reading alone); 8 workers, as in its config, restarted in every
-    epoch; on a GPU pinned memory and blocking copies.
+    Images are float32 and normalised on the CPU. Without augmentation (`task.aug` is None) they are uint8.
+
+    Settings: torchvision's transforms v1; 8 workers, as in the homework's config, restarted in every epoch; on a GPU
+    pinned memory and blocking copies.
     """
     loader = homework_loader(task)
     while True:
@@ -97,12 +99,16 @@ def homework(task: PeerTask) -> Batches:
 
 
 def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
-    """Build the homework's DataLoader, whose batches are on the host."""
+    """Build the homework's DataLoader. The batches stay on the host."""
     return data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
 
 
 def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
-    """Build the homework's dataset: images of CIFAR's size from a pickle, larger ones from HDF5, divided by 256."""
+    """Build the homework's dataset, which reads images of CIFAR's size from a pickle and larger ones from HDF5.
+
+    As in the homework, the pixels of larger images are divided by 256 instead of 255. Without augmentation, they stay
+    uint8.
+    """
     mean, std = task.stats
     after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
     if task.split.heights.max() <= MAX_PICKLED_SIDE:
@@ -142,7 +148,7 @@ def data_loader(
 
 
 def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
-    """Build crop and flip from either version of torchvision's transforms."""
+    """Build the crop and flip of the task from torchvision's transforms v1 or v2."""
     aug, size = task.aug, task.image_size
     if aug is None:
         return []
@@ -159,7 +165,7 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the color transforms, on PIL images, which are faster than single tensors."""
+    """Build the color transforms. They take PIL images, on which they are faster than on single-image tensors."""
     if aug is None:
         return []
     steps: list[Any] = []
@@ -183,14 +189,17 @@ def _colors(aug: AugConfig | None) -> list[Any]:
 
 
 def _erasing(aug: AugConfig | None) -> list[Any]:
-    """Build random erasing, which takes tensors only."""
+    """Build random erasing, which accepts only tensors."""
     if aug is None or aug.erase.probability == 0:
         return []
     return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
 
 
 def float_transform(task: PeerTask) -> Any:
-    """Build the augmentation of torchvision's reference training; gives normalised float32 [3, H, W]."""
+    """Build the augmentation of torchvision's reference training.
+
+    The transform takes a PIL image and returns a normalised tensor, float32 [3, H, W].
+    """
     mean, std = task.stats
     steps = [
         *crop_and_flip(v2, task),

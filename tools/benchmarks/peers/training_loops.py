@@ -1,6 +1,6 @@
-"""Training loops of other projects on our models, images and batch size, with their loader and precision.
+"""Training loops of other projects, with their own loader and precision, on our models, images and batch size.
 
-A loop is a function (task: PeerTask, config: Config) -> endless iterator with one training step per item.
+A loop is a function that takes a PeerTask and a Config and returns an endless iterator. Each item is one training step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_t
 
 @contextmanager
 def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[str, Workload]]:
-    """Measure a peer's training end to end."""
+    """Build a workload of a peer's end-to-end training."""
     yield {"": Workload(load_function(peer)(task, config), task.batch_size)}
 
 
 def _network(task: PeerTask, config: Config) -> nn.Module:
-    """Build our model without the normalisation layer, since these loaders yield normalised floats."""
+    """Build our model without its normalisation layer, since the loaders of peers yield normalised floats."""
     classes = config.model.num_classes or len(task.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
@@ -35,10 +35,10 @@ def _network(task: PeerTask, config: Config) -> nn.Module:
 
 
 def homework(task: PeerTask, config: Config) -> Iterator[float]:
-    """Run the homework's main.py.
+    """Run the training loop of the homework's main.py.
 
-    Settings: its DataLoader (8 workers, pinned memory on a GPU); float32; NCHW; AdamW with torch's defaults; loss and
-    number of correct predictions are read back after every step.
+    Settings: the homework's DataLoader (8 workers, pinned memory on a GPU); float32; NCHW; AdamW with torch's defaults
+    except for the learning rate. The loss and the number of correct predictions are read back after every step.
     """
     device = torch.device(task.device)
     network = _network(task, config).to(device)
@@ -60,11 +60,11 @@ def homework(task: PeerTask, config: Config) -> Iterator[float]:
 
 
 def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
-    """Run torchvision's references/classification.
+    """Run the training loop of torchvision's references/classification.
 
-    Settings: transforms v2 on PIL images; one worker per core; pinned memory and non_blocking copies; SGD with
-    momentum; NCHW; cudnn.benchmark; on a GPU --amp (float16 with a GradScaler); its metric logger reads back loss and
-    accuracy after every step.
+    Settings: transforms v2 on PIL images; `task.workers` workers; pinned memory and non_blocking copies; SGD with
+    momentum; NCHW; cudnn.benchmark; on a GPU --amp (float16 with a GradScaler). Loss and accuracy are read back after
+    every step, as torchvision's metric logger does.
     """
     device = torch.device(task.device)
     torch.backends.cudnn.benchmark = True
@@ -89,12 +89,15 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 
 
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
-    """Run timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem (on a CPU: channels_last, float32).
+    """Run the training loop of timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem.
 
-    Settings: create_loader with its prefetcher, which collates uint8 and normalises on the device; one persistent
-    worker per core; create_optimizer_v2 with sgd; the loss is read back every 50 steps; no torch.compile, the default.
+    On the CPU the loop runs in float32.
 
-    timm's loader cannot crop from padded images. For pad-and-crop, or no crop, it only resizes and flips.
+    Settings: create_loader with its prefetcher, which collates uint8 and normalises on the device; `task.workers`
+    persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default. The loss is read back every 50
+    steps.
+
+    timm's loader cannot crop from padded images. Unless the crop is random-resized, the loader only resizes and flips.
     """
     from timm.data import create_loader  # type: ignore[attr-defined]
     from timm.optim import create_optimizer_v2

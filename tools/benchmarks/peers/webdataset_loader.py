@@ -1,4 +1,4 @@
-"""The webdataset library on our shards, which follow its convention."""
+"""The webdataset library on our shards, which follow its naming convention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tools.benchmarks.peers.torch_loader import crop_and_flip
 
 
 def webdataset(task: PeerTask) -> Batches:
-    """Yield uint8 [B, 3, H, W].
+    """Yield batches of uint8 images [B, 3, H, W].
 
     Settings: shuffled shards and a shuffle buffer of 1,000 samples; torchvision's transforms v2 on tensors (npy) or PIL
-    images (JPEG); one worker per core, batching in the workers; on a GPU pinned memory and non_blocking copies.
+    images (JPEG); at most `task.workers` workers, which also build the batches; on a GPU pinned memory and non_blocking
+    copies.
     """
     import webdataset as wds
 
@@ -28,7 +29,7 @@ def webdataset(task: PeerTask) -> Batches:
     dataset = dataset.decode() if raw else dataset.decode("pil")
     dataset = dataset.to_tuple("npy" if raw else "jpg", "cls").map_tuple(transform, int)
     dataset = dataset.batched(task.batch_size, collation_fn=torch.utils.data.default_collate, partial=False)
-    workers = min(task.workers, len(files))  # each takes whole shards
+    workers = min(task.workers, len(files))  # each worker takes whole shards
     loader = wds.WebLoader(
         dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=task.on_gpu
     )

@@ -1,4 +1,7 @@
-"""Cost of each augmentation: images/s of the loader with one kind at a time, compared to torchvision's transforms."""
+"""Cost of each augmentation.
+
+The loader runs with one kind of augmentation at a time and is compared to torchvision's transforms.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,16 @@ def augmentation_table(
     workers: int = 1,
     placement: str = "auto",
 ) -> InterleavedTable:
-    """Return a table of all KINDS at the stored size and, with a scratch folder, of those that torchvision has."""
+    """Return a table of our loader with each of KINDS at the stored image size.
+
+    Args:
+        folder: Data set.
+        batch_size: Batch size of all candidates.
+        device: "cpu" or "cuda".
+        scratch: Folder for files of the peer. If given, torchvision is measured on the kinds that it has.
+        workers: Worker processes of the peer.
+        placement: data.placement of our loader.
+    """
     stored = open_split(folder, SPLIT)
     size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
     peer = peers.available(peers.LOADERS, stored.encoding).get(PEER)
@@ -75,7 +87,10 @@ def _torchvision_has(aug: AugConfig) -> bool:
 
 
 def _add_ratios(rows: list[Row], limits: Limits) -> None:
-    """Set each of our rates as a share of flips alone, and the ratio, ours / this, in rows of the peer."""
+    """Set `of_plain` in our rows and `ratio` in the rows of the peer.
+
+    `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate divided by the peer's.
+    """
     del limits
     rates = {row["kind"]: row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Checks of DALI on a GPU: copies of pinned inputs, lifetime of outputs, memory of loaders."""
+"""Checks of DALI on a GPU: speed of copies from pinned memory, lifetime of outputs, memory of loaders."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ FOLLOWING_BATCHES = 8  # number of batches taken while the stream is held
 
 @contextmanager
 def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
-    """Copy batches to the GPU by torch and as a DALI input, from pinned and from pageable memory, in bytes.
+    """Build workloads that copy batches to the GPU, with torch and as inputs of a DALI pipeline.
 
-    DALI does not copy the input on the host (no_copy), so it should be as fast as torch from pinned memory.
+    The batches are in pinned or in pageable memory. Rates are in bytes/s. DALI is told not to copy inputs on the host
+    (no_copy), so it should be as fast as torch from pinned memory.
     """
     shape = (batch_size, SIDE, SIDE, 3)
     pageable = [torch.zeros(shape, dtype=torch.uint8) for _ in range(BATCHES)]
@@ -55,7 +56,7 @@ def _torch_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Copy with one iteration scheduled ahead, like the loader."""
+    """Copy batches with a DALI pipeline, with one iteration scheduled ahead as in the loader."""
     pipeline = _copy_pipeline(len(batches[0]))
 
     def feed(batch: torch.Tensor) -> None:
@@ -84,15 +85,15 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
-    """Check that a dropped batch is not overwritten before a held stream has read it.
+    """Check that DALI keeps a batch until pending reads on the GPU are complete, although Python has dropped it.
 
-    Meanwhile, more batches are taken on another stream.
+    A CUDA stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
 
     Returns:
-        equal: Whether the held stream read the original bytes.
-        held: Whether the stream was still held after the last batch. If not, the check is void.
+        equal: Whether the busy stream read the original bytes.
+        held: Whether this stream was still busy after the last batch. If not, the check is void.
         reused: Whether a later batch was at the address of the dropped one.
-        batches: Number of batches taken.
+        batches: Number of batches taken in the meantime.
     """
     expected = next(iter(build_train_loader(data, aug, device="cuda"))).images.clone()
     torch.cuda.synchronize()
@@ -115,7 +116,7 @@ def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
 
 
 def output_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Run `output_survives` for raw pixels and JPEG."""
+    """Run `output_survives` on raw pixels and on JPEG, and yield a row for each."""
     del limits
     for encoding in ("npy", "jpeg"):
         folder = image_dataset(settings, 96, encoding)
@@ -125,7 +126,7 @@ def output_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
 
 
 def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Measure `transfers`."""
+    """Measure `transfers` and yield a row per workload, in GB/s."""
     del limits
     batch_size = 256 if settings.samples is None else 16
     measurements = measure(
@@ -137,7 +138,7 @@ def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
 
 
 def memory_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Measure the GPU memory of one loader at a time."""
+    """Measure the GPU memory of several loaders, one at a time."""
     del limits
     cases = [
         (224, "npy", "host"),

@@ -1,4 +1,4 @@
-"""Data sets of a whole run: those given by the user, and variants generated from them."""
+"""Data sets of a whole run. They are given by the user or generated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ GIB = 2**30
 
 
 def small_dataset(settings: Settings) -> Path:
-    """Return the 32x32 data set: the given one, data/cifar10, `source` converted, or scikit-learn's digits."""
+    """Return a converted data set of 32x32 images, and write it if necessary.
+
+    The first of these that exists is used: `settings.small` (by default data/cifar10), the raw CIFAR-10 in
+    `settings.source`, and scikit-learn's digits.
+    """
     given = settings.small or ROOT / "data" / "cifar10"
     if (given / "dataset.json").is_file():
         return given
@@ -43,7 +47,11 @@ def small_dataset(settings: Settings) -> Path:
 
 
 def medium_dataset(settings: Settings) -> Path:
-    """Return the 96x96 data set, or the small one enlarged if none is converted."""
+    """Return a converted data set of 96x96 images.
+
+    It is `settings.medium` (by default data/medium-imagenet-96). If that does not exist, the small data set is
+    enlarged.
+    """
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
         return given
@@ -52,7 +60,11 @@ def medium_dataset(settings: Settings) -> Path:
 
 
 def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set of this image size and encoding for a GPU, generating it if it does not exist."""
+    """Return a data set for a GPU with images of `side` pixels in this encoding, and generate it if necessary.
+
+    Raises:
+        TimeoutError: If too little time is left to generate the data set.
+    """
     if (side, encoding) == (32, "npy"):
         return small_dataset(settings)
     base = small_dataset(settings) if side == 32 else medium_dataset(settings)
@@ -66,7 +78,10 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
 
 
 def load_config_on(name: str, folder: Path, **data: Any) -> Config:
-    """Load a config of the project for another data set. `data` replaces further fields of the section data."""
+    """Load one of the project's configs, but for the data set in `folder`.
+
+    `data` overrides other settings of the data section.
+    """
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
 
@@ -75,8 +90,9 @@ def check_free_space(folder: Path, needed_bytes: int, option: str) -> None:
     """Raise UserError if the disk has too little space for the data sets that are still to be generated.
 
     Args:
-        needed_bytes: Size of all data sets. Those already in the folder are subtracted.
-        option: Command-line option that names the folder.
+        folder: Folder for generated data sets.
+        needed_bytes: Size of all data sets. The size of those already in the folder is subtracted.
+        option: Command-line option that sets the folder, for the error message.
     """
     stat = os.statvfs(folder)
     free_bytes = stat.f_bavail * stat.f_frsize

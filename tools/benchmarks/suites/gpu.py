@@ -32,7 +32,7 @@ DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
 BATCH_SIZES_SHARE = 0.5  # share of the time of part resnet50; the profile gets the rest
-DEFAULT_BATCH_SIZE = 256  # of part resnet50 if no batch sizes were measured
+DEFAULT_BATCH_SIZE = 256  # batch size in part resnet50 if none was measured
 PROFILED_STEPS = 20
 
 
@@ -46,15 +46,17 @@ def _training(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Return a table of training on a resident batch and end to end, for every placement of the data.
+    """Return a table of training on a resident batch, and end to end with raw pixels on the device and on the host.
 
     Args:
-        name: One of this project's configs.
-        side: Side of the stored images.
+        settings: Settings of the run.
+        title: Model and image size.
+        name: Name of one of this project's configs.
+        side: Side of the stored images in pixels.
         batch_size: Maximum batch size.
         image_size: Side after augmentation. None: the stored side.
-        jpeg: Whether to add JPEG to the placements of raw pixels.
-        policy: Replaces aug.auto.policy.
+        jpeg: Whether to measure end-to-end training on JPEG, too.
+        policy: Value of aug.auto.policy. None: the config's.
     """
     raw = image_dataset(settings, side)
     config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch_size), image_size=image_size or side)
@@ -74,7 +76,7 @@ def cifar_training(settings: Settings) -> Iterator[TableSpec]:
 
 
 def speedrun(settings: Settings) -> Iterator[TableSpec]:
-    """Measure the speedrun to 94 %, then the published script."""
+    """Measure this project's speedrun to 94 %, then the published airbench94_muon.py."""
 
     def rows(limits: Limits) -> Iterator[Row]:
         last: Row = {}
@@ -105,9 +107,9 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 
 
 def loaders(settings: Settings) -> Iterator[TableSpec]:
-    """Measure loaders of raw pixels: 224 and 96 pixels from the host, 32 pixels from the device.
+    """Measure loaders of raw pixels, for images of 224 and 96 pixels on the host and of 32 pixels on the device.
 
-    For the host, the bound is the copy from pinned memory, which takes turns with the loader.
+    On the host the loader's bound is the copy from pinned memory, which takes turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
@@ -123,7 +125,7 @@ def _loading(settings: Settings, side: int, aug: AugConfig | None, placements: t
 
 
 def decoding(settings: Settings) -> Iterator[TableSpec]:
-    """Measure JPEG decoding by hw_decoder_load and number of threads, and RandAugment on raw pixels."""
+    """Measure JPEG decoding by number of threads and hw_decoder_load, and RandAugment on raw pixels."""
     cores = len(os.sched_getaffinity(0))
     for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
         for side in (224, 96):
@@ -135,7 +137,7 @@ def decoding(settings: Settings) -> Iterator[TableSpec]:
 
 
 def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
-    """Return a table of JPEG decoding without augmentation, for every hw_decoder_load."""
+    """Return a table of JPEG decoding without augmentation, with a row for each value of hw_decoder_load."""
     folder = image_dataset(settings, side, "jpeg")
     batch_size = limited_batch_size(folder, 512)
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, threads=threads)
@@ -147,9 +149,10 @@ def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
 
 
 def resnet50(settings: Settings) -> Iterator[TableSpec]:
-    """Measure timm's ResNet-50: the step by batch size, its profile at the fastest, and end-to-end training.
+    """Measure the training step of timm's ResNet-50 by batch size, then its profile and end-to-end training.
 
-    If no batch size was measured (--only, out of time), profile and training use DEFAULT_BATCH_SIZE.
+    The profile and end-to-end training use the fastest batch size. If no batch size was measured, because of --only or
+    because the time was over, they use DEFAULT_BATCH_SIZE.
     """
     raw = image_dataset(settings, 224)
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
@@ -185,7 +188,7 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
 
 
 def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], limits: Limits) -> Iterator[Row]:
-    """Yield a row per batch size, and append the trials to `trials`."""
+    """Measure batch sizes in ascending order. Append each trial to `trials` and yield its row."""
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - BATCH_SIZES_SHARE) * settings.part_s
@@ -211,7 +214,7 @@ def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], li
 
 
 def accuracy(settings: Settings) -> Iterator[TableSpec]:
-    """Train ResNet-18 and AlexNet to target accuracies. A third of the time is reserved for AlexNet."""
+    """Train ResNet-18 and AlexNet to their target accuracies. A third of the part's time is reserved for AlexNet."""
 
     def rows(limits: Limits) -> Iterator[Row]:
         del limits

@@ -1,4 +1,4 @@
-"""Tables of data loaders, with or without augmentation, compared to bounds and other libraries."""
+"""Tables of data loaders, with or without augmentation, compared to other libraries and to bounds."""
 
 from __future__ import annotations
 
@@ -38,15 +38,19 @@ def loading_table(
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
 ) -> InterleavedTable:
-    """Return a table of our loader, the bounds that take turns with it and, with a scratch folder, the peers.
+    """Return a table of our loader, of copies that bound its rate and, with a scratch folder, of the peers.
 
     Args:
+        folder: Data set.
         aug: Augmentation. None: reading alone.
-        size: Side of the images after augmentation.
+        size: Side of the images after augmentation, in pixels.
+        batch_size: Batch size of all candidates.
+        device: "cpu" or "cuda".
+        scratch: Folder for files of the peers. None: the peers are not measured.
         workers: Worker processes of the peers.
-        data: Further settings of our loader; the other arguments take precedence.
+        data: Further settings of our loader. The other arguments take precedence.
         placements: Placements of raw pixels on a GPU. With "host", the copy of a batch from pinned memory is measured
-            too.
+            as well.
     """
     split = open_split(folder, SPLIT)
     encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
@@ -90,7 +94,7 @@ def loading_table(
 
 @dataclass(frozen=True)
 class _LoadingBounds:
-    """Bounds of the loaders of one table."""
+    """Bounds of the loaders in one table."""
 
     device: str
     stored_bytes: float  # of one image
@@ -113,7 +117,7 @@ class _LoadingBounds:
                 stored_bytes=self.stored_bytes,
                 output_bytes=self.output_bytes,
             )
-            if copy:  # measured in turns with the loaders, with batches of this size
+            if copy:  # measured alternately with the loaders and at the same batch size
                 bounds = {ONE_COPY.removeprefix(BOUND): copy}
             elif pinned and roofline.PINNED in bounds:
                 bounds[roofline.PINNED] = pinned
@@ -123,7 +127,7 @@ class _LoadingBounds:
 
 
 def describe(aug: AugConfig) -> str:
-    """Return the names of all augmentations, in their order."""
+    """Return the names of all active augmentations as a list in words, or "no augmentation"."""
     jitter = aug.color_jitter
     names = {
         "pad and crop": aug.crop == "pad",
@@ -140,5 +144,5 @@ def describe(aug: AugConfig) -> str:
 
 
 def crop_and_flip(aug: AugConfig) -> AugConfig:
-    """Return the part of an augmentation that all peers support."""
+    """Return an augmentation reduced to its crop and flip, which all peers support."""
     return AugConfig(crop=aug.crop, padding=aug.padding, scale=aug.scale, ratio=aug.ratio, flip=aug.flip)

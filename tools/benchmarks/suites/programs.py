@@ -1,6 +1,7 @@
-"""Rows from programs: speedruns, the published script, runs to an accuracy, the profile of the step.
+"""Rows from programs: speedruns, the published script, runs to a target accuracy, the profile of a step.
 
-A program's output is read while it runs, so that results are kept if it is interrupted. It is stopped at the deadline.
+A program's output is read while the program runs, so that results are kept if it is interrupted. The program is stopped
+at the deadline.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tools.runs.records import summarize_metrics, training_time_s
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
-POLL_S = 0.5  # between two reads of a program's output
-TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+POLL_S = 0.5  # time between two reads of a program's output
+TERMINATE_S = 5.0  # time between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1
 SPEEDRUN_FIGURES = (
     "top1_mean",
@@ -62,8 +63,8 @@ _libc = ctypes.CDLL(None)
 class Program:
     """A program in a separate process group.
 
-    The group is killed when the generator of `run` ends or is closed. If this process is killed, the kernel kills the
-    program, but not the processes started by it.
+    The group is killed when the generator of `run` ends or is closed. If the calling process is killed, the kernel
+    kills the program, but not the program's child processes.
     """
 
     def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
@@ -71,7 +72,10 @@ class Program:
         self.is_late = False
 
     def run(self) -> Iterator[None]:
-        """Run the program; yield every POLL_S seconds and once after its end. Closing the generator stops it."""
+        """Run the program until it ends or the deadline passes.
+
+        Yields every POLL_S seconds and once after the end. Closing the generator stops the program.
+        """
 
         def end_with_parent() -> None:
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -99,7 +103,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, so that training saves a checkpoint, then SIGKILL to the whole process group."""
+        """Send SIGTERM, so that training saves a checkpoint. After at most TERMINATE_S, kill the whole group."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -110,7 +114,7 @@ class Program:
 
     @property
     def error(self) -> str | None:
-        """Reason of the failure; None if the program is running, was stopped at the deadline or succeeded."""
+        """Reason why the program failed. None if it is running, succeeded or was stopped at the deadline."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
@@ -119,7 +123,10 @@ class Program:
         return f"exit code {code}: {last_line}"[:300]
 
     def row(self, name: str, figures: Row, **fields: Any) -> Row:
-        """Return a row with the figures so far, and the reason if the program has not succeeded."""
+        """Return a row with the figures so far.
+
+        If the program has not ended successfully, the row has an error or a note with the reason.
+        """
         if self.error is not None:
             return failed_row(name, self.error, **fields) | figures
         if self.is_late:
@@ -138,7 +145,7 @@ def _config_path(name: str) -> Path:
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
-    """Run tools/speedrun.py on a config. The row contains its JSON as `result`."""
+    """Run tools/speedrun.py on a config. Rows contain the program's JSON output as `result`."""
     output = scratch / f"{name}.json"
     options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
     command = _command("tools/speedrun.py", *options)
@@ -155,12 +162,15 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
 def reference(
     checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
 ) -> Iterator[Row]:
-    """Run the published airbench94_muon.py on the same pixels. Stop it after `seeds` runs.
+    """Run the published airbench94_muon.py on the same pixels, and stop it after `seeds` runs.
 
     Args:
-        checkout: Folder of a cifar10-airbench checkout.
-        folder: Its subfolder reference/ receives the log and, once, the images in the script's format.
-        ours: Row to compare with.
+        checkout: Folder of a cifar10-airbench checkout. None: the row is skipped.
+        data: Converted CIFAR-10.
+        seeds: Number of runs.
+        folder: Folder whose subfolder "reference" receives the log and the images in the script's format.
+        ours: Row of this project's speedrun. The ratio is the script's mean time divided by the mean time in this row.
+        deadline: Time on the clock of time.monotonic().
     """
     folder = folder / "reference"
     script = None if checkout is None else checkout.resolve() / REFERENCE
@@ -184,14 +194,17 @@ def reference(
             figures["runs"] = len(runs)
             if ours.get("time_s_mean"):
                 figures["ratio"] = float(f"{figures['time_s_mean'] / ours['time_s_mean']:.3g}")
-        if len(runs) == seeds:  # the script continues to 200
+        if len(runs) == seeds:  # the script itself would continue to 200 runs
             yield {"name": REFERENCE, "ours": False, "error": None, **figures}
             return
         yield program.row(REFERENCE, figures, ours=False)
 
 
 def write_reference_data(data: Path, split: str, path: Path) -> None:
-    """Write a split in the reference's format: images uint8 [N, 32, 32, 3], labels int64 [N], classes."""
+    """Write a split in the format of the published script, unless the file exists.
+
+    The file contains images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes.
+    """
     if path.is_file():
         return
     opened = open_split(data, split)
@@ -204,7 +217,11 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Return (accuracy with test-time augmentation, seconds) of each run in the script's table, without the warm-up."""
+    """Parse the table that the published script prints. Leave out the first run, which is the warm-up.
+
+    Returns:
+        The accuracy with test-time augmentation and the time in seconds of each run.
+    """
     runs = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -216,7 +233,10 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
 def train_to_accuracy(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
-    """Run train/ddp.py on a config. Yield accuracy, epochs/s, and the training time until `target` was reached."""
+    """Run train/ddp.py on a config and yield rows with the figures of `accuracy_fields`.
+
+    Training continues after the target is reached, until the last epoch or the deadline.
+    """
     output = scratch / "accuracy"
     command = _command("train/ddp.py", "--cfg", _config_path(name), "--data-path", data, "--output", output)
     command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
@@ -226,7 +246,10 @@ def train_to_accuracy(
 
 
 def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
-    """Return the figures of a run so far; none before the end of the first epoch."""
+    """Return accuracy, rates, memory, and the training time until `target` was reached, for a run so far.
+
+    The result is empty before the end of the first epoch.
+    """
     if not metrics:
         return {}
     found = summarize_metrics(metrics)
@@ -246,7 +269,10 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
 
 
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
-    """Run tools/benchmark.py profile on a config. Yield a row for each phase of the step and for the whole step."""
+    """Run tools/benchmark.py profile on a config.
+
+    Yields a row for each phase of the step, then a row for the whole step without and, if used, with CUDA graph.
+    """
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     options = ("--cfg", file, "--steps", steps, "--seconds", seconds, "--out", out)

@@ -1,4 +1,7 @@
-"""Cost of a stage change (data.stages): the epoch after each change, compared to the next epoch of the same stage."""
+"""Cost of a stage change (data.stages).
+
+The rate of the epoch after each change is compared to that of the next epoch of the same stage.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from train.engine.warm_up import warm_up
 
 
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
-    """Measure the rates of epochs after a stage change, with the real loader, step and epoch.
+    """Measure the rates of epochs after a stage change, with the real loader and training step.
 
-    A round trains two epochs per stage, so it enters each stage once. The first round warms up and does not count. The
-    ratio of a row is the rate of the epoch after a change divided by that of the following epoch: the median over the
+    A round trains two epochs per stage, so it enters each stage once. The first round is a warm-up and does not count.
+    `ratio` is the rate of the epoch after a change divided by the rate of the next epoch, as the median over the
     rounds.
 
     Returns:
-        The entry of a run file.
+        A table for a run file, with a row per stage.
     """
     stage_sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
     epochs = 2 * len(stage_sizes) * (rounds + 1)
@@ -74,12 +77,14 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
 
 
 def title(config: Config) -> str:
-    """Return the title of the table for a config."""
     return f"changes of image and batch size, {config.model.name}"
 
 
 def stage_changes(settings: Settings) -> Iterator[TableSpec]:
-    """Measure stage changes of ResNet-18 on a GPU, else of LeNet, which takes 32 to 35 pixels."""
+    """Measure stage changes of ResNet-18 on a GPU, or of LeNet on the CPU.
+
+    The stages of LeNet use the two ends of its range of image sizes, 32 and 35 pixels.
+    """
     if settings.device == "cuda":
         folder = medium_dataset(settings)
         config = load_config_on(

@@ -1,7 +1,7 @@
-"""Cost per sample by size of the data set: the real loader on generated indices over sparse shard files.
+"""Cost per sample by size of the data set, with the real loader on a generated index and sparse shard files.
 
-Each size runs in a separate process, since its memory is measured. All sizes time the same number of samples, which are
-read into the page cache first, so that the cost of the disk is excluded.
+Each size runs in a separate process, since the memory of the process is measured. The same number of samples is timed
+for every size. These samples are read into the page cache first, so that the cost of the disk is excluded.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ SIDE = 96  # pixels, as in MediumImageNet
 CLASSES = 200
 SHARD_BYTES = 512 * 2**20
 BATCH_SIZE = 512
-BATCHES = 19  # timed batches; 10,000 samples have 19
-PREFETCHED_BATCHES = 20  # maximum number that the loader prepares beyond them
+BATCHES = 19  # maximum number of timed batches; 10,000 samples have 19
+PREFETCHED_BATCHES = 20  # maximum number of batches that the loader prepares beyond the timed ones
 
 
 def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
-    """Return a table with a row per size: µs per sample, memory, and the time from opening to the first batch."""
+    """Return a table with a row per size of the data set.
+
+    Rows contain µs per sample, memory, and the time from opening the data set to the first batch in seconds.
+    """
     rows = []
     for samples in sizes:
         (measurement,) = measure([Candidate(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
@@ -58,13 +61,12 @@ def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES,
 
 
 def title(side: int = SIDE) -> str:
-    """Return the title of the table for images of this size."""
     return f"Cost per sample by size of the data set, {side}x{side} raw"
 
 
 @contextmanager
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measure while building, in a fresh process; the workload only carries the details."""
+    """Measure one size while building the workload, which itself does nothing and only carries the results."""
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
     torch.set_num_threads(1)
@@ -81,7 +83,7 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
     memory = private_bytes() - before
 
     def epoch_part() -> float:
-        """Return µs per sample of the loader over the first batches of epoch 0."""
+        """Return the loader's time in µs per sample over the first batches of epoch 0, except the very first."""
         loader.state = {"epoch": 0, "step": 0}
         remaining = iter(loader)
         next(remaining)
@@ -118,7 +120,10 @@ def _microseconds(work: Callable[[], Any]) -> float:
 
 
 def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
-    """Return the smallest value measured within `seconds`, since noise only adds to it."""
+    """Call `measure_once` for `seconds`, at least three times, and return the smallest value.
+
+    Noise only increases the values.
+    """
     values = [measure_once()]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(values) < 3:
@@ -127,13 +132,16 @@ def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
 
 
 def private_bytes() -> int:
-    """Return the memory of this process without mapped files, which all ranks share."""
+    """Return the resident memory of this process, without mapped files, whose pages all ranks share."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Read these samples into the page cache. Page faults on the map would read megabytes around each of them."""
+    """Read these samples into the page cache with single reads.
+
+    Page faults on the memory map would read megabytes around each sample.
+    """
     split = open_split(folder, "train", verify="off")
     for number in np.unique(split.shard[samples]).tolist():
         inside = samples[split.shard[samples] == number]
@@ -145,7 +153,7 @@ def read_into_cache(folder: Path, samples: np.ndarray) -> None:
 
 
 def make_sparse_set(folder: Path, samples: int, side: int) -> None:
-    """Write a data set with a real index and sparse shards, which read as black images."""
+    """Write a data set with a real index and sparse shard files, whose images are black."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (side, side, 3)
     size = len(tar_format.npy_header(shape)) + side * side * 3

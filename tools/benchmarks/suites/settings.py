@@ -11,23 +11,23 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a whole run."""
+    """Settings of `tools/benchmark.py all`."""
 
     device: str  # cpu or cuda
     scratch: Path  # folder for the peers' files, deleted at the end
     data: Path  # folder for generated data sets
     small: Path | None = None  # converted 32x32 data set
     medium: Path | None = None  # converted 96x96 data set
-    source: Path | None = None  # raw CIFAR-10, if none is converted
+    source: Path | None = None  # raw CIFAR-10, for use if `small` does not exist
     reference: Path | None = None  # checkout of cifar10-airbench
     seconds: float = 0.5
     rounds: int = 5
     workers: int = 1  # worker processes of the peers
     seeds: int = 10  # runs of each speedrun
-    epochs: int | None = None  # epochs of the runs to an accuracy; None: the configs'
+    epochs: int | None = None  # epochs of the runs to a target accuracy; None: as in the configs
     samples: int | None = None  # samples of generated data sets; None: the device's default
     only: tuple[str, ...] = ()  # stages; empty: all
-    deadline: float | None = None  # of the run or the current part, on the clock of time.monotonic()
+    deadline: float | None = None  # end of the run or the current part, on the clock of time.monotonic()
     part_s: float | None = None  # time limit of each part
 
 

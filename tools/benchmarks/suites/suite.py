@@ -30,11 +30,20 @@ class Part:
     name: str
     stages: tuple[str, ...]  # of the tables
     tables: Callable[[Settings], Iterator[TableSpec]]
-    needs_limits: bool = True  # whether it needs the limits of the machine
+    needs_limits: bool = True  # whether the tables need the limits of the machine
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
-    """Return the parts with these names (empty: all) and any of the stages `only` (empty: any), in order."""
+    """Return the selected parts in their order.
+
+    Args:
+        parts: All parts.
+        names: Names of parts to keep. Empty: all names.
+        only: Stages. Parts with at least one of them are kept. Empty: all stages.
+
+    Raises:
+        UserError: If a name is unknown or no part is left.
+    """
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--part {' '.join(unknown)} is not one of {', '.join(known)}")
@@ -50,7 +59,7 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
 
 
 def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
-    """Measure the parts in order. A failure is recorded as a row with an error, and the run continues."""
+    """Measure the parts in order. After a failure, a row with the error is recorded and the next part runs."""
     start = time.monotonic() - RunTimer().command_s  # start-up counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
         deadlines = [settings.deadline, settings.part_s and start + settings.part_s]
@@ -64,9 +73,9 @@ def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
 
 
 def machine_limits(settings: Settings, file: RunFile) -> Limits:
-    """Return the limits of the machine from the run file if they are complete and current, else measure them.
+    """Return the limits of the machine from the run file, or measure them.
 
-    Limits are current if they were measured on the same day with the same versions.
+    Limits in the file are used if they are complete and were measured on the same day with the same versions.
     """
     info, environment = file.run["parts"].get(LIMITS, {}), file.run["environment"]
     rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
@@ -84,9 +93,12 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 
 
 def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entry], None]) -> bool:
-    """Measure and print the tables of a part. Return True if all were measured in time and without a failure.
+    """Measure and print the tables of a part.
 
-    A table that cannot be built is recorded as a table with one failed row.
+    If a table cannot be built, a table with one failed row is added and the part ends.
+
+    Returns:
+        True if all tables of the part were measured in time and without a failure.
     """
     is_complete = True
     try:

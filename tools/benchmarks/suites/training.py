@@ -1,4 +1,4 @@
-"""Tables of training: one resident batch, end to end, and other training loops."""
+"""Tables of training on one resident batch, end-to-end training, and the training loops of other projects."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ def training_table(
     """Return a table of our training step and, with a scratch folder, of the peers' training.
 
     Args:
-        variants: See `ours.training`.
+        title: Title without the prefix "training".
+        config: Config of the training.
+        variants: Names of end-to-end workloads, and the fields of `config.data` that each of them changes.
+        device: "cpu" or "cuda".
         details: Further fields of the entry.
+        scratch: Folder for files of the peers. None: the peers are not measured.
         workers: Worker processes of the peers.
     """
     candidates = [Candidate(OURS, ours.training, (config, variants))]
@@ -70,7 +74,7 @@ def training_table(
 
 
 def _limiting_factor(row: Row, is_resident: bool) -> str:
-    """Return the factor that limits training far below the peak arithmetic rate."""
+    """Return what limits a training rate far below the peak arithmetic rate, or "" for peers."""
     if is_resident:
         return "the step: memory traffic and launches, not arithmetic"
     if not row["ours"]:
