@@ -160,7 +160,7 @@ def main() -> int:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Create the output folders and check that the files are writable before measuring, so that no result is lost."""
+    """Create the output folders and check that the output files are writable, before anything is measured."""
     for folder in (arguments.scratch, getattr(arguments, "report", None)):
         _try_output(_make_folder, folder)
     if arguments.json is not None:
@@ -181,7 +181,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    """Raise OSError if the file cannot be written; leave no empty file, which would not be a run."""
+    """Raise OSError if the file cannot be written.
+
+    If the check creates the file, it is removed again, since an empty file is not a run.
+    """
     is_new = not file.exists()
     file.open("ab").close()
     if is_new:
@@ -189,7 +192,7 @@ def _check_writable(file: Path) -> None:
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
-    """Measure the parts for this machine. On a GPU, add them to the earlier parts of the report's JSON file."""
+    """Measure the parts for this machine. On a GPU, --report adds them to the parts already in its JSON file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
     for given in (arguments.small, arguments.medium):

@@ -77,7 +77,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that the conversion cleans up as after Ctrl-C."""
+    """Raise `Terminated` on SIGTERM, so that the conversion cleans up as it does after Ctrl-C."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -93,7 +93,10 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """Open the command's source. Imports are deferred, since every worker process imports this module."""
+    """Open the source that the command names.
+
+    Imports are deferred, since every worker process imports this module.
+    """
     if args.command == "digits":
         from tools.sources.digits import open_digits
 
@@ -130,7 +133,7 @@ def build_options(args: argparse.Namespace) -> Options:
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """Return the name of the data set and its shards: --name, or the source's.
+    """Return the name of the data set and its shards: --name, or else a name derived from the source.
 
     The name does not depend on --out, so that equal input gives equal files in any folder.
     """
@@ -150,7 +153,10 @@ def dataset_name(args: argparse.Namespace) -> str:
 
 
 def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
-    """Return a summary of the data set, one line per split, with the first quarantined samples."""
+    """Return a summary of a conversion.
+
+    It has a line for the data set, and for each split a line and the first quarantined samples.
+    """
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]
     for name, split in splits.items():
@@ -174,7 +180,10 @@ def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
 
 
 def verify(folder: Path) -> str:
-    """Verify a data set and return a sentence. Raises UserError with the first problems if it is damaged."""
+    """Verify a data set and return the result as a sentence.
+
+    Raises UserError with the first problems if the data set is damaged.
+    """
     problems = find_problems(folder)
     if problems:
         more = (

@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def build_exportable(trained: TrainedModel) -> Exportable:
-    """Return a contiguous float32 copy of the model, for any memory format of the run."""
+    """Return a float32 copy of the model with contiguous weights, whichever memory format the run used."""
     model = copy.deepcopy(trained.state.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
     settings, evaluation = trained.config.model, trained.config.eval
@@ -138,7 +138,7 @@ def build_exportable(trained: TrainedModel) -> Exportable:
 def write_report(
     exportable: Exportable, expected: ExpectedLogits, rows: list[Row], failed: dict[str, str], folder: Path
 ) -> None:
-    """Print the table and the snippets, and write both to export.json."""
+    """Print the table of formats and the usage snippets, and write both to export.json."""
     snippets = {row["format"]: usage_snippet(row["format"], exportable, folder) for row in rows}
     content: dict[str, Any] = {
         **exportable.metadata,

@@ -108,9 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
-    """Train one step per learning rate until the loss diverges. `state` cannot be used afterwards.
+    """Train one optimizer step per learning rate until the loss diverges. `state` cannot be used afterwards.
 
-    Synchronizes with the device every SYNC_EVERY steps.
+    Reads the losses every SYNC_EVERY steps, which synchronizes with the device.
     """
     set_training_mode(state.forward)
     set_whitening_bias_grad(state, 0)
@@ -139,10 +139,12 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
 
 
 def options_for(config: Config, lr: float) -> str:
-    """Return the --opts values that set this rate. The config's other rates are scaled with it, as in the test.
+    """Return the --opts values that set this learning rate and scale the config's other rates by the same factor.
 
     Args:
-        lr: Learning rate for the tested global batch. The printed one is for train.lr_batch_size, if that is set.
+        config: the config of the range test.
+        lr: learning rate for the global batch of the test. If train.lr_batch_size is set, the returned train.lr is
+            converted to that batch size.
     """
     train = config.train
     lr /= lr_factor(train, global_batch(config, 1))
@@ -154,7 +156,7 @@ def options_for(config: Config, lr: float) -> str:
 
 
 def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
-    """Return the result as text."""
+    """Return the lines of text that report the suggestion, or the reason for having none."""
     ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
     lines = [f"{title(config)}: {len(curve.lr)} steps from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
@@ -197,7 +199,7 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
 
 
 def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
-    """Plot the loss over the learning rate. The axis excludes the diverging losses."""
+    """Plot the loss over the learning rate. The loss axis leaves out the diverging losses."""
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one step")
     axis.plot(curve.lr, curve.smoothed, color="#1f4e89", label="smoothed")

@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: ImageSet, out: Path) -> None:
-    """Predict the images and write all files."""
+    """Predict the images and write all output files."""
     classes = models[0].classes
     file = submission_file(arguments, images, out)
     form = None
@@ -150,13 +150,19 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
-    """Return the default output folder, in the run's folder. Splits and folders of pictures cannot collide."""
+    """Return the default output folder, which is beside the checkpoint.
+
+    Splits and folders of pictures have different prefixes, so their output folders never coincide.
+    """
     name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
     return checkpoint.parent / name
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
-    """Return the submission file to write; None for no submission."""
+    """Return the path of the submission to write, or None for no submission.
+
+    Raises UserError if options of a submission are given without one, or if the file cannot be written there.
+    """
     if arguments.submission == "none" or (arguments.submission is None and images.split != "test"):
         options = ("sample_submission", "id_start", "id_column", "category_column", "fill")
         given = [name for name in options if getattr(arguments, name) is not None]

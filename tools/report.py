@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.json, .md and .png of a run, and README.md's tables if the folder is docs/benchmarks."""
+    """Write DEVICE.json, DEVICE.md and DEVICE.png of a run. Return the written paths.
+
+    If the folder is docs/benchmarks, the tables of its README.md are updated too.
+    """
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
     written = [path, *document(run, folder)]
@@ -64,7 +67,7 @@ def write(run: Run, folder: Path) -> list[Path]:
 
 
 def load_runs(folder: Path) -> dict[str, Run]:
-    """Load the runs among the JSON files of a folder, by file name without suffix."""
+    """Return the benchmark runs among the JSON files of a folder. Keys are file names without suffix."""
     runs = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -81,13 +84,13 @@ def load_runs(folder: Path) -> dict[str, Run]:
 
 
 def slug(run: Run) -> str:
-    """Return the device's name as a file name."""
+    """Return the device's name in the form that file names use."""
     name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def document(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.md and, if the run has rates, DEVICE.png."""
+    """Write DEVICE.md and, if the run has rates, DEVICE.png. Return the written paths."""
     from tools.benchmarks.engine import charts  # deferred, since matplotlib is slow to import
 
     name = slug(run)
@@ -110,7 +113,10 @@ def document(run: Run, folder: Path) -> list[Path]:
 
 
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
-    """Return the tables of README.md: for each device our rates, the ratios to peers, and the shares of bounds."""
+    """Return the tables of README.md.
+
+    For each device, they show this project's rates, the ratios to peers and the shares of bounds.
+    """
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
         text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
@@ -170,19 +176,25 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
-    """Return a cell for each peer. Ratios are those of the first of our rows, and only shown there."""
+    """Return one cell per peer with the ratio of this project's rate to the peer's; empty cells unless `shown`.
+
+    A ratio refers to the group's first row of this project, so only this row should show it.
+    """
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]
 
 
 def _title(group: dict[str, Any], row: Row) -> str:
-    """Return the title of the table and, if we have several rows, the name of this one."""
+    """Return the table's title, followed by what the row's name adds to it, if anything."""
     which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
     return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
 
 
 def with_block(readme: Path, block: str) -> str:
-    """Return the text of a README with the part between the two markers replaced."""
+    """Return the text of the README with `block` between its two markers.
+
+    Raises UserError unless each marker occurs once.
+    """
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(

@@ -72,7 +72,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:
-    """Return the kind of plot, a key of `ACCEPTED_OPTIONS`. Raises UserError for incompatible or invalid options."""
+    """Return the kind of plot, which is a key of `ACCEPTED_OPTIONS`.
+
+    Raises UserError for incompatible or invalid options.
+    """
     given = [name for name in ("checkpoint", "cfg", "data_path") if getattr(arguments, name) is not None]
     if not given:
         raise UserError(

@@ -115,7 +115,16 @@ def run(
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:
-    """Train from the weights of `state` and evaluate. Return top1 and time_s."""
+    """Train from the weights of `state`, then evaluate. Return top1 and time_s.
+
+    Args:
+        config: config of this run, with its seed.
+        state: freshly initialized training state.
+        images: images that whitening is computed from; None without whitening.
+        train_loader: loader of the training split.
+        val_loader: loader of the validation split.
+        val_samples: number of validation samples.
+    """
     timer = RunTimer()
     timer.add(whiten(state, images))
     train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
@@ -128,7 +137,10 @@ def run(
 
 
 def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Return means and standard deviations (0 for a single run), the machine and the versions."""
+    """Return the runs, the means and standard deviations of top1 and time_s, the machine and the package versions.
+
+    The standard deviations of a single run are 0.
+    """
     figures: dict[str, Any] = {"name": config.name, "runs": runs}
     for name in ("top1", "time_s"):
         values = [float(run[name]) for run in runs]

@@ -111,7 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compute_costs(case: ModelCase, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:
-    """Return the counted costs and the measured bytes of training memory (None without a GPU)."""
+    """Return the counted costs and the measured training memory in bytes (None without a GPU).
+
+    Raises UserError if the model does not fit into the GPU's memory or its costs cannot be counted.
+    """
     on_gpu = device.type == "cuda"
     if on_gpu:
         free_device_memory()

@@ -123,7 +123,14 @@ def main() -> int:
 
 
 def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> None:
-    """Run the waiting points. The tables are rewritten after each run, so that a kill loses none of them."""
+    """Run the waiting points. The tables are rewritten after each run, so that a killed sweep keeps its results.
+
+    Args:
+        sweep: the sweep; errors of failed runs are added to `sweep.errors`.
+        waiting: the points without a finished run.
+        slots: GPUs and threads for concurrent runs.
+        lock: descriptor of the folder's lock.
+    """
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)
     bar = tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr)

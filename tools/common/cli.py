@@ -9,12 +9,12 @@ from configs.utils.errors import UserError
 
 
 def flag_name(name: str) -> str:
-    """Return the command-line flag of an argument: `--top-k` for `top_k`."""
+    """Return the command-line flag of an argument, such as `--top-k` for `top_k`."""
     return f"--{name.replace('_', '-')}"
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for the first of these integer arguments that is below 1; None is allowed."""
+    """Raise UserError if one of the named integer arguments is below 1. Arguments may be None."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -22,7 +22,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Return an argparse type for integers from `minimum` to `maximum` (None: unbounded)."""
+    """Return an argparse type for integers from `minimum` to `maximum`, which may be None for no upper bound."""
     limits = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
 
     def parse(text: str) -> int:

@@ -19,18 +19,18 @@ LOSS = "loss"  # name of the layer for operations outside the network
 
 @dataclass
 class Layer:
-    """One call of a module, excluding the modules it calls. Counts are for the whole batch."""
+    """Costs of one call of a module for the whole batch, without those of the modules that it calls."""
 
     name: str
     type: str
     output_shape: tuple[int, ...] | None = None
-    parameters: int = 0  # counted at the first call; shared ones in the first module that has them
+    parameters: int = 0  # counted in the first call of the first module that has them
     flops: int = 0
-    saved_bytes: int = 0  # saved for the backward pass; shared storages count in the first layer
+    saved_bytes: int = 0  # saved for the backward pass; a shared storage is counted in the first layer
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Return the size of the tensors' storages, each counted once."""
+    """Return the total size of the tensors' storages in bytes. A shared storage is counted once."""
     return sum({_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -39,7 +39,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class WeightCasts(TorchDispatchMode):
-    """Record autocast's copies of weights, which are saved for the backward pass but are not activations."""
+    """Record autocast's copies of weights. The backward pass needs them, but they are not activations."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ForwardTracer:
 
     @contextmanager
     def trace(self, network: nn.Module) -> Iterator[None]:
-        """Trace everything inside the context; operations outside the network go to the layer `loss`."""
+        """Trace the operations inside the context. Those outside the network are attributed to the layer `loss`."""
         self._saved: dict[int, Tensor] = {_storage_id(tensor): tensor for tensor in self.weights}
         handles: list[RemovableHandle] = []
         for name, module in network.named_modules():
@@ -92,7 +92,7 @@ class ForwardTracer:
         self.layers.append(loss)
 
     def _count_flops(self) -> None:
-        """Attribute the FLOPs since the last entry or exit of a module to the running call."""
+        """Attribute all FLOPs since the previous call of this method to the innermost running module call."""
         total = self.counter.get_total_flops()
         self._stack[-1].flops += total - self._seen_flops
         self._seen_flops = total
@@ -124,7 +124,10 @@ class ForwardTracer:
 
 
 def uncalled_layers(network: nn.Module, tracer: ForwardTracer) -> Iterator[Layer]:
-    """Yield the modules with parameters that were not called: used by another module, or unused."""
+    """Yield the modules that own parameters but were never called.
+
+    Another module uses their parameters, or nothing does.
+    """
     for name, module in network.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]
         tracer.counted.update(own)

@@ -47,7 +47,10 @@ class Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of memory without temporary buffers, since gradients partly replace activations."""
+        """Upper bound of the training memory in bytes, without temporary buffers.
+
+        The actual peak is lower, since activations are released while gradients are allocated.
+        """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
@@ -63,12 +66,12 @@ def count_costs(
     """Count the costs of a training step without computing it. The network of train.proxy is left out.
 
     Args:
-        network: takes uint8 images; on `device`, in its memory format. It is not changed.
-        config: the optimizer, loss, Lookahead and moving average.
+        network: network for uint8 images, on `device` and in its memory format for training. It is not changed.
+        config: settings of the optimizer, loss, Lookahead and moving average.
         batch_size: samples per step.
         image_size: height and width of the images, pixels.
-        device: whose autocast rules apply.
-        amp: autocast's dtype; None: off.
+        device: device whose autocast rules apply.
+        amp: dtype of autocast; None if autocast is off.
 
     Raises:
         Exception: torch's error if the forward pass or the optimizer depends on tensor values.
@@ -111,10 +114,10 @@ def count_costs(
 def measure_memory(
     network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
 ) -> int:
-    """Return the peak of allocated bytes on the GPU over real training steps of `network`.
+    """Return the peak of allocated GPU memory in bytes over MEASURED_STEPS real training steps of `network`.
 
-    The steps run uncompiled, to be comparable with `count_costs`. The first step, in which cuDNN tries its algorithms,
-    is not measured. All other tensors on the device count too, so call `free_device_memory` first.
+    The steps run uncompiled, to be comparable with `count_costs`. The peak excludes one earlier step, in which cuDNN
+    tries its algorithms, but includes all other tensors on the device, so call `free_device_memory` first.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
@@ -138,9 +141,10 @@ def free_device_memory() -> None:
 
 
 def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
-    """Return the FLOPs of a convolution's backward pass: those of the forward pass for each gradient required.
+    """Return the FLOPs of a convolution's backward pass.
 
-    Replaces torch's formula, which ignores groups.
+    Each required gradient (of the input, of the weight) costs as much as the forward pass. Replaces torch's formula,
+    which ignores groups.
     """
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = arguments[:8]
     positions = math.prod((x_shape if transposed else grad_shape)[2:])

@@ -19,7 +19,10 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of all columns: numbers aligned right, floats with four digits, None empty."""
+    """Return a Markdown table of all columns. Numeric columns are aligned right, and None is an empty cell.
+
+    Floats have four significant digits, or no decimals from 10,000 on.
+    """
     columns = column_names(rows)
     numbers = [
         number
@@ -30,7 +33,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
-    """Return a Markdown table of text cells, padded to equal widths. `right` lists the columns to align right."""
+    """Return a Markdown table of text cells, padded to equal widths.
+
+    `right` contains the indices of the right-aligned columns.
+    """
     lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
     widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
 
@@ -48,7 +54,7 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write all columns of all rows atomically. None and missing values are empty."""
+    """Write all columns of all rows to a CSV file atomically. None and missing values become empty cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, column_names(rows), lineterminator="\n")
     writer.writeheader()
@@ -57,7 +63,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: under a temporary name, then renamed."""
+    """Write a UTF-8 text file atomically, by renaming a temporary file. Raises UserError if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
@@ -67,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create the folder for a tool's results and check that it is writable, before the work starts."""
+    """Create the folder for a tool's results. Raises UserError if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"

@@ -28,14 +28,14 @@ def predict(
     probabilities, computed with logaddexp, so that no probability underflows to 0.
 
     Args:
-        models: the checkpoints to average.
-        images: the images.
-        tta: test-time augmentation; None: that of each model's config.
-        batch_size: of evaluation; None: that of each model's config.
+        models: the models to average.
+        images: the images to predict.
+        tta: test-time augmentation; None: the eval.tta of each model's config.
+        batch_size: images per batch; None: the eval.batch_size of each model's config.
 
     Returns:
-        Logits float32 [N, C] on the host, the evaluation of each model, and that of the average. Without labels the
-        evaluations are empty and None.
+        The logits, float32 [N, C] on the host, the evaluation of each model, and the evaluation of the average. If the
+        images have no labels, the list of evaluations is empty and the evaluation of the average is None.
     """
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].classes)), np.float32)
@@ -64,7 +64,10 @@ def predict(
 def predicted_batches(
     model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits and labels of a split like evaluation, then release the loader's memory."""
+    """Yield the logits and labels of each batch of a split, computed as in evaluation.
+
+    Raises RuntimeError at the end unless every sample was visited exactly once.
+    """
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
     yield from predictions(model.state, loader, tta or model.config.eval.tta)
@@ -72,7 +75,7 @@ def predicted_batches(
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
-    """Raise UserError if the logits [B, C] of the images from `start` on are not finite."""
+    """Raise UserError if a logit is not finite. `logits` [B, C] are those of the B images from index `start` on."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
@@ -83,7 +86,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
 
 
 def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
-    """Return the means of these `loss_and_hits` sums as a list of one evaluation; empty without labels."""
+    """Return the evaluation computed from sums of `loss_and_hits`, as a list that is empty if no sample has a label."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 
@@ -98,7 +101,11 @@ def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable classes, best first: numbers int64 [N, count], probabilities float32 [N, count]."""
+    """Return the most probable classes of each image, the best first.
+
+    Returns:
+        Class numbers, int64 [N, count], and their probabilities, float32 [N, count].
+    """
     parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK_SIZE)]
     numbers = torch.cat([best.indices for best, _ in parts])
     probabilities = torch.cat([(best.values - total).exp() for best, total in parts])

@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ExpectedLogits:
-    """Images and the checkpoint's logits, the reference for every format."""
+    """Images and the checkpoint's logits for them, which every format must reproduce."""
 
     images: Tensor  # uint8 [N, 3, H, W]
     logits: Tensor  # float32 [N, classes], of the checkpoint's model
-    kind: str  # of images: the split's name, or random pixels
-    source: str  # the same with the data set's folder, for messages
+    kind: str  # where the images come from: the split's name, or random pixels
+    source: str  # `kind` in words, with the data set's folder, for messages
 
     @property
     def max_abs(self) -> float:
@@ -38,11 +38,11 @@ class Comparison:
     """Difference between an exported model's logits and the expected ones."""
 
     max_difference: float  # over all logits
-    same_top1: int  # images with the same predicted class
+    same_top1: int  # number of images with the same predicted class
 
 
 def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) -> ExpectedLogits:
-    """Return the checkpoint's logits for the first images of its validation split.
+    """Return the checkpoint's logits for the first `samples` images of its validation split.
 
     Uses random images if `data_path` is None and the run's data set does not exist.
     """
@@ -75,7 +75,11 @@ def first_images(trained: TrainedModel, path: str, samples: int) -> Tensor:
 
 
 def compare_logits(predict: PredictFunction, expected: ExpectedLogits) -> Comparison:
-    """Compare logits on batches of BATCH_SIZES in turn, alternating contiguous and channels_last strides."""
+    """Compare the logits of `predict` with the expected ones.
+
+    Batches cycle through BATCH_SIZES and alternate between contiguous and channels_last strides. Raises ValueError if
+    the logits have another shape or dtype.
+    """
     parts: list[Tensor] = []
     start, sizes = 0, cycle(BATCH_SIZES)
     while start < len(expected.images):

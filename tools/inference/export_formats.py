@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import Normalize, PixelClassifier, build_model
 
-MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # of weights: protobuf's limit of 2 GiB, less room for the graph
+MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # largest size of weights: protobuf's limit of 2 GiB, less room for the graph
 
 PredictFunction = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,7 @@ class Exportable:
     """A model and its metadata."""
 
     model: PixelClassifier
-    name: str  # for build_model: lenet …, or timm/NAME
+    name: str  # as build_model takes it: lenet …, or timm/NAME
     classes: tuple[str, ...]
     image_size: int  # height and width, pixels
     interpolation: str
@@ -40,7 +40,7 @@ class Exportable:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """Graph with normalisation, for any batch size; shared by torch and ONNX."""
+        """The exported graph, with normalisation and for any batch size. The torch and ONNX formats share it."""
         example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():
@@ -63,12 +63,12 @@ class Exportable:
 
 
 def shortest_decimals(numbers: Tensor) -> list[float]:
-    """Return the shortest decimals that round to these float32 numbers: 0.4914, not 0.4913999140262604."""
+    """Return the shortest decimals that round to these float32 numbers, such as 0.4914 for 0.4913999140262604."""
     return [float(str(number)) for number in numbers.numpy()]
 
 
 def write_safetensors(exportable: Exportable, folder: Path) -> str:
-    """Write model.safetensors with the network's plain names, and config.json in timm's layout."""
+    """Write model.safetensors, with the parameter names of the bare network, and config.json, in timm's layout."""
     network, metadata = exportable.model.network, exportable.metadata
     preprocessing = {
         "input_size": (3, exportable.image_size, exportable.image_size),
@@ -103,7 +103,11 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
 
 
 def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Return first_conv, classifier and num_features: the first 4-D weight and the last 2-D weight."""
+    """Return the entries first_conv, classifier and num_features of timm's config.
+
+    The first convolution is the first weight with 4 dimensions, and the classifier is the last weight with 2.
+    num_features is the number of inputs of the classifier.
+    """
     first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
     classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
     return {
@@ -114,7 +118,7 @@ def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load_safetensors(folder: Path) -> PredictFunction:
-    """Load from config.json alone, as a user would."""
+    """Load the model as a user would, with the settings in config.json alone."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata = config["model_zhu"]
     network: nn.Module
@@ -144,7 +148,10 @@ def load_torch(folder: Path) -> PredictFunction:
 
 
 def write_onnx(exportable: Exportable, folder: Path) -> str:
-    """Write model.onnx, with external weights above 2 GiB. Metadata that is not text is stored as JSON."""
+    """Write model.onnx, with the weights in a separate file if they exceed MAX_ONNX_FILE_BYTES.
+
+    Metadata that is not text is stored as JSON.
+    """
     program = torch.onnx.export(
         exportable.program,
         dynamo=True,
@@ -173,8 +180,6 @@ def load_onnx(folder: Path) -> PredictFunction:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Writer and loader of a format."""
-
     write: Callable[[Exportable, Path], str]
     load: Callable[[Path], PredictFunction]
 

@@ -24,16 +24,16 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
 
     Args:
         name: the format, a key of FORMATS.
-        exportable: the model.
+        exportable: the model to export.
         expected: the checkpoint's logits.
-        tolerance: largest allowed difference of logits.
-        folder: of the written files.
+        tolerance: largest allowed difference of logits, at least ROUNDING times the largest logit.
+        folder: output folder.
 
     Returns:
-        The row of the printed table.
+        The format's row of the printed table.
 
     Raises:
-        UserError: the format cannot be written or run, or its logits differ; `folder` is unchanged.
+        UserError: the format cannot be written or run, or its logits differ too much; `folder` is then unchanged.
     """
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
@@ -74,7 +74,10 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
 
 
 def move_files(files: list[Path], folder: Path) -> None:
-    """Move files into `folder` and give them its read permissions, since safetensors only lets the owner read."""
+    """Move files into `folder`, with the folder's read and write permissions for group and others.
+
+    safetensors creates files that only their owner may read. Raises UserError if a file cannot be moved.
+    """
     try:
         for file in files:
             file.chmod(0o600 | folder.stat().st_mode & 0o066)
@@ -84,7 +87,7 @@ def move_files(files: list[Path], folder: Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the message at the root of an exporter's error, in one line and without colors."""
+    """Return the type and message of the exception that started an exporter's error, in one line without colors."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
@@ -94,7 +97,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the output, warnings and logs of exporters; errors are still raised."""
+    """Silence the output, warnings and logs of exporters. Exceptions are not suppressed."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

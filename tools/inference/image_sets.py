@@ -39,7 +39,7 @@ class ImageSet:
     source_rows: int  # N plus the images that could not be read
     in_source_order: bool
     unreadable: list[dict[str, Any]]  # row, name, reason
-    files: tuple[str, ...] | None  # of pictures: the path of every source row, relative to their folder
+    files: tuple[str, ...] | None  # for pictures, the path of each source row, relative to their folder
     is_sorted_by_name: bool = False  # rows are files sorted by name; whether their numbers ascend is not recorded
     is_unordered: bool = False  # rows are numbered files whose numbers do not ascend
 
@@ -47,18 +47,21 @@ class ImageSet:
         return len(self.rows)
 
     def describe(self, sample: int) -> str:
-        """Return the file or row of a sample, for messages."""
+        """Return the file name or row of a sample as text for messages."""
         row = int(self.rows[sample])
         return self.files[row] if self.files else f"row {row} of split {self.split!r}"
 
 
 def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """Return the data set to read splits from: `data_path`, or the model's if None."""
+    """Return the folder of the data set to read splits from, which is the model's if `data_path` is None."""
     return Path(data_path or model.config.data.path)
 
 
 def find_picture_folder(name: str, data: Path) -> Path | None:
-    """Return the folder of pictures called `name`; None if it is a split of the data set, which takes precedence."""
+    """Return the folder of pictures called `name`, or None if the data set in `data` has a split of this name.
+
+    Raises UserError if there is neither such a split nor such a folder.
+    """
     folder = Path(name)
     try:
         splits = list(load_dataset(data)["splits"])
@@ -88,10 +91,10 @@ def open_images(
     """Open the images of a split, or of a folder of pictures.
 
     Args:
-        split: the split's name; ignored for pictures.
-        pictures: the folder of pictures; None: use the split.
+        split: name of the split; ignored for pictures.
+        pictures: the folder of pictures; None to use the split.
         models: the models that will run on the images.
-        data_path: the data set with the split; None: each model's.
+        data_path: the data set that contains the split; None for the data set of each model.
         scratch: folder for the converted pictures, which are deleted at the end.
 
     Raises:
@@ -123,9 +126,10 @@ def _convert(source: Source, out: Path, options: Options) -> None:
 
 
 def picture_encoding(model: TrainedModel) -> Encoding:
-    """Return the encoding of a model's pictures: its data set's, or JPEG if that is not recorded.
+    """Return the encoding in which pictures are stored for a model.
 
-    If the data set has raw pixels of one square size, pictures are resized to that size.
+    The encoding is that of the model's data set, or JPEG if the data set's was not recorded. If the data set has raw
+    pixels of one square size, pictures are resized to this size; if the size is not square, the encoding is JPEG.
     """
     if model.conversion is None:
         return Encoding("jpeg")
@@ -143,10 +147,13 @@ def load_split(
     """Open a split as an image set.
 
     Args:
-        name: the split's name.
-        models: the models that will run on it.
+        name: name of the split.
+        models: the models that will run on the images.
         folders: the data set that each model reads.
-        files: the paths of pictures, by source row.
+        files: for pictures, the path of each source row.
+
+    Raises:
+        UserError: a data set's classes differ from its model's, or the data sets contain different images.
     """
     opened = {folder: open_split(folder, name) for folder in folders}
     rows = {folder: split.source_rows() for folder, split in opened.items()}

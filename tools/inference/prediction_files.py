@@ -19,7 +19,7 @@ METRICS = ("loss", "top1", "top5")
 
 
 def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
-    """Write `arrays` with labels, rows and classes of the images atomically."""
+    """Write `arrays` and the images' labels, rows and classes to an .npz file atomically. Unknown labels are -1."""
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -32,7 +32,16 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
 
 
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the text of predictions.csv. Avoids a dict per row, which would take gigabytes for a large split."""
+    """Return the text of predictions.csv.
+
+    Rows are written directly, since a dict per row would take gigabytes for a large split.
+
+    Args:
+        images: the predicted images.
+        numbers: the best classes of each image, int64 [N, K].
+        probabilities: the probabilities of these classes, float32 [N, K].
+        classes: the names of all classes.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     best = [f"{what}_{place}" for place in range(1, numbers.shape[1] + 1) for what in ("class", "probability")]
@@ -53,7 +62,15 @@ def build_metrics(
     each: Sequence[Evaluation],
     mean: Evaluation | None,
 ) -> dict[str, Any]:
-    """Return the contents of metrics.json: metrics, checkpoints and images without a prediction."""
+    """Return the contents of metrics.json.
+
+    Args:
+        models: the models that predicted the images.
+        images: the predicted images.
+        tta: test-time augmentation; None for the eval.tta of each model's config.
+        each: the evaluation of each model; empty without labels.
+        mean: the evaluation of the average; None without labels.
+    """
     checkpoints: list[dict[str, Any]] = []
     for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
         own = {key: getattr(each[place], key) if each else None for key in METRICS}

@@ -17,12 +17,12 @@ from tools.inference.image_sets import ImageSet
 from tools.sources.imagefolder import is_in_numeric_order, name_numbers
 
 ASCENDING = "each once and ascending"
-MAX_DIGITS = 18  # of a number in an id
+MAX_DIGITS = 18  # largest length of a number in an id
 
 
 @dataclass(frozen=True)
 class IdMatch:
-    """Source rows of the ids of a sample submission."""
+    """Match between the ids of a sample submission and the rows of a source."""
 
     rows: tuple[int, ...]  # source row of each id
     order: str  # how the ids were matched, for the user
@@ -30,7 +30,10 @@ class IdMatch:
 
 
 def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Match unique ids, one per image. Raises UserError if an id is ambiguous."""
+    """Match the ids with the source rows of the images. There must be as many different ids as images.
+
+    Raises UserError if the match is ambiguous.
+    """
     if images.files is not None:
         if (found := _match_by_name(ids, images.files)) is not None:
             return found
@@ -53,7 +56,7 @@ def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
 
 
 def check_file_order(files: Sequence[str]) -> None:
-    """Raise UserError for numbered files whose order by name differs from their order by number."""
+    """Raise UserError if the files are numbered but their order by name is not the order of their numbers."""
     if not is_in_numeric_order(files):
         names = ", ".join(Path(file).stem for file in files[:3])
         raise UserError(
@@ -63,7 +66,10 @@ def check_file_order(files: Sequence[str]) -> None:
 
 
 def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Match the ids with the rows in order, unless the ids or the images contradict it."""
+    """Match the ids with the rows in order.
+
+    Raises UserError if the images have file names, or if the ids contain numbers that do not ascend.
+    """
     if images.files is not None:
         raise UserError(
             f"the ids of sample submission {sample} ({_preview(ids)}) are neither numbers nor the names of the "
@@ -80,7 +86,7 @@ def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -
 
 
 def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
-    """Match ids that are paths, file names, stems, or contain the same numbers; None if they are not."""
+    """Match ids with files by path, file name, stem or number. Return None if none of these fits all ids."""
     names = [Path(file).name for file in files]
     stems = [Path(file).stem for file in files]
     for known, asked in ((files, ids), (names, ids), (stems, ids), (stems, [Path(text).stem for text in ids])):
@@ -97,7 +103,10 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
 
 
 def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
-    """Return the number of each id if they are 0 to N - 1 or 1 to N in any order; None otherwise."""
+    """Return the number in each id if these numbers are 0 to N - 1 or 1 to N in any order, else None.
+
+    Raises UserError if the ids contain several such numbers that contradict each other.
+    """
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):
         return None

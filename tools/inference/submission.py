@@ -23,7 +23,7 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class SubmissionForm:
-    """A submission without its predictions."""
+    """Columns, ids and row order of a submission whose classes are not predicted yet."""
 
     id_column: str
     category_column: str
@@ -49,13 +49,13 @@ def build_form(
         images: the images to predict.
         classes: number of classes.
         sample: the contest's sample submission, which determines columns and ids; None: ids count from `id_start`.
-        id_start: the first id; None: 1.
+        id_start: the first id; None: 1, or the first id of the sample.
         id_column: name of the id column; None: the sample's, or ID_COLUMN.
         category_column: name of the class column; None: the sample's, or CATEGORY_COLUMN.
-        fill: class number of images that cannot be read; None: refuse them.
+        fill: class number for images that cannot be read; None: such images are an error.
 
     Raises:
-        UserError: the order of the images is uncertain, some have no prediction, or the sample does not match.
+        UserError: the order of the images is uncertain, some images have no prediction, or the sample does not match.
     """
     _check_rows(images)
     if images.is_unordered:
@@ -103,7 +103,18 @@ def build_form(
 
 
 def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
-    """Write the predicted class number of each image [N]. Return a sentence with the checks made."""
+    """Write a submission file. Return a sentence that lists the checks made.
+
+    Args:
+        path: the file to write.
+        form: columns, ids and row order.
+        images: the predicted images.
+        predicted: class number of each image, int64 [N].
+        classes: number of classes.
+
+    Raises:
+        RuntimeError: an id or a class number is wrong, which `build_form` should have prevented.
+    """
     categories = np.full(images.source_rows, form.fill, np.int64)
     categories[images.rows] = predicted
     if len(set(form.ids)) != len(categories) or sorted(form.rows) != list(range(len(categories))):
@@ -125,7 +136,10 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
 
 
 def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
-    """Return the names of the two columns and the ids of a contest's sample submission."""
+    """Return the names of the two columns and the ids of a contest's sample submission.
+
+    Raises UserError if it is not a CSV file of two columns with unique ids.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file) if line]
@@ -145,7 +159,7 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
 
 
 def _check_rows(images: ImageSet) -> None:
-    """Raise UserError unless the images are certainly the source's rows in order."""
+    """Raise UserError unless the readable and unreadable images together are the rows of the source in order."""
     if not images.in_source_order:
         raise UserError(
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "

@@ -27,34 +27,37 @@ class TrainedModel:
     path: Path  # the checkpoint
     is_ema: bool  # the weights are the run's moving average
     config: Config
-    name: str  # of the training data set
+    name: str  # name of the training data set
     classes: tuple[str, ...]
     image_size: int  # height and width in training, pixels
     state: TrainState
-    epochs: int  # completed ones
+    epochs: int  # completed epochs
     conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None: not recorded
-    stored_shape: tuple[int, int, int] | None  # of the data set's images; None: they differ, or not recorded
+    stored_shape: tuple[int, int, int] | None  # shape of the stored images; None: shapes differ or were not recorded
 
     @property
     def title(self) -> str:
-        """The checkpoint and the kind of its weights, for messages."""
+        """The path of the checkpoint, marked if the weights are the run's moving average."""
         return f"{self.path} (moving average)" if self.is_ema else str(self.path)
 
     def eval_data_config(self, folder: str | Path) -> DataConfig:
-        """Return the data section for an evaluation on the data set in this folder."""
+        """Return the run's data settings, changed for an evaluation on the data set in `folder`."""
         return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
 def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:
-    """Load a model for evaluation, with the weights selected by its eval.weights. Needs a process group.
+    """Load a model for evaluation, with the weights that eval.weights of its config selects.
+
+    Needs a process group.
 
     Args:
         path: a run folder or a checkpoint.
-        device: of the model.
-        compiled: compile as the run would on this machine, so that logits equal its own evaluations bitwise.
+        device: device to load the model to.
+        compiled: compile the model as the run would on this machine, so that its logits are bitwise those of the run's
+            evaluations.
 
     Raises:
-        UserError: the file is not a checkpoint, or its old version did not record the data set.
+        UserError: the file is not a checkpoint, or was written by an old version that did not record the data set.
     """
     path, content = store.load_newest(find_checkpoints(path))
     facts: dict[str, Any] | None = content.get("dataset")
@@ -86,7 +89,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
 
 
 def _check_dataset(facts: dict[str, Any], path: Path) -> None:
-    """Raise UserError for an invalid record of the data set."""
+    """Raise UserError if the checkpoint's record of its data set is invalid."""
     require_keys(facts, ("name", "classes", "mean", "std", "image_size"), path)
     is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}
     are_numbers = {name: _is_list_of((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}
@@ -102,7 +105,10 @@ def _is_list_of(kind: type | tuple[type, ...], values: Any) -> bool:
 
 
 def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: str) -> None:
-    """Raise UserError unless `what` (a data set, another checkpoint) has the same classes in the same order."""
+    """Raise UserError unless the model was trained on `classes` in the same order.
+
+    `what` names the data set or checkpoint with these classes in the message.
+    """
     if trained.classes == classes:
         return
     numbers = f"{len(trained.classes)} and {len(classes)}"

@@ -22,14 +22,14 @@ PANELS = (
 OTHERS_LABEL = "others"
 EMA_LABEL = "validation of a moving average"
 MAX_TITLE_LENGTH = 70  # characters that fit into a panel's title
-MAX_COLORED = 12  # distinguishable colors; of more runs, only the best get one
+MAX_COLORED = 12  # number of distinguishable colors; if there are more runs, only the best get one
 LOG_SPAN = 5  # losses that span a larger factor are drawn on a log axis
 DIVERGED = 10  # losses above this multiple of an ordinary run's largest loss are cut off
 CurvePoints = list[tuple[int, float]]  # epoch, value
 
 
 def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
-    """Plot train and validation loss and accuracy, one color per run. Moving averages are dotted."""
+    """Plot loss and accuracy in training and validation, with one color per run and dotted moving averages."""
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
@@ -71,7 +71,10 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
 
 
 def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
-    """Return the curve without unevaluated epochs; non-finite losses are nan, which leaves a gap."""
+    """Return the points of the epochs in which the quantity was evaluated.
+
+    A non-finite loss is nan, which leaves a gap in the curve.
+    """
     split = quantity.rpartition("_")[0]
     return [
         (line["epoch"] + 1, math.nan if line[quantity] is None else line[quantity])
@@ -83,7 +86,7 @@ def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
 def _set_loss_axis(
     axis: Axes, curves: Sequence[CurvePoints], names: Sequence[str], averages: Sequence[CurvePoints]
 ) -> None:
-    """Fit the axis to the runs that learn, and list the runs beyond it in the title."""
+    """Fit the axis to the losses within `loss_range`. The title names the runs with losses outside it."""
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
     left_out = {
@@ -111,8 +114,8 @@ def _set_loss_axis(
 def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Return the smallest and largest loss to show, given the finite losses of each run.
 
-    The ordinary loss is the largest one of the best-behaved run, and at least 1, since a run may start from trained
-    weights. Losses above DIVERGED times that would flatten all other curves and are cut off.
+    The ordinary loss is the largest loss of the best-behaved run, but at least 1, since a run may start from trained
+    weights. Losses above DIVERGED times the ordinary loss are cut off, since they would flatten all other curves.
     """
     values = [value for run in losses for value in run]
     if not values:
@@ -122,7 +125,10 @@ def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return the ticks 1, 2, 5, 10 … of the range; only powers of ten if it spans more than three decades."""
+    """Return ticks at 1, 2 and 5 times the powers of ten within the range.
+
+    A range of more than three decades only has ticks at the powers of ten.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 3 else (1,)
     ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
@@ -130,7 +136,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
-    """Return a color per run; None for all but the best if there are too many to distinguish."""
+    """Return a color per run.
+
+    If there are more than MAX_COLORED runs, only the best ones get a color, and the others get None.
+    """
     import matplotlib
 
     colors: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
@@ -143,6 +152,6 @@ def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """Return the number of labels that fit side by side into the figure."""
+    """Return how many labels fit side by side below the figure."""
     widest = max(map(len, names)) + 18  # room for the progress of an unfinished run
     return max(1, min(4, len(names), 150 // widest))

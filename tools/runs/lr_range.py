@@ -10,9 +10,9 @@ import numpy as np
 
 DIVERGED = 4.0  # ratio of the smoothed loss to its minimum
 DELAY_DECADES = 0.25  # lag of the smoothed loss, for any number of steps per decade
-SLOPE_WINDOW_DECADES = 0.5  # width of the window of a slope's fit
+SLOPE_WINDOW_DECADES = 0.5  # width of the window in which a slope is fitted
 MIN_RELATIVE_FALL = 0.02  # a clear fall is at least this share of the first loss
-MIN_FALL_TO_NOISE = 3.0  # and this many standard deviations of the noise
+MIN_FALL_TO_NOISE = 3.0  # and at least this many standard deviations of the noise
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A suggested learning rate. `lr` is None without a clear descent of the loss; `reason` explains it."""
+    """A suggested learning rate. `lr` is None if the loss has no clear descent; `reason` explains the result."""
 
     lr: float | None
     lr_at_minimum: float | None
@@ -38,9 +38,9 @@ class Suggestion:
 
 
 def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
-    """Return the bias-corrected exponential moving average, which lags by DELAY_DECADES.
+    """Return the bias-corrected exponential moving average of the losses, which lags behind them by DELAY_DECADES.
 
-    `rates` are the learning rates: at least two, geometrically spaced.
+    `rates` are the learning rates of the test, at least two and geometrically spaced.
     """
     steps = DELAY_DECADES / math.log10(rates[1] / rates[0])
     kept = steps / (1 + steps)  # the mean age of the averaged losses is kept / (1 - kept)
@@ -52,14 +52,17 @@ def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
 
 
 def divergence_index(smoothed: np.ndarray) -> int | None:
-    """Return the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far."""
+    """Return the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far.
+
+    Returns None if there is no such step.
+    """
     with np.errstate(invalid="ignore"):
         diverged = ~(smoothed <= DIVERGED * np.minimum.accumulate(smoothed))
     return int(diverged.argmax()) if diverged.any() else None
 
 
 def suggest_lr(curve: LossCurve) -> Suggestion:
-    """Suggest the learning rate of the steepest descent per decade before the smoothed loss's minimum."""
+    """Suggest the learning rate at which the smoothed loss falls most steeply per decade, before its minimum."""
     finite = np.isfinite(curve.loss)
     count = len(finite) if finite.all() else int(finite.argmin())
     if count < 10:
@@ -78,6 +81,9 @@ def suggest_lr(curve: LossCurve) -> Suggestion:
 
 
 def slope_around(decades: np.ndarray, smoothed: np.ndarray, middle: int) -> float:
-    """Return the loss per decade around step `middle`: a least-squares fit over SLOPE_WINDOW_DECADES."""
+    """Return the slope of the smoothed loss around step `middle`, in loss per decade of the learning rate.
+
+    The slope is a least-squares fit over SLOPE_WINDOW_DECADES.
+    """
     near = np.abs(decades - decades[middle]) <= max(SLOPE_WINDOW_DECADES / 2, 1.01 * (decades[1] - decades[0]))
     return float(np.polyfit(decades[near], smoothed[near], 1)[0])

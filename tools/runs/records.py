@@ -55,7 +55,10 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the run folders among `paths`, or inside those that are not run folders, each once."""
+    """Return the run folders among `paths`, and those directly inside the other paths, without duplicates.
+
+    Raises UserError for a path that neither is nor contains a run folder.
+    """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -68,7 +71,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. A run without metrics is valid; raises UserError if its config cannot be read."""
+    """Read a run folder, with or without metrics. Raises UserError if its config cannot be read."""
     try:
         text = read_small_text(folder / "config.yaml")
     except (OSError, ValueError) as error:
@@ -79,7 +82,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_global_batch(folder: Path) -> int | None:
-    """Return the global batch of the run's latest start, from facts.json; None if not recorded."""
+    """Return the global batch of the run's latest start, from facts.json; None if it was not recorded."""
     try:
         return int(json.loads(read_small_text(folder / "facts.json"))["global_batch"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -87,7 +90,7 @@ def read_global_batch(folder: Path) -> int | None:
 
 
 def settings_by_key(config: Config) -> dict[str, Any]:
-    """Return all settings by dotted key, without sections."""
+    """Return the value of each setting by its dotted key. Sections have no entry."""
     values = config.model_dump(mode="json")
     result = {}
     for key, field in all_settings():
@@ -105,13 +108,17 @@ def compared_settings(config: Config) -> dict[str, Any]:
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:
-    """Return the dotted keys of the compared settings in which any two configs differ."""
+    """Return the dotted keys of the settings that may affect results and differ between the configs."""
     settings = [compared_settings(config) for config in configs]
     return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings)] if settings else []
 
 
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
-    """Return a short unique label for each run: its name, else the settings that differ."""
+    """Return a unique label for each run.
+
+    The labels are the folder names if they are short and descriptive, else the settings that differ if those are short
+    and unique, else the folder names or paths.
+    """
     names = [record.folder.name or str(record.folder) for record in records]
     # names that differ only in a number (`lenet`, `lenet-2`) do not describe the run
     are_descriptive = len({record.config.name for record in records}) == len(set(names)) == len(records)
@@ -127,7 +134,7 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def format_setting(value: Any) -> str:
-    """Return a setting's value as on a command line, numbers in their shortest form."""
+    """Return a setting's value as written on a command line, with numbers in their shortest form."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
@@ -136,10 +143,11 @@ def format_setting(value: Any) -> str:
 
 
 def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """Return one row per run: settings and results.
+    """Return one row per run with its settings and results.
 
-    `time_ratio` is the training time divided by the first run's, if both have finished. If any run keeps a moving
-    average, the column `weights` says whether its accuracy counts (ema) or that of the trained weights (raw).
+    `time_ratio` is the run's training time divided by that of the first run, if both have finished. If any run keeps a
+    moving average, the column `weights` says which weights each run's accuracy belongs to: those of the moving average
+    (ema) or the trained ones (raw).
     """
     configs = [record.config for record in records]
     columns = [key for key in differing_keys(configs) if key not in BASE_COLUMNS]
@@ -169,14 +177,15 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
 
 
 def uses_ema(record: RunRecord) -> bool:
-    """Return True if the accuracy of the moving average counts as the run's."""
+    """Return True if the run's accuracy is that of its moving average."""
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
 def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
     """Return the best validation accuracy, latest training metrics, time, speed and memory; None if unknown.
 
-    `weights` is eval.weights, which selects the accuracy that counts.
+    `weights` is the setting eval.weights. It selects the validation accuracy of the trained weights or of their moving
+    average.
     """
     evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
@@ -194,13 +203,16 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
 
 def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Return the total time of all epochs; None if any is unknown, since a partial sum would mislead."""
+    """Return the total time of all epochs in seconds.
+
+    Returns None if there are no epochs, or if the time of one is unknown, since a partial sum would mislead.
+    """
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
 
 
 def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
-    """Return one row per run and epoch. Cells are empty for non-finite losses and for missing moving averages."""
+    """Return one row per run and epoch. Non-finite losses and values that were not recorded are None."""
     averages = [name for name in EMA_QUANTITIES if any(name in line for record in records for line in record.metrics)]
     columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [
@@ -215,7 +227,7 @@ def _is_run_folder(path: Path) -> bool:
 
 
 def _natural_key(path: Path) -> list[Any]:
-    """Return a sort key by numeric value: run-2 before run-10, lr=1e-05 before lr=0.0001."""
+    """Return a sort key that orders the numbers in names by value: run-2 before run-10, lr=1e-05 before lr=0.0001."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
     return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
 

@@ -15,13 +15,22 @@ class RunSlot:
 
     gpus: tuple[str, ...] = ()  # as in CUDA_VISIBLE_DEVICES; empty: the CPU
     processes: int = 1
-    threads: int | None = None  # per process; None: all of the machine's
+    threads: int | None = None  # threads per process; None: all cores
 
 
 def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[RunSlot]:
-    """Divide the GPUs into groups of `gpus_per_run`; without a GPU, return one slot on the CPU.
+    """Divide the GPUs into groups of `gpus_per_run` and return the slots that use them.
 
-    `parallel` is the number of slots (None: one per group); they share the groups and the CPU's cores.
+    Without a GPU, slots use the CPU.
+
+    Args:
+        gpus: names of the GPUs.
+        gpus_per_run: processes per run, one per GPU.
+        parallel: number of slots; None for one per group, or one on the CPU. Slots share groups if there are more slots
+            than groups, and all slots share the CPU's cores.
+
+    Raises:
+        UserError: a number is below 1, or there are fewer GPUs than `gpus_per_run`.
     """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:

@@ -19,12 +19,15 @@ class Axis:
 
     keys: tuple[str, ...]
     options: tuple[Settings, ...] = ()  # the values of a key, or the variants
-    draw: Callable[[float], Settings] | None = None  # of a range: maps [0, 1) to a value
-    names: tuple[str, ...] = ()  # of variants
+    draw: Callable[[float], Settings] | None = None  # for a range: maps [0, 1) to a setting
+    names: tuple[str, ...] = ()  # names of the variants
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Split at separators (a pattern of one character) outside brackets and quotes."""
+    """Split the text at separators outside brackets and quotes.
+
+    `separator` is a regular expression for one character. Raises UserError for unbalanced brackets or quotes.
+    """
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:

@@ -24,14 +24,22 @@ MAX_BARS = 40  # in the plot by variant
 
 
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
-    """Plot the results of finished runs: bars by variant, a line or a heat map over one or two numeric settings.
+    """Plot the validation accuracy and training time of finished runs.
 
-    If a numeric setting is varied besides variants, each variant is a line. `rows` belong to `points`; results of None
-    are left out. Returns None if there is nothing to compare or too much for one plot.
+    One varied numeric setting gives a line plot, with a line per combination of variant and other settings. Two varied
+    numeric settings give a heat map or a scatter plot. Variants without a numeric setting give bars.
+
+    Args:
+        points: the finished points.
+        rows: the results of `points`; results of None are left out.
+        title: title of the figure.
+
+    Returns:
+        The figure; None if there is nothing to compare or too much for one plot.
     """
     settings = [settings_by_key(point.config) for point in points]
     names = list(dict.fromkeys(point.variant for point in points))
-    # of variants, only the settings that differ within one of them
+    # only the settings that differ within a variant
     groups = [[point.config for point in points if point.variant == name] for name in names]
     keys = list(dict.fromkeys(key for group in groups for key in differing_keys(group)))
     numeric = [key for key in keys if all(type(one[key]) in (int, float) for one in settings)]
@@ -52,7 +60,10 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
 def _line_plot(
     key: str, values: Sequence[float], labels: Sequence[str], rows: Sequence[Row], title: str
 ) -> Figure | None:
-    """Plot both measures over the values of a setting, a line per label."""
+    """Plot accuracy and training time over the values of a setting, with one line per label.
+
+    Returns None if there are more than MAX_LINES lines.
+    """
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
         lines.setdefault(label, []).append((value, row))
@@ -76,7 +87,10 @@ def _line_plot(
 
 
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
-    """Plot a bar per label, in order: the median of its runs and, for several runs, their range."""
+    """Plot a bar per label in the given order: the median of the runs with this label.
+
+    Several runs also show their range. Returns None if there are more than MAX_BARS bars.
+    """
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
         return None
@@ -102,17 +116,20 @@ def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure 
 
 
 def _nan_if_none(value: float | None) -> float:
-    """Return nan for an unknown value, which leaves a gap."""
+    """Return the value, or nan for None, which leaves a gap in a plot."""
     return math.nan if value is None else value
 
 
 def _highest(rows: Sequence[Row], quantity: str) -> float:
-    """Return the largest known value, or 1 if none is above 0."""
+    """Return the largest known value of a quantity, or 1 if this is 0 or no value is known."""
     return max((row[quantity] for row in rows if row[quantity] is not None), default=0.0) or 1.0
 
 
 def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
-    """Plot both measures for each pair of values: a grid as a heat map, other points as a scatter plot."""
+    """Plot accuracy and training time over two settings.
+
+    The plot is a heat map if at least half of all pairs of values were run, else a scatter plot.
+    """
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
     size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
@@ -148,7 +165,7 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
 
 
 def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
-    """Put a tick at each value, if there are few."""
+    """Put a tick at each value if there are at most 8. Use a log axis if they span a factor of at least LOG_FACTOR."""
     tried = sorted(set(values))
     if _spans_orders(values):
         axis.set_xscale("log")

@@ -32,10 +32,10 @@ MAX_NAME_LENGTH = 80
 class Point:
     """One run of the sweep."""
 
-    name: str  # of its folder
+    name: str  # name of the run's folder
     settings: Settings
     config: Config
-    label: str = ""  # in plots, with the variant's name as given
+    label: str = ""  # label in plots, with the variant's name as given
     variant: str = ""  # name as given; empty without variants
 
 
@@ -53,12 +53,15 @@ def build_points(
 
     Args:
         file: the config file.
-        axes: `KEY=VALUES` arguments.
-        variants: `NAME: KEY=VALUE …` arguments.
-        fixed: `KEY=VALUE` overrides of all points, as in `load_config`.
-        draws: number of random points; None: the full grid.
-        seed: of the random points.
-        **replacements: values of all points, as in `load_config`.
+        axes: arguments of the form `KEY=VALUES`.
+        variants: arguments of the form `NAME: KEY=VALUE …`.
+        fixed: overrides of all points, as in `load_config`.
+        draws: number of random points; None for the full grid.
+        seed: seed of the random points.
+        **replacements: values by dotted key for all points, as in `load_config`.
+
+    Raises:
+        UserError: an argument, a setting or a config is invalid, or two points are the same run.
     """
     parsed = [parse_axis(text) for text in axes] + ([parse_variants(variants)] if variants else [])
     _check_keys(parsed, _override_keys(fixed))
@@ -69,7 +72,7 @@ def build_points(
 
 
 def _check_keys(axes: Sequence[Axis], fixed: Sequence[str]) -> None:
-    """Raise UserError for settings that the sweep owns, or that are set twice, directly or through their section."""
+    """Raise UserError if an axis varies a setting that the sweep owns, or if a setting or its section is set twice."""
     owners = [(key, axis) for axis in axes for key in axis.keys]
     for key, _ in owners:
         if key.split(".")[0] in SWEEP_OWNED:
@@ -86,7 +89,7 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:
-    """Return the keys of --opts items, `KEY=VALUE` or `KEY VALUE`."""
+    """Return the keys that the items of --opts set. An item is `KEY=VALUE`, or a key is followed by its value."""
     keys, remaining = [], iter(overrides)
     for item in remaining:
         key, sign, _ = item.partition("=")
@@ -103,7 +106,10 @@ def _grid_points(axes: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:
 
 
 def _random_points(axes: Sequence[Axis], draws: int, seed: int) -> list[tuple[Settings, ...]]:
-    """Draw `draws` different points. Uses random() only, whose sequence is the same in all Python versions."""
+    """Draw `draws` different points. Raises UserError if there are not enough of them.
+
+    Uses only `Random.random`, whose sequence is the same in all Python versions.
+    """
     if draws < 1:
         raise UserError(f"--random {draws} is not a positive whole number; use 1 or more")
     total = math.inf if any(axis.draw for axis in axes) else math.prod(len(axis.options) for axis in axes)
@@ -135,7 +141,10 @@ def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacemen
 
 
 def _name_points(axes: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
-    """Name the points independently of the order of the command line. Raises UserError for duplicates."""
+    """Give each point a name that does not depend on the order of the axes.
+
+    Raises UserError if two points are the same run, or if a name would be ambiguous.
+    """
     short = _short_keys([key for axis in axes if not axis.names for key in axis.keys])
     result: list[Point] = []
     seen: dict[str, str] = {}

@@ -35,14 +35,14 @@ class Sweep:
 
     folder: Path
     points: list[Point]
-    processes: int  # per run
-    command: list[str]  # that trains one point, without --opts
+    processes: int  # processes per run
+    command: list[str]  # the command that trains one point, without --opts
     opts: list[str]  # overrides of all points
     errors: dict[str, str] = field(default_factory=dict)  # name of a failed run: its error, one line
 
 
 def read_records(sweep: Sweep) -> list[RunRecord]:
-    """Return a record per point, including those without a folder yet."""
+    """Return the record of each point's run. A run without a folder has no metrics."""
     records = []
     for point in sweep.points:
         folder, config = run_folder(point), point.config
@@ -52,7 +52,7 @@ def read_records(sweep: Sweep) -> list[RunRecord]:
 
 
 def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
-    """Return a row per point with its status: finished, running, failed or not started."""
+    """Return a row per point with its status: finished, running or stopped, failed, or not started."""
     rows = comparison_rows(records, [point.name for point in sweep.points])
     for row, record in zip(rows, records, strict=True):
         del row["time_ratio"]  # a sweep has no reference run
@@ -84,7 +84,7 @@ def write_tables(sweep: Sweep) -> list[Row]:
 
 
 def runs_of_another_sweep(sweep: Sweep) -> list[str]:
-    """Return the runs in the folder's sweep.json that do not belong to this sweep."""
+    """Return the names of the runs in the folder's sweep.json that do not belong to this sweep."""
     points = {point.name for point in sweep.points}
     try:
         runs = json.loads(read_small_text(sweep.folder / "sweep.json"))["runs"]
@@ -94,7 +94,7 @@ def runs_of_another_sweep(sweep: Sweep) -> list[str]:
 
 
 def write_report(sweep: Sweep) -> None:
-    """Write tables and plots. Print the table, the best setting and the command that trains it."""
+    """Write tables and plots. Print the table, the best settings and the command that trains with them."""
     rows = write_tables(sweep)
     plots = draw_plots(sweep, rows)
     print(tables.markdown(rows))
@@ -109,7 +109,7 @@ def write_report(sweep: Sweep) -> None:
 
 
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
-    """Return a sentence for each number whose best value is the smallest or largest of at least three."""
+    """Return a hint for each numeric setting whose best value is the smallest or largest of at least three."""
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):
@@ -121,9 +121,9 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
 
 
 def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """Draw sweep.png and, if numbers or variants were varied, sweep_values.png. Return their names.
+    """Draw sweep.png and, if the finished runs can be compared in one plot, sweep_values.png. Return their names.
 
-    Plots of an earlier sweep are removed, since its tables have been replaced.
+    Plots of an earlier sweep are removed first, since the tables that they belong to have been replaced.
     """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)

@@ -46,8 +46,6 @@ _libc = ctypes.CDLL(None)  # looked up before any fork
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """Outcome of a run's process."""
-
     point: Point
     error: str | None  # one line; None: the run finished
     time_s: float
@@ -65,7 +63,10 @@ class _RunProcess:
 
 @contextmanager
 def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
-    """Lock the folder for this sweep. Yields the lock's descriptor: children that inherit it hold the lock too."""
+    """Lock the folder for this sweep. Yields the lock's descriptor; child processes that inherit it hold the lock too.
+
+    Raises UserError if another sweep still holds the lock after `wait_s` seconds.
+    """
     with (folder / ".lock").open("wb") as file:
         give_up_at = time.monotonic() + wait_s
         while True:
@@ -82,7 +83,10 @@ def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
 
 
 def is_finished(point: Point) -> bool:
-    """Return True if the run is complete. Raises UserError if its folder contains another run."""
+    """Return True if the point's run is complete.
+
+    Raises UserError if its folder contains a run with other settings, or if another folder would be resumed instead.
+    """
     folder = run_folder(point)
     latest = resolve_resume(point.config, "auto")[0]  # the folder that the run would resume in
     if latest not in (None, folder):
@@ -118,9 +122,16 @@ def log_path(point: Point) -> Path:
 def run_points(
     points: Sequence[Point], slots: Sequence[RunSlot], lock: int, on_done: Callable[[RunOutcome], None]
 ) -> None:
-    """Run each point in a separate process, one per slot at a time. Calls `on_done` after each run.
+    """Run each point in a separate process, one process per slot at a time.
 
-    All processes are terminated before this function returns or raises. A signal raises KeyboardInterrupt.
+    All processes are terminated before this function returns or raises. SIGINT, SIGTERM and SIGHUP raise
+    KeyboardInterrupt.
+
+    Args:
+        points: the points to run.
+        slots: GPUs and threads for concurrent runs.
+        lock: descriptor of the folder's lock, which the processes inherit.
+        on_done: called after each run.
     """
     waiting, free, children = list(points), list(slots), list[_RunProcess]()
     with _catch_signals() as signals:
@@ -142,9 +153,10 @@ def run_points(
 
 @contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of raising: Python drops exceptions raised in a fork.
+    """Collect SIGINT, SIGTERM and SIGHUP in the yielded list.
 
-    Ignored signals (nohup) stay ignored.
+    The handlers do not raise, since Python drops exceptions that are raised during a fork. Ignored signals, such as
+    SIGHUP under nohup, stay ignored.
     """
     noted: list[int] = []
     names = [
@@ -159,7 +171,7 @@ def _catch_signals() -> Iterator[list[int]]:
 
 
 def command_line(point: Point, slot: RunSlot) -> list[str]:
-    """Return the command that trains a point from its own copy of the validated config."""
+    """Return the command that trains a point, from the copy of its config in the output folder."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
     config_file = Path(point.config.output) / f"{point.name}.yaml"
     return [
@@ -211,7 +223,10 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
 
 
 def _failure_line(child: _RunProcess) -> str | None:
-    """Return the line that explains a failure: the last one that names an error, else the last one."""
+    """Return how a failed run ended and the line of its log that explains it; None if the run finished.
+
+    The explaining line is the last one that names an error, or the last line if none does.
+    """
     code = child.process.returncode
     if code == 0:
         return None

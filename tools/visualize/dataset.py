@@ -21,7 +21,18 @@ EXAMPLE_SIDE = 96  # pixels, for images of several shapes
 
 
 def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
-    """Write class-counts and examples, each as PNG and CSV. Print a table of the splits."""
+    """Write class-counts.png and examples.png, each with a CSV, and print a table of the splits.
+
+    Args:
+        path: the data set.
+        ranks: ranks of this process, which must be the only one.
+        count: largest number of classes with an example.
+        seed: seed for the choice of examples.
+        out: output folder; None for output/show/NAME.
+
+    Raises:
+        UserError: no split has labels.
+    """
     dataset = load_dataset(path)
     splits = {name: open_split(path, name) for name in dataset["splits"]}
     counts = {name: class_counts(split) for name, split in splits.items() if split.labels is not None}
@@ -58,13 +69,13 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
 
 
 def class_counts(split: Split) -> np.ndarray:
-    """Return the number of samples of each class: int64 [classes]."""
+    """Return the number of samples of each class, int64 [classes]."""
     assert split.labels is not None
     return np.bincount(split.labels, minlength=len(split.classes))
 
 
 def split_row(split: Split, counts: np.ndarray | None) -> Row:
-    """Return the split's samples, image sizes in pixels and, with labels, samples per class."""
+    """Return a split's number of samples, image sizes in pixels and, with labels, numbers of samples per class."""
     row: Row = {
         "split": split.name,
         "samples": len(split),
@@ -83,7 +94,10 @@ def split_row(split: Split, counts: np.ndarray | None) -> Row:
 
 
 def class_examples(split: Split, count: int, seed: int) -> np.ndarray:
-    """Return a random sample of each class, in the order of classes; of `count` random classes if there are more."""
+    """Return a random sample of each class that has samples, in the order of classes.
+
+    If there are more than `count` such classes, `count` random ones are chosen.
+    """
     assert split.labels is not None
     generator = np.random.default_rng(seed)
     present = np.unique(split.labels)

@@ -26,16 +26,16 @@ MAX_PRINTED_PAIRS = 10
 def show_predictions(
     checkpoint: Path, ranks: Ranks, split: str | None, data_path: str | None, count: int, seed: int, out: Path | None
 ) -> None:
-    """Write the plots of a split, each with a CSV; without labels only the predictions.
+    """Write the plots of a split, each with a CSV. Without labels, only the random samples are plotted.
 
     Args:
         checkpoint: a run folder or a checkpoint.
-        ranks: of this process.
-        split: the split to predict; None: the run's data.val_split.
-        data_path: the data set; None: the run's.
-        count: images per plot, at most.
-        seed: of the random samples.
-        out: output folder; None: show-SPLIT beside the checkpoint.
+        ranks: ranks of this process, which must be the only one.
+        split: the split to predict; None for the run's data.val_split.
+        data_path: the data set; None for the run's.
+        count: largest number of images per plot.
+        seed: seed for the choice of random samples.
+        out: output folder; None for show-SPLIT beside the checkpoint.
     """
     with process_group(ranks) as device:
         trained = load_trained_model(checkpoint, device)
@@ -75,7 +75,7 @@ def show_predictions(
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the wrongly predicted samples, the most confident first: int64 [mistakes]."""
+    """Return the indices of the wrongly predicted samples, the most confident first, int64 [mistakes]."""
     predicted, probabilities = image_grids.predicted_classes(logits)
     wrong = torch.nonzero((predicted != labels) & (labels >= 0))[:, 0]
     return wrong[probabilities[wrong].argsort(descending=True, stable=True)].numpy()
@@ -91,7 +91,18 @@ def draw_predictions(
     classes: tuple[str, ...],
     title: str,
 ) -> None:
-    """Write NAME.png and NAME.csv of `samples` and their `images`; `logits` and `labels` are the whole split's."""
+    """Write the images with their predictions as NAME.png, and the predictions as NAME.csv.
+
+    Args:
+        folder: output folder.
+        name: file name without suffix.
+        images: uint8 images of `samples`.
+        samples: indices of the samples in the split, int64 [N].
+        logits: logits of the whole split.
+        labels: labels of the whole split.
+        classes: names of the classes.
+        title: title of the figure.
+    """
     logits, labels = logits[samples], labels[samples]
     figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
     rows: list[Row] = []
@@ -108,7 +119,7 @@ def draw_predictions(
 
 
 def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write classes.csv and classes.png, and print a short table. Undefined scores count as 0."""
+    """Write classes.csv and classes.png, and print a table. An undefined score counts as 0."""
     scores = class_scores(labels, predicted, classes)
     means = mean_scores(scores)
     write_csv(folder / "classes.csv", scores + means)
@@ -123,7 +134,7 @@ def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple
 
 
 def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row per class: precision, recall, F1 and support (its number of samples)."""
+    """Return a row per class with precision, recall, F1 and support, which is its number of samples."""
     columns = precision_recall_fscore_support(
         labels.numpy(), predicted.numpy(), labels=range(len(classes)), zero_division=0
     )
@@ -136,7 +147,7 @@ def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) ->
 
 
 def mean_scores(scores: list[Row]) -> list[Row]:
-    """Return two rows: the mean over classes, and the mean weighted by support."""
+    """Return two rows: the mean scores over classes, and the mean scores weighted by support."""
     support = [row["support"] for row in scores]
     rows: list[Row] = []
     for name, weights in (("macro mean", None), ("weighted mean", support)):
@@ -147,7 +158,7 @@ def mean_scores(scores: list[Row]) -> list[Row]:
 
 
 def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write confusion.png, confusion.csv (the matrix) and confused.csv (the pairs, most frequent first)."""
+    """Write confusion.png, confusion.csv (the matrix) and confused.csv (confused pairs, most frequent first)."""
     counts = image_grids.confusion_counts(labels, predicted, len(classes))
     figures.save(figures.confusion_matrix(counts, classes, f"{title}: confusion"), folder / "confusion.png")
     columns = [f"{label} {name}" for label, name in enumerate(classes)]  # names alone may not be unique
@@ -164,7 +175,10 @@ def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: t
 
 
 def confused_pairs(counts: np.ndarray, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row per confused pair of classes, the most frequent first. `counts` is int64 [C, C]."""
+    """Return a row per pair of true and predicted class that were confused, the most frequent first.
+
+    `counts` is int64 [C, C], with true classes as rows.
+    """
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     totals = counts.sum(axis=1)

@@ -29,7 +29,15 @@ COLUMNS = 10  # samples side by side
 
 
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
-    """Write samples.png and samples.csv: the first samples of `epochs[0]`, as each epoch augments them."""
+    """Write samples.png and samples.csv with the first samples of `epochs[0]`, as each epoch augments them.
+
+    Args:
+        config: the config.
+        ranks: ranks of this process, which must be the only one.
+        epochs: the epochs to show, counted from 0.
+        count: largest number of samples.
+        out: output folder; None for OUTPUT/show/NAME.
+    """
     with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
         original = load_images(config.data, config.eval, config.data.train_split, samples, device)
@@ -61,9 +69,9 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
 def augmented_samples(
     config: Config, epochs: Sequence[int], count: int, device: torch.device
 ) -> tuple[np.ndarray, list[RenderedBatch]]:
-    """Return the first samples of `epochs[0]`, int64 [N], and their images in each epoch, on the host.
+    """Return the first samples of `epochs[0]`, int64 [N], and for each epoch their augmented images on the host.
 
-    Mixing pairs the samples with their partners in `epochs[0]`, although other epochs would pair them differently.
+    In all epochs, mixing uses the partners of `epochs[0]`, although training would pair the samples differently.
     """
     data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     loader = build_train_loader(
@@ -81,7 +89,7 @@ def augmented_samples(
 
 
 def enlarge(images: Tensor, side: int) -> Tensor:
-    """Resize uint8 images to [N, 3, side, side] by repeating pixels."""
+    """Return uint8 images resized to [N, 3, side, side] by repeating pixels."""
     return functional.interpolate(images, (side, side), mode="nearest-exact")
 
 
@@ -93,15 +101,15 @@ def sample_figure(
     title: str,
     mixtures: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """Draw blocks of samples: a row of unaugmented images with their classes, then a row per epoch.
+    """Draw blocks of samples. Each block has a row of unaugmented images with their classes, then a row per epoch.
 
     Args:
         original: unaugmented images.
         rows: augmented images of each epoch.
-        epochs: their numbers.
+        epochs: number of each epoch.
         names: class name of each sample.
         title: start of the figure's title.
-        mixtures: per epoch and sample, the classes that were mixed.
+        mixtures: for each epoch and sample, the classes that were mixed; empty without mixing.
     """
     columns = min(COLUMNS, len(names))
     blocks = math.ceil(len(names) / columns)

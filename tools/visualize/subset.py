@@ -13,7 +13,10 @@ from pipelines.loader.loader import Loader
 
 
 def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
-    """Make each epoch of the loader consist of `samples`, int64 [N], in this order. Augmentation is unchanged."""
+    """Change the loader so that each epoch consists of `samples`, int64 [N], in this order. Return the loader.
+
+    The augmentation of a sample does not change.
+    """
     loader.plan = ChosenSamples(loader.plan, samples)
     return loader
 
@@ -21,7 +24,7 @@ def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
 def load_images(
     data: DataConfig, evaluation: EvalConfig, split: str, samples: np.ndarray, device: torch.device
 ) -> Tensor:
-    """Return `samples` as evaluation loads them: uint8 [N, 3, H, W] on the host."""
+    """Return the images of `samples` as evaluation loads them, uint8 [N, 3, H, W] on the host."""
     section = data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     batch = evaluation.model_copy(update={"batch_size": min(256, max(1, len(samples)))})
     loader = select_samples(build_eval_loader(section, batch, split=split, device=device), samples)
