@@ -1,7 +1,7 @@
-"""Input pipeline: from a converted data set to batches on the device.
+"""Input pipeline, which turns a converted data set into batches on the device.
 
-A custom training loop needs `from pipelines import build_train_loader, build_eval_loader` only. Both are imported on
-first use, since converting a data set needs neither torch nor DALI.
+A custom training loop needs only `from pipelines import build_train_loader, build_eval_loader`. Both functions are
+imported on first use, since converting a data set needs neither torch nor DALI.
 """
 
 from __future__ import annotations

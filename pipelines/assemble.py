@@ -1,4 +1,4 @@
-"""Assemble a loader: choose its backend, source, runner, and number of buffers and threads."""
+"""Choose the backend, source, runner, buffers and threads of a loader, and assemble the loader."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ GROUP_BYTES = 2**24  # maximum size of a group
 
 @dataclass(frozen=True)
 class Transforms:
-    """Transforms applied to each sample, for DALI and for the CPU kernels."""
+    """The transforms of a sample, in a version for DALI and a version for the CPU kernels."""
 
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
     cpu: CpuGraph | None  # None: stored pixels are not changed
-    crops_and_flips: bool = False  # nothing else is applied, and images are stored at the batch's size
-    padding_mode: str = "constant"  # for crops: "constant" (black) or "reflect"
+    crops_and_flips: bool = False  # True if images are stored at the batch's size and only cropped and flipped
+    padding_mode: str = "constant"  # padding of crops: "constant" (black) or "reflect"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How samples reach the device."""
+    """The way in which samples are transformed and reach the device."""
 
     resident: bool  # the whole split is in the device's memory
     uses_dali: bool  # True: a DALI graph transforms samples. False: one kernel gathers and transforms
@@ -54,7 +54,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """A loader's data, image size and device."""
+    """Data, image size and device of a loader."""
 
     split: Split
     data: DataConfig
@@ -64,7 +64,7 @@ class LoaderSpec:
 
 
 def choose_backend(resident: bool, split: Split, device: torch.device, transforms: Transforms) -> Backend:
-    """Choose the CPU kernels on the CPU, and DALI on a GPU unless a single copy or kernel launch suffices."""
+    """Choose the CPU kernels for a CPU. For a GPU, choose DALI unless a single copy or kernel launch suffices."""
     passes_through = split.encoding == "npy" and transforms.cpu is None
     without_dali = passes_through or device.type != "cuda" or (resident and transforms.crops_and_flips)
     return Backend(resident, not without_dali, passes_through)
@@ -85,7 +85,7 @@ def assemble(
         plan: Batches of an epoch.
         transforms: Transforms applied to each sample.
         backend: Result of `choose_backend`.
-        pixels: Function that returns the pixels of a resident split, see `load_resident`.
+        pixels: Function that returns the pixels of a resident split; see `load_resident`.
         bad: Record of the bad samples to replace.
     """
     split, data, device, size = spec.split, spec.data, spec.device, spec.image_size
@@ -101,7 +101,8 @@ def assemble(
     images = ImageSpec(split.encoding, split.image_shape, backend.resident, tuple(split.dataset["mean"]))
     pipeline = PipelineConfig(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
-    with torch.cuda.stream(stream):  # the allocator reuses the source's memory only after this stream is done with it
+    # The allocator reuses the source's memory only after this stream has finished using the memory.
+    with torch.cuda.stream(stream):
         if backend.uses_dali and split.encoding != "npy":
             source: SampleSource = _mapped_files(split, images, pipeline)
         else:
@@ -137,7 +138,14 @@ def _pixel_source(
     slot_size: int,
     slots: int,
 ) -> SampleSource:
-    """Return a source that fills `slots` slots of `slot_size` images of `shape`."""
+    """Return a source of pixels, or of JPEG files that are decoded on the CPU.
+
+    Args:
+        spec, transforms, backend, pixels: See `assemble`.
+        shape: Height, width and channels of an image in a slot.
+        slot_size: Number of images per slot.
+        slots: Number of slots.
+    """
     split, device = spec.split, spec.device
     on_gpu, raw, stored_shape = device.type == "cuda", split.encoding == "npy", split.image_shape or (0, 0, 0)
     if raw and backend.resident and on_gpu:
@@ -164,12 +172,16 @@ def _buffer_config(data: DataConfig, batch_bytes: int, threads: int) -> BufferCo
 
 
 def default_threads(ranks: int) -> int:
-    """Return the number of CPU threads per rank: the available cores divided by the ranks of this machine."""
+    """Return the number of CPU threads per rank, if this machine runs `ranks` ranks that share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    """Return True if data.placement keeps the whole split in device memory."""
+    """Return True if the whole split is kept in device memory. data.placement=auto keeps a split that fits.
+
+    Raises:
+        UserError: data.placement=device, but the split stores encoded images.
+    """
     if data.placement == "auto":
         return resident_fits(split, device)
     if data.placement == "device" and split.encoding != "npy":

@@ -38,15 +38,17 @@ def build_train_loader(
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
 ) -> Loader | StagedLoader:
-    """Build the loader of `data.train_split`: shuffled, augmented, in full batches of `data.batch_size` per rank.
+    """Build the loader of `data.train_split`, which yields shuffled, augmented batches of `data.batch_size` per rank.
+
+    Every batch is full.
 
     Args:
-        data: Config section `data`. With data.stages, image and batch size depend on the epoch.
+        data: Config section `data`. With data.stages, image size and batch size depend on the epoch.
         aug: Config section `aug`. None: the defaults.
         seed: Seed of the sample order and of the augmentation.
         device: Device of the batches. None: the current GPU, or the CPU if there is none.
         rank, world_size: Position of this process among all training processes.
-        local_world_size: Ranks on this machine, which share its cores; None: all of them.
+        local_world_size: Number of ranks on this machine, which share its cores. None: `world_size`.
         accumulation_steps: Batches per optimizer step; len(loader) is a multiple of it.
     """
     aug = aug or AugConfig()
@@ -105,10 +107,10 @@ def build_eval_loader(
     local_world_size: int | None = None,
     replace_bad_samples: bool = False,
 ) -> Loader:
-    """Build the loader of an evaluation split: a contiguous part per rank in stored order, every sample once.
+    """Build the loader of an evaluation split. Together, the loaders of all ranks yield every sample once.
 
-    Ranks may have different numbers of batches, and the last batch may be smaller. Each iteration starts at the first
-    sample.
+    Each rank reads a contiguous range of samples in stored order. Ranks may have different numbers of batches, and the
+    last batch of a rank may be smaller. Each iteration starts at the first sample of the range.
 
     Args:
         data: Config section `data`.
@@ -116,8 +118,8 @@ def build_eval_loader(
         split: Name of the split. None: data.val_split.
         device: Device of the batches. None: the current GPU, or the CPU if there is none.
         rank, world_size: Position of this process among all evaluating processes.
-        local_world_size: Ranks on this machine, which share its cores; None: all of them.
-        replace_bad_samples: Apply data.on_bad_sample. False for evaluations, which count every sample once.
+        local_world_size: Number of ranks on this machine, which share its cores. None: `world_size`.
+        replace_bad_samples: Apply data.on_bad_sample. Evaluations must count every sample once, so they pass False.
     """
     evaluation = evaluation or EvalConfig()
     skips = replace_bad_samples and data.on_bad_sample == "skip"
@@ -167,7 +169,7 @@ def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, siz
 
 
 def _check_sizes(aug: AugConfig, size: int) -> None:
-    """Raise UserError for a padding or cutout too large for images of `size` pixels."""
+    """Raise UserError if aug.padding or aug.cutout is too large for images whose sides have `size` pixels."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too large for aug.padding_mode=reflect on images of {size} pixels; "
@@ -187,7 +189,11 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _image_size(wanted: int | None, data: DataConfig, split: Split) -> int:
-    """Return the side of a batch's images in pixels: the configured one, or that of the stored images."""
+    """Return the side of a batch's images in pixels: `wanted`, or else the side of the stored images.
+
+    Raises:
+        UserError: `wanted` is None and the stored images are not squares of one size.
+    """
     if wanted is not None:
         return wanted
     shape = split.image_shape

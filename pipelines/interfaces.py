@@ -1,4 +1,4 @@
-"""Interfaces between the parts of a loader: sources of samples, and runners that turn them into batches."""
+"""Interfaces between the parts of a loader: sources of samples, and runners that turn samples into batches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class FileMonitor(Protocol):
     """Detector of changes to the files that a source reads; see `pipelines.storage.monitor`."""
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. Cheap enough to call after every batch."""
+        """Raise UserError if a file is known to have changed. This is cheap enough to call after every batch."""
         ...
 
     def check(self) -> None:
-        """Check all files now; raise UserError if one has changed."""
+        """Check all files now and raise UserError if one has changed."""
         ...
 
 
 class SampleSource(Protocol):
-    """Source that fills slots with the samples of a batch, in the loader's background threads."""
+    """Source of samples, which the loader's background threads call to fill slots."""
 
     monitor: FileMonitor | None = None  # None: all samples were read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """Return the samples at `indices`, int64 [B]. In host memory they are valid until the next fill of the slot.
+        """Return the samples at `indices`, int64 [B]. Samples in host memory are valid until the slot's next fill.
 
         Raises:
             Undecodable: Samples cannot be decoded. Samples that DALI decodes may also fail later, in the runner.
@@ -38,33 +38,33 @@ class SampleSource(Protocol):
         ...
 
     def defect(self, sample: int) -> str | None:
-        """Return why a sample cannot be decoded; None if it can."""
+        """Return why a sample cannot be decoded, or None if the sample can be decoded."""
         return None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed; cheap enough for every batch."""
+        """Raise UserError if a file is known to have changed. This is cheap enough to call after every batch."""
         if self.monitor is not None:
             self.monitor.poll()
 
     def check_unchanged(self) -> None:
-        """Check all files now; raise UserError if one has changed."""
+        """Check all files now and raise UserError if one has changed."""
         if self.monitor is not None:
             self.monitor.check()
 
 
 class Runner(Protocol):
-    """Runner that turns filled slots into batches on the device, first in, first out."""
+    """Runner that turns filled slots into batches on the device, in the order in which slots are submitted."""
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
     def result(self) -> RunnerResult:
-        """Return the oldest submitted batch."""
+        """Remove and return the oldest submitted batch."""
         ...
 
     def restart(self) -> None:
-        """Drop all submitted batches, after an error."""
+        """Drop all submitted batches, so that the runner can be used again after an error."""
         ...
 
 
 def no_wait() -> None:
-    """Return immediately, for a slot that may be overwritten already."""
+    """Return immediately. This is the wait function of a slot that may already be overwritten."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
-MAX_SCANS = 100  # each costs as much as the whole image; progressive JPEGs have about ten, malicious ones thousands
+MAX_SCANS = 100  # decoding one costs as much as an image; progressive JPEGs have about ten, malicious ones thousands
 MAX_SEGMENTS = 100_000
 SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, whose values are between SOF0 and SOF15
-_MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # followed by a length, or EOI
+_MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # a marker followed by a length, or EOI
 
 
 def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
-    """Return the number of scans and why decoders may disagree about the file.
+    """Count the scans of a JPEG file and find a reason why decoders may disagree about its pixels.
 
-    libjpeg skips bytes between segments; nvImageCodec's parser rejects them. libjpeg detects RGB files; nvImageCodec
-    assumes YCbCr for three components. All decoders read Huffman-coded
-    baseline, extended and progressive frames of 8 bits. Data after the end of the image is ignored.
+    libjpeg skips bytes between segments, but nvImageCodec's parser rejects them. libjpeg detects RGB files, but
+    nvImageCodec assumes YCbCr for three components. All decoders read Huffman-coded baseline, extended and progressive
+    frames of 8 bits. Data after the end of the image is ignored.
 
     Returns:
-        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments"; None if all
-        decoders give the same pixels.
+        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments". The reason is
+        None if all decoders give the same pixels; beyond MAX_SCANS, the rest of the file is not checked.
     """
     place, scans, in_scan = 2, 0, False
     reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
@@ -57,12 +57,12 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
 
 
 def _frame_reason(frame: bytes, transform: int | None, is_jfif: bool) -> str | None:
-    """Return why a decoder may reject a frame header; None if all accept it.
+    """Return why decoders may disagree about a frame, or None if all give the same pixels.
 
     Args:
-        frame: the marker's second byte, then the segment without its length.
-        transform: color transform of the Adobe segment; 0 means RGB or CMYK.
-        is_jfif: True if there is a JFIF segment; three components are then YCbCr.
+        frame: Second byte of the frame's marker, followed by the segment without its length field.
+        transform: Color transform of the Adobe segment. 0 means RGB or CMYK; None: the file has no such segment.
+        is_jfif: True if the file has a JFIF segment. Three components are YCbCr in such a file.
     """
     if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:
         return "without a frame header"

@@ -1,7 +1,7 @@
 """Sample indices of each batch, as pure functions of seed, epoch, batch, rank and world size.
 
-Every rank computes the same global order and takes its positions from it, so the global batch does not depend on the
-world size.
+Every rank computes the same global order and selects its own positions. Global batches of a given size therefore
+contain the same samples for any world size.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pipelines.rng import hash64, stream
 
 
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of range(samples) for (seed, epoch): int64 [samples].
+    """Return the permutation of range(samples) for a seed and an epoch: int64 [samples].
 
-    Samples are sorted by a hash, so the result does not depend on the version of NumPy, unlike its random generators.
-    The low bits of each key hold the sample, since sorting integers is faster than an argsort.
+    Samples are sorted by a hash. Unlike NumPy's random generators, the hash gives the same result for any version of
+    NumPy. The low bits of each sort key hold the sample's index, since sorting integers is faster than an argsort.
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
@@ -26,25 +26,29 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return an order for data larger than memory: random shards, samples shuffled in windows of several shards.
+    """Return a sample order for data larger than memory.
 
-    The shards of a window can be read ahead and dropped together.
+    Shards are shuffled and grouped into windows. Samples are shuffled within their window, whose shards can be read
+    ahead and dropped together.
 
     Args:
-        shard: int [samples], the shard of each sample.
-        window_shards: shards per window.
-        seed: seed of the run.
-        epoch: counted from 0.
+        shard: Shard of each sample, int [samples].
+        window_shards: Number of shards per window.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
 
     Returns:
-        int64 [samples].
+        Sample indices in reading order, int64 [samples].
     """
     window = shard_windows(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
     return np.lexsort((_keys(len(shard), seed, epoch), window))
 
 
 def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the window of each shard in `window_permutation`, counted in reading order: int64 [shards]."""
+    """Return the number of each shard's window in `window_permutation`: int64 [shards].
+
+    Windows are numbered in reading order.
+    """
     return np.argsort(permutation(shards, seed, epoch)) // window_shards
 
 
@@ -53,19 +57,25 @@ def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
-    """Return the number of training batches per rank and epoch; an incomplete last optimizer step is dropped."""
+    """Return the number of training batches per rank and epoch. An incomplete last optimizer step is dropped."""
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps
 
 
 def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """Return the sample indices of one batch of this rank: int64 [batch_size].
+    """Return the sample indices of one batch of a rank: int64 [batch_size].
 
-    batch: counted from 0 in each epoch. Its samples on all ranks are consecutive in `order`.
+    The samples that all ranks read for one batch number are consecutive in `order`.
+
+    Args:
+        order: Sample indices of the epoch, int64 [samples].
+        batch: Number of the batch, counted from 0 in each epoch.
+        batch_size: Number of samples per rank.
+        rank, world_size: Position of this process among all training processes.
     """
     start = (batch * world_size + rank) * batch_size
     return order[start : start + batch_size]
 
 
 def eval_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the range [start, stop) of a split that a rank evaluates. The ranges cover every sample once."""
+    """Return the range [start, stop) of samples that a rank evaluates. The ranks together evaluate each sample once."""
     return samples * rank // world_size, samples * (rank + 1) // world_size

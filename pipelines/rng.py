@@ -1,7 +1,7 @@
 """Counter-based random numbers for one sample in one epoch.
 
-Every draw is a hash of (seed, epoch, purpose, sample index, draw number). It does not depend on the batch, the rank,
-the number of workers or earlier draws.
+Every draw is a hash of (seed, epoch, purpose, sample index, draw number). A draw does not depend on the batch, the
+rank, the number of workers or earlier draws.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _MASK = (1 << 64) - 1
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Apply the finalizer of splitmix64, a bijection of 64-bit integers (Steele, Lea, Flood 2014)."""
+    """Apply one step of splitmix64, a bijection of 64-bit integers.
+
+    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+    """
     values = values + np.uint64(_GOLDEN)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -28,7 +31,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)  # cached, since hashing single numbers takes longer than the draws of a batch
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
-    """Return the 64-bit key of a stream of draws. Adding a purpose never changes the stream of another."""
+    """Return the 64-bit key of a stream of draws. New purposes do not change the streams of existing ones."""
     key = np.uint64(0)
     for part in (seed, epoch, zlib.crc32(purpose.encode())):
         key = hash64(np.array([int(key) ^ (part & _MASK)], np.uint64))[0]
@@ -36,7 +39,7 @@ def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
 
 
 def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
-    """Draw uniform numbers in [0, 1) for each of `samples` (indices): float64 [len(samples), draws]."""
+    """Draw uniform numbers in [0, 1) for each sample index in `samples`: float64 [len(samples), draws]."""
     base = hash64(samples.astype(np.uint64) ^ stream(seed, epoch, purpose))
     counter = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     return (hash64(base[:, None] + counter) >> np.uint64(11)) * 2.0**-53
@@ -45,7 +48,8 @@ def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int
 def normal(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
     """Draw numbers from the standard normal distribution: float64 [len(samples), draws].
 
-    Source: Box and Muller, "A Note on the Generation of Random Normal Deviates", 1958. Each uses two uniform draws.
+    Each number uses two uniform draws. Source: Box and Muller, "A Note on the Generation of Random Normal Deviates",
+    1958.
     """
     drawn = uniform(samples, seed, epoch, purpose, 2 * draws)
     radius = np.sqrt(-2.0 * np.log1p(-drawn[:, :draws]))  # 1 - u is never 0

@@ -21,7 +21,7 @@ from pipelines.storage import tar_format
 
 
 def check_classes(source: Source) -> None:
-    """Raise UserError for class names with control characters, which terminals and tables would interpret."""
+    """Raise UserError if a class name contains control characters, which terminals and tables would interpret."""
     for name in source.classes:
         if printable(name) != name:
             raise UserError(f"{source.name} names a class {name!r}, which contains control characters; rename it")
@@ -38,7 +38,10 @@ def check_labels(labels: np.ndarray, rows: int, classes: int, split: str) -> Non
 
 
 def check_shapes(layouts: dict[str, SplitLayout]) -> None:
-    """Raise UserError if npy splits differ in shape. `shuffle.partition` compares the samples of one split."""
+    """Raise UserError if npy splits differ in image shape.
+
+    `shuffle.partition` compares the image shapes within one split.
+    """
     shapes = {
         split: f"{split!r} of {layout.image_shape[0]} x {layout.image_shape[1]}"
         for split, layout in layouts.items()
@@ -52,7 +55,7 @@ def check_shapes(layouts: dict[str, SplitLayout]) -> None:
 
 
 def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Raise UserError if the result and the spool do not fit on the disk."""
+    """Raise UserError if the converted data set and its spool files do not fit on the disk of `out`."""
     need = 64 * 2**20
     for layout in layouts.values():
         need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
@@ -68,7 +71,12 @@ def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
 
 @contextmanager
 def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
-    """Lock the spool folder of this conversion and yield it; raise UserError if `out` contains anything else."""
+    """Lock the spool folder of this conversion and yield its path.
+
+    Raises:
+        UserError: `out` contains anything but an unfinished conversion with the same `request`, cannot be written, or
+            is used by another process.
+    """
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -95,14 +103,14 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
                 f"{out} contains an unfinished conversion of another source, or of this one before it was changed, or "
                 "with other options; choose another --out or delete the folder"
             )
-        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # left by a killed run; they may fill the disk
+        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # files of a killed conversion may fill the disk
             left.unlink(missing_ok=True)
         commit(record, json.dumps(request).encode(), spool)
         yield spool
 
 
 def _read_request(record: Path) -> Any:
-    """Return the recorded request of an unfinished conversion; None if it is damaged."""
+    """Return the recorded request of an unfinished conversion, or None if the record is damaged."""
     try:
         return json.loads(read_small_text(record))
     except OSError as error:

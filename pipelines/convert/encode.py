@@ -1,6 +1,6 @@
-"""Encode one source sample for a shard, as raw pixels (npy) or JPEG: decode, convert to RGB, resize.
+"""Decode one source sample, convert it to RGB, resize it, and encode it for a shard as raw pixels (npy) or JPEG.
 
-An unusable sample raises `Defect`; the writer quarantines and counts it.
+An unusable sample raises `Defect`. The writer leaves such samples out and lists them in dataset.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 
 class Defect(Exception):
-    """Raised for an unusable sample; dataset.json records the message."""
+    """Raised for an unusable sample. The message is recorded in dataset.json."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,27 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One encoded image and its entries in the index and the statistics."""
+    """One encoded image, with its values for the index and the statistics of the data set."""
 
     payload: bytes  # npy: pixels without the .npy header; jpeg: the file
     height: int
     width: int
     sums: np.ndarray  # int64 [2, 3]: per-channel sums of the values and of their squares over all pixels
-    reencoded: str | None = None  # jpeg: why the original bytes were not kept; None: kept
+    reencoded: str | None = None  # jpeg: why the source file was not kept. None: kept, or the source is no file
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
-    """Encode one sample: uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
+    """Encode one sample.
 
-    With jpeg, the bytes of a JPEG file are kept if all supported decoders give the same RGB pixels for them.
+    With the jpeg encoding, the bytes of a JPEG file are kept if the image is not resized and all supported decoders
+    give the same RGB pixels.
+
+    Args:
+        source: Pixels, uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
+        encoding: Storage format.
+
+    Raises:
+        Defect: The sample cannot be decoded or encoded.
     """
     changed: str | None = "pixels"  # why the source bytes cannot be stored as they are
     if isinstance(source, np.ndarray):
@@ -85,14 +93,21 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
 
 
 def _sums(pixels: np.ndarray) -> np.ndarray:
-    """Return exact per-channel sums of values and squares; mean and std then do not depend on the sample order."""
+    """Return the per-channel sums of values and squares: int64 [2, 3].
+
+    The sums are exact, so mean and std do not depend on the order in which samples are added.
+    """
     histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
     values = np.arange(256, dtype=np.int64)
     return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
 
 
 def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
-    """Return RGB pixels, uint8 [H, W, 3], and why the original bytes cannot be stored; None: they can."""
+    """Decode an image file.
+
+    Returns:
+        RGB pixels, uint8 [H, W, 3], and the reason why the file cannot be stored as it is, or None if it can.
+    """
     if not content:
         raise Defect("empty file")
     scans, reason = jpeg_format.inspect(content) if content.startswith(b"\xff\xd8") else (0, None)
@@ -134,7 +149,10 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
 
 
 def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
-    """Convert to uint8 [H, W, 3]; transparency is dropped."""
+    """Convert an image to RGB, uint8 [H, W, 3], without its transparency.
+
+    `content` is the file that `image` was opened from.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         if (grey := greyscale.to_eight_bits(image, content)) is None:
             raise Defect(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits")
@@ -148,7 +166,7 @@ def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Resize the shorter side to `encoding.size` (bicubic, antialiased); npy also crops the central square."""
+    """Resize the shorter side to `encoding.size` pixels (bicubic, antialiased). For npy, crop the central square."""
     size = encoding.size or 0
     height, width = pixels.shape[:2]
     shorter = min(height, width)

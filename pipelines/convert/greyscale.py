@@ -1,12 +1,13 @@
 """Convert greyscale images of more than 8 bits to 8 bits.
 
-Pillow clips values at 255, and most files use only a part of their container's range. The first rule that applies
-gives the range:
+Pillow clips values at 255, and most files use only a part of the range of their data type. The first rule that
+applies determines the range of an image:
 
-- The file declares it: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, sBIT of a PNG.
-- Values within 0..255 are kept, except floating point up to 1: its range may be 0..1 or 0..255 and counts as unknown.
-- Unsigned 16-bit values up to 4095 have 12 bits, like those of sensors; larger ones have 16 bits.
-- Any other range (32-bit integers, floating point) is unknown.
+- The file declares the range: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, or sBIT of a PNG.
+- Values within 0..255 are kept. Floating-point images with values up to 1 are an exception: their range may be 0..1 or
+  0..255, so it counts as unknown.
+- Unsigned 16-bit images with values up to 4095 have 12 bits, as is usual for sensors. Those with larger values have 16.
+- The range of all other images (32-bit integers, floating point) is unknown.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # two TIFF tags, a
 
 
 def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Convert an image of mode I, I;16 or F to uint8 [H, W]; None if its range is unknown.
+    """Convert an image of mode I, I;16 or F to uint8 [H, W]. Return None if the range of its values is unknown.
 
-    content: bytes of the file that `image` was opened from.
+    `content` is the file that `image` was opened from.
     """
     grey = np.asarray(image)
     low, high = grey.min(), grey.max()
@@ -29,7 +30,7 @@ def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
         bits = 12 if high < 1 << 12 else 16
     if bits is not None:
         grey = grey >> bits - 8 if bits > 8 else grey * 255 // ((1 << bits) - 1)
-    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # this form is also true for NaN
+    elif not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):  # the negation is also true for NaN
         return None
     result = (np.rint(grey) if image.mode == "F" else grey).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
@@ -38,7 +39,7 @@ def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
 
 def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int | None:
     if image.format == "PPM":
-        return None if image.mode == "F" else 16  # Pillow has scaled by the file's maximum
+        return None if image.mode == "F" else 16  # Pillow has scaled the values by the file's maximum
     if image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # type: ignore[attr-defined]
         return 12
     if image.format != "PNG" or (significant := _significant_bits(content)) is None:
@@ -50,7 +51,10 @@ def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int 
 
 
 def _significant_bits(png: bytes) -> int | None:
-    """Return the significant bits, 1 to 16, that the sBIT chunk of a greyscale PNG declares; it precedes the pixels."""
+    """Return the number of significant bits (1 to 16) that a greyscale PNG declares, or None if it declares none.
+
+    The number is in the sBIT chunk, which precedes the pixels.
+    """
     place = 8
     while (kind := png[place + 4 : place + 8]) and kind != b"IDAT":
         if kind == b"sBIT":

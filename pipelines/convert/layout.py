@@ -1,4 +1,4 @@
-"""Layout of a conversion: blocks of source rows, shards, and their file names."""
+"""Layout of a conversion: its blocks of source rows, its shards, and the names of its files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pipelines.convert.source import Options
 
-GROUPS = 16  # number of parts in which a split's spool is deleted
+GROUPS = 16  # maximum number of shard groups per split; a group's spool files are deleted once its shards are written
 
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """Layout of one split, shared by both passes and fixed before the first sample is encoded."""
+    """Layout of one split. Both passes use the layout, which is fixed before the first sample is encoded."""
 
     dataset: str
     split: str
@@ -56,11 +56,11 @@ class SplitLayout:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
     def block_size(self, block: int) -> int:
-        """Return the number of rows of a block; the last block may be smaller."""
+        """Return the number of rows of a block. The last block may be smaller than `block_rows`."""
         return min(self.block_rows, self.rows - block * self.block_rows)
 
     def shard_size(self, shard: int) -> int:
-        """Return the number of rows of a shard, including quarantined ones."""
+        """Return the number of rows of a shard, including quarantined rows, which are not written."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def group_shard_numbers(self, group: int) -> set[int]:

@@ -1,7 +1,7 @@
 """Limit the memory that a library may allocate during one call.
 
-A decoder allocates the size that a header claims, so a tiny file can ask for gigabytes. Limiting the address space
-catches every such path at once.
+A decoder allocates the size that a header claims, so a tiny file can make it allocate gigabytes. A limit on the
+address space covers all allocations of a decoder at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _STATM = Path("/proc/self/statm")  # its first number is the address space of th
 
 @contextmanager
 def at_most(extra_bytes: int) -> Iterator[None]:
-    """Limit the growth of this process to `extra_bytes`, over all threads; larger allocations raise MemoryError.
+    """Limit the growth of this process within the block to `extra_bytes`, summed over all threads.
 
-    Takes about 10 µs. Has no effect if the kernel does not report the size of the process.
+    Allocations beyond the limit raise MemoryError. Entering and leaving the block takes about 10 µs. The limit has no
+    effect if the kernel does not report the size of the process.
     """
     try:
         size = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()

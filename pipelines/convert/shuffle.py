@@ -1,8 +1,8 @@
 """External shuffle of a split's rows into shards, in two passes with spool files between them. See `writer`.
 
-Pass 1, `partition`, encodes a block of source rows, sorts it by destination and writes it to spool files. Pass 2,
-`merge`, collects the samples of one shard and writes its tar. Both run in worker processes. A block or shard is
-finished once its table has its final name, so a pass can be repeated after a kill.
+Pass 1 (`partition`) encodes a block of source rows, sorts the samples by destination and writes them to spool files.
+Pass 2 (`merge`) collects the samples of one shard and writes its tar. Both passes run in worker processes. A block or
+shard is finished once its table has been renamed to its final name, so a pass can be repeated after a kill.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipelines.storage.index import INDEX_COLUMNS
 
 @dataclass(frozen=True)
 class SplitInput:
-    """Layout and rows of one split; each worker process has a copy."""
+    """Layout and rows of one split. Each worker process has a copy of this object."""
 
     layout: SplitLayout
     rows: SplitSource
@@ -38,7 +38,12 @@ class SplitInput:
 def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
     """Encode the rows of a block, write them to the spool sorted by destination, then write the block's table.
 
-    task: name of the split and number of the block. Returns the number of the block.
+    Args:
+        splits: All splits by name.
+        task: Name of the split and number of the block.
+
+    Returns:
+        The number of the block.
     """
     layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
     start = block * layout.block_rows
@@ -84,7 +89,7 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
         "reencoded_reason": np.array([*reencoded], dtype=str),
         "reencoded_count": np.array([*reencoded.values()], np.int64),
     }
-    sync_folder(layout.spool)  # pieces reach the disk before their table
+    sync_folder(layout.spool)  # the samples must reach the disk before their table
     commit_npz(layout.block_table(block), table)
     return block
 
@@ -99,9 +104,14 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
 
 
 def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
-    """Collect the samples of a shard from every block, write the tar and .idx, then write the shard's table.
+    """Collect the samples of a shard from every block, write the tar and .idx files, then write the shard's table.
 
-    task: name of the split and number of the shard. Returns the number of the shard.
+    Args:
+        splits: All splits by name.
+        task: Name of the split and number of the shard.
+
+    Returns:
+        The number of the shard.
     """
     layout, labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
@@ -147,7 +157,10 @@ def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
 
 
 def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
-    """Yield (position, row, payload, height, width) of a shard's samples, with one contiguous read per block."""
+    """Yield (position, row, payload, height, width) for each sample of a shard.
+
+    The samples of one block are read at once, since they are contiguous in the spool.
+    """
     group = shard // layout.group_shards
     for block in range(layout.blocks):
         table = load_table(layout.block_table(block))

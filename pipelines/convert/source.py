@@ -12,7 +12,7 @@ from pipelines.convert.encode import Encoding
 
 
 class SplitSource(Protocol):
-    """One split of a source. It is pickled for worker processes, which read it."""
+    """One split of a source. The object is pickled and sent to worker processes, which read the rows."""
 
     labels: np.ndarray | None  # int64 [rows]; None for a split without labels
     bytes_per_row: int  # average bytes read per row
@@ -20,11 +20,14 @@ class SplitSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield rows start..stop in source order: uint8 [H, W, 3], or the bytes of an image file (b'' if empty)."""
+        """Yield the rows from `start` up to `stop` (exclusive) in source order.
+
+        A row is either pixels, uint8 [H, W, 3], or the bytes of an image file. An empty file gives b''.
+        """
         ...
 
     def describe(self, row: int) -> str:
-        """Return the name of a row for messages, e.g. 'images-train[17]', 'train/cat/001.jpg'."""
+        """Return the name of a row for messages, such as 'images-train[17]' or 'train/cat/001.jpg'."""
         ...
 
 
@@ -35,17 +38,17 @@ class Source:
     kind: str
     name: str
     classes: tuple[str, ...]
-    fingerprint: str  # sha256 of the content or of a cheap part of it
+    fingerprint: str  # sha256 of the content, or of a part that is cheap to read
     splits: dict[str, SplitSource]
-    # Changes with every modification of the files, some of which the fingerprint misses. Stored only by an unfinished
-    # conversion, so that its pieces never come from two versions of a source.
+    # Differs after every modification of the files, including those that the fingerprint misses. Only an unfinished
+    # conversion stores it, so that a conversion never combines two versions of a source.
     state: str = ""
-    unordered: tuple[str, ...] = ()  # splits with numbered files in another order than their numbers
+    unordered: tuple[str, ...] = ()  # splits whose numbered files are not in numeric order
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a conversion. The same options and source give byte-identical results."""
+    """Options of a conversion. Two conversions of one source with equal options are byte-identical."""
 
     encoding: Encoding
     shard_mib: int = 512

@@ -1,4 +1,4 @@
-"""Write one split: run both passes of the shuffle, then write the index."""
+"""Write one split by running both passes of the shuffle, then write the split's index."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Table = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class WrittenSplit:
-    """A finished split: its entry in dataset.json and its statistics."""
+    """Entry in dataset.json and statistics of a finished split."""
 
     entry: dict[str, Any]
     sums: np.ndarray  # int64 [2, 3], see Encoded
     pixels: int
     shapes: set[tuple[int, int]]
-    fresh: dict[str, str]  # file name: sha256, for the shards written by this call
-    reencoded: dict[str, int]  # reason: number of files re-encoded to jpeg, most frequent first
+    fresh: dict[str, str]  # file name -> sha256 of each shard written by this call
+    reencoded: dict[str, int]  # reason -> number of files re-encoded to jpeg, most frequent first
 
 
 def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
-    """Run both passes over one split and write its index."""
+    """Run both passes of the shuffle for one split and write the split's index."""
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)
     shards, fresh = _merge_shards(layout, pool)
@@ -86,7 +86,7 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
 
 
 def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
-    """Run pass 1 for the blocks without a table; return the tables of all blocks."""
+    """Run pass 1 for each block that has no table yet, and return the tables of all blocks."""
     missing = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
     with _progress_bar(layout, "read") as bar:
         bar.update(layout.rows - sum(layout.block_size(block) for block in missing))
@@ -96,7 +96,11 @@ def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
 
 
 def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], list[int]]:
-    """Run pass 2 for the unfinished shards; return the tables of all shards and the numbers of the new ones."""
+    """Run pass 2 for the unfinished shards.
+
+    Returns:
+        The tables of all shards, and the numbers of the shards written by this call.
+    """
     with _progress_bar(layout, "write") as bar:
         left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
         missing = []
@@ -114,14 +118,14 @@ def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], l
 
 
 def _index_columns(shards: list[Table]) -> Table:
-    """Return the columns of a split's index, each [samples]."""
+    """Return the columns of a split's index. Each column is an array [samples]."""
     columns = {name: np.concatenate([table[name] for table in shards]) for name in INDEX_COLUMNS if name != "shard"}
     columns["shard"] = np.repeat(np.arange(len(shards)), [len(table["offset"]) for table in shards])
     return columns
 
 
 def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
-    """Write SPLIT.index.npz and return its entry in dataset.json."""
+    """Write SPLIT.index.npz and return its entry for dataset.json."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)
@@ -132,7 +136,7 @@ def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
 
 
 def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
-    """Count the files re-encoded to jpeg by reason, most frequent first."""
+    """Return the number of files re-encoded to jpeg for each reason, most frequent reason first."""
     counts: Counter[str] = Counter()
     for table in blocks:
         counts.update(dict(zip(table["reencoded_reason"].tolist(), table["reencoded_count"].tolist(), strict=True)))
@@ -140,17 +144,20 @@ def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
 
 
 def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
-    with defer_signals():  # an interrupted constructor prints an error when it is deleted
+    with defer_signals():  # tqdm prints an error when an object with an interrupted constructor is deleted
         return tqdm(
             total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
         )
 
 
 def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
-    """Count a shard as written; after the last shard of its group, delete the group's spool."""
+    """Mark a shard as written and, if it was the last one of its group, delete the spool files of the group.
+
+    `left` holds the unwritten shards of each group.
+    """
     group = shard // layout.group_shards
     left[group].discard(shard)
     if not left[group]:
-        sync_folder(layout.spool)  # tables reach the disk before the pieces are deleted
+        sync_folder(layout.spool)  # the tables of shards must reach the disk before the spool files are deleted
         for block in range(layout.blocks):
             layout.block_group(block, group).unlink(missing_ok=True)

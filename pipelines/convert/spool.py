@@ -22,9 +22,9 @@ def load_table(file: Path) -> dict[str, np.ndarray]:
 
 
 def spool_damage_hint(spool: Path) -> str:
-    """Return the end of an error message about a damaged spool.
+    """Return the last part of an error message about a damaged spool.
 
-    A killed conversion leaves complete files, so the disk or another program caused the damage.
+    A killed conversion leaves only complete files, so the disk or another program must have caused the damage.
     """
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 
@@ -40,9 +40,10 @@ def commit(file: Path, content: bytes, spool: Path) -> None:
 
 
 def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
-    """Write a file atomically: to a temporary name in the spool, flushed to disk, then renamed.
+    """Write `pieces` to a file atomically.
 
-    The next run deletes temporary files that a killed one left in the spool.
+    The content is written to a temporary file in the spool and flushed to disk, then the file is renamed. The next
+    conversion deletes temporary files that a killed conversion has left in the spool.
     """
     temporary = spool / f"{file.name}.{os.getpid()}.tmp"
     with temporary.open("wb", buffering=2**20) as opened:
@@ -54,7 +55,7 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk; a power failure may undo a rename that was not flushed."""
+    """Flush the entries of a folder to disk. A power failure may undo a rename that was not flushed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A pool of worker processes that share one object, return results in order and die with their parent."""
+"""A pool of worker processes that share one object, return results in task order and end with their parent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 def _init_worker(shared: str, parent: int) -> None:
     global _shared
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no workers behind
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel kills a worker whose parent has died
     if os.getppid() != parent:
         os._exit(1)
     with open(shared, "rb") as file:
@@ -38,9 +38,9 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer Ctrl-C and SIGTERM to the end of the block.
+    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block.
 
-    Replaces the handlers, because a signal mask covers one thread only and any thread may receive the signal.
+    The handlers are replaced, since a signal mask covers only one thread, and any thread may receive the signal.
     """
     if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield
@@ -61,13 +61,13 @@ def defer_signals() -> Iterator[None]:
 
 
 class WorkerPool:
-    """Call `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
+    """Pool that calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, workers: int, shared: Any) -> None:
         self._shared = shared
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
-        self._memory = -1  # file descriptor of the pickled shared object; None before workers start
+        self._memory = -1  # file descriptor of the pickled shared object; -1 before workers start
         self._others: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> WorkerPool:
@@ -75,7 +75,7 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Kill the workers. A regular shutdown could hang, since a killed worker may hold the lock of their queue."""
+        """Kill the workers. A regular shutdown could hang if a killed worker holds the lock of the task queue."""
         if self._executor is None:
             return
         for process in set(multiprocessing.active_children()) - self._others:
@@ -84,7 +84,11 @@ class WorkerPool:
         os.close(self._memory)
 
     def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Yield results in the order of tasks. At most two tasks per worker are pending, so reads stay sequential."""
+        """Yield the results in task order. At most two tasks per worker are pending, so disk reads stay sequential.
+
+        Raises:
+            UserError: A worker was killed.
+        """
         if self._workers == 1:
             for task in tasks:
                 yield function(self._shared, task)
@@ -104,15 +108,15 @@ class WorkerPool:
             ) from None
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
-        """Submit a task. This may start a worker; it inherits the deferred signals, which only the parent handles."""
+        """Submit a task. Signals are deferred, since submitting may start a worker and must not be interrupted."""
         executor = self._start_executor()
         with defer_signals():
             return executor.submit(_run_task, function, task)
 
     def _start_executor(self) -> ProcessPoolExecutor:
-        """Return the executor; start it at the first call, so that a pass without tasks starts no process."""
+        """Return the executor. The first call creates it, so that a pass without tasks starts no processes."""
         if self._executor is None:
-            # Python would send it through a pipe and wait forever for a worker that was killed before reading it all.
+            # Python would send the shared object through a pipe, and hang if the worker is killed before reading it.
             self._memory = os.memfd_create("shared")
             with open(self._memory, "wb", closefd=False) as file:
                 pickle.dump(self._shared, file)

@@ -1,11 +1,12 @@
-"""Convert a source to shards, in parallel and in bounded memory; an interrupted conversion can be resumed.
+"""Convert a source to shards, in parallel and in bounded memory. An interrupted conversion can be resumed.
 
-The train split is shuffled globally, but a source larger than memory can only be read sequentially. So there are two
-passes, both sequential on disk. Pass 1 (`shuffle.partition`): workers encode blocks of source rows in order, sort
-them by destination and write them to spool files. Pass 2 (`shuffle.merge`): workers collect the samples of one shard
-each and write its tar. The position of a sample depends only on seed, split and row, so the result is byte-identical
-for any number of workers and after any interruption. The spool in OUT/.spool is deleted group by group as shards are
-written, so the peak disk usage is about 1.1 times the result.
+The train split is shuffled globally, but a source larger than memory can only be read sequentially. The conversion
+therefore makes two passes, which both access the disk sequentially. In pass 1 (`shuffle.partition`), workers encode
+blocks of source rows in order, sort the samples by destination and write them to spool files. In pass 2
+(`shuffle.merge`), each worker collects the samples of one shard and writes its tar. The position of a sample depends
+only on seed, split and row, so the result is byte-identical for any number of workers and after any interruption. The
+spool files in OUT/.spool are deleted as shards are written, so the peak disk usage is about 1.1 times the size of the
+result.
 """
 
 from __future__ import annotations
@@ -35,27 +36,27 @@ from pipelines.storage.index import sample_stride
 BLOCK_BYTES = 512 * 2**20  # source rows that a worker holds in memory as one block
 SMALL_SOURCE = 4096  # rows; converting fewer takes less time than starting workers
 RULES_VERSION = 2  # version of the encoding rules; must not change within a conversion
-PROBED_ROWS = 32  # samples encoded first, to estimate the size of a JPEG
+PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate the size of a JPEG
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
-    """Convert `source` into the folder `out`, with progress on stderr.
+    """Convert `source` into the folder `out` and show the progress on stderr.
 
-    After an interruption at any point, a second call finishes with identical bytes.
+    If a call is interrupted at any point, the next call finishes the conversion with the same bytes.
 
     Args:
-        source: the data set to convert.
-        out: a new folder, or one with an unfinished conversion of the same source.
-        options: encoding, shard size and seed.
-        workers: number of processes.
-        name: name of the data set, the prefix of shard files.
+        source: Data set to convert.
+        out: New folder, or folder of a finished or unfinished conversion of the same source with the same options.
+        options: Encoding, shard size and seed.
+        workers: Number of processes.
+        name: Name of the data set and prefix of the shard files.
 
     Returns:
         The content of dataset.json.
 
     Raises:
-        UserError: `out` contains something else, the disk is too small, a sample is defective (with `strict`), or
-            npy images differ in shape.
+        UserError: `out` contains anything else, the disk is too small, the source is invalid, a sample is defective and
+            `options.strict` is set, or npy images differ in shape.
     """
     checks.check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
@@ -79,7 +80,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         with WorkerPool(
             workers, {split: SplitInput(layouts[split], source.splits[split]) for split in layouts}
         ) as pool:
-            # train is the largest split; converted last, its spool shares the disk with finished shards only
+            # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
             for split in sorted(layouts, key=lambda split: split == "train"):
                 written[split] = write_split(source, layouts[split], pool)
         dataset = _describe(source, options, request, written)
@@ -110,7 +111,7 @@ def _describe(
         "splits": {split: written[split].entry for split in source.splits},
         "unordered": list(source.unordered),
     }
-    if options.encoding.name == "jpeg":  # kept out of the entries of splits, which the fingerprint covers
+    if options.encoding.name == "jpeg":  # not in the entries of splits, which the data set's fingerprint covers
         dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
     return dataset
 
@@ -168,7 +169,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
-    """Encode a few evenly spaced samples to determine their shape and size."""
+    """Encode a few evenly spaced samples, from which `_plan_layout` takes image shape and size in bytes."""
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []
     for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():
@@ -184,8 +185,8 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
 
 
 def _mean_std(written: WrittenSplit) -> tuple[list[float], list[float]]:
-    """Return the per-channel mean and standard deviation of all pixels of a split, scaled to 0..1."""
+    """Return the per-channel mean and standard deviation over all pixels of a split, for pixels scaled to 0..1."""
     mean = written.sums[0] / written.pixels
     variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
-    std = np.maximum(np.sqrt(variance), 1.0)  # pixels are divided by std, which is 0 for a constant channel
+    std = np.maximum(np.sqrt(variance), 1.0)  # avoids a division by 0 for a constant channel
     return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

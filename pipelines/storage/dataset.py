@@ -1,4 +1,4 @@
-"""Read dataset.json, the description of a converted data set, and check all that other modules rely on."""
+"""Read dataset.json, which describes a converted data set, and check all entries that other modules rely on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of
 
 
 def refuse_external_link(file: Path) -> None:
-    """Raise UserError if a file is a link to a target outside of the data set."""
+    """Raise UserError if a file of a data set is a link to a target outside of the data set's folder."""
     real = Path(os.path.realpath(file))  # unlike Path.resolve, accepts a cycle of links
     if not real.is_relative_to(os.path.realpath(file.parent)):
         raise UserError(
@@ -33,7 +33,11 @@ def refuse_external_link(file: Path) -> None:
 
 
 def load_dataset(folder: str | Path) -> dict[str, Any]:
-    """Load and check dataset.json; raise UserError with a hint for anything but a converted data set."""
+    """Load and check dataset.json.
+
+    Raises:
+        UserError: `folder` is not a converted data set or is damaged. The message says how to fix this.
+    """
     path = Path(folder) / "dataset.json"
     with readable(path):
         if not path.parent.exists():
@@ -68,13 +72,14 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
     """Return True if the samples of a split are stored in the order of the source's rows.
 
-    Predictions for a contest need this order. Older data sets do not record it; only their train split is shuffled.
+    Predictions for a contest need this order. In older data sets, which do not record the order, only the train split
+    is shuffled.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """Return a sha256 of the samples; data sets with equal fingerprints give a run the same batches."""
+    """Return a sha256 of the samples. A run gets the same batches from data sets with equal fingerprints."""
     content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +104,11 @@ _FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
 
 
 def _check(dataset: dict[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError if an entry that other modules rely on is missing or invalid."""
+    """Check all entries that other modules rely on.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: An entry is missing or invalid.
+    """
     _check_fields(dataset, _DATASET_FIELDS)
     if not all(type(name) is str for name in dataset["classes"]):
         raise TypeError("classes are not all text")
@@ -160,17 +169,20 @@ def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
 
 
 def _format_value(value: Any) -> str:
-    """Return a short representation of any JSON value for an error message."""
-    if isinstance(value, int) and value.bit_length() > 200:  # converting it to decimal would be slow
+    """Return a representation of a JSON value with at most 80 characters, for an error message."""
+    if isinstance(value, int) and value.bit_length() > 200:  # converting a huge number to decimal would be slow
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def convert_hint(folder: str | Path) -> str:
-    """Return the tools/convert.py command for `folder`, a source or a data set that does not exist yet.
+    """Return the last part of an error message, which names the tools/convert.py command for `folder`.
 
-    Looks at file names only; `tools/sources` checks the content of a source. The text ends an error message.
+    Only file names are examined; `tools/sources` checks the content of a source.
+
+    Args:
+        folder: A source, or a data set that does not exist yet.
     """
     path = Path(folder)
     command, source, out = _command(path)
@@ -182,7 +194,7 @@ def convert_hint(folder: str | Path) -> str:
 
 
 def _command(path: Path) -> tuple[str, list[str], Path]:
-    """Return the subcommand of tools/convert.py ("" if unknown), the options for its source, and its --out."""
+    """Return the subcommand of tools/convert.py ("" if unknown), its source options, and the value of its --out."""
     try:
         if not path.exists():
             return _for_missing(path)
@@ -196,14 +208,17 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
     for command, beginning in CIFAR.items():
         if path.name.startswith(f"{beginning}-") or any(name.startswith(f"{beginning}-") for name in names):
             return command, ["--source", str(path)], Path("data") / command
-    # Same names as in tools.sources.imagefolder, which this package must not import.
+    # Folder names of the train split, as in tools.sources.imagefolder, which this package must not import.
     if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
         return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
     return "", [], path
 
 
 def _for_missing(path: Path) -> tuple[str, list[str], Path]:
-    """Guess the source from the name of a missing folder, as used in the configs of this project and the homework."""
+    """Return the result of `_command` for a missing data set.
+
+    The source is guessed from the folder names in the configs of this project and of the homework.
+    """
     if path.name in CIFAR:
         return path.name, ["--download"], path
     if path.name == "digits":

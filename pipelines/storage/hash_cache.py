@@ -1,7 +1,7 @@
 """Cache the sha256 of each shard, so that a file is read only once after its last change.
 
-A cache entry is valid while inode, size and times of the file are unchanged. The cache is in the user's cache folder,
-not in the data set, which may be read-only and must be identical for two conversions of the same source.
+A cache entry is valid while inode, size and times of the file are unchanged. The cache is stored in the user's cache
+folder, since the data set may be read-only and must be identical for two conversions of one source.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ CHUNK_BYTES = 2**20
 MAX_THREADS = 8
 TIMESTAMP_TICK_NS = 20_000_000  # file system clocks tick at least every 10 ms; later changes alter the times
 SAVE_INTERVAL_S = 5.0
-LOCK_TIMEOUT_S = 30.0  # maximum time without a heartbeat of the process that holds the lock
+LOCK_TIMEOUT_S = 30.0  # a process that holds the lock counts as stopped after this time without a heartbeat
 MAX_CACHE_BYTES = 2**27
-NOTE_BYTES = 2**34  # reading more than this is announced if there is no terminal
+NOTE_BYTES = 2**34  # without a terminal, a note announces reads of at least this size
 
 
 class FileStamp(NamedTuple):
-    """Attributes of a file that change with its content."""
+    """Attributes of a file, by which a change of its content is detected."""
 
     inode: int
     bytes: int
     modified_ns: int
-    changed_ns: int  # cannot be set by programs
+    changed_ns: int  # unlike modified_ns, cannot be set by programs
 
     @classmethod
     def from_stat(cls, status: os.stat_result) -> FileStamp:
@@ -48,22 +48,25 @@ class FileStamp(NamedTuple):
 
     @property
     def content_key(self) -> tuple[int, int, int]:
-        """The stamp without the change time, which renames, links and chmod also update."""
+        """Inode, size and modification time. Renames, links and chmod update only the change time."""
         return self[:3]
 
 
 class HashedFile(NamedTuple):
-    """The sha256 of a file at the time of a stamp."""
+    """The sha256 of a file's content, and the stamp that the file had when it was read."""
 
     stamp: FileStamp
     sha256: str
 
 
 def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
-    """Return the hash of each shard of a split, reading the files that have no valid cache entry.
+    """Return the hash of each shard of a split. Files without a valid cache entry are read.
 
-    A file whose cached hash differs from dataset.json is read again. One process per machine reads while the others
-    wait, so ranks that start together share the work.
+    A file whose cached hash differs from dataset.json is read again. One process per machine reads the files while the
+    others wait for its results, so ranks that start together read each file once.
+
+    Raises:
+        UserError: A file cannot be read.
     """
     shards = dataset["splits"][split]["shards"]
     record = HashCache(folder, dataset)
@@ -111,7 +114,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
 
 
 def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
-    """Add the hashes of new files to the cache; sha256: hash by file name."""
+    """Add the hashes of new files to the cache. `sha256` maps file names to hashes."""
     record = HashCache(folder, dataset)
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
     with suppress(OSError), record.exclusive():
@@ -121,7 +124,7 @@ def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) 
 
 
 class HashCache:
-    """The cache file of one data set folder; empty without a usable cache folder."""
+    """The cache file of one data set. The cache is empty if there is no usable cache folder."""
 
     def __init__(self, folder: Path, dataset: dict[str, Any]) -> None:
         self._folder = folder
@@ -133,7 +136,11 @@ class HashCache:
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
     def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
-        """Return the hash of each shard entry of dataset.json; None if the cache does not confirm it."""
+        """Return the cached hash of each shard. `shards` are entries of dataset.json.
+
+        The hash is None for a shard that is not cached, has changed since, or was hashed to a value other than the one
+        in dataset.json.
+        """
         known = self._load()
         found: list[HashedFile | None] = []
         for shard in shards:
@@ -148,7 +155,10 @@ class HashCache:
         self._new[name] = content
 
     def save(self, warn_on_error: bool = False) -> None:
-        """Merge the added entries into the cache file, which other processes may have updated."""
+        """Merge the added entries into the cache file, which other processes may have updated.
+
+        A failure is ignored, or reported as a warning if `warn_on_error` is set.
+        """
         if not self._new:
             return
         try:
@@ -174,7 +184,7 @@ class HashCache:
                 )
 
     def _load(self) -> dict[str, list[HashedFile]]:
-        """Return the stored entries; a damaged file counts as empty."""
+        """Return the entries of the cache file. A damaged or oversized file counts as empty."""
         try:
             if self._path is None or self._path.stat().st_size > MAX_CACHE_BYTES:
                 return {}
@@ -188,9 +198,10 @@ class HashCache:
 
     @contextmanager
     def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Exclude other processes of this machine; yield a heartbeat function for the holder to call.
+        """Lock the cache against other processes of this machine and yield a heartbeat function.
 
-        Does not wait if the file system has no locks or the holder has stopped.
+        The holder of the lock must call the function regularly. A waiting process continues without the lock after
+        `LOCK_TIMEOUT_S` without a heartbeat, or immediately if the file system does not support locks.
         """
         lock = None
         with suppress(OSError):
@@ -211,7 +222,7 @@ class HashCache:
 
 
 def _acquire(lock: int) -> None:
-    """Lock an open file; give up after `LOCK_TIMEOUT_S` without a heartbeat of the holder."""
+    """Lock an open file. Return without the lock after `LOCK_TIMEOUT_S` without a heartbeat of the lock's holder."""
     seen, since = -1, time.monotonic()
     while time.monotonic() - since < LOCK_TIMEOUT_S:
         try:
@@ -226,7 +237,7 @@ def _acquire(lock: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache files."""
+    """Return the folder of the cache files, which is model-zhu/verified in $XDG_CACHE_HOME or ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "model-zhu" / "verified"
 
@@ -234,9 +245,9 @@ def cache_folder() -> Path:
 def hash_files(
     files: list[Path], bar: tqdm, heartbeat: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, HashedFile | OSError]]:
-    """Hash files in parallel and yield the number of each with its hash or error, in order of completion.
+    """Hash files in parallel and yield the position of each file in `files`, with its hash or error.
 
-    `heartbeat` is called about once a second.
+    Files are yielded in order of completion. `heartbeat` is called at least once a second.
     """
     read, shown = [0] * len(files), 0
     stop = threading.Event()
@@ -269,7 +280,13 @@ def hash_files(
 
 
 def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> HashedFile:
-    """Hash a file, again if it changes meanwhile; call `count` with the number of bytes of each piece."""
+    """Hash a file in chunks and call `count` with the size of each chunk in bytes.
+
+    A file that changes while it is read is hashed again, up to three times in total.
+
+    Raises:
+        OSError: The file cannot be read, or it changed each time.
+    """
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for _ in range(3):
         with file.open("rb", buffering=0) as opened:
@@ -277,7 +294,7 @@ def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> H
             age = time.time_ns() - before.changed_ns
             if 0 <= age < TIMESTAMP_TICK_NS:
                 time.sleep((TIMESTAMP_TICK_NS - age) / 1e9)
-            digest, left = hashlib.sha256(), before.bytes  # a growing file is read up to its first size
+            digest, left = hashlib.sha256(), before.bytes  # a growing file is read up to its size at opening
             while left and (size := opened.readinto(buffer[: min(left, CHUNK_BYTES)])):
                 digest.update(buffer[:size])
                 left -= size

@@ -28,13 +28,19 @@ _UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, OverflowEr
 
 
 def sample_stride(size: int, labelled: bool, classes: int) -> int:
-    """Return the bytes from one sample to the next in a shard whose image members have `size` bytes each."""
+    """Return the distance in bytes between consecutive samples of a shard whose images all have the same size.
+
+    Args:
+        size: Size of an image member's content in bytes.
+        labelled: True if each sample has a label member.
+        classes: Number of classes, which determines the width of labels.
+    """
     stride = tar_format.BLOCK + tar_format.padded(size)
     return stride + tar_format.BLOCK + tar_format.padded(len(tar_format.label_text(0, classes))) if labelled else stride
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise UserError if a file of the data set is missing, has another size, or is outside of the folder."""
+    """Raise UserError if a file is missing, does not have the expected size in bytes, or is an external link."""
     with readable(file):
         refuse_external_link(file)
         if not file.is_file():
@@ -45,7 +51,11 @@ def check_size(file: Path, expected: int) -> None:
 
 
 def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
-    """Load the columns of a split's index, each [samples], and check them against dataset.json."""
+    """Load the columns of a split's index, each [samples], and check them against dataset.json.
+
+    Raises:
+        UserError: The index is missing, damaged or inconsistent with dataset.json.
+    """
     entry = dataset["splits"][name]
     file, samples = folder / entry["index"]["file"], entry["samples"]
     check_size(file, entry["index"]["bytes"])
@@ -76,7 +86,10 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
 
 
 def _columns(content: bytes) -> dict[str, np.ndarray]:
-    """Parse the columns like np.load, but without allocating the size that a damaged file claims."""
+    """Parse the columns of the index like np.load.
+
+    Unlike np.load, this does not allocate the size that a damaged file claims.
+    """
     index = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name, dtype in INDEX_COLUMNS.items():

@@ -1,7 +1,7 @@
-"""Check that stored JPEG files can be decoded, to the size that the index gives.
+"""Check that stored JPEG files can be decoded and have the image size that the index gives.
 
-The header is compared with the index before anything of its size is allocated. A damaged header may claim
-65,000 x 65,000 pixels, which is 12 GB.
+The header is compared with the index before memory for the pixels is allocated. A damaged header may claim
+65,000 x 65,000 pixels, which take 12 GB.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ ImageSize = tuple[int, int]  # height, width, pixels
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
-    """Return what is wrong with the header of a JPEG of the given size; None if it is valid.
+    """Return what is wrong with the header of a JPEG file, or None if the header is valid.
 
-    file: uint8 [bytes]. sides: height and width according to the index.
+    Args:
+        file: Content of the file, uint8 [bytes].
+        sides: Height and width in pixels according to the index.
     """
     try:
         claimed = simplejpeg.decode_jpeg_header(file)[:2]
@@ -37,13 +39,16 @@ def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
 
 
 def decode_with_pillow(file: np.ndarray, sides: ImageSize) -> np.ndarray | None:
-    """Decode to uint8 [H, W, 3]; None if Pillow cannot decode the file, or its header gives another size."""
+    """Decode a JPEG file, uint8 [bytes], to uint8 [H, W, 3].
+
+    Return None if Pillow cannot decode the file or the image does not have the given sides.
+    """
     try:
         with _open_jpeg(file) as image:
             return np.asarray(image.convert("RGB")) if (image.height, image.width) == sides else None
     except MemoryError:
         raise
-    except Exception:  # as above
+    except Exception:  # Pillow raises many exception types on damaged bytes
         return None
 
 

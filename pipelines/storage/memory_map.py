@@ -1,4 +1,4 @@
-"""Map the shards of a split into one range of addresses, protected against truncated files."""
+"""Map the shards of a split into one range of addresses. Reading a truncated file does not crash the process."""
 
 from __future__ import annotations
 
@@ -26,17 +26,26 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2
 
 
 class MappedShards(NamedTuple):
-    """Files mapped one after another, in slots of equal size."""
+    """Files that are mapped one after another, in slots of equal size."""
 
     content: np.ndarray  # uint8 [files * slot]
-    fault_address: np.ndarray  # int64 [files]: 0, or the address of a failed read (see `sigbus`)
+    fault_address: np.ndarray  # int64 [files]: address of a failed read in each file, or 0 (see `sigbus`)
     stamps: list[FileStamp]  # stamp of each file when it was mapped
 
 
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
     """Map files read-only at offsets 0, slot, 2 * slot … of one reserved range of addresses.
 
-    Python's mmap cannot choose addresses. With one range, a batch from any number of shards is a single gather.
+    With a single range, one gather reads a batch from any number of shards. Python's mmap module cannot choose
+    addresses, so this calls the C library.
+
+    Args:
+        files: Files to map.
+        sizes: Size of each file in bytes.
+        slot: Distance between the starts of consecutive files in bytes, a multiple of the page size.
+
+    Raises:
+        UserError: A file cannot be read or mapped.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
@@ -72,5 +81,8 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:
-    """Advise the kernel (mmap.MADV_WILLNEED …) about a part of mapped content; failures are ignored."""
+    """Advise the kernel about `size` bytes of mapped content from `start` on. Failures are ignored.
+
+    `advice` is a constant such as mmap.MADV_WILLNEED.
+    """
     _libc.madvise(content.ctypes.data + start, size, advice)

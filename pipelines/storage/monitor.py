@@ -1,7 +1,7 @@
 """Detect shards that change during a run: truncated, overwritten, replaced or removed.
 
-A mapping shows changes of its file immediately. Training may use changed data for up to half a second before the change
-is noticed; calling `check` before a checkpoint keeps its effect from being saved.
+A mapping shows changes of its file immediately, so training may use changed data until the next check, usually for up
+to half a second. Calling `check` before saving a checkpoint ensures that no effect of changed data is saved.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MAX_SHARE = 0.01  # maximum share of a thread's time for checks
 
 
 class ShardMonitor:
-    """Monitor of the mapped shards of one split; thread-safe.
+    """Thread-safe monitor of the mapped shards of one split.
 
     Args:
-        split: name of the split, for messages.
-        files: the shards.
-        sha256: hash of each file when it was mapped.
-        stamps: attributes of each file when it was mapped.
-        fault_address: see `memory_map.MappedShards`.
-        mapped: returns the mapped bytes of a file by its number, uint8 [bytes].
+        split: Name of the split, for messages.
+        files: Paths of the shards.
+        sha256: Hash of each file when it was mapped.
+        stamps: Attributes of each file when it was mapped.
+        fault_address: Address of a failed read in each file, or 0, int64 [files]; see `memory_map.MappedShards`.
+        mapped: Function that returns the mapped bytes of the file with the given number, uint8 [bytes].
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ShardMonitor:
         self._error: str | None = None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed, and run `check` once per interval.
+        """Raise UserError if a file is known to have changed. Run `check` after a failed read and once per interval.
 
-        Cheap enough to call after every batch: about two microseconds.
+        A call without a check takes about two microseconds, so `poll` can be called after every batch.
         """
         if self._error is not None:
             raise UserError(self._error)
@@ -63,9 +63,9 @@ class ShardMonitor:
             self.check()
 
     def check(self) -> None:
-        """Check all files now and raise UserError if their mapped content has changed since the start.
+        """Check all files now and raise UserError if their mapped content has changed since it was mapped.
 
-        Takes about two microseconds per file.
+        A check takes about two microseconds per file, unless modification times differ and files must be read.
         """
         with self._lock:
             start = time.monotonic()
@@ -110,14 +110,14 @@ class ShardMonitor:
         return None
 
     def _digest(self, number: int) -> str:
-        """Return the sha256 of the mapped bytes; "" if they cannot be read."""
+        """Return the sha256 of a file's mapped bytes, or "" if the bytes cannot be read."""
         content, digest = self._mapped(number).data, hashlib.sha256()
         for start in range(0, len(content), CHUNK_BYTES):
             digest.update(content[start : start + CHUNK_BYTES])
         return "" if self._fault_address[number] else digest.hexdigest()
 
     def _warn_replaced(self, file: Path, what: str) -> None:
-        """Warn that a name now refers to another file; the mapping still shows the opened one."""
+        """Warn that a file was replaced or removed. The mapping still shows the original file."""
         warn(
             f"{file.name} of split {self._split!r} {what} while it was in use: this run continues with the "
             "original bytes, but cannot be resumed unless the original file is restored"

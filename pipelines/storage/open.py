@@ -1,8 +1,9 @@
 """Open a split of a converted data set.
 
 A data set is a folder with `dataset.json` and, for each split, `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention),
-DALI's `.idx` files and `SPLIT.index.npz`. The index has one entry per sample: shard, offset and size of the image in
-bytes, label (-1 if there is none), height and width in pixels. `convert.writer` writes this format.
+DALI's `.idx` files and `SPLIT.index.npz`. For each sample, the index holds the number of the shard, the offset and size
+of the image in bytes, the label (-1 if there is none), and the height and width of the image in pixels. The format is
+written by `convert.writer`.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ def open_split(
 ) -> Split:
     """Map the shards of a split, load its index, and check both against dataset.json.
 
-    Takes well under a second for 1.5 million samples if the hashes of the shards are cached.
+    Opening 1.5 million samples takes well under a second if the hashes of the shards are cached.
 
     Args:
-        folder: the data set.
-        name: the split.
-        verify: "changed" reads shards that have changed since their last check (see `hash_cache`); "off" compares
-            sizes only.
-        allow_damaged_images: warn instead of raising if only image bytes of a JPEG shard are damaged.
+        folder: Folder of the data set.
+        name: Name of the split.
+        verify: "changed" reads and hashes shards that have changed since their last check (see `hash_cache`). "off"
+            compares only sizes.
+        allow_damaged_images: Warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
-        UserError: a file is missing or differs from dataset.json.
+        UserError: The split does not exist, or a file is missing or differs from dataset.json.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -93,7 +94,14 @@ def open_split(
 
 
 def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise UserError for a damaged shard, or only warn if it may be used."""
+    """Raise UserError for a damaged shard, or warn if only its JPEG images are damaged and that is allowed.
+
+    Args:
+        split: Split of the shard.
+        number: Number of the shard in the split.
+        sha256: Actual hash of the shard.
+        allow_damaged_images: See `open_split`.
+    """
     damage = tar_check.diagnose(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
     # Damaged pixels of an npy split cannot be detected during training.

@@ -1,8 +1,8 @@
 """Turn SIGBUS on a mapped shard (truncated file, failing disk) into a flag instead of a crash.
 
 Reading a mapped page beyond the end of its file raises SIGBUS, which ends a process without a message. The handler in
-`cpu.sigbus_handler` maps zeros there and stores the address of the fault in a table. Readers check the table before
-they use the bytes. A SIGBUS at any other address is passed to the previous handler.
+`cpu.sigbus_handler` replaces the pages by zeros and stores the address of the fault in a table. Readers check the
+table before they use the bytes. A SIGBUS outside of the registered ranges is passed to the previous handler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.cpu import sigbus_handler as layout
 
-MAX_ROWS = 2**20  # mapped files per process; memory is used only for registered ones
+MAX_ROWS = 2**20  # maximum number of mapped files per process; only the rows of registered files occupy memory
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTART = 4, 0x08000000, 0x10000000
 
 
@@ -40,13 +40,17 @@ _free: defaultdict[int, list[int]] = defaultdict(list)  # number of rows -> firs
 
 
 def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Register address ranges with the handler; the first call installs it.
+    """Register address ranges with the handler. The first call installs the handler.
 
     Args:
-        ranges: int64 [files, 2], start and end of each mapped file, multiples of the page size.
+        ranges: Start and end address of each mapped file, multiples of the page size, int64 [files, 2].
 
     Returns:
-        The rows to pass to `unregister`, and int64 [files]: 0, or the address of a failed read.
+        The rows to pass to `unregister`, and an array int64 [files] with the address of the last failed read in each
+        range, or 0.
+
+    Raises:
+        ValueError: More than `MAX_ROWS` files are mapped.
     """
     with _lock:
         if not len(_table):
@@ -66,7 +70,7 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unregister(rows: np.ndarray) -> None:
-    """Remove rows returned by `register`. Call it before unmapping the memory."""
+    """Unregister the ranges of `rows`, which `register` returned. Call this before unmapping the memory."""
     rows[:, layout.START] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
     _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock

@@ -1,4 +1,4 @@
-"""An opened split: its index and its mapped shards."""
+"""An opened split, with its index and its mapped shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.storage.monitor import ShardMonitor
 
 @dataclass(frozen=True)
 class Split:
-    """One opened split. Arrays cover its samples in stored order; image bytes stay in the page cache."""
+    """One opened split. Arrays [samples] are in stored order. Image bytes are mapped, not copied into the process."""
 
     dataset: dict[str, Any]  # content of dataset.json
     name: str
@@ -24,7 +24,7 @@ class Split:
     shard: np.ndarray  # int32 [samples]: position in `files` of the sample's shard
     files: tuple[Path, ...]
     heights: np.ndarray  # int32 [samples], pixels
-    widths: np.ndarray
+    widths: np.ndarray  # int32 [samples], pixels
     address: np.ndarray  # int64 [samples]: start of the sample's image in `content`, bytes
     size: np.ndarray  # int32 [samples]: bytes of the image, .npy header included
     content: np.ndarray  # uint8: all shards, mapped one after another in slots of equal size
@@ -44,27 +44,30 @@ class Split:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(height, width, 3) if all images have one shape, otherwise None."""
+        """Shape (height, width, 3) of the images, or None if they have several shapes."""
         shape = self.dataset["image_shape"]
         return tuple(shape) if shape else None
 
     def image_bytes(self, sample: int) -> np.ndarray:
-        """Return the stored bytes of an image, uint8 [bytes], .npy header included."""
+        """Return the stored bytes of an image, including the .npy header if there is one: uint8 [bytes]."""
         start = int(self.address[sample])
         return self.content[start : start + int(self.size[sample])]
 
     def image_size(self, sample: int) -> tuple[int, int]:
-        """Return height and width in pixels, from the index."""
+        """Return the height and width of an image in pixels, as given by the index."""
         return int(self.heights[sample]), int(self.widths[sample])
 
     def pixel_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the images of an npy split as one strided view, and the row of each sample in the view.
 
-        Members of equal size have a constant stride, and slots are multiples of it, so one view spans all shards.
-        Rows between two shards are not samples.
+        Samples of equal size have a constant stride, and the slot size is a multiple of the stride, so one view spans
+        all shards. Rows between the last sample of a shard and the next shard are not samples.
 
         Returns:
-            uint8 [rows, height * width * 3] and int64 [samples].
+            The view, uint8 [rows, height * width * 3], and the row of each sample, int64 [samples].
+
+        Raises:
+            ValueError: The split is not stored as npy.
         """
         if self.encoding != "npy" or self.image_shape is None:
             raise ValueError(f"split {self.name!r} stores {self.encoding}, which has no constant stride")
@@ -76,26 +79,29 @@ class Split:
         return view, (self.address - tar_format.BLOCK) // stride
 
     def pixel_starts(self) -> np.ndarray:
-        """Return the start of each sample's pixels in `content`, in bytes: int64 [samples], npy only."""
+        """Return the byte offset of each sample's pixels in `content`, for npy splits only: int64 [samples]."""
         assert self.image_shape is not None
         return self.address + len(tar_format.npy_header(self.image_shape))
 
     def source_rows(self) -> np.ndarray:
-        """Return the source row of each sample, which is its key in the tar: int64 [samples].
+        """Return the source row of each sample, parsed from its key in the tar: int64 [samples].
 
-        This reads one page per sample, about as much as reading a split of small images once.
+        One page per sample is read, which is about the whole split if its images are small.
         """
         keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
         return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
-        """Advise the kernel (mmap.MADV_WILLNEED …) about whole shards; failures are ignored."""
+        """Advise the kernel about whole shards. Failures are ignored.
+
+        `shards` are shard numbers; `advice` is a constant such as mmap.MADV_WILLNEED.
+        """
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
             advise(self.content, shard * self.slot_bytes, size, advice)
 
     def describe(self, sample: int) -> str:
-        """Return the position and key of a sample for an error message."""
+        """Return a sample's position, shard file, key and byte offset as text for an error message."""
         shard, address = int(self.shard[sample]), int(self.address[sample])
         header = self.content[address - tar_format.BLOCK : address].tobytes()
         key = header[: tar_format.KEY_DIGITS].decode("ascii", "replace")
@@ -104,5 +110,5 @@ class Split:
         return f"sample {sample} of split {self.name!r} ({self.files[shard].name}, {named}, offset {offset})"
 
     def check_unchanged(self) -> None:
-        """Raise UserError if a shard has changed since it was opened. Call it before saving a checkpoint."""
+        """Raise UserError if a shard has changed since the split was opened. Call this before saving a checkpoint."""
         self.monitor.check()

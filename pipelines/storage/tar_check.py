@@ -1,6 +1,6 @@
-"""Compare a mapped shard with the index and name the differences.
+"""Compare a mapped shard with the index and describe the differences.
 
-Headers and labels are compared in chunks, images one by one. To check only that a shard is intact, compare its sha256.
+Headers and labels are compared in chunks, and images one by one. A check that a shard is intact needs only its sha256.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ MAX_LISTED = 3  # samples named in a message
 
 
 class Damage(NamedTuple):
-    """Description of a shard's damage, and whether the damage is only in image bytes."""
+    """Damage of a shard, as found by `diagnose`."""
 
-    text: str
-    in_content_only: bool  # headers, keys and labels are intact, so every sample can be found
+    text: str  # for an error message
+    in_content_only: bool  # True if headers, keys and labels are intact, so that every sample can be found
 
 
 def diagnose(split: Split, number: int, sha256: str) -> Damage:
-    """Return the damage of shard `number`, whose content has the given sha256."""
+    """Return the damage of a shard that does not have the sha256 of dataset.json.
+
+    Args:
+        split: Split of the shard.
+        number: Number of the shard in the split.
+        sha256: Actual hash of the shard.
+    """
     entries = split.dataset["splits"][split.name]["shards"]
     for name, other in split.dataset["splits"].items():
         for entry in other["shards"]:
@@ -51,9 +57,15 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
 
 
 def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
-    """Return the first difference between a shard's tar and the index: offsets, headers, keys, labels or the end.
+    """Compare offsets, headers, keys, labels and the end of a shard's tar with the index.
 
-    chosen: int64 [N], the samples of the shard.
+    Args:
+        split: Split of the shard.
+        number: Number of the shard in the split.
+        chosen: All samples of the shard, int64 [N].
+
+    Returns:
+        The first difference, or None if there is none.
     """
     start_byte = number * split.slot_bytes
     content = split.content[start_byte : start_byte + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
@@ -96,7 +108,16 @@ def _header_error(
 def _label_error(
     split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
 ) -> str | None:
-    """Return an error for the first wrong label member. headers: int64 [N], offsets of their tar headers."""
+    """Return an error for the first wrong label member, or None if all are correct.
+
+    Args:
+        split: Split of the samples.
+        samples: Samples to check, int64 [N].
+        content: Bytes of the shard, uint8 [bytes].
+        headers: Offset of each label member's tar header in `content`, int64 [N].
+        keys: Key of each sample in ASCII, uint8 [N, KEY_DIGITS].
+        width: Number of digits of a label.
+    """
     assert split.labels is not None
     found = content[headers[:, None] + np.arange(tar_format.BLOCK + width)]
     digits = split.labels[samples][:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")
@@ -113,7 +134,10 @@ def _label_error(
 
 
 def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
-    """Return an error for the first key that is not a row of the source or not unique. keys: uint8 [N, KEY_DIGITS]."""
+    """Return an error for the first key that is not a row of the source or not unique, or None if all are correct.
+
+    `samples` are the checked samples, int64 [N], and `keys` their keys in ASCII, uint8 [N, KEY_DIGITS].
+    """
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
     wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
@@ -125,7 +149,7 @@ def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | Non
 
 
 def _describe_header(header: np.ndarray) -> str:
-    """Return name and size of the member that a tar header describes."""
+    """Return the name and size in a tar header as part of an error message."""
     try:
         member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
     except tarfile.TarError as error:
@@ -134,9 +158,13 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Return what is wrong with a stored image; None if it is valid.
+    """Return what is wrong with a stored image, or None if the image is valid.
 
-    decodes: decode a JPEG, whose bytes may have changed; otherwise only check that all decoders support it.
+    Args:
+        split: Split of the sample.
+        sample: Position of the sample in the split.
+        decodes: True to decode a JPEG, for a shard that may be damaged. False to check only its header and that all
+            decoders support it.
     """
     file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":
@@ -160,7 +188,7 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
 
 
 def sample_keys(split: Split, chosen: np.ndarray) -> Iterator[str]:
-    """Yield the keys of samples in a shard whose layout is intact."""
+    """Yield the keys of the samples `chosen`. The layout of their shards must be intact."""
     for sample in chosen.tolist():
         start = int(split.address[sample]) - tar_format.BLOCK
         yield split.content[start : start + tar_format.KEY_DIGITS].tobytes().decode("ascii")

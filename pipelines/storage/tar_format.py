@@ -1,7 +1,8 @@
 """Byte format of a shard: USTAR headers, `.npy` headers and the lines of DALI's index.
 
-A shard follows the WebDataset convention: members KEY.npy or KEY.jpg, then KEY.cls if the split has labels. Keys are
-decimal numbers of fixed width, so names contain a single dot and no space and need no long-name extension.
+A shard follows the WebDataset convention. Each sample is a member KEY.npy or KEY.jpg, followed by a member KEY.cls if
+the split has labels. Keys are decimal numbers of fixed width, so names of members contain a single dot and no space and
+need no long-name extension.
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ INDEX_VERSION = "v1.2"
 
 
 def padded(size: int) -> int:
-    """Return `size` rounded up to whole 512-byte blocks, as a member's content takes in a tar."""
+    """Return the space that a content of `size` bytes occupies in a tar: a multiple of 512 bytes."""
     return -(-size // BLOCK) * BLOCK
 
 
 def key_of(row: int) -> str:
-    """Return the key of a sample, its row in the source; predictions are ordered by it."""
+    """Return the key of a sample, which is its source row with leading zeros. Predictions are ordered by key."""
     return f"{row:0{KEY_DIGITS}d}"
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a C-contiguous uint8 `.npy` file (format 1.0, 128 bytes for any image)."""
+    """Return the header of a C-contiguous uint8 `.npy` file in format 1.0. The header of any image has 128 bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     return buffer.getvalue()
 
 
 def _header(extension: str, size: int) -> bytearray:
-    """Return the header of a member with an all-zero key and a blank checksum field, as the checksum requires."""
+    """Return the header of a member of `size` bytes, with a key of zeros and a blank checksum.
+
+    The checksum of a header is defined as the sum of its bytes with a blank checksum field.
+    """
     header = bytearray(BLOCK)
     name = f"{'0' * KEY_DIGITS}.{extension}".encode()
     header[: len(name)] = name
@@ -49,12 +53,12 @@ def _header(extension: str, size: int) -> bytearray:
 
 
 def headers(keys: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarray:
-    """Return the headers of many members: uint8 [N, BLOCK].
+    """Return the tar headers of many members: uint8 [N, BLOCK].
 
     Args:
-        keys: uint8 [N, KEY_DIGITS], ASCII.
-        extension: extension of the members' names.
-        sizes: int64 [N], sizes of the contents in bytes.
+        keys: Keys of the members in ASCII, uint8 [N, KEY_DIGITS].
+        extension: Extension of the members' names, without a dot.
+        sizes: Sizes of the members' contents in bytes, int64 [N].
     """
     empty = np.frombuffer(bytes(_header(extension, 0)), np.uint8)
     result = np.tile(empty, (len(keys), 1))
@@ -66,12 +70,12 @@ def headers(keys: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarray:
 
 
 def _octal(numbers: np.ndarray, digits: int) -> np.ndarray:
-    """Return `f"{number:0{digits}o}"` of each number as ASCII, uint8 [N, digits]."""
+    """Format each number like `f"{number:0{digits}o}"`, in ASCII: uint8 [N, digits]."""
     return ((numbers[:, None] >> 3 * np.arange(digits - 1, -1, -1)) & 7).astype(np.uint8) + np.uint8(ord("0"))
 
 
 class MemberWriter:
-    """Writer of the tar bytes of members with one extension and content size."""
+    """Formatter of tar members that have the same extension and the same content size in bytes."""
 
     def __init__(self, extension: str, size: int) -> None:
         self._header = _header(extension, size)
@@ -79,7 +83,10 @@ class MemberWriter:
         self._padding = bytes(padded(size) - size)
 
     def member(self, key: str, *content: bytes | memoryview) -> list[bytes | memoryview]:
-        """Return the pieces to write: header, content (`size` bytes in total), padding."""
+        """Return the pieces of a member to write in order: header, content and padding.
+
+        The pieces of `content` must have `size` bytes in total.
+        """
         name = key.encode()
         header = self._header.copy()
         header[:KEY_DIGITS] = name
@@ -88,12 +95,20 @@ class MemberWriter:
 
 
 def label_text(label: int, classes: int) -> bytes:
-    """Return the content of a `.cls` member: an ASCII integer of fixed width, as webdataset decodes it."""
+    """Return a label as the content of a `.cls` member: an ASCII integer of fixed width, which webdataset can parse."""
     return f"{label:0{len(str(max(classes - 1, 0)))}d}".encode()
 
 
 def index_line(key: str, extension: str, offset: int, size: int, label_size: int | None) -> str:
-    """Return a sample's line of DALI's index: `EXT OFFSET SIZE NAME` per component, offsets in bytes."""
+    """Return a sample's line of DALI's index, with `EXT OFFSET SIZE NAME` for each member.
+
+    Args:
+        key: Key of the sample.
+        extension: Extension of the image member, without a dot.
+        offset: Offset of the image in the tar, in bytes.
+        size: Size of the image in bytes.
+        label_size: Size of the label in bytes. None: the sample has no label member.
+    """
     line = f"{extension} {offset} {size} {key}.{extension}"
     if label_size is not None:
         line += f" cls {offset + padded(size) + BLOCK} {label_size} {key}.cls"

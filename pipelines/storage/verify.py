@@ -1,4 +1,4 @@
-"""Verify a data set: compare every sha256 of dataset.json, and the index with each member of the shards."""
+"""Check the files of a data set against their sha256 in dataset.json, and the members of shards against the index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from pipelines.storage.split import Split
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Return the problems found, one sentence each, in reading order; empty for an intact data set."""
+    """Return the problems of a data set, one sentence each, in the order of reading. The list is empty if it is intact.
+
+    Raises:
+        UserError: `folder` is not a converted data set.
+    """
     folder = Path(folder)
     dataset = load_dataset(folder)
     total = sum(shard["bytes"] for split in dataset["splits"].values() for shard in split["shards"])
@@ -55,7 +59,12 @@ def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[
 def _hash_shards(
     folder: Path, entries: list[dict[str, Any]], bar: tqdm
 ) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
-    """Hash the shards. Return the hashes, with None for unusable files, and the problems of those files."""
+    """Hash the shards listed in `entries`.
+
+    Returns:
+        The hash of each shard, or None if its file is missing, unreadable or of the wrong size, and one sentence for
+        each such file.
+    """
     found: list[hash_cache.HashedFile | None] = [None] * len(entries)
     problems = {}
     for number, entry in enumerate(entries):
@@ -78,7 +87,7 @@ def _hash_shards(
 
 
 def _members_error(split: Split, number: int) -> str | None:
-    """Return the first disagreement between a tar, the index and DALI's .idx file; None if there is none."""
+    """Return the first disagreement between a shard's tar, the index and DALI's .idx file, or None if there is none."""
     file, chosen = split.files[number], np.flatnonzero(split.shard == number)
     if problem := tar_check.layout_error(split, number, chosen):
         return f"{file.name}: {problem}"
@@ -96,7 +105,11 @@ def _members_error(split: Split, number: int) -> str | None:
 
 
 def _read_start(file: Path, most: int) -> bytes:
-    """Read up to `most` bytes of a regular file; raise FileNotFoundError for a pipe, which may never end."""
+    """Read up to `most` bytes of a regular file.
+
+    Raises:
+        FileNotFoundError: The file is missing or not regular. Reading a pipe might never end.
+    """
     if not file.is_file():
         raise FileNotFoundError
     with file.open("rb") as opened:
@@ -108,7 +121,7 @@ def _reason(error: OSError) -> str:
 
 
 def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
-    """Return DALI's index of a shard, computed from `SPLIT.index.npz`."""
+    """Return the content that the DALI index of a shard should have according to `SPLIT.index.npz`."""
     extension = EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes

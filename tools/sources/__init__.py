@@ -1,5 +1,5 @@
-"""Sources that `tools/convert.py` reads, one module per kind.
+"""Readers of the sources of `tools/convert.py`, one module per kind of source.
 
 Each `open_*` function validates a source and returns a `pipelines.convert.source.Source`. Import these modules inside
-functions, so that h5py and scikit-learn are loaded only if a source needs them.
+functions, so that h5py and scikit-learn are imported only if a source needs them.
 """

@@ -1,7 +1,8 @@
 """Read CIFAR-10 and CIFAR-100 as published: pickled batches in a folder or in the .tar.gz archive.
 
-From a folder, each worker process reads the batches it needs. An archive can only be read sequentially, so its pixels
-are read once, without unpacking it to disk, and sent to the workers (150 MB).
+If the source is a folder, each worker process reads the batches that it needs. An archive can only be read
+sequentially, so the main process reads its pixels (150 MB) once, without unpacking the archive to disk, and sends them
+to the workers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MAX_ARCHIVE_BYTES = 1 << 30  # uncompressed size; the official archives have 186
 
 @dataclass(frozen=True)
 class CifarEdition:
-    """CIFAR-10 or CIFAR-100: official folder and archive, and the keys of the pickles."""
+    """File names and pickle keys of CIFAR-10 or CIFAR-100."""
 
     kind: str
     folder: str
@@ -71,7 +72,7 @@ EDITIONS = {
 
 
 class CifarSplit:
-    """The concatenated rows of several batches."""
+    """One split, which concatenates the rows of its batches."""
 
     def __init__(
         self,
@@ -82,8 +83,10 @@ class CifarSplit:
         loaded: dict[str, np.ndarray],
     ) -> None:
         self._edition, self._path = edition, path
-        self._batches = batches  # rows by file name
-        self._loaded = {file: loaded[file] for file in batches if file in loaded}  # pixels uint8 [rows, 3072]
+        self._batches = batches  # file name -> number of rows
+        self._loaded = {
+            file: loaded[file] for file in batches if file in loaded
+        }  # file name -> pixels, uint8 [rows, 3072]
         self.labels = labels
         self.bytes_per_row = ROW_BYTES
 
@@ -96,7 +99,10 @@ class CifarSplit:
         return {**self.__dict__, "_loaded": {}}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield images start..stop, uint8 [32, 32, 3]. Batches stay in memory (150 MB in total)."""
+        """Yield the images from `start` up to `stop` (exclusive), uint8 [32, 32, 3].
+
+        Batches stay in memory after they are read (150 MB for all).
+        """
         first = 0
         for file, rows in self._batches.items():
             if start < first + rows and first < stop:
@@ -121,9 +127,16 @@ class CifarSplit:
 
 
 def open_cifar(kind: str, source: Path) -> Source:
-    """Open the official folder, the folder above it, or the official .tar.gz. The test batch becomes val and test.
+    """Open CIFAR-10 or CIFAR-100. The test batch becomes the split val, and without its labels the split test.
 
-    Reads every byte once, for the labels and the sha256 of each file, and to check that an archive is complete.
+    Every file is read completely, for its labels and sha256 and to check that an archive is complete.
+
+    Args:
+        kind: Key of `EDITIONS`.
+        source: The official folder, the official .tar.gz archive, or the folder that contains either.
+
+    Raises:
+        UserError: The source is missing, incomplete or damaged.
     """
     edition = EDITIONS[kind]
     path = _locate(edition, source)
@@ -177,7 +190,7 @@ def _locate(edition: CifarEdition, source: Path) -> Path:
 
 
 def _read_files(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each of `names` that exists. An archive is read to its end."""
+    """Yield the name and content of each existing file among `names`. An archive is read to its end."""
     if path.is_file():
         yield from read_members(path, names, _check_file_size, MAX_ARCHIVE_BYTES)
         return

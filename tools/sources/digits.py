@@ -15,7 +15,13 @@ VAL_FRACTION = 0.2
 
 
 class DigitsSplit:
-    """Images of one split, uint8 [rows, 32, 32, 3], and the row of each in scikit-learn's data set."""
+    """One split of the digits.
+
+    Args:
+        images: Images of the split, uint8 [rows, 32, 32, 3].
+        labels: Label of each image, int64 [rows].
+        rows: Row of each image in scikit-learn's data set, int64 [rows].
+    """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
         self._images, self._rows = images, rows
@@ -26,7 +32,7 @@ class DigitsSplit:
         return len(self._images)
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield images start..stop, uint8 [32, 32, 3]."""
+        """Yield the images from `start` up to `stop` (exclusive), uint8 [32, 32, 3]."""
         yield from self._images[start:stop]
 
     def describe(self, row: int) -> str:
@@ -34,7 +40,7 @@ class DigitsSplit:
 
 
 def open_digits() -> Source:
-    """Return all 1,797 digits split into train and val (80 : 20), stratified by class, with a fixed seed."""
+    """Return all 1,797 digits, 80 % in train and 20 % in val, stratified by class with a fixed seed."""
     from sklearn.datasets import load_digits  # deferred: importing takes half a second
     from sklearn.model_selection import train_test_split
 
@@ -56,6 +62,6 @@ def open_digits() -> Source:
 
 
 def _enlarge(values: np.ndarray) -> np.ndarray:
-    """Resize 8x8 values of 0..16 to uint8 [32, 32, 3]."""
+    """Scale an 8x8 image with values of 0..16 to RGB, uint8 [32, 32, 3]."""
     grey = Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
     return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))

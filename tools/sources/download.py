@@ -1,4 +1,4 @@
-"""Download an official archive to a temporary name and rename it once its md5 is verified."""
+"""Download an official archive to a temporary file, verify its md5 and rename the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ CHUNK_BYTES = 1 << 20
 
 
 def download(archive: str, md5: str, folder: Path) -> Path:
-    """Return the path of `archive` in `folder`, after downloading it unless it is already there."""
+    """Download `archive` into `folder`, unless it is already there with the given md5, and return its path.
+
+    Raises:
+        UserError: The download fails, or its md5 differs from the given one.
+    """
     path = folder / archive
     if path.is_file() and _md5_of(path) == md5:
         return path
@@ -40,7 +44,7 @@ def download(archive: str, md5: str, folder: Path) -> Path:
 
 
 def _fetch(url: str, part: Path) -> str:
-    """Write the content of the URL to `part` and return its md5."""
+    """Write the content of a URL to the file `part` and return the md5 of the content."""
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
         total = int(response.headers.get("Content-Length") or 0) or None

@@ -1,4 +1,4 @@
-"""List image files below a folder in a fixed order, and count skipped entries by extension and reason."""
+"""List the image files below a folder in a fixed order, and count skipped entries by extension and reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_LISTED_GROUPS = 8  # groups of skipped entries in a note
 
 
 class Scan:
-    """List folders, refuse links out of the root, and count skipped entries."""
+    """Scan of a source folder, which refuses links out of the root and counts skipped entries."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -29,9 +29,17 @@ class Scan:
         self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason) -> (count, first path)
 
     def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
-        """Return the names of subfolders, and names and sizes in bytes of image files, both sorted by name.
+        """List the subfolders and image files of a folder.
 
-        folder: relative to the root. expected: name of a file that is neither listed nor counted as skipped.
+        Args:
+            folder: Path of the folder, relative to the root.
+            expected: Name of another file that the folder may contain; it is neither listed nor counted as skipped.
+
+        Returns:
+            The names of subfolders, and (name, size in bytes) of image files, both sorted by name.
+
+        Raises:
+            UserError: The folder cannot be read, contains a link out of the root, or a file is too large.
         """
         folders, files = [], []
         try:
@@ -50,9 +58,10 @@ class Scan:
         return folders, files
 
     def images(self, folder: str) -> list[tuple[str, int]]:
-        """Return path and size in bytes of every image file at any depth, sorted by path.
+        """Return the path and size in bytes of every image file at any depth below a folder, sorted by path.
 
-        Links to folders are skipped: their files are listed at their real path, and a cycle would never end.
+        Links to folders are skipped, since their files are listed at their real path, and a cycle of links would never
+        end.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]
@@ -77,7 +86,10 @@ class Scan:
         self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
-        """Describe the skipped entries, '' if none: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'."""
+        """Return a list of the skipped entries as text, or '' if there are none.
+
+        Example: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'.
+        """
         groups = sorted(self._skipped.items(), key=lambda item: (-item[1][0], item[0]))
         texts = [
             f"{count:,} {kind}, {reason} ({first}{' …' * (count > 1)})"
@@ -93,7 +105,7 @@ class Scan:
             note(f"skipped {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
     def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
-        """Return why an entry is skipped; '' for folders, image files and the expected file."""
+        """Return why an entry is skipped, or '' for folders, image files and the file named `expected`."""
         if entry.name.startswith("."):
             return "hidden"
         if entry.is_symlink() and not self._has_target(Path(entry.path)):
@@ -105,7 +117,11 @@ class Scan:
         return "" if entry.is_file() else "not a regular file"
 
     def _has_target(self, link: Path) -> bool:
-        """Return True if the target of a link exists; raise UserError if it is outside of the root."""
+        """Return True if the target of a link exists.
+
+        Raises:
+            UserError: The target is outside of the root.
+        """
         try:
             target = link.resolve(strict=True)
         except (OSError, RuntimeError):  # RuntimeError: a cycle of links, before Python 3.13
@@ -127,9 +143,11 @@ class Scan:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Read a file found by a scan; raise UserError if it was replaced since.
+    """Read a file that a scan has listed.
 
-    Reading a pipe would never end, and a huge file would fill the memory.
+    Raises:
+        UserError: The file has been replaced by a pipe, whose reading would never end, or by a file too large for
+            memory.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())

@@ -1,8 +1,8 @@
 """Read HDF5 files in MediumImageNet's layout: `images-SPLIT` and `labels-SPLIT` for train, val and test.
 
-Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read sequentially and in large pieces, since random rows of a
-chunked or compressed file, or of a file on a spinning disk, take a hundred times as long. HDF5's metadata reveals
-missing pixels before anything is read.
+Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read sequentially and in large pieces, since reading random
+rows takes a hundred times as long if the file is chunked, compressed or on a spinning disk. HDF5's metadata shows
+whether all pixels were written, before any are read.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
-READ_BYTES = 64 << 20  # bytes per read: slow compared with a disk seek, small compared with memory
+READ_BYTES = 64 << 20  # size of one read, which takes much longer than a disk seek but little memory
 FINGERPRINT_ROWS = 64
-# Memory of one read besides chunk and result; a compressed chunk may inflate to a thousand times its declared size.
+# Memory of one read, without chunks and result. A compressed chunk may inflate to a thousand times its declared size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
 
 class Hdf5Split:
-    """The images of one split. Each process opens the file at its first read and keeps it open."""
+    """One split of an HDF5 file. Each process opens the file at its first read and keeps the file open."""
 
     def __init__(self, path: Path, images: h5py.Dataset, labels: np.ndarray | None, channels_first: bool) -> None:
         self._path, self._key = path, images.name.lstrip("/")
@@ -52,7 +52,10 @@ class Hdf5Split:
         return {**self.__dict__, "_file": None}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield images start..stop, uint8 [H, W, 3]. Keeps `READ_BYTES` or one row of chunks in memory."""
+        """Yield the images from `start` up to `stop` (exclusive), uint8 [H, W, 3].
+
+        The buffer holds about `READ_BYTES`, or one row of chunks if that is larger.
+        """
         if self._file is None:
             with _report_damage(str(self._path)):
                 self._file = _open_file(self._path)
@@ -71,10 +74,18 @@ class Hdf5Split:
 
 
 def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
-    """Check the metadata of the file and read all labels. Rows keep their order.
+    """Open an HDF5 file, check its metadata and read all labels. Rows keep their order.
 
-    The train split is required; val and test are optional. If all test labels are -1, the split has no labels.
-    Without `classes_file` (one name per line), classes are named 0, 1, … up to the highest label of train.
+    The train split is required; val and test are optional. If all labels of test are -1, test has no labels.
+
+    Args:
+        path: The HDF5 file.
+        classes_file: Text file with one class name per line. None: classes are named 0, 1, … up to the highest label
+            of train.
+        max_pixels: Maximum number of pixels per image.
+
+    Raises:
+        UserError: The file is missing, damaged or of another layout, or a label is invalid.
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
@@ -120,7 +131,7 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
 
 
 def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
-    """Print a note about classes without rows in a split."""
+    """Print a note about classes that have no samples in a split."""
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(missing):
         shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
@@ -128,7 +139,10 @@ def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: i
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
-    """Raise UserError for missing keys. Train needs both, val both or none, and labels-test needs images-test."""
+    """Raise UserError if a key is missing.
+
+    Train needs images and labels, val needs both or none, and labels-test needs images-test.
+    """
     needed = ["images-train", "labels-train"]
     needed += [f"images-{name}" for name in ("val", "test") if f"labels-{name}" in keys]
     needed += ["labels-val"] if "images-val" in keys else []
@@ -141,7 +155,11 @@ def _check_keys(path: Path, keys: set[str]) -> None:
 
 
 def load_class_names(file: Path) -> tuple[str, ...]:
-    """Load class names, one per line, in the order of the labels."""
+    """Load class names from a text file with one name per line, in the order of the labels.
+
+    Raises:
+        UserError: The file cannot be read, is empty or contains an empty line.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -168,7 +186,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _explain_refusal(path: Path, error: OSError) -> str | None:
-    """Return why HDF5 refuses a possibly intact file and how to fix it; None for all other errors."""
+    """Return why HDF5 refuses to open a file that may be intact, and how to fix this, or None for all other errors."""
     text = str(error)
     if "unable to lock file" in text:
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -190,9 +208,11 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 @contextmanager
 def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
-    """Turn HDF5's errors into a UserError; damaged bytes raise any of `DAMAGE`.
+    """Limit the memory of the block and turn any error of HDF5 into a UserError.
 
-    held_bytes: size of results and chunks, added to the memory limit.
+    Args:
+        what: File, or part of a file, to name in the message.
+        held_bytes: Size of a chunk in bytes. The memory limit is `READING_BYTES` plus twice this size.
     """
     try:
         with memory_limit.at_most(READING_BYTES + 2 * held_bytes):
@@ -209,7 +229,7 @@ def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
 
 
 def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
-    """Add shape, type, all labels and evenly spaced rows, including the first and last, to the fingerprint."""
+    """Add a split to the fingerprint: its name, shape, type, all labels, and `FINGERPRINT_ROWS` evenly spaced rows."""
     digest.update(f"{name} {images.shape} {images.dtype}".encode())
     digest.update(b"" if split.labels is None else split.labels.tobytes())
     for row in np.unique(np.linspace(0, len(split) - 1, FINGERPRINT_ROWS).astype(int)).tolist():
@@ -217,7 +237,7 @@ def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Datase
 
 
 def _channels_last(image: np.ndarray) -> np.ndarray:
-    """Transpose [3, H, W] to contiguous [H, W, 3], three times as fast as np.ascontiguousarray."""
+    """Transpose [3, H, W] to contiguous [H, W, 3]. This is three times as fast as np.ascontiguousarray."""
     result = np.empty((*image.shape[1:], 3), np.uint8)
     for channel in range(3):
         result[..., channel] = image[channel]

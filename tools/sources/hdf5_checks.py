@@ -1,4 +1,4 @@
-"""Check storage, types, shapes and labels of an HDF5 source's data sets."""
+"""Check storage, types, shapes and labels of the data sets in an HDF5 source."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from configs.utils.errors import UserError
 
 MAX_CHUNK_BYTES = 512 << 20  # a worker keeps one chunk of each data set in memory
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-MAX_CLASSES = 100_000  # without a list of names; higher labels count as damage
+MAX_CLASSES = 100_000  # if there is no list of class names; higher labels count as damage
 
 
 def chunk_bytes(dataset: h5py.Dataset) -> int:
-    """Return the size of a chunk in memory; 0 for a data set without chunks."""
+    """Return the uncompressed size of a chunk in bytes, or 0 for a data set without chunks."""
     return math.prod(dataset.chunks) * int(dataset.dtype.itemsize) if dataset.chunks else 0
 
 
 def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """Return a data set after checking that all its bytes are in this file and were written.
+    """Return the data set `key`, after checking that all its bytes are in this file and were written.
 
-    A link or external storage may point to any file of this machine, whose bytes would be read as pixels. Missing
-    sources of a virtual data set, and pieces that were never written, read as zeros without an error.
+    A link or external storage may refer to any file of this machine, whose bytes would be read as pixels. HDF5 reads
+    zeros without an error for missing sources of a virtual data set and for pieces that were never written.
+
+    Raises:
+        UserError: The data set is empty or incomplete, or is stored in a way that is not supported.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
@@ -64,7 +67,11 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
 
 
 def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
-    """Return True for images [N, 3, H, W], False for [N, H, W, 3]; raise UserError for other types and shapes."""
+    """Return True for images [N, 3, H, W] and False for [N, H, W, 3].
+
+    Raises:
+        UserError: The images have another type or shape, or more than `max_pixels`.
+    """
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
         raise UserError(
@@ -93,7 +100,7 @@ ENCODED_HINT = (
 
 
 def _type_hint(dtype: np.dtype) -> str:
-    """Return how to convert data of this type to uint8 pixels."""
+    """Return advice for an error message on how to convert data of this type to uint8 pixels."""
     is_opaque = dtype.kind == "V" and dtype.names is None
     if is_opaque or h5py.check_string_dtype(dtype) or h5py.check_vlen_dtype(dtype) in (np.uint8, np.int8):
         return ENCODED_HINT
@@ -107,7 +114,7 @@ def _type_hint(dtype: np.dtype) -> str:
 
 
 def _shape_hint(shape: tuple[int, ...]) -> str:
-    """Return how to convert uint8 data of this shape to RGB images."""
+    """Return advice for an error message on how to convert uint8 data of this shape to RGB images."""
     if len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3])):
         return "repeat the channel of greyscale images three times"
     if len(shape) == 4 and 4 in (shape[1], shape[3]):
@@ -120,7 +127,18 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 
 def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Load and check the labels of a split: int64 [rows]; None if test has only -1."""
+    """Load and check the labels of a split: int64 [rows]. Return None if all labels of test are -1.
+
+    Args:
+        path: Path of the file, for messages.
+        file: The open file.
+        split: Name of the split.
+        rows: Number of images in the split.
+        classes: Number of classes. None: not known; labels must be below `MAX_CLASSES`.
+
+    Raises:
+        UserError: The labels have another type or shape, or a label is out of range.
+    """
     key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)
     if dataset.dtype.kind not in "iu":

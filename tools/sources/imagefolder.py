@@ -1,7 +1,7 @@
 """Read image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-Paths are stored as one bytes object, which for 1.5 M files takes a third of the memory of strings and is quickly sent
-to workers.
+Paths are stored as one bytes object. For 1.5 million files it takes a third of the memory of a list of strings, and it
+can be sent to worker processes quickly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Files = list[tuple[str, int]]  # (path relative to the root, size in bytes)
 
 
 class ImageFolderSplit:
-    """Files of one split in a fixed order: relative paths, sizes in bytes, labels."""
+    """The image files of one split, in a fixed order."""
 
     def __init__(self, root: Path, files: Files, labels: list[int] | None) -> None:
         encoded = [os.fsencode(path) for path, _ in files]
@@ -49,7 +49,7 @@ class ImageFolderSplit:
         return len(self._ends)
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield the contents of files start..stop."""
+        """Yield the contents of the files from `start` up to `stop` (exclusive)."""
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
@@ -67,11 +67,14 @@ class ImageFolderSplit:
 
 
 def open_imagefolder(root: Path) -> Source:
-    """List every split. Classes are the sorted folders of train; rows are sorted by class, then by path.
+    """Open a folder of image files and list every split.
 
-    Images belong to a class at any depth below its folder. Tiny ImageNet's published layout is supported as well:
-    val/images with labels in val/val_annotations.txt, and test/images without labels. Raises UserError for any other
-    layout, for links out of `root`, and for files larger than `MAX_FILE_BYTES`.
+    Classes are the sorted folders of train. Rows are sorted by class, then by path. A class contains the images at any
+    depth below its folder. Tiny ImageNet's published layout is supported as well: val/images with labels in
+    val/val_annotations.txt, and test/images without labels.
+
+    Raises:
+        UserError: The layout is not supported, a link leads out of `root`, or a file is larger than `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -111,9 +114,15 @@ def open_imagefolder(root: Path) -> Source:
 
 
 def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
-    """Open all image files at any depth below a folder, sorted by path, as one split without labels.
+    """Open all image files at any depth below a folder as one split without labels, sorted by path.
 
-    classes: class names of the model that predicts them.
+    Args:
+        folder: Folder of the image files.
+        split: Name of the split.
+        classes: Class names of the model that predicts the images.
+
+    Raises:
+        UserError: The folder contains no images.
     """
     scan = Scan(folder.resolve())
     files = scan.images(".")
@@ -127,21 +136,26 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
 
 
 def is_in_numeric_order(paths: Sequence[str]) -> bool:
-    """Return False if the names differ only in numbers and are not sorted by them, otherwise True."""
+    """Return False if the file names differ only in numbers and are not sorted by these numbers, otherwise True."""
     numbers = name_numbers([Path(path).stem for path in paths])
     return numbers is None or numbers == sorted(numbers)
 
 
 def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in names that differ only in numbers (`img_1`, `img_10`); None for other names."""
-    parts = [re.split("([0-9]{1,18})", name) for name in names]  # text, number, text, …; int() limits its digits
+    """Return the numbers in each name if the names differ only in numbers, such as `img_1` and `img_10`; else None."""
+    # Each item is text, number, text, … with at most 18 digits per number, since Python limits the digits of int().
+    parts = [re.split("([0-9]{1,18})", name) for name in names]
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
         return None
     return [tuple(int(number) for number in part[1::2]) for part in parts]
 
 
 def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
-    """Return the folder of each existing split, in the order train, val, test; print a note about other folders."""
+    """Return a dict from split to folder name, in the order train, val, test, and print a note about other folders.
+
+    Raises:
+        UserError: There is no folder of train, or there are several folders of one split.
+    """
     top, images = scan.entries(".")
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
@@ -180,15 +194,15 @@ def _list_split(
     classes: tuple[str, ...],
     digest: hashlib._Hash,
 ) -> tuple[Files, list[int] | None]:
-    """Return the files of one split and their labels; None as labels for test images outside of class folders.
+    """Return the files of one split and their labels. The labels of test are None if it has no class folders.
 
     Args:
-        scan: scan of the source.
+        scan: Scan of the source.
         split: train, val or test.
-        folder: folder of the split, relative to the root.
-        listed: subfolders and image files in `folder`.
-        classes: class names of train.
-        digest: fingerprint to update with labels that are not part of the paths.
+        folder: Folder of the split, relative to the root.
+        listed: Subfolders and image files in `folder`.
+        classes: Class names of train.
+        digest: Fingerprint to update with labels that are not part of the paths.
     """
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
@@ -227,9 +241,14 @@ def _list_split(
 def _list_annotated(
     scan: Scan, top: str, sizes: dict[str, int], numbers: dict[str, int], digest: hashlib._Hash
 ) -> tuple[Files, list[int]]:
-    """Return the files and labels of Tiny ImageNet's val split as published.
+    """Return the files and labels of the val split in Tiny ImageNet's published layout.
 
-    sizes: bytes of the images in `top`/images, by name.
+    Args:
+        scan: Scan of the source.
+        top: Folder of the split, relative to the root.
+        sizes: File name -> size in bytes of the images in `top`/images.
+        numbers: Class name -> label.
+        digest: Fingerprint to update with the labels.
     """
     path = scan.root / top / ANNOTATIONS
     if not path.is_file():
@@ -263,14 +282,14 @@ def _list_annotated(
 
 
 def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[str, ...]) -> None:
-    """Print a note about classes without images in a split with labels."""
+    """Print a note about classes that have no images in a split. `labels` is None for a split without labels."""
     if labels is not None and (missing := sorted(set(range(len(classes))).difference(labels))):
         names = ", ".join(classes[number] for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
         note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
 
 
 def _note_order(folder: str, files: Files) -> None:
-    """Print a note about images without labels that are not sorted by their numbers."""
+    """Print a note about the images of an unlabelled split, whose order is not that of the numbers in their names."""
     names = ", ".join(Path(path).name for path, _ in files[:3])
     note(
         f"{folder} contains numbered images, which are read in the order of their names ({names} …); rename them with "

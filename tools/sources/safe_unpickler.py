@@ -1,11 +1,12 @@
 """Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
-`find_class` maps the names under which NumPy pickles arrays, dtypes and scalars to the functions below. They check
-their arguments and allocate no more than the pickle contains. Every other name is refused.
+A pickle names the functions that create its objects. `find_class` replaces NumPy's functions for arrays, dtypes and
+scalars by those below, which check their arguments and allocate no more than the pickle contains. All other names are
+refused.
 
-The base class is the standard library's unpickler written in Python. The C version has no hook before it hashes a dict
-key or sets the state of an object: 100 bytes can make a key that takes years to hash (nested tuples that each contain
-one tuple twice), and 8 bytes can make it allocate 64 GiB for its memo.
+The base class is the standard library's unpickler written in Python. The version in C has no hook before it hashes a
+dict key or sets the state of an object. A pickle of 100 bytes can contain a key that takes years to hash (nested tuples
+that each contain one tuple twice), and 8 bytes can make the C version allocate 64 GiB for its memo.
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
 
 LOADING_BYTES = 256 << 20  # memory for labels, file names and the unpickler itself
-COPIES = 3  # copies of the pixels; Python 3's protocol 2 decodes them from UTF-8 and encodes them as Latin-1
+COPIES = 3  # copies of the pixels; loading protocol 2 of Python 3 decodes them from UTF-8 and encodes them as Latin-1
 MAX_TEXT = 200  # characters of a reason
 
 
 def load_pickle(content: bytes, file: str) -> dict[str, Any]:
     """Return the dict in a pickle of Python 2 or 3, of any protocol.
 
-    Keys are str. Arrays of numbers are NumPy arrays, arrays of text are lists, NumPy scalars are Python types,
-    and strings of Python 2 are bytes. `file` names the pickle in errors. Raises UserError for any other content.
+    Keys are converted to str, arrays of text to lists, and NumPy scalars to Python types. Arrays of numbers stay NumPy
+    arrays, and strings of Python 2 become bytes.
+
+    Args:
+        content: The pickle.
+        file: Name of the pickle for messages.
+
+    Raises:
+        UserError: The pickle is damaged, is not a dict, or contains an object of another type.
     """
     try:
         with memory_limit.at_most(LOADING_BYTES + COPIES * len(content)):
@@ -48,7 +56,7 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
 
 
 class _Content(io.BytesIO):
-    """A stream that raises EOFError if the pickle ends early, so that a truncated name is not used."""
+    """Stream that raises EOFError if the pickle ends early, so that a truncated name is never used."""
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
@@ -64,7 +72,7 @@ class _Content(io.BytesIO):
 
 
 class _Dtype:
-    """Stand-in for numpy.dtype, whose `__setstate__` trusts sizes and flags."""
+    """Stand-in for numpy.dtype. NumPy's own `__setstate__` does not check sizes and flags."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         text = name.decode() if isinstance(name, bytes) else name
@@ -73,7 +81,7 @@ class _Dtype:
         self.type = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        """Set the byte order; the rest of the state repeats the type name."""
+        """Set the byte order. The other items of the state repeat the type name and are ignored."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order not in ("|", "<", ">", "="):
             raise pickle.UnpicklingError("an unknown byte order")
@@ -81,7 +89,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stand-in for the empty array that NumPy creates before it sets the state with the content."""
+    """Stand-in for the empty array that NumPy creates first. `__setstate__` sets its shape, type and content."""
 
     content: np.ndarray | None = None
 
@@ -94,14 +102,25 @@ class _Array:
 
 
 def _to_plain(value: Any) -> Any:
-    """Return a value of the dict, with a stand-in replaced by its array and an array of text by a list."""
+    """Replace a stand-in by its array, and an array of text by a list. Return any other value unchanged."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    """Return an array that views `raw`, like NumPy's `_frombuffer`."""
+    """Return an array that views the bytes `raw`, like NumPy's `_frombuffer`.
+
+    Args:
+        raw: Bytes of the elements.
+        dtype: Stand-in for the type of the elements.
+        shape: Shape of the array before its axes are transposed.
+        order: Order of the elements: "C" or "F".
+        axes: Permutation of the axes. None: not transposed.
+
+    Raises:
+        pickle.UnpicklingError: An argument has the wrong type.
+    """
     if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array of neither numbers nor text")
     for numbers in (shape, axes or ()):
@@ -121,7 +140,8 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 _NUMPY: dict[str, Any] = {
     "numpy.ndarray": None,  # names the type to reconstruct; never called
     "numpy.dtype": _Dtype,
-    "__builtin__.bytes": lambda: b"",  # empty bytes in protocols 0 to 2 of Python 3; other bytes are text to encode
+    # In protocols 0 to 2, Python 3 pickles empty bytes as this call, and other bytes as a call of _codecs.encode.
+    "__builtin__.bytes": lambda: b"",
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},  # NumPy 1 and 2
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},  # protocol 5
@@ -132,7 +152,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """An unpickler that calls only functions of this module and hashes only text."""
+    """Unpickler that calls only functions of this module and hashes only text and bytes."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -141,7 +161,11 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._file, self._text_left = file, len(content)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for `module.name`; raise UserError unless NumPy pickles arrays or scalars with it."""
+        """Return the stand-in for the function or class `module.name`.
+
+        Raises:
+            UserError: There is no stand-in, since NumPy does not use this name to pickle arrays and scalars.
+        """
         full_name = f"{module}.{name}"
         if full_name == "_codecs.encode":
             return self._encode
@@ -153,7 +177,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return _NUMPY[full_name]
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
-        """Return the bytes that Python 3 pickles as Latin-1 text in protocols 0 to 2."""
+        """Return the bytes of `text`. Protocols 0 to 2 of Python 3 store bytes as text that is encoded as Latin-1."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
         self._text_left -= len(text)  # encoding one memoized text a million times would take hours

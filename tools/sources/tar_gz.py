@@ -1,8 +1,8 @@
 """Read members of a .tar.gz by their bare names, sequentially.
 
-Nothing is unpacked, and no path, link or device of the archive is used. This replaces Python's tarfile, which treats a
-damaged header as the end of the archive, reads a header of any claimed size at once, and before Python 3.10.15, 3.11.10
-and 3.12.6 spends quadratic time on extended headers (CVE-2024-6232).
+Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not used: it
+treats a damaged header as the end of the archive, reads an extended header of any claimed size at once, and before
+Python 3.10.15, 3.11.10 and 3.12.6 takes quadratic time for extended headers (CVE-2024-6232).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ PLAIN_FILE = (b"0", b"\0")
 def read_members(
     path: Path, names: tuple[str, ...], check_size: Callable[[int, str], None], max_bytes: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the bare name and content of each regular file among `names`.
+    """Yield the bare name and content of each regular file whose bare name is in `names`.
 
-    Reads to the end, where gzip verifies its checksum.
+    The archive is read to its end, where gzip verifies the checksum.
 
     Args:
-        path: the archive.
-        names: bare names of the members to read.
-        check_size: function that raises for the size and name of a member too large for memory.
-        max_bytes: maximum size of the uncompressed archive.
+        path: Path of the archive.
+        names: Bare names (without folders) of the members to read.
+        check_size: Function of a member's size in bytes and name that raises if the member is too large for memory.
+        max_bytes: Maximum size of the uncompressed archive in bytes.
 
     Raises:
-        UserError: the archive is incomplete or damaged.
+        UserError: The archive is incomplete, damaged or larger than `max_bytes`.
     """
     try:
         with gzip.open(path) as opened:
@@ -45,7 +45,7 @@ def read_members(
                 if kind in PLAIN_FILE and bare in names:
                     check_size(size, f"{path}: {bare}")
                     yield bare, stream.read_all(size)
-                    size = -size % BLOCK  # the rest of its last block
+                    size = -size % BLOCK  # padding of the member's last block
                 else:
                     size += -size % BLOCK
                 stream.skip(size)
@@ -58,7 +58,7 @@ def read_members(
 
 
 class _Bounded:
-    """A stream that raises ValueError after `max_bytes`."""
+    """Stream that raises ValueError once more than `max_bytes` have been read."""
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile, max_bytes: int) -> None:
         self._stream, self._max_bytes, self._left = stream, max_bytes, max_bytes
@@ -85,7 +85,7 @@ class _Bounded:
 
 
 def _parse(header: bytes) -> tuple[str, int, bytes]:
-    """Return the name, size in bytes and type of a member."""
+    """Return the name, size in bytes and type of the member that a tar header describes."""
     if len(header) < BLOCK:
         raise EOFError("it ends within a header")
     if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _octal(header[148:156]):
