@@ -8,27 +8,34 @@ from pipelines.rng import normal, uniform
 
 
 def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
-    """Draw whether each sample is flipped: int32 [B], 0 or 1."""
+    """Draw horizontal flips: int32 [B], 1 for a flipped sample, otherwise 0."""
     return (uniform(samples, seed, epoch, "flip", 1)[:, 0] < probability).astype(np.int32)
 
 
 def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
-    """Draw a flip per sample and invert it in every other epoch: int32 [B], 0 or 1.
+    """Draw one flip per sample and invert all flips in odd epochs: int32 [B], 1 for a flipped sample, otherwise 0.
 
-    Two consecutive epochs show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on
-    a Single GPU", arXiv:2404.00498.
+    Any two consecutive epochs show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds
+    on a Single GPU", arXiv:2404.00498.
     """
     return flips(samples, seed, 0, probability) ^ np.int32(epoch % 2)
 
 
 def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -> np.ndarray:
-    """Draw top-left corners (y, x) of crops from padded images: int32 [B, 2] in -padding..padding."""
+    """Draw the top-left corners of crops from images that are padded by `padding` pixels on each side.
+
+    Returns:
+        int32 [B, 2] (y, x), from -padding to padding, relative to the unpadded image.
+    """
     drawn = uniform(samples, seed, epoch, "pad-crop", 2)
     return (np.floor(drawn * (2 * padding + 1)) - padding).astype(np.int32)
 
 
 def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout: int) -> np.ndarray:
-    """Draw top-left corners (y, x) of squares of side `cutout` inside images of side `size`: int32 [B, 2]."""
+    """Draw the top-left corners (y, x) of squares inside images: int32 [B, 2].
+
+    Squares have sides of `cutout` pixels, and images have sides of `size` pixels.
+    """
     drawn = uniform(samples, seed, epoch, "cutout", 2)
     return np.floor(drawn * (size - cutout + 1)).astype(np.int32)
 
@@ -42,10 +49,21 @@ def random_resized_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Draw crop boxes (top, left, height, width) in pixels, int32 [B, 4], like torchvision's RandomResizedCrop.
+    """Draw crop boxes like torchvision's RandomResizedCrop.
 
-    Up to ten attempts draw an area (a share of the image, uniform in `scale`) and an aspect ratio (log-uniform in
-    `ratio`). If no box fits, the crop is the largest central box within the ratio bounds.
+    Each of up to ten attempts draws an area and an aspect ratio, and the first box that fits into the image is used. If
+    no box fits, the crop is the largest central box within the bounds of `ratio`.
+
+    Args:
+        samples: Sample indices, int64 [B].
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        heights, widths: Size of each image, pixels, int [B].
+        scale: Bounds of the box's area as a share of the image's area; the distribution is uniform.
+        ratio: Bounds of width / height; the distribution is log-uniform.
+
+    Returns:
+        int32 [B, 4]: top, left, height and width of each box, pixels.
     """
     attempts = 10
     drawn = uniform(samples, seed, epoch, "random-resized-crop", 2 * attempts + 2)
@@ -82,10 +100,22 @@ def erase_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Draw boxes (top, left, height, width) in images of side `size`, int32 [B, 4] pixels; all 0 erases nothing.
+    """Draw boxes to erase like torchvision's RandomErasing.
 
-    Like torchvision's RandomErasing: up to ten attempts draw an area (a share of the image, uniform in `scale`) and a
-    ratio height / width (log-uniform in `ratio`). The first box smaller than the image is used; otherwise none.
+    Each of up to ten attempts draws an area and an aspect ratio, and the first box that is smaller than the image is
+    used. If no box is smaller, the sample is not erased.
+
+    Args:
+        samples: Sample indices, int64 [B].
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        size: Height and width of the images, pixels.
+        probability: Probability that a sample is erased.
+        scale: Bounds of the box's area as a share of the image's area; the distribution is uniform.
+        ratio: Bounds of height / width; the distribution is log-uniform.
+
+    Returns:
+        int32 [B, 4]: top, left, height and width of each box, pixels. A row of zeros erases nothing.
     """
     boxes = np.zeros((len(samples), 4), np.int32)
     rows = np.flatnonzero(uniform(samples, seed, epoch, "erase", 1)[:, 0] < probability)
@@ -109,7 +139,10 @@ def erase_boxes(
 def erase_colors(
     samples: np.ndarray, seed: int, epoch: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> np.ndarray:
-    """Draw normally distributed colors, uint8 [B, 3]; `mean` and `std` are in units of 255."""
+    """Draw normally distributed RGB colors: uint8 [B, 3].
+
+    `mean` and `std` are per channel and refer to levels scaled to 0..1.
+    """
     drawn = normal(samples, seed, epoch, "erase-color", 3)
     colors = 255.0 * (np.array(mean) + np.array(std) * drawn)
     return np.clip(np.rint(colors), 0, 255).astype(np.uint8)

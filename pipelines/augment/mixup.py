@@ -1,8 +1,8 @@
-"""Draw mixup and CutMix: the share of each sample, and the box filled by its neighbour.
+"""Draw the parameters of mixup and CutMix: the share of each sample, and the box that its neighbour fills.
 
-Neighbours are positions 2i and 2i + 1 of an epoch's order. Batches are contiguous parts of that order with an even
-length, so mixing is independent of the number of ranks and of how a global batch is split. `train.engine` mixes the
-images and labels.
+The samples at positions 2i and 2i + 1 of an epoch's order are neighbours. Batches are contiguous parts of the order
+with an even length, so mixing is independent of the number of ranks and of how a global batch is split. `train.engine`
+mixes the images and labels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def mixing_enabled(mix: MixConfig) -> bool:
 
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
-    """Raise UserError if a batch would leave a sample without a neighbour."""
+    """Raise UserError if mixing is enabled and a batch size is odd, which leaves a sample without a neighbour."""
     sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
     if mixing_enabled(mix) and odd:
@@ -32,7 +32,7 @@ def check_mixing(data: DataConfig, mix: MixConfig) -> None:
 
 
 def identity_table(samples: int) -> np.ndarray:
-    """Return the table of a batch that is not mixed."""
+    """Return the `mix_table` of a batch of `samples` samples that are not mixed."""
     table = np.zeros((samples, 5), np.float32)
     table[:, 0] = 1.0
     return table
@@ -50,20 +50,21 @@ def mix_table(
     world_size: int = 1,
     accumulation_steps: int = 1,
 ) -> np.ndarray:
-    """Draw how a batch of this rank is mixed.
+    """Draw how the samples of a batch on this rank are mixed.
 
     Args:
         mix: Config section `aug.mix`.
         seed: Seed of the run.
-        epoch, step: Position of the batch; step counts batches.
+        epoch, step: Epoch, and number of the batch within the epoch; both are counted from 0.
         samples: Number of samples in the batch.
         size: Height and width of the images, pixels.
-        rank, world_size: Position of this process.
+        rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
 
     Returns:
-        float32 [B, 5]: the share of the sample in its image and label (for CutMix, exactly the area outside the box),
-        then the neighbour's box (top, bottom, left, right), all 0 for mixup and for samples that are not mixed.
+        float32 [B, 5]. Column 0 is the share of the sample in the mixed image and label; for CutMix, this is exactly
+        the share of the area outside of the box. Columns 1 to 4 are the top, bottom, left and right of the box that the
+        neighbour fills, in pixels; they are 0 for mixup and for samples that are not mixed.
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
         return identity_table(samples)
@@ -77,10 +78,18 @@ def mix_table(
 
 
 def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Draw rows of `mix_table`, float32 [N, 5]; keys: int64 [N], numbers of optimizer steps, pairs or samples.
+    """Draw rows of `mix_table`, float32 [N, 5], with the distributions of timm's Mixup.
 
-    The distributions are those of timm's Mixup. The CutMix box has a uniform center and the drawn share of the area,
-    and is clipped to the image.
+    The center of a CutMix box is uniform. Before the box is clipped to the image, its share of the area is one minus
+    the drawn share.
+
+    Args:
+        mix: Config section `aug.mix`.
+        keys: int64 [N], keys of the random draws. Each key is the number of an optimizer step, a pair or a sample,
+            depending on `mix.mode`.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        size: Height and width of the images, pixels.
     """
     from scipy.special import betaincinv  # deferred: importing takes 0.1 s, and most runs do not mix
 

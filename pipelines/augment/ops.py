@@ -1,9 +1,9 @@
 """Operations of augmentation programs, and the meaning of their values.
 
-A program is the list of operations applied to one sample after crop and flip (a sub-policy in AutoAugment's terms), one
-per slot; the number of slots is fixed. The programs of a batch are two arrays: `ops`, int32 [B, slots], members of
-`Op`, and `values`, float32 [B, slots]. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs`
-on the CPU. Values are arguments of torchvision.transforms.v2.functional, for uint8 images of the training size.
+A program is the list of operations that are applied to one sample after crop and flip (a sub-policy in AutoAugment's
+terms). It has one operation per slot, and the number of slots is fixed. The programs of a batch are two arrays: `ops`,
+int32 [B, slots], holds members of `Op`, and `values`, float32 [B, slots], holds their values for uint8 images of the
+training size. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs` on the CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from enum import IntEnum
 
 
 class Op(IntEnum):
-    """Operations. Comments give the meaning of the value and torchvision's function."""
+    """Augmentation operations.
+
+    Each comment gives the meaning of the operation's value, then the function in torchvision.transforms.v2.functional.
+    """
 
     IDENTITY = 0  # no value
     SHEAR_X = 1  # tangent of the angle about the top-left corner; affine(shear=[degrees(atan(v)), 0], center=[0, 0])
-    SHEAR_Y = 2  # likewise; affine(shear=[0, degrees(atan(v))], center=[0, 0])
+    SHEAR_Y = 2  # tangent of the angle about the top-left corner; affine(shear=[0, degrees(atan(v))], center=[0, 0])
     TRANSLATE_X = 3  # whole pixels to the right; affine(translate=[value, 0])
     TRANSLATE_Y = 4  # whole pixels down; affine(translate=[0, value])
     ROTATE = 5  # degrees counter-clockwise about the center, at the same image size; rotate
@@ -42,7 +45,10 @@ SlotOps = tuple[frozenset[Op], ...]  # possible operations of each slot, besides
 
 
 def blur_radius(largest_sigma: float) -> int:
-    """Return the radius in pixels for blurs up to this standard deviation; a kernel has 2 * radius + 1 pixels."""
+    """Return the kernel radius for blurs with standard deviations up to `largest_sigma`, both in pixels.
+
+    The kernel has 2 * radius + 1 pixels.
+    """
     return max(1, round(3 * largest_sigma))
 
 
@@ -58,5 +64,5 @@ class Programs:
 
     slots: SlotOps
     bilinear: bool  # True: GEOMETRIC operations interpolate. False: nearest pixel
-    fill: tuple[int, int, int]  # RGB color outside of the image, grey levels
+    fill: tuple[int, int, int]  # RGB color outside of the image, 0 to 255
     radius: int  # kernel radius of BLUR, see `blur_radius`

@@ -1,7 +1,7 @@
-"""Draw augmentation programs, see `ops`.
+"""Draw augmentation programs. `ops` defines programs and slots.
 
-The slots in order: the layers of aug.auto, color jitter, grayscale, blur. Each has separate random streams, so
-enabling or disabling one never changes the draws of the others.
+The slots are, in this order, the layers of `aug.auto`, color jitter, grayscale and blur. Each of these augmentations
+has separate random streams, so enabling or disabling one of them never changes the draws of the others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # per slot, operations [B] and 
 
 
 def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
-    """Return the properties common to all programs of `aug`; None without programs.
+    """Return the properties common to all programs of a run.
 
-    mean: Per-channel mean of the data set, 0 to 1.
+    Args:
+        aug: Config section `aug`.
+        mean: Per-channel mean of the data set, 0 to 1.
+
+    Returns:
+        The properties; None if `aug` enables no operation.
     """
     slots = _auto_slots(aug.auto) + _jitter_slots(aug.color_jitter)
     if aug.grayscale > 0:
@@ -47,7 +52,14 @@ def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs
 def draw_programs(
     aug: AugConfig, samples: np.ndarray, seed: int, epoch: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the programs of `samples`, int64 [B], for images of `size` x `size` pixels.
+    """Draw the programs of a batch.
+
+    Args:
+        aug: Config section `aug`.
+        samples: Sample indices, int64 [B].
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        size: Height and width of the images, pixels.
 
     Returns:
         ops, int32 [B, slots], and values, float32 [B, slots], for the slots of `build_programs`.
@@ -123,7 +135,7 @@ def _draw_auto_augment(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, 
 
 
 def _strengths(jitter: ColorJitterConfig) -> tuple[float, ...]:
-    """Return the strength of each of JITTERS; all 0 if no sample is jittered."""
+    """Return the strength of each operation in JITTERS. All strengths are 0 if the probability of jitter is 0."""
     if jitter.probability == 0:
         return (0.0,) * len(JITTERS)
     return jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
@@ -135,7 +147,7 @@ def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
 
 
 def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
-    """Draw like torchvision's ColorJitter: uniform factors, applied in a random order per sample."""
+    """Draw color jitter like torchvision's ColorJitter, with uniform values and a random order per sample."""
     strengths = np.array(_strengths(jitter))
     orders = _orders(tuple((strengths > 0).tolist()))
     if orders.shape[1] == 0:
@@ -153,9 +165,10 @@ def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoc
 
 @lru_cache
 def _orders(used: tuple[bool, ...]) -> np.ndarray:
-    """Return all 24 orders of the four jitters, each without the unused ones: int64 [24, number of used].
+    """Return all 24 orders of JITTERS without the unused operations: int64 [24, number of used operations].
 
-    All four are always ordered, so enabling one keeps the relative order of the others.
+    The four operations are ordered before the unused ones are removed, so enabling an operation keeps the relative
+    order of the others.
     """
     orders = itertools.permutations(range(len(used)))
     return np.array([[jitter for jitter in order if used[jitter]] for order in orders], np.int64)

@@ -13,7 +13,7 @@ from pipelines.augment.ops import Programs, grey_levels
 
 @dataclass(frozen=True)
 class AugmentationSampler:
-    """Draw the augmentation of each sample: a pure function of seed, epoch and sample index.
+    """Draw the augmentation of each sample as a pure function of seed, epoch and sample index.
 
     Args:
         aug: Config section `aug`.
@@ -34,17 +34,18 @@ class AugmentationSampler:
     std: tuple[float, float, float]
 
     def __call__(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the draws of `samples`, int64 [B].
+        """Draw the augmentation of `samples`, int64 [B].
 
         Returns:
-            A dict with the entries that `aug` needs, among:
-            crop_start, crop_end: float32 [B, 2] (y, x), corners of the cropped region; x is swapped if it is flipped.
-            offset: int32 [B, 2] (y, x), top-left corner of the crop in the unpadded image.
-            flip: int32 [B], 0 or 1.
+            A dict of arrays. It has those of the following entries that `aug` needs:
+            crop_start, crop_end: float32 [B, 2] (y, x), top-left and bottom-right corners of the crop region, pixels.
+                For a flipped sample, the x coordinates of the two corners are swapped.
+            offset: int32 [B, 2] (y, x), top-left corner of the crop, relative to the unpadded image, pixels.
+            flip: int32 [B], 1 for a flipped sample, otherwise 0.
             ops, values: int32 and float32 [B, slots], augmentation programs.
-            erase_box: int32 [B, 4], top, left, height and width; height 0 erases nothing.
-            erase_color: uint8 [B, 3].
-            cutout: float32 [B, 2] (y, x), top-left corner of the square.
+            erase_box: int32 [B, 4], top, left, height and width, pixels; a height of 0 erases nothing.
+            erase_color: uint8 [B, 3], RGB.
+            cutout: float32 [B, 2] (y, x), top-left corner of the square, pixels.
         """
         return (
             self._draw_geometry(epoch, samples) | self._draw_programs(epoch, samples) | self._draw_boxes(epoch, samples)

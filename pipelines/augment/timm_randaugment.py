@@ -1,6 +1,6 @@
 """RandAugment as defined by timm: operations, values by magnitude, and the draws of each layer.
 
-Source: timm.data.auto_augment. One difference: translations are rounded to whole pixels; timm interpolates.
+Source: timm.data.auto_augment. Unlike in timm, which interpolates, translations are rounded to whole pixels.
 `configs.schema.rand_augment` parses the policy strings.
 """
 
@@ -22,7 +22,7 @@ _DRAWN = 0  # sign drawn per sample
 
 
 class Formula(NamedTuple):
-    """Parameters of value = base + sign * span * magnitude / SCALE, clipped to lowest and highest."""
+    """Parameters of an operation's value: base + sign * span * magnitude / SCALE, clipped to lowest..highest."""
 
     op: Op
     base: float = 0.0
@@ -78,7 +78,7 @@ _WEIGHTS_BESIDE_THREE = {
 
 
 class Space(NamedTuple):
-    """Formulas that a layer chooses from, as arrays [formulas]."""
+    """Formulas that a layer chooses from. Each field is an array [formulas]."""
 
     ops: np.ndarray  # int32
     base: np.ndarray
@@ -121,9 +121,14 @@ def parse(policy: str) -> tuple[RandAugmentSpec, Space]:
 def op_values(
     space: Space, choices: np.ndarray, magnitudes: np.ndarray | float, negative: np.ndarray, size: int
 ) -> np.ndarray:
-    """Return the values of formulas `choices` [B] at `magnitudes` [B], for images of side `size`: float64 [B].
+    """Compute the values of the chosen formulas: float64 [B].
 
-    negative: bool [B], True where the sign is negative.
+    Args:
+        space: Formulas to choose from.
+        choices: int64 [B], indices of formulas in `space`.
+        magnitudes: float64 [B], or one magnitude for all samples.
+        negative: bool [B], True for a negative sign. It affects only formulas whose sign is drawn.
+        size: Height and width of the images, pixels.
     """
     shift = space.shift[choices]
     change = magnitudes / SCALE * space.span[choices]
@@ -137,7 +142,18 @@ def op_values(
 def draw_layers(
     policy: str, samples: np.ndarray, seed: int, epoch: int, size: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draw each layer of a policy string: operations int32 [B] and values float64 [B], see `ops`."""
+    """Draw all layers of a policy.
+
+    Args:
+        policy: Policy string, such as "rand-m9-mstd0.5".
+        samples: Sample indices, int64 [B].
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        size: Height and width of the images, pixels.
+
+    Returns:
+        For each layer, the operations, int32 [B], and their values, float64 [B]; see `ops`.
+    """
     spec, choice = parse(policy)
     chosen = None if choice.weights is None else _without_replacement(choice.weights, samples, seed, epoch)
     layers = []
@@ -161,7 +177,7 @@ def _magnitudes(spec: RandAugmentSpec, samples: np.ndarray, seed: int, epoch: in
 
 
 def _without_replacement(weights: np.ndarray, samples: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Draw all formulas in a weighted random order, int64 [B, formulas].
+    """Draw a weighted random order of all formulas for each sample: int64 [B, formulas].
 
     Sorting exponential random numbers with rates `weights` gives the order of weighted draws without replacement.
     Source: Efraimidis and Spirakis, "Weighted Random Sampling with a Reservoir", 2006.

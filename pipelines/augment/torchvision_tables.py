@@ -27,10 +27,16 @@ class SubPolicies(NamedTuple):
 
 @lru_cache(maxsize=16)
 def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
-    """Return values of the operations for images of side `size`: float32 [len(Op), bins, 2], see `ops`.
+    """Return the value of each operation (see `ops`) at each magnitude bin.
 
-    The last axis holds the value for a positive and a negative sign; both are equal for operations without a sign.
-    wide: Use TrivialAugment's wide space instead of that of RandAugment and AutoAugment.
+    Args:
+        wide: True: use the wide space of TrivialAugment. False: use the space of RandAugment and AutoAugment.
+        bins: Number of magnitude bins.
+        size: Height and width of the images, pixels.
+
+    Returns:
+        float32 [len(Op), bins, 2], read-only. The last axis holds the values for a positive and a negative sign; they
+        are equal for operations without a sign.
     """
     shear, pixels, degrees, change, bits = (
         (0.99, 32.0, 135.0, 0.99, 6) if wide else (0.3, 150 / 331 * size, 30.0, 0.9, 4)
@@ -49,10 +55,10 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Return bitwise the values of torch.linspace in float32, as float64 [steps, 1].
+    """Return the values of a float32 torch.linspace, bitwise equal, as float64 [steps, 1].
 
-    torch counts from both ends with fused multiply-adds. So 31 steps to 32 contain 15.999999 instead of 16, which
-    truncates to one pixel less.
+    torch counts from both ends with fused multiply-adds. Therefore 31 steps from 0 to 32 contain 15.999999 instead of
+    16, and a translation by this value is truncated to 15 pixels.
     """
     low, high = np.float32(start), np.float32(end)
     step = np.float64((high - low) / np.float32(steps - 1))
@@ -69,8 +75,8 @@ def sub_policies(policy: str) -> SubPolicies:
     return SubPolicies(columns[0].astype(np.int32), columns[1], columns[2].astype(np.int64))
 
 
-# (operation, probability, magnitude bin) twice. Source: Cubuk et al., "AutoAugment", arXiv:1805.09501, appendix, as
-# implemented in torchvision. Operations without a value have bin 0.
+# Each sub-policy is two tuples (operation, probability, magnitude bin). Source: Cubuk et al., "AutoAugment",
+# arXiv:1805.09501, appendix, as implemented in torchvision. Operations without a value have bin 0.
 _IMAGENET = (
     ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
     ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 0)),

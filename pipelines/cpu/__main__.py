@@ -1,4 +1,4 @@
-"""Compile all kernels: `python -m pipelines.cpu`."""
+"""Compile all kernels in advance. Run as `python -m pipelines.cpu`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Numba kernels over a batch of images: copy, crop and flip, resize; and the sort used by the shuffle.
+"""Numba kernels that copy, crop, flip and resize a batch of images, and a kernel that sorts hashes for the shuffle.
 
-Each kernel reads images from one flat array and writes one batch, in one thread and without the GIL; the loader's
-threads work on different batches. Pixels match those of the DALI operators in `dali_graph`. `python -m pipelines.cpu`
-compiles all kernels in advance.
+Each image kernel reads from one flat array and writes one batch, in one thread and without the GIL; the loader's
+threads work on different batches. Pixels match the DALI operators in `dali_graph`, except that resized pixels may
+differ by one grey level. `python -m pipelines.cpu` compiles all kernels in advance.
 
-Common arguments: content: uint8 [bytes]; image_offsets: int64 [B], byte offset in `content` of each image's first
-pixel, height x width x 3 bytes in HWC order; out: uint8 [B, size, size, 3], contiguous. The kernels check no bounds;
-`pipelines.storage.index` has checked the offsets.
+The kernels check no bounds; `pipelines.storage.index` has checked the offsets. Common arguments:
+    content: uint8 [bytes]. Each image takes height x width x 3 bytes in HWC order.
+    image_offsets: int64 [B], byte offset of each image's first pixel in `content`.
+    out: uint8 [B, size, size, 3], contiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ HALF = float32(0.5)
 
 @kernel
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copy out[i].size bytes from image_offsets[i] to out[i]; fastest for images of whole cache lines."""
+    """Copy images that have the shape of out[i] to `out`.
+
+    Copying is fastest if the size of an image is a multiple of LINE bytes.
+    """
     target = out.reshape(-1)
     size = target.size // max(len(image_offsets), 1)
     last, samples_ahead = len(image_offsets) - 1, max(1, PREFETCH_BYTES // size)
@@ -46,7 +50,10 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
 
 @kernel
 def sort_hashes(keys: np.ndarray, out: np.ndarray) -> None:
-    """Write the sorted keys (uint64 [n]) to out, in linear time for keys spread evenly over uint64, like hashes."""
+    """Sort `keys`, uint64 [n], into `out`, uint64 [n].
+
+    Sorting takes linear time if the keys are spread evenly over the range of uint64, as hashes are.
+    """
     bits = 1
     while (1 << bits) < len(keys):
         bits += 1
@@ -79,9 +86,14 @@ def crop_flip(
     reflect: bool,
     out: np.ndarray,
 ) -> None:
-    """Crop size x size pixels at offsets (y, x; int32 [B, 2]), mirrored where flips (int32 [B]) is not 0.
+    """Crop size x size pixels from each image and flip the crops horizontally.
 
-    height, width: size of all images, pixels. Pixels outside of an image are black, or its reflection with `reflect`.
+    Args:
+        content, image_offsets, out: See the module.
+        height, width: Size of all images, pixels.
+        offsets: int32 [B, 2] (y, x), top-left corner of each crop in its image, pixels.
+        flips: int32 [B], nonzero for each crop to flip.
+        reflect: True: pixels outside of an image reflect the image. False: they are black.
     """
     size = out.shape[1]
     target = out.reshape(-1)
@@ -132,11 +144,17 @@ def resize(
     antialias: bool,
     out: np.ndarray,
 ) -> None:
-    """Resize the regions from starts to ends (y, x in pixels; float32 [B, 2]) to size x size images.
+    """Resize one region of each image to size x size pixels.
 
-    A region whose end is left of its start is mirrored. heights, widths: int64 [B]. The filter is a triangle, or
-    Catmull-Rom with `cubic`; with `antialias` it widens by the scale when reducing. Edge pixels repeat outside of the
-    image. The vertical pass writes float32, so that each pixel is rounded only once.
+    Edge pixels repeat outside of the image. The vertical pass writes float32, so that each pixel is rounded only once.
+
+    Args:
+        content, image_offsets, out: See the module.
+        heights, widths: int64 [B], size of each image, pixels.
+        starts, ends: float32 [B, 2] (y, x), corners of each region, pixels. A region whose end is left of its start is
+            mirrored.
+        cubic: True: use the Catmull-Rom filter. False: use the triangle filter.
+        antialias: Widen the filter by the scale when reducing.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -212,7 +230,18 @@ def resize(
 def _filter_weights(
     start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray
 ) -> int:
-    """Write the first source pixel (index) and weights [size, taps] of each target pixel; return the number of taps."""
+    """Compute the filter of each target pixel along one axis.
+
+    Args:
+        start, end: Bounds of the region, pixels.
+        reach: Radius of the filter before widening: 1 for the triangle, 2 for Catmull-Rom.
+        antialias: Widen the filter by the scale when reducing.
+        index: int64 [size], filled with the first source pixel of each target pixel.
+        weights: float32 [size, at least taps], filled with the weights of the source pixels.
+
+    Returns:
+        The number of taps, i.e. source pixels per target pixel.
+    """
     size = len(index)
     scale = abs(end - start) / float32(size)
     stretch = max(scale, float32(1)) if antialias else float32(1)

@@ -1,6 +1,6 @@
-"""Intrinsics for bytes that Numba does not generate by itself: wide moves, shuffles, prefetches.
+"""Intrinsics for byte operations that Numba does not generate by itself: wide moves, shuffles and prefetches.
 
-They are LLVM IR, so they compile for any processor. They check no bounds.
+The intrinsics are written in LLVM IR, so they compile for any processor. They check no bounds. Their arrays are flat.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _INDEX = types.intp
 def address(
     context: Any, builder: ir.IRBuilder, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type
 ) -> Any:
-    """Return a pointer of type `kind` to element `offset` of argument number `array`."""
+    """Return a pointer to a value of type `kind` at element `offset` of the array in argument number `array`."""
     data = context.make_array(signature.args[array])(context, builder, args[array]).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
 
 
 @intrinsic
 def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count: Any) -> Any:
-    """Copy source[begin : begin + count] to target[at : at + count]; flat uint8 arrays."""
+    """Copy source[begin : begin + count] to target[at : at + count]. Both arrays are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         to = address(context, builder, signature, args, 0, args[1], _I8)
@@ -40,7 +40,7 @@ def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count
 
 @intrinsic
 def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy source[begin : begin + 4], a pixel and one byte, to target[at : at + 4]; flat uint8 arrays."""
+    """Copy a pixel and the byte after it from source[begin : begin + 4] to target[at : at + 4]. Both are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         value = builder.load(address(context, builder, signature, args, 2, args[3], _I32), align=1)
@@ -51,7 +51,10 @@ def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any
 
 @intrinsic
 def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy a cache line from source[begin:] to target[at:], bypassing the cache. The target must be aligned to LINE."""
+    """Copy LINE bytes from source[begin:] to target[at:], bypassing the cache.
+
+    The address of target[at] must be a multiple of LINE.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         line = ir.VectorType(_I8, LINE)
@@ -64,7 +67,7 @@ def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> A
 
 @intrinsic
 def prefetch(typing: Any, source: Any, begin: Any) -> Any:
-    """Prefetch the cache line of source[begin] into the outer cache; any address is allowed."""
+    """Prefetch the cache line of source[begin] into the outer cache. `begin` may be out of bounds."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         pointer = address(context, builder, signature, args, 0, args[1], _I8)
@@ -78,7 +81,7 @@ def prefetch(typing: Any, source: Any, begin: Any) -> Any:
 
 @intrinsic
 def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy PIXELS pixels of three bytes from source[begin:] to target[at:] in reverse order."""
+    """Copy PIXELS pixels of three bytes from source[begin:] to target[at:], in reverse order of the pixels."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block = ir.VectorType(_I8, 3 * PIXELS)
@@ -93,7 +96,7 @@ def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) ->
 
 @intrinsic
 def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Split PIXELS pixels of source[begin:] into red[at:], green[at:] and blue[at:]; all uint8, flat."""
+    """Split PIXELS pixels of source[begin:] into red[at:], green[at:] and blue[at:]. All arrays are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
@@ -108,7 +111,7 @@ def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: 
 
 @intrinsic
 def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
-    """Join PIXELS pixels of the channels red[begin:], green[begin:], blue[begin:] in target[at:]; all uint8, flat."""
+    """Join the channels red[begin:], green[begin:] and blue[begin:] to PIXELS pixels in target[at:]. All are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)

@@ -1,10 +1,12 @@
 """Numba kernels that change the colors of one image in place.
 
-Each implements a function of torchvision.transforms.v2.functional on uint8 (timm's for solarize_add), with the same
-order of float32 operations and the same rounding. torch adds a scaled tensor with a fused multiply-add; `fused` does
-the same here, with bitwise identical results on every processor.
+Each kernel implements a function of torchvision.transforms.v2.functional on uint8, with the same order of float32
+operations and the same rounding; `solarize_add` implements timm's function. torch adds a scaled tensor with a fused
+multiply-add, which `fused` reproduces with bitwise identical results on every processor.
 
-Common arguments: image: uint8 [pixels * 3], red green blue; planes: uint8 [3, BLOCK], scratch.
+Common arguments:
+    image: uint8 [pixels * 3], RGB.
+    planes: uint8 [3, BLOCK], scratch memory.
 """
 
 from __future__ import annotations
@@ -79,7 +81,10 @@ def grayscale(image: np.ndarray, planes: np.ndarray) -> None:
 
 @kernel
 def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
-    """Convert to HSV, rotate the hue by `shift` of the circle, and convert back; no branches per pixel."""
+    """Convert to HSV, rotate the hue by `shift`, a share of the circle, and convert back.
+
+    The loop over the pixels contains no branches.
+    """
     for start in range(0, len(image) // 3, BLOCK):
         reds, greens, blues = _split(image, start, planes)
         for i in range(len(reds)):
@@ -119,7 +124,11 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
 
 @kernel
 def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split up to BLOCK pixels from pixel `start` on into planes, so that loops over a channel are vectorised."""
+    """Split up to BLOCK pixels into channels, so that loops over a channel are vectorised.
+
+    Returns:
+        Red, green and blue of the pixels from pixel `start` on. They are views of `planes`.
+    """
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]
     done = 0
@@ -152,7 +161,7 @@ def posterize(image: np.ndarray, bits: int) -> None:
 
 @kernel
 def solarize(image: np.ndarray, threshold: int) -> None:
-    """Invert levels at or above `threshold`, 0 to 256."""
+    """Invert levels at or above `threshold`, which is 0 to 256."""
     for i in range(len(image)):
         level = image[i]
         image[i] = 255 - level if level >= threshold else level
@@ -160,7 +169,7 @@ def solarize(image: np.ndarray, threshold: int) -> None:
 
 @kernel
 def solarize_add(image: np.ndarray, added: int) -> None:
-    """Add to levels below 128, as timm's solarize_add; added: 0 to 128, so nothing overflows."""
+    """Add `added` to levels below 128, like timm's solarize_add. `added` is 0 to 128, so no level overflows."""
     amount = uint8(added)
     for i in range(len(image)):
         level = image[i]
@@ -175,7 +184,10 @@ def invert(image: np.ndarray) -> None:
 
 @kernel
 def auto_contrast(image: np.ndarray, side: int) -> None:
-    """Stretch each channel to the full range; side: pixels per row."""
+    """Stretch each channel to the range 0..255. A channel with a single level is kept.
+
+    `side` is the number of pixels per row.
+    """
     row = side * 3
     low, high = image[:row].copy(), image[:row].copy()
     for start in range(row, len(image), row):

@@ -1,6 +1,9 @@
 """Numba kernels that filter one image: sharpness and Gaussian blur.
 
-image: uint8 [side * side * 3], changed in place; scratch: uint8, overwritten.
+Common arguments:
+    image: uint8 [side * side * 3], changed in place.
+    side: Height and width of the image, pixels.
+    scratch: uint8 [bytes], overwritten.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ from pipelines.cpu.float_intrinsics import LANES, blur_across, blur_down, fused
 from pipelines.cpu.jit import kernel
 
 ZERO, WHITE = float32(0), float32(255)
-NEGLIGIBLE = 2.0**-18  # weight of a tap: less than a hundredth of a grey level
+NEGLIGIBLE = 2.0**-18  # weight of a tap that changes a pixel by less than 0.001 grey levels
 
 
 @kernel
 def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) -> None:
-    """Sharpen like torchvision's adjust_sharpness: blend with a 3x3 mean whose center has weight five.
+    """Sharpen like torchvision's adjust_sharpness.
 
-    Edge pixels stay unchanged. scratch: at least image.size.
+    The image is blended with its 3x3 weighted mean, in which the center has weight 5 and each other pixel weight 1.
+    Edge pixels stay unchanged. `scratch` needs at least image.size bytes.
     """
     if side <= 2:
         return
@@ -51,7 +55,8 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
     """Blur like torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels and reflected edges.
 
     For each row, the vertical pass writes a float32 line that the horizontal pass reads, so each pixel is rounded once.
-    Negligible taps are skipped. scratch: at least image.size + 2 * radius * side * 3 + LANES.
+    Outer taps with weights up to NEGLIGIBLE are skipped. `sigma`, the standard deviation, is in pixels. `scratch` needs
+    at least image.size + 2 * radius * side * 3 + LANES bytes.
     """
     weights = np.empty(radius + 1, np.float32)
     total = 1.0
@@ -87,7 +92,7 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
 
 @kernel
 def reflect_index(position: int, length: int) -> int:
-    """Return the index in 0..length - 1 of a position reflected any number of times; edges do not repeat."""
+    """Reflect a position at the edges until it is in 0..length - 1. The edge pixels themselves are not repeated."""
     if length == 1:
         return 0
     while position < 0 or position >= length:

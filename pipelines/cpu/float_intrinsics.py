@@ -1,7 +1,8 @@
 """Intrinsics for float32 that Numba does not generate by itself: vector lanes and fused multiply-adds.
 
-They are LLVM IR, so they compile for any processor. They check no bounds. Products and sums are fused (rounded once)
-only by explicit calls, never by the compiler, so every processor gives the same numbers.
+The intrinsics are written in LLVM IR, so they compile for any processor. They check no bounds. Their arrays are flat.
+Products and sums are fused (rounded once) only by explicit calls, never by the compiler, so every processor gives the
+same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _INDEX = types.intp
 
 
 def _four(builder: ir.IRBuilder, pointer: Any, weight: Any) -> Any:
-    """Return the four floats at `pointer`, times `weight`."""
+    """Return the four floats at `pointer`, each multiplied by `weight`."""
     undefined = ir.Constant(_FOUR, ir.Undefined)
     zeros = ir.Constant(ir.VectorType(_I32, 4), [0] * 4)
     lanes = builder.shuffle_vector(builder.insert_element(undefined, weight, _I32(0)), undefined, zeros)
@@ -39,9 +40,9 @@ def _to_levels(builder: ir.IRBuilder, total: Any) -> Any:
 def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any, taps: Any) -> Any:
     """Filter one pixel and round it to 0..255.
 
-    target[at : at + 3] = sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3]. target: uint8; line and
-    weights: float32; all flat. With four lanes, line is read one float past the last pixel and target[at + 3] is
-    overwritten.
+    target[at : at + 3] = sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3].
+    `target` is uint8; `line` and `weights` are float32. The intrinsic uses vectors of four lanes, so it reads one float
+    past the last pixel of `line` and overwrites target[at + 3].
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -65,7 +66,10 @@ def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights
 def _mix_of(taps: int) -> Any:
     @intrinsic
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
-        """Compute `mix_pixels` for a fixed number of taps, with weights from 0 to 1 that sum to 1."""
+        """Compute `mix_pixels` for a fixed number of taps, without limiting the sum to 0..255.
+
+        The weights must be 0 to 1 and sum to 1.
+        """
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
             total = _HALVES
@@ -88,7 +92,7 @@ mix_two_pixels, mix_three_pixels = _mix_of(2), _mix_of(3)
 
 @intrinsic
 def fused(typing: Any, first: Any, second: Any, added: Any) -> Any:
-    """Return first * second + added in float32, rounded once; one instruction on processors that have it."""
+    """Return first * second + added in float32, rounded once. Processors with FMA need one instruction."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.fma(*args)
@@ -115,7 +119,10 @@ def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
 
 
 def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
-    """Round floats from 0 to 255 to uint8, halves to even; adding 2 ** 23 leaves no fractional bits."""
+    """Round floats from 0 to 255 to uint8, with halves to even.
+
+    The sum of a float and 2 ** 23 has no fractional bits, so the addition rounds.
+    """
     count = values.type.count
     moved = builder.fadd(values, ir.Constant(values.type, [2.0**23] * count))
     return builder.trunc(builder.bitcast(moved, ir.VectorType(_I32, count)), ir.VectorType(_I8, count))
@@ -125,9 +132,15 @@ def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
 def mix_four_pixels(
     typing: Any, target: Any, at: Any, source: Any, upper: Any, lower: Any, right_share: Any, lower_share: Any
 ) -> Any:
-    """Write the weighted mean of the pixels at upper, upper + 3, lower and lower + 3 of source to target[at : at + 3].
+    """Write the weighted mean of four pixels of `source` to target[at : at + 3], and overwrite target[at + 3].
 
-    target, source: uint8, flat; shares: float32 from 0 to 1. target[at + 3] is overwritten.
+    Args:
+        target, source: uint8.
+        at: Byte offset of the pixel to write.
+        upper: Byte offset of the upper left pixel; the upper right pixel follows.
+        lower: Byte offset of the lower left pixel; the lower right pixel follows.
+        right_share: Weight of the right pixels, float32, 0 to 1.
+        lower_share: Weight of the lower pixels, float32, 0 to 1.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -152,7 +165,11 @@ def mix_four_pixels(
 
 
 def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach: Any) -> Any:
-    """Return weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k), for vectors of LANES floats."""
+    """Apply a symmetric filter to vectors of LANES floats.
+
+    Returns:
+        weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k).
+    """
     total = cgutils.alloca_once_value(builder, builder.fmul(value, _splat(builder, weight(reach.type(0)), LANES)))
     with cgutils.for_range(builder, reach) as loop:
         tap = builder.add(loop.index, loop.index.type(1))
@@ -162,10 +179,10 @@ def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach:
 
 @intrinsic
 def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: Any, weights: Any, reach: Any) -> Any:
-    """Filter LANES values vertically.
+    """Filter LANES values vertically with a symmetric filter.
 
     line[at + i] = sum over k from -reach to reach of weights[abs(k)] * source[begin + k * stride + i] for i < LANES.
-    line, weights: float32; source: uint8.
+    `line` and `weights` are float32; `source` is uint8.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -192,10 +209,10 @@ def blur_down(typing: Any, line: Any, at: Any, source: Any, begin: Any, stride: 
 
 @intrinsic
 def blur_across(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, reach: Any) -> Any:
-    """Filter LANES values horizontally.
+    """Filter LANES values horizontally with a symmetric filter.
 
     target[at + i] = sum over k from -reach to reach of weights[abs(k)] * line[begin + 3 * k + i] for i < LANES.
-    target: uint8, rounded; line, weights: float32.
+    `target` is uint8, and sums are rounded; `line` and `weights` are float32.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:

@@ -36,7 +36,7 @@ def warp(
         op, value: See `ops.Op`.
         bilinear: True: interpolate. False: take the nearest pixel.
         fill: uint8 [3], color outside of the image.
-        scratch: uint8, at least (side + 2) ** 2 * 3 + 4.
+        scratch: uint8, overwritten, at least (side + 2) ** 2 * 3 + 4 bytes.
     """
     across, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
     if op == SHEAR_X:
@@ -104,7 +104,7 @@ def _resample(
 
 @kernel
 def _share(place: int) -> float:
-    """Return the fractional part of a position, the weight of the next pixel: float32 from 0 to 1."""
+    """Return the fractional part of a fixed-point position, which is the weight of the next pixel: float32, 0 to 1."""
     return float32(int32((place & (ONE - 1)) >> (FRACTION - 24))) * float32(2**-24)
 
 
@@ -112,7 +112,17 @@ def _share(place: int) -> float:
 def _shift_row(
     image: np.ndarray, at: int, side: int, framed: np.ndarray, begin: int, column: int, share: float
 ) -> None:
-    """Copy the row at `begin` from pixel `column` on, interpolated with the next pixel by `share`."""
+    """Write one row of a horizontally shifted image.
+
+    Args:
+        image: uint8, flat, the image to write.
+        at: Byte offset of the row in `image`.
+        side: Height and width of the image, pixels.
+        framed: Result of `_frame`.
+        begin: Byte offset of the source row in `framed`.
+        column: Pixel of the source row that becomes the first pixel; may be outside of the row.
+        share: Weight of the next pixel, 0 to 1.
+    """
     first = min(max(-column, 0), side)
     stop = min(max(side + 1 - column, first), side)
     for x in range(first):
@@ -130,7 +140,8 @@ def _shift_row(
         target[i] = uint8(int32(fused(float32(behind[i]) - level, share, level) + ROUND - ROUND))
 
 
-# The next two kernels write four bytes per pixel, and the next pixel overwrites the fourth. The last pixel is separate.
+# The next two kernels write four bytes per pixel, and the next pixel overwrites the fourth byte. The last pixel of a
+# row is written separately, since a fourth byte would be outside of the row.
 
 
 @kernel

@@ -1,8 +1,8 @@
-"""Training and evaluation transforms on the CPU: kernels that compute the same pixels as `dali_graph`.
+"""Training and evaluation transforms on the CPU, equivalent to those of `dali_graph`.
 
 DALI's CPU operators have a setup cost per sample and operator and copy between operators. Here a batch takes a few
 kernel calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey
-level, because float32 sums are computed in another order; programs differ from torchvision by no more than that.
+level, because float32 sums are computed in another order. Programs differ from torchvision by at most one grey level.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Region = Callable[["Images", Draws], tuple[np.ndarray, np.ndarray]]
 
 
 class Images(NamedTuple):
-    """Images of a batch in one flat array, each in HWC order."""
+    """Images of a batch. Their pixels are in one flat array, in HWC order."""
 
     content: np.ndarray  # uint8 [bytes]
     offsets: np.ndarray  # int64 [B], bytes
@@ -38,7 +38,10 @@ Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3]
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """Run one or two stages, then changes in place, on small pieces of a batch that stay in the cache."""
+    """Run one or two stages and then the in-place changes.
+
+    A batch is processed in small pieces that stay in the cache.
+    """
 
     stages: tuple[Stage, ...]
     sides: tuple[int, ...]  # side of the square images that each stage writes, pixels
@@ -48,7 +51,7 @@ class CpuGraph:
     CHUNK = 2**18  # bytes per piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
-        """Write out, uint8 [B, size, size, 3]. Thread-safe."""
+        """Transform a batch and write it to `out`, uint8 [B, size, size, 3]. Thread-safe."""
         if len(self.stages) == 1 and not self.changes:
             self.stages[0](images, draws, out)
             return
@@ -87,16 +90,19 @@ def train_graph(
     programs: Programs | None,
     mean: tuple[float, float, float],
 ) -> CpuGraph | None:
-    """Return the training transforms, for the draws of `AugmentationSampler`; None if stored pixels stay as they are.
+    """Build the training transforms for the draws of `AugmentationSampler`.
 
     Args:
-        image_shape: Shape of all stored images; None: they differ.
+        image_shape: Shape of all stored images; None: shapes differ.
         aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: Widen the filter when reducing.
         programs: Result of `build_programs`.
         mean: Per-channel mean of the train split's pixels, 0 to 1.
+
+    Returns:
+        The graph; None if stored pixels stay as they are.
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
@@ -121,7 +127,15 @@ def eval_graph(
     antialias: bool,
     squash: bool,
 ) -> CpuGraph | None:
-    """Return the evaluation transforms, see `dali_graph.eval_graph`; None if stored pixels stay as they are."""
+    """Build the evaluation transforms.
+
+    Args:
+        image_shape: Shape of all stored images; None: shapes differ.
+        size, crop_fraction, interpolation, antialias, squash: See `dali_graph.eval_graph`.
+
+    Returns:
+        The graph; None if stored pixels stay as they are.
+    """
     if not squash:
         return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
     return _graph(_squashed(image_shape, size, interpolation, antialias))
@@ -134,7 +148,7 @@ def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) ->
 
 
 def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float, float]) -> tuple[Change, ...]:
-    """Return the operations in place: programs, erasing, cutout."""
+    """Return the enabled in-place changes, in the order programs, erasing and cutout."""
     changes: list[Change] = []
     if programs is not None:
         bilinear, fill, radius = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
@@ -160,7 +174,10 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
 def _central(
     shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Return stages that resize the shorter side to `shorter` and crop the central size x size pixels, if needed."""
+    """Return a list with a stage that resizes the shorter side to `shorter` and crops the central size x size pixels.
+
+    The stage only crops if no stored image needs resizing. The list is empty if no image needs cropping either.
+    """
     if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
         return []
     if shape is not None and min(shape[:2]) == shorter:
@@ -172,7 +189,7 @@ def _central(
 def _squashed(
     shape: tuple[int, int, int] | None, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Return a stage that resizes both sides to `size`, unless the stored images have that size."""
+    """Return a list with a stage that resizes both sides to `size`. It is empty if stored images have this size."""
     if shape is not None and shape[:2] == (size, size):
         return []
     return [(_resize(lambda images, _: _whole(images), interpolation, antialias), size)]
@@ -184,9 +201,12 @@ def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the region (start, end) that the central crop shows after resizing the shorter side to `shorter`.
+    """Return the regions of the stored images that central crops show after the shorter side is resized to `shorter`.
 
-    Like in DALI, both sides are scaled by one factor, and the longer one is rounded to whole pixels about its center.
+    As in DALI, both sides are scaled by one factor, and the longer side is rounded to whole pixels about its center.
+
+    Returns:
+        Starts and ends (y, x) of the regions, float32 [B, 2] each, in pixels of the stored images.
     """
     sides = np.stack([images.heights, images.widths], axis=1).astype(np.float64)
     scale = sides.min(axis=1, keepdims=True) / shorter  # source pixels per target pixel
@@ -203,7 +223,13 @@ def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
 
 
 def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
-    """Return a stage for images of one shape that crops at the drawn offset, or at `corner` without one, and flips."""
+    """Return a stage that crops and flips images of one shape.
+
+    Args:
+        size: Height and width of the crop, pixels.
+        corner: Top-left corner (y, x) of the crop if the draws have no offset, pixels.
+        reflects: True: pixels outside of an image reflect the image. False: they are black.
+    """
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
         count = len(out)

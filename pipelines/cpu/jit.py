@@ -1,7 +1,7 @@
 """Numba decorators for kernels. Machine code is cached until one of its sources changes.
 
-The cache is next to the source, or in the user's own cache directory if that folder is not writable or contains
-unreadable files of another user.
+The cache is in a folder next to the source. If this folder is not writable or contains unreadable files of another
+user, the cache is in the user's own cache directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function at its first call. No fast-math, so that every processor gives the same pixels."""
+    """Compile a function at its first call. Fast-math is disabled, so that every processor gives the same pixels."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         compiled = njit(cache=True, **options)(function)
@@ -41,7 +41,10 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a C callback immediately; `address` of the result is its function pointer. It must not call kernels."""
+    """Return a decorator that compiles a C callback immediately. The callback must not call kernels.
+
+    The attribute `address` of the decorated callback is its function pointer.
+    """
 
     def compile_(function: Callable[..., Any]) -> Any:
         try:
@@ -54,7 +57,7 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Return True if all compiled code in a folder is readable; files of another user may not be."""
+    """Return True if this user may read all compiled code in a folder. The folder need not exist."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
     except FileNotFoundError:
@@ -66,7 +69,7 @@ def _is_readable(folder: str) -> bool:
 
 @contextmanager
 def _in_users_cache() -> Iterator[None]:
-    """Cache functions that are decorated in this context in the user's cache directory."""
+    """Use the user's cache directory for functions that are decorated within this context."""
     before = numba.config.CACHE_DIR
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     numba.config.CACHE_DIR = str(cache / "numba")
@@ -77,7 +80,7 @@ def _in_users_cache() -> Iterator[None]:
 
 
 def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of a cache to return None on OSError."""
+    """Wrap a cache's method so that it returns None instead of raising OSError."""
 
     @wraps(method)
     def guarded(*arguments: Any) -> Any:

@@ -17,10 +17,16 @@ def find_mismatches(
     widths: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Set out[i] (bool [B]) if a JPEG header cannot be parsed or declares other than heights[i] x widths[i] pixels.
+    """Find JPEG files whose header cannot be parsed or declares an unexpected image size.
 
-    content: uint8 [bytes]; offsets, sizes: [B], bytes of each file in `content`. Parses like nvImageCodec:
-    up to the first scan, each segment starts at the end of the previous one, after any number of fill bytes.
+    Headers are parsed like in nvImageCodec. Up to the first scan, each segment starts at the end of the previous one,
+    after any number of fill bytes.
+
+    Args:
+        content: uint8 [bytes].
+        offsets, sizes: int [B], start and length of each file in `content`, bytes.
+        heights, widths: int [B], expected size of each image, pixels.
+        out: bool [B], set to True for a mismatch and to False otherwise.
     """
     for sample in range(len(offsets)):
         begin = np.int64(offsets[sample])

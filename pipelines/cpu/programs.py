@@ -1,7 +1,7 @@
 """Numba kernels that run augmentation programs (see `augment.ops`) and paint rectangles, in place.
 
-All operations of an image run while it is in the cache. The result depends only on the image and its program, not on
-the batch, the thread or the processor.
+All operations of an image run while the image is in the cache. The result depends only on the image and its program,
+not on the batch, the thread or the processor.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ AUTO_CONTRAST, EQUALIZE, INVERT, HUE, GRAYSCALE, BLUR = (
 def apply_programs(
     images: np.ndarray, ops: np.ndarray, values: np.ndarray, bilinear: bool, fill: np.ndarray, radius: int
 ) -> None:
-    """Run the program of each image.
+    """Run the program of each image in place.
 
     Args:
         images: uint8 [B, size, size, 3], contiguous.
         ops, values: int32 and float32 [B, slots].
-        bilinear, fill, radius: See `ops.Programs`; fill: uint8 [3].
+        bilinear, fill, radius: See `ops.Programs`. `fill` is uint8 [3] here.
     """
     side = images.shape[1]
     scratch = np.empty((side + 2 + 2 * radius) * (side + 2) * 3 + LANES, np.uint8)
@@ -85,7 +85,8 @@ def paint(images: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> None:
 
     Args:
         images: uint8 [B, size, size, 3], contiguous.
-        boxes: int32 [B, 4], top, left, height (0: none) and width in pixels, clipped to the image.
+        boxes: int32 [B, 4], top, left, height and width in pixels. Boxes are clipped to the image; a height or width of
+            0 paints nothing.
         colors: uint8 [B, 3].
     """
     size = images.shape[1]

@@ -1,7 +1,7 @@
-"""A SIGBUS handler that replaces unreadable pages of a mapped file by zeros. See `storage.sigbus`.
+"""A SIGBUS handler that replaces unreadable pages of a mapped file with zeros. See `storage.sigbus`.
 
-It may interrupt any thread at any point, so it is machine code compiled by Numba that takes no lock, allocates nothing
-and calls only mmap, sigaction and raise. Structure layouts are those of 64-bit Linux.
+The handler may interrupt any thread at any point. It is therefore machine code, compiled by Numba, that takes no lock,
+allocates nothing and calls only mmap, sigaction and raise. Structure layouts are those of 64-bit Linux.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
 @intrinsic
 def _table_of_process(typing: Any) -> Any:
-    """Return a global variable that holds the table's address, so that the machine code can be cached on disk."""
+    """Return a pointer to a global variable that holds the address of the table.
+
+    The address is not a constant of the machine code, so the machine code can be cached on disk.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         pointer = ir.IntType(64).as_pointer()
@@ -43,7 +46,11 @@ def _table_of_process(typing: Any) -> Any:
 
 
 def _handle(signal: int, information: Any, context: Any) -> None:
-    """Handle SIGBUS, see sigaction(2). First called once with TAKE_TABLE and the address of the table."""
+    """Handle SIGBUS. The arguments are those of a handler in sigaction(2).
+
+    Before the handler is installed, call it once with TAKE_TABLE as `signal` and the address of the table as
+    `information`.
+    """
     variable = _table_of_process()
     if signal == TAKE_TABLE:
         variable[0] = information

@@ -28,7 +28,7 @@ class ImageSpec:
     """Format of the stored images that are fed to a graph."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
-    image_shape: tuple[int, int, int] | None  # None: they differ
+    image_shape: tuple[int, int, int] | None  # None: shapes differ
     resident: bool  # npy only: inputs are already in GPU memory
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per-channel mean of the train split's pixels, 0 to 1
 
@@ -52,7 +52,7 @@ def train_graph(
     antialias: bool,
     programs: Programs | None,
 ) -> Pipeline:
-    """Build the training graph. Its inputs are `images` and those of `dali_inputs.graph_inputs`.
+    """Build the training graph. Its inputs are `images` and the arrays that `dali_inputs.graph_inputs` returns.
 
     Args:
         spec: Format of the stored images.
@@ -120,7 +120,7 @@ def eval_graph(
         crop_fraction: The shorter side is resized to size / crop_fraction before the central crop.
         interpolation: "bilinear" or "bicubic".
         antialias: Widen the filter when reducing.
-        squash: Resize the whole image to size x size instead.
+        squash: Resize whole images to size x size, without keeping the aspect ratio and without a crop.
     """
     shorter = round(size / crop_fraction)
 
@@ -134,14 +134,17 @@ def eval_graph(
 
 
 def decoding_graph(spec: ImageSpec, config: PipelineConfig) -> Pipeline:
-    """Build a graph that only decodes its input `images`, as training and evaluation do."""
+    """Build a graph that only decodes its input `images`, in the same way as the other graphs."""
     return _pipeline(config, lambda: _decoded(spec, config))
 
 
 def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: bool = False) -> Pipeline:
-    """Build a pipeline.
+    """Build the pipeline that `define` describes.
 
-    chooses: Operators depend on the sample. Converting `define` then takes about a second.
+    Args:
+        config: Device and resources.
+        define: Function that builds the operators and returns the output.
+        chooses: True if the operators depend on the sample. Converting `define` then takes about a second.
     """
     # A queue of one, since the loader controls how many batches are in flight.
     options: dict[str, Any] = {
@@ -162,7 +165,10 @@ def _input(name: str, **options: Any) -> DataNode:
 
 
 def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
-    """Return pixels on the device. Inputs are not copied; the loader keeps them alive while DALI reads them."""
+    """Return the input `images` as pixels on the device.
+
+    The input is not copied within host memory; the loader keeps the arrays alive while DALI reads them.
+    """
     on_gpu = config.device_id is not None
     if spec.encoding == "jpeg":
         files = fn.external_source(name="images", no_copy=True)
@@ -180,7 +186,10 @@ def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
 def _central(
     images: DataNode, spec: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
 ) -> DataNode:
-    """Resize the shorter side to `shorter` and crop the central size x size pixels, if the stored shape needs it."""
+    """Resize the shorter side to `shorter` and crop the central size x size pixels.
+
+    Operators that the shape of the stored images makes unnecessary are omitted.
+    """
     shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:
         images = _resized(images, interpolation, antialias, resize_shorter=shorter)

@@ -1,8 +1,8 @@
 """Convert the draws of `AugmentationSampler` to inputs of the DALI training graph. Uses NumPy only.
 
-Each slot of a program becomes the number of a branch and the numeric arguments of its operators, which are in
-`dali_ops`. Nearly all arguments are linear in an operation's value, so a batch takes one table lookup and one
-multiplication.
+A branch is a function in `dali_ops`. Each slot of a program becomes the number of a branch and the numeric arguments of
+the branch's operators. Nearly all arguments are linear in an operation's value, so a batch takes one table lookup and
+one multiplication.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 
 
 def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
-    """Return the branches of a slot, in the order of their numbers in the input `branches`.
+    """Return the branches of a slot with the operations `allowed`, in the order of their numbers.
 
-    about_mean includes linear, so a slot with both has only about_mean.
+    The graph's input `branches` holds these numbers. about_mean can compute the operations of linear, so a slot never
+    has both branches.
     """
     names = {OP_BRANCH[op] for op in allowed if op is not Op.IDENTITY}
     if "about_mean" in names:
@@ -53,12 +54,12 @@ def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
 
 
 def has_choice(programs: Programs) -> bool:
-    """Return True if any slot has more than one branch, so that the graph has the input `branches`."""
+    """Return True if any slot has more than one branch. The graph then has the input `branches`."""
     return any(len(branches(allowed)) > 1 for allowed in programs.slots)
 
 
 def has_numbers(programs: Programs) -> bool:
-    """Return True if any branch takes arguments, so that the graph has the input `numbers`."""
+    """Return True if any branch takes numeric arguments. The graph then has the input `numbers`."""
     return any(not WITHOUT_NUMBERS.issuperset(branches(allowed)) for allowed in programs.slots)
 
 
@@ -71,7 +72,8 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
         size: Height and width of the images, pixels.
 
     Returns:
-        `branches`, int32 [B, S], and `numbers`, float32 [B, S, 3, 8], each only if the graph has this input.
+        A dict with `branches`, int32 [B, S], and `numbers`, float32 [B, S, 3, 8]. Inputs that the graph does not have
+        are omitted.
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
@@ -90,10 +92,17 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
 
 
 def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
-    """Convert crop offsets to filters: float32 [B, 2 * padding + 1, 2 * padding + 1] with a single 1 each.
+    """Convert crop offsets to filters that translate images.
 
-    Each filter translates an image. DALI's filter operator is the only one with reflected borders. The result is exact:
-    each pixel is one pixel times 1 plus zeros.
+    Filters are used because DALI's filter operator is the only one with reflected borders. The translation is exact,
+    since each pixel of the result is one pixel times 1 plus zeros.
+
+    Args:
+        offsets: int32 [B, 2] (y, x), from -padding to padding.
+        padding: Largest absolute offset, pixels.
+
+    Returns:
+        float32 [B, 2 * padding + 1, 2 * padding + 1]. Each filter has one element of 1; all others are 0.
     """
     filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
     filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
@@ -107,8 +116,11 @@ def graph_inputs(
 
     Args:
         draws: Draws of a batch.
-        aug, programs: Arguments of the sampler.
+        aug, programs: Attributes of the sampler.
         size: Height and width of training images, pixels.
+
+    Returns:
+        All inputs of the graph except `images`, by name.
     """
     inputs = dict(draws)
     if "offset" in inputs and aug.padding_mode == "reflect":
@@ -124,7 +136,7 @@ def graph_inputs(
 
 
 class _Tables(NamedTuple):
-    """Tables by slot and operation: numbers = constants + slopes * value."""
+    """Lookup tables. The arguments of an operation are numbers = constants + slopes * value."""
 
     branches: np.ndarray  # int32 [S * len(Op)]
     constants: np.ndarray  # float32 [S * len(Op), ROWS * COLUMNS]
@@ -148,7 +160,7 @@ def _tables(programs: Programs) -> _Tables:
 
 
 def _lines() -> tuple[np.ndarray, np.ndarray]:
-    """Return the constants and slopes of all operations, float32 [len(Op), ROWS, COLUMNS] each."""
+    """Return the constants and slopes of all operations (see `_Tables`), float32 [len(Op), ROWS, COLUMNS] each."""
     constants, slopes = np.zeros((2, len(Op), ROWS, COLUMNS), np.float32)
     same, grey = np.eye(3), np.tile(GREY, (3, 1))
 
@@ -182,7 +194,7 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _identity_numbers(branch: str) -> np.ndarray:
-    """Return arguments with which a branch changes nothing."""
+    """Return arguments with which a branch leaves every pixel unchanged: float32 [ROWS, COLUMNS]."""
     numbers, same = np.zeros((ROWS, COLUMNS), np.float32), np.eye(3)
     if branch == "affine":
         numbers[:2, :2] = np.eye(2)
@@ -197,7 +209,14 @@ def _identity_numbers(branch: str) -> np.ndarray:
 
 
 def _write_nonlinear(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
-    """Write the arguments that are not linear in the value to `numbers`, float32 [B * S, ROWS * COLUMNS]."""
+    """Write the arguments that are not linear in the operation's value.
+
+    Args:
+        numbers: float32 [B * S, ROWS * COLUMNS], changed in place.
+        ops: int32 [B * S].
+        values: float32 [B * S].
+        size: Height and width of the images, pixels.
+    """
     rows = np.flatnonzero(ops == Op.ROTATE)
     if rows.size:
         angles = np.radians(values[rows].astype(np.float64))
@@ -221,6 +240,12 @@ def _write_nonlinear(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, s
 
 
 def _hue_distances(shifts: np.ndarray) -> np.ndarray:
-    """Return the signed distances of shifts [n] from the hues of red, green and blue: [3, n] in sixths of the circle,
-    times SLACK."""
+    """Return the signed distances of hue shifts from the hues of red, green and blue.
+
+    Args:
+        shifts: [n], shares of the circle.
+
+    Returns:
+        [3, n], in sixths of the circle, multiplied by SLACK.
+    """
     return SLACK * ((6 * shifts - np.array([[0], [2], [-2]], np.float32) + 3) % 6 - 3)

@@ -1,8 +1,9 @@
 """Operations of augmentation programs as DALI operators, matching torchvision's functional operations.
 
-On a GPU each operator costs one or more launches, independent of the number of samples. So each operation uses as few
-operators as possible. `numbers` holds their arguments, which need no GPU memory and no launch; see
-`dali_inputs.program_inputs`. Most operations use coord_transform: M @ pixel + T, rounded and saturated.
+On a GPU each operator costs one or more launches, independent of the number of samples, so each operation uses as few
+operators as possible. The input `numbers` (see `dali_inputs.program_inputs`) holds the arguments of the operators,
+which need no GPU memory and no launch. Most operations use coord_transform, which computes M @ pixel + T, rounded and
+saturated.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ UINT8 = types.DALIDataType.UINT8
 
 
 def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, numbers: Any) -> DataNode:
-    """Run all slots on images uint8 [size, size, 3].
+    """Run all slots of the programs.
 
-    chosen, numbers: The inputs `branches` and `numbers` of `program_inputs`; None if the graph does not have them.
+    Args:
+        images: Images, uint8 [size, size, 3] each.
+        programs: Result of `build_programs`.
+        size: Height and width of the images, pixels.
+        chosen: Input `branches` of the graph; None if the graph does not have it.
+        numbers: Input `numbers` of the graph; None if the graph does not have it.
     """
     for slot, allowed in enumerate(programs.slots):
         candidates = [BRANCHES[name] for name in branches(allowed)]
@@ -39,13 +45,13 @@ def identity(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Apply a linear map: brightness, saturation, grayscale, inversion."""
+    """Apply a linear map, for brightness, saturation, grayscale and inversion."""
     return fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
 def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Apply a linear map and add a linear map of the mean pixel: contrast, and all operations of `linear`."""
+    """Apply a linear map and add a linear map of the mean pixel, for contrast and all operations of `linear`."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
     return fn.cast(fn.coord_transform(images, MT=numbers[slot, :, 0:4]) + added, dtype=UINT8)
@@ -53,7 +59,11 @@ def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataN
 
 @augmentation
 def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
-    """Shear, translate or rotate. DALI fills with one number, so a fill color is blended in by an alpha channel."""
+    """Shear, translate or rotate.
+
+    DALI fills all channels with the same level, so a fill color with different levels is blended in with an alpha
+    channel.
+    """
     how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
     fill = np.array(programs.fill, np.float32)
     if len(set(programs.fill)) == 1:
@@ -66,7 +76,7 @@ def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Pr
 
 @augmentation
 def posterize(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Posterize: divide, truncate and multiply."""
+    """Posterize by dividing, truncating and multiplying."""
     levels = fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
     return fn.coord_transform(levels, MT=numbers[slot, :, 4:8], dtype=UINT8)
 
@@ -84,7 +94,7 @@ def solarize_add(images: DataNode, _: None, numbers: DataNode, slot: int) -> Dat
 
 @augmentation
 def sharpness(images: DataNode, _: None, numbers: DataNode, slot: int, size: int) -> DataNode:
-    """Sharpen: blend with the smoothed image, whose border pixels are unchanged."""
+    """Sharpen by blending with the smoothed image, whose border pixels are unchanged."""
     kernel = np.full((3, 3), 1 / 13, np.float32)
     kernel[1, 1] = 5 / 13
     inside = fn.filter(images, types.Constant(kernel, device=images.device), mode="valid")
@@ -106,10 +116,11 @@ def auto_contrast(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def equalize(images: DataNode, _: None, size: int) -> DataNode:
-    """Equalize like Pillow, which counts the pixels below a level; DALI counts those up to and including it.
+    """Equalize like Pillow, which counts the pixels below a level.
 
-    Equalizing the negative counts the pixels from a level upwards; its complement is the count below. Pillow then
-    divides by a whole number of pixels per level, which excludes the brightest level that occurs.
+    DALI counts the pixels at or below a level. On the negative image, DALI's equalize therefore counts the pixels at or
+    above a level, and the negative of the result counts the pixels below the level. Pillow divides these counts by a
+    whole number of pixels per level, which is computed without the pixels of the brightest level in the image.
     """
     pixels = size * size
     below = fn.equalize(images ^ _WHITE) ^ _WHITE  # 255 * share of the pixels except the brightest ones
@@ -126,10 +137,11 @@ def equalize(images: DataNode, _: None, size: int) -> DataNode:
 def hue(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
     """Rotate the hue in HSV without divisions or tables.
 
-    Let V and m be the largest and smallest channel and C = V - m the chroma. The hue in sixths of the circle from red,
-    times C, is U = C - r + g + b - m towards green if g >= b, else towards blue. A channel at distance d, times C, from
-    the rotated hue is m + clamp(2 C - d, 0, C). The distance is 3 C - | |t| - 3 C | for a difference t within one turn;
-    `numbers` holds the multiple of C that brings t into this range.
+    Let V and m be the largest and smallest channel and C = V - m the chroma. Hues and distances are in sixths of the
+    circle, times C. Measured from red, the hue is U = C - r + g + b - m, towards green if g >= b and otherwise towards
+    blue. A channel whose hue is at distance d from the rotated hue becomes m + clamp(2 C - d, 0, C). The distance is
+    3 C - | |t| - 3 C | for a difference t within one turn; `numbers` holds the multiple of C that brings t into this
+    range.
     """
     largest = fn.reductions.max(images, axes=[2], keep_dims=True)
     smallest = fn.reductions.min(images, axes=[2], keep_dims=True)
@@ -169,7 +181,7 @@ _WHITE = types.Constant(255, dtype=UINT8)
 
 
 def _weighted(channels: DataNode, weights: list[float], added: float = 0.0) -> DataNode:
-    """Return the weighted sum [H, W, 1] of channels [H, W, n]."""
+    """Return the weighted sum of `channels` [H, W, n], plus `added`: [H, W, 1]."""
     return fn.coord_transform(channels, MT=[float(number) for number in (*weights, added)])  # type: ignore[return-value]
 
 

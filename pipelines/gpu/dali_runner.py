@@ -1,4 +1,4 @@
-"""Run DALI graphs on a stream of batches, or on single files to test whether DALI decodes them."""
+"""Run DALI graphs on a stream of batches, or on single files to test whether DALI can decode them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of the mes
 
 
 class DaliRunner:
-    """Run batches through a DALI graph. Output tensors are returned without a copy."""
+    """Run batches through a DALI graph. The returned images share the memory of DALI's outputs."""
 
     def __init__(self, build: Callable[[], Pipeline], device: torch.device) -> None:
         self._build = build
@@ -63,16 +63,24 @@ class DaliRunner:
 
 
 class DecodeCheck:
-    """Test whether DALI decodes a file, with a graph whose only input is `images`. Thread-safe."""
+    """Test whether DALI can decode single files. Thread-safe.
+
+    Args:
+        build: Function that returns a graph with a batch size of 1 whose only input is `images`. It is called for the
+            first file, and again for the next file after an error.
+    """
 
     def __init__(self, build: Callable[[], Pipeline]) -> None:
-        """build: Function that returns a graph for batches of one; called at the first file and after each failure."""
         self._build = build
         self._pipeline: Pipeline | None = None
         self._lock = Lock()
 
     def decodes(self, file: np.ndarray) -> bool:
-        """Return True if DALI decodes a file, uint8 [bytes]. Other errors, such as out of memory, are raised."""
+        """Return True if DALI can decode a file, uint8 [bytes].
+
+        Raises:
+            RuntimeError: DALI failed for another reason, such as insufficient memory.
+        """
         with self._lock:
             self._pipeline = pipeline = self._pipeline or self._build()
             pipeline.feed_input("images", [file])

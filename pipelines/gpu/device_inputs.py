@@ -7,7 +7,7 @@ import torch
 
 
 class DeviceInputs:
-    """A pinned host buffer and a device buffer, int64 [slots, *shape] each."""
+    """A host buffer, which is pinned for a GPU, and a device buffer, int64 [slots, *shape] each."""
 
     def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
         # Pinned, since a copy from pageable memory blocks the calling thread.
@@ -17,9 +17,9 @@ class DeviceInputs:
         self._copied: dict[int, torch.cuda.Event] = {}  # event of each slot's last copy
 
     def host(self, slot: int) -> np.ndarray:
-        """Wait for the slot's last copy; return its host buffer, int64 [*shape], for writing.
+        """Return a slot's host buffer for writing, int64 [*shape], once the slot's last copy has ended.
 
-        If the batch of that copy was never consumed, no event of the consumer covers the copy.
+        The loader waits only for batches that were consumed, so this method waits for the copy itself.
         """
         if slot in self._copied:
             self._copied[slot].synchronize()
@@ -27,7 +27,11 @@ class DeviceInputs:
         return array
 
     def to_device(self, slot: int) -> torch.Tensor:
-        """Copy the slot on the current stream; return int64 [*shape], valid until the slot's next copy."""
+        """Copy a slot to the device on the current stream.
+
+        Returns:
+            int64 [*shape], a view of the device buffer. It is valid until the slot's next copy.
+        """
         on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
         if on_device.is_cuda:
             self._copied[slot] = blocking_event()
@@ -35,7 +39,10 @@ class DeviceInputs:
 
 
 def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
-    """Record an event on a stream (None: the current one). Waiting for it sleeps instead of spinning on a core."""
+    """Record an event on a stream, by default the current one.
+
+    A thread that waits for the event sleeps instead of spinning on a core.
+    """
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event

@@ -37,7 +37,18 @@ def _gather_crop_flip(
     REFLECTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """Fill out, uint8 [B, SIZE * SIZE * 3]; pixels: uint8 [N, HEIGHT * WIDTH * 3]; draws: int64 [DRAW_ROWS, stride]."""
+    """Fill one block of one image of `out`.
+
+    Args:
+        pixels: uint8 [N, HEIGHT * WIDTH * 3].
+        draws: int64 [DRAW_ROWS, stride].
+        out: uint8 [B, SIZE * SIZE * 3].
+        stride: Elements per row of `draws`.
+        HEIGHT, WIDTH: Size of the stored images, pixels.
+        SIZE: Height and width of the output, pixels.
+        CROPS, FLIPS, REFLECTS: Enable cropping, flipping and reflected padding.
+        BLOCK: Output bytes per program.
+    """
     sample = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = place < SIZE * SIZE * 3
@@ -69,17 +80,18 @@ def gather_crop_flip(
     flips: bool,
     padding_mode: str = "constant",
 ) -> torch.Tensor:
-    """Launch the kernel on the current stream and return out.
+    """Launch the kernel on the current stream and return `out`.
 
     Args:
         pixels: uint8 [N, H * W * 3], contiguous.
-        draws: int64 [DRAW_ROWS, at least B], contiguous, on the same device: sample index; y and x of the crop's
-            top-left corner in the unpadded image; flip, 0 or 1. Rows of disabled crops or flips are not read.
+        draws: int64 [DRAW_ROWS, at least B], contiguous, on the same device. The rows are the sample index, the y and x
+            of the crop's top-left corner relative to the unpadded image, and the flip, 0 or 1. Rows of disabled crops
+            or flips are not read.
         out: uint8 [B, S, S, 3], contiguous.
-        shape: (H, W, 3).
+        shape: (H, W, 3) of the stored images.
         crops, flips: Enable cropping and flipping.
-        padding_mode: Pixels outside of the image: "constant" (black) or "reflect" as in torch.nn.functional.pad, so
-            edges do not repeat and offsets must be smaller than the image.
+        padding_mode: Pixels outside of the image are black with "constant" and reflect the image with "reflect". As in
+            torch.nn.functional.pad, edge pixels are not repeated, and offsets must be smaller than the image.
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
@@ -92,9 +104,9 @@ def gather_crop_flip(
 
 
 class TritonCropFlip(SampleSource):
-    """Source that gathers, crops and flips batches of a split in GPU memory in one launch.
+    """Source that gathers, crops and flips each batch of a split in GPU memory with one kernel launch.
 
-    Each batch is a new tensor, see `DevicePixels`.
+    Each batch is a new tensor; see `DevicePixels`.
 
     Args:
         pixels: uint8 [N, H * W * 3] on the GPU.
@@ -118,9 +130,12 @@ class TritonCropFlip(SampleSource):
         self._draws = DeviceInputs(slots, (DRAW_ROWS, batch_size), pixels.device)
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """Return uint8 [B, size, size, 3], written on the current stream.
+        """Return the images, uint8 [B, size, size, 3], written on the current stream.
 
-        draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], both optional.
+        Args:
+            slot: Slot whose buffer transfers the indices and draws.
+            indices: Sample indices, int64 [B].
+            draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], both optional.
         """
         samples = len(indices)
         rows = self._draws.host(slot)

@@ -1,7 +1,7 @@
 """Replace samples that cannot be decoded, up to a limit.
 
-The substitute is the next decodable sample in stored order. It depends only on the sample and the data, so every rank
-chooses the same one without communication, at any batch size and after a restart.
+The substitute of a bad sample is the next decodable sample in stored order. The choice depends only on the sample and
+the data, so every rank makes the same choice without communication, at any batch size and after a restart.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ FindDefect = Callable[[int], str | None]  # returns why a sample cannot be decod
 
 
 class Undecodable(Exception):
-    """Raised by a source for samples that it cannot decode. The loader handles it."""
+    """Raised by a source for samples that the source cannot decode. The loader handles this exception.
+
+    Args:
+        defects: Maps the index of each undecodable sample to the reason.
+    """
 
     def __init__(self, defects: dict[int, str]) -> None:
-        """defects: Reason by sample index."""
         super().__init__(f"samples {[*defects]} cannot be decoded")
         self.defects = defects
 
 
 class BadSamples:
-    """Bad samples of one split that this process has found, shared by all threads and stages."""
+    """Record of the bad samples that this process has found in one split, shared by all threads and stages.
+
+    Args:
+        split: Split of the samples.
+        budget: Largest number of bad samples that are replaced.
+        advice: End of the error message if the budget is 0.
+    """
 
     def __init__(self, split: Split, budget: int, advice: str) -> None:
-        """Record up to `budget` replaced samples; with a budget of 0, `advice` ends the error message."""
         self.split = split
         self.budget = budget
         self._advice = advice
@@ -45,7 +53,7 @@ class BadSamples:
 
     @property
     def can_replace(self) -> bool:
-        """True if bad samples may be replaced."""
+        """True if the budget allows replacing bad samples."""
         return self.budget > 0
 
     @property
@@ -55,18 +63,18 @@ class BadSamples:
             return [] if self._substitutes is None else [(bad, int(self._substitutes[bad])) for bad in self._found]
 
     def substitute(self, samples: np.ndarray) -> np.ndarray:
-        """Return `samples`, int64 [N], with the known bad ones replaced."""
+        """Return `samples`, int64 [N], with known bad samples replaced."""
         return samples if self._substitutes is None else self._substitutes[samples]
 
     def add(self, defects: dict[int, str], defect: FindDefect) -> None:
         """Record bad samples and find their substitutes.
 
         Args:
-            defects: Reason by sample index.
-            defect: Function that tests further samples.
+            defects: Maps the index of each bad sample to the reason.
+            defect: Function that tests candidates for substitutes.
 
         Raises:
-            UserError: The number of bad samples exceeds the budget.
+            UserError: The number of bad samples exceeds the budget, or no sample of the split can be decoded.
         """
         with self._lock:
             for sample, reason in defects.items():
@@ -97,14 +105,21 @@ class BadSamples:
         self._substitutes = substitutes
 
     def _next(self, sample: int) -> int:
-        """Return the next sample in stored order, cyclically, that is not known to be bad."""
+        """Return the next sample in stored order that is not known to be bad.
+
+        The search continues at the first sample after the last one. If all other samples are bad, return `sample`.
+        """
         after = (sample + 1) % len(self.split)
         while after in self._found and after != sample:
             after = (after + 1) % len(self.split)
         return after
 
     def check_budget(self, found: Sequence[int] | np.ndarray) -> None:
-        """Raise UserError if `found`, in the order of discovery, exceeds the budget."""
+        """Raise UserError if `found` has more samples than the budget allows.
+
+        Args:
+            found: Indices of bad samples, in the order of discovery. The error names the last ones.
+        """
         if len(found) > self.budget:
             last = ", ".join(self.split.describe(int(sample)) for sample in found[-MAX_NAMED:])
             raise UserError(
@@ -114,13 +129,13 @@ class BadSamples:
 
 
 def for_training(split: Split, data: DataConfig) -> BadSamples:
-    """Return a record that replaces samples according to data.on_bad_sample and data.max_bad_samples."""
+    """Return a record that replaces bad samples as data.on_bad_sample and data.max_bad_samples allow."""
     advice = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
     return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, advice)
 
 
 def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
-    """Return a record that replaces no sample: an evaluation counts every sample exactly once."""
+    """Return a record that replaces no samples, since an evaluation counts every sample exactly once."""
     skips = data.on_bad_sample == "skip"
     advice = "; data.on_bad_sample=skip is for training, an evaluation needs every sample" if skips else ""
     return BadSamples(split, 0, advice)

@@ -15,14 +15,23 @@ from pipelines.loader.epoch_order import TrainOrder
 
 
 class Batch(NamedTuple):
-    """images: uint8 [B, 3, H, W] with channels_last strides; labels: int64 [B] (-1 if the split has none)."""
+    """Images and labels on the device.
+
+    Attributes:
+        images: uint8 [B, 3, H, W] with channels_last strides.
+        labels: int64 [B]; -1 if the split has no labels.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
 
 
 class MixedBatch(Batch):
-    """A batch to be mixed with the samples' neighbours; mix: float32 [B, 5], see `mixup.mix_table`."""
+    """A batch whose samples are still to be mixed with their neighbours.
+
+    Attributes:
+        mix: float32 [B, 5], see `mixup.mix_table`.
+    """
 
     mix: torch.Tensor
 
@@ -33,7 +42,10 @@ class MixedBatch(Batch):
 
 
 class BatchPlan:
-    """The batches of an epoch on this rank. Methods are pure and are called from background threads."""
+    """The batches of an epoch on this rank.
+
+    Results of methods depend only on the arguments. Methods are called from several threads.
+    """
 
     samples: int  # samples per epoch
     batch_size: int  # the last batch may be smaller
@@ -41,19 +53,22 @@ class BatchPlan:
 
     @property
     def steps(self) -> int:
-        """Number of batches of an epoch."""
+        """Number of batches per epoch."""
         return -(-self.samples // self.batch_size)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
-        """Return the samples of a batch, int64 [B]."""
+        """Return the indices of the samples of a batch, int64 [B]."""
         raise NotImplementedError
 
     def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the draws of `samples`, int64 [N], as arrays [N, ...]: the graph's inputs besides images."""
+        """Return the draws of `samples`, int64 [N], as arrays [N, ...].
+
+        The draws are the inputs of the graph besides the images, by name.
+        """
         return {}
 
     def prepare(self, epoch: int) -> None:
-        """Precompute the state that `indices` needs once per epoch."""
+        """Precompute the state that `indices` needs for an epoch."""
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
         """Return the `mixup.mix_table` of a batch of `samples` images of side `size`; None without mixing."""
@@ -61,7 +76,17 @@ class BatchPlan:
 
 
 class TrainBatches(BatchPlan):
-    """Shuffled, augmented batches of equal size."""
+    """Shuffled, augmented batches of equal size.
+
+    Args:
+        epoch_order: Order of the samples of each epoch.
+        batch_size: Samples per batch on this rank.
+        steps: Batches per epoch on this rank.
+        rank, world_size: Rank of this process, and number of ranks.
+        accumulation_steps: Batches per optimizer step.
+        sampler: Draws the augmentation.
+        for_dali: Convert the draws to inputs of the DALI graph.
+    """
 
     def __init__(
         self,
@@ -75,7 +100,6 @@ class TrainBatches(BatchPlan):
         *,
         for_dali: bool,
     ) -> None:
-        """for_dali: Convert draws to inputs of the DALI graph."""
         self.samples, self.batch_size = steps * batch_size, batch_size
         self._order, self._rank, self._world_size = epoch_order, rank, world_size
         self._accumulation_steps = accumulation_steps
@@ -115,7 +139,12 @@ class TrainBatches(BatchPlan):
 
 
 class EvalBatches(BatchPlan):
-    """Samples `start` to `stop` in stored order, without augmentation. The last batch may be smaller."""
+    """Batches of consecutive samples in stored order, without augmentation. The last batch may be smaller.
+
+    Args:
+        start, stop: First sample, and the sample after the last one.
+        batch_size: Samples per batch.
+    """
 
     repeats = True
 
@@ -129,10 +158,14 @@ class EvalBatches(BatchPlan):
 
 
 class ChosenSamples(BatchPlan):
-    """Chosen samples in a fixed order, the same in every epoch, with the draws and mixing of another plan."""
+    """Batches of chosen samples, in a fixed order that is the same in every epoch.
+
+    Args:
+        plan: Plan that determines the batch size, draws and mixing.
+        samples: Indices of the chosen samples, int64 [N].
+    """
 
     def __init__(self, plan: BatchPlan, samples: np.ndarray) -> None:
-        """samples: int64 [N]"""
         self.samples, self.batch_size, self.repeats = len(samples), plan.batch_size, plan.repeats
         self._plan, self._chosen = plan, samples
 

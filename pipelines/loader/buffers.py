@@ -20,15 +20,15 @@ RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which a
 class SlotBuffers:
     """Reused buffers in host memory, uint8 [batch_size, H, W, 3] each.
 
-    Page faults in fresh memory would cost more than the copy itself.
+    Buffers are reused because page faults in fresh memory would cost more than copying a batch.
 
     Args:
         count: Number of slots.
         batch_size: Images per slot.
         shape: (H, W, 3).
         pinned: Use pinned memory, from which a GPU can copy asynchronously.
-        handed_out: Batches reach the user without a copy. A slot that the user still holds is not overwritten but
-            replaced, by an earlier replaced slot that is free again or by a new one.
+        handed_out: True if batches reach the user without a copy. A buffer that the user still holds is then not
+            overwritten. Its slot gets another buffer, which is new or was replaced earlier and is free again.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SlotBuffers:
         self._references_when_idle = self._references(self._slots, 0)
 
     def __call__(self, slot: int, size: int) -> np.ndarray:
-        """Return room for the first `size` images of a slot, uint8 [size, H, W, 3]."""
+        """Return a slot's buffer for writing, limited to the first `size` images: uint8 [size, H, W, 3]."""
         if self._handed_out and self._references(self._slots, slot) > self._references_when_idle:
             with self._lock:
                 replaced = range(len(self._replaced))
@@ -59,7 +59,7 @@ class SlotBuffers:
         return self._slots[slot][:size]
 
     def _references(self, arrays: list[np.ndarray], number: int) -> int:
-        """Count the references to an array; each tensor that shares its memory holds one."""
+        """Count the references to an array. Each tensor that shares the array's memory holds one reference."""
         return sys.getrefcount(arrays[number])
 
     def _new(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class SlotBuffers:
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:
-    """Load all images of an npy split into the device's memory: uint8 [samples, H * W * 3]."""
+    """Load all images of an npy split into the memory of `device`: uint8 [samples, H * W * 3]."""
     view, rows = split.pixel_rows()
     mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
     pixels = (
@@ -87,7 +87,11 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 
 
 def resident_fits(split: Split, device: torch.device) -> bool:
-    """Return True if placement `auto` keeps the split in device memory: npy, and small relative to free memory."""
+    """Return True if placement `auto` keeps the split in device memory.
+
+    This requires an npy split with images of one shape. On a GPU the split may take up to half of the free
+    memory, and on the CPU up to RESIDENT_BYTES_ON_CPU.
+    """
     if split.encoding != "npy" or split.image_shape is None:
         return False
     limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES_ON_CPU
@@ -95,7 +99,7 @@ def resident_fits(split: Split, device: torch.device) -> bool:
 
 
 def _on_huge_pages(*shape: int) -> np.ndarray:
-    """Allocate uint8 [*shape] on 2 MiB pages if available, which reduces TLB misses of scattered samples."""
+    """Allocate uint8 [*shape] on 2 MiB pages if available, to reduce TLB misses when samples are scattered."""
     memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE)
     with suppress(OSError):  # kernels built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -14,9 +14,9 @@ MODULUS = 2**64
 
 @dataclass(frozen=True)
 class SampleChecksum:
-    """Number of samples, and the sum of a hash of each sample's index modulo 2^64.
+    """Number of visited samples, and the sum modulo 2^64 of the hashes of the samples' indices.
 
-    A sample visited twice in place of another changes the sum with probability 1 - 2^-64.
+    If one sample is visited twice and another one is missed, the sum changes with probability 1 - 2^-64.
     """
 
     samples: int = 0
@@ -30,9 +30,13 @@ EMPTY = SampleChecksum()
 
 
 def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
-    """Return the checksum of each batch of consecutive samples; indices: int64 [N].
+    """Return one checksum for each batch.
 
-    All batches are computed at once, since the overhead of NumPy calls dominates for small batches.
+    All checksums are computed at once, since the overhead of NumPy calls dominates for small batches.
+
+    Args:
+        indices: Sample indices of consecutive batches, int64 [N].
+        batch_size: Samples per batch; the last batch may be smaller.
     """
     starts = np.arange(0, len(indices), batch_size)
     sums = np.add.reduceat(hash64(indices.view(np.uint64)), starts)
@@ -42,5 +46,5 @@ def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
 
 @lru_cache(maxsize=8)  # needed after every evaluation
 def split_checksum(samples: int) -> SampleChecksum:
-    """Return the checksum of range(samples)."""
+    """Return the checksum of a split with `samples` samples, each visited once."""
     return checksums(np.arange(samples, dtype=np.int64), samples)[0]

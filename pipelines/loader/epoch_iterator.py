@@ -23,10 +23,13 @@ def _close_iterators() -> None:
 
 
 class EpochIterator(Iterator[Item], Generic[Item]):
-    """Iterator over the items of a generator until it is finished or replaced."""
+    """Iterator over the items of a generator. It can be ended early.
+
+    Args:
+        items: Generator of pairs (item, is_last).
+    """
 
     def __init__(self, items: Generator[tuple[Item, bool]]) -> None:
-        """items: Pairs of an item and whether it is the last one."""
         self._items = items
         self.is_started = False
         self._had_last = False
@@ -34,7 +37,11 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         _iterators.add(self)
 
     def __next__(self) -> Item:
-        """Return the next item; raise RuntimeError if the iterator was replaced."""
+        """Return the next item.
+
+        Raises:
+            RuntimeError: The iterator was replaced before its last item.
+        """
         if self._is_replaced:
             raise RuntimeError(
                 "this iterator was ended by a newer one or by setting the loader's state; a loader has one set of "
@@ -45,11 +52,11 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         return item
 
     def close(self) -> None:
-        """End the iterator: from now on it raises StopIteration."""
+        """End the iterator, so that `next` raises StopIteration."""
         self._items.close()
 
     def replace(self) -> None:
-        """End the iterator: from now on it raises RuntimeError, or StopIteration if no item was left."""
+        """End the iterator, so that `next` raises RuntimeError if items were left, and otherwise StopIteration."""
         is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
         self._items.close()
         self._is_replaced |= is_unfinished

@@ -14,7 +14,7 @@ from pipelines.storage.split import Split
 
 
 class TrainOrder:
-    """The order of all samples of an epoch. Thread-safe."""
+    """Function that returns the order of all samples in an epoch. Thread-safe."""
 
     def __init__(self, data: DataConfig, split: Split, seed: int) -> None:
         windowed = data.order == "sequential-window"
@@ -36,9 +36,10 @@ class TrainOrder:
 
 
 class ReadAhead:
-    """Ask the kernel to read the next window's shards while the current window is trained on.
+    """Ask the kernel to read the shards of the next window while the model trains on the current window.
 
-    These are hints; results do not depend on them. Call it for each batch, in order, from any thread.
+    The requests are hints that do not affect results. Call the object once per batch, in the order of the batches, from
+    any thread.
     """
 
     def __init__(self, split: Split, window_shards: int, seed: int) -> None:
@@ -50,7 +51,12 @@ class ReadAhead:
         )
 
     def __call__(self, epoch: int, indices: np.ndarray) -> None:
-        """Advise the kernel for a batch of `epoch`; indices: int64 [B], its samples."""
+        """Advise the kernel if a batch reaches a new window.
+
+        Args:
+            epoch: Epoch of the batch.
+            indices: Sample indices of the batch, int64 [B].
+        """
         windows = self._windows(epoch)
         window = int(windows[self._split.shard[indices[-1]]])
         with self._lock:

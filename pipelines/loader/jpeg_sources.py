@@ -1,4 +1,4 @@
-"""Sources that read JPEG shards: decoded here for the CPU graph, or passed on as files for DALI."""
+"""Sources that read JPEG shards. They decode images for the CPU graph, or pass on encoded files to DALI."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.storage.split import Split
 
 
 class HostJpegs(SampleSource):
-    """Source that decodes JPEG shards on the CPU, into memory that stays in the cache for the graph."""
+    """Source that decodes JPEG shards on the CPU. Decoded pixels stay in the cache until the graph reads them."""
 
     CHUNK = 2**20  # bytes of decoded pixels per piece
 
@@ -30,7 +30,11 @@ class HostJpegs(SampleSource):
         self._scratch: deque[np.ndarray] = deque()
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """Return uint8 [B, H, W, 3]."""
+        """Return the images, uint8 [B, H, W, 3].
+
+        Raises:
+            Undecodable: A sample cannot be decoded.
+        """
         out = self._slots(slot, len(indices))
         sizes = self._decoded_sizes[indices]
         if self._graph is None:
@@ -57,7 +61,7 @@ class HostJpegs(SampleSource):
         return None
 
     def _take_scratch(self, size: int) -> np.ndarray:
-        """Return memory of at least `size` bytes that no other thread uses."""
+        """Return a buffer of at least `size` bytes that no other thread uses."""
         try:
             scratch = self._scratch.pop()
         except IndexError:
@@ -65,9 +69,18 @@ class HostJpegs(SampleSource):
         return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
 
     def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Decode images one after another into pixels (uint8, flat); return the offset of each, int64 [B].
+        """Decode images one after another with libjpeg-turbo, which gives the same pixels as DALI.
 
-        The decoder is libjpeg-turbo, like in DALI, with the same pixels. sizes: Bytes of each decoded image.
+        Args:
+            indices: Sample indices, int64 [B].
+            sizes: Size of each decoded image, bytes, int64 [B].
+            pixels: uint8 [bytes], filled with the decoded images.
+
+        Returns:
+            The offset of each image in `pixels`, bytes, int64 [B].
+
+        Raises:
+            Undecodable: A sample cannot be decoded.
         """
         split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
         offsets = np.cumsum(sizes) - sizes
@@ -88,20 +101,26 @@ class HostJpegs(SampleSource):
 
 
 class MappedFiles(SampleSource):
-    """Source of encoded JPEG files as views, which DALI reads directly from the page cache."""
+    """Source of encoded JPEG files. The files are views of the mapped shards, so DALI reads from the page cache.
+
+    Args:
+        split: Split of JPEG shards.
+        decodes: Function that returns True if DALI can decode a single file, uint8 [bytes].
+    """
 
     def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
-        """decodes: Function that returns True if DALI decodes a single file, uint8 [bytes]."""
         self._split, self._decodes, self.monitor = split, decodes, split.monitor
         self._content, self._address, self._size = split.content, split.address, split.size
         self._sound: set[int] = set()  # suspicious samples that DALI decodes
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Return B arrays uint8 [bytes].
+        """Return the encoded files as B arrays, uint8 [bytes].
+
+        Files with suspicious headers are tested one by one. Within a batch, an undecodable header may crash the
+        process, since the decoder of DALI 2.4 returns while its threads still work on the other files.
 
         Raises:
-            Undecodable: DALI cannot parse a header. Decoding such a file in a batch may crash the process, since the
-                decoder returns while its threads still work on the other files (DALI 2.4).
+            Undecodable: DALI cannot decode a file with a suspicious header.
         """
         offsets, sizes = self._address[indices], self._size[indices]
         is_suspect = np.empty(len(indices), bool)
@@ -113,7 +132,15 @@ class MappedFiles(SampleSource):
         return [self._content[offset : offset + size] for offset, size in places]
 
     def _check(self, indices: np.ndarray, suspects: np.ndarray) -> None:
-        """Raise Undecodable if DALI cannot decode a suspicious sample; suspects: positions in indices."""
+        """Test the suspicious samples of a batch.
+
+        Args:
+            indices: Sample indices of the batch, int64 [B].
+            suspects: Positions of the suspicious samples in `indices`.
+
+        Raises:
+            Undecodable: DALI cannot decode at least one suspicious sample.
+        """
         bad = [place for place in suspects if indices[place] not in self._sound and self.defect(indices[place])]
         if bad:
             # Test all samples up to the last bad one, so that an error names the first bad sample of the batch.
@@ -122,7 +149,10 @@ class MappedFiles(SampleSource):
         self._sound.update(indices[suspects].tolist())
 
     def defect(self, sample: int) -> str | None:
-        """Return why DALI cannot decode a sample; DALI and Pillow accept different files."""
+        """Return why DALI cannot decode a sample; None if it can.
+
+        The file is decoded by DALI itself, since DALI and Pillow accept different files.
+        """
         file, sides = self._split.image_bytes(sample), self._split.image_size(sample)
         if (reason := header_error(file, sides)) is not None:
             return reason

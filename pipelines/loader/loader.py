@@ -1,7 +1,8 @@
 """The data loader: iterates over batches of torch tensors on the device.
 
 Background threads fill slots with samples. The consumer's thread submits the slots to a runner, which works ahead in
-its threads or on the GPU, and takes finished batches. The state of a loader is (epoch, step).
+its own threads or on the GPU, and takes the finished batches from the runner. The state of a loader is the epoch and
+step of the next batch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONSUMER_HELD = 2  # batches that a consumer usually still holds when it request
 
 
 class Loader:
-    """Iterable over the batches of an epoch; `len` is their number. Only one iterator at a time.
+    """Iterable over the batches of an epoch. It supports one iterator at a time, and `len` is the number of batches.
 
     Args:
         plan: Batches of an epoch.
@@ -37,10 +38,10 @@ class Loader:
         runner: Runner that turns filled slots into batches on the device.
         buffers: Number of slots and gathering threads.
         bad: Record of the bad samples to replace.
-        labels: int64 [samples of the split]; None if it has none.
-        image_size: Height and width of the images of a batch, pixels.
+        labels: int64 [samples of the split]; None if the split has no labels.
+        image_size: Height and width of a batch's images, pixels.
         device: Device of the batches.
-        gather_stream: CUDA stream of gathers; None on the CPU.
+        gather_stream: CUDA stream on which samples are gathered; None on the CPU.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class Loader:
         return self.plan.steps
 
     def at(self, epoch: int) -> Loader:
-        """Return this loader, for any epoch; a `StagedLoader` has several."""
+        """Return the loader of an epoch, which is always this loader. See `StagedLoader.at`."""
         del epoch
         return self
 
     @property
     def stages(self) -> Sequence[Loader]:
-        """Only this loader; a `StagedLoader` has several."""
+        """The loaders of all stages, here only this loader. See `StagedLoader.stages`."""
         return (self,)
 
     @property
@@ -92,7 +93,10 @@ class Loader:
 
     @property
     def state(self) -> dict[str, int]:
-        """Position of the next batch: {"epoch": …, "step": …}, counted from 0; step counts consumed batches."""
+        """Position of the next batch, {"epoch": …, "step": …}.
+
+        Both are counted from 0. The step is the number of batches of the epoch that have been consumed.
+        """
         return {"epoch": self._epoch, "step": self._step}
 
     @state.setter
@@ -106,14 +110,14 @@ class Loader:
         self._epoch, self._step = epoch, step
 
     def check_unchanged(self) -> None:
-        """Raise UserError if a file of the data set has changed. Call it before saving a checkpoint."""
+        """Raise UserError if a file of the data set has changed. Call this method before saving a checkpoint."""
         self.source.check_unchanged()
 
     def __iter__(self) -> EpochIterator[Batch]:
         """Iterate over the rest of the current epoch, starting at `state`.
 
-        There is one set of buffers, so an earlier iterator raises RuntimeError when it is used again, unless it had
-        no batch left.
+        A loader has one set of buffers. An earlier iterator with batches left therefore raises RuntimeError when it is
+        used again.
         """
         self.end_iteration()
         iterator = EpochIterator(self._iterate())
@@ -121,12 +125,12 @@ class Loader:
         return iterator
 
     def end_iteration(self) -> None:
-        """End the last iterator, like starting a new one."""
+        """End the newest iterator, as starting another iterator would."""
         if (running := self._running()) is not None:
             running.replace()
 
     def _iterate(self) -> Generator[tuple[Batch, bool]]:
-        """Yield pairs of a batch and whether it is the last one."""
+        """Yield pairs (batch, is_last)."""
         if self.plan.repeats:
             self._epoch = self._step = 0
             self.seen = EMPTY
@@ -174,7 +178,7 @@ class Loader:
             threads.stop()
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """Return a batch of images uint8 [B, H, W, 3]; a MixedBatch if the plan mixes it."""
+        """Return a batch for images uint8 [B, H, W, 3] and labels int64 [B]. It is a MixedBatch if the plan mixes."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
         mix = self.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
         if mix is None:
@@ -191,8 +195,12 @@ class Loader:
     def _result(self, submitted: deque[HostBatch], threads: PrefetchThreads) -> tuple[HostBatch, RunnerResult]:
         """Return the oldest submitted batch and its result.
 
-        DALI's error does not name a sample. So this method searches for the samples that cannot be decoded and runs all
-        batches in flight again with substitutes; if none are allowed, it raises an error that names the samples.
+        The errors of DALI do not name a sample. After an error this method therefore searches for the samples that
+        cannot be decoded, and runs all batches in flight again with substitutes.
+
+        Raises:
+            UserError: Samples cannot be decoded and may not be replaced. The error names them.
+            RuntimeError: The runner failed for another reason.
         """
         while True:
             host_batch = submitted.popleft()
@@ -216,6 +224,9 @@ class Loader:
                 self._submit(threads.regather(one), submitted)
 
     def _defects(self, host_batch: HostBatch) -> dict[int, str]:
-        """Return the bad samples of a batch with reasons. Slow, since it decodes the samples one by one."""
+        """Return the reason for each bad sample of a batch, by index; None if no sample is bad.
+
+        Slow, since the samples are decoded one by one.
+        """
         found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
         return {sample: reason for sample, reason in found if reason is not None}

@@ -1,7 +1,7 @@
 """Background threads that fill slots with batches, ahead of the consumer.
 
 A thread fills one slot with a group of consecutive batches at once, because for small batches the calls and the thread
-wake-up cost more than the gather. Threads take turns; each thread owns some of the slots.
+wake-up cost more than gathering the samples. Threads take turns, and each thread owns some of the slots.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pipelines.loader.coverage import EMPTY, SampleChecksum, checksums
 
 @dataclass(frozen=True)
 class BufferConfig:
-    """Number and size of slots, and number of threads that fill them."""
+    """Number and size of slots, and number of threads that fill the slots."""
 
-    slots: int  # slots, a multiple of threads; each holds one group
+    slots: int  # a multiple of `threads`; each slot holds one group
     threads: int
-    group: int = 1  # batches
+    group: int = 1  # largest number of batches per group
 
 
 class HostBatch(NamedTuple):
-    """A batch in its slot."""
+    """A batch in a slot, ready to be submitted to the runner."""
 
     images: Any
     labels: np.ndarray
     indices: np.ndarray
     draws: dict[str, np.ndarray]
     slot: int
-    is_last: bool  # last batch of its slot, which is free once the consumer has released it
-    checksum: SampleChecksum  # checksum of its samples; EMPTY in training
+    is_last: bool  # True for the last batch of the slot; once the consumer releases this batch, the slot is free
+    checksum: SampleChecksum  # checksum of the batch's samples; EMPTY in training
 
 
 class PrefetchThreads:
@@ -48,12 +48,12 @@ class PrefetchThreads:
     Args:
         plan: Batches of the epoch.
         source: Source that fills the slots.
-        labels: int64 [samples of the split]; None if it has none.
+        labels: int64 [samples of the split]; None if the split has no labels.
         buffers: Number of slots and threads.
         slot_waits: For each slot, a function that blocks until the slot may be overwritten.
         bad: Record of the bad samples to replace.
         epoch, first: The iteration starts at batch `first` of `epoch`.
-        stream: CUDA stream of gathers; None on the CPU.
+        stream: CUDA stream on which samples are gathered; None on the CPU.
     """
 
     def __init__(
@@ -81,9 +81,12 @@ class PrefetchThreads:
         self._error: BaseException | None = None  # error of the thread whose turn it is
 
     def get(self, block: bool) -> HostBatch | None:
-        """Return the next batch; None if it is not ready and `block` is false.
+        """Return the next batch.
 
-        An error of a thread is raised only with `block`, since earlier batches may still fail in the runner.
+        The error of a failed thread is raised only with `block`, since earlier batches may still fail in the runner.
+
+        Args:
+            block: True: wait until the batch is ready. False: return None if the batch is not ready.
         """
         if not self._group and self._error is None:
             try:
@@ -104,14 +107,15 @@ class PrefetchThreads:
         return self._group.pop()
 
     def release(self, slot: int) -> None:
-        """Allow the slot to be filled again, once its function in `slot_waits` returns."""
+        """Allow a slot to be filled again. The thread first waits with the slot's function in `slot_waits`."""
         self._threads[slot // self._slots_per_thread].free.put(slot)
 
     def gather(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Fill a slot with samples, int64 [N], or their substitutes.
+        """Fill a slot with the samples `wanted`, int64 [N], or with substitutes for bad samples.
 
         Returns:
-            Images, labels int64 [N], sample indices int64 [N], and draws. Substitutes have their own labels and draws.
+            Images, labels int64 [N] (-1 if the split has no labels), sample indices int64 [N], and draws. The labels,
+            indices and draws of a replaced sample are those of the substitute.
         """
         while True:
             indices = self.bad.substitute(wanted)
@@ -124,7 +128,12 @@ class PrefetchThreads:
                 self.bad.add(found.defects, self.source.defect)
 
     def _fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """Fill a slot; raise UserError if the source's files have changed."""
+        """Fill a slot and return its images.
+
+        Raises:
+            UserError: A file of the source has changed.
+            Undecodable: Samples cannot be decoded.
+        """
         try:
             images = self.source.fill(slot, indices, draws)
         except Exception:
@@ -134,12 +143,12 @@ class PrefetchThreads:
         return images
 
     def regather(self, batch: HostBatch) -> HostBatch:
-        """Return the batch with substitutes for the samples found to be bad since."""
+        """Fill a batch's slot again and return the batch, with substitutes for all samples now known to be bad."""
         images, labels, indices, draws = self.gather(batch.slot, batch.indices)
         return batch._replace(images=images, labels=labels, indices=indices, draws=draws)
 
     def stop(self) -> None:
-        """End and join all threads."""
+        """Stop all threads and wait until they have ended."""
         self.is_stopping = True
         for thread in self._threads:
             thread.free.put(None)
@@ -153,9 +162,10 @@ class PrefetchThreads:
 
 
 def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
-    """Split batches `first` to `steps` into groups of 1, 2, 4 … up to `largest` batches, each size `ramp` times.
+    """Split the batches from `first` up to but excluding `steps` into groups of consecutive batches.
 
-    The first groups are small because training waits for them.
+    The group size starts at 1 and doubles after every `ramp` groups, up to `largest`. The first groups are small
+    because training waits for them.
     """
     groups: list[range] = []
     while first < steps:
@@ -166,7 +176,7 @@ def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
 
 
 class _GatherThread(threading.Thread):
-    """Thread that fills its slots with its groups of batches."""
+    """Thread that owns some of the slots and fills them with some of the groups of batches."""
 
     def __init__(self, owner: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)
@@ -189,7 +199,7 @@ class _GatherThread(threading.Thread):
             self.ready.put(error)
 
     def _gather_group(self, steps: range, slot: int) -> list[HostBatch]:
-        """Return a group of batches, last first."""
+        """Fill a slot with the batches numbered `steps` and return these batches, last first."""
         plan = self._owner.plan
         batches = [plan.indices(self._owner.epoch, step) for step in steps]
         wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)

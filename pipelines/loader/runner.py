@@ -12,7 +12,7 @@ from pipelines.interfaces import RunnerResult, no_wait
 
 
 class CopyRunner:
-    """Runner that copies batches to the device: stored pixels, or samples that the source has already augmented.
+    """Runner that copies batches to the device. The source has already applied any transforms.
 
     Batches in host memory are copied to a GPU on a separate stream, so that the copy overlaps with the model's work on
     the previous batch. Batches that are already on the device are passed on without a copy.

@@ -1,6 +1,6 @@
-"""Sources of raw pixels: mapped files, or the whole split in memory. JPEG files are in `jpeg_sources`.
+"""Sources of raw pixels in mapped files or in memory. Sources of JPEG files are in `jpeg_sources`.
 
-Sources in host memory fill one of a few reused slots. On a GPU each batch is a new tensor.
+A source in host memory fills one of a few reused slots. A source in GPU memory allocates a new tensor for each batch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pipelines.loader.buffers import SlotBuffers
 
 
 class HostPixels(SampleSource):
-    """Source of raw images in host memory: resident, or mapped npy shards. One kernel call gathers a batch.
+    """Source of raw images in host memory, either resident or in mapped npy shards.
 
     Args:
         content: uint8 [bytes].
         offsets: int64 [samples], byte offset of each sample's pixels.
         shape: (H, W, 3) of the stored images.
         slots: Buffers to fill.
-        graph: Graph that transforms the pixels; None: they are copied.
-        monitor: Monitor of the mapped files.
+        graph: Graph that transforms the pixels; None: pixels are copied unchanged.
+        monitor: Monitor of the mapped files; None: the pixels are resident.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class HostPixels(SampleSource):
         self._heights, self._widths = (np.full(slots.batch_size, side) for side in shape[:2])
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """Return uint8 [B, H, W, 3]."""
+        """Return the images, uint8 [B, H, W, 3]."""
         count = len(indices)
         out = self._slots(slot, count)
         if self._graph is None:
@@ -54,16 +54,16 @@ class HostPixels(SampleSource):
 class DevicePixels(SampleSource):
     """Source that gathers batches of a split in GPU memory, without copies from the host.
 
-    Each batch is a new tensor, so it can be passed on without a copy. torch's allocator reuses its memory once the
-    streams that it was recorded on are done with it.
+    Each batch is a new tensor, so it can be passed on without a copy. torch's allocator reuses the memory of a batch
+    once the streams on which the tensor was recorded are done with it.
 
     Args:
         pixels: uint8 [N, H * W * 3].
-        shape: (H, W, 3).
+        shape: (H, W, 3) of the stored images.
         batch_size: Images per slot.
         slots: Number of slots.
-        waits: Block until the gather is done. DALI needs this, since it does not wait for a stream before it reads an
-            input that was fed with no_copy.
+        waits: Block in `fill` until the batch is written. DALI needs this, since DALI does not wait for a stream before
+            reading an input that was fed with no_copy.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DevicePixels(SampleSource):
         self._indices = DeviceInputs(slots, (batch_size,), pixels.device)
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
-        """Return uint8 [B, H, W, 3], written on the current stream."""
+        """Return the images, uint8 [B, H, W, 3], written on the current stream."""
         samples = len(indices)
         self._indices.host(slot)[:samples] = indices
         rows = self._pixels.index_select(0, self._indices.to_device(slot)[:samples])

@@ -1,7 +1,7 @@
-"""Progressive resizing: one loader per stage of epochs, behind the interface of a single loader.
+"""Progressive resizing with one loader per stage, behind the interface of a single loader.
 
-All stages are built at the start, so a change of the image or batch size does not delay an epoch. The order of the
-samples and their draws do not depend on the stages.
+A stage is a range of epochs with the same image size and batch size. The loaders of all stages are built at the start,
+so a new stage does not delay an epoch. The order of the samples does not depend on the stages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from pipelines.loader.loader import Loader
 
 
 class StagedLoader:
-    """A loader whose length, plan and image size depend on the stage of the current epoch."""
+    """Loader whose length, plan and image size depend on the stage of the current epoch.
+
+    Args:
+        loaders: Loader of each stage. A loader may occur several times.
+        starts: First epoch of each stage, ascending from 0.
+    """
 
     def __init__(self, loaders: Sequence[Loader], starts: Sequence[int]) -> None:
-        """starts: First epoch of each loader, ascending from 0. A loader may occur several times."""
         self._loaders, self._starts = tuple(loaders), tuple(starts)
         self._current_stage = 0
 
@@ -30,7 +34,7 @@ class StagedLoader:
 
     @property
     def stages(self) -> Sequence[Loader]:
-        """All loaders, each once."""
+        """All distinct loaders, in the order of their first stage."""
         return tuple(dict.fromkeys(self._loaders))
 
     @property
@@ -68,19 +72,19 @@ class StagedLoader:
         return sum(loader.wait_s for loader in self.stages)
 
     def check_unchanged(self) -> None:
-        """See `Loader.check_unchanged`; all stages read the same files."""
+        """See `Loader.check_unchanged`. One check is enough, since all stages read the same files."""
         self._current().check_unchanged()
 
     def __len__(self) -> int:
         return len(self._current())
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """See `Loader.__iter__`; ends the iterators of all other stages too."""
+        """See `Loader.__iter__`. Starting an iterator ends the iterators of all stages."""
         self.end_iteration()
         return iter(self._current())
 
     def end_iteration(self) -> None:
-        """End the last iterator, like starting a new one."""
+        """End the newest iterator, as starting another iterator would."""
         for stage in self.stages:
             stage.end_iteration()
 
@@ -88,7 +92,7 @@ class StagedLoader:
         return max(number for number, start in enumerate(self._starts) if start <= epoch)
 
     def _current(self) -> Loader:
-        """Return the loader of the current epoch; on a change of stage, hand the position over to it."""
+        """Return the loader of the current epoch. If the stage has changed, this loader first gets the position."""
         state = self._loaders[self._current_stage].state
         stage = self._stage_at(state["epoch"])
         if stage != self._current_stage:
