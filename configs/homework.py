@@ -1,6 +1,6 @@
 """Translate the homework's keys to settings, including its behaviour that depends on several keys or on none.
 
-`configs.load` passes in the values with their origins, and validates the result.
+`configs.load` passes the values with their origins to `translate`, and validates the result.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def translate(
 
     Args:
         given: values by homework key.
-        settings: nested settings given under their own keys; they take precedence over the translation.
+        settings: nested settings that the config contains directly; they take precedence over the translation.
         with_defaults: whether missing keys get the homework's defaults instead of the schema's.
         source: name of the config, for messages.
 
@@ -91,7 +91,7 @@ def _convert(key: str, entry: HomeworkValue) -> Any:
 
 
 def _lookup(settings: Mapping[str, Any], dotted: str, otherwise: Any = _UNSET) -> Any:
-    """Return a setting, or `otherwise` if it is not given or is a section."""
+    """Return the setting with a dotted key, or `otherwise` if the setting is missing or is a section."""
     value: Any = settings
     for part in dotted.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -103,7 +103,11 @@ def _lookup(settings: Mapping[str, Any], dotted: str, otherwise: Any = _UNSET) -
 def _set_data_set(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], with_defaults: bool, result: TranslatedConfig
 ) -> list[str]:
-    """Set data.path and model.num_classes from DATASET, DATA_PATH, IMG_SIZE and NUM_CLASSES; return warnings."""
+    """Set data.path and model.num_classes from the homework keys DATASET, DATA_PATH, IMG_SIZE and NUM_CLASSES.
+
+    Returns:
+        Warnings for the user.
+    """
     named = given.get("DATA.DATASET", HomeworkValue("cifar10", ""))
     dataset = named.value.lower() if isinstance(named.value, str) else format_value(named.value)
     path = given.get("DATA.DATA_PATH", HomeworkValue("", ""))
@@ -135,7 +139,14 @@ def _set_data_set(
 def _add_defaults(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig, source: str
 ) -> dict[str, Any]:
-    """Add the homework's defaults that depend on other settings; return the settings without a homework key."""
+    """Adjust the homework's defaults to the other settings, and set the name of the run.
+
+    Returns:
+        The settings that were added, by dotted key.
+
+    Raises:
+        UserError: MODEL.NAME is missing.
+    """
 
     def effective(target: str) -> Any:
         return _lookup(settings, target, result.values.get(target))
@@ -162,7 +173,11 @@ def _add_defaults(
 def _resolve_contradictions(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig
 ) -> list[str]:
-    """Limit the learning rates of LIMITED_BY_LR to TRAIN.LR; return warnings about them and about disabled dropout."""
+    """Limit the learning rates of LIMITED_BY_LR to TRAIN.LR.
+
+    Returns:
+        Warnings about limited learning rates, and about dropout that MODEL.DROP_RATE=0 disables.
+    """
     warnings = []
     name, drop_rate = (_lookup(settings, key, result.values.get(key)) for key in ("model.name", "model.drop_rate"))
     if str(name) in DROPOUT and "MODEL.DROP_RATE" in given and drop_rate == 0:
@@ -182,7 +197,7 @@ def _resolve_contradictions(
 
 
 def _name_run(name: str, settings: Mapping[str, Any], result: TranslatedConfig) -> None:
-    """Set name and output so that the run is in OUTPUT/NAME, or in OUTPUT if it already ends in NAME."""
+    """Set name and output so that the run folder is OUTPUT/NAME, or OUTPUT if that path already ends in NAME."""
     result.values["name"] = name
     output = result.values["output"]
     if isinstance(output, str) and PurePath(output).name == name and _lookup(settings, "name") is _UNSET:
@@ -195,7 +210,7 @@ def _describe_defaults(
     result: TranslatedConfig,
     implicit: Mapping[str, Any],
 ) -> str:
-    """Return a sentence that lists the defaults in use. implicit: settings without a homework key."""
+    """Return a sentence that lists the homework's defaults in use. `implicit` is from `_add_defaults`."""
     keys = [
         f"{key}={rule.without or str(rule.default)}"
         for key, rule in KEYS.items()

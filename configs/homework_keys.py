@@ -1,9 +1,10 @@
 """Keys of the homework's configs (`TRAIN.LR`), with the settings and defaults that they translate to.
 
-A default is the value that the homework's code effectively uses, not the one it declares: it never reads the keys for
-warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, the scheduler and others.
+A default is the value that the homework's code effectively uses, which may differ from the one that it declares. The
+code never reads the keys for warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, the
+scheduler and others.
 
-Values without a translation are passed on unchanged; the schema validates them.
+Values without a translation are passed on unchanged, and the schema validates them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def _lower(value: Any) -> Any:
 
 
 def _schedule(value: Any) -> Any:
-    """Return the schedule for a name such as cosine, CosineAnnealingLR, StepLR, ReduceLROnPlateau or one_cycle."""
+    """Return the name of the schedule for a scheduler name such as cosine, StepLR, ReduceLROnPlateau or one_cycle.
+
+    Unknown names are returned unchanged.
+    """
     letters = re.sub("[^a-z]", "", value.lower()).removesuffix("lr") if isinstance(value, str) else ""
     return SCHEDULES.get(letters, value)
 
@@ -123,7 +127,16 @@ SECTIONS = list(dict.fromkeys(key.rsplit(".", n)[0] for key in KEYS for n in ran
 def flatten_keys(
     values: Mapping[str, Any], origins: Mapping[KeyPath, str], path: KeyPath = ()
 ) -> dict[str, HomeworkValue]:
-    """Return the values by dotted key; raise `UserError` for a key that the homework does not have."""
+    """Return the values of nested homework keys by dotted key.
+
+    Args:
+        values: nested values.
+        origins: file and line, or --opts, of each key.
+        path: key of the section that contains `values`.
+
+    Raises:
+        UserError: a key is not one of the homework's, or a section has a single value.
+    """
     found: dict[str, HomeworkValue] = {}
     for name, value in values.items():
         key_path = (*path, name)

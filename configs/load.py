@@ -1,7 +1,7 @@
-"""Load a validated `Config` from a YAML file and command-line overrides, and write it back to YAML.
+"""Load a validated `Config` from a YAML file and command-line overrides, and write a config to YAML.
 
-Settings are merged in this order (later ones win): bases (`base:`) in order, the file, `--opts`, replacements.
-Keys in upper case are the homework's; `configs.homework` translates them.
+Settings are merged in the following order, and later ones win: bases (`base:`), the file, `--opts`, replacements. Keys
+in upper case are the homework's, which `configs.homework` translates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): au
 
 @dataclass(frozen=True)
 class _Layer:
-    """Settings from one source, or from several merged ones."""
+    """Settings from one source, or merged from several sources."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # nested; keys in lower case
     origins: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
@@ -46,11 +46,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     """Load a config file with its bases, then apply overrides, then replacements.
 
     Args:
-        path: YAML file; its stem is the default of `name`.
-        overrides: items after `--opts`: `train.epochs=5`, or `train.epochs` followed by `5`; also the homework's keys,
-            in upper case.
-        replacements: top-level keys or, by `**{...}`, dotted keys. A mapping is merged into its section. None is
-            ignored.
+        path: YAML file; its name without suffix is the default of `name`.
+        overrides: items after `--opts`, e.g. `train.epochs=5`, or `train.epochs` followed by `5`. The homework's keys,
+            in upper case, are also allowed.
+        replacements: values by top-level key or, with `**{...}`, by dotted key. A mapping is merged into its section.
+            None is ignored.
 
     Raises:
         UserError: the file, a base or a value is invalid.
@@ -84,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
 def _cut_warm_up(
     config: Config, values: Mapping[str, Any], origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str]
 ) -> list[str]:
-    """Return a warning if the warm-up in `values` is longer than the run."""
+    """Return a list with a warning if the warm-up in `values` is longer than the run. Otherwise the list is empty."""
     asked, epochs = values.get("train", {}).get("warmup_epochs", 0), config.train.epochs
     if asked <= epochs:
         return []
@@ -94,7 +94,10 @@ def _cut_warm_up(
 
 
 def parse_config(text: str, source: str) -> Config:
-    """Parse a config written by `to_yaml`, as stored in checkpoints; `source` is named in errors."""
+    """Parse a config written by `to_yaml`, as stored in checkpoints.
+
+    Errors name `source` as the origin of the config.
+    """
     document = yaml.parse(text, source)
     return _validate(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
 
@@ -105,11 +108,11 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _Layer:
-    """Read a file and its bases.
+    """Read a config file and its bases.
 
     Args:
         path: the file.
-        including: files that lead to this one, outermost first.
+        including: files that include this one, directly or through other bases, outermost first.
         opened: all files read so far, extended in place; the first is the one that the user named.
     """
     place = f"{including[-1]}: base {path}" if including else str(path)
@@ -164,9 +167,11 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 
 
 def _check_base(path: Path, place: str, first: Path) -> None:
-    """Check that a base is a config file near the user's config, in the working folder or in this project.
+    """Raise `UserError` unless a base is a YAML file in an allowed folder.
 
-    A config may come from an untrusted source, and error messages quote the content of its bases.
+    Allowed are the folder of the user's config, the working folder and the folder of this module, including subfolders,
+    and the folders above the user's config without subfolders. A config may come from an untrusted source, and error
+    messages quote the content of its bases.
     """
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))
@@ -199,7 +204,10 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
 def _layer(
     values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
-    """Return a layer of values. origin: one for all keys, or one per key."""
+    """Return a layer with these values.
+
+    `origin` is the origin of all keys, or a mapping from each key to its origin.
+    """
     homework_values = {key: value for key, value in values.items() if key.isupper()}
     origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin
     settings = {key: value for key, value in values.items() if key not in homework_values}
@@ -209,7 +217,7 @@ def _layer(
 
 
 def _overlay(old: _Layer, new: _Layer) -> _Layer:
-    """Merge `new` over `old`; a homework key in `new` also replaces the setting in `old` that it translates to."""
+    """Merge `new` over `old`. A homework key in `new` also replaces the setting in `old` that the key translates to."""
     settings, origins = old.settings, old.origins
     for target in {tuple(KEYS[key].target.split(".")) for key in new.homework_values}:
         settings = _remove(settings, target)
@@ -224,7 +232,7 @@ def _overlay(old: _Layer, new: _Layer) -> _Layer:
 
 
 def _remove(values: Any, key_path: KeyPath) -> Any:
-    """Return nested values without this key."""
+    """Return nested values without the key `key_path`."""
     first, *rest = key_path
     if not isinstance(values, Mapping) or first not in values:
         return values
@@ -233,14 +241,14 @@ def _remove(values: Any, key_path: KeyPath) -> Any:
 
 
 def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
-    """Return {a: {b: value}} for the key a.b."""
+    """Return nested mappings for a dotted key, e.g. {a: {b: value}} for a.b."""
     for key in reversed(dotted_key.split(".")):
         value = {key: value}
     return dict(value)
 
 
 def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
-    """Merge `new` over `old`: mappings are merged key by key, anything else is replaced."""
+    """Merge `new` over `old`. Mappings are merged key by key, and any other value is replaced."""
     if path in SHORTHANDS:
         old = SHORTHANDS[path](old)  # so that, for example, a hue can be added to a single number
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
@@ -249,7 +257,7 @@ def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
 
 
 def _key_paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Yield the path of every key of nested values, sections first."""
+    """Yield the path of every key of nested values. The path of a section precedes the paths of its keys."""
     if path:
         yield path
     if isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""Progressive resizing: the first epoch of each stage, and the settings of an epoch."""
+"""Settings that depend on the epoch with progressive resizing (data.stages)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from configs.schema import Config, DataConfig
 
 
 def stage_starts(data: DataConfig) -> list[int]:
-    """Return the first epoch of each stage, ascending; epoch 0 is always included."""
+    """Return the first epoch of each stage in ascending order. Epoch 0 is always included."""
     return sorted({0, *(stage.epoch for stage in data.stages)})
 
 
 def data_at(data: DataConfig, epoch: int) -> DataConfig:
-    """Return the data section with the image and batch size of this epoch, and without stages."""
+    """Return the data section without stages, with the image size and batch size of this epoch."""
     stage = max((stage for stage in data.stages if stage.epoch <= epoch), key=lambda stage: stage.epoch, default=None)
     sizes = {} if stage is None else {"image_size": stage.image_size, "batch_size": stage.batch_size}
     return data.model_copy(update={**{key: size for key, size in sizes.items() if size is not None}, "stages": ()})
 
 
 def config_at(config: Config, epoch: int) -> Config:
-    """Return the config as of this epoch, for tools that run only a part of training."""
+    """Return the config with the data section of this epoch, for tools that run only a part of training."""
     return config.model_copy(update={"data": data_at(config.data, epoch)})

@@ -1,4 +1,4 @@
-"""Error messages about settings: one-line errors, formatted values and suggestions for unknown keys."""
+"""Parts of error messages about settings: one-line errors, formatted values and suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ KeyPath = tuple[str, ...]
 
 
 def one_line_error(message: str) -> UserError:
-    """Return a UserError with the message in one line, even if quoted values contain line breaks."""
+    """Return a UserError whose message is one line, even if quoted values contain line breaks."""
     return UserError(" ".join(message.split()))
 
 
 def format_value(value: Any) -> str:
-    """Return the value as one line of YAML, shortened to 80 characters."""
+    """Return a value as one line of JSON, which is also YAML, shortened to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def suggest_keys(key_path: KeyPath, known: Sequence[str]) -> str:
-    """Return the closest of the `known` dotted keys for an unknown key, and all allowed keys of its section."""
+    """Return suggestions for an unknown key, which are similar `known` keys and all keys of its section."""
     *parents, leaf = key_path
     prefix = "".join(f"{parent}." for parent in parents)
     siblings = {

@@ -1,4 +1,4 @@
-"""One-sentence error messages for invalid configs: origin, key, value and what is allowed."""
+"""One-sentence error messages for invalid configs. They name the origin, the key, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """Describe the first error in one sentence, and count the others.
+    """Describe the first error in one sentence, followed by the number of other errors.
 
     Args:
         error: pydantic's errors.
         origins: file and line of each key.
-        labels: name of a key as the user wrote it, if that differs (homework keys).
-        path: origin to report for keys that are not in `origins`.
+        labels: homework keys that the user wrote, by the key of the setting that they translate to.
+        path: origin of keys that are not in `origins`.
     """
     errors = error.errors(include_url=False)
     errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
@@ -64,7 +64,10 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
 
 
 def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
-    """Return the setting of a key and the rest of the key: a key within a mapping, or pydantic's name of a type."""
+    """Return the setting that a key belongs to, and the rest of the key.
+
+    The rest is a key within a mapping, or pydantic's name of a type in a union. The setting is None if there is none.
+    """
     settings = dict(all_settings())
     for key, field in all_settings():
         if (items := item_section(field)) is not None:
@@ -76,7 +79,7 @@ def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
 
 
 def _allowed(key_path: KeyPath) -> str:
-    """Return suggestions for an unknown key of a section or of a list of sections."""
+    """Return suggestions for an unknown key. The key may be in a section or in a list of sections."""
     keys = [key for key, _ in all_settings()]
     field, rest = _setting(key_path)
     if field is not None and (items := item_section(field)) is not None:

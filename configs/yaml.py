@@ -1,7 +1,8 @@
-"""Parse YAML text to plain values, and write them back.
+"""Parse YAML text to plain values, and write plain values as YAML.
 
-Accepts the core types of YAML 1.2, None for null, and pairs in parentheses; no aliases and no tags. A repeated key is
-an error, except in and below top-level keys in upper case (the homework's style), where the last one counts.
+The parser accepts the core types of YAML 1.2, None for null, and numbers in parentheses, but no aliases and no tags. A
+repeated key is an error, except in and below top-level keys in upper case (the homework's style), where the last
+value counts.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _ValueLoader(_Loader):
-    """Loader that rejects comments, which would truncate a command-line value."""
+    """Loader for command-line values. It rejects comments, which would truncate the value."""
 
     def scan_to_next_token(self) -> None:
         begin = self.pointer
@@ -70,7 +71,7 @@ class _ValueLoader(_Loader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes strings that YAML 1.1 or 1.2 would read as another type."""
+    """Dumper that quotes a string if YAML 1.1 or 1.2 would read it as another type."""
 
 
 for _tag, _pattern in _CORE_TYPES.items():
@@ -79,19 +80,24 @@ for _tag, _pattern in _CORE_TYPES.items():
 
 
 def dump(values: Any) -> str:
-    """Return plain values as YAML, in their order."""
+    """Return plain values as YAML. Keys keep their order."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def parse(text: str, source: str) -> Document:
-    """Parse one YAML document; raise a `UserError` with source and line if it is invalid."""
+    """Parse one YAML document.
+
+    Raises:
+        UserError: the document is invalid; the message names `source` and, if known, the line.
+    """
     return _parse(_Loader, text, source, line_numbers=True)
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one command-line value, in which `#` does not start a comment and `&` does not start an anchor.
+    """Parse one command-line value, in which `#` does not start a comment and a leading `&` does not start an anchor.
 
-    Raises UserError, which names the source, if the value is empty or invalid YAML.
+    Raises:
+        UserError: the value is empty or invalid YAML; the message names `source`.
     """
     text = text.strip()
     if not text:

@@ -1,4 +1,4 @@
-"""AlexNet (one-column version), with torchvision's parameter names, so that its state dicts load."""
+"""AlexNet in its one-column version, with torchvision's parameter names, so that torchvision's state dicts load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build models by name: the built-in ones and, as timm/NAME, every model of timm."""
+"""Build models by name. Names are those of the built-in models, and timm/NAME for every model of timm."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ def build_model(
 
     Args:
         name: one of `list_models()`, or timm/NAME.
-        image_size: height and width in pixels to check; also passed to timm models built for one size. None: no check.
-        mean, std: three numbers each, for pixel values in 0..1. With both, the result is a `PixelClassifier` that takes
-            uint8 pixels; without, it is the plain network, which takes normalised floats.
+        num_classes: number of logits.
+        image_size: height and width in pixels that the model must support. It is also passed to timm models that are
+            built for one size. If None, the size is not checked.
+        mean, std: three numbers each, for pixel values in 0..1. If they are given, the result is a `PixelClassifier`
+            that takes uint8 pixels. Otherwise, it is the plain network, which takes normalised floats.
         drop_rate: dropout probability; None: the model's default.
         activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
         kwargs: further arguments of the model's constructor.
 
     Raises:
-        UserError: the name is unknown, or the model does not take this size or argument.
+        UserError: the name is unknown, or the model does not support this size or argument.
     """
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
         if value is not None and value < 1:
@@ -91,9 +93,9 @@ def build_model(
 def build_from_config(
     config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> PixelClassifier:
-    """Build the architecture of a config's `model` section with randomly initialised weights; see `build_model`.
+    """Build the model of a config's `model` section with randomly initialised weights, see `build_model`.
 
-    `pretrained`, `finetune` and `freeze` are ignored here.
+    Ignores the settings `pretrained`, `finetune` and `freeze`.
     """
     model = build_model(
         config.name,
@@ -110,7 +112,10 @@ def build_from_config(
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Return model.options without nulls (the model's defaults). Raises `UserError` for a reserved key."""
+    """Return model.options without null values, which mean the model's defaults.
+
+    Raises `UserError` for a reserved key.
+    """
     for key in sorted(RESERVED & config.options.keys()):
         raise UserError(
             f"model.options={config.options} must not contain {key!r}, which is set elsewhere"
@@ -122,7 +127,10 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 def _build_builtin_model(
     name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Build one of `list_models()`; see `build_model`. settings: drop_rate and activation; None: not set."""
+    """Build one of `list_models()`, see `build_model`.
+
+    `settings` are drop_rate and activation, or None for the defaults.
+    """
     if name not in MODELS:
         raise UserError(
             f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"

@@ -1,4 +1,4 @@
-"""Parts shared by all models: activations, the check of image sizes, and normalisation of raw pixels."""
+"""Parts shared by all models: activations, the check of image sizes, and the normalisation of raw pixels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ SIGMOID_GAIN = 4.0
 
 
 def build_activation(name: str) -> nn.Module:
-    """Build the activation `name`, a key of ACTIVATIONS."""
     return ACTIVATIONS[name]()
 
 
@@ -35,8 +34,9 @@ def init_gain(name: str) -> float:
     """Return the gain of Xavier initialisation for a layer followed by this activation.
 
     The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z, which keeps the scale of signals from layer to layer. For
-    relu this is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support gelu,
-    silu, elu, hardswish and mish. For sigmoid it is 4: its slope is at most 1/4, and most of its output is a constant.
+    relu, this is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support
+    gelu, silu, elu, hardswish and mish. For sigmoid, the gain is 4 instead, since its slope is at most 1/4 and most of
+    its output is constant.
     """
     if name == "sigmoid":
         return SIGMOID_GAIN
@@ -47,9 +47,10 @@ def init_gain(name: str) -> float:
 
 
 def check_image_size(model: str, height: int, width: int, min_size: int, max_size: int | None = None) -> None:
-    """Raise a `UserError` unless both sides (pixels) are within min_size..max_size.
+    """Raise a `UserError` unless height and width (pixels) are within min_size..max_size.
 
-    Compares Python ints (or torch's symbolic ints) only: no kernel, no synchronisation and no graph break.
+    Only Python ints (or torch's symbolic ints) are compared, so there is no kernel, no synchronisation and no graph
+    break.
     """
     if height >= min_size and width >= min_size and (max_size is None or (height <= max_size and width <= max_size)):
         return
@@ -63,19 +64,23 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 class Normalize(nn.Module):
     """Normalises pixels: (images / 255 - mean) / std, for uint8 [B, 3, H, W] or floats in 0..255.
 
-    This is the first module of a model instead of the last step of the loader: copying uint8 images to the device takes
-    a quarter of the bytes, the compiler fuses it into the first convolution's input, and a checkpoint takes raw pixels,
-    so that training and prediction cannot disagree.
+    This is the first module of a model rather than the last step of the loader, for three reasons. Copying uint8 images
+    to the device takes a quarter of the bytes of float32. The compiler fuses the normalisation into the input of the
+    first convolution. A checkpoint takes raw pixels, so training and prediction cannot disagree.
 
-    The result has the autocast dtype if autocast is enabled for the device of `images`, else the dtype of the buffers,
-    which `.double()` and `.half()` convert together with the network. Strides (channels_last) are preserved.
+    If autocast is enabled for the device of `images`, the result has the autocast dtype. Otherwise it has the dtype of
+    the buffers, which `.double()` and `.half()` convert together with the network. Strides (channels_last) are
+    preserved.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """mean, std: one number per channel, for pixel values in 0..1. Raises `UserError` for other values."""
+        """Set mean and std, one number per channel, for pixel values in 0..1.
+
+        Raises `UserError` for invalid numbers.
+        """
         super().__init__()
         for name, values, allowed in (("mean", mean, "from 0 to 1"), ("std", std, "above 0 and at most 1")):
             good = [0 < v <= 1 if name == "std" else 0 <= v <= 1 for v in values]
@@ -102,7 +107,7 @@ class Normalize(nn.Module):
 class PixelClassifier(nn.Module):
     """A network behind `Normalize`: raw pixels, uint8 [B, 3, H, W] -> logits [B, num_classes].
 
-    Names in the state dict start with normalize. and network.
+    Names in the state dict start with `normalize.` or `network.`.
     """
 
     def __init__(self, normalize: Normalize, network: nn.Module) -> None:

@@ -23,7 +23,7 @@ class LeNet(nn.Module):
     max_image_size: int | None = 35
 
     def __init__(self, num_classes: int, activation: str = "sigmoid", drop_rate: float = 0.0) -> None:
-        """drop_rate: dropout probability after fc1 and after fc2."""
+        """Build the network. `drop_rate` is the dropout probability after fc1 and after fc2."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
@@ -38,9 +38,9 @@ class LeNet(nn.Module):
     def reset_parameters(self, gain: float) -> None:
         """Initialise weights with Xavier uniform, scaled by the activation's gain, and biases with 0.
 
-        Source: Glorot and Bengio, AISTATS 2010. A sigmoid's gain is 4, because its slope is at most 1/4: with torch's
-        default, the difference between images shrinks about tenfold per layer (measured: to 0.00006 in the logits), and
-        training starts on a plateau. fc3 has gain 1, since no activation follows it.
+        Source: Glorot and Bengio, AISTATS 2010. The gain of a sigmoid is 4, because its slope is at most 1/4. With
+        torch's default initialisation, the difference between images would shrink about tenfold per layer (measured: to
+        0.00006 in the logits), and training would start on a plateau. fc3 has gain 1, since no activation follows it.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -2,12 +2,12 @@
 
 For the weight gradient of a strided 1x1 convolution, oneDNN copies the selected positions of the channels_last input
 into a workspace of positions * in_channels values, but steps through it in units of positions * block, where a block is
-as many channels as a vector register holds. With fewer input channels than that, it writes past the end: the process
-crashes, hangs in an overwritten barrier, or continues with wrong gradients. See
+as many channels as a vector register holds. If there are fewer input channels than a block has, oneDNN writes past the
+end of the workspace. The process then crashes, hangs in an overwritten barrier, or continues with wrong gradients. See
 https://github.com/uxlfoundation/oneDNN/issues/6035, which is open for the oneDNN of torch 2.15.
 
 Without padding, a 1x1 convolution with stride s equals the same convolution with stride 1 applied to every s-th
-position. This form needs no workspace.
+position. The version with stride 1 needs no workspace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
 
     Args:
         network: the network, changed in place.
-        channels: see `block_channels`; None: this CPU's.
+        channels: channels per block, see `block_channels`; None: those of this CPU.
 
     Returns:
         A note for the log; None if no layer is affected.
@@ -55,8 +55,8 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
 def is_affected(module: nn.Module, channels: int) -> bool:
     """Return True if oneDNN's backward pass of this layer may write outside its memory.
 
-    channels: see `block_channels`. Batch size, bias, output channels and image size are irrelevant: they only decide
-    what is overwritten. The memory format is not considered, since training batches are channels_last.
+    `channels` is from `block_channels`. Batch size, bias, output channels and image size are not considered, since they
+    only decide which memory is overwritten. Neither is the memory format, since training batches are channels_last.
     """
     return (
         isinstance(module, nn.Conv2d)
@@ -69,7 +69,7 @@ def is_affected(module: nn.Module, channels: int) -> bool:
 
 
 def block_channels() -> int:
-    """Return the channels per block of oneDNN's 1x1 convolutions on this CPU; 0 if it does not use this kernel.
+    """Return the channels per block of the affected oneDNN kernel on this CPU, or 0 if oneDNN does not use it.
 
     The kernel exists for AVX-512 and for AVX2. With AVX or SSE4.1, oneDNN uses other implementations.
     """
@@ -84,17 +84,17 @@ def block_channels() -> int:
 
 
 def isa_limit() -> str:
-    """Return the instruction set that oneDNN is limited to, in lower case; empty if there is no limit.
+    """Return the instruction set that oneDNN is limited to, in lower case, or an empty string if there is no limit.
 
-    torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
-    ATEN_CPU_CAPABILITY, which does not limit oneDNN. These variables do: oneDNN reads them in this order, ignores case
-    and unknown values, and never uses more than the CPU has.
+    The limit is read from ONEDNN_MAX_CPU_ISA and DNNL_MAX_CPU_ISA in this order, as in oneDNN. oneDNN ignores case and
+    unknown values, and never uses instructions that the CPU lacks. torch does not export dnnl_get_effective_cpu_isa,
+    and torch.backends.cpu.get_cpu_capability() follows ATEN_CPU_CAPABILITY, which does not limit oneDNN.
     """
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 
 
 def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """Select every `height`-th row and `width`-th column of the input, as a forward pre-hook."""
+    """Select every `height`-th row and every `width`-th column of the input of a module. Used as a forward pre-hook."""
     del module
     images: Tensor = inputs[0]
     return images[..., ::height, ::width]

@@ -1,6 +1,6 @@
-"""Build models with pretrained weights: timm's published weights from the local cache, or a file.
+"""Build models with pretrained weights, which are timm's published weights in the local cache or a file of the user.
 
-Nothing is downloaded. Weights of timm models are loaded by timm, which converts older names and resamples position
+Nothing is downloaded. timm loads the weights of its models, since it converts older names and resamples position
 embeddings. Unlike in timm, all tensors must fit, except for a new head.
 """
 
@@ -35,14 +35,14 @@ def build_pretrained(
     std: list[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
-    """Build a model like `models.build_from_config`, with the weights given by `config.pretrained`.
+    """Build a model like `models.build_from_config`, with the weights that `config.pretrained` names.
 
     Args:
         config: the model section.
-        num_classes: number of logits; the head is new if the weights have another number.
+        num_classes: number of logits; the head is new if the weights have another number of classes.
         image_size: height and width in pixels.
         mean, std: the data set's; used only if neither a config.json beside the file nor timm specifies others.
-        classes: names of the classes; the head is new if the config.json names others. None: unknown.
+        classes: names of the classes, or None if unknown; the head is new if the config.json names others.
 
     Returns:
         The model, and a note about the weights.
@@ -90,7 +90,7 @@ def _numbers(numbers: Sequence[float]) -> str:
 
 
 def published_config(name: str) -> Any:
-    """Return timm's PretrainedCfg of the model `name` (without timm/)."""
+    """Return timm's PretrainedCfg of a model. `name` does not start with timm/."""
     import timm
 
     try:
@@ -100,7 +100,11 @@ def published_config(name: str) -> Any:
 
 
 def published_file(name: str) -> Path:
-    """Return the path of the published weights of the model timm/NAME on this machine."""
+    """Return the path of the published weights of the model timm/NAME on this machine.
+
+    Raises:
+        UserError: there are no published weights, or they are not on this machine.
+    """
     if not name.startswith("timm/"):
         raise UserError(
             f"model.pretrained=true needs published weights, but model {name!r} has none; give the path of a "
@@ -146,9 +150,10 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load weights strictly into a timm model with as many classes as they have, and copy all but the head.
+    """Load weights into a timm model, and then copy them to a network with the same architecture.
 
-    timm itself would replace the head and then silently skip other tensors that do not fit.
+    The timm model has the number of classes of the weights, so all tensors must fit. Only the head of `network` may
+    differ. timm itself would replace the head and then silently skip other tensors that do not fit.
 
     Args:
         network: the network to copy to.
@@ -157,7 +162,7 @@ def copy_weights_with_timm(
         image_size: height and width in pixels.
         weights: tensors by name.
         path: file of the weights, for errors.
-        described: content of the config.json beside the file.
+        described: content of the config.json beside the file; None: there is none.
         new_head: whether the head keeps its initial values even if the shapes agree.
 
     Raises:
@@ -189,9 +194,10 @@ def copy_weights_with_timm(
 
 
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
-    """Return the number of classes of a weights file.
+    """Return the number of classes that weights were trained on.
 
-    If the head's name is unknown, returns `described` (from config.json) or else the number of the published weights.
+    If the head is not among the weights, this is `described` (from config.json) or else the number of timm's published
+    weights.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

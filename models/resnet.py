@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Build the identity if the shapes agree, else a 1x1 convolution and batch norm (the paper's option B)."""
+    """Build the identity if the shape stays the same, else a 1x1 convolution and batch norm (the paper's option B)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -83,8 +83,8 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class ResNet(nn.Module):
     """ResNet: images float [B, 3, H, W] with sides of at least 25 -> logits [B, num_classes].
 
-    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The four widths
-    64/128/256/512 of its ImageNet models (or those of another `width`) follow a stem with stride 1, as for CIFAR.
+    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The four stages have
+    the widths of the paper's ImageNet models, 64/128/256/512, if `width` is 64. The stem has stride 1, as for CIFAR.
 
     Shapes of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
     [512, 4, 4] -> global mean [512].
@@ -131,7 +131,10 @@ class ResNet(nn.Module):
         self.reset_parameters(zero_init_residual)
 
     def reset_parameters(self, zero_init_residual: bool) -> None:
-        """Initialise convolutions with Kaiming normal, fan out (arXiv:1502.01852); keep torch's defaults elsewhere."""
+        """Initialise convolutions with Kaiming normal, fan out (arXiv:1502.01852). Other layers keep torch's defaults.
+
+        If `zero_init_residual` is True, the last batch norm of each block starts with weight 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -150,7 +153,7 @@ class ResNet(nn.Module):
 def build_stage(
     block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int, activation: str
 ) -> nn.Sequential:
-    """Build `depth` blocks of one width; the first one changes channels and stride."""
+    """Build a stage of `depth` blocks. The first block changes the number of channels and has the stride."""
     first = block(in_channels, width, stride, activation)
     return nn.Sequential(first, *(block(width * block.expansion, width, 1, activation) for _ in range(depth - 1)))
 

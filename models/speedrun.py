@@ -1,7 +1,7 @@
-"""Networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions, one linear layer.
+"""Networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions and one linear layer.
 
 Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, and the author's later networks for
-94, 95 and 96 %.
+an accuracy of 94, 95 and 96 %.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from models.layers import check_image_size
 
 
 class Whitening(nn.Module):
-    """Principal directions of 2x2 patches, and their negatives: float [B, 3, H, W] -> [B, 24, H - 1, W - 1].
+    """Convolution with the principal directions of 2x2 patches and their negatives.
 
-    Responses have mean square 1 over the patches passed to `fit`. The weight is a buffer, since it is not trained.
+    Maps float [B, 3, H, W] to [B, 24, H - 1, W - 1]. Responses have a mean square of about 1 over the patches passed to
+    `fit`. The weight is a buffer, since it is not trained.
     """
 
     KERNEL = 2
@@ -24,7 +25,7 @@ class Whitening(nn.Module):
     weight: Tensor
 
     def __init__(self, zero_bias: bool) -> None:
-        """zero_bias: False initialises the bias like a torch convolution."""
+        """Build the layer. The bias starts at 0 if `zero_bias`, and otherwise like the bias of a torch convolution."""
         super().__init__()
         inputs = 3 * self.KERNEL**2
         plain = nn.Conv2d(3, 2 * inputs, self.KERNEL)
@@ -33,9 +34,10 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Set the weight from images [N, 3, H, W], normalised like the input of `forward`.
+        """Compute the weight from images [N, 3, H, W], normalised like the input of `forward`.
 
-        eps: added to the variances of patches, so that the weakest directions are not amplified to the others' scale.
+        `eps` is added to the variances of patches, so that the weakest directions are not amplified to the scale of the
+        others.
         """
         k = self.KERNEL
         patches = images.double().unfold(2, k, 1).unfold(3, k, 1)  # [N, 3, H - 1, W - 1, k, k]
@@ -49,14 +51,17 @@ class Whitening(nn.Module):
 
 
 def identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Build a 3x3 convolution whose first filters pass the input channels through; the others are random."""
+    """Build a 3x3 convolution whose first filters copy the input channels. The other filters are random."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:in_channels])
     return conv
 
 
 def bias_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
-    """Build a batch norm with a trainable bias and no scale. momentum: torch's, the weight of the newest batch."""
+    """Build a batch norm with a trainable bias and no scale.
+
+    `momentum` is the weight of the newest batch in the running statistics, as in torch.
+    """
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
     norm.weight.requires_grad_(False)
     return norm
@@ -114,10 +119,10 @@ class SpeedrunNet(nn.Module):
             num_classes: number of logits.
             widths: channels of the three groups.
             depth: convolutions per group, 2 or 3.
-            momentum: of batch norms.
-            logit_scale: factor of the logits.
+            momentum: momentum of the batch norms, see `bias_norm`.
+            logit_scale: factor by which the logits are multiplied.
             zero_whitening_bias: whether the bias of the whitening layer starts at 0.
-            unit_head: whether to scale the initial weights of the head to standard deviation 1.
+            unit_head: whether the initial weights of the head are scaled to standard deviation 1.
         """
         super().__init__()
         self.whitening = Whitening(zero_whitening_bias)
@@ -139,7 +144,7 @@ class SpeedrunNet(nn.Module):
 
 
 def speedrun94(num_classes: int) -> SpeedrunNet:
-    """Build the network for 94 %: 1,972,504 parameters with 10 classes."""
+    """Build the network for 94 % accuracy. It has 1,972,504 parameters with 10 classes."""
     widths = (64, 256, 256)
     return SpeedrunNet(
         num_classes, widths, momentum=0.4, logit_scale=1 / widths[-1], zero_whitening_bias=False, unit_head=True
@@ -147,26 +152,26 @@ def speedrun94(num_classes: int) -> SpeedrunNet:
 
 
 def speedrun95(num_classes: int) -> SpeedrunNet:
-    """Build the network for 95 %, wider than speedrun94: 4,606,232 parameters with 10 classes."""
+    """Build the network for 95 % accuracy, wider than speedrun94. It has 4,606,232 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (128, 384, 384), momentum=0.4)
 
 
 def speedrun96(num_classes: int) -> SpeedrunNet:
-    """Build the network for 96 %, with shortcuts: 9,918,488 parameters with 10 classes."""
+    """Build the network for 96 % accuracy, with shortcuts. It has 9,918,488 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (128, 384, 512), depth=3)
 
 
 def speedrun96_proxy(num_classes: int) -> SpeedrunNet:
-    """Build the network that selects samples for speedrun96: 146,456 parameters with 10 classes."""
+    """Build the network that selects samples for speedrun96. It has 146,456 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (32, 64, 64))
 
 
 def fit_whitening(model: nn.Module, images: Tensor) -> None:
-    """Fit the whitening layer, if any, of a `PixelClassifier` to raw pixels, uint8 [N, 3, H, W]."""
+    """Fit the whitening layer of a `PixelClassifier`, if it has one, to raw pixels, uint8 [N, 3, H, W]."""
     if (whitening := find_whitening(model)) is not None:
         whitening.fit(model.get_submodule("normalize")(images))
 
 
 def find_whitening(network: nn.Module) -> Whitening | None:
-    """Return the whitening layer of a model; None if it has none."""
+    """Return the whitening layer of a model, or None if there is none."""
     return next((module for module in network.modules() if isinstance(module, Whitening)), None)

@@ -1,4 +1,4 @@
-"""Build timm models, after trying them on the meta device (shapes only, no memory).
+"""Build timm models. Arguments are first tried on the meta device, which has shapes but no memory.
 
 timm is imported inside functions, since the import takes seconds and built-in models do not need it.
 """
@@ -19,7 +19,10 @@ CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
 def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
-    """Build timm's model `name`: images float [B, 3, H, W] -> logits [B, num_classes]. See `timm_arguments`."""
+    """Build timm's model `name`: images float [B, 3, H, W] -> logits [B, num_classes].
+
+    `settings` are the keyword arguments of `timm_arguments`.
+    """
     import timm
 
     network: nn.Module = timm.create_model(name, **timm_arguments(name, num_classes, **settings))
@@ -35,19 +38,20 @@ def timm_arguments(
     activation: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Return the arguments of timm.create_model(name), after trying them on the meta device.
+    """Return the arguments for timm.create_model(name), after trying them on the meta device.
 
     Args:
-        name: without timm/.
+        name: name of the model without timm/.
         num_classes: number of logits.
-        image_size: height and width in pixels to check. Passed on as img_size if the constructor has such an argument
-            (ViT, Swin and other models built for one size). None: no check.
+        image_size: height and width in pixels that the model must support. It is passed on as img_size if the
+            constructor has such an argument (ViT, Swin and other models built for one size). If None, the size is not
+            checked.
         drop_rate: dropout probability; None: the model's default.
         activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
         kwargs: further arguments of the constructor.
 
     Raises:
-        UserError: the name is unknown, or the model does not take a size or argument.
+        UserError: the name is unknown, or the model does not support a size or argument.
     """
     import timm
 
@@ -73,10 +77,9 @@ def timm_arguments(
 
 
 def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
-    """Return the act_layer of this activation: its name, or its class if the model does not accept names.
+    """Return the argument act_layer for this activation, which is its name, or its class if the model rejects the name.
 
-    The name is preferred, since timm writes it to config.json. Raises `UserError` if the model accepts neither, or
-    ignores it.
+    The name is preferred, since timm writes it to config.json. Raises `UserError` if the model rejects or ignores both.
     """
     from timm.layers import get_act_layer
 
@@ -101,15 +104,22 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
 
 
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
-    """Return True if the constructor takes img_size. Tried out, since timm's entry points take **kwargs."""
+    """Return True if the constructor has an argument img_size.
+
+    The constructor is called to find out, since timm's entry points accept any keyword argument.
+    """
     problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem
 
 
 def check_size(name: str, arguments: dict[str, Any], image_size: int, options: dict[str, Any]) -> None:
-    """Raise a `UserError` that names the smallest possible size, unless an image of `image_size` gives logits.
+    """Raise a `UserError` that names the smallest supported size, unless an image of `image_size` gives logits.
 
-    options: those of `arguments` that may be the cause instead of the size.
+    Args:
+        name: name of the model without timm/.
+        arguments: arguments for timm.create_model.
+        image_size: height and width in pixels.
+        options: the part of `arguments` that the user chose, which may cause the failure instead of the size.
     """
     import timm
 
@@ -131,7 +141,10 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
 
 
 def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
-    """Return the first of CANDIDATE_SIZES that works, tried in order: sizes that work need not be contiguous."""
+    """Return the first of CANDIDATE_SIZES that works, or None.
+
+    Tries them in order, since a larger size may fail again.
+    """
     if "img_size" in arguments:
         sized = ((size, {**arguments, "img_size": size}) for size in CANDIDATE_SIZES)
         return next((size for size, these in sized if caught_error(build_and_run, name, these, size) is None), None)
@@ -150,7 +163,10 @@ def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def run_one_image(network: nn.Module, image_size: int, num_classes: int) -> None:
-    """Run one image through a network on the meta device; raise ValueError unless it returns logits."""
+    """Run one image through a network on the meta device.
+
+    Raises ValueError unless the output is logits [1, num_classes].
+    """
     with torch.device("meta"), torch.no_grad():
         logits = network(torch.empty(1, 3, image_size, image_size))
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
@@ -163,7 +179,7 @@ def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None
 
 
 def caught_error(attempt: Callable[..., object], *arguments: object) -> str | None:
-    """Return the error raised by `attempt` in one line, or None."""
+    """Return the error that `attempt` raises as one line, or None if it raises none."""
     try:
         attempt(*arguments)
     except Exception as error:  # bad sizes raise many types of errors in timm and torch

@@ -1,4 +1,4 @@
-"""Load weights from files and copy them into networks; everything must fit, except for a new head."""
+"""Load weights from files and copy them into networks. All weights must fit, except for those of a new head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARK = object()
 
 
 class SkippedObject:
-    """Placeholder for a NumPy object that is not loaded."""
+    """Placeholder for a NumPy object in a torch file, which is not loaded."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -33,9 +33,9 @@ class SkippedObject:
 
 
 class SkippedDict:
-    """Placeholder for any other object that is not loaded: an OrderedDict with the key `_MARK`.
+    """Placeholder for any other object that is not loaded. It is an OrderedDict with the key `_MARK`.
 
-    Instances are not of this class, since torch's unpickler does not set items of OrderedDict subclasses.
+    Creating one returns a plain OrderedDict, since torch's unpickler does not set items of OrderedDict subclasses.
     """
 
     def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
@@ -45,7 +45,10 @@ class SkippedDict:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file or a file written by torch.save, without running code in it.
 
-    Other objects in a torch file, such as the settings of a run, are skipped. Raises UserError for any other file.
+    Other objects in a torch file, such as the settings of a run, are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or does not contain tensors by name.
     """
     if path.exists() and not path.is_file():  # reading a pipe could block
         raise UserError(f"weights {path} are not a plain file; give the path of a .safetensors, .pth or .bin file")
@@ -103,7 +106,7 @@ def _strip_wrappers(name: str) -> str:
 
 
 def head_layers(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of the final classifier layers: one, except for a few timm models that have two."""
+    """Return the names of the final classifier layers. There is one, except in a few timm models that have two."""
     of_timm: Any = next((module for module in network.modules() if hasattr(module, "get_classifier")), None)
     if of_timm is None:
         return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear))[-1:]
@@ -127,12 +130,12 @@ class LoadResult:
 def copy_weights(
     network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
 ) -> LoadResult:
-    """Copy weights into a network. Layers of the head may differ and then keep their initial values.
+    """Copy weights into a network. Layers of the head may have other shapes, and then keep their initial values.
 
     Args:
         network: the network, unchanged if an error is raised.
         weights: tensors by name.
-        head: names of the layers that may differ.
+        head: names of the layers of the head.
         source: description of the weights, for errors.
         new_head: whether the head keeps its initial values even if the shapes agree.
 
@@ -176,6 +179,6 @@ def copy_weights(
 
 
 def _some(names: list[str]) -> str:
-    """Return the first names and the number of the others."""
+    """Return the first names, followed by the number of remaining ones."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

@@ -1,6 +1,6 @@
 """Read the config.json beside a weights file, in the format of timm's model folders and of tools/export.py.
 
-The file is not trusted: the values in use are validated, all others are ignored.
+The file is not trusted. All values in use are validated, and other values are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "config.json"
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Validated content of a config.json; None: not given."""
+    """Validated content of a config.json. Missing values are None."""
 
     path: Path
     mean: list[float] | None = None  # of RGB values in 0..1
@@ -31,7 +31,11 @@ class WeightsConfig:
 
 
 def read_weights_config(weights: Path) -> WeightsConfig | None:
-    """Read the config.json beside `weights`; None if there is none. Raises UserError if it is invalid."""
+    """Return the content of the config.json beside the file `weights`, or None if there is none.
+
+    Raises:
+        UserError: the config.json cannot be read or is invalid.
+    """
     path = weights.parent / NAME
     try:
         content = json.loads(read_small_text(path))

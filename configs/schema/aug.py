@@ -35,14 +35,17 @@ class ColorJitterConfig(Section):
 
 
 def color_jitter_section(value: Any) -> Any:
-    """Expand one number to equal strengths of brightness, contrast and saturation; return other values unchanged."""
+    """Expand one number to equal strengths of brightness, contrast and saturation.
+
+    Other values are returned unchanged.
+    """
     if type(value) not in (int, float):
         return value
     return {"brightness": value, "contrast": value, "saturation": value}
 
 
 def auto_augment_section(value: Any) -> Any:
-    """Expand a string to a section with that policy; return other values unchanged."""
+    """Expand a string to a section with this policy. Other values are returned unchanged."""
     return {"policy": value} if isinstance(value, str) else value
 
 

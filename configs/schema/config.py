@@ -51,5 +51,5 @@ class Config(Section):
 
 
 def all_settings() -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted key, field) for every setting, in source order; a section is followed by its fields."""
+    """Yield (dotted key, field) for every setting in source order. A section precedes its fields."""
     return section_settings(Config)

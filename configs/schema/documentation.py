@@ -1,4 +1,4 @@
-"""Documentation of all settings as a markdown table; `python -m configs.schema` prints it."""
+"""Document all settings as a markdown table, which `python -m configs.schema` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def markdown_table(config: type[Section]) -> str:
-    """Return a table with one row per setting; the keys of a list of sections follow its row."""
+    """Return a markdown table with one row per setting. The keys of a list of sections follow the row of the list."""
     rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
     for key, field in _rows(config):
         meaning = " ".join((field.description or "").split())  # a line break would end the row
@@ -40,7 +40,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Return the name of a type in the terms of a config file, such as `int or null`."""
+    """Return the name of a type as config files call it, such as `int or null`."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(parts)

@@ -16,7 +16,7 @@ _PART = re.compile(rf"(?:(?P<key>mstd|mmax|inc|m|n|p)(?P<value>{_NUMBER}|inf)|t(
 
 @dataclass(frozen=True)
 class RandAugmentSpec:
-    """Parameters of timm's RandAugment. Magnitudes are on a scale from 0 to 10, or to `largest`."""
+    """Parameters of timm's RandAugment. Magnitudes are on timm's scale, from 0 to 10 by default."""
 
     magnitude: float = 10.0
     deviation: float = 0.0  # standard deviation of the magnitude; inf: uniform from 0 to magnitude
@@ -28,7 +28,11 @@ class RandAugmentSpec:
 
 
 def parse_rand_augment(text: str) -> RandAugmentSpec:
-    """Parse a string such as rand-m9-n3-mstd0.5-inc1; raise ValueError if timm would reject it."""
+    """Parse a string such as rand-m9-n3-mstd0.5-inc1.
+
+    Raises:
+        ValueError: The string does not start with rand, or a part is unknown, repeated or out of range.
+    """
     kind, *parts = text.split("-")
     if kind != "rand":
         raise ValueError(

@@ -12,9 +12,10 @@ from configs.utils.files import expand_home
 
 
 class Section(BaseModel):
-    """Base class of all sections: frozen, without unknown keys, and with strict types.
+    """Base class of all sections, which are frozen, reject unknown keys, and check types strictly.
 
-    Strict: `epochs: "5"` and `epochs: true` are errors instead of 5 and 1. An integer is accepted for a float.
+    Strict means that `epochs: "5"` and `epochs: true` are errors rather than 5 and 1. A float may be given as an
+    integer.
     """
 
     model_config = ConfigDict(
@@ -23,7 +24,7 @@ class Section(BaseModel):
 
 
 def two_numbers(value: Any) -> Any:
-    """Return a list of two numbers as a tuple; raise ValueError for any other value."""
+    """Return a list of two numbers as a tuple. Raises ValueError for any other value."""
     numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
     if not numbers or len(value) != 2:
         raise ValueError("must be two numbers, such as [0.5, 1.0]")
@@ -31,7 +32,7 @@ def two_numbers(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple, and any other value unchanged."""
+    """Return a list as a tuple. Other values are returned unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -45,7 +46,11 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
-    """Return the pair if it is a range of positive numbers; raise ValueError otherwise."""
+    """Return `pair` if it is an ascending range of positive numbers, with an upper limit of 1 if `at_most_one`.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("must be positive and in ascending order")
     if at_most_one and pair[1] > 1:
@@ -54,12 +59,12 @@ def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[f
 
 
 def is_section(field: FieldInfo) -> bool:
-    """Return True if the field is a nested section."""
+    """Return True if the value of a field is a nested section."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted key, field) for every setting, in source order; a section is followed by its fields."""
+    """Yield (dotted key, field) for every setting in source order. A section precedes its fields."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):
@@ -67,6 +72,6 @@ def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def item_section(field: FieldInfo) -> Any:
-    """Return the section class of a field that is a list of sections; None for all other fields."""
+    """Return the class of the sections in a field that is a list of sections, and None for any other field."""
     kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
     return kinds[0] if kinds else None

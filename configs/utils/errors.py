@@ -1,4 +1,4 @@
-"""UserError, for problems that the user can fix, and the wrapper of entry points that prints it."""
+"""UserError, for problems that the user can fix, and wrappers that raise or print it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence: what is wrong, the value, what is allowed and how to fix it."""
+    """A problem that the user can fix, such as bad input.
+
+    The message is one sentence that says what is wrong, the value, what is allowed and how to fix it.
+    """
 
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Turn an OSError from examining or reading `file` into a UserError."""
+    """Convert an OSError from examining or reading `file` in this context into a UserError."""
     try:
         yield
     except OSError as error:
@@ -33,11 +36,13 @@ def printable(text: str) -> str:
 
 
 def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) -> None:
-    """Run an entry point and exit with its code; a UserError is one line on stderr and exit code 2, Ctrl-C 130.
+    """Run an entry point and exit with its exit code.
+
+    A UserError is printed as one line on stderr, with exit code 2. Ctrl-C exits with code 130.
 
     Args:
-        main: The entry point. Returns the exit code; None is 0.
-        is_result_printed: Whether stdout is the result, so that failing to write it (full disk) is an error.
+        main: The entry point. Returns the exit code, or None for 0.
+        is_result_printed: True if stdout is the result. Failing to write it, e.g. to a full disk, is then an error.
     """
     _open_standard_streams()
     _use_utf8()
@@ -58,8 +63,8 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 def _use_utf8() -> None:
     """Restart in Python's UTF-8 mode if the locale has another encoding, e.g. de_DE.ISO-8859-1.
 
-    Otherwise file names could not contain characters that this encoding lacks. Processes of multiprocessing inherit the
-    mode and are not restarted, since their command line cannot be repeated.
+    In other encodings, file names could not contain all characters. Child processes of multiprocessing inherit the
+    mode. They are not restarted, since their command line cannot be repeated.
     """
     # With -X utf8=0, PYTHONUTF8=1 has no effect, so a restart would not help.
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
@@ -73,9 +78,10 @@ def _use_utf8() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open closed standard streams on /dev/null.
+    """Open each closed standard stream on /dev/null.
 
-    If the parent closed one (`2>&-`), its descriptor would be reused by a data file, and messages would go there.
+    If the parent closed a stream (`2>&-`), its descriptor would be reused by a data file, and messages would go into
+    the file.
     """
     for descriptor in range(3):
         try:
@@ -92,9 +98,10 @@ def _open_standard_streams() -> None:
 
 
 def _flush() -> str | None:
-    """Flush the standard streams, and return why stdout failed. A closed pipe (`| head`) is not a failure.
+    """Flush the standard streams, and return the reason if stdout failed, otherwise None.
 
-    Python would flush again at exit, and change the exit code to 120.
+    A closed pipe (`| head`) is not a failure. A stream that failed is replaced, since Python would flush it again at
+    exit and change the exit code to 120.
     """
     lost: dict[str, OSError] = {}
     for name in ("stdout", "stderr"):

@@ -1,4 +1,4 @@
-"""Paths from users, files of unknown origin, and writes that are atomic and durable.
+"""Expand paths from users, read files of unknown origin, and write files atomically and durably.
 
 Reads never wait for a pipe or device, and are limited in size. Writes go to a temporary file that is flushed to disk
 and then renamed, so the file is complete at every instant, even if the program is killed.
@@ -24,7 +24,7 @@ MAX_TEXT_BYTES = 2**26  # of a text file that a run wrote; a line of metrics has
 
 
 def expand_home(path: str) -> str:
-    """Replace a leading `~` or `~user` by the home directory. Raises ValueError if there is none."""
+    """Replace a leading `~` or `~user` by the home directory. Raises ValueError if the user does not exist."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError("starts with ~, but there is no such user; write ./~ for a file name that starts with ~")
@@ -32,7 +32,7 @@ def expand_home(path: str) -> str:
 
 
 def path_text(text: str) -> str:
-    """Expand the home directory in a path of the command line. Raises UserError if there is none."""
+    """Expand the home directory in a path from the command line. Raises UserError if the user does not exist."""
     try:
         return expand_home(text)
     except ValueError as error:
@@ -40,7 +40,7 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Return `path_text` as a Path."""
+    """Return a path from the command line as a Path, with the home directory expanded as in `path_text`."""
     return Path(path_text(text))
 
 
@@ -48,7 +48,7 @@ def path_argument(text: str) -> Path:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError for a directory, pipe or device too."""
+    """Open a regular file for reading. Raises OSError if this fails, or if the path is a directory, pipe or device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -65,12 +65,12 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
 
     Args:
         path: The file.
-        errors: How to decode invalid UTF-8, see `bytes.decode`.
+        errors: How to handle invalid UTF-8, see `bytes.decode`.
         max_bytes: The largest size allowed.
 
     Raises:
-        OSError: If it is not a regular file, or is too large.
-        ValueError: If it is not text.
+        OSError: If the file cannot be read, is not a regular file, or is too large.
+        ValueError: If the file is not valid UTF-8 and `errors` is "strict".
     """
     with open_plain(path) as file:
         content = file.read(max_bytes + 1)
@@ -83,14 +83,15 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace the file at `path` with the output of `write`, once that is on disk."""
+    """Replace the file at `path` with the output of `write`, after the output has been flushed to disk."""
     _rename(_write_temporary(path, write), path)
 
 
 def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `path` like `atomic_write`, and keep the existing file as `previous`.
 
-    At every instant there are two complete files: the old one with its predecessor, or the new one with either of them.
+    Two complete files exist at every instant. These are the old file and its predecessor before the new file is in
+    place, and the new file and one of the other two afterwards.
     """
     remove_temporary(previous)
     temporary, kept = _write_temporary(path, write), _temporary(previous)
@@ -105,7 +106,13 @@ def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], obj
 
 
 def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]) -> None:
-    """Complete a `replace_and_keep` that was killed, and remove its temporary files."""
+    """Complete a call of `replace_and_keep` that was killed, and remove its temporary files.
+
+    Args:
+        path: The file that was replaced.
+        previous: The file that keeps the earlier version.
+        is_intact: Returns True if a file is complete and undamaged.
+    """
     remove_temporary(path)
     kept = _temporary(previous)
     if not kept.exists():
@@ -119,7 +126,7 @@ def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]
 
 
 def remove_temporary(path: Path) -> None:
-    """Remove the temporary file that a killed `atomic_write` left."""
+    """Remove the temporary file that a killed `atomic_write` left, if there is one."""
     with suppress(FileNotFoundError):
         _temporary(path).unlink()
 
@@ -144,7 +151,7 @@ def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename and flush the directory to disk."""
+    """Rename a file, and flush the directory of `target` to disk."""
     source.rename(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Check that a resumed run has the same data and settings as its checkpoint, wherever they affect results."""
+"""Check that the data and settings of a resumed run match its checkpoint, as far as they affect results."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # bes
 
 
 def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
-    """Return the entry "stream" of a checkpoint: the facts about a run's data that are not in its config.
+    """Return the entry "stream" of a checkpoint, with the facts about a run's data that are not in its config.
 
     Args:
         config: Config of the run.
         dataset: The contents of dataset.json.
-        passes: Micro steps per optimizer step, over all ranks.
+        passes: Micro-steps per optimizer step, summed over all ranks.
     """
     return {
         "data set": fingerprint(dataset),
@@ -46,7 +46,7 @@ def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[st
 
 
 def _dataset_details(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Return facts about the data set that explain a different fingerprint in an error."""
+    """Return facts about the data set, which show in an error why two fingerprints differ."""
     details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
     details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
     for name, split in dataset["splits"].items():
@@ -63,9 +63,9 @@ def _digest(value: Any) -> str:
 
 
 def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings that affect results, by the names that errors use.
+    """Return all settings that affect results, keyed by the names that errors use.
 
-    Covers samples, augmentation, model, schedule, optimizer and evaluation. `stream` is from `stream_info`.
+    The settings cover samples, augmentation, model, schedule, optimizer and evaluation. `stream` is from `stream_info`.
     """
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
@@ -96,20 +96,26 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
-    """Return (first epoch, image size, global batch) of each stage, independent of ranks and micro steps."""
+    """Return (first epoch, image size, global batch) of each stage. `passes` is as in `stream_info`."""
     sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
 def plateau_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that affect only schedule plateau: when the validation metric is available."""
+    """Return the settings that affect results only with schedule plateau.
+
+    This is the interval between evaluations, unless the schedule uses the training loss.
+    """
     if config.train.schedule_options.metric == "train_loss":
         return {}
     return {"train.eval_every_epochs": config.train.eval_every_epochs}
 
 
 def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a section and its nested sections by dotted keys, except those in `without`."""
+    """Return the settings of a section and its nested sections by dotted key.
+
+    Direct settings of the section that are in `without` are left out.
+    """
     flat: dict[str, Any] = {}
     for key, value in section.model_dump(mode="json").items():
         inner = getattr(section, key)
@@ -121,7 +127,9 @@ def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ())
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
-    """Check that a run may resume from a checkpoint. Settings that an older checkpoint lacks count as defaults.
+    """Check that a run may resume from a checkpoint.
+
+    Settings missing from an older checkpoint have their default values.
 
     Args:
         checkpoint: The checkpoint, from `store.load`.
@@ -130,7 +138,7 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
         path: Path of the checkpoint, for errors.
 
     Raises:
-        UserError: If data or settings differ. Names each difference, and how to keep the global batch.
+        UserError: If data or settings differ. The message lists the differences, and how to keep the global batch.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
@@ -158,9 +166,14 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
 
 
 def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a timm optimizer actually used, if they differ between the two configs.
+    """Return the optimizer settings that differ between two fingerprints, with the values that timm used.
 
     Older versions recorded their own defaults, but ran timm optimizers with timm's defaults.
+
+    Args:
+        checkpoint: The checkpoint, whose optimizer state contains the values used.
+        then: Fingerprint of the checkpoint.
+        now: Fingerprint of the current run.
     """
     try:
         group = checkpoint["optimizer"]["param_groups"][0]
@@ -175,18 +188,21 @@ def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[st
 
 
 def _format(value: Any) -> str:
-    """Format a value on one line, like YAML."""
+    """Return a value as one line of JSON, for errors."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _is_valid_stream(stream: dict[str, Any]) -> bool:
-    """Return True if the entry "stream" is valid in any version. Early versions had no details."""
+    """Return True if the entry "stream" has the right types. Early versions wrote it without details."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
 
 def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return details of the data set to show instead of its fingerprint, if both sides have different ones."""
+    """Return details of the data set that replace its fingerprint in an error.
+
+    Returns an empty dict if `stream` or `other` has no details, or if their details are equal.
+    """
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
         return {}
@@ -194,9 +210,14 @@ def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def _global_batch_advice(config: Config, then: int, now: int) -> str:
-    """Return the settings that keep the global batch with the current number of ranks.
+    """Return advice for an error on how to keep the global batch with the current number of ranks.
 
-    torchrun may have restarted on fewer or more machines.
+    The number of ranks may differ, since torchrun can restart on fewer or more machines.
+
+    Args:
+        config: Config of the current run.
+        then: Global batch of the checkpoint.
+        now: Global batch of the current run.
     """
     batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
     exact = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}

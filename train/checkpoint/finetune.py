@@ -1,4 +1,4 @@
-"""Fine-tune from the checkpoint of another run; configs for models that load a checkpoint."""
+"""Load the weights of another run for fine-tuning, and derive configs for models that load a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from train.checkpoint.state import require_keys
 
 
 def without_pretrained(config: Config) -> Config:
-    """Return the config for random initial weights, for a model that then loads a checkpoint.
+    """Return the config with random initial weights, for a model that loads a checkpoint after it is built.
 
-    The pretrained weights of the run may no longer exist.
+    The files of the pretrained weights that the run started from may no longer exist.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
@@ -39,10 +39,10 @@ def inference_config(config: Config) -> Config:
 
 
 def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
-    """Return `inference_config` with the model of the checkpoint instead of the config's.
+    """Return the result of `inference_config`, with the model section of the checkpoint.
 
     Args:
-        config: Data and evaluation settings.
+        config: Config with the data and evaluation settings. Its model section is ignored.
         checkpoint: From `store.load`.
         classes: Class names of the data set.
         path: Path of the checkpoint, for errors.
@@ -63,21 +63,22 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
 
 
 def _summary(classes: Sequence[str]) -> str:
-    """Return the first class names and their number."""
+    """Return the first three class names, followed by the number of classes."""
     return f"{', '.join(classes[:3])}{' …' if len(classes) > 3 else ''} ({len(classes)})"
 
 
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
-    """Load the weights of a checkpoint, including the mean and std of the pixels.
+    """Load the weights of a checkpoint into a model, including the mean and std that normalize pixels.
 
-    If that run has a moving average, its eval.weights decides which weights are loaded. If its classes differ from
-    `classes`, the head is reinitialized, even for the same number of classes.
+    If the checkpoint has a moving average, the eval.weights of its config decides which weights are loaded. If its
+    classes differ from `classes`, the head is reinitialized, even if the number of classes is the same.
 
     Args:
         model: The model to load into.
         source: A checkpoint or run folder.
         classes: Class names of the data set.
-        settings: Model settings of this run. The activation must match; weights do not show it.
+        settings: Model settings of this run. The activation must be that of the checkpoint, which the weights alone do
+            not show. If None, the activation is not checked.
 
     Returns:
         A sentence about the loaded weights.

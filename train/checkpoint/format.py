@@ -1,7 +1,8 @@
-"""The file format of checkpoints: the output of torch.save, then one line of JSON with its size and sha256.
+"""The file format of checkpoints.
 
-torch.load reads such a file unchanged. Everything is verified before it is unpickled, since torch.load would accept
-flipped bits as weights. An invalid file raises ValueError with the reason.
+A checkpoint file is the output of torch.save, followed by one line of JSON (the manifest) with the size and sha256 of
+this output. torch.load can read such a file directly. This module verifies the whole file before unpickling it, since
+torch.load would accept flipped bits as weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch.
 
 
 class _HashingFile:
-    """A file for torch.save that hashes the data and keeps errors, which torch would replace with its own."""
+    """A file for torch.save that hashes the data and stores write errors, which torch would replace with its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -47,7 +48,7 @@ class _HashingFile:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: the owner of the file flushes it at the end."""
+        """Do nothing, since the owner of the file flushes it at the end."""
 
 
 def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
@@ -63,20 +64,25 @@ def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
 
 
 def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
-    """Return (epoch, step), or None for each that is missing."""
+    """Return the (epoch, step) of a checkpoint, with None for missing values."""
     position = checkpoint.get("position")
     return (position.get("epoch"), position.get("step")) if isinstance(position, dict) else (None, None)
 
 
 def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
-    """Return the last line of a file. Older versions have no CRC of the line itself."""
+    """Return the last line of a checkpoint file. In older versions, the line has no CRC of itself."""
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
     crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
     return b"\n" + json.dumps(fields | crc).encode() + b"\n"
 
 
 def read(file: BinaryIO) -> dict[str, Any]:
-    """Verify a file and return the checkpoint, in host memory."""
+    """Verify a file and return the checkpoint in host memory.
+
+    Raises:
+        ValueError: If the file is damaged or not a checkpoint.
+        pickle.UnpicklingError: If the file contains more than plain data.
+    """
     verify(file)
     _check_archive(file)
     file.seek(0)
@@ -90,7 +96,10 @@ def read(file: BinaryIO) -> dict[str, Any]:
 
 
 def is_foreign(file: BinaryIO) -> bool:
-    """Return True if the file is a torch.save file of another program, and not a damaged one of this program."""
+    """Return True if another program wrote the file with torch.save.
+
+    Damaged checkpoints of this program do not count.
+    """
     tail = _tail(file)
     if _fields(tail) or re.fullmatch(rb"[0-9a-f]{64}", tail[-DIGEST_BYTES:]):
         return False
@@ -107,7 +116,7 @@ def is_foreign(file: BinaryIO) -> bool:
 
 
 def verify(file: BinaryIO) -> None:
-    """Raise ValueError unless every byte is as it was written."""
+    """Raise ValueError if the file differs from what was written, according to its checksum."""
     tail = _tail(file)
     fields, size = _fields(tail), file.seek(0, os.SEEK_END)
     if not fields:  # from an older version, or not a checkpoint
@@ -126,7 +135,10 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def _fields(tail: bytes) -> dict[str, Any]:
-    """Return the fields of the last line, or none if it is not a manifest. Checks only their types."""
+    """Return the fields of the manifest, or an empty dict if the last line is not a manifest.
+
+    Does not verify checksums.
+    """
     try:
         fields = json.loads(tail.splitlines()[-1])
         if type(fields["bytes"]) is int and fields["bytes"] >= 0 and {"epoch", "step"} <= fields.keys():
@@ -137,7 +149,7 @@ def _fields(tail: bytes) -> dict[str, Any]:
 
 
 def _sha256(file: BinaryIO, size: int) -> str:
-    """Return the hash of the first `size` bytes."""
+    """Return the hexadecimal sha256 of the first `size` bytes."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
@@ -147,9 +159,14 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse compressed records, and pickles of more than plain data.
+    """Refuse compressed records, and pickles that contain more than plain data.
 
-    A checksum does not exclude either, and compressed records could expand to any size in memory.
+    The checksum cannot rule out either, since anyone can compute it. Compressed records could expand to any size in
+    memory.
+
+    Raises:
+        ValueError: If the file is not an uncompressed archive as written by torch.save.
+        pickle.UnpicklingError: If a pickle contains more than plain data.
     """
     file.seek(0)
     try:

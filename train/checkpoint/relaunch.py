@@ -1,4 +1,4 @@
-"""Find the run folder of a launch whose ranks torchrun has restarted, so that it resumes there.
+"""Find the run folder that a launch used before torchrun restarted its ranks, so that the ranks resume in this folder.
 
 A launch is identified by its launchers, the torchrun processes of its machines. It remains the same launch while one of
 them is alive, even if ranks, machines and restart counts change. Other identifiers do not work: the next launch may
@@ -25,14 +25,17 @@ LAUNCH_FILE = "launch.json"  # in a run folder: the launch that uses it
 
 
 def launcher_ids() -> list[str]:
-    """Return the launchers of all ranks; empty without torchrun. All ranks must call it."""
+    """Return the sorted ids of the launchers of all ranks, or an empty list without torchrun.
+
+    All ranks must call this function together.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     return sorted(set(collectives.from_all_ranks(_process_id(os.getppid()))))
 
 
 def _process_id(pid: int) -> str:
-    """Identify a process uniquely over all machines and boots."""
+    """Return a string that identifies a process uniquely across machines and boots."""
     start_time = ""
     with suppress(OSError, IndexError):  # Linux only; the command name, in parentheses, may contain spaces
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -52,8 +55,9 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
         launchers: From `launcher_ids`.
 
     Returns:
-        The run folder, or None on the first start of a launch; and the value of --resume to use: the folder if it has
-        a checkpoint, otherwise the given one.
+        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume`
+        replaces the value of --resume. It is the folder if this has a checkpoint. If the folder has none, "auto" is
+        replaced by None. In all other cases, it is the given value.
     """
     if not launchers:
         return None, resume
@@ -66,7 +70,7 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
 
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
-    """Return the run folders of this name, latest first, and the one that --resume names."""
+    """Return the run folders of this name, latest first, followed by the folder that --resume refers to, if any."""
     folder = resolve_resume(config, resume)[0]
     return run_dirs(config) if folder is None else [*run_dirs(config), folder]
 
@@ -79,7 +83,11 @@ def _is_used_by(folder: Path, launchers: list[str]) -> bool:
 
 
 def record_launch(folder: Path, launchers: list[str]) -> Path:
-    """Record that this launch uses the run folder, and return the folder."""
+    """Record in the run folder that this launch uses it, and return the folder.
+
+    Raises:
+        UserError: If the record cannot be written.
+    """
     if launchers:
         text = json.dumps({"agents": launchers}, indent=2) + "\n"
         try:

@@ -22,10 +22,10 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
         state: The run to load into.
         checkpoint: From `store.load`.
         path: Path of the checkpoint, for errors.
-        weights: Weights to load, see eval.weights.
+        weights: Which weights to load, one of the values of eval.weights.
 
     Returns:
-        True if the weights are the moving average.
+        True if the loaded weights are the moving average.
 
     Raises:
         UserError: If the checkpoint does not have these weights, or they do not fit the model.
@@ -45,7 +45,7 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
 
 
 def restore_state(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load everything that a training step changes. Raises UserError if the checkpoint does not fit."""
+    """Load everything that a training step changes. Raises UserError if the checkpoint does not fit the run."""
     require_keys(checkpoint, ("model", "optimizer", "scaler", "sums"), path)
     _restore_model(state, checkpoint, path)
     _check_shapes("sums", {"": checkpoint["sums"]}, {"": state.sums}, path)
@@ -65,7 +65,7 @@ def restore_state(state: TrainState, checkpoint: dict[str, Any], path: Path) -> 
 
 
 def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise UserError if names or shapes of tensors differ."""
+    """Raise UserError if the names or shapes of saved tensors differ from the expected ones."""
     shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, saved)]
     if different := [name for name in {**expected, **saved} if shapes[0].get(name) != shapes[1].get(name)]:
         where = f"{entry} {different[0]}".rstrip()
@@ -73,17 +73,17 @@ def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str
 
 
 def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
-    """Return True for optimizer state that cannot belong to this parameter."""
+    """Return True if `value` is an optimizer state tensor whose shape does not fit `parameter`."""
     return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
 
 
 def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True for optimizers of timm, whose state may differ in shape from the weights."""
+    """Return True if timm implements the optimizer. Its state may then have other shapes than the weights."""
     return type(optimizer).__module__.startswith("timm.")
 
 
 def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load model, optimizer and scaler, of the run or of its proxy model."""
+    """Load the model, optimizer and scaler of a run or of its proxy model."""
     restore_weights(state, checkpoint, path)
     optimizer = state.optimizer
     device_fields = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
-"""Run folders (OUTPUT/NAME): create them, find the one to resume, and lock it for one process at a time.
+"""Create run folders (OUTPUT/NAME), find the one to resume, and lock it for one process at a time.
 
-Checkpoints are listed in order of preference, since the first may be damaged. Only rank 0 accesses the file system,
-see `collectives.from_first_rank`.
+Lists of checkpoints are in order of preference, since the first one may be damaged. Only rank 0 accesses the file
+system, see `collectives.from_first_rank`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ LOCK_TIMEOUT_S = 100.0
 
 
 def run_dirs(config: Config) -> list[Path]:
-    """Return the folders that may belong to this run name, latest first: OUTPUT/NAME-2, OUTPUT/NAME.
+    """Return the existing folders that may belong to this run name, latest first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
 
-    Numbers may be missing, and some folders may belong to other runs: a run may have the name NAME-64.
+    Numbers may be missing. Some folders may belong to other runs, since a run may have the name NAME-64.
     """
     return [_numbered(config, number) for number in sorted(_used_numbers(config), reverse=True)]
 
 
 def _latest_number(config: Config) -> int:
-    """Return the number of the latest run of this name, or 0."""
+    """Return the number of the latest run of this name, or 0 if there is none."""
     used = _used_numbers(config)
     contiguous = next(number for number in range(1, len(used) + 2) if number not in used) - 1
     for number in sorted(used, reverse=True):
@@ -58,12 +58,12 @@ def _latest_number(config: Config) -> int:
 
 
 def _is_dir_name_of(folder: str, name: str) -> bool:
-    """Return True if a run of this name creates folders with that name."""
+    """Return True if a run called `name` could have created a folder called `folder`."""
     return re.fullmatch(re.escape(name) + "(-[1-9][0-9]*)?", folder) is not None
 
 
 def _run_name(folder: Path) -> str | None:
-    """Return the run name in a config.yaml of any version, or None if it cannot be read."""
+    """Return the run name in the config.yaml of a folder, written by any version, or None if it cannot be read."""
     file = folder / "config.yaml"
     try:
         values = yaml.parse(read_small_text(file), str(file)).value
@@ -78,7 +78,7 @@ def _numbered(config: Config, number: int) -> Path:
 
 
 def _used_numbers(config: Config) -> set[int]:
-    """Return the numbers of all existing files and folders named like this run."""
+    """Return the numbers of all existing files and folders that are named like a folder of this run."""
     pattern = re.compile(re.escape(str(config.name)) + "(?:-([1-9][0-9]{0,8}))?")
     try:
         found = [pattern.fullmatch(name) for name in os.listdir(config.output)]
@@ -95,8 +95,8 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
         resume: None for a new run, "auto" for the latest run of this name, otherwise a checkpoint or run folder.
 
     Returns:
-        The run folder to continue in, or None to create one; and the checkpoints to start from, in order of
-        preference. A new run has none.
+        A tuple (folder, checkpoints). The folder is the run folder to continue in, or None if a new one is needed. The
+        checkpoints are those to start from, in order of preference. A new run has none.
     """
     if resume is None:
         return None, ()
@@ -115,12 +115,19 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
 
 
 def is_explicit_checkpoint(resume: str | None) -> bool:
-    """Return True if --resume names a single checkpoint. last.pt refers to its run."""
+    """Return True if --resume names a single checkpoint.
+
+    The path of a last.pt does not count, since it refers to the whole run.
+    """
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
 
 def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
-    """Return the checkpoints to resume from: last.pt and previous.pt, or best.pt if there is neither."""
+    """Return the checkpoints to resume from, in order of preference.
+
+    These are last.pt, even if it does not exist, and previous.pt if it exists. If only best.pt exists, it is the only
+    one.
+    """
     last, previous, best = (folder / name for name in (LAST, PREVIOUS, BEST))
     if best.exists() and not last.exists() and not previous.exists():
         return (best,)
@@ -128,7 +135,7 @@ def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
 
 
 def create_run_dir(config: Config) -> Path:
-    """Create a run folder with the next number, so that no run overwrites another."""
+    """Create a run folder with the next free number, so that no run overwrites another."""
     for number in itertools.count(_latest_number(config) + 1):
         folder = _numbered(config, number)
         try:
@@ -145,11 +152,11 @@ def create_run_dir(config: Config) -> Path:
 def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
-    All ranks must call it. It completes an interrupted save of an earlier process, so look for checkpoints inside the
-    context, see `refresh_candidates`.
+    All ranks must enter the context together. Entering it completes a save that an earlier process left unfinished, so
+    earlier search results may be outdated. Use `refresh_candidates` inside the context.
 
     Raises:
-        UserError: If another process still holds the lock after `timeout_s`.
+        UserError: If another process still holds the lock after `timeout_s`, or the folder contains links.
     """
     locks: list[BinaryIO] = []
 
@@ -168,19 +175,22 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
 
 def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
-    """Repeat the search of `resolve_resume`, since the run that held the lock may have saved meanwhile.
+    """Update the checkpoints of `resolve_resume`, since the run that held the lock may have saved in the meantime.
 
     Args:
         folder: The locked run folder.
-        candidates: The earlier candidates.
-        is_explicit: The user named a single checkpoint, so keep it.
+        candidates: The checkpoints found before locking.
+        is_explicit: True if the user named a single checkpoint, which is then kept.
     """
     latest = latest_checkpoints(folder)
     return latest if not is_explicit and any(path.exists() for path in latest) else candidates
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse links and pipes: a run would write through them. The folder may come from someone else."""
+    """Raise UserError if a file that a run writes in place is a link or a pipe.
+
+    The folder may come from someone else, and the run would write to the target of the link.
+    """
     for file in (folder / name for name in WRITTEN_IN_PLACE):
         try:
             mode = file.lstat().st_mode
@@ -194,10 +204,11 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
-    """Return the locked file, or none if the file system has no locks or is read-only (reported elsewhere).
+    """Lock the run folder and return the open lock file in a list.
 
+    Returns an empty list if the file cannot be opened for writing, which is reported elsewhere, or cannot be locked.
     The kernel releases a POSIX lock when the process ends, and child processes do not inherit it. Nothing else in this
-    process may open the file, since closing it would release the lock.
+    process may open the lock file, since closing it would release the lock.
     """
     try:
         lock = (folder / LOCK_FILE).open("a+b")
@@ -231,7 +242,11 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
 
 
 def find_checkpoints(path: Path) -> tuple[Path, ...]:
-    """Return the checkpoints of a run folder, best.pt before last.pt, or the given file."""
+    """Return the checkpoints in a run folder in the order best.pt, last.pt, previous.pt, or the given file.
+
+    Raises:
+        UserError: If the folder contains no checkpoint.
+    """
     if not path.is_dir():
         return (path,)
     if found := tuple(path / name for name in (BEST, LAST, PREVIOUS) if (path / name).is_file()):

@@ -19,24 +19,27 @@ from train.checkpoint.state import collect_state, invalid_entry, to_host
 from train.distributed import collectives
 from train.engine.state import TrainState
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt is the one before last.pt
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt precedes last.pt
 
 
 # Saving
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint of `to_host` atomically.
+    """Write a checkpoint returned by `to_host` atomically.
 
     Raises:
-        UserError: If it cannot be written. Existing files are unchanged.
+        UserError: If the file cannot be written. Existing files are then unchanged.
     """
     with _write_errors(path):
         files.atomic_write(path, lambda file: format.write(file, checkpoint))
 
 
 def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Write last.pt atomically. The existing last.pt becomes previous.pt, unless it is damaged."""
+    """Write last.pt atomically.
+
+    The existing last.pt becomes previous.pt, unless it is damaged and previous.pt already exists.
+    """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() or (previous.exists() and not is_intact(last)):
         write(last, checkpoint)
@@ -46,20 +49,20 @@ def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def recover_interrupted_save(folder: Path) -> None:
-    """Complete an interrupted save, and remove its temporary files if possible."""
+    """Complete a save that was interrupted, and remove the temporary files that it left. Ignores file system errors."""
     with suppress(OSError):  # the next save reports it
         files.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
         files.remove_temporary(folder / BEST)
 
 
 def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
-    """Write a checkpoint synchronously. Arguments as in `collect_state`."""
+    """Write the state of a run to a checkpoint and wait until it is on disk. Takes the arguments of `collect_state`."""
     write(path, to_host(collect_state(state, sums, **entries)))
 
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that says what to do."""
+    """Convert an OSError into a UserError that says how to fix the problem."""
     try:
         yield
     except OSError as error:
@@ -79,7 +82,7 @@ def load(path: Path) -> dict[str, Any]:
     """Verify and load a checkpoint into host memory. Never runs code from the file.
 
     Raises:
-        UserError: If it is missing, damaged, or from another program.
+        UserError: If the file is missing, damaged, or from another program.
     """
     try:
         return _read(path)
@@ -89,16 +92,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """Load the first intact checkpoint, and warn about damaged ones before it.
+    """Load the first intact checkpoint, and warn about damaged candidates before it.
 
     Args:
         candidates: Files of one folder, in order of preference.
 
     Returns:
-        The path and the checkpoint.
+        The path of the checkpoint, and its contents.
 
     Raises:
-        UserError: If none is intact. Names all of them, and another intact file of their folder.
+        UserError: If no candidate is intact, or if one that is tried is from another program. If none is intact, the
+            message lists all candidates, and names another intact checkpoint in their folder if there is one.
     """
     reasons: dict[Path, str] = {}
     for path in candidates:
@@ -145,8 +149,8 @@ def _read(path: Path) -> dict[str, Any]:
     """Verify and load a checkpoint.
 
     Raises:
-        ValueError: If it cannot be loaded. The message continues a sentence that starts with the path.
-        UserError: If it is from another program, since no other candidate can replace it.
+        ValueError: If the file cannot be loaded. The message is a predicate, to be appended to the path.
+        UserError: If the file is from another program. Trying other candidates would not help.
     """
     if is_foreign(path):
         raise UserError(
@@ -174,7 +178,7 @@ def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str
     """Load the checkpoint that `load_newest` chooses on rank 0, on every rank.
 
     Raises:
-        UserError: As in `load_newest`, or if another rank finds a checkpoint at another position under that path.
+        UserError: As in `load_newest`, or if the file at this path has another training position on another rank.
     """
     chosen: dict[str, Any] = {}  # on rank 0
 

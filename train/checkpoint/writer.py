@@ -22,8 +22,9 @@ SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
 class CheckpointWriter:
     """Writes checkpoints on rank 0, and tracks the newest one on all ranks.
 
-    Training waits for the copy to host memory, and for the previous checkpoint if it is still being written. An error
-    of the background thread is raised by the next call of any method.
+    Training waits for the copy to host memory, and for the previous checkpoint if it is still being written. If the
+    background thread fails, its error is raised by the next call of `save` or `wait`, or of `check` once the write has
+    ended.
 
     Args:
         folder: The run folder.
@@ -41,26 +42,26 @@ class CheckpointWriter:
         self._write: Future[None] | None = None
 
     def mark_saved(self, newest: Path, steps: int) -> None:
-        """Record that this checkpoint holds the current state of the run."""
+        """Record that the checkpoint `newest` holds the state of the run after `steps` optimizer steps."""
         self.newest, self.steps = newest, steps
 
     @property
     def has_own_checkpoint(self) -> bool:
-        """True if the newest checkpoint is in the folder of this run."""
+        """True if the newest checkpoint is last.pt or previous.pt in the folder of this run."""
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
-        """Return True if the newest checkpoint is older than SAVE_INTERVAL_S."""
+        """Return True if SAVE_INTERVAL_S has passed since last.pt was last saved, or since the start if it was not."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
-        """Snapshot the current state and write it to each of `names` in the background.
+        """Copy the current state to host memory, and write it to each of `names` in the background.
 
-        The existing last.pt becomes previous.pt.
+        If `names` contains last.pt, the existing last.pt becomes previous.pt.
 
         Args:
             names: File names, e.g. last.pt and best.pt.
-            position: Epoch, and optimizer steps done in it. Independent of ranks and micro-steps.
+            position: The epoch, and the optimizer steps done in this epoch.
             sums: The metric sums of the epoch so far, over all ranks.
             steps: Optimizer steps of the run so far.
         """
@@ -74,12 +75,12 @@ class CheckpointWriter:
         self._write = self._thread.submit(write_all, self.folder, names, to_host(checkpoint))
 
     def check(self) -> None:
-        """Raise the error of a finished write, without waiting."""
+        """Raise the error of a write that has failed. Does not wait for a write in progress."""
         if self._write is not None and self._write.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is on disk."""
+        """Wait until the write in progress has finished. Raises its error if it failed."""
         write, self._write = self._write, None
         if write is not None:
             write.result()
@@ -88,12 +89,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for a write in progress. Ignore its error, since the run has ended."""
+        """Wait for a write in progress. Ignores an error of this write, since the run has ended."""
         self._thread.shutdown()
 
 
 def write_all(folder: Path, names: tuple[str, ...], checkpoint: dict[str, Any]) -> None:
-    """Write one checkpoint under several names."""
+    """Write the same checkpoint to each of the file names."""
     for name in names:
         if name == LAST:
             store.write_last(folder, checkpoint)

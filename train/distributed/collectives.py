@@ -1,4 +1,4 @@
-"""Reductions and exchanges over all ranks, each called by all of them together."""
+"""Reductions and exchanges over all ranks. All ranks must call each function together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place on every rank. Synchronizes."""
+    """Sum a tensor over all ranks, in place on every rank, and return it."""
     dist.all_reduce(values)
     return values
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """Return the maximum of each number over all ranks. Waits for the ranks, but does not synchronize the device."""
+    """Return the maximum of each element of `values` over all ranks. Waits for all ranks, but not for the device."""
     numbers = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers]
@@ -29,7 +29,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
-    """Copy the buffers (batch-norm statistics) of rank 0 to all ranks, in one broadcast."""
+    """Copy all buffers, such as batch-norm statistics, from rank 0 to all ranks in one broadcast."""
     # Sorted by element size, so that each part of the flat tensor is aligned for its dtype.
     buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
     if dist.get_world_size() == 1 or not buffers:
@@ -42,7 +42,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """Call `compute` on rank 0 and return its result on every rank. A UserError is raised on every rank."""
+    """Call `compute` on rank 0 and return its result on every rank. If it raises a UserError, every rank raises it."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -57,7 +57,7 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
 
 
 def from_all_ranks(value: str) -> list[str]:
-    """Return the values of all ranks, in rank order."""
+    """Return the value that each rank passed, in rank order."""
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,6 +1,6 @@
-"""Agreement of all ranks to stop or save after an optimizer step.
+"""Agreement of all ranks on whether to stop or save after an optimizer step.
 
-Never synchronizes the device. The ranks communicate about once a second.
+It never synchronizes the device. The ranks communicate about once a second.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ POLL_INTERVAL_S = 1.0
 
 
 class StopConsensus:
-    """Makes the same decisions to stop or save on all ranks.
+    """Makes all ranks stop or save after the same optimizer step.
 
     Args:
-        pending_signal: Returns the signal that this rank received, or 0.
+        pending_signal: Returns the number of the signal that this rank received, or 0.
         is_due: Returns True if a checkpoint is due. Only the answer of rank 0 counts.
-        poll_interval_s: Approximate time between two communications.
+        poll_interval_s: Approximate time in seconds between two communications.
     """
 
     def __init__(
@@ -31,14 +31,19 @@ class StopConsensus:
         self.reset(0)
 
     def reset(self, steps_done: int) -> None:
-        """Make the ranks communicate after the next step. All ranks must pass the same `steps_done`."""
+        """Make the ranks communicate after the next optimizer step. All ranks must pass the same `steps_done`."""
         self._last, self._next, self._interval = steps_done, steps_done + 1, 1
         self._time_s = time.monotonic()
 
     def poll(self, steps_done: int) -> tuple[int, bool]:
-        """Return (signal that stops the run or 0, True to save now), the same on all ranks.
+        """Decide together whether to stop or save. All ranks must call this method after every optimizer step.
 
-        Call it after every optimizer step. `steps_done` counts the optimizer steps of the run.
+        Args:
+            steps_done: Optimizer steps of the run so far.
+
+        Returns:
+            A tuple (signal, save) that is the same on all ranks. `signal` is the number of the signal that stops the
+            run, or 0. `save` is True if a checkpoint is due.
         """
         if self._is_alone:
             return self._pending_signal(), self._is_due()
@@ -50,10 +55,10 @@ class StopConsensus:
         return signal, bool(due)
 
     def poll_now(self) -> int:
-        """Communicate now, and return the signal that stops the run, or 0."""
+        """Communicate immediately, and return the number of the signal that stops the run, or 0."""
         return collectives.max_over_ranks([self._pending_signal()])[0]
 
     def _next_interval(self, steps_done: int) -> int:
-        """Return the number of steps in a poll interval, at most twice the previous number."""
+        """Return the number of steps until the next communication, at most twice the previous number."""
         step_s = (time.monotonic() - self._time_s) / max(steps_done - self._last, 1)
         return max(1, min(2 * self._interval, int(self._poll_interval_s / max(step_s, 1e-6))))

@@ -1,8 +1,8 @@
-"""Connections of all ranks to rank 0 that report at once when a rank fails or is lost.
+"""Connections of all ranks to rank 0 that report immediately when a rank fails or is lost.
 
-A killed rank cannot report anything, but the kernel closes its connection, so the others notice. Policy lives in
-`launcher`; this module does not import torch. Messages are newline-delimited JSON. A launch id identifies one start of
-the ranks, so that a stale process of an earlier launch is ignored.
+A killed rank cannot report anything, but the kernel closes its connection, so the other ranks notice. `launcher`
+decides how a rank reacts to a failure. Messages are newline-delimited JSON. A launch id identifies one start of the
+ranks, so that a stale process of an earlier launch is ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
 
 class Store(Protocol):
-    """Key-value store shared by all ranks: torch's, restricted to calls that do not wait."""
+    """Key-value store that all ranks share.
+
+    The protocol contains only those methods of torch's store that do not wait.
+    """
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -38,7 +41,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure of one rank. All ranks agree on the first one."""
+    """A failure of one rank."""
 
     rank: int
     summary: str  # one line
@@ -64,12 +67,17 @@ class FailureChannel:
         self._is_closed = False
 
     def first_failure(self, timeout_s: float = 0.0) -> Failure | None:
-        """Return the first failure of any rank, waiting up to `timeout_s` for one."""
+        """Wait up to `timeout_s` for a failure. Return the first failure of any rank, or None."""
         self._has_failed.wait(timeout_s)
         return self._first
 
     def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
-        """Report this rank's failure to all ranks, and return the one that all agree was the first."""
+        """Report a failure of this rank to all ranks.
+
+        Returns:
+            The failure that happened first according to rank 0, or `failure` if rank 0 does not answer within
+            `timeout_s`.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -77,15 +85,21 @@ class FailureChannel:
         raise NotImplementedError
 
     def all_connected(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for ranks that are still starting. Only rank 0 waits."""
+        """Wait up to `timeout_s` on rank 0 for ranks that are still starting, and return True if all are connected.
+
+        Other ranks do not wait, and always return True.
+        """
         return True
 
     def missing_ranks(self) -> list[int]:
-        """Return the ranks that have not connected yet. Only rank 0 knows them."""
+        """Return the ranks that have not connected to rank 0 yet. Ranks other than 0 return an empty list."""
         return []
 
     def _set_first(self, failure: Failure) -> None:
-        """Store the first failure. The caller holds the lock."""
+        """Store the first failure, and call `on_failure` in a thread if another rank failed.
+
+        The caller must hold the lock.
+        """
         self._first = failure
         self._has_failed.set()
         if failure.rank != self._ranks.rank:
@@ -95,9 +109,10 @@ class FailureChannel:
 def connect(
     ranks: Ranks, store: Store, address: str, on_failure: Callable[[Failure], None], timeout_s: float
 ) -> FailureChannel:
-    """Open the channel on this rank, waiting for rank 0.
+    """Open the channel on this rank. Ranks other than 0 wait for rank 0.
 
-    torchrun keeps its store over restarts, so the store may contain the address of an earlier rank 0.
+    torchrun keeps its store across restarts, so the store may contain the address of an earlier rank 0. Ranks try again
+    until the current one answers.
 
     Args:
         ranks: Rank and world size of this process.
@@ -127,7 +142,7 @@ def connect(
 
 
 def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """Connect to rank 0. Raise OSError if the address belongs to another launch or program."""
+    """Connect to rank 0. Raises OSError if another launch or program listens at this address."""
     connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
     try:
         greeting = b""
@@ -221,7 +236,7 @@ class Member(FailureChannel):
 
 
 class Coordinator(FailureChannel):
-    """The channel of rank 0, which decides which failure was the first and tells all other ranks."""
+    """The channel of rank 0, which decides which failure was the first, and sends it to all other ranks."""
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         super().__init__(ranks, on_failure, launch_id)
@@ -277,7 +292,7 @@ class Coordinator(FailureChannel):
                 self._all_connected.set()
 
     def _record(self, failure: Failure) -> Failure:
-        """Record a failure and return the first one, which may be an earlier one of another rank."""
+        """Record a failure and return the first failure, which may be one that another rank reported earlier."""
         with self._lock:
             if self._first is None:
                 self._set_first(failure)
@@ -311,7 +326,7 @@ class Coordinator(FailureChannel):
 
 
 def _create_server(connections: int) -> socket.socket:
-    """Listen on all addresses of this machine, at a free port."""
+    """Listen on all addresses of this machine, on a free port."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(

@@ -1,7 +1,8 @@
-"""Entry point for several ranks: if one fails, all end, with one clear error and an exit code.
+"""Run an entry point on several ranks. If one rank fails, all of them exit with a clear error.
 
-The rank that failed first prints its error. Every other rank prints one line with the reason why it stopped. Exit code
-2 is an error that the user can fix, 1 any other error or a stopped rank. No rank waits without a limit.
+The rank that failed first prints its error. Every other rank prints one line with the reason why it stopped. The exit
+code is 2 for an error that the user can fix. It is 1 for any other error, and for a rank that stopped because another
+one failed. No rank waits without a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SHUTDOWN_GRACE_S = 10.0
 GPU_SHUTDOWN_GRACE_S = 2.0
 GPU_EXIT_DELAY_S = 3.0
 CAUSE_TIMEOUT_S = 3.0  # for the cause of a broken connection to arrive
-JOIN_WARNING_S = 60.0  # then missing ranks are named, but awaited: imports from a slow disk take minutes
+JOIN_WARNING_S = 60.0  # then missing ranks are named but still awaited, as slow imports take minutes
 JOIN_TIMEOUT_S = 30.0  # a failed rank waits this long for ranks that are still starting, to tell them
 STOPPED_DELAY_S = 0.3  # so that the error of the first rank is printed before the lines of stopped ranks
 
@@ -43,7 +44,7 @@ LOST_CONNECTION = "lost the connection to another rank, which was probably kille
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point on all ranks, like `run_main` on one. An error on any rank ends all of them.
+    """Run an entry point like `run_main`, but on all ranks. If any rank fails, all ranks end.
 
     SystemExit and Ctrl-C do not count as errors, and are not reported to other ranks.
     """
@@ -65,21 +66,21 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
 
 
 class RankSupervisor:
-    """Ends this rank when it or another one fails.
+    """Ends this rank if any rank fails.
 
-    Both the main thread and the thread that learns of a failure may end the process; the first to take `_exit_lock`
-    does.
+    Both the main thread and the thread that is notified of a failure may end the process. The first one to acquire
+    `_exit_lock` does so.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._exit_lock = threading.Lock()  # never released
         self._channel: FailureChannel | None = None
-        self._all_joined = threading.Event()  # also set when this rank ends
+        self._all_joined = threading.Event()  # set when this rank ends
         self._is_terminating = False
 
     def run(self, main: Callable[[], int | None]) -> int | None:
-        """Run `main` and return its exit code, or exit the process after a failure."""
+        """Run `main` and return its exit code. Exits the process if any rank fails."""
         timeout_s = process_group.GROUP_TIMEOUT.total_seconds()
         threading.Thread(target=self._warn_missing, args=(timeout_s,), daemon=True).start()
         try:
@@ -100,7 +101,7 @@ class RankSupervisor:
         return code
 
     def _warn_missing(self, timeout_s: float) -> None:
-        """Warn about late ranks, in a thread of rank 0, or of rank 1 if rank 0 itself is late."""
+        """Warn about ranks that start late. Runs in a thread of rank 0, and of rank 1 in case rank 0 itself is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
@@ -151,7 +152,7 @@ class RankSupervisor:
         return Failure(self._ranks.rank, LOST_CONNECTION)
 
     def _show(self, error: Exception, failure: Failure) -> None:
-        """Print the error that stops all ranks."""
+        """Print the error that ends all ranks, and write it for torchrun."""
         if failure.is_user_error:
             _print_error(f"error: {failure.summary} (rank {failure.rank})")
         elif process_group.is_lost_peer(error):
@@ -161,7 +162,10 @@ class RankSupervisor:
         _write_torchrun_error(failure.summary)
 
     def _wait_for_others(self) -> None:
-        """Wait for ranks that are still starting, unless torchrun is ending its ranks: then they never connect."""
+        """Wait for ranks that are still starting, so that they learn of the failure.
+
+        Stops waiting if torchrun ends its ranks, since the missing ranks will then never connect.
+        """
         end = time.monotonic() + JOIN_TIMEOUT_S
         while self._channel is not None and time.monotonic() < end and not self._is_terminating:
             if self._channel.all_connected(0.1):
@@ -192,7 +196,7 @@ def _error_line(error: BaseException) -> str:
 
 
 def _resume_advice() -> str:
-    """Return advice on resuming after a process was killed."""
+    """Return advice for an error on how to resume after a process was killed."""
     started, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if started < limit:
         return "torchrun restarts all ranks"
@@ -200,7 +204,7 @@ def _resume_advice() -> str:
 
 
 def _print_error(text: str) -> None:
-    """Write in one call, since several ranks share stderr."""
+    """Print a line to stderr in one call, since several ranks share stderr."""
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -209,7 +213,8 @@ def _print_error(text: str) -> None:
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:
     """Write the file from which torchrun reads the reason for a failure.
 
-    torchrun takes the failure with the earliest timestamp, in seconds, as the cause, so consequences get a later one.
+    torchrun takes the failure with the earliest timestamp, in seconds, as the cause. A rank that stopped because of
+    another rank (`is_consequence`) therefore writes a later timestamp.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):

@@ -1,6 +1,7 @@
 """Process group, ranks and data parallelism.
 
-A process group always exists, even for a single process without torchrun, so no code branches on the world size.
+A process group always exists, even for a single process without torchrun, so that other code need not handle the case
+without one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LAUNCH_ID_VARIABLE = "ZHU_START"  # launch id, see `train.distributed.failure_ch
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank and world size of this process."""
+    """Rank and world size of this process, over all machines and on this machine (local)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -35,10 +36,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read the ranks from the variables that torchrun sets. Without them, the process is the only rank.
+        """Read the ranks from the variables that torchrun sets. If any is missing, the process is the only rank.
 
         Raises:
-            UserError: If only some of them are set.
+            UserError: If a variable is missing although WORLD_SIZE is set to more than 1.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
@@ -51,7 +52,7 @@ class Ranks:
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
-        """Return the ranks of a single-process tool. Raise UserError if torchrun started several processes."""
+        """Return the ranks of a single-process tool. Raises UserError if torchrun started several processes."""
         if cls.from_environment().world_size > 1:
             raise UserError(f"{tool} is one process; start it with python instead of torchrun")
         return cls()
@@ -63,7 +64,11 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[torch.device]:
-    """Initialize the process group for the lifetime of the context, and yield the device of this rank."""
+    """Initialize the process group for the lifetime of the context, and yield the device of this rank.
+
+    Raises:
+        UserError: If this machine has fewer GPUs than processes, or if rank 0 cannot be reached.
+    """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if ranks.local_world_size > gpus:
@@ -90,10 +95,13 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
 
 
 def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
-    """Connect to the store that torchrun or, without it, rank 0 hosts for all ranks. Waits for it.
+    """Connect to the store that all ranks share, and wait for it. The store is hosted by torchrun or else by rank 0.
 
     Returns:
-        A new connection, and the address of its machine, where rank 0 also runs.
+        A new connection to the store, and the address of the machine that hosts it and runs rank 0.
+
+    Raises:
+        UserError: If the store cannot be reached.
     """
     try:
         store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))
@@ -109,18 +117,18 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
 def _launch_store(store: dist.Store) -> dist.Store:
     """Return the part of the store that belongs to this launch.
 
-    torchrun keeps its store over restarts, with the addresses of ranks that were killed.
+    torchrun keeps its store across restarts, including the addresses of ranks that were killed.
     """
     return dist.PrefixStore(os.environ[LAUNCH_ID_VARIABLE], store) if LAUNCH_ID_VARIABLE in os.environ else store
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return True if a collective or the store failed because another rank was lost or silent."""
+    """Return True if a collective or the store failed because another rank was lost or did not respond."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Return True if an error of `is_lost_peer` is a timeout."""
+    """Return True if an error that satisfies `is_lost_peer` is a timeout."""
     return "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
@@ -154,6 +162,6 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Skip the gradient reduction of backward passes in this context, for all micro-steps but the last."""
+    """Return a context that skips the gradient reduction of backward passes, for all micro-steps but the last."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()  # a compiled model forwards the attribute

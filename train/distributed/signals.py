@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: handlers set a flag, which the training loop reads between steps."""
+"""Handle signals that ask a run to stop. The handlers set a flag, which the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPEATED_SIGINT_S = 1.0  # terminal and torchrun may both send Ctrl-C at once; a
 
 
 class Preempted(Exception):
-    """Raised after a signal, once the checkpoint is written."""
+    """Raised when a run stops because of a signal, after the checkpoint is written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -34,16 +34,17 @@ class Preempted(Exception):
 
 @dataclass
 class PendingSignal:
-    """The first signal that arrived, or 0."""
+    """The number of the first signal that arrived, or 0."""
 
     number: int = 0
 
 
 @contextmanager
 def catch_signals() -> Iterator[PendingSignal]:
-    """Set a flag on SIGNALS instead of ending the process; a second, later Ctrl-C ends it at once.
+    """Record the first of SIGNALS in the yielded object instead of ending the process.
 
-    Python runs handlers in the main thread only, so this does nothing in other threads.
+    A Ctrl-C more than REPEATED_SIGINT_S after the first signal raises KeyboardInterrupt. Python allows signal handlers
+    only in the main thread, so this context does nothing in other threads.
     """
     pending, first_s = PendingSignal(), 0.0
 
@@ -67,9 +68,9 @@ def catch_signals() -> Iterator[PendingSignal]:
 
 
 def die_with_launcher() -> None:
-    """Let the kernel send this process SIGTERM when its torchrun dies, even by SIGKILL.
+    """Tell the kernel to send this process SIGTERM when its torchrun dies, even if torchrun was killed by SIGKILL.
 
-    Otherwise the ranks would continue, and keep their GPUs and the lock of the run folder.
+    Otherwise the ranks would continue running, and keep their GPUs and the lock of the run folder.
 
     Raises:
         UserError: If torchrun is already dead.
@@ -83,7 +84,8 @@ def die_with_launcher() -> None:
 def is_reparented(parent: int, proc: Path = Path("/proc")) -> bool:
     """Return True if `parent` is init or a subreaper, i.e. the launcher of this process has died.
 
-    PID 1 does not count if it is torchrun itself, as in a container.
+    A process with PID 1 does not count if it is torchrun itself, as in a container. `proc` is the mount point of
+    procfs.
     """
     command = name = b""
     with suppress(OSError):  # /proc may hide the processes of other users

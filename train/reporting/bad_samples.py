@@ -1,4 +1,4 @@
-"""Report the samples that training has replaced, over all ranks."""
+"""Report the bad samples that training has replaced on any rank."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from train.distributed import collectives
 
 
 def report_bad_samples(loader: TrainLoader) -> str | None:
-    """Return a sentence about the samples that any rank has replaced since the start, or None.
+    """Return a sentence about the bad samples that any rank has replaced since the start, or None if there are none.
 
-    All ranks must call it.
+    All ranks must call this function together.
 
     Raises:
-        UserError: The ranks together exceed data.max_bad_samples.
+        UserError: If the number of these samples exceeds data.max_bad_samples.
     """
     samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):
@@ -30,7 +30,10 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 
 
 def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
-    """Return the samples replaced on any rank, int64, ascending. Costs one small reduction if there are none."""
+    """Return the indices of the samples that any rank has replaced, int64, ascending.
+
+    If there are none, the only communication is the reduction of one number.
+    """
     if not bad.can_replace:
         return np.empty(0, np.int64)
     found = [sample for sample, _ in bad.found]

@@ -1,7 +1,9 @@
-"""Figures of training: curves, image grids, confusion matrices. They are returned unsaved, for both files and trackers.
+"""Figures of training: curves, image grids and confusion matrices.
 
-matplotlib is imported inside the functions, since the import takes half a second. pyplot is not used: it keeps figures
-in global state and may open windows.
+They are not saved, so files and trackers can use them.
+
+matplotlib is imported inside the functions, since the import takes half a second. pyplot is not used, since it keeps
+figures in global state and may open windows.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ VALIDATION_LOSS = "cross-entropy"  # for every train.loss
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `size` inches and its rows * columns axes, in reading order."""
+    """Return a new figure of `size` (width, height) in inches and its rows * columns axes, in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -39,7 +41,7 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
 
 def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Add a legend to a figure or its axes that shows all names unchanged.
+    """Add a legend to a figure or axes. It shows all names unchanged.
 
     matplotlib itself omits names with a leading underscore, and renders text between dollar signs as a formula.
     """
@@ -49,7 +51,7 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically. Raises UserError if it cannot be written."""
+    """Write a figure to a PNG file atomically. Raises UserError if the file cannot be written."""
     temporary = path.with_name(f".{path.name}")
     try:
         figure.savefig(temporary, dpi=DPI, format="png")
@@ -71,10 +73,10 @@ def render(figure: Figure) -> np.ndarray:
 
 
 def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy") -> Figure:
-    """Draw loss and top-1 accuracy of training and validation against epoch, side by side.
+    """Plot the loss and the top-1 accuracy over epochs, for training and validation.
 
     Args:
-        metrics: Lines of metrics.jsonl, possibly with the validation of a moving average.
+        metrics: Lines of metrics.jsonl. They may include the validation of a moving average.
         title: Title of the figure.
         loss: The value of train.loss.
     """
@@ -98,21 +100,21 @@ def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy
 
 
 def loss_name(loss: str) -> str:
-    """Return the name of a train.loss in figures."""
+    """Return the name that figures use for a value of train.loss."""
     return {"bce": "binary cross-entropy"}.get(loss, loss)
 
 
 def image_grid(
     images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 5, colors: Sequence[str] | None = None
 ) -> Figure:
-    """Draw images with a caption above each.
+    """Draw images in a grid, each with a caption above it.
 
     Args:
         images: uint8 [N, H, W, 3].
         captions: One per image.
         title: Title of the figure.
         columns: Maximum number of columns.
-        colors: Colors of the captions, e.g. RIGHT or WRONG.
+        colors: Colors of the captions, e.g. RIGHT or WRONG. If None, all captions are black.
     """
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
@@ -131,7 +133,7 @@ def image_grid(
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Draw the share of each true class (row) that was predicted as each class (column).
 
-    `counts` is int [C, C], true by predicted.
+    `counts` contains numbers of samples, int [C, C], indexed by true class and predicted class.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -157,16 +159,16 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
 
 
 def _shares_scale() -> Normalize:
-    """Map shares to colors by their square root, so that rare confusions are visible beside the diagonal."""
+    """Return a color scale by the square root of shares, so that rare confusions are visible beside the diagonal."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
-    """Draw a bar from 0 to 1 for each name, the highest first, in several columns.
+    """Draw a horizontal bar for each name, from the highest to the lowest value. Values are from 0 to 1.
 
-    More than RANKED_BARS names are reduced to the highest and the lowest.
+    If there are more than RANKED_BARS names, only the highest and the lowest values are drawn.
     """
     order = sorted(range(len(names)), key=lambda number: -values[number])
     if len(order) > RANKED_BARS:
@@ -190,7 +192,10 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
 
 
 def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Figure:
-    """Draw the samples per class of each split: bars by class, or curves of sorted numbers for many classes."""
+    """Draw the number of samples per class in each split.
+
+    Up to COUNTED_CLASSES classes have bars. More classes are drawn as curves of the counts in descending order.
+    """
     named = len(classes) <= COUNTED_CLASSES
     figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
     drawn: list[Any] = []
@@ -217,5 +222,5 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
 
 
 def shorten(name: str) -> str:
-    """Shorten a class name to leave room for the plot."""
+    """Shorten a class name to NAME_LETTERS characters, to leave room for the plot."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

@@ -1,4 +1,4 @@
-"""Image grids of a model's inputs and predictions, from tensors on any device."""
+"""Image grids of a model's inputs and predictions. Functions accept tensors on any device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MIXED_LINES = 2 * CAPTION_LINES
 
 
 def training_grid(rendered: RenderedBatch, classes: Sequence[str], title: str) -> Figure:
-    """Draw images as seen in training, with the classes mixed in each."""
+    """Draw images as the model sees them in training. Captions name the classes that are mixed into each image."""
     captions = [wrap_caption(name, lines=MIXED_LINES) for name in mix_captions(rendered, classes)]
     return figures.image_grid(to_numpy(rendered.images), captions, title=title)
 
 
 def mix_captions(rendered: RenderedBatch, classes: Sequence[str]) -> list[str]:
-    """Return captions like "cat 0.70 + dog 0.30", or "cat" for an unmixed image."""
+    """Return a caption for each image, such as "cat 0.70 + dog 0.30", or "cat" for an unmixed image."""
     names = []
     for label, other, share in zip(
         rendered.labels.tolist(), rendered.others.tolist(), rendered.shares.tolist(), strict=True
@@ -40,17 +40,24 @@ def mix_captions(rendered: RenderedBatch, classes: Sequence[str]) -> list[str]:
 
 
 def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Draw images with their class names. images: uint8 [N, 3, H, W], labels: int64 [N], -1 if unknown."""
+    """Draw images, each with its class name as caption.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        labels: int64 [N], -1 if unknown.
+        classes: Class names.
+        title: Title of the figure.
+    """
     captions = [wrap_caption(class_name(label, classes)) for label in labels.tolist()]
     return figures.image_grid(to_numpy(images), captions, title=title)
 
 
 def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Draw images with predicted class, probability and true class; green if correct, red if wrong.
+    """Draw images with predicted class, probability and true class. Captions are green if correct, and red if wrong.
 
     Args:
         images: uint8 [N, 3, H, W].
-        labels: int64 [N], -1 if unknown (black).
+        labels: int64 [N]. It is -1 for an unknown label, for which the caption is black.
         logits: [N, C].
         classes: Class names.
         title: Title of the figure.
@@ -67,23 +74,23 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Seq
 
 
 def predicted_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the predicted classes, int64 [N], and their probabilities, float32 [N], of logits [N, C].
+    """Return the predicted classes, int64 [N], and their probabilities, float32 [N], from logits [N, C].
 
-    Ties, common in bfloat16, are broken as in `loss_and_hits`; argmax may choose another class.
+    Equal logits, which are common in bfloat16, are ordered as in `loss_and_hits`. argmax might choose another class.
     """
     best = logits.topk(min(5, logits.shape[1])).indices[:, :1]
     return best[:, 0], logits.float().softmax(1).gather(1, best)[:, 0]
 
 
 def confusion_counts(labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Return counts of true by predicted class, int64 [C, C]. Samples without a label are ignored."""
+    """Return the number of samples for each true and predicted class, int64 [C, C]. Ignores samples without a label."""
     known = labels >= 0
     cells = labels[known] * classes + predicted[known]
     return torch.bincount(cells, minlength=classes * classes).reshape(classes, classes).cpu().numpy()
 
 
 def to_numpy(images: Tensor) -> np.ndarray:
-    """Convert uint8 [N, 3, H, W] to uint8 [N, H, W, 3] on the host."""
+    """Convert images from a uint8 tensor [N, 3, H, W] to a uint8 array [N, H, W, 3] in host memory."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -92,5 +99,5 @@ def class_name(label: int, classes: Sequence[str]) -> str:
 
 
 def wrap_caption(caption: str, lines: int = CAPTION_LINES) -> str:
-    """Break a caption into lines that fit above an image, and shorten it if necessary."""
+    """Break a caption into at most `lines` lines that fit above an image, and truncate it if it is longer."""
     return "\n".join(textwrap.wrap(caption, CAPTION_WIDTH, max_lines=lines, placeholder=" …"))

@@ -12,10 +12,13 @@ from configs.utils.files import read_small_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, except a last line that was truncated by a kill.
+    """Return the lines of a run's metrics.jsonl as mappings of numbers by name.
+
+    Reading ends at the first line that is not valid JSON, e.g. a last line that was truncated by a kill. A missing file
+    has no lines.
 
     Raises:
-        UserError: If the file cannot be read, or a line was not written by a run.
+        UserError: If the file cannot be read, or if a line is not a mapping of numbers that includes the epoch.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -41,9 +44,9 @@ def _is_metric(value: Any) -> bool:
 
 
 def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the best validation loss and accuracy, and the epoch of the best accuracy.
+    """Return the lowest validation loss, the highest validation accuracy, and the first epoch with this accuracy.
 
-    Considers the moving average too, if there is one. `metrics` is from `read_metrics`.
+    If there is a moving average, its best results are included under other names. `metrics` is from `read_metrics`.
     """
     found: dict[str, float] = {}
     for average in ("", "ema_"):
@@ -59,7 +62,11 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
-    """Return the top-1 accuracy of the weights that eval.weights selects, or None without an evaluation."""
+    """Return the validation accuracy (top-1) of the weights that eval.weights selects.
+
+    Returns None for an epoch without evaluation. `line` is from `read_metrics`, and `weights` is the value of
+    eval.weights.
+    """
     key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
     value: float | None = line.get(key)
     return value

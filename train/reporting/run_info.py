@@ -1,4 +1,4 @@
-"""Facts about a run: plain values for trackers and checkpoints, and a line for the console."""
+"""Facts about a run, as plain values for trackers and checkpoints and as one line for the console."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from train.optim.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Return the samples of one optimizer step over all ranks, unless data.stages change it."""
+    """Return the number of samples per optimizer step, over all ranks. Ignores data.stages, which may change it."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def collect_run_info(
     config: Config, dataset: dict[str, Any], state: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return facts that depend on config, data set and machine together.
+    """Return facts about a run that depend on its config, data set and machine.
 
     Args:
         config: Config of the run.
         dataset: The contents of dataset.json.
         state: The training state.
-        loader: The training loader. Sizes are those of the first epoch of a new run.
+        loader: The training loader.
         ranks: Rank and world size of this process.
+
+    Returns:
+        Plain values by name. Image size, global batch and steps per epoch are those of epoch train.first_epoch.
     """
     accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
     stages = {
@@ -58,7 +61,7 @@ def collect_run_info(
 
 
 def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Return the entry "dataset" of a checkpoint, so that the model can be used without its data set."""
+    """Return the entry "dataset" of a checkpoint, which makes the model usable without its data set."""
     return {
         **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
         "conversion": dataset.get("options", {}).get("encoding"),  # to store other images in the same way
@@ -67,7 +70,7 @@ def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
 
 
 def summary_line(config: Config, facts: dict[str, Any], device: torch.device) -> str:
-    """Return one line about the run. `facts` are from `collect_run_info`."""
+    """Return one line that summarizes the run for the console. `facts` is from `collect_run_info`."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
     threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
@@ -81,14 +84,14 @@ def summary_line(config: Config, facts: dict[str, Any], device: torch.device) ->
 
 
 def stage_warnings(config: Config) -> list[str]:
-    """Return a warning if stages start after the last epoch."""
+    """Return a list with one warning if stages start after the last epoch, and an empty list otherwise."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
     text = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
     return [text] if late else []
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or, for the CPU, of the processor."""
+    """Return the name of the GPU, or of the processor if the device is the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 

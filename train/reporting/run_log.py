@@ -1,7 +1,7 @@
-"""The log of a run: console, log.txt, metrics.jsonl, curves.png and trackers, written on rank 0 only.
+"""The log of a run: console, log.txt, metrics.jsonl, curves.png and trackers. Only rank 0 writes it.
 
 A failing tracker or an unwritable log.txt is reported once and then ignored. metrics.jsonl and config.yaml are
-required: failing to write them ends the run.
+required, so failing to write them ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CURVES_INTERVAL_S = 30.0
 
 
 class _Console(logging.StreamHandler):
-    """Handler that warns once about lines it cannot write, instead of printing a traceback for each."""
+    """Handler that prints a warning if lines cannot be written, instead of a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         del record
@@ -56,11 +56,12 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 class RunLog:
-    """Writes the log of one run. As a context manager, it finishes the log, as failed after an exception.
+    """Writes the log of one run. As a context manager, it finishes the log on exit, as failed after an exception.
 
     Args:
-        folder: The run folder; None on all ranks but rank 0, where the log does nothing.
-        peers_wait: Other ranks wait for this one, and learn of an error only after the log is finished.
+        folder: The run folder, or None on ranks other than 0. Without a folder, the log does nothing.
+        peers_wait: True if other ranks wait for this one. After an error, the log is then finished quickly, since the
+            other ranks learn of the error only afterwards.
         loss: The value of train.loss.
     """
 
@@ -105,7 +106,7 @@ class RunLog:
         self._logger.info(message)
 
     def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
-        """Start W&B and TensorBoard if configured.
+        """Start W&B and TensorBoard if they are configured.
 
         Args:
             config: Settings of the trackers.
@@ -130,31 +131,37 @@ class RunLog:
                 self._trackers += [tracker] if tracker is not None else []
 
     def write_config(self, config: str, facts: dict[str, Any]) -> None:
-        """Write config.yaml and facts.json, replacing those of an earlier start."""
+        """Write config.yaml and facts.json, replacing the files of an earlier start."""
         if self._folder is not None:
             _replace(self._folder / "config.yaml", config)
             _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def drop_epochs_from(self, first: int) -> None:
-        """Drop the metrics of epochs from `first` on, since a resumed run writes them again."""
+        """Remove the metrics of epoch `first` and later ones, since a resumed run writes them again."""
         if self._folder is None:
             return
         kept = [line for line in read_metrics(self._folder) if line["epoch"] < first]
         _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, values: Mapping[str, float], step: int) -> None:
-        """Log a point against step: a line on the console, and a point in the trackers.
+        """Log values at an optimizer step to the console, log.txt and the trackers.
 
         Args:
             values: Numbers by name, including step_loss, lr and images_per_s.
-            step: Optimizer steps done.
+            step: Optimizer steps done so far.
         """
         loss, lr, rate = (values[name] for name in ("step_loss", "lr", "images_per_s"))
         self.info(f"step {step}: loss {loss:.4g}, lr {lr:.4g}, {rate:,.0f} images/s")
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
     def log_epoch(self, metrics: dict[str, Any]) -> None:
-        """Log an epoch: a line of metrics.jsonl, a line on the console, and a point in the trackers."""
+        """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
+
+        Also redraws curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
+
+        Raises:
+            UserError: If metrics.jsonl cannot be written.
+        """
         if self._folder is None:
             return
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
@@ -175,7 +182,7 @@ class RunLog:
             self.draw_curves()
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
-        """Show a figure in the trackers. Calls `draw` only if there are any."""
+        """Show a figure in the trackers. Calls `draw` only if there is a tracker."""
         if not self.has_trackers:
             return
         try:
@@ -186,11 +193,11 @@ class RunLog:
         self._each(lambda tracker: tracker.log_image(key, pixels, step))
 
     def update_summary(self, values: Mapping[str, float]) -> None:
-        """Set results of the whole run in the trackers."""
+        """Set results of the whole run, such as the best accuracy, in the trackers."""
         self._each(lambda tracker: tracker.update_summary(values))
 
     def draw_curves(self) -> None:
-        """Draw curves.png from metrics.jsonl."""
+        """Draw curves.png from metrics.jsonl. If curves.png cannot be written, logs the error."""
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
         self._drawn_at = time.monotonic()
@@ -214,7 +221,7 @@ class RunLog:
             handler.close()
 
     def _each(self, use: Callable[[Tracker], None]) -> None:
-        """Call `use` for every tracker, and drop trackers that fail."""
+        """Call `use` for every tracker, and remove trackers that fail."""
         for tracker in list(self._trackers):
             try:
                 use(tracker)
@@ -227,7 +234,7 @@ class RunLog:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, replacing an existing one. Raises UserError if this fails."""
     try:
         files.atomic_write(path, lambda file: file.write(text.encode()))
     except OSError as error:
@@ -235,5 +242,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return null for nan and infinity, which JSON cannot represent."""
+    """Return None (null in JSON) for nan and infinity, which JSON cannot represent, and other values unchanged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

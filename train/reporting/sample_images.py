@@ -23,7 +23,7 @@ GRID_IMAGES = 20
 
 
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Show the first training images as the model sees them. The position of `loader` is unchanged."""
+    """Show the first training images in the trackers, as the model sees them. Keeps the position of `loader`."""
     if not log.has_trackers:
         return
     state = loader.state
@@ -40,9 +40,9 @@ def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> No
 def show_predictions(
     log: RunLog, state: TrainState, loader: Loader, config: Config, classes: Sequence[str], *, step: int
 ) -> None:
-    """Show the confusion matrix of the validation split, and predictions for some images of rank 0.
+    """Show the confusion matrix of the validation split, and predictions for some images of rank 0, in the trackers.
 
-    Evaluates the split, so all ranks must call it.
+    All ranks must call this function together, since it evaluates the split.
 
     Args:
         log: Log with the trackers.
@@ -50,7 +50,7 @@ def show_predictions(
         loader: Loader of the validation split.
         config: Config of the run.
         classes: Class names.
-        step: Optimizer steps done.
+        step: Optimizer steps done so far.
     """
     counts, shown, logits = collect_predictions(state, loader, config.eval.tta, len(classes))
     if not log.has_trackers:
@@ -66,11 +66,18 @@ def show_predictions(
 
 
 def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
-    """Evaluate a split and keep some samples.
+    """Evaluate a split, and keep the predictions for some of its samples.
+
+    Args:
+        state: Training state.
+        loader: Loader of the split.
+        tta: The value of eval.tta.
+        classes: Number of classes.
 
     Returns:
-        Confusion counts over all ranks, int64 [C, C]; images and labels of up to GRID_IMAGES samples of this rank,
-        evenly spaced; and their logits.
+        A tuple (counts, batch, logits). `counts` are the confusion counts over all ranks, int64 [C, C]. `batch`
+        contains images and labels of up to GRID_IMAGES evenly spaced samples of this rank, and `logits` those of the
+        same samples.
     """
     samples = loader.plan.samples
     wanted = np.linspace(0, samples - 1, min(GRID_IMAGES, samples)).round().astype(int)

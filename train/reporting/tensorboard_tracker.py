@@ -13,12 +13,12 @@ FLUSH_S = 30  # maximum delay until a reader sees a point
 
 
 class TensorBoardTracker:
-    """Writes event files.
+    """Writes TensorBoard event files.
 
     Args:
-        folder: Where to write them.
-        config: Plain nested values to show.
-        step: Optimizer steps done. Later points of an earlier start are removed.
+        folder: Folder of the event files.
+        config: Plain nested values to show as the config of the run.
+        step: Optimizer steps done so far. TensorBoard discards later points, which an earlier start may have written.
     """
 
     title = "TensorBoard"
@@ -52,5 +52,5 @@ class TensorBoardTracker:
 
 
 def as_code(values: dict[str, Any]) -> str:
-    """Format a nested dict as a Markdown code block, which keeps its lines."""
+    """Format a nested dict as a Markdown code block, which preserves line breaks."""
     return "\n".join("    " + line for line in json.dumps(values, indent=2).splitlines())

@@ -1,6 +1,6 @@
-"""The interface of experiment trackers: services that show curves and pictures of a run.
+"""The interface of experiment trackers, i.e. services that show curves and images of a run.
 
-A tracker may raise any exception: `RunLog` reports it once and continues without the tracker. Calls that may block
+A tracker may raise any exception. `RunLog` reports it once and continues without the tracker. Calls that may block
 forever go through `call_with_timeout`.
 """
 
@@ -16,22 +16,22 @@ Result = TypeVar("Result")
 
 
 class Tracker(Protocol):
-    """Receives points and pictures at increasing optimizer steps. A resumed run continues the curves."""
+    """Receives values and images at increasing optimizer steps. A resumed run continues the curves."""
 
     title: str
     advice: str  # what a user can do after a failure
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at a step, or of a whole epoch if they have the key `epoch`."""
+        """Log values at an optimizer step. Values of a whole epoch include the key `epoch`."""
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
         """Log an image, uint8 [H, W, 3]."""
 
     def update_summary(self, values: Mapping[str, float]) -> None:
-        """Set results of the whole run. Later values replace earlier ones."""
+        """Set results of the whole run. A new value replaces an earlier one of the same name."""
 
     def finish(self, *, failed: bool, fast: bool = False) -> str | None:
-        """Write or send the remaining data in bounded time, within seconds if `fast`.
+        """Write or send the remaining data within a limited time, which is only seconds if `fast`.
 
         Returns:
             A message for the user, or None.
@@ -39,7 +39,11 @@ class Tracker(Protocol):
 
 
 def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Result:
-    """Return or raise the outcome of `function`. Raises TimeoutError after `timeout_s`, leaving its thread behind."""
+    """Call a function in a thread, and return its result or raise its exception.
+
+    Raises:
+        TimeoutError: If the function does not return within `timeout_s`. Its thread continues.
+    """
     box: list[Result] = []
     errors: list[BaseException] = []
 
@@ -60,6 +64,6 @@ def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Resul
 
 
 def single_line(error: Any) -> str:
-    """Return an error's message as one short line, for use in a sentence."""
+    """Return the message of an error as one line of at most 200 characters, for use in a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

@@ -1,7 +1,8 @@
-"""Weights & Biases as a tracker: online if possible, otherwise offline.
+"""Weights & Biases as a tracker, which is online if possible and offline otherwise.
 
-Never blocks the run: if network, server or key fail, starting takes at most half a minute and finishing a little
-longer, the points are on disk, and the log names the command that uploads them. wandb is imported only if it is used.
+Failures of network, server or key never block the run. In this case, starting takes at most half a minute and finishing
+a little longer, the points are on disk, and the log shows the command that uploads them. wandb is imported only if it
+is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ INIT_TIMEOUT_S = 20.0  # for an answer from the server
 LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
 FINISH_TIMEOUT_S = 30.0  # for uploading the remaining data
 FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
-FAST_FINISH_S = 5.0  # replaces both after a signal
+FAST_FINISH_S = 5.0  # replaces the sum of these two limits after a signal
 TEARDOWN_TIMEOUT_S = 5.0
 EPOCH_METRICS = (
     "train_loss",
@@ -41,11 +42,11 @@ EPOCH_METRICS = (
 
 
 class WandbTracker:
-    """Sends points and images to a wandb run.
+    """Sends values and images to a W&B run.
 
     Args:
         run: From `wandb.init`.
-        wandb: The module.
+        wandb: The wandb module.
     """
 
     title = "W&B"
@@ -67,7 +68,7 @@ class WandbTracker:
             run.define_metric(name, step_metric="epoch")
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        # If our steps are also W&B's, the server ignores points that a resumed run repeats.
+        # With these steps as W&B's own steps, the server ignores points that a resumed run repeats.
         self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
@@ -88,7 +89,10 @@ class WandbTracker:
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
 
     def _give(self, call: Callable[[], object]) -> None:
-        """Call with a timeout: if wandb's process is stopped or waits for a disk, its pipe fills up and writes hang."""
+        """Execute `call` with a timeout.
+
+        If wandb's process is stopped or waits for a disk, its pipe fills up and writing to it blocks.
+        """
         try:
             call_with_timeout(LOG_TIMEOUT_S, call)
         except TimeoutError:
@@ -99,7 +103,7 @@ class WandbTracker:
 def start_wandb(
     config: WandbConfig, folder: Path, run_config: dict[str, Any], log: Callable[[str], None]
 ) -> WandbTracker | None:
-    """Start the tracker of a run. A resumed run continues under its id.
+    """Start the W&B tracker of a run. A resumed run keeps its W&B run id.
 
     Args:
         config: Settings of W&B.
@@ -163,9 +167,9 @@ def start_wandb(
 
 
 def end_service(wandb: Any) -> None:
-    """End wandb's service process, since this process would wait for it at exit without a limit.
+    """End wandb's service process. Otherwise this process would wait for it at exit without a limit.
 
-    Data that is not uploaded yet stays in its files.
+    Data that has not been uploaded yet stays on disk.
     """
     with suppress(Exception, SystemExit):  # a failed service is reported like this
         call_with_timeout(TEARDOWN_TIMEOUT_S, wandb.teardown)
