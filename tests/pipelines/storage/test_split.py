@@ -327,13 +327,13 @@ def wrong_height(index: dict[str, np.ndarray]) -> None:
     index["height"][5] += 1
 
 
-LIES = pytest.mark.parametrize(
+FALSE_CLAIMS = pytest.mark.parametrize(
     "lie", [half_the_rows, swap_labels, swap_samples, wrong_height], ids=lambda lie: lie.__name__
 )
 
 
 @BOTH
-@LIES
+@FALSE_CLAIMS
 def test_rewritten_index_that_disagrees_with_its_tar_is_found(
     encoding: str, lie: Callable[[dict[str, np.ndarray]], None], request: pytest.FixtureRequest
 ) -> None:

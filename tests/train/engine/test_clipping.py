@@ -96,7 +96,9 @@ def test_four_micro_steps_of_64_equal_one_step_of_256(
     weights = []
     for batch_size, passes in ((256, 1), (64, 4)):
         settings: dict[str, Any] = {"epochs": 2, "lr": lr, "accumulation_steps": passes, **clipping}
-        state = make_state(lenet_of_12(), {"name": optimizer}, **settings)
+        # AdamW's default eps of 1e-8 would amplify the rounding of sums, which depends on the CPU, in tiny gradients.
+        options = {"name": "adamw", "eps": 1e-6} if optimizer == "adamw" else {"name": optimizer}
+        state = make_state(lenet_of_12(), options, **settings)
         section = DataConfig(path=str(npy_data), batch_size=batch_size)
         aug = AugConfig(crop="pad", flip=0.5)
         loader = build_train_loader(section, aug, seed=3, device=CPU, accumulation_steps=passes)
