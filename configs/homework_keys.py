@@ -41,7 +41,7 @@ class KeyRule:
     target: str = ""  # dotted setting; empty: the key has no effect here
     default: Any = None  # the homework's value if the key is missing; None: the schema's default
     convert: Callable[[Any], Any] = lambda value: value
-    null: Any = None  # value that null in the file stands for; None: the default
+    null: Any = None  # value that replaces a null of the file; None: use the default
     without: str = ""  # description of the behaviour if the key is missing; empty: `default`
     optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 

@@ -156,3 +156,14 @@ def record_timm(monkeypatch: pytest.MonkeyPatch) -> Callable[[auto_augment.RandA
         return tuple(program)
 
     return run
+
+
+def assert_independent_of_batch(draw: Callable[..., Sequence[np.ndarray]]) -> None:
+    """Assert that draw(samples, seed, epoch) gives a sample the same values in every batch and at every position."""
+    samples = np.random.default_rng(0).permutation(1_500_000)[:64]
+    whole = draw(samples, seed=9, epoch=4)
+    for i in (0, 17, 63):
+        for drawn, alone in zip(whole, draw(samples[i : i + 1], seed=9, epoch=4), strict=True):
+            np.testing.assert_array_equal(drawn[i], alone[0])
+    for drawn, reverse in zip(whole, draw(samples[::-1], seed=9, epoch=4), strict=True):
+        np.testing.assert_array_equal(drawn, reverse[::-1])

@@ -41,6 +41,17 @@ def train(
     )
 
 
+def train_loader(folder: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
+    """Build a training loader with crops, flips and the default number of threads."""
+    return build_train_loader(
+        DataConfig(path=str(folder), batch_size=batch_size),
+        AugConfig(crop="pad", flip=0.5),
+        seed=3,
+        device="cpu",
+        accumulation_steps=accumulation_steps,
+    )
+
+
 def evaluation(
     folder: Path,
     batch_size: int = 24,

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from configs.schema import AugConfig, DataConfig
-from helpers.training import CPU, alone, make_state, on_ranks, small_net
-from pipelines import build_train_loader
-from pipelines.loader.loader import Loader
+from helpers.loaders import train_loader
+from helpers.training import alone, make_state, on_ranks, small_net
 from train.distributed.process_group import Ranks
 from train.throughput import measure_images_per_s
 
@@ -21,13 +19,6 @@ from train.throughput import measure_images_per_s
 def _process_group() -> Iterator[None]:
     with alone():
         yield
-
-
-def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
-    section = DataConfig(path=str(data), batch_size=batch_size)
-    return build_train_loader(
-        section, AugConfig(crop="pad", flip=0.5), seed=3, device=CPU, accumulation_steps=accumulation_steps
-    )
 
 
 # Throughput

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop, v2
 
-from helpers.draws import LEAST, p_of_counts
+from helpers.draws import LEAST, assert_independent_of_batch, p_of_counts
 from pipelines.augment import geometry
 
 MANY = 10_000
@@ -42,13 +42,7 @@ def all_draws(samples: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
 
 
 def test_geometry_draws_are_independent_of_batch() -> None:
-    samples = np.random.default_rng(0).permutation(1_500_000)[:64]
-    whole = all_draws(samples, seed=9, epoch=4)
-    for i in (0, 17, 63):
-        for drawn, alone in zip(whole, all_draws(samples[i : i + 1], seed=9, epoch=4), strict=True):
-            np.testing.assert_array_equal(drawn[i], alone[0])
-    for drawn, reverse in zip(whole, all_draws(samples[::-1], seed=9, epoch=4), strict=True):
-        np.testing.assert_array_equal(drawn, reverse[::-1])
+    assert_independent_of_batch(all_draws)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 150), (500, 375), (32, 32)])

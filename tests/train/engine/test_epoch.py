@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.schema import AugConfig, DataConfig
-from helpers.training import CPU, alone, make_state, small_net
+from helpers.loaders import train_loader
+from helpers.training import alone, make_state, small_net
 from models import build_model
-from pipelines import build_train_loader
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
@@ -27,13 +26,6 @@ from train.optim.schedule import Timeline, learning_rate
 def _process_group() -> Iterator[None]:
     with alone():
         yield
-
-
-def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
-    section = DataConfig(path=str(data), batch_size=batch_size)
-    return build_train_loader(
-        section, AugConfig(crop="pad", flip=0.5), seed=3, device=CPU, accumulation_steps=accumulation_steps
-    )
 
 
 # The epoch

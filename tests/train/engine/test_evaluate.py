@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import AugConfig, DataConfig, EvalConfig
-from helpers.loaders import evaluation
+from configs.schema import DataConfig, EvalConfig
+from helpers.loaders import evaluation, train_loader
 from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.training import CPU, alone, make_state, on_ranks, random_batch, small_net
-from pipelines import build_eval_loader, build_train_loader
+from pipelines import build_eval_loader
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from train.distributed import collectives
@@ -35,13 +35,6 @@ MODES = pytest.mark.parametrize("tta", ["none", "flip", "flip-translate"])
 def _process_group() -> Iterator[None]:
     with alone():
         yield
-
-
-def train_loader(data: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
-    section = DataConfig(path=str(data), batch_size=batch_size)
-    return build_train_loader(
-        section, AugConfig(crop="pad", flip=0.5), seed=3, device=CPU, accumulation_steps=accumulation_steps
-    )
 
 
 # Evaluation
