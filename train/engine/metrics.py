@@ -154,7 +154,8 @@ def command_start_s() -> float:
 def memory_usage(device: torch.device) -> dict[str, float]:
     """Return the memory in use by metric name, in GiB.
 
-    memory_gib is the peak memory of torch's tensors on a GPU, or the peak resident set of this process on the CPU.
+    memory_gib is the peak memory of torch's tensors on a GPU since warm-up, or the peak resident set of this process on
+    the CPU.
     device_memory_gib is present on a GPU only; see `device_memory_bytes`.
     """
     if device.type != "cuda":

@@ -96,7 +96,8 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
     """Run all kinds of steps on each batch, undo their changes, and capture the steps if configured.
 
     With CUDA graphs, state that the optimizer creates in its first step is undone by setting it to zero. Such state
-    must therefore start at zero, as in torch's optimizers.
+    must therefore start at zero, as in torch's optimizers. On a GPU, the peak memory statistics are reset before the
+    capture, since compiling and tuning need buffers that training does not need.
     """
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
@@ -104,6 +105,9 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
         ready = [_run_steps(state, identity_mix(batch) if state.mixes else batch, optimizer_steps) for batch in batches]
         if state.lookahead is not None:
             state.lookahead.sync(1.0)
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()  # a capture does so as well; here it makes the peak start without cached memory
+        torch.cuda.reset_peak_memory_stats(state.device)
     if stream is not None:
         state.captured_step = CapturedStep(state, ready, optimizer_steps, stream)
 

@@ -350,7 +350,10 @@ def test_real_search_exceeds_data_set_and_leaves_no_process(digits_run: Run, tmp
 
 
 @pytest.mark.gpu
-def test_gpu_memory_limit_bounds_the_batch_size() -> None:
+def test_gpu_memory_limit_bounds_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an empty cache: the buffers for compiling and tuning must not count as memory of the training
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     config = load_config("configs/digits_lenet.yaml", **{"model.num_classes": 10, "data.image_size": 32})
     target = Target("lenet", config, synthetic=True, on_gpu=True, limit_bytes=process_memory.GIB)
     small, large = (batch_size_search.run_trial(target, batch, 0.02, 1, None) for batch in (64, 200_000))
