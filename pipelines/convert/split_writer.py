@@ -46,14 +46,14 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
         for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
     ]
     samples = sum(len(table["offset"]) for table in shards)
-    if samples == 0:
-        raise UserError(
-            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
-        )
     if samples + len(quarantined) != layout.rows:
         raise UserError(
             f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined do not add up "
             f"to the {layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
+        )
+    if samples == 0:
+        raise UserError(
+            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
         )
     columns = _index_columns(shards)
     entry = {
