@@ -1,4 +1,4 @@
-"""Input pipeline, which turns a converted data set into batches on the device.
+"""Turn a converted data set into batches on the device.
 
 A custom training loop needs only `from pipelines import build_train_loader, build_eval_loader`. Both functions are
 imported on first use, since converting a data set needs neither torch nor DALI.

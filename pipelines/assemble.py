@@ -29,13 +29,13 @@ from pipelines.loader.sources import DevicePixels, HostPixels
 from pipelines.storage.split import Split
 
 MAX_COPY_THREADS = 2  # copying is bound by memory bandwidth beyond this
-MAX_GROUP = 8  # batches gathered at once, if they are small
-GROUP_BYTES = 2**24  # maximum size of a group
+MAX_GROUP = 8  # maximum number of batches that are gathered together
+GROUP_BYTES = 2**24  # maximum size of a group of several batches
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of a sample, in a version for DALI and a version for the CPU kernels."""
+    """The transforms of a sample, in one version for DALI and one for the CPU kernels."""
 
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
     cpu: CpuGraph | None  # None: stored pixels are not changed
@@ -45,7 +45,7 @@ class Transforms:
 
 @dataclass(frozen=True)
 class Backend:
-    """The way in which samples are transformed and reach the device."""
+    """How samples are transformed and reach the device."""
 
     resident: bool  # the whole split is in the device's memory
     uses_dali: bool  # True: a DALI graph transforms samples. False: one kernel gathers and transforms
@@ -64,7 +64,7 @@ class LoaderSpec:
 
 
 def choose_backend(resident: bool, split: Split, device: torch.device, transforms: Transforms) -> Backend:
-    """Choose the CPU kernels for a CPU. For a GPU, choose DALI unless a single copy or kernel launch suffices."""
+    """Choose the CPU kernels on a CPU. On a GPU, choose DALI unless a single copy or kernel launch suffices."""
     passes_through = split.encoding == "npy" and transforms.cpu is None
     without_dali = passes_through or device.type != "cuda" or (resident and transforms.crops_and_flips)
     return Backend(resident, not without_dali, passes_through)
@@ -86,7 +86,10 @@ def assemble(
         transforms: Transforms applied to each sample.
         backend: Result of `choose_backend`.
         pixels: Function that returns the pixels of a resident split; see `load_resident`.
-        bad: Record of the bad samples to replace.
+        bad: Bad samples found so far, and the limit on their number.
+
+    Raises:
+        UserError: A file changed while a resident split was loaded.
     """
     split, data, device, size = spec.split, spec.data, spec.device, spec.image_size
     on_gpu = device.type == "cuda"
@@ -172,12 +175,12 @@ def _buffer_config(data: DataConfig, batch_bytes: int, threads: int) -> BufferCo
 
 
 def default_threads(ranks: int) -> int:
-    """Return the number of CPU threads per rank, if this machine runs `ranks` ranks that share its cores."""
+    """Return the number of CPU threads per rank if `ranks` ranks share the cores available to this process."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    """Return True if the whole split is kept in device memory. data.placement=auto keeps a split that fits.
+    """Return True if the whole split is to be kept in device memory. data.placement=auto keeps a split that fits.
 
     Raises:
         UserError: data.placement=device, but the split stores encoded images.

@@ -1,4 +1,4 @@
-"""Build the loaders of a training or evaluation split from the sections of the config."""
+"""Build the loader of a training or evaluation split from config sections."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ def build_train_loader(
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
 ) -> Loader | StagedLoader:
-    """Build the loader of `data.train_split`, which yields shuffled, augmented batches of `data.batch_size` per rank.
+    """Build a loader of shuffled, augmented batches of `data.train_split`.
 
-    Every batch is full.
+    Every batch has `data.batch_size` samples per rank. The samples of an incomplete last optimizer step are dropped.
 
     Args:
-        data: Config section `data`. With data.stages, image size and batch size depend on the epoch.
-        aug: Config section `aug`. None: the defaults.
+        data: Config section `data`. If data.stages is set, image size and batch size depend on the epoch.
+        aug: Config section `aug`, or None for the defaults.
         seed: Seed of the sample order and of the augmentation.
-        device: Device of the batches. None: the current GPU, or the CPU if there is none.
-        rank, world_size: Position of this process among all training processes.
-        local_world_size: Number of ranks on this machine, which share its cores. None: `world_size`.
-        accumulation_steps: Batches per optimizer step; len(loader) is a multiple of it.
+        device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
+        rank, world_size: Rank of this process, and number of training processes.
+        local_world_size: Number of ranks that share the cores of this machine, or None for `world_size`.
+        accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
+
+    Raises:
+        UserError: The split cannot be opened, or a setting does not fit the split or another setting.
     """
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
@@ -114,12 +117,15 @@ def build_eval_loader(
 
     Args:
         data: Config section `data`.
-        evaluation: Config section `eval`. None: the defaults.
-        split: Name of the split. None: data.val_split.
-        device: Device of the batches. None: the current GPU, or the CPU if there is none.
-        rank, world_size: Position of this process among all evaluating processes.
-        local_world_size: Number of ranks on this machine, which share its cores. None: `world_size`.
-        replace_bad_samples: Apply data.on_bad_sample. Evaluations must count every sample once, so they pass False.
+        evaluation: Config section `eval`, or None for the defaults.
+        split: Name of the split, or None for data.val_split.
+        device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
+        rank, world_size: Rank of this process, and number of evaluating processes.
+        local_world_size: Number of ranks that share the cores of this machine, or None for `world_size`.
+        replace_bad_samples: Apply data.on_bad_sample. Must be False in an evaluation, which counts every sample once.
+
+    Raises:
+        UserError: The split cannot be opened, or a setting does not fit the split.
     """
     evaluation = evaluation or EvalConfig()
     skips = replace_bad_samples and data.on_bad_sample == "skip"
@@ -169,7 +175,7 @@ def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, siz
 
 
 def _check_sizes(aug: AugConfig, size: int) -> None:
-    """Raise UserError if aug.padding or aug.cutout is too large for images whose sides have `size` pixels."""
+    """Raise UserError if reflected aug.padding or aug.cutout is too large for images of `size` x `size` pixels."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too large for aug.padding_mode=reflect on images of {size} pixels; "
@@ -189,10 +195,10 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _image_size(wanted: int | None, data: DataConfig, split: Split) -> int:
-    """Return the side of a batch's images in pixels: `wanted`, or else the side of the stored images.
+    """Return the image size (height and width) in pixels: `wanted` if given, otherwise that of the stored images.
 
     Raises:
-        UserError: `wanted` is None and the stored images are not squares of one size.
+        UserError: `wanted` is None, and the stored images are not square or differ in size.
     """
     if wanted is not None:
         return wanted

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-# Images uint8 [B, H, W, 3], labels int64 [B], and a function that blocks until the slot may be overwritten.
+# Images uint8 [B, H, W, 3], labels int64 [B], and a function that blocks until the slot can be overwritten.
 RunnerResult = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
 
 
@@ -16,7 +16,7 @@ class FileMonitor(Protocol):
     """Detector of changes to the files that a source reads; see `pipelines.storage.monitor`."""
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. This is cheap enough to call after every batch."""
+        """Raise UserError if a file is known to have changed. Calling this method after every batch is cheap."""
         ...
 
     def check(self) -> None:
@@ -25,7 +25,7 @@ class FileMonitor(Protocol):
 
 
 class SampleSource(Protocol):
-    """Source of samples, which the loader's background threads call to fill slots."""
+    """Source of samples. The loader's background threads call `fill` to fill slots."""
 
     monitor: FileMonitor | None = None  # None: all samples were read at the start
 
@@ -38,11 +38,11 @@ class SampleSource(Protocol):
         ...
 
     def defect(self, sample: int) -> str | None:
-        """Return why a sample cannot be decoded, or None if the sample can be decoded."""
+        """Return the reason a sample cannot be decoded, or None if the sample can be decoded."""
         return None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. This is cheap enough to call after every batch."""
+        """Raise UserError if a file is known to have changed. Calling this method after every batch is cheap."""
         if self.monitor is not None:
             self.monitor.poll()
 
@@ -53,7 +53,7 @@ class SampleSource(Protocol):
 
 
 class Runner(Protocol):
-    """Runner that turns filled slots into batches on the device, in the order in which slots are submitted."""
+    """Runner that turns filled slots into batches on the device, in the order of submission."""
 
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
@@ -67,4 +67,4 @@ class Runner(Protocol):
 
 
 def no_wait() -> None:
-    """Return immediately. This is the wait function of a slot that may already be overwritten."""
+    """Return immediately. Used as the wait function of a slot that can be overwritten right away."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-MAX_SCANS = 100  # decoding one costs as much as an image; progressive JPEGs have about ten, malicious ones thousands
+MAX_SCANS = 100  # a scan costs as much time as an image; progressive JPEGs have about ten, malicious ones thousands
 MAX_SEGMENTS = 100_000
 SOF0, SOF2, SOF15, SOI, EOI, SOS, APP0, APP14 = 0xC0, 0xC2, 0xCF, 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC, whose values are between SOF0 and SOF15
@@ -12,15 +12,16 @@ _MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # a marker followed by a le
 
 
 def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
-    """Count the scans of a JPEG file and find a reason why decoders may disagree about its pixels.
+    """Count the scans of a JPEG file and check for features that decoders handle differently.
 
-    libjpeg skips bytes between segments, but nvImageCodec's parser rejects them. libjpeg detects RGB files, but
-    nvImageCodec assumes YCbCr for three components. All decoders read Huffman-coded baseline, extended and progressive
-    frames of 8 bits. Data after the end of the image is ignored.
+    For example, libjpeg skips bytes between segments, but nvImageCodec rejects them, and libjpeg detects RGB files, but
+    nvImageCodec treats every three-component file as YCbCr. 8-bit Huffman-coded baseline, extended and progressive
+    frames are safe. Data after the end-of-image marker is not checked.
 
     Returns:
-        The number of scans, at most MAX_SCANS + 1, and the reason, such as "with bytes between segments". The reason is
-        None if all decoders give the same pixels; beyond MAX_SCANS, the rest of the file is not checked.
+        A tuple (scans, reason). `scans` is MAX_SCANS + 1 if the file has more than MAX_SCANS scans or too many
+        segments; the rest of the file is then not checked. `reason` is, e.g., "with bytes between segments", or None if
+        no such feature was found.
     """
     place, scans, in_scan = 2, 0, False
     reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
@@ -57,11 +58,13 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
 
 
 def _frame_reason(frame: bytes, transform: int | None, is_jfif: bool) -> str | None:
-    """Return why decoders may disagree about a frame, or None if all give the same pixels.
+    """Return the reason decoders may disagree about a frame, or None if all decoders give the same pixels.
 
     Args:
-        frame: Second byte of the frame's marker, followed by the segment without its length field.
-        transform: Color transform of the Adobe segment. 0 means RGB or CMYK; None: the file has no such segment.
+        frame: Second byte of the frame's marker, followed by the segment without its length field. Empty if there is no
+            frame.
+        transform: Color transform from the Adobe segment (0 for RGB or CMYK), or None if there is no complete Adobe
+            segment.
         is_jfif: True if the file has a JFIF segment. Three components are YCbCr in such a file.
     """
     if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:

@@ -1,4 +1,4 @@
-"""Sample indices of each batch, as pure functions of seed, epoch, batch, rank and world size.
+"""Compute the sample indices of each batch as pure functions of seed, epoch, batch, rank and world size.
 
 Every rank computes the same global order and selects its own positions. Global batches of a given size therefore
 contain the same samples for any world size.
@@ -16,7 +16,7 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of range(samples) for a seed and an epoch: int64 [samples].
 
     Samples are sorted by a hash. Unlike NumPy's random generators, the hash gives the same result for any version of
-    NumPy. The low bits of each sort key hold the sample's index, since sorting integers is faster than an argsort.
+    NumPy. The low bits of each sort key are replaced by the sample's index, since sorting is faster than an argsort.
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
@@ -28,8 +28,8 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: int) -> np.ndarray:
     """Return a sample order for data larger than memory.
 
-    Shards are shuffled and grouped into windows. Samples are shuffled within their window, whose shards can be read
-    ahead and dropped together.
+    Shards are shuffled and grouped into windows, and samples are shuffled within their window. The shards of a window
+    can therefore be read ahead and dropped from memory together.
 
     Args:
         shard: Shard of each sample, int [samples].
@@ -70,12 +70,12 @@ def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world
         order: Sample indices of the epoch, int64 [samples].
         batch: Number of the batch, counted from 0 in each epoch.
         batch_size: Number of samples per rank.
-        rank, world_size: Position of this process among all training processes.
+        rank, world_size: Rank of this process, and number of training processes.
     """
     start = (batch * world_size + rank) * batch_size
     return order[start : start + batch_size]
 
 
 def eval_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the range [start, stop) of samples that a rank evaluates. The ranks together evaluate each sample once."""
+    """Return the range [start, stop) of the samples of a rank. Together, all ranks evaluate each sample once."""
     return samples * rank // world_size, samples * (rank + 1) // world_size

@@ -1,4 +1,4 @@
-"""Counter-based random numbers for one sample in one epoch.
+"""Counter-based random numbers for each sample and epoch.
 
 Every draw is a hash of (seed, epoch, purpose, sample index, draw number). A draw does not depend on the batch, the
 rank, the number of workers or earlier draws.
@@ -31,7 +31,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)  # cached, since hashing single numbers takes longer than the draws of a batch
 def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
-    """Return the 64-bit key of a stream of draws. New purposes do not change the streams of existing ones."""
+    """Return the 64-bit key of a stream of draws. Adding a purpose does not change the streams of other purposes."""
     key = np.uint64(0)
     for part in (seed, epoch, zlib.crc32(purpose.encode())):
         key = hash64(np.array([int(key) ^ (part & _MASK)], np.uint64))[0]
@@ -46,7 +46,7 @@ def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int
 
 
 def normal(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
-    """Draw numbers from the standard normal distribution: float64 [len(samples), draws].
+    """Draw standard normal numbers for each sample index in `samples`: float64 [len(samples), draws].
 
     Each number uses two uniform draws. Source: Box and Muller, "A Note on the Generation of Random Normal Deviates",
     1958.

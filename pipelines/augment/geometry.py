@@ -13,7 +13,7 @@ def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.
 
 
 def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
-    """Draw one flip per sample and invert all flips in odd epochs: int32 [B], 1 for a flipped sample, otherwise 0.
+    """Draw one flip per sample for all epochs and invert it in odd epochs: int32 [B], 1 for a flip, otherwise 0.
 
     Any two consecutive epochs show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds
     on a Single GPU", arXiv:2404.00498.
@@ -34,7 +34,7 @@ def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -
 def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout: int) -> np.ndarray:
     """Draw the top-left corners (y, x) of squares inside images: int32 [B, 2].
 
-    Squares have sides of `cutout` pixels, and images have sides of `size` pixels.
+    `size` is the height and width of the images in pixels, and `cutout` that of the squares.
     """
     drawn = uniform(samples, seed, epoch, "cutout", 2)
     return np.floor(drawn * (size - cutout + 1)).astype(np.int32)
@@ -81,7 +81,7 @@ def random_resized_crops(
     left = np.floor(drawn[:, -1] * (widths - box_width + 1))
     if not (found := fits.any(axis=1)).all():
         whole = widths / heights
-        # torchvision rounds the box of a one-pixel line to an empty one; keep one pixel
+        # torchvision rounds the box of a one-pixel line to an empty box; keep one pixel
         fallback_width = np.where(whole > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
         fallback_height = np.where(whole < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
         box_height = np.where(found, box_height, fallback_height)
@@ -102,15 +102,15 @@ def erase_boxes(
 ) -> np.ndarray:
     """Draw boxes to erase like torchvision's RandomErasing.
 
-    Each of up to ten attempts draws an area and an aspect ratio, and the first box that is smaller than the image is
-    used. If no box is smaller, the sample is not erased.
+    Each of up to ten attempts draws an area and an aspect ratio. The first box that is smaller than the image in both
+    dimensions is used. The sample is not erased if there is no such box, or if this box is empty after rounding.
 
     Args:
         samples: Sample indices, int64 [B].
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
         size: Height and width of the images, pixels.
-        probability: Probability that a sample is erased.
+        probability: Probability that boxes are drawn for a sample.
         scale: Bounds of the box's area as a share of the image's area; the distribution is uniform.
         ratio: Bounds of height / width; the distribution is log-uniform.
 
@@ -139,9 +139,9 @@ def erase_boxes(
 def erase_colors(
     samples: np.ndarray, seed: int, epoch: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> np.ndarray:
-    """Draw normally distributed RGB colors: uint8 [B, 3].
+    """Draw normally distributed RGB colors, clipped to 0..255: uint8 [B, 3].
 
-    `mean` and `std` are per channel and refer to levels scaled to 0..1.
+    `mean` and `std` are per channel, for pixels scaled to 0..1.
     """
     drawn = normal(samples, seed, epoch, "erase-color", 3)
     colors = 255.0 * (np.array(mean) + np.array(std) * drawn)

@@ -1,8 +1,8 @@
-"""Draw the parameters of mixup and CutMix: the share of each sample, and the box that its neighbour fills.
+"""Draw the parameters of mixup and CutMix: the share of each sample, and the box that its neighbor fills.
 
-The samples at positions 2i and 2i + 1 of an epoch's order are neighbours. Batches are contiguous parts of the order
-with an even length, so mixing is independent of the number of ranks and of how a global batch is split. `train.engine`
-mixes the images and labels.
+The samples at positions 2i and 2i + 1 of an epoch's order are neighbors. Each batch of a rank is a contiguous part of
+the order with an even length, so mixing does not depend on how a global batch is split into ranks and forward passes.
+`train.engine` mixes the images and labels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pipelines.rng import uniform
 
 
 def mixing_enabled(mix: MixConfig) -> bool:
-    """Return True if any sample of any epoch may be mixed."""
+    """Return True if samples can be mixed in any epoch."""
     return (mix.mixup > 0 or mix.cutmix > 0) and mix.probability > 0 and mix.off_epoch != 0
 
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
-    """Raise UserError if mixing is enabled and a batch size is odd, which leaves a sample without a neighbour."""
+    """Raise UserError if mixing is enabled and a batch size is odd, since one sample would have no neighbor."""
     sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
     if mixing_enabled(mix) and odd:
@@ -32,7 +32,7 @@ def check_mixing(data: DataConfig, mix: MixConfig) -> None:
 
 
 def identity_table(samples: int) -> np.ndarray:
-    """Return the `mix_table` of a batch of `samples` samples that are not mixed."""
+    """Return the table of a batch of `samples` samples that are not mixed: float32 [samples, 5], see `mix_table`."""
     table = np.zeros((samples, 5), np.float32)
     table[:, 0] = 1.0
     return table
@@ -50,7 +50,7 @@ def mix_table(
     world_size: int = 1,
     accumulation_steps: int = 1,
 ) -> np.ndarray:
-    """Draw how the samples of a batch on this rank are mixed.
+    """Draw how the samples of one batch of a rank are mixed.
 
     Args:
         mix: Config section `aug.mix`.
@@ -62,9 +62,9 @@ def mix_table(
         accumulation_steps: Batches per optimizer step.
 
     Returns:
-        float32 [B, 5]. Column 0 is the share of the sample in the mixed image and label; for CutMix, this is exactly
-        the share of the area outside of the box. Columns 1 to 4 are the top, bottom, left and right of the box that the
-        neighbour fills, in pixels; they are 0 for mixup and for samples that are not mixed.
+        float32 [B, 5]. Column 0 is the share of the sample in the mixed image and label. For CutMix, this is exactly
+        the share of the area outside the box. Columns 1 to 4 are the top, bottom, left and right of the box that the
+        neighbor fills, in pixels. These are 0 for mixup and for samples that are not mixed.
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
         return identity_table(samples)
@@ -81,12 +81,12 @@ def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: in
     """Draw rows of `mix_table`, float32 [N, 5], with the distributions of timm's Mixup.
 
     The center of a CutMix box is uniform. Before the box is clipped to the image, its share of the area is one minus
-    the drawn share.
+    the drawn share, up to rounding.
 
     Args:
         mix: Config section `aug.mix`.
-        keys: int64 [N], keys of the random draws. Each key is the number of an optimizer step, a pair or a sample,
-            depending on `mix.mode`.
+        keys: Keys of the random draws, int64 [N]. Depending on `mix.mode`, these are numbers of optimizer steps, of
+            pairs of neighbors, or of positions in the epoch's order.
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
         size: Height and width of the images, pixels.

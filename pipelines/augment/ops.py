@@ -1,9 +1,10 @@
 """Operations of augmentation programs, and the meaning of their values.
 
 A program is the list of operations that are applied to one sample after crop and flip (a sub-policy in AutoAugment's
-terms). It has one operation per slot, and the number of slots is fixed. The programs of a batch are two arrays: `ops`,
-int32 [B, slots], holds members of `Op`, and `values`, float32 [B, slots], holds their values for uint8 images of the
-training size. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs` on the CPU.
+terms). It has one operation per slot, and all programs of a run have the same number of slots. The programs of a batch
+are two arrays: `ops`, int32 [B, slots], holds members of `Op`, and `values`, float32 [B, slots], holds their values for
+uint8 images of the training size. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs` on the
+CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Op(IntEnum):
     ROTATE = 5  # degrees counter-clockwise about the center, at the same image size; rotate
     BRIGHTNESS = 6  # factor; adjust_brightness
     COLOR = 7  # factor; adjust_saturation
-    CONTRAST = 8  # factor, about the mean grey of the image; adjust_contrast
+    CONTRAST = 8  # factor, about the mean gray of the image; adjust_contrast
     SHARPNESS = 9  # factor; adjust_sharpness
     POSTERIZE = 10  # bits to keep, 0 to 8; posterize
     SOLARIZE = 11  # threshold, 0 to 256: pixels at or above it are inverted; solarize
@@ -41,7 +42,7 @@ class Op(IntEnum):
 
 
 GEOMETRIC = frozenset({Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE})
-SlotOps = tuple[frozenset[Op], ...]  # possible operations of each slot, besides IDENTITY
+SlotOps = tuple[frozenset[Op], ...]  # possible operations of each slot, in addition to IDENTITY
 
 
 def blur_radius(largest_sigma: float) -> int:
@@ -53,16 +54,16 @@ def blur_radius(largest_sigma: float) -> int:
 
 
 def grey_levels(mean: Sequence[float]) -> tuple[int, int, int]:
-    """Convert an RGB color from 0..1 to whole grey levels 0..255."""
+    """Convert an RGB color from floats in 0..1 to integers in 0..255."""
     red, green, blue = (round(255 * share) for share in mean)
     return red, green, blue
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Properties common to all programs of a run."""
+    """Settings shared by all augmentation programs of a run."""
 
     slots: SlotOps
     bilinear: bool  # True: GEOMETRIC operations interpolate. False: nearest pixel
-    fill: tuple[int, int, int]  # RGB color outside of the image, 0 to 255
+    fill: tuple[int, int, int]  # RGB color outside the image, 0 to 255
     radius: int  # kernel radius of BLUR, see `blur_radius`

@@ -21,14 +21,14 @@ SlotDraws = list[tuple[np.ndarray, np.ndarray]]  # per slot, operations [B] and 
 
 
 def build_programs(aug: AugConfig, mean: tuple[float, float, float]) -> Programs | None:
-    """Return the properties common to all programs of a run.
+    """Build the settings shared by all augmentation programs of a run: slots, interpolation, fill color, blur radius.
 
     Args:
         aug: Config section `aug`.
         mean: Per-channel mean of the data set, 0 to 1.
 
     Returns:
-        The properties; None if `aug` enables no operation.
+        The settings, or None if `aug` enables no operation.
     """
     slots = _auto_slots(aug.auto) + _jitter_slots(aug.color_jitter)
     if aug.grayscale > 0:
@@ -147,7 +147,9 @@ def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
 
 
 def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
-    """Draw color jitter like torchvision's ColorJitter, with uniform values and a random order per sample."""
+    """Draw color jitter for each sample with probability `jitter.probability`.
+    As in torchvision's ColorJitter, the values are uniform and the operations are applied in a random order.
+    """
     strengths = np.array(_strengths(jitter))
     orders = _orders(tuple((strengths > 0).tolist()))
     if orders.shape[1] == 0:
@@ -165,10 +167,10 @@ def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoc
 
 @lru_cache
 def _orders(used: tuple[bool, ...]) -> np.ndarray:
-    """Return all 24 orders of JITTERS without the unused operations: int64 [24, number of used operations].
+    """Return all 24 orders of JITTERS without the unused operations: indices, int64 [24, number of used operations].
 
-    The four operations are ordered before the unused ones are removed, so enabling an operation keeps the relative
-    order of the others.
+    The four operations are ordered before the unused ones are removed. Enabling an operation therefore keeps the
+    relative order of the operations that were already enabled.
     """
     orders = itertools.permutations(range(len(used)))
     return np.array([[jitter for jitter in order if used[jitter]] for order in orders], np.int64)

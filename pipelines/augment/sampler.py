@@ -1,4 +1,4 @@
-"""Draw all augmentation of the samples of a training batch."""
+"""Draw the augmentation of a training batch, except for mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AugmentationSampler:
         seed: Seed of the run.
         size: Height and width of training images, pixels.
         heights, widths: Size of each stored image, pixels, int [samples].
-        mean, std: Per-channel statistics of the train split's pixels, 0 to 1.
+        mean, std: Per-channel mean and standard deviation of the train split, for pixels scaled to 0..1.
     """
 
     aug: AugConfig
@@ -37,12 +37,12 @@ class AugmentationSampler:
         """Draw the augmentation of `samples`, int64 [B].
 
         Returns:
-            A dict of arrays. It has those of the following entries that `aug` needs:
+            A dict with those of the following arrays that `aug` needs:
             crop_start, crop_end: float32 [B, 2] (y, x), top-left and bottom-right corners of the crop region, pixels.
                 For a flipped sample, the x coordinates of the two corners are swapped.
             offset: int32 [B, 2] (y, x), top-left corner of the crop, relative to the unpadded image, pixels.
             flip: int32 [B], 1 for a flipped sample, otherwise 0.
-            ops, values: int32 and float32 [B, slots], augmentation programs.
+            ops, values: int32 and float32 [B, slots], augmentation programs; see `ops`.
             erase_box: int32 [B, 4], top, left, height and width, pixels; a height of 0 erases nothing.
             erase_color: uint8 [B, 3], RGB.
             cutout: float32 [B, 2] (y, x), top-left corner of the square, pixels.

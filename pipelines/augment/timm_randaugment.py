@@ -18,7 +18,7 @@ from pipelines.rng import normal, uniform
 
 SCALE = 10.0  # the magnitude at which an operation has its full span
 MAX_SIGMA = 2.0  # standard deviation of BLUR, pixels
-_DRAWN = 0  # sign drawn per sample
+_DRAWN = 0  # the sign is drawn per sample
 
 
 class Formula(NamedTuple):
@@ -88,12 +88,12 @@ class Space(NamedTuple):
     highest: np.ndarray
     whole: np.ndarray  # bool
     shift: np.ndarray  # bool, one of _SHIFTS
-    weights: np.ndarray | None  # None: uniform, with replacement
+    weights: np.ndarray | None  # for draws without replacement. None: uniform draws with replacement
 
 
 @lru_cache
 def space(increasing: bool, operations: str | None) -> Space:
-    """Return the space selected by the parts `inc` and `t` of a policy string."""
+    """Return the space selected by the parts `inc` (`increasing`) and `t` (`operations`) of a policy string."""
     weights: list[float] | None = None
     if operations == "weights":
         formulas = _INCREASING
@@ -152,7 +152,7 @@ def draw_layers(
         size: Height and width of the images, pixels.
 
     Returns:
-        For each layer, the operations, int32 [B], and their values, float64 [B]; see `ops`.
+        For each layer, the operations, int64 [B], and their values, float64 [B]; see `ops`.
     """
     spec, choice = parse(policy)
     chosen = None if choice.weights is None else _without_replacement(choice.weights, samples, seed, epoch)

@@ -32,11 +32,11 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
     Args:
         wide: True: use the wide space of TrivialAugment. False: use the space of RandAugment and AutoAugment.
         bins: Number of magnitude bins.
-        size: Height and width of the images, pixels.
+        size: Height and width of the images, pixels. Unused if `wide` is True.
 
     Returns:
-        float32 [len(Op), bins, 2], read-only. The last axis holds the values for a positive and a negative sign; they
-        are equal for operations without a sign.
+        float32 [len(Op), bins, 2], read-only. The last axis holds the values for a positive and a negative sign. Both
+        values are equal for operations without a sign.
     """
     shear, pixels, degrees, change, bits = (
         (0.99, 32.0, 135.0, 0.99, 6) if wide else (0.3, 150 / 331 * size, 30.0, 0.9, 4)
@@ -55,7 +55,7 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Return the values of a float32 torch.linspace, bitwise equal, as float64 [steps, 1].
+    """Return the exact values of a float32 torch.linspace as float64 [steps, 1].
 
     torch counts from both ends with fused multiply-adds. Therefore 31 steps from 0 to 32 contain 15.999999 instead of
     16, and a translation by this value is truncated to 15 pixels.

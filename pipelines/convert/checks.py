@@ -73,9 +73,11 @@ def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
 def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     """Lock the spool folder of this conversion and yield its path.
 
+    `request` is recorded in the folder, and temporary files of an interrupted conversion are deleted.
+
     Raises:
-        UserError: `out` contains anything but an unfinished conversion with the same `request`, cannot be written, or
-            is used by another process.
+        UserError: `out` is not a folder, contains anything but an unfinished conversion with the same `request`, cannot
+            be read or written, or is used by another process.
     """
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
@@ -110,7 +112,11 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
 
 
 def _read_request(record: Path) -> Any:
-    """Return the recorded request of an unfinished conversion, or None if the record is damaged."""
+    """Return the recorded request of an unfinished conversion, or None if the record is damaged.
+
+    Raises:
+        UserError: The record cannot be read.
+    """
     try:
         return json.loads(read_small_text(record))
     except OSError as error:

@@ -1,6 +1,7 @@
 """Decode one source sample, convert it to RGB, resize it, and encode it for a shard as raw pixels (npy) or JPEG.
 
-An unusable sample raises `Defect`. The writer leaves such samples out and lists them in dataset.json.
+An unusable sample raises `Defect`. Unless `Options.strict` is set, the conversion leaves such samples out and lists
+them in dataset.json.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 # tools/sources/folder_scan.py.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_MESSAGE = 150  # characters of libtiff's message in a reason
+MAX_MESSAGE = 150  # maximum number of characters of libtiff's message in a reason
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 # Memory for decoding, in addition to the file: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 
 class Defect(Exception):
-    """Raised for an unusable sample. The message is recorded in dataset.json."""
+    """Raised for an unusable sample. The message is the reason recorded in dataset.json."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,23 @@ class Encoded:
     height: int
     width: int
     sums: np.ndarray  # int64 [2, 3]: per-channel sums of the values and of their squares over all pixels
-    reencoded: str | None = None  # jpeg: why the source file was not kept. None: kept, or the source is no file
+    reencoded: str | None = None  # reason a source file was re-encoded to jpeg. None: file kept, npy, or source pixels
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
     """Encode one sample.
 
-    With the jpeg encoding, the bytes of a JPEG file are kept if the image is not resized and all supported decoders
-    give the same RGB pixels.
+    With the jpeg encoding, the bytes of a JPEG file are kept if the image need not be resized and all supported
+    decoders give the same RGB pixels.
 
     Args:
         source: Pixels, uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
         encoding: Storage format.
 
     Raises:
-        Defect: The sample cannot be decoded or encoded.
+        Defect: The sample cannot be decoded or encoded, or exceeds a limit on size or memory.
     """
-    changed: str | None = "pixels"  # why the source bytes cannot be stored as they are
+    changed: str | None = "pixels"  # reason the source bytes cannot be stored unchanged
     if isinstance(source, np.ndarray):
         pixels = source
     else:
@@ -106,7 +107,11 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     """Decode an image file.
 
     Returns:
-        RGB pixels, uint8 [H, W, 3], and the reason why the file cannot be stored as it is, or None if it can.
+        A tuple (pixels, reason). `pixels` are RGB, uint8 [H, W, 3]. `reason` is the reason the file cannot be stored
+        unchanged as JPEG, or None if the file can be stored unchanged.
+
+    Raises:
+        Defect: The file cannot be decoded, or exceeds a limit on size or memory.
     """
     if not content:
         raise Defect("empty file")
@@ -149,9 +154,12 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
 
 
 def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
-    """Convert an image to RGB, uint8 [H, W, 3], without its transparency.
+    """Convert an image to RGB, uint8 [H, W, 3]. Transparency is dropped.
 
     `content` is the file that `image` was opened from.
+
+    Raises:
+        Defect: The range of the pixel values is unknown.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         if (grey := greyscale.to_eight_bits(image, content)) is None:
@@ -166,7 +174,13 @@ def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Resize the shorter side to `encoding.size` pixels (bicubic, antialiased). For npy, crop the central square."""
+    """Resize the shorter side to `encoding.size` pixels (bicubic, antialiased). For npy, crop the central square.
+
+    If neither is needed, return `pixels` itself.
+
+    Raises:
+        Defect: The resized image would exceed `encoding.max_pixels`.
+    """
     size = encoding.size or 0
     height, width = pixels.shape[:2]
     shorter = min(height, width)

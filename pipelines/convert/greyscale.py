@@ -1,7 +1,7 @@
-"""Convert greyscale images of more than 8 bits to 8 bits.
+"""Convert grayscale images of more than 8 bits to 8 bits.
 
-Pillow clips values at 255, and most files use only a part of the range of their data type. The first rule that
-applies determines the range of an image:
+Pillow clips values at 255, and most files use only a part of the range of their data type. The first of these rules
+that applies determines the range of an image:
 
 - The file declares the range: BitsPerSample of a 12-bit TIFF, the maximum of a PGM, or sBIT of a PNG.
 - Values within 0..255 are kept. Floating-point images with values up to 1 are an exception: their range may be 0..1 or
@@ -19,7 +19,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # two TIFF tags, a
 
 
 def to_eight_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Convert an image of mode I, I;16 or F to uint8 [H, W]. Return None if the range of its values is unknown.
+    """Convert an image of mode I, I;16 or F to uint8 [H, W]. Return None if the range of the pixel values is unknown.
 
     `content` is the file that `image` was opened from.
     """
@@ -44,16 +44,16 @@ def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int 
         return 12
     if image.format != "PNG" or (significant := _significant_bits(content)) is None:
         return None
-    # By the PNG standard the encoder scales samples to 16 bits, which leaves 0 or 1 in the low bits of small values.
-    # Some writers set sBIT without scaling the samples.
+    # By the PNG standard, the encoder scales samples to 16 bits. The low bits of small values are then 0 or 1. Some
+    # writers set sBIT without scaling the samples.
     low_bits = grey & ((1 << (16 - significant)) - 1)
     return significant if grey.max() < 1 << significant and low_bits.max() > 1 else 16
 
 
 def _significant_bits(png: bytes) -> int | None:
-    """Return the number of significant bits (1 to 16) that a greyscale PNG declares, or None if it declares none.
+    """Return the number of significant bits (1 to 16) that a grayscale PNG declares, or None if it declares none.
 
-    The number is in the sBIT chunk, which precedes the pixels.
+    The number is in the sBIT chunk. This chunk precedes the pixels.
     """
     place = 8
     while (kind := png[place + 4 : place + 8]) and kind != b"IDAT":

@@ -12,7 +12,7 @@ GROUPS = 16  # maximum number of shard groups per split; a group's spool files a
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """Layout of one split. Both passes use the layout, which is fixed before the first sample is encoded."""
+    """Layout of one split. Both passes use the same layout, fixed before pass 1 starts."""
 
     dataset: str
     split: str
@@ -60,7 +60,7 @@ class SplitLayout:
         return min(self.block_rows, self.rows - block * self.block_rows)
 
     def shard_size(self, shard: int) -> int:
-        """Return the number of rows of a shard, including quarantined rows, which are not written."""
+        """Return the number of source rows assigned to a shard. The quarantined rows among them are not written."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def group_shard_numbers(self, group: int) -> set[int]:

@@ -1,7 +1,7 @@
-"""Limit the memory that a library may allocate during one call.
+"""Limit the memory that a library can allocate during one call.
 
-A decoder allocates the size that a header claims, so a tiny file can make it allocate gigabytes. A limit on the
-address space covers all allocations of a decoder at once.
+A decoder allocates the size that a header claims, so it may allocate gigabytes for a tiny file. A limit on the address
+space covers all allocations of a decoder at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _STATM = Path("/proc/self/statm")  # its first number is the address space of th
 
 @contextmanager
 def at_most(extra_bytes: int) -> Iterator[None]:
-    """Limit the growth of this process within the block to `extra_bytes`, summed over all threads.
+    """Limit the growth of this process's address space within the block to `extra_bytes`, summed over all threads.
 
-    Allocations beyond the limit raise MemoryError. Entering and leaving the block takes about 10 µs. The limit has no
-    effect if the kernel does not report the size of the process.
+    Allocations beyond the limit raise MemoryError. Entering and leaving the block takes about 10 µs. No limit is set if
+    the kernel does not report the size of the address space.
     """
     try:
         size = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()

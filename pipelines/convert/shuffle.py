@@ -44,6 +44,10 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
 
     Returns:
         The number of the block.
+
+    Raises:
+        UserError: The source cannot be read or returns a wrong number of rows, npy images differ in shape, or a sample
+            is defective and `Options.strict` is set.
     """
     layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
     start = block * layout.block_rows
@@ -112,6 +116,9 @@ def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
 
     Returns:
         The number of the shard.
+
+    Raises:
+        UserError: A spool file is damaged.
     """
     layout, labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
     samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
@@ -160,6 +167,9 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
     """Yield (position, row, payload, height, width) for each sample of a shard.
 
     The samples of one block are read at once, since they are contiguous in the spool.
+
+    Raises:
+        UserError: A spool file is damaged.
     """
     group = shard // layout.group_shards
     for block in range(layout.blocks):

@@ -22,7 +22,10 @@ class SplitSource(Protocol):
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the rows from `start` up to `stop` (exclusive) in source order.
 
-        A row is either pixels, uint8 [H, W, 3], or the bytes of an image file. An empty file gives b''.
+        A row is either pixels, uint8 [H, W, 3], or the bytes of an image file (b"" for an empty file).
+
+        Raises:
+            UserError: A row cannot be read.
         """
         ...
 

@@ -35,7 +35,11 @@ class WrittenSplit:
 
 
 def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
-    """Run both passes of the shuffle for one split and write the split's index."""
+    """Run both passes of the shuffle for one split and write the split's index.
+
+    Raises:
+        UserError: No image can be decoded, `partition` or `merge` raises UserError, or a worker was killed.
+    """
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)
     shards, fresh = _merge_shards(layout, pool)
@@ -125,7 +129,7 @@ def _index_columns(shards: list[Table]) -> Table:
 
 
 def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
-    """Write SPLIT.index.npz and return its entry for dataset.json."""
+    """Write SPLIT.index.npz and return the entry of this file in dataset.json."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)

@@ -55,7 +55,7 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to disk. A power failure may undo a rename that was not flushed."""
+    """fsync a directory, so that renames in it survive a power failure. File contents are not flushed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,10 +11,10 @@ MAX_BYTES = 4096  # bytes of the output to keep
 
 @contextmanager
 def capture_stderr(lines: list[str]) -> Iterator[None]:
-    """Redirect file descriptor 2 of this process and append the captured text to `lines` at the end of the block.
+    """Redirect file descriptor 2 of this process and append the captured lines to `lines` at the end of the block.
 
-    Only the first `MAX_BYTES` are kept. Output of other threads is captured as well, so wrap only short calls. Entering
-    and leaving the block takes about 10 µs.
+    Only the first `MAX_BYTES` bytes are kept. Output of other threads is captured as well, so wrap only short calls.
+    Entering and leaving the block takes about 10 µs.
     """
     saved, file = os.dup(2), os.memfd_create("stderr", os.MFD_CLOEXEC)
     os.dup2(file, 2)

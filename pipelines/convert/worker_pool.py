@@ -38,7 +38,7 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block.
+    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block. Only the main thread can defer signals.
 
     The handlers are replaced, since a signal mask covers only one thread, and any thread may receive the signal.
     """
@@ -61,7 +61,7 @@ def defer_signals() -> Iterator[None]:
 
 
 class WorkerPool:
-    """Pool that calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
+    """Pool whose `imap` calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, workers: int, shared: Any) -> None:
         self._shared = shared

@@ -1,7 +1,7 @@
 """Convert a source to shards, in parallel and in bounded memory. An interrupted conversion can be resumed.
 
 The train split is shuffled globally, but a source larger than memory can only be read sequentially. The conversion
-therefore makes two passes, which both access the disk sequentially. In pass 1 (`shuffle.partition`), workers encode
+therefore makes two passes, and both access the disk sequentially. In pass 1 (`shuffle.partition`), workers encode
 blocks of source rows in order, sort the samples by destination and write them to spool files. In pass 2
 (`shuffle.merge`), each worker collects the samples of one shard and writes its tar. The position of a sample depends
 only on seed, split and row, so the result is byte-identical for any number of workers and after any interruption. The
@@ -46,17 +46,19 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
 
     Args:
         source: Data set to convert.
-        out: New folder, or folder of a finished or unfinished conversion of the same source with the same options.
+        out: New or empty folder, or folder of a finished or unfinished conversion with the same `source`, `options` and
+            `name`.
         options: Encoding, shard size and seed.
-        workers: Number of processes.
+        workers: Maximum number of processes. A small source is converted in this process.
         name: Name of the data set and prefix of the shard files.
 
     Returns:
         The content of dataset.json.
 
     Raises:
-        UserError: `out` contains anything else, the disk is too small, the source is invalid, a sample is defective and
-            `options.strict` is set, or npy images differ in shape.
+        UserError: `out` contains anything else or is in use, the disk is too small, the source is invalid or cannot be
+            read, no image of a split can be decoded, npy images differ in shape, a sample is defective and
+            `options.strict` is set, or a worker was killed.
     """
     checks.check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
@@ -169,7 +171,13 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
-    """Encode a few evenly spaced samples, from which `_plan_layout` takes image shape and size in bytes."""
+    """Encode a few samples, to determine the image shape and the average size in bytes.
+
+    Evenly spaced rows are tried until one sample (npy) or PROBED_ROWS samples (jpeg) have been encoded.
+
+    Raises:
+        UserError: None of the tried samples can be decoded.
+    """
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []
     for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():

@@ -24,7 +24,7 @@ CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of
 
 
 def refuse_external_link(file: Path) -> None:
-    """Raise UserError if a file of a data set is a link to a target outside of the data set's folder."""
+    """Raise UserError if a file of a data set is a link to a target outside the data set's folder."""
     real = Path(os.path.realpath(file))  # unlike Path.resolve, accepts a cycle of links
     if not real.is_relative_to(os.path.realpath(file.parent)):
         raise UserError(
@@ -36,7 +36,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     """Load and check dataset.json.
 
     Raises:
-        UserError: `folder` is not a converted data set or is damaged. The message says how to fix this.
+        UserError: dataset.json is missing, unreadable, invalid or of another format version. The message says how to
+            fix this.
     """
     path = Path(folder) / "dataset.json"
     with readable(path):
@@ -72,14 +73,17 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
     """Return True if the samples of a split are stored in the order of the source's rows.
 
-    Predictions for a contest need this order. In older data sets, which do not record the order, only the train split
-    is shuffled.
+    Predictions for a contest need this order. Older data sets do not record the order; only their train split is
+    shuffled.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """Return a sha256 of the samples. A run gets the same batches from data sets with equal fingerprints."""
+    """Return a sha256 of the entries that describe the samples: classes, encoding, image shape and files of the splits.
+
+    A run gets the same batches from data sets with equal fingerprints.
+    """
     content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -177,9 +181,9 @@ def _format_value(value: Any) -> str:
 
 
 def convert_hint(folder: str | Path) -> str:
-    """Return the last part of an error message, which names the tools/convert.py command for `folder`.
+    """Return the last part of an error message. This part names the tools/convert.py command for `folder`.
 
-    Only file names are examined; `tools/sources` checks the content of a source.
+    Only file names are examined. `tools/sources` checks the content of a source.
 
     Args:
         folder: A source, or a data set that does not exist yet.
@@ -217,7 +221,8 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
 def _for_missing(path: Path) -> tuple[str, list[str], Path]:
     """Return the result of `_command` for a missing data set.
 
-    The source is guessed from the folder names in the configs of this project and of the homework.
+    The source is guessed from the folder's name. The known names are those in the configs of this project and of the
+    homework.
     """
     if path.name in CIFAR:
         return path.name, ["--download"], path

@@ -1,7 +1,7 @@
 """Cache the sha256 of each shard, so that a file is read only once after its last change.
 
-A cache entry is valid while inode, size and times of the file are unchanged. The cache is stored in the user's cache
-folder, since the data set may be read-only and must be identical for two conversions of one source.
+A cache entry is valid while the inode, size and timestamps of the file are unchanged. The cache is stored in the user's
+cache folder, since the data set may be read-only and must be identical for two conversions of one source.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from configs.utils.warnings import warn
 MAX_ENTRIES = 8  # per file; nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
 MAX_THREADS = 8
-TIMESTAMP_TICK_NS = 20_000_000  # file system clocks tick at least every 10 ms; later changes alter the times
+TIMESTAMP_TICK_NS = 20_000_000  # file system clocks tick at least every 10 ms; later changes get other timestamps
 SAVE_INTERVAL_S = 5.0
 LOCK_TIMEOUT_S = 30.0  # a process that holds the lock counts as stopped after this time without a heartbeat
 MAX_CACHE_BYTES = 2**27
@@ -35,7 +35,7 @@ NOTE_BYTES = 2**34  # without a terminal, a note announces reads of at least thi
 
 
 class FileStamp(NamedTuple):
-    """Attributes of a file, by which a change of its content is detected."""
+    """Attributes of a file that are compared to detect changes to its content."""
 
     inode: int
     bytes: int
@@ -62,11 +62,11 @@ class HashedFile(NamedTuple):
 def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
     """Return the hash of each shard of a split. Files without a valid cache entry are read.
 
-    A file whose cached hash differs from dataset.json is read again. One process per machine reads the files while the
-    others wait for its results, so ranks that start together read each file once.
+    A file whose cached hash differs from dataset.json is read again. One process per machine reads the files while
+    other processes wait for the results, so ranks that start together read each file once.
 
     Raises:
-        UserError: A file cannot be read.
+        UserError: A file cannot be read, or is being changed.
     """
     shards = dataset["splits"][split]["shards"]
     record = HashCache(folder, dataset)
@@ -114,7 +114,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
 
 
 def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
-    """Add the hashes of new files to the cache. `sha256` maps file names to hashes."""
+    """Add the hashes of new files to the cache. `sha256` maps file names to hashes. Failures are ignored."""
     record = HashCache(folder, dataset)
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
     with suppress(OSError), record.exclusive():
@@ -138,8 +138,8 @@ class HashCache:
     def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
         """Return the cached hash of each shard. `shards` are entries of dataset.json.
 
-        The hash is None for a shard that is not cached, has changed since, or was hashed to a value other than the one
-        in dataset.json.
+        The result is None for a shard that is not cached, has changed since it was hashed, or has a hash other than the
+        one in dataset.json.
         """
         known = self._load()
         found: list[HashedFile | None] = []
@@ -155,7 +155,7 @@ class HashCache:
         self._new[name] = content
 
     def save(self, warn_on_error: bool = False) -> None:
-        """Merge the added entries into the cache file, which other processes may have updated.
+        """Merge the added entries into the cache file. Other processes may have updated this file in the meantime.
 
         A failure is ignored, or reported as a warning if `warn_on_error` is set.
         """
@@ -198,9 +198,9 @@ class HashCache:
 
     @contextmanager
     def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Lock the cache against other processes of this machine and yield a heartbeat function.
+        """Lock the cache against other processes on this machine and yield a heartbeat function.
 
-        The holder of the lock must call the function regularly. A waiting process continues without the lock after
+        The holder of the lock must call this function regularly. A waiting process continues without the lock after
         `LOCK_TIMEOUT_S` without a heartbeat, or immediately if the file system does not support locks.
         """
         lock = None
@@ -237,7 +237,11 @@ def _acquire(lock: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache files, which is model-zhu/verified in $XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder of the cache files: model-zhu/verified in $XDG_CACHE_HOME if set, otherwise in ~/.cache.
+
+    Raises:
+        RuntimeError: $XDG_CACHE_HOME is not an absolute path, and the user has no home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "model-zhu" / "verified"
 
@@ -247,7 +251,8 @@ def hash_files(
 ) -> Iterator[tuple[int, HashedFile | OSError]]:
     """Hash files in parallel and yield the position of each file in `files`, with its hash or error.
 
-    Files are yielded in order of completion. `heartbeat` is called at least once a second.
+    Files are yielded in order of completion. While the caller waits for a file, `heartbeat` is called at least once a
+    second.
     """
     read, shown = [0] * len(files), 0
     stop = threading.Event()
@@ -282,10 +287,10 @@ def hash_files(
 def hash_file(file: Path, count: Callable[[int], None] = lambda size: None) -> HashedFile:
     """Hash a file in chunks and call `count` with the size of each chunk in bytes.
 
-    A file that changes while it is read is hashed again, up to three times in total.
+    A file that changes during an attempt is hashed again, with at most three attempts in total.
 
     Raises:
-        OSError: The file cannot be read, or it changed each time.
+        OSError: The file cannot be read, or it changed during each attempt.
     """
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for _ in range(3):

@@ -40,7 +40,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise UserError if a file is missing, does not have the expected size in bytes, or is an external link."""
+    """Raise UserError if a file is missing or unreadable, has an unexpected size in bytes, or is an external link."""
     with readable(file):
         refuse_external_link(file)
         if not file.is_file():
@@ -54,7 +54,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
     """Load the columns of a split's index, each [samples], and check them against dataset.json.
 
     Raises:
-        UserError: The index is missing, damaged or inconsistent with dataset.json.
+        UserError: The index is missing, unreadable, damaged, an external link, or inconsistent with dataset.json.
     """
     entry = dataset["splits"][name]
     file, samples = folder / entry["index"]["file"], entry["samples"]
@@ -86,9 +86,9 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
 
 
 def _columns(content: bytes) -> dict[str, np.ndarray]:
-    """Parse the columns of the index like np.load.
+    """Parse the columns of the index.
 
-    Unlike np.load, this does not allocate the size that a damaged file claims.
+    Unlike np.load, this function does not allocate the size that a damaged file claims.
     """
     index = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -13,11 +13,11 @@ import simplejpeg
 from PIL import Image
 
 UNDECODABLE = "cannot be decoded"
-ImageSize = tuple[int, int]  # height, width, pixels
+ImageSize = tuple[int, int]  # height and width in pixels
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
-    """Return what is wrong with the header of a JPEG file, or None if the header is valid.
+    """Describe what is wrong with the header of a JPEG file. Return None if the header is valid.
 
     Args:
         file: Content of the file, uint8 [bytes].
@@ -39,9 +39,9 @@ def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
 
 
 def decode_with_pillow(file: np.ndarray, sides: ImageSize) -> np.ndarray | None:
-    """Decode a JPEG file, uint8 [bytes], to uint8 [H, W, 3].
+    """Decode a JPEG file, uint8 [bytes], to RGB, uint8 [H, W, 3].
 
-    Return None if Pillow cannot decode the file or the image does not have the given sides.
+    Return None if Pillow cannot decode the file, or if the height and width of the image differ from `sides`.
     """
     try:
         with _open_jpeg(file) as image:

@@ -36,8 +36,8 @@ class MappedShards(NamedTuple):
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
     """Map files read-only at offsets 0, slot, 2 * slot … of one reserved range of addresses.
 
-    With a single range, one gather reads a batch from any number of shards. Python's mmap module cannot choose
-    addresses, so this calls the C library.
+    With a single range, one gather can read a batch from any number of shards. Python's mmap module cannot choose
+    addresses, so this function calls the C library.
 
     Args:
         files: Files to map.
@@ -45,7 +45,8 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         slot: Distance between the starts of consecutive files in bytes, a multiple of the page size.
 
     Raises:
-        UserError: A file cannot be read or mapped.
+        UserError: A file cannot be read or mapped, or the range would exceed MAX_ADDRESSES.
+        ValueError: Too many files are mapped, see `sigbus.register`.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 

@@ -1,7 +1,7 @@
-"""Detect shards that change during a run: truncated, overwritten, replaced or removed.
+"""Detect shards that are truncated, overwritten, replaced or removed during a run.
 
-A mapping shows changes of its file immediately, so training may use changed data until the next check, usually for up
-to half a second. Calling `check` before saving a checkpoint ensures that no effect of changed data is saved.
+Shards are memory-mapped, so training sees in-place changes immediately and may use them until the next check, usually
+within 0.5 s. Call `check` before saving a checkpoint, so that no checkpoint is affected by changed data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.utils.warnings import warn
 from pipelines.storage.hash_cache import CHUNK_BYTES, FileStamp
 
 POLL_INTERVAL_S = 0.5  # minimum time between checks
-MAX_SHARE = 0.01  # maximum share of a thread's time for checks
+MAX_SHARE = 0.01  # maximum share of time spent on checks
 
 
 class ShardMonitor:
@@ -28,7 +28,7 @@ class ShardMonitor:
     Args:
         split: Name of the split, for messages.
         files: Paths of the shards.
-        sha256: Hash of each file when it was mapped.
+        sha256: Hash of each file when the split was opened. With data.verify=off, the hash in dataset.json.
         stamps: Attributes of each file when it was mapped.
         fault_address: Address of a failed read in each file, or 0, int64 [files]; see `memory_map.MappedShards`.
         mapped: Function that returns the mapped bytes of the file with the given number, uint8 [bytes].
@@ -51,9 +51,10 @@ class ShardMonitor:
         self._error: str | None = None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. Run `check` after a failed read and once per interval.
+        """Raise UserError if a file is known to have changed.
 
-        A call without a check takes about two microseconds, so `poll` can be called after every batch.
+        After a failed read and about once per POLL_INTERVAL_S, this method calls `check`. Other calls take about two
+        microseconds, so `poll` can be called after every batch.
         """
         if self._error is not None:
             raise UserError(self._error)
@@ -63,8 +64,9 @@ class ShardMonitor:
             self.check()
 
     def check(self) -> None:
-        """Check all files now and raise UserError if their mapped content has changed since it was mapped.
+        """Check all files now and raise UserError if the mapped content of a file has changed or cannot be read.
 
+        A file that was replaced or removed only causes a warning, since its mapping still shows the original content.
         A check takes about two microseconds per file, unless modification times differ and files must be read.
         """
         with self._lock:

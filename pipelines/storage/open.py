@@ -39,11 +39,12 @@ def open_split(
         folder: Folder of the data set.
         name: Name of the split.
         verify: "changed" reads and hashes shards that have changed since their last check (see `hash_cache`). "off"
-            compares only sizes.
+            checks only the sizes of shards.
         allow_damaged_images: Warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
-        UserError: The split does not exist, or a file is missing or differs from dataset.json.
+        UserError: The data set or split does not exist, or a file is missing, unreadable, being changed or different
+            from dataset.json.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -94,7 +95,7 @@ def open_split(
 
 
 def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise UserError for a damaged shard, or warn if only its JPEG images are damaged and that is allowed.
+    """Raise UserError for a damaged shard, or warn if only its JPEG images are damaged and `allow_damaged_images`.
 
     Args:
         split: Split of the shard.

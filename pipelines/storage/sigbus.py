@@ -1,8 +1,9 @@
 """Turn SIGBUS on a mapped shard (truncated file, failing disk) into a flag instead of a crash.
 
-Reading a mapped page beyond the end of its file raises SIGBUS, which ends a process without a message. The handler in
-`cpu.sigbus_handler` replaces the pages by zeros and stores the address of the fault in a table. Readers check the
-table before they use the bytes. A SIGBUS outside of the registered ranges is passed to the previous handler.
+Reading a mapped page beyond the end of its file raises SIGBUS. By default, this signal ends the process without a
+Python traceback. The handler in `cpu.sigbus_handler` stores the address of the fault in a table and replaces the page
+and the rest of the file with zeros. Readers check the table before they use the bytes. A SIGBUS outside the registered
+ranges is passed to the previous handler.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ranges: Start and end address of each mapped file, multiples of the page size, int64 [files, 2].
 
     Returns:
-        The rows to pass to `unregister`, and an array int64 [files] with the address of the last failed read in each
-        range, or 0.
+        The rows to pass to `unregister`, and a view int64 [files] in which the handler stores the address of the last
+        failed read in each range. The initial value is 0.
 
     Raises:
-        ValueError: More than `MAX_ROWS` files are mapped.
+        ValueError: More than `MAX_ROWS` files would be mapped.
+        OSError: The handler cannot be installed.
     """
     with _lock:
         if not len(_table):
@@ -70,7 +72,7 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unregister(rows: np.ndarray) -> None:
-    """Unregister the ranges of `rows`, which `register` returned. Call this before unmapping the memory."""
+    """Unregister the ranges of `rows`, as returned by `register`. Call this function before unmapping the memory."""
     rows[:, layout.START] = rows[:, layout.END] = 0
     first = (rows.ctypes.data - _table.ctypes.data) // _table.itemsize - layout.FIRST_ROW
     _free[len(rows)].append(first // layout.COLUMNS)  # atomic: a finalizer may run within `register`, under its lock

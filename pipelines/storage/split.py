@@ -44,7 +44,7 @@ class Split:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Shape (height, width, 3) of the images, or None if they have several shapes."""
+        """Shape (height, width, 3) of all images of the data set, or None if the images differ in shape."""
         shape = self.dataset["image_shape"]
         return tuple(shape) if shape else None
 
@@ -86,7 +86,7 @@ class Split:
     def source_rows(self) -> np.ndarray:
         """Return the source row of each sample, parsed from its key in the tar: int64 [samples].
 
-        One page per sample is read, which is about the whole split if its images are small.
+        This reads one page of memory per sample, so it reads about the whole split if the images are small.
         """
         keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
         return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)

@@ -1,6 +1,7 @@
 """Compare a mapped shard with the index and describe the differences.
 
-Headers and labels are compared in chunks, and images one by one. A check that a shard is intact needs only its sha256.
+Headers and labels are compared in chunks, and images one by one. This is slower than comparing the sha256 of the shard,
+so use it only to explain a mismatch or to check a data set thoroughly.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
         chosen: All samples of the shard, int64 [N].
 
     Returns:
-        The first difference, or None if there is none.
+        A description of the first difference found, or None if there is none.
     """
     start_byte = number * split.slot_bytes
     content = split.content[start_byte : start_byte + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
@@ -108,7 +109,7 @@ def _header_error(
 def _label_error(
     split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
 ) -> str | None:
-    """Return an error for the first wrong label member, or None if all are correct.
+    """Return an error message about a wrong label member, or None if all label members are correct.
 
     Args:
         split: Split of the samples.
@@ -134,7 +135,7 @@ def _label_error(
 
 
 def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
-    """Return an error for the first key that is not a row of the source or not unique, or None if all are correct.
+    """Return an error message about the first key that is not a source row or is not unique, or None if all are valid.
 
     `samples` are the checked samples, int64 [N], and `keys` their keys in ASCII, uint8 [N, KEY_DIGITS].
     """
@@ -158,13 +159,13 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Return what is wrong with a stored image, or None if the image is valid.
+    """Describe what is wrong with a stored image. Return None if the image is valid.
 
     Args:
         split: Split of the sample.
         sample: Position of the sample in the split.
-        decodes: True to decode a JPEG, for a shard that may be damaged. False to check only its header and that all
-            decoders support it.
+        decodes: True: decode a JPEG image of up to MAX_PIXELS, since its shard may be damaged. False: check only that
+            the header is valid and that all decoders support the file.
     """
     file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":

@@ -18,12 +18,12 @@ INDEX_VERSION = "v1.2"
 
 
 def padded(size: int) -> int:
-    """Return the space that a content of `size` bytes occupies in a tar: a multiple of 512 bytes."""
+    """Return the space that `size` bytes of content occupy in a tar: a multiple of 512 bytes."""
     return -(-size // BLOCK) * BLOCK
 
 
 def key_of(row: int) -> str:
-    """Return the key of a sample, which is its source row with leading zeros. Predictions are ordered by key."""
+    """Return the key of a sample: its source row with leading zeros. Predictions are ordered by key."""
     return f"{row:0{KEY_DIGITS}d}"
 
 
@@ -75,7 +75,7 @@ def _octal(numbers: np.ndarray, digits: int) -> np.ndarray:
 
 
 class MemberWriter:
-    """Formatter of tar members that have the same extension and the same content size in bytes."""
+    """Formatter of tar members that have the same extension and content size (`size`, in bytes)."""
 
     def __init__(self, extension: str, size: int) -> None:
         self._header = _header(extension, size)
@@ -95,7 +95,7 @@ class MemberWriter:
 
 
 def label_text(label: int, classes: int) -> bytes:
-    """Return a label as the content of a `.cls` member: an ASCII integer of fixed width, which webdataset can parse."""
+    """Return the content of a label's `.cls` member: an ASCII integer of fixed width that webdataset can parse."""
     return f"{label:0{len(str(max(classes - 1, 0)))}d}".encode()
 
 
@@ -107,7 +107,7 @@ def index_line(key: str, extension: str, offset: int, size: int, label_size: int
         extension: Extension of the image member, without a dot.
         offset: Offset of the image in the tar, in bytes.
         size: Size of the image in bytes.
-        label_size: Size of the label in bytes. None: the sample has no label member.
+        label_size: Size of the label in bytes, or None if the sample has no label member.
     """
     line = f"{extension} {offset} {size} {key}.{extension}"
     if label_size is not None:

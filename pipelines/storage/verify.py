@@ -18,10 +18,10 @@ from pipelines.storage.split import Split
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Return the problems of a data set, one sentence each, in the order of reading. The list is empty if it is intact.
+    """Return the problems found in a data set, one sentence each. The list is empty if the data set is intact.
 
     Raises:
-        UserError: `folder` is not a converted data set.
+        UserError: `folder` is not a converted data set, or its dataset.json is invalid.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
@@ -62,8 +62,8 @@ def _hash_shards(
     """Hash the shards listed in `entries`.
 
     Returns:
-        The hash of each shard, or None if its file is missing, unreadable or of the wrong size, and one sentence for
-        each such file.
+        A tuple (hashes, problems). `hashes` holds the hash of each shard, or None if its file is missing, unreadable or
+        of the wrong size. `problems` holds a sentence about each such file.
     """
     found: list[hash_cache.HashedFile | None] = [None] * len(entries)
     problems = {}
