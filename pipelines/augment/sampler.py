@@ -42,7 +42,7 @@ class AugmentationSampler:
                 For a flipped sample, the x coordinates of the two corners are swapped.
             offset: int32 [B, 2] (y, x), top-left corner of the crop, relative to the unpadded image, pixels.
             flip: int32 [B], 1 for a flipped sample, otherwise 0.
-            ops, values: int32 and float32 [B, slots], augmentation programs; see `ops`.
+            ops, values: int32 and float32 [B, slots], augmentation programs; see `pipelines.augment.ops`.
             erase_box: int32 [B, 4], top, left, height and width, pixels; a height of 0 erases nothing.
             erase_color: uint8 [B, 3], RGB.
             cutout: float32 [B, 2] (y, x), top-left corner of the square, pixels.

@@ -38,7 +38,7 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
     """Run both passes of the shuffle for one split and write the split's index.
 
     Raises:
-        UserError: No image can be decoded, `partition` or `merge` raises UserError, or a worker was killed.
+        UserError: `partition` rejects a row, no image can be decoded, the spool is damaged, or a worker was killed.
     """
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)

@@ -38,7 +38,7 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block. Only the main thread can defer signals.
+    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block. In threads other than the main thread, do nothing.
 
     The handlers are replaced, since a signal mask covers only one thread, and any thread may receive the signal.
     """

@@ -176,7 +176,7 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
     Evenly spaced rows are tried until one sample (npy) or PROBED_ROWS samples (jpeg) have been encoded.
 
     Raises:
-        UserError: None of the tried samples can be decoded.
+        UserError: The source cannot be read, or none of these rows can be decoded.
     """
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []

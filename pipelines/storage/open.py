@@ -95,7 +95,7 @@ def open_split(
 
 
 def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise UserError for a damaged shard, or warn if only its JPEG images are damaged and `allow_damaged_images`.
+    """Raise UserError for a damaged shard, or only warn if damaged JPEG images are allowed and nothing else is damaged.
 
     Args:
         split: Split of the shard.
