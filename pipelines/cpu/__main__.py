@@ -8,7 +8,7 @@ from pipelines.cpu import batch, jpeg_headers, programs, sigbus_handler
 
 
 def compile_all() -> None:
-    """Call each kernel once, on one black pixel, with the argument types that the loader uses."""
+    """Compile every kernel by calling it once on minimal arrays of the types that the loader uses."""
     assert sigbus_handler.handler.address  # compiled by the import
     content, out = np.zeros(3, np.uint8), np.empty((1, 1, 1, 3), np.uint8)
     image_offsets, sides, sizes = np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(1, np.int32)

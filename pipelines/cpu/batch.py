@@ -1,10 +1,10 @@
 """Numba kernels that copy, crop, flip and resize a batch of images, and a kernel that sorts hashes for the shuffle.
 
-Each image kernel reads from one flat array and writes one batch, in one thread and without the GIL; the loader's
-threads work on different batches. Pixels match the DALI operators in `dali_graph`, except that resized pixels may
-differ by one grey level. `python -m pipelines.cpu` compiles all kernels in advance.
+Each call of an image kernel reads from one flat array and writes one batch. It runs in one thread without the GIL, and
+the loader's threads work on different batches. Pixels match the DALI operators in `dali_graph`, except that resized
+pixels may differ by one gray level. `python -m pipelines.cpu` compiles all kernels in advance.
 
-The kernels check no bounds; `pipelines.storage.index` has checked the offsets. Common arguments:
+The kernels do not check bounds; `pipelines.storage.index` has already validated the offsets. Common arguments:
     content: uint8 [bytes]. Each image takes height x width x 3 bytes in HWC order.
     image_offsets: int64 [B], byte offset of each image's first pixel in `content`.
     out: uint8 [B, size, size, 3], contiguous.
@@ -28,9 +28,9 @@ HALF = float32(0.5)
 
 @kernel
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copy images that have the shape of out[i] to `out`.
+    """Copy images of one shape to `out`, uint8 [B, H, W, 3].
 
-    Copying is fastest if the size of an image is a multiple of LINE bytes.
+    The fast path requires that the size of an image in bytes and the address of `out` are multiples of LINE.
     """
     target = out.reshape(-1)
     size = target.size // max(len(image_offsets), 1)
@@ -41,7 +41,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
-        # Scattered samples wait for memory; the outer cache has many more requests in flight than the inner one.
+        # Reads of scattered samples wait for memory, and the outer cache can have many more requests in flight.
         ahead = image_offsets[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)
@@ -86,14 +86,14 @@ def crop_flip(
     reflect: bool,
     out: np.ndarray,
 ) -> None:
-    """Crop size x size pixels from each image and flip the crops horizontally.
+    """Crop size x size pixels from each image, and flip the selected crops horizontally.
 
     Args:
-        content, image_offsets, out: See the module.
-        height, width: Size of all images, pixels.
+        content, image_offsets, out: See the module docstring.
+        height, width: Size of every image, pixels.
         offsets: int32 [B, 2] (y, x), top-left corner of each crop in its image, pixels.
         flips: int32 [B], nonzero for each crop to flip.
-        reflect: True: pixels outside of an image reflect the image. False: they are black.
+        reflect: Fill pixels outside an image with its reflection. Otherwise, they are black.
     """
     size = out.shape[1]
     target = out.reshape(-1)
@@ -146,15 +146,15 @@ def resize(
 ) -> None:
     """Resize one region of each image to size x size pixels.
 
-    Edge pixels repeat outside of the image. The vertical pass writes float32, so that each pixel is rounded only once.
+    Edge pixels are repeated outside the image. The vertical pass writes float32, so each pixel is rounded only once.
 
     Args:
-        content, image_offsets, out: See the module.
+        content, image_offsets, out: See the module docstring.
         heights, widths: int64 [B], size of each image, pixels.
         starts, ends: float32 [B, 2] (y, x), corners of each region, pixels. A region whose end is left of its start is
-            mirrored.
-        cubic: True: use the Catmull-Rom filter. False: use the triangle filter.
-        antialias: Widen the filter by the scale when reducing.
+            mirrored horizontally.
+        cubic: Use the Catmull-Rom filter instead of the triangle filter.
+        antialias: When downscaling, widen the filter by the scale factor.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -233,10 +233,10 @@ def _filter_weights(
     """Compute the filter of each target pixel along one axis.
 
     Args:
-        start, end: Bounds of the region, pixels.
-        reach: Radius of the filter before widening: 1 for the triangle, 2 for Catmull-Rom.
-        antialias: Widen the filter by the scale when reducing.
-        index: int64 [size], filled with the first source pixel of each target pixel.
+        start, end: Bounds of the region in either order, pixels.
+        reach: Radius of the filter before widening, 1 for the triangle filter and 2 for Catmull-Rom.
+        antialias: When downscaling, widen the filter by the scale factor.
+        index: int64 [size], filled with the first source pixel of each target pixel, which can be outside the image.
         weights: float32 [size, at least taps], filled with the weights of the source pixels.
 
     Returns:

@@ -1,6 +1,6 @@
 """Intrinsics for byte operations that Numba does not generate by itself: wide moves, shuffles and prefetches.
 
-The intrinsics are written in LLVM IR, so they compile for any processor. They check no bounds. Their arrays are flat.
+The intrinsics are written in LLVM IR, so they compile for any CPU. They do not check bounds, and arrays are flat.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INDEX = types.intp
 def address(
     context: Any, builder: ir.IRBuilder, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type
 ) -> Any:
-    """Return a pointer to a value of type `kind` at element `offset` of the array in argument number `array`."""
+    """Return a pointer to element `offset` of the array args[array], cast to a pointer to `kind`."""
     data = context.make_array(signature.args[array])(context, builder, args[array]).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
 
@@ -40,7 +40,7 @@ def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count
 
 @intrinsic
 def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy a pixel and the byte after it from source[begin : begin + 4] to target[at : at + 4]. Both are uint8."""
+    """Copy a pixel and the byte after it from source[begin : begin + 4] to target[at : at + 4], all uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         value = builder.load(address(context, builder, signature, args, 2, args[3], _I32), align=1)
@@ -51,7 +51,7 @@ def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any
 
 @intrinsic
 def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy LINE bytes from source[begin:] to target[at:], bypassing the cache.
+    """Copy LINE bytes from source[begin:] to target[at:] with a store that bypasses the cache.
 
     The address of target[at] must be a multiple of LINE.
     """
@@ -81,7 +81,7 @@ def prefetch(typing: Any, source: Any, begin: Any) -> Any:
 
 @intrinsic
 def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy PIXELS pixels of three bytes from source[begin:] to target[at:], in reverse order of the pixels."""
+    """Copy PIXELS pixels of three bytes from source[begin:] to target[at:], with the pixels in reverse order."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block = ir.VectorType(_I8, 3 * PIXELS)
@@ -111,7 +111,7 @@ def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: 
 
 @intrinsic
 def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
-    """Join the channels red[begin:], green[begin:] and blue[begin:] to PIXELS pixels in target[at:]. All are uint8."""
+    """Interleave red[begin:], green[begin:] and blue[begin:] into PIXELS pixels of target[at:]. All are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)

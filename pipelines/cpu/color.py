@@ -1,8 +1,8 @@
 """Numba kernels that change the colors of one image in place.
 
-Each kernel implements a function of torchvision.transforms.v2.functional on uint8, with the same order of float32
-operations and the same rounding; `solarize_add` implements timm's function. torch adds a scaled tensor with a fused
-multiply-add, which `fused` reproduces with bitwise identical results on every processor.
+Each kernel matches a function of torchvision.transforms.v2.functional on uint8 images bit for bit, with two exceptions:
+`hue` may differ by one gray level, and `solarize_add` matches timm. torch computes a + s * b with a fused multiply-add;
+`fused` does the same, with bitwise identical results on every CPU.
 
 Common arguments:
     image: uint8 [pixels * 3], RGB.
@@ -19,7 +19,7 @@ from pipelines.cpu.float_intrinsics import fused
 from pipelines.cpu.jit import kernel
 
 ZERO, ONE, WHITE = float32(0), float32(1), float32(255)
-RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # weights of the channels in grey
+RED, GREEN, BLUE = float32(0.2989), float32(0.587), float32(0.114)  # weights of the channels in gray
 LEVEL = float32(1 / 255)
 SIXTH = float32(1 / 6)
 ALMOST_256 = float32(255.999)  # torchvision's scale from floats to levels
@@ -81,7 +81,7 @@ def grayscale(image: np.ndarray, planes: np.ndarray) -> None:
 
 @kernel
 def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
-    """Convert to HSV, rotate the hue by `shift`, a share of the circle, and convert back.
+    """Rotate the hue in HSV by `shift`, a fraction of the full circle.
 
     The loop over the pixels contains no branches.
     """
@@ -124,10 +124,10 @@ def hue(image: np.ndarray, shift: float, planes: np.ndarray) -> None:
 
 @kernel
 def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split up to BLOCK pixels into channels, so that loops over a channel are vectorised.
+    """Split up to BLOCK pixels into channels, so that loops over a channel are vectorized.
 
     Returns:
-        Red, green and blue of the pixels from pixel `start` on. They are views of `planes`.
+        Red, green and blue of the pixels from number `start` on, uint8 [at most BLOCK] each, as views of `planes`.
     """
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]
@@ -161,7 +161,7 @@ def posterize(image: np.ndarray, bits: int) -> None:
 
 @kernel
 def solarize(image: np.ndarray, threshold: int) -> None:
-    """Invert levels at or above `threshold`, which is 0 to 256."""
+    """Invert all levels at or above `threshold`, 0 to 256."""
     for i in range(len(image)):
         level = image[i]
         image[i] = 255 - level if level >= threshold else level
@@ -184,7 +184,7 @@ def invert(image: np.ndarray) -> None:
 
 @kernel
 def auto_contrast(image: np.ndarray, side: int) -> None:
-    """Stretch each channel to the range 0..255. A channel with a single level is kept.
+    """Stretch each channel to the range 0..255. A channel with a single level is unchanged.
 
     `side` is the number of pixels per row.
     """
@@ -209,7 +209,7 @@ def auto_contrast(image: np.ndarray, side: int) -> None:
 @kernel
 def equalize(image: np.ndarray) -> None:
     """Equalize the histogram of each channel with Pillow's formula."""
-    # Neighbours often have the same level; two tables avoid a dependency between consecutive increments.
+    # Neighboring pixels often have the same level; two tables avoid a dependency between consecutive increments.
     counts = np.zeros((2, 3, 256), np.int32)
     pixels = len(image) // 3
     for pixel in range(pixels):

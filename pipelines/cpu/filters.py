@@ -18,15 +18,15 @@ from pipelines.cpu.float_intrinsics import LANES, blur_across, blur_down, fused
 from pipelines.cpu.jit import kernel
 
 ZERO, WHITE = float32(0), float32(255)
-NEGLIGIBLE = 2.0**-18  # weight of a tap that changes a pixel by less than 0.001 grey levels
+NEGLIGIBLE = 2.0**-18  # weight of a tap that changes a pixel by less than 0.001 gray levels
 
 
 @kernel
 def sharpness(image: np.ndarray, side: int, factor: float, scratch: np.ndarray) -> None:
     """Sharpen like torchvision's adjust_sharpness.
 
-    The image is blended with its 3x3 weighted mean, in which the center has weight 5 and each other pixel weight 1.
-    Edge pixels stay unchanged. `scratch` needs at least image.size bytes.
+    The image is blended with its 3x3 weighted mean, in which the center has weight 5 and the other eight pixels have
+    weight 1. Edge pixels are unchanged. `scratch` needs at least image.size bytes.
     """
     if side <= 2:
         return
@@ -55,7 +55,7 @@ def blur(image: np.ndarray, side: int, sigma: float, radius: int, scratch: np.nd
     """Blur like torchvision's gaussian_blur with a kernel of 2 * radius + 1 pixels and reflected edges.
 
     For each row, the vertical pass writes a float32 line that the horizontal pass reads, so each pixel is rounded once.
-    Outer taps with weights up to NEGLIGIBLE are skipped. `sigma`, the standard deviation, is in pixels. `scratch` needs
+    Outer taps with weights up to NEGLIGIBLE are skipped. `sigma` is the standard deviation in pixels. `scratch` needs
     at least image.size + 2 * radius * side * 3 + LANES bytes.
     """
     weights = np.empty(radius + 1, np.float32)

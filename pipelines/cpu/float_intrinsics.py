@@ -1,8 +1,8 @@
 """Intrinsics for float32 that Numba does not generate by itself: vector lanes and fused multiply-adds.
 
-The intrinsics are written in LLVM IR, so they compile for any processor. They check no bounds. Their arrays are flat.
-Products and sums are fused (rounded once) only by explicit calls, never by the compiler, so every processor gives the
-same numbers.
+The intrinsics are written in LLVM IR, so they compile for any CPU. They do not check bounds, and arrays are flat.
+Products and sums are fused (rounded once) only by explicit calls, never by the compiler, so results are identical on
+every CPU.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def _to_levels(builder: ir.IRBuilder, total: Any) -> Any:
 
 @intrinsic
 def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any, taps: Any) -> Any:
-    """Filter one pixel and round it to 0..255.
+    """Filter one pixel, and round and clamp the result to 0..255.
 
     target[at : at + 3] = sum over k < taps of weights[first + k] * line[begin + 3 * k :][:3].
     `target` is uint8; `line` and `weights` are float32. The intrinsic uses vectors of four lanes, so it reads one float
-    past the last pixel of `line` and overwrites target[at + 3].
+    past the last filtered pixel and also overwrites target[at + 3].
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -66,9 +66,9 @@ def mix_pixels(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights
 def _mix_of(taps: int) -> Any:
     @intrinsic
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
-        """Compute `mix_pixels` for a fixed number of taps, without limiting the sum to 0..255.
+        """Filter one pixel like `mix_pixels`, but with a fixed number of taps and without clamping.
 
-        The weights must be 0 to 1 and sum to 1.
+        The weights must be from 0 to 1 and must sum to 1.
         """
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -92,7 +92,7 @@ mix_two_pixels, mix_three_pixels = _mix_of(2), _mix_of(3)
 
 @intrinsic
 def fused(typing: Any, first: Any, second: Any, added: Any) -> Any:
-    """Return first * second + added in float32, rounded once. Processors with FMA need one instruction."""
+    """Return first * second + added in float32, rounded once. This is one instruction on CPUs with FMA."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.fma(*args)
@@ -119,7 +119,7 @@ def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
 
 
 def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
-    """Round floats from 0 to 255 to uint8, with halves to even.
+    """Round floats from 0 to 255 to uint8, rounding halves to even.
 
     The sum of a float and 2 ** 23 has no fractional bits, so the addition rounds.
     """
@@ -132,7 +132,9 @@ def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
 def mix_four_pixels(
     typing: Any, target: Any, at: Any, source: Any, upper: Any, lower: Any, right_share: Any, lower_share: Any
 ) -> Any:
-    """Write the weighted mean of four pixels of `source` to target[at : at + 3], and overwrite target[at + 3].
+    """Interpolate between 2 x 2 pixels of `source` and write the rounded result to target[at : at + 3].
+
+    The intrinsic uses vectors of four lanes, so it also overwrites target[at + 3].
 
     Args:
         target, source: uint8.
@@ -166,6 +168,13 @@ def mix_four_pixels(
 
 def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach: Any) -> Any:
     """Apply a symmetric filter to vectors of LANES floats.
+
+    Args:
+        builder: LLVM IR builder.
+        weight: Function that returns the weight of the values at a distance in taps.
+        value: Value at the center.
+        pair: Function that returns the sum of the two values at a distance in taps.
+        reach: Maximum distance.
 
     Returns:
         weight(0) * value + sum over k from 1 to reach of weight(k) * pair(k).

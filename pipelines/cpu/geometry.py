@@ -2,7 +2,7 @@
 
 Each operation maps a target pixel (x, y) to a source position (across[0] * x + across[1] * y + across[2],
 down[0] * x + down[1] * y + down[2]) in pixels. Positions are fixed-point numbers with FRACTION fractional bits, so
-rounding errors do not accumulate along a row.
+the additions along a row are exact.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def warp(
         image: uint8 [side * side * 3].
         side: Height and width, pixels.
         op, value: See `ops.Op`.
-        bilinear: True: interpolate. False: take the nearest pixel.
-        fill: uint8 [3], color outside of the image.
+        bilinear: Interpolate between pixels instead of taking the nearest one.
+        fill: uint8 [3], color outside the image.
         scratch: uint8, overwritten, at least (side + 2) ** 2 * 3 + 4 bytes.
     """
     across, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
@@ -104,7 +104,7 @@ def _resample(
 
 @kernel
 def _share(place: int) -> float:
-    """Return the fractional part of a fixed-point position, which is the weight of the next pixel: float32, 0 to 1."""
+    """Return the fractional part of a fixed-point position as float32. It is the weight of the next pixel."""
     return float32(int32((place & (ONE - 1)) >> (FRACTION - 24))) * float32(2**-24)
 
 
@@ -120,7 +120,7 @@ def _shift_row(
         side: Height and width of the image, pixels.
         framed: Result of `_frame`.
         begin: Byte offset of the source row in `framed`.
-        column: Pixel of the source row that becomes the first pixel; may be outside of the row.
+        column: Pixel of the source row that becomes the first pixel. It can be outside the row.
         share: Weight of the next pixel, 0 to 1.
     """
     first = min(max(-column, 0), side)
@@ -141,7 +141,7 @@ def _shift_row(
 
 
 # The next two kernels write four bytes per pixel, and the next pixel overwrites the fourth byte. The last pixel of a
-# row is written separately, since a fourth byte would be outside of the row.
+# row is written separately, since its fourth byte would be outside the row.
 
 
 @kernel

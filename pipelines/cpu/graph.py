@@ -1,8 +1,9 @@
 """Training and evaluation transforms on the CPU, equivalent to those of `dali_graph`.
 
-DALI's CPU operators have a setup cost per sample and operator and copy between operators. Here a batch takes a few
-kernel calls that read from the mapped files and write into the batch. Resized pixels may differ from DALI's by one grey
-level, because float32 sums are computed in another order. Programs differ from torchvision by at most one grey level.
+DALI's CPU operators set up every sample and copy the images from operator to operator. Here, a few kernel calls read
+the stored or decoded pixels and write them to the batch. Resized pixels may differ from DALI's by one gray level,
+because float32 sums are computed in a different order. Operations of programs differ from torchvision's by at most one
+gray level.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3]
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """Run one or two stages and then the in-place changes.
+    """Graph that runs one or two stages on a batch and then changes the result in place.
 
-    A batch is processed in small pieces that stay in the cache.
+    The batch is processed in small pieces that stay in the cache, unless the graph is a single stage without changes.
     """
 
     stages: tuple[Stage, ...]
-    sides: tuple[int, ...]  # side of the square images that each stage writes, pixels
+    sides: tuple[int, ...]  # height and width of the images that each stage writes, pixels
     changes: tuple[Change, ...]
-    _scratch: deque[np.ndarray]  # output buffer of the first of two stages
+    _scratch: deque[np.ndarray]  # spare output buffers of the first of two stages
 
-    CHUNK = 2**18  # bytes per piece
+    CHUNK = 2**18  # bytes per piece, as output of the first stage
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
-        """Transform a batch and write it to `out`, uint8 [B, size, size, 3]. Thread-safe."""
+        """Transform a batch and write the result to `out`, uint8 [B, size, size, 3]. Thread-safe."""
         if len(self.stages) == 1 and not self.changes:
             self.stages[0](images, draws, out)
             return
@@ -65,7 +66,7 @@ class CpuGraph:
                 change(some, out[piece])
 
     def _run_stages(self, images: Images, draws: Draws, capacity: int, out: np.ndarray) -> None:
-        """Run the stages without the changes, for at most `capacity` images."""
+        """Run the stages, without the in-place changes, on at most `capacity` images."""
         if len(self.stages) == 1:
             self.stages[0](images, draws, out)
             return
@@ -93,16 +94,16 @@ def train_graph(
     """Build the training transforms for the draws of `AugmentationSampler`.
 
     Args:
-        image_shape: Shape of all stored images; None: shapes differ.
+        image_shape: Shape of all stored images, or None if shapes differ.
         aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: Widen the filter when reducing.
+        antialias: When downscaling, widen the filter by the scale factor.
         programs: Result of `build_programs`.
         mean: Per-channel mean of the train split's pixels, 0 to 1.
 
     Returns:
-        The graph; None if stored pixels stay as they are.
+        The graph, or None if stored pixels are not changed.
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
@@ -130,11 +131,11 @@ def eval_graph(
     """Build the evaluation transforms.
 
     Args:
-        image_shape: Shape of all stored images; None: shapes differ.
+        image_shape: Shape of all stored images, or None if shapes differ.
         size, crop_fraction, interpolation, antialias, squash: See `dali_graph.eval_graph`.
 
     Returns:
-        The graph; None if stored pixels stay as they are.
+        The graph, or None if stored pixels are not changed.
     """
     if not squash:
         return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
@@ -148,7 +149,7 @@ def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) ->
 
 
 def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float, float]) -> tuple[Change, ...]:
-    """Return the enabled in-place changes, in the order programs, erasing and cutout."""
+    """Return the enabled in-place changes: programs, erasing and cutout, in this order."""
     changes: list[Change] = []
     if programs is not None:
         bilinear, fill, radius = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
@@ -176,7 +177,7 @@ def _central(
 ) -> list[tuple[Stage, int]]:
     """Return a list with a stage that resizes the shorter side to `shorter` and crops the central size x size pixels.
 
-    The stage only crops if no stored image needs resizing. The list is empty if no image needs cropping either.
+    If no stored image needs resizing, the stage only crops. If no image needs cropping either, the list is empty.
     """
     if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
         return []
@@ -189,7 +190,7 @@ def _central(
 def _squashed(
     shape: tuple[int, int, int] | None, size: int, interpolation: str, antialias: bool
 ) -> list[tuple[Stage, int]]:
-    """Return a list with a stage that resizes both sides to `size`. It is empty if stored images have this size."""
+    """Return a list with a stage that resizes to size x size, or an empty list if all stored images have this size."""
     if shape is not None and shape[:2] == (size, size):
         return []
     return [(_resize(lambda images, _: _whole(images), interpolation, antialias), size)]
@@ -201,12 +202,13 @@ def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the regions of the stored images that central crops show after the shorter side is resized to `shorter`.
+    """Return the region of each stored image that becomes its central crop if the shorter side is resized to `shorter`.
 
-    As in DALI, both sides are scaled by one factor, and the longer side is rounded to whole pixels about its center.
+    As in DALI, both sides are scaled by the same factor, and the longer side is rounded to whole pixels about its
+    center.
 
     Returns:
-        Starts and ends (y, x) of the regions, float32 [B, 2] each, in pixels of the stored images.
+        The top-left and bottom-right corners (y, x) of the regions, float32 [B, 2] each, in pixels of stored images.
     """
     sides = np.stack([images.heights, images.widths], axis=1).astype(np.float64)
     scale = sides.min(axis=1, keepdims=True) / shorter  # source pixels per target pixel
@@ -223,12 +225,12 @@ def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
 
 
 def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
-    """Return a stage that crops and flips images of one shape.
+    """Return a stage that crops and flips images that all have the same shape.
 
     Args:
         size: Height and width of the crop, pixels.
         corner: Top-left corner (y, x) of the crop if the draws have no offset, pixels.
-        reflects: True: pixels outside of an image reflect the image. False: they are black.
+        reflects: Fill pixels outside an image with its reflection. Otherwise, they are black.
     """
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Numba decorators for kernels. Machine code is cached until one of its sources changes.
+"""Numba decorators for kernels and C callbacks. The machine code of kernels is cached until a file of SOURCES changes.
 
 The cache is in a folder next to the source. If this folder is not writable or contains unreadable files of another
 user, the cache is in the user's own cache directory.
@@ -22,7 +22,7 @@ SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function at its first call. Fast-math is disabled, so that every processor gives the same pixels."""
+    """Compile a function on its first call. Fast-math is disabled, so that all CPUs produce identical pixels."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         compiled = njit(cache=True, **options)(function)
@@ -57,7 +57,7 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Return True if this user may read all compiled code in a folder. The folder need not exist."""
+    """Return True if this user can read all compiled code in a folder, or if the folder does not exist."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def _in_users_cache() -> Iterator[None]:
 
 
 def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a cache's method so that it returns None instead of raising OSError."""
+    """Wrap a method so that it returns None instead of raising OSError."""
 
     @wraps(method)
     def guarded(*arguments: Any) -> Any:

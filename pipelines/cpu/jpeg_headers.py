@@ -19,7 +19,7 @@ def find_mismatches(
 ) -> None:
     """Find JPEG files whose header cannot be parsed or declares an unexpected image size.
 
-    Headers are parsed like in nvImageCodec. Up to the first scan, each segment starts at the end of the previous one,
+    Headers are parsed as in nvImageCodec. Up to the first scan, each segment starts at the end of the previous one,
     after any number of fill bytes.
 
     Args:

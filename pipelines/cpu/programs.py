@@ -1,7 +1,7 @@
 """Numba kernels that run augmentation programs (see `augment.ops`) and paint rectangles, in place.
 
 All operations of an image run while the image is in the cache. The result depends only on the image and its program,
-not on the batch, the thread or the processor.
+not on the batch, the thread or the CPU.
 """
 
 from __future__ import annotations

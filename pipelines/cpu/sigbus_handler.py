@@ -1,7 +1,8 @@
-"""A SIGBUS handler that replaces unreadable pages of a mapped file with zeros. See `storage.sigbus`.
+"""A SIGBUS handler that replaces a mapped file with zeros, from an unreadable page to the end of the file.
 
-The handler may interrupt any thread at any point. It is therefore machine code, compiled by Numba, that takes no lock,
-allocates nothing and calls only mmap, sigaction and raise. Structure layouts are those of 64-bit Linux.
+See `storage.sigbus`. The handler may interrupt any thread at any point. It is therefore machine code, compiled by
+Numba, that does not use locks or allocate memory and calls only mmap, sigaction and raise. Structure layouts are those
+of 64-bit Linux.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numba.extending import intrinsic
 
 from pipelines.cpu.jit import native_callback
 
-# The table is int64: number of rows, page size in bytes, address of the previous handler, then the rows.
+# The table is int64: number of rows, page size in bytes, address of the previous struct sigaction, then the rows.
 ROWS, PAGE, PREVIOUS, FIRST_ROW = 0, 1, 2, 3
 START, END, FAULT, COLUMNS = 0, 1, 2, 3  # row: address range of a mapped file; its last fault, or 0
 TAKE_TABLE = 0  # not the number of a signal
