@@ -93,7 +93,7 @@ def crop_flip(
         height, width: Size of every image, pixels.
         offsets: int32 [B, 2] (y, x), top-left corner of each crop in its image, pixels.
         flips: int32 [B], nonzero for each crop to flip.
-        reflect: Fill pixels outside an image with its reflection. Otherwise, they are black.
+        reflect: Fill the area outside an image with its reflection instead of black.
     """
     size = out.shape[1]
     target = out.reshape(-1)
@@ -236,7 +236,7 @@ def _filter_weights(
         start, end: Bounds of the region in either order, pixels.
         reach: Radius of the filter before widening, 1 for the triangle filter and 2 for Catmull-Rom.
         antialias: When downscaling, widen the filter by the scale factor.
-        index: int64 [size], filled with the first source pixel of each target pixel, which can be outside the image.
+        index: int64 [size], filled with the first source pixel of each target pixel. It can be outside the image.
         weights: float32 [size, at least taps], filled with the weights of the source pixels.
 
     Returns:

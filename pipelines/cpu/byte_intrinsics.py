@@ -40,7 +40,7 @@ def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count
 
 @intrinsic
 def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
-    """Copy a pixel and the byte after it from source[begin : begin + 4] to target[at : at + 4], all uint8."""
+    """Copy four bytes, a pixel and the byte after it, from source[begin:] to target[at:]. Both arrays are uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         value = builder.load(address(context, builder, signature, args, 2, args[3], _I32), align=1)

@@ -119,7 +119,7 @@ def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
 
 
 def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
-    """Round floats from 0 to 255 to uint8, rounding halves to even.
+    """Round floats between 0 and 255 to uint8, with ties to even.
 
     The sum of a float and 2 ** 23 has no fractional bits, so the addition rounds.
     """

@@ -2,8 +2,8 @@
 
 DALI's CPU operators set up every sample and copy the images from operator to operator. Here, a few kernel calls read
 the stored or decoded pixels and write them to the batch. Resized pixels may differ from DALI's by one gray level,
-because float32 sums are computed in a different order. Operations of programs differ from torchvision's by at most one
-gray level.
+because float32 sums are computed in a different order. Each operation of a program differs from torchvision's by at
+most one gray level.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = Fal
     Args:
         size: Height and width of the crop, pixels.
         corner: Top-left corner (y, x) of the crop if the draws have no offset, pixels.
-        reflects: Fill pixels outside an image with its reflection. Otherwise, they are black.
+        reflects: Fill the area outside an image with its reflection instead of black.
     """
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:

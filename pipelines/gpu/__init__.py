@@ -1,1 +1,1 @@
-"""Transforms on a GPU: the DALI graph and the Triton kernel."""
+"""Transforms on a GPU: DALI graphs and a Triton kernel."""

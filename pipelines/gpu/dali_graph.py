@@ -1,8 +1,8 @@
 """DALI graphs for training and evaluation.
 
-A graph has no state and no random operator; images and draws are its inputs, so a batch is a pure function of them.
-The output is uint8 [B, H, W, 3] on the device; the model normalizes. Labels bypass the graph, since every input costs
-the feeding thread about 0.1 µs per sample.
+The inputs of a graph are images and draws. A graph has no state or random operators, so its output is a pure function
+of its inputs. The output is uint8 [B, H, W, 3] on the device; the model normalizes it. Labels bypass the graph, since
+every input costs the feeding thread about 0.1 µs per sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": typ
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Format of the stored images that are fed to a graph."""
+    """Format and mean of the stored images that are fed to a graph."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
     image_shape: tuple[int, int, int] | None  # None: shapes differ
@@ -40,7 +40,7 @@ class PipelineConfig:
     device_id: int | None  # None: the CPU
     batch_size: int
     threads: int
-    hw_decoder_load: float
+    hw_decoder_load: float  # share of JPEGs decoded by the GPU's hardware decoder
 
 
 def train_graph(
@@ -60,7 +60,7 @@ def train_graph(
         aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: Widen the filter when reducing.
+        antialias: When downscaling, widen the filter by the scale factor.
         programs: Result of `build_programs`.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
@@ -117,10 +117,10 @@ def eval_graph(
         spec: Format of the stored images.
         config: Device and resources.
         size: Height and width of the output, pixels.
-        crop_fraction: The shorter side is resized to size / crop_fraction before the central crop.
+        crop_fraction: The shorter side is resized to round(size / crop_fraction) before the central crop.
         interpolation: "bilinear" or "bicubic".
-        antialias: Widen the filter when reducing.
-        squash: Resize whole images to size x size, without keeping the aspect ratio and without a crop.
+        antialias: When downscaling, widen the filter by the scale factor.
+        squash: Resize the whole image to size x size, ignoring its aspect ratio. `crop_fraction` is then unused.
     """
     shorter = round(size / crop_fraction)
 
@@ -134,7 +134,7 @@ def eval_graph(
 
 
 def decoding_graph(spec: ImageSpec, config: PipelineConfig) -> Pipeline:
-    """Build a graph that only decodes its input `images`, in the same way as the other graphs."""
+    """Build a graph that decodes its input `images` like the other graphs and has no other operators."""
     return _pipeline(config, lambda: _decoded(spec, config))
 
 
@@ -144,7 +144,8 @@ def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: b
     Args:
         config: Device and resources.
         define: Function that builds the operators and returns the output.
-        chooses: True if the operators depend on the sample. Converting `define` then takes about a second.
+        chooses: True if the operators depend on the sample. DALI then converts the code of `define`. This takes about
+            one second.
     """
     # A queue of one, since the loader controls how many batches are in flight.
     options: dict[str, Any] = {
@@ -165,9 +166,9 @@ def _input(name: str, **options: Any) -> DataNode:
 
 
 def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
-    """Return the input `images` as pixels on the device.
+    """Return the input `images` as decoded pixels on the device.
 
-    The input is not copied within host memory; the loader keeps the arrays alive while DALI reads them.
+    The input is not copied within host memory. `DaliRunner` keeps the arrays alive while DALI reads them.
     """
     on_gpu = config.device_id is not None
     if spec.encoding == "jpeg":
@@ -188,7 +189,7 @@ def _central(
 ) -> DataNode:
     """Resize the shorter side to `shorter` and crop the central size x size pixels.
 
-    Operators that the shape of the stored images makes unnecessary are omitted.
+    Operators are omitted if the stored images have one shape that makes them unnecessary.
     """
     shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:
@@ -199,7 +200,7 @@ def _central(
 
 
 def _squashed(images: DataNode, spec: ImageSpec, size: int, interpolation: str, antialias: bool) -> DataNode:
-    """Resize both sides to `size`, unless the stored images have that size."""
+    """Resize images to size x size, unless all stored images have this size."""
     if spec.image_shape is not None and spec.image_shape[:2] == (size, size):
         return images
     return _resized(images, interpolation, antialias, size=[size, size])

@@ -1,8 +1,8 @@
-"""Convert the draws of `AugmentationSampler` to inputs of the DALI training graph. Uses NumPy only.
+"""Convert the draws of `AugmentationSampler` to inputs of the DALI training graph. This module does not import DALI.
 
-A branch is a function in `dali_ops`. Each slot of a program becomes the number of a branch and the numeric arguments of
-the branch's operators. Nearly all arguments are linear in an operation's value, so a batch takes one table lookup and
-one multiplication.
+A branch is a function in `dali_ops`. Each slot of a program is encoded as a branch index and the arguments of that
+branch. Nearly all arguments are affine in the operation's value, so those of a whole batch are computed as
+`constants + slopes * value`, with both taken from lookup tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipelines.augment.ops import GEOMETRIC, Op, Programs
 ROWS, COLUMNS = 3, 8  # shape of the arguments (`numbers`) of one operation
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 TRUNCATED = -0.499  # added where torchvision truncates and DALI rounds; above -0.5, so whole levels are kept
-SLACK = 255.999 / 255  # torchvision's scale from [0, 1] to grey levels, used by hue
+SLACK = 255.999 / 255  # torchvision scales the result of hue from [0, 1] by 255.999 instead of 255
 
 # Function in `dali_ops` for each operation.
 OP_BRANCH = {
@@ -40,10 +40,10 @@ WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 
 
 def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
-    """Return the branches of a slot with the operations `allowed`, in the order of their numbers.
+    """Return the names of the branches of a slot that allows the operations `allowed`.
 
-    The graph's input `branches` holds these numbers. about_mean can compute the operations of linear, so a slot never
-    has both branches.
+    The graph's input `branches` holds indices of the returned tuple. `about_mean` can compute all operations of
+    `linear`, so a slot never has both branches.
     """
     names = {OP_BRANCH[op] for op in allowed if op is not Op.IDENTITY}
     if "about_mean" in names:
@@ -95,14 +95,14 @@ def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
     """Convert crop offsets to filters that translate images.
 
     Filters are used because DALI's filter operator is the only one with reflected borders. The translation is exact,
-    since each pixel of the result is one pixel times 1 plus zeros.
+    since each pixel of the result is one pixel of the image times 1 plus zeros.
 
     Args:
         offsets: int32 [B, 2] (y, x), from -padding to padding.
-        padding: Largest absolute offset, pixels.
+        padding: Maximum absolute offset, pixels.
 
     Returns:
-        float32 [B, 2 * padding + 1, 2 * padding + 1]. Each filter has one element of 1; all others are 0.
+        float32 [B, 2 * padding + 1, 2 * padding + 1]. Each filter has a single 1 and is 0 elsewhere.
     """
     filters = np.zeros((len(offsets), 2 * padding + 1, 2 * padding + 1), np.float32)
     filters[np.arange(len(offsets)), offsets[:, 0] + padding, offsets[:, 1] + padding] = 1
@@ -120,7 +120,7 @@ def graph_inputs(
         size: Height and width of training images, pixels.
 
     Returns:
-        All inputs of the graph except `images`, by name.
+        A dict of all inputs of the graph except `images`, keyed by name.
     """
     inputs = dict(draws)
     if "offset" in inputs and aug.padding_mode == "reflect":
@@ -136,7 +136,7 @@ def graph_inputs(
 
 
 class _Tables(NamedTuple):
-    """Lookup tables. The arguments of an operation are numbers = constants + slopes * value."""
+    """Lookup tables for branches and arguments. The arguments are `numbers = constants + slopes * value`."""
 
     branches: np.ndarray  # int32 [S * len(Op)]
     constants: np.ndarray  # float32 [S * len(Op), ROWS * COLUMNS]
@@ -164,7 +164,7 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
     constants, slopes = np.zeros((2, len(Op), ROWS, COLUMNS), np.float32)
     same, grey = np.eye(3), np.tile(GREY, (3, 1))
 
-    # M and T of M @ pixel + T. torchvision blends with a truncated grey, half a level darker on average, and truncates
+    # M and T of M @ pixel + T. torchvision blends with a truncated gray, half a level darker on average, and truncates
     # the result too.
     constants[[Op.BRIGHTNESS, Op.COLOR, Op.GRAYSCALE, Op.CONTRAST, Op.INVERT, Op.POSTERIZE], :, 3] = TRUNCATED
     slopes[Op.BRIGHTNESS, :, :3] = slopes[Op.CONTRAST, :, :3] = same
@@ -209,7 +209,7 @@ def _identity_numbers(branch: str) -> np.ndarray:
 
 
 def _write_nonlinear(numbers: np.ndarray, ops: np.ndarray, values: np.ndarray, size: int) -> None:
-    """Write the arguments that are not linear in the operation's value.
+    """Write the arguments that are not affine in the operation's value.
 
     Args:
         numbers: float32 [B * S, ROWS * COLUMNS], changed in place.
@@ -243,9 +243,9 @@ def _hue_distances(shifts: np.ndarray) -> np.ndarray:
     """Return the signed distances of hue shifts from the hues of red, green and blue.
 
     Args:
-        shifts: [n], shares of the circle.
+        shifts: float32 [n], fractions of the full circle.
 
     Returns:
-        [3, n], in sixths of the circle, multiplied by SLACK.
+        float32 [3, n], in sixths of the circle, multiplied by SLACK.
     """
     return SLACK * ((6 * shifts - np.array([[0], [2], [-2]], np.float32) + 3) % 6 - 3)

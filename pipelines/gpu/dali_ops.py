@@ -1,9 +1,9 @@
 """Operations of augmentation programs as DALI operators, matching torchvision's functional operations.
 
 On a GPU each operator costs one or more launches, independent of the number of samples, so each operation uses as few
-operators as possible. The input `numbers` (see `dali_inputs.program_inputs`) holds the arguments of the operators,
-which need no GPU memory and no launch. Most operations use coord_transform, which computes M @ pixel + T, rounded and
-saturated.
+operators as possible. The input `numbers` (see `dali_inputs.program_inputs`) holds the arguments of the operators. It
+stays in host memory and does not need a launch. Most operations use coord_transform, which computes M @ pixel + T; a
+uint8 result is rounded and saturated.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, n
         images: Images, uint8 [size, size, 3] each.
         programs: Result of `build_programs`.
         size: Height and width of the images, pixels.
-        chosen: Input `branches` of the graph; None if the graph does not have it.
-        numbers: Input `numbers` of the graph; None if the graph does not have it.
+        chosen: Input `branches` of the graph, or None if the graph does not have this input.
+        numbers: Input `numbers` of the graph, or None if the graph does not have this input.
     """
     for slot, allowed in enumerate(programs.slots):
         candidates = [BRANCHES[name] for name in branches(allowed)]
@@ -45,13 +45,13 @@ def identity(images: DataNode, _: None) -> DataNode:
 
 @augmentation
 def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Apply a linear map, for brightness, saturation, grayscale and inversion."""
+    """Apply an affine map to each pixel, for brightness, saturation, grayscale and inversion."""
     return fn.coord_transform(images, MT=numbers[slot, :, 0:4], dtype=UINT8)
 
 
 @augmentation
 def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Apply a linear map and add a linear map of the mean pixel, for contrast and all operations of `linear`."""
+    """Add an affine map of the mean pixel to an affine map of each pixel, for contrast and everything in `linear`."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
     return fn.cast(fn.coord_transform(images, MT=numbers[slot, :, 0:4]) + added, dtype=UINT8)
@@ -119,17 +119,17 @@ def equalize(images: DataNode, _: None, size: int) -> DataNode:
     """Equalize like Pillow, which counts the pixels below a level.
 
     DALI counts the pixels at or below a level. On the negative image, DALI's equalize therefore counts the pixels at or
-    above a level, and the negative of the result counts the pixels below the level. Pillow divides these counts by a
-    whole number of pixels per level, which is computed without the pixels of the brightest level in the image.
+    above a level, and the negative of the result counts the pixels below the level. Pillow divides these counts by the
+    number of pixels per level, rounded down. This number excludes the pixels of the channel's brightest level.
     """
     pixels = size * size
     below = fn.equalize(images ^ _WHITE) ^ _WHITE  # 255 * share of the pixels except the brightest ones
     brightest = (images == fn.reductions.max(images, axes=[0, 1], keep_dims=True)) * _WHITE
     share = fn.reductions.mean(brightest, axes=[0, 1], keep_dims=True)
-    # 0.25 pixels keep whole quotients from being rounded just below
+    # adding 0.25 pixels keeps whole quotients from ending up just below a whole number
     step = fn.coord_transform(share, M=-pixels / 255**2, T=(pixels + 0.25) / 255)
     factor = step / math.max(math.floor(step), 1.0)
-    valid = math.floor(factor)  # 1; or 0 with less than a pixel per level: the channel is kept
+    valid = math.floor(factor)  # 1, or 0 if there is less than one pixel per level; the channel is then unchanged
     return fn.cast(below * (factor * valid) + images * (1.0 - valid), dtype=UINT8)
 
 
@@ -181,7 +181,7 @@ _WHITE = types.Constant(255, dtype=UINT8)
 
 
 def _weighted(channels: DataNode, weights: list[float], added: float = 0.0) -> DataNode:
-    """Return the weighted sum of `channels` [H, W, n], plus `added`: [H, W, 1]."""
+    """Return the weighted sum of `channels`, [H, W, n], plus `added` as [H, W, 1]."""
     return fn.coord_transform(channels, MT=[float(number) for number in (*weights, added)])  # type: ignore[return-value]
 
 

@@ -55,7 +55,7 @@ class DaliRunner:
         return torch.from_dlpack(images.as_tensor()), labels, blocking_event(stream).synchronize
 
     def restart(self) -> None:
-        """Build the graph again, since some DALI operators do not recover from an error."""
+        """Drop all submitted batches and rebuild the graph, since some DALI operators do not recover from an error."""
         del self._pipeline  # freed first, since two graphs may not fit into GPU memory
         self._pipeline = self._build()
         self._labels.clear()
@@ -67,7 +67,7 @@ class DecodeCheck:
 
     Args:
         build: Function that returns a graph with a batch size of 1 whose only input is `images`. It is called for the
-            first file, and again for the next file after an error.
+            first file, and again for the first file after an error.
     """
 
     def __init__(self, build: Callable[[], Pipeline]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 
 class DeviceInputs:
-    """A host buffer, which is pinned for a GPU, and a device buffer, int64 [slots, *shape] each."""
+    """A host buffer (pinned if the device is a GPU) and a device buffer, int64 [slots, *shape] each."""
 
     def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device) -> None:
         # Pinned, since a copy from pageable memory blocks the calling thread.
@@ -17,9 +17,9 @@ class DeviceInputs:
         self._copied: dict[int, torch.cuda.Event] = {}  # event of each slot's last copy
 
     def host(self, slot: int) -> np.ndarray:
-        """Return a slot's host buffer for writing, int64 [*shape], once the slot's last copy has ended.
+        """Wait for the slot's last copy, and return the slot's host buffer for writing, int64 [*shape].
 
-        The loader waits only for batches that were consumed, so this method waits for the copy itself.
+        The loader does not wait for batches that were gathered but never consumed, so this method waits itself.
         """
         if slot in self._copied:
             self._copied[slot].synchronize()
@@ -30,7 +30,7 @@ class DeviceInputs:
         """Copy a slot to the device on the current stream.
 
         Returns:
-            int64 [*shape], a view of the device buffer. It is valid until the slot's next copy.
+            A view of the device buffer, int64 [*shape]. It is valid until the slot's next copy.
         """
         on_device = self._device[slot].copy_(self._host[slot], non_blocking=True)
         if on_device.is_cuda:
@@ -39,7 +39,7 @@ class DeviceInputs:
 
 
 def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
-    """Record an event on a stream, by default the current one.
+    """Record and return an event on a stream, by default the current one.
 
     A thread that waits for the event sleeps instead of spinning on a core.
     """

@@ -1,7 +1,7 @@
 """Gather, crop and flip in one kernel launch, for splits in GPU memory. Pixels match `dali_graph.train_graph`.
 
 DALI sets up every sample on the host, which takes longer than the work on a 32x32 image. Here a batch costs the host
-one small copy and one launch. Importing this module imports Triton, so only code that uses a GPU may import it.
+one small copy and one launch. Importing this module imports Triton, so import it only in code that uses a GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def gather_crop_flip(
     flips: bool,
     padding_mode: str = "constant",
 ) -> torch.Tensor:
-    """Launch the kernel on the current stream and return `out`.
+    """Gather, crop and flip images with one kernel launch on the current stream, and return `out`.
 
     Args:
         pixels: uint8 [N, H * W * 3], contiguous.
@@ -90,8 +90,9 @@ def gather_crop_flip(
         out: uint8 [B, S, S, 3], contiguous.
         shape: (H, W, 3) of the stored images.
         crops, flips: Enable cropping and flipping.
-        padding_mode: Pixels outside of the image are black with "constant" and reflect the image with "reflect". As in
-            torch.nn.functional.pad, edge pixels are not repeated, and offsets must be smaller than the image.
+        padding_mode: Fill the area outside the image with black ("constant") or with its reflection ("reflect").
+            Reflection works as in torch.nn.functional.pad: edge pixels are not repeated, and offsets must be smaller
+            than the image.
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
