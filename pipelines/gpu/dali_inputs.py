@@ -42,7 +42,7 @@ WITHOUT_NUMBERS = frozenset({"identity", "auto_contrast", "equalize"})
 def branches(allowed: frozenset[Op]) -> tuple[str, ...]:
     """Return the names of the branches of a slot that allows the operations `allowed`.
 
-    The graph's input `branches` holds indices of the returned tuple. `about_mean` can compute all operations of
+    The graph's input `branches` holds indices into the returned tuple. `about_mean` can compute all operations of
     `linear`, so a slot never has both branches.
     """
     names = {OP_BRANCH[op] for op in allowed if op is not Op.IDENTITY}

@@ -61,7 +61,7 @@ def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataN
 def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Programs) -> DataNode:
     """Shear, translate or rotate.
 
-    DALI fills all channels with the same level, so a fill color with different levels is blended in with an alpha
+    DALI fills all channels with the same level, so a fill color with different levels is blended in through an alpha
     channel.
     """
     how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}

@@ -18,7 +18,7 @@ from pipelines.storage.split import Split
 
 MAX_NAMED = 3  # samples named in an error message
 REPAIR = "run `tools/convert.py verify` on the data set and convert the source again"
-FindDefect = Callable[[int], str | None]  # returns why a sample cannot be decoded; None if it can
+FindDefect = Callable[[int], str | None]  # returns the reason why a sample cannot be decoded, or None if it can
 
 
 class Undecodable(Exception):
@@ -34,11 +34,11 @@ class Undecodable(Exception):
 
 
 class BadSamples:
-    """Record of the bad samples that this process has found in one split, shared by all threads and stages.
+    """Bad samples that this process has found in one split. All threads and stages share one instance.
 
     Args:
         split: Split of the samples.
-        budget: Largest number of bad samples that are replaced.
+        budget: Maximum number of bad samples to replace.
         advice: End of the error message if the budget is 0.
     """
 
@@ -58,7 +58,7 @@ class BadSamples:
 
     @property
     def found(self) -> list[tuple[int, int]]:
-        """Pairs of a bad sample and its substitute, in the order of discovery."""
+        """Pairs (bad sample, substitute) in the order of discovery."""
         with self._lock:
             return [] if self._substitutes is None else [(bad, int(self._substitutes[bad])) for bad in self._found]
 
@@ -78,7 +78,7 @@ class BadSamples:
         """
         with self._lock:
             for sample, reason in defects.items():
-                if sample not in self._found:  # another thread may have added them
+                if sample not in self._found:  # another thread may have added it
                     self._add(sample, reason, defect)
 
     def _add(self, sample: int, reason: str, defect: FindDefect) -> None:
@@ -107,7 +107,7 @@ class BadSamples:
     def _next(self, sample: int) -> int:
         """Return the next sample in stored order that is not known to be bad.
 
-        The search continues at the first sample after the last one. If all other samples are bad, return `sample`.
+        After the last sample, the search continues at the first one. Return `sample` if all other samples are bad.
         """
         after = (sample + 1) % len(self.split)
         while after in self._found and after != sample:
@@ -129,13 +129,13 @@ class BadSamples:
 
 
 def for_training(split: Split, data: DataConfig) -> BadSamples:
-    """Return a record that replaces bad samples as data.on_bad_sample and data.max_bad_samples allow."""
+    """Return a `BadSamples` that replaces samples as data.on_bad_sample and data.max_bad_samples allow."""
     advice = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
     return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, advice)
 
 
 def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
-    """Return a record that replaces no samples, since an evaluation counts every sample exactly once."""
+    """Return a `BadSamples` that never replaces samples, since an evaluation counts every sample exactly once."""
     skips = data.on_bad_sample == "skip"
     advice = "; data.on_bad_sample=skip is for training, an evaluation needs every sample" if skips else ""
     return BadSamples(split, 0, advice)

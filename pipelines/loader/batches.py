@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class MixedBatch(Batch):
-    """A batch whose samples are still to be mixed with their neighbours.
+    """A batch whose samples are still to be mixed with their neighbors.
 
     Attributes:
         mix: float32 [B, 5], see `mixup.mix_table`.
@@ -42,9 +42,9 @@ class MixedBatch(Batch):
 
 
 class BatchPlan:
-    """The batches of an epoch on this rank.
+    """Plan of the batches of each epoch on this rank.
 
-    Results of methods depend only on the arguments. Methods are called from several threads.
+    The results of a method depend only on its arguments. Methods are called from several threads.
     """
 
     samples: int  # samples per epoch
@@ -61,9 +61,9 @@ class BatchPlan:
         raise NotImplementedError
 
     def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the draws of `samples`, int64 [N], as arrays [N, ...].
+        """Return the draws of `samples`, int64 [N], as a dict of arrays [N, ...].
 
-        The draws are the inputs of the graph besides the images, by name.
+        The dict contains all inputs of the graph except the images, keyed by name.
         """
         return {}
 
@@ -71,7 +71,7 @@ class BatchPlan:
         """Precompute the state that `indices` needs for an epoch."""
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
-        """Return the `mixup.mix_table` of a batch of `samples` images of side `size`; None without mixing."""
+        """Return the `mixup.mix_table` of `samples` images of size x size pixels, or None if the plan does not mix."""
         return None
 
 
@@ -84,7 +84,7 @@ class TrainBatches(BatchPlan):
         steps: Batches per epoch on this rank.
         rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
-        sampler: Draws the augmentation.
+        sampler: Sampler that draws the augmentation.
         for_dali: Convert the draws to inputs of the DALI graph.
     """
 
@@ -158,10 +158,10 @@ class EvalBatches(BatchPlan):
 
 
 class ChosenSamples(BatchPlan):
-    """Batches of chosen samples, in a fixed order that is the same in every epoch.
+    """Batches of chosen samples, in the same order in every epoch.
 
     Args:
-        plan: Plan that determines the batch size, draws and mixing.
+        plan: Plan that determines the batch size, the draws and the mixing.
         samples: Indices of the chosen samples, int64 [N].
     """
 

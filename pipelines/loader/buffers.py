@@ -28,7 +28,7 @@ class SlotBuffers:
         shape: (H, W, 3).
         pinned: Use pinned memory, from which a GPU can copy asynchronously.
         handed_out: True if batches reach the user without a copy. A buffer that the user still holds is then not
-            overwritten. Its slot gets another buffer, which is new or was replaced earlier and is free again.
+            overwritten. Instead, its slot gets a buffer that was replaced earlier and is free again, or a new one.
     """
 
     def __init__(
@@ -71,7 +71,12 @@ class SlotBuffers:
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:
-    """Load all images of an npy split into the memory of `device`: uint8 [samples, H * W * 3]."""
+    """Load all images of an npy split into the memory of `device`: uint8 [samples, H * W * 3].
+
+    Raises:
+        UserError: A shard has changed since the split was opened.
+        ValueError: The split is not stored as npy.
+    """
     view, rows = split.pixel_rows()
     mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
     pixels = (
@@ -87,7 +92,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 
 
 def resident_fits(split: Split, device: torch.device) -> bool:
-    """Return True if placement `auto` keeps the split in device memory.
+    """Return True if data.placement=auto keeps the split in device memory.
 
     This requires an npy split with images of one shape. On a GPU the split may take up to half of the free
     memory, and on the CPU up to RESIDENT_BYTES_ON_CPU.

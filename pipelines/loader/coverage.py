@@ -16,7 +16,7 @@ MODULUS = 2**64
 class SampleChecksum:
     """Number of visited samples, and the sum modulo 2^64 of the hashes of the samples' indices.
 
-    If one sample is visited twice and another one is missed, the sum changes with probability 1 - 2^-64.
+    If one sample is visited twice and another one is missed, the sum always changes, since the hash is a bijection.
     """
 
     samples: int = 0

@@ -1,4 +1,4 @@
-"""Iterators over a loader's batches. Only the newest iterator of a loader may be used."""
+"""Iterators over a loader's batches. Only the newest iterator of a loader can be used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _close_iterators() -> None:
 
 
 class EpochIterator(Iterator[Item], Generic[Item]):
-    """Iterator over the items of a generator. It can be ended early.
+    """Iterator over the items of a generator. The iterator can be ended early.
 
     Args:
         items: Generator of pairs (item, is_last).
@@ -56,7 +56,7 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         self._items.close()
 
     def replace(self) -> None:
-        """End the iterator, so that `next` raises RuntimeError if items were left, and otherwise StopIteration."""
+        """End the iterator. `next` then raises RuntimeError if the iterator was unfinished, otherwise StopIteration."""
         is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
         self._items.close()
         self._is_replaced |= is_unfinished

@@ -30,16 +30,16 @@ class TrainOrder:
         self._epoch_order = epoch_order
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """Return the sample indices of an epoch in their order, int64 [samples]."""
-        with self._lock:  # other threads wait for the one that computes it
+        """Return all sample indices in the order of an epoch, int64 [samples]."""
+        with self._lock:  # one thread computes the order while the others wait
             return self._epoch_order(epoch)
 
 
 class ReadAhead:
-    """Ask the kernel to read the shards of the next window while the model trains on the current window.
+    """Ask the operating system to read the shards of the next window while the model trains on the current window.
 
-    The requests are hints that do not affect results. Call the object once per batch, in the order of the batches, from
-    any thread.
+    Shards that are no longer needed are released. All requests are hints that do not affect results. Call the object
+    for every batch, roughly in order, from any thread.
     """
 
     def __init__(self, split: Split, window_shards: int, seed: int) -> None:
@@ -51,7 +51,7 @@ class ReadAhead:
         )
 
     def __call__(self, epoch: int, indices: np.ndarray) -> None:
-        """Advise the kernel if a batch reaches a new window.
+        """Send hints if a batch is the first to reach a window.
 
         Args:
             epoch: Epoch of the batch.

@@ -1,4 +1,4 @@
-"""Sources that read JPEG shards. They decode images for the CPU graph, or pass on encoded files to DALI."""
+"""Sources that read JPEG shards and either decode them for the CPU graph or pass the encoded files to DALI."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HostJpegs(SampleSource):
         """Return the images, uint8 [B, H, W, 3].
 
         Raises:
-            Undecodable: A sample cannot be decoded.
+            Undecodable: A sample cannot be decoded or does not have the size given by the index.
         """
         out = self._slots(slot, len(indices))
         sizes = self._decoded_sizes[indices]
@@ -80,7 +80,7 @@ class HostJpegs(SampleSource):
             The offset of each image in `pixels`, bytes, int64 [B].
 
         Raises:
-            Undecodable: A sample cannot be decoded.
+            Undecodable: A sample cannot be decoded or does not have the size given by the index.
         """
         split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
         offsets = np.cumsum(sizes) - sizes
@@ -116,11 +116,13 @@ class MappedFiles(SampleSource):
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Return the encoded files as B arrays, uint8 [bytes].
 
-        Files with suspicious headers are tested one by one. Within a batch, an undecodable header may crash the
-        process, since the decoder of DALI 2.4 returns while its threads still work on the other files.
+        Files with suspicious headers (see `jpeg_headers.find_mismatches`) are tested one by one. Within a batch, an
+        undecodable header may crash the process, since the decoder of DALI 2.4 returns while its threads still work on
+        the other files.
 
         Raises:
-            Undecodable: DALI cannot decode a file with a suspicious header.
+            Undecodable: A file with a suspicious header is defective, see `defect`.
+            RuntimeError: DALI failed for another reason.
         """
         offsets, sizes = self._address[indices], self._size[indices]
         is_suspect = np.empty(len(indices), bool)
@@ -139,7 +141,8 @@ class MappedFiles(SampleSource):
             suspects: Positions of the suspicious samples in `indices`.
 
         Raises:
-            Undecodable: DALI cannot decode at least one suspicious sample.
+            Undecodable: At least one suspicious sample is defective, see `defect`.
+            RuntimeError: DALI failed for another reason.
         """
         bad = [place for place in suspects if indices[place] not in self._sound and self.defect(indices[place])]
         if bad:
@@ -149,9 +152,13 @@ class MappedFiles(SampleSource):
         self._sound.update(indices[suspects].tolist())
 
     def defect(self, sample: int) -> str | None:
-        """Return why DALI cannot decode a sample; None if it can.
+        """Return the reason why a sample cannot be used, or None if it can.
 
-        The file is decoded by DALI itself, since DALI and Pillow accept different files.
+        The header must be valid and match the index. DALI itself then decodes the file, since DALI and Pillow accept
+        different files.
+
+        Raises:
+            RuntimeError: DALI failed for another reason, such as insufficient memory.
         """
         file, sides = self._split.image_bytes(sample), self._split.image_size(sample)
         if (reason := header_error(file, sides)) is not None:

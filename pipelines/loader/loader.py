@@ -1,7 +1,7 @@
 """The data loader: iterates over batches of torch tensors on the device.
 
-Background threads fill slots with samples. The consumer's thread submits the slots to a runner, which works ahead in
-its own threads or on the GPU, and takes the finished batches from the runner. The state of a loader is the epoch and
+Background threads fill slots with batches. The consumer's thread submits these batches to a runner and takes finished
+batches from the runner. The runner works ahead in its own threads or on the GPU. The state of a loader is the epoch and
 step of the next batch.
 """
 
@@ -30,18 +30,18 @@ CONSUMER_HELD = 2  # batches that a consumer usually still holds when it request
 
 
 class Loader:
-    """Iterable over the batches of an epoch. It supports one iterator at a time, and `len` is the number of batches.
+    """Iterable over the batches of an epoch. It supports one iterator at a time. `len` is the number of batches.
 
     Args:
         plan: Batches of an epoch.
         source: Source that fills the slots.
         runner: Runner that turns filled slots into batches on the device.
-        buffers: Number of slots and gathering threads.
+        buffers: Number of slots and gather threads, and size of a slot.
         bad: Record of the bad samples to replace.
-        labels: int64 [samples of the split]; None if the split has no labels.
+        labels: int64 [samples of the split], or None if the split has no labels.
         image_size: Height and width of a batch's images, pixels.
         device: Device of the batches.
-        gather_stream: CUDA stream on which samples are gathered; None on the CPU.
+        gather_stream: CUDA stream on which samples are gathered, or None on the CPU.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Loader:
         self.labels = labels
         self.buffers = buffers
         self.gather_stream = gather_stream
-        # Wait function per slot: blocks until the device has finished reading it. Kept across epochs.
+        # Wait function per slot: blocks until the device has finished reading the slot. Kept across epochs.
         self.slot_waits: list[Callable[[], None]] = [no_wait] * buffers.slots
         self._runner = runner
         # Weak reference to the last iterator, so that an iterator dropped by the consumer ends immediately.
@@ -78,7 +78,7 @@ class Loader:
         return self.plan.steps
 
     def at(self, epoch: int) -> Loader:
-        """Return the loader of an epoch, which is always this loader. See `StagedLoader.at`."""
+        """Return this loader, which serves all epochs. See `StagedLoader.at`."""
         del epoch
         return self
 
@@ -95,7 +95,8 @@ class Loader:
     def state(self) -> dict[str, int]:
         """Position of the next batch, {"epoch": …, "step": …}.
 
-        Both are counted from 0. The step is the number of batches of the epoch that have been consumed.
+        Both are counted from 0. The step is the number of batches of the epoch that have been consumed. Setting the
+        state ends an iterator that has started, and raises ValueError if the epoch or step is out of range.
         """
         return {"epoch": self._epoch, "step": self._step}
 
@@ -114,7 +115,7 @@ class Loader:
         self.source.check_unchanged()
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """Iterate over the rest of the current epoch, starting at `state`.
+        """Iterate over the rest of the current epoch, starting at `state`. Evaluation always starts at the first batch.
 
         A loader has one set of buffers. An earlier iterator with batches left therefore raises RuntimeError when it is
         used again.
@@ -178,7 +179,7 @@ class Loader:
             threads.stop()
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """Return a batch for images uint8 [B, H, W, 3] and labels int64 [B]. It is a MixedBatch if the plan mixes."""
+        """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
         mix = self.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
         if mix is None:
@@ -199,7 +200,7 @@ class Loader:
         cannot be decoded, and runs all batches in flight again with substitutes.
 
         Raises:
-            UserError: Samples cannot be decoded and may not be replaced. The error names them.
+            UserError: A file has changed, or bad samples cannot be replaced.
             RuntimeError: The runner failed for another reason.
         """
         while True:
@@ -224,9 +225,9 @@ class Loader:
                 self._submit(threads.regather(one), submitted)
 
     def _defects(self, host_batch: HostBatch) -> dict[int, str]:
-        """Return the reason for each bad sample of a batch, by index; None if no sample is bad.
+        """Return the reason for each bad sample of a batch, keyed by the index of the sample.
 
-        Slow, since the samples are decoded one by one.
+        This is slow, since the samples are decoded one by one.
         """
         found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
         return {sample: reason for sample, reason in found if reason is not None}

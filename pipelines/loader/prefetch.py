@@ -27,7 +27,7 @@ class BufferConfig:
 
     slots: int  # a multiple of `threads`; each slot holds one group
     threads: int
-    group: int = 1  # largest number of batches per group
+    group: int = 1  # maximum number of batches per group
 
 
 class HostBatch(NamedTuple):
@@ -48,12 +48,12 @@ class PrefetchThreads:
     Args:
         plan: Batches of the epoch.
         source: Source that fills the slots.
-        labels: int64 [samples of the split]; None if the split has no labels.
-        buffers: Number of slots and threads.
-        slot_waits: For each slot, a function that blocks until the slot may be overwritten.
+        labels: int64 [samples of the split], or None if the split has no labels.
+        buffers: Number of slots and threads, and size of a slot.
+        slot_waits: For each slot, a function that blocks until the slot can be overwritten.
         bad: Record of the bad samples to replace.
         epoch, first: The iteration starts at batch `first` of `epoch`.
-        stream: CUDA stream on which samples are gathered; None on the CPU.
+        stream: CUDA stream on which samples are gathered, or None on the CPU.
     """
 
     def __init__(
@@ -81,12 +81,9 @@ class PrefetchThreads:
         self._error: BaseException | None = None  # error of the thread whose turn it is
 
     def get(self, block: bool) -> HostBatch | None:
-        """Return the next batch.
+        """Return the next batch. With `block`, wait until the batch is ready; otherwise return None if it is not ready.
 
         The error of a failed thread is raised only with `block`, since earlier batches may still fail in the runner.
-
-        Args:
-            block: True: wait until the batch is ready. False: return None if the batch is not ready.
         """
         if not self._group and self._error is None:
             try:
@@ -107,15 +104,18 @@ class PrefetchThreads:
         return self._group.pop()
 
     def release(self, slot: int) -> None:
-        """Allow a slot to be filled again. The thread first waits with the slot's function in `slot_waits`."""
+        """Allow a slot to be filled again. Its gather thread calls `slot_waits[slot]` before refilling the slot."""
         self._threads[slot // self._slots_per_thread].free.put(slot)
 
     def gather(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Fill a slot with the samples `wanted`, int64 [N], or with substitutes for bad samples.
+        """Fill a slot with the samples `wanted`, int64 [N], where bad samples are replaced by substitutes.
 
         Returns:
             Images, labels int64 [N] (-1 if the split has no labels), sample indices int64 [N], and draws. The labels,
             indices and draws of a replaced sample are those of the substitute.
+
+        Raises:
+            UserError: A file of the source has changed, or bad samples cannot be replaced.
         """
         while True:
             indices = self.bad.substitute(wanted)
@@ -143,7 +143,7 @@ class PrefetchThreads:
         return images
 
     def regather(self, batch: HostBatch) -> HostBatch:
-        """Fill a batch's slot again and return the batch, with substitutes for all samples now known to be bad."""
+        """Gather a batch again and return it, with substitutes for all samples that are now known to be bad."""
         images, labels, indices, draws = self.gather(batch.slot, batch.indices)
         return batch._replace(images=images, labels=labels, indices=indices, draws=draws)
 
@@ -162,7 +162,7 @@ class PrefetchThreads:
 
 
 def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
-    """Split the batches from `first` up to but excluding `steps` into groups of consecutive batches.
+    """Split the batch numbers range(first, steps) into groups of consecutive numbers.
 
     The group size starts at 1 and doubles after every `ramp` groups, up to `largest`. The first groups are small
     because training waits for them.

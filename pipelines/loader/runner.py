@@ -1,4 +1,4 @@
-"""A runner for batches that need no DALI graph."""
+"""A runner for batches that do not need a DALI graph."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class HostPixels(SampleSource):
         offsets: int64 [samples], byte offset of each sample's pixels.
         shape: (H, W, 3) of the stored images.
         slots: Buffers to fill.
-        graph: Graph that transforms the pixels; None: pixels are copied unchanged.
-        monitor: Monitor of the mapped files; None: the pixels are resident.
+        graph: Graph that transforms the pixels, or None to copy the pixels unchanged.
+        monitor: Monitor of the mapped files, or None if the pixels are resident.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class HostPixels(SampleSource):
 
 
 class DevicePixels(SampleSource):
-    """Source that gathers batches of a split in GPU memory, without copies from the host.
+    """Source that gathers batches of a split in GPU memory, without copying pixels from the host.
 
     Each batch is a new tensor, so it can be passed on without a copy. torch's allocator reuses the memory of a batch
     once the streams on which the tensor was recorded are done with it.

@@ -20,7 +20,7 @@ class StagedLoader:
     """Loader whose length, plan and image size depend on the stage of the current epoch.
 
     Args:
-        loaders: Loader of each stage. A loader may occur several times.
+        loaders: Loader of each stage. Stages can share a loader.
         starts: First epoch of each stage, ascending from 0.
     """
 
@@ -92,7 +92,10 @@ class StagedLoader:
         return max(number for number, start in enumerate(self._starts) if start <= epoch)
 
     def _current(self) -> Loader:
-        """Return the loader of the current epoch. If the stage has changed, this loader first gets the position."""
+        """Return the loader of the current epoch.
+
+        If the stage has changed, pass the state on from the loader of the previous stage.
+        """
         state = self._loaders[self._current_stage].state
         stage = self._stage_at(state["epoch"])
         if stage != self._current_stage:
